@@ -1,1 +1,1 @@
-"""What travels between processes: messages, codec, channels."""
+"""Messages, codecs and channels between processes."""

@@ -26,7 +26,7 @@ _Value = TypeVar("_Value")
 
 
 def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
-    """A protobuf message from bytes; ProtocolError where they are too many or no such message."""
+    """Raises ProtocolError for bytes that are too many or no such message."""
     if len(data) > most_bytes:
         raise ProtocolError(f"{kind.__name__}: {len(data)} bytes, at most {most_bytes} are taken")
     message = None
@@ -40,8 +40,6 @@ def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """One field of a dataclass, compiled from its type."""
-
     name: str
     label: str  # in errors
     nested: type | None
@@ -127,7 +125,7 @@ def write(message: Any, record: Any) -> None:
 
 
 def read(kind: type[_Value], record: Any) -> _Value:
-    """A dataclass from a protobuf message. ProtocolError for a field out of bounds."""
+    """Raises ProtocolError for a field out of bounds."""
     message = kind(**{field.name: field.read(record) for field in _fields(kind)})
     check: Callable[[], None] | None = getattr(message, "check", None)
     if check is not None:
@@ -136,10 +134,8 @@ def read(kind: type[_Value], record: Any) -> _Value:
 
 
 class Envelope(Generic[_Value]):
-    """A protobuf message with one `oneof kind`, and the dataclasses that travel in it.
-
-    The class `PeerUnreachable` travels in the field `peer_unreachable`.
-    """
+    """A protobuf message with one `oneof kind`, and the dataclasses that travel in it: the class `PeerUnreachable` in
+    the field `peer_unreachable`."""
 
     def __init__(self, record: type[Message], union: Any, most_bytes: int) -> None:
         self._record = record
@@ -156,7 +152,7 @@ class Envelope(Generic[_Value]):
         return record.SerializeToString()
 
     def decode(self, data: bytes) -> _Value:
-        """ProtocolError for bytes that are no message, of an unknown kind or out of bounds."""
+        """Raises ProtocolError for bytes that are no message, of an unknown kind or out of bounds."""
         record: Any = parse(self._record, data, self._most_bytes)
         name = record.WhichOneof("kind")
         if name is None:

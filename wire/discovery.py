@@ -46,7 +46,7 @@ _NO_MULTICAST = "::1"
 @asynccontextmanager
 async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None]:
     """Announces the cluster of this name and id to the local network at `address` (HOST:PORT); with a host for all
-    addresses, at those that this machine has at the time. UsageError if the host is a name, or multicast is not
+    addresses, at those that this machine has at the time. Raises UsageError if the host is a name, or multicast is not
     possible."""
     hosts, port = _announced_hosts(address), split_address(address)[1]
 
@@ -76,7 +76,7 @@ async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None
 @asynccontextmanager
 async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[str], None]) -> AsyncIterator[None]:
     """Calls `found` with the addresses (HOST:PORT) at which a cluster of this id is announced, and `other` with the
-    names of clusters of other ids, each once. UsageError if multicast is not possible."""
+    names of other clusters, each once. Raises UsageError if multicast is not possible."""
     async with _multicast(_browsed()) as service:
         browser = _Browser(service.zeroconf, cluster, found, other)
         listening = AsyncServiceBrowser(service.zeroconf, [SERVICE], handlers=[browser.changed])
@@ -90,8 +90,8 @@ async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[
 
 
 class _Browser:
-    """Looks up what is announced by names with the cluster's id: other clusters may be many. Of a flood of names with
-    it, those beyond a few at once are left out."""
+    """Looks up announced names with the cluster's id alone, since other clusters may be many, and few of them at once,
+    since names may be a flood."""
 
     def __init__(
         self, zeroconf: Zeroconf, cluster: str, found: Callable[[str], None], other: Callable[[str], None]
@@ -104,7 +104,7 @@ class _Browser:
         self._look_ups = TaskSet()
 
     def changed(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-        """A handler of zeroconf, which passes its arguments by these names."""
+        """Handles a change; zeroconf passes arguments by these names."""
         del zeroconf
         if state_change is ServiceStateChange.Removed:
             return
@@ -114,7 +114,7 @@ class _Browser:
             self._look_ups.start(self._look_up(service_type, name))
 
     def _tell_of_another(self, name: str) -> None:
-        """Reports another cluster, of a few at most, for anyone may announce many."""
+        """Reports a few other clusters at most, since anyone may announce many."""
         match = _OTHER_NAME.match(name)
         if match is not None and match[1] not in self._others and len(self._others) < _MOST_OTHERS:
             self._others.add(match[1])
@@ -147,7 +147,7 @@ def _browsed() -> list[str]:
 
 
 def _announced_hosts(address: str) -> Callable[[], list[str]]:
-    """The hosts to announce, each time that they are asked for."""
+    """Returns a function that gives the hosts to announce at the time."""
     host, _ = split_address(address)
     if host in ANYWHERE:
         return _announced
@@ -163,7 +163,7 @@ def _announced_hosts(address: str) -> Callable[[], list[str]]:
 
 @asynccontextmanager
 async def _multicast(hosts: Sequence[str]) -> AsyncIterator[AsyncZeroconf]:
-    """Over the interfaces with these addresses."""
+    """Opens multicast DNS on the interfaces with these addresses."""
     try:
         service = AsyncZeroconf(interfaces=[*hosts], ip_version=_version(hosts))
     except (OSError, RuntimeError) as error:
@@ -185,7 +185,7 @@ def _version(hosts: Sequence[str]) -> IPVersion:
 async def _following(
     service: AsyncZeroconf, hosts: Callable[[], list[str]], renew: Callable[[], Awaitable[None]] | None = None
 ) -> AsyncIterator[None]:
-    """Meanwhile, the service uses the interfaces of `hosts()`, and `renew` is called when these are others."""
+    """Keeps the service on the interfaces of `hosts()`, and calls `renew` when they change."""
     tasks = TaskSet()
     tasks.start(_follow(service, hosts, renew))
     try:
@@ -217,7 +217,7 @@ async def _follow(
 
 @asynccontextmanager
 async def _ending() -> AsyncIterator[None]:
-    """What does not end in time is left to the end of the process."""
+    """Logs an end that is late, and leaves the rest to the end of the process."""
     try:
         async with deadline("the end of multicast DNS", _END_S):
             yield

@@ -12,8 +12,8 @@ _BACKLOG = 128
 
 
 def listener(host: str, port: int, cure: str) -> socket.socket:
-    """A listening TCP socket that does not block. Either host of `ANYWHERE` means all addresses, those of IPv4 and of
-    IPv6, as for gRPC. UsageError, which ends with `cure`, where the port cannot be taken."""
+    """Opens a listening TCP socket that does not block. Either host of `ANYWHERE` means all addresses, IPv4 and IPv6,
+    as for gRPC. Raises UsageError, which ends with `cure`, if the port cannot be taken."""
     is_anywhere = host in ANYWHERE and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_anywhere or ":" in host else socket.AF_INET
     try:
@@ -33,7 +33,7 @@ def listener(host: str, port: int, cure: str) -> socket.socket:
 
 
 def listening_host(opened: socket.socket) -> str:
-    """The host of a listener as this machine reaches it, also one without IPv6: 0.0.0.0 for all addresses."""
+    """Returns the host under which this machine reaches a listener, even without IPv6: 0.0.0.0 for all addresses."""
     host = str(opened.getsockname()[0])
     takes_both = host == "::" and not opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
     return ANYWHERE[0] if takes_both else host

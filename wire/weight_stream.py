@@ -28,7 +28,7 @@ class WeightsNotFoundError(ProtocolError):
 
 @dataclass(frozen=True, slots=True)
 class WeightRange:
-    """Bytes [start, end) of what has that SHA-256 (hex)."""
+    """Bytes [start, end) of the content with that SHA-256 (hex)."""
 
     content: str
     start: int
@@ -40,7 +40,7 @@ def encode_range(wanted: WeightRange) -> bytes:
 
 
 def decode_range(data: bytes) -> WeightRange:
-    """ProtocolError for what is no range."""
+    """Raises ProtocolError for bytes that are no range."""
     if len(data) != _ASKED.size:
         raise ProtocolError(f"a range of weights: {len(data)} bytes, {_ASKED.size} expected")
     content, start, end = _ASKED.unpack(data)
@@ -50,7 +50,7 @@ def decode_range(data: bytes) -> WeightRange:
 
 
 def frames_of(data: memoryview) -> Iterator[bytes]:
-    """Of a range, or of a part of one that is a multiple of FRAME_BYTES long."""
+    """Yields the frames of a range, or of a part of it that is a multiple of FRAME_BYTES long."""
     for start in range(0, len(data), FRAME_BYTES):
         yield b"".join((_BYTES, data[start : start + FRAME_BYTES]))
 
@@ -60,8 +60,8 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """The bytes in a frame; `left_bytes` of the range are due. WeightsNotFoundError where the other side has none,
-    ProtocolError where it sends other than it should."""
+    """Returns the bytes in a frame; `left_bytes` of the range are due. Raises WeightsNotFoundError if the other side
+    has none, ProtocolError for any other frame."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
             one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there"

@@ -15,21 +15,21 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.2, 5.0)
 _STAGGER_S = 0.25
-"""Between the first attempts at two addresses (RFC 8305, section 5)."""
+"""The pause between the first attempts at two addresses (RFC 8305, section 5)."""
 _LOG_EVERY_S = 60.0
 _IDLE_LOG_S = 3600.0
-"""The pause between log lines of a worker that waits for the next cluster, for days perhaps."""
+"""The pause between log lines of a worker that waits for the next cluster, perhaps for days."""
 _MOST_LOGGED = 16
 _MOST_FOUND = 64
 _FALSE_AFTER = 3
-"""So many failures of a found address, and another one may take its place."""
+"""The failures of a found address after which another one may take its place."""
 
 _Result = TypeVar("_Result")
 
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """One address, and the attempts at it that failed since a coordinator admitted this worker."""
+    """One address, and its failed attempts since a coordinator admitted this worker."""
 
     address: str
     failures: int = 0
@@ -38,18 +38,19 @@ class Place:
 
     @property
     def pause_s(self) -> float:
-        """Before the next attempt."""
+        """The pause before the next attempt."""
         return _BACKOFF.pause_s(self.failures - 1) if self.failures else 0.0
 
 
 class CoordinatorSearch:
-    """A worker's search for a coordinator, from its start on. An address that does not answer delays no other one.
-    `discovers`: further addresses may be added at any time, so that a refusal at all known ones ends nothing. `stays`:
-    no refusal ends anything, for the next coordinator may be another one."""
+    """A worker's search for a coordinator. An address that does not answer delays no other one. With `discovers`,
+    addresses may be added at any time, so a refusal at all known ones is not final. With `stays`, no refusal is final,
+    since the next coordinator may be another one."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
-        """How long a lost coordinator is waited for; None: the worker was never a member, and waits for ever."""
+        """The time that a lost coordinator has to come back; None: the worker was never a member, and waits for
+        ever."""
         self._places = [Place(address) for address in addresses]
         self._discovers = discovers
         self._stays = stays
@@ -60,8 +61,8 @@ class CoordinatorSearch:
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """The coordinator at this address has admitted the worker; it is waited for so long when it is lost. What was
-        announced elsewhere and failed is forgotten; this address may not be announced anew."""
+        """Records that the coordinator at this address has admitted the worker. Found addresses that failed are
+        dropped, except this one, which may not be announced anew."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [
@@ -77,8 +78,8 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """One that was announced. Announcements may be false: of more than a few, the first are tried, until they have
-        failed a few times."""
+        """Adds an announced address. Announcements may be false: only so many are tried, until they have failed a few
+        times."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]
@@ -88,7 +89,7 @@ class CoordinatorSearch:
         self._has_more.set()
 
     def _dropped(self, place: Place) -> bool:
-        """Whether it has failed often enough to be tried no more."""
+        """Drops the place and returns True if it has failed often enough."""
         if place.failures < _FALSE_AFTER:
             return False
         self._places.remove(place)
@@ -97,8 +98,8 @@ class CoordinatorSearch:
         return True
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
-        """The first address at which `attempt` succeeds, and its result. Raises as `failed` does; WorkerError where
-        none is reached in time."""
+        """Returns the first place at which `attempt` succeeds, and its result. Raises the errors of `failed`, and
+        WorkerError if no place is reached in time."""
         self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):
@@ -112,7 +113,7 @@ class CoordinatorSearch:
         return min(done, key=lambda task: task.exception() is not None).result()
 
     async def _first(self, attempt: Callable[[str], Awaitable[_Result]]) -> set[asyncio.Task[tuple[Place, _Result]]]:
-        """The tasks that ended first, of the places known at the beginning and of those added meanwhile."""
+        """Returns the tasks that ended first, of the places known at the beginning and of those added meanwhile."""
         while True:
             self._has_more.clear()
             new = sorted((each for each in self._places if each not in self._trying), key=lambda each: each.failures)
@@ -131,7 +132,8 @@ class CoordinatorSearch:
                 return ended
 
     def failed(self, place: Place, error: LlamaclustError) -> None:
-        """Raises the error of a worker that was never a member where no attempt at any address would change it."""
+        """Counts the failure. Raises the error if the worker was never a member and no attempt at any address would
+        change it."""
         place.failures += 1
         place.is_refused = isinstance(error, UsageError)
         now_s, self._error = asyncio.get_running_loop().time(), error
@@ -147,7 +149,6 @@ class CoordinatorSearch:
     async def _repeat(
         self, place: Place, delay_s: float, attempt: Callable[[str], Awaitable[_Result]]
     ) -> tuple[Place, _Result]:
-        """Until an attempt succeeds."""
         await asyncio.sleep(max(delay_s, place.pause_s))
         while True:
             try:
@@ -167,5 +168,5 @@ class CoordinatorSearch:
 
     @property
     def _end_s(self) -> float | None:
-        """By the clock of the event loop."""
+        """The end of the search by the event loop's clock."""
         return None if self.limit_s is None or self._begun_s is None else self._begun_s + self.limit_s

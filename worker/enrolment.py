@@ -23,20 +23,20 @@ from llamaclust.wire.security.token import JoinToken
 _CONNECT_S = 10.0
 _EXCHANGE_S = 20.0
 _STAGGER_S = 0.25
-"""Between connection attempts to the addresses of one name: a machine that is gone does not answer."""
+"""The pause between connection attempts to the addresses of one name: a machine that is gone does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """The worker's identity, and where the Coordinator service is."""
+    """The worker's identity, and the address of the Coordinator service."""
 
     identity: Identity
     reached: tuple[str, int]  # the IP address that enrolled, and the port of its service
 
 
 async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
-    """Raises UsageError where token and coordinator do not go together or it refuses, which another try will not mend;
-    WorkerError, ProtocolError or DeadlineError where it cannot be reached or breaks off."""
+    """Raises UsageError if token and coordinator do not match or the coordinator refuses, which another try will not
+    mend; WorkerError, ProtocolError or DeadlineError if it cannot be reached or breaks off."""
     where = joined_address(host, port)
     async with deadline(f"enrolling at {where}", _EXCHANGE_S):
         authority = await pinned(host, port, token, where)
@@ -57,7 +57,6 @@ async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
 
 
 async def is_open(host: str, port: int, within_s: float) -> bool:
-    """Whether the port takes connections."""
     try:
         async with asyncio.timeout(within_s):
             _, writer = await asyncio.open_connection(host, port, happy_eyeballs_delay=_STAGGER_S)
@@ -68,7 +67,7 @@ async def is_open(host: str, port: int, within_s: float) -> bool:
 
 
 async def speaks_tls(host: str, port: int) -> bool:
-    """Whether a server answers with TLS; what it shows is not verified."""
+    """True if a server answers with TLS; its certificate is not verified."""
     try:
         async with _connected(host, port, None, ""):
             return True
@@ -77,7 +76,8 @@ async def speaks_tls(host: str, port: int) -> bool:
 
 
 async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
-    """The CA certificate (DER) that the token names, as the coordinator shows it: before, nothing is told."""
+    """Returns the CA certificate (DER) that the coordinator shows and the token's hash confirms; nothing is sent
+    before."""
     async with _connected(host, port, None, "") as (reader, _):
         challenge = await _challenge(reader)
     if ca_hash(challenge.ca_certificate) != token.ca_hash:
@@ -109,7 +109,8 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
 
 
 def _context(authority: bytes | None) -> ssl.SSLContext:
-    """`authority`: the CA's certificate (DER); None: to get just that, which the token's hash vouches for."""
+    """`authority` is the CA's certificate (DER); None accepts any, to receive the CA's, which the token's hash
+    confirms."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if authority is None:
@@ -124,7 +125,7 @@ def _context(authority: bytes | None) -> ssl.SSLContext:
 
 
 def _reason(error: OSError) -> str:
-    """The system's, in whose place asyncio puts the address once more."""
+    """Returns the system's text, which asyncio replaces by the address."""
     if error.errno is not None and str(error.strerror).startswith("Connect call failed"):
         return os.strerror(error.errno)
     return error.strerror or str(error)
@@ -134,7 +135,7 @@ def _reason(error: OSError) -> str:
 async def _connected(
     host: str, port: int, authority: bytes | None, name: str
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """`name`: what the other side's certificate must say, where it is verified."""
+    """`name` is the name that the other side's certificate must have, if it is verified."""
     context, limit, where = _context(authority), enrolment.MAX_ENROLMENT_BYTES, joined_address(host, port)
     try:
         async with deadline(f"connecting to {where}", _CONNECT_S):

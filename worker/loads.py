@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 def _check_kv_disk(order: Load) -> None:
-    """UsageError where KV memory of the stage cannot be kept on disk."""
+    """Raises UsageError if KV memory of the stage cannot be kept on disk."""
     if order.limits.expert_shards > 1:
         what = "KV memory is not kept on disk where the experts of a layer are on several workers"
         raise UsageError(f"kv_disk: {what}; start this worker without it")
@@ -53,7 +53,7 @@ def _span(order: Load) -> str:
 
 
 class Loads:
-    """Of one membership. One order at a time holds the worker's `exclusive`."""
+    """Loads of one membership. One order at a time holds the worker's `exclusive`."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -63,7 +63,7 @@ class Loads:
         self._has_ended = False
 
     def end(self) -> None:
-        """Cancels loads. The service gets no further stage: its epochs are those of the next membership."""
+        """Cancels loads. The service gets no further stage of this membership's epochs."""
         self._has_ended = True
         for loading in self._loading.values():
             loading.cancel()
@@ -73,7 +73,7 @@ class Loads:
         await self._session.answer(self._loaded(order), partial(LoadFailed, order.epoch), layers)
 
     async def _loaded(self, order: Load) -> Loaded:
-        """LoadCancelledError where the epoch is unloaded meanwhile."""
+        """Raises LoadCancelledError if the epoch is unloaded meanwhile."""
         if order.epoch in self._loading:
             raise ProtocolError(f"epoch {epoch_text(order.epoch)} is being loaded already")
         loading = self._loading[order.epoch] = asyncio.create_task(self._load(order))
@@ -98,7 +98,7 @@ class Loads:
         return Unloaded(order.epoch)
 
     async def set_adapters(self, order: SetAdapters) -> AdaptersSet:
-        """Returns when the next microbatch of the stage may use them."""
+        """Returns when the next microbatch of the stage may use the adapters."""
         async with self._exclusive:
             stage = self._worker.service.stage(order.epoch)
             await self._adapt(stage.runner, order.adapters)
@@ -154,7 +154,6 @@ class Loads:
         return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
 
     def _held(self, order: Load, runner: StageRunner, links: MemberLinks | None) -> LoadedStage:
-        """The stage as it serves from now on."""
         session, name, counters = self._session, self._worker.name, self._session.counters
         if links is not None and runner.portion is not None and not runner.portion.leads:
             return FollowingStage(order.epoch, runner, counters, links, self._worker.compute.give_up)
@@ -172,14 +171,14 @@ class Loads:
         return StageStreams(order.epoch, runner, context, session.deadlines, neighbours, links)
 
     def _member_links(self, epoch: int, group: GroupOrder) -> MemberLinks:
-        """UsageError for addresses that these credentials do not allow."""
+        """Raises UsageError for addresses that these credentials do not allow."""
         session = self._session
         links = LinkOpener(group, session.credentials, self._worker.links)
         return MemberLinks(epoch, group, links, session.deadlines, self._report)
 
     async def _report(self, fault: GroupFault | PeerUnreachable) -> None:
-        """To the coordinator, if it can be reached. Another worker's fault is no error of this one, whose last error
-        would be taken for the cause of its own end."""
+        """Reports to the coordinator, if it can be reached. Another worker's fault is not logged as an error, since
+        the last error of this worker would be taken for the cause of its own end."""
         level = logging.ERROR if fault.worker == self._worker.name else logging.INFO
         whose = "" if fault.reason.startswith(f"worker {fault.worker}") else f"worker {fault.worker}: "
         _log.log(level, "epoch %s: %s%s", epoch_text(fault.epoch), whose, fault.reason)

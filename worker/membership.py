@@ -40,7 +40,7 @@ _END_S = 5.0
 
 
 class Renewal:
-    """Of the identity of one member."""
+    """Renews the certificate of one member."""
 
     def __init__(self, identity: Identity, send: Callable[[messages.RenewCertificate], Awaitable[None]]) -> None:
         self._identity = identity
@@ -49,8 +49,8 @@ class Renewal:
         self._renewed = asyncio.Event()
 
     async def run(self) -> None:
-        """Asks when two thirds of the certificate's life are over, and again where no answer came. Until the stream
-        ends."""
+        """Requests a certificate when two thirds of the old one's life are over, and again if no answer came, until
+        the stream ends."""
         from llamaclust.wire.security.certificates import NewKey
 
         with contextlib.suppress(WorkerError):  # of the stream, which its reader reports
@@ -66,7 +66,7 @@ class Renewal:
                 await asyncio.sleep(min(_AT_MOST_EVERY_S, tenth_s))
 
     def receive(self, answer: messages.CertificateRenewed | messages.RenewalFailed) -> None:
-        """ProtocolError for an answer to nothing, or of another key."""
+        """Raises ProtocolError for an answer without a request, or with another key."""
         if isinstance(answer, messages.RenewalFailed):
             _log.error("the certificate was not renewed: %s", answer.failure.message)
             return
@@ -79,7 +79,7 @@ class Renewal:
 
 
 def _retrieved(writing: asyncio.Task[None]) -> None:
-    """Takes the error of a stream that ends, which its reader reports."""
+    """Retrieves the error of a stream that ends, which its reader reports."""
     if not writing.cancelled():
         writing.exception()
 
@@ -99,7 +99,7 @@ class Member:
     async def join(
         self, coordinator: Peer, registration: messages.Register, join_s: float, *, wait_for_ready: bool = True
     ) -> None:
-        """Registers. RefusedError where the coordinator refuses, DeadlineError where it does not answer."""
+        """Raises RefusedError if the coordinator refuses, DeadlineError if it does not answer."""
         self._stream = coordinator.open(JOIN, wait_for_ready=wait_for_ready)
         async with deadline(f"joining the coordinator at {coordinator.address}", join_s):
             await self._stream.opened()
@@ -123,7 +123,7 @@ class Member:
         return self._credentials.cluster if isinstance(self._credentials, Identity) else ""
 
     def _with_terms(self, registration: messages.Register) -> messages.Register:
-        """The registration with what this process knows of coordinators, unless another authority has certified it."""
+        """Adds the terms that this process has seen, unless they are of another certificate authority."""
         terms = self._worker.terms
         if terms.last.authority != self._authority:
             return registration
@@ -132,11 +132,12 @@ class Member:
 
     @property
     def coordinator_s(self) -> float:
-        """How long to wait for a lost coordinator."""
+        """The time that a lost coordinator has to come back."""
         return self._deadlines.coordinator_s
 
     async def serve(self) -> str:
-        """Until the coordinator ends the membership; returns its reason. WorkerError where it is lost."""
+        """Serves until the coordinator ends the membership, and returns its reason. Raises WorkerError if it is
+        lost."""
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads = Loads(session)
@@ -177,7 +178,7 @@ class Member:
                 raise ProtocolError(f"the coordinator sent {type(message).__name__} to a member")
 
     async def _send_heartbeats(self, session: Session) -> None:
-        """Until the stream ends, which its reader reports."""
+        """Sends until the stream ends, which its reader reports."""
         counters, device, weights = session.counters, self._worker.device, self._worker.weights
         kv_disk, service = self._worker.kv_disk, self._worker.service
         last_ns, busy_ns = perf_counter_ns(), counters.busy_ns
@@ -216,7 +217,8 @@ class Member:
             return
 
     async def send(self, message: messages.WorkerMessage) -> None:
-        """Goes on if the caller is cancelled, such as a stage's stream that breaks: gRPC would end the membership."""
+        """Completes even if the caller is cancelled, as when a stage's stream breaks: gRPC would end the membership
+        otherwise."""
         writing = asyncio.create_task(self._write(message))
         writing.add_done_callback(_retrieved)  # its caller may be gone
         await asyncio.shield(writing)

@@ -28,7 +28,7 @@ class Route:
 
     @classmethod
     async def to(cls, host: str, port: int) -> Route:
-        """WorkerError where the host's name is not found, or has only addresses of one link."""
+        """Raises WorkerError if the host's name is not found, or has only link-local addresses."""
         loop = asyncio.get_running_loop()
         try:
             async with deadline(f"looking up {host}", _RESOLVE_S):
@@ -42,7 +42,8 @@ class Route:
         return cls(*lasting[0], port)
 
     def own_host(self) -> str:
-        """The address of this machine from which the coordinator is reached. WorkerError without a route."""
+        """Returns the address of this machine from which the coordinator is reached. Raises WorkerError without a
+        route."""
         host = source_host(self.host, self.family, self.port)
         if host is None:
             raise WorkerError(f"{self.host} cannot be reached: this machine has no route there")
@@ -51,7 +52,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class OwnAddress:
-    """The address at which a worker listens, and the one that it tells other members, for the route to one
+    """The address at which a worker listens, and the one that it advertises to other members, for the route to one
     coordinator."""
 
     listen: str
@@ -61,7 +62,7 @@ class OwnAddress:
 
     @classmethod
     async def find(cls, settings: WorkerSettings, coordinator: str) -> OwnAddress:
-        """WorkerError where the coordinator (HOST:PORT) cannot be reached."""
+        """Raises WorkerError if the coordinator (HOST:PORT) cannot be reached."""
         route = await Route.to(*split_address(coordinator))
         own_host = route.own_host()
         own = joined_address(own_host, 0)
@@ -71,18 +72,18 @@ class OwnAddress:
         return cls(settings.listen or own, advertised, route, own_host if decides else None)
 
     def at_port(self, port: int) -> str:
-        """HOST:PORT for the other members. UsageError for an advertised address that is none."""
+        """Returns HOST:PORT for the other members. Raises UsageError for an advertised address that is none."""
         has_port = ":" in self.advertised.rpartition("]")[2]
         address = self.advertised if has_port else f"{self.advertised}:{port}"
         split_address(address)
         return address
 
     def at_link_port(self, port: int) -> str:
-        """HOST:PORT for the links of other members: address translation keeps this port."""
+        """Returns HOST:PORT for the links of other members, with `port` as it is: address translation must keep it."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:
-        """Returns when the coordinator has been reached from another address than this one for some seconds."""
+        """Returns an error once the coordinator has been reached from another address for some seconds."""
         now, looks = self.own_host, 0
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -92,8 +93,7 @@ class OwnAddress:
                 return WorkerError(f"this machine's address is {now} now; it was {self.own_host}")
 
     def _host_now(self) -> str | None:
-        """Returns this machine's address on the route now; without a route, or if nothing depends on it, it stays as it
-        is."""
+        """Returns this machine's address on the route now; the old one without a route, or if nothing depends on it."""
         found = source_host(self.route.host, self.route.family, self.route.port)
         return self.own_host if self.own_host is None or found is None else found
 

@@ -16,16 +16,17 @@ _PERIOD_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Of a member that holds layers and loads none, or is idle: evictions that wait for it wait for layers."""
+    """Shows a member as ready if it is idle, or holds layers and loads none: evictions that wait for readiness wait
+    for layers."""
 
     file: Path | None = None  # None: not wanted
 
     def __post_init__(self) -> None:
-        """A process that was killed may have left the file."""
+        """Removes the file that a killed process may have left."""
         self._show(False)
 
     async def follow(self, exclusive: asyncio.Lock, service: StageService) -> None:
-        """While there is a membership; loads and measurements hold `exclusive`."""
+        """Updates the file during a membership; loads and measurements hold `exclusive`."""
         if self.file is None:
             return
         busy_at = monotonic()

@@ -24,7 +24,7 @@ SettingAdapters = Callable[[weights.SetAdapters], Awaitable[weights.AdaptersSet]
 
 
 class Requests:
-    """Of one membership. What uses the machine by itself holds the worker's `exclusive`, as loads do."""
+    """Requests of one membership. Those that need the machine alone hold the worker's `exclusive`, as loads do."""
 
     def __init__(self, session: Session, set_adapters: SettingAdapters) -> None:
         self._session = session
@@ -62,7 +62,7 @@ class Requests:
         return await worker.kv_disk.answer(request, worker.service.stage(request.epoch).runner)
 
     async def _profile_in_thread(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
-        """Where this is cancelled, it returns when the thread has ended: another one would be measured beside it."""
+        """Returns, if cancelled, when the thread has ended: another measurement would run beside it."""
         measuring = asyncio.ensure_future(asyncio.to_thread(self._profile, request))
         try:
             return await asyncio.shield(measuring)
@@ -71,7 +71,7 @@ class Requests:
             raise
 
     def _profile(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
-        """Where the model's file is missing, without its steps."""
+        """Omits the model's steps if its file is missing."""
         worker, before_bytes = self._session.worker, resident_bytes()
         try:
             path = request.model_path
@@ -105,7 +105,7 @@ class Requests:
         return replace(await progress.during(finding, progressed, _REPORT_S), request_id=request.request_id)
 
     async def _probe(self, request: messages.ProbePeer) -> messages.ProbeResult:
-        """On a connection of its own: that of a stage may outlast the link, or be broken."""
+        """Probes on a connection of its own: that of a stage may outlast the link, or be broken."""
         peer = self._session.peer(request.address, request.worker)
         reason = ""
         try:

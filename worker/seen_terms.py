@@ -37,8 +37,8 @@ class SeenTerms:
         return self._largest.get(self.last, SeenTerm())
 
     def enter(self, cluster: ClusterKey, term: int, proof: TermProof) -> None:
-        """A coordinator of this term admits the worker. WorkerError for a smaller term than one seen before, and for
-        another cluster while a coordinator is awaited."""
+        """Records that a coordinator of this term admits the worker. Raises WorkerError for a smaller term than one
+        seen before, and for another cluster while a coordinator is awaited."""
         if self.is_awaited and cluster != self.last:
             raise WorkerError(f"a coordinator of cluster {self.last.name!r} is awaited, not one of {cluster.name!r}")
         self.last = cluster  # its coordinator is told the term at the next attempt where this one is superseded
@@ -46,7 +46,7 @@ class SeenTerms:
         self.is_awaited = True
 
     def see(self, term: int, proof: TermProof | None = None) -> None:
-        """The coordinator of the last cluster has this term. WorkerError for a smaller one than before."""
+        """Records the term of the last cluster's coordinator. Raises WorkerError for a smaller one than before."""
         largest = self.largest
         if term < largest.value:
             seen = f"this worker has seen a newer one (term {largest.value})"
@@ -58,11 +58,12 @@ class SeenTerms:
             del self._largest[next(iter(self._largest))]
 
     def give_up(self) -> None:
-        """The coordinator has not come back: one of any cluster may admit the worker. A superseded one is still
-        refused."""
+        """Lets a coordinator of any cluster admit the worker, since the last one has not come back. A superseded one
+        is still refused."""
         self.is_awaited = False
 
     def end(self) -> None:
-        """The coordinator has ended the cluster: one of its name counts its own terms from now on."""
+        """Forgets the terms of the last cluster, which its coordinator has ended: the next one of that name counts its
+        own."""
         self.is_awaited = False
         self._largest.pop(self.last, None)

@@ -40,7 +40,7 @@ class StageService:
 
     @property
     def holds_layers(self) -> bool:
-        """Of any epoch; kept ones do not count."""
+        """True if a stage of any epoch is there; kept ones do not count."""
         return bool(self._stages)
 
     def __contains__(self, epoch: int) -> bool:
@@ -51,7 +51,6 @@ class StageService:
         self._stages[streams.epoch] = streams
 
     async def remove(self, epoch: int) -> None:
-        """Frees the stage of an epoch, if it is there."""
         streams = self._stages.pop(epoch, None)
         if streams is not None:
             await self._close(streams)
@@ -62,13 +61,12 @@ class StageService:
 
     @property
     def experts_cache(self) -> CacheCounts:
-        """Of all stages since the worker's start."""
+        """Counts of all stages since the worker's start."""
         there = (*self._stages.values(), *self._kept)
         return sum((streams.runner.experts_cache for streams in there), self._ended)
 
     @property
     def progress(self) -> tuple[StageProgress, ...]:
-        """The progress of all stages."""
         return tuple(streams.progress for streams in self._stages.values())
 
     @property
@@ -77,28 +75,28 @@ class StageService:
         return max((streams.computing_s for streams in self._stages.values()), default=0.0)
 
     def stage(self, epoch: int) -> LoadedStage:
-        """WorkerError where no stage of the epoch is there."""
+        """Raises WorkerError if no stage of the epoch is there."""
         if (stage := self._stages.get(epoch)) is None:
             raise WorkerError(f"worker {self._worker} holds no stage for epoch {epoch_text(epoch)}")
         return stage
 
     def keep(self) -> None:
-        """The coordinator is gone, and with it all epochs and the links of their groups; what is loaded waits for a
-        load that wants the same."""
+        """Ends all epochs and their groups' links, since the coordinator is gone; loaded stages wait for a load that
+        wants the same."""
         for stage in self._stages.values():
             stage.close_links()
         self._kept += self._stages.values()
         self._stages.clear()
 
     async def free(self) -> None:
-        """Frees the stages of all models, also kept ones."""
+        """Frees the stages of all models, kept ones too."""
         self.keep()
         while self._kept:
             await self._close(self._kept.pop())
 
     @property
     def kept_bytes(self) -> Counter[str]:
-        """By device."""
+        """Memory of kept stages by device."""
         return sum((Counter(streams.runner.device_bytes) for streams in self._kept), Counter())
 
     @property
@@ -106,8 +104,8 @@ class StageService:
         return bool(self._kept)
 
     async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
-        """A kept stage's weights and KV memory, where they are what `order` wants; the other ones are freed.
-        `file_version`: of the model's file now; None: it is gone."""
+        """Returns a kept stage's weights and KV memory if they fit `order`, and frees all other kept stages.
+        `file_version` is that of the model's file now; None if the file is gone."""
         runner = None
         while self._kept:
             streams = self._kept.pop()
@@ -118,7 +116,7 @@ class StageService:
         return runner
 
     async def clear(self, model_id: str) -> list[object]:
-        """Frees all stages of a model but kept ones. What this returns keeps the weights of all of them in memory."""
+        """Frees all stages of a model but kept ones. The returned list keeps the weights of all of them in memory."""
         freed = {epoch: streams for epoch, streams in self._stages.items() if streams.runner.model_id == model_id}
         weights = [streams.runner.weights for streams in (*freed.values(), *self._kept)]
         for epoch in freed:
@@ -126,7 +124,7 @@ class StageService:
         return weights
 
     def _handler(self, serve: Callable[[StageStreams, ServerStream], Awaitable[None]]) -> Handler:
-        """Of streams for the stage of an epoch."""
+        """Returns the handler of streams for the stage of an epoch."""
 
         async def handle(stream: ServerStream) -> None:
             streams = self._stages.get(stream.epoch)
@@ -145,7 +143,7 @@ _BLOCK_COUNTS = ("kv_blocks", "window_blocks", "state_blocks")
 
 
 def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
-    """Whether a stage can do what an order wants of one: more KV blocks than asked for do no harm."""
+    """True if a stage fits an order: it may have more KV blocks than requested."""
     same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
     same_portion = held.portion == portion_of(order)
     has, asked = held.limits, order.limits

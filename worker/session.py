@@ -1,4 +1,4 @@
-"""What the parts of a membership share: the way to the coordinator and to other workers."""
+"""The state that parts of a membership share, with the ways to the coordinator and to other workers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Session:
     async def answer(
         self, work: Awaitable[WorkerMessage], failed: Callable[[Failure], WorkerMessage], what: str
     ) -> None:
-        """Sends what `work` returns, or its failure. The end of a process without its device answers everything."""
+        """Sends the result of `work`, or its failure. A lost device is not answered: it ends the process."""
         try:
             answer = await work
         except Exception as error:  # noqa: BLE001  a border: the answer reports it, the worker stays
@@ -50,12 +50,11 @@ class Session:
         await self.send(answer)
 
     def peer(self, address: str, worker: str | None) -> Peer:
-        """Another worker, which must show this name where one is given."""
+        """Returns another worker, which must show this name if it is given."""
         principal = None if worker is None else Principal(worker)
         return Peer(address, self.credentials, principal, self.deadlines.peer_s)
 
     def source(self, source: WeightSource) -> Peer:
-        """A process that may have weights."""
         if source.worker is None:
             return Peer(self.coordinator, self.credentials, COORDINATOR, self.deadlines.peer_s)
         return self.peer(source.address, source.worker)

@@ -12,12 +12,11 @@ from llamaclust.core.logs import LogFormat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """`parent_pid`: the process with which this one ends, for workers that a launcher on this machine started.
+    """Settings of one worker. It ends with the process `parent_pid`, if a launcher on this machine started it.
 
-    A `static` worker enrols: `join` is the enrolment address then, and the token a join token. Without any token it is
-    insecure. `standbys` are the enrolment addresses of further coordinators of the same cluster.
-    One that discovers may have no `join`.
-    """
+    A `static` worker enrols: `join` is then the enrolment address, and the token a join token. Without any token it is
+    insecure. `standbys` are the enrolment addresses of further coordinators of the same cluster. A worker that
+    discovers may have no `join`."""
 
     name: str
     join: str = ""  # gRPC target of the coordinator; set when a launcher knows it
@@ -54,7 +53,7 @@ class WorkerSettings:
     gpu_memory_bytes: int | None = None  # cap on what is taken of each GPU; None: what is free there
 
     def to_json(self) -> str:
-        """With the token: for a pipe, not for a log."""
+        """Includes the token: for a pipe, not for a log."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod
@@ -64,7 +63,7 @@ class WorkerSettings:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """JSON has no paths, no tuples and no enums."""
+    """Restores paths, tuples and enums, which JSON lacks."""
     if get_origin(hint) is tuple:
         return tuple(value)
     for kind in (Path, LogFormat):

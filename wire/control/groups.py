@@ -12,8 +12,6 @@ from llamaclust.core.limits import GROUP_ID_BYTES, MAX_GROUP_MEMBERS, MAX_SHARE
 
 @dataclass(frozen=True, slots=True)
 class GroupMember:
-    """A worker of a group, where it accepts links, and its part of the output rows relative to the others'."""
-
     worker: WorkerName
     address: Address
     share: Annotated[int, Integer(1, MAX_SHARE)] = 1
@@ -21,7 +19,7 @@ class GroupMember:
 
 @dataclass(frozen=True, slots=True)
 class GroupOrder:
-    """The workers that hold a stage together. The first one leads: the stage's streams are its."""
+    """The workers that hold a stage together. The first one leads: it has the stage's streams."""
 
     group_id: bytes  # random, known to the members alone
     members: Annotated[tuple[GroupMember, ...], Size(2, MAX_GROUP_MEMBERS)]
@@ -44,12 +42,12 @@ _Seconds = Annotated[float, Real(0.0, 1e9)]
 
 @dataclass(frozen=True, slots=True)
 class GroupCounters:
-    """What a member of a group has done over its links in an epoch."""
+    """Counters of a group's member over its links in an epoch."""
 
     gathers: int = 0
     waited_s: _Seconds = 0.0  # that gathers have waited for the rows of others
     waited_for_s: Annotated[tuple[_Seconds, ...], Size(0, MAX_GROUP_MEMBERS)] = ()
-    """The same by member: a wait counts for the one that was ready last."""
+    """The part of `waited_s` by member: a wait counts for the member that was ready last."""
     sent_bytes: int = 0  # between the members, with headers
     received_bytes: int = 0
     one_row_steps: int = 0  # microbatches of one row
@@ -61,10 +59,8 @@ FAULTS = ("late", "closed", "wrong", "failed")
 
 @dataclass(frozen=True, slots=True)
 class GroupFault:
-    """A member of a group has given an epoch up.
-
-    `kind`: another member was late, closed the link or sent what it may not; or this one failed by itself.
-    """
+    """The report of a member that has given an epoch up: another member was late, closed the link or broke the
+    protocol, or this member failed by itself (`kind`)."""
 
     epoch: Annotated[int, Integer(0, UINT64 - 1)]
     worker: WorkerName  # at fault, as far as the member knows

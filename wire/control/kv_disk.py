@@ -12,7 +12,6 @@ from llamaclust.core.limits import MAX_KV_BLOCKS
 
 KEY_BYTES = 32
 MAX_KEYS = 4096
-"""Of one request."""
 
 _Epoch = Annotated[int, Integer(0, UINT64 - 1)]
 _Keys = Annotated[bytes, Size(KEY_BYTES, MAX_KEYS * KEY_BYTES)]
@@ -20,12 +19,11 @@ _Blocks = Annotated[tuple[Annotated[int, Integer(0, MAX_KV_BLOCKS - 1)], ...], S
 
 
 def joined(keys: Sequence[bytes]) -> bytes:
-    """Keys as they travel."""
     return b"".join(keys)
 
 
 def split_keys(keys: bytes) -> list[bytes]:
-    """ProtocolError where the last one is incomplete."""
+    """Raises ProtocolError if the last key is incomplete."""
     if len(keys) % KEY_BYTES:
         raise ProtocolError(f"keys of {len(keys)} bytes, each has {KEY_BYTES}")
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
@@ -33,7 +31,7 @@ def split_keys(keys: bytes) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class FindKv:
-    """Request: how many of these blocks are on disk, from the first one on."""
+    """The request to count the blocks that are on disk, up to the first that is missing."""
 
     epoch: _Epoch
     keys: _Keys
@@ -42,7 +40,7 @@ class FindKv:
 
 @dataclass(frozen=True, slots=True)
 class RestoreKv:
-    """Request: read blocks from disk, in order, up to the first that is missing or damaged."""
+    """The request to read blocks from disk, in order, up to the first that is missing or damaged."""
 
     epoch: _Epoch
     keys: _Keys
@@ -56,8 +54,8 @@ class RestoreKv:
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """Request: write blocks to disk. `keys` are of a sequence's first blocks, `blocks` belong to the last of them;
-    those of the keys before are not deleted for them."""
+    """The request to write blocks to disk. `keys` are of a sequence's first blocks, `blocks` belong to the last of
+    `keys`; blocks of the keys before are not deleted to make space."""
 
     epoch: _Epoch
     keys: _Keys
@@ -71,7 +69,7 @@ class SaveKv:
 
 @dataclass(frozen=True, slots=True)
 class KvDone:
-    """How many blocks, from the first one on: found, read, or now on disk."""
+    """The number of blocks, from the first one on, that were found, read, or are now on disk."""
 
     blocks: Annotated[int, Integer(0, MAX_KEYS)]
     request_id: int = 0

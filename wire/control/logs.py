@@ -14,8 +14,6 @@ _MAX_BYTES = 1 << 17  # of all lines as UTF-8: little else is in such a message
 
 @dataclass(frozen=True, slots=True)
 class GetLog:
-    """Request: the last lines of the log."""
-
     request_id: int = 0
 
 
@@ -29,7 +27,7 @@ class LogTail:
 
     @classmethod
     def bounded(cls, lines: tuple[str, ...], before: int, request_id: int = 0) -> LogTail:
-        """The last of these lines that fit into a message."""
+        """Keeps the last of these lines that fit into a message."""
         kept: list[str] = []
         left = _MAX_BYTES
         for line in map(_Line.fit, reversed(lines[-_MAX_LINES:])):

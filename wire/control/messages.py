@@ -53,7 +53,7 @@ _Timeout = Annotated[float, Real(0.01, 86400.0)]
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """Identity and facts of a worker; the first message of a membership."""
+    """The first message of a membership."""
 
     name: WorkerName
     pid: int
@@ -83,8 +83,6 @@ class Register:
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """Intervals and timeouts of a worker, in seconds."""
-
     heartbeat_s: _Timeout = 1.0  # between heartbeats
     sampling_inputs_s: _Timeout = 30.0  # a last stage waits so long for a microbatch's sampling inputs
     forward_s: _Timeout = 30.0  # a stage waits so long for the next one to connect or to take a frame
@@ -94,7 +92,7 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The worker is a member. Again where the coordinator's term grows."""
+    """The answer to Register; it comes again when the coordinator's term grows."""
 
     deadlines: Deadlines
     protocol_version: int = PROTOCOL_VERSION
@@ -105,14 +103,14 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The worker is not a member; the stream ends."""
+    """The answer to Register that ends the stream."""
 
     reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error as it crosses the wire: its class in llamaclust.core.errors and one line."""
+    """An error's class in llamaclust.core.errors and its text in one line."""
 
     kind: Annotated[str, Line(64)]
     message: Reason
@@ -120,15 +118,13 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class RequestFailed:
-    """Answer to any request of the coordinator that did not succeed."""
-
     failure: Failure
     request_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Load layers [start, end) as the stage of an epoch."""
+    """The order to load layers [start, end) as the stage of an epoch."""
 
     epoch: Annotated[int, Integer(0, UINT64 - 1)]
     model_path: ModelPath
@@ -161,8 +157,6 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """Weight bytes loaded so far."""
-
     epoch: int
     done_bytes: int
     total_bytes: int
@@ -184,7 +178,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
-    """Nothing of the load is kept."""
+    """The failure of a load, of which nothing is kept."""
 
     epoch: int
     failure: Failure
@@ -192,21 +186,19 @@ class LoadFailed:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """Free weights and KV memory of an epoch's stage. A load of it that is under way is cancelled."""
+    """The order to free weights and KV memory of an epoch's stage, or to cancel its load."""
 
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class Unloaded:
-    """They are freed."""
-
     epoch: int
 
 
 @dataclass(frozen=True, slots=True)
 class UnloadFailed:
-    """The epoch's stage serves no more; its memory may not be free."""
+    """The failure of an unload: the stage serves no more, and its memory may not be free."""
 
     epoch: int
     failure: Failure
@@ -214,8 +206,6 @@ class UnloadFailed:
 
 @dataclass(frozen=True, slots=True)
 class StageProgress:
-    """How far a stage is."""
-
     epoch: int
     received: int  # microbatches
     sent: int = 0  # of these, their answers, at least in part
@@ -225,7 +215,7 @@ class StageProgress:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """State of a worker; counters since its start."""
+    """State of a worker, with counters since its start."""
 
     busy: Annotated[float, Real(0.0, 1.0)]  # share of the last interval spent computing
     microbatches: int
@@ -251,15 +241,13 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """The cluster ends."""
+    """The end of the cluster."""
 
     reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
 class RenewCertificate:
-    """A new certificate is needed before the old one expires."""
-
     certificate_request: bytes  # DER
 
 
@@ -272,14 +260,14 @@ class CertificateRenewed:
 
 @dataclass(frozen=True, slots=True)
 class RenewalFailed:
-    """The certificate request was not signed."""
+    """The answer to a certificate request that was not signed."""
 
     failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
 class PeerUnreachable:
-    """A stage's connection to another worker's broke, stands still, or cannot be made."""
+    """The report that a stage's connection to another worker's stage broke, stands still, or cannot be made."""
 
     epoch: int
     worker: WorkerName
@@ -288,7 +276,7 @@ class PeerUnreachable:
 
 @dataclass(frozen=True, slots=True)
 class ProbePeer:
-    """Request: check whether another worker can be reached."""
+    """The request to check that another worker can be reached."""
 
     worker: WorkerName
     address: Address  # of its Stage service
@@ -298,8 +286,6 @@ class ProbePeer:
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """Whether it answered."""
-
     worker: WorkerName
     reason: Reason = ""  # why it cannot be reached
     request_id: int = 0
@@ -329,7 +315,7 @@ WorkerMessage = (
 WorkerRequest = (
     ProfileWorker | ProfileLinks | FindWeights | ProbePeer | GetLog | FindKv | RestoreKv | SaveKv | SetAdapters
 )
-"""The coordinator numbers them from 1; the answer has the same `request_id`."""
+"""The coordinator numbers requests from 1; the answer has the same `request_id`."""
 CoordinatorMessage = (
     Admitted
     | Rejected

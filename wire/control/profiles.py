@@ -22,12 +22,13 @@ from llamaclust.core.profile import Profile
 Permit = Annotated[str, Line(MAX_PERMIT)]
 
 QuantTypes = Annotated[tuple[Annotated[int, Integer(0, 255)], ...], Size(0, 256)]
-"""ggml's numbers."""
+"""Numbers of ggml's types."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileWorker:
-    """Request: measure the machine and products with weights of these types; with a model, also steps of its layers."""
+    """The request to measure the machine and products with weights of these types, and with a model steps of its
+    layers."""
 
     model_path: ModelPath | None = None
     model_id: ModelId = ""
@@ -37,7 +38,8 @@ class ProfileWorker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProfile:
-    """Answer: without step times where the model's file or memory is missing, without products where memory is."""
+    """The answer to ProfileWorker: without step times if the model's file or memory is missing, without products if
+    memory is."""
 
     profile: Profile
     request_id: int = 0
@@ -46,8 +48,6 @@ class WorkerProfile:
 
 @dataclass(frozen=True, slots=True)
 class LinkEnd:
-    """Another worker, to which a link is measured."""
-
     worker: WorkerName
     address: Address  # of its Stage service
     permit: Permit = ""  # the coordinator's, for this link
@@ -56,7 +56,7 @@ class LinkEnd:
 
 @dataclass(frozen=True, slots=True)
 class ProfileLinks:
-    """Request: measure the links to other workers, one after the other."""
+    """The request to measure the links to other workers, one after the other."""
 
     ends: Annotated[tuple[LinkEnd, ...], Size(0, 1 << 12)]
     request_id: int = 0
@@ -64,7 +64,7 @@ class ProfileLinks:
 
 @dataclass(frozen=True, slots=True)
 class LinkProfile:
-    """Of a link, as its caller sees it."""
+    """Figures of a link, as its caller sees it."""
 
     round_trip_s: Annotated[float, Real(0.0, 86400.0)]  # of a token's hidden state and a short answer
     bytes_s: Annotated[float, Real(1e-3, 1e18)]  # of a stream of large messages
@@ -73,7 +73,7 @@ class LinkProfile:
 
 @dataclass(frozen=True, slots=True)
 class LinkProfiles:
-    """In the order of the request."""
+    """The answer to ProfileLinks, in the order of its `ends`."""
 
     links: Annotated[tuple[LinkProfile, ...], Size(0, 1 << 12)]
     request_id: int = 0

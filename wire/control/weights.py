@@ -11,7 +11,8 @@ from llamaclust.core.limits import MAX_ADAPTERS
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """A worker that may have weights, or the coordinator, which is asked where the worker has joined it."""
+    """A worker that may have weights, or the coordinator, which is reached at the address where the worker has joined
+    it."""
 
     address: Address = ""
     worker: WorkerName | None = None  # None: the coordinator
@@ -19,7 +20,7 @@ class WeightSource:
 
 @dataclass(frozen=True, slots=True)
 class WeightSources:
-    """The bytes that a model has, and where a worker without a file of these bytes gets its layers."""
+    """The digest of a model's bytes, and sources for a worker without a file of these bytes."""
 
     manifest: Digest
     manifest_bytes: Annotated[int, Integer(1, 1 << 26)]
@@ -28,7 +29,7 @@ class WeightSources:
 
 @dataclass(frozen=True, slots=True)
 class AddWeightSource:
-    """Running loads that fetch weights of this manifest may also fetch from this worker, at its new address."""
+    """The order to let running loads that fetch weights of this manifest fetch from this worker at its new address."""
 
     manifest: Digest
     source: WeightSource
@@ -36,7 +37,7 @@ class AddWeightSource:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """An adapter of LoRA, of which a stage has its layers."""
+    """A LoRA adapter, of which a stage has its layers."""
 
     number: Annotated[int, Integer(0, MAX_ADAPTERS - 1)]
     path: ModelPath  # on the coordinator's machine
@@ -49,7 +50,7 @@ AdapterFiles = Annotated[tuple[AdapterFile, ...], Size(0, MAX_ADAPTERS)]
 
 @dataclass(frozen=True, slots=True)
 class FindWeights:
-    """Request: look for the weights of a model, or of one of its adapters."""
+    """The request to look for the weights of a model, or of one of its adapters."""
 
     model_path: ModelPath
     model_id: ModelId
@@ -59,18 +60,17 @@ class FindWeights:
 
     @property
     def file_id(self) -> str:
-        """The identity of the file that is looked for."""
         return self.model_id if self.adapter is None else self.adapter.adapter_id
 
     @property
     def path(self) -> str:
-        """Where the coordinator has it."""
+        """The path on the coordinator's machine."""
         return self.model_path if self.adapter is None else self.adapter.path
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsFound:
-    """What a worker has of a model."""
+    """Parts of a model or adapter that a worker has."""
 
     has_file: bool
     manifest: Digest | None = None  # of what it has; None: nothing
@@ -85,7 +85,7 @@ class WeightsFound:
 
 @dataclass(frozen=True, slots=True)
 class FindWeightsProgress:
-    """Bytes of the model's file read so far for a manifest."""
+    """Bytes of the model's file that were read so far for its manifest."""
 
     done_bytes: int
     total_bytes: int
@@ -96,7 +96,7 @@ class FindWeightsProgress:
 
 @dataclass(frozen=True, slots=True)
 class SetAdapters:
-    """Request: a loaded stage has these adapters from now on, and no others."""
+    """The request to replace a loaded stage's adapters by these."""
 
     epoch: int
     adapters: AdapterFiles = ()
@@ -105,7 +105,7 @@ class SetAdapters:
 
 @dataclass(frozen=True, slots=True)
 class AdaptersSet:
-    """Memory of the stage, whose rows may use them."""
+    """Memory of the stage, whose rows may use the new adapters."""
 
     weight_bytes: int
     workspace_bytes: int

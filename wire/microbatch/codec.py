@@ -36,7 +36,6 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
 
 
 def _has_more(chunk: Chunk) -> bool:
-    """True for a chunk with what most chunks lack."""
     return (
         chunk.depends_on is not None
         or chunk.next_token is not None
@@ -72,7 +71,6 @@ def _add_sections(chunks: tuple[Chunk, ...], message: microbatch_proto.Microbatc
 
 
 def int32(records: Iterable[Iterable[int]]) -> bytes:
-    """Records of an array, one after the other."""
     return array("i", chain.from_iterable(records)).tobytes()
 
 

@@ -16,7 +16,7 @@ from llamaclust.wire.microbatch.matchers import starts_out
 from llamaclust.wire.microbatch.messages import SamplingInputs
 
 PREPARE_MATCHERS: Final = b""
-"""The message that answers with a matcher are about to come, in place of sampling inputs. It is empty and belongs to no
+"""The message that announces answers with a matcher, in place of sampling inputs. It is empty and belongs to no
 epoch."""
 
 _TASK = Struct("<iiQIIIIiiIIII")
@@ -45,7 +45,8 @@ def encode_inputs(inputs: SamplingInputs) -> bytes:
 
 
 class _Tasks:
-    """The arrays of a message. What several rows share is written once: parameters, and lists of tokens by identity."""
+    """The arrays of a message. Parameters and, by identity, lists of tokens that several rows share are written
+    once."""
 
     def __init__(self) -> None:
         self.params: dict[bytes, int] = {}
@@ -84,7 +85,7 @@ class _Tasks:
 
 @lru_cache(_PARAMS_KEPT)
 def _params_bytes(params: SamplingParams) -> bytes:
-    """Made once, since a sequence brings the same ones with every token."""
+    """Caches the bytes, since a sequence has the same parameters with every token."""
     return sampling_proto.SamplingParams(
         logit_bias_tokens=int32((token,) for token, _ in params.logit_bias),
         logit_biases=array("f", [bias for _, bias in params.logit_bias]).tobytes(),

@@ -57,7 +57,7 @@ def starts_out(starts: Iterable[MatcherStart]) -> sampling_proto.MatcherStarts:
 
 
 def starts_in(data: bytes) -> tuple[MatcherStart, ...]:
-    """ProtocolError for one out of bounds, or whose grammar is not in the message."""
+    """Raises ProtocolError for a start out of bounds, or whose grammar is not in the message."""
     message = read(_Starts, parse(sampling_proto.MatcherStarts, data, MAX_INPUTS_BYTES))
     grammars = [Grammar(each.definition, each.triggers) for each in message.grammars]
     found = []

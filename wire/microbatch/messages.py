@@ -10,18 +10,17 @@ from llamaclust.core.sampling import MatcherStart, RowResult, RowTask
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some consecutive tokens of one sequence to compute now: one in decode, more in prefill.
+    """Consecutive tokens of one sequence to compute now: one in decode, more in prefill.
 
-    tokens[i] stands at `position` + i and is stored there in KV memory, which `table` maps in order: position p lives
-    in the table's block p // 16. The table is written as runs of consecutive ids, (start, count, start, count, ...).
-    The last `outputs` rows are sampled or scored. If it `depends_on` a row, its only token is the one sampled there,
-    unknown when it was sent; then tokens is (0,). Where layers with a window have KV blocks of their own,
-    `window_table` has those from the table's block number `window_start` to the last token's, in the same manner.
-    The result has the normed hidden state of the `embedded` rows [first, end) of the chunk. Its rows are computed with
-    these adapters of LoRA. An MTP head reads `next_token`, the one behind the last where it is known, and drafts so
-    many tokens behind the one that the last row that counts chooses. `checked`: the microbatch fails at the first stage
-    where the chunk's hidden state is not finite, which it was not before.
-    """
+    tokens[i] stands at `position` + i. `table` maps positions to KV blocks of 16 tokens, as runs of consecutive ids
+    (start, count, start, count, ...); position p lies in the table's block p
+
+    16. The last `outputs` rows are sampled or scored. With `depends_on` the only token is the one sampled at that row,
+    unknown when the chunk is sent; tokens is then (0,). `window_table` has the KV blocks of layers with a sliding
+    window that have their own, from the table's block number `window_start` on. The result has the normed hidden state
+    of the `embedded` rows [first, end) of the chunk. An MTP head reads `next_token`, the one behind the last where it
+    is known, and drafts `drafts` tokens behind the token that the last row with logits chooses. With `checked` the
+    microbatch fails at the first stage whose hidden state of the chunk is not finite."""
 
     tokens: tuple[int, ...]
     position: int
@@ -63,10 +62,8 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """What the last stage does with the output rows of microbatch (epoch, number), one task a row, in row order.
-
-    Before that it forgets the matchers of answers that `released` names. Of `starts` it makes matchers meanwhile.
-    """
+    """The last stage's tasks for microbatch (epoch, number), one per output row, in row order. The stage first drops
+    the matchers named in `released`; it makes those of `starts` meanwhile."""
 
     epoch: int
     number: int
@@ -77,7 +74,7 @@ class SamplingInputs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """Sent by the last stage to the first: tokens of a microbatch's output rows, for chunks that depend on them."""
+    """Tokens of a microbatch's output rows, which the last stage sends to the first for chunks that depend on them."""
 
     number: int
     tokens: tuple[int, ...]  # 0 for a row without an answer; none where the microbatch failed
@@ -85,7 +82,7 @@ class SampledTokens:
 
 @dataclass(frozen=True, slots=True)
 class StageTiming:
-    """What one stage did for one microbatch, in nanoseconds of that worker's monotonic clock."""
+    """Times of one stage for one microbatch, in nanoseconds of that worker's monotonic clock."""
 
     queue_ns: int  # received, with the tokens it follows, until started
     compute_ns: int

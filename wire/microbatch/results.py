@@ -87,7 +87,7 @@ def _rows(message: sampling_proto.Result) -> list[RowResult]:
 
 
 def _tops(message: sampling_proto.Result, rows: int) -> list[Sequence[tuple[int, float]]]:
-    """The likeliest tokens of each row: checked together, since a result may have thousands."""
+    """Checks the likeliest tokens of all rows together, since a result may have thousands."""
     pairs, counts = message.top_logprobs, _numbers("top_counts", message.top_counts, _INT)
     bounded("top_counts", len(counts), rows, rows)
     bounded("top_logprobs", min(counts), 0, limits.MAX_TOP_LOGPROBS)
@@ -119,7 +119,6 @@ def _add_unanswered(message: sampling_proto.Result, rows: list[RowResult]) -> No
 
 
 def _following(message: sampling_proto.Result) -> dict[int, dict[str, Any]]:
-    """Tokens that must or may follow rows' tokens."""
     tokens, at = _numbers("following tokens", message.following_tokens, _INT), 0
     _check_tokens(tokens, 0)
     changes: dict[int, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Caches as they are between two tokens of a cluster: other processes have read weights meanwhile."""
+"""Caches as a cluster leaves them between two tokens: other processes have read weights meanwhile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REST_S = 0.0005  # threads that spin for work sleep by then
 
 
 def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
-    """As Linux tells of the first core; at least BYTES, and no more than a sweep can read in passing."""
+    """Returns the largest cache of the first core, as Linux lists it, bounded by BYTES and `_MOST_BYTES`."""
     sizes = [BYTES]
     for size in levels.glob("index*/size"):
         with suppress(OSError, ValueError):
@@ -36,7 +36,7 @@ class CacheFlush:
 
     @classmethod
     def shared(cls) -> CacheFlush:
-        """The one of this process, while any measurement uses it."""
+        """Returns the instance of this process, which lives while any measurement uses it."""
         with cls._making:
             if (there := cls._shared.get(BYTES)) is None:
                 there = cls._shared[BYTES] = cls()
@@ -51,7 +51,7 @@ class CacheFlush:
         sleep(_REST_S)
 
     async def sweep_in_turns(self) -> None:
-        """The same by an event loop's own core; others have turns in between."""
+        """Sweeps on the event loop's thread, with turns for other tasks in between."""
         for piece in np.array_split(self._memory, self._memory.nbytes // _TURN_BYTES):
             piece.max()
             await asyncio.sleep(0)

@@ -27,7 +27,7 @@ EPOCH_KEY = "llamaclust-epoch"
 PERMIT_KEY = "llamaclust-permit"
 ACCEPTED_KEY = "llamaclust-accepted"
 ROOT_CAUSE_KEY = "llamaclust-root-cause"
-"""Of a stream's end: the worker behind it whose fault that is, where it is another than the one that ends it."""
+"""Metadata of a stream's end: the worker that is at fault, if it is another than the one that ends the stream."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", PIECE_BYTES),
@@ -55,12 +55,12 @@ class StreamBrokenError(WorkerError):
 
 
 class UnreachableError(StreamBrokenError):
-    """A stream whose connection cannot be made, broke or stands still, whatever the other side does."""
+    """A stream whose connection cannot be made, broke or stands still."""
 
 
 def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
-    """Of a channel whose other side has gone when it acknowledges nothing for so long: bytes on their way, for gRPC
-    sets TCP_USER_TIMEOUT to the timeout, or pings while there are none."""
+    """Returns options of a channel that is given up when the other side acknowledges nothing for `answer_s`: neither
+    bytes on their way (gRPC sets TCP_USER_TIMEOUT to the timeout), nor pings while there are none."""
     pings = {
         "grpc.keepalive_time_ms": int(200 * answer_s),
         "grpc.keepalive_timeout_ms": int(1000 * answer_s),
@@ -75,37 +75,37 @@ class ClientStream:
     _call: Any
 
     def __init__(self, call: Any, address: str, worker: str | None, most_bytes: int) -> None:
-        """`most_bytes`: of a message that comes."""
+        """`most_bytes` bounds a received message."""
         self._call = call
         self.address = address
         self._worker = worker
         self._most_bytes = most_bytes
 
     async def opened(self) -> None:
-        """Returns when the other side has accepted the stream; StreamBrokenError where it does not."""
+        """Returns when the other side has accepted the stream. Raises StreamBrokenError if it does not."""
         metadata = await self._result(self._call.initial_metadata())
         if ACCEPTED_KEY not in dict(metadata or ()):
             raise await self._broken()
 
     async def write(self, *messages: bytes) -> None:
-        """Returns when the network has taken the messages; StreamBrokenError where it does not."""
+        """Returns when the network has taken the messages. Raises StreamBrokenError if it does not."""
         for data in messages:
             for piece in pieces_of(data):
                 await self._result(self._call.write(piece))
 
     def try_write(self, *messages: bytes) -> bool:
-        """Hands the messages on, together, where that takes no waiting; else they are to be written. Not while others
-        are."""
+        """Sends all messages and returns True if that takes no waiting; otherwise they are to be written. Must not be
+        called while another `write` runs."""
         return False
 
     @property
     def has_message(self) -> bool:
-        """Whether `read` takes no waiting, as far as that is known."""
+        """True if `read` is known to return at once."""
         return False
 
     async def read(self) -> bytes | None:
-        """The next message; None once the other side has ended the stream in order. ProtocolError, which names the
-        peer, for one that is too large."""
+        """Returns the next message, or None once the other side has ended the stream in order. Raises ProtocolError,
+        which names the peer, for a message that is too large."""
         try:
             return await read_message(self._read_piece, self._most_bytes)
         except ProtocolError as error:
@@ -116,12 +116,13 @@ class ClientStream:
         return await self._result(self._call.read())
 
     async def done_writing(self) -> None:
-        """StreamBrokenError where the stream has ended otherwise."""
+        """Raises StreamBrokenError if the stream has ended otherwise."""
         await self._result(self._call.done_writing())
 
     async def _result(self, operation: Awaitable[Any]) -> Any:
-        """gRPC's errors as StreamBrokenError, also where this task was not cancelled itself: gRPC cancels all tasks
-        that wait for a stream that another task has cancelled, or was cancelled in while it wrote."""
+        """Turns gRPC's errors into StreamBrokenError, and cancellation too unless this task was cancelled itself: gRPC
+        cancels all tasks that wait for a stream that another task has cancelled, or was cancelled in while it
+        wrote."""
         try:
             return await operation
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
@@ -149,7 +150,7 @@ class ClientStream:
 
 
 class UnixClientStream(ClientStream):
-    """On a Unix socket: messages wait in its buffer, and several are sent in one call of the system."""
+    """A stream on a Unix socket: messages wait in its buffer, and several are sent in one system call."""
 
     _call: UnixCall
 
@@ -171,9 +172,9 @@ class UnixClientStream(ClientStream):
 
 
 class Peer:
-    """A channel to one process. With a token, every call on it shows that; with certificates, the other side must be
-    `principal`. `patience_s`: within it a connection that cannot be made, broke or stands still is noticed, even where
-    nothing is on its way; None: in its own time."""
+    """A channel to one process. With a token, every call shows it; with certificates, the other side must be
+    `principal`. A connection that cannot be made, broke or stands still is noticed within `patience_s` even while
+    nothing is sent; None leaves the time to gRPC."""
 
     def __init__(
         self,
@@ -194,7 +195,6 @@ class Peer:
 
     @property
     def worker(self) -> str | None:
-        """The expected worker; None: none, or unknown."""
         return None if self.principal is None else self.principal.worker
 
     def open(
@@ -206,8 +206,9 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Begins a stream. With `wait_for_ready` it waits for the other side to come up instead of failing. `permit`:
-        the coordinator's, which the stream shows. `reply_bytes`: of a message that comes, if less than the method's."""
+        """Opens a stream. With `wait_for_ready` it waits for the other side to come up instead of failing. `permit` is
+        the coordinator's, which the stream shows. `reply_bytes` bounds a received message, if less than the method's
+        bound."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):
@@ -223,8 +224,8 @@ class Peer:
         return ClientStream(call, self.address, self.worker, most_bytes)
 
     async def connected(self) -> None:
-        """Returns when the connection of the streams opened last is made, or has failed, of which they know.
-        UnreachableError where that takes too long."""
+        """Returns when the connection of the streams opened last is made or has failed, which the streams report.
+        Raises UnreachableError if that takes too long."""
         try:
             async with deadline(f"connection to {self.address}", self._answer_s):
                 if self.address.startswith(PREFIX):
@@ -238,7 +239,7 @@ class Peer:
             raise UnreachableError(str(error), worker=self.worker) from error
 
     def _channel(self) -> Any:
-        """Another one after each renewal of our certificate: what a channel shows when it connects is fixed."""
+        """Makes another channel after each renewal of our certificate, since a channel's certificate is fixed."""
         if not isinstance(self._credentials, Identity):
             if not self._channels:
                 self._channels.append(aio.insecure_channel(self.address, options=self._options))

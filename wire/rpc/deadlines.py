@@ -1,4 +1,4 @@
-"""Every await has a deadline with a name of its own, so that what did not come can be said."""
+"""Named deadlines: each await has one, so that its error names what did not come."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from llamaclust.core.errors import DeadlineError
 
 
 class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
-    """An async context manager that cancels its block after `seconds` and raises a DeadlineError that names `what`, and
-    the worker that it waits for, if given."""
+    """An async context manager that cancels its block after `seconds` and raises a DeadlineError that names `what`,
+    and the `worker` that it waits for."""
 
     __slots__ = ("_limit", "_seconds", "_what", "_worker")
 
@@ -28,7 +28,7 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
         return self._limit.expired()
 
     def move(self, at_s: float | None) -> None:
-        """To another time of the event loop's clock, which may have passed; None: no end for now."""
+        """Moves the deadline to a time of the event loop's clock, which may have passed; None suspends it."""
         self._limit.reschedule(at_s)
 
     async def __aexit__(self, *error: Any) -> None:
@@ -39,12 +39,10 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
 
 
 class recurring_deadline:  # noqa: N801  reads as a statement
-    """A deadline for what is done again and again, at next to no cost each time.
+    """A deadline for each pass of a loop, at next to no cost per pass.
 
-    An async context manager around all of it; within, `with` around each time. Its task is cancelled when one takes
-    longer than `seconds` (looked at now and then, so up to an eighth more), and a DeadlineError names `what`, and the
-    worker that it waits for, if given.
-    """
+    An async context manager around the loop; `with` around each pass. When a pass takes longer than `seconds` (checked
+    at intervals, up to an eighth later), the task is cancelled and a DeadlineError names `what` and `worker`."""
 
     __slots__ = ("_begun_s", "_deadline", "_loop", "_seconds", "_timer")
 

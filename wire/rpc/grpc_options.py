@@ -8,16 +8,15 @@ from importlib.metadata import version
 
 _EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 _MEASURED_VERSIONS = ("1.85.",)
-"""Of gRPC, which does not document these names: a release that lacks them would print a complaint and go on. Others use
-their own event loop: the same results, slower links between machines. What a message takes: benchmarks/notebook.md."""
+"""Releases of gRPC in which these undocumented names were measured; a release that lacks the names would print a
+complaint and go on. Other releases use their own event loop: the same results, slower links between machines. Figures:
+benchmarks/notebook.md."""
 
 
 def tune_grpc() -> None:
-    """For process mains, as early as possible: the event loop that answers faster, for links between machines (those on
-    one need no gRPC), and no chatter on standard error.
+    """Sets the event loop that answers faster on links between machines, and no chatter on standard error.
 
-    What the user has set stays. Without effect once gRPC is imported.
-    """
+    Processes call it as early as possible: it has no effect once gRPC is imported. Settings of the user stay."""
     if "grpc" in sys.modules:
         return
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -1,4 +1,4 @@
-"""How far another process is: round trip and throughput of a stream to it, as activations take it."""
+"""Round trip and throughput of a stream to another process, measured with messages of the size of activations."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _MOST_MESSAGES = 256
 
 
 async def serve_echo(stream: ServerStream) -> None:
-    """Answers each message with a short one, for as long as a measurement may take. After a ping this process is as
-    cold for the next one as a stage is for the next token."""
+    """Answers each message with a short one, for as long as a measurement may take. After a ping this process has cold
+    caches, as a stage has between two tokens."""
     await stream.accept()
     caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
@@ -41,8 +41,8 @@ async def serve_echo(stream: ServerStream) -> None:
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
-    """In a fraction of a second, or a few on slow links. StreamBrokenError where the peer cannot be reached,
-    DeadlineError where it does not answer."""
+    """Takes a fraction of a second, or a few seconds on slow links. Raises StreamBrokenError if the peer cannot be
+    reached, DeadlineError if it does not answer."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):
@@ -54,8 +54,8 @@ async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
 
 
 async def try_link(peer: Peer, seconds: float, permit: str = "") -> None:
-    """Whether it answers messages as large as links carry in frames of a prompt. StreamBrokenError where it cannot be
-    reached, DeadlineError where it does not answer."""
+    """Checks that the peer answers messages as large as frames of a prompt. Raises StreamBrokenError if it cannot be
+    reached, DeadlineError if it does not answer."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"an answer from {peer.address}", seconds):
@@ -67,7 +67,7 @@ async def try_link(peer: Peer, seconds: float, permit: str = "") -> None:
 
 
 async def _round_trip(stream: ClientStream) -> float:
-    """The median of some pings that come as tokens do, one now and then."""
+    """Returns the median of some pings, sent at intervals as tokens are."""
     caches, times = await asyncio.to_thread(CacheFlush.shared), []
     for _ in range(_WARM_UP + _PINGS):
         await caches.sweep_in_turns()
@@ -77,7 +77,7 @@ async def _round_trip(stream: ClientStream) -> float:
 
 
 async def _throughput(stream: ClientStream, round_trip_s: float) -> float:
-    """Of twice as much data each time, until it takes long enough."""
+    """Doubles the data until sending takes long enough to measure."""
     size = _FIRST_BYTES
     while True:
         taken_s = max(await _sent(stream, size) - round_trip_s, 1e-6)
@@ -87,7 +87,7 @@ async def _throughput(stream: ClientStream, round_trip_s: float) -> float:
 
 
 async def _sent(stream: ClientStream, size: int) -> float:
-    """Seconds until that many bytes have been taken and answered."""
+    """Returns the seconds until so many bytes have been taken and answered."""
     frames = [bytes(min(PROBE_BYTES, size - at)) for at in range(0, size, PROBE_BYTES)]
     begun = perf_counter()
     for frame in frames:

@@ -1,5 +1,5 @@
-"""The round trip of the network to another process, without the programs at both ends: what a connection takes to be
-accepted, which kernels do among themselves."""
+"""The round trip of the network to another process, without the programs at both ends: the time in which kernels
+accept a connection."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from llamaclust.wire.rpc.unix_streams import PREFIX
 _CONNECTIONS = 8
 _CONNECT_S = 2.0
 _MOST_S = 4.0
-"""With the name's resolution."""
+"""The limit of all, with the name's resolution."""
 
 
 async def network_round_trip(address: str) -> float | None:
-    """The shortest of some connections to HOST:PORT or unix:PATH, in seconds; None where none is accepted soon."""
+    """Returns the shortest of some connections to HOST:PORT or unix:PATH, in seconds; None if none is accepted soon."""
     if not address:
         return None
     try:
@@ -40,7 +40,7 @@ def _resolved(address: str) -> tuple[int, Any]:
 
 
 def _shortest(family: int, place: Any) -> float | None:
-    """Ends with the first that is not accepted, or when the time of all is over."""
+    """Ends at the first connection that is not accepted, or when the time of all is over."""
     shortest_s, ends = None, perf_counter() + _CONNECT_S
     with suppress(OSError):
         for _ in range(_CONNECTIONS):

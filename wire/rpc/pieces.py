@@ -1,4 +1,4 @@
-"""Long messages on gRPC streams: in pieces, so that no peer can send more than its receiver agreed to hold."""
+"""Long messages on gRPC streams, sent in pieces so that no peer can send more than its receiver agreed to hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EOF: Any = aio.EOF  # type: ignore[attr-defined]
 
 
 def pieces_of(message: bytes) -> Iterator[bytes]:
-    """The last piece is shorter than PIECE_BYTES, and may be empty."""
+    """Yields pieces, of which the last is shorter than PIECE_BYTES and may be empty."""
     if len(message) < PIECE_BYTES:
         yield message
         return
@@ -23,8 +23,8 @@ def pieces_of(message: bytes) -> Iterator[bytes]:
 
 
 async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> bytes | None:
-    """The next message from its pieces; None at the end of the stream. ProtocolError, with nothing kept, for a message
-    of more than `most_bytes`, and for a stream that ends within a message."""
+    """Returns the next message, joined from its pieces; None at the end of the stream. Raises ProtocolError, with
+    nothing kept, for a message of more than `most_bytes`, or if the stream ends within a message."""
     data: Any = await read()
     if data is _EOF:
         return None
@@ -47,7 +47,7 @@ async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> b
 
 
 def whole(data: bytes, most_bytes: int) -> bytes:
-    """The message. ProtocolError, with nothing kept, where it is too large."""
+    """Returns `data`. Raises ProtocolError, with nothing kept, if it is too large."""
     if (size := len(data)) > most_bytes:
         del data
         raise too_large(size, most_bytes)

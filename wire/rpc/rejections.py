@@ -1,5 +1,5 @@
-"""Refused peers in the log: a line each, of a bounded number, so that connection attempts cannot fill a disk.
-Connections that end before they show a certificate are counted here, for gRPC refuses them silently."""
+"""Refused peers in the log: one line each and a bounded number of lines, so that connection attempts cannot fill a
+disk. Connections that end before they show a certificate are counted here, because gRPC refuses them silently."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SECONDS = 60.0
 
 
 class RefusalLog:
-    """At most 20 lines a minute; what was left out is counted in the next line."""
+    """Logs at most 20 lines a minute, and counts the omitted ones in the next line."""
 
     def __init__(self, log: logging.Logger, apart_s: float = 0.0) -> None:
-        """`apart_s`: between two lines, at least."""
+        """`apart_s` is the least time between two lines."""
         self._log = log
         self._apart_s = apart_s
         self._told_at_s: deque[float] = deque(maxlen=_MOST)
@@ -61,7 +61,7 @@ class Handshakes:
         self.port = 0  # once it listens
 
     def begun(self) -> None:
-        """Called on gRPC's threads."""
+        """Counts a handshake; called on gRPC's threads."""
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the log
             self._loop.call_soon_threadsafe(self._count)
 
@@ -77,7 +77,7 @@ class Handshakes:
         return self._begun - max(self._answered, self._due) > MAX_SILENT_OF_HOST
 
     async def _close_silent(self) -> None:
-        """Looks at the connections again and again while many handshakes are under way."""
+        """Looks at the connections at intervals while many handshakes are under way."""
         closed = left = 0
         try:
             while (self._is_crowded or left > MAX_SILENT_OF_HOST) and not self._is_closed:
@@ -93,8 +93,8 @@ class Handshakes:
 
     @contextmanager
     def call(self, caller: str) -> Iterator[None]:
-        """A call under way from `caller`, as gRPC names the connection's other end: it is known until the call ends,
-        and then as one of a bounded number."""
+        """Registers a call under way from `caller`, gRPC's name of the connection's other end. The caller is known
+        until the call ends, and then as one of a bounded number."""
         if caller not in self._calls and caller not in self._callers:
             self._answered += 1
         self._callers.pop(caller, None)

@@ -1,6 +1,6 @@
-"""Time slices: threads that only hand messages on ask for short ones, so that on cores where others compute their turn
-comes soon: a coordinator's, and gRPC's of a worker. A worker's own threads have usual ones: all of them compute, its
-event loop short steps. Linux 6.12 and later obey, for any user; elsewhere nothing changes. Figures:
+"""Time slices of threads. Threads that only hand messages on (a coordinator's, and gRPC's in a worker) request short
+slices, so that they are scheduled soon on cores where others compute. A worker's own threads keep the usual ones,
+since all of them compute. Linux 6.12 and later obey, for any user; elsewhere nothing changes. Figures:
 benchmarks/run.py split."""
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr: size, policy, fla
 
 
 def request_slices(slice_ns: int) -> None:
-    """Of this thread, and of threads and processes that it starts from now on: SHORT_SLICE_NS or USUAL_SLICE_NS."""
+    """Sets the slices of this thread, and of threads and processes that it starts later: SHORT_SLICE_NS or
+    USUAL_SLICE_NS."""
     attributes = _attributes(0)
     if attributes is not None:
         size, policy, flags, nice, priority, _, deadline, period = attributes
@@ -30,7 +31,7 @@ def request_slices(slice_ns: int) -> None:
 
 @contextmanager
 def short_slices() -> Iterator[None]:
-    """For this thread meanwhile, and for threads and processes that it starts."""
+    """Applies to this thread, and to threads and processes that it starts meanwhile."""
     request_slices(SHORT_SLICE_NS)
     try:
         yield
@@ -39,7 +40,8 @@ def short_slices() -> Iterator[None]:
 
 
 def _attributes(thread_id: int) -> tuple[int, ...] | None:
-    """None where the system has no such call, and for threads of a real-time, batch or idle class, which stay so."""
+    """Returns None if the system has no such call, and for threads of a real-time, batch or idle class, which stay
+    so."""
     buffer = ctypes.create_string_buffer(_ATTRIBUTES.size)
     if not _call(1, thread_id, buffer, _ATTRIBUTES.size, 0):
         return None

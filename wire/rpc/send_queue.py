@@ -1,4 +1,4 @@
-"""Messages on their way into a stream: the sender does not wait until the network has taken them."""
+"""Messages on their way into a stream, for senders that do not wait until the network has taken them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from llamaclust.wire.rpc.deadlines import recurring_deadline
 
 
 class Writable(Protocol):
-    """Either end of a stream."""
-
     async def write(self, *messages: bytes) -> None: ...
 
 
@@ -21,10 +19,10 @@ class Sink(Writable, Protocol):
 
 
 class SendQueue:
-    """Messages for one stream, sent in order by `run`. What comes after how many others is its users' matter."""
+    """Messages for one stream, which `run` sends in order."""
 
     def __init__(self, stream: Sink, what: str, seconds: float) -> None:
-        """`what`: a message, for errors; `seconds`: what handing on one of them may take."""
+        """`what` names a message in errors; `seconds` limits the time to hand one on."""
         self._stream = stream
         self._what = what
         self._seconds = seconds
@@ -32,13 +30,14 @@ class SendQueue:
         self._is_writing = False
 
     def put(self, *messages: bytes) -> None:
-        """Where nothing is on its way, the stream may take them at once, together."""
+        """Hands the messages to the stream at once, together, if nothing is on its way and the stream takes them."""
         if self._is_writing or not self._waiting.empty() or not self._stream.try_write(*messages):
             for data in messages:
                 self._waiting.put_nowait(data)
 
     async def run(self) -> NoReturn:
-        """Until it is cancelled. DeadlineError where the network does not take a message, or the stream's error."""
+        """Sends until it is cancelled. Raises DeadlineError if the network does not take a message, or the stream's
+        error."""
         async with recurring_deadline(self._what, self._seconds) as limit:
             while True:
                 data = await self._waiting.get()

@@ -46,7 +46,7 @@ _CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
 
 @contextmanager
 def _peer_here() -> Iterator[None]:
-    """gRPC's errors, of which it documents none, when the peer or the server has gone."""
+    """Turns gRPC's undocumented errors into StreamBrokenError when the peer or the server has gone."""
     try:
         yield
     except aio.BaseError as error:
@@ -54,8 +54,8 @@ def _peer_here() -> Iterator[None]:
 
 
 class ServerStream:
-    """Our end of a bidirectional stream that a peer opened. `peer` is the identity in its certificate; None: insecure
-    or shared token."""
+    """Our end of a bidirectional stream that a peer opened. `peer` is the identity in its certificate; None means
+    insecure or a shared token."""
 
     _context: Any
 
@@ -66,39 +66,39 @@ class ServerStream:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the stream is for; ProtocolError where its metadata names none."""
+        """The epoch in the stream's metadata. Raises ProtocolError if the metadata names none."""
         text = str(dict(self._context.invocation_metadata()).get(EPOCH_KEY, ""))
         if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= UINT64):
             raise ProtocolError(f"metadata {EPOCH_KEY}: a number is expected")
         return int(text)
 
     async def accept(self) -> None:
-        """Accepts the stream."""
         with _peer_here():
             await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
 
     async def read(self) -> bytes | None:
-        """The next message; None once the other side has said its last. StreamBrokenError where it has gone,
-        ProtocolError for a message that is too large."""
+        """Returns the next message, or None once the other side has ended the stream in order. Raises
+        StreamBrokenError if it has gone, ProtocolError for a message that is too large."""
         with _peer_here():
             return await read_message(self._context.read, self._most_bytes)
 
     def limit(self, most_bytes: int) -> None:
-        """Messages from now on are no larger than that."""
+        """Bounds messages from now on."""
         self._most_bytes = min(self._most_bytes, most_bytes)
 
     @property
     def is_local(self) -> bool:
-        """Whether the peer is on this machine. Messages are then received without a reader."""
+        """True if the peer is on this machine; messages are then received without a reader."""
         return False
 
     @property
     def has_message(self) -> bool:
-        """Whether `read` takes no waiting, as far as that is known."""
+        """True if `read` is known to return at once."""
         return False
 
     async def write(self, *messages: bytes) -> None:
-        """Returns when the network has taken the messages. StreamBrokenError, or cancelled, where the peer has gone."""
+        """Returns when the network has taken the messages. If the peer has gone, it raises StreamBrokenError or is
+        cancelled."""
         with _peer_here():
             for data in messages:
                 for piece in pieces_of(data):
@@ -106,7 +106,7 @@ class ServerStream:
 
 
 class UnixServerStream(ServerStream):
-    """On a Unix socket: messages wait in its buffer, and several are sent in one call of the system."""
+    """A stream on a Unix socket: messages wait in its buffer, and several are sent in one system call."""
 
     _context: UnixContext
 
@@ -145,7 +145,7 @@ class _Places:
 
     @contextmanager
     def taken(self, caller: Principal | None) -> Iterator[None]:
-        """ProtocolError where all are taken. Callers without a certificate are not told apart."""
+        """Raises ProtocolError if all places are taken. Callers without a certificate are not told apart."""
         method, total = self._method, self._open.total()
         if total >= method.streams or (caller is not None and self._open[caller] >= method.streams_of_caller):
             of_caller = "" if caller is None else f" ({self._open[caller]} of {caller})"
@@ -159,7 +159,7 @@ class _Places:
 
 
 class _Entry:
-    """Checks callers: by the token that they show, or by their certificates."""
+    """Checks callers by their token or certificate."""
 
     def __init__(self, credentials: Credentials, handshakes: Handshakes, refusals: RefusalLog) -> None:
         self._credentials = credentials
@@ -169,7 +169,7 @@ class _Entry:
 
     @contextmanager
     def call(self, context: Any) -> Iterator[None]:
-        """A call under way, of whoever it is: its connection has shown a certificate."""
+        """Registers a call under way from any caller, whose connection has shown a certificate."""
         task = asyncio.current_task()
         assert task is not None
         self._calls.add(task)
@@ -178,14 +178,14 @@ class _Entry:
             yield
 
     async def ended(self) -> None:
-        """Returns when the calls that were cancelled have ended. gRPC does not wait for them, and writes tracebacks of
-        those that end with the event loop."""
+        """Returns when the cancelled calls have ended. gRPC does not wait for them, and writes tracebacks of those
+        that end with the event loop."""
         if self._calls:
             await asyncio.wait(self._calls, timeout=_CALLS_END_S)
         await asyncio.sleep(0)
 
     async def principal(self, context: Any) -> Principal | None:
-        """Ends the call of one whose token or certificate will not do."""
+        """Ends the call if its token or certificate will not do."""
         try:
             if isinstance(self._credentials, Identity):
                 from llamaclust.wire.security.tls import peer_principal
@@ -201,7 +201,7 @@ class _Entry:
         return None
 
     def check(self, callers: Callers, caller: Principal | None, context: Any) -> None:
-        """ProtocolError for a member that may not call the method. Stages check their neighbours themselves."""
+        """Raises ProtocolError for a member that may not call the method. Stages check their neighbours themselves."""
         if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
             return
         if callers is Callers.COORDINATOR:
@@ -212,7 +212,7 @@ class _Entry:
 
 
 def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
-    """The handler as gRPC wants it: an error ends the stream with a status code and one line."""
+    """Wraps the handler for gRPC: an error ends the stream with a status code and one line."""
     method, places = METHODS[name], _Places(name, METHODS[name])
 
     async def serve(_: Any, context: Any) -> None:
@@ -239,8 +239,8 @@ def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
 
 
 async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | None = None) -> None:
-    """Ends a stream with an error, whose root cause may be another worker. Where the peer or the server has gone
-    before, the error is dropped."""
+    """Ends a stream with an error, whose root cause may be another worker. The error is dropped if the peer or the
+    server has gone before."""
     try:
         await context.abort(code, one_line(why), () if attributed is None else ((ROOT_CAUSE_KEY, attributed),))
     except aio.AbortError:
@@ -250,7 +250,8 @@ async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | 
 
 
 async def _started(server: Any) -> None:
-    """Starts the server; one whose start is cancelled is stopped, for gRPC breaks where that happens within it."""
+    """Starts the server. If the start is cancelled, the server is stopped first: gRPC breaks when it is cancelled
+    within its start."""
     starting = asyncio.ensure_future(server.start())
     try:
         await asyncio.shield(starting)
@@ -273,10 +274,8 @@ class Server:
     async def start(
         cls, address: str, credentials: Credentials, handlers: Mapping[str, Handler], handshake_s: float = HANDSHAKE_S
     ) -> Server:
-        """Serves streams by full method name; UsageError where the address cannot be had. Port 0 is any free port.
-
-        `handshake_s`: what a peer has to show its certificate.
-        """
+        """Serves streams by full method name. Port 0 is any free port; `handshake_s` limits the time to show a
+        certificate. Raises UsageError if the address cannot be had."""
         check_address(address, credentials)
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)
@@ -311,7 +310,7 @@ class Server:
 
     @property
     def port(self) -> int:
-        """Of an address that has one."""
+        """The port of an address that has one."""
         return int(self.address.rpartition(":")[2])
 
     async def stop(self, grace_s: float) -> None:

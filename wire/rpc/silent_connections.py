@@ -1,7 +1,5 @@
 """Connections to a port that have not shown a certificate: bounded in all and by host, the oldest are closed first.
-
-gRPC accepts connections itself and has no bound for these; it sees the end of one that is shut down here.
-"""
+gRPC has no bound for connections that it accepts; it notices the end of one that is shut down here."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ _Caller = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class _Silent:
-    """An open connection; `looks`: how often it was seen without a call."""
+    """An open connection; `looks` counts how often it was seen without a call."""
 
     descriptor: int  # another file's by now, where the connection has ended
     caller: _Caller
@@ -46,9 +44,9 @@ class SilentConnections:
         self._looks: dict[_Caller, int] = {}
 
     def close_excess(self, port: int, callers: Container[str]) -> tuple[int, int]:
-        """Closes those beyond the bounds that an earlier look has seen too, so that a new one has time to show its
-        certificate. `callers`: the other ends of connections with calls, as gRPC names them. Returns how many were
-        closed, and how many are left. OSError where this process has no free descriptor: two are needed."""
+        """Closes connections beyond the bounds that an earlier look has seen too, so that a new one has time to show
+        its certificate. `callers` are the other ends of connections with calls, as gRPC names them. Returns the
+        numbers closed and left. Raises OSError if this process lacks the two free descriptors that are needed."""
         silent = sorted(self._silent(port, callers), key=lambda connection: -connection.looks)
         self._looks = {connection.caller: connection.looks for connection in silent}
         of_host, closed = Counter(connection.host for connection in silent), 0
@@ -72,7 +70,7 @@ class SilentConnections:
 
 @contextmanager
 def _connection(descriptor: int) -> Iterator[socket.socket | None]:
-    """A copy of the socket that this process has at a descriptor; None where it has none there."""
+    """Yields a copy of the socket that this process has at a descriptor; None if it has none there."""
     try:
         copy = os.dup(descriptor) if stat.S_ISSOCK(os.fstat(descriptor).st_mode) else None
     except OSError as error:
@@ -87,7 +85,7 @@ def _connection(descriptor: int) -> Iterator[socket.socket | None]:
 
 
 def _caller_of(connection: socket.socket, port: int) -> _Caller | None:
-    """The other end of a connection to this port; None for other sockets."""
+    """Returns the other end of a connection to this port; None for other sockets."""
     with suppress(OSError):  # not connected
         is_ours = connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getsockname()[1] == port
         if is_ours:

@@ -13,7 +13,8 @@ Result = TypeVar("Result")
 
 
 class TaskSet:
-    """The event loop itself holds tasks only weakly. A task that ends with an error that nothing awaits is logged."""
+    """Keeps tasks, which the event loop holds only weakly. A task that ends with an error that nothing awaits is
+    logged."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -38,7 +39,6 @@ class TaskSet:
             await asyncio.wait(self._tasks)  # unlike gather, it leaves them alone where it is cancelled
 
     def cancel(self) -> None:
-        """Requests the end of all tasks."""
         for task in tuple(self._tasks):
             task.cancel()
 

@@ -20,12 +20,12 @@ from grpc import aio
 _HEAD = struct.Struct("<IB")
 _MOST_CONTROL_BYTES = 1 << 16
 _MOST_UNREAD_BYTES = 1 << 22
-"""More of messages waits with the sender."""
+"""Messages beyond this bound wait with the sender."""
 _MESSAGE_BYTES = 64
-"""That each of them takes beside its content."""
+"""The memory of each message beside its content."""
 _PIECE_BYTES = 1 << 18
 CALL_S = 10.0
-"""Until a connection says which stream it is."""
+"""The time in which a connection must name its stream."""
 _BUFFER_BYTES = 1 << 16
 
 
@@ -38,11 +38,11 @@ class FrameKind(IntEnum):
 
 
 class EndedError(aio.BaseError, grpc.RpcError):
-    """A stream has ended otherwise than in order."""
+    """A stream that has ended otherwise than in order."""
 
 
 class _LargeFrame:
-    """A frame that is received in parts, where it is to be."""
+    """A frame that is received in parts, straight into its place."""
 
     __slots__ = ("_filled", "_size", "content", "kind")
 
@@ -54,13 +54,14 @@ class _LargeFrame:
 
     @property
     def free(self) -> memoryview:
-        """The place for what comes next: as much as came so far, for what a frame says of its size may be wrong."""
+        """The place for the next bytes. It grows with the bytes that came, since the size in a frame's head may be
+        wrong."""
         if self._filled == len(self.content):
             self.content.extend(bytes(min(max(self._filled, _PIECE_BYTES), self._size - self._filled)))
         return memoryview(self.content)[self._filled :]
 
     def add(self, count: int) -> bool:
-        """So many bytes came; whether all are there."""
+        """Counts the received bytes; returns True once all are there."""
         self._filled += count
         return self._filled == self._size
 
@@ -77,8 +78,9 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Frames both ways. `on_control` gets all but messages, `on_lost` the end; a message of more than `most_bytes` ends
-    the connection before it is received. With `awaits_call`, the first frame must be a call, and come soon."""
+    """Frames both ways. `on_control` gets all frames but messages, `on_lost` the end; a message of more than
+    `most_bytes` ends the connection before it is received. With `awaits_call`, the first frame must be a call, and
+    come soon."""
 
     def __init__(
         self,
@@ -108,11 +110,11 @@ class UnixConnection(asyncio.BufferedProtocol):
 
     @property
     def has_message(self) -> bool:
-        """Whether `read` has one to return at once."""
+        """True if `read` returns a message at once."""
         return bool(self._messages)
 
     async def read(self) -> bytes | None:
-        """The next message; None where no more come."""
+        """Returns the next message, or None if no more come."""
         while not self._messages:
             if self._is_complete:
                 return None
@@ -126,7 +128,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame, and does not wait: behind a large message that is on its way. EndedError where the
+        """Sends a small frame without waiting, behind a large message that is on its way. Raises EndedError if the
         connection has ended."""
         frame = _HEAD.pack(len(data), kind) + data
         if self._is_sending:
@@ -140,8 +142,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def try_send(self, *messages: bytes) -> bool:
-        """Sends messages, in one call of the system, where it takes all of them at once, or nearly so; whether they
-        were sent."""
+        """Sends messages in one system call if the system takes nearly all at once; returns False if none was sent."""
         transport = self._transport
         if transport is None or transport.is_closing() or self._is_sending or not self._writable.is_set():
             return False
@@ -151,8 +152,8 @@ class UnixConnection(asyncio.BufferedProtocol):
         return True
 
     async def send(self, *messages: bytes) -> None:
-        """Returns when the system has taken nearly all of the messages. One call at a time; EndedError where the
-        connection has ended. One that is cancelled on its way ends it."""
+        """Returns when the system has taken nearly all of the messages. One call at a time; a call that is cancelled
+        on its way ends the connection. Raises EndedError if the connection has ended."""
         if sum(map(len, messages)) > _PIECE_BYTES:
             await self._send_in_pieces(messages)
             return
@@ -182,12 +183,12 @@ class UnixConnection(asyncio.BufferedProtocol):
                 transport.close()
 
     def complete(self) -> None:
-        """No more messages come."""
+        """Marks that no more messages come."""
         self._is_complete = True
         self._wake()
 
     def close(self) -> None:
-        """After what was sent, also where a large message is on its way."""
+        """Closes the connection after everything that was sent, even a large message on its way."""
         self._is_closing = True
         if self._transport is not None and not self._is_sending:
             self._transport.close()
@@ -220,8 +221,8 @@ class UnixConnection(asyncio.BufferedProtocol):
         self.complete()
 
     def _take_rest(self) -> None:
-        """What came before the end. After a write that failed, the event loop reads no more, though the other side may
-        have said why it ended the stream."""
+        """Receives the frames before the end: after a write that failed, the event loop reads no more, though the
+        other side may have said why it ended the stream."""
         assert self._transport is not None
         descriptor = self._transport.get_extra_info("socket").fileno()
         with suppress(OSError):  # there is no more

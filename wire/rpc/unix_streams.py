@@ -1,8 +1,8 @@
-"""Streams on Unix sockets, a connection each: calls and contexts as gRPC's, as far as `client.py` and `server.py` use
-these. gRPC has threads of its own, and to change to one and back takes as long as a small stage computes a token.
+"""Streams on Unix sockets, a connection each, with the parts of gRPC's calls and contexts that `client.py` and
+`server.py` use. gRPC's threads cost too much here: a change of thread and back takes as long as a small stage computes
+a token.
 
-A caller sends CALL, messages and perhaps END; the other side ACCEPTED, messages and STATUS, its last.
-"""
+A caller sends CALL, messages and perhaps END; the other side ACCEPTED, messages and last STATUS."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from llamaclust.wire.rpc.unix_connection import EndedError, FrameKind, UnixConne
 PREFIX = "unix:"
 Metadata = tuple[tuple[str, str], ...]
 Serve = Callable[[Any, Any], Awaitable[None]]
-"""As gRPC calls handlers: with requests, which these read of the context, and the context."""
+"""A handler with gRPC's signature: requests, which these handlers read from the context instead, and the context."""
 
 _EOF: Any = aio.EOF  # type: ignore[attr-defined]
 _RETRY_S = 0.02
 
 
 class UnixCall:
-    """A stream that this process opens; it connects at once. As gRPC's calls."""
+    """A stream that this process opens, with the interface of gRPC's calls; it connects at once."""
 
     def __init__(self, path: str, method: str, metadata: Metadata, most_bytes: int, *, wait_for_ready: bool) -> None:
-        """`most_bytes`: of a message that comes; `wait_for_ready`: until the other side is there."""
+        """`most_bytes` bounds a received message; with `wait_for_ready` it connects until the other side is there."""
         self._connection = UnixConnection(self._control, self._lost, most_bytes)
         self._accepted: asyncio.Future[Metadata] = asyncio.get_running_loop().create_future()
         self._status: tuple[grpc.StatusCode, str, Metadata] | None = None
@@ -50,7 +50,8 @@ class UnixCall:
         await self._connection.send(*messages)
 
     def try_write(self, *messages: bytes) -> bool:
-        """Whether the messages are sent already; else they are to be written. Not while others are."""
+        """Returns True if the messages are sent; otherwise they are to be written. Must not be called while another
+        `write` runs."""
         return self._status is None and not self._is_done_writing and self._connection.try_send(*messages)
 
     @property
@@ -73,7 +74,7 @@ class UnixCall:
         self._connection.abort()
 
     async def code(self) -> grpc.StatusCode:
-        """Known once `read` or `write` has failed."""
+        """The status, known once `read` or `write` has failed."""
         return grpc.StatusCode.UNKNOWN if self._status is None else self._status[0]
 
     async def details(self) -> str:
@@ -125,8 +126,8 @@ class UnixCall:
 
 
 class UnixContext:
-    """A stream that another process has opened. As gRPC's contexts; its handler is cancelled where the other side goes
-    before it has ended."""
+    """A stream that another process has opened, with the interface of gRPC's contexts. Its handler is cancelled if the
+    other side goes before the handler has ended."""
 
     def __init__(self, server: UnixServer) -> None:
         self.connection = UnixConnection(self._control, self._lost, 0, awaits_call=True)
@@ -200,7 +201,7 @@ class UnixContext:
 
 
 class UnixServer:
-    """Listens on a path; as gRPC's servers."""
+    """Listens on a path, with the interface of gRPC's servers."""
 
     def __init__(self, handlers: Mapping[str, Serve]) -> None:
         self.handlers = handlers
@@ -209,7 +210,7 @@ class UnixServer:
         self._server: asyncio.Server | None = None
 
     async def start(self, path: str) -> None:
-        """OSError where it cannot be had."""
+        """Raises OSError if the path cannot be had."""
         self._path = Path(path)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(self._connected, path, start_serving=False)
@@ -223,7 +224,7 @@ class UnixServer:
         return UnixContext(self).connection
 
     async def stop(self, grace_s: float) -> None:
-        """Ends streams after that time at the latest."""
+        """Ends streams after `grace_s` at the latest."""
         if self._server is not None:
             self._server.close()
             self._path.unlink(missing_ok=True)
@@ -236,5 +237,5 @@ class UnixServer:
 
 
 def _metadata(given: Any) -> Metadata:
-    """ValueError or TypeError for what is none."""
+    """Raises ValueError or TypeError for data of another form."""
     return tuple((str(key), str(value)) for key, value in given)

@@ -23,12 +23,13 @@ class NewKey:
 
     @property
     def request(self) -> bytes:
-        """A certificate request (DER). It has no name: that travels beside it."""
+        """A certificate request (DER) without a name, which travels beside it."""
         builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def with_certificate(self, certificate: bytes) -> KeyPair:
-        """The pair, once the key is certified (DER). ProtocolError for a certificate of another key."""
+        """Returns the pair of the key and its certificate (DER). Raises ProtocolError for a certificate of another
+        key."""
         loaded = _certificate(certificate)
         if loaded.public_key() != self._key.public_key():
             raise ProtocolError("the certificate is for another key")
@@ -41,7 +42,7 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
-    """ValueError where it is no P-256 key."""
+    """Raises ValueError for anything but a P-256 key."""
     key = load_pem_private_key(pem, None)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ValueError("not an ECDSA key on P-256")
@@ -49,7 +50,8 @@ def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
 
 
 def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
-    """The key of a certificate request (DER) that it has signed; ProtocolError for anything else."""
+    """Returns the key of a certificate request (DER) that the key has signed. Raises ProtocolError for anything
+    else."""
     try:
         loaded = x509.load_der_x509_csr(request)
         key = loaded.public_key()
@@ -63,13 +65,13 @@ def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
 
 
 def sign(pair: KeyPair, statement: bytes) -> bytes:
-    """ECDSA with SHA-256."""
+    """Signs with ECDSA and SHA-256."""
     return load_private(pair.private_key).sign(statement, ec.ECDSA(hashes.SHA256()))
 
 
 def has_signed(host: str, certificate: bytes, statement: bytes, signature: bytes, ca: bytes) -> bool:
-    """Whether the owner of a certificate (PEM) has signed a statement, and the CA (PEM) has issued the certificate for
-    the name `host` alone. When it ends does not matter: it may have signed before."""
+    """True if the owner of a certificate (PEM) has signed a statement, and the CA (PEM) has issued the certificate for
+    the name `host` alone. An expired certificate counts: it may have signed before."""
     try:
         loaded = x509.load_pem_x509_certificate(certificate)
         loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
@@ -88,7 +90,7 @@ def pem(der: bytes) -> bytes:
 
 
 def ends_at_s(certificate_pem: bytes) -> float:
-    """Seconds since 1970; UsageError for what is no certificate."""
+    """Returns seconds since 1970. Raises UsageError for anything but a certificate."""
     try:
         return x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc.timestamp()
     except ValueError as error:
@@ -96,12 +98,12 @@ def ends_at_s(certificate_pem: bytes) -> float:
 
 
 def ca_hash(ca: bytes) -> bytes:
-    """What a join token pins: SHA-256 of the CA certificate (DER)."""
+    """The SHA-256 of the CA certificate (DER), which a join token pins."""
     return hashlib.sha256(ca).digest()
 
 
 def cluster_id(hashed: bytes) -> str:
-    """What tells clusters apart in certificates' names."""
+    """Returns the part of certificates' names that tells clusters apart."""
     return hashed.hex()[:16]
 
 

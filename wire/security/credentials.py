@@ -1,7 +1,6 @@
-"""How processes of a cluster know each other: by a token on one machine, by certificates between machines, or not.
+"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none.
 
-Names in certificates are host names below `<cluster>.llamaclust`: `coordinator` and `<name>.worker`.
-"""
+Names in certificates are host names below `<cluster>.llamaclust`: `coordinator` and `<name>.worker`."""
 
 from __future__ import annotations
 
@@ -18,15 +17,13 @@ _DOMAIN = "llamaclust"
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Identity of a process in a cluster."""
-
     worker: str | None  # a worker's name; None: the coordinator
 
     def __str__(self) -> str:
         return "the coordinator" if self.worker is None else f"worker {self.worker}"
 
     def host(self, cluster: str) -> str:
-        """The one name that its certificate has."""
+        """The one name in the principal's certificate."""
         if self.worker is None:
             return f"coordinator.{cluster}.{_DOMAIN}"
         # one name, one label, whatever becomes of capitals on the way: host names are compared without them
@@ -38,7 +35,7 @@ COORDINATOR = Principal(None)
 
 
 def principal_of(host: str, cluster: str) -> Principal | None:
-    """The identity in a certificate's name; None for one of another cluster or of an unknown kind."""
+    """Returns the identity in a certificate's name; None for a name of another cluster or of an unknown kind."""
     if host == COORDINATOR.host(cluster):
         return COORDINATOR
     label = host.removesuffix(Principal("").host(cluster))
@@ -49,7 +46,7 @@ def principal_of(host: str, cluster: str) -> Principal | None:
 
 
 MAX_SKEW_S = 300.0
-"""How far machines' clocks may be apart."""
+"""The most by which machines' clocks may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +64,16 @@ class KeyPair:
 
     @property
     def renewal_in_s(self) -> float:
-        """From now until two thirds of its life are over; 0 where they are, or where the clock was set back to a time
-        at which it is not valid yet."""
+        """Seconds until two thirds of the certificate's life are over; 0 if the clock was set back to before its
+        validity."""
         age_s = time.time() - self.made_at_s
         return 0.0 if age_s < -MAX_SKEW_S else max(0.0, self.life_s * 2 / 3 - age_s)
 
 
 @dataclass(slots=True, eq=False)
 class Identity:
-    """What this process shows and what it accepts: certificates of one CA. A renewed pair takes the old one's place;
-    connections that stand are not disturbed."""
+    """The certificate that this process shows, and the CA that it accepts. A renewed pair replaces the old one; open
+    connections are not disturbed."""
 
     ca: bytes  # its certificate, PEM
     cluster: str
@@ -86,14 +83,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Insecure:
-    """Links that anybody can read, change and open: only where the user has said so."""
+    """Links that anybody can read, change and open: only if the user has said so."""
 
 
 Credentials = ClusterToken | Identity | Insecure
 
 
 def check_address(address: str, credentials: Credentials) -> None:
-    """UsageError for an address that must not be used with such credentials, or is none."""
+    """Raises UsageError for an address that must not be used with these credentials, or is none."""
     if isinstance(credentials, ClusterToken):
         check_private(address)
     else:
@@ -101,7 +98,7 @@ def check_address(address: str, credentials: Credentials) -> None:
 
 
 def check_private(address: str) -> None:
-    """UsageError for an address where other machines could listen in: links are not encrypted."""
+    """Raises UsageError for an address where other machines could listen in, since links are not encrypted."""
     if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
         what = "only unix:PATH and loopback HOST:PORT are possible here, because these links are not encrypted"
         raise UsageError(f"address {address!r}: {what}")

@@ -34,7 +34,7 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A worker's only message. Its proof is made by `proven`."""
+    """A worker's only message; `proven` makes its proof."""
 
     name: WorkerName
     certificate_request: bytes  # DER
@@ -46,7 +46,7 @@ class Request:
         return replace(self, proof=_mac(token, _WORKER, *_transcript(token, challenge, self)))
 
     def is_proven(self, token: JoinToken, challenge: Challenge) -> bool:
-        """Whether its sender knows the token and answers this challenge."""
+        """True if its sender knows the token and answers this challenge."""
         return hmac.compare_digest(self.proof, self.proven(token, challenge).proof)
 
 
@@ -68,8 +68,6 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The server's answer: no certificate."""
-
     reason: Reason
 
 
@@ -82,7 +80,7 @@ def _transcript(token: JoinToken, challenge: Challenge, request: Request) -> tup
 
 
 def _mac(token: JoinToken, label: bytes, *parts: bytes) -> bytes:
-    """Each part after its length, so that no two lists of parts are the same bytes."""
+    """Puts each part after its length, so that no two lists of parts are the same bytes."""
     data = b"".join(len(part).to_bytes(4, "big") + part for part in (label, *parts))
     return hmac.digest(token.secret, data, "sha256")
 
@@ -99,12 +97,13 @@ def encode_request(request: Request) -> bytes:
 
 
 def decode_request(data: bytes) -> Request:
-    """ProtocolError for bytes that are no request or break a bound."""
+    """Raises ProtocolError for bytes that are no request or break a bound."""
     return read(Request, parse(proto.EnrolmentRequest, data, MAX_ENROLMENT_BYTES))
 
 
 async def read_message(reader: asyncio.StreamReader) -> bytes | None:
-    """None where the other side has ended the connection. ProtocolError for what is too large or broken off."""
+    """Returns None if the other side has ended the connection. Raises ProtocolError for a message that is too large or
+    broken off."""
     try:
         head = await reader.read(1)
         if not head:
@@ -119,7 +118,7 @@ async def read_message(reader: asyncio.StreamReader) -> bytes | None:
 
 
 async def write_message(writer: asyncio.StreamWriter, data: bytes) -> None:
-    """ProtocolError where the connection breaks."""
+    """Raises ProtocolError if the connection breaks."""
     assert len(data) <= MAX_ENROLMENT_BYTES
     writer.write(len(data).to_bytes(_LENGTH_BYTES, "big") + data)
     try:

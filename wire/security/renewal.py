@@ -1,4 +1,4 @@
-"""When a certificate is to be renewed."""
+"""The time at which a certificate is renewed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import asyncio
 from llamaclust.wire.security.credentials import Identity
 
 _LOOK_S = 5.0
-"""Sleeps use a clock that is never set and stands still while the machine is suspended; certificates use the other."""
+"""Sleeps use a clock that stands still while the machine is suspended; certificates use the wall clock."""
 
 
 async def until_renewal(identity: Identity) -> None:
-    """Returns when two thirds of its certificate's life are over."""
+    """Returns when two thirds of the certificate's life are over."""
     while (rest_s := identity.pair.renewal_in_s) > 0:  # noqa: ASYNC110  nothing reports the time
         await asyncio.sleep(min(_LOOK_S, rest_s))

@@ -1,4 +1,4 @@
-"""The server's side of TLS as Python's `ssl` wants it."""
+"""The server's side of TLS for Python's `ssl`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 
 
 def server_context(pem: bytes, minimum: ssl.TLSVersion) -> ssl.SSLContext:
-    """Shows the certificates in `pem`, which also has the private key. ssl.SSLError where they cannot be used.
-
-    Python takes them from files only: they are in a private one for that moment."""
+    """Shows the certificates in `pem`, which also has the private key. Python reads them from files only, so they are
+    in a private one meanwhile. Raises ssl.SSLError if they cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = minimum
     context.options |= ssl.OP_NO_RENEGOTIATION

@@ -11,14 +11,15 @@ from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Ident
 
 @dataclass(frozen=True, slots=True)
 class TermProof:
-    """A coordinator's signature of its term; empty where members have no certificates."""
+    """A coordinator's signature of its term; empty if members have no certificates."""
 
     certificate: Annotated[bytes, Size(0, 4096)] = b""  # PEM
     signature: Annotated[bytes, Size(0, 128)] = b""
 
 
 def prove_term(credentials: Credentials, term: int, name: str) -> TermProof:
-    """The term of the coordinator that has these credentials, for the cluster of that name: clusters may share a CA."""
+    """Signs the term of the coordinator that has these credentials, with the cluster's name, since clusters may share
+    a CA."""
     if not isinstance(credentials, Identity):
         return TermProof()
     from llamaclust.wire.security.certificates import sign
@@ -27,7 +28,7 @@ def prove_term(credentials: Credentials, term: int, name: str) -> TermProof:
 
 
 def is_term_proven(credentials: Credentials, term: int, proof: TermProof, name: str) -> bool:
-    """Whether a coordinator of this cluster had the term. Where there are no certificates, every member is trusted."""
+    """True if a coordinator of this cluster had the term. Every member is trusted if there are no certificates."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import has_signed

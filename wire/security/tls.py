@@ -20,7 +20,7 @@ def channel_credentials(identity: Identity) -> Any:
 
 
 def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> Any:
-    """A renewed pair is shown from the next handshake on. `on_handshake` is called as each begins, on any thread."""
+    """Shows a renewed pair from the next handshake on. `on_handshake` is called as each begins, on any thread."""
     shown = identity.pair
 
     def configuration(pair: KeyPair) -> Any:
@@ -38,8 +38,8 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Identity at the other end of an authenticated connection. UsageError for a certificate of no member of this
-    cluster, or has ended since the handshake: a resumed session does not look at it again."""
+    """Returns the identity at the other end of an authenticated connection. Raises UsageError for a certificate of no
+    member of this cluster, or that has ended since the handshake, which a resumed session does not check again."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]

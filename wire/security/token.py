@@ -28,7 +28,7 @@ class ClusterToken:
 
     @classmethod
     def create(cls, path: Path) -> ClusterToken:
-        """A new random token, written to a new file that only its owner may read."""
+        """Writes a new random token to a new file that only its owner may read."""
         token = cls(secrets.token_urlsafe(32))
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -37,14 +37,14 @@ class ClusterToken:
 
     @classmethod
     def read(cls, path: Path) -> ClusterToken:
-        """The token in a file; UsageError where there is none or others may read it."""
+        """Reads the token in a file. Raises UsageError if there is none or others may read the file."""
         value = read_private(path)
         if not (len(value) >= _LEAST_CHARACTERS and value.isascii() and value.isprintable()):
             raise UsageError(f"token file {path}: must hold one line of {_LEAST_CHARACTERS} or more printable letters")
         return cls(value)
 
     def matches(self, given: str | bytes | None) -> bool:
-        """Compares in a time that does not depend on where they differ."""
+        """Compares in constant time."""
         shown = given.encode(errors="surrogatepass") if isinstance(given, str) else given or b""
         return hmac.compare_digest(shown, self.value.encode())
 
@@ -53,8 +53,7 @@ class ClusterToken:
 class JoinToken:
     """Credentials of a worker on another machine: the CA to trust, and the right to join. Not shown when printed.
 
-    As text: `lc1.<SHA-256 of the CA certificate, hex>.<secret>`.
-    """
+    As text: `lc1.<SHA-256 of the CA certificate, hex>.<secret>`."""
 
     ca_hash: bytes
     secret: bytes = field(repr=False)
@@ -65,7 +64,7 @@ class JoinToken:
 
     @classmethod
     def read(cls, path: Path) -> JoinToken:
-        """The token in a file; UsageError where there is none or others may read it."""
+        """Reads the token in a file. Raises UsageError if there is none or others may read the file."""
         token = cls.parse(read_private(path))
         if token is None:
             raise UsageError(f"token file {path}: holds no join token (lc1.<64 hex digits>.<secret>); copy it again")
@@ -73,7 +72,7 @@ class JoinToken:
 
     @classmethod
     def parse(cls, text: str) -> JoinToken | None:
-        """None where the text is no join token."""
+        """Returns None if the text is no join token."""
         match = _JOIN_TOKEN.fullmatch(text)
         return match and cls(bytes.fromhex(match[1]), match[2].encode())
 
@@ -83,7 +82,7 @@ class JoinToken:
 
 
 def read_private(path: Path) -> str:
-    """What a secret's file holds, without white space around it; UsageError where others may read it."""
+    """Returns a secret file's content without white space around it. Raises UsageError if others may read the file."""
     try:
         with open_regular(path) as file:
             mode = os.fstat(file.fileno()).st_mode

@@ -1,1 +1,1 @@
-"""What a worker computes on: processor, GPUs, their memory and speed."""
+"""The processor and GPUs of a worker, their memory and speed."""

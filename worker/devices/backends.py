@@ -1,4 +1,4 @@
-"""Opens what a worker can compute on: its processor, and GPUs by their numbers."""
+"""Opens backends: the processor's, and those of GPUs by number."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class GpuBackend(ExchangingBackend, Protocol):
 
     @property
     def free_bytes(self) -> int:
-        """What may still be taken of its memory, a cap considered."""
+        """The memory that may still be taken, a cap considered."""
 
     def gpu(self) -> Gpu:
-        """What it is."""
+        """Returns the description of the GPU."""
 
     def measure(self) -> DeviceProfile:
-        """What its kernels reach; blocks for a moment."""
+        """Measures the kernels; blocks for a moment."""
 
     def limits(self) -> DeviceProfile:
-        """What it can do at best."""
+        """Returns upper bounds of the GPU's speed."""
 
     def cache_flush(self) -> AbstractContextManager[Callable[[], None]]:
-        """What makes its cache cold, each time that it is called."""
+        """Yields a function that makes the GPU's cache cold."""
 
     def close(self) -> None: ...
 
@@ -47,7 +47,8 @@ def open_processor(
     *,
     mlock: bool = False,
 ) -> Backend:
-    """`mlock`: as in `CpuBackend`. UsageError for a device or feature level that this machine does not have."""
+    """Raises UsageError for a device or feature level that this machine does not have. `mlock` is as in
+    `CpuBackend`."""
     if device == "cpu" or gpu_names(device):
         from llamaclust.kernels.cpu.backend import CpuBackend
 
@@ -68,9 +69,9 @@ def open_gpu(
     *,
     graphs: bool = True,
 ) -> GpuBackend:
-    """GPU "cuda:N"; `threads` pack weights for it, compiled kernels stay in `kernels_dir`, `graphs` is as in
-    `CudaBackend`. UsageError that says what is missing: CuPy, NVRTC, a driver, the GPU, its devices in this container
-    or service."""
+    """Opens GPU "cuda:N". `threads` pack weights for it, compiled kernels stay in `kernels_dir`, `graphs` is as in
+    `CudaBackend`. Raises UsageError that names what is missing: CuPy, NVRTC, a driver, the GPU, its devices in this
+    container or service."""
     from llamaclust.kernels.cuda.backend import CudaBackend
     from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
     from llamaclust.kernels.cuda.runtime.device import Device

@@ -14,9 +14,9 @@ from llamaclust.core.errors import UsageError
 _ROOT = Path("/")
 _SYSTEM = "sys/devices/system"
 _EFFICIENCY_PMUS = ("cpu_atom", "cpu_lowpower")
-"""Intel's names of performance counters that only efficiency cores have."""
+"""Intel's performance counters that only efficiency cores have."""
 _PERFORMANCE_SHARE = 0.75
-"""Of the largest `cpu_capacity`, at least, for a core of ARM to count as a performance core."""
+"""The least share of the largest `cpu_capacity` for an ARM core to count as a performance core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Core:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """What this process may use. `online`: hardware threads of the machine; `quota`: CPUs' time that its control groups
-    leave to it, None without a limit."""
+    """The cores that this process may use. `online` counts the machine's hardware threads; `quota` is the number of
+    CPUs that control groups leave to the process, None without a limit."""
 
     cores: tuple[Core, ...]
     online: int
@@ -44,7 +44,6 @@ class Cores:
 
     @property
     def nodes(self) -> tuple[int, ...]:
-        """NUMA nodes of the cores, in order."""
         return tuple(sorted({core.node for core in self.cores}))
 
     @property
@@ -52,7 +51,7 @@ class Cores:
         return tuple(sorted(number for core in self.cores for number in core.hardware_threads))
 
     def on_node(self, node: int) -> Cores:
-        """The cores of one NUMA node. UsageError where this process may use none there."""
+        """Returns the cores of one NUMA node. Raises UsageError if this process may use none there."""
         cores = tuple(core for core in self.cores if core.node == node)
         if not cores:
             known = ", ".join(map(str, self.nodes))
@@ -60,7 +59,6 @@ class Cores:
         return Cores(cores, self.online, self.quota)
 
     def __str__(self) -> str:
-        """As in "4 physical cores (8 hardware threads)"."""
         text = f"{len(self.cores)} physical core{'s' if len(self.cores) > 1 else ''}"
         details = [_kinds(self.cores)] if any(core.is_efficiency for core in self.cores) else []
         usable = len(self.hardware_threads)
@@ -74,18 +72,17 @@ class Cores:
         return text
 
     def lines(self, threads: int) -> tuple[str, ...]:
-        """What a worker's log says: `threads_text`, and what is better on several NUMA nodes."""
+        """Returns lines for a worker's log: `threads_text`, and advice for several NUMA nodes."""
         return (self.threads_text(threads), *([self.nodes_text] if len(self.nodes) > 1 else []))
 
     @property
     def nodes_text(self) -> str:
-        """What to do on several NUMA nodes."""
+        """Advice for several NUMA nodes."""
         options = " and ".join(f"--numa-node {node}" for node in self.nodes)
         better = "a worker for each, which reads memory of its own node only, is faster"
         return f"{len(self.nodes)} NUMA nodes: {better}: {options}, or numa_node of local workers"
 
     def threads_text(self, threads: int) -> str:
-        """Which cores compute threads of a worker use, in one line."""
         text = f"{threads} compute thread{'s' if threads > 1 else ''} for {self}"
         return (
             f"{text}; more threads than that are slower: set threads to {self.count}" if threads > self.count else text
@@ -98,8 +95,8 @@ def _kinds(cores: Sequence[Core]) -> str:
 
 
 def read_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> Cores:
-    """`root`: of the file system with /proc and /sys. `affinity`: hardware threads, else the process's own, to which a
-    cpuset limits it. Where the system shows no topology, each hardware thread is a core."""
+    """Reads the cores below `root`, which has /proc and /sys. `affinity` are the usable hardware threads, by default
+    the process's own, which a cpuset may limit. Without a known topology, each hardware thread is a core."""
     usable = sorted(os.sched_getaffinity(0) if affinity is None else affinity)
     efficiency, nodes = _efficiency(root, usable), _nodes(root)
     siblings: dict[str, list[int]] = {}
@@ -112,18 +109,17 @@ def read_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> Cor
 
 
 def physical_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> int:
-    """`Cores.count` of `read_cores`."""
     return read_cores(root, affinity).count
 
 
 def bind_to_node(node: int, root: Path = _ROOT) -> None:
     """Restricts this thread, and those it starts, to the cores of a NUMA node; Linux then gives them memory of that
-    node as long as it has some. UsageError where this process may use none of them."""
+    node as long as it has some. Raises UsageError if this process may use none of them."""
     os.sched_setaffinity(0, read_cores(root).on_node(node).hardware_threads)
 
 
 def _efficiency(root: Path, usable: Iterable[int]) -> set[int]:
-    """Hardware threads of efficiency cores: none where all cores are alike."""
+    """Returns the hardware threads of efficiency cores: none if all cores are alike."""
     named = {number for pmu in _EFFICIENCY_PMUS for number in _numbers(read_text(root / f"sys/devices/{pmu}/cpus"))}
     if named:
         return named
@@ -134,7 +130,6 @@ def _efficiency(root: Path, usable: Iterable[int]) -> set[int]:
 
 
 def _nodes(root: Path) -> dict[int, int]:
-    """NUMA node of each hardware thread."""
     found = {}
     for folder in sorted((root / f"{_SYSTEM}/node").glob("node[0-9]*")):
         for number in _numbers(read_text(folder / "cpulist")):
@@ -143,7 +138,7 @@ def _nodes(root: Path) -> dict[int, int]:
 
 
 def _numbers(text: str) -> list[int]:
-    """Of a list such as "0-3,8"."""
+    """Parses a list such as "0-3,8"."""
     numbers: list[int] = []
     for part in text.strip().split(","):
         first, _, last = part.partition("-")

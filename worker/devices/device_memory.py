@@ -1,4 +1,4 @@
-"""What layers will take of the memory of each device that holds a part of them."""
+"""The memory that layers will take of each device that holds a part of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CPU = "cpu"
 
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
-    """What a device holds of a stage."""
+    """A device's part of a stage."""
 
     layers: str  # which ones, for messages
     memory: StageMemory
@@ -32,9 +32,8 @@ class DeviceShare:
 def device_shares(
     device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits, portion: Portion | None = None
 ) -> dict[str, DeviceShare]:
-    """What a stage or a portion of it takes, by the name of the device; experts in RAM count there, caches of them do
-    not: these take what is left.
-    ModelFileError for what a device cannot compute."""
+    """Returns the memory of a stage or a portion of it by the name of the device. Experts in RAM count there; caches
+    of them do not, since they take what is left. Raises ModelFileError for layers that a device cannot compute."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
         backend, layers = (

@@ -1,4 +1,4 @@
-"""What a worker computes on: its processor and its GPUs, the memory it may take of each, and what they reach."""
+"""The processor and GPUs of a worker, the memory that it may take of each, and their measured speed."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Device:
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Device:
-        """UsageError for a device or feature level that this machine does not have."""
+        """Raises UsageError for a device or feature level that this machine does not have."""
         threads = settings.threads or physical_cores()
         level, folder = settings.feature_level, settings.packed_cache_dir
         packed_cache = None if folder is None else PackedCacheFolder(folder, settings.packed_cache_bytes)
@@ -59,35 +59,32 @@ class Device:
         )
 
     def close(self) -> None:
-        """Gives its GPUs back."""
         for gpu in self.gpus:
             gpu.close()
 
     @property
     def free_memory_bytes(self) -> int:
-        """What may still be taken: of the machine, and of the cap that holds for all this process has."""
+        """The memory that may still be taken of the machine, and of the cap on all memory of this process."""
         available = system_info.available_memory_bytes()
         if self.memory_cap_bytes is None:
             return available
         return max(0, min(available, self.memory_cap_bytes - system_info.resident_bytes()))
 
     def layers(self, order: Load) -> tuple[DeviceLayers, ...]:
-        """Which devices are to hold which layers of a stage."""
         return order.devices or (DeviceLayers(_CPU, order.start, order.end),)
 
     def backend_of(self, name: str) -> Backend:
-        """ProtocolError for a device that this worker does not have."""
+        """Raises ProtocolError for a device that this worker does not have."""
         known: dict[str, Backend] = {_CPU: self.backend} | {gpu.device: gpu for gpu in self.gpus}
         if name not in known:
             raise ProtocolError(f"a load for device {name!r}, this worker has {', '.join(known)}")
         return known[name]
 
     def free_bytes_of(self, name: str) -> int:
-        """What may still be taken of a device's memory."""
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 
     def backend_for(self, held: Iterable[DeviceLayers], *, apart: bool = False) -> Backend:
-        """What computes these layers: one device, or several in a chain. `apart`: on threads of their own."""
+        """Returns one device's backend, or a chain of several. `apart` gives them threads of their own."""
         parts = [BackendLayers(self._backend_for(part), part.start, part.end) for part in held]
         if apart:
             parts = [replace(part, backend=_apart(part.backend)) for part in parts]
@@ -103,8 +100,8 @@ class Device:
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
     def measure(self, model: Model | None = None, quant_types: Iterable[int] = ()) -> Profile:
-        """What the machine reaches, and what steps of the model and products with weights of these types take; blocks
-        for a second, longer for large layers."""
+        """Measures the machine, steps of the model, and products with weights of these types; blocks for a second,
+        longer for large layers."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.product_profiler import measure_products
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
@@ -124,8 +121,6 @@ class Device:
         return Profile(cpu, tuple(gpus))
 
     def registration(self, name: str, address: str, link_address: str) -> Register:
-        """The registration of a worker with this device, which serves stages at one address and accepts links of groups
-        at the other one."""
         level = self.backend.feature_level
         gpus = tuple(gpu.gpu() for gpu in self.gpus)
         return Register(
@@ -155,7 +150,7 @@ def _apart(backend: Backend) -> Backend:
 
 
 def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
-    """The cards of such a device on this machine, as a worker would find them. UsageError where one is not there."""
+    """Describes the GPUs of this machine as a worker would find them. Raises UsageError if one is not there."""
     found = []
     for name in gpu_names(device):
         gpu = backends.open_gpu(name, 1, gpu_memory_bytes)
@@ -167,8 +162,8 @@ def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
 def fingerprint(
     kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = (), numa_node: int | None = None
 ) -> str:
-    """Of this machine as such a device uses it; a feature level of "" is the best there is. UsageError for one that is
-    not available here."""
+    """Returns the fingerprint of this machine as a worker on this device has it; a feature level of "" is the best
+    there is. Raises UsageError if the device or level is not available here."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
     cores = read_cores() if numa_node is None else read_cores().on_node(numa_node)
     return _fingerprint(kind, threads, level, gpus, len(cores.hardware_threads))
@@ -181,10 +176,8 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """What is clear of devices, each with its feature level, before a start and without reading weights.
-
-    UsageError for what this machine does not have, ModelFileError where a device cannot run the model.
-    """
+    """Checks devices, each with its feature level, without reading weights. Raises UsageError for a device that this
+    machine does not have, ModelFileError for a model that a device cannot run."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

@@ -1,4 +1,4 @@
-"""Whether this process is given NVIDIA's devices, whatever CUDA makes of it."""
+"""Advice about NVIDIA's devices that this process is not given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ _SERVICE = "a systemd unit DeviceAllow=char-nvidia* rw and no PrivateDevices="
 
 
 def advice(root: Path = Path("/")) -> str:
-    """What to do about devices that are not there or cannot be opened; "" where all can. `root`: of the file system."""
+    """Returns what to do about devices that are missing or cannot be opened; "" if there is nothing to do. `root` is
+    that of the file system."""
     if (root / "dev/dxg").exists():  # Windows has the driver, and another device
         return ""
     control, memory = root / "dev/nvidiactl", root / "dev/nvidia-uvm"

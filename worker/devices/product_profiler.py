@@ -1,9 +1,8 @@
-"""Times of products with weights of quant types on this worker's processor: for plans of models whose steps it cannot
+"""Times of products with weights of quant types on this worker's processor, for plans of models whose steps it cannot
 measure.
 
 A matrix of random weights is larger than the caches near a core, and caches are flushed before each product of few
-rows, as between two tokens of a cluster.
-"""
+rows, as between two tokens of a cluster."""
 
 from __future__ import annotations
 
@@ -23,21 +22,23 @@ from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
 from llamaclust.wire.rpc.cache_flush import CacheFlush, largest_cache_bytes
 
 ROWS: Final = (1, 4, 8, 32, 128)
-"""Of activations: a decode step, windows of drafts and a few sequences, prompts."""
+"""Rows of activations: a decode step, windows of drafts and a few sequences, prompts."""
 _FEW_ROWS: Final = 8
 _WEIGHT_ROWS, _COLUMNS = 8192, 2048
 _LEAST_BYTES: Final = 96 << 20  # memory is not equally fast everywhere
 _MOST_BYTES: Final = 160 << 20  # of float32, with activations and results
 _TRIES: Final = 5
 _ENOUGH_S: Final = 0.3
-"""Of the tries of one product with one way to prefetch, flushes of caches included: on a slow machine there is one."""
+"""The time for all tries of one product with one way to prefetch, cache flushes included; a slow machine has a single
+try."""
 
 
 def measure_products(
     quant_types: Iterable[int], threads: int, feature_level: str, free_bytes: int
 ) -> tuple[ProductTime, ...]:
-    """Of the types that the processor computes with; none where memory is short. Blocks for some tens of milliseconds a
-    type where caches are small, at most for `_ENOUGH_S` and one more try for each number of rows, twice for one row."""
+    """Measures the types that the processor computes with; returns () if memory is short. Blocks for some tens of
+    milliseconds per type if caches are small, at most for `_ENOUGH_S` and one more try for each number of rows, twice
+    for one row."""
     known = sorted({QuantType(number) for number in quant_types if number in QUANTIZED_TYPES})
     flush_bytes = min(largest_cache_bytes(), free_bytes - _MOST_BYTES)
     if not known or flush_bytes < SWEEP_BYTES:
@@ -69,7 +70,7 @@ def _median_s(product_s: Callable[[], float], flush: CacheFlush | None) -> float
 
 
 def _matrices(quant_type: QuantType, feature_level: str) -> list[_native.PackedMatrix]:
-    """All of the same tile again and again, which looks up most of a grid's points."""
+    """Repeats one tile, which looks up most of a grid's points."""
     weights = np.random.default_rng(0).standard_normal((TILE_ROWS, _COLUMNS), np.float32)
     tile_bytes = quant_type.info.tile_bytes(_COLUMNS)
     n_bytes = tile_bytes * (_WEIGHT_ROWS // TILE_ROWS)

@@ -1,10 +1,9 @@
-"""What steps of a model take on this worker, tried as a stage computes them, on one layer alone and on some, and on the
-last one with the head.
+"""Step times of a model on this worker, measured as a stage computes them: on one layer, on some, and on the last one
+with the head.
 
-Between two steps of a cluster this process sleeps, and others read weights. So before each step of a trial memory is
-read that no cache holds, on a GPU its own as well: weights come from memory, and what Python has to run is as cold as
-it will be. Rows differ, so that those of a mixture choose different experts.
-"""
+Between two steps of a cluster this process sleeps, and others read weights. So before each measured step, memory that
+no cache holds is read, on a GPU also the GPU's own: weights come from memory, and Python's code is as cold as it will
+be. Rows differ, so that rows of a mixture choose different experts."""
 
 from __future__ import annotations
 
@@ -50,13 +49,11 @@ _LEAST_BYTES = 32 << 20  # of layers that are tried: fewer stay in caches, and d
 _EPOCH = 1
 
 Sweep = Callable[[], None]
-"""Leaves nothing in caches."""
+"""Evicts everything from caches."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileSize:
-    """How much is tried."""
-
     layers_bytes: int  # that a token touches of the layers tried together, where more than two are not above that
     tries: Mapping[int, int]  # at so many rows so many steps; few of sequences that decode, many of one prompt
 
@@ -74,17 +71,17 @@ class ProfileSize:
 
 PROCESSOR = ProfileSize(96 << 20, {1: 15, 8: 7, 128: 3})
 GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
-"""A GPU reads ten times as fast, and makes more of many rows."""
+"""A GPU reads ten times as fast as a processor, and gains more from many rows."""
 
 
 _PROMPT_ROWS = 512
-"""Also tried on mixtures: a prompt's cost is no line through a few rows, which read some experts, and 128, which read
-nearly all of them."""
+"""The rows of one more try on mixtures: a prompt's cost is not on a line through a few rows, which read some experts,
+and 128, which read nearly all of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfiledDevice:
-    """What stages of a trial are loaded with: a processor, or a GPU of this worker."""
+    """The processor, or a GPU of this worker, on which stages are tried."""
 
     backend: Backend
     threads: int
@@ -96,18 +93,19 @@ class ProfiledDevice:
 
     @classmethod
     def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> ProfiledDevice:
-        """`feature_level`: the sampler's, on the processor."""
+        """`feature_level` is that of the sampler, on the processor."""
         free_bytes = gpu.free_bytes * 3 // 4  # the rest is for what makes its cache cold
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
     def apart(self) -> Backend:
-        """Threads of a processor that compute less together where others want the cores learn that from similar steps:
-        not from those of another stage, nor from what happened before."""
+        """Returns a backend with threads of its own. A processor's threads learn from similar steps when to compute
+        less together because others want the cores; steps of another stage would mislead them."""
         return self.backend.apart() if isinstance(self.backend, HasThreads) else self.backend
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """A processor's caches need no more than `most_bytes`, and take no more than what is left of its memory."""
+        """Yields a sweep of the caches. A processor's needs no more than `most_bytes` of memory, and takes no more
+        than is left."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -121,21 +119,21 @@ class ProfiledDevice:
             yield both
 
     def left_bytes(self, model: Model, start: int, end: int) -> int:
-        """Of memory, beside such a stage."""
+        """Returns the memory that is left beside the stage of these layers."""
         return self.free_bytes - plan_memory(self.backend, model, start, end, self.size.limits).total_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Some layers of the model, and what steps of so many rows took them."""
+    """Some layers of the model, and step times by number of rows."""
 
     layers_bytes: Mapping[int, float]  # weights that so many rows touch, and states; without embedding and head
     seconds: Mapping[int, float]
 
 
 def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
-    """At few rows and many; none where the model is too small to tell layers from what a stage takes anyway, memory is
-    short, or layers read keys and values of others."""
+    """Measures steps of few rows and of many. Returns () if the model is too small to tell layers from a stage's fixed
+    cost, memory is short, or layers read keys and values of others."""
     costs = model.costs(KvType(device.size.limits.kv_type)).layers
     first = _first_tried(costs)
     sizes = [layer.weight_bytes for layer in costs[first:]]
@@ -170,7 +168,7 @@ class _Measurement:
     sweep: Sweep
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[_Part]:
-        """Of stages with these layers, in turns: changes of the machine's speed affect all of them alike."""
+        """Measures stages of these layers in turns, so that changes of the machine's speed affect all of them alike."""
         device, model = self.device, self.model
         limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
         with ExitStack() as opened:
@@ -190,8 +188,8 @@ class _Measurement:
         ]
 
     async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
-        """Of each the median of some steps, behind one that finds everything for the first time; of that where it takes
-        long."""
+        """Returns each stage's median step time without the first step, which finds caches empty; the first step's
+        time if it takes long."""
         vocabulary = self.model.hyperparameters.vocabulary_size
         with closing(Compute()) as compute:
             context = StageContext("profile", compute, Counters())
@@ -214,30 +212,31 @@ class _Measurement:
 
 
 def _position(rows: int) -> int:
-    """Of the first of so many rows of a prompt."""
+    """Returns the position of a prompt's first row."""
     return max(0, _CONTEXT - rows // 2) // 16 * 16
 
 
 def _moved_bytes(layers: Sequence[LayerCost], rows: int) -> float:
-    """Few rows are of a sequence each, many of one prompt."""
+    """Counts few rows as one sequence each, many rows as one prompt."""
     return sum(layer.moved_bytes(rows, rows if rows in _DECODE_ROWS else 1) for layer in layers)
 
 
 def _first_tried(costs: Sequence[LayerCost]) -> int:
-    """Layers without experts before a mixture's others are unlike most, and not tried."""
+    """Skips layers without experts before a mixture's others, since they are unlike most."""
     first = next((number for number, layer in enumerate(costs) if layer.idle_bytes), 0)
     return first if len(costs) - first >= _LEAST_LAYERS else 0
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
-    """One layer, that and the next ones, and the last one. Workers that try at the same time share packed layers, so
-    each begins elsewhere: otherwise one would find in a cache what another has just read."""
+    """Returns ranges of one layer, of this and the next ones, and of the last one. Workers that measure at the same
+    time share packed layers, so each begins at another layer: otherwise one would find in a cache what another has
+    just read."""
     start = place * some % (layers - some)
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
 
 def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
-    """Of one layer, of some, and of the last one with the head: by differences."""
+    """Derives step times from differences between one layer, some, and the last one with the head."""
     heads: list[tuple[int, float]] = []  # (rows, seconds)
     for rows in one.seconds:
         stage_s, byte_s = _line(*((part.layers_bytes[rows], part.seconds[rows]) for part in (one, some)))
@@ -251,8 +250,9 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
 
 
 def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, float]:
-    """(seconds without bytes, seconds a byte) through two points (bytes, seconds); neither is below zero. Where a line
-    would begin there, the first point is too low or the second too high: both count by their bytes."""
+    """Returns (seconds without bytes, seconds per byte) of the line through two points (bytes, seconds); neither is
+    below zero. If the line would begin below zero, the first point is too low or the second too high: both count by
+    their bytes."""
     byte_s = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
     if byte_s * few[0] > few[1]:
         return 0.0, (few[1] + many[1]) / (few[0] + many[0])
@@ -260,7 +260,7 @@ def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, f
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
-    """(frame, sampling inputs) of a token for each of some sequences, or of many of one prompt."""
+    """Returns the frame and sampling inputs of one token of each of some sequences, or of many tokens of one prompt."""
     program, source = runner.program, np.random.default_rng(number)
     tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:

@@ -1,4 +1,4 @@
-"""What the operating system says about this machine and this process. Linux first; elsewhere less is known."""
+"""The operating system's figures of this machine and this process. Linux first; elsewhere less is known."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from llamaclust.core.cgroups import memory_groups, read_text
 from llamaclust.core.sizes import MIB
 
 LOADING_BYTES = 16 * MIB
-"""What a worker's process takes, at most, to load a stage of any model: modules, threads, the model's metadata. Between
-6 and 15 MiB where it was measured."""
+"""The most that a worker's process takes to load a stage of any model, for modules, threads and the model's metadata;
+6 to 15 MiB were measured."""
 
 _ROOT = Path("/")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def total_memory_bytes(root: Path = _ROOT) -> int:
-    """Of the machine, or of the control groups that this process is confined to."""
+    """Returns the memory of the machine, or of the control groups that confine this process."""
     machine = os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES
     return min([machine, *(group.limit_bytes for group in memory_groups(root))])
 
 
 def available_memory_bytes(root: Path = _ROOT) -> int:
-    """What may still be taken without swapping, or evicting files that are mapped (the kernel's estimate counts those
-    as free): of the machine, less in a confined control group."""
+    """Returns the memory of the machine or control group that can be taken without swapping or evicting mapped files,
+    which the kernel's estimate counts as free."""
     figures = _figures(root / "proc/meminfo")
     available = figures.get("MemAvailable", os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES)
     mapped = max(
@@ -38,12 +38,12 @@ def available_memory_bytes(root: Path = _ROOT) -> int:
 
 
 def _figures(path: Path) -> dict[str, int]:
-    """Bytes by name, of lines such as `MemAvailable: 5 kB`."""
+    """Returns bytes by name, from lines such as `MemAvailable: 5 kB`."""
     return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", read_text(path), re.MULTILINE)}
 
 
 def memory_group(root: Path = _ROOT) -> str:
-    """Identity of the control group that limits this process's memory most; "" where none does."""
+    """Returns the identity of the control group that limits this process's memory most; "" if none does."""
     tightest = min(memory_groups(root), key=lambda group: group.free_bytes, default=None)
     if tightest is None:
         return ""
@@ -52,14 +52,13 @@ def memory_group(root: Path = _ROOT) -> str:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM."""
     text = read_text(Path("/proc/self/statm"))
     return int(text.split()[1]) * _PAGE_BYTES if text else 0
 
 
 def release_freed_memory() -> None:
-    """Frees what only cycles of objects refer to, and returns to the system what the allocator keeps of freed memory
-    (glibc; elsewhere it keeps that): buffers below its threshold for maps of their own, and heaps of threads."""
+    """Collects cyclic garbage, and returns freed memory that the allocator keeps to the system (glibc only): buffers
+    below its threshold for own maps, and heaps of threads."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -74,7 +73,7 @@ def processor_name() -> str:
 
 
 def log_place() -> str:
-    """Where people find what this process writes to standard error."""
+    """Returns the place, for people, of this process's standard error."""
     try:
         target = Path("/proc/self/fd/2").readlink()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a stage takes on a device that need not be there: nothing is opened or loaded."""
+"""Memory of a stage on a device that need not be there: nothing is opened or loaded."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llamaclust.worker.stage.stage_runner import model_program
 def planned_workspace_bytes(
     model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
 ) -> int:
-    """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU, or on a GPU, there without
-    `weight_rounding_bytes`. ModelFileError where they cannot be computed."""
+    """Returns the memory of layers [start, end) beside weights and KV memory on `threads` of a CPU, or on a GPU, there
+    without `weight_rounding_bytes`. Raises ModelFileError for layers that cannot be computed."""
     return program_workspace_bytes(model, model_program(model, start, end, limits), limits, threads, device)
 
 
 def program_workspace_bytes(model: Model, program: Program, limits: StageLimits, threads: int, device: str) -> int:
-    """The same of a program of the model, as that of a portion."""
+    """Returns the workspace of a program of the model, such as a portion's."""
     from llamaclust.kernels.cpu.backend import workspace_bytes
 
     head_bytes = 0
@@ -36,7 +36,7 @@ def program_workspace_bytes(model: Model, program: Program, limits: StageLimits,
 
 
 def weight_rounding_bytes(model: Model, start: int, end: int, device: str, *, experts: bool = True) -> int:
-    """What weights of layers [start, end), with or without `experts`, take of a device's memory beyond their bytes."""
+    """Returns the device memory of weights of layers [start, end), with or without `experts`, beyond their bytes."""
     if not gpu_names(device):
         return 0
     from llamaclust.kernels.cuda.backend import rounded_weight_bytes

@@ -1,4 +1,4 @@
-"""Which tokens of which sequences a draft model has keys and values of."""
+"""The tokens of sequences whose keys and values a draft model has."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(slots=True)
 class SequenceCache:
-    """Of one sequence. Its own tokens come first; drafted ones behind them may be refused."""
+    """The cache of one sequence. Its own tokens come first; drafted ones behind them may be rejected."""
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     settled: int = 0  # first tokens that are known to be the sequence's
 
     def keep(self, tokens: Sequence[int], length: int) -> None:
-        """Only what the sequence begins with, of whose `length` tokens the last one is to be computed."""
+        """Drops tokens that differ from the sequence's, and the last of `length` tokens, which is to be computed."""
         end = min(len(self.tokens), length - 1)
         place = min(self.settled, end)
         while place < end and self.tokens[place] == tokens[place]:
@@ -30,7 +30,6 @@ class SequenceCache:
 
     @property
     def table(self) -> tuple[int, ...]:
-        """`Chunk.table`."""
         runs: list[int] = []
         for _, run in groupby(enumerate(self.blocks), key=lambda at: at[1] - at[0]):
             numbers = [block for _, block in run]
@@ -39,14 +38,16 @@ class SequenceCache:
 
 
 class SequenceCaches:
-    """Of all sequences, in so many KV blocks. Those that were not drafted for longest give theirs up."""
+    """The caches of all sequences in `blocks` KV blocks. Sequences that were not drafted for longest give up their
+    blocks."""
 
     def __init__(self, blocks: int) -> None:
         self._free = list(range(blocks - 1, -1, -1))
         self._caches: OrderedDict[int, SequenceCache] = OrderedDict()
 
     def of(self, order: DraftOrder, rows: int, kept: Collection[int]) -> SequenceCache | None:
-        """With blocks for so many rows; None where there are not as many, without those of the `kept` sequences."""
+        """Returns a cache with blocks for so many rows; None if there are too few without those of the `kept`
+        sequences."""
         cache = self._caches.setdefault(order.key, SequenceCache())
         self._caches.move_to_end(order.key)
         wanted = -(-rows // KV_BLOCK_TOKENS) - len(cache.blocks)

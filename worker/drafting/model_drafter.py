@@ -1,5 +1,5 @@
-"""A small model that drafts: greedily, or with the draws that the answer's own tokens get, which makes it agree with
-the larger one more often. It is one stage with keys and values of its own. Blocking; one call at a time."""
+"""A small model that drafts, greedily or with the same random draws as the answer's own tokens, so that it agrees more
+often with the larger model. It is one stage with KV memory of its own. Calls block; one at a time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llamaclust.worker.drafting.caches import SequenceCache, SequenceCaches
 from llamaclust.worker.stage.stage_runner import StageRunner
 
 MOST_ROWS = 256
-"""Tokens of a sequence that are taken in at once."""
+"""Tokens of a sequence in one prefill step."""
 _MOST_BESIDE = 8
-"""Tokens of each that are taken in by the row that drafts; more are taken in before."""
+"""Tokens of a sequence that the drafting step itself prefills; more are prefilled before."""
 
 
 class ModelDrafter:
@@ -28,9 +28,9 @@ class ModelDrafter:
         self._caches = SequenceCaches(stage.limits.kv_blocks)
 
     def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """A sequence of which the model lacks too many tokens gets no draft; nor one for which it has no memory, or
-        with tokens that it does not know. A draft ends before a row whose logits are not finite, and that sequence gets
-        no more drafts: as one without memory, `taken_in` is 0."""
+        """Drafts for all orders. No draft is made if the model lacks too many tokens of a sequence, has no memory for
+        it, or does not know one of its tokens. A draft ends before a row whose logits are not finite, and `taken_in`
+        is then 0, as without memory: the sequence gets no more drafts."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
         replies = {order.key: DraftReply(order.key, order.length, order.most > 0, (), 0) for order in orders}
@@ -56,13 +56,13 @@ class ModelDrafter:
         return DraftReplies(tuple(replies.values()), rows, rows_ns, steps, steps_ns)
 
     def _knows(self, order: DraftOrder, start: int) -> bool:
-        """Whether all tokens from `start` on, and those that the choice of tokens names, are in the vocabulary."""
+        """True if all tokens from `start` on, and those that the sampling task names, are in the vocabulary."""
         task = order.task
         named = (*task.suppressed, *(token for token, _ in task.params.logit_bias))
         return max((*order.tokens[start : order.length], *named)) < self._vocabulary
 
     def _take_in(self, order: DraftOrder, cache: SequenceCache) -> int:
-        """The next tokens that the model does not have. Returns how many they are."""
+        """Computes the next tokens that the model does not have, and returns their number."""
         start = len(cache.tokens)
         tokens = tuple(order.tokens[start : min(order.length - 1, start + MOST_ROWS)])
         if tokens:
@@ -72,7 +72,7 @@ class ModelDrafter:
         return len(tokens)
 
     def _draft(self, drafting: list[_Drafting]) -> int:
-        """A token for each at a time. Returns how many times."""
+        """Drafts one token for each sequence per step; returns the number of steps."""
         steps = 0
         while drafting := [each for each in drafting if len(each.drafted) < each.most and not each.has_failed]:
             tasks = tuple(each.task for each in drafting)
@@ -90,8 +90,6 @@ class ModelDrafter:
 
 
 class _Drafting:
-    """One order on its way."""
-
     def __init__(self, order: DraftOrder, cache: SequenceCache, most: int) -> None:
         self.order = order
         self.cache = cache
@@ -101,7 +99,7 @@ class _Drafting:
         self.has_failed = False
 
     def chunk(self) -> Chunk:
-        """The rows from the first token that the model does not have."""
+        """Returns the rows from the first token that the model does not have."""
         start = len(self.cache.tokens)
         tokens = (*self.order.tokens[start : self.order.length], *self.drafted[max(0, start - self.order.length) :])
         self.cache.tokens += tokens

@@ -1,8 +1,6 @@
-"""Decides in how many bands the members of a group compute the rows of a prompt, from what their gathers waited before.
-
-While the gathers of one band go on, others are computed: more bands hide more of a slow network, but each one decodes
-the weights again.
-"""
+"""Chooses the number of bands in which the members of a group compute the rows of a prompt, by the waits of earlier
+gathers. While the gathers of one band go on, other bands are computed: more bands hide more of a slow network, but
+each one decodes the weights again."""
 
 from __future__ import annotations
 
@@ -11,26 +9,26 @@ from dataclasses import dataclass, field
 from llamaclust.kernels.gathers import LEAST_BANDED_ROWS, LEAST_ROWS_OF_BAND, MOST_BANDS
 
 _DECODED_ROWS = 8
-"""To decode the weights takes about as long as to compute so many rows."""
+"""The rows that take about as long to compute as the weights to decode."""
 _MANY_ROWS = 256
-"""Runs of so many begin with two bands, others with one."""
+"""Runs of so many rows begin with two bands, others with one."""
 _MUCH, _LITTLE = 0.04, 0.01
-"""Shares of a run: another number of bands is tried where gathers wait longer, or hardly at all."""
+"""Shares of a run's time: another number of bands is tried if gathers wait longer, or hardly at all."""
 _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """The leader's choice, over the runs of an epoch. Runs count as alike whose rows have the same power of two."""
+    """The leader's choice, over the runs of an epoch. Runs count as alike if their rows have the same power of two."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}
 
     def of(self, rows: int) -> int:
-        """The bands of the next run of so many rows."""
+        """Returns the bands of the next run of so many rows."""
         return self._runs(rows).bands if rows >= LEAST_BANDED_ROWS else 1
 
     def add(self, rows: int, waited_share: float) -> None:
-        """Takes in such a run, whose gathers waited that share of its time."""
+        """Records a run, whose gathers waited that share of its time."""
         if rows >= LEAST_BANDED_ROWS:
             self._runs(rows).add(rows, waited_share)
 

@@ -1,4 +1,4 @@
-"""Callers of a listener by their hosts: one host that connects again and again keeps no other host's connection out."""
+"""Callers of a listener by host: one host that connects again and again keeps no other host's connection out."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _Connection = TypeVar("_Connection")
 
 
 def caller_of(connection: socket.socket) -> str:
-    """The host at the other end, as connections are counted; "" on a Unix socket. OSError where it has gone."""
+    """Returns the host at the other end, as connections are counted; "" on a Unix socket. Raises OSError if it has
+    gone."""
     if connection.family == socket.AF_UNIX:
         return ""
     return bounded_host(connection.getpeername()[0])
 
 
 def of_the_most(hosts: Mapping[_Connection, str]) -> list[_Connection]:
-    """The connections of each host that has as many as any, in their order."""
+    """Returns the connections of each host that has as many as any, in their order."""
     counts = Counter(hosts.values())
     most = max(counts.values())
     return [connection for connection, host in hosts.items() if counts[host] == most]

@@ -1,4 +1,5 @@
-"""Gathers of a step that is computed again for numbers that were not finite: which member's portion they come from."""
+"""Gathers of a step that is computed again for numbers that were not finite: they find the member whose portion has
+them."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from llamaclust.model.steps.across import Gather
 
 
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
-    """Gathers of a run of so many rows by the links. `accuse` gets the place of a member whose columns of the first
-    gather with such numbers have some. Where several members have columns, and all some, they began with them."""
+    """Returns gathers over `links` for a run of so many rows. `accuse` gets the place of a member whose columns are
+    not finite in the first gather with such numbers; it is not called if the columns of all of several members are,
+    since they began with them."""
     gathers = [step for step in program.steps if isinstance(step, Gather)]
     bands = bands_of(program, rows, links.bands)
 

@@ -1,4 +1,5 @@
-"""Handshakes with all connections that claim to be one member, side by side: none keeps the true one waiting."""
+"""Handshakes with all connections that claim to be one member, side by side, so that none keeps the true one
+waiting."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from llamaclust.kernels._native import Link, LinkError
 from llamaclust.worker.groups.callers import caller_of, of_the_most
 
 MOST_HANDSHAKES = 8
-"""So many run with one place of a group at a time, each on a thread."""
+"""The handshakes with one place of a group at a time, each on a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +33,18 @@ class _Claim:
 
 
 class Handshakes:
-    """Connections are taken as long as the context lasts; those that still claim to be the member end with it."""
+    """Takes connections as long as the context lasts; those that still claim to be the member end with it."""
 
     def __init__(self, prove: Callable[[socket.socket], Awaitable[Link]], failed: Callable[[LinkError], None]) -> None:
-        """`prove`: a handshake, up to the proof that the other end is the member. It closes its connection."""
+        """`prove` runs a handshake, up to the proof that the other end is the member, and closes its connection."""
         self._prove, self._failed = prove, failed
         self._claims: dict[asyncio.Task[Link], _Claim] = {}
         self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()
 
     def take(self, connection: socket.socket) -> None:
-        """Begins a handshake. Where there are too many, one of the host with the most gives way: whoever keeps
-        connecting ends their own. It is chosen by lot, for the oldest might always be the member's. OSError without a
-        descriptor."""
+        """Begins a handshake. If there are too many, one of the host with the most is ended: whoever keeps connecting
+        ends their own. It is chosen at random, since the oldest might always be the member's. Raises OSError if no
+        descriptor is free."""
         claim = _Claim(caller_of(connection), connection.dup())
         if len(self._claims) >= MOST_HANDSHAKES:
             crowd = of_the_most({task: each.host for task, each in self._claims.items()})
@@ -53,7 +54,7 @@ class Handshakes:
         task.add_done_callback(self._ended)
 
     async def proven(self) -> Link:
-        """The member's newest connection that has proven it, and waits to be told so: it gave older ones up."""
+        """Returns the newest connection that has proven to be the member's; the member has given up older ones."""
         return await self._proven.get()
 
     def __enter__(self) -> Self:

@@ -39,7 +39,7 @@ class LinkOpener:
     """Opens a member's links to the others, once. Of two members, the later one connects to the earlier one."""
 
     def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
-        """UsageError for an address that such credentials do not allow, or where TLS lacks."""
+        """Raises UsageError for an address that these credentials do not allow, or if TLS is missing."""
         self._order, self._credentials, self._listener = order, credentials, listener
         for place in self._peers():
             check_address(order.members[place].address, credentials)
@@ -51,7 +51,7 @@ class LinkOpener:
         self._threads = ThreadPoolExecutor(MOST_HANDSHAKES * len(order.members), "links")  # no other work delays one
 
     async def open(self, gather_s: float, seconds: float = OPEN_S, answer_s: float = ANSWER_S) -> Links:
-        """MemberLostError where a member is not there in time. Once only. `answer_s`: see `Links`."""
+        """May be called once. Raises MemberLostError if a member is not there in time. `answer_s` is as in `Links`."""
         tasks = {place: asyncio.create_task(self._link(place, seconds)) for place in self._peers()}
         try:
             await asyncio.gather(*tasks.values())
@@ -64,7 +64,7 @@ class LinkOpener:
 
     @property
     def missing(self) -> tuple[str, str] | None:
-        """The first member without a link, and why, in a line; None where there are all."""
+        """The first member without a link, and the reason in a line; None once all have one."""
         place = next((place for place in self._peers() if place not in self._linked), None)
         if place is None:
             return None
@@ -73,8 +73,8 @@ class LinkOpener:
         return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"
 
     def unreached(self, seconds: float) -> Iterator[tuple[str, str]]:
-        """Members to whom no connection could be made for so long, and why. One that accepts and does not know of the
-        group yet is reached."""
+        """Yields members to whom no connection could be made for so long, and reasons. A member that accepts and does
+        not know of the group yet is reached."""
         now_s = asyncio.get_running_loop().time()
         for place, since_s in self._unreached_s.items():
             if now_s - since_s >= seconds:
@@ -82,7 +82,6 @@ class LinkOpener:
                 yield member.worker, self._failures.get(place, f"no connection to {member.address} is accepted")
 
     def _peers(self) -> list[int]:
-        """The places of the others."""
         return [place for place in range(len(self._order.members)) if place != self._order.member]
 
     async def _link(self, place: int, seconds: float) -> Link:
@@ -112,7 +111,7 @@ class LinkOpener:
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:
-        """Only the connection that is chosen hears the hello of this side, so that the member tries again otherwise."""
+        """Sends this side's hello on the chosen connection only, so that the member tries again on any other."""
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
 
         def failed(error: LinkError) -> None:
@@ -131,7 +130,7 @@ class LinkOpener:
                     return link
 
     async def _shaken(self, connection: socket.socket, place: int, says: bytes, hears: bytes) -> Link:
-        """The link, after the handshake and what each side says then, under TLS."""
+        """Returns the link after the handshake and the hello of each side, under TLS."""
         worker = self._order.members[place].worker
         tls = self._tls(worker, accepts=place > self._order.member)
 
@@ -154,8 +153,8 @@ class LinkOpener:
         return TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, accepts)
 
     async def _connection_to(self, address: str) -> socket.socket:
-        """OSError or DeadlineError where there is none, of the last address that was tried. The caller has a deadline
-        for all of them."""
+        """Raises OSError or DeadlineError of the last address that was tried. The caller has a deadline for all of
+        them."""
         if address.startswith(PREFIX):
             path = address.removeprefix(PREFIX)
             return await _connected(socket.AF_UNIX, path, path)

@@ -1,9 +1,8 @@
 """Accepts connections of other members, and hands each one to the group that expects it.
 
-A connection begins with a hello in the clear: 8 bytes of the protocol's version, the group's 16-byte id, and the places
-of its sender and its receiver in the group. Only the members know the random id, so nobody else can use up handshakes;
-the sender proves who it is by its certificate.
-"""
+A connection begins with a hello in the clear: 8 bytes of the protocol's version, the group's 16-byte id, and the
+places of its sender and its receiver in the group. Only the members know the random id, so nobody else can use up
+handshakes; the sender proves its identity by its certificate."""
 
 from __future__ import annotations
 
@@ -30,10 +29,10 @@ _HELLO = struct.Struct("<8s16sII")
 _VERSION = b"lcgroup2"
 HELLO_S = 5.0
 _MOST_SILENT = 64
-"""Connections that have not said their hello; of more, the oldest of the host with the most is closed."""
+"""Connections that have not sent their hello; beyond this, the oldest of the host with the most is closed."""
 _BACKLOG = 128
 SOCKET_ENDING = ".l"
-"""The end of a Unix socket's path, behind that for stages."""
+"""The suffix of the Unix socket's path, behind the path for stages."""
 LINK_PORTS = 1000
 """The distance from the port for stages: the next port may be another worker's of the same machine."""
 _LAST_PORT = 65535
@@ -42,7 +41,7 @@ _RETRY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """A connection between two places of a group begins with these fields."""
+    """The first bytes of a connection between two places of a group."""
 
     group_id: bytes
     sender: int
@@ -53,8 +52,8 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """The address at which a worker accepts links, by that of its stages; port 0 is any free one. None: the port is
-    fixed if that of the stages is."""
+    """Returns the address at which a worker accepts links, by that of its stages; port 0 is any free one. With port
+    None the port is fixed if that of the stages is."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)
@@ -64,7 +63,7 @@ def link_address(stages: str, port: int | None) -> str:
 
 
 Take = Callable[[socket.socket], None]
-"""Gets a connection whose hello was expected. OSError where it cannot be taken."""
+"""Receives a connection whose hello was expected. Raises OSError if it cannot be taken."""
 
 
 class LinkListener:
@@ -81,8 +80,8 @@ class LinkListener:
         self._expected: dict[bytes, Take] = {}
 
     async def listen(self, address: str, *, or_any_port: bool = False) -> None:
-        """Listens at HOST:PORT, where port 0 is any free one, or at unix:PATH, and nowhere else any more. OSError
-        if that is impossible. `or_any_port`: instead of one that is in use."""
+        """Listens at HOST:PORT, where port 0 is any free one, or at unix:PATH, and nowhere else. With `or_any_port`,
+        another port replaces one that is in use. Raises OSError if that is impossible."""
         if self.address and address == self._requested:
             return
         await self.stop()
@@ -117,7 +116,7 @@ class LinkListener:
 
     @contextmanager
     def expecting(self, hello: bytes, take: Take) -> Iterator[None]:
-        """`take` gets connections that begin with this hello, as long as the context lasts."""
+        """Hands connections that begin with this hello to `take`, as long as the context lasts."""
         self._expected[hello] = take
         try:
             yield
@@ -136,7 +135,7 @@ class LinkListener:
             await self._receive(connection)
 
     async def _receive(self, connection: socket.socket) -> None:
-        """Begins to wait for its hello, and returns."""
+        """Starts to wait for the connection's hello, and returns."""
         try:
             host = caller_of(connection)
         except OSError:  # it has gone
@@ -170,7 +169,7 @@ class LinkListener:
 
 
 def _listening_socket(address: str) -> socket.socket:
-    """A socket that is bound to the first address of a host's name."""
+    """Returns a socket that is bound to the first address of a host's name."""
     if address.startswith(PREFIX):
         listening = socket.socket(socket.AF_UNIX)
         try:

@@ -25,7 +25,7 @@ Report = Callable[[Fault], Awaitable[None]]
 
 
 def _retrieved(opening: asyncio.Task[None]) -> None:
-    """Takes the error of a task that has reported it, and that nobody else may wait for."""
+    """Retrieves the error of a task that has reported it, since nobody else may await the task."""
     if not opening.cancelled():
         opening.exception()
 
@@ -43,12 +43,12 @@ class MemberLinks:
         self._one_row = 0, 0.0  # steps, and what their gathers have waited
 
     def open(self, on_open: Callable[[Links], None]) -> None:
-        """Begins to open them. `on_open` is called on the event loop."""
+        """Starts to open the links. `on_open` is called on the event loop."""
         self._opening = asyncio.create_task(self._open_or_give_up(on_open))
         self._opening.add_done_callback(_retrieved)
 
     async def _open_or_give_up(self, on_open: Callable[[Links], None]) -> None:
-        """Only a leader waits for them: whoever else cannot open its links reports that."""
+        """Reports a failure, since only a leader waits for the links."""
         try:
             await self._open(on_open)
         except Exception as error:
@@ -73,7 +73,7 @@ class MemberLinks:
             on_open(self._links)
 
     async def opened(self, seconds: float) -> None:
-        """Returns when they are open. WorkerError names a member that is not there after so long."""
+        """Returns when the links are open. Raises WorkerError that names a member that is not there after so long."""
         assert self._opening is not None
         try:
             async with deadline("the links of a group", seconds):
@@ -97,8 +97,8 @@ class MemberLinks:
 
     @contextmanager
     def step(self, rows: int) -> Iterator[None]:
-        """A step that computes so many rows: the waits of single rows, as of tokens that are generated, are counted
-        apart. Used by one thread at a time."""
+        """Wraps a step of so many rows, and counts the waits of one-row steps, as of generated tokens, apart. Used by
+        one thread at a time."""
         assert self._links is not None, "no step begins before the links are open"
         begun_s = self._links.counters().waited_s
         yield
@@ -107,7 +107,7 @@ class MemberLinks:
             self._one_row = steps + 1, waited_s + self._links.counters().waited_s - begun_s
 
     def close(self) -> None:
-        """Ends a gather that is under way on another thread."""
+        """Closes the links, and ends a gather that is under way on another thread."""
         self._is_closed = True
         if self._opening is not None:
             self._opening.cancel()
@@ -116,11 +116,12 @@ class MemberLinks:
 
     @property
     def computing_s(self) -> float:
-        """The time since this member waited for another one last; 0.0 while it waits, and before its first step."""
+        """The time since this member last waited for another one; 0.0 while it waits, and before its first step."""
         return 0.0 if self._links is None else self._links.computing_s
 
     def fault(self, error: Exception) -> Fault:
-        """The report of an error that ended this member's part. A ProtocolError is in what the leader announced."""
+        """Returns the report of an error that ended this member's part. A ProtocolError is a fault of the leader's
+        announcement."""
         if isinstance(error, LinkError) and error.place >= 0:
             worker = self._order.members[error.place].worker
             if error.kind == "unreachable":
@@ -135,14 +136,14 @@ class MemberLinks:
         return GroupFault(self._epoch, own, "failed", text)
 
     def not_finite(self, place: int) -> LinkError:
-        """The error of a member whose portion has numbers that are not finite."""
+        """Returns the error of a member whose portion has numbers that are not finite."""
         error = LinkError(f"worker {self._order.members[place].worker} computes numbers that are not finite, twice")
         error.place, error.kind = place, "wrong"
         return error
 
     async def give_up(self, error: Exception) -> Fault:
-        """Reports an error that ended this member's part. A LinkError has ended the links, and what was sent before can
-        be read until they are closed: others may find the same member at fault."""
+        """Reports an error that ended this member's part. After a LinkError the links stay open, so that others can
+        read what was sent before: they may find the same member at fault."""
         fault = self.fault(error)
         await self._tell(fault)
         if not isinstance(error, LinkError):
@@ -150,6 +151,6 @@ class MemberLinks:
         return fault
 
     async def _tell(self, fault: Fault) -> None:
-        """Sends it to the coordinator, unless this stage is being closed."""
+        """Sends the report to the coordinator, unless this stage is being closed."""
         if not self._is_closed:
             await self._report(fault)

@@ -12,7 +12,7 @@ _SUFFIX = ".kv"
 
 
 class KvFolder(DiskCache):
-    """Names of files begin with what their content depends on: model, KV type and arithmetic."""
+    """Files are named after what their content depends on: model, KV type and arithmetic."""
 
     suffixes = (_SUFFIX,)
     content, limit = "KV memory", "kv_disk"
@@ -27,7 +27,7 @@ class KvFolder(DiskCache):
         return f"{content}-{uuid4().hex}{_SUFFIX}"
 
     def mark_used(self, names: Sequence[str]) -> None:
-        """The first ones count as used last: what follows them is of no use without them."""
+        """Marks the first ones as used last, since the following ones are of no use without them."""
         for name in reversed(names):
             with suppress(OSError):
                 file = self.open(name)

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class KvDisk:
-    """Of one process. Blocks are read by one thread, and written by another one of low priority."""
+    """The KV memory on disk of one process. One thread reads blocks, another one of low priority writes them."""
 
     def __init__(self, folder: KvFolder) -> None:
         self.folder = folder
@@ -35,14 +35,14 @@ class KvDisk:
         self._writer = ThreadPoolExecutor(1, "write-kv", initializer=_lower_priority)
 
     async def answer(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> KvDone:
-        """ProtocolError for KV blocks that the stage does not have. No block is there where its folder cannot be
+        """Raises ProtocolError for KV blocks that the stage does not have. Counts no block if the folder cannot be
         used."""
         thread = self._writer if isinstance(request, SaveKv) else self._reader
         done = await asyncio.get_running_loop().run_in_executor(thread, self._done, request, runner)
         return KvDone(done, request.request_id)
 
     async def idle(self) -> None:
-        """Returns when no thread touches KV memory for requests of before."""
+        """Returns when no thread touches KV memory for earlier requests."""
         loop = asyncio.get_running_loop()
         await asyncio.gather(*(loop.run_in_executor(thread, _nothing) for thread in (self._reader, self._writer)))
 
@@ -58,8 +58,8 @@ class KvDisk:
         return blocks.save(keys, request.blocks, kv)
 
     def _blocks_of(self, runner: StageRunner) -> StageBlocks | None:
-        """Returns None if the folder cannot be used, which is logged once, and if the bytes of the weights were not
-        compared: nothing would tell what was computed with others."""
+        """Returns None if the folder cannot be used, which is logged once, or if the bytes of the weights were not
+        compared: nothing would tell blocks computed with other weights apart."""
         if runner.kv_content is None:
             return None
         if (known := self._stages.get(runner)) is None:

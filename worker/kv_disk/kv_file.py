@@ -32,7 +32,7 @@ _DIGEST_BYTES = 32
 _MOST_BUFFERS = 512  # of one system call
 
 KvLayers = Sequence[Sequence[NDArray[np.uint8]]]
-"""KV memory of a stage: for each layer its parts, keys and values or states, [KV blocks, bytes]."""
+"""KV memory of a stage: the parts of each layer, keys and values or states, as arrays [KV blocks, bytes]."""
 
 
 class DamagedError(Exception):
@@ -41,7 +41,7 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class KvFile:
-    """A file's header. `layer_bytes`: of a block, in each of layers [start, end), all its parts together."""
+    """A file's header. `layer_bytes` has a block's bytes in each of layers [start, end), all parts together."""
 
     name: str
     start: int
@@ -63,7 +63,7 @@ class KvFile:
 
     @classmethod
     def read(cls, name: str, file: FileIO) -> KvFile:
-        """DamagedError for a damaged header or another size; OSError."""
+        """Raises DamagedError for a damaged header or another size, and OSError."""
         prefix = _read(file, 0, _PREFIX.size)
         magic, version, start, end, blocks = _PREFIX.unpack(prefix)
         if (magic, version) != (_MAGIC, _VERSION) or not (start < end <= MAX_LAYERS and 0 < blocks <= MAX_KEYS):
@@ -81,7 +81,7 @@ class KvFile:
         return found
 
     def parts(self, kv: KvLayers, blocks: Sequence[int]) -> list[bytes | memoryview]:
-        """The bytes of the file: of its layers, a block for each key."""
+        """Returns the bytes of the file: for each key a block of all its layers."""
         header = _PREFIX.pack(_MAGIC, _VERSION, self.start, self.end, len(self.keys))
         header += struct.pack(f"<{len(self.layer_bytes)}I", *self.layer_bytes) + b"".join(self.keys)
         for key, block in zip(self.keys, blocks, strict=True):
@@ -90,8 +90,8 @@ class KvFile:
         return [header, *(part[block].data for block in blocks for layer in kv for part in layer)]
 
     def restore(self, file: FileIO, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
-        """Reads block number `index` of the file into a block of KV memory, whose layers begin with `first_layer`;
-        returns the bytes read. DamagedError where a digest is another, OSError."""
+        """Reads block number `index` of the file into a block of KV memory, whose layers begin with `first_layer`, and
+        returns the bytes read. Raises DamagedError for a wrong digest, and OSError."""
         count = len(self.layer_bytes)
         layers = range(max(self.start, first_layer), min(self.end, first_layer + len(kv)))
         targets = [_block(kv[layer - first_layer], block) for layer in layers]
@@ -107,7 +107,6 @@ class KvFile:
 
 
 def block_bytes(layer: Sequence[NDArray[np.uint8]]) -> int:
-    """Bytes of a block in all parts of a layer."""
     return sum(part.shape[1] for part in layer)
 
 

@@ -1,4 +1,4 @@
-"""Blocks of one stage on disk: finds, reads and writes them by key. For threads beside the one that computes."""
+"""Blocks of one stage on disk: finds, reads and writes them by key, in threads beside the one that computes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class KvTraffic:
 
 
 class StageBlocks:
-    """Layers from `start` on, in files of `content`. Other processes write and delete such files, too: layers of a
+    """Layers from `start` on, in files of `content`. Other processes write and delete such files too: layers of a
     block may come from several files, which other cuts of the model have written."""
 
     def __init__(self, folder: KvFolder, content: str, start: int, traffic: KvTraffic) -> None:
@@ -43,13 +43,13 @@ class StageBlocks:
         traffic.used_bytes = folder.used_bytes
 
     def find(self, keys: Sequence[bytes], kv: KvLayers) -> int:
-        """How many of the blocks are there, from the first one on."""
+        """Counts the blocks that are there, up to the first that is missing."""
         with self._lock:
             self._refresh()
             return next((index for index, key in enumerate(keys) if not self._cover(key, kv)), len(keys))
 
     def restore(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Reads blocks until one is missing or damaged; how many were read. Damaged files are deleted."""
+        """Reads blocks until one is missing or damaged, and returns their number. Damaged files are deleted."""
         used: dict[str, None] = {}  # in order
         done = 0
         for key, block in zip(keys, blocks, strict=True):
@@ -63,8 +63,8 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes those of the blocks that are not there; how many are there now. `keys` also has those of the blocks
-        before, whose files stay."""
+        """Writes the blocks that are missing, and returns the number that are there now. `keys` begins with the keys
+        of the blocks before, whose files are kept."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)
@@ -108,7 +108,7 @@ class StageBlocks:
         return False
 
     def _cover(self, key: bytes, kv: KvLayers) -> list[_Place]:
-        """Places that together hold all layers of a block; none where some layer is missing."""
+        """Returns places that together hold all layers of a block; none if some layer is missing."""
         layer, end = self._start, self._start + len(kv)
         chosen: list[_Place] = []
         places = self._places.get(key, ())
@@ -121,7 +121,6 @@ class StageBlocks:
         return chosen
 
     def _refresh(self) -> None:
-        """Learns which files came and went."""
         names = self._folder.names(self._content)
         for gone in self._files.keys() - names:
             self._forget(gone)
@@ -156,6 +155,6 @@ class StageBlocks:
 
 
 def _fits(file: KvFile, first_layer: int, kv: KvLayers) -> bool:
-    """Whether its blocks have the size that KV memory of the same layers has."""
+    """True if the file's blocks have the size of KV memory of the same layers."""
     layers = range(max(file.start, first_layer), min(file.end, first_layer + len(kv)))
     return all(file.layer_bytes[layer - file.start] == block_bytes(kv[layer - first_layer]) for layer in layers)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def frame_reader(program: Program, limits: StageLimits, model: Model, vocabulary: int) -> FrameReader:
-    """Refuses what does not fit the stage with a ProtocolError."""
+    """Returns a reader that raises ProtocolError for frames that do not fit the stage."""
     return FrameReader(
         model.model_id,
         max_batch_tokens=limits.max_batch_tokens,
@@ -49,7 +49,7 @@ def frame_reader(program: Program, limits: StageLimits, model: Model, vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Received at `received_ns`; `wire_ns`: time to send the one before it."""
+    """A microbatch received at `received_ns`; `wire_ns` is the time to send the frame before it."""
 
     data: bytes
     frame: MicrobatchFrame
@@ -59,7 +59,7 @@ class Arrival:
 
     @classmethod
     def read(cls, data: bytes, runner: StageRunner, received_ns: int, wire_ns: int) -> Arrival:
-        """ProtocolError for bytes that are no frame of a microbatch, or of one that does not fit the stage."""
+        """Raises ProtocolError for bytes that are no frame of a microbatch, or of one that does not fit the stage."""
         frame = runner.reader.read(data)
         return cls(data, frame, received_ns, wire_ns, max(frame.depends_on, default=None))
 
@@ -78,7 +78,7 @@ class Arrival:
         return None if failure is None else line("failure", failure)
 
     def check(self, hidden: Logits) -> None:
-        """WorkerError where the hidden state of a checked chunk is not finite."""
+        """Raises WorkerError if the hidden state of a checked chunk is not finite."""
         assert not isinstance(hidden, RankedLogits), "those of a last stage"
         for chunk in self.frame.checked_chunks:
             _, positions, starts, *_ = self.frame.arrays

@@ -1,4 +1,5 @@
-"""Where a worker computes: short jobs on the event loop, which saves two changes of thread, long ones beside it."""
+"""Runs a worker's computations: short jobs on the event loop, which saves two changes of thread, long ones beside
+it."""
 
 from __future__ import annotations
 
@@ -16,26 +17,25 @@ from llamaclust.core.errors import DeadlineError, DeviceLostError
 from llamaclust.wire.rpc.deadlines import deadline
 
 INLINE_NS = 200_000_000
-"""What signs of life and the coordinator's orders may wait; a change of thread and back takes 0.1 to 0.3 ms."""
+"""The time that heartbeats and the coordinator's orders may wait; a change of thread and back takes 0.1 to 0.3 ms."""
 
 _Answer = TypeVar("_Answer")
 _HOLD_NS = 8_000_000
-"""Results of short jobs are handed back together, after so long at most: a change of thread, and what follows on the
-event loop and at the coordinator, takes cores from the jobs."""
+"""The longest time for which results of short jobs are held, to be handed back together: a change of thread, and the
+work that follows on the event loop and at the coordinator, take cores from the jobs."""
 
 _Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float, float]
 _WATCH_S = 1.0
-"""Between two looks at the time of the thread's job."""
+"""The pause between two looks at the time of the thread's job."""
 _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
-"""Other programs on the GPU, a bucket of rows that is captured, longer contexts of the same kind: all far below."""
+"""Limits far above the effects of other programs on the GPU, a bucket of rows that is captured, or longer contexts."""
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
     """Returns the time after which a step counts as hung, by the time of the last one of its kind.
 
-    Without limit (only the coordinator's) where none of its kind was computed, since kernels may still be compiled, and
-    where weights are in RAM: the system may have to read them from disk again.
-    """
+    There is no limit but the coordinator's if none of its kind was computed, since kernels may still be compiled, or
+    if weights are in RAM, since the system may have to read them from disk again."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
@@ -43,7 +43,7 @@ class Compute:
     """Runs the jobs of all stages one at a time, in the order of their coming. Native calls release the GIL."""
 
     def __init__(self, *, inline: bool = True) -> None:
-        """`inline`: short jobs run on the event loop."""
+        """With `inline`, short jobs run on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._inline_ns = INLINE_NS if inline else 0
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
@@ -53,26 +53,26 @@ class Compute:
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
-        """What `job` returns or raises. A job that is cancelled while it computes still ends before the next begins.
-        `limit_s`: see `queue`; a job on the event loop stops this worker's signs of life."""
+        """Returns or raises as `job` does. A job that is cancelled while it computes still ends before the next
+        begins. `limit_s` is as in `queue`; a job on the event loop stops this worker's heartbeats instead."""
         if expected_ns < self._inline_ns and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     def apart(self) -> Compute:
-        """Another thread on the same devices, off the event loop: what one of the two has lost, both have."""
+        """Returns another thread on the same devices, off the event loop; a device that one loses is lost for both."""
         twin = Compute(inline=False)
         twin._lost = self._lost
         return twin
 
     @property
     def computing_s(self) -> float:
-        """Since the thread's present job began; 0.0 where there is none."""
+        """Seconds since the thread's present job began; 0.0 without a job."""
         present = self._present
         return 0.0 if present is None else (perf_counter_ns() - present[0]) / 1e9
 
     async def idle(self, deadline_s: float) -> None:
-        """Returns when the jobs of before have ended. DeviceLostError where one does not."""
+        """Returns when earlier jobs have ended. Raises DeviceLostError if one does not end in time."""
         try:
             async with deadline("the end of a step", deadline_s):
                 await self.run(lambda: None)
@@ -83,9 +83,9 @@ class Compute:
     def queue(
         self, job: Callable[[], _Answer], *, limit_s: float = inf, expected_ns: float = inf
     ) -> asyncio.Future[_Answer]:
-        """Has the thread run `job` right after those before it, whatever the event loop does meanwhile. If it takes
-        longer than `limit_s`, what it computes on is lost (`while_able`). `expected_ns`: what those before it may wait
-        for it with their answers."""
+        """Lets the thread run `job` right after those before it, whatever the event loop does meanwhile. A job that
+        takes longer than `limit_s` has lost its device (`while_able`). `expected_ns` is the time that held answers may
+        wait for the job."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1
@@ -93,7 +93,7 @@ class Compute:
         return answer
 
     def give_up(self, error: DeviceLostError) -> None:
-        """What it computes on is lost. From any thread."""
+        """Reports a lost device, from any thread."""
         self._loop.call_soon_threadsafe(self._lose, error)
 
     def _lose(self, error: DeviceLostError) -> None:
@@ -101,7 +101,7 @@ class Compute:
             self._lost.set_exception(error)
 
     async def while_able(self, life: Coroutine[None, None, _Answer]) -> _Answer:
-        """What `life` returns; DeviceLostError where what it computes on is lost before, or does not end a job in
+        """Returns the result of `life`. Raises DeviceLostError if a device is lost before, or does not end a job in
         time."""
         living, watching = asyncio.create_task(life), asyncio.create_task(self._watch())
         try:
@@ -130,7 +130,7 @@ class Compute:
             answer.exception()  # retrieved: its caller may be gone
 
     def close(self) -> None:
-        """Lets the thread end after the jobs that are queued, and does not wait for it."""
+        """Lets the thread end after the queued jobs, and does not wait for it."""
         self._queue.put(None)
 
     def _work(self) -> None:
@@ -164,12 +164,12 @@ class _Held:
         self._answers.append(answer)
 
     def before(self, expected_ns: float) -> None:
-        """A job is to begin that may take so long: hands answers back that it would delay for too long."""
+        """Hands back answers that the next job, which may take `expected_ns`, would delay for too long."""
         if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
             self.hand_back()
 
     def hand_back(self) -> bool:
-        """Gives all to the event loop; whether there still is one."""
+        """Gives all answers to the event loop; returns False if the loop is closed."""
         answers, self._answers = self._answers, []
         try:
             if answers:

@@ -1,4 +1,4 @@
-"""What a worker has done since its start."""
+"""Totals of a worker since its start."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Counters:
-    """Totals of a worker since its start."""
-
     busy_ns: int = 0
     microbatches: int = 0
     tokens: int = 0

@@ -1,4 +1,4 @@
-"""What microbatches need beside their frames, which comes on other streams: sampling inputs to the last stage, sampled
+"""Inputs of microbatches that come on other streams than their frames: sampling inputs to the last stage, sampled
 tokens to the first of several."""
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokens
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _TOKENS_S = 600.0
-"""A microbatch waits so long for tokens that it depends on; a coordinator that misses a result gives up earlier."""
+"""The time that a microbatch waits for tokens; a coordinator that misses a result gives up earlier."""
 
 
 class Dependencies:
-    """Of one epoch. One microbatch waits at a time, in number order."""
+    """The dependencies of one epoch. One microbatch waits at a time, in number order."""
 
     def __init__(self, epoch: int, inputs_s: float) -> None:
-        """`inputs_s`: how long a microbatch waits for its sampling inputs."""
+        """`inputs_s` is the time that a microbatch waits for its sampling inputs."""
         self.tokens = SampledTokensBox()
         self._epoch = epoch
         self._inputs_s = inputs_s
@@ -32,7 +32,8 @@ class Dependencies:
         self.awaits_tokens = False
 
     def put_inputs(self, inputs: StepInputs) -> None:
-        """ProtocolError for inputs out of turn, or more than any coordinator has in flight. Late ones are dropped."""
+        """Raises ProtocolError for inputs out of turn, or more than any coordinator has in flight. Late ones are
+        dropped."""
         found, expected = (inputs.tasks.epoch, inputs.tasks.number), (self._epoch, self._next_put)
         if found != expected:
             raise ProtocolError(f"sampling inputs {place_text(found)} where {place_text(expected)} was expected")
@@ -44,23 +45,23 @@ class Dependencies:
             self._came.set()
 
     def put_tokens(self, sampled: SampledTokens) -> None:
-        """ProtocolError for tokens out of turn."""
+        """Raises ProtocolError for tokens out of turn."""
         self.tokens.put(sampled)
         self._came.set()
 
     def fail(self, error: LlamaclustError) -> None:
-        """No more will come."""
+        """Records that no more will come."""
         self._broken = error
         self._came.set()
 
     async def inputs(self, number: int) -> StepInputs:
-        """Of that microbatch. DeadlineError where they do not come, ProtocolError where they cannot any more."""
+        """Returns a microbatch's sampling inputs. Raises DeadlineError if they do not come, or the error of `fail`."""
         await self._wait("sampling inputs", number, self._inputs, self._inputs_s)
         return self._inputs[number]
 
     async def known(self, number: int | None) -> None:
-        """Returns when the tokens of that microbatch are there. DeadlineError where they do not come, WorkerError where
-        they cannot any more."""
+        """Returns when the tokens of a microbatch are there. Raises DeadlineError if they do not come, or the error of
+        `fail`."""
         if number is not None and number not in self.tokens:
             self.awaits_tokens = True
             try:
@@ -69,7 +70,7 @@ class Dependencies:
                 self.awaits_tokens = False
 
     def done(self, number: int) -> None:
-        """Forgets the sampling inputs of that microbatch, be they here or on their way."""
+        """Forgets the sampling inputs of a microbatch, even if they are still on their way."""
         self._inputs.pop(number, None)
         self._next_done = number + 1
 

@@ -1,7 +1,5 @@
-"""A member of a group that does not lead: it computes its portion of each step that the leader announces.
-
-A thread of its own waits for the steps: neither gRPC nor an event loop stands between the members.
-"""
+"""A member of a group that does not lead: it computes its portion of each step that the leader announces. A thread of
+its own waits for the steps: neither gRPC nor an event loop stands between the members."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 _TOKENS_BYTES = 1 << 20  # beside a frame
 _STEP_S = 60.0
-"""A step that its links do not keep any more ends within so long."""
+"""The time in which a step ends that no link keeps waiting any more."""
 
 
 class FollowingStage:
@@ -42,7 +40,7 @@ class FollowingStage:
         links: MemberLinks,
         give_up: Callable[[DeviceLostError], None],
     ) -> None:
-        """`give_up` is called from any thread where a device is lost."""
+        """`give_up` is called from any thread when a device is lost."""
         self.epoch = epoch
         self.runner = runner
         self._counters = counters
@@ -63,7 +61,7 @@ class FollowingStage:
 
     @property
     def computing_s(self) -> float:
-        """The time that its step has computed since it waited for another member last."""
+        """The time that the present step has computed since it last waited for another member."""
         is_at_work = self._ended is not None and not self._ended.done()
         return self._member_links.computing_s if is_at_work else 0.0
 
@@ -115,8 +113,8 @@ class FollowingStage:
         self._member_links.close()
 
     async def release(self) -> StageRunner:
-        """Ends the links and what is being computed; what is loaded is the caller's then. DeviceLostError where that
-        does not end: nobody counts any more what it holds."""
+        """Ends the links and the present step, and hands the loaded portion to the caller. Raises DeviceLostError if
+        the step does not end, since its memory could not be counted any more."""
         self.close_links()
         if self._ended is not None:
             try:
@@ -131,5 +129,5 @@ class FollowingStage:
         return self.runner
 
     async def close(self) -> None:
-        """Frees the portion after what is being computed."""
+        """Frees the portion after the present step."""
         await asyncio.to_thread((await self.release()).close)

@@ -8,25 +8,23 @@ from llamaclust.wire.rpc.server import ServerStream
 
 
 class Incoming:
-    """Of one reader."""
-
     def __init__(self, stream: ServerStream) -> None:
         self._stream = stream
         self._reading: asyncio.Task[bytes | None] | None = None
 
     @property
     def is_there(self) -> bool:
-        """Whether `next` takes no waiting."""
+        """True if `next` returns at once."""
         return self._stream.has_message if self._reading is None else self._reading.done()
 
     def prepare(self) -> None:
-        """Begins to receive the next one, where the stream does not by itself."""
+        """Starts to receive the next one, if the stream does not by itself."""
         if self._reading is None and not self._stream.is_local:
             self._reading = asyncio.create_task(self._stream.read())
 
     async def next(self, sending: asyncio.Future[None]) -> bytes | None:
-        """The next message; None once the other side has said its last. Raises the error of `sending`, although no
-        further message may come."""
+        """Returns the next message, or None once the other side has ended the stream in order. Raises the error of
+        `sending` even if no further message comes."""
         if sending.done():
             sending.result()
         if self._reading is None and (sending.done() or self._stream.has_message):
@@ -41,7 +39,7 @@ class Incoming:
         return data
 
     async def wait(self, timeout_s: float) -> None:
-        """Returns when the next message is there, or after so long."""
+        """Returns when the next message is there, or after `timeout_s`."""
         if not self.is_there:
             self._reading = self._reading or asyncio.create_task(self._stream.read())
             await asyncio.wait([self._reading], timeout=timeout_s)

@@ -1,5 +1,5 @@
-"""The leader of a group has the stage's streams, and tells the other members of each step before it computes its own
-portion."""
+"""The leader of a group, which has the stage's streams, and announces each step to the other members before it
+computes its own portion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LENGTH = struct.Struct("<I")
 
 
 class MemberFailedError(LlamaclustError):
-    """A member failed within a step, which the others go on to compute: it cannot meet them at gathers any more."""
+    """A member failed within a step that the others go on to compute: it cannot meet them at gathers any more."""
 
 
 class Leader:
@@ -47,10 +47,11 @@ class Leader:
     def step(
         self, frame: bytes, followed: Sequence[SampledTokens], rows: int, checked: Program | None = None
     ) -> Iterator[None]:
-        """Sends a microbatch as it came, and the tokens that it follows, to all other members; what the context then
-        computes is its step, of so many rows. LinkError where a member does not take it. A WorkerError is what all
-        members come to by themselves; any other error is a MemberFailedError. `checked`: the stage's program, if
-        numbers were not finite before; a LinkError names the member at fault if they are not again."""
+        """Sends a microbatch as it came, and the tokens that it depends on, to all other members; the body of the
+        context computes the step of so many rows. `checked` is the stage's program, if numbers were not finite before.
+
+        Raises LinkError if a member does not take the step, or is at fault for numbers that are not finite again;
+        WorkerError passes, since all members come to it by themselves; any other error becomes a MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         self._links.bands = bands = self._choice.of(rows)
         self._links.send_step(self._epoch, self._steps, encode_step(frame, followed, bands))
@@ -85,9 +86,8 @@ class Leader:
 
 
 def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> bytes:
-    """The message of a step in that many bands at most: the bands, the number of tokens' messages, each of these behind
-    its length, and the frame as the leader received it. `followed`: tokens of the microbatches that it depends on, in
-    number order."""
+    """Encodes a step: the most bands, the number of token messages, each of these behind its length, and the frame as
+    the leader received it. `followed` has the tokens of the microbatches that it depends on, in number order."""
     parts = [_LENGTH.pack(bands), _LENGTH.pack(len(followed))]
     for sampled in followed:
         tokens = encode_sampled_tokens(sampled)
@@ -96,7 +96,8 @@ def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> 
 
 
 def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int]:
-    """The frame, the tokens that it follows, and the bands. ProtocolError for bytes that are no message of a step."""
+    """Returns the frame, the tokens that it depends on, and the bands. Raises ProtocolError for bytes that are no
+    step."""
     box, at = SampledTokensBox(), 2 * _LENGTH.size
     bands = _number(data, 0, MOST_BANDS)
     if bands == 0:

@@ -39,13 +39,13 @@ _OPEN_S = 10.0
 _GRACE_S = 0.5
 _STEP_S = 10.0
 _COORDINATOR_S = 20.0
-"""A coordinator is gone when its machine has not answered for half of it."""
+"""A coordinator is gone when its machine has not answered for half of this time."""
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Serves until the coordinator ends the cluster; returns its reason. A worker that stays waits for the next cluster
-    then. UsageError if the coordinator refuses the worker at first, or no address is a coordinator's that could take
-    it, WorkerError if it was gone for longer than it said to wait."""
+    """Serves until the coordinator ends the cluster, and returns its reason; a worker that stays then waits for the
+    next cluster. Raises UsageError if the coordinator refuses the worker at first, or no address is that of a
+    coordinator that could take it, WorkerError if the coordinator was gone for longer than it said to wait."""
     worker = _StaticWorker(settings)
     try:
         return await worker.run()
@@ -89,7 +89,7 @@ class _StaticWorker:
             return await self._run()
 
     async def _run(self) -> str:
-        """Clusters, one after the other, for a worker that stays."""
+        """Serves one cluster after the other if the worker stays."""
         while True:
             try:
                 reason = await self._run_cluster()
@@ -109,7 +109,7 @@ class _StaticWorker:
             release_freed_memory()
 
     async def _run_cluster(self) -> str:
-        """Memberships, one after the other."""
+        """Serves one membership after the other."""
         while True:
             await self._worker.compute.idle(_STEP_S)  # DeviceLostError where a step of the last membership hangs
             place, reached = await self._search.reached(self._reach)
@@ -121,7 +121,7 @@ class _StaticWorker:
                 self._search.failed(place, await self._explained(place.address, error))
 
     def _tell_of_another(self, name: str) -> None:
-        """A cluster of another token, which this worker may be meant for."""
+        """Warns of a cluster of another token, which this worker may be meant for."""
         if self._search.limit_s is None:
             what = "in this network, the cluster %s is announced, whose token this worker does not have"
             _log.warning(f"{what}; copy the token file that its `llamaclust up` names", name)
@@ -133,7 +133,7 @@ class _StaticWorker:
         return error
 
     async def _reach(self, address: str) -> _Reached:
-        """The coordinator whose enrolment port, or without certificates whose service, is at an address."""
+        """Reaches the coordinator whose enrolment port, or without certificates whose service, is at an address."""
         host, port = split_address(address)
         route = await Route.to(host, port)  # before anything else: a name that is not found is said so
         if self._token is None:
@@ -148,7 +148,6 @@ class _StaticWorker:
         return _Reached(target, enrolled.identity)
 
     async def _run_membership(self, address: str, reached: _Reached) -> str:
-        """One membership, until the coordinator ends the cluster."""
         credentials = self._adopted(reached.credentials)
         own = await OwnAddress.find(self._settings, address)
         await self._listen(own, credentials)
@@ -170,7 +169,7 @@ class _StaticWorker:
             await peer.close()
 
     def _adopted(self, new: Identity | Insecure) -> Credentials:
-        """From now on this worker's own; what serves already goes on."""
+        """Adopts new credentials. A server that runs already goes on with the renewed pair."""
         if isinstance(self._credentials, Identity) and isinstance(new, Identity):
             self._credentials.pair = new.pair
         else:
@@ -178,7 +177,7 @@ class _StaticWorker:
         return self._credentials
 
     async def _listen(self, own: OwnAddress, credentials: Credentials) -> None:
-        """A server that listens there already goes on."""
+        """Starts a server, unless one listens there already."""
         if self._server is None or own.listen != self._listens_at:
             await self._stop_server()
             with short_slices():  # gRPC's threads
@@ -190,7 +189,7 @@ class _StaticWorker:
         self._link_address = own.at_link_port(split_address(links.address)[1]) if links.address else ""
 
     def _registration(self) -> Register:
-        """What is kept from before can be had again."""
+        """Counts memory of kept stages as free."""
         kept = self._worker.service.kept_bytes
         now = self._worker.device.registration(self._settings.name, self._address, self._link_address)
         free, machine = now.free_memory_bytes + kept["cpu"], now.machine_free_bytes + kept["cpu"]
@@ -212,8 +211,8 @@ class _StaticWorker:
 
 
 async def _served(member: Member, own: OwnAddress) -> str:
-    """Serves until the coordinator ends the membership; returns its reason. WorkerError if it is lost, or if the others
-    cannot reach this worker at the address that it has told."""
+    """Serves until the coordinator ends the membership, and returns its reason. Raises WorkerError if the coordinator
+    is lost, or this worker's advertised address is no longer its own."""
     serving, watching = asyncio.create_task(member.serve()), asyncio.create_task(own.changed())
     try:
         await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)

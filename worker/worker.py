@@ -43,7 +43,7 @@ class Worker:
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Worker:
-        """UsageError for a device that this machine does not have, or that `kv_disk` is not for."""
+        """Raises UsageError for a device that this machine does not have, or that `kv_disk` is not for."""
         kv_disk = _open_kv_disk(settings)
         device, service = Device.open(settings), StageService(settings.name)
         for line in read_cores().lines(device.threads):
@@ -56,8 +56,8 @@ class Worker:
         return {**self.service.handlers, **self.weights.giver.handlers}
 
     async def accept_links(self, stages: str, port: int | None, credentials: Credentials) -> None:
-        """Lets `links` listen beside the address of the stages, at that port. UsageError where the user's port cannot
-        be had; a worker that cannot listen anywhere says so and serves without groups."""
+        """Lets `links` listen at that port beside the address of the stages. Raises UsageError if the user's port
+        cannot be had; a worker that cannot listen anywhere logs that and serves without groups."""
         if isinstance(credentials, Identity) and not tls_library():
             _log.info("this worker takes part in no group: links need OpenSSL, without which this llamaclust was built")
             return

@@ -1,7 +1,6 @@
-"""The loop of a loaded stage: receive a microbatch, compute it, send its answer, in number order.
-
-The answer is a frame for the next stage; of the last stage a result for the coordinator, and tokens for the first one.
-"""
+"""The loop of a loaded stage: it receives microbatches, computes them and sends their answers, in number order. An
+answer is a frame for the next stage, or from the last stage a result for the coordinator, and tokens for the first
+stage."""
 
 from __future__ import annotations
 
@@ -38,11 +37,11 @@ from llamaclust.worker.stage.step_inputs import StepInputs
 _log = logging.getLogger(__name__)
 
 _DIRECT_BYTES = 1 << 16
-"""An answer of so many bytes is sent before the next step: the other side takes more only as it reads."""
+"""The largest answer that is sent before the next step: the other side takes more only as it reads."""
 
 _RESULT_DELAY_S = 0.001
-"""After the tokens for a first stage on the same machine. If both were woken at once, the coordinator could take the
-core on which the stage is to begin, for as long as it computes for a token (0.7 ms)."""
+"""The delay of a result after the tokens for a first stage on the same machine. If both were woken at once, the
+coordinator could take the core on which the stage is to begin, for as long as it computes for a token (0.7 ms)."""
 _MIN_ROUND_S = 0.004
 """Results of shorter rounds are not delayed."""
 
@@ -52,12 +51,12 @@ _Kind = tuple[str, int, int]
 
 
 def _kind(job: str, arrival: Arrival) -> _Kind:
-    """With a long context, attention takes most of the time."""
+    """Counts attended keys too, since attention takes most of the time with a long context."""
     return job, arrival.rows.bit_length(), arrival.frame.attended.bit_length()
 
 
 async def _send_all(waiting: deque[asyncio.Future[Answer]], send: Callable[[list[Answer]], Awaitable[None]]) -> None:
-    """Answers in order, as they come; those that are there together are sent together."""
+    """Sends answers in order as they come, and ready ones together."""
     while waiting:
         if not waiting[0].done():
             await asyncio.wait([waiting[0]])
@@ -69,7 +68,7 @@ async def _send_all(waiting: deque[asyncio.Future[Answer]], send: Callable[[list
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
-    """What a stage is loaded with; stages of one membership share it, unless they are held by groups."""
+    """The surroundings of a stage; stages of one membership share them, unless they are held by groups."""
 
     worker: str
     compute: Compute
@@ -86,8 +85,8 @@ class Answer:
 
 
 class StageLoop:
-    """Of one epoch. A microbatch that fails is answered with its failure, in its turn. LinkError and MemberFailedError
-    end the loop."""
+    """The loop of one epoch. A microbatch that fails is answered with its failure, in its turn; LinkError and
+    MemberFailedError end the loop."""
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
@@ -110,8 +109,8 @@ class StageLoop:
         self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
     ) -> None:
         """Serves an accepted stream to its end: while one microbatch is computed, the next is received and the one
-        before is sent. `receiver`: the worker that takes what is sent, if no other one does. Stages that are far apart
-        do not wait until the next one's receipt is prepared."""
+        before is sent. `receiver` names the only worker that takes what is sent. An answer that comes long before the
+        next microbatch is sent at once, without a task."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
@@ -148,7 +147,7 @@ class StageLoop:
             await asyncio.gather(incoming.close(), sending, return_exceptions=True)
 
     def receive(self, data: bytes, number: int) -> Arrival:
-        """ProtocolError where the bytes are no frame of that microbatch."""
+        """Raises ProtocolError if the bytes are no frame of that microbatch."""
         received_ns = perf_counter_ns()
         self._counters.received_bytes += len(data)
         arrival = Arrival.read(data, self.runner, received_ns, self._wire_ns)
@@ -163,16 +162,16 @@ class StageLoop:
         return StageProgress(self._epoch, self._received, self._sent, self.dependencies.awaits_tokens)
 
     def put_inputs(self, inputs: StepInputs) -> None:
-        """ProtocolError for inputs out of turn."""
+        """Raises ProtocolError for inputs out of turn."""
         self.dependencies.put_inputs(inputs)
         self.runner.matchers.receive(inputs.for_matchers)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
         """Returns when the next microbatch may begin: with the answer, or while the thread computes it.
 
-        So steps of a whole model that are sent ahead follow each other on that thread without a pause, while messages
-        come and go on the event loop. The answer is a ProtocolError where the frame itself breaks the protocol.
-        """
+        Steps of a whole model that are sent ahead thus follow each other on that thread without a pause, while
+        messages come and go on the event loop. Raises ProtocolError, or puts it into the answer, if the frame breaks
+        the protocol."""
         program = self.runner.program
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
@@ -193,14 +192,14 @@ class StageLoop:
         return answered
 
     async def _inputs(self, arrival: Arrival) -> StepInputs:
-        """When they and their matchers are there."""
+        """Returns the sampling inputs once they and their matchers are there."""
         inputs = await self.dependencies.inputs(arrival.number)
         await self.runner.matchers.ready(inputs.for_matchers)
         return inputs
 
     def _whole_step(self, kind: _Kind, arrival: Arrival, inputs: StepInputs) -> Answer:
-        """Computes a step of a whole model that was sent ahead, in one job of the computing thread. It follows the job
-        before it there, and the two changes of thread of `_step`, 0.1 to 0.3 ms each, delay no token."""
+        """Computes a step of a whole model that was sent ahead, in one job of the computing thread, so that the two
+        changes of thread of `_step`, 0.1 to 0.3 ms each, delay no token."""
         started_ns = perf_counter_ns()
         try:
             queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(arrival.newest_dependency))
@@ -211,8 +210,8 @@ class StageLoop:
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        """Computes all other steps. A last stage runs its layers before it waits for its inputs: a prompt is computed
-        while its matcher is made, which would be waited for 50 ms otherwise."""
+        """Computes any other step. A last stage runs its layers before it waits for its inputs: a prompt is computed
+        while its matcher is made, which would cost 50 ms otherwise."""
         program = self.runner.program
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)
@@ -228,8 +227,8 @@ class StageLoop:
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
     def _run_layers(self, arrival: Arrival) -> Logits:
-        """Computes it, on a first stage with the tokens that it follows: later ones read none. WorkerError where one is
-        not known."""
+        """Runs the layers, on a first stage with the tokens that the microbatch depends on; later stages read no
+        tokens. Raises WorkerError if a token is not known."""
         runner, frame = self.runner, arrival.frame
         if runner.program.is_first:
             self._tokens.fill(frame)
@@ -248,7 +247,7 @@ class StageLoop:
         return step_limit_s(self._taken_ns.get(kind), on_gpus=self.runner.is_on_gpus)
 
     async def _timed(self, kind: _Kind, job: Callable[[], _Value]) -> tuple[_Value, int, int]:
-        """What `job` returns, when it began, what it took: as long as the last of its kind, it is expected."""
+        """Returns the result of `job`, its start and its time, which is expected of the next job of this kind."""
 
         def timed() -> tuple[_Value, int, int]:
             begun_ns = perf_counter_ns()
@@ -277,7 +276,7 @@ class StageLoop:
         return StageTiming(queue_ns, compute_ns, arrival.wire_ns, rows)
 
     def _failure(self, arrival: Arrival, error: Exception) -> Answer:
-        """One microbatch fails, the worker serves on."""
+        """Returns the answer of a failed microbatch; the worker serves on. Raises errors that end the loop."""
         if isinstance(error, ProtocolError | LinkError | MemberFailedError):
             self._has_ended = True
             raise error
@@ -297,7 +296,7 @@ class StageLoop:
         return Answer(data, SampledTokens(arrival.number, ()))
 
     def _may_delay_result(self, arrival: Arrival) -> bool:
-        """Whether the coordinator sends steps ahead, so that the next one does not wait for this result."""
+        """True if the coordinator sends steps ahead, so that the next one does not wait for this result."""
         before_ns, self._last_result_ns = self._last_result_ns, perf_counter_ns()
         return arrival.newest_dependency is not None and self._last_result_ns - before_ns >= _MIN_ROUND_S * 1e9
 

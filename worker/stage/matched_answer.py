@@ -16,19 +16,19 @@ from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 _DRAFTED_NS: Final = 200_000_000
-"""Processor time of a step's matchers from which on drafted rows are left for a later one."""
+"""Processor time of a step's matchers from which on drafted rows are deferred."""
 _STEP_NS: Final = 500_000_000
-"""Processor time from which on other rows are left, too. The coordinator knows by then which answers are slow, and
-sends few of these at a time."""
+"""Processor time from which on other rows are deferred too. By then the coordinator knows slow answers and sends few
+of them at a time."""
 _TOLD_NS: Final = 1_000_000
-"""The least processor time of a row that the coordinator is told."""
+"""The least processor time of a row that is reported to the coordinator."""
 _READY_S: Final = 60.0
-"""The deadline of making a matcher, which takes a fraction of a second: this is for a machine that is very busy."""
+"""The deadline of making a matcher, which takes a fraction of a second except on a very busy machine."""
 _TOKEN_NS: Final = 50_000_000
 """Processor time for each token; large schemas take a tenth of that at most."""
 _GUARD_NS: Final = 2_000_000_000
 """Further processor time for an answer. Counts decide about a grammar (see matcher.py); this guards the stage's other
-answers if counts do not tell the cost. It is no verdict on the request: a faster machine may answer it."""
+answers if counts do not tell the cost. It is no verdict on the request, which a faster machine may answer."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -38,8 +38,6 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class MatcherTime:
-    """The processor time that the matchers of one step have taken."""
-
     taken_ns: int = 0
 
     @property
@@ -52,7 +50,7 @@ class MatcherTime:
 
 
 class MatchedAnswer:
-    """Used by the thread that makes its matcher until `ready` is done, then by the stage."""
+    """Belongs to the thread that makes its matcher until `ready` is done, then to the stage."""
 
     def __init__(self, start: MatcherStart) -> None:
         self.ready: Future[None] = Future()
@@ -73,12 +71,12 @@ class MatchedAnswer:
     # -- the thread that makes matchers ----------------------------------------------------------------------------
 
     def begin_making(self) -> bool:
-        """False where no matcher is needed any more."""
+        """Returns False if no matcher is needed any more."""
         self._matcher, self._begun_s = None, monotonic()
         return not self.is_released
 
     def make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Brings a matcher to the answer's tokens. Errors are the answer's."""
+        """Brings a matcher to the answer's tokens. An error fails the answer."""
         try:
             try:
                 self._make_matcher(vocabulary)
@@ -89,8 +87,7 @@ class MatchedAnswer:
             self.fail(error)
 
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Tokens are forced at an answer's beginning alone: later ones came with the token before them, or are
-        sampled."""
+        """Forces tokens at an answer's beginning alone: later ones came with the token before them, or are sampled."""
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
         self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):
@@ -116,14 +113,15 @@ class MatchedAnswer:
 
     @property
     def is_waited_for(self) -> bool:
-        """Whether a row of it was deferred, and has not come again."""
+        """True if a row of the answer was deferred, and has not come again."""
         return self._due is not None
 
     def begin(self, row: MatcherRow) -> bool:
-        """Whether the row is sampled now: else its matcher is not ready, or not made for an answer that was released,
-        or the row before it was deferred.
-        ProtocolError for one at another place. A row that was sent before its predecessor's forced tokens were known
-        repeats these."""
+        """Returns False if the row is deferred: its matcher is not ready, or is not made since the answer was
+        released, or the row before it was deferred.
+
+        Raises ProtocolError for a row at another place. A row that was sent before its predecessor's forced tokens
+        were known repeats these."""
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None
@@ -144,7 +142,7 @@ class MatchedAnswer:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """The lowest is taken in first: slow answers last, of these the ones that were held most often first."""
+        """The sort key in a step: slow answers come last, of these first the ones that were held most often."""
         return self._is_slow, -self._held
 
     @property
@@ -153,18 +151,18 @@ class MatchedAnswer:
         return self._row_ns >= _TOLD_NS
 
     def has_drafted(self, row: MatcherRow) -> bool:
-        """Whether the answer has a drafted row's token where that row takes it to be."""
+        """True if the answer has the drafted row's token at the row's place."""
         return 0 < row.position <= len(self._tokens) and self._tokens[row.position - 1] == row.drafted
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing but the answer's end, or one forced token, is allowed."""
+        """True if nothing but the answer's end, or one forced token, is allowed."""
         return self._matcher is not None and self._failed is None and self._matcher.is_complete
 
     def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
-        """Takes in a sampled token: the result with the tokens that must follow, where these are wanted. Or what the
-        row may choose, where its token is not allowed: the next one is chosen among these. The row is deferred where
-        the matcher is to be made again, or the step has no time left."""
+        """Takes in a sampled token. Returns the result, with tokens that must follow if these are wanted; or the
+        allowed tokens if this one is not among them, for another choice; or a deferred row if the matcher must be made
+        again, or the step has no time left."""
         if self._failed is None and self._forced:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
         if self._failed is None and result.failure is not None:
@@ -189,7 +187,8 @@ class MatchedAnswer:
         return replace(result, forced=tuple(self._forced), matcher_ns=self._row_ns if self._is_slow else 0)
 
     def with_forced_draft(self, result: RowResult, time: MatcherTime) -> RowResult:
-        """The result of its last row that counts, with the tokens that must follow, if a draft of these is wanted."""
+        """Returns the result of the answer's last row that counts, with tokens that must follow if a draft of these is
+        wanted."""
         if not self._start.drafts_forced or self._failed is not None or self._matcher is None or not time.may_draft:
             return result
         began_ns = thread_time_ns()
@@ -209,8 +208,8 @@ class MatchedAnswer:
         return replace(result, forced_draft=tuple(forced), matcher_ns=row_ns if row_ns >= _TOLD_NS else 0)
 
     def fail(self, error: Exception) -> None:
-        """The grammar's fault where it is a RequestError, but for a token that is refused: the same tokens fail so on
-        every machine. A DeadlineError is this machine's."""
+        """Fails the answer. A RequestError is the grammar's fault, since the same tokens fail on every machine, except
+        a refused token; a DeadlineError is this machine's."""
         message = str(error)
         is_fault = isinstance(error, RequestError) and not isinstance(error, TokenRefusedError)
         if not isinstance(error, LlamaclustError):

@@ -1,12 +1,11 @@
-"""Matchers of the answers that a last stage samples: of grammars and budgets of reasoning, kept between their rows.
+"""Matchers of a last stage's answers, for grammars and budgets of reasoning, kept between the answers' rows.
 
-A thread of their own makes matchers when sampling inputs arrive, while the stage computes, and finds what the first row
-may choose. Rows whose matcher is not ready are deferred: the coordinator sends them again, and the others go on. A row
-is sampled as if it had no grammar: mostly its grammar allows the token, which takes a few microseconds to see. Else all
-tokens that it allows are computed, and the row is sampled again among these. Rows of a step share a bounded time of the
-processor; results have the time of those that took long. A matcher's state follows from grammar and tokens alone, so an
-answer that starts again on another pipeline continues with the same tokens.
-"""
+A thread of their own makes matchers when sampling inputs arrive, while the stage computes, and finds the tokens
+allowed for the first row. Rows whose matcher is not ready are deferred: the coordinator sends them again, and the
+others go on. A row is sampled as if it had no grammar; to see that the grammar allows the token takes a few
+microseconds. If it does not, all allowed tokens are computed, and the row is sampled again among these. Rows of a step
+share a bounded processor time; results report the time of slow rows. A matcher's state follows from grammar and tokens
+alone, so an answer that starts again on another pipeline continues with the same tokens."""
 
 from __future__ import annotations
 
@@ -25,16 +24,15 @@ from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
 from llamaclust.worker.stage.step_inputs import MatcherInputs
 
 _ALONE_S: Final = 0.05
-"""A step waits so long for matchers if no other row waits for it: else rows would come again and again meanwhile."""
+"""The longest wait of a step for matchers if no other row waits; without it rows would come again and again
+meanwhile."""
 _FIRST_S: Final = 0.01
-"""And so long beside other rows, for those that were not deferred before: grammars mostly take about a millisecond."""
+"""The longest wait beside other rows, for rows not deferred before: most grammars take about a millisecond."""
 
 
 class StageMatchers:
-    """Of one loaded last stage, in one epoch at a time.
-
-    Inputs come and are waited for on the event loop, steps begin and are taken in on the thread that computes.
-    """
+    """The matchers of one loaded last stage, in one epoch at a time. The event loop receives inputs and waits for
+    matchers; the thread that computes calls `begin` and `take`."""
 
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
         """`vocabulary` is read at the first matcher; `most` answers are kept at a time."""
@@ -51,7 +49,7 @@ class StageMatchers:
         self._thread = ThreadPoolExecutor(1, "matchers")
 
     def clear(self) -> None:
-        """Forgets all answers: another epoch begins."""
+        """Forgets all answers, since another epoch begins."""
         with self._lock:
             for answer in (*self._answers.values(), *self._starting.values()):
                 answer.is_released = True
@@ -63,13 +61,13 @@ class StageMatchers:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def prepare(self) -> None:
-        """Reads the vocabulary, which takes most of a second where it is large, before an answer needs it."""
+        """Reads the vocabulary before an answer needs it; a large one takes most of a second."""
         self._thread.submit(self._prepare)
 
     def receive(self, inputs: MatcherInputs) -> None:
-        """Drops what is still to be made for answers that the inputs release, which may have rows in flight, and begins
-        to make what they start. ProtocolError for more than any coordinator has in flight: answers may end before their
-        rows come, and others start in their place in each microbatch."""
+        """Cancels matchers of released answers, which may have rows in flight, and starts to make new ones. Raises
+        ProtocolError for more than any coordinator has in flight: in each microbatch, answers may end before their
+        rows come, and others start in their place."""
         for key in inputs.released:
             if (answer := self._find(inputs.number, key)) is not None:
                 answer.is_released = True
@@ -82,13 +80,13 @@ class StageMatchers:
             self._make(answer)
 
     async def ready(self, inputs: MatcherInputs) -> None:
-        """Returns when the step's matchers are ready, or have been waited for as long as its other rows may wait."""
+        """Returns when the step's matchers are ready, or its other rows cannot wait longer."""
         making, timeout_s = self._awaited(inputs)
         if making:
             await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
 
     def wait_ready(self, inputs: MatcherInputs) -> None:
-        """Likewise, in a thread."""
+        """Waits as `ready` does, in a thread."""
         making, timeout_s = self._awaited(inputs)
         wait(making, timeout_s)
 
@@ -100,7 +98,7 @@ class StageMatchers:
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
     def begin(self, inputs: MatcherInputs) -> list[int]:
-        """Returns the places of rows that nothing but the answer's end may follow, whatever is suppressed.
+        """Returns the places of rows that nothing but the answer's end may follow, even if it is suppressed. Raises
         ProtocolError for a row whose matcher was not started."""
         with self._lock:
             for key in inputs.released:
@@ -127,10 +125,8 @@ class StageMatchers:
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
         """Takes in the step's results, of which some are replaced: deferred, failed, or with tokens that must follow.
-
-        By place: what rows may choose whose token is not allowed. They are sampled again among these, and all are taken
-        in once more, until there are none. A drafted row counts only if its token was chosen before it.
-        """
+        Returns, by place, the allowed tokens of rows whose token is not allowed; these rows are sampled again, and all
+        are taken in once more, until none is returned. A drafted row counts only if its token was chosen before it."""
         for place in self._deferred:
             results[place] = DEFERRED
         refused: dict[int, AllowedTokens] = {}
@@ -176,13 +172,13 @@ class StageMatchers:
         return taken
 
     def _find(self, number: int, key: int) -> MatchedAnswer | None:
-        """The newest of an answer, as of this microbatch."""
+        """Returns the newest answer of a key up to this microbatch."""
         with self._lock:
             started = [start for start in self._starting if start[0] <= number and start[1] == key]
             return self._starting[max(started)] if started else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
-        """What starts up to this microbatch."""
+        """Admits the answers that start up to this microbatch."""
         for start in list(self._starting):
             if start[0] <= number:
                 self._answers[start[1]] = self._starting.pop(start)

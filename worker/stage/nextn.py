@@ -1,9 +1,8 @@
-"""A head for multi-token prediction (MTP) beside the layers of a last stage: drafts what may follow a sampled token.
+"""A head for multi-token prediction (MTP) beside the layers of a last stage: drafts the tokens behind a sampled one.
 
 It has keys and values of every row that counted, in blocks of the same ids as the stage's layers. Those of drafted
-tokens are overwritten when their rows are computed, as those of the layers are; where some are missing or of other
-tokens, its drafts are worse, and no answer is another one.
-"""
+tokens are overwritten when their rows are computed, as in the layers; missing or wrong ones make drafts worse, but
+change no answer."""
 
 from __future__ import annotations
 
@@ -30,12 +29,12 @@ Normed = Callable[[Int32], Float32]
 
 
 def nextn_program_of(model: Model, limits: StageLimits) -> Program:
-    """UsageError where the model has none."""
+    """Raises UsageError if the model has no MTP head."""
     return nextn_program(model, KvType(limits.kv_type), limits.max_context_tokens)
 
 
 def nextn_limits(limits: StageLimits) -> StageLimits:
-    """Of each sequence one row has logits; there are no windows and no states."""
+    """Limits the head to one row with logits per sequence, without windows and states."""
     outputs = min(limits.max_outputs, limits.max_sequences)
     return replace(limits, max_outputs=outputs, window_blocks=0, state_blocks=0)
 
@@ -55,17 +54,17 @@ class _Taken:
 
     @property
     def has_room(self) -> bool:
-        """Whether another token is to be drafted, and its row has a place in the chunk's blocks."""
+        """True if another token is to be drafted, and its row has a place in the chunk's blocks."""
         return len(self.drafted) < self.most and self.position < self.end
 
 
 class NextnDrafter:
-    """One call at a time, behind the stage's run."""
+    """Drafts after the stage's run, one call at a time."""
 
     def __init__(
         self, backend: Backend, model: Model, limits: StageLimits, sampler: Sampler, progress: Progress
     ) -> None:
-        """Loads weights. UsageError where the model has no head."""
+        """Loads weights. Raises UsageError if the model has no head."""
         program = nextn_program_of(model, limits)
         self._stage = backend.load(program, model.tensors_for(program), nextn_limits(limits), progress)
         self._sampler = sampler
@@ -74,8 +73,8 @@ class NextnDrafter:
         self.kv_bytes, self.workspace_bytes = self._stage.kv_bytes, self._stage.workspace_bytes
 
     def draft(self, frame: MicrobatchFrame, normed: Normed, outcomes: RowOutcomes, tasks: SamplingTasks) -> None:
-        """Computes keys and values of the rows of a microbatch that count by their outcomes, to which it adds what is
-        drafted where chunks ask for it."""
+        """Computes keys and values of the microbatch's rows that count by their outcomes, and adds drafts to the
+        outcomes of chunks that request them."""
         taken = _taken(frame, outcomes, tasks)
         for each in taken:
             each.end = min(each.end, self._most_tokens)
@@ -101,7 +100,7 @@ class NextnDrafter:
                 outcomes.set_drafted(each.output, each.drafted)
 
     def _run(self, taken: Sequence[_Taken], hidden: Float32) -> tuple[Int32, Float32]:
-        """Which rows have logits, those of chunks that ask for drafts, and these [rows, vocabulary]."""
+        """Returns the rows that have logits, those of chunks that request drafts, and the logits [rows, vocabulary]."""
         counts = [len(each.tokens) for each in taken]
         starts = np.cumsum([0, *counts], dtype=np.int32)
         lines = np.array([end - 1 for end, each in zip(starts[1:], taken, strict=True) if each.most], np.int32)
@@ -118,8 +117,8 @@ class NextnDrafter:
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
     def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
-        """Chooses the next token of each: with the draws that are due so many tokens later, and by what the head can
-        know of the choice. One whose logits are not finite has no more."""
+        """Chooses the next token of each, with the random draws due `later` tokens on. Drafting ends for one whose
+        logits are not finite."""
         if not drafting:
             return
         rows = self._sampler.sample(logits, tasks.drafts([each.output for each in drafting], later)).rows
@@ -156,8 +155,9 @@ def _taken(frame: MicrobatchFrame, outcomes: RowOutcomes, tasks: SamplingTasks) 
 def following(
     tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
-    """The tokens behind those rows of a chunk, from its first on, that count and whose next token is known; and which
-    of its output rows chose the last of them, if one did. A drafted row counts where the row before it chose it."""
+    """Returns the tokens behind those rows of a chunk, from its first on, that count and whose next token is known,
+    and the index of the output row that chose the last of them, if one did. A drafted row counts if the row before it
+    chose it."""
     for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
         place = len(tokens) - len(chosen) + index
         if is_scored:

@@ -1,4 +1,4 @@
-"""Tokens that microbatches of an epoch have sampled: for chunks that were sent before their token was known."""
+"""Sampled tokens of an epoch's microbatches, for chunks that were sent before their token was known."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_IN_FLIGHT = 2 * MAX_STAGES + 4  # microbatches: no coordinator has more
 
 
 def read_sampled_tokens(data: bytes) -> SampledTokens:
-    """ProtocolError for bytes that are not sampled tokens."""
+    """Raises ProtocolError for bytes that are not sampled tokens."""
     number, tokens = _native.read_sampled_tokens(data, MAX_BATCH_TOKENS, MAX_VOCABULARY)
     return SampledTokens(number, tuple(tokens))
 
@@ -31,7 +31,7 @@ class SampledTokensBox:
         return number in self._tokens
 
     def put(self, sampled: SampledTokens) -> None:
-        """ProtocolError for one out of turn."""
+        """Raises ProtocolError for tokens out of turn."""
         newest = next(reversed(self._tokens), -1)
         if sampled.number <= newest:
             raise ProtocolError(f"tokens of microbatch {sampled.number} after those of {newest}")
@@ -40,17 +40,17 @@ class SampledTokensBox:
             del self._tokens[next(iter(self._tokens))]
 
     def came_ns(self, number: int | None) -> int:
-        """When the tokens of that microbatch came (perf_counter_ns); 0 where they did not."""
+        """Returns the time when the tokens of a microbatch came (perf_counter_ns); 0 if they did not."""
         return self._tokens[number][1] if number in self._tokens else 0
 
     def all_of(self, numbers: Sequence[int]) -> list[SampledTokens]:
-        """The tokens of these microbatches. WorkerError where those of one are not known."""
+        """Raises WorkerError if the tokens of one of these microbatches are not known."""
         if unknown := [number for number in numbers if number not in self._tokens]:
             raise WorkerError(f"the tokens of microbatch {unknown[0]} are not known")
         return [SampledTokens(number, self._tokens[number][0]) for number in numbers]
 
     def fill(self, frame: _native.MicrobatchFrame) -> None:
-        """Puts the tokens where they were to come. WorkerError where one is not known."""
+        """Fills in the tokens that the frame depends on. Raises WorkerError if one is not known."""
         for number in frame.depends_on:
             tokens = self._tokens[number][0] if number in self._tokens else ()
             if not frame.fill(number, tokens):

@@ -57,7 +57,7 @@ from llamaclust.worker.stage.step_inputs import StepInputs
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """What a stage takes, as it lies in memory."""
+    """Memory of a stage."""
 
     weight_bytes: int
     kv_bytes: int
@@ -66,7 +66,6 @@ class StageMemory:
 
     @property
     def parts(self) -> dict[str, int]:
-        """By name, for messages."""
         return {"weights": self.weight_bytes, "KV memory": self.kv_bytes, "workspace": self.workspace_bytes}
 
     @property
@@ -75,12 +74,10 @@ class StageMemory:
 
 
 def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: StageLimits) -> StageMemory:
-    """What layers [start, end) will take."""
     return program_memory(backend, model, model_program(model, start, end, limits), limits)
 
 
 def program_memory(backend: Backend, model: Model, program: Program, limits: StageLimits) -> StageMemory:
-    """What a program will take."""
     tensors = model.tensors_for(program)
     return StageMemory(
         weight_bytes=sum(tensor.resident_bytes for tensor in tensors.values()),
@@ -91,7 +88,7 @@ def program_memory(backend: Backend, model: Model, program: Program, limits: Sta
 
 
 def nextn_memory(backend: Backend, model: Model, beside: Program, limits: StageLimits) -> StageMemory:
-    """What an MTP head takes beside the program of its stage."""
+    """Returns the memory of an MTP head beside the program of its stage."""
     program, own = nextn_program_of(model, limits), nextn_limits(limits)
     tensors = model.tensors_for(program)
     return StageMemory(
@@ -102,19 +99,19 @@ def nextn_memory(backend: Backend, model: Model, beside: Program, limits: StageL
 
 
 def nextn_weight_bytes(model: Model, beside: Program, limits: StageLimits) -> int:
-    """Of its weights, those that the program of its stage does not have."""
+    """Returns the bytes of the head's weights that its stage's program lacks."""
     names = {*nextn_program_of(model, limits).weights} - {*beside.weights}
     return sum(model.file.tensor(name).resident_bytes for name in names)
 
 
 def portion_of(order: Load) -> Portion | None:
-    """Returns the portion of a group's member; None: the whole stage."""
+    """Returns the portion of a group's member; None is the whole stage."""
     return None if order.group is None else Portion(order.group.shares, order.group.member)
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:
-    """The program of layers [start, end), for the limits' KV type and context, or a portion of it; UsageError where the
-    model has no such layers, or they cannot be divided so."""
+    """Returns the program of layers [start, end), for the limits' KV type and context, or a portion of it. Raises
+    UsageError if the model has no such layers, or they cannot be divided so."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
         raise UsageError(f"layers {layer_span(start, end, shards)} of a model that has {model.layer_count}")
@@ -123,9 +120,9 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits, porti
 
 
 def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
-    """Hexadecimal digits for all that the content of KV memory depends on beside the tokens, equal for every cut: the
-    arithmetic, the bytes of all weights, the KV type, and the steps, whose rotations may depend on the context length.
-    """
+    """Returns a hexadecimal digest of everything but tokens that determines KV memory, equal for every cut: the
+    arithmetic, the bytes of all weights, the KV type, and the steps, whose rotations may depend on the context
+    length."""
     whole = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
     steps = tuple(step for step in whole if not isinstance(step, Adapt))  # keys of KV blocks have the adapters
     return sha256(repr((NUMERICS_VERSION, manifest, limits.kv_type, steps)).encode()).hexdigest()
@@ -148,20 +145,19 @@ class StepOutputs:
     drafting_ns: int
 
     def result(self, frame: MicrobatchFrame, timing: StageTiming) -> bytes:
-        """Encodes the result of the frame's microbatch."""
         stage = timing.queue_ns, timing.compute_ns, timing.wire_ns, timing.rows
         return self.rows.result(frame, stage, "", self.embeddings, self.drafting_ns)
 
 
 def batch_of(frame: MicrobatchFrame) -> Batch:
-    """The frame's arrays, which look into it."""
+    """Returns a batch of views of the frame."""
     arrays = frame.arrays
     return Batch(*arrays[:8], None if arrays[8] is None else BatchStates(*arrays[8]))
 
 
 @dataclass(frozen=True, slots=True)
 class StageOptions:
-    """`feature_level` ("": the best) and `threads` are the sampler's."""
+    """Options of a stage. `feature_level` ("": the best) and `threads` are the sampler's."""
 
     feature_level: str = ""
     threads: int = 1
@@ -225,12 +221,12 @@ class StageRunner:
         )
 
     def program_of(self, model: Model) -> Program:
-        """The same steps of the model with other adapters."""
+        """Returns the program of the stage's layers for a model with other adapters."""
         return model_program(model, self.program.start, self.program.end, self.limits, self.portion)
 
     def adapt(self, model: Model, free_bytes: int, progress: Progress) -> None:
-        """Computes the model with other adapters from the next run on. KV memory stays, also while a run is under way.
-        UsageError for a device that computes none, InsufficientMemoryError where `free_bytes` are too few."""
+        """Computes the model with other adapters from the next run on. KV memory stays, even while a run is under way.
+        Raises UsageError if the device computes none, InsufficientMemoryError if `free_bytes` are too few."""
         program, backend = self.program_of(model), self._backend
         if not isinstance(backend, SharesKv):
             raise UsageError("adapters are computed on processors only")
@@ -245,7 +241,7 @@ class StageRunner:
         self._newest = stage
 
     def settle(self) -> None:
-        """Frees what other adapters took before; to be called where no result of a run is awaited."""
+        """Frees the memory of former adapters; must be called while no result of a run is awaited."""
         if (stage := self._newest) is self._stage:
             return
         if self._gatherer is not None and isinstance(stage, GathersRows):
@@ -254,21 +250,20 @@ class StageRunner:
         self._native_stage = stage if isinstance(stage, RunsFrames) else None
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
-        """Computes a microbatch; `hidden` [rows, embedding] for any but a first stage.
+        """Computes a microbatch; `hidden` is [rows, embedding], None for a first stage.
 
-        Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the next run.
-        ProtocolError where the microbatch does not fit this stage.
-        """
+        Returns hidden states [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the next
+        run. Raises ProtocolError if the microbatch does not fit this stage."""
         self.settle()
         self._frame = frame = self.read(microbatch, hidden)
         return self._stage.run(batch_of(frame), frame.hidden)
 
     def run_to_sample(self, microbatch: Microbatch) -> Logits:
-        """Computes a microbatch of a whole model, for `finish`: logits may stay in memory of a GPU."""
+        """Computes a microbatch of a whole model, for `finish`; logits may stay in memory of a GPU."""
         return self.run_frame(self.read(microbatch))
 
     def read(self, microbatch: Microbatch, hidden: Float32 | None = None) -> MicrobatchFrame:
-        """The microbatch as it is received. ProtocolError where it does not fit this stage."""
+        """Raises ProtocolError if the microbatch does not fit this stage."""
         return self.reader.read(encode_hidden(encode_microbatch(microbatch), hidden))
 
     def run_frame(self, frame: MicrobatchFrame) -> Logits:
@@ -281,18 +276,19 @@ class StageRunner:
         return self._stage.run(batch, hidden) if self._ranking is None else self._ranking.run_ranked(batch, hidden)
 
     def gather_by(self, gatherer: Gatherer) -> None:
-        """Sets what puts the rows of a group's members together in the next runs."""
+        """Sets the gatherer that joins the rows of a group's members in the next runs."""
         assert isinstance(self._stage, GathersRows), "experts in RAM are refused in groups"
         self._gatherer = gatherer
         self._stage.gather_by(gatherer)
 
     def finish(self, logits: Logits, inputs: SamplingInputs) -> tuple[RowResult, ...]:
-        """Results of the last run's output rows, by its logits. ProtocolError where tasks do not fit."""
+        """Returns results of the last run's output rows. Raises ProtocolError if the tasks do not fit."""
         return row_results(self.finish_step(logits, StepInputs.read(encode_inputs(inputs))).rows)
 
     def finish_step(self, logits: Logits, inputs: StepInputs) -> StepOutputs:
         """Samples and scores logits [outputs, vocabulary] of a last stage's last run, whose matchers are ready, and
-        drafts behind its rows. ProtocolError where tasks do not fit, or for more embedded rows than a result holds."""
+        drafts behind its rows. Raises ProtocolError if tasks do not fit, or for more embedded rows than a result
+        holds."""
         rows = self.sample(logits, inputs)
         embeddings = self.embeddings()
         if self._nextn is None:
@@ -302,8 +298,8 @@ class StageRunner:
         return StepOutputs(rows, embeddings, perf_counter_ns() - begun_ns)
 
     def embeddings(self) -> bytes:
-        """Normed hidden state of the embedded rows of a last stage's last run, as `Result` has it. ProtocolError for
-        more of them than one result holds."""
+        """Returns the normed hidden state of the embedded rows of a last stage's last run, encoded for `Result`.
+        Raises ProtocolError for more rows than one result holds."""
         rows = self._last.embedded_rows
         if not len(rows):
             return b""
@@ -340,20 +336,21 @@ class StageRunner:
 
     @property
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:
-        """KV memory of each layer, see `KvInRam`. ProtocolError where it lies elsewhere, or has a window."""
+        """KV memory of each layer, as `KvInRam` has it. Raises ProtocolError if it lies elsewhere, or has a window or
+        state."""
         if not isinstance(self._stage, KvInRam) or self.limits.window_blocks or self.limits.state_blocks:
             raise ProtocolError("a request for KV memory of a GPU, or of layers with a window or a state")
         return self._stage.kv_layers()
 
     @property
     def is_on_gpus(self) -> bool:
-        """Whether all weights are in memory of GPUs, and no step waits for another worker."""
+        """True if all weights are in memory of GPUs, and no step waits for another worker."""
         in_vram = (part.device.startswith(CUDA) and not part.cpu_moe for part in self.devices)
         return bool(self.devices) and all(in_vram) and self._nextn is None and self.portion is None
 
     @property
     def device_bytes(self) -> dict[str, int]:
-        """What it takes of the memory of each device."""
+        """The memory of the stage by device."""
         if not self.devices:
             return {"cpu": self.memory.total_bytes}
         stages = self._stage.stages if isinstance(self._stage, MultiDeviceStage) else (self._stage,)
@@ -370,23 +367,22 @@ class StageRunner:
 
     @property
     def split_stages(self) -> tuple[SplitExpertsStage, ...]:
-        """Its parts on GPUs that have experts in RAM."""
+        """The parts on GPUs that have experts in RAM."""
         stages = self._stage.stages if isinstance(self._stage, MultiDeviceStage) else (self._stage,)
         return tuple(stage for stage in stages if isinstance(stage, SplitExpertsStage))
 
     @property
     def experts_cache(self) -> CacheCounts:
-        """Of caches on all of its GPUs."""
+        """Counts of the experts caches on all GPUs."""
         caches = (stage.cache for stage in self.split_stages)
         return sum((cache.counts for cache in caches if cache is not None), CacheCounts())
 
     @property
     def weights(self) -> object:
-        """Keeps the weights in memory while it is referenced."""
+        """An object that keeps the weights in memory while it is referenced."""
         return self._newest.weights if self._nextn is None else (self._newest.weights, self._nextn.weights)
 
     def close(self) -> None:
-        """Frees weights and KV memory."""
         self.matchers.close()
         if self._nextn is not None:
             self._nextn.close()

@@ -34,7 +34,7 @@ def _reader() -> InputsReader:
 
 @dataclass(frozen=True, slots=True)
 class MatcherInputs:
-    """A step's rows whose answers have matchers, and what it says of matchers beside these."""
+    """A step's rows whose answers have matchers, with the answers that it releases and starts."""
 
     number: int  # of the microbatch
     outputs: int  # rows in all
@@ -52,14 +52,14 @@ class StepInputs:
 
     @classmethod
     def read(cls, data: bytes) -> StepInputs:
-        """ProtocolError for bytes that are no sampling inputs."""
+        """Raises ProtocolError for bytes that are no sampling inputs."""
         tasks = _reader().read(data)
         starts = tasks.starts
         return cls(tasks, starts_in(starts) if starts else ())
 
     @property
     def for_matchers(self) -> MatcherInputs:
-        """Drafted rows are known as such once the tasks are complete."""
+        """The step's inputs for matchers. Drafted rows are known as drafted once the tasks are complete."""
         tasks = self.tasks
         rows = tuple(
             (place, MatcherRow(key, position, drafted)) for place, key, position, drafted in tasks.matcher_rows

@@ -1,5 +1,5 @@
-"""The streams of one loaded stage: from the stage before, to the one after, or to and from the coordinator; of the last
-one also to the first."""
+"""The streams of one loaded stage: from the stage before, to the one after, or to and from the coordinator; a last
+stage also has one to the first."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _STEP_S = 60.0
-"""A step of a group's leader, which its links do not keep any more, ends within so long."""
+"""The time in which a step of a group's leader ends after its links are closed."""
 
 _Use = Callable[[ClientStream], Coroutine[None, None, None]]
 
 
 async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, None, None]) -> None:
-    """Does the work and then ends the stream, on which nothing comes but its end; an early one is an error."""
+    """Does the work and then ends the stream, on which nothing comes but its end. Raises WorkerError if the end comes
+    early."""
     is_done = False
 
     async def working() -> None:
@@ -56,7 +57,7 @@ async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, No
 
 
 def _check_caller(stream: ServerStream, expected: Principal) -> None:
-    """ProtocolError where links have identities and another member than this one calls."""
+    """Raises ProtocolError if links have identities and another member than this one calls."""
     if stream.peer not in (None, expected):
         raise ProtocolError(f"{stream.peer} opens a stream that is for {expected} alone")
 
@@ -84,7 +85,7 @@ class StageStreams:
         neighbours: Neighbours,
         links: MemberLinks | None = None,
     ) -> None:
-        """`links`: those of a group's leader, whose context has a `compute` of its own."""
+        """`links` are those of a group's leader, whose context has a `compute` of its own."""
         self.epoch = epoch
         self._links = links
         self.runner = runner
@@ -102,12 +103,12 @@ class StageStreams:
 
     @property
     def computing_s(self) -> float:
-        """Of a group's leader: of its step, since it waited for another member last. Others compute where the worker's
-        stages all do."""
+        """The time that the step of a group's leader has computed since it last waited for another member; 0.0 for
+        other stages, which compute on the worker's common `Compute`."""
         return 0.0 if self._links is None else min(self._compute.computing_s, self._links.computing_s)
 
     async def sample(self, stream: ServerStream) -> None:
-        """The coordinator's stream to the last stage: sampling inputs come, results go."""
+        """Serves the coordinator's stream to the last stage: sampling inputs come, results go."""
         if self._neighbours.next is not None:
             raise ProtocolError("sampling inputs for a stage that is not the last")
         if self._results is not None:
@@ -125,7 +126,7 @@ class StageStreams:
             raise
 
     async def sampled_tokens(self, stream: ServerStream) -> None:
-        """The last stage's stream to the first one: tokens that it sampled."""
+        """Serves the last stage's stream to the first one: tokens that it sampled."""
         if not self.runner.program.is_first or self._neighbours.next is None:
             raise ProtocolError("sampled tokens for a stage that is not the first of several")
         _check_caller(stream, Principal(self._neighbours.last_worker))
@@ -140,7 +141,8 @@ class StageStreams:
             self._loop.dependencies.fail(WorkerError("the last stage sends no more tokens"))
 
     async def forward(self, stream: ServerStream) -> None:
-        """The stream from the stage before, or from the coordinator. It is accepted once the whole chain is open."""
+        """Serves the stream from the stage before, or from the coordinator. It is accepted once the whole chain is
+        open."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise ProtocolError(f"a second stream of microbatches for epoch {epoch_text(self.epoch)}")
@@ -177,7 +179,7 @@ class StageStreams:
             await self._with_stream_to(first, SAMPLED_TOKENS, "first", stream, use)
 
     async def _with_stream_to(self, stage: Peer, method: str, which: str, incoming: ServerStream, use: _Use) -> None:
-        """Where its connection fails, now or later, the failure is reported before our own streams end."""
+        """Reports a failure of the stage's connection, now or later, before our own streams end."""
         stream = stage.open(method, epoch=self.epoch)
         try:
             await stage.connected()
@@ -195,18 +197,18 @@ class StageStreams:
             await stream.opened()
 
     async def settle(self) -> None:
-        """Frees what other adapters took before, unless a microbatch is under way, behind which that is freed."""
+        """Frees the memory of former adapters now if no microbatch is under way, otherwise behind it."""
         progress = self._loop.progress
         if progress.received == progress.sent:
             await self._compute.run(self.runner.settle)
 
     def close_links(self) -> None:
-        """Ends the links to other members, where a group holds the stage, and all attempts to open them."""
+        """Ends the links to other members, if a group holds the stage, and all attempts to open them."""
         if self._links is not None:
             self._links.close()
 
     async def release(self) -> StageRunner:
-        """Ends the stage's ways to others, and what comes to it; what is loaded is the caller's then."""
+        """Ends the stage's streams, and hands the loaded stage to the caller."""
         if self._forwarding is not None:
             self._forwarding.cancel()
         self.close_links()
@@ -218,6 +220,6 @@ class StageStreams:
         return self.runner
 
     async def close(self) -> None:
-        """Frees the stage after what is being computed. Its streams have ended."""
+        """Frees the stage after the present step. Its streams have ended."""
         runner = await self.release()
         await (self._compute.run(runner.close) if self._links is None else asyncio.to_thread(runner.close))

@@ -1,4 +1,5 @@
-"""Gets weights from other workers: several tensors at once, from several of them; resumes, checks, asks another one."""
+"""Fetches weights from other workers: several tensors at once, from several workers. It resumes, checks, and tries
+other sources."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds."""
+    """Timeouts in seconds."""
 
     connect_s: float = 10.0
     frame_s: float = 30.0  # for one frame
@@ -39,12 +40,12 @@ class Patience:
 
 
 class DamagedError(LlamaclustError):
-    """Bytes that are not those that were asked for."""
+    """Bytes that are not the requested ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class WantedWeights:
-    """`content`: SHA-256 in hex."""
+    """`content` is the SHA-256 in hex."""
 
     content: str
     n_bytes: int
@@ -81,7 +82,7 @@ class _Source:
         self.failed_since_s, self.failures = None, 0
 
     async def rest(self, error: LlamaclustError, limit_s: float) -> None:
-        """After a failure; gives up after `limit_s` of them."""
+        """Pauses after a failure; gives the source up after `limit_s` of failures."""
         now_s = asyncio.get_running_loop().time()
         if self.failed_since_s is None:
             self.failed_since_s = now_s
@@ -95,7 +96,7 @@ class _Source:
 
 
 class WeightFetch:
-    """`sources` by name, best first. Use once."""
+    """Fetches once. `sources` are by name, best first."""
 
     def __init__(
         self,
@@ -105,7 +106,8 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` is called with what comes; `on_others_bytes` with what another process brings into the cache."""
+        """`on_bytes` is called with the number of bytes that come, `on_others_bytes` with that of bytes that another
+        process brings into the cache."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
@@ -115,7 +117,7 @@ class WeightFetch:
         self._lanes: asyncio.TaskGroup | None = None
 
     def renew(self, name: str, peer: Peer) -> None:
-        """From now on this source is asked there, whatever it answered before; it may be a new one."""
+        """Replaces or adds a source; it is tried whatever it answered before."""
         _log.info("weights are asked of %s at %s", name, peer.address)
         runs = any(not lane.done() for source in self._sources for lane in source.lanes)
         renewed, names = _Source(name, peer), [source.name for source in self._sources]
@@ -130,8 +132,8 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Returns when all are in the cache. The caller holds it `in_use`. WorkerError where a tensor is to be had
-        nowhere, LlamaclustError where it cannot be kept."""
+        """Returns when all are in the cache; the caller holds the cache `in_use`. Raises WorkerError if no source has
+        a tensor, LlamaclustError if it cannot be kept."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]
@@ -176,7 +178,7 @@ class WeightFetch:
                 stream.cancel()
 
     async def _next(self, source: _Source) -> _Item | None:
-        """What this source is to be asked for next; None: there is nothing, and will be nothing."""
+        """Returns the next item for this source; None: there is nothing, and will be nothing."""
         clock = asyncio.get_running_loop().time
         while self._items and source.given_up is None:
             for item in self._items:
@@ -189,7 +191,7 @@ class WeightFetch:
         return None
 
     def _asked_for(self, item: _Item) -> list[_Source]:
-        """The best of those that may have it."""
+        """Returns the best of the sources that may have the item."""
         able = [source for source in self._sources if source.given_up is None and source.name not in item.lacking]
         return sorted(able, key=lambda source: source.failed_since_s is not None)[:_MOST_SOURCES]
 
@@ -205,7 +207,7 @@ class WeightFetch:
         return stream
 
     async def _get(self, item: _Item, source: _Source, stream: ClientStream) -> None:
-        """One tensor, from where it is on. ProtocolError and DamagedError are this source's fault."""
+        """Fetches one tensor, from its present end on. ProtocolError and DamagedError are this source's fault."""
         wanted = item.wanted
         if self._cache.find(wanted.content) is not None:  # another process has fetched it
             self._others_brought(item, wanted.n_bytes)
@@ -271,8 +273,8 @@ class WeightFetch:
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
-    """To its end also where the task is cancelled meanwhile: the file is in exclusive use until then. A part that was
-    opened is closed then."""
+    """Runs to its end even if the task is cancelled meanwhile, since the file is in exclusive use until then; a part
+    that was opened is then closed."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

@@ -1,4 +1,4 @@
-"""Gives weights to workers without the model's file: tensors of files and what a cache has, by their SHA-256, read in
+"""Gives weights to workers without the model's file: tensors of files and of a cache, by their SHA-256, read in
 pieces."""
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class WeightGiver:
                 self.sent_bytes += len(frame) - 1
 
     def _read(self, content: str, start: int, end: int) -> bytearray:
-        """ModelFileError where it is not there, or no longer."""
+        """Raises ModelFileError if the content is not there, or no longer."""
         data = bytearray(end - start)
         tensor = self._tensors.get(content)
         if tensor is not None:

@@ -1,5 +1,4 @@
-"""Loads a stage, or adapters into one, as the coordinator ordered: from files here, or from what other workers have of
-them."""
+"""Loads a stage, or adapters into one, as the coordinator ordered: from files here, or from other workers."""
 
 from __future__ import annotations
 
@@ -36,8 +35,8 @@ _Value = TypeVar("_Value")
 
 
 async def load_stage(order: Load, device: Device, report: Report, weights: Weights, reach: Reach) -> StageRunner:
-    """The stage of `order`. ModelFileError for a missing, another or a damaged file, InsufficientMemoryError where
-    memory is short; what `RemoteFile` raises where there is no file."""
+    """Loads the stage of `order`. Raises ModelFileError for a missing, another or a damaged file,
+    InsufficientMemoryError if memory is short, and the errors of `RemoteFile` if there is no file."""
 
     async def progressed(done_bytes: int, total_bytes: int) -> None:
         if total_bytes:
@@ -70,8 +69,8 @@ async def _load(order: Load, device: Device, files: _Files) -> StageRunner:
 async def load_adapters(
     wanted: Sequence[AdapterFile], runner: StageRunner, device: Device, weights: Weights, reach: Reach
 ) -> None:
-    """The stage computes with these adapters from its next microbatch on, and with no others. Errors as of
-    `load_stage`; then it computes as before."""
+    """Computes the stage with these adapters, and no others, from its next microbatch on. Raises the errors of
+    `load_stage`; the stage then computes as before."""
     async with _Files(weights, reach, Progress()) as files:
         adapters = await files.open_adapters(wanted, runner.model.plain)
         names = runner.program_of(runner.model.adapted_by(_files_of(adapters))).weights
@@ -85,18 +84,17 @@ async def load_adapters(
 
 @dataclass(slots=True)
 class _Opened:
-    """A model or an adapter: a file of this machine, or what is here of one that others have."""
+    """A model or an adapter: a file of this machine, or the present part of one that others have."""
 
     file: ModelFile
     number: int | None = None  # of an adapter
     remote: RemoteFile | None = None
 
     def missing_bytes(self, names: Iterable[str]) -> int:
-        """Of the weights of these names, what is not here."""
         return 0 if self.remote is None else self.remote.missing_bytes(own_names(names, self.number))
 
     async def complete(self, names: Iterable[str]) -> None:
-        """Brings them here."""
+        """Fetches the missing weights of these names."""
         if self.remote is not None:
             self.file = await self.remote.complete(own_names(names, self.number))
 
@@ -106,7 +104,7 @@ def _files_of(adapters: Mapping[int, _Opened]) -> dict[int, ModelFile]:
 
 
 class _Files(AsyncExitStack):
-    """The files of a load. What is fetched stays while it is entered."""
+    """The files of a load. Fetched weights are kept while it is entered."""
 
     def __init__(self, weights: Weights, reach: Reach, progress: Progress) -> None:
         super().__init__()
@@ -119,7 +117,6 @@ class _Files(AsyncExitStack):
         return await self._open(read, order.model_path, order.model_id, order.weights)
 
     async def open_adapters(self, wanted: Sequence[AdapterFile], plain: ModelFile) -> dict[int, _Opened]:
-        """Adapters of a model, by their numbers."""
         found = {}
         for adapter in wanted:
             read = partial(self._weights.open_adapter, adapter, plain)
@@ -140,7 +137,7 @@ class _Files(AsyncExitStack):
         return _Opened(await remote.outline(), remote=remote)
 
     def _here(self, read: Callable[[], ModelFile | None], path: str, known: WeightSources | None) -> ModelFile | None:
-        """The file; None where there is none, or one of other bytes, and the weights may be fetched."""
+        """Returns the file; None if there is none, or one of other bytes, and the weights may be fetched."""
         try:
             file = read()
             if file is not None and known is not None:
@@ -157,7 +154,7 @@ class _Files(AsyncExitStack):
         return file
 
     def _check_bytes(self, file: ModelFile, manifest: str) -> None:
-        """ModelFileError for a file of other bytes than those of the manifest."""
+        """Raises ModelFileError for a file of other bytes than those of the manifest."""
         own = self._weights.manifest_of(file, self.progress).content
         if own != manifest:
             what = f"its bytes are not those that the cluster computes with: SHA-256 {own[:12]}, not {manifest[:12]}"
@@ -165,8 +162,8 @@ class _Files(AsyncExitStack):
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Where this is cancelled, it returns when the thread has ended, which its next progress does. Otherwise the thread
-    would keep the next load waiting, and its memory."""
+    """Returns, if cancelled, when the thread has ended, which its next progress does; it would otherwise keep the next
+    load waiting, and its memory."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
@@ -181,7 +178,8 @@ def _in_tiles(limits: StageLimits, model: Model) -> Model:
 
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
-    """What the stage will take, on all devices together. InsufficientMemoryError names one that has too little."""
+    """Returns the stage's memory on all devices together. Raises InsufficientMemoryError that names a device with too
+    little."""
     shares = device_shares(device, model, device.layers(order), order.limits, portion_of(order))
     release_freed_memory()
     for name, share in shares.items():

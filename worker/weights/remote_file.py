@@ -1,4 +1,4 @@
-"""A model or an adapter on other machines: those of its tensors that a stage needs are brought here and checked."""
+"""A model or an adapter on other machines, of which the tensors that a stage needs are fetched and checked."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from llamaclust.worker.weights.weights import Weights, key_of
 
 
 class RemoteFile:
-    """What is fetched stays while it is entered. LlamaclustError where nothing may be kept here, ModelFileError where
-    the manifest is of another file; what `WeightFetch.run` and `WeightCache.make_room` raise."""
+    """Keeps fetched weights while it is entered. Raises LlamaclustError if nothing may be kept here, ModelFileError if
+    the manifest is of another file, and the errors of `WeightFetch.run` and `WeightCache.make_room`."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class RemoteFile:
         sources: Mapping[str | None, Peer],
         on_bytes: Callable[[int], None],
     ) -> None:
-        """`path`: where it would be, for messages. `sources`: by worker, best first; None: the coordinator."""
+        """`path` is for messages. `sources` are by worker, best first; None is the coordinator."""
         if weights.cache is None:
             raise LlamaclustError(f"{path}: no such file here, and LLAMACLUST_WEIGHTS_SIZE=0: none are fetched")
         self._cache: WeightCache = weights.cache
@@ -60,7 +60,6 @@ class RemoteFile:
         await asyncio.gather(*(peer.close() for peer in peers), return_exceptions=True)
 
     def renew(self, source: WeightSource, peer: Peer) -> None:
-        """Replaces the address of a source."""
         worker = source.worker
         if worker in self._sources:
             self._left.append(self._sources[worker])
@@ -69,7 +68,7 @@ class RemoteFile:
             self._fetch_now.renew(_shown(worker), peer)
 
     async def outline(self) -> ModelFile:
-        """The file, with those of its weights that are here."""
+        """Returns the file with those of its weights that are here."""
         content = self.known.manifest
         await self._fetch([WantedWeights(content, self.known.manifest_bytes, f"the manifest of {self._path.name}")])
         manifest = await asyncio.to_thread(read_manifest, self._cache.place(content))
@@ -81,12 +80,11 @@ class RemoteFile:
         return await asyncio.to_thread(self._file)
 
     def missing_bytes(self, names: Iterable[str]) -> int:
-        """Of those tensors, what is not here."""
         wanted = {tensor.content: tensor for tensor in self._wanted(names)}
         return self._missing_bytes(self._missing(wanted.values()))
 
     async def complete(self, names: Iterable[str]) -> ModelFile:
-        """The file with those of these tensors that it has."""
+        """Fetches the tensors of these names that the file has, and returns the file."""
         wanted = self._wanted(names)
         await self._fetch(wanted)
         if await asyncio.to_thread(self._missing, wanted):
@@ -131,5 +129,4 @@ class RemoteFile:
 
 
 def _shown(worker: str | None) -> str:
-    """A source's name in messages."""
     return "the coordinator" if worker is None else f"worker {worker}"

@@ -42,7 +42,7 @@ class Progress:
         self._lock = Lock()
 
     def cancel(self) -> None:
-        """Whatever reports progress from now on ends with LoadCancelledError."""
+        """Ends any thread that reports progress from now on with LoadCancelledError."""
         self._is_cancelled = True
 
     def add(self, n_bytes: int) -> None:
@@ -54,7 +54,7 @@ class Progress:
     async def during(
         self, work: Coroutine[None, None, _Value], report: Callable[[int, int], Awaitable[None]], every_s: float
     ) -> _Value:
-        """What `work` returns; meanwhile `report` is called with the bytes done and the total."""
+        """Returns the result of `work`; meanwhile `report` is called with the bytes done and the total."""
         working = asyncio.create_task(work)
         try:
             while not (await asyncio.wait((working,), timeout=every_s))[0]:
@@ -66,17 +66,16 @@ class Progress:
 
 
 Reach = Callable[[WeightSource], Peer]
-"""A channel to a source."""
 
 
 class Weights:
-    """Of one worker. Without a `cache` it neither fetches nor gives any."""
+    """The weights of one worker. Without a `cache` it neither fetches nor gives any."""
 
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
     ) -> None:
-        """`model_dir`: where files are that are not where the coordinator has them. `models_dir`: where downloaded ones
-        are, each in a folder of its own."""
+        """`model_dir` has files that are not at the coordinator's path, `models_dir` downloaded ones, each in a folder
+        of its own."""
         self.cache = cache
         self.received_bytes = 0
         self._model_dir = model_dir
@@ -91,27 +90,26 @@ class Weights:
                 file.renew(update.source, reach(update.source))
 
     def open_file(self, model_path: str, model_id: str) -> ModelFile | None:
-        """The model of that identity, at its path or under its name in `model_dir`; None where no file is there.
-        ModelFileError where there are only others."""
+        """Opens the model of that identity, at its path or under its name in `model_dir`; None if no file is there.
+        Raises ModelFileError if there are only others."""
         places = [place for place in self.places(model_path) if place.is_file()]
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """The adapter of a model, as `open_file`. Reads headers and samples, not all weights, which the coordinator
-        checked."""
+        """Opens the adapter of a model as `open_file` does. Reads headers and samples, not all weights, which the
+        coordinator checked."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 
     def places(self, model_path: str) -> list[Path]:
-        """Where the file is looked for."""
         path = Path(model_path)
         own = [] if self._model_dir is None else [self._model_dir / path.name]
         downloaded = [place for place in _downloaded(self._models_dir, path.name) if place.is_file()]
         return [*dict.fromkeys((path, *own, *downloaded))]
 
     def locate(self, wanted: FindWeights, progress: Progress | None = None) -> WeightsFound:
-        """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file:
-        `progress` counts that."""
+        """Returns the parts of a model that are here. A requested manifest is made if there is none, which reads the
+        whole file; `progress` counts that."""
         try:
             file = self._wanted(wanted)
         except ModelFileError as error:
@@ -139,7 +137,7 @@ class Weights:
         return self._manifests.of(file, begin, progress.add)
 
     def version_of(self, model_path: str, model_id: str) -> str | None:
-        """The version of the file that `open_file` opens; None where there is none."""
+        """Returns the version of the file that `open_file` opens; None if there is none."""
         try:
             file = self.open_file(model_path, model_id)
         except ModelFileError:
@@ -154,7 +152,7 @@ class Weights:
 
 
 def _downloaded(models_dir: Path | None, name: str) -> list[Path]:
-    """Places of a file of that name among downloaded models."""
+    """Returns the places of a file of that name among downloaded models."""
     try:
         folders = [] if models_dir is None else sorted(models_dir.iterdir())
     except OSError:  # nothing was downloaded
@@ -163,8 +161,8 @@ def _downloaded(models_dir: Path | None, name: str) -> list[Path]:
 
 
 def _chosen(read: Callable[[Path], ModelFile], places: Sequence[Path], identity: str) -> ModelFile | None:
-    """The first of these files with this identity, without damaged ones; None where none is there. ModelFileError where
-    there are only others."""
+    """Returns the first of these files with this identity, without damaged ones; None if none is there. Raises
+    ModelFileError if there are only others."""
     errors: list[ModelFileError] = []
     for place in places:
         try:
@@ -181,10 +179,9 @@ def _chosen(read: Callable[[Path], ModelFile], places: Sequence[Path], identity:
 
 
 def weight_cache(settings: WorkerSettings) -> WeightCache | None:
-    """The one that a worker is started with."""
     return None if settings.weights_dir is None else WeightCache(settings.weights_dir, settings.weights_bytes)
 
 
 def key_of(file_id: str) -> str:
-    """By what the manifest of a model or an adapter is remembered where its file is not."""
+    """Returns the key of the manifest of a model or an adapter whose file is not here."""
     return sha256(f"model {file_id}, manifest {MANIFEST_VERSION}".encode()).hexdigest()

@@ -1,9 +1,7 @@
 """Messages as protobuf bytes and back: one codec for all dataclasses whose fields are named as their proto message's.
 
-Bounds stand in the fields' `Annotated` types (core/bounds.py) and are applied to everything that is decoded; a method
-`check` of a dataclass holds what concerns several fields. `X | None` is an `optional` field, `tuple[X, ...]` a repeated
-one, a dataclass a nested message.
-"""
+Bounds in `Annotated` types (core/bounds.py) are applied to everything that is decoded; `check` of a dataclass concerns
+several fields. `X | None` is an `optional` field, `tuple[X, ...]` a repeated one, a dataclass a nested message."""
 
 from __future__ import annotations
 
@@ -116,7 +114,6 @@ def _without_bounds(hint: Any) -> tuple[Any, tuple[Bound, ...]]:
 
 
 def write(message: Any, record: Any) -> None:
-    """Fills the protobuf message `record` from a dataclass."""
     record.SetInParent()
     for field in _fields(type(message)):
         value = getattr(message, field.name)
@@ -134,8 +131,7 @@ def read(kind: type[_Value], record: Any) -> _Value:
 
 
 class Envelope(Generic[_Value]):
-    """A protobuf message with one `oneof kind`, and the dataclasses that travel in it: the class `PeerUnreachable` in
-    the field `peer_unreachable`."""
+    """A protobuf message with one `oneof kind`: the class `PeerUnreachable` travels in its field `peer_unreachable`."""
 
     def __init__(self, record: type[Message], union: Any, most_bytes: int) -> None:
         self._record = record

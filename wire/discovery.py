@@ -1,9 +1,7 @@
-"""Coordinators found without an address: by multicast DNS and service discovery (RFC 6762, RFC 6763), over IPv4 and
-IPv6, on the network interfaces that the machine has at the time.
+"""Coordinators found by multicast DNS and service discovery (RFC 6762, RFC 6763), over IPv4 and IPv6.
 
-A coordinator announces its enrolment port with its cluster's id, which is part of every join token's CA hash. What is
-found is only an address to try: enrolment verifies the coordinator, so that a false announcement costs a connection.
-"""
+A coordinator announces its enrolment port with its cluster's id, a part of every join token's CA hash. Enrolment
+verifies the coordinator, so a false announcement costs no more than a connection."""
 
 from __future__ import annotations
 
@@ -45,9 +43,7 @@ _NO_MULTICAST = "::1"
 
 @asynccontextmanager
 async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None]:
-    """Announces the cluster of this name and id to the local network at `address` (HOST:PORT); with a host for all
-    addresses, at those that this machine has at the time. Raises UsageError if the host is a name, or multicast is not
-    possible."""
+    """Announces a cluster at `address` (HOST:PORT) to the local network. Raises UsageError without multicast there."""
     hosts, port = _announced_hosts(address), split_address(address)[1]
 
     def info() -> AsyncServiceInfo:
@@ -75,8 +71,7 @@ async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None
 
 @asynccontextmanager
 async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[str], None]) -> AsyncIterator[None]:
-    """Calls `found` with the addresses (HOST:PORT) at which a cluster of this id is announced, and `other` with the
-    names of other clusters, each once. Raises UsageError if multicast is not possible."""
+    """Calls `found` with addresses (HOST:PORT) of the cluster of this id, `other` with other clusters' names."""
     async with _multicast(_browsed()) as service:
         browser = _Browser(service.zeroconf, cluster, found, other)
         listening = AsyncServiceBrowser(service.zeroconf, [SERVICE], handlers=[browser.changed])
@@ -90,8 +85,7 @@ async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[
 
 
 class _Browser:
-    """Looks up announced names with the cluster's id alone, since other clusters may be many, and few of them at once,
-    since names may be a flood."""
+    """Looks up names with the cluster's id alone, since others may be many, and few of them at once."""
 
     def __init__(
         self, zeroconf: Zeroconf, cluster: str, found: Callable[[str], None], other: Callable[[str], None]
@@ -147,7 +141,6 @@ def _browsed() -> list[str]:
 
 
 def _announced_hosts(address: str) -> Callable[[], list[str]]:
-    """Returns a function that gives the hosts to announce at the time."""
     host, _ = split_address(address)
     if host in ANYWHERE:
         return _announced
@@ -163,7 +156,6 @@ def _announced_hosts(address: str) -> Callable[[], list[str]]:
 
 @asynccontextmanager
 async def _multicast(hosts: Sequence[str]) -> AsyncIterator[AsyncZeroconf]:
-    """Opens multicast DNS on the interfaces with these addresses."""
     try:
         service = AsyncZeroconf(interfaces=[*hosts], ip_version=_version(hosts))
     except (OSError, RuntimeError) as error:

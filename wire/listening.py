@@ -12,8 +12,7 @@ _BACKLOG = 128
 
 
 def listener(host: str, port: int, cure: str) -> socket.socket:
-    """Opens a listening TCP socket that does not block. Either host of `ANYWHERE` means all addresses, IPv4 and IPv6,
-    as for gRPC. Raises UsageError, which ends with `cure`, if the port cannot be taken."""
+    """Opens a listening TCP socket that does not block; a host of `ANYWHERE` means all addresses, IPv4 and IPv6."""
     is_anywhere = host in ANYWHERE and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_anywhere or ":" in host else socket.AF_INET
     try:

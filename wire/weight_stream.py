@@ -1,4 +1,4 @@
-"""What is said on a Weights stream: ranges of bytes, named by the SHA-256 of what they are of, and the bytes in frames.
+"""Messages of a Weights stream: ranges of bytes of a content, named by its SHA-256, and the bytes in frames.
 
 asked     SHA-256 | start u64 | end u64                                      little-endian
 answered  1 | bytes: FRAME_BYTES of them, in the last frame of a range what is left
@@ -40,7 +40,6 @@ def encode_range(wanted: WeightRange) -> bytes:
 
 
 def decode_range(data: bytes) -> WeightRange:
-    """Raises ProtocolError for bytes that are no range."""
     if len(data) != _ASKED.size:
         raise ProtocolError(f"a range of weights: {len(data)} bytes, {_ASKED.size} expected")
     content, start, end = _ASKED.unpack(data)
@@ -60,8 +59,7 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """Returns the bytes in a frame; `left_bytes` of the range are due. Raises WeightsNotFoundError if the other side
-    has none, ProtocolError for any other frame."""
+    """Raises WeightsNotFoundError if the other side has no such bytes. `left_bytes` of the range are due."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
             one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there"

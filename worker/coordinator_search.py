@@ -29,8 +29,6 @@ _Result = TypeVar("_Result")
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """One address, and its failed attempts since a coordinator admitted this worker."""
-
     address: str
     failures: int = 0
     is_refused: bool = False  # the last one failed for a reason that another attempt does not change
@@ -38,19 +36,16 @@ class Place:
 
     @property
     def pause_s(self) -> float:
-        """The pause before the next attempt."""
         return _BACKOFF.pause_s(self.failures - 1) if self.failures else 0.0
 
 
 class CoordinatorSearch:
-    """A worker's search for a coordinator. An address that does not answer delays no other one. With `discovers`,
-    addresses may be added at any time, so a refusal at all known ones is not final. With `stays`, no refusal is final,
-    since the next coordinator may be another one."""
+    """A worker's search for a coordinator. An address that does not answer delays no other one. A refusal at all known
+    addresses is final unless the search `discovers` others, or `stays` for the next coordinator."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
-        """The time that a lost coordinator has to come back; None: the worker was never a member, and waits for
-        ever."""
+        """The time that a lost coordinator has to come back; None for ever, as the worker was never a member."""
         self._places = [Place(address) for address in addresses]
         self._discovers = discovers
         self._stays = stays
@@ -61,8 +56,7 @@ class CoordinatorSearch:
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """Records that the coordinator at this address has admitted the worker. Found addresses that failed are
-        dropped, except this one, which may not be announced anew."""
+        """Forgets failures, and found addresses with failures except this one, which may not be announced anew."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [
@@ -72,14 +66,12 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def begin_anew(self) -> None:
-        """Forgets that the worker was a member."""
         self.limit_s, self._begun_s, self._error, self._logged = None, None, None, {}
         for place in self._places:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. Announcements may be false: only so many are tried, until they have failed a few
-        times."""
+        """Adds an announced address. Announcements may be false: only so many are tried, until they have failed."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]
@@ -98,8 +90,7 @@ class CoordinatorSearch:
         return True
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
-        """Returns the first place at which `attempt` succeeds, and its result. Raises the errors of `failed`, and
-        WorkerError if no place is reached in time."""
+        """Returns the first success. Raises as `failed` does, and WorkerError if no place is reached in time."""
         self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):
@@ -113,7 +104,6 @@ class CoordinatorSearch:
         return min(done, key=lambda task: task.exception() is not None).result()
 
     async def _first(self, attempt: Callable[[str], Awaitable[_Result]]) -> set[asyncio.Task[tuple[Place, _Result]]]:
-        """Returns the tasks that ended first, of the places known at the beginning and of those added meanwhile."""
         while True:
             self._has_more.clear()
             new = sorted((each for each in self._places if each not in self._trying), key=lambda each: each.failures)
@@ -132,8 +122,7 @@ class CoordinatorSearch:
                 return ended
 
     def failed(self, place: Place, error: LlamaclustError) -> None:
-        """Counts the failure. Raises the error if the worker was never a member and no attempt at any address would
-        change it."""
+        """Raises the error if the worker was never a member and no attempt at any address would change it."""
         place.failures += 1
         place.is_refused = isinstance(error, UsageError)
         now_s, self._error = asyncio.get_running_loop().time(), error

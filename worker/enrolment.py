@@ -28,15 +28,12 @@ _STAGGER_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """The worker's identity, and the address of the Coordinator service."""
-
     identity: Identity
     reached: tuple[str, int]  # the IP address that enrolled, and the port of its service
 
 
 async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
-    """Raises UsageError if token and coordinator do not match or the coordinator refuses, which another try will not
-    mend; WorkerError, ProtocolError or DeadlineError if it cannot be reached or breaks off."""
+    """Raises UsageError if another try will not help; WorkerError, ProtocolError or DeadlineError otherwise."""
     where = joined_address(host, port)
     async with deadline(f"enrolling at {where}", _EXCHANGE_S):
         authority = await pinned(host, port, token, where)
@@ -76,8 +73,7 @@ async def speaks_tls(host: str, port: int) -> bool:
 
 
 async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
-    """Returns the CA certificate (DER) that the coordinator shows and the token's hash confirms; nothing is sent
-    before."""
+    """Returns the CA certificate (DER) whose hash is the token's; nothing is sent before."""
     async with _connected(host, port, None, "") as (reader, _):
         challenge = await _challenge(reader)
     if ca_hash(challenge.ca_certificate) != token.ca_hash:
@@ -109,8 +105,7 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
 
 
 def _context(authority: bytes | None) -> ssl.SSLContext:
-    """`authority` is the CA's certificate (DER); None accepts any, to receive the CA's, which the token's hash
-    confirms."""
+    """`authority` is the CA's certificate (DER); None accepts any, to get the CA's, which the token's hash confirms."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if authority is None:

@@ -39,7 +39,6 @@ _log = logging.getLogger(__name__)
 
 
 def _check_kv_disk(order: Load) -> None:
-    """Raises UsageError if KV memory of the stage cannot be kept on disk."""
     if order.limits.expert_shards > 1:
         what = "KV memory is not kept on disk where the experts of a layer are on several workers"
         raise UsageError(f"kv_disk: {what}; start this worker without it")
@@ -73,7 +72,6 @@ class Loads:
         await self._session.answer(self._loaded(order), partial(LoadFailed, order.epoch), layers)
 
     async def _loaded(self, order: Load) -> Loaded:
-        """Raises LoadCancelledError if the epoch is unloaded meanwhile."""
         if order.epoch in self._loading:
             raise ProtocolError(f"epoch {epoch_text(order.epoch)} is being loaded already")
         loading = self._loading[order.epoch] = asyncio.create_task(self._load(order))
@@ -98,7 +96,6 @@ class Loads:
         return Unloaded(order.epoch)
 
     async def set_adapters(self, order: SetAdapters) -> AdaptersSet:
-        """Returns when the next microbatch of the stage may use the adapters."""
         async with self._exclusive:
             stage = self._worker.service.stage(order.epoch)
             await self._adapt(stage.runner, order.adapters)
@@ -171,14 +168,13 @@ class Loads:
         return StageStreams(order.epoch, runner, context, session.deadlines, neighbours, links)
 
     def _member_links(self, epoch: int, group: GroupOrder) -> MemberLinks:
-        """Raises UsageError for addresses that these credentials do not allow."""
         session = self._session
         links = LinkOpener(group, session.credentials, self._worker.links)
         return MemberLinks(epoch, group, links, session.deadlines, self._report)
 
     async def _report(self, fault: GroupFault | PeerUnreachable) -> None:
-        """Reports to the coordinator, if it can be reached. Another worker's fault is not logged as an error, since
-        the last error of this worker would be taken for the cause of its own end."""
+        """Reports to the coordinator. Another worker's fault is not logged as an error: it would explain this one's
+        end."""
         level = logging.ERROR if fault.worker == self._worker.name else logging.INFO
         whose = "" if fault.reason.startswith(f"worker {fault.worker}") else f"worker {fault.worker}: "
         _log.log(level, "epoch %s: %s%s", epoch_text(fault.epoch), whose, fault.reason)

@@ -32,10 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Runs a worker to its end and returns its exit code. Errors are logged in one line each; the UsageError of a
-    worker that a user started is raised instead.
-
-    A native call may go on computing, so the caller ends the process by `end_process`."""
+    """Returns the exit code; raises UsageError of a worker that a user started. The caller uses `end_process`."""
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
     allow_many_files()
     request_slices(USUAL_SLICE_NS)
@@ -67,9 +64,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def _set_parent_death_signal(parent_pid: int) -> None:
-    """Lets the kernel kill this process when its parent ends, native calls or not; ends it now if the parent has ended
-    (Linux). The kernel takes the thread that started this process for the parent, so the starter uses a thread that
-    lives as long as itself."""
+    """Lets the kernel (Linux) kill this process when the thread that started it ends, or ends it now."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
@@ -79,7 +74,6 @@ def _set_parent_death_signal(parent_pid: int) -> None:
 
 
 async def _until_signal(settings: WorkerSettings) -> int:
-    """Returns 0 after SIGTERM, SIGINT or the coordinator's Shutdown."""
     if settings.static:
         from llamaclust.worker.static import run_static_worker as run
     else:

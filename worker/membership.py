@@ -40,8 +40,6 @@ _END_S = 5.0
 
 
 class Renewal:
-    """Renews the certificate of one member."""
-
     def __init__(self, identity: Identity, send: Callable[[messages.RenewCertificate], Awaitable[None]]) -> None:
         self._identity = identity
         self._send = send
@@ -49,8 +47,7 @@ class Renewal:
         self._renewed = asyncio.Event()
 
     async def run(self) -> None:
-        """Requests a certificate when two thirds of the old one's life are over, and again if no answer came, until
-        the stream ends."""
+        """Requests a certificate after two thirds of the life, and again without an answer, until the stream ends."""
         from llamaclust.wire.security.certificates import NewKey
 
         with contextlib.suppress(WorkerError):  # of the stream, which its reader reports
@@ -66,7 +63,6 @@ class Renewal:
                 await asyncio.sleep(min(_AT_MOST_EVERY_S, tenth_s))
 
     def receive(self, answer: messages.CertificateRenewed | messages.RenewalFailed) -> None:
-        """Raises ProtocolError for an answer without a request, or with another key."""
         if isinstance(answer, messages.RenewalFailed):
             _log.error("the certificate was not renewed: %s", answer.failure.message)
             return
@@ -132,12 +128,10 @@ class Member:
 
     @property
     def coordinator_s(self) -> float:
-        """The time that a lost coordinator has to come back."""
         return self._deadlines.coordinator_s
 
     async def serve(self) -> str:
-        """Serves until the coordinator ends the membership, and returns its reason. Raises WorkerError if it is
-        lost."""
+        """Returns the reason when the coordinator ends the membership. Raises WorkerError if it is lost."""
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads = Loads(session)
@@ -178,7 +172,6 @@ class Member:
                 raise ProtocolError(f"the coordinator sent {type(message).__name__} to a member")
 
     async def _send_heartbeats(self, session: Session) -> None:
-        """Sends until the stream ends, which its reader reports."""
         counters, device, weights = session.counters, self._worker.device, self._worker.weights
         kv_disk, service = self._worker.kv_disk, self._worker.service
         last_ns, busy_ns = perf_counter_ns(), counters.busy_ns
@@ -217,8 +210,7 @@ class Member:
             return
 
     async def send(self, message: messages.WorkerMessage) -> None:
-        """Completes even if the caller is cancelled, as when a stage's stream breaks: gRPC would end the membership
-        otherwise."""
+        """Completes even if the caller is cancelled: gRPC would end the membership otherwise."""
         writing = asyncio.create_task(self._write(message))
         writing.add_done_callback(_retrieved)  # its caller may be gone
         await asyncio.shield(writing)

@@ -20,15 +20,12 @@ _LOOKS = 3
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The way from this machine to a coordinator."""
-
     host: str  # an IP address
     family: socket.AddressFamily
     port: int
 
     @classmethod
     async def to(cls, host: str, port: int) -> Route:
-        """Raises WorkerError if the host's name is not found, or has only link-local addresses."""
         loop = asyncio.get_running_loop()
         try:
             async with deadline(f"looking up {host}", _RESOLVE_S):
@@ -42,8 +39,7 @@ class Route:
         return cls(*lasting[0], port)
 
     def own_host(self) -> str:
-        """Returns the address of this machine from which the coordinator is reached. Raises WorkerError without a
-        route."""
+        """Returns the address from which this machine reaches the coordinator. Raises WorkerError without a route."""
         host = source_host(self.host, self.family, self.port)
         if host is None:
             raise WorkerError(f"{self.host} cannot be reached: this machine has no route there")
@@ -52,8 +48,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class OwnAddress:
-    """The address at which a worker listens, and the one that it advertises to other members, for the route to one
-    coordinator."""
+    """The address at which a worker listens, and the advertised one, for the route to one coordinator."""
 
     listen: str
     advertised: str  # HOST, or HOST:PORT
@@ -62,7 +57,6 @@ class OwnAddress:
 
     @classmethod
     async def find(cls, settings: WorkerSettings, coordinator: str) -> OwnAddress:
-        """Raises WorkerError if the coordinator (HOST:PORT) cannot be reached."""
         route = await Route.to(*split_address(coordinator))
         own_host = route.own_host()
         own = joined_address(own_host, 0)
@@ -72,7 +66,6 @@ class OwnAddress:
         return cls(settings.listen or own, advertised, route, own_host if decides else None)
 
     def at_port(self, port: int) -> str:
-        """Returns HOST:PORT for the other members. Raises UsageError for an advertised address that is none."""
         has_port = ":" in self.advertised.rpartition("]")[2]
         address = self.advertised if has_port else f"{self.advertised}:{port}"
         split_address(address)
@@ -99,5 +92,4 @@ class OwnAddress:
 
 
 def _host_of(address: str) -> str:
-    """Returns the host of HOST:PORT, with the brackets of IPv6."""
     return address.rpartition(":")[0]

@@ -16,8 +16,7 @@ _PERIOD_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Shows a member as ready if it is idle, or holds layers and loads none: evictions that wait for readiness wait
-    for layers."""
+    """Shows a member as ready if it is idle, or holds layers and loads none, so that evictions wait for layers."""
 
     file: Path | None = None  # None: not wanted
 

@@ -20,7 +20,6 @@ from llamaclust.worker.weights.weights import Progress
 
 _REPORT_S = 0.25
 SettingAdapters = Callable[[weights.SetAdapters], Awaitable[weights.AdaptersSet]]
-"""Answers a request about the adapters of a stage."""
 
 
 class Requests:

@@ -24,21 +24,16 @@ class SeenTerm:
 
 @dataclass(slots=True)
 class SeenTerms:
-    """Keeps the largest term of each cluster; the orders of a smaller one are refused."""
-
     last: ClusterKey = ClusterKey("", "")
-    """The cluster of the last coordinator that this process has seen."""
     is_awaited: bool = False  # only a coordinator of `last` may admit the worker
     _largest: dict[ClusterKey, SeenTerm] = field(default_factory=dict)
 
     @property
     def largest(self) -> SeenTerm:
-        """The largest term of the last cluster."""
         return self._largest.get(self.last, SeenTerm())
 
     def enter(self, cluster: ClusterKey, term: int, proof: TermProof) -> None:
-        """Records that a coordinator of this term admits the worker. Raises WorkerError for a smaller term than one
-        seen before, and for another cluster while a coordinator is awaited."""
+        """Records an admission. Raises WorkerError for a smaller term, and for another cluster while one is awaited."""
         if self.is_awaited and cluster != self.last:
             raise WorkerError(f"a coordinator of cluster {self.last.name!r} is awaited, not one of {cluster.name!r}")
         self.last = cluster  # its coordinator is told the term at the next attempt where this one is superseded
@@ -58,12 +53,10 @@ class SeenTerms:
             del self._largest[next(iter(self._largest))]
 
     def give_up(self) -> None:
-        """Lets a coordinator of any cluster admit the worker, since the last one has not come back. A superseded one
-        is still refused."""
+        """Lets a coordinator of any cluster admit the worker; a superseded one is still refused."""
         self.is_awaited = False
 
     def end(self) -> None:
-        """Forgets the terms of the last cluster, which its coordinator has ended: the next one of that name counts its
-        own."""
+        """Forgets the terms of the last cluster, which has ended: the next one of its name counts its own."""
         self.is_awaited = False
         self._largest.pop(self.last, None)

@@ -40,7 +40,6 @@ class StageService:
 
     @property
     def holds_layers(self) -> bool:
-        """True if a stage of any epoch is there; kept ones do not count."""
         return bool(self._stages)
 
     def __contains__(self, epoch: int) -> bool:
@@ -75,14 +74,12 @@ class StageService:
         return max((streams.computing_s for streams in self._stages.values()), default=0.0)
 
     def stage(self, epoch: int) -> LoadedStage:
-        """Raises WorkerError if no stage of the epoch is there."""
         if (stage := self._stages.get(epoch)) is None:
             raise WorkerError(f"worker {self._worker} holds no stage for epoch {epoch_text(epoch)}")
         return stage
 
     def keep(self) -> None:
-        """Ends all epochs and their groups' links, since the coordinator is gone; loaded stages wait for a load that
-        wants the same."""
+        """Ends all epochs and their groups' links; loaded stages wait for a load that wants the same."""
         for stage in self._stages.values():
             stage.close_links()
         self._kept += self._stages.values()
@@ -104,8 +101,7 @@ class StageService:
         return bool(self._kept)
 
     async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
-        """Returns a kept stage's weights and KV memory if they fit `order`, and frees all other kept stages.
-        `file_version` is that of the model's file now; None if the file is gone."""
+        """Returns a kept stage that fits, and frees the others. `file_version` is the file's now; None: it is gone."""
         runner = None
         while self._kept:
             streams = self._kept.pop()
@@ -124,8 +120,6 @@ class StageService:
         return weights
 
     def _handler(self, serve: Callable[[StageStreams, ServerStream], Awaitable[None]]) -> Handler:
-        """Returns the handler of streams for the stage of an epoch."""
-
         async def handle(stream: ServerStream) -> None:
             streams = self._stages.get(stream.epoch)
             if streams is None:

@@ -21,8 +21,6 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One membership, from admission to its end."""
-
     worker: Worker
     credentials: Credentials
     deadlines: Deadlines
@@ -50,7 +48,6 @@ class Session:
         await self.send(answer)
 
     def peer(self, address: str, worker: str | None) -> Peer:
-        """Returns another worker, which must show this name if it is given."""
         principal = None if worker is None else Principal(worker)
         return Peer(address, self.credentials, principal, self.deadlines.peer_s)
 

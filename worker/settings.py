@@ -12,11 +12,9 @@ from llamaclust.core.logs import LogFormat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """Settings of one worker. It ends with the process `parent_pid`, if a launcher on this machine started it.
-
-    A `static` worker enrols: `join` is then the enrolment address, and the token a join token. Without any token it is
-    insecure. `standbys` are the enrolment addresses of further coordinators of the same cluster. A worker that
-    discovers may have no `join`."""
+    """Settings of one worker, which ends with the process `parent_pid` that started it. A `static` worker enrols:
+    `join` and `standbys` are then enrolment addresses of the cluster's coordinators, and the token a join token;
+    without a token it is insecure. With `discover` it needs no `join`."""
 
     name: str
     join: str = ""  # gRPC target of the coordinator; set when a launcher knows it
@@ -63,7 +61,6 @@ class WorkerSettings:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """Restores paths, tuples and enums, which JSON lacks."""
     if get_origin(hint) is tuple:
         return tuple(value)
     for kind in (Path, LogFormat):

@@ -1,5 +1,4 @@
-"""A worker of a static cluster: it joins, and rejoins with its weights kept after a loss of its coordinator, which may
-be a standby at another address by then."""
+"""A worker of a static cluster: it joins, and rejoins with its weights kept after the loss of its coordinator."""
 
 from __future__ import annotations
 
@@ -43,9 +42,9 @@ _COORDINATOR_S = 20.0
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Serves until the coordinator ends the cluster, and returns its reason; a worker that stays then waits for the
-    next cluster. Raises UsageError if the coordinator refuses the worker at first, or no address is that of a
-    coordinator that could take it, WorkerError if the coordinator was gone for longer than it said to wait."""
+    """Returns the reason when the coordinator ends the cluster; a worker that stays waits for the next one instead.
+    Raises UsageError for a refusal at first, or if no address can be a coordinator's, WorkerError if a coordinator was
+    gone for longer than it said to wait."""
     worker = _StaticWorker(settings)
     try:
         return await worker.run()
@@ -55,8 +54,6 @@ async def run_static_worker(settings: WorkerSettings) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Reached:
-    """A coordinator that lets this worker join."""
-
     target: str  # of the Coordinator service
     credentials: Identity | Insecure
 
@@ -89,7 +86,6 @@ class _StaticWorker:
             return await self._run()
 
     async def _run(self) -> str:
-        """Serves one cluster after the other if the worker stays."""
         while True:
             try:
                 reason = await self._run_cluster()
@@ -109,7 +105,6 @@ class _StaticWorker:
             release_freed_memory()
 
     async def _run_cluster(self) -> str:
-        """Serves one membership after the other."""
         while True:
             await self._worker.compute.idle(_STEP_S)  # DeviceLostError where a step of the last membership hangs
             place, reached = await self._search.reached(self._reach)
@@ -133,7 +128,6 @@ class _StaticWorker:
         return error
 
     async def _reach(self, address: str) -> _Reached:
-        """Reaches the coordinator whose enrolment port, or without certificates whose service, is at an address."""
         host, port = split_address(address)
         route = await Route.to(host, port)  # before anything else: a name that is not found is said so
         if self._token is None:
@@ -177,7 +171,6 @@ class _StaticWorker:
         return self._credentials
 
     async def _listen(self, own: OwnAddress, credentials: Credentials) -> None:
-        """Starts a server, unless one listens there already."""
         if self._server is None or own.listen != self._listens_at:
             await self._stop_server()
             with short_slices():  # gRPC's threads
@@ -211,8 +204,7 @@ class _StaticWorker:
 
 
 async def _served(member: Member, own: OwnAddress) -> str:
-    """Serves until the coordinator ends the membership, and returns its reason. Raises WorkerError if the coordinator
-    is lost, or this worker's advertised address is no longer its own."""
+    """Returns the coordinator's reason. Raises WorkerError if it is lost, or the advertised address changed."""
     serving, watching = asyncio.create_task(member.serve()), asyncio.create_task(own.changed())
     try:
         await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)

@@ -28,8 +28,6 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """Device, stages, weights, and the thread that computes."""
-
     name: str
     device: Device
     service: StageService
@@ -56,8 +54,7 @@ class Worker:
         return {**self.service.handlers, **self.weights.giver.handlers}
 
     async def accept_links(self, stages: str, port: int | None, credentials: Credentials) -> None:
-        """Lets `links` listen at that port beside the address of the stages. Raises UsageError if the user's port
-        cannot be had; a worker that cannot listen anywhere logs that and serves without groups."""
+        """Lets `links` listen beside the stages. Raises UsageError if the user's `port` is taken."""
         if isinstance(credentials, Identity) and not tls_library():
             _log.info("this worker takes part in no group: links need OpenSSL, without which this llamaclust was built")
             return

@@ -59,8 +59,7 @@ FAULTS = ("late", "closed", "wrong", "failed")
 
 @dataclass(frozen=True, slots=True)
 class GroupFault:
-    """The report of a member that has given an epoch up: another member was late, closed the link or broke the
-    protocol, or this member failed by itself (`kind`)."""
+    """The report of a member that has given an epoch up: for another member's fault, or as it failed itself."""
 
     epoch: Annotated[int, Integer(0, UINT64 - 1)]
     worker: WorkerName  # at fault, as far as the member knows

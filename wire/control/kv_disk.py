@@ -54,8 +54,7 @@ class RestoreKv:
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """The request to write blocks to disk. `keys` are of a sequence's first blocks, `blocks` belong to the last of
-    `keys`; blocks of the keys before are not deleted to make space."""
+    """The request to write `blocks` of the last `keys` to disk; blocks of earlier keys are not deleted for space."""
 
     epoch: _Epoch
     keys: _Keys

@@ -19,8 +19,6 @@ class GetLog:
 
 @dataclass(frozen=True, slots=True)
 class LogTail:
-    """The last lines of a process's log, oldest first."""
-
     lines: Annotated[tuple[Annotated[str, _Line], ...], Size(0, _MAX_LINES)]
     before: int  # number of lines before them
     request_id: int = 0

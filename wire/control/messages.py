@@ -53,8 +53,6 @@ _Timeout = Annotated[float, Real(0.01, 86400.0)]
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """The first message of a membership."""
-
     name: WorkerName
     pid: int
     host: Annotated[str, Line(255)]
@@ -103,8 +101,6 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The answer to Register that ends the stream."""
-
     reason: Reason
 
 
@@ -124,8 +120,6 @@ class RequestFailed:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """The order to load layers [start, end) as the stage of an epoch."""
-
     epoch: Annotated[int, Integer(0, UINT64 - 1)]
     model_path: ModelPath
     model_id: ModelId
@@ -167,8 +161,6 @@ class LoadProgress:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Memory of a loaded stage."""
-
     epoch: int
     weight_bytes: int
     kv_bytes: int
@@ -215,8 +207,6 @@ class StageProgress:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """State of a worker, with counters since its start."""
-
     busy: Annotated[float, Real(0.0, 1.0)]  # share of the last interval spent computing
     microbatches: int
     tokens: int
@@ -241,8 +231,6 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
-    """The end of the cluster."""
-
     reason: Reason
 
 
@@ -260,8 +248,6 @@ class CertificateRenewed:
 
 @dataclass(frozen=True, slots=True)
 class RenewalFailed:
-    """The answer to a certificate request that was not signed."""
-
     failure: Failure
 
 
@@ -276,8 +262,6 @@ class PeerUnreachable:
 
 @dataclass(frozen=True, slots=True)
 class ProbePeer:
-    """The request to check that another worker can be reached."""
-
     worker: WorkerName
     address: Address  # of its Stage service
     request_id: int = 0

@@ -27,8 +27,7 @@ QuantTypes = Annotated[tuple[Annotated[int, Integer(0, 255)], ...], Size(0, 256)
 
 @dataclass(frozen=True, slots=True)
 class ProfileWorker:
-    """The request to measure the machine and products with weights of these types, and with a model steps of its
-    layers."""
+    """The request to measure the machine, products with weights of these types, and a model's steps."""
 
     model_path: ModelPath | None = None
     model_id: ModelId = ""
@@ -38,8 +37,7 @@ class ProfileWorker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProfile:
-    """The answer to ProfileWorker: without step times if the model's file or memory is missing, without products if
-    memory is."""
+    """The answer to ProfileWorker: without step times or products for which the file or memory is missing."""
 
     profile: Profile
     request_id: int = 0
@@ -56,16 +54,12 @@ class LinkEnd:
 
 @dataclass(frozen=True, slots=True)
 class ProfileLinks:
-    """The request to measure the links to other workers, one after the other."""
-
     ends: Annotated[tuple[LinkEnd, ...], Size(0, 1 << 12)]
     request_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LinkProfile:
-    """Figures of a link, as its caller sees it."""
-
     round_trip_s: Annotated[float, Real(0.0, 86400.0)]  # of a token's hidden state and a short answer
     bytes_s: Annotated[float, Real(1e-3, 1e18)]  # of a stream of large messages
     network_s: Annotated[float, Real(0.0, 86400.0)] | None = None  # of the round trip, without the programs at its ends

@@ -11,8 +11,7 @@ from llamaclust.core.limits import MAX_ADAPTERS
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """A worker that may have weights, or the coordinator, which is reached at the address where the worker has joined
-    it."""
+    """A worker that may have weights, or the coordinator, at the address where the worker has joined it."""
 
     address: Address = ""
     worker: WorkerName | None = None  # None: the coordinator
@@ -37,8 +36,6 @@ class AddWeightSource:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """A LoRA adapter, of which a stage has its layers."""
-
     number: Annotated[int, Integer(0, MAX_ADAPTERS - 1)]
     path: ModelPath  # on the coordinator's machine
     adapter_id: ModelId
@@ -50,8 +47,6 @@ AdapterFiles = Annotated[tuple[AdapterFile, ...], Size(0, MAX_ADAPTERS)]
 
 @dataclass(frozen=True, slots=True)
 class FindWeights:
-    """The request to look for the weights of a model, or of one of its adapters."""
-
     model_path: ModelPath
     model_id: ModelId
     describe: bool = False  # make the manifest if there is none yet
@@ -64,14 +59,11 @@ class FindWeights:
 
     @property
     def path(self) -> str:
-        """The path on the coordinator's machine."""
         return self.model_path if self.adapter is None else self.adapter.path
 
 
 @dataclass(frozen=True, slots=True)
 class WeightsFound:
-    """Parts of a model or adapter that a worker has."""
-
     has_file: bool
     manifest: Digest | None = None  # of what it has; None: nothing
     manifest_bytes: Annotated[int, Integer(0, 1 << 26)] = 0
@@ -85,8 +77,6 @@ class WeightsFound:
 
 @dataclass(frozen=True, slots=True)
 class FindWeightsProgress:
-    """Bytes of the model's file that were read so far for its manifest."""
-
     done_bytes: int
     total_bytes: int
 
@@ -105,8 +95,6 @@ class SetAdapters:
 
 @dataclass(frozen=True, slots=True)
 class AdaptersSet:
-    """Memory of the stage, whose rows may use the new adapters."""
-
     weight_bytes: int
     workspace_bytes: int
     request_id: int = 0

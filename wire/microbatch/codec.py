@@ -1,5 +1,4 @@
-"""Microbatches and sampled tokens as bytes. Stages read them natively (kernels/cpu/native/frames), where every field is
-checked."""
+"""Microbatches and sampled tokens as bytes, which stages read natively (kernels/cpu/native/frames) and check."""
 
 from __future__ import annotations
 

@@ -32,7 +32,6 @@ def most_frame_bytes(rows: int, width: int) -> int:
 
 
 def encode_hidden(header: bytes, hidden: NDArray[np.float32] | None = None) -> bytes:
-    """Encodes a HIDDEN frame without timings. `hidden` [rows, embedding] is copied once; it is None before the first
-    stage."""
+    """Encodes a HIDDEN frame without timings; `hidden` is [rows, embedding], None before the first stage."""
     body = memoryview(b"") if hidden is None else np.ascontiguousarray(hidden, "<f4").data.cast("B")
     return b"".join((_PREFIX.pack(_MAGIC, _VERSION, _HIDDEN, 0, len(header), len(body)), body, header))

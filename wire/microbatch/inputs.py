@@ -16,8 +16,7 @@ from llamaclust.wire.microbatch.matchers import starts_out
 from llamaclust.wire.microbatch.messages import SamplingInputs
 
 PREPARE_MATCHERS: Final = b""
-"""The message that announces answers with a matcher, in place of sampling inputs. It is empty and belongs to no
-epoch."""
+"""The announcement of answers with a matcher, in place of sampling inputs; it belongs to no epoch."""
 
 _TASK = Struct("<iiQIIIIiiIIII")
 _CHAINED = Struct("<dIIII")
@@ -45,8 +44,7 @@ def encode_inputs(inputs: SamplingInputs) -> bytes:
 
 
 class _Tasks:
-    """The arrays of a message. Parameters and, by identity, lists of tokens that several rows share are written
-    once."""
+    """The arrays of a message. Rows share parameters and, by identity, lists of tokens."""
 
     def __init__(self) -> None:
         self.params: dict[bytes, int] = {}

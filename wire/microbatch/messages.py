@@ -62,8 +62,8 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """The last stage's tasks for microbatch (epoch, number), one per output row, in row order. The stage first drops
-    the matchers named in `released`; it makes those of `starts` meanwhile."""
+    """The last stage's tasks for microbatch (epoch, number), one per output row; `released` matchers are dropped
+    first."""
 
     epoch: int
     number: int
@@ -92,8 +92,6 @@ class StageTiming:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The answer to one microbatch: a row result for each task, or the failure that stopped it."""
-
     epoch: int
     number: int
     rows: tuple[RowResult, ...] = ()

@@ -1,5 +1,4 @@
-"""Results as the coordinator reads them; every field is checked here. A last stage writes them natively
-(kernels/cpu/native/frames)."""
+"""Results as the coordinator reads and checks them; a last stage writes them natively (kernels/cpu/native/frames)."""
 
 from __future__ import annotations
 

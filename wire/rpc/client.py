@@ -1,7 +1,6 @@
 """The calling side of gRPC: channel options, own and expected identity, broken streams as errors.
 
-This file and `server.py` alone make channels and servers. Streams carry bytes; what they mean is the codecs' matter.
-"""
+This file and `server.py` alone make channels and servers. Streams carry bytes, which codecs read."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ class UnreachableError(StreamBrokenError):
 
 
 def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
-    """Returns options of a channel that is given up when the other side acknowledges nothing for `answer_s`: neither
-    bytes on their way (gRPC sets TCP_USER_TIMEOUT to the timeout), nor pings while there are none."""
+    """Returns options of a channel that is given up if sent bytes or pings are not acknowledged for `answer_s`."""
     pings = {
         "grpc.keepalive_time_ms": int(200 * answer_s),
         "grpc.keepalive_timeout_ms": int(1000 * answer_s),
@@ -94,8 +92,7 @@ class ClientStream:
                 await self._result(self._call.write(piece))
 
     def try_write(self, *messages: bytes) -> bool:
-        """Sends all messages and returns True if that takes no waiting; otherwise they are to be written. Must not be
-        called while another `write` runs."""
+        """Sends all messages and returns True if that takes no waiting. Must not be called while `write` runs."""
         return False
 
     @property
@@ -104,8 +101,7 @@ class ClientStream:
         return False
 
     async def read(self) -> bytes | None:
-        """Returns the next message, or None once the other side has ended the stream in order. Raises ProtocolError,
-        which names the peer, for a message that is too large."""
+        """Returns None once the other side has ended the stream. Raises ProtocolError for too large a message."""
         try:
             return await read_message(self._read_piece, self._most_bytes)
         except ProtocolError as error:
@@ -116,13 +112,11 @@ class ClientStream:
         return await self._result(self._call.read())
 
     async def done_writing(self) -> None:
-        """Raises StreamBrokenError if the stream has ended otherwise."""
         await self._result(self._call.done_writing())
 
     async def _result(self, operation: Awaitable[Any]) -> Any:
-        """Turns gRPC's errors into StreamBrokenError, and cancellation too unless this task was cancelled itself: gRPC
-        cancels all tasks that wait for a stream that another task has cancelled, or was cancelled in while it
-        wrote."""
+        """Raises gRPC's errors as StreamBrokenError, and cancellation unless it is this task's: gRPC cancels all tasks
+        that wait for a stream which another task has cancelled, or was cancelled in while it wrote."""
         try:
             return await operation
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
@@ -173,8 +167,8 @@ class UnixClientStream(ClientStream):
 
 class Peer:
     """A channel to one process. With a token, every call shows it; with certificates, the other side must be
-    `principal`. A connection that cannot be made, broke or stands still is noticed within `patience_s` even while
-    nothing is sent; None leaves the time to gRPC."""
+    `principal`. A broken connection is noticed within `patience_s` even while nothing is sent; None leaves the time to
+    gRPC."""
 
     def __init__(
         self,
@@ -206,9 +200,7 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream. With `wait_for_ready` it waits for the other side to come up instead of failing. `permit` is
-        the coordinator's, which the stream shows. `reply_bytes` bounds a received message, if less than the method's
-        bound."""
+        """Opens a stream. `wait_for_ready` waits for the other side; `reply_bytes` lowers the method's bound."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):
@@ -224,8 +216,7 @@ class Peer:
         return ClientStream(call, self.address, self.worker, most_bytes)
 
     async def connected(self) -> None:
-        """Returns when the connection of the streams opened last is made or has failed, which the streams report.
-        Raises UnreachableError if that takes too long."""
+        """Returns when the last streams' connection is made or has failed. Raises UnreachableError if that is late."""
         try:
             async with deadline(f"connection to {self.address}", self._answer_s):
                 if self.address.startswith(PREFIX):

@@ -9,8 +9,7 @@ from llamaclust.core.errors import DeadlineError
 
 
 class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
-    """An async context manager that cancels its block after `seconds` and raises a DeadlineError that names `what`,
-    and the `worker` that it waits for."""
+    """Cancels its block after `seconds` and raises a DeadlineError that names `what`, and the `worker` it waits for."""
 
     __slots__ = ("_limit", "_seconds", "_what", "_worker")
 
@@ -39,10 +38,9 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
 
 
 class recurring_deadline:  # noqa: N801  reads as a statement
-    """A deadline for each pass of a loop, at next to no cost per pass.
+    """A deadline for each pass of a loop, at next to no cost: `async with` around the loop, `with` around each pass.
 
-    An async context manager around the loop; `with` around each pass. When a pass takes longer than `seconds` (checked
-    at intervals, up to an eighth later), the task is cancelled and a DeadlineError names `what` and `worker`."""
+    A pass longer than `seconds`, checked up to an eighth later, ends the loop with a DeadlineError."""
 
     __slots__ = ("_begun_s", "_deadline", "_loop", "_seconds", "_timer")
 

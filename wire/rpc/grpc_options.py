@@ -8,15 +8,12 @@ from importlib.metadata import version
 
 _EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 _MEASURED_VERSIONS = ("1.85.",)
-"""Releases of gRPC in which these undocumented names were measured; a release that lacks the names would print a
-complaint and go on. Other releases use their own event loop: the same results, slower links between machines. Figures:
-benchmarks/notebook.md."""
+"""Releases of gRPC in which these undocumented names were measured; others, which would print a complaint, use their
+own event loop: the same results, slower links between machines. Figures: benchmarks/notebook.md."""
 
 
 def tune_grpc() -> None:
-    """Sets the event loop that answers faster on links between machines, and no chatter on standard error.
-
-    Processes call it as early as possible: it has no effect once gRPC is imported. Settings of the user stay."""
+    """Sets gRPC's faster event loop for links between machines, before gRPC is imported. Settings of the user stay."""
     if "grpc" in sys.modules:
         return
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -25,8 +25,7 @@ _MOST_MESSAGES = 256
 
 
 async def serve_echo(stream: ServerStream) -> None:
-    """Answers each message with a short one, for as long as a measurement may take. After a ping this process has cold
-    caches, as a stage has between two tokens."""
+    """Answers messages with short ones; after each ping caches are cold, as a stage's are between two tokens."""
     await stream.accept()
     caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
@@ -41,8 +40,7 @@ async def serve_echo(stream: ServerStream) -> None:
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
-    """Takes a fraction of a second, or a few seconds on slow links. Raises StreamBrokenError if the peer cannot be
-    reached, DeadlineError if it does not answer."""
+    """Takes up to a few seconds. Raises StreamBrokenError for a peer out of reach, DeadlineError for no answer."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):
@@ -54,8 +52,7 @@ async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
 
 
 async def try_link(peer: Peer, seconds: float, permit: str = "") -> None:
-    """Checks that the peer answers messages as large as frames of a prompt. Raises StreamBrokenError if it cannot be
-    reached, DeadlineError if it does not answer."""
+    """Sends as much as a prompt's frames. Raises StreamBrokenError or DeadlineError, as `measure_link`."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"an answer from {peer.address}", seconds):
@@ -67,7 +64,6 @@ async def try_link(peer: Peer, seconds: float, permit: str = "") -> None:
 
 
 async def _round_trip(stream: ClientStream) -> float:
-    """Returns the median of some pings, sent at intervals as tokens are."""
     caches, times = await asyncio.to_thread(CacheFlush.shared), []
     for _ in range(_WARM_UP + _PINGS):
         await caches.sweep_in_turns()
@@ -77,7 +73,6 @@ async def _round_trip(stream: ClientStream) -> float:
 
 
 async def _throughput(stream: ClientStream, round_trip_s: float) -> float:
-    """Doubles the data until sending takes long enough to measure."""
     size = _FIRST_BYTES
     while True:
         taken_s = max(await _sent(stream, size) - round_trip_s, 1e-6)
@@ -87,7 +82,6 @@ async def _throughput(stream: ClientStream, round_trip_s: float) -> float:
 
 
 async def _sent(stream: ClientStream, size: int) -> float:
-    """Returns the seconds until so many bytes have been taken and answered."""
     frames = [bytes(min(PROBE_BYTES, size - at)) for at in range(0, size, PROBE_BYTES)]
     begun = perf_counter()
     for frame in frames:

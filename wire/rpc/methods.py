@@ -19,10 +19,8 @@ ECHO = "/llamaclust.v1.Stage/Echo"
 FETCH = "/llamaclust.v1.Weights/Fetch"
 
 PIECE_BYTES = 1 << 20
-"""The largest message of gRPC. A longer message is sent in pieces of this size; a shorter piece, which may be empty,
-is the last one."""
+"""The largest message of gRPC. Longer ones are sent in pieces; a shorter piece, which may be empty, is the last."""
 PROBE_BYTES = 1 << 19
-"""The largest message of a measured link."""
 
 
 class Callers(Enum):
@@ -56,5 +54,4 @@ METHODS: Mapping[str, Method] = {
 
 
 def served_bytes(methods: Mapping[str, object]) -> int:
-    """Returns the largest gRPC message that a server of these methods takes."""
     return min(PIECE_BYTES, max((METHODS[method].request_bytes for method in methods), default=0))

@@ -1,5 +1,4 @@
-"""The round trip of the network to another process, without the programs at both ends: the time in which kernels
-accept a connection."""
+"""The round trip of the network to another process, without programs: the time in which kernels accept a connection."""
 
 from __future__ import annotations
 
@@ -40,7 +39,6 @@ def _resolved(address: str) -> tuple[int, Any]:
 
 
 def _shortest(family: int, place: Any) -> float | None:
-    """Ends at the first connection that is not accepted, or when the time of all is over."""
     shortest_s, ends = None, perf_counter() + _CONNECT_S
     with suppress(OSError):
         for _ in range(_CONNECTIONS):

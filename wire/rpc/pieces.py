@@ -23,8 +23,7 @@ def pieces_of(message: bytes) -> Iterator[bytes]:
 
 
 async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> bytes | None:
-    """Returns the next message, joined from its pieces; None at the end of the stream. Raises ProtocolError, with
-    nothing kept, for a message of more than `most_bytes`, or if the stream ends within a message."""
+    """Returns None at the stream's end. Raises ProtocolError, with nothing kept, for a too long or incomplete one."""
     data: Any = await read()
     if data is _EOF:
         return None

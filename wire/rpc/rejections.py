@@ -1,5 +1,5 @@
-"""Refused peers in the log: one line each and a bounded number of lines, so that connection attempts cannot fill a
-disk. Connections that end before they show a certificate are counted here, because gRPC refuses them silently."""
+"""Refused peers in a bounded number of log lines, so that connection attempts cannot fill a disk. Connections that end
+before they show a certificate are counted here, since gRPC refuses them silently."""
 
 from __future__ import annotations
 
@@ -73,11 +73,9 @@ class Handshakes:
 
     @property
     def _is_crowded(self) -> bool:
-        """True while more handshakes may be under way than one host may have."""
         return self._begun - max(self._answered, self._due) > MAX_SILENT_OF_HOST
 
     async def _close_silent(self) -> None:
-        """Looks at the connections at intervals while many handshakes are under way."""
         closed = left = 0
         try:
             while (self._is_crowded or left > MAX_SILENT_OF_HOST) and not self._is_closed:
@@ -93,8 +91,7 @@ class Handshakes:
 
     @contextmanager
     def call(self, caller: str) -> Iterator[None]:
-        """Registers a call under way from `caller`, gRPC's name of the connection's other end. The caller is known
-        until the call ends, and then as one of a bounded number."""
+        """Registers a call from `caller`, gRPC's name of the other end, which is remembered for some time after it."""
         if caller not in self._calls and caller not in self._callers:
             self._answered += 1
         self._callers.pop(caller, None)

@@ -1,7 +1,6 @@
-"""Time slices of threads. Threads that only hand messages on (a coordinator's, and gRPC's in a worker) request short
-slices, so that they are scheduled soon on cores where others compute. A worker's own threads keep the usual ones,
-since all of them compute. Linux 6.12 and later obey, for any user; elsewhere nothing changes. Figures:
-benchmarks/run.py split."""
+"""Time slices of threads. Threads that only hand messages on request short ones, so that they are scheduled soon on
+cores where others compute; a worker's own threads, which all compute, keep the usual ones. Linux 6.12 and later obey.
+Figures: benchmarks/run.py split."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr: size, policy, fla
 
 
 def request_slices(slice_ns: int) -> None:
-    """Sets the slices of this thread, and of threads and processes that it starts later: SHORT_SLICE_NS or
-    USUAL_SLICE_NS."""
+    """Applies to this thread, and to threads and processes that it starts later."""
     attributes = _attributes(0)
     if attributes is not None:
         size, policy, flags, nice, priority, _, deadline, period = attributes
@@ -31,7 +29,6 @@ def request_slices(slice_ns: int) -> None:
 
 @contextmanager
 def short_slices() -> Iterator[None]:
-    """Applies to this thread, and to threads and processes that it starts meanwhile."""
     request_slices(SHORT_SLICE_NS)
     try:
         yield
@@ -40,8 +37,7 @@ def short_slices() -> Iterator[None]:
 
 
 def _attributes(thread_id: int) -> tuple[int, ...] | None:
-    """Returns None if the system has no such call, and for threads of a real-time, batch or idle class, which stay
-    so."""
+    """Returns None without such a call in the system, and for threads of a real-time, batch or idle class."""
     buffer = ctypes.create_string_buffer(_ATTRIBUTES.size)
     if not _call(1, thread_id, buffer, _ATTRIBUTES.size, 0):
         return None

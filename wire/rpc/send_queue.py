@@ -13,8 +13,6 @@ class Writable(Protocol):
 
 
 class Sink(Writable, Protocol):
-    """Our end of a stream that may take messages at once."""
-
     def try_write(self, *messages: bytes) -> bool: ...
 
 
@@ -36,8 +34,7 @@ class SendQueue:
                 self._waiting.put_nowait(data)
 
     async def run(self) -> NoReturn:
-        """Sends until it is cancelled. Raises DeadlineError if the network does not take a message, or the stream's
-        error."""
+        """Raises DeadlineError if the network does not take a message, or the stream's error."""
         async with recurring_deadline(self._what, self._seconds) as limit:
             while True:
                 data = await self._waiting.get()

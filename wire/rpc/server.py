@@ -54,8 +54,7 @@ def _peer_here() -> Iterator[None]:
 
 
 class ServerStream:
-    """Our end of a bidirectional stream that a peer opened. `peer` is the identity in its certificate; None means
-    insecure or a shared token."""
+    """Our end of a stream that a peer opened; `peer` is the identity in its certificate, None without certificates."""
 
     _context: Any
 
@@ -77,13 +76,11 @@ class ServerStream:
             await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
 
     async def read(self) -> bytes | None:
-        """Returns the next message, or None once the other side has ended the stream in order. Raises
-        StreamBrokenError if it has gone, ProtocolError for a message that is too large."""
+        """Returns None once the other side has ended the stream. Raises StreamBrokenError or ProtocolError."""
         with _peer_here():
             return await read_message(self._context.read, self._most_bytes)
 
     def limit(self, most_bytes: int) -> None:
-        """Bounds messages from now on."""
         self._most_bytes = min(self._most_bytes, most_bytes)
 
     @property
@@ -93,12 +90,10 @@ class ServerStream:
 
     @property
     def has_message(self) -> bool:
-        """True if `read` is known to return at once."""
         return False
 
     async def write(self, *messages: bytes) -> None:
-        """Returns when the network has taken the messages. If the peer has gone, it raises StreamBrokenError or is
-        cancelled."""
+        """Returns when the network has taken the messages. Raises StreamBrokenError if the peer has gone."""
         with _peer_here():
             for data in messages:
                 for piece in pieces_of(data):
@@ -106,8 +101,6 @@ class ServerStream:
 
 
 class UnixServerStream(ServerStream):
-    """A stream on a Unix socket: messages wait in its buffer, and several are sent in one system call."""
-
     _context: UnixContext
 
     async def read(self) -> bytes | None:
@@ -136,8 +129,6 @@ Handler = Callable[[ServerStream], Awaitable[None]]
 
 
 class _Places:
-    """The open streams of one method, in all and by caller."""
-
     def __init__(self, name: str, method: Method) -> None:
         self._name = name
         self._method = method
@@ -159,8 +150,6 @@ class _Places:
 
 
 class _Entry:
-    """Checks callers by their token or certificate."""
-
     def __init__(self, credentials: Credentials, handshakes: Handshakes, refusals: RefusalLog) -> None:
         self._credentials = credentials
         self._handshakes = handshakes
@@ -178,14 +167,12 @@ class _Entry:
             yield
 
     async def ended(self) -> None:
-        """Returns when the cancelled calls have ended. gRPC does not wait for them, and writes tracebacks of those
-        that end with the event loop."""
+        """Returns when the cancelled calls have ended: gRPC writes tracebacks of those that end with the event loop."""
         if self._calls:
             await asyncio.wait(self._calls, timeout=_CALLS_END_S)
         await asyncio.sleep(0)
 
     async def principal(self, context: Any) -> Principal | None:
-        """Ends the call if its token or certificate will not do."""
         try:
             if isinstance(self._credentials, Identity):
                 from llamaclust.wire.security.tls import peer_principal
@@ -212,7 +199,6 @@ class _Entry:
 
 
 def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
-    """Wraps the handler for gRPC: an error ends the stream with a status code and one line."""
     method, places = METHODS[name], _Places(name, METHODS[name])
 
     async def serve(_: Any, context: Any) -> None:
@@ -239,8 +225,7 @@ def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
 
 
 async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | None = None) -> None:
-    """Ends a stream with an error, whose root cause may be another worker. The error is dropped if the peer or the
-    server has gone before."""
+    """Ends a stream with an error, whose root cause may be another worker, if the peer and the server are there."""
     try:
         await context.abort(code, one_line(why), () if attributed is None else ((ROOT_CAUSE_KEY, attributed),))
     except aio.AbortError:
@@ -250,8 +235,7 @@ async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | 
 
 
 async def _started(server: Any) -> None:
-    """Starts the server. If the start is cancelled, the server is stopped first: gRPC breaks when it is cancelled
-    within its start."""
+    """Completes a start that is cancelled and stops the server: gRPC breaks if it is cancelled within its start."""
     starting = asyncio.ensure_future(server.start())
     try:
         await asyncio.shield(starting)
@@ -262,8 +246,6 @@ async def _started(server: Any) -> None:
 
 
 class Server:
-    """A running server, of gRPC or on a Unix socket, and the target under which it is reached."""
-
     def __init__(self, server: Any, address: str, handshakes: Handshakes, entry: _Entry) -> None:
         self._server = server
         self._handshakes = handshakes
@@ -274,8 +256,8 @@ class Server:
     async def start(
         cls, address: str, credentials: Credentials, handlers: Mapping[str, Handler], handshake_s: float = HANDSHAKE_S
     ) -> Server:
-        """Serves streams by full method name. Port 0 is any free port; `handshake_s` limits the time to show a
-        certificate. Raises UsageError if the address cannot be had."""
+        """Serves streams by full method name; port 0 is any free one. Raises UsageError if the address cannot be
+        had."""
         check_address(address, credentials)
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)
@@ -310,7 +292,6 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The port of an address that has one."""
         return int(self.address.rpartition(":")[2])
 
     async def stop(self, grace_s: float) -> None:

@@ -1,5 +1,5 @@
 """Connections to a port that have not shown a certificate: bounded in all and by host, the oldest are closed first.
-gRPC has no bound for connections that it accepts; it notices the end of one that is shut down here."""
+gRPC has no bound for them; it notices the end of one that is shut down here."""
 
 from __future__ import annotations
 
@@ -20,13 +20,10 @@ MAX_SILENT_OF_HOST = 32
 _FILES = Path("/dev/fd")
 
 _Caller = tuple[str, int]
-"""Host and port of the other end."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Silent:
-    """An open connection; `looks` counts how often it was seen without a call."""
-
     descriptor: int  # another file's by now, where the connection has ended
     caller: _Caller
     looks: int
@@ -38,15 +35,13 @@ class _Silent:
 
 
 class SilentConnections:
-    """Closes connections to the port of one server."""
-
     def __init__(self) -> None:
         self._looks: dict[_Caller, int] = {}
 
     def close_excess(self, port: int, callers: Container[str]) -> tuple[int, int]:
-        """Closes connections beyond the bounds that an earlier look has seen too, so that a new one has time to show
-        its certificate. `callers` are the other ends of connections with calls, as gRPC names them. Returns the
-        numbers closed and left. Raises OSError if this process lacks the two free descriptors that are needed."""
+        """Closes connections beyond the bounds that an earlier look has seen too, so that new ones have time to show a
+        certificate. `callers` are gRPC's names of those with calls. Returns the numbers closed and left. Raises
+        OSError without two free descriptors."""
         silent = sorted(self._silent(port, callers), key=lambda connection: -connection.looks)
         self._looks = {connection.caller: connection.looks for connection in silent}
         of_host, closed = Counter(connection.host for connection in silent), 0
@@ -85,7 +80,6 @@ def _connection(descriptor: int) -> Iterator[socket.socket | None]:
 
 
 def _caller_of(connection: socket.socket, port: int) -> _Caller | None:
-    """Returns the other end of a connection to this port; None for other sockets."""
     with suppress(OSError):  # not connected
         is_ours = connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getsockname()[1] == port
         if is_ours:

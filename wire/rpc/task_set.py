@@ -13,8 +13,7 @@ Result = TypeVar("Result")
 
 
 class TaskSet:
-    """Keeps tasks, which the event loop holds only weakly. A task that ends with an error that nothing awaits is
-    logged."""
+    """Keeps tasks, which the event loop holds only weakly, and logs errors of tasks that nothing awaits."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -43,6 +42,5 @@ class TaskSet:
             task.cancel()
 
     async def close(self) -> None:
-        """Cancels all tasks and returns when they have ended."""
         self.cancel()
         await self.join()

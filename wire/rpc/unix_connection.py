@@ -54,8 +54,7 @@ class _LargeFrame:
 
     @property
     def free(self) -> memoryview:
-        """The place for the next bytes. It grows with the bytes that came, since the size in a frame's head may be
-        wrong."""
+        """The place for the next bytes. It grows with them, since the size in a frame's head may be wrong."""
         if self._filled == len(self.content):
             self.content.extend(bytes(min(max(self._filled, _PIECE_BYTES), self._size - self._filled)))
         return memoryview(self.content)[self._filled :]
@@ -78,8 +77,8 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Frames both ways. `on_control` gets all frames but messages, `on_lost` the end; a message of more than
-    `most_bytes` ends the connection before it is received. With `awaits_call`, the first frame must be a call, and
+    """Frames both ways. `on_control` gets all frames but messages, `on_lost` the end. A message of more than
+    `most_bytes` ends the connection before it is received; with `awaits_call`, the first frame must be a call, and
     come soon."""
 
     def __init__(
@@ -110,11 +109,9 @@ class UnixConnection(asyncio.BufferedProtocol):
 
     @property
     def has_message(self) -> bool:
-        """True if `read` returns a message at once."""
         return bool(self._messages)
 
     async def read(self) -> bytes | None:
-        """Returns the next message, or None if no more come."""
         while not self._messages:
             if self._is_complete:
                 return None
@@ -128,8 +125,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame without waiting, behind a large message that is on its way. Raises EndedError if the
-        connection has ended."""
+        """Sends a small frame without waiting, behind a large message on its way. Raises EndedError after the end."""
         frame = _HEAD.pack(len(data), kind) + data
         if self._is_sending:
             self._behind += frame
@@ -152,8 +148,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return True
 
     async def send(self, *messages: bytes) -> None:
-        """Returns when the system has taken nearly all of the messages. One call at a time; a call that is cancelled
-        on its way ends the connection. Raises EndedError if the connection has ended."""
+        """Returns when the system has taken nearly all. One call at a time; a cancelled one ends the connection."""
         if sum(map(len, messages)) > _PIECE_BYTES:
             await self._send_in_pieces(messages)
             return
@@ -183,7 +178,6 @@ class UnixConnection(asyncio.BufferedProtocol):
                 transport.close()
 
     def complete(self) -> None:
-        """Marks that no more messages come."""
         self._is_complete = True
         self._wake()
 
@@ -221,8 +215,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self.complete()
 
     def _take_rest(self) -> None:
-        """Receives the frames before the end: after a write that failed, the event loop reads no more, though the
-        other side may have said why it ended the stream."""
+        """Receives frames from before the end: after a failed write, the event loop reads no more."""
         assert self._transport is not None
         descriptor = self._transport.get_extra_info("socket").fileno()
         with suppress(OSError):  # there is no more

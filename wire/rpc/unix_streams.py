@@ -1,6 +1,5 @@
 """Streams on Unix sockets, a connection each, with the parts of gRPC's calls and contexts that `client.py` and
-`server.py` use. gRPC's threads cost too much here: a change of thread and back takes as long as a small stage computes
-a token.
+`server.py` use. A change to gRPC's threads and back takes as long as a small stage computes a token.
 
 A caller sends CALL, messages and perhaps END; the other side ACCEPTED, messages and last STATUS."""
 
@@ -50,8 +49,7 @@ class UnixCall:
         await self._connection.send(*messages)
 
     def try_write(self, *messages: bytes) -> bool:
-        """Returns True if the messages are sent; otherwise they are to be written. Must not be called while another
-        `write` runs."""
+        """Returns True if the messages are sent already. Must not be called while `write` runs."""
         return self._status is None and not self._is_done_writing and self._connection.try_send(*messages)
 
     @property
@@ -126,8 +124,7 @@ class UnixCall:
 
 
 class UnixContext:
-    """A stream that another process has opened, with the interface of gRPC's contexts. Its handler is cancelled if the
-    other side goes before the handler has ended."""
+    """A stream that another process has opened, with gRPC contexts' interface; the peer's end cancels its handler."""
 
     def __init__(self, server: UnixServer) -> None:
         self.connection = UnixConnection(self._control, self._lost, 0, awaits_call=True)
@@ -156,7 +153,6 @@ class UnixContext:
         return _EOF if data is None else data
 
     async def abort(self, code: grpc.StatusCode, details: str, metadata: Metadata = ()) -> None:
-        """Always raises."""
         self._end(code, details, metadata)
         raise aio.AbortError
 
@@ -201,8 +197,6 @@ class UnixContext:
 
 
 class UnixServer:
-    """Listens on a path, with the interface of gRPC's servers."""
-
     def __init__(self, handlers: Mapping[str, Serve]) -> None:
         self.handlers = handlers
         self.contexts: set[UnixContext] = set()
@@ -210,7 +204,6 @@ class UnixServer:
         self._server: asyncio.Server | None = None
 
     async def start(self, path: str) -> None:
-        """Raises OSError if the path cannot be had."""
         self._path = Path(path)
         loop = asyncio.get_running_loop()
         self._server = await loop.create_unix_server(self._connected, path, start_serving=False)
@@ -224,7 +217,6 @@ class UnixServer:
         return UnixContext(self).connection
 
     async def stop(self, grace_s: float) -> None:
-        """Ends streams after `grace_s` at the latest."""
         if self._server is not None:
             self._server.close()
             self._path.unlink(missing_ok=True)
@@ -237,5 +229,4 @@ class UnixServer:
 
 
 def _metadata(given: Any) -> Metadata:
-    """Raises ValueError or TypeError for data of another form."""
     return tuple((str(key), str(value)) for key, value in given)

@@ -16,8 +16,6 @@ from llamaclust.wire.security.credentials import KeyPair
 
 
 class NewKey:
-    """A private key that has no certificate yet."""
-
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
 
@@ -28,8 +26,7 @@ class NewKey:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def with_certificate(self, certificate: bytes) -> KeyPair:
-        """Returns the pair of the key and its certificate (DER). Raises ProtocolError for a certificate of another
-        key."""
+        """Raises ProtocolError for a certificate (DER) of another key."""
         loaded = _certificate(certificate)
         if loaded.public_key() != self._key.public_key():
             raise ProtocolError("the certificate is for another key")
@@ -42,7 +39,6 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
-    """Raises ValueError for anything but a P-256 key."""
     key = load_pem_private_key(pem, None)
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ValueError("not an ECDSA key on P-256")
@@ -50,8 +46,7 @@ def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
 
 
 def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
-    """Returns the key of a certificate request (DER) that the key has signed. Raises ProtocolError for anything
-    else."""
+    """Returns the key of a request (DER) that the key has signed. Raises ProtocolError for anything else."""
     try:
         loaded = x509.load_der_x509_csr(request)
         key = loaded.public_key()
@@ -65,13 +60,11 @@ def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
 
 
 def sign(pair: KeyPair, statement: bytes) -> bytes:
-    """Signs with ECDSA and SHA-256."""
     return load_private(pair.private_key).sign(statement, ec.ECDSA(hashes.SHA256()))
 
 
 def has_signed(host: str, certificate: bytes, statement: bytes, signature: bytes, ca: bytes) -> bool:
-    """True if the owner of a certificate (PEM) has signed a statement, and the CA (PEM) has issued the certificate for
-    the name `host` alone. An expired certificate counts: it may have signed before."""
+    """True if the certificate's owner has signed, and the CA has issued it for `host` alone, even if it has expired."""
     try:
         loaded = x509.load_pem_x509_certificate(certificate)
         loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
@@ -103,7 +96,6 @@ def ca_hash(ca: bytes) -> bytes:
 
 
 def cluster_id(hashed: bytes) -> str:
-    """Returns the part of certificates' names that tells clusters apart."""
     return hashed.hex()[:16]
 
 

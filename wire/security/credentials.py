@@ -23,7 +23,6 @@ class Principal:
         return "the coordinator" if self.worker is None else f"worker {self.worker}"
 
     def host(self, cluster: str) -> str:
-        """The one name in the principal's certificate."""
         if self.worker is None:
             return f"coordinator.{cluster}.{_DOMAIN}"
         # one name, one label, whatever becomes of capitals on the way: host names are compared without them
@@ -46,13 +45,10 @@ def principal_of(host: str, cluster: str) -> Principal | None:
 
 
 MAX_SKEW_S = 300.0
-"""The most by which machines' clocks may differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """A private key and the certificate for it, both PEM."""
-
     private_key: bytes = field(repr=False)
     certificate: bytes
     made_at_s: float  # seconds since 1970, as this machine counts them
@@ -64,16 +60,14 @@ class KeyPair:
 
     @property
     def renewal_in_s(self) -> float:
-        """Seconds until two thirds of the certificate's life are over; 0 if the clock was set back to before its
-        validity."""
+        """Seconds until two thirds of the life are over; 0 if the clock was set back to before it."""
         age_s = time.time() - self.made_at_s
         return 0.0 if age_s < -MAX_SKEW_S else max(0.0, self.life_s * 2 / 3 - age_s)
 
 
 @dataclass(slots=True, eq=False)
 class Identity:
-    """The certificate that this process shows, and the CA that it accepts. A renewed pair replaces the old one; open
-    connections are not disturbed."""
+    """The certificate that this process shows, and the CA that it accepts; a renewed pair disturbs no connection."""
 
     ca: bytes  # its certificate, PEM
     cluster: str

@@ -25,8 +25,6 @@ _COORDINATOR = b"llamaclust enrolment 1: coordinator"
 
 @dataclass(frozen=True, slots=True)
 class Challenge:
-    """The server's first message."""
-
     ca_certificate: bytes  # DER
     nonce: _Nonce
     protocol_version: int = PROTOCOL_VERSION
@@ -34,8 +32,6 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A worker's only message; `proven` makes its proof."""
-
     name: WorkerName
     certificate_request: bytes  # DER
     nonce: _Nonce
@@ -52,8 +48,6 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The server's answer: the certificate, and the port where it is used."""
-
     certificate: bytes  # DER
     port: Annotated[int, Integer(1, 65535)]
     proof: _Proof = b""
@@ -102,8 +96,7 @@ def decode_request(data: bytes) -> Request:
 
 
 async def read_message(reader: asyncio.StreamReader) -> bytes | None:
-    """Returns None if the other side has ended the connection. Raises ProtocolError for a message that is too large or
-    broken off."""
+    """Returns None at the end. Raises ProtocolError for a message that is too large or broken off."""
     try:
         head = await reader.read(1)
         if not head:

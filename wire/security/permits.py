@@ -22,8 +22,7 @@ def permit(credentials: Credentials, caller: str, worker: str) -> str:
 
 
 def is_permitted(credentials: Credentials, caller: Principal, shown: str) -> bool:
-    """True if the coordinator permits `caller` to measure its link to the worker that has these credentials. A permit
-    ends with the certificate that signed it."""
+    """True if the coordinator permits `caller` to measure its link here, until the signing certificate ends."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import ends_at_s, has_signed

@@ -11,6 +11,5 @@ _LOOK_S = 5.0
 
 
 async def until_renewal(identity: Identity) -> None:
-    """Returns when two thirds of the certificate's life are over."""
     while (rest_s := identity.pair.renewal_in_s) > 0:  # noqa: ASYNC110  nothing reports the time
         await asyncio.sleep(min(_LOOK_S, rest_s))

@@ -8,8 +8,7 @@ from pathlib import Path
 
 
 def server_context(pem: bytes, minimum: ssl.TLSVersion) -> ssl.SSLContext:
-    """Shows the certificates in `pem`, which also has the private key. Python reads them from files only, so they are
-    in a private one meanwhile. Raises ssl.SSLError if they cannot be used."""
+    """Shows the certificates in `pem`, which has the private key too; Python reads them from files only."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = minimum
     context.options |= ssl.OP_NO_RENEGOTIATION

@@ -18,8 +18,7 @@ class TermProof:
 
 
 def prove_term(credentials: Credentials, term: int, name: str) -> TermProof:
-    """Signs the term of the coordinator that has these credentials, with the cluster's name, since clusters may share
-    a CA."""
+    """Signs the coordinator's term together with the cluster's name, since clusters may share a CA."""
     if not isinstance(credentials, Identity):
         return TermProof()
     from llamaclust.wire.security.certificates import sign

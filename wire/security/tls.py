@@ -38,8 +38,7 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Returns the identity at the other end of an authenticated connection. Raises UsageError for a certificate of no
-    member of this cluster, or that has ended since the handshake, which a resumed session does not check again."""
+    """Raises UsageError for no member's certificate, or one that has ended, which a resumed session does not check."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]

@@ -1,5 +1,4 @@
-"""Shared secrets: the token of a cluster on one machine, and the join token of one over machines. They live in files of
-mode 0600."""
+"""Shared secrets in files of mode 0600: the token of a cluster on one machine, and the join token of others."""
 
 from __future__ import annotations
 
@@ -22,8 +21,6 @@ _JOIN_TOKEN = re.compile(r"lc1\.([0-9a-f]{64})\.([A-Za-z0-9_-]{32,128})")
 
 @dataclass(frozen=True, slots=True)
 class ClusterToken:
-    """A shared secret; not shown when printed."""
-
     value: str = field(repr=False)
 
     @classmethod
@@ -37,7 +34,6 @@ class ClusterToken:
 
     @classmethod
     def read(cls, path: Path) -> ClusterToken:
-        """Reads the token in a file. Raises UsageError if there is none or others may read the file."""
         value = read_private(path)
         if not (len(value) >= _LEAST_CHARACTERS and value.isascii() and value.isprintable()):
             raise UsageError(f"token file {path}: must hold one line of {_LEAST_CHARACTERS} or more printable letters")
@@ -51,9 +47,7 @@ class ClusterToken:
 
 @dataclass(frozen=True, slots=True)
 class JoinToken:
-    """Credentials of a worker on another machine: the CA to trust, and the right to join. Not shown when printed.
-
-    As text: `lc1.<SHA-256 of the CA certificate, hex>.<secret>`."""
+    """The CA to trust and the right to join, as text `lc1.<SHA-256 of the CA certificate, hex>.<secret>`."""
 
     ca_hash: bytes
     secret: bytes = field(repr=False)
@@ -64,7 +58,6 @@ class JoinToken:
 
     @classmethod
     def read(cls, path: Path) -> JoinToken:
-        """Reads the token in a file. Raises UsageError if there is none or others may read the file."""
         token = cls.parse(read_private(path))
         if token is None:
             raise UsageError(f"token file {path}: holds no join token (lc1.<64 hex digits>.<secret>); copy it again")
@@ -72,7 +65,6 @@ class JoinToken:
 
     @classmethod
     def parse(cls, text: str) -> JoinToken | None:
-        """Returns None if the text is no join token."""
         match = _JOIN_TOKEN.fullmatch(text)
         return match and cls(bytes.fromhex(match[1]), match[2].encode())
 

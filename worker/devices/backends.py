@@ -47,8 +47,7 @@ def open_processor(
     *,
     mlock: bool = False,
 ) -> Backend:
-    """Raises UsageError for a device or feature level that this machine does not have. `mlock` is as in
-    `CpuBackend`."""
+    """Raises UsageError for a device or feature level that this machine lacks; `mlock` is as in `CpuBackend`."""
     if device == "cpu" or gpu_names(device):
         from llamaclust.kernels.cpu.backend import CpuBackend
 
@@ -69,9 +68,7 @@ def open_gpu(
     *,
     graphs: bool = True,
 ) -> GpuBackend:
-    """Opens GPU "cuda:N". `threads` pack weights for it, compiled kernels stay in `kernels_dir`, `graphs` is as in
-    `CudaBackend`. Raises UsageError that names what is missing: CuPy, NVRTC, a driver, the GPU, its devices in this
-    container or service."""
+    """Opens GPU "cuda:N", whose weights `threads` pack. Raises UsageError that names what is missing."""
     from llamaclust.kernels.cuda.backend import CudaBackend
     from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
     from llamaclust.kernels.cuda.runtime.device import Device

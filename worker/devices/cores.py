@@ -21,8 +21,6 @@ _PERFORMANCE_SHARE = 0.75
 
 @dataclass(frozen=True, slots=True)
 class Core:
-    """A physical core."""
-
     hardware_threads: tuple[int, ...]  # those that this process may use
     is_efficiency: bool = False
     node: int = 0
@@ -30,8 +28,7 @@ class Core:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The cores that this process may use. `online` counts the machine's hardware threads; `quota` is the number of
-    CPUs that control groups leave to the process, None without a limit."""
+    """The usable cores. `online` counts the machine's hardware threads; `quota` is in CPUs, None without a limit."""
 
     cores: tuple[Core, ...]
     online: int
@@ -51,7 +48,6 @@ class Cores:
         return tuple(sorted(number for core in self.cores for number in core.hardware_threads))
 
     def on_node(self, node: int) -> Cores:
-        """Returns the cores of one NUMA node. Raises UsageError if this process may use none there."""
         cores = tuple(core for core in self.cores if core.node == node)
         if not cores:
             known = ", ".join(map(str, self.nodes))
@@ -72,12 +68,10 @@ class Cores:
         return text
 
     def lines(self, threads: int) -> tuple[str, ...]:
-        """Returns lines for a worker's log: `threads_text`, and advice for several NUMA nodes."""
         return (self.threads_text(threads), *([self.nodes_text] if len(self.nodes) > 1 else []))
 
     @property
     def nodes_text(self) -> str:
-        """Advice for several NUMA nodes."""
         options = " and ".join(f"--numa-node {node}" for node in self.nodes)
         better = "a worker for each, which reads memory of its own node only, is faster"
         return f"{len(self.nodes)} NUMA nodes: {better}: {options}, or numa_node of local workers"
@@ -95,8 +89,8 @@ def _kinds(cores: Sequence[Core]) -> str:
 
 
 def read_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> Cores:
-    """Reads the cores below `root`, which has /proc and /sys. `affinity` are the usable hardware threads, by default
-    the process's own, which a cpuset may limit. Without a known topology, each hardware thread is a core."""
+    """Reads /proc and /sys below `root`. Without topology a thread is a core; `affinity` is by default the
+    process's."""
     usable = sorted(os.sched_getaffinity(0) if affinity is None else affinity)
     efficiency, nodes = _efficiency(root, usable), _nodes(root)
     siblings: dict[str, list[int]] = {}
@@ -113,13 +107,11 @@ def physical_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) ->
 
 
 def bind_to_node(node: int, root: Path = _ROOT) -> None:
-    """Restricts this thread, and those it starts, to the cores of a NUMA node; Linux then gives them memory of that
-    node as long as it has some. Raises UsageError if this process may use none of them."""
+    """Restricts this thread, and those it starts, to a NUMA node's cores, whose memory Linux then prefers."""
     os.sched_setaffinity(0, read_cores(root).on_node(node).hardware_threads)
 
 
 def _efficiency(root: Path, usable: Iterable[int]) -> set[int]:
-    """Returns the hardware threads of efficiency cores: none if all cores are alike."""
     named = {number for pmu in _EFFICIENCY_PMUS for number in _numbers(read_text(root / f"sys/devices/{pmu}/cpus"))}
     if named:
         return named

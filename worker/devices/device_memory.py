@@ -23,8 +23,6 @@ _CPU = "cpu"
 
 @dataclass(frozen=True, slots=True)
 class DeviceShare:
-    """A device's part of a stage."""
-
     layers: str  # which ones, for messages
     memory: StageMemory
 
@@ -32,8 +30,7 @@ class DeviceShare:
 def device_shares(
     device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits, portion: Portion | None = None
 ) -> dict[str, DeviceShare]:
-    """Returns the memory of a stage or a portion of it by the name of the device. Experts in RAM count there; caches
-    of them do not, since they take what is left. Raises ModelFileError for layers that a device cannot compute."""
+    """Returns memory by the name of the device. Experts in RAM count there, caches of them do not."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
         backend, layers = (

@@ -31,8 +31,6 @@ _REFERENCE = "reference"
 
 @dataclass(slots=True)
 class Device:
-    """A processor's backend and its share of the machine, and backends of the cards beside it."""
-
     kind: str
     threads: int
     feature_level: str  # as asked for; "" is the best there is
@@ -74,7 +72,6 @@ class Device:
         return order.devices or (DeviceLayers(_CPU, order.start, order.end),)
 
     def backend_of(self, name: str) -> Backend:
-        """Raises ProtocolError for a device that this worker does not have."""
         known: dict[str, Backend] = {_CPU: self.backend} | {gpu.device: gpu for gpu in self.gpus}
         if name not in known:
             raise ProtocolError(f"a load for device {name!r}, this worker has {', '.join(known)}")
@@ -100,8 +97,7 @@ class Device:
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
     def measure(self, model: Model | None = None, quant_types: Iterable[int] = ()) -> Profile:
-        """Measures the machine, steps of the model, and products with weights of these types; blocks for a second,
-        longer for large layers."""
+        """Measures the machine, the model's steps, and products of these types; blocks for a second or more."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.product_profiler import measure_products
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
@@ -162,8 +158,7 @@ def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
 def fingerprint(
     kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = (), numa_node: int | None = None
 ) -> str:
-    """Returns the fingerprint of this machine as a worker on this device has it; a feature level of "" is the best
-    there is. Raises UsageError if the device or level is not available here."""
+    """Returns the fingerprint of this machine with a device; the level "" is the best. Raises UsageError for others."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
     cores = read_cores() if numa_node is None else read_cores().on_node(numa_node)
     return _fingerprint(kind, threads, level, gpus, len(cores.hardware_threads))
@@ -176,8 +171,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Checks devices, each with its feature level, without reading weights. Raises UsageError for a device that this
-    machine does not have, ModelFileError for a model that a device cannot run."""
+    """Raises UsageError for a device that this machine lacks, ModelFileError for one that cannot run the model."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

@@ -10,8 +10,7 @@ _SERVICE = "a systemd unit DeviceAllow=char-nvidia* rw and no PrivateDevices="
 
 
 def advice(root: Path = Path("/")) -> str:
-    """Returns what to do about devices that are missing or cannot be opened; "" if there is nothing to do. `root` is
-    that of the file system."""
+    """Returns advice about devices that are missing or cannot be opened, or "". `root`: of the file system."""
     if (root / "dev/dxg").exists():  # Windows has the driver, and another device
         return ""
     control, memory = root / "dev/nvidiactl", root / "dev/nvidia-uvm"

@@ -1,8 +1,6 @@
-"""Times of products with weights of quant types on this worker's processor, for plans of models whose steps it cannot
-measure.
+"""Times of products with weights of quant types on this processor, for plans of models whose steps it cannot measure.
 
-A matrix of random weights is larger than the caches near a core, and caches are flushed before each product of few
-rows, as between two tokens of a cluster."""
+Caches are flushed before each product of few rows, as between two tokens of a cluster."""
 
 from __future__ import annotations
 
@@ -29,16 +27,13 @@ _LEAST_BYTES: Final = 96 << 20  # memory is not equally fast everywhere
 _MOST_BYTES: Final = 160 << 20  # of float32, with activations and results
 _TRIES: Final = 5
 _ENOUGH_S: Final = 0.3
-"""The time for all tries of one product with one way to prefetch, cache flushes included; a slow machine has a single
-try."""
+"""The time for all tries of one product and way to prefetch, cache flushes included; slow machines have one try."""
 
 
 def measure_products(
     quant_types: Iterable[int], threads: int, feature_level: str, free_bytes: int
 ) -> tuple[ProductTime, ...]:
-    """Measures the types that the processor computes with; returns () if memory is short. Blocks for some tens of
-    milliseconds per type if caches are small, at most for `_ENOUGH_S` and one more try for each number of rows, twice
-    for one row."""
+    """Returns () if memory is short. Blocks for tens of milliseconds per type, or `_ENOUGH_S` per number of rows."""
     known = sorted({QuantType(number) for number in quant_types if number in QUANTIZED_TYPES})
     flush_bytes = min(largest_cache_bytes(), free_bytes - _MOST_BYTES)
     if not known or flush_bytes < SWEEP_BYTES:

@@ -2,8 +2,8 @@
 with the head.
 
 Between two steps of a cluster this process sleeps, and others read weights. So before each measured step, memory that
-no cache holds is read, on a GPU also the GPU's own: weights come from memory, and Python's code is as cold as it will
-be. Rows differ, so that rows of a mixture choose different experts."""
+no cache holds is read: weights come from memory, and Python's code is cold. Rows differ, so that rows of a mixture
+choose different experts."""
 
 from __future__ import annotations
 
@@ -75,14 +75,12 @@ GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
 
 
 _PROMPT_ROWS = 512
-"""The rows of one more try on mixtures: a prompt's cost is not on a line through a few rows, which read some experts,
-and 128, which read nearly all of them."""
+"""The rows of one more try on mixtures: 128 rows read nearly all experts, so a line through fewer is no prompt's
+cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfiledDevice:
-    """The processor, or a GPU of this worker, on which stages are tried."""
-
     backend: Backend
     threads: int
     feature_level: str
@@ -98,14 +96,12 @@ class ProfiledDevice:
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
     def apart(self) -> Backend:
-        """Returns a backend with threads of its own. A processor's threads learn from similar steps when to compute
-        less together because others want the cores; steps of another stage would mislead them."""
+        """Gives a processor threads of its own: they learn from similar steps when others want the cores."""
         return self.backend.apart() if isinstance(self.backend, HasThreads) else self.backend
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a sweep of the caches. A processor's needs no more than `most_bytes` of memory, and takes no more
-        than is left."""
+        """Yields a sweep of the caches, with a buffer of at most `most_bytes` and what is left of memory."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -119,21 +115,17 @@ class ProfiledDevice:
             yield both
 
     def left_bytes(self, model: Model, start: int, end: int) -> int:
-        """Returns the memory that is left beside the stage of these layers."""
         return self.free_bytes - plan_memory(self.backend, model, start, end, self.size.limits).total_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Some layers of the model, and step times by number of rows."""
-
     layers_bytes: Mapping[int, float]  # weights that so many rows touch, and states; without embedding and head
     seconds: Mapping[int, float]
 
 
 def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
-    """Measures steps of few rows and of many. Returns () if the model is too small to tell layers from a stage's fixed
-    cost, memory is short, or layers read keys and values of others."""
+    """Returns () if the model is too small or shares KV memory between layers, or memory is short."""
     costs = model.costs(KvType(device.size.limits.kv_type)).layers
     first = _first_tried(costs)
     sizes = [layer.weight_bytes for layer in costs[first:]]
@@ -188,8 +180,7 @@ class _Measurement:
         ]
 
     async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
-        """Returns each stage's median step time without the first step, which finds caches empty; the first step's
-        time if it takes long."""
+        """Returns each stage's median without the first step, whose caches are empty, unless that takes long."""
         vocabulary = self.model.hyperparameters.vocabulary_size
         with closing(Compute()) as compute:
             context = StageContext("profile", compute, Counters())
@@ -212,7 +203,6 @@ class _Measurement:
 
 
 def _position(rows: int) -> int:
-    """Returns the position of a prompt's first row."""
     return max(0, _CONTEXT - rows // 2) // 16 * 16
 
 
@@ -228,9 +218,8 @@ def _first_tried(costs: Sequence[LayerCost]) -> int:
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
-    """Returns ranges of one layer, of this and the next ones, and of the last one. Workers that measure at the same
-    time share packed layers, so each begins at another layer: otherwise one would find in a cache what another has
-    just read."""
+    """Returns ranges of one layer, of some, and of the last one. Workers begin at different layers, to find them
+    cold."""
     start = place * some % (layers - some)
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
@@ -250,9 +239,7 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
 
 
 def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, float]:
-    """Returns (seconds without bytes, seconds per byte) of the line through two points (bytes, seconds); neither is
-    below zero. If the line would begin below zero, the first point is too low or the second too high: both count by
-    their bytes."""
+    """Returns (seconds, seconds per byte) of the line through two points (bytes, seconds), from zero or above."""
     byte_s = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
     if byte_s * few[0] > few[1]:
         return 0.0, (few[1] + many[1]) / (few[0] + many[0])

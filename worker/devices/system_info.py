@@ -13,8 +13,7 @@ from llamaclust.core.cgroups import memory_groups, read_text
 from llamaclust.core.sizes import MIB
 
 LOADING_BYTES = 16 * MIB
-"""The most that a worker's process takes to load a stage of any model, for modules, threads and the model's metadata;
-6 to 15 MiB were measured."""
+"""The most that a process takes to load any stage: modules, threads, metadata; 6 to 15 MiB were measured."""
 
 _ROOT = Path("/")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -27,8 +26,7 @@ def total_memory_bytes(root: Path = _ROOT) -> int:
 
 
 def available_memory_bytes(root: Path = _ROOT) -> int:
-    """Returns the memory of the machine or control group that can be taken without swapping or evicting mapped files,
-    which the kernel's estimate counts as free."""
+    """Returns memory that can be taken without swapping or evicting mapped files, which the kernel counts as free."""
     figures = _figures(root / "proc/meminfo")
     available = figures.get("MemAvailable", os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES)
     mapped = max(
@@ -57,8 +55,7 @@ def resident_bytes() -> int:
 
 
 def release_freed_memory() -> None:
-    """Collects cyclic garbage, and returns freed memory that the allocator keeps to the system (glibc only): buffers
-    below its threshold for own maps, and heaps of threads."""
+    """Collects cyclic garbage, and returns to the system what glibc's allocator keeps of freed memory."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -73,7 +70,6 @@ def processor_name() -> str:
 
 
 def log_place() -> str:
-    """Returns the place, for people, of this process's standard error."""
     try:
         target = Path("/proc/self/fd/2").readlink()
     except OSError:

@@ -1,5 +1,4 @@
-"""A whole model as one stage of this process. Its last layers lie on GPUs, as many as fit or the user wants, the
-others on the processor; experts of layers on a GPU may be in RAM. In a cluster the plan places layers instead."""
+"""A whole model as one stage of this process: its last layers on GPUs, as many as fit or the user wants."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ def load_whole(
     parts: tuple[DeviceLayers, ...] = (),
     progress: Progress | None = None,
 ) -> StageRunner:
-    """Loads all layers, on devices as `parts` says or on the processor alone, which always samples and computes an MTP
-    head. Memory is not checked here, but by `held_layers` and `plan_memory`."""
+    """Loads all layers as `parts` says, or on the processor, which always samples. Memory is not checked here."""
     end = model.layer_count
     options = StageOptions(device.backend.feature_level, device.threads, parts, progress, device.backend)
     backend = device.backend_for(parts or (DeviceLayers(_CPU, 0, end),))
@@ -47,12 +45,9 @@ def held_layers(
     placement: Placement | None = None,
     experts_cache: int | None = None,
 ) -> tuple[DeviceLayers, ...]:
-    """Places layers on devices. The last GPU is filled first; if the user sets the number of layers on GPUs, the first
-    GPU takes the rest of these. Where `placement` leaves experts open, as many layers have theirs in RAM as the first
-    GPU has no room for; its remaining memory, up to `experts_cache` bytes, holds copies of these.
-
-    Raises UsageError for an impossible placement, and InsufficientMemoryError if memory is short, which would
-    otherwise end the process while it answers."""
+    """Places layers on devices, on the last GPU first. If `placement` leaves experts open, those that the first GPU
+    has no room for go to RAM; what is left there, up to `experts_cache` bytes, holds copies of these. Raises
+    UsageError for an impossible placement, InsufficientMemoryError if memory is short."""
     placement, end = placement or Placement(cpu_moe=None), model.layer_count
     placement.check([gpu.device for gpu in device.gpus], 0, end)
     borders = model.costs(KvType(limits.kv_type)).borders
@@ -78,7 +73,6 @@ def held_layers(
 def _with_cache(
     device: Device, model: Model, limits: StageLimits, part: DeviceLayers, limit_bytes: int | None
 ) -> DeviceLayers:
-    """Adds the memory for copies of the part's experts in RAM."""
     if not part.cpu_moe:
         return part
     share = device_shares(device, model, (part,), limits)[part.device]
@@ -87,15 +81,12 @@ def _with_cache(
 
 
 def _mixtures(model: Model) -> frozenset[int]:
-    """Returns the layers with experts."""
     steps = model.program(0, model.layer_count).steps
     return frozenset(step.layer for step in steps if isinstance(step, Moe))
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Layers of a GPU, by its memory and the user's wishes."""
-
     device: Device
     model: Model
     limits: StageLimits
@@ -104,8 +95,7 @@ class _Choice:
     borders: Sequence[int]  # where layers may be divided
 
     def first_gpu(self, end: int) -> DeviceLayers | None:
-        """Returns the part of the GPU behind the layers in RAM: all layers that it may hold, with the experts of as
-        few in RAM as fit. The products of attention have precedence over experts, of which a token reads few."""
+        """Returns the GPU's part, with the experts of as few layers in RAM as fit: a token reads few experts."""
         least, _ = self._starts(0, end)
         is_open = any(self.placement.experts_in_ram(layer) is None for layer in self.mixtures)
         if is_open and end > least:
@@ -118,7 +108,6 @@ class _Choice:
         return self.fitting(0, end, open_end=end)
 
     def fitting(self, index: int, end: int, open_end: int = 0) -> DeviceLayers | None:
-        """Returns as many layers as fit, and those that have to be there."""
         least, most = self._starts(index, end)
         starts = [border for border in self.borders if least <= border < most]
         first = bisect_left(starts, True, key=lambda start: self._fits(self._part(index, start, end, open_end)))
@@ -138,8 +127,7 @@ class _Choice:
         return max(min(least, last_begun), first_ended), max(last_begun, first_ended)
 
     def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
-        """Returns a part with experts in RAM of layers that are to have them there, and of open ones before
-        `open_end`."""
+        """Adds experts in RAM of layers that are to have them there, and of open ones before `open_end`."""
         said = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
         cpu_moe = (layer for layer, in_ram in said if in_ram or (in_ram is None and layer < open_end))
         return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))

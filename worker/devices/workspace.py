@@ -14,13 +14,11 @@ from llamaclust.worker.stage.stage_runner import model_program
 def planned_workspace_bytes(
     model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
 ) -> int:
-    """Returns the memory of layers [start, end) beside weights and KV memory on `threads` of a CPU, or on a GPU, there
-    without `weight_rounding_bytes`. Raises ModelFileError for layers that cannot be computed."""
+    """Returns bytes beside weights and KV memory on `threads` of a CPU or a GPU. Raises ModelFileError."""
     return program_workspace_bytes(model, model_program(model, start, end, limits), limits, threads, device)
 
 
 def program_workspace_bytes(model: Model, program: Program, limits: StageLimits, threads: int, device: str) -> int:
-    """Returns the workspace of a program of the model, such as a portion's."""
     from llamaclust.kernels.cpu.backend import workspace_bytes
 
     head_bytes = 0

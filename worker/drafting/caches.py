@@ -38,16 +38,14 @@ class SequenceCache:
 
 
 class SequenceCaches:
-    """The caches of all sequences in `blocks` KV blocks. Sequences that were not drafted for longest give up their
-    blocks."""
+    """Caches of all sequences; those that were not drafted for longest give up their KV blocks."""
 
     def __init__(self, blocks: int) -> None:
         self._free = list(range(blocks - 1, -1, -1))
         self._caches: OrderedDict[int, SequenceCache] = OrderedDict()
 
     def of(self, order: DraftOrder, rows: int, kept: Collection[int]) -> SequenceCache | None:
-        """Returns a cache with blocks for so many rows; None if there are too few without those of the `kept`
-        sequences."""
+        """Returns None if too few blocks are left for so many rows without those of `kept` sequences."""
         cache = self._caches.setdefault(order.key, SequenceCache())
         self._caches.move_to_end(order.key)
         wanted = -(-rows // KV_BLOCK_TOKENS) - len(cache.blocks)

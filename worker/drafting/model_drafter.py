@@ -1,5 +1,4 @@
-"""A small model that drafts, greedily or with the same random draws as the answer's own tokens, so that it agrees more
-often with the larger model. It is one stage with KV memory of its own. Calls block; one at a time."""
+"""A small model that drafts, greedily or with the random draws of the answer's tokens. Calls block, one at a time."""
 
 from __future__ import annotations
 
@@ -20,17 +19,15 @@ _MOST_BESIDE = 8
 
 
 class ModelDrafter:
-    """Owns the stage, which holds all layers."""
-
     def __init__(self, stage: StageRunner, vocabulary: int) -> None:
         self._stage = stage
         self._vocabulary = vocabulary
         self._caches = SequenceCaches(stage.limits.kv_blocks)
 
     def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """Drafts for all orders. No draft is made if the model lacks too many tokens of a sequence, has no memory for
-        it, or does not know one of its tokens. A draft ends before a row whose logits are not finite, and `taken_in`
-        is then 0, as without memory: the sequence gets no more drafts."""
+        """Makes no draft for a sequence of which the model lacks too many tokens or memory, or does not know one. A
+        draft ends before a row whose logits are not finite; its `taken_in` is 0, as without memory, so the sequence
+        gets no more."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
         replies = {order.key: DraftReply(order.key, order.length, order.most > 0, (), 0) for order in orders}
@@ -56,13 +53,11 @@ class ModelDrafter:
         return DraftReplies(tuple(replies.values()), rows, rows_ns, steps, steps_ns)
 
     def _knows(self, order: DraftOrder, start: int) -> bool:
-        """True if all tokens from `start` on, and those that the sampling task names, are in the vocabulary."""
         task = order.task
         named = (*task.suppressed, *(token for token, _ in task.params.logit_bias))
         return max((*order.tokens[start : order.length], *named)) < self._vocabulary
 
     def _take_in(self, order: DraftOrder, cache: SequenceCache) -> int:
-        """Computes the next tokens that the model does not have, and returns their number."""
         start = len(cache.tokens)
         tokens = tuple(order.tokens[start : min(order.length - 1, start + MOST_ROWS)])
         if tokens:
@@ -99,7 +94,6 @@ class _Drafting:
         self.has_failed = False
 
     def chunk(self) -> Chunk:
-        """Returns the rows from the first token that the model does not have."""
         start = len(self.cache.tokens)
         tokens = (*self.order.tokens[start : self.order.length], *self.drafted[max(0, start - self.order.length) :])
         self.cache.tokens += tokens

@@ -1,6 +1,5 @@
-"""Chooses the number of bands in which the members of a group compute the rows of a prompt, by the waits of earlier
-gathers. While the gathers of one band go on, other bands are computed: more bands hide more of a slow network, but
-each one decodes the weights again."""
+"""Chooses the number of bands in which a group's members compute a prompt's rows, by the waits of earlier gathers.
+More bands hide more of a slow network, but each one decodes the weights again."""
 
 from __future__ import annotations
 
@@ -24,11 +23,9 @@ class BandChoice:
         self._alike: dict[int, _SimilarRuns] = {}
 
     def of(self, rows: int) -> int:
-        """Returns the bands of the next run of so many rows."""
         return self._runs(rows).bands if rows >= LEAST_BANDED_ROWS else 1
 
     def add(self, rows: int, waited_share: float) -> None:
-        """Records a run, whose gathers waited that share of its time."""
         if rows >= LEAST_BANDED_ROWS:
             self._runs(rows).add(rows, waited_share)
 

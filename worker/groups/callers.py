@@ -13,15 +13,13 @@ _Connection = TypeVar("_Connection")
 
 
 def caller_of(connection: socket.socket) -> str:
-    """Returns the host at the other end, as connections are counted; "" on a Unix socket. Raises OSError if it has
-    gone."""
+    """Returns the host of the other end, "" on a Unix socket. Raises OSError if it has gone."""
     if connection.family == socket.AF_UNIX:
         return ""
     return bounded_host(connection.getpeername()[0])
 
 
 def of_the_most(hosts: Mapping[_Connection, str]) -> list[_Connection]:
-    """Returns the connections of each host that has as many as any, in their order."""
     counts = Counter(hosts.values())
     most = max(counts.values())
     return [connection for connection, host in hosts.items() if counts[host] == most]

@@ -1,5 +1,4 @@
-"""Gathers of a step that is computed again for numbers that were not finite: they find the member whose portion has
-them."""
+"""Gathers of a step that is computed again for numbers that were not finite: they find the member at fault."""
 
 from __future__ import annotations
 
@@ -13,9 +12,7 @@ from llamaclust.model.steps.across import Gather
 
 
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
-    """Returns gathers over `links` for a run of so many rows. `accuse` gets the place of a member whose columns are
-    not finite in the first gather with such numbers; it is not called if the columns of all of several members are,
-    since they began with them."""
+    """`accuse` gets the place of the first member with numbers that are not finite, unless all of several have some."""
     gathers = [step for step in program.steps if isinstance(step, Gather)]
     bands = bands_of(program, rows, links.bands)
 

@@ -1,5 +1,4 @@
-"""Handshakes with all connections that claim to be one member, side by side, so that none keeps the true one
-waiting."""
+"""Handshakes with all connections that claim to be one member, side by side: none keeps the true one waiting."""
 
 from __future__ import annotations
 
@@ -20,13 +19,10 @@ MOST_HANDSHAKES = 8
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """A connection that is in its handshake."""
-
     host: str
     connection: socket.socket  # a copy, for the descriptor is the handshake's
 
     def end(self) -> None:
-        """Ends the handshake at once."""
         with suppress(OSError):  # the other end was faster
             self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
@@ -42,9 +38,8 @@ class Handshakes:
         self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()
 
     def take(self, connection: socket.socket) -> None:
-        """Begins a handshake. If there are too many, one of the host with the most is ended: whoever keeps connecting
-        ends their own. It is chosen at random, since the oldest might always be the member's. Raises OSError if no
-        descriptor is free."""
+        """Begins a handshake. If there are too many, a random one of the host with the most ends, since the oldest
+        might always be the member's. Raises OSError without a free descriptor."""
         claim = _Claim(caller_of(connection), connection.dup())
         if len(self._claims) >= MOST_HANDSHAKES:
             crowd = of_the_most({task: each.host for task, each in self._claims.items()})

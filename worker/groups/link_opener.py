@@ -64,7 +64,6 @@ class LinkOpener:
 
     @property
     def missing(self) -> tuple[str, str] | None:
-        """The first member without a link, and the reason in a line; None once all have one."""
         place = next((place for place in self._peers() if place not in self._linked), None)
         if place is None:
             return None
@@ -73,8 +72,7 @@ class LinkOpener:
         return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"
 
     def unreached(self, seconds: float) -> Iterator[tuple[str, str]]:
-        """Yields members to whom no connection could be made for so long, and reasons. A member that accepts and does
-        not know of the group yet is reached."""
+        """Yields members to whom no connection was made for so long, and reasons; one that accepts is reached."""
         now_s = asyncio.get_running_loop().time()
         for place, since_s in self._unreached_s.items():
             if now_s - since_s >= seconds:
@@ -130,7 +128,6 @@ class LinkOpener:
                     return link
 
     async def _shaken(self, connection: socket.socket, place: int, says: bytes, hears: bytes) -> Link:
-        """Returns the link after the handshake and the hello of each side, under TLS."""
         worker = self._order.members[place].worker
         tls = self._tls(worker, accepts=place > self._order.member)
 
@@ -153,8 +150,7 @@ class LinkOpener:
         return TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, accepts)
 
     async def _connection_to(self, address: str) -> socket.socket:
-        """Raises OSError or DeadlineError of the last address that was tried. The caller has a deadline for all of
-        them."""
+        """Raises OSError or DeadlineError of the last address. The caller has a deadline for all of them."""
         if address.startswith(PREFIX):
             path = address.removeprefix(PREFIX)
             return await _connected(socket.AF_UNIX, path, path)

@@ -1,8 +1,7 @@
 """Accepts connections of other members, and hands each one to the group that expects it.
 
-A connection begins with a hello in the clear: 8 bytes of the protocol's version, the group's 16-byte id, and the
-places of its sender and its receiver in the group. Only the members know the random id, so nobody else can use up
-handshakes; the sender proves its identity by its certificate."""
+A connection begins with a hello in the clear: 8 bytes of version, the group's 16-byte id, and the places of sender and
+receiver. Only members know the random id, so nobody else can use up handshakes; a certificate proves the sender."""
 
 from __future__ import annotations
 
@@ -41,8 +40,6 @@ _RETRY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """The first bytes of a connection between two places of a group."""
-
     group_id: bytes
     sender: int
     receiver: int
@@ -52,8 +49,7 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address at which a worker accepts links, by that of its stages; port 0 is any free one. With port
-    None the port is fixed if that of the stages is."""
+    """Returns the address for links beside `stages`. Port 0 is any free one, None fixed if that of `stages` is."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)
@@ -80,8 +76,7 @@ class LinkListener:
         self._expected: dict[bytes, Take] = {}
 
     async def listen(self, address: str, *, or_any_port: bool = False) -> None:
-        """Listens at HOST:PORT, where port 0 is any free one, or at unix:PATH, and nowhere else. With `or_any_port`,
-        another port replaces one that is in use. Raises OSError if that is impossible."""
+        """Listens at HOST:PORT or unix:PATH, and nowhere else. `or_any_port` replaces a port in use. Raises OSError."""
         if self.address and address == self._requested:
             return
         await self.stop()
@@ -116,7 +111,6 @@ class LinkListener:
 
     @contextmanager
     def expecting(self, hello: bytes, take: Take) -> Iterator[None]:
-        """Hands connections that begin with this hello to `take`, as long as the context lasts."""
         self._expected[hello] = take
         try:
             yield
@@ -135,7 +129,6 @@ class LinkListener:
             await self._receive(connection)
 
     async def _receive(self, connection: socket.socket) -> None:
-        """Starts to wait for the connection's hello, and returns."""
         try:
             host = caller_of(connection)
         except OSError:  # it has gone
@@ -169,7 +162,6 @@ class LinkListener:
 
 
 def _listening_socket(address: str) -> socket.socket:
-    """Returns a socket that is bound to the first address of a host's name."""
     if address.startswith(PREFIX):
         listening = socket.socket(socket.AF_UNIX)
         try:

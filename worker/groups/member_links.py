@@ -86,7 +86,6 @@ class MemberLinks:
 
     @property
     def counters(self) -> GroupCounters | None:
-        """None before the links are open."""
         if self._links is None:
             return None
         links = self._links.counters()
@@ -97,8 +96,7 @@ class MemberLinks:
 
     @contextmanager
     def step(self, rows: int) -> Iterator[None]:
-        """Wraps a step of so many rows, and counts the waits of one-row steps, as of generated tokens, apart. Used by
-        one thread at a time."""
+        """Counts the waits of one-row steps, as of generated tokens, apart. Used by one thread at a time."""
         assert self._links is not None, "no step begins before the links are open"
         begun_s = self._links.counters().waited_s
         yield
@@ -120,8 +118,7 @@ class MemberLinks:
         return 0.0 if self._links is None else self._links.computing_s
 
     def fault(self, error: Exception) -> Fault:
-        """Returns the report of an error that ended this member's part. A ProtocolError is a fault of the leader's
-        announcement."""
+        """Returns the report of an error that ended this member's part; the leader is at fault for a ProtocolError."""
         if isinstance(error, LinkError) and error.place >= 0:
             worker = self._order.members[error.place].worker
             if error.kind == "unreachable":
@@ -136,14 +133,12 @@ class MemberLinks:
         return GroupFault(self._epoch, own, "failed", text)
 
     def not_finite(self, place: int) -> LinkError:
-        """Returns the error of a member whose portion has numbers that are not finite."""
         error = LinkError(f"worker {self._order.members[place].worker} computes numbers that are not finite, twice")
         error.place, error.kind = place, "wrong"
         return error
 
     async def give_up(self, error: Exception) -> Fault:
-        """Reports an error that ended this member's part. After a LinkError the links stay open, so that others can
-        read what was sent before: they may find the same member at fault."""
+        """Reports an error. After a LinkError the links stay open, so that others can read who is at fault."""
         fault = self.fault(error)
         await self._tell(fault)
         if not isinstance(error, LinkError):
@@ -151,6 +146,5 @@ class MemberLinks:
         return fault
 
     async def _tell(self, fault: Fault) -> None:
-        """Sends the report to the coordinator, unless this stage is being closed."""
         if not self._is_closed:
             await self._report(fault)

@@ -35,8 +35,7 @@ class KvDisk:
         self._writer = ThreadPoolExecutor(1, "write-kv", initializer=_lower_priority)
 
     async def answer(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> KvDone:
-        """Raises ProtocolError for KV blocks that the stage does not have. Counts no block if the folder cannot be
-        used."""
+        """Raises ProtocolError for KV blocks that the stage lacks. Counts no block if the folder cannot be used."""
         thread = self._writer if isinstance(request, SaveKv) else self._reader
         done = await asyncio.get_running_loop().run_in_executor(thread, self._done, request, runner)
         return KvDone(done, request.request_id)
@@ -58,8 +57,7 @@ class KvDisk:
         return blocks.save(keys, request.blocks, kv)
 
     def _blocks_of(self, runner: StageRunner) -> StageBlocks | None:
-        """Returns None if the folder cannot be used, which is logged once, or if the bytes of the weights were not
-        compared: nothing would tell blocks computed with other weights apart."""
+        """Returns None if the folder cannot be used, or if the bytes of the weights were not compared."""
         if runner.kv_content is None:
             return None
         if (known := self._stages.get(runner)) is None:

@@ -81,7 +81,6 @@ class KvFile:
         return found
 
     def parts(self, kv: KvLayers, blocks: Sequence[int]) -> list[bytes | memoryview]:
-        """Returns the bytes of the file: for each key a block of all its layers."""
         header = _PREFIX.pack(_MAGIC, _VERSION, self.start, self.end, len(self.keys))
         header += struct.pack(f"<{len(self.layer_bytes)}I", *self.layer_bytes) + b"".join(self.keys)
         for key, block in zip(self.keys, blocks, strict=True):
@@ -90,8 +89,7 @@ class KvFile:
         return [header, *(part[block].data for block in blocks for layer in kv for part in layer)]
 
     def restore(self, file: FileIO, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
-        """Reads block number `index` of the file into a block of KV memory, whose layers begin with `first_layer`, and
-        returns the bytes read. Raises DamagedError for a wrong digest, and OSError."""
+        """Reads block `index`, returns the bytes read; `kv` begins with `first_layer`. Raises DamagedError, OSError."""
         count = len(self.layer_bytes)
         layers = range(max(self.start, first_layer), min(self.end, first_layer + len(kv)))
         targets = [_block(kv[layer - first_layer], block) for layer in layers]

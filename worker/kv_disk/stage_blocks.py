@@ -14,21 +14,17 @@ from llamaclust.worker.kv_disk.kv_file import DamagedError, KvFile, KvLayers, bl
 _log = logging.getLogger(__name__)
 
 _Place = tuple[KvFile, int]
-"""A file and the number of a block in it."""
 
 
 @dataclass(slots=True)
 class KvTraffic:
-    """Bytes of a process since its start, and of its folder."""
-
     written_bytes: int = 0
     read_bytes: int = 0
     used_bytes: int = 0  # of the folder, when it was last looked at
 
 
 class StageBlocks:
-    """Layers from `start` on, in files of `content`. Other processes write and delete such files too: layers of a
-    block may come from several files, which other cuts of the model have written."""
+    """Layers from `start` on, in files of `content`, which other processes write and delete too, with other cuts."""
 
     def __init__(self, folder: KvFolder, content: str, start: int, traffic: KvTraffic) -> None:
         self._folder = folder
@@ -63,8 +59,7 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes the blocks that are missing, and returns the number that are there now. `keys` begins with the keys
-        of the blocks before, whose files are kept."""
+        """Writes the missing blocks; returns the number there now. `keys` begins with those of kept blocks before."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)
@@ -155,6 +150,5 @@ class StageBlocks:
 
 
 def _fits(file: KvFile, first_layer: int, kv: KvLayers) -> bool:
-    """True if the file's blocks have the size of KV memory of the same layers."""
     layers = range(max(file.start, first_layer), min(file.end, first_layer + len(kv)))
     return all(file.layer_bytes[layer - file.start] == block_bytes(kv[layer - first_layer]) for layer in layers)

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 
 def frame_reader(program: Program, limits: StageLimits, model: Model, vocabulary: int) -> FrameReader:
-    """Returns a reader that raises ProtocolError for frames that do not fit the stage."""
     return FrameReader(
         model.model_id,
         max_batch_tokens=limits.max_batch_tokens,
@@ -59,7 +58,6 @@ class Arrival:
 
     @classmethod
     def read(cls, data: bytes, runner: StageRunner, received_ns: int, wire_ns: int) -> Arrival:
-        """Raises ProtocolError for bytes that are no frame of a microbatch, or of one that does not fit the stage."""
         frame = runner.reader.read(data)
         return cls(data, frame, received_ns, wire_ns, max(frame.depends_on, default=None))
 
@@ -73,12 +71,10 @@ class Arrival:
 
     @property
     def failure(self) -> str | None:
-        """The line of a frame of a failure."""
         failure = self.frame.failure
         return None if failure is None else line("failure", failure)
 
     def check(self, hidden: Logits) -> None:
-        """Raises WorkerError if the hidden state of a checked chunk is not finite."""
         assert not isinstance(hidden, RankedLogits), "those of a last stage"
         for chunk in self.frame.checked_chunks:
             _, positions, starts, *_ = self.frame.arrays
@@ -88,6 +84,5 @@ class Arrival:
                 raise WorkerError(f"hidden states of {place} are not finite numbers, twice")
 
     def next_frame(self, hidden: Logits, timing: StageTiming) -> bytes:
-        """Encodes the answer to the next stage."""
         assert not isinstance(hidden, RankedLogits), "those of a last stage"
         return self.frame.next_frame(hidden, timing.queue_ns, timing.compute_ns, timing.wire_ns)

@@ -1,5 +1,4 @@
-"""Runs a worker's computations: short jobs on the event loop, which saves two changes of thread, long ones beside
-it."""
+"""Runs a worker's computations: short jobs on the event loop, which saves two changes of thread, others in a thread."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ INLINE_NS = 200_000_000
 
 _Answer = TypeVar("_Answer")
 _HOLD_NS = 8_000_000
-"""The longest time for which results of short jobs are held, to be handed back together: a change of thread, and the
-work that follows on the event loop and at the coordinator, take cores from the jobs."""
+"""The longest hold of short jobs' results: a change of thread, and the work that follows, take cores from jobs."""
 
 _Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float, float]
 _WATCH_S = 1.0
@@ -32,10 +30,8 @@ _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
-    """Returns the time after which a step counts as hung, by the time of the last one of its kind.
-
-    There is no limit but the coordinator's if none of its kind was computed, since kernels may still be compiled, or
-    if weights are in RAM, since the system may have to read them from disk again."""
+    """Returns the time after which a step counts as hung, by the last one of its kind: infinite if there was none,
+    since kernels may be compiled, or with weights in RAM, which may be read from disk again."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
@@ -43,7 +39,7 @@ class Compute:
     """Runs the jobs of all stages one at a time, in the order of their coming. Native calls release the GIL."""
 
     def __init__(self, *, inline: bool = True) -> None:
-        """With `inline`, short jobs run on the event loop."""
+        """`inline` runs short jobs on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._inline_ns = INLINE_NS if inline else 0
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
@@ -53,8 +49,7 @@ class Compute:
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
-        """Returns or raises as `job` does. A job that is cancelled while it computes still ends before the next
-        begins. `limit_s` is as in `queue`; a job on the event loop stops this worker's heartbeats instead."""
+        """Returns or raises as `job` does. A cancelled job still ends first; one on the event loop stops heartbeats."""
         if expected_ns < self._inline_ns and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
@@ -67,7 +62,6 @@ class Compute:
 
     @property
     def computing_s(self) -> float:
-        """Seconds since the thread's present job began; 0.0 without a job."""
         present = self._present
         return 0.0 if present is None else (perf_counter_ns() - present[0]) / 1e9
 
@@ -83,9 +77,8 @@ class Compute:
     def queue(
         self, job: Callable[[], _Answer], *, limit_s: float = inf, expected_ns: float = inf
     ) -> asyncio.Future[_Answer]:
-        """Lets the thread run `job` right after those before it, whatever the event loop does meanwhile. A job that
-        takes longer than `limit_s` has lost its device (`while_able`). `expected_ns` is the time that held answers may
-        wait for the job."""
+        """Runs `job` on the thread right after those before it. Its device is lost if it takes longer than `limit_s`
+        (see `while_able`). Held answers may wait `expected_ns` for it."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1
@@ -101,8 +94,7 @@ class Compute:
             self._lost.set_exception(error)
 
     async def while_able(self, life: Coroutine[None, None, _Answer]) -> _Answer:
-        """Returns the result of `life`. Raises DeviceLostError if a device is lost before, or does not end a job in
-        time."""
+        """Returns the result of `life`. Raises DeviceLostError if a device is lost, or does not end a job in time."""
         living, watching = asyncio.create_task(life), asyncio.create_task(self._watch())
         try:
             await asyncio.wait((living, self._lost), return_when=asyncio.FIRST_COMPLETED)
@@ -151,8 +143,6 @@ class Compute:
 
 
 class _Held:
-    """Answers of a thread that wait for later ones."""
-
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._answers: list[Callable[[], None]] = []

@@ -1,5 +1,4 @@
-"""Inputs of microbatches that come on other streams than their frames: sampling inputs to the last stage, sampled
-tokens to the first of several."""
+"""Inputs of microbatches on other streams: sampling inputs for a last stage, sampled tokens for a first."""
 
 from __future__ import annotations
 
@@ -21,7 +20,6 @@ class Dependencies:
     """The dependencies of one epoch. One microbatch waits at a time, in number order."""
 
     def __init__(self, epoch: int, inputs_s: float) -> None:
-        """`inputs_s` is the time that a microbatch waits for its sampling inputs."""
         self.tokens = SampledTokensBox()
         self._epoch = epoch
         self._inputs_s = inputs_s
@@ -32,8 +30,7 @@ class Dependencies:
         self.awaits_tokens = False
 
     def put_inputs(self, inputs: StepInputs) -> None:
-        """Raises ProtocolError for inputs out of turn, or more than any coordinator has in flight. Late ones are
-        dropped."""
+        """Raises ProtocolError for inputs out of turn, or too many in flight. Late ones are dropped."""
         found, expected = (inputs.tasks.epoch, inputs.tasks.number), (self._epoch, self._next_put)
         if found != expected:
             raise ProtocolError(f"sampling inputs {place_text(found)} where {place_text(expected)} was expected")
@@ -45,12 +42,10 @@ class Dependencies:
             self._came.set()
 
     def put_tokens(self, sampled: SampledTokens) -> None:
-        """Raises ProtocolError for tokens out of turn."""
         self.tokens.put(sampled)
         self._came.set()
 
     def fail(self, error: LlamaclustError) -> None:
-        """Records that no more will come."""
         self._broken = error
         self._came.set()
 
@@ -60,8 +55,7 @@ class Dependencies:
         return self._inputs[number]
 
     async def known(self, number: int | None) -> None:
-        """Returns when the tokens of a microbatch are there. Raises DeadlineError if they do not come, or the error of
-        `fail`."""
+        """Returns when the tokens are there. Raises DeadlineError if they do not come, or the error of `fail`."""
         if number is not None and number not in self.tokens:
             self.awaits_tokens = True
             try:

@@ -1,5 +1,5 @@
-"""A member of a group that does not lead: it computes its portion of each step that the leader announces. A thread of
-its own waits for the steps: neither gRPC nor an event loop stands between the members."""
+"""A member of a group that does not lead: a thread of its own computes its portion of each step that the leader
+announces."""
 
 from __future__ import annotations
 
@@ -109,12 +109,10 @@ class FollowingStage:
         self._steps += 1
 
     def close_links(self) -> None:
-        """Ends the links to other members, and all attempts to open them."""
         self._member_links.close()
 
     async def release(self) -> StageRunner:
-        """Ends the links and the present step, and hands the loaded portion to the caller. Raises DeviceLostError if
-        the step does not end, since its memory could not be counted any more."""
+        """Hands the portion to the caller after the present step. Raises DeviceLostError if that does not end."""
         self.close_links()
         if self._ended is not None:
             try:
@@ -129,5 +127,4 @@ class FollowingStage:
         return self.runner
 
     async def close(self) -> None:
-        """Frees the portion after the present step."""
         await asyncio.to_thread((await self.release()).close)

@@ -18,13 +18,12 @@ class Incoming:
         return self._stream.has_message if self._reading is None else self._reading.done()
 
     def prepare(self) -> None:
-        """Starts to receive the next one, if the stream does not by itself."""
         if self._reading is None and not self._stream.is_local:
             self._reading = asyncio.create_task(self._stream.read())
 
     async def next(self, sending: asyncio.Future[None]) -> bytes | None:
-        """Returns the next message, or None once the other side has ended the stream in order. Raises the error of
-        `sending` even if no further message comes."""
+        """Returns None once the other side has ended the stream. Raises the error of `sending`, even before a
+        message."""
         if sending.done():
             sending.result()
         if self._reading is None and (sending.done() or self._stream.has_message):
@@ -39,7 +38,6 @@ class Incoming:
         return data
 
     async def wait(self, timeout_s: float) -> None:
-        """Returns when the next message is there, or after `timeout_s`."""
         if not self.is_there:
             self._reading = self._reading or asyncio.create_task(self._stream.read())
             await asyncio.wait([self._reading], timeout=timeout_s)

@@ -1,5 +1,4 @@
-"""The leader of a group, which has the stage's streams, and announces each step to the other members before it
-computes its own portion."""
+"""The leader of a group, which has the stage's streams and announces each step before it computes its own portion."""
 
 from __future__ import annotations
 
@@ -30,7 +29,6 @@ class Leader:
     """Announces the steps of one epoch, from the opening of the links on. Used by one thread at a time."""
 
     def __init__(self, epoch: int, links: MemberLinks, gather_by: Callable[[Gatherer], None]) -> None:
-        """`gather_by` gives its own stage the links."""
         self._epoch = epoch
         self._member_links = links
         self._gather_by = gather_by
@@ -47,11 +45,11 @@ class Leader:
     def step(
         self, frame: bytes, followed: Sequence[SampledTokens], rows: int, checked: Program | None = None
     ) -> Iterator[None]:
-        """Sends a microbatch as it came, and the tokens that it depends on, to all other members; the body of the
-        context computes the step of so many rows. `checked` is the stage's program, if numbers were not finite before.
+        """Announces a microbatch and the tokens that it depends on; the body computes the step. `checked` is the
+        stage's program, if numbers were not finite before.
 
-        Raises LinkError if a member does not take the step, or is at fault for numbers that are not finite again;
-        WorkerError passes, since all members come to it by themselves; any other error becomes a MemberFailedError."""
+        Raises LinkError if a member does not take the step, or gives such numbers again; WorkerError passes, since all
+        members come to it; any other error becomes a MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         self._links.bands = bands = self._choice.of(rows)
         self._links.send_step(self._epoch, self._steps, encode_step(frame, followed, bands))
@@ -86,8 +84,7 @@ class Leader:
 
 
 def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> bytes:
-    """Encodes a step: the most bands, the number of token messages, each of these behind its length, and the frame as
-    the leader received it. `followed` has the tokens of the microbatches that it depends on, in number order."""
+    """Encodes the number of bands, those of token messages, in number order, and the received frame."""
     parts = [_LENGTH.pack(bands), _LENGTH.pack(len(followed))]
     for sampled in followed:
         tokens = encode_sampled_tokens(sampled)
@@ -96,8 +93,7 @@ def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> 
 
 
 def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int]:
-    """Returns the frame, the tokens that it depends on, and the bands. Raises ProtocolError for bytes that are no
-    step."""
+    """Returns the frame, the tokens that it depends on, and the bands. Raises ProtocolError for other bytes."""
     box, at = SampledTokensBox(), 2 * _LENGTH.size
     bands = _number(data, 0, MOST_BANDS)
     if bands == 0:

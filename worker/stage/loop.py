@@ -1,6 +1,5 @@
-"""The loop of a loaded stage: it receives microbatches, computes them and sends their answers, in number order. An
-answer is a frame for the next stage, or from the last stage a result for the coordinator, and tokens for the first
-stage."""
+"""The loop of a loaded stage: it receives, computes and answers microbatches in number order, with a frame for the
+next stage, or from the last one with a result for the coordinator and tokens for the first stage."""
 
 from __future__ import annotations
 
@@ -40,10 +39,8 @@ _DIRECT_BYTES = 1 << 16
 """The largest answer that is sent before the next step: the other side takes more only as it reads."""
 
 _RESULT_DELAY_S = 0.001
-"""The delay of a result after the tokens for a first stage on the same machine. If both were woken at once, the
-coordinator could take the core on which the stage is to begin, for as long as it computes for a token (0.7 ms)."""
+"""The delay of results after tokens for a first stage here, whose core the coordinator could take for 0.7 ms."""
 _MIN_ROUND_S = 0.004
-"""Results of shorter rounds are not delayed."""
 
 _Value = TypeVar("_Value")
 _Kind = tuple[str, int, int]
@@ -56,7 +53,6 @@ def _kind(job: str, arrival: Arrival) -> _Kind:
 
 
 async def _send_all(waiting: deque[asyncio.Future[Answer]], send: Callable[[list[Answer]], Awaitable[None]]) -> None:
-    """Sends answers in order as they come, and ready ones together."""
     while waiting:
         if not waiting[0].done():
             await asyncio.wait([waiting[0]])
@@ -78,15 +74,12 @@ class StageContext:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Bytes to send on; of a last stage also the sampled tokens."""
-
     data: bytes
     sampled: SampledTokens | None = None
 
 
 class StageLoop:
-    """The loop of one epoch. A microbatch that fails is answered with its failure, in its turn; LinkError and
-    MemberFailedError end the loop."""
+    """The loop of one epoch. A failed microbatch is answered; LinkError and MemberFailedError end the loop."""
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
@@ -108,9 +101,7 @@ class StageLoop:
     async def run(
         self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
     ) -> None:
-        """Serves an accepted stream to its end: while one microbatch is computed, the next is received and the one
-        before is sent. `receiver` names the only worker that takes what is sent. An answer that comes long before the
-        next microbatch is sent at once, without a task."""
+        """Serves a stream: one microbatch is computed while the next is received. Only `receiver` takes answers."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
@@ -147,7 +138,6 @@ class StageLoop:
             await asyncio.gather(incoming.close(), sending, return_exceptions=True)
 
     def receive(self, data: bytes, number: int) -> Arrival:
-        """Raises ProtocolError if the bytes are no frame of that microbatch."""
         received_ns = perf_counter_ns()
         self._counters.received_bytes += len(data)
         arrival = Arrival.read(data, self.runner, received_ns, self._wire_ns)
@@ -162,16 +152,13 @@ class StageLoop:
         return StageProgress(self._epoch, self._received, self._sent, self.dependencies.awaits_tokens)
 
     def put_inputs(self, inputs: StepInputs) -> None:
-        """Raises ProtocolError for inputs out of turn."""
         self.dependencies.put_inputs(inputs)
         self.runner.matchers.receive(inputs.for_matchers)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
-        """Returns when the next microbatch may begin: with the answer, or while the thread computes it.
-
-        Steps of a whole model that are sent ahead thus follow each other on that thread without a pause, while
-        messages come and go on the event loop. Raises ProtocolError, or puts it into the answer, if the frame breaks
-        the protocol."""
+        """Returns when the next microbatch may begin: with the answer, or, for steps of a whole model that are sent
+        ahead, while the thread computes it. A frame that breaks the protocol gives ProtocolError, raised or in the
+        answer."""
         program = self.runner.program
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
@@ -192,14 +179,12 @@ class StageLoop:
         return answered
 
     async def _inputs(self, arrival: Arrival) -> StepInputs:
-        """Returns the sampling inputs once they and their matchers are there."""
         inputs = await self.dependencies.inputs(arrival.number)
         await self.runner.matchers.ready(inputs.for_matchers)
         return inputs
 
     def _whole_step(self, kind: _Kind, arrival: Arrival, inputs: StepInputs) -> Answer:
-        """Computes a step of a whole model that was sent ahead, in one job of the computing thread, so that the two
-        changes of thread of `_step`, 0.1 to 0.3 ms each, delay no token."""
+        """Computes a step in one job: the two changes of thread of `_step`, 0.1 to 0.3 ms each, delay no token."""
         started_ns = perf_counter_ns()
         try:
             queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(arrival.newest_dependency))
@@ -210,8 +195,7 @@ class StageLoop:
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        """Computes any other step. A last stage runs its layers before it waits for its inputs: a prompt is computed
-        while its matcher is made, which would cost 50 ms otherwise."""
+        """Runs a last stage's layers before the wait for its inputs, since making a prompt's matcher can take 50 ms."""
         program = self.runner.program
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)
@@ -227,8 +211,7 @@ class StageLoop:
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
     def _run_layers(self, arrival: Arrival) -> Logits:
-        """Runs the layers, on a first stage with the tokens that the microbatch depends on; later stages read no
-        tokens. Raises WorkerError if a token is not known."""
+        """Fills in the tokens of a first stage; later ones read none. Raises WorkerError if a token is not known."""
         runner, frame = self.runner, arrival.frame
         if runner.program.is_first:
             self._tokens.fill(frame)

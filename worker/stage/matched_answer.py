@@ -18,8 +18,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _DRAFTED_NS: Final = 200_000_000
 """Processor time of a step's matchers from which on drafted rows are deferred."""
 _STEP_NS: Final = 500_000_000
-"""Processor time from which on other rows are deferred too. By then the coordinator knows slow answers and sends few
-of them at a time."""
+"""Processor time from which on other rows are deferred too; the coordinator then sends few slow answers at a time."""
 _TOLD_NS: Final = 1_000_000
 """The least processor time of a row that is reported to the coordinator."""
 _READY_S: Final = 60.0
@@ -27,8 +26,7 @@ _READY_S: Final = 60.0
 _TOKEN_NS: Final = 50_000_000
 """Processor time for each token; large schemas take a tenth of that at most."""
 _GUARD_NS: Final = 2_000_000_000
-"""Further processor time for an answer. Counts decide about a grammar (see matcher.py); this guards the stage's other
-answers if counts do not tell the cost. It is no verdict on the request, which a faster machine may answer."""
+"""Further processor time for an answer, which guards other answers if counts (see matcher.py) do not tell the cost."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -113,15 +111,12 @@ class MatchedAnswer:
 
     @property
     def is_waited_for(self) -> bool:
-        """True if a row of the answer was deferred, and has not come again."""
         return self._due is not None
 
     def begin(self, row: MatcherRow) -> bool:
-        """Returns False if the row is deferred: its matcher is not ready, or is not made since the answer was
-        released, or the row before it was deferred.
-
-        Raises ProtocolError for a row at another place. A row that was sent before its predecessor's forced tokens
-        were known repeats these."""
+        """Returns False if the row is deferred: its matcher is not ready, or not made for a released answer, or the
+        row before it was deferred. Raises ProtocolError for a row at another place; rows sent before forced tokens
+        were known repeat these."""
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None
@@ -151,7 +146,6 @@ class MatchedAnswer:
         return self._row_ns >= _TOLD_NS
 
     def has_drafted(self, row: MatcherRow) -> bool:
-        """True if the answer has the drafted row's token at the row's place."""
         return 0 < row.position <= len(self._tokens) and self._tokens[row.position - 1] == row.drafted
 
     @property
@@ -160,9 +154,9 @@ class MatchedAnswer:
         return self._matcher is not None and self._failed is None and self._matcher.is_complete
 
     def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
-        """Takes in a sampled token. Returns the result, with tokens that must follow if these are wanted; or the
-        allowed tokens if this one is not among them, for another choice; or a deferred row if the matcher must be made
-        again, or the step has no time left."""
+        """Takes in a sampled token. Returns the result, with tokens that must follow; or the allowed tokens for
+        another choice if this one is not allowed; or DEFERRED if the matcher must be made again, or the step has no
+        time left."""
         if self._failed is None and self._forced:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
         if self._failed is None and result.failure is not None:
@@ -187,8 +181,7 @@ class MatchedAnswer:
         return replace(result, forced=tuple(self._forced), matcher_ns=self._row_ns if self._is_slow else 0)
 
     def with_forced_draft(self, result: RowResult, time: MatcherTime) -> RowResult:
-        """Returns the result of the answer's last row that counts, with tokens that must follow if a draft of these is
-        wanted."""
+        """Adds to the answer's last row that counts the tokens that must follow, if a draft of these is wanted."""
         if not self._start.drafts_forced or self._failed is not None or self._matcher is None or not time.may_draft:
             return result
         began_ns = thread_time_ns()
@@ -208,8 +201,7 @@ class MatchedAnswer:
         return replace(result, forced_draft=tuple(forced), matcher_ns=row_ns if row_ns >= _TOLD_NS else 0)
 
     def fail(self, error: Exception) -> None:
-        """Fails the answer. A RequestError is the grammar's fault, since the same tokens fail on every machine, except
-        a refused token; a DeadlineError is this machine's."""
+        """Fails the answer: a RequestError is the request's fault, except a refused token; other errors are not."""
         message = str(error)
         is_fault = isinstance(error, RequestError) and not isinstance(error, TokenRefusedError)
         if not isinstance(error, LlamaclustError):

@@ -1,11 +1,10 @@
-"""Matchers of a last stage's answers, for grammars and budgets of reasoning, kept between the answers' rows.
+"""Matchers of a last stage's answers, for grammars and budgets of reasoning.
 
-A thread of their own makes matchers when sampling inputs arrive, while the stage computes, and finds the tokens
-allowed for the first row. Rows whose matcher is not ready are deferred: the coordinator sends them again, and the
-others go on. A row is sampled as if it had no grammar; to see that the grammar allows the token takes a few
-microseconds. If it does not, all allowed tokens are computed, and the row is sampled again among these. Rows of a step
-share a bounded processor time; results report the time of slow rows. A matcher's state follows from grammar and tokens
-alone, so an answer that starts again on another pipeline continues with the same tokens."""
+A thread makes them when sampling inputs arrive, while the stage computes; rows whose matcher is not ready are
+deferred: the coordinator sends them again. A row is sampled as if it had no grammar; only if the grammar refuses the
+token, all allowed tokens are computed and it is sampled again among these. Rows of a step share a bounded processor
+time. A matcher's state follows from grammar and tokens alone, so an answer continues on another pipeline with the same
+tokens."""
 
 from __future__ import annotations
 
@@ -24,15 +23,13 @@ from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
 from llamaclust.worker.stage.step_inputs import MatcherInputs
 
 _ALONE_S: Final = 0.05
-"""The longest wait of a step for matchers if no other row waits; without it rows would come again and again
-meanwhile."""
+"""The longest wait for matchers if no other row waits: rows would come again and again meanwhile."""
 _FIRST_S: Final = 0.01
 """The longest wait beside other rows, for rows not deferred before: most grammars take about a millisecond."""
 
 
 class StageMatchers:
-    """The matchers of one loaded last stage, in one epoch at a time. The event loop receives inputs and waits for
-    matchers; the thread that computes calls `begin` and `take`."""
+    """The matchers of one epoch. The event loop uses `receive` and `ready`, the computing thread `begin` and `take`."""
 
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
         """`vocabulary` is read at the first matcher; `most` answers are kept at a time."""
@@ -49,7 +46,6 @@ class StageMatchers:
         self._thread = ThreadPoolExecutor(1, "matchers")
 
     def clear(self) -> None:
-        """Forgets all answers, since another epoch begins."""
         with self._lock:
             for answer in (*self._answers.values(), *self._starting.values()):
                 answer.is_released = True
@@ -65,9 +61,7 @@ class StageMatchers:
         self._thread.submit(self._prepare)
 
     def receive(self, inputs: MatcherInputs) -> None:
-        """Cancels matchers of released answers, which may have rows in flight, and starts to make new ones. Raises
-        ProtocolError for more than any coordinator has in flight: in each microbatch, answers may end before their
-        rows come, and others start in their place."""
+        """Drops released answers' matchers and starts new ones. Raises ProtocolError for more than may be in flight."""
         for key in inputs.released:
             if (answer := self._find(inputs.number, key)) is not None:
                 answer.is_released = True
@@ -86,7 +80,6 @@ class StageMatchers:
             await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
 
     def wait_ready(self, inputs: MatcherInputs) -> None:
-        """Waits as `ready` does, in a thread."""
         making, timeout_s = self._awaited(inputs)
         wait(making, timeout_s)
 
@@ -98,8 +91,7 @@ class StageMatchers:
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
     def begin(self, inputs: MatcherInputs) -> list[int]:
-        """Returns the places of rows that nothing but the answer's end may follow, even if it is suppressed. Raises
-        ProtocolError for a row whose matcher was not started."""
+        """Returns the places of rows that only the end may follow. Raises ProtocolError for a row without a matcher."""
         with self._lock:
             for key in inputs.released:
                 self._answers.pop(key, None)
@@ -124,9 +116,9 @@ class StageMatchers:
         return complete
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
-        """Takes in the step's results, of which some are replaced: deferred, failed, or with tokens that must follow.
-        Returns, by place, the allowed tokens of rows whose token is not allowed; these rows are sampled again, and all
-        are taken in once more, until none is returned. A drafted row counts only if its token was chosen before it."""
+        """Takes in the step's results, of which some are replaced. Returns, by place, the allowed tokens of rows whose
+        token is not allowed; these are sampled again, and all are taken in once more, until none is returned. A
+        drafted row counts only if its token was chosen before it."""
         for place in self._deferred:
             results[place] = DEFERRED
         refused: dict[int, AllowedTokens] = {}
@@ -145,7 +137,6 @@ class StageMatchers:
         results: list[RowResult],
         refused: dict[int, AllowedTokens],
     ) -> None:
-        """Takes in the first of an answer's rows that are left."""
         place, row = rows[0]
         if row.drafted is not None and not answer.has_drafted(row):
             rows.clear()
@@ -178,7 +169,6 @@ class StageMatchers:
             return self._starting[max(started)] if started else self._answers.get(key)
 
     def _admit(self, number: int) -> None:
-        """Admits the answers that start up to this microbatch."""
         for start in list(self._starting):
             if start[0] <= number:
                 self._answers[start[1]] = self._starting.pop(start)

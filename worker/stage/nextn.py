@@ -1,8 +1,7 @@
-"""A head for multi-token prediction (MTP) beside the layers of a last stage: drafts the tokens behind a sampled one.
+"""A head for multi-token prediction (MTP) beside the layers of a last stage, which drafts.
 
-It has keys and values of every row that counted, in blocks of the same ids as the stage's layers. Those of drafted
-tokens are overwritten when their rows are computed, as in the layers; missing or wrong ones make drafts worse, but
-change no answer."""
+It has keys and values of every row that counted, in blocks of the same ids as the layers; those of drafted tokens are
+overwritten. Missing or wrong ones make drafts worse, but change no answer."""
 
 from __future__ import annotations
 
@@ -29,7 +28,6 @@ Normed = Callable[[Int32], Float32]
 
 
 def nextn_program_of(model: Model, limits: StageLimits) -> Program:
-    """Raises UsageError if the model has no MTP head."""
     return nextn_program(model, KvType(limits.kv_type), limits.max_context_tokens)
 
 
@@ -54,7 +52,6 @@ class _Taken:
 
     @property
     def has_room(self) -> bool:
-        """True if another token is to be drafted, and its row has a place in the chunk's blocks."""
         return len(self.drafted) < self.most and self.position < self.end
 
 
@@ -64,7 +61,6 @@ class NextnDrafter:
     def __init__(
         self, backend: Backend, model: Model, limits: StageLimits, sampler: Sampler, progress: Progress
     ) -> None:
-        """Loads weights. Raises UsageError if the model has no head."""
         program = nextn_program_of(model, limits)
         self._stage = backend.load(program, model.tensors_for(program), nextn_limits(limits), progress)
         self._sampler = sampler
@@ -73,8 +69,7 @@ class NextnDrafter:
         self.kv_bytes, self.workspace_bytes = self._stage.kv_bytes, self._stage.workspace_bytes
 
     def draft(self, frame: MicrobatchFrame, normed: Normed, outcomes: RowOutcomes, tasks: SamplingTasks) -> None:
-        """Computes keys and values of the microbatch's rows that count by their outcomes, and adds drafts to the
-        outcomes of chunks that request them."""
+        """Computes keys and values of the rows that count, and adds requested drafts to the outcomes."""
         taken = _taken(frame, outcomes, tasks)
         for each in taken:
             each.end = min(each.end, self._most_tokens)
@@ -117,8 +112,7 @@ class NextnDrafter:
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
     def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
-        """Chooses the next token of each, with the random draws due `later` tokens on. Drafting ends for one whose
-        logits are not finite."""
+        """Chooses each next token with the draws due `later` tokens on; drafting ends at logits that are not finite."""
         if not drafting:
             return
         rows = self._sampler.sample(logits, tasks.drafts([each.output for each in drafting], later)).rows
@@ -155,9 +149,8 @@ def _taken(frame: MicrobatchFrame, outcomes: RowOutcomes, tasks: SamplingTasks) 
 def following(
     tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
-    """Returns the tokens behind those rows of a chunk, from its first on, that count and whose next token is known,
-    and the index of the output row that chose the last of them, if one did. A drafted row counts if the row before it
-    chose it."""
+    """Returns the tokens behind a chunk's leading rows that count, and the index of the output row that chose the last
+    one, or None. A drafted row counts if the row before it chose it."""
     for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
         place = len(tokens) - len(chosen) + index
         if is_scored:

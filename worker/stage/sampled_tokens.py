@@ -16,14 +16,11 @@ MOST_IN_FLIGHT = 2 * MAX_STAGES + 4  # microbatches: no coordinator has more
 
 
 def read_sampled_tokens(data: bytes) -> SampledTokens:
-    """Raises ProtocolError for bytes that are not sampled tokens."""
     number, tokens = _native.read_sampled_tokens(data, MAX_BATCH_TOKENS, MAX_VOCABULARY)
     return SampledTokens(number, tuple(tokens))
 
 
 class SampledTokensBox:
-    """The tokens of one epoch's last microbatches."""
-
     def __init__(self) -> None:
         self._tokens: dict[int, tuple[tuple[int, ...], int]] = {}  # (tokens, perf_counter_ns) by ascending number
 
@@ -31,7 +28,6 @@ class SampledTokensBox:
         return number in self._tokens
 
     def put(self, sampled: SampledTokens) -> None:
-        """Raises ProtocolError for tokens out of turn."""
         newest = next(reversed(self._tokens), -1)
         if sampled.number <= newest:
             raise ProtocolError(f"tokens of microbatch {sampled.number} after those of {newest}")
@@ -44,7 +40,6 @@ class SampledTokensBox:
         return self._tokens[number][1] if number in self._tokens else 0
 
     def all_of(self, numbers: Sequence[int]) -> list[SampledTokens]:
-        """Raises WorkerError if the tokens of one of these microbatches are not known."""
         if unknown := [number for number in numbers if number not in self._tokens]:
             raise WorkerError(f"the tokens of microbatch {unknown[0]} are not known")
         return [SampledTokens(number, self._tokens[number][0]) for number in numbers]

@@ -57,8 +57,6 @@ from llamaclust.worker.stage.step_inputs import StepInputs
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """Memory of a stage."""
-
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int
@@ -88,7 +86,6 @@ def program_memory(backend: Backend, model: Model, program: Program, limits: Sta
 
 
 def nextn_memory(backend: Backend, model: Model, beside: Program, limits: StageLimits) -> StageMemory:
-    """Returns the memory of an MTP head beside the program of its stage."""
     program, own = nextn_program_of(model, limits), nextn_limits(limits)
     tensors = model.tensors_for(program)
     return StageMemory(
@@ -105,13 +102,11 @@ def nextn_weight_bytes(model: Model, beside: Program, limits: StageLimits) -> in
 
 
 def portion_of(order: Load) -> Portion | None:
-    """Returns the portion of a group's member; None is the whole stage."""
     return None if order.group is None else Portion(order.group.shares, order.group.member)
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:
-    """Returns the program of layers [start, end), for the limits' KV type and context, or a portion of it. Raises
-    UsageError if the model has no such layers, or they cannot be divided so."""
+    """Raises UsageError if the model has no such layers, or they cannot be divided so."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
         raise UsageError(f"layers {layer_span(start, end, shards)} of a model that has {model.layer_count}")
@@ -120,9 +115,7 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits, porti
 
 
 def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
-    """Returns a hexadecimal digest of everything but tokens that determines KV memory, equal for every cut: the
-    arithmetic, the bytes of all weights, the KV type, and the steps, whose rotations may depend on the context
-    length."""
+    """Returns a digest of all that KV memory depends on beside tokens, equal for every cut of the model."""
     whole = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
     steps = tuple(step for step in whole if not isinstance(step, Adapt))  # keys of KV blocks have the adapters
     return sha256(repr((NUMERICS_VERSION, manifest, limits.kv_type, steps)).encode()).hexdigest()
@@ -138,8 +131,6 @@ def _rows_of(logits: Logits, rows: Sequence[int]) -> Float32:
 
 @dataclass(frozen=True, slots=True)
 class StepOutputs:
-    """Results of a last stage's output rows, hidden states of its embedded rows, the time that a head took to draft."""
-
     rows: RowOutcomes
     embeddings: bytes
     drafting_ns: int
@@ -150,7 +141,6 @@ class StepOutputs:
 
 
 def batch_of(frame: MicrobatchFrame) -> Batch:
-    """Returns a batch of views of the frame."""
     arrays = frame.arrays
     return Batch(*arrays[:8], None if arrays[8] is None else BatchStates(*arrays[8]))
 
@@ -209,7 +199,6 @@ class StageRunner:
 
     @property
     def memory(self) -> StageMemory:
-        """The memory of the stage with its present adapters."""
         stage = self._newest
         memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
         if self._nextn is None:
@@ -221,12 +210,10 @@ class StageRunner:
         )
 
     def program_of(self, model: Model) -> Program:
-        """Returns the program of the stage's layers for a model with other adapters."""
         return model_program(model, self.program.start, self.program.end, self.limits, self.portion)
 
     def adapt(self, model: Model, free_bytes: int, progress: Progress) -> None:
-        """Computes the model with other adapters from the next run on. KV memory stays, even while a run is under way.
-        Raises UsageError if the device computes none, InsufficientMemoryError if `free_bytes` are too few."""
+        """Computes other adapters from the next run on; KV memory stays. Raises UsageError, InsufficientMemoryError."""
         program, backend = self.program_of(model), self._backend
         if not isinstance(backend, SharesKv):
             raise UsageError("adapters are computed on processors only")
@@ -250,20 +237,17 @@ class StageRunner:
         self._native_stage = stage if isinstance(stage, RunsFrames) else None
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
-        """Computes a microbatch; `hidden` is [rows, embedding], None for a first stage.
-
-        Returns hidden states [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the next
-        run. Raises ProtocolError if the microbatch does not fit this stage."""
+        """Returns hidden states [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the
+        next run; `hidden` [rows, embedding] is None for a first stage. Raises ProtocolError if the microbatch does not
+        fit."""
         self.settle()
         self._frame = frame = self.read(microbatch, hidden)
         return self._stage.run(batch_of(frame), frame.hidden)
 
     def run_to_sample(self, microbatch: Microbatch) -> Logits:
-        """Computes a microbatch of a whole model, for `finish`; logits may stay in memory of a GPU."""
         return self.run_frame(self.read(microbatch))
 
     def read(self, microbatch: Microbatch, hidden: Float32 | None = None) -> MicrobatchFrame:
-        """Raises ProtocolError if the microbatch does not fit this stage."""
         return self.reader.read(encode_hidden(encode_microbatch(microbatch), hidden))
 
     def run_frame(self, frame: MicrobatchFrame) -> Logits:
@@ -276,7 +260,6 @@ class StageRunner:
         return self._stage.run(batch, hidden) if self._ranking is None else self._ranking.run_ranked(batch, hidden)
 
     def gather_by(self, gatherer: Gatherer) -> None:
-        """Sets the gatherer that joins the rows of a group's members in the next runs."""
         assert isinstance(self._stage, GathersRows), "experts in RAM are refused in groups"
         self._gatherer = gatherer
         self._stage.gather_by(gatherer)
@@ -286,9 +269,7 @@ class StageRunner:
         return row_results(self.finish_step(logits, StepInputs.read(encode_inputs(inputs))).rows)
 
     def finish_step(self, logits: Logits, inputs: StepInputs) -> StepOutputs:
-        """Samples and scores logits [outputs, vocabulary] of a last stage's last run, whose matchers are ready, and
-        drafts behind its rows. Raises ProtocolError if tasks do not fit, or for more embedded rows than a result
-        holds."""
+        """Samples, scores and drafts. Raises ProtocolError for tasks that do not fit, or too many embedded rows."""
         rows = self.sample(logits, inputs)
         embeddings = self.embeddings()
         if self._nextn is None:
@@ -298,8 +279,7 @@ class StageRunner:
         return StepOutputs(rows, embeddings, perf_counter_ns() - begun_ns)
 
     def embeddings(self) -> bytes:
-        """Returns the normed hidden state of the embedded rows of a last stage's last run, encoded for `Result`.
-        Raises ProtocolError for more rows than one result holds."""
+        """Returns the embedded rows' normed hidden state for `Result`. Raises ProtocolError for more than it holds."""
         rows = self._last.embedded_rows
         if not len(rows):
             return b""
@@ -336,8 +316,7 @@ class StageRunner:
 
     @property
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:
-        """KV memory of each layer, as `KvInRam` has it. Raises ProtocolError if it lies elsewhere, or has a window or
-        state."""
+        """KV memory of each layer. Raises ProtocolError if it lies elsewhere, or has a window or state."""
         if not isinstance(self._stage, KvInRam) or self.limits.window_blocks or self.limits.state_blocks:
             raise ProtocolError("a request for KV memory of a GPU, or of layers with a window or a state")
         return self._stage.kv_layers()
@@ -350,7 +329,6 @@ class StageRunner:
 
     @property
     def device_bytes(self) -> dict[str, int]:
-        """The memory of the stage by device."""
         if not self.devices:
             return {"cpu": self.memory.total_bytes}
         stages = self._stage.stages if isinstance(self._stage, MultiDeviceStage) else (self._stage,)
@@ -367,13 +345,11 @@ class StageRunner:
 
     @property
     def split_stages(self) -> tuple[SplitExpertsStage, ...]:
-        """The parts on GPUs that have experts in RAM."""
         stages = self._stage.stages if isinstance(self._stage, MultiDeviceStage) else (self._stage,)
         return tuple(stage for stage in stages if isinstance(stage, SplitExpertsStage))
 
     @property
     def experts_cache(self) -> CacheCounts:
-        """Counts of the experts caches on all GPUs."""
         caches = (stage.cache for stage in self.split_stages)
         return sum((cache.counts for cache in caches if cache is not None), CacheCounts())
 

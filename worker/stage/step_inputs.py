@@ -34,8 +34,6 @@ def _reader() -> InputsReader:
 
 @dataclass(frozen=True, slots=True)
 class MatcherInputs:
-    """A step's rows whose answers have matchers, with the answers that it releases and starts."""
-
     number: int  # of the microbatch
     outputs: int  # rows in all
     rows: tuple[tuple[int, MatcherRow], ...]  # with their places
@@ -45,14 +43,11 @@ class MatcherInputs:
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """The tasks of microbatch (epoch, number)."""
-
     tasks: SamplingTasks
     starts: tuple[MatcherStart, ...]
 
     @classmethod
     def read(cls, data: bytes) -> StepInputs:
-        """Raises ProtocolError for bytes that are no sampling inputs."""
         tasks = _reader().read(data)
         starts = tasks.starts
         return cls(tasks, starts_in(starts) if starts else ())

@@ -1,5 +1,4 @@
-"""The streams of one loaded stage: from the stage before, to the one after, or to and from the coordinator; a last
-stage also has one to the first."""
+"""The streams of one loaded stage to its neighbours, to the first stage from the last, and to the coordinator."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ _Use = Callable[[ClientStream], Coroutine[None, None, None]]
 
 
 async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, None, None]) -> None:
-    """Does the work and then ends the stream, on which nothing comes but its end. Raises WorkerError if the end comes
-    early."""
+    """Ends the stream after the work, on which nothing comes but its end; an early one raises WorkerError."""
     is_done = False
 
     async def working() -> None:
@@ -57,7 +55,6 @@ async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, No
 
 
 def _check_caller(stream: ServerStream, expected: Principal) -> None:
-    """Raises ProtocolError if links have identities and another member than this one calls."""
     if stream.peer not in (None, expected):
         raise ProtocolError(f"{stream.peer} opens a stream that is for {expected} alone")
 
@@ -74,8 +71,6 @@ class Neighbours:
 
 
 class StageStreams:
-    """One loaded stage in an epoch."""
-
     def __init__(
         self,
         epoch: int,
@@ -103,12 +98,10 @@ class StageStreams:
 
     @property
     def computing_s(self) -> float:
-        """The time that the step of a group's leader has computed since it last waited for another member; 0.0 for
-        other stages, which compute on the worker's common `Compute`."""
+        """Seconds since a group's leader last waited for a member in the present step; 0.0 for other stages."""
         return 0.0 if self._links is None else min(self._compute.computing_s, self._links.computing_s)
 
     async def sample(self, stream: ServerStream) -> None:
-        """Serves the coordinator's stream to the last stage: sampling inputs come, results go."""
         if self._neighbours.next is not None:
             raise ProtocolError("sampling inputs for a stage that is not the last")
         if self._results is not None:
@@ -126,7 +119,6 @@ class StageStreams:
             raise
 
     async def sampled_tokens(self, stream: ServerStream) -> None:
-        """Serves the last stage's stream to the first one: tokens that it sampled."""
         if not self.runner.program.is_first or self._neighbours.next is None:
             raise ProtocolError("sampled tokens for a stage that is not the first of several")
         _check_caller(stream, Principal(self._neighbours.last_worker))
@@ -141,8 +133,7 @@ class StageStreams:
             self._loop.dependencies.fail(WorkerError("the last stage sends no more tokens"))
 
     async def forward(self, stream: ServerStream) -> None:
-        """Serves the stream from the stage before, or from the coordinator. It is accepted once the whole chain is
-        open."""
+        """Serves the stream from the stage before, or the coordinator, once the whole chain is open."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise ProtocolError(f"a second stream of microbatches for epoch {epoch_text(self.epoch)}")
@@ -203,7 +194,6 @@ class StageStreams:
             await self._compute.run(self.runner.settle)
 
     def close_links(self) -> None:
-        """Ends the links to other members, if a group holds the stage, and all attempts to open them."""
         if self._links is not None:
             self._links.close()
 
@@ -220,6 +210,5 @@ class StageStreams:
         return self.runner
 
     async def close(self) -> None:
-        """Frees the stage after the present step. Its streams have ended."""
         runner = await self.release()
         await (self._compute.run(runner.close) if self._links is None else asyncio.to_thread(runner.close))

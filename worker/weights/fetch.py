@@ -1,5 +1,4 @@
-"""Fetches weights from other workers: several tensors at once, from several workers. It resumes, checks, and tries
-other sources."""
+"""Fetches weights from other workers, several tensors at once: resumes, checks, and tries other sources."""
 
 from __future__ import annotations
 
@@ -106,8 +105,7 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` is called with the number of bytes that come, `on_others_bytes` with that of bytes that another
-        process brings into the cache."""
+        """`on_bytes` gets counts of fetched bytes, `on_others_bytes` those that another process puts into the cache."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
@@ -132,8 +130,7 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Returns when all are in the cache; the caller holds the cache `in_use`. Raises WorkerError if no source has
-        a tensor, LlamaclustError if it cannot be kept."""
+        """Returns when the cache, which the caller holds `in_use`, has all. Raises WorkerError if no source has one."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]
@@ -191,7 +188,6 @@ class WeightFetch:
         return None
 
     def _asked_for(self, item: _Item) -> list[_Source]:
-        """Returns the best of the sources that may have the item."""
         able = [source for source in self._sources if source.given_up is None and source.name not in item.lacking]
         return sorted(able, key=lambda source: source.failed_since_s is not None)[:_MOST_SOURCES]
 
@@ -273,8 +269,7 @@ class WeightFetch:
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
-    """Runs to its end even if the task is cancelled meanwhile, since the file is in exclusive use until then; a part
-    that was opened is then closed."""
+    """Ends after the thread even if cancelled, since the file is in use, and closes a part that was opened."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

@@ -1,5 +1,4 @@
-"""Gives weights to workers without the model's file: tensors of files and of a cache, by their SHA-256, read in
-pieces."""
+"""Gives weights to workers without the model's file: tensors of files and of a cache, by their SHA-256, in pieces."""
 
 from __future__ import annotations
 
@@ -66,7 +65,6 @@ class WeightGiver:
                 self.sent_bytes += len(frame) - 1
 
     def _read(self, content: str, start: int, end: int) -> bytearray:
-        """Raises ModelFileError if the content is not there, or no longer."""
         data = bytearray(end - start)
         tensor = self._tensors.get(content)
         if tensor is not None:

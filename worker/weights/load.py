@@ -35,8 +35,7 @@ _Value = TypeVar("_Value")
 
 
 async def load_stage(order: Load, device: Device, report: Report, weights: Weights, reach: Reach) -> StageRunner:
-    """Loads the stage of `order`. Raises ModelFileError for a missing, another or a damaged file,
-    InsufficientMemoryError if memory is short, and the errors of `RemoteFile` if there is no file."""
+    """Raises ModelFileError, InsufficientMemoryError, and the errors of `RemoteFile` if there is no file here."""
 
     async def progressed(done_bytes: int, total_bytes: int) -> None:
         if total_bytes:
@@ -69,8 +68,7 @@ async def _load(order: Load, device: Device, files: _Files) -> StageRunner:
 async def load_adapters(
     wanted: Sequence[AdapterFile], runner: StageRunner, device: Device, weights: Weights, reach: Reach
 ) -> None:
-    """Computes the stage with these adapters, and no others, from its next microbatch on. Raises the errors of
-    `load_stage`; the stage then computes as before."""
+    """Computes these adapters, and no others, from the next microbatch on. Raises as `load_stage`, with no change."""
     async with _Files(weights, reach, Progress()) as files:
         adapters = await files.open_adapters(wanted, runner.model.plain)
         names = runner.program_of(runner.model.adapted_by(_files_of(adapters))).weights
@@ -94,7 +92,6 @@ class _Opened:
         return 0 if self.remote is None else self.remote.missing_bytes(own_names(names, self.number))
 
     async def complete(self, names: Iterable[str]) -> None:
-        """Fetches the missing weights of these names."""
         if self.remote is not None:
             self.file = await self.remote.complete(own_names(names, self.number))
 
@@ -154,7 +151,6 @@ class _Files(AsyncExitStack):
         return file
 
     def _check_bytes(self, file: ModelFile, manifest: str) -> None:
-        """Raises ModelFileError for a file of other bytes than those of the manifest."""
         own = self._weights.manifest_of(file, self.progress).content
         if own != manifest:
             what = f"its bytes are not those that the cluster computes with: SHA-256 {own[:12]}, not {manifest[:12]}"
@@ -162,8 +158,7 @@ class _Files(AsyncExitStack):
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Returns, if cancelled, when the thread has ended, which its next progress does; it would otherwise keep the next
-    load waiting, and its memory."""
+    """Ends after the thread even if cancelled, which its next progress does: it would hold memory and the next load."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
@@ -178,8 +173,7 @@ def _in_tiles(limits: StageLimits, model: Model) -> Model:
 
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
-    """Returns the stage's memory on all devices together. Raises InsufficientMemoryError that names a device with too
-    little."""
+    """Returns memory on all devices. Raises InsufficientMemoryError that names a device with too little."""
     shares = device_shares(device, model, device.layers(order), order.limits, portion_of(order))
     release_freed_memory()
     for name, share in shares.items():

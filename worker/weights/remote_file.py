@@ -21,8 +21,8 @@ from llamaclust.worker.weights.weights import Weights, key_of
 
 
 class RemoteFile:
-    """Keeps fetched weights while it is entered. Raises LlamaclustError if nothing may be kept here, ModelFileError if
-    the manifest is of another file, and the errors of `WeightFetch.run` and `WeightCache.make_room`."""
+    """Keeps fetched weights while it is entered. Raises LlamaclustError without a cache, ModelFileError for other
+    files."""
 
     def __init__(
         self,
@@ -68,7 +68,6 @@ class RemoteFile:
             self._fetch_now.renew(_shown(worker), peer)
 
     async def outline(self) -> ModelFile:
-        """Returns the file with those of its weights that are here."""
         content = self.known.manifest
         await self._fetch([WantedWeights(content, self.known.manifest_bytes, f"the manifest of {self._path.name}")])
         manifest = await asyncio.to_thread(read_manifest, self._cache.place(content))

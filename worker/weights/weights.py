@@ -54,7 +54,6 @@ class Progress:
     async def during(
         self, work: Coroutine[None, None, _Value], report: Callable[[int, int], Awaitable[None]], every_s: float
     ) -> _Value:
-        """Returns the result of `work`; meanwhile `report` is called with the bytes done and the total."""
         working = asyncio.create_task(work)
         try:
             while not (await asyncio.wait((working,), timeout=every_s))[0]:
@@ -74,8 +73,7 @@ class Weights:
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
     ) -> None:
-        """`model_dir` has files that are not at the coordinator's path, `models_dir` downloaded ones, each in a folder
-        of its own."""
+        """`model_dir` has files that are not at the coordinator's path, `models_dir` a folder for each downloaded."""
         self.cache = cache
         self.received_bytes = 0
         self._model_dir = model_dir
@@ -90,14 +88,12 @@ class Weights:
                 file.renew(update.source, reach(update.source))
 
     def open_file(self, model_path: str, model_id: str) -> ModelFile | None:
-        """Opens the model of that identity, at its path or under its name in `model_dir`; None if no file is there.
-        Raises ModelFileError if there are only others."""
+        """Returns None if no file is at the model's places. Raises ModelFileError if only others are."""
         places = [place for place in self.places(model_path) if place.is_file()]
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """Opens the adapter of a model as `open_file` does. Reads headers and samples, not all weights, which the
-        coordinator checked."""
+        """Opens an adapter as `open_file` does. Reads headers and samples; the coordinator checked all weights."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 
@@ -108,8 +104,7 @@ class Weights:
         return [*dict.fromkeys((path, *own, *downloaded))]
 
     def locate(self, wanted: FindWeights, progress: Progress | None = None) -> WeightsFound:
-        """Returns the parts of a model that are here. A requested manifest is made if there is none, which reads the
-        whole file; `progress` counts that."""
+        """Makes the manifest if it is requested, which reads the whole file; `progress` counts that."""
         try:
             file = self._wanted(wanted)
         except ModelFileError as error:
@@ -137,7 +132,6 @@ class Weights:
         return self._manifests.of(file, begin, progress.add)
 
     def version_of(self, model_path: str, model_id: str) -> str | None:
-        """Returns the version of the file that `open_file` opens; None if there is none."""
         try:
             file = self.open_file(model_path, model_id)
         except ModelFileError:
@@ -152,7 +146,6 @@ class Weights:
 
 
 def _downloaded(models_dir: Path | None, name: str) -> list[Path]:
-    """Returns the places of a file of that name among downloaded models."""
     try:
         folders = [] if models_dir is None else sorted(models_dir.iterdir())
     except OSError:  # nothing was downloaded
@@ -161,8 +154,7 @@ def _downloaded(models_dir: Path | None, name: str) -> list[Path]:
 
 
 def _chosen(read: Callable[[Path], ModelFile], places: Sequence[Path], identity: str) -> ModelFile | None:
-    """Returns the first of these files with this identity, without damaged ones; None if none is there. Raises
-    ModelFileError if there are only others."""
+    """Returns the first undamaged file with this identity. Raises ModelFileError if there are only others."""
     errors: list[ModelFileError] = []
     for place in places:
         try:

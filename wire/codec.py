@@ -1,5 +1,4 @@
 """Messages as protobuf bytes and back: one codec for all dataclasses whose fields are named as their proto message's.
-
 Bounds in `Annotated` types (core/bounds.py) are applied to everything that is decoded; `check` of a dataclass concerns
 several fields. `X | None` is an `optional` field, `tuple[X, ...]` a repeated one, a dataclass a nested message."""
 
@@ -24,7 +23,7 @@ _Value = TypeVar("_Value")
 
 
 def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
-    """Raises ProtocolError for bytes that are too many or no such message."""
+    """Raises ProtocolError for too many bytes, or bytes that are no message of this kind."""
     if len(data) > most_bytes:
         raise ProtocolError(f"{kind.__name__}: {len(data)} bytes, at most {most_bytes} are taken")
     message = None

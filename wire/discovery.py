@@ -1,7 +1,6 @@
-"""Coordinators found by multicast DNS and service discovery (RFC 6762, RFC 6763), over IPv4 and IPv6.
-
-A coordinator announces its enrolment port with its cluster's id, a part of every join token's CA hash. Enrolment
-verifies the coordinator, so a false announcement costs no more than a connection."""
+"""Coordinators found by multicast DNS and service discovery (RFC 6762, RFC 6763), over IPv4 and IPv6, by their
+cluster's id, a part of every join token's CA hash. Enrolment verifies them, so a false announcement costs no more than
+a connection."""
 
 from __future__ import annotations
 
@@ -108,7 +107,6 @@ class _Browser:
             self._look_ups.start(self._look_up(service_type, name))
 
     def _tell_of_another(self, name: str) -> None:
-        """Reports a few other clusters at most, since anyone may announce many."""
         match = _OTHER_NAME.match(name)
         if match is not None and match[1] not in self._others and len(self._others) < _MOST_OTHERS:
             self._others.add(match[1])

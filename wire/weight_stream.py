@@ -1,8 +1,8 @@
 """Messages of a Weights stream: ranges of bytes of a content, named by its SHA-256, and the bytes in frames.
 
-asked     SHA-256 | start u64 | end u64                                      little-endian
-answered  1 | bytes: FRAME_BYTES of them, in the last frame of a range what is left
-          0 | one line of UTF-8: the other side has no such bytes
+request   SHA-256 | start u64 | end u64                                      little-endian
+answer    1 | bytes: FRAME_BYTES of them, in the last frame of a range what is left
+          0 | one line of UTF-8: the other side does not have the bytes
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """Raises WeightsNotFoundError if the other side has no such bytes. `left_bytes` of the range are due."""
+    """Raises WeightsNotFoundError if the other side lacks the bytes. `left_bytes` of the range are due."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
             one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there"

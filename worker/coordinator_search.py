@@ -81,7 +81,6 @@ class CoordinatorSearch:
         self._has_more.set()
 
     def _dropped(self, place: Place) -> bool:
-        """Drops the place and returns True if it has failed often enough."""
         if place.failures < _FALSE_AFTER:
             return False
         self._places.remove(place)

@@ -130,7 +130,6 @@ def _reason(error: OSError) -> str:
 async def _connected(
     host: str, port: int, authority: bytes | None, name: str
 ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """`name` is the name that the other side's certificate must have, if it is verified."""
     context, limit, where = _context(authority), enrolment.MAX_ENROLMENT_BYTES, joined_address(host, port)
     try:
         async with deadline(f"connecting to {where}", _CONNECT_S):

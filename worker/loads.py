@@ -173,7 +173,7 @@ class Loads:
         return MemberLinks(epoch, group, links, session.deadlines, self._report)
 
     async def _report(self, fault: GroupFault | PeerUnreachable) -> None:
-        """Reports to the coordinator. Another worker's fault is not logged as an error: it would explain this one's
+        """Reports to the coordinator; another's fault is no error here, since the last error explains this one's
         end."""
         level = logging.ERROR if fault.worker == self._worker.name else logging.INFO
         whose = "" if fault.reason.startswith(f"worker {fault.worker}") else f"worker {fault.worker}: "

@@ -81,8 +81,6 @@ def _retrieved(writing: asyncio.Task[None]) -> None:
 
 
 class Member:
-    """One membership, from the handshake until the coordinator ends it or is lost."""
-
     def __init__(self, worker: Worker, credentials: Credentials) -> None:
         self._worker = worker
         self._credentials = credentials

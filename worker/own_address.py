@@ -39,7 +39,6 @@ class Route:
         return cls(*lasting[0], port)
 
     def own_host(self) -> str:
-        """Returns the address from which this machine reaches the coordinator. Raises WorkerError without a route."""
         host = source_host(self.host, self.family, self.port)
         if host is None:
             raise WorkerError(f"{self.host} cannot be reached: this machine has no route there")

@@ -70,7 +70,6 @@ class Requests:
             raise
 
     def _profile(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
-        """Omits the model's steps if its file is missing."""
         worker, before_bytes = self._session.worker, resident_bytes()
         try:
             path = request.model_path

@@ -60,7 +60,6 @@ class StageService:
 
     @property
     def experts_cache(self) -> CacheCounts:
-        """Counts of all stages since the worker's start."""
         there = (*self._stages.values(), *self._kept)
         return sum((streams.runner.experts_cache for streams in there), self._ended)
 
@@ -86,14 +85,12 @@ class StageService:
         self._stages.clear()
 
     async def free(self) -> None:
-        """Frees the stages of all models, kept ones too."""
         self.keep()
         while self._kept:
             await self._close(self._kept.pop())
 
     @property
     def kept_bytes(self) -> Counter[str]:
-        """Memory of kept stages by device."""
         return sum((Counter(streams.runner.device_bytes) for streams in self._kept), Counter())
 
     @property

@@ -42,9 +42,8 @@ _COORDINATOR_S = 20.0
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Returns the reason when the coordinator ends the cluster; a worker that stays waits for the next one instead.
-    Raises UsageError for a refusal at first, or if no address can be a coordinator's, WorkerError if a coordinator was
-    gone for longer than it said to wait."""
+    """Returns the reason when the coordinator ends the cluster, unless the worker stays. Raises UsageError if no
+    coordinator will take it at first, WorkerError if a lost one does not come back in time."""
     worker = _StaticWorker(settings)
     try:
         return await worker.run()
@@ -116,7 +115,6 @@ class _StaticWorker:
                 self._search.failed(place, await self._explained(place.address, error))
 
     def _tell_of_another(self, name: str) -> None:
-        """Warns of a cluster of another token, which this worker may be meant for."""
         if self._search.limit_s is None:
             what = "in this network, the cluster %s is announced, whose token this worker does not have"
             _log.warning(f"{what}; copy the token file that its `llamaclust up` names", name)

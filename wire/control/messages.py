@@ -241,8 +241,6 @@ class RenewCertificate:
 
 @dataclass(frozen=True, slots=True)
 class CertificateRenewed:
-    """A certificate of the same name as the present one."""
-
     certificate: bytes  # DER
 
 

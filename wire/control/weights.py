@@ -19,8 +19,6 @@ class WeightSource:
 
 @dataclass(frozen=True, slots=True)
 class WeightSources:
-    """The digest of a model's bytes, and sources for a worker without a file of these bytes."""
-
     manifest: Digest
     manifest_bytes: Annotated[int, Integer(1, 1 << 26)]
     sources: Annotated[tuple[WeightSource, ...], Size(0, 256)]  # best first

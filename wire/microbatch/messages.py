@@ -12,15 +12,14 @@ from llamaclust.core.sampling import MatcherStart, RowResult, RowTask
 class Chunk:
     """Consecutive tokens of one sequence to compute now: one in decode, more in prefill.
 
-    tokens[i] stands at `position` + i. `table` maps positions to KV blocks of 16 tokens, as runs of consecutive ids
-    (start, count, start, count, ...); position p lies in the table's block p
-
-    16. The last `outputs` rows are sampled or scored. With `depends_on` the only token is the one sampled at that row,
-    unknown when the chunk is sent; tokens is then (0,). `window_table` has the KV blocks of layers with a sliding
-    window that have their own, from the table's block number `window_start` on. The result has the normed hidden state
-    of the `embedded` rows [first, end) of the chunk. An MTP head reads `next_token`, the one behind the last where it
-    is known, and drafts `drafts` tokens behind the token that the last row with logits chooses. With `checked` the
-    microbatch fails at the first stage whose hidden state of the chunk is not finite."""
+    tokens[i] stands at `position` + i. `table` has the KV blocks of 16 tokens from the sequence's first on, as runs of
+    consecutive ids (start, count, start, count, ...); `window_table` has those of layers with a sliding window that
+    have their own, from the table's block number `window_start` on. The last `outputs` rows are sampled or scored.
+    With `depends_on` the only token is the one sampled at that row, unknown when the chunk is sent; tokens is then
+    (0,). The result has the normed hidden state of the `embedded` rows [first, end). An MTP head reads `next_token`,
+    the one behind the last where it is known, and drafts `drafts` tokens behind the token that the last row that
+    counts chooses. With `checked` the microbatch fails at the first stage whose hidden state of the chunk is not
+    finite."""
 
     tokens: tuple[int, ...]
     position: int
@@ -62,8 +61,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """The last stage's tasks for microbatch (epoch, number), one per output row; `released` matchers are dropped
-    first."""
+    """The last stage's tasks for microbatch (epoch, number), one per output row; it drops `released` matchers first."""
 
     epoch: int
     number: int

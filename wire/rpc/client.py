@@ -1,6 +1,5 @@
-"""The calling side of gRPC: channel options, own and expected identity, broken streams as errors.
-
-This file and `server.py` alone make channels and servers. Streams carry bytes, which codecs read."""
+"""The calling side of gRPC: channel options, own and expected identity, broken streams as errors. This file and
+`server.py` alone make channels and servers. Streams carry bytes, which codecs read."""
 
 from __future__ import annotations
 
@@ -73,7 +72,6 @@ class ClientStream:
     _call: Any
 
     def __init__(self, call: Any, address: str, worker: str | None, most_bytes: int) -> None:
-        """`most_bytes` bounds a received message."""
         self._call = call
         self.address = address
         self._worker = worker
@@ -166,9 +164,8 @@ class UnixClientStream(ClientStream):
 
 
 class Peer:
-    """A channel to one process. With a token, every call shows it; with certificates, the other side must be
-    `principal`. A broken connection is noticed within `patience_s` even while nothing is sent; None leaves the time to
-    gRPC."""
+    """A channel to one process, which must be `principal` if there are certificates. Broken connections are noticed
+    within `patience_s` even while nothing is sent; None leaves the time to gRPC."""
 
     def __init__(
         self,

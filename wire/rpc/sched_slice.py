@@ -37,7 +37,7 @@ def short_slices() -> Iterator[None]:
 
 
 def _attributes(thread_id: int) -> tuple[int, ...] | None:
-    """Returns None without such a call in the system, and for threads of a real-time, batch or idle class."""
+    """Returns None if the system lacks the call, and for threads of a real-time, batch or idle class."""
     buffer = ctypes.create_string_buffer(_ATTRIBUTES.size)
     if not _call(1, thread_id, buffer, _ATTRIBUTES.size, 0):
         return None

@@ -17,8 +17,6 @@ class Sink(Writable, Protocol):
 
 
 class SendQueue:
-    """Messages for one stream, which `run` sends in order."""
-
     def __init__(self, stream: Sink, what: str, seconds: float) -> None:
         """`what` names a message in errors; `seconds` limits the time to hand one on."""
         self._stream = stream

@@ -158,7 +158,6 @@ class _Entry:
 
     @contextmanager
     def call(self, context: Any) -> Iterator[None]:
-        """Registers a call under way from any caller, whose connection has shown a certificate."""
         task = asyncio.current_task()
         assert task is not None
         self._calls.add(task)
@@ -256,8 +255,7 @@ class Server:
     async def start(
         cls, address: str, credentials: Credentials, handlers: Mapping[str, Handler], handshake_s: float = HANDSHAKE_S
     ) -> Server:
-        """Serves streams by full method name; port 0 is any free one. Raises UsageError if the address cannot be
-        had."""
+        """Serves streams by method name; port 0 is any free one. Raises UsageError if the address cannot be had."""
         check_address(address, credentials)
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)
@@ -295,7 +293,6 @@ class Server:
         return int(self.address.rpartition(":")[2])
 
     async def stop(self, grace_s: float) -> None:
-        """Ends streams after `grace_s` at the latest."""
         await self._server.stop(grace_s)
         self._handshakes.close()
         await self._entry.ended()

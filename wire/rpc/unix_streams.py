@@ -31,7 +31,6 @@ class UnixCall:
     """A stream that this process opens, with the interface of gRPC's calls; it connects at once."""
 
     def __init__(self, path: str, method: str, metadata: Metadata, most_bytes: int, *, wait_for_ready: bool) -> None:
-        """`most_bytes` bounds a received message; with `wait_for_ready` it connects until the other side is there."""
         self._connection = UnixConnection(self._control, self._lost, most_bytes)
         self._accepted: asyncio.Future[Metadata] = asyncio.get_running_loop().create_future()
         self._status: tuple[grpc.StatusCode, str, Metadata] | None = None
@@ -49,7 +48,6 @@ class UnixCall:
         await self._connection.send(*messages)
 
     def try_write(self, *messages: bytes) -> bool:
-        """Returns True if the messages are sent already. Must not be called while `write` runs."""
         return self._status is None and not self._is_done_writing and self._connection.try_send(*messages)
 
     @property

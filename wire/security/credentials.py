@@ -1,6 +1,5 @@
-"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none.
-
-Names in certificates are host names below `<cluster>.llamaclust`: `coordinator` and `<name>.worker`."""
+"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none. Certificates
+have host names below `<cluster>.llamaclust`: `coordinator` and `<name>.worker`."""
 
 from __future__ import annotations
 

@@ -111,7 +111,6 @@ async def read_message(reader: asyncio.StreamReader) -> bytes | None:
 
 
 async def write_message(writer: asyncio.StreamWriter, data: bytes) -> None:
-    """Raises ProtocolError if the connection breaks."""
     assert len(data) <= MAX_ENROLMENT_BYTES
     writer.write(len(data).to_bytes(_LENGTH_BYTES, "big") + data)
     try:

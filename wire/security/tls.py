@@ -38,7 +38,7 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Raises UsageError for no member's certificate, or one that has ended, which a resumed session does not check."""
+    """Raises UsageError if the certificate is no member's, or has ended: a resumed session does not check that."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]

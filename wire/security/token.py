@@ -25,7 +25,6 @@ class ClusterToken:
 
     @classmethod
     def create(cls, path: Path) -> ClusterToken:
-        """Writes a new random token to a new file that only its owner may read."""
         token = cls(secrets.token_urlsafe(32))
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w") as file:
@@ -40,7 +39,6 @@ class ClusterToken:
         return cls(value)
 
     def matches(self, given: str | bytes | None) -> bool:
-        """Compares in constant time."""
         shown = given.encode(errors="surrogatepass") if isinstance(given, str) else given or b""
         return hmac.compare_digest(shown, self.value.encode())
 

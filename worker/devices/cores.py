@@ -89,8 +89,7 @@ def _kinds(cores: Sequence[Core]) -> str:
 
 
 def read_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> Cores:
-    """Reads /proc and /sys below `root`. Without topology a thread is a core; `affinity` is by default the
-    process's."""
+    """Reads /proc and /sys below `root`; without topology a thread is a core. `affinity`: the process's by default."""
     usable = sorted(os.sched_getaffinity(0) if affinity is None else affinity)
     efficiency, nodes = _efficiency(root, usable), _nodes(root)
     siblings: dict[str, list[int]] = {}

@@ -42,7 +42,6 @@ class Device:
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Device:
-        """Raises UsageError for a device or feature level that this machine does not have."""
         threads = settings.threads or physical_cores()
         level, folder = settings.feature_level, settings.packed_cache_dir
         packed_cache = None if folder is None else PackedCacheFolder(folder, settings.packed_cache_bytes)

@@ -1,5 +1,4 @@
 """Times of products with weights of quant types on this processor, for plans of models whose steps it cannot measure.
-
 Caches are flushed before each product of few rows, as between two tokens of a cluster."""
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Step times of a model on this worker, measured as a stage computes them: on one layer, on some, and on the last one
-with the head.
-
-Between two steps of a cluster this process sleeps, and others read weights. So before each measured step, memory that
-no cache holds is read: weights come from memory, and Python's code is cold. Rows differ, so that rows of a mixture
-choose different experts."""
+with the head. Between two steps of a cluster this process sleeps, and others read weights. So before each measured
+step, memory that no cache holds is read: weights come from memory, and Python's code is cold. Rows differ, so that
+rows of a mixture choose different experts."""
 
 from __future__ import annotations
 
@@ -75,8 +73,7 @@ GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
 
 
 _PROMPT_ROWS = 512
-"""The rows of one more try on mixtures: 128 rows read nearly all experts, so a line through fewer is no prompt's
-cost."""
+"""The rows of one more try on mixtures, whose cost for a prompt is on no line through fewer rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +215,12 @@ def _first_tried(costs: Sequence[LayerCost]) -> int:
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
-    """Returns ranges of one layer, of some, and of the last one. Workers begin at different layers, to find them
-    cold."""
+    """Returns ranges of one layer, of some, and of the last one; workers begin at different ones, to find them cold."""
     start = place * some % (layers - some)
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
 
 def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
-    """Derives step times from differences between one layer, some, and the last one with the head."""
     heads: list[tuple[int, float]] = []  # (rows, seconds)
     for rows in one.seconds:
         stage_s, byte_s = _line(*((part.layers_bytes[rows], part.seconds[rows]) for part in (one, some)))

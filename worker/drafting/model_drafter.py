@@ -25,9 +25,8 @@ class ModelDrafter:
         self._caches = SequenceCaches(stage.limits.kv_blocks)
 
     def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """Makes no draft for a sequence of which the model lacks too many tokens or memory, or does not know one. A
-        draft ends before a row whose logits are not finite; its `taken_in` is 0, as without memory, so the sequence
-        gets no more."""
+        """Makes no draft without memory, or for too many or unknown tokens. A draft ends before logits that are not
+        finite; `taken_in` is then 0, so the sequence gets no more."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
         replies = {order.key: DraftReply(order.key, order.length, order.most > 0, (), 0) for order in orders}

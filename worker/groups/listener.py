@@ -63,8 +63,6 @@ Take = Callable[[socket.socket], None]
 
 
 class LinkListener:
-    """Listens for all groups of a worker, at one address at a time."""
-
     def __init__(self) -> None:
         self.address = ""  # where it listens; "": it does not
         self.refusals = RefusalLog(_log)  # of who knows a hello

@@ -49,7 +49,7 @@ class Compute:
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
-        """Returns or raises as `job` does. A cancelled job still ends first; one on the event loop stops heartbeats."""
+        """Returns or raises as `job` does. A cancelled job that has begun still ends before the next begins."""
         if expected_ns < self._inline_ns and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))

@@ -1,5 +1,4 @@
-"""A member of a group that does not lead: a thread of its own computes its portion of each step that the leader
-announces."""
+"""A member of a group that does not lead: its own thread computes its portion of each step that is announced."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 _TOKENS_BYTES = 1 << 20  # beside a frame
 _STEP_S = 60.0
-"""The time in which a step ends that no link keeps waiting any more."""
+"""The longest time that a step takes to end once its links are closed."""
 
 
 class FollowingStage:

@@ -14,7 +14,6 @@ class Incoming:
 
     @property
     def is_there(self) -> bool:
-        """True if `next` returns at once."""
         return self._stream.has_message if self._reading is None else self._reading.done()
 
     def prepare(self) -> None:
@@ -22,8 +21,7 @@ class Incoming:
             self._reading = asyncio.create_task(self._stream.read())
 
     async def next(self, sending: asyncio.Future[None]) -> bytes | None:
-        """Returns None once the other side has ended the stream. Raises the error of `sending`, even before a
-        message."""
+        """Returns None once the other side has ended the stream. Raises the error of `sending` at once."""
         if sending.done():
             sending.result()
         if self._reading is None and (sending.done() or self._stream.has_message):

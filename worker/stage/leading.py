@@ -46,10 +46,9 @@ class Leader:
         self, frame: bytes, followed: Sequence[SampledTokens], rows: int, checked: Program | None = None
     ) -> Iterator[None]:
         """Announces a microbatch and the tokens that it depends on; the body computes the step. `checked` is the
-        stage's program, if numbers were not finite before.
-
-        Raises LinkError if a member does not take the step, or gives such numbers again; WorkerError passes, since all
-        members come to it; any other error becomes a MemberFailedError."""
+        stage's program, if numbers were not finite before. Raises LinkError if a member does not take the step, or
+        computes them again; WorkerError passes, since all members come to it; any other error becomes a
+        MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         self._links.bands = bands = self._choice.of(rows)
         self._links.send_step(self._epoch, self._steps, encode_step(frame, followed, bands))
@@ -84,7 +83,7 @@ class Leader:
 
 
 def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> bytes:
-    """Encodes the number of bands, those of token messages, in number order, and the received frame."""
+    """Encodes bands, the number of token messages, each behind its length, in number order, and the received frame."""
     parts = [_LENGTH.pack(bands), _LENGTH.pack(len(followed))]
     for sampled in followed:
         tokens = encode_sampled_tokens(sampled)

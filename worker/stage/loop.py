@@ -48,7 +48,6 @@ _Kind = tuple[str, int, int]
 
 
 def _kind(job: str, arrival: Arrival) -> _Kind:
-    """Counts attended keys too, since attention takes most of the time with a long context."""
     return job, arrival.rows.bit_length(), arrival.frame.attended.bit_length()
 
 

@@ -69,7 +69,6 @@ class MatchedAnswer:
     # -- the thread that makes matchers ----------------------------------------------------------------------------
 
     def begin_making(self) -> bool:
-        """Returns False if no matcher is needed any more."""
         self._matcher, self._begun_s = None, monotonic()
         return not self.is_released
 
@@ -142,7 +141,6 @@ class MatchedAnswer:
 
     @property
     def _is_slow(self) -> bool:
-        """True if the coordinator is told the time of its newest row."""
         return self._row_ns >= _TOLD_NS
 
     def has_drafted(self, row: MatcherRow) -> bool:

@@ -1,10 +1,8 @@
-"""Matchers of a last stage's answers, for grammars and budgets of reasoning.
-
-A thread makes them when sampling inputs arrive, while the stage computes; rows whose matcher is not ready are
-deferred: the coordinator sends them again. A row is sampled as if it had no grammar; only if the grammar refuses the
-token, all allowed tokens are computed and it is sampled again among these. Rows of a step share a bounded processor
-time. A matcher's state follows from grammar and tokens alone, so an answer continues on another pipeline with the same
-tokens."""
+"""Matchers of a last stage's answers, for grammars and budgets of reasoning. A thread makes them when sampling inputs
+arrive, while the stage computes; rows whose matcher is not ready are deferred: the coordinator sends them again. A row
+is sampled as if it had no grammar; only if the grammar refuses the token, all allowed tokens are computed and it is
+sampled again among these. Rows of a step share a bounded processor time. A matcher's state follows from grammar and
+tokens alone, so an answer continues on another pipeline with the same tokens."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A head for multi-token prediction (MTP) beside the layers of a last stage, which drafts.
-
-It has keys and values of every row that counted, in blocks of the same ids as the layers; those of drafted tokens are
-overwritten. Missing or wrong ones make drafts worse, but change no answer."""
+"""A head for multi-token prediction (MTP) beside the layers of a last stage, which drafts. It has keys and values of
+every row that counted, in blocks of the same ids as the layers; those of drafted tokens are overwritten. Missing or
+wrong ones make drafts worse, but change no answer."""
 
 from __future__ import annotations
 
@@ -32,7 +31,6 @@ def nextn_program_of(model: Model, limits: StageLimits) -> Program:
 
 
 def nextn_limits(limits: StageLimits) -> StageLimits:
-    """Limits the head to one row with logits per sequence, without windows and states."""
     outputs = min(limits.max_outputs, limits.max_sequences)
     return replace(limits, max_outputs=outputs, window_blocks=0, state_blocks=0)
 

@@ -265,7 +265,6 @@ class StageRunner:
         self._stage.gather_by(gatherer)
 
     def finish(self, logits: Logits, inputs: SamplingInputs) -> tuple[RowResult, ...]:
-        """Returns results of the last run's output rows. Raises ProtocolError if the tasks do not fit."""
         return row_results(self.finish_step(logits, StepInputs.read(encode_inputs(inputs))).rows)
 
     def finish_step(self, logits: Logits, inputs: StepInputs) -> StepOutputs:

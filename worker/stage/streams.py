@@ -26,13 +26,13 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _STEP_S = 60.0
-"""The time in which a step of a group's leader ends after its links are closed."""
+"""The longest time that a step of a group's leader takes to end once its links are closed."""
 
 _Use = Callable[[ClientStream], Coroutine[None, None, None]]
 
 
 async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, None, None]) -> None:
-    """Ends the stream after the work, on which nothing comes but its end; an early one raises WorkerError."""
+    """Does the work, then ends the stream. Raises WorkerError if the other side ends the stream before."""
     is_done = False
 
     async def working() -> None:
@@ -61,8 +61,6 @@ def _check_caller(stream: ServerStream, expected: Principal) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The stages that this one calls, and the workers of those that call it."""
-
     on_lost: Callable[[Peer, str], Awaitable[None]]  # called with a neighbour that cannot be reached and why
     next: Peer | None = None  # None: this is the last
     first: Peer | None = None  # of the last stage, which receives the sampled tokens; None: this is the first

@@ -31,8 +31,6 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Timeouts in seconds."""
-
     connect_s: float = 10.0
     frame_s: float = 30.0  # for one frame
     source_s: float = 30.0  # for anything at all from a source that fails again and again
@@ -269,7 +267,7 @@ class WeightFetch:
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
-    """Ends after the thread even if cancelled, since the file is in use, and closes a part that was opened."""
+    """Waits for the thread even if cancelled, since the file is in use, and closes a part that was opened."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

@@ -82,8 +82,6 @@ async def load_adapters(
 
 @dataclass(slots=True)
 class _Opened:
-    """A model or an adapter: a file of this machine, or the present part of one that others have."""
-
     file: ModelFile
     number: int | None = None  # of an adapter
     remote: RemoteFile | None = None
@@ -158,7 +156,7 @@ class _Files(AsyncExitStack):
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Ends after the thread even if cancelled, which its next progress does: it would hold memory and the next load."""
+    """Waits for the thread even if cancelled: it ends at its next progress, and holds memory until then."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)

@@ -21,8 +21,8 @@ from llamaclust.worker.weights.weights import Weights, key_of
 
 
 class RemoteFile:
-    """Keeps fetched weights while it is entered. Raises LlamaclustError without a cache, ModelFileError for other
-    files."""
+    """Keeps fetched weights while it is entered. Raises LlamaclustError without a cache, ModelFileError for another
+    file."""
 
     def __init__(
         self,

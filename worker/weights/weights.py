@@ -68,7 +68,7 @@ Reach = Callable[[WeightSource], Peer]
 
 
 class Weights:
-    """The weights of one worker. Without a `cache` it neither fetches nor gives any."""
+    """The weights of one worker. Without a `cache`, weights are neither fetched nor given."""
 
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
@@ -124,8 +124,6 @@ class Weights:
         return plain if plain is None or wanted.adapter is None else self.open_adapter(wanted.adapter, plain)
 
     def manifest_of(self, file: ModelFile, progress: Progress) -> FileManifest:
-        """Returns the manifest of the file as it is now; see `FileManifests.of`."""
-
         def begin(total_bytes: int) -> None:
             progress.done_bytes, progress.total_bytes = 0, total_bytes
 
@@ -154,7 +152,6 @@ def _downloaded(models_dir: Path | None, name: str) -> list[Path]:
 
 
 def _chosen(read: Callable[[Path], ModelFile], places: Sequence[Path], identity: str) -> ModelFile | None:
-    """Returns the first undamaged file with this identity. Raises ModelFileError if there are only others."""
     errors: list[ModelFileError] = []
     for place in places:
         try:

@@ -1,4 +1,4 @@
-"""A lane's draft model at work: it gets what the scheduler orders, one batch after the other."""
+"""A lane's draft model at work: it gets the scheduler's orders, one batch after the other."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from llamaclust.core.drafts import DraftReplies
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
-"""Of one batch: a model that takes longer is disabled."""
+"""Seconds for one batch; a model that takes longer is disabled."""
 _SLICE_S = 1.0
-"""Of the deadline: while the whole process is paused, however long, no more than one ends."""
+"""Seconds of one part of the deadline: a pause of the whole process, however long, ends at most one part."""
 
 _log = logging.getLogger(__name__)
 
 
 class DraftRunner:
-    """Sequences wait for drafts, so whatever goes wrong with the model, they go on without it."""
+    """Runs a lane's draft model. Sequences wait for its drafts, so if it fails in any way, they go on without it."""
 
     def __init__(self, scheduler: Scheduler, drafted: Callable[[], None]) -> None:
-        """`drafted` is called when there may be something to send."""
+        """Takes a callback for when there may be something to send."""
         self._scheduler = scheduler
         self._drafted = drafted
         self._task: asyncio.Task[None] | None = None
 
     def request(self) -> None:
-        """Gives the model what there is for it to do, unless it is busy."""
+        """Gives the model its next orders, unless it is busy."""
         speculation = self._scheduler.speculation
         if speculation is None or (drafts := speculation.model_drafts) is None or self._task is not None:
             return
@@ -65,7 +65,7 @@ class DraftRunner:
 
 
 async def _in_time(drafting: Awaitable[DraftReplies]) -> DraftReplies:
-    """DeadlineError for a model that does not answer while this process runs."""
+    """Raises DeadlineError for a model that does not answer while this process runs."""
     awaited = asyncio.ensure_future(drafting)
     try:
         for _ in range(round(_DEADLINE_S / _SLICE_S)):

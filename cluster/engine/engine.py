@@ -1,4 +1,4 @@
-"""Runs requests on a pipeline: schedule, run, complete. What to run is the scheduler's decision."""
+"""Runs requests on a pipeline: schedule, run, complete. The scheduler decides what to run."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """When each of the results that came together was computed: the stages that took least computed the later ones
-    after it."""
+    """Returns when each of the results that came together was computed, by the fastest stage's times of the later
+    ones."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
@@ -46,7 +46,7 @@ def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
 
 
 class EngineState(StrEnum):
-    """What an engine does with requests, for operators."""
+    """States of an engine as operators see them."""
 
     READY = "ready"
     ASLEEP = "asleep"  # the model is not loaded: requests are accepted, and wake it
@@ -57,8 +57,6 @@ class EngineState(StrEnum):
 
 
 class _Phase(Enum):
-    """What an engine's pipeline does."""
-
     RUNNING = auto()
     ASLEEP = auto()  # until `resume`
     LOST = auto()  # until `resume` or `give_up`
@@ -67,10 +65,10 @@ class _Phase(Enum):
 
 
 class Engine:
-    """A context manager: runs while it is open. Pipelines are their owner's to close, after the engine.
+    """A context manager that runs while it is open. The pipelines' owner closes them, after the engine.
 
     A lost pipeline closes the engine. With an `owner`, requests wait instead, until `resume` with another pipeline or
-    `give_up`. Without stages, a pipeline is still to be loaded: the engine sleeps until `resume`.
+    `give_up`. A pipeline without stages is still to be loaded: the engine sleeps until `resume`.
     """
 
     def __init__(
@@ -109,27 +107,25 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
-        """True while there is a pipeline that works."""
         return self._phase is _Phase.RUNNING
 
     @property
     def scheduler(self) -> Scheduler:
-        """Of the lane that gets new requests."""
+        """The scheduler of the lane that gets new requests."""
         return self._lane.scheduler
 
     @property
     def schedulers(self) -> tuple[Scheduler, ...]:
-        """Of all lanes, that with new requests first."""
+        """Schedulers of all lanes, the one with new requests first."""
         return tuple(lane.scheduler for lane in self._lanes)
 
     @property
     def suspects_request(self) -> bool:
-        """Whether a request may be why the pipeline failed more than once."""
+        """True if a request may be why the pipeline failed more than once."""
         return any(scheduler.strikes.isolated is not None for scheduler in self.schedulers)
 
     @property
     def counts(self) -> Counts:
-        """Of all lanes together."""
         return sum((scheduler.counts for scheduler in self.schedulers), self._ended)
 
     @property
@@ -152,11 +148,9 @@ class Engine:
         return RequestStream(partial(self.begin, request))
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
-        """Queues a request. Raises RequestError, QueueFullError, or WorkerError where the engine refuses or is down.
-
+        """Queues a request. Raises RequestError, QueueFullError, or WorkerError if the engine refuses or is down.
         Requests are accepted while it drains: the API refuses new ones, and accepted ones still submit their further
-        choices.
-        """
+        choices."""
         if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
@@ -174,11 +168,11 @@ class Engine:
         return submitted
 
     def prepare_matchers(self) -> None:
-        """Answers with a matcher are about to come: the last stage prepares while their grammars are checked."""
+        """Has the last stage prepare for matchers while the grammars of coming answers are checked."""
         self._lane.pipeline.prepare_matchers()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Waits for the requests it has; False where some are left after `timeout_s`."""
+        """Waits for open requests; False if some are left after `timeout_s`."""
         self._is_draining = True
         try:
             async with asyncio.timeout(timeout_s):
@@ -190,7 +184,6 @@ class Engine:
     # -- schedule, run, complete -----------------------------------------------------------------------------------
 
     def completed(self, lane: Lane, results: Sequence[Result]) -> None:
-        """Takes in results of a lane."""
         now_ns, drafts, completed = monotonic_ns(), lane.scheduler.drafts, list[Completed]()
         try:
             for result, done_ns in zip(results, _done_ns(results, now_ns), strict=True):
@@ -231,7 +224,6 @@ class Engine:
         return completed
 
     def _abort(self, key: int, error: LlamaclustError | None = None) -> None:
-        """Ends a request: cancelled, or failed with an error."""
         for lane in self._lanes:
             if lane.scheduler.abort(key) is not None:
                 self.requests.abort(key, error)
@@ -246,8 +238,8 @@ class Engine:
     # -- lanes -----------------------------------------------------------------------------------------------------
 
     def resume(self, pipeline: Pipeline, settings: SchedulerSettings) -> Retirement | None:
-        """Continues on a new pipeline. Where the present one works, it retires: its sequences move without a pause.
-        Where it is lost, every sequence is computed again from its own tokens."""
+        """Continues on a new pipeline. The present one retires if it works: its sequences move without a pause. If it
+        is lost, every sequence is computed again from its own tokens."""
         if self._phase is _Phase.CLOSED:
             return None
         self._end_retirement()
@@ -271,7 +263,6 @@ class Engine:
         return retirement
 
     def _hurry(self, retirement: Retirement) -> None:
-        """It has lasted for long enough."""
         if retirement is self.retirement:
             retirement.hurry()
             self._advance_retirement()
@@ -283,25 +274,23 @@ class Engine:
                 self._end_retirement()
 
     def _end_retirement(self, error: LlamaclustError | None = None) -> None:
-        """At its end, or before it with an error: then what is left of it is computed again."""
+        """Ends a retirement, if there is one. Sequences that are left, as after an error, are computed again."""
         if self.retirement is not None:
             ended, self.retirement = self.retirement, None
             self._ended += ended.end(error)
 
     def lane_lost(self, lane: Lane, error: BaseException) -> None:
-        """A lane cannot go on."""
         self._lose(lane, error)
 
     def kv_restored(self, tokens: int) -> None:
-        """KV memory of so many tokens was read from disk."""
         self.metrics.restored(tokens)
 
     def lose(self, error: LlamaclustError) -> None:
-        """The pipeline that gets new requests failed."""
+        """Handles a failure of the pipeline that gets new requests."""
         self._lose(self._lane, error)
 
     def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
-        """A pipeline failed, in this microbatch where that is known: a request in flight may be the cause."""
+        """Handles a pipeline's failure, in this microbatch if that is known: a request in flight may be the cause."""
         if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
             self.interrupt(error)
             return
@@ -330,8 +319,8 @@ class Engine:
         self._owner.pipeline_lost(failure)
 
     def sleep(self, *, gives_way: bool = False) -> bool:
-        """Gives up the pipeline, until `resume`, if no request is open; whether it does. An engine that gives way does
-        with open requests, too: they are computed again from their own tokens."""
+        """Gives up the pipeline until `resume`, unless requests are open; returns True if it does. With `gives_way`
+        open requests do not matter: they are computed again from their own tokens."""
         if self._phase is _Phase.CLOSED or not (gives_way or self.requests.are_empty):
             return False
         self._lane.stop()

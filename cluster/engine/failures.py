@@ -1,4 +1,4 @@
-"""A pipeline's failure, as its owner gets it: the worker at fault, requests in flight, and those that end with it."""
+"""A pipeline's failure as its owner gets it: the worker at fault, requests in flight, and those that end with it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.wire.microbatch.messages import Result
 
 
 class EngineOwner(Protocol):
-    """Keeps a pipeline under an engine: while there is none, requests wait."""
+    """The keeper of an engine's pipeline; while there is none, requests wait."""
 
     def pipeline_lost(self, failure: PipelineFailure) -> None: ...
 
@@ -25,13 +25,13 @@ class EngineOwner(Protocol):
         ...
 
     def rows_failed(self, key: int) -> None:
-        """A request ends since rows of it have no result, on the worker that was suspected for them and elsewhere."""
+        """Reports that a request ends, as rows of it have no result on the suspected worker and elsewhere."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineFailure:
-    """`error` names the worker at fault, where that is known."""
+    """A failure, whose `error` names the worker at fault if that is known."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()  # keys of those in flight
@@ -40,7 +40,6 @@ class PipelineFailure:
 
     @property
     def causes(self) -> frozenset[int]:
-        """Keys of the requests that were the cause."""
         return frozenset(key for key, error in self.ended.items() if isinstance(error, RequestFailedError))
 
 
@@ -53,8 +52,8 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Returns the failure of a microbatch, or of all in flight. Results that break the protocol come from the last
-    stage."""
+    """Returns the failure of a microbatch, or of all in flight. Results that break the protocol are the last stage's
+    fault."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)
@@ -65,15 +64,14 @@ def failure_of(
 
 
 def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> PipelineFailure:
-    """The failure of rows, at least one, for which the last stage gave no result."""
     worker = stages[-1].worker
     error = WorkerError(f"worker {worker}: {faults[-1].failure}", worker=worker)
     return PipelineFailure(error, frozenset(fault.key for fault in faults), is_repeated=True)
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
-    """A worker is the cause that alone was at fault: no other one could take its place, and other stages computed the
-    same request, or it computed nothing at all meanwhile."""
+    """Returns the error that a request ends with. A worker is the cause if it alone was at fault: no other could take
+    its place, and other stages computed the same request, or nothing at all was computed meanwhile."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):

@@ -1,6 +1,6 @@
 """KV memory on disk, as an engine uses it: prompts are written after their first token, and read before they run.
 
-Blocks are read and written while no microbatch in flight uses them, beside those that others use: stages do not wait.
+Blocks are read and written while no microbatch in flight uses them, beside blocks in use: stages do not wait.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LEAST_BLOCKS = 8
-"""Fewer are computed about as soon as they are read."""
+"""The fewest blocks worth reading: fewer are computed about as soon."""
 _MOST_BLOCKS = 4096
-"""Of a prompt; wire.control.kv_disk.MAX_KEYS allows as many."""
+"""The most blocks of a prompt; wire.control.kv_disk.MAX_KEYS allows as many."""
 _SAVED_TOGETHER = 32
-"""Blocks that are held while they are written, and that make a file of each stage."""
+"""Blocks that are held while they are written, and that make one file of each stage."""
 _MOST_SAVES = 8
-"""Prompts that wait to be written; further ones are not."""
+"""The most prompts that wait to be written; further ones are not written."""
 
 
 class KvDisk:
-    """Of one lane. Does nothing without disks, the prefix cache, or where layers have a window group."""
+    """KV memory on disk for one lane. It does nothing without disks or the prefix cache, or with a window group."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings
@@ -51,11 +51,9 @@ class KvDisk:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is read or written, or is to be."""
         return self._pending == 0
 
     def start(self) -> None:
-        """The pipeline begins; sequences that wait may be on disk."""
         if self._disks is not None:
             self._is_running = True
             self._begin(self._save_prompts(self._disks))
@@ -63,7 +61,7 @@ class KvDisk:
                 self.arrived(sequence)
 
     def stop(self) -> None:
-        """The pipeline ends: sequences that wait for it wait no more."""
+        """Cancels transfers; sequences that wait for them go back to the queue."""
         self._is_running = False
         for task in self._tasks:
             task.cancel()
@@ -76,7 +74,7 @@ class KvDisk:
         task.add_done_callback(self._tasks.discard)
 
     def arrived(self, sequence: Sequence) -> None:
-        """A sequence waits to be computed: it waits on while its KV memory is read, if there is enough of it."""
+        """Has a sequence wait while its KV memory is read, if there is enough of it."""
         if self._disks is None or not self._is_running or self._scheduler.strikes.isolated is not None:
             return
         if len(self._transfers.missing(sequence)) >= _LEAST_BLOCKS:
@@ -85,7 +83,7 @@ class KvDisk:
             self._begin(self._restore_prompt(self._disks, sequence))
 
     def completed(self, number: int, sequences: Iterable[Sequence]) -> None:
-        """A microbatch came back, with answers for these sequences."""
+        """Takes in that a microbatch came back, with answers for these sequences, whose prompts are then written."""
         if not self._is_running:
             return
         for awaited, returned in self._returns:
@@ -114,7 +112,7 @@ class KvDisk:
                 self._lane.launch_soon()
 
     async def _restored(self, disks: KvDisks, sequence: Sequence) -> int:
-        """How many blocks can be shared that could not before."""
+        """Returns how many more blocks can be shared."""
         missing = self._transfers.missing(sequence)[:_MOST_BLOCKS]
         count = await disks.find(sequence.kv.keys[missing.start : missing.stop])
         if count < _LEAST_BLOCKS:
@@ -138,8 +136,8 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Returns when the microbatches have come back that are in flight now. They may use a block that was given up,
-        or have yet to fill one that can be shared."""
+        """Waits for the microbatches that are in flight now: they may use a block that was given up, or have yet to
+        fill one that can be shared."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -147,7 +145,8 @@ class KvDisk:
             await returned
 
     def _failed(self, error: LlamaclustError) -> None:
-        """A stage did not read or write. A lost worker ends the pipeline by itself."""
+        """Logs a stage's failure to read or write; a deadline ends the lane. A lost worker ends the pipeline by
+        itself."""
         _log.warning("KV memory on disk: %s", error)
         if isinstance(error, DeadlineError):
             self._lane.disk_hangs(error)
@@ -165,7 +164,7 @@ class KvDisk:
                 self._pending -= 1
 
     async def _save(self, disks: KvDisks, keys: Items[bytes]) -> None:
-        """The blocks of a prompt that are not there, some at a time, until some stage does not keep them."""
+        """Writes the blocks of a prompt that are not on disk, some at a time, until some stage does not keep them."""
         start = await disks.find(keys)
         while start < len(keys) and self._scheduler.strikes.isolated is None:
             saved = await self._saved(disks, keys[: start + _SAVED_TOGETHER], start)
@@ -174,7 +173,7 @@ class KvDisk:
             start += saved
 
     async def _saved(self, disks: KvDisks, keys: Items[bytes], start: int) -> int:
-        """How many blocks from `start` on are on disk now; 0 where some stage does not keep them all."""
+        """Returns how many blocks from `start` on are on disk now; 0 if some stage does not keep them all."""
         transfer = self._transfers.begin_save(keys, start)
         if transfer is None:
             return 0

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class Lane:
-    """Sends the microbatches that its scheduler makes, from `start` until `stop`. A microbatch whose result never comes
-    means that the pipeline is lost."""
+    """Sends its scheduler's microbatches from `start` until `stop`. A microbatch whose result never comes means that
+    the pipeline is lost."""
 
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler, engine: Engine, deadlines: EngineSettings) -> None:
         self.pipeline = pipeline
@@ -45,7 +45,7 @@ class Lane:
         self.launch_soon()
 
     def stop(self) -> None:
-        """Results that come later are ignored."""
+        """Stops the lane; results that come later are ignored."""
         self._is_running = False
         self.kv_disk.stop()
         self._draft_runner.stop()
@@ -56,26 +56,23 @@ class Lane:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def restored(self, tokens: int) -> None:
-        """KV memory of so many tokens was read."""
         self._engine.kv_restored(tokens)
 
     def disk_hangs(self, error: DeadlineError) -> None:
-        """A stage does not answer, and may still use blocks: its pipeline cannot go on."""
+        """Gives up the pipeline: a stage that does not answer may still use blocks."""
         self._engine.lane_lost(self, error)
 
     def arrived(self, sequence: sequences.Sequence) -> None:
-        """A sequence waits: it is computed soon, or read from disk before."""
         self.kv_disk.arrived(sequence)
         self.launch_soon()
 
     def launch_soon(self) -> None:
-        """After the loop's other callbacks: requests that come together start together."""
+        """Calls `launch` after the loop's other callbacks, so that requests that come together start together."""
         if self._is_running and not self._is_launch_due:
             self._is_launch_due = True
             asyncio.get_running_loop().call_soon(self.launch)
 
     def launch(self) -> None:
-        """Sends what there is to send."""
         self._is_launch_due = False
         self._guard(self._send_all)
 
@@ -89,7 +86,7 @@ class Lane:
         self._guard(lambda: self._engine.completed(self, results))
 
     def _guard(self, work: Callable[[], None]) -> None:
-        """Work that the event loop calls: an error ends the pipeline, so that readers get it."""
+        """Runs work for the event loop; an error ends the pipeline, so that readers get it."""
         if not self._is_running:
             return
         try:

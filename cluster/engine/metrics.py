@@ -22,7 +22,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _RECOVERIES = 16
 _PREFILL_ROWS = 32
-"""Microbatches of at least so many rows are bound by arithmetic, as prompts are."""
+"""Rows from which a microbatch is bound by arithmetic, as prompts are."""
 _TTFT = "time_to_first_token_seconds", "From arrival to answer"
 _TPOT = "time_per_output_token_seconds", "Mean of a request"
 _DURATION = "request_duration_seconds", "From arrival to the last token"
@@ -37,7 +37,7 @@ _BUCKETS: dict[tuple[str, str], Sequence[float]] = {
     _ROWS: tuple(1 << power for power in range(13)),
     _RECOVERY: (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
 }
-"""Of histograms, by name and description: those of OpenTelemetry's conventions, and shorter and longer ones."""
+"""Buckets of histograms by name and description: those of OpenTelemetry's conventions, and shorter and longer ones."""
 _LABELS: dict[tuple[str, str], Sequence[str]] = {
     _TTFT: ("operation",),
     _TPOT: ("operation",),
@@ -48,7 +48,7 @@ _LABELS: dict[tuple[str, str], Sequence[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """One stage so far; means are over all its microbatches, shares and rates over the last ten seconds."""
+    """Figures of one stage: means over all its microbatches, shares and rates over the last ten seconds."""
 
     worker: str
     layers: tuple[float, float]  # half-open, with fractions inside a layer
@@ -65,8 +65,6 @@ class StageReport:
 
 @dataclass(frozen=True, slots=True)
 class EndedRequest:
-    """A sequence that has ended."""
-
     reason: str  # a finish reason or `error`
     timings: Timings
     seconds: float  # since it was submitted
@@ -76,7 +74,7 @@ class EndedRequest:
 
 @dataclass(slots=True)
 class RequestSums:
-    """Over all requests that ended."""
+    """Sums over all requests that ended."""
 
     prompt_s: float = 0.0  # from start to first token
     answer_s: float = 0.0  # from first token to last
@@ -142,8 +140,8 @@ class _StageMeter:
 
 
 class Metrics(Collector):
-    """The metrics of one engine; values of the scheduler and the stages are read at each scrape. `now_ns` values come
-    from one monotonic clock."""
+    """Metrics of one engine. Values of the scheduler and the stages are read at each scrape; `now_ns` values come from
+    one monotonic clock."""
 
     def __init__(self, stages: Sequence[StageInfo], counts: Callable[[], Counts], clock_ns: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -172,39 +170,34 @@ class Metrics(Collector):
         self.registry.register(self)
 
     def restart(self, stages: Sequence[StageInfo]) -> None:
-        """Other stages from now on."""
         self._meters = [_StageMeter(stage, self._clock_ns()) for stage in stages]
 
     def recovered(self, seconds: float) -> None:
-        """Requests continue after a pause of so many seconds for a recovery."""
         self._histograms[_RECOVERY].observe(seconds)
         self.recovery_s.append(seconds)
 
     def restored(self, tokens: int) -> None:
-        """KV memory of so many prompt tokens was read from disk."""
         self._restored.inc(tokens)
 
     def sampled(self, tokens: int, now_ns: int) -> None:
-        """So many tokens were sampled."""
         if tokens:
             self._generated.inc(tokens)
             self._speed.sampled(tokens, now_ns)
 
     def drafted(self, drafts: DraftCounts, now_ns: int) -> None:
-        """These were computed."""
         if drafts.drafts:
             self.drafts += drafts
             self._speed.drafted(drafts, now_ns)
 
     def completed(self, result: Result, now_ns: int) -> None:
-        """A microbatch of these stages is back."""
         for meter, timing in zip(self._meters, result.timings, strict=False):
             meter.add(timing, now_ns)
         if result.timings:
             self._histograms[_ROWS].observe(result.timings[0].rows)
 
     def finished(self, request: EndedRequest) -> None:
-        """The times of one that is restored with a part of its answer say nothing of the cluster's speed."""
+        """Counts a request that ended. Times of one that was restored with a part of its answer say nothing of the
+        cluster's speed."""
         timings, operation = request.timings, request.operation
         self._finished.labels(request.reason).inc()
         self._prompt.inc(timings.prompt_tokens)
@@ -222,26 +215,23 @@ class Metrics(Collector):
 
     @property
     def generated_tokens(self) -> int:
-        """Sampled so far."""
         return int(next(iter(self._generated.collect())).samples[0].value)
 
     @property
     def mean_rows(self) -> float:
-        """Of a microbatch, since the plan."""
+        """The mean rows of a microbatch on the present stages."""
         meters = self._meters[:1]
         return sum(meter.rows for meter in meters) / max(1, sum(meter.microbatches for meter in meters))
 
     def stage_report(self) -> tuple[StageReport, ...]:
-        """First stage first."""
         now_ns = self._clock_ns()
         return tuple(meter.report(now_ns) for meter in self._meters)
 
     def speed(self) -> MeasuredSpeed:
-        """Of the last requests; stages may have changed meanwhile."""
+        """Returns the speed of the last requests; stages may have changed meanwhile."""
         return self._speed.measured(self._clock_ns())
 
     def render(self) -> bytes:
-        """The text of `GET /metrics` (CONTENT_TYPE)."""
         return generate_latest(self.registry) + generate_latest(self.cluster)
 
     def collect(self) -> Iterator[Metric]:

@@ -17,7 +17,7 @@ class _Labelled(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """Each family once."""
+        """Yields each family once, with the samples of all models."""
         merged: dict[str, Metric] = {}
         for model, metrics in self._metrics.items():
             for family in metrics.registry.collect():
@@ -28,7 +28,7 @@ class _Labelled(Collector):
 
 
 def render_all(metrics: Mapping[str, Metrics]) -> bytes:
-    """The text of `GET /metrics`, by model. Those of the cluster have none."""
+    """Returns the text of `GET /metrics`, by model. The cluster's metrics have no model."""
     registry = CollectorRegistry()
     registry.register(_Labelled(metrics))
     clusters = {id(each.cluster): each.cluster for each in metrics.values()}

@@ -14,10 +14,8 @@ from llamaclust.wire.microbatch.messages import Result
 
 @dataclass(frozen=True, slots=True)
 class StageInfo:
-    """One stage of a running pipeline: layers [start, end) on a worker. `devices`: which of these its GPUs hold.
-
-    A stage that a group holds has an entry for each member, as in a plan.
-    """
+    """One stage of a running pipeline: layers [start, end) on a worker, of which its GPUs hold `devices`. A stage that
+    a group holds has an entry for each member, as in a plan."""
 
     worker: str
     start: int
@@ -29,24 +27,24 @@ class StageInfo:
 
     @property
     def layers(self) -> tuple[float, float]:
-        """With fractions inside a layer whose experts are divided."""
+        """The layers, half-open, with fractions inside a layer whose experts are divided."""
         return layer_place(self.start, self.expert_shards), layer_place(self.end, self.expert_shards)
 
 
 class KvDisks(Protocol):
-    """The disks of a pipeline's stages, for KV memory by the keys of its blocks: what is said of all stages holds for
-    each of them. LlamaclustError where one does not answer, DeadlineError where it may still use the blocks."""
+    """Disks of a pipeline's stages, by the keys of KV blocks; results hold for each stage. Raises LlamaclustError if a
+    stage does not answer, DeadlineError if it may still use the blocks."""
 
     async def find(self, keys: Sequence[bytes]) -> int:
-        """How many of the blocks all stages have, from the first one on."""
+        """Returns how many of the blocks all stages have, from the first one on."""
         ...
 
     async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Reads blocks from disk; how many all stages have read."""
+        """Reads blocks from disk; returns how many all stages have read."""
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes blocks, of the last keys, to disk; how many all stages have there now."""
+        """Writes blocks, of the last keys, to disk; returns how many all stages have there now."""
         ...
 
 
@@ -58,7 +56,7 @@ class Pipeline(Protocol):
 
     @property
     def kv_disks(self) -> KvDisks | None:
-        """None where KV memory is not kept on disk."""
+        """The stages' disks; None if KV memory is not kept on disk."""
         ...
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
@@ -66,19 +64,19 @@ class Pipeline(Protocol):
         ...
 
     def prepare_matchers(self) -> None:
-        """Tells the last stage that answers with a matcher are about to come, the first time."""
+        """Tells the last stage, the first time, that answers with a matcher are about to come."""
         ...
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
-        """Works while it runs: gives the results that come together, in number order, to `on_results`. Ends with a
-        LlamaclustError once the pipeline is lost."""
+        """Gives results in number order to `on_results`, those that come together at once. Raises a LlamaclustError
+        once the pipeline is lost."""
         ...
 
     async def close(self) -> None: ...
 
 
 class NoPipeline:
-    """In place of a pipeline that is still to be loaded: it is never run."""
+    """A pipeline that is still to be loaded: it is never run."""
 
     epoch = 0
     stages: tuple[StageInfo, ...] = ()
@@ -88,7 +86,7 @@ class NoPipeline:
         raise AssertionError("no pipeline is loaded")
 
     def prepare_matchers(self) -> None:
-        """There is no stage."""
+        """Does nothing: there is no stage."""
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         raise AssertionError("no pipeline is loaded")

@@ -28,38 +28,35 @@ _log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Takes a request's events within the engine's own work: it must return soon, raise nothing, and end no request
-    meanwhile."""
+    """A receiver of a request's events within the engine's own work: it must return soon, raise nothing, and end no
+    request."""
 
     def begin(self, request: SubmittedRequest) -> None:
-        """Called once, before any event."""
+        """Takes the request once, before any event."""
         ...
 
     def take(self, event: Event) -> None: ...
 
     def end(self, error: LlamaclustError | None) -> None:
-        """No more events come; `error`: why, where the request failed."""
+        """Takes the end of all events; `error` says why a request failed."""
         ...
 
 
 class SubmittedRequest:
-    """A request that the engine took: how far it is, and its cancellation."""
-
     def __init__(self, sequence: Sequence, sink: Sink, abort: Callable[[], None]) -> None:
         self.sequence = sequence
         self.sink = sink
         self.deadline: asyncio.TimerHandle | None = None
         self.abort = abort
-        """Ends the request where it has not ended; its last event is `Finished` with reason ABORT."""
+        """Ends the request if it has not ended; its last event is `Finished` with reason ABORT."""
 
     @property
     def timings(self) -> Timings:
-        """The timings of the request up to now."""
         return self.sequence.timings()
 
     @property
     def progress(self) -> PromptProgress | None:
-        """Progress of the prompt; None before the request is started."""
+        """The progress of the prompt; None before the request is started."""
         usage, total = self.sequence.usage, self.sequence.prompt_length
         if usage.cached_tokens is None:
             return None
@@ -68,15 +65,12 @@ class SubmittedRequest:
         return PromptProgress(total, usage.cached_tokens, processed, since_ms)
 
     def end(self, error: LlamaclustError | None = None) -> None:
-        """Tells the sink that no more events come."""
         if self.deadline is not None:
             self.deadline.cancel()
         self.sink.end(copy(error))
 
 
 class OpenRequests:
-    """An engine's requests that have not ended, by their sequences' keys."""
-
     def __init__(self, metrics: Metrics, waterfalls: Waterfalls) -> None:
         self._metrics = metrics
         self._waterfalls = waterfalls
@@ -97,7 +91,7 @@ class OpenRequests:
         await self._empty.wait()
 
     async def wait_any(self) -> None:
-        """Returns while there is one."""
+        """Returns once a request is open."""
         await self._present.wait()
 
     def open(self, request: SubmittedRequest, timeout_s: float, expire: Callable[[], None]) -> None:
@@ -111,7 +105,7 @@ class OpenRequests:
         return self._requests[key].sequence
 
     def deliver(self, key: int, updates: Iterable[Update]) -> int:
-        """Hands a sequence's updates to its sink; how many tokens were among them."""
+        """Hands a sequence's updates to its sink; returns how many tokens were among them."""
         tokens = 0
         for update in updates:
             if isinstance(update, Failed):
@@ -125,7 +119,7 @@ class OpenRequests:
         return tokens
 
     def abort(self, key: int, error: LlamaclustError | None = None) -> None:
-        """Ends a request: cancelled, or failed with an error."""
+        """Ends a request as cancelled, or as failed with an error."""
         if error is None:
             request = self._requests[key]
             request.sink.take(Finished(FinishReason.ABORT, request.timings))
@@ -156,11 +150,9 @@ class OpenRequests:
 
 
 class RequestStream:
-    """The events of one request for one reader, `Finished` last; a request that failed ends with an exception instead.
-
-    Leaving `async with`, `abort` and cancelling the reading task end the request and free its KV memory. It also ends
-    at its deadline.
-    """
+    """The events of one request for one reader, `Finished` last; a request that failed ends with an exception
+    instead. Leaving `async with`, `abort`, cancelling the reading task, and the deadline end the request and free
+    its KV memory."""
 
     def __init__(self, submit: Callable[[Sink], SubmittedRequest]) -> None:
         """Submits the request; raises what `submit` raises."""
@@ -168,7 +160,7 @@ class RequestStream:
         self._request = submit(self)
 
     def begin(self, request: SubmittedRequest) -> None:
-        """Needs nothing: `submit` returns the request."""
+        """Does nothing: `submit` returns the request."""
 
     def take(self, event: Event) -> None:
         self._events.put_nowait(event)
@@ -178,11 +170,9 @@ class RequestStream:
 
     @property
     def timings(self) -> Timings:
-        """The timings of the request up to now."""
         return self._request.timings
 
     def abort(self) -> None:
-        """Ends the request where it has not ended; its last event is `Finished` with reason ABORT."""
         self._request.abort()
 
     async def __aenter__(self) -> Self:

@@ -19,7 +19,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 _TAIL_TOKENS = 3 * KV_BLOCK_TOKENS
 """Tokens that are quickly computed when a sequence moves."""
 _LEAST_LEFT = 32
-"""Sequences that will end within so many tokens are not moved."""
+"""Tokens before an answer's end within which a sequence is not moved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class _PreCopy:
 class Retirement:
     """Moves the sequences of `old` to `new`, until `old` has none.
 
-    Sequences with nothing computed move at once. One after the other, those in decode follow: the new pipeline computes
+    Sequences with nothing computed move at once. Those in decode follow one after the other: the new pipeline computes
     a copy of their tokens while the old one continues, so that at the move all but the newest are in the prefix cache.
     """
 
@@ -77,7 +77,7 @@ class Retirement:
         return not self.old.scheduler.sequences
 
     def hurry(self) -> None:
-        """Every sequence moves now, whatever is to be computed again."""
+        """Moves every sequence now, whatever is to be computed again."""
         self._drop_pre_copy()
         old = self.old.scheduler
         self._staying.update(sequence.key for sequence in old.sequences)
@@ -86,7 +86,7 @@ class Retirement:
         self._take_over(old.movable)
 
     def end(self, error: LlamaclustError | None) -> Counts:
-        """Ends the old lane; sequences that it still has are computed again. Returns what it counted."""
+        """Ends the old lane and returns its counts; sequences that it still has are computed again."""
         self.error = error
         self.old.stop()
         self._drop_pre_copy()
@@ -102,12 +102,12 @@ class Retirement:
                 self.new.arrived(sequence)
 
     def _is_on_old(self, sequence: Sequence) -> bool:
-        """Neither ended nor, for lack of KV memory, moved already."""
+        """True if the sequence has neither ended nor, for lack of KV memory, moved already."""
         return sequence in self.old.scheduler.queues.running
 
     def _next(self) -> Sequence | None:
-        """The sequence to copy next: the one that would keep the old lane for longest. None where the new lane has no
-        room for it now, or still computes the end of the one before."""
+        """Returns the sequence that would keep the old lane for longest; None if the new lane has no room for it now,
+        or still computes the end of the one before."""
         if self._moving is not None and self._moving.phase not in (Phase.DECODE, Phase.FINISHED):
             return None
         movable = [
@@ -134,8 +134,8 @@ class Retirement:
         self.new.launch_soon()
 
     def _copied(self, pre_copy: _PreCopy) -> None:
-        """The sequence moves once its results in flight are there; where it has become much longer meanwhile, the rest
-        is copied first."""
+        """Moves the sequence once its results in flight are there; if it has become much longer, the rest is copied
+        first."""
         sequence = pre_copy.of
         tail = len(sequence.tokens) - pre_copy.tokens
         if _TAIL_TOKENS < tail < pre_copy.tail and self._can_copy(sequence):

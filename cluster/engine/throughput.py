@@ -29,7 +29,7 @@ class MeasuredSpeed:
 
 
 class RecentSums:
-    """Two sums over the last seconds."""
+    """Two sums over the last `_WINDOW_S` seconds."""
 
     def __init__(self) -> None:
         self._seconds: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW_S + 1)  # (second, of the one, of the other)
@@ -42,26 +42,24 @@ class RecentSums:
         self._seconds.append((second, one, other))
 
     def sums(self, now_ns: int) -> tuple[int, int]:
-        """Over the window."""
         first = _first_second(now_ns)
         recent = [(one, other) for second, one, other in self._seconds if second >= first]
         return sum(one for one, _ in recent), sum(other for _, other in recent)
 
     def rates(self, now_ns: int, since_ns: int) -> tuple[float, float]:
-        """Of nanoseconds and rows: (share of time, rows per second) over the window, or since the start where that is
-        less."""
+        """Returns (share of time, rows per second) of sums of nanoseconds and rows, over the window or the time since
+        the start."""
         ns, rows = self.sums(now_ns)
         span_s = max((now_ns - max(_first_second(now_ns) * 1_000_000_000, since_ns)) / 1e9, 1e-3)
         return min(1.0, ns / 1e9 / span_s), rows / span_s
 
 
 def _first_second(now_ns: int) -> int:
-    """Of the window."""
     return now_ns // 1_000_000_000 - _WINDOW_S + 1
 
 
 class SpeedMeter:
-    """Of one engine. `now_ns` values come from one monotonic clock."""
+    """The recent speed of one engine. `now_ns` values come from one monotonic clock."""
 
     def __init__(self, since_ns: int) -> None:
         self._since_ns = since_ns

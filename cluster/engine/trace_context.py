@@ -19,7 +19,7 @@ _STATE: Final = re.compile(r"[\x20-\x7e]{0,512}")
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """A span that spans below it name as their parent."""
+    """A span that its child spans name as their parent."""
 
     trace_id: bytes  # 16
     span_id: bytes  # 8
@@ -28,7 +28,7 @@ class TraceContext:
 
     @classmethod
     def parse(cls, traceparent: Sequence[str], tracestate: Sequence[str] = ()) -> TraceContext | None:
-        """Of the values of both headers; None where there is no `traceparent`, several, or a malformed one. A
+        """Returns the context in both headers' values; None without exactly one well-formed `traceparent`. A
         `tracestate` that is malformed or too long is dropped."""
         if len(traceparent) != 1 or len(traceparent[0]) > _MAX_CHARACTERS:
             return None
@@ -46,4 +46,4 @@ class TraceContext:
 
 
 current_trace: ContextVar[TraceContext | None] = ContextVar("trace", default=None)
-"""Of the request that a task works for; None where it is not traced."""
+"""The context of the request that a task works for; None if it is not traced."""

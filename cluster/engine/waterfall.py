@@ -1,5 +1,5 @@
-"""Where a sequence's time went: phases one after another, those of computation divided among stages, links and idle
-time. Pure: times are arguments, of one monotonic clock."""
+"""A sequence's time as phases one after another, those of computation divided among stages, links and idle time. Times
+are arguments, of one monotonic clock."""
 
 from __future__ import annotations
 
@@ -13,16 +13,14 @@ from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.wire.microbatch.messages import Chunk, StageTiming
 
 PARTS = 3
-"""Times of a stage: compute, queue, wire."""
+"""The number of times of a stage: compute, queue, wire."""
 
 _MERGED_FROM, _MOST = 32, 64
-"""A sequence that is interrupted again and again: from so many phases on, equal ones are merged; at most so many are
-kept."""
+"""Numbers of phases from which equal ones are merged, and that are kept, for a sequence that is interrupted again and
+again."""
 
 
 class PhaseKind(StrEnum):
-    """What a sequence's time is spent on."""
-
     PREPARATION = "preparation"  # chat template, tokens, grammar
     WAITING = "waiting"  # for its turn, for KV memory, or for KV memory from disk
     PREFILL = "prefill"
@@ -37,7 +35,7 @@ _RECOMPUTATION, _PREFILL, _DECODE = PhaseKind.RECOMPUTATION, PhaseKind.PREFILL, 
 
 @dataclass(slots=True)
 class WaterfallPhase:
-    """Times are nanoseconds. `ns` is all of it; without computation there are no parts."""
+    """A phase. `ns` is all of its time; without computation there are no parts."""
 
     kind: PhaseKind
     start_ns: int
@@ -50,14 +48,11 @@ class WaterfallPhase:
     stages_ns: list[float] = field(default_factory=list)  # of each stage: compute, queue, wire
 
     def stage_ns(self, stage: int) -> list[float]:
-        """Compute, queue and wire of one stage."""
         return self.stages_ns[PARTS * stage : PARTS * (stage + 1)]
 
 
 @dataclass(frozen=True, slots=True)
 class ComputedMicrobatch:
-    """A microbatch whose result is there."""
-
     stages: tuple[StageInfo, ...]
     sent_ns: int
     done_ns: int
@@ -68,7 +63,7 @@ class ComputedMicrobatch:
     def of(
         cls, stages: tuple[StageInfo, ...], timings: tuple[StageTiming, ...], sent_ns: int, done_ns: int
     ) -> ComputedMicrobatch:
-        """Without timings of all stages, all of its time counts as the links'."""
+        """Counts all time as the links' if timings of stages are missing."""
         if len(timings) != len(stages):
             return cls((), sent_ns, done_ns, (), 0)
         parts = tuple(ns for timing in timings for ns in (timing.compute_ns, timing.queue_ns, timing.wire_ns))
@@ -76,12 +71,10 @@ class ComputedMicrobatch:
 
 
 class Waterfall:
-    """The phases of one sequence so far."""
-
     __slots__ = ("_at_ns", "_prompt_length", "_reached", "phases", "start_ns")
 
     def __init__(self, received_ns: int, arrived_ns: int, prompt_length: int) -> None:
-        """`received_ns`: when its client's request came; `arrived_ns`: when the sequence was submitted."""
+        """Takes the times when the client's request came, and when the sequence was submitted."""
         self.start_ns = self._at_ns = min(received_ns, arrived_ns)
         self.phases: deque[WaterfallPhase] = deque(maxlen=_MOST)
         self._prompt_length = prompt_length
@@ -89,7 +82,7 @@ class Waterfall:
         self.pass_until(arrived_ns, PhaseKind.PREPARATION)
 
     def pass_until(self, now_ns: int, kind: PhaseKind | None = None) -> None:
-        """Time without computation; without a kind, a computation is idle for it, or the sequence waits."""
+        """Adds time without computation; without a kind, a computation is idle for it, or the sequence waits."""
         passed = now_ns - self._at_ns
         if passed <= 0:
             return
@@ -102,9 +95,9 @@ class Waterfall:
         self._at_ns = now_ns
 
     def add(self, microbatch: ComputedMicrobatch, chunk: Chunk, drafted: int = 0) -> None:
-        """The time since the last one, in which a microbatch computed rows of the sequence; the last `drafted` ones may
-        come again. Where several were in
-        flight, they divide it: each counts from the end of the one before it."""
+        """Adds the time since the last microbatch, in which this one computed rows of the sequence, of which the last
+        `drafted` may come again. Microbatches that were in flight together divide it: each counts from the end of the
+        one before."""
         end = chunk.position + len(chunk.tokens)
         kind = self._kind(chunk.position)
         self._reached = max(self._reached, end - drafted)
@@ -135,7 +128,7 @@ class Waterfall:
         return last.kind is kind and last.stages == stages
 
     def _phase(self, kind: PhaseKind, stages: tuple[StageInfo, ...]) -> WaterfallPhase:
-        """The last phase, or a new one."""
+        """Returns the last phase if it goes on, or a new one; with many phases, an equal one."""
         if self._continues(kind, stages):
             return self.phases[-1]
         if len(self.phases) >= _MERGED_FROM:

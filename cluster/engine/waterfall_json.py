@@ -1,4 +1,4 @@
-"""Waterfalls as JSON, for `GET /cluster/requests`. Seconds; those of a phase's parts add up to the phase's."""
+"""Waterfalls as JSON, for `GET /cluster/requests`, in seconds; times of a phase's parts add up to the phase's."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from llamaclust.cluster.engine.waterfall import WaterfallPhase
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 
 SHOWN_CHARACTERS = 8
-"""Of a request's id: a whole one names a reply, which others could read or end. What follows is not compared either,
-or its characters could be found one after another."""
+"""Characters of a request's id that are shown. A whole id names a reply, which others could read or end; characters
+that follow are not compared either, or they could be found one after another."""
 
 _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Those of a request, by its id, or the id of its reply, or the first 4 characters or more: one for each of its
-    sequences."""
+    """Returns a request's records, one for each of its sequences, by its id, its reply's id, or at least the first 4
+    characters."""
     if not (found := _ID.findall(name)):
         return []
     beginning = max(found, key=len)[:SHOWN_CHARACTERS]
@@ -27,7 +27,7 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """A sequence without its phases. `adapters`: names by the numbers that it uses; null for one unloaded long ago."""
+    """Returns a sequence without its phases. `adapters` has names by number; one unloaded long ago becomes null."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],
@@ -43,7 +43,6 @@ def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str
 
 
 def waterfall_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """A sequence with its phases, which begin after `start` seconds."""
     waterfall = record.waterfall
     phases = [_phase(phase, waterfall.start_ns) for phase in waterfall.phases]
     return {**summary_json(record, adapters), "phases": phases}

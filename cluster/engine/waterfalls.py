@@ -1,4 +1,5 @@
-"""The waterfalls of an engine's requests: those that are open, and the last ones that ended. No text, no tokens."""
+"""Waterfalls of an engine's requests: those that are open, and the last ones that ended. They have no text or
+tokens."""
 
 from __future__ import annotations
 
@@ -16,15 +17,13 @@ from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.core.limits import AdapterScales
 
 _ENDED = 256
-"""Sequences that are kept after their end."""
+"""The number of ended sequences that are kept."""
 _EMBEDDED = "embedded"
 """The end of a sequence that has its embeddings: nothing is generated."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestRecord:
-    """What is known of a sequence's time."""
-
     request_id: str
     end: str | None  # a finish reason, `embedded` or `error`; None: it has not ended
     seconds: float  # since its client's request came
@@ -34,23 +33,21 @@ class RequestRecord:
 
 
 class SpanSink(Protocol):
-    """Makes spans of traced requests. Is called on the event loop, and must return at once."""
+    """A maker of spans of traced requests. It is called on the event loop, and must return at once."""
 
     def ended(self, record: RequestRecord, request: GenerationRequest, trace: TraceContext) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class _Open:
-    """A sequence that has not ended."""
-
     sequence: Sequence
     waterfall: Waterfall
     trace: TraceContext | None  # None: it is not traced
 
 
 class Waterfalls:
-    """Of all lanes together. Time between a loss and the next pipeline is recovery, that of a model without layers is
-    loading."""
+    """Waterfalls of all lanes together. Time between a loss and the next pipeline is recovery, that without a loaded
+    model is loading."""
 
     def __init__(self) -> None:
         self.spans: SpanSink | None = None  # None: without telemetry
@@ -72,19 +69,16 @@ class Waterfalls:
             self.spans.ended(record, ended.sequence.request, ended.trace)
 
     def computed(self, slices: Iterable[SequenceSlice], microbatch: ComputedMicrobatch) -> None:
-        """The result of a microbatch of these slices is there."""
         for taken in slices:
             found = self._open.get(taken.sequence.key)
             if found is not None:  # neither aborted nor a copy of another sequence
                 found.waterfall.add(microbatch, taken.chunk, taken.drafted)
 
     def lost(self, now_ns: int) -> None:
-        """No pipeline computes from now on."""
         self._pass_until(now_ns)
         self._idle_kind = PhaseKind.RECOVERY
 
     def unloaded(self, now_ns: int) -> None:
-        """None computes until the model is loaded."""
         self._pass_until(now_ns)
         self._idle_kind = PhaseKind.LOADING
 
@@ -93,7 +87,7 @@ class Waterfalls:
         self._idle_kind = None
 
     def records(self, now_ns: int) -> list[RequestRecord]:
-        """The oldest first, as of now."""
+        """Returns all records as of now: ended ones first, then open ones."""
         running = [
             self._record(running.sequence, deepcopy(running.waterfall), None, now_ns) for running in self._open.values()
         ]

@@ -1,4 +1,4 @@
-"""Sequence breakers of DRY as token sequences: a repetition does not extend over one. Pure."""
+"""DRY's sequence breakers as token sequences: a repetition does not extend over a breaker."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ Breakers = Mapping[int, tuple[tuple[int, ...], ...]]
 """Token sequences by their first token."""
 
 _KEPT = 16
-"""Texts whose sequences are kept: the default ones and a few more."""
+"""The number of texts whose sequences are cached: the default ones and a few more."""
 
 
 def check_size(tokens: int) -> None:
-    """Raises ParameterError for more tokens, of all sequences together, than a request may have."""
     if tokens > MAX_BREAKERS_TOKENS:
         reason = f"the token sequences with these texts have {tokens} tokens, at most {MAX_BREAKERS_TOKENS} are taken"
         raise ParameterError("dry_sequence_breakers", f"{reason}: give fewer or rarer texts")
 
 
 class BreakerTokens:
-    """The token sequences that contain a text, for one tokenizer. The first use indexes the vocabulary, about a second
-    for 256 Ki tokens; a text takes about a millisecond. Use from one thread."""
+    """Finds the token sequences that contain a text, for one tokenizer and on one thread. The first use indexes the
+    vocabulary (about a second for 256 Ki tokens); a text then takes about a millisecond."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._sequences = lru_cache(_KEPT)(self._find)
 
     def of(self, texts: Sequence[str]) -> Breakers:
-        """For all of these texts. ParameterError where they are too many sequences."""
+        """Returns the breakers of all these texts. Raises ParameterError if they have too many tokens."""
         by_head: dict[int, dict[tuple[int, ...], None]] = {}
         tokens = 0
         for text in texts:
@@ -55,7 +54,8 @@ class BreakerTokens:
         return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Each token that has the text in it; and each that ends with its beginning, followed by its rest as tokens."""
+        """Returns each token that contains the text, and each that ends with its beginning, followed by the rest's
+        tokens."""
         whole = text.encode("utf-8", "surrogatepass")
         found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
         containing, tokens = {token for (token,) in found}, len(found)
@@ -68,7 +68,7 @@ class BreakerTokens:
         return tuple(found)
 
     def _rest(self, whole: bytes, cut: int) -> tuple[int, ...]:
-        """Tokens of what follows the first `cut` bytes; none where these end within a character."""
+        """Returns the tokens of whole[cut:]; none if the cut is within a character."""
         try:
             rest = whole[cut:].decode()
         except UnicodeDecodeError:
@@ -77,8 +77,8 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """A request's sequences that may stand in its tokens or be completed by the next one: of the others, a token
-    before the last one has not occurred. In all, adding tokens takes as long as the sequences are."""
+    """The breakers of a request that may occur in its tokens or end with the next one: all of their tokens but the last
+    have occurred. Adding tokens takes time linear in the length of all sequences."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 
@@ -98,7 +98,7 @@ class SeenBreakers:
         return self._sequences
 
     def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """The sequences where these tokens have occurred, too. One of which a token has not occurred does no harm."""
+        """Returns the breakers as if these tokens had occurred, too. Superfluous breakers do no harm."""
         if not self._by_head or self._seen.issuperset(tokens):
             return self.sequences
         more = copy(self)
@@ -109,7 +109,6 @@ class SeenBreakers:
         return more.sequences
 
     def add(self, token: int) -> None:
-        """One more token has occurred."""
         if not self._by_head or token in self._seen:
             return
         self._seen.add(token)

@@ -1,4 +1,4 @@
-"""What a model is served with: settings of its scheduler and limits of its stages follow from the same numbers."""
+"""Serving limits of a model, from which the scheduler's settings and the stages' limits follow."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from llamaclust.model.nextn.costs import with_nextn
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 ROWS = 512
-"""Rows of a microbatch, beside one of each sequence."""
+"""Rows of a microbatch beyond one for each sequence."""
 
 
 def blocks_of(tokens: int) -> int:
-    """Returns the KV blocks that so many tokens take."""
     return -(-tokens // KV_BLOCK_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """Blocks of KV memory of all layers, of those with a window, and of states; 0: there are none of their own."""
+    """Numbers of KV blocks, of blocks of layers with a window, and of state blocks; 0 if these have no blocks of their
+    own."""
 
     kv: int
     window: int = 0
@@ -34,8 +34,6 @@ class BlockCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """Tokens, sequences and rows that a model is served with."""
-
     context_length: int
     max_sequences: int  # running together
     max_outputs: int  # sampled and scored rows of a microbatch
@@ -48,11 +46,10 @@ class Capacity:
 
     @property
     def max_batch_tokens(self) -> int:
-        """Maximum rows of a microbatch: a prefill chunk and one row of every sequence."""
         return max(self.rows, self.prefill_chunk or 0) + self.max_sequences
 
     def costs(self, model: Model, expert_shards: int = 1) -> ModelCosts:
-        """Returns the model's costs, with its head where that drafts. UsageError where the model has none."""
+        """Returns the model's costs, with its MTP head's if that drafts. Raises UsageError if the model has no head."""
         costs = model.costs(self.kv_type, expert_shards)
         return with_nextn(model, costs, self.kv_type) if self.mtp and expert_shards == 1 else costs
 
@@ -60,12 +57,10 @@ class Capacity:
         return KvGroups.of(costs, self.context_length, self.max_sequences, self.max_batch_tokens)
 
     def blocks(self, model: Model, kv_blocks: int) -> BlockCounts:
-        """Returns the blocks of windows and states beside so many KV blocks."""
         groups = self.groups(self.costs(model))
         return BlockCounts(kv_blocks, groups.window_blocks(kv_blocks), groups.state_blocks(kv_blocks))
 
     def stage_limits(self, blocks: BlockCounts, expert_shards: int = 1, *, wide_tiles: bool = False) -> StageLimits:
-        """The limits that every stage is loaded with."""
         return StageLimits(
             max_batch_tokens=self.max_batch_tokens,
             max_outputs=self.max_outputs,
@@ -83,7 +78,6 @@ class Capacity:
     def scheduler_settings(
         self, model: Model, blocks: BlockCounts, speculation: SpeculationSettings | None = None
     ) -> SchedulerSettings:
-        """The scheduler's limits, which are those of the loaded stages."""
         return SchedulerSettings(
             model_id=model.model_id,
             vocabulary=model.hyperparameters.vocabulary_size,

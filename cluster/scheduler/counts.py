@@ -1,4 +1,4 @@
-"""What a scheduler holds and has done, in numbers."""
+"""Counters and gauges of a scheduler."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """A moment of the scheduler, for metrics."""
-
     running: int
     waiting: int
     in_flight: int
@@ -24,5 +22,5 @@ class Counts:
 
     @property
     def totals(self) -> Counts:
-        """What remains of a scheduler that has ended."""
+        """The counters alone: the gauges of a scheduler that has ended are 0."""
         return replace(self, running=0, waiting=0, in_flight=0, kv_blocks=0, kv_blocks_held=0)

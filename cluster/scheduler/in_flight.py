@@ -1,4 +1,4 @@
-"""Microbatches in flight: numbers, the result that is due next, and stage times learned from results. Pure."""
+"""Microbatches in flight: their numbers, the result that is due next, and the stage times that results bring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.core.sampling import RowResult, SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""The longest time that a row may be deferred: the last stage itself gives an answer up whose matcher takes 60 s."""
+"""The most seconds that a row may be deferred: the last stage itself gives up an answer whose matcher takes 60 s."""
 
 
 @dataclass(slots=True)
@@ -30,13 +30,14 @@ class _Sent:
 
 
 def _highest_token(row: RowResult) -> int:
-    """Of those that are taken as they are: drafts of a head are looked through when they are used."""
+    """Returns the highest token id of a row, without those that an MTP head drafted: these are checked when they are
+    used."""
     highest = max(row.token, *row.forced, *row.forced_draft, 0)
     return max(highest, max(row.top_logprobs)[0]) if row.top_logprobs else highest
 
 
 class InFlight:
-    """The microbatches of one epoch, in order."""
+    """Microbatches of one epoch, in order of sending."""
 
     def __init__(self, settings: SchedulerSettings, epoch: int, times: StageTimes) -> None:
         self._model_id = settings.model_id
@@ -54,47 +55,41 @@ class InFlight:
 
     @property
     def live(self) -> int:
-        """How many contain anything that still counts."""
         return sum(any(not taken.is_stale for taken in sent.slices) for sent in self._sent)
 
     @property
     def decoding(self) -> int:
-        """How many contain decode that still counts."""
         return sum(any(not taken.is_stale for taken in sent.slices[: sent.decoding]) for sent in self._sent)
 
     @property
     def has_prefill(self) -> bool:
-        """Whether one contains prefill."""
         return any(sent.decoding < len(sent.slices) for sent in self._sent)
 
     @property
     def oldest_ns(self) -> int | None:
-        """When the oldest was sent."""
         return self._sent[0].sent_ns if self._sent else None
 
     @property
     def due(self) -> tuple[int, int] | None:
-        """Epoch and number of the microbatch whose result comes next; None where none is in flight."""
+        """The epoch and number of the microbatch whose result comes next."""
         return (self.epoch, self._sent[0].number) if self._sent else None
 
     @property
     def newest(self) -> int | None:
-        """Number of the last one that was sent and has not come back."""
         return self._sent[-1].number if self._sent else None
 
     def slices(self, number: int | None = None) -> list[SequenceSlice]:
-        """Of the microbatch with this number, or of all."""
         return [taken for sent in self._sent if number in (None, sent.number) for taken in sent.slices]
 
     @property
     def most_rows(self) -> int:
-        """Of the largest; 0 where there is none."""
         return max((sum(len(taken.chunk.tokens) for taken in sent.slices) for sent in self._sent), default=0)
 
     def send(
         self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int, released: tuple[int, ...] = ()
     ) -> ScheduledMicrobatch:
-        """The next microbatch, of these slices. `released`: see `SamplingInputs`."""
+        """Numbers the slices as the next microbatch. `released` has the keys of matchers that the last stage may
+        forget."""
         number = self._next_number
         self._next_number += 1
         is_lookahead = any(taken.chunk.depends_on for taken in slices)
@@ -117,8 +112,8 @@ class InFlight:
         return ScheduledMicrobatch(microbatch, SamplingInputs(self.epoch, number, tasks, released, starts))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
-        """The slices that a result is for. `now_ns`: when it was there, or would have been if it had come alone.
-        ProtocolError where it is not the answer to the microbatch that is due."""
+        """Returns the slices that a result is for. `now_ns` is when it came, or would have come alone. Raises
+        ProtocolError if the result does not answer the microbatch that is due."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self.epoch, due.number):
             expected = f"microbatch {due.number} of epoch {epoch_text(self.epoch)}" if due else "nothing"
@@ -152,8 +147,8 @@ class InFlight:
         return due.slices
 
     def _check_deferred(self, due: _Sent, rows: tuple[RowResult, ...], now_ns: int) -> None:
-        """ProtocolError for a deferred row without a matcher, or one that is deferred for longer than the last stage
-        waits for a matcher."""
+        """Raises ProtocolError for a deferred row that has no matcher, or is deferred for more than `_DEFERRED_S`
+        seconds."""
         at = 0
         for taken in due.slices:
             key, places = taken.sequence.key, range(at, at := at + len(taken.tasks))

@@ -1,8 +1,8 @@
-"""Turns of slow matchers: which sequences have their tokens looked at in the next microbatch. Pure.
+"""Turns of slow matchers: the sequences whose tokens are matched in the next microbatch.
 
-The last stage computes the matchers of a microbatch one after the other before it answers, so slow ones would keep the
-tokens of all other sequences waiting. Those in flight may take a bounded time together; owners take turns, within each
-its requests, and the sequences of these. The others are not scheduled meanwhile, so no row is computed twice.
+The last stage runs a microbatch's matchers one after the other before it answers, so slow ones delay the tokens of all
+other sequences. Slow matchers in flight share a bounded time: owners take turns, then their requests, then the
+sequences of these. Sequences out of turn are not scheduled, so no row is computed twice.
 """
 
 from __future__ import annotations
@@ -21,25 +21,24 @@ if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.sequences import Sequence
 
 _LEAST_NS = 50_000_000
-"""Slow matchers in flight may take so much processor time beside other sequences."""
+"""Nanoseconds of processor time that slow matchers in flight may take beside other sequences."""
 _LONGER = 0.25
-"""They may take this share of a microbatch's time where that is more."""
+"""The share of a microbatch's time that slow matchers may take if that is more."""
 _MOST_NS = 400_000_000
-"""They never take more, and so much where nobody else waits. The last stage puts off longer work (`MatcherTime`)."""
+"""The most nanoseconds in any case, and the limit if one owner's slow matchers are all that runs. The last stage defers
+longer work (`MatcherTime`)."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
-"""A sequence that is computed from its beginning has more rows than these: the ones with a token come last."""
+"""The most rows of a sequence that may be held: one with more is in prefill, and its sampled row comes last."""
 
 
 class MatcherTurns:
-    """One scheduler's."""
-
     def __init__(self, times: StageTimes) -> None:
         self._times = times
         self._turn = 0
         self._next: list[Sequence] = []  # slow ones that are not held, in turn
 
     def held(self, running: Items[Sequence]) -> frozenset[Sequence]:
-        """Sequences whose next rows are left for a later microbatch. One may always be computed."""
+        """Returns the sequences whose next rows wait for a later microbatch. One may always be computed."""
         slow = [sequence for sequence in running if sequence.matcher.is_slow]
         self._next = []
         if len(slow) < 2:
@@ -55,7 +54,7 @@ class MatcherTurns:
         return frozenset(idle).difference(self._next)
 
     def _in_turn(self, slow: Iterable[Sequence], idle: Iterable[Sequence]) -> Iterable[Sequence]:
-        """All that are idle, each where its owner, then its request, then itself had its last turn longest ago."""
+        """Yields the idle sequences by the last turns of their owner, request and themselves, oldest turn first."""
         owners, requests, turn = Counter[str](), Counter[str](), self._turn
         for sequence in sorted(slow, key=_by_turn):
             owners[sequence.request.owner] = requests[turn_of(sequence)] = sequence.matcher.turn
@@ -68,13 +67,11 @@ class MatcherTurns:
             yield first
 
     def _most_ns(self, running: Items[Sequence], slow: Items[Sequence]) -> float:
-        """Processor time that slow matchers in flight may take."""
         if len(slow) == len(running) and len({sequence.request.owner for sequence in slow}) == 1:
             return _MOST_NS
         return min(max(_LEAST_NS, _LONGER * (self._times.decode_ns or 0.0)), _MOST_NS)
 
     def launched(self, slices: Iterable[SequenceSlice]) -> None:
-        """They are in a microbatch."""
         if self._next:
             launched = {taken.sequence for taken in slices if taken.sampled}
             for sequence in filter(launched.__contains__, self._next):

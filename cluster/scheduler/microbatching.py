@@ -1,8 +1,8 @@
-"""Into how many microbatches decoding sequences are split, so that stages work at the same time.
+"""The number of microbatches that decoding sequences are split into, so that stages work at the same time.
 
-Every microbatch reads all weights once, so two microbatches of n / 2 sequences take each stage longer than one of n;
-they pay only where the stages would otherwise wait for each other. With stage times t_i(rows) and `transit` for links
-and coordinator, each sequence gets a token once in
+Every microbatch reads all weights once, so two microbatches of n / 2 sequences take each stage longer than one of n:
+they pay only if the stages would otherwise wait for each other. With stage times t_i(rows) and `transit` for links and
+coordinator, each sequence gets a token once in
 
     cycle(groups) = max(sum_i t_i(n / groups) + transit,  groups * max_i t_i(n / groups))
 
@@ -14,24 +14,20 @@ from __future__ import annotations
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MARGIN = 0.05
-"""Predicted gain before a split is tried again; one that was never measured, or runs, must cost nothing."""
+"""The predicted gain that a measured split needs to be tried again; a running or unmeasured one needs none."""
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096
-"""In microbatches with decode only."""
+"""Numbers of decode microbatches between decisions, and between fresh measurements of splits."""
 
 
 def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:
-    """The formula above, with the stages' times for one group."""
     return max(sum(stage_ns) + transit_ns, groups * max(stage_ns))
 
 
 def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float | None:
-    """None without measurements.
-
-    Stages that work at the same time may slow each other down (cores, memory), so one group and several are predicted
-    from measurements of their own, and with the other's help only until there are enough.
-    """
+    """Returns the predicted cycle; None without measurements. One group and several are measured apart, since stages
+    that work at the same time share cores and memory; each uses the other's points until it has enough."""
     own, other = (times.alone, times.beside) if groups == 1 else (times.beside, times.alone)
     stage_ns = own.predict(-(-sequences // groups), other)
     if stage_ns is None:
@@ -40,7 +36,7 @@ def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float 
 
 
 class DecodeSplit:
-    """The number of groups now, decided anew when the number of sequences changes and every few microbatches."""
+    """The number of groups, decided anew for another number of sequences and every `_DECIDE_EVERY` microbatches."""
 
     def __init__(self, times: StageTimes) -> None:
         self._times = times
@@ -49,13 +45,12 @@ class DecodeSplit:
         self._launched = 0
 
     def launched(self) -> None:
-        """A microbatch with decode only is on its way."""
+        """Counts a microbatch that has decode rows only."""
         self._launched += 1
         if self._launched % _RETRY_EVERY == 0 and self._groups == 1:
             self._times.forget_beside()
 
     def groups(self, sequences: int) -> int:
-        """How many microbatches that many decoding sequences make."""
         if sequences <= 1:
             return 1
         if sequences != self._sequences or self._launched % _DECIDE_EVERY == 0:
@@ -64,8 +59,8 @@ class DecodeSplit:
         return self._groups
 
     def rows(self, decoding: int, under_way: int) -> int:
-        """How many sequences form a microbatch of their own now, of those that decode and are ready. While as many
-        groups as pay are under way, the ready ones wait for a group to come back and join it."""
+        """Returns how many ready sequences form a microbatch now. It is 0 while all groups are in flight: ready
+        sequences then join a group that comes back."""
         groups = self.groups(decoding)
         return 0 if under_way >= groups else -(-decoding // groups)
 

@@ -1,4 +1,4 @@
-"""Which sequences run and which wait, by turns and arrival, and the KV memory that moves them between both."""
+"""Queues of running and waiting sequences by turns and arrival, and the KV memory that moves sequences between them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from llamaclust.core.errors import QueueFullError
 from llamaclust.core.sharing.shares import fits
 
 _OVERTAKING = 8
-"""Sequences that are tried where the one whose turn it is does not fit."""
+"""The number of sequences that are tried if the first in turn does not fit."""
 
 _MAX_OVERTAKEN = 32
-"""Sequences that start before it; then it is the next one, however long it has to wait for memory."""
+"""The most sequences that overtake the first in turn; then it is next, however long it waits for memory."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
 
 
 def _rank(running: Running, sequence: Sequence) -> tuple[int, int, int]:
-    """For `SequenceQueues.shortest`."""
     return *running.rank(sequence), sequence.remaining
 
 
 class SequenceQueues:
-    """The sequences of one scheduler that are not finished. `memory` is replaced with the pipeline."""
+    """Unfinished sequences of one scheduler. `memory` is replaced with the pipeline."""
 
     def __init__(self, memory: KvMemory, max_running: int) -> None:
         self.memory = memory
@@ -45,13 +44,13 @@ class SequenceQueues:
 
     @property
     def decoding(self) -> int:
-        """Returns the number of sequences that decode and are not held."""
         held = sum(sequence.phase is _DECODE for sequence in self.held)
         return sum([sequence.phase is _DECODE for sequence in self.running]) - held
 
     @property
     def decode_plainly(self) -> bool:
-        """Whether none awaits its first token, or needs others to choose one: steps ahead have rows of all."""
+        """True if every running sequence decodes and samples from logits alone, so that lookahead steps have rows of
+        all."""
         return all(sequence.phase is _DECODE and sequence.sampler.is_plain for sequence in self.running)
 
     @property
@@ -61,23 +60,20 @@ class SequenceQueues:
 
     @property
     def awaiting_decode(self) -> list[Sequence]:
-        """Those whose last token may be computed now."""
         return [sequence for sequence in self.running if sequence.awaits_decode and sequence not in self.held]
 
     @property
     def are_settled(self) -> bool:
-        """True if no sequence waits, and all known rows of those that run are under way or held."""
+        """True if no sequence waits, and all known rows of running ones are in flight or held."""
         return not self.waiting and not any(
             (s.awaits_decode or s.phase is _PREFILL) and s not in self.held for s in self.running
         )
 
     @property
     def can_start(self) -> bool:
-        """Whether a sequence waits and there is a place for it, KV memory apart."""
         return bool(self.waiting) and len(self.running) < self.max_running
 
     def restart(self, memory: KvMemory, max_running: int, sequences: Iterable[Sequence]) -> None:
-        """All sequences wait, with nothing computed."""
         self.memory = memory
         self.max_running = max_running
         self.running.clear()
@@ -88,8 +84,8 @@ class SequenceQueues:
             sequence.restart()
 
     def add(self, sequence: Sequence, most_waiting: int) -> None:
-        """It waits. QueueFullError where its owner has so many that wait, beyond those that start at once, or less
-        where others have many."""
+        """Queues a sequence. Raises QueueFullError if its owner has too many that wait; the limit falls if others have
+        many."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == sequence.request.owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
@@ -97,8 +93,7 @@ class SequenceQueues:
         self.waiting.append(sequence)
 
     def admit(self) -> Sequence | None:
-        """Starts the sequence whose turn it is, with blocks for all of its tokens, or the next one that fits where it
-        does not; None where all have to wait on."""
+        """Starts the first sequence in turn, with blocks for all of its tokens, or else a later one that fits."""
         if not self.can_start or not (waiting := startable(self.waiting, self.running)):
             return None
         running = Running.of(self.running)
@@ -113,15 +108,15 @@ class SequenceQueues:
         return admitted
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Microbatches in flight of a preempted one are awaited: their result may be one more token."""
+        """Starts a sequence if it fits. A preempted one awaits its microbatches in flight, which may add a token."""
         if sequence.in_flight or not self.memory.admit(sequence, RESERVE_BLOCKS * len(self.running)):
             return False
         self._start(sequence)
         return True
 
     def give_turn(self) -> None:
-        """Where a request has nothing that runs, and no place or memory for it, the one with the most of them gives up
-        its youngest. Not while a microbatch is being made."""
+        """Preempts the youngest sequence of the owner and request with most running ones, if a request without any
+        lacks a place or memory. Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)
@@ -133,7 +128,7 @@ class SequenceQueues:
         self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
-        """Starts a sequence, or gives it the block it needs, by preempting others; none has anything in flight."""
+        """Starts a sequence, or gives it its next block, by preempting others. Nothing may be in flight."""
         grow = self.memory.grow if sequence.phase is _DECODE else self.memory.extend
         if sequence.is_running and not grow(sequence):
             self.preempt(sequence)
@@ -144,8 +139,8 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """The sequence whose request has less that runs than the oldest one's, or else with less left to do; None where
-        there is none. One that waited is started for it."""
+        """Returns the sequence to prefill before the oldest: its owner or request has fewer that run, or it has less
+        left to do. Starts it if it waits. None if the oldest is the next."""
         if not prefilling:
             return None
         running = Running.of(self.running)
@@ -159,7 +154,7 @@ class SequenceQueues:
         return None if shortest is prefilling[0] else shortest
 
     def _overtake(self, sequence: Sequence, first: Sequence) -> bool:
-        """Starts it if it is the first in turn, or leaves a place and memory for that one."""
+        """Starts a sequence if it is the first in turn, or leaves a place and memory for the first."""
         running = len(self.running)
         if sequence is not first and (
             running + 2 > self.max_running
@@ -169,42 +164,41 @@ class SequenceQueues:
         return self._admit(sequence)
 
     def grow(self, sequence: Sequence) -> None:
-        """Gives a sequence the block it needs by preempting others or itself, see `gives_way`."""
+        """Gives a sequence its next block by preempting others or itself (`gives_way`)."""
         while sequence.phase is _DECODE and not self.memory.grow(sequence):
             self._preempt_one()
 
     def extend(self, sequence: Sequence) -> None:
-        """Likewise the blocks for tokens that its grammar has forced."""
+        """Gives a sequence blocks for the tokens that its grammar forced, preempting as `grow` does."""
         while sequence.phase is _PREFILL and not self.memory.extend(sequence):
             self._preempt_one()
 
     def take_released(self) -> tuple[int, ...]:
-        """The keys that were released since the last call."""
         released = tuple(self.released)
         self.released.clear()
         return released
 
     def begin_restore(self, sequence: Sequence) -> None:
-        """A sequence that waits is not started until `end_restore`."""
         self.waiting.remove(sequence)
         self.restoring.append(sequence)
 
     def end_restore(self, sequence: Sequence) -> None:
-        """It waits in its place again, unless it has ended meanwhile."""
+        """Puts a sequence back in its place in the queue, unless it has ended."""
         if sequence in self.restoring:
             self.restoring.remove(sequence)
             place = next((i for i, other in enumerate(self.waiting) if other.key > sequence.key), len(self.waiting))
             self.waiting.insert(place, sequence)
 
     def put_back(self, sequence: Sequence, phase: Phase = Phase.WAITING) -> None:
-        """To the front of the queue; its tokens are computed again later, with the same result."""
+        """Moves a running sequence to the front of the queue; its tokens are computed again later, with the same
+        result."""
         self.running.remove(sequence)
         self._release(sequence)
         sequence.phase = phase
         self.waiting.appendleft(sequence)
 
     def recompute(self, sequence: Sequence) -> None:
-        """Likewise where its last row is needed again, and other rows with it: its matcher stays."""
+        """Moves a sequence to the front of the queue and keeps its matcher: its last rows are computed again."""
         if sequence.is_running:
             self.running.remove(sequence)
             self.memory.release(sequence)
@@ -219,8 +213,8 @@ class SequenceQueues:
         self.preemptions += 1
 
     def discard(self, sequence: Sequence) -> None:
-        """Repeats a sequence's computation from its tokens, in blocks that no other sequence has written, in case that
-        a stage's result or KV memory is damaged."""
+        """Has a sequence computed again from its tokens, in blocks that no other sequence has written: a stage's result
+        or KV memory may be damaged."""
         sequence.outputs.repeat()
         self.memory.invalidate(sequence)
         if sequence.is_running:
@@ -228,7 +222,6 @@ class SequenceQueues:
         sequence.phase = Phase.DISCARDED
 
     def remove(self, sequence: Sequence) -> None:
-        """Frees what a finished sequence holds."""
         if sequence.is_running:
             self.running.remove(sequence)
         elif sequence in self.restoring:
@@ -245,7 +238,6 @@ class SequenceQueues:
             self.released.append(sequence.key)
 
     def _start(self, sequence: Sequence) -> None:
-        """A sequence that waits runs; it has its blocks."""
         self.waiting.remove(sequence)
         sequence.phase = Phase.PREFILL
         if not sequence.is_begun:

@@ -1,4 +1,4 @@
-"""Requests and events of the engine, in token ids; text, stop strings and HTTP belong to its callers."""
+"""Requests and events of the engine, in token ids. Its callers own text, stop strings and HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FinishReason(StrEnum):
 
 
 class Operation(StrEnum):
-    """What a request is for, by OpenTelemetry's names."""
+    """Purposes of a request, by OpenTelemetry's names."""
 
     CHAT = "chat"
     TEXT_COMPLETION = "text_completion"
@@ -27,7 +27,7 @@ class Operation(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions:
-    """Fields of a request that text does not change: they are passed to the engine as the client's API read them."""
+    """Fields of a request that reach the engine as the client's API read them."""
 
     top_logprobs: int = 0
     score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
@@ -42,14 +42,11 @@ class AnswerOptions:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The values by name, for another request with the same ones."""
         return {each.name: getattr(self, each.name) for each in fields(AnswerOptions)}
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest(AnswerOptions):
-    """One sequence to run: a prompt and how to go on from it."""
-
     request_id: str
     prompt: tuple[int, ...]
     max_new_tokens: int  # 0: score or embed the prompt only
@@ -68,24 +65,23 @@ class GenerationRequest(AnswerOptions):
 
     @property
     def needs_matcher(self) -> bool:
-        """Whether the last stage keeps a matcher for its answer."""
         return self.grammar is not None or self.reasoning is not None
 
     @property
     def looks_for_repetitions(self) -> bool:
-        """Whether DRY is among its samplers."""
+        """True if DRY is among the samplers."""
         return self.params.chain is not None and self.params.chain.needs_history
 
     @property
     def history_window(self) -> int:
-        """Newest tokens that its samplers look at."""
+        """The number of newest tokens that the samplers look at."""
         penalties = self.penalty_window if self.params.needs_history else 0
         return max(penalties, self.dry_window) if self.looks_for_repetitions else penalties
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Logprobs of prompt tokens [start, start + len(rows)): rows[i].token is the prompt's own token."""
+    """Logprobs of prompt tokens [start, start + len(rows)); rows[i].token is the prompt's own token."""
 
     start: int
     rows: tuple[RowResult, ...]
@@ -93,8 +89,7 @@ class PromptScored:
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbedded:
-    """Normed hidden states of prompt tokens [start, start + count): `data` is float32 [count, embedding], little
-    endian."""
+    """Normed hidden states of prompt tokens [start, start + count): float32 [count, embedding], little endian."""
 
     start: int
     count: int
@@ -103,14 +98,12 @@ class PromptEmbedded:
 
 @dataclass(frozen=True, slots=True)
 class TokenSampled:
-    """One generated token."""
-
     row: RowResult
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Times of one request, in milliseconds from admission; counts in tokens."""
+    """Times of one request from its arrival, and counts of tokens."""
 
     queue_ms: float
     ttft_ms: float
@@ -124,13 +117,12 @@ class Timings:
 
 
 def rate(tokens: int, ns: int) -> float:
-    """Tokens per second; 0 where there was nothing to measure."""
     return tokens / ns * 1e9 if tokens > 0 and ns > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
-    """How far a prompt is computed, in tokens."""
+    """Progress of a prompt, in tokens."""
 
     total: int
     cached: int  # found in the prefix cache
@@ -140,7 +132,7 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a request that ended well. One that failed ends with an exception from the stream instead."""
+    """The last event of a request that ended well. A failed request ends with an exception from its stream instead."""
 
     reason: FinishReason
     timings: Timings
@@ -151,7 +143,7 @@ Event = PromptScored | PromptEmbedded | TokenSampled | Finished
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The last update of a request whose own row had no answer; others go on."""
+    """The last update of a request whose own row had no answer; other requests go on."""
 
     message: str
     is_request_fault: bool = False

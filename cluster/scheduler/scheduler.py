@@ -1,7 +1,7 @@
-"""Decides what the stages compute next: continuous batching, chunked prefill, preemption. Pure: times come in.
+"""Decides what the stages compute next: continuous batching, chunked prefill, preemption. It reads no clock.
 
 Blocks are given up at once when a sequence finishes, is aborted or preempted, although microbatches in flight may still
-read them: stages run microbatches in number order, and the next owner writes them in a later one.
+read them: stages run microbatches in number order, and the next owner writes the blocks in a later one.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.wire.microbatch.messages import Result
 
 _VISIBLE_WAITING = 8
-"""Waiting sequences that count as work to come."""
+"""The number of waiting sequences that count as work to come."""
 
 _SHARED, _SHARED_ROWS = 4, 32
-"""While another pipeline runs on the same workers, prefill chunks are so many times shorter, have so many rows at most,
-since little is measured yet, and one is in flight: the other pipeline's decode may wait for it at each stage."""
+"""The divisor of a prefill chunk's time and its most rows while another pipeline runs on the same workers. One chunk is
+in flight at a time: the other pipeline's decode may wait for it at each stage."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -53,8 +53,6 @@ _next_rows = attrgetter("next_rows")
 
 
 class Scheduler:
-    """All running and waiting sequences of one pipeline."""
-
     def __init__(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
         self._use_pipeline(settings, epoch, stages)
         self.queues = SequenceQueues(KvMemory(settings), settings.max_sequences)
@@ -93,7 +91,7 @@ class Scheduler:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """All that are not finished, by arrival."""
+        """Unfinished sequences, by arrival."""
         return list(self._sequences.values())
 
     @property
@@ -123,7 +121,7 @@ class Scheduler:
         return sequence
 
     def abort(self, key: int) -> Sequence | None:
-        """Forgets a sequence and frees its blocks; None where it is finished already."""
+        """Forgets a sequence and frees its blocks; None if it has finished already."""
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
             self.queues.remove(sequence)
@@ -133,32 +131,31 @@ class Scheduler:
         return sequence
 
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
-        """On another pipeline, whose stages hold nothing yet: what is in flight is forgotten, and every sequence is
-        computed again from its own tokens, in order of arrival."""
+        """Moves to another pipeline, whose stages hold nothing yet: all sequences are computed again, in order of
+        arrival."""
         self._use_pipeline(settings, epoch, stages)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
     # -- sequences of other pipelines ------------------------------------------------------------------------------
 
     def successor(self, settings: SchedulerSettings, epoch: int, stages: int) -> Scheduler:
-        """A scheduler for another pipeline, which gets the requests that come from now on."""
+        """Returns a scheduler for another pipeline, which gets all further requests."""
         successor = Scheduler(settings, epoch, stages)
         successor._next_key = self._next_key
         return successor
 
     @property
     def movable(self) -> list[Sequence]:
-        """Sequences that wait, of which nothing is in flight: another scheduler may take them over."""
+        """Waiting sequences with nothing in flight, which another scheduler may take over."""
         return [sequence for sequence in self.queues.waiting if not sequence.in_flight]
 
     def put_back(self, sequence: Sequence) -> None:
-        """It waits again, with nothing computed."""
         if sequence.is_running:
             self.queues.put_back(sequence)
 
     def take_over(self, other: Scheduler, sequences: Iterable[Sequence]) -> None:
-        """Sequences of another scheduler, movable ones or those of a lost pipeline, are computed from their tokens
-        here. They start in order of arrival."""
+        """Takes sequences of another scheduler, movable ones or those of a lost pipeline, and computes them again from
+        their tokens, in order of arrival."""
         for sequence in sequences:
             other.put_back(sequence)
             other.queues.waiting.remove(sequence)
@@ -173,7 +170,7 @@ class Scheduler:
         self.queues.waiting = deque(sorted(self.queues.waiting, key=_by_arrival))
 
     def has_room_for(self, sequence: Sequence) -> bool:
-        """Whether a sequence of another scheduler could start at once, and none that waits would start later for it."""
+        """True if another scheduler's sequence could start at once and delay no waiting one."""
         queues = self.queues
         if queues.waiting or queues.restoring or len(queues.running) >= queues.max_running:
             return False
@@ -183,7 +180,7 @@ class Scheduler:
     # -- microbatches ----------------------------------------------------------------------------------------------
 
     def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """The next unit of work; None where there is none or enough of it is in flight."""
+        """Returns the next microbatch; None if there is nothing to compute, or enough in flight."""
         self.queues.memory.begin_microbatch()
         if (isolated := self.strikes.isolated) is not None:
             is_busy = len(self.in_flight) or self.queues.restoring or self.queues.memory.transfers.are_under_way
@@ -208,8 +205,8 @@ class Scheduler:
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
     def complete(self, result: Result, now_ns: int, *, suspects_workers: bool = False) -> Completed:
-        """Takes in a result without a failure. ProtocolError where it is not the result of the microbatch that is due.
-        `suspects_workers`: whether another worker may take the last stage, for rows without a result."""
+        """Takes in a result without a failure. Raises ProtocolError if it is not due. `suspects_workers` is true if
+        another worker may take the last stage after rows without a result."""
         completed = Completed()
         row = at = 0  # in the rows, and in the embeddings
         slices = self.in_flight.complete(result, now_ns)
@@ -224,7 +221,6 @@ class Scheduler:
     def _complete_slice(
         self, taken: SequenceSlice, rows: tuple[RowResult, ...], embeddings: bytes, now_ns: int
     ) -> list[Update]:
-        """What the results of its rows are for its sequence."""
         sequence = taken.sequence
         sequence.in_flight -= 1
         sequence.sampling -= taken.sampled > 0
@@ -251,7 +247,7 @@ class Scheduler:
         return updates
 
     def _end(self, sequence: Sequence, updates: list[Update], completed: Completed, *, suspects_workers: bool) -> None:
-        """Takes the updates of a sequence that may end with them; none where it is tried again."""
+        """Hands on a sequence's updates, the last of which may end it, unless the sequence is tried again."""
         if isinstance(last := updates[-1], Failed):
             retry = self.retries.failed(sequence, last, suspects_workers=suspects_workers)
             if retry is Retry.ELSEWHERE:
@@ -272,19 +268,19 @@ class Scheduler:
     # -- decode ----------------------------------------------------------------------------------------------------
 
     def _ready_to_decode(self) -> list[Sequence]:
-        """Sequences whose last token is to be computed, oldest first, each with a block for it."""
+        """Gives the sequences that await decode their blocks; returns those that still decode, oldest first."""
         awaiting = self.queues.awaiting_decode
         for sequence in awaiting:
             self.queues.grow(sequence)
         return self._fitting([sequence for sequence in awaiting if sequence.phase is Phase.DECODE])
 
     def _fitting(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Those of them, oldest first, whose rows fit into a microbatch: behind a state there may be several."""
+        """Returns the oldest sequences whose rows fit into a microbatch; a sequence with a state may have several."""
         ends = accumulate(map(_next_rows, decoding))
         return [sequence for sequence, end in zip(decoding, ends, strict=True) if end <= self.settings.max_batch_tokens]
 
     def _drafted(self, ready: list[Sequence]) -> list[Sequence]:
-        """Those that are computed now, with drafted tokens where that pays: some wait for a draft model."""
+        """Returns the sequences to compute now, with drafted tokens where that pays; others wait for a draft model."""
         if self.speculation is None or not ready:
             return ready
         queues, settings = self.queues, self.settings
@@ -295,12 +291,9 @@ class Scheduler:
         return ready
 
     def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """A lookahead step, so that stages compute while results travel and the coordinator works. What a sequence
-        computes after its last token is thrown away.
-
-        Only where all decode together: with several groups, stages compute one while another one's results travel. And
-        only without prompts to compute: these would wait behind it.
-        """
+        """Returns a lookahead step, so that stages compute while results travel. Rows after the end of an answer are
+        wasted. There is none with several groups, which keep stages busy already, nor with prompts, which would wait
+        behind it."""
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:
             return None
@@ -318,7 +311,7 @@ class Scheduler:
         return self._launch(tuple(map(take_token, ahead)), len(ahead), now_ns) if ahead else None
 
     def _next_window(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """Drafted rows behind those of the only sequence that are under way."""
+        """Returns drafted rows behind those in flight of the only sequence."""
         queues = self.queues
         if self.speculation is None or len(queues.running) != 1:
             return None
@@ -330,7 +323,7 @@ class Scheduler:
         return self._launch((take_token(sequence),), 1, now_ns) if sequence.drafting.next else None
 
     def _next_alone(self, sequence: Sequence, now_ns: int) -> ScheduledMicrobatch | None:
-        """A microbatch of this sequence alone, with nothing else in flight. Others make room for it."""
+        """Returns a microbatch of this sequence alone; others are preempted for it. Nothing may be in flight."""
         queues = self.queues
         queues.make_room(sequence)
         if sequence.phase is Phase.DECODE:
@@ -347,10 +340,11 @@ class Scheduler:
     # -- prefill ---------------------------------------------------------------------------------------------------
 
     def _prefill_slices(self, ready: list[Sequence], now_ns: int) -> list[SequenceSlice]:
-        """Prompt slices for one microbatch: half for the sequences with least left to do, the rest in order of arrival.
+        """Returns prompt slices for one microbatch: half for the sequences with least left to do, the rest in order of
+        arrival.
 
-        So a short prompt does not wait for a long one, nor after a loss for all sequences that are computed again, and
-        the oldest never stands still. A whole prompt would, as it takes its rows or none: these go by arrival alone.
+        So short prompts do not wait for long ones, nor for all sequences that are computed again after a loss, and the
+        oldest never starves. Whole prompts go by arrival alone: each takes its rows or none.
         """
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:

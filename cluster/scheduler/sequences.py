@@ -1,4 +1,4 @@
-"""One request on a pipeline: its tokens, and how far they are computed. Tokens and Mirostat's mu are enough to run it
+"""One request on a pipeline: its tokens, and how far they are computed. Tokens and Mirostat's mu suffice to run it
 again."""
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class Phase(Enum):
-    """What is done with a sequence."""
-
     WAITING = auto()  # for KV memory and a place among those that run; results in flight still count
     DISCARDED = auto()  # waits likewise; results in flight are of a computation that is repeated
     PREFILL = auto()  # rows of known tokens are computed
@@ -33,8 +31,6 @@ _PREFILL, _DECODE, _DISCARDED, _FINISHED = Phase.PREFILL, Phase.DECODE, Phase.DI
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A prompt and the tokens chosen so far, and how far their keys and values are computed."""
-
     key: int  # ascending with arrival
     request: GenerationRequest
     max_new_tokens: int  # chosen tokens at most, the context considered
@@ -73,17 +69,16 @@ class Sequence:
 
     @property
     def is_begun(self) -> bool:
-        """Whether it has run before: preempted, or computed again."""
+        """True if the sequence has run before: it was preempted, or is computed again."""
         return self.usage.cached_tokens is not None
 
     @property
     def counts_results(self) -> bool:
-        """Whether results in flight belong to the computation that goes on."""
+        """True if results in flight belong to the computation that goes on."""
         return self.phase is not _FINISHED and self.phase is not _DISCARDED
 
     @property
     def lacks_matcher(self) -> bool:
-        """Whether the last stage needs what its matcher starts with."""
         return self.request.needs_matcher and self.max_new_tokens > 0 and not self.matcher.is_started
 
     @property
@@ -96,12 +91,13 @@ class Sequence:
 
     @property
     def left(self) -> int:
-        """Tokens to choose, at most."""
+        """The most tokens that are still to be chosen."""
         return self.max_new_tokens - self.generated
 
     @property
     def target(self) -> int:
-        """Rows to compute: all tokens but a last one after which nothing is chosen; or those to the last embedded."""
+        """The number of rows to compute: no last token after which nothing is chosen, and none after the last embedded
+        one."""
         if self.request.embedded is not None:
             return self.prompt_length if self.is_whole else self.outputs.end
         return len(self.tokens) if self.max_new_tokens else len(self.tokens) - 1
@@ -112,17 +108,16 @@ class Sequence:
 
     @property
     def next_rows(self) -> int:
-        """In decode, without drafted ones; several behind a state that refused rows did not change."""
+        """Known rows of a decode step, without drafted ones: several if refused rows set a state back."""
         return max(1, self.remaining)
 
     @property
     def awaits_decode(self) -> bool:
-        """Whether its last token is chosen and not yet on its way."""
         return self.phase is _DECODE and self.scheduled < len(self.tokens)
 
     def may_go_ahead(self, most: int) -> bool:
-        """Whether the row after its last token can be sent now, before that row's token is known, and after `most`
-        unknown tokens at most; after several only where samplers look at logits alone."""
+        """True if the row after the last token can be sent before that token is known, behind at most `most` unknown
+        tokens; behind several only if samplers look at logits alone."""
         most = 0 if self.matcher.is_slow else most if self.sampler.is_plain else 1
         if not 0 < self.sampling <= most or self.request.params.needs_state:
             return False
@@ -131,7 +126,7 @@ class Sequence:
 
     @property
     def may_draft(self) -> bool:
-        """Whether drafted rows may be computed with its last token's: each row's sampling follows from tokens alone."""
+        """True if drafted rows may be computed with the last token: their sampling depends on tokens alone."""
         request = self.request
         is_open = self.phase is _DECODE and self.left > 1 and request.max_drafted != 0
         is_early = request.needs_matcher and self.generated < request.min_tokens
@@ -139,39 +134,38 @@ class Sequence:
 
     @property
     def may_draft_further(self) -> bool:
-        """Whether drafted rows may be sent behind those that are under way: these need no history."""
+        """True if drafted rows may be sent behind those in flight, which need no history."""
         ahead = self.drafting.ahead
         return self.samples_alone and bool(ahead) and self.may_draft and self.left > len(ahead) + 1
 
     @property
     def samples_alone(self) -> bool:
-        """Whether a token is chosen from its row alone, without the tokens before it."""
+        """True if a token is chosen from its row alone, without the tokens before it."""
         return not (self.sampler.window or self.request.needs_matcher)
 
     @property
     def expects_forced(self) -> bool:
-        """Whether it had forced tokens lately, and may again: a row sent ahead would be one of them alone."""
+        """True if the grammar forced tokens lately, and may again: a lookahead row would be just one of these."""
         return self.request.needs_matcher and self.drafting.expects_forced(self.generated)
 
     @property
     def unknown(self) -> int:
-        """Tokens before the one that the next row chooses that are not known yet."""
+        """The number of unknown tokens before the one that the next row chooses."""
         return max(0, self.scheduled + 1 - len(self.tokens))
 
     @property
     def first_output(self) -> int:
-        """Rows [first_output, target) are scored, sampled or embedded."""
+        """The first of the rows [first_output, target) that are scored, sampled or embedded."""
         has_outputs = self.request.embedded is not None or self.has_scores_left
         return self.outputs.next if has_outputs else len(self.tokens) - 1
 
     @property
     def has_scores_left(self) -> bool:
-        """Whether prompt rows are still to be scored."""
         return self.request.embedded is None and self.outputs.next < self.outputs.end
 
     @property
     def known_end(self) -> FinishReason | None:
-        """Why there is nothing to compute for it: its answer is known, or no token is to be scored or chosen."""
+        """The reason if there is nothing to compute: the answer is known, or no token is to be scored or chosen."""
         if self.generated:
             return self.finish_reason(is_sampled=True)
         if self.request.embedded is not None:
@@ -180,18 +174,17 @@ class Sequence:
 
     @property
     def blocks_needed(self) -> int:
-        """Blocks that the rows to compute take."""
         return -(-(max(self.target, self.scheduled + 1) + len(self.drafting.next)) // KV_BLOCK_TOKENS)
 
     @property
     def settled(self) -> int:
-        """The first row that may still be computed, for the first time or again: drafted rows under way may be refused,
-        and behind a state the known ones with them are computed again then."""
+        """The first row that may still be computed: drafted rows in flight may be refused, and with a state the known
+        rows in their chunk are then computed again."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 
     def rows_within(self, rows: int, outputs: int) -> int:
-        """How many of the next rows fit where at most that many rows and output rows do."""
+        """Returns how many of the next rows fit into `rows` rows and `outputs` output rows."""
         if self.is_whole:
             embedded = 0 if self.request.embedded is None else self.outputs.end - self.outputs.next
             return self.remaining if self.remaining <= rows and embedded <= outputs else 0
@@ -199,18 +192,17 @@ class Sequence:
         return min(rows, self.remaining, before_outputs + outputs)
 
     def rewind(self, cached: int) -> None:
-        """Only the keys and values of tokens[:cached] are there."""
+        """Marks tokens[:cached] as the only ones with keys and values."""
         self.scheduled, self.drafting.next = cached, ()
         self.drafting.give_up()
         self.kv.registered = cached // KV_BLOCK_TOKENS
 
     def go_back(self, position: int) -> None:
-        """Rows from this position on are computed again."""
         self.scheduled = min(self.scheduled, position)
         self.computed = min(self.computed, self.scheduled)
 
     def restart(self) -> None:
-        """Nothing of it is computed or under way: its tokens are there, and updates are not repeated."""
+        """Drops all computation and results in flight. Tokens stay, and updates are not repeated."""
         self.scheduled = self.in_flight = self.sampling = 0
         self.kv.restart()
         self.drafting.restart()
@@ -219,13 +211,11 @@ class Sequence:
         self.phase = Phase.WAITING
 
     def append(self, row: RowResult) -> None:
-        """The next token of the answer."""
         self.tokens.append(row.token)
         self.sampler.add(row)
         self.drafting.forced = row.forced_draft
 
     def finish_reason(self, is_sampled: bool) -> FinishReason | None:
-        """Why it ends now; None where it goes on."""
         if not is_sampled:
             is_scored = not self.has_scores_left and self.in_flight == 0
             return FinishReason.LENGTH if self.max_new_tokens == 0 and is_scored else None
@@ -234,6 +224,5 @@ class Sequence:
         return FinishReason.LENGTH if self.generated >= self.max_new_tokens else None
 
     def timings(self) -> Timings:
-        """Times and counts as far as it came."""
         drafting = self.drafting
         return self.usage.timings(self.prompt_length, self.generated, drafting.rows, drafting.accepted)

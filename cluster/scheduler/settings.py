@@ -14,7 +14,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
-    """Fixed for the life of a scheduler. Stages must be loaded with limits that are at least these."""
+    """Settings fixed for the life of a scheduler. Stages must be loaded with limits that are at least these."""
 
     model_id: str
     vocabulary: int
@@ -57,8 +57,8 @@ class SchedulerSettings:
 
     @property
     def max_drafted(self) -> int:
-        """Tokens that are drafted for one sequence in a step, at most; none where a state cannot go back to the row
-        before refused ones."""
+        """The most tokens drafted for one sequence in a step; 0 if a state cannot go back to the row before refused
+        ones."""
         if self.speculation is None or (self.has_states and not self.state_blocks):
             return 0
         group = self.window_group
@@ -66,19 +66,18 @@ class SchedulerSettings:
 
     @property
     def has_mtp(self) -> bool:
-        """Whether the last stage drafts with an MTP head."""
         return self.speculation is not None and self.speculation.mtp and self.max_drafted > 0
 
     @property
     def may_repeat_rows(self) -> bool:
-        """Whether a sequence's last row may be computed again in place: not where it would update a state again, or see
-        blocks that were given up."""
+        """True if a sequence's last row may be computed again in place: it updates no state, and its blocks are still
+        held."""
         return self.window is None and not self.has_states
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Tokens of one sequence, prompt and answer: the context, or all of KV memory where that is less; or what a
-        microbatch holds, where it must hold the prompt."""
+        """The most tokens of one sequence, prompt and answer: the context, all of KV memory, or for whole prompts a
+        microbatch."""
         tokens = min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
         return min(tokens, self.max_batch_tokens, self.max_embedded_rows) if self.whole_prompts else tokens
 

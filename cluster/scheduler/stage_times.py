@@ -1,4 +1,4 @@
-"""Stage times learned from results, and predictions for the scheduler. Pure: times are arguments."""
+"""Stage times learned from results, and predictions for the scheduler. It reads no clock."""
 
 from __future__ import annotations
 
@@ -12,22 +12,21 @@ from llamaclust.wire.microbatch.messages import Result, StageTiming
 _RECENT_WEIGHT = 0.2
 
 _FIXED_ROWS = 10
-"""Reading the weights is taken to cost as much as computing that many rows, while only one number of rows was seen."""
+"""The number of rows that cost as much as reading the weights, assumed until several numbers of rows were seen."""
 
 _FRESH = 96
-"""Samples after which an older one of other numbers of rows says little about them."""
+"""The number of samples after which an older one, of other numbers of rows, says little."""
 
 _NEGLIGIBLE = 0.02
-"""A bubble of this share of a stage's time is not worth one more microbatch in flight."""
+"""The share of a stage's time below which a bubble is not worth one more microbatch in flight."""
 
 
 def _occupied_ns(timing: StageTiming) -> int:
-    """How long a microbatch keeps a stage from the next one."""
     return timing.compute_ns + timing.wire_ns
 
 
 class Curve:
-    """Time of one stage over the rows of a microbatch: one learned point for each power of two, lines between them."""
+    """The time of one stage by a microbatch's rows: one learned point for each power of two, lines between them."""
 
     __slots__ = ("_learned", "_learned_at", "_points")
 
@@ -48,8 +47,8 @@ class Curve:
             self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), moved(point[1], ns))
 
     def extended(self, other: Curve) -> Curve:
-        """With the points of another one behind its last one. Points that were not learned for long do not count, but
-        the first: a time that was too long by chance would never be tried again."""
+        """Returns this curve with another's points behind its last one. Stale points do not count, except the first: a
+        time that was too long by chance would never be tried again."""
         curve, first, oldest = Curve(), min(self._points, default=0), self._learned - _FRESH
         own = {bucket: p for bucket, p in self._points.items() if bucket == first or self._learned_at[bucket] > oldest}
         if own:
@@ -58,10 +57,8 @@ class Curve:
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
-        """Nanoseconds for that many rows; None before the first sample.
-
-        One point alone says nothing about the slope: `other`, a curve learned in other circumstances, adds its points.
-        """
+        """Returns nanoseconds for that many rows; None before the first sample. One point says nothing about the slope:
+        `other`, a curve learned in other circumstances, then adds its points."""
         points = list(self._points.values())
         if len(points) < 2 and other is not None:
             points = sorted((other._points | self._points).values())
@@ -77,7 +74,7 @@ class Curve:
 
 
 def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Points of which none says that fewer rows take longer: such a sample was late, or it is old."""
+    """Returns points whose times never fall with more rows: a sample that says otherwise was late, or is old."""
     rising, most = dict[int, tuple[float, float]](), inf
     for bucket, (rows, ns) in sorted(points.items(), reverse=True):
         most = min(most, ns)
@@ -86,7 +83,7 @@ def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, fl
 
 
 class StageCurves:
-    """The curves of all stages for one kind of microbatch."""
+    """Curves of all stages for one kind of microbatch."""
 
     def __init__(self, stages: int) -> None:
         self._curves = [Curve() for _ in range(stages)]
@@ -96,13 +93,13 @@ class StageCurves:
             curve.learn(rows, _occupied_ns(timing))
 
     def predict(self, rows: float, other: StageCurves | None = None) -> list[float] | None:
-        """Nanoseconds on each stage; None before the first sample. `other` as for curves."""
+        """Returns nanoseconds on each stage; None before the first sample. `other` is as in `Curve.predict`."""
         helpers = other._curves if other is not None else [None] * len(self._curves)
         times = [curve.predict(rows, helper) for curve, helper in zip(self._curves, helpers, strict=True)]
         return None if None in times else [ns for ns in times if ns is not None]
 
     def predict_beyond(self, rows: float, other: StageCurves) -> list[float] | None:
-        """Likewise, where the others' points go on behind the last own one."""
+        """Returns nanoseconds on each stage, with the others' points behind the last own one."""
         extended = StageCurves(0)
         pairs = zip(self._curves, other._curves, strict=True)
         extended._curves = [curve.extended(helper) for curve, helper in pairs]
@@ -110,8 +107,8 @@ class StageCurves:
 
 
 class StageTimes:
-    """Curves by kind: decode alone in the pipeline, decode beside other microbatches, and anything with prefill; of the
-    last, also those with scored rows for themselves."""
+    """Curves by kind: decode alone in the pipeline, decode beside other microbatches, and anything with prefill; of
+    these, microbatches with scored rows also have their own."""
 
     def __init__(self, stages: int) -> None:
         self.stages = stages
@@ -137,8 +134,8 @@ class StageTimes:
         was_lookahead: bool = False,
         was_scored: bool = False,
     ) -> None:
-        """From a microbatch that took `elapsed_ns` in all, or since the one before came back where it was sent ahead of
-        that; `was_alone`: no other was in flight meanwhile but those sent ahead of it or behind it."""
+        """Learns from a microbatch that took `elapsed_ns`, or of a lookahead step, the time since the one before came
+        back. `was_alone`: only lookahead steps before it or behind it were in flight meanwhile."""
         timings = result.timings
         if len(timings) != self.stages:
             return
@@ -160,11 +157,11 @@ class StageTimes:
                 self.whole_transit_ns = moved(whole, transit) if whole else transit
 
     def predictions(self, rows: int) -> list[list[float]]:
-        """Nanoseconds on each stage, for every kind of microbatch that was seen."""
+        """Returns nanoseconds on each stage, for every kind of microbatch that was measured."""
         return [ns for curves in (self.alone, self.beside, self.prefill) if (ns := curves.predict(rows)) is not None]
 
     def forget_beside(self) -> None:
-        """Decode beside other microbatches is measured anew when it is next tried."""
+        """Drops the measurements of decode beside other microbatches, so that its next try is measured anew."""
         self.beside = StageCurves(self.stages)
 
     @property

@@ -1,15 +1,14 @@
-"""Requests that may be why a pipeline failed: each is computed alone, until the same few rows have failed again and
-again. Pure.
+"""Requests that may be why a pipeline failed: each is isolated until the same few rows have failed again and again.
 
 The pipeline also fails for other reasons, once a second at worst. So a failure is evidence against a request only if
-its *suspected rows* were in flight: those that were when it first failed. Rows that the pipeline has computed are not
-suspected any more, and those left are fewer after each failure. A request that breaks the pipeline does so at one row,
-which is in flight each time: if not at the row that failed first, at one of those that were in flight later.
+its *suspected rows* were in flight: those of its first failure, without rows that were computed since. Each failure
+leaves fewer. A request that breaks the pipeline does so at one row, which is in flight each time: if not at the row
+that failed first, at one of those that were in flight later.
 
 After two such failures the request is computed with nothing else in flight, its suspected rows a few at a time. If
-these take w seconds, and workers are lost for other reasons r times a second, one more failure meanwhile has
-probability r * w: about 0.02 for SmolLM2 and a loss per second. If there is none, the request is cleared. So it fails
-by mistake with probability (r * w) ** 3 at most, since the first of four such failures only finds the few rows.
+these take w seconds, and workers are lost for other reasons r times a second, one more failure has probability r * w:
+about 0.02 for SmolLM2 and a loss per second. Without one, the request is cleared. So it fails by mistake with
+probability (r * w) ** 3 at most, since the first of four such failures only finds the few rows.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _ISOLATED = 2
-"""Strikes from which on a request is computed with nothing else in flight. After the first one it is not: requests are
-seldom the cause, and to compute all of them one by one takes long."""
+"""The strikes from which a request is isolated. One is not enough: requests are seldom the cause, and isolation is
+slow."""
 MAX_STRIKES = 6
-"""Of one request; those after `_ISOLATED` count only if it was isolated."""
+"""The strikes that end a request; those after `_ISOLATED` count only while it is isolated."""
 _PROBED_ROWS = 8
-"""Suspected rows of a microbatch: they take about as long as one, since each microbatch reads the weights."""
+"""Suspected rows of a microbatch: they take about as long as one row, since each microbatch reads the weights."""
 _MOST_SUSPECTED = 3
-"""Ranges of suspected rows of a sequence; the newest ones are kept."""
+"""The most ranges of suspected rows of a sequence; the newest are kept."""
 
 
 @dataclass(slots=True)
@@ -43,15 +42,15 @@ class _Suspected:
         return self.start < rows.stop and rows.start < self.end
 
     def strike(self, rows: range, *, is_alone: bool) -> None:
-        """The pipeline failed while these were in flight."""
+        """Narrows the range to the rows that were in flight at a failure, and counts the strike."""
         self.start, self.end = max(self.start, rows.start), min(self.end, rows.stop)
         self.strikes += is_alone or self.strikes < _ISOLATED
 
 
 @dataclass(frozen=True, slots=True)
 class StruckOut:
-    """A sequence that is to fail. `workers`: at fault in its failures, None where that was not known. `has_results`:
-    something was computed between the first of these and the last."""
+    """A sequence that is to fail. `workers` were at fault in its failures (None: not known); with `has_results`,
+    something was computed between the first failure and the last."""
 
     sequence: Sequence
     workers: frozenset[str | None]
@@ -60,7 +59,8 @@ class StruckOut:
 
 @dataclass(slots=True)
 class _Record:
-    """Of a sequence that was in flight when a pipeline failed, until its suspected rows are computed."""
+    """The suspicion against a sequence that was in flight when a pipeline failed, until its suspected rows are
+    computed."""
 
     sequence: Sequence
     suspected: list[_Suspected] = field(default_factory=list)
@@ -73,7 +73,7 @@ class _Record:
         return max(suspected.strikes for suspected in self.suspected)
 
     def strike(self, rows: range, *, is_alone: bool) -> bool:
-        """Whether a failure while these rows were in flight is evidence against the sequence."""
+        """Records a failure with these rows in flight. True if it is evidence against the sequence."""
         found = [suspected for suspected in self.suspected if suspected.overlaps(rows)]
         for suspected in found:
             suspected.strike(rows, is_alone=is_alone)
@@ -83,7 +83,7 @@ class _Record:
         return bool(found)
 
     def computed(self, end: int) -> None:
-        """The pipeline has computed rows [0, end)."""
+        """Clears rows [0, end)."""
         for suspected in self.suspected:
             suspected.start = max(suspected.start, end)
         self.suspected = [suspected for suspected in self.suspected if suspected.start < suspected.end]
@@ -98,7 +98,8 @@ class Strikes:
 
     @property
     def isolated(self) -> Sequence | None:
-        """The next one to compute with nothing else in flight: one that failed so already, or else the oldest."""
+        """The sequence to isolate next: the least interrupted, then the one with most strikes, then the first that
+        failed."""
         record = self._isolated
         return None if record is None else record.sequence
 
@@ -108,15 +109,15 @@ class Strikes:
         return None if self._is_paused else max(found, key=lambda r: (-r.interrupted, r.strikes), default=None)
 
     def rows(self, isolated: Sequence) -> int:
-        """How many rows of the isolated sequence may be computed next: up to suspected ones, then a few of these."""
+        """Returns how many rows of the isolated sequence come next: those before suspected ones, or a few of these."""
         scheduled = isolated.scheduled
         ahead = [each.start - scheduled for each in self._records[isolated.key].suspected if each.end > scheduled]
         to_suspected = min(ahead, default=0)
         return to_suspected if to_suspected > 0 else _PROBED_ROWS
 
     def add(self, slices: Iterable[SequenceSlice], worker: str | None = None) -> list[StruckOut]:
-        """The pipeline failed with these in flight, by the fault of a worker where that is known. Returns the sequences
-        that are to fail."""
+        """Records a failure with these slices in flight, by a worker's fault if that is known. Returns the sequences to
+        fail."""
         in_flight = _rows_in_flight(slices)
         isolated = self._isolated
         is_alone = isolated is not None and list(in_flight) == [isolated.sequence]
@@ -136,7 +137,7 @@ class Strikes:
         ]
 
     def computed(self, sequence: Sequence, end: int) -> None:
-        """The pipeline has computed rows of it up to this one."""
+        """Clears rows [0, end) of a sequence, which the pipeline has computed."""
         for other in self._records.values():
             other.has_results = True
         record = self._records.get(sequence.key)
@@ -146,7 +147,6 @@ class Strikes:
                 self.forget(sequence)
 
     def move(self, sequence: Sequence, other: Strikes) -> None:
-        """Another pipeline computes it from now on."""
         if (record := self._records.pop(sequence.key, None)) is not None:
             other._records[sequence.key] = record
 
@@ -159,7 +159,7 @@ def _rows(taken: SequenceSlice) -> range:
 
 
 def _rows_in_flight(slices: Iterable[SequenceSlice]) -> dict[Sequence, range]:
-    """Of each sequence that has not ended: from the first row to the last one."""
+    """Returns, for each sequence that has not ended, the range from its first row in flight to the last."""
     found: dict[Sequence, range] = {}
     for taken in slices:
         if taken.sequence.phase is not Phase.FINISHED and not taken.is_stale:

@@ -1,4 +1,4 @@
-"""Turns of owners, and within each of its requests with their prompts and choices. Pure."""
+"""Turns of owners, and within each of its requests with their prompts and choices."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from heapq import nsmallest
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _LARGE_GRAMMAR = 1 << 12
-"""Characters from which a grammar's matcher may take tens of milliseconds; the last stage makes one at a time."""
+"""Characters of a grammar from which its matcher may take tens of milliseconds; the last stage makes one at a time."""
 _MOST_MATCHERS = 2
-"""The matchers that are made for one owner at a time: as many keep the last stage busy, and others wait for no more."""
+"""The most matchers in the making for one owner: two keep the last stage busy, and others wait for no more."""
 
 
 def turn_of(sequence: Sequence) -> str:
-    """Sequences of one request have the same."""
     return sequence.request.group or sequence.request.request_id
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """How many sequences run, by owner and by request."""
+    """Numbers of running sequences by owner and by request."""
 
     owners: Counter[str]
     requests: Counter[str]
@@ -36,16 +35,15 @@ class Running:
         return cls(owners, requests)
 
     def with_another(self, sequence: Sequence) -> Running:
-        """One more runs."""
         return Running(self.owners + Counter([sequence.request.owner]), self.requests + Counter([turn_of(sequence)]))
 
     def rank(self, sequence: Sequence) -> tuple[int, int]:
-        """The lowest is next."""
+        """Returns the sequence's rank in turn; the lowest is next."""
         return self.owners[sequence.request.owner], self.requests[turn_of(sequence)]
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Leaves out sequences with large grammars whose owner awaits some matchers of such grammars."""
+    """Omits sequences with large grammars whose owner awaits `_MOST_MATCHERS` matchers of large grammars."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]
@@ -58,25 +56,25 @@ def _is_large(sequence: Sequence) -> bool:
 
 
 def in_turn(waiting: Iterable[Sequence], running: Running, most: int) -> list[Sequence]:
-    """The first `most` of those that wait, in the order in which `first_in_turn` would choose them if none started."""
+    """Returns the first `most` waiting sequences, in the order in which `first_in_turn` would choose them if none
+    started."""
     return nsmallest(most, waiting, key=running.rank)
 
 
 def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
-    """Returns the first waiting sequence of the owner with the fewest running ones, and of its request with the
-    fewest."""
+    """Returns the first waiting sequence of the owner with fewest running ones, and of its request with fewest."""
     return min(waiting, key=running.rank)
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Returns the youngest running sequence of the owner with the most, and of its request with the most. `running` is
-    sorted, oldest first."""
+    """Returns the youngest running sequence of the owner with most, and of its request with most; `running` is oldest
+    first."""
     return max(reversed(running), key=counts.rank)
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """Returns whether others give way to it: nothing of its owner runs, and several of another one; or nothing of its
-    request runs, and several of another one, whose owner has no less."""
+    """True if others give way to a sequence: its owner runs none and another one several; or its request runs none and
+    another one several, whose owner has no fewer."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

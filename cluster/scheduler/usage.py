@@ -1,4 +1,4 @@
-"""The time that one request takes, and the prompt tokens that it did not have to compute. Pure: times come in."""
+"""The time that one request takes, and the prompt tokens that it did not have to compute. It reads no clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamaclust.cluster.scheduler.requests import Timings, rate
 
 @dataclass(slots=True)
 class Usage:
-    """Nanoseconds of a clock that only rises; 0: it has not come so far."""
+    """Nanoseconds of a monotonic clock; 0 until reached."""
 
     arrived_ns: int
     started_ns: int = 0
@@ -25,7 +25,6 @@ class Usage:
         self.last_ns = now_ns
 
     def timings(self, prompt: int, generated: int, drafted: int, accepted: int) -> Timings:
-        """Times are in milliseconds from arrival; counts are of tokens so far."""
         started = self.started_ns or self.arrived_ns
         first = self.first_ns or started
         cached = self.cached_tokens or 0

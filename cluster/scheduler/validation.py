@@ -1,4 +1,4 @@
-"""The bounds of every field of a request, checked before anything is spent on it."""
+"""Bounds of every field of a request, checked before anything is spent on it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,6 @@ def validate(
 
 
 def check_chain(chain: SamplerChain) -> None:
-    """Raises ParameterError for a setting of a sampler that is out of bounds."""
     _check_rows(chain, CHAIN)
     if len(set(chain.order)) < len(chain.order):
         raise ParameterError("samplers", "a sampler is listed twice")
@@ -90,14 +89,12 @@ def check_count(name: str, count: int, most: int, items: str) -> None:
 
 
 def shown(value: object) -> str:
-    """A value of a request, short enough for a message."""
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number of more than 60 digits"
     return repr(value)[:60]
 
 
 def check_adapters(chosen: AdapterScales, adapters: Collection[int]) -> None:
-    """ParameterError for one that is not among the numbers of the model's adapters, and for a scale out of bounds."""
     for number, scale in chosen:
         if number not in adapters:
             there = ", ".join(map(str, sorted(adapters))) or "none"

@@ -1,1 +1,2 @@
-"""Pure: guesses at the next tokens of a sequence, which the pipeline verifies. Knows no requests and no pipeline."""
+"""Drafters: they guess the next tokens of a sequence, which the pipeline verifies, and know no requests or
+pipelines."""

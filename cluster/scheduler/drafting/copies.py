@@ -1,4 +1,4 @@
-"""Where a copy goes on behind a difference: tokens that it replaces, leaves out or adds."""
+"""The place where a copy goes on behind a difference: behind tokens that it replaces, omits or adds."""
 
 from __future__ import annotations
 
@@ -6,34 +6,34 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_DIFFERENT = 16
-"""Tokens that differ; behind more of them, what is copied is not known any more."""
+"""The most tokens that differ; behind more, the copied place is no longer known."""
 _NEAR = 16
-"""Tokens that a copy leaves out, at most."""
+"""The most tokens that a copy omits."""
 _MOST_SINCE = 160
-"""Tokens since the copy was last looked at: more than a draft has."""
+"""The most tokens since the copy was last looked at: more than a draft has."""
 
 
 class Resumption(NamedTuple):
-    """Tokens (place - length, place] are the last ones, and lie behind those that were copied."""
+    """Tokens (place - length, place], which equal the last ones and lie behind the copied ones."""
 
     place: int
     length: int
 
 
 class Copy:
-    """The end of a text, as far as it repeats a place of it."""
+    """The end of a text, as far as it repeats an earlier place."""
 
     def __init__(self) -> None:
         self._end = 0  # tokens of the text up to the copy's end
         self._place = -1  # of the last token that was copied
 
     def begin(self, tokens: Sequence[int], place: int) -> None:
-        """All tokens up to the last one repeat those up to this place."""
+        """Begins a copy: the tokens up to the last one repeat those up to this place."""
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """The place near the copied tokens with most of the last ones; of several, the one where as many tokens are
-        left out as were added. None while the copy goes on, and where it does not."""
+        """Returns the place near the copied tokens with most of the last ones; on a tie, the one with as many tokens
+        omitted as added. None while the copy goes on, or if it does not resume."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:
@@ -57,7 +57,6 @@ class Copy:
 
 
 def _same(near: Sequence[int], index: int, new: Sequence[int]) -> int:
-    """How many tokens up to the index are the last new ones."""
     length = 1
     while length < len(new) and length <= index and near[index - length] == new[-1 - length]:
         length += 1

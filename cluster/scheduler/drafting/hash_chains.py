@@ -1,4 +1,4 @@
-"""Earlier places of the last few tokens, newest first: hash chains as in LZ77 compressors."""
+"""Earlier places of the last few tokens, newest first, by hash chains as in LZ77 compressors."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 NONE = -1
-"""No place; also no token."""
+"""The mark of no place and of no token."""
 LONGEST = 32
-"""Tokens of a match at most; longer ones are not told apart."""
+"""The most tokens of a match; longer ones are not told apart."""
 CANDIDATES = 8
-"""Places that a search looks at. Clients choose the tokens, and may choose some whose chains are long."""
+"""The most places that a search looks at. Clients choose the tokens, and may choose some with long chains."""
 STEP_TOKENS = 1024
-"""That an index takes in at once, in about half a millisecond."""
+"""The most tokens that an index takes in at once, in about half a millisecond."""
 _FIRST_BUCKETS = 64
 
 
 class Match(NamedTuple):
-    """Tokens (place - length, place] are the last `length` ones."""
+    """Tokens (place - length, place], which equal the last `length` ones."""
 
     place: int
     length: int
@@ -31,9 +31,8 @@ NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """Of a text that grows: the newest place of each hash of `order` tokens, and of each place the one before it.
-
-    A place is where the last of the tokens is. Different tokens may share a chain: those who follow it compare."""
+    """The newest place of each hash of `order` tokens in a growing text, and the place before each place. A place is
+    that of the last of the tokens. Different tokens may share a chain: searches compare."""
 
     def __init__(self, order: int) -> None:
         self._order = order
@@ -41,7 +40,6 @@ class HashChains:
         self._previous = array("i")  # by place
 
     def __len__(self) -> int:
-        """Tokens that it has taken in."""
         return len(self._previous)
 
     @property
@@ -49,7 +47,7 @@ class HashChains:
         return sys.getsizeof(self._newest) + sys.getsizeof(self._previous)
 
     def take_in(self, text: Sequence[int]) -> bool:
-        """Some of the tokens that are new in the text; whether these were all."""
+        """Takes in up to STEP_TOKENS new tokens of the text. True if these were all."""
         assert len(text) >= len(self._previous)
         while len(self._newest) < len(text):
             self._newest.extend(self._newest)  # both halves go on with the chains so far
@@ -69,12 +67,11 @@ class HashChains:
         return self._previous[-1]
 
     def newest(self, window: tuple[int, ...]) -> int:
-        """The first place to look at for `order` tokens."""
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """The longest match of the text's tokens, at `place` and before it, with `tail` (`LONGEST` tokens at most, of
-        the text's type); the newest one of these. `NONE` in the text matches nothing; what precedes it is no match."""
+        """Returns the longest match of `tail` (at most LONGEST tokens, of the text's type) with the text at `place` or
+        before; the newest on a tie. `NONE` in the text matches nothing, and follows no match."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):
@@ -94,7 +91,7 @@ class HashChains:
 
 
 def extended(text: Sequence[int], place: int, tail: Sequence[int], length: int) -> int:
-    """Tokens up to `place` that are the last ones of the tail, if more than `length`; else `length`."""
+    """Returns how many tokens up to `place` equal the tail's last ones, if more than `length`; else `length`."""
     end = len(tail)
     most = min(end, place + 1)
     if length >= most or text[place - length : place + 1] != tail[end - length - 1 :]:

@@ -1,4 +1,4 @@
-"""A drafter without a model: what followed when the last tokens of the sequence were there before."""
+"""A drafter without a model: it drafts what followed earlier occurrences of a sequence's last tokens."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from llamaclust.cluster.scheduler.drafting.drafter import (
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
-"""Tokens of the shortest match. Where one token always followed a pair, it follows four times in five."""
+"""Tokens of the shortest match. A token that always followed a pair does so again four times in five."""
 _COPIED = 8
 """Tokens of a match that make it a copy, which probably goes on behind tokens that differ."""
 _UNSURE = 3
-"""A match of so many tokens says less about where a copy goes on than as many tokens near its last place."""
+"""Tokens of the longest match that says less about a copy than as many tokens near the copy's last place."""
 
 
 class NgramDrafter:
-    """Of one sequence: about 24 bytes a token, and a bounded number of comparisons a draft."""
+    """A drafter of one sequence: about 24 bytes a token, and a bounded number of comparisons a draft."""
 
     def __init__(self) -> None:
         self._chains = HashChains(_ORDER)
@@ -40,18 +40,18 @@ class NgramDrafter:
         return self._chains.size_bytes + self._singles.size_bytes
 
     def take_in(self, tokens: Sequence[int]) -> bool:
-        """Some of the tokens that are new; whether the index has all of them now."""
+        """Takes in some of the new tokens. True if the index has all of them now."""
         self._singles.take_in(tokens)
         return self._chains.take_in(tokens)
 
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """None until the index has taken in all of a long prompt, some of it at each call."""
+        """Returns no draft until the index has all of a long prompt, of which each call takes in some."""
         if not self.take_in(tokens) or most < 1:
             return NO_DRAFT
         return self.continued(tokens, self.match(tokens), most)
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """Of the last tokens, all of which were taken in."""
+        """Returns the longest match of the last tokens, all of which must have been taken in."""
         if len(tokens) <= _ORDER:
             return NO_MATCH
         tail = tokens[-LONGEST:]
@@ -65,8 +65,8 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """What followed the match, or a place near the last copy, or the last token: again and again where it ends at
-        the end of the tokens."""
+        """Returns the tokens behind the match, a place near the last copy, or the last token's earlier place, repeated
+        if they reach the end."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:
@@ -82,7 +82,8 @@ class NgramDrafter:
         return Draft(_cycled(tokens, place + 1, most), confidence)
 
     def _guessed(self, tokens: Sequence[int], most: int) -> Draft:
-        """Where the last two tokens are new together: behind one that replaces another, else behind the same token."""
+        """Returns a draft if the last two tokens are new together: behind a replaced token, else behind the last
+        token."""
         place, before = len(tokens) - 1 - self._distance, tokens[-_COPIED - 1 : -1]
         if self._distance and place >= _COPIED and tokens[place - _COPIED : place] == before:
             return Draft(_cycled(tokens, place + 1, most), SUBSTITUTED)
@@ -93,28 +94,25 @@ class NgramDrafter:
 
 
 def _cycled(tokens: Sequence[int], start: int, most: int) -> tuple[int, ...]:
-    """`most` tokens of tokens[start:], repeated as often as necessary."""
     drafted = tuple(tokens[start : start + most])
     return drafted if len(drafted) == most else tuple(islice(cycle(drafted), most))
 
 
 def _confidence(match: Match) -> int:
-    """How many tokens match says less than whether one token followed wherever they were."""
+    """Returns the class: a match's length says less than whether one token followed all matches."""
     if match.length >= 8:
         return LONG + (match.length >= 16)
     return (MIDDLE if match.length >= 4 else SHORT) + _votes(match)
 
 
 def _votes(match: Match) -> int:
-    """0: other tokens followed elsewhere, 1: it is the only one, 2: one token followed."""
+    """Returns 0 if other tokens followed elsewhere, 1 for the only match, 2 if one token followed all."""
     return 1 if match.followers == 1 else 2 if match.agree else 0
 
 
 class NgramDrafters:
-    """Each sequence drafts from its own tokens alone."""
-
     def of(self, key: Hashable) -> NgramDrafter:
         return NgramDrafter()
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Nothing of it is kept."""
+        """Keeps nothing of the sequence."""

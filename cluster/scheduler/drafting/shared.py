@@ -1,5 +1,5 @@
-"""Drafts from answers to other requests: a bounded store of recent ones. What it has is visible to others, since
-answers that repeat some of it are computed faster: only requests of one key see each other's."""
+"""Drafts from a bounded store of recent answers to other requests. Answers that repeat stored ones come faster, which
+reveals them: only requests of one key see each other's."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH,
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafter
 
 _ORDER = 4
-"""Tokens of the shortest match: of fewer, many answers have some by chance."""
+"""Tokens of the shortest match: many answers share fewer by chance."""
 _KEY_TOKENS = 128
-"""That the place of one key counts as: its empty index takes about 2 KiB."""
+"""Tokens that the place of one key counts as: its empty index takes about 2 KiB."""
 
 
 class _Answers:
-    """Of one key, one behind another."""
+    """Answers of one key, one behind another."""
 
     def __init__(self) -> None:
         self.tokens = array("i")
@@ -34,7 +34,7 @@ class _Answers:
         self._chains.take_in(self.tokens)
 
     def match(self, tail: array[int]) -> Match:
-        """Among what the index has taken in: some more at each call."""
+        """Returns the longest match among what the index has taken in; each call takes in some more."""
         self._chains.take_in(self.tokens)
         return self._chains.longest(self.tokens, self._chains.newest(tuple(tail[-_ORDER:])), tail)
 
@@ -44,8 +44,8 @@ class _Answers:
 
 
 class SharedAnswers:
-    """`most_tokens` of recent answers at most, about 17 bytes each. Once half of them is full, the older half is
-    dropped and a new one begun."""
+    """A store of at most `most_tokens` of recent answers, about 17 bytes each. Once half of them is full, the older
+    half is dropped."""
 
     def __init__(self, most_tokens: int) -> None:
         self._half_tokens = most_tokens // 2
@@ -59,7 +59,7 @@ class SharedAnswers:
         return sum(sys.getsizeof(half) + sum(answers.size_bytes for answers in half.values()) for half in halves)
 
     def add(self, tokens: Sequence[int], key: Hashable) -> None:
-        """An answer, for requests of this key (cache salt and adapters) alone; the end of a very long one."""
+        """Adds an answer, or the end of a very long one, for requests of this key (cache salt and adapters) alone."""
         kept = tokens[-max(self._half_tokens - _KEY_TOKENS - 1, 0) :]
         added = len(kept) + 1 + _KEY_TOKENS * (key not in self._newer)
         if len(kept) <= _ORDER or added > self._half_tokens:
@@ -71,7 +71,7 @@ class SharedAnswers:
         self._count += added
 
     def draft(self, tokens: Sequence[int], most: int, key: Hashable, least: int) -> Draft:
-        """What followed the longest match of `least` tokens or more; of two that are equal, the newer."""
+        """Returns the tokens behind the longest match of at least `least` tokens; the newer on a tie."""
         tail, found, place = array("i", tokens[-LONGEST:]), NO_MATCH, None
         for half in (self._newer, self._older):
             answers = half.get(key)
@@ -84,7 +84,7 @@ class SharedAnswers:
 
 
 class SharedDrafter:
-    """Of one sequence: looks into the answers where a longer match may be there than in the sequence itself."""
+    """A drafter of one sequence, which looks for longer matches in shared answers than in the sequence itself."""
 
     def __init__(self, answers: SharedAnswers, key: Hashable) -> None:
         self._answers, self._key = answers, key
@@ -102,8 +102,6 @@ class SharedDrafter:
 
 
 class SharedDrafters:
-    """Sequences draft from recent answers, too."""
-
     def __init__(self, most_tokens: int) -> None:
         self._answers = SharedAnswers(most_tokens)
 

@@ -1,4 +1,4 @@
-"""KV blocks as numbers: reference counts, blocks found again by their content, and tables as runs of ids."""
+"""KV blocks as numbers: reference counts, blocks found by their content, and tables as runs of ids."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Iterable
 
 
 class KvBlocks:
-    """Blocks 0..count, the same ids on every stage. A block is free, held (by one or more tables), or idle.
-
-    A held block may be registered with a key that stands for its content. Without holders it stays idle:
-    it can be acquired again by its key, until its memory is needed (the block idle for longest goes first).
-    """
+    """Blocks [0, count), with the same ids on every stage: each is free, held by tables, or idle. A held block may be
+    registered with a key that stands for its content. Without holders it stays idle, and can be acquired by its key
+    until its memory is needed, the block idle for longest first."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -23,7 +21,6 @@ class KvBlocks:
 
     @property
     def available(self) -> int:
-        """Blocks that `take` can still give."""
         return len(self._free) + len(self._idle)
 
     @property
@@ -34,7 +31,7 @@ class KvBlocks:
         return self._holders[block]
 
     def take(self) -> int:
-        """A block with one holder and undefined content. There must be one available."""
+        """Returns a block with one holder and undefined content. One must be available."""
         if self._free:
             block = self._free.pop()
         else:
@@ -45,19 +42,18 @@ class KvBlocks:
         return block
 
     def acquire(self, key: bytes) -> int:
-        """The block with this content, which must exist, with one more holder; it must not be written."""
+        """Returns the block with this content, which must exist, with one more holder. It must not be written."""
         block = self._by_key[key]
         self._idle.pop(block, None)
         self._holders[block] += 1
         return block
 
     def is_idle(self, key: bytes) -> bool | None:
-        """Whether the block with this content is idle; None where there is none."""
+        """True if the block with this content has no holder; None if there is no such block."""
         block = self._by_key.get(key)
         return None if block is None else block in self._idle
 
     def holds(self, block: int, key: bytes) -> bool:
-        """Whether `acquire` gives this block for that content."""
         return self._by_key.get(key) == block
 
     def register(self, block: int, key: bytes) -> None:
@@ -68,7 +64,6 @@ class KvBlocks:
             self._keys[block] = key
 
     def invalidate(self, keys: Iterable[bytes]) -> None:
-        """Forgets which blocks have these contents."""
         for block in [self._by_key.pop(key) for key in keys if key in self._by_key]:
             del self._keys[block]
             if block in self._idle:
@@ -76,7 +71,7 @@ class KvBlocks:
                 self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Removes one holder of each block; those at the end of a table are the first to be taken again."""
+        """Removes one holder of each block. Idle blocks at the end of a table are taken again first."""
         for block in reversed(list(blocks)):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, "a block was released twice"
@@ -88,8 +83,8 @@ class KvBlocks:
 
 
 class BlockTable:
-    """The blocks of one sequence, from block number `start` on: 0, or in layers with a window the first one that rows
-    to come see. Position p lives in block number p // KV_BLOCK_TOKENS."""
+    """The blocks of one sequence from block number `start` on: 0, or with a window, the first that later rows see.
+    Position p lives in block number p // KV_BLOCK_TOKENS."""
 
     __slots__ = ("_runs", "_shown", "blocks", "committed", "start")
 
@@ -109,7 +104,7 @@ class BlockTable:
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """As in `Chunk.table`."""
+        """Runs of block ids as in `Chunk.table`."""
         if self._shown is None:
             self._shown = tuple(self._runs)
         return self._shown
@@ -123,7 +118,6 @@ class BlockTable:
             self._runs += (block, 1)
 
     def drop_before(self, first: int) -> list[int]:
-        """Removes and returns the blocks before block number `first`."""
         count = first - self.start
         if count <= 0:
             return []
@@ -134,7 +128,6 @@ class BlockTable:
         return blocks[:count]
 
     def drop_behind(self, end: int) -> list[int]:
-        """Removes and returns the blocks from block number `end` on."""
         start, committed, blocks = self.start, self.committed, self.clear()
         self.start, self.committed = start, committed
         for block in blocks[: end - start]:
@@ -142,7 +135,6 @@ class BlockTable:
         return blocks[end - start :]
 
     def clear(self) -> list[int]:
-        """Empties the table; the blocks it had."""
         blocks, self.blocks = self.blocks, []
         self.start = self.committed = 0
         self._runs.clear()

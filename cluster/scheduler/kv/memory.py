@@ -15,20 +15,18 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 RESERVE_BLOCKS = 2
-"""Left for each running sequence when another one starts: it must not be preempted again at once."""
+"""Blocks left for each running sequence when another one starts, which must not be preempted again at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """Too few blocks for a sequence: how many there were, and the first of its prefix that was not cached."""
+    """Too few blocks for a sequence: the number there was, and the first key of its prefix that was not cached."""
 
     room: int
     missing: bytes | None
 
 
 class KvMemory:
-    """The blocks of all stages and what they are known to hold."""
-
     def __init__(self, settings: SchedulerSettings) -> None:
         cache = partial(
             PrefixCache, model_id=settings.model_id, kv_type=settings.kv_type, enabled=settings.prefix_cache
@@ -44,15 +42,13 @@ class KvMemory:
         self.transfers = KvTransfers(self.blocks, self._cache)
 
     def begin_microbatch(self) -> None:
-        """Blocks filled by earlier microbatches can be shared in this one."""
+        """Lets this microbatch share blocks that earlier ones filled."""
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
         """Gives a sequence blocks for all rows to compute, cached ones first, if that leaves `reserve` blocks.
-
-        False also where the microbatch being made fills blocks that it could share: rows of one microbatch must not
-        depend on each other's.
-        """
+        False, too, if the microbatch being made fills blocks to share: rows of one microbatch must not depend on
+        each other's."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False
@@ -83,7 +79,7 @@ class KvMemory:
         return True
 
     def has_room_for(self, sequences: tuple[Sequence, ...], reserve: int) -> bool:
-        """Whether all of them could be given blocks, if none is cached, so that `reserve` blocks are left."""
+        """True if all sequences could be given blocks, none of them cached, and `reserve` blocks were left."""
         has_window = self.window is None or self.window.can_begin(sequences, reserve)
         has_states = self.states is None or self.states.can_begin(len(sequences))
         return (
@@ -93,7 +89,8 @@ class KvMemory:
         )
 
     def _usable(self, sequence: Sequence, found: int) -> int:
-        """How many of its first `found` blocks can be shared: rows after them find their window, and a state."""
+        """Returns how many of the first `found` blocks can be shared: rows after them must find their window and a
+        state."""
         before = found + 1
         while 0 < found < before:
             before = found
@@ -102,16 +99,16 @@ class KvMemory:
         return found
 
     def lacks_blocks(self, sequence: Sequence) -> bool:
-        """Whether there were too few blocks for it when it was last to be admitted."""
+        """True if there were too few blocks when the sequence was last to be admitted."""
         return sequence.key in self._refused
 
     def _is_unchanged(self, refused: _Refusal, reserve: int) -> bool:
-        """Whether no block was freed since a refusal, nor the next block of its prefix cached."""
+        """True if no block was freed since the refusal, and the next block of the prefix is not cached."""
         is_cached = refused.missing is not None and self.blocks.is_idle(refused.missing) is not None
         return self.blocks.available - reserve <= refused.room and not is_cached
 
     def grow(self, sequence: Sequence) -> bool:
-        """Gives a sequence the blocks for its next rows; False where none is left."""
+        """Gives a sequence all blocks for its next rows; False if too few are left."""
         if not self.extend(sequence):
             return False
         if self.window is not None or self.states is not None:
@@ -119,7 +116,7 @@ class KvMemory:
         return True
 
     def draft(self, sequence: Sequence, tokens: tuple[int, ...], reserve: int) -> None:
-        """Has a sequence that has grown compute these drafted tokens, too, if that leaves `reserve` blocks."""
+        """Adds drafted tokens to a sequence's next rows if that leaves `reserve` blocks."""
         sequence.drafting.next = tokens
         more = sequence.blocks_needed - len(sequence.kv.table)
         is_full = more > 0 and self.blocks.available < more + reserve
@@ -129,8 +126,8 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Drafted rows of a sequence came back: all of them count, or not. Blocks that are full now can be shared:
-        there may be no further microbatch of it."""
+        """Settles drafted rows that came back; `is_whole` if all count. Full blocks are shared now, as no further
+        microbatch of the sequence may come."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:
@@ -139,13 +136,12 @@ class KvMemory:
                 self.window.settle(sequence)
 
     def finished(self, sequence: Sequence) -> None:
-        """Its last token is known: its blocks that are full can be shared, also those of steps that were sent before
-        their tokens were known."""
+        """Shares full blocks of a sequence whose last token is known, those of lookahead steps among them."""
         if sequence.is_running and self.states is None:
             self._register(sequence)
 
     def extend(self, sequence: Sequence) -> bool:
-        """Gives a sequence the blocks for all rows to compute, but those with a window; False where too few are
+        """Gives a sequence the KV blocks for all rows to compute, and commits window blocks; False if too few are
         left."""
         if self.window is not None and not self.window.commit(sequence):
             return False
@@ -156,15 +152,13 @@ class KvMemory:
         return True
 
     def reserve(self, sequence: Sequence, rows: int) -> None:
-        """Takes the window blocks and state blocks of the next rows of a sequence."""
         if self.window is not None:
             self.window.reserve(sequence, rows)
         if self.states is not None:
             self.states.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
-        """Rows up to `scheduled` are in the microbatch that is being made: later ones may share full blocks of known
-        tokens."""
+        """Shares full blocks of known tokens: rows up to `scheduled` are in the microbatch being made."""
         self._register(sequence)
         if self.window is not None:
             self.window.release_out_of_window(sequence)
@@ -181,14 +175,14 @@ class KvMemory:
             kv.registered = full
 
     def end_microbatch(self) -> None:
-        """Later microbatches may write the blocks that only this one's rows still read."""
+        """Releases the blocks that only this microbatch's rows still read: later ones may write them."""
         if self.window is not None:
             self.window.end_microbatch()
         if self.states is not None:
             self.states.end_microbatch()
 
     def invalidate(self, sequence: Sequence) -> None:
-        """Blocks that this sequence's tokens have filled are shared no more."""
+        """Stops sharing the blocks that this sequence's tokens have filled."""
         self.blocks.invalidate(sequence.kv.keys)
         if self.window is not None:
             self.window.blocks.invalidate(sequence.kv.keys)
@@ -196,7 +190,6 @@ class KvMemory:
             self.states.blocks.invalidate(sequence.kv.keys)
 
     def release(self, sequence: Sequence) -> None:
-        """Takes all blocks from a sequence."""
         self._refused.pop(sequence.key, None)
         self.blocks.release(sequence.kv.table.clear())
         if self.window is not None:

@@ -1,5 +1,5 @@
-"""Which KV blocks hold which tokens: a full block's key is a SHA-256 chain over the model without adapters, KV type,
-adapters that computed the block, salt and tokens."""
+"""The prefix cache. A full block's key is a SHA-256 chain over the model without adapters, KV type, adapters that
+computed the block, salt and tokens."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class BlockKeys(list[bytes]):
-    """One key for each full block of a sequence: of its tokens, salt and adapters alone. Sequences with another salt,
-    adapter or scale share no block."""
+    """Keys of a sequence's full blocks. Sequences with another salt, adapter or scale share no block."""
 
     def __init__(self, salt: str = "", adapters: Sequence[tuple[str, float]] = ()) -> None:
-        """`adapters`: digest and scale of each, in the order in which they are computed."""
+        """Takes the digest and scale of each adapter, in the order in which they are computed."""
         super().__init__()
         self.salt = f"{[*adapters]}\0{salt}" if adapters else f"\0{salt}"
 
 
 class PrefixCache:
-    """Finds and registers blocks by the tokens from position 0 to their end. `keys` are one sequence's, and grow."""
+    """Finds and registers blocks by the tokens from position 0 to their end. `keys` belong to one sequence, and
+    grow."""
 
     def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
         self.blocks = blocks
@@ -31,7 +31,8 @@ class PrefixCache:
         self.is_enabled = enabled
 
     def find(self, keys: BlockKeys, tokens: Sequence[int], reusable: int) -> tuple[int, int]:
-        """(found, idle): blocks of tokens[:reusable] that are cached from the beginning, and how many of them idle."""
+        """Returns (found, idle): cached blocks of tokens[:reusable] from the beginning, and how many of them are
+        idle."""
         if not self.is_enabled:
             return 0, 0
         self._extend(keys, tokens, reusable // KV_BLOCK_TOKENS)

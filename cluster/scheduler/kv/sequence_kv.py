@@ -1,4 +1,4 @@
-"""KV memory of one sequence: the blocks that it holds, and how they are found again."""
+"""KV memory of one sequence: the blocks that it holds, and the keys that find them again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 
 @dataclass(slots=True)
 class SequenceStates:
-    """What its next rows read and write; all blocks are held by it."""
+    """State blocks that a sequence's next rows read and write, and holds."""
 
     is_begun: bool = False  # it runs, and may hold blocks
     read: int | None = None  # has the state behind the rows that are scheduled; None: there are none
@@ -20,7 +20,7 @@ class SequenceStates:
     unregistered: int | None = None  # the position of `read` where that is a checkpoint whose last token is not known
 
     def of_chunk(self, position: int, rows: int) -> tuple[int | None, tuple[int, ...]]:
-        """`Chunk.state_from` and `Chunk.state_to` of the next rows."""
+        """Returns `Chunk.state_from` and `Chunk.state_to` of the next rows."""
         last = self.own if self.ahead is None else self.ahead
         if last is None:
             return None, ()
@@ -28,7 +28,6 @@ class SequenceStates:
         return self.read, tuple(number for end in ends for number in end)
 
     def clear(self) -> set[int]:
-        """It holds nothing; the blocks that it held."""
         marks = (block for _, block in self.marks)
         held = {block for block in (self.read, self.own, self.ahead, *marks) if block is not None}
         self.is_begun, self.read, self.own, self.ahead, self.unregistered = False, None, None, None, None
@@ -38,8 +37,6 @@ class SequenceStates:
 
 @dataclass(slots=True)
 class SequenceKv:
-    """Blocks of a sequence: in all layers, in those with a window, and its states."""
-
     keys: BlockKeys  # prefix cache keys of the tokens' full blocks
     table: BlockTable = field(default_factory=BlockTable)
     window: BlockTable = field(default_factory=BlockTable)
@@ -47,5 +44,5 @@ class SequenceKv:
     registered: int = 0  # blocks of the table that the prefix cache knows
 
     def restart(self) -> None:
-        """The sequence holds no blocks: those that it had are another pipeline's."""
+        """Forgets all blocks, which are another pipeline's."""
         self.table, self.window, self.states, self.registered = BlockTable(), BlockTable(), SequenceStates(), 0

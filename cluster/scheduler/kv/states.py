@@ -11,12 +11,12 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvStates:
-    """A block is the state behind one position. Rows read the one behind the position before them, and the state behind
-    a chunk's last row is written where it was read, or if others may go on from that, to another block.
+    """Blocks, each with the state behind one position. A chunk's rows read the state before them and overwrite it with
+    the one behind the last row, or if others may go on from it, write that to another block.
 
-    A checkpoint is a block that is registered by the key of the KV block that ends at its position, every `span`
-    positions and where a prompt's last full KV block ends. It is never written again. Sequences begin at checkpoints
-    alone. There may be too few blocks for checkpoints, but a sequence that has begun always finds one for its rows.
+    A checkpoint is a block registered by the key of the KV block that ends at its position: every `span` positions, and
+    where a prompt's last full KV block ends. It is never written again, and sequences begin at checkpoints alone.
+    Blocks for checkpoints may lack, but a sequence that has begun always finds one for its rows.
 
     Blocks that a microbatch reads are released when it is made: rows of other sequences in it must not overwrite them.
     """
@@ -29,23 +29,23 @@ class KvStates:
         self._used: list[int] = []  # by the microbatch that is being made
 
     def usable(self, keys: Items[bytes], found: int) -> int:
-        """How many of the first `found` KV blocks can be shared: up to a checkpoint."""
+        """Returns the end of the last checkpoint within the first `found` KV blocks."""
         return next((end for end in range(found, 0, -1) if self.blocks.is_idle(keys[end - 1]) is not None), 0)
 
     def can_begin(self, sequences: int, checkpoint: bytes | None = None) -> bool:
-        """Whether so many can begin, one of them at a checkpoint."""
+        """True if so many sequences can begin, one of them at the checkpoint with this key."""
         is_taken = checkpoint is not None and self.blocks.is_idle(checkpoint) is True
         return self.blocks.available - is_taken >= self._lacking + sequences
 
     def begin(self, sequence: Sequence, shared: int) -> None:
-        """Its first `shared` KV blocks are filled by other sequences."""
+        """Begins a sequence whose first `shared` KV blocks are filled by others."""
         states = sequence.kv.states
         states.is_begun = True
         states.read = self.blocks.acquire(sequence.kv.keys[shared - 1]) if shared else None
         self._lacking += 1
 
     def reserve(self, sequence: Sequence, rows: int) -> None:
-        """Takes blocks for what so many next rows write, unless it has them already."""
+        """Takes blocks for the states that the next `rows` rows write, unless the sequence has them already."""
         states = sequence.kv.states
         if states.own is None:
             states.own = self.blocks.take()
@@ -55,7 +55,7 @@ class KvStates:
         states.marks += [(place, self.blocks.take()) for place in self._checkpoints(sequence, start, end)]
 
     def filled(self, sequence: Sequence) -> None:
-        """The next rows are in the microbatch that is being made, and scheduled."""
+        """Registers the states that the next rows write: these rows are in the microbatch being made, and scheduled."""
         states = sequence.kv.states
         for position, block in states.marks:
             self._register(sequence, position, block)
@@ -70,15 +70,15 @@ class KvStates:
         self._keep_last(sequence)
 
     def draft(self, sequence: Sequence) -> bool:
-        """Takes a block for the state behind drafted rows; False where there is none. The one that they begin with
-        stays, as it is needed again where not all of them count."""
+        """Takes a block for the state behind drafted rows; False if there is none. The state before them stays, as it
+        is needed again unless all of them count."""
         if self.blocks.available <= self._lacking:
             return False
         sequence.kv.states.ahead = self.blocks.take()
         return True
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Whether all drafted rows count is known."""
+        """Keeps the state behind drafted rows if all of them count, or else releases it."""
         states = sequence.kv.states
         if states.ahead is None:
             return
@@ -92,7 +92,7 @@ class KvStates:
         self._keep_last(sequence)
 
     def _keep_last(self, sequence: Sequence) -> None:
-        """Where the state behind the scheduled rows is a checkpoint, later rows do not write it."""
+        """Keeps later rows from overwriting the state behind the scheduled ones if it is a checkpoint."""
         states = sequence.kv.states
         if any(self._checkpoints(sequence, sequence.scheduled, sequence.scheduled + 1)):
             states.own, states.unregistered = None, sequence.scheduled
@@ -105,14 +105,14 @@ class KvStates:
             self._used.clear()
 
     def release(self, sequence: Sequence) -> None:
-        """Takes all blocks from a sequence."""
         states = sequence.kv.states
         if states.is_begun:
             self._lacking -= states.own is None
             self.blocks.release(states.clear())
 
     def _checkpoints(self, sequence: Sequence, start: int, end: int) -> Iterator[int]:
-        """Positions in [start, end) behind which states are kept, while there are blocks beside those of rows."""
+        """Yields positions in [start, end) behind which states are kept, while there are blocks beside those of
+        rows."""
         if not self._cache.is_enabled:
             return
         last = (sequence.prompt_length - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
@@ -125,7 +125,7 @@ class KvStates:
                 yield position
 
     def _register_last(self, sequence: Sequence) -> None:
-        """A checkpoint at the end of a chunk is known by its tokens, the last of which may still be to be sampled."""
+        """Registers the checkpoint at a chunk's end once its last token is known, which may be sampled later."""
         states = sequence.kv.states
         if states.unregistered is not None and states.read is not None and states.unregistered <= len(sequence.tokens):
             self._register(sequence, states.unregistered, states.read)

@@ -1,4 +1,4 @@
-"""KV blocks that are read from disk or written there: held meanwhile, so that no sequence is given them."""
+"""KV blocks that are read from disk or written there: they are held meanwhile, so that no sequence is given them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """`keys`: of a sequence's first blocks, the last ones of them of `blocks`; `found`: how many of these blocks were
-    there before."""
+    """Blocks in transfer. `keys` are those of a sequence's first blocks, and end with those of `blocks`, the first
+    `found` of which were cached before."""
 
     keys: tuple[bytes, ...]
     blocks: tuple[int, ...]
@@ -23,8 +23,6 @@ class Transfer:
 
 
 class KvTransfers:
-    """Of one pipeline's blocks, where no layer has a window group."""
-
     def __init__(self, blocks: KvBlocks, cache: PrefixCache) -> None:
         self._blocks = blocks
         self._cache = cache
@@ -35,13 +33,13 @@ class KvTransfers:
         return self._under_way > 0
 
     def missing(self, sequence: Sequence) -> range:
-        """Numbers of the blocks that a sequence could share, from the first one on that is not there."""
+        """Returns the numbers of the blocks that a sequence could share, from the first missing one on."""
         found, _ = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
-        """Takes KV blocks for a sequence's missing blocks before number `end`; None where there are none, or less than
-        `reserve` would be left. Microbatches in flight may still use them. The blocks before them are held, too."""
+        """Takes blocks for a sequence's missing ones before number `end`, and holds those before them; None if there
+        are none, or fewer than `reserve` would be left. Microbatches in flight may still use the taken blocks."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
             return None
@@ -51,7 +49,7 @@ class KvTransfers:
         return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
-        """Holds the blocks of keys[start:] as far as they are there; None where the first one is not. Microbatches in
+        """Holds the cached blocks of keys[start:] up to the first missing one; None if there is none. Microbatches in
         flight may have yet to fill them."""
         there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
         if not there:
@@ -60,12 +58,12 @@ class KvTransfers:
         return Transfer((*keys[:start], *there), tuple(map(self._blocks.acquire, there)))
 
     def are_shared(self, transfer: Transfer) -> bool:
-        """Whether its blocks are still taken to hold what their keys say."""
+        """True if the blocks are still registered by their keys."""
         keys = transfer.keys[len(transfer.keys) - len(transfer.blocks) :]
         return all(map(self._blocks.holds, transfer.blocks, keys))
 
     def end(self, transfer: Transfer, restored: int = 0) -> None:
-        """The first `restored` of the blocks that were taken can be shared."""
+        """Releases the blocks; the first `restored` of those that were taken can be shared."""
         start = transfer.found
         for key, block in zip(transfer.keys[start:], transfer.blocks[start : start + restored], strict=False):
             self._blocks.register(block, key)

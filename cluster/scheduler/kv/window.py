@@ -11,11 +11,11 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvWindow:
-    """The most blocks that a sequence may hold are committed to it before it begins or grows: then a block that rows
+    """A pool that commits the most blocks that a sequence may hold before it begins or grows: then a block that rows
     need is always available.
 
-    Blocks out of the window are released when the microbatch is made: rows of other sequences in the same microbatch
-    must not overwrite what its rows still read.
+    Blocks out of the window are released when the microbatch is made: rows of other sequences in it must not overwrite
+    what its rows still read.
     """
 
     def __init__(self, group: WindowGroup, cache: PrefixCache) -> None:
@@ -28,7 +28,7 @@ class KvWindow:
         self._out_of_window: list[int] = []
 
     def usable(self, keys: Items[bytes], found: int) -> int:
-        """How many of the first `found` blocks can be shared: rows after them must find their whole window."""
+        """Returns how many of the first `found` blocks can be shared: rows after them must find their whole window."""
         usable = together = 0
         for index in range(found):
             together = 0 if self.blocks.is_idle(keys[index]) is None else together + 1
@@ -38,12 +38,12 @@ class KvWindow:
         return usable
 
     def can_begin(self, sequences: Items[Sequence], reserve: int) -> bool:
-        """Whether these can be given commitments so that `reserve` are left to sequences that still grow."""
+        """True if the sequences can get commitments and leave `reserve` blocks to those that still grow."""
         growth = self._begun * self.group.sequence_blocks - self._committed
         return self._committed + sum(map(self._need, sequences)) + min(reserve, growth) <= self._most
 
     def begin(self, sequence: Sequence, shared: int) -> None:
-        """Commits blocks to it; its first `shared` blocks are filled by other sequences."""
+        """Begins a sequence whose first `shared` blocks are filled by others."""
         self._begun += 1
         self.commit(sequence)
         table = sequence.kv.window
@@ -52,7 +52,7 @@ class KvWindow:
             table.append(self.blocks.acquire(key))
 
     def commit(self, sequence: Sequence) -> bool:
-        """Commits all blocks that a sequence needs; False where there are too few."""
+        """Commits all blocks that a sequence needs; False if there are too few."""
         more = self._need(sequence) - sequence.kv.window.committed
         if more > 0:
             if self._committed + more > self._most:
@@ -65,22 +65,21 @@ class KvWindow:
         return min(self.group.sequence_blocks, sequence.blocks_needed)
 
     def reserve(self, sequence: Sequence, rows: int) -> None:
-        """Takes blocks for so many next rows."""
         for _ in range(sequence.kv.window.end, -(-(sequence.scheduled + rows) // KV_BLOCK_TOKENS)):
             sequence.kv.window.append(self.blocks.take())
 
     def register(self, sequence: Sequence, full: int) -> None:
-        """Registers blocks up to block `full`, filled by the sequence's tokens; before `release_out_of_window`."""
+        """Registers blocks up to number `full`, filled by the sequence's tokens; must come before
+        `release_out_of_window`."""
         table = sequence.kv.window
         first = max(sequence.kv.registered, table.start)
         self._cache.register(sequence.kv.keys, sequence.tokens, table.blocks, first, full, table.start)
 
     def release_out_of_window(self, sequence: Sequence) -> None:
-        """Releases the blocks that no later row sees."""
         self._out_of_window += sequence.kv.window.drop_before(self.group.first_seen(sequence.settled))
 
     def settle(self, sequence: Sequence) -> None:
-        """Releases the blocks of drafted rows that were refused: a table ends with its chunk's last row."""
+        """Releases blocks of drafted rows that were refused: a table ends with its chunk's last row."""
         table, kept = sequence.kv.window, -(-sequence.scheduled // KV_BLOCK_TOKENS)
         if table.end > max(kept, table.start):
             self.blocks.release(table.drop_behind(max(kept, table.start)))
@@ -91,7 +90,6 @@ class KvWindow:
             self._out_of_window.clear()
 
     def release(self, sequence: Sequence) -> None:
-        """Takes all blocks from a sequence, and what it was committed."""
         self._begun -= sequence.kv.window.committed > 0
         self._committed -= sequence.kv.window.committed
         self.blocks.release(sequence.kv.window.clear())

@@ -25,7 +25,6 @@ _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 def answer(
     sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...], embeddings: bytes, now_ns: int
 ) -> list[Update]:
-    """Takes in the results of a slice's output rows, or the hidden states of its embedded ones."""
     if embeddings:
         return _answer_embedded(sequence, taken, embeddings, now_ns)
     end, count = taken.end, len(rows) - taken.sampled
@@ -71,7 +70,7 @@ def _answer_embedded(sequence: Sequence, taken: SequenceSlice, data: bytes, now_
 
 
 def _take_sampled(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...]) -> list[RowResult]:
-    """The tokens that sampled rows add. A drafted row counts where its token is the one that is known by then."""
+    """Appends the tokens of sampled rows. A drafted row counts if its token is the one that was chosen."""
     tokens, drafted = sequence.tokens, taken.chunk.tokens[len(taken.chunk.tokens) - len(rows) + 1 :]
     place = taken.end - len(rows)  # of the row's own token
     added = _append(sequence, place, rows[0])
@@ -90,13 +89,13 @@ def _take_sampled(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResul
 
 
 def _is_refused(sequence: Sequence, rows: tuple[RowResult, ...], added: list[RowResult]) -> bool:
-    """True if known rows behind a state are computed again with the next ones, no forced token among them."""
+    """True if a state was set back and known rows, none of them forced, are computed again with the next ones."""
     return sequence.kv.states.is_begun and (not added or any(row is added[-1] for row in rows))
 
 
 def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
-    """The token that the row at this position chose and those that must follow it, as far as they are new: a row
-    that was sent before the tokens forced by its predecessor were known repeats these."""
+    """Appends the token that the row at `place` chose, and those forced after it, as far as they are new: a row sent
+    before its predecessor's forced tokens were known repeats these."""
     rows = (row, *(RowResult(token, 0.0) for token in row.forced)) if row.forced else (row,)
     added: list[RowResult] = []
     for following in rows[len(sequence.tokens) - place - 1 :]:
@@ -110,8 +109,8 @@ def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
 
 
 def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]) -> None:
-    """Counts drafted rows up to `end` as right, or none that are not all where a state goes with rows. Further windows
-    go on where the added tokens are those that they are behind."""
+    """Counts drafted rows up to `end` as right; with a state, the chunk is computed again unless all are. Further
+    windows go on if the added tokens are those that they follow."""
     if not taken.drafted:
         return
     sequence.drafting.accepted += max(0, taken.drafted - (taken.end - end))
@@ -123,7 +122,7 @@ def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]
 
 
 def _repeat(sequence: Sequence, row: int) -> None:
-    """The row at this position is computed again, beside others in decode."""
+    """Has the row at this position computed again, beside others in decode."""
     sequence.go_back(row)
     sequence.drafting.give_up()
     if sequence.phase is _PREFILL:
@@ -131,7 +130,7 @@ def _repeat(sequence: Sequence, row: int) -> None:
 
 
 def _take_suggested(sequence: Sequence, place: int, rows: tuple[RowResult, ...]) -> None:
-    """Keeps tokens that a head drafted behind the last one. `place`: of the first row's own token."""
+    """Keeps the tokens that a head drafted behind the last one. `place` is that of the first row's own token."""
     drafting = sequence.drafting
     for end, row in enumerate(rows, place + 2):
         if row.drafted and end == len(sequence.tokens) and drafting.drafts is not None and not drafting.forced:

@@ -1,4 +1,4 @@
-"""How many prompt tokens go into one microbatch."""
+"""The number of prompt tokens in one microbatch."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageCurves, StageTimes
 
 _FIRST_ROWS = 64
-"""Without measurements and decode: small enough for a slow machine, large enough not to matter on a fast one."""
+"""Rows without measurements or decode: few enough for a slow machine, enough not to matter on a fast one."""
 _LEAST_ROWS = 16
 _LEAST_ROWS_ALONE = 64
-"""Without decode nothing waits for a chunk's end, and a slow machine reads the weights for 64 rows as for 16."""
+"""The least rows without decode: nothing waits for a chunk's end, and a slow machine reads the weights for 64 rows as
+for 16."""
 _EFFICIENT = 4
-"""Least ratio of the time for a chunk's rows to the fixed cost of a chunk."""
+"""The least ratio of a chunk's time for rows to its fixed cost."""
 _SCORED_SHARE = 0.5
-"""Of `prefill_ms`, for a microbatch with scored rows. The coordinator takes longer for those as well, and they come in
-hundreds, each of which other streams would wait for."""
+"""The share of `prefill_ms` for a microbatch with scored rows: these cost the coordinator time, too, and come in
+hundreds."""
 
 _EMBEDDED_BYTES = 1 << 20
-"""A microbatch with decode rows gives at most so many bytes of hidden states."""
+"""The most bytes of hidden states that a microbatch with decode rows returns."""
 
 
 def chunk_rows(
     settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, *, alone: bool
 ) -> int:
-    """Prefill rows of the next microbatch, which also has `decoding` rows; `burst` prompt tokens came together, `left`
-    of them are still to be computed; `alone`: no sequence decodes, in other microbatches neither.
+    """Returns the prefill rows of the next microbatch, beside `decoding` rows. Of `burst` prompt tokens that came
+    together, `left` are still to be computed; `alone` if no sequence decodes.
 
-    A chunk takes the slowest stage `prefill_ms` at most, or 16 rows where they take longer, so that decode does not
-    wait longer (`prefill_alone_ms` or 64 rows without decode); and no more than what finishes the burst soonest: k
+    A chunk takes the slowest stage at most `prefill_ms`, or 16 rows if they take longer, so that decode does not wait
+    longer (`prefill_alone_ms` or 64 rows without decode). It is no larger than what finishes the burst soonest: k
     chunks on S stages end after (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at
-    burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later
-    stages compute them, the first ones are idle.
+    burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are half of what is left each: while later stages
+    compute them, the first ones are idle.
     """
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
@@ -52,8 +53,8 @@ def chunk_rows(
 
 
 def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -> int:
-    """Rows that are scored in one microbatch which also has `decoding` rows. On the last stage each of them costs a row
-    of logits, which may be more than its layers."""
+    """Returns the scored rows of a microbatch that also has `decoding` rows. Each costs the last stage a row of logits,
+    which may be more than its layers."""
     slowest = _slowest(times.scoring)
     if slowest is None:
         return _LEAST_ROWS
@@ -63,14 +64,15 @@ def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -
 
 
 def embedded_rows(settings: SchedulerSettings, *, is_beside_decode: bool) -> int:
-    """Rows of one microbatch whose hidden states come back. Tokens of others wait on the link for these."""
+    """Returns the embedded rows of one microbatch. Tokens of other sequences wait on the link for their hidden
+    states."""
     if not is_beside_decode or not settings.embedding_length:
         return settings.max_embedded_rows
     return min(settings.max_embedded_rows, max(1, _EMBEDDED_BYTES // (4 * settings.embedding_length)))
 
 
 def _slowest(curves: StageCurves) -> tuple[float, float] | None:
-    """(ns of a microbatch, ns of a row): a line through the slowest stage's times of small and large chunks."""
+    """Returns (ns of a microbatch, ns of a row): a line through the slowest stage's times of small and large chunks."""
     small, large = curves.predict(_LEAST_ROWS), curves.predict(8 * _LEAST_ROWS)
     if small is None or large is None:
         return None

@@ -10,13 +10,11 @@ from llamaclust.cluster.scheduler.rows.taking import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 
 _MAX_STARTS = 32
-"""Answers whose matchers start in one microbatch: each brings its grammar, which may be large."""
+"""The most answers whose matchers start in one microbatch: each brings its grammar, which may be large."""
 
 
 @dataclass(slots=True)
 class PrefillBatch:
-    """The prompt slices of one microbatch: one of each sequence at most."""
-
     memory: KvMemory
     now_ns: int
     rows_left: int
@@ -27,8 +25,8 @@ class PrefillBatch:
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
 
     def add(self, sequence: Sequence, share: int = 1) -> bool:
-        """Rows of a sequence, as far as one part in `share` of the rows and outputs that are left goes. False where
-        that is none."""
+        """Adds rows of a sequence, up to one part in `share` of the rows and outputs that are left; False if that is
+        none."""
         is_scored = sequence.has_scores_left
         if sequence.lacks_matcher and not self.starts_left:
             return False

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class PromptOutputs:
-    """Rows [answered, end) have no result yet; those before `next` are under way."""
+    """Rows [answered, end) have no result yet; those before `next` are in flight."""
 
     answered: int
     end: int
     next: int
 
     def take(self, end: int) -> None:
-        """Rows before `end` are sent."""
         self.next = max(self.next, min(end, self.end))
 
     def repeat(self) -> None:
-        """What is under way is computed again."""
+        """Has rows in flight computed again."""
         self.next = self.answered

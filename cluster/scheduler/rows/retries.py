@@ -1,4 +1,4 @@
-"""Rows without a result, such as those whose logits are not finite: computed again, then elsewhere. Pure."""
+"""Rows without a result, such as those whose logits are not finite: they are computed again, then elsewhere."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from llamaclust.core.sampling import NOT_FINITE
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """The last stage gave no result for rows of a sequence, twice, although what it received was finite."""
+    """A second failure of the last stage on rows of a sequence, although what it received was finite."""
 
     key: int
     failure: str
 
 
 class Retry(Enum):
-    """The next step for a sequence whose row has no result."""
-
     AGAIN = auto()  # it is computed again by the same workers
     ELSEWHERE = auto()  # it is computed again, and another worker should take the last stage
     NEVER = auto()  # it ends
@@ -29,13 +27,13 @@ class Retry(Enum):
 
 @dataclass(slots=True)
 class Retries:
-    """A sequence is computed again in other KV blocks; a second failure is the last stage's, where another worker may
-    take its place; a third one ends the sequence. A grammar that an answer breaks is no worker's fault."""
+    """Retries of sequences, in other KV blocks; a second failure is the last stage's, if another worker may take its
+    place; a third one ends the sequence. A grammar that an answer breaks is no worker's fault."""
 
     count: int = 0
 
     def failed(self, sequence: Sequence, failed: Failed, *, suspects_workers: bool) -> Retry:
-        """`suspects_workers`: whether another worker may take the last stage."""
+        """Decides on the next step. `suspects_workers` is true if another worker may take the last stage."""
         may_be_worker = not sequence.request.needs_matcher or failed.message.startswith(NOT_FINITE)
         if failed.is_request_fault or not may_be_worker:
             return Retry.NEVER if failed.is_request_fault or sequence.failures else self._again(sequence)

@@ -1,4 +1,4 @@
-"""State of an answer's samplers, made again from its tokens."""
+"""The state of an answer's samplers, which is made again from its tokens."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from llamaclust.core.sampling import RowResult
 
 
 class SamplingState:
-    """All that the choice of the next token depends on beside logits and the tokens themselves."""
-
     __slots__ = ("breakers", "is_plain", "mu", "stop_ids", "window")
 
     def __init__(self, request: GenerationRequest) -> None:
@@ -21,9 +19,8 @@ class SamplingState:
         self.stop_ids = tuple(sorted(request.stop_token_ids))
         self.breakers = SeenBreakers(request.breakers, request.prompt)  # for DRY
         self.mu = 0.0 if params.chain is None else params.chain.first_mu
-        """Mirostat's, for the next token."""
+        """Mirostat's mu for the next token."""
 
     def add(self, row: RowResult) -> None:
-        """One more token is chosen."""
         self.breakers.add(row.token)
         self.mu = self.mu if row.mu is None else row.mu

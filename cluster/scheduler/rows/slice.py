@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """Some rows of a sequence in a microbatch, and what its output rows are for. The last `drafted` ones count only as
-    far as their tokens are those that the rows before them choose."""
+    """Rows of a sequence in a microbatch. The last `drafted` ones count only as far as their tokens are those that the
+    rows before them choose."""
 
     sequence: Sequence
     chunk: Chunk
@@ -27,22 +27,19 @@ class SequenceSlice:
 
     @property
     def is_scored(self) -> bool:
-        """Whether rows of it are scored."""
         return len(self.tasks) > self.sampled
 
     @property
     def is_answered(self) -> bool:
-        """Whether its result says something about the sequence."""
         return bool(self.tasks) or self.chunk.embedded_rows > 0
 
     @property
     def is_stale(self) -> bool:
-        """Whether its drafted rows cannot count any more: a token before them is another one."""
+        """True if the drafted rows cannot count any more: a token before them is another one."""
         return self.drafted > 0 and self.branch != self.sequence.drafting.branch
 
     @property
     def end(self) -> int:
-        """The position behind its last row."""
         return self.chunk.position + len(self.chunk.tokens)
 
 

@@ -1,4 +1,4 @@
-"""The next rows of a sequence become a part of a microbatch: from then on they are under way."""
+"""Rows of a sequence become a slice of a microbatch: from then on they are in flight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def take_rows(sequence: Sequence, rows: int) -> SequenceSlice:
-    """The next rows of a prompt, or of tokens that are computed again, as a part of a microbatch."""
+    """Takes the next rows of a prompt, or of tokens that are computed again."""
     start, end = sequence.scheduled, sequence.scheduled + rows
     tokens, first = tuple(sequence.tokens[start:end]), max(start, sequence.first_output)
     sequence.outputs.take(end)
@@ -26,8 +26,8 @@ def take_rows(sequence: Sequence, rows: int) -> SequenceSlice:
 
 
 def take_token(sequence: Sequence) -> SequenceSlice:
-    """The last token of one that awaits decode or may go ahead, as a part of a microbatch, and its drafted ones: behind
-    that token, or behind others that are under way."""
+    """Takes the last token of a sequence that awaits decode or may go ahead, and its drafted ones: behind that token,
+    or behind others in flight."""
     known, drafting = tuple(sequence.tokens[sequence.scheduled :]), sequence.drafting
     drafted = drafting.next
     if not drafted and (unknown := sequence.unknown):

@@ -1,4 +1,4 @@
-"""What is done with output rows of a sequence."""
+"""Tasks of a sequence's output rows: scoring or sampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...]:
-    """For output rows [start, end) of known tokens."""
+    """Returns the tasks of output rows [start, end), whose tokens are known."""
     score_end = min(end, sequence.prompt_length - 1)
     top = sequence.request.top_logprobs
     scores = [ScoreTask(sequence.tokens[row + 1], top) for row in range(start, score_end)]
@@ -23,14 +23,14 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
-    """For the token after the next row, before which so many tokens are not known yet: 1 at most where samplers look
-    at tokens."""
+    """Returns the task of the token after the next row, before which `unknown` tokens are not known: at most 1 if
+    samplers look at tokens."""
     window, tokens = sequence.sampler.window, sequence.tokens
     return _task(sequence, tokens[max(0, len(tokens) - window + unknown) :] if window else (), unknown)
 
 
 def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
-    """For the row of the last token, and those of drafted ones behind it: each as if it was the only one."""
+    """Returns the tasks of the last token's row and the drafted ones behind it, each as if it was the only one."""
     window, tokens = sequence.sampler.window, sequence.tokens
     end = len(tokens) - 1
     first = _task(sequence, tokens[max(0, end + 1 - window) : end] if window else (), 0, drafted, follows=window > 0)
@@ -44,7 +44,7 @@ def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTa
 
 
 def further_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
-    """For rows of drafted tokens behind others that are under way, without a history."""
+    """Returns the tasks of drafted rows behind others in flight, without a history."""
     unknown, most = len(sequence.drafting.ahead) + 1, sequence.request.min_tokens
     first = _task(sequence, (), unknown, (*sequence.drafting.ahead, *drafted))
     tasks = accumulate(repeat(first, len(drafted)), lambda before, _: before.next())
@@ -74,7 +74,8 @@ def _task(
 
 
 def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None:
-    """With its first rows: so its matcher is ready when the first token is to be sampled, or soon after."""
+    """Returns the matcher's start, which goes with the first rows: so it is ready when the first token is sampled, or
+    soon after."""
     if not sequence.lacks_matcher:
         return None
     sequence.matcher.is_started = True

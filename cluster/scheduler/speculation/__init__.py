@@ -1,1 +1,1 @@
-"""Drafted tokens: which ones are computed with a token that is known, so that several are chosen in one pass."""
+"""Speculation: the drafted tokens that are computed with a known one, so that several are chosen in one pass."""

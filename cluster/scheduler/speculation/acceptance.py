@@ -1,17 +1,17 @@
-"""How many drafted tokens turn out to be the ones that are chosen, learned from recent ones. Pure."""
+"""The acceptance of drafted tokens, learned from recent ones."""
 
 from __future__ import annotations
 
 _REMEMBERED = 96
-"""Tokens, about: of earlier ones little is left."""
+"""Tokens, about, after which an earlier one counts little."""
 _PRIOR_TOKENS = 3
-"""What is known in advance counts as so many."""
+"""Tokens that a prior rate counts as."""
 _CHANGES = 1 / 256
-"""How probable it is at each token that what is said is of another kind from there on."""
+"""The probability at each token that the text is of another kind from there on."""
 _STRETCHES = 6
-"""That are looked at, at most."""
+"""The most stretches that are looked at."""
 _EVEN = 1.0
-"""Tokens of either kind that count behind a change: any rate is as probable as any other."""
+"""Tokens of either outcome that count behind a change: any rate is as probable as any other."""
 
 
 class _Stretch:
@@ -28,7 +28,6 @@ class _Stretch:
         return (self.accepted + _EVEN) / (self.tried + 2 * _EVEN)
 
     def learn(self, is_accepted: bool) -> float:
-        """Its new weight."""
         rate = (self.accepted + _EVEN) / (self.tried + 2 * _EVEN)
         self.weight *= rate if is_accepted else 1 - rate
         self.tried += 1 - self.tried / _REMEMBERED
@@ -37,8 +36,8 @@ class _Stretch:
 
 
 class Acceptance:
-    """Of drafts of one kind. Since when they have been of this kind is not known: the mean over the stretches that may
-    have begun with a change, by how probable the tokens since then make each of them."""
+    """The acceptance of drafts of one kind, which may change at any token: a mean over the stretches since possible
+    changes, weighted by how probable the tokens make each."""
 
     __slots__ = ("_first", "_rate", "_stretches")
 
@@ -48,7 +47,7 @@ class Acceptance:
         self._stretches = [self._first]
 
     def learn(self, *, is_accepted: bool) -> None:
-        """Of a token before which all drafted ones were right."""
+        """Learns from a token before which all drafted ones were right."""
         self._rate = None
         stretches = self._stretches
         unchanged = (1 - _CHANGES) / sum([stretch.learn(is_accepted) for stretch in stretches])
@@ -62,7 +61,7 @@ class Acceptance:
         stretches.append(_Stretch(_CHANGES))
 
     def rate(self, prior: float) -> float:
-        """The probability that the next one is accepted. `prior`: what it is taken for without experience."""
+        """Returns the probability that the next token is accepted; `prior` is its value without experience."""
         if self._rate is not None and self._rate[0] == prior:
             return self._rate[1]
         total = weighed = 0.0

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 MAX_WINDOW = 32
 LONGEST_DRAFT = 4 * MAX_WINDOW
-"""Several windows of it may be under way."""
+"""The most tokens of a draft, of which several windows may be in flight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A sequence's draft, and how probable it is that a token of it is accepted where those before it are."""
+    """A sequence's draft, and the probability that a token of it is accepted if those before it are."""
 
     tokens: tuple[int, ...] = ()
     rate: float = 0.0
@@ -19,20 +19,20 @@ class Candidate:
     forced_rate: float = 1.0  # of these
 
     def gain(self, depth: int) -> float:
-        """How probable it is that all tokens up to the one at this depth are accepted."""
+        """Returns the probability that all tokens up to this depth are accepted."""
         forced = min(depth, self.forced)
         return self.forced_rate**forced * self.rate ** (depth - forced)
 
     @property
     def most_gain(self) -> float:
-        """No draft of these rates gains more tokens, however long it is."""
+        """The gain that no draft of these rates exceeds, however long it is."""
         others = self.rate / (1 - min(self.rate, 0.999)) if len(self.tokens) > self.forced else 0.0
         return self.forced + others
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Windows of one sequence behind each other, each behind the drafted tokens of the one before it."""
+    """Windows of one sequence, each behind the drafted tokens of the one before it."""
 
     window: int  # drafted tokens of each
     depth: int  # windows under way, at most

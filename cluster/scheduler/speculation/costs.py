@@ -1,4 +1,4 @@
-"""What a microbatch takes with more rows than its sequences, as the stages were measured. Pure."""
+"""Times of microbatches with more rows than sequences, as the stages were measured."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
-"""What is looked at; between them times are on a line."""
+"""Numbers of rows that are tried; between them times are on a line."""
 _REFRESHED = 16
-"""Questions after which times are read again."""
+"""Calls of `refresh` after which times are read again."""
 
 
 class MeasuredRounds:
-    """Of one round: from a token of each sequence to the next ones."""
+    """Measured `RoundTimes`, infinite before anything is measured."""
 
     def __init__(self, times: StageTimes) -> None:
         self._times = times
@@ -28,18 +28,15 @@ class MeasuredRounds:
             self._stage_ns.clear()
 
     def plain_ns(self, sequences: int, groups: int) -> float:
-        """Without drafted rows, where steps may be sent ahead. Infinite before anything is measured."""
         transit_ns = self._times.transit_ns if groups == 1 else self._times.whole_transit_ns
         stage_ns = self._at(sequences, groups)
         return inf if stage_ns is None else cycle_ns(stage_ns, groups, transit_ns)
 
     def window_ns(self, rows: int, groups: int) -> float:
-        """With so many rows in a microbatch."""
         stage_ns = self._at(rows, groups)
         return inf if stage_ns is None else cycle_ns(stage_ns, groups, self._times.whole_transit_ns)
 
     def slowest_ns(self, rows: int) -> float:
-        """Of the stage that takes longest, with so many rows in a microbatch."""
         stage_ns = self._at(rows, 1)
         return inf if stage_ns is None else max(stage_ns)
 
@@ -52,5 +49,5 @@ class MeasuredRounds:
 
 
 def counts_to_try(most: int) -> tuple[int, ...]:
-    """Numbers of drafted rows up to `most`, itself among them."""
+    """Returns numbers of drafted rows up to `most`, itself among them."""
     return (*_ROWS[: bisect_left(_ROWS, most)], most) if most else ()

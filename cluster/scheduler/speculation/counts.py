@@ -1,4 +1,4 @@
-"""How many tokens were drafted, and how many of them were right."""
+"""Counts of drafted tokens, and of those that were right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Kinds = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class DraftCounts:
-    """Of drafts whose rows were computed."""
+    """Counts of drafts whose rows were computed."""
 
     drafts: int = 0
     drafted: int = 0  # tokens of these

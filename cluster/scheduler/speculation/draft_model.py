@@ -1,4 +1,4 @@
-"""The interface of a draft model, and what it takes. It is asked ahead of a step, which waits for its draft."""
+"""The interface of a draft model, and its times. A step waits for the draft that is requested ahead of it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _LATE = 4.0
-"""A time that is so many times the expected one counts as that: machines pause."""
+"""The most times its expected value that a sample counts as: machines pause."""
 _USUAL_OVERHEAD = 0.125
-"""Of a step: what the overhead is taken for until it is known."""
+"""The overhead as a share of a step, until it is known."""
 
 
 class DraftTimes:
-    """Of a draft model, in nanoseconds: measured, and learned from what its drafts take."""
+    """Times of a draft model in nanoseconds: measured, and learned from its drafts."""
 
     def __init__(self, step_ns: float, row_ns: float) -> None:
-        """Of a token drafted for one sequence, and of one that it takes in, at their quickest."""
+        """Takes the least times of a token drafted for one sequence, and of one that is taken in."""
         self._best_step_ns, self._best_row_ns = step_ns, row_ns
         self._step_ns = {1: step_ns}
         self._row_ns = row_ns
         self._overhead_ns = _USUAL_OVERHEAD * step_ns
 
     def draft_ns(self, sequences: int, tokens: int, rows: int, *, at_best: bool = False) -> float:
-        """For so many tokens of each sequence, of which the model lacks so many `rows` in all. `at_best`: as it was
-        measured, whatever drafts took since: they may have been late by chance."""
+        """Returns the time of `tokens` tokens for each sequence, of which the model lacks `rows` in all. `at_best` is
+        as measured, since drafts may have been late by chance."""
         lacking = max(0, rows - sequences)
         if at_best:
             return tokens * self._best_step_ns + lacking * self._best_row_ns
@@ -37,7 +37,7 @@ class DraftTimes:
         return rows * self._row_ns
 
     def learn(self, replies: DraftReplies, taken_ns: int) -> None:
-        """`taken_ns`: from the orders to the replies."""
+        """Learns from replies, `taken_ns` after their orders."""
         if replies.rows:
             self._row_ns = _learned(self._row_ns, replies.rows_ns / replies.rows)
         if replies.steps:
@@ -54,16 +54,16 @@ def _learned(estimate: float, sample: float) -> float:
 
 
 class DraftModel(Protocol):
-    """Used from one event loop. Orders that come meanwhile wait."""
+    """A draft model, used from one event loop. Orders that come meanwhile wait."""
 
     @property
     def times(self) -> DraftTimes: ...
 
     @property
     def is_lost(self) -> bool:
-        """It failed once: from then on, no pipeline asks it."""
+        """True after the first failure: no pipeline uses the model from then on."""
 
     def lose(self) -> None: ...
 
     def draft(self, orders: Sequence[DraftOrder]) -> Awaitable[DraftReplies]:
-        """Of each order's sequence, as far as there is memory for it. Begins at once."""
+        """Drafts for each order's sequence, as far as there is memory. The work begins at once."""

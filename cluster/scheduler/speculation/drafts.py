@@ -1,4 +1,4 @@
-"""What a drafter says of one sequence, compared with the tokens that come: also where none was computed in advance."""
+"""Drafts of one sequence, compared with the tokens that come even if they were not computed in advance."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from llamaclust.cluster.scheduler.speculation.acceptance import Acceptance
 from llamaclust.cluster.scheduler.speculation.candidates import LONGEST_DRAFT, Candidate, Chain
 
 _PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7, 0.99, 0.7, 0.6, 0.8, 0.14, 0.25, 0.65)
-"""How often tokens of a class are taken to be accepted before any were (benchmarks/notebook.md)."""
+"""The acceptance of each class's tokens before any were seen (benchmarks/notebook.md)."""
 
 
 class SequenceDrafts:
-    """Of one sequence, whose tokens only grow."""
+    """Drafts of one sequence, whose tokens only grow."""
 
     def __init__(self, drafter: Drafter, vocabulary: int, common: Sequence[Acceptance]) -> None:
-        """`common`: of all sequences' drafts, by confidence."""
+        """Takes the acceptance of all sequences' drafts, by confidence, as `common`."""
         self._drafter = drafter
         self._vocabulary = vocabulary
         self._common = common
@@ -28,7 +28,7 @@ class SequenceDrafts:
         self._offered = 0  # tokens before the last draft of a draft model
 
     def next(self, tokens: Sequence[int], most: int, forced: tuple[int, ...] = ()) -> Candidate:
-        """What may follow these tokens: `most` at most. A grammar forces the tokens `forced`."""
+        """Returns at most `most` tokens that may follow, beginning with those that a grammar forces."""
         self._compare(tokens)
         if not (self._at == len(tokens) and self._draft.tokens):
             self._draft, self._at = (
@@ -39,7 +39,7 @@ class SequenceDrafts:
         return Candidate(draft.tokens[:most], rate, min(draft.forced, most), self.rate(FORCED) if draft.forced else 1.0)
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """What the draft says behind those of its tokens that are under way; none where these are others by now."""
+        """Returns the draft's tokens behind those in flight; none if these are no longer the draft's."""
         self._compare(tokens)
         under_way = (*tokens[self._at :], *ahead)
         if self._draft.tokens[: len(under_way)] != under_way:
@@ -48,20 +48,18 @@ class SequenceDrafts:
 
     @property
     def length(self) -> int:
-        """Tokens of the draft that stands."""
         return len(self._draft.tokens)
 
     @property
     def current_rate(self) -> float:
-        """Of the draft that stands."""
         return self.rate(self._draft.confidence)
 
     def rate(self, confidence: int) -> float:
-        """How probable it is that a token of such a draft is accepted."""
         return self._own[confidence].rate(self._common[confidence].rate(_PRIORS[confidence]))
 
     def offer(self, tokens: Sequence[int], length: int, drafted: tuple[int, ...]) -> None:
-        """What a draft model says follows the first `length` tokens: it counts where no more are known by now."""
+        """Takes the tokens that a draft model puts behind the first `length`; they count if no more are known by
+        now."""
         self._compare(tokens)
         if length == len(tokens):
             self._offered = length
@@ -69,7 +67,7 @@ class SequenceDrafts:
                 self._draft, self._at = self._checked(Draft(drafted, MODEL), len(drafted)), length
 
     def suggest(self, tokens: Sequence[int], drafted: tuple[int, ...]) -> None:
-        """What a head says follows these: it counts where the drafter's own draft promises fewer tokens."""
+        """Takes an MTP head's tokens; they count if the drafter's own draft promises fewer."""
         own = self.next(tokens, LONGEST_DRAFT)
         draft = self._checked(Draft(drafted, MTP), len(drafted))
         if expected(self.rate(MTP), len(draft.tokens)) > expected(own.rate, len(own.tokens)):
@@ -77,20 +75,18 @@ class SequenceDrafts:
 
     @property
     def kind(self) -> str:
-        """Of the draft that stands."""
         return kind_of(self._draft.confidence_at(0))
 
     @property
     def is_of_mtp(self) -> bool:
-        """Whether the draft that stands is a head's."""
         return self._draft.confidence == MTP
 
     def has_offer(self, tokens: Sequence[int]) -> bool:
-        """Whether a draft model has said what follows these."""
+        """True if a draft model has drafted behind exactly these tokens."""
         return self._offered == len(tokens)
 
     def _checked(self, draft: Draft, most: int) -> Draft:
-        """Whatever a drafter says, it is as long as it may be, and of tokens that there are."""
+        """Cuts any drafter's draft to `most` tokens of the vocabulary."""
         tokens = draft.tokens[:most]
         wrong = next((place for place, token in enumerate(tokens) if not 0 <= token < self._vocabulary), most)
         return Draft(tokens[:wrong], min(max(draft.confidence, 0), CLASSES - 1), min(draft.forced, wrong))
@@ -108,11 +104,11 @@ class SequenceDrafts:
 
 
 def _obeying(draft: Draft, forced: tuple[int, ...]) -> Draft:
-    """The draft if it begins with forced tokens, else these."""
+    """Returns the draft if it begins with the forced tokens, else these."""
     tokens = draft.tokens if draft.tokens[: len(forced)] == forced else forced
     return Draft(tokens, draft.confidence, len(forced))
 
 
 def expected(rate: float, count: int) -> float:
-    """Of so many drafted tokens, those that are accepted."""
+    """Returns how many of `count` drafted tokens are accepted on average."""
     return sum(rate**depth for depth in range(1, count + 1))

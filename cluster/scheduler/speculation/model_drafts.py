@@ -1,7 +1,7 @@
-"""Which sequences wait for a draft model, for how many tokens, and what it takes in before. Pure.
+"""Orders for a draft model: the sequences that wait for it, their numbers of tokens, and what it takes in before.
 
-A draft costs time before each step, so it must gain more than n-gram drafts, which cost none. Before the first one the
-model takes in the prompt, beside steps that do not wait: where the tokens that are left are worth it.
+A draft costs time before each step, so it must gain more than n-gram drafts, which cost none. The model takes in a
+prompt beside steps that do not wait, if the tokens that are left are worth it.
 """
 
 from __future__ import annotations
@@ -18,23 +18,21 @@ from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.sampling import SampleTask
 
 _CLOSE = 64
-"""Tokens that a model may lack of a sequence that waits for it: those of the last window are among them."""
+"""The most tokens that a model may lack of a sequence that waits for it, those of the last window among them."""
 _WORTH = 2.0
-"""Time that drafts would save relative to that for taking in a prompt: answers may end early."""
+"""The least ratio of the time that drafts save to that for taking in a prompt: answers may end early."""
 _AGAIN = 64
-"""Tokens after which a model whose drafts did not pay is tried once more; each time twice as many, up to: """
+"""Tokens after which a model that did not pay is tried again; each time twice as many, up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
 _DRAFTS = 6
-"""Of such a retry."""
+"""The number of drafts of a retry."""
 _HOPEFUL = 0.7
-"""Acceptance with which it is tried."""
+"""The acceptance that a retry assumes."""
 _MARGIN = 0.05
-"""Predicted gain over other drafts below which the model is not asked."""
+"""The predicted gain over other drafts that an order needs."""
 
 
 class ModelDrafts:
-    """Of one pipeline."""
-
     def __init__(self, model: DraftModel, rounds: MeasuredRounds) -> None:
         self.model = model
         self._times = model.times
@@ -49,8 +47,8 @@ class ModelDrafts:
         return sequence.key in self._awaited
 
     def length(self, sequences: Items[Sequence], most: Mapping[int, int], speed: float) -> int:
-        """How many tokens are worth waiting for, where there would be `speed` tokens a nanosecond without: of those
-        sequences that `most` has a number for; 0: none."""
+        """Returns how many tokens are worth waiting for, for sequences in `most`, if `speed` tokens a nanosecond come
+        without them."""
         drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
         if not drafted or len(sequences) + len(self._awaited) > MOST_ORDERS:
             return 0
@@ -61,7 +59,6 @@ class ModelDrafts:
         return count
 
     def _length(self, drafted: Items[Sequence], longest: int, together: int, speed: float, *, hopeful: bool) -> int:
-        """Where so many sequences are computed together. `hopeful`: with what it should accept and take."""
         lacking = sum(map(self._lacking, drafted))
         rates = [max(_rate(each), _HOPEFUL) if hopeful else _rate(each) for each in drafted]
         best, best_speed = 0, (1 + _MARGIN) * speed
@@ -74,7 +71,7 @@ class ModelDrafts:
         return best
 
     def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
-        """Asks for so many tokens of each that `most` has a number for. The others, which do not wait, come back."""
+        """Orders `count` tokens for each sequence in `most`. Returns the others, which do not wait."""
         others = []
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):
@@ -86,7 +83,7 @@ class ModelDrafts:
         return others
 
     def next_orders(self, running: Iterable[Sequence]) -> list[DraftOrder]:
-        """What the model is to do now."""
+        """Returns the model's next work: drafts, or else the tokens that it lacks of a sequence."""
         orders, self._orders = self._orders[:MOST_ORDERS], self._orders[MOST_ORDERS:]
         if orders:
             return orders
@@ -110,7 +107,6 @@ class ModelDrafts:
                 sequence.drafting.drafts.offer(sequence.tokens, reply.length, reply.tokens)
 
     def forget(self, key: int) -> None:
-        """The sequence has ended."""
         self._awaited.discard(key)
         self._without_room.discard(key)
         self._retries.pop(key, None)
@@ -124,7 +120,7 @@ class ModelDrafts:
         return self._lacking(sequence) <= _CLOSE and sequence.key not in self._without_room
 
     def _is_due(self, sequence: Sequence) -> bool:
-        """Whether the model is tried again, although what is known says that it does not pay."""
+        """True if the model is tried again, although it is not expected to pay."""
         return self._retry_of(sequence).is_due(len(sequence.tokens))
 
     def _retry_of(self, sequence: Sequence) -> _Retry:
@@ -134,7 +130,7 @@ class ModelDrafts:
         return retry
 
     def _is_worth(self, sequence: Sequence) -> bool:
-        """Whether the model is to take in what it lacks of a sequence."""
+        """True if it is worth it that the model takes in what it lacks of a sequence."""
         lacking = self._lacking(sequence)
         if lacking <= _CLOSE // 2 or sequence.key in self._without_room or sequence.drafting.drafts is None:
             return False
@@ -150,7 +146,7 @@ class ModelDrafts:
 
 @dataclass(slots=True)
 class _Retry:
-    """Of the model for one sequence."""
+    """Retries of the model for one sequence."""
 
     again: int  # tokens of the sequence when it is tried again
     wait: int = _AGAIN
@@ -160,7 +156,7 @@ class _Retry:
         return self.left > 0 or tokens >= self.again
 
     def asked(self, tokens: int) -> None:
-        """For a draft. A model that is asked again and again pays."""
+        """Counts a draft. A model that is used without a retry pays, so the wait is short again."""
         if tokens >= self.again:
             self.left, self.wait = _DRAFTS, min(2 * self.wait, _AGAIN_MOST)
         elif self.left:
@@ -175,7 +171,7 @@ def _rate(sequence: Sequence) -> float:
 
 
 def _accepted(rate: float, count: int) -> float:
-    """Of so many drafted tokens, expected: rate + rate ** 2 + ... + rate ** count."""
+    """Returns the expected number of accepted tokens: rate + rate ** 2 + ... + rate ** count."""
     return rate * (1 - rate**count) / (1 - rate) if rate < 1 else count
 
 

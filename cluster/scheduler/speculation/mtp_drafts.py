@@ -1,8 +1,5 @@
-"""For which sequences a head for multi-token prediction (MTP) drafts, and how many. Pure.
-
-Drafts come with the results that they follow, and take time there. So they are asked for where the step after them is
-expected to gain more than other drafts promise.
-"""
+"""Orders for an MTP (multi-token prediction) head. Its drafts come with the results that they follow and take time
+there, so they are ordered if the step after them is expected to gain more than other drafts promise."""
 
 from __future__ import annotations
 
@@ -17,21 +14,19 @@ from llamaclust.cluster.scheduler.speculation.drafts import expected
 from llamaclust.cluster.scheduler.speculation.mtp_times import MtpTimes
 
 _MARGIN = 0.05
-"""Predicted gain over other drafts below which the head is not asked."""
+"""The predicted gain over other drafts that an order needs."""
 _HOPEFUL = 0.7
-"""Acceptance with which it is tried again."""
+"""The acceptance that a retry assumes."""
 
 
 class MtpDrafts:
-    """Of one pipeline."""
-
     def __init__(self, times: MtpTimes, rounds: MeasuredRounds) -> None:
         self._times = times
         self._rounds = rounds
 
     def length(self, sequences: Items[Sequence], speed: float, groups: int, most: int) -> int:
-        """How many tokens, `most` at most, are worth drafting behind the next step of these sequences, of which there
-        are so many microbatches, where there would be `speed` tokens a nanosecond without; 0: none."""
+        """Returns how many tokens, at most `most`, are worth drafting behind the next step of these sequences in
+        `groups` microbatches, if `speed` tokens a nanosecond come without them."""
         drafted = [sequence for sequence in sequences if may_order(sequence)]
         if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
             return 0
@@ -43,7 +38,6 @@ class MtpDrafts:
         return count
 
     def _best(self, rates: Items[float], together: int, speed: float, groups: int, most: int) -> int:
-        """With these rates of acceptance, where so many sequences are computed together."""
         best, best_speed = 0, (1 + _MARGIN) * speed
         for count in counts_to_try(most):
             draft_ns = self._times.draft_ns(len(rates), count)
@@ -57,14 +51,12 @@ class MtpDrafts:
 
 
 def order_drafts(sequences: Iterable[Sequence], count: int) -> None:
-    """Has the next step of each draft so many tokens behind it."""
     for sequence in sequences if count else ():
         if may_order(sequence):
             sequence.drafting.mtp.order(len(sequence.tokens), count)
 
 
 def may_order(sequence: Sequence) -> bool:
-    """Whether a draft for it may be of use."""
     return sequence.may_draft and sequence.left > 2 and sequence.drafting.drafts is not None
 
 

@@ -1,26 +1,23 @@
-"""What an MTP head takes, on the last stage, beside the step that it drafts behind. Pure."""
+"""Times of an MTP head on the last stage, beside the step that it drafts behind."""
 
 from __future__ import annotations
 
 _WEIGHT = 0.125
 _LATE = 4.0
-"""A time that is so many times the expected one counts as that: machines pause."""
+"""The most times its expected value that a sample counts as: machines pause."""
 
 
 class MtpTimes:
-    """Learned from results."""
-
     def __init__(self) -> None:
         self._step_ns: dict[int, float] = {}  # by sequences
 
     def learn(self, sequences: int, tokens: int, taken_ns: int) -> None:
-        """So many tokens were drafted for each of so many sequences."""
+        """Learns from `tokens` tokens that were drafted for each of `sequences` sequences."""
         sample = taken_ns / max(tokens, 1)
         before = self._step_ns.get(sequences, sample)
         self._step_ns[sequences] = before + _WEIGHT * (min(sample, _LATE * before) - before)
 
     def draft_ns(self, sequences: int, tokens: int) -> float | None:
-        """None before any was drafted."""
         if not self._step_ns:
             return None
         nearest = min(self._step_ns, key=lambda known: abs(known - sequences))

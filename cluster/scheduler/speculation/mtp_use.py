@@ -1,20 +1,18 @@
-"""What a sequence asks of an MTP head. Pure."""
+"""The drafts that a sequence orders of an MTP head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 _AGAIN = 64
-"""Tokens after which a head whose drafts did not pay is tried once more; each time twice as many, up to: """
+"""Tokens after which a head that did not pay is tried again; each time twice as many, up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
 _DRAFTS = 6
-"""Of such a retry."""
+"""The number of drafts of a retry."""
 
 
 @dataclass(slots=True)
 class MtpUse:
-    """Of one sequence."""
-
     asked: int = 0  # tokens to draft behind its next step
     is_awaited: bool = False  # a step with drafts is under way
     _asked_at: int = 0  # tokens of the sequence
@@ -22,11 +20,11 @@ class MtpUse:
     _left: int = 0  # drafts of a retry that goes on
 
     def is_due(self, tokens: int) -> bool:
-        """Whether the head is tried, although what is known says that it does not pay."""
+        """True if the head is tried, although it is not expected to pay."""
         return self._left > 0 or tokens - self._asked_at >= self._wait
 
     def order(self, tokens: int, count: int) -> None:
-        """For so many drafted tokens behind the next step of a sequence of so many."""
+        """Orders `count` tokens behind the next step of a sequence of `tokens` tokens."""
         if tokens - self._asked_at >= self._wait:
             self._left, self._wait = _DRAFTS, min(2 * self._wait, _AGAIN_MOST)
         elif self._left:
@@ -34,7 +32,6 @@ class MtpUse:
         self.asked, self._asked_at = count, tokens
 
     def take(self) -> int:
-        """Tokens to draft behind a step that is sent."""
         asked, self.asked = self.asked, 0
         self.is_awaited = self.is_awaited or asked > 0
         return asked

@@ -1,4 +1,4 @@
-"""Drafts of one sequence: tokens to compute with its last one, those under way, and how many were right."""
+"""Drafts of one sequence: tokens to compute with its last one, those in flight, and how many were right."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ _LATELY = 16  # tokens of an answer after a forced one, in which a further one i
 
 @dataclass(slots=True)
 class Drafting:
-    """Drafted tokens of a sequence may follow its last token, or those that are under way behind it."""
-
     has_mtp: bool = False  # the last stage has an MTP head
     drafts: SequenceDrafts | None = None  # what may follow the sequence's tokens
     mtp: MtpUse = field(default_factory=MtpUse)
@@ -26,14 +24,14 @@ class Drafting:
     _forced_at: int = -_LATELY  # tokens of the answer with the last forced one
 
     def take(self) -> tuple[int, ...]:
-        """The next tokens, which are under way from now on."""
+        """Returns the next tokens, which are in flight from now on."""
         taken, self.next = self.next, ()
         self.rows += len(taken)
         self.ahead += taken
         return taken
 
     def give_up(self) -> None:
-        """Rows under way do not count: they are behind another token, or computed again."""
+        """Drops the rows in flight: they are behind another token, or computed again."""
         self.branch += 1
         self.ahead = ()
 
@@ -43,12 +41,11 @@ class Drafting:
         return list(expected) == added[: len(expected)]
 
     def restart(self) -> None:
-        """Another pipeline computes the sequence."""
         self.next, self.mtp = (), MtpUse()
         self.give_up()
 
     def was_forced(self, generated: int) -> None:
-        """The answer has, or will have, so many tokens with the last forced one."""
+        """Notes that the answer has, or will have, `generated` tokens with the last forced one."""
         self._forced_at = generated
 
     def expects_forced(self, generated: int) -> bool:

@@ -11,8 +11,6 @@ from llamaclust.cluster.scheduler.speculation.draft_model import DraftModel
 
 @dataclass(frozen=True, slots=True)
 class SpeculationSettings:
-    """Of one model."""
-
     drafters: Drafters
     max_window: int = MAX_WINDOW  # drafted tokens of one sequence in a microbatch, at most
     draft_model: DraftModel | None = None  # it drafts where that gains more than the drafters' drafts

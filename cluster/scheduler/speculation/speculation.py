@@ -1,4 +1,4 @@
-"""Which sequences of a scheduler compute drafted tokens in the next microbatch, and how many."""
+"""The choice of the sequences that compute drafted tokens in the next microbatch, and of how many."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_wi
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MOST_REPEATED = 4
-"""Known rows behind a state that refused windows did not change. With more of them a step without drafts comes first:
-else each further refused window would add to the rows of all later ones."""
+"""The most known rows that are computed again behind a state with a draft. With more, a step without drafts comes
+first: else each refused window would add to the rows of all later ones."""
 
 
 _OTHER_RATE = 0.02
-"""Difference of acceptance for which windows that follow each other are chosen anew."""
+"""The difference of acceptance at which a chain's window is chosen anew."""
 
 
 class Speculation:
-    """Of one pipeline."""
-
     def __init__(self, settings: SchedulerSettings, own: SpeculationSettings, times: StageTimes) -> None:
         self._most = settings.max_drafted
         self._may_chain = settings.may_repeat_rows
@@ -46,13 +44,13 @@ class Speculation:
 
     @classmethod
     def of(cls, settings: SchedulerSettings, times: StageTimes) -> Self | None:
-        """None where nothing is drafted."""
+        """Returns None if nothing is drafted."""
         own = settings.speculation
         return None if own is None or not settings.max_drafted else cls(settings, own, times)
 
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, running: int) -> None:
-        """Has sequences that have grown for a microbatch compute drafted rows in it: `most_rows` in all. There are so
-        many microbatches that are alike, and so many sequences that run."""
+        """Adds drafted rows, `most_rows` in all, to sequences that have grown, in one of `groups` microbatches that are
+        alike."""
         candidates = [self._next(sequence) if most_rows > 0 else Candidate() for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
         for sequence in sequences:
@@ -67,7 +65,7 @@ class Speculation:
                 memory.draft(sequence, candidate.tokens[:window], RESERVE_BLOCKS * running)
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
-        """Drafted tokens behind those of the only sequence that are under way, in so many microbatches."""
+        """Returns drafted tokens behind those in flight of the only sequence, with so many microbatches under way."""
         drafts = sequence.drafting.drafts
         if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()
@@ -79,7 +77,7 @@ class Speculation:
         return drafts.further(sequence.tokens, sequence.drafting.ahead, most) if most > 0 else ()
 
     def _chained(self, sequence: Sequence, candidate: Candidate, window: int, most_rows: int) -> int:
-        """Of the only sequence: its next window, which others may follow at once."""
+        """Returns the only sequence's next window, which others may follow at once."""
         drafting = sequence.drafting
         if (drafts := drafting.drafts) is None:
             return window
@@ -90,8 +88,8 @@ class Speculation:
         return window if drafts.chain is None else drafts.chain.window
 
     def waits(self, sequences: Items[Sequence], most_outputs: int) -> bool:
-        """Whether one of these should rather wait for its next token than be computed behind it, since drafted ones
-        will follow. They have so many output rows in all."""
+        """True if a sequence should rather wait for its next token than be computed behind it, since drafts will
+        follow. The sequences have `most_outputs` output rows in all."""
         drafts = self.model_drafts
         if drafts is not None and any(map(drafts.awaits, sequences)):
             return True
@@ -106,14 +104,15 @@ class Speculation:
         return any(windows) or bool(self._model_length(sequences, candidates, windows))
 
     def ended(self, sequence: Sequence) -> None:
-        """It has its whole answer."""
+        """Gives a whole answer to the drafters."""
         if sequence.generated:
             self._drafters.ended(sequence.kv.keys.salt, sequence.tokens[sequence.prompt_length :])
 
     # -- drafts of a draft model -----------------------------------------------------------------------------------
 
     def ready(self, sequences: list[Sequence], groups: int, most_rows: int) -> list[Sequence]:
-        """Those that are computed now, of which there are so many microbatches. Others wait for their drafts."""
+        """Returns the sequences to compute now, in one of `groups` microbatches that are alike; others wait for their
+        drafts."""
         if (drafts := self.model_drafts) is None:
             return sequences
         present = [sequence for sequence in sequences if not drafts.awaits(sequence)]
@@ -125,17 +124,17 @@ class Speculation:
 
     @property
     def model_drafts(self) -> ModelDrafts | None:
-        """None: there is no draft model, or it does not answer."""
+        """Orders for the draft model; None without one that works."""
         drafts = self._model_drafts
         return None if drafts is None or drafts.model.is_lost else drafts
 
     def forget(self, sequence: Sequence) -> None:
-        """It has ended, or goes elsewhere."""
         if self._model_drafts is not None:
             self._model_drafts.forget(sequence.key)
 
     def _model_length(self, sequences: Items[Sequence], candidates: Items[Candidate], windows: Items[int]) -> int:
-        """Tokens that a draft model is asked for of each, where that gains more than these windows; 0: none."""
+        """Returns how many tokens to order of a draft model for each sequence; 0 unless they gain more than these
+        windows."""
         drafts = self.model_drafts
         if drafts is None or not sequences or self._times.plain_ns(len(sequences), 1) == inf:
             return 0
@@ -143,7 +142,7 @@ class Speculation:
         return drafts.length(sequences, self._orderable(sequences), speed)
 
     def _orderable(self, sequences: Iterable[Sequence]) -> dict[int, int]:
-        """Of which sequences a draft model may be asked for how many tokens, by key."""
+        """Returns the most tokens that a draft model may draft for each sequence, by key."""
         return {
             sequence.key: self._most_of(sequence)
             for sequence in sequences
@@ -158,7 +157,8 @@ class Speculation:
     def _mtp_length(
         self, sequences: Items[Sequence], candidates: Items[Candidate], windows: Items[int], groups: int
     ) -> int:
-        """Tokens that a head is asked for behind the next step of each, where that gains more than these windows."""
+        """Returns how many tokens to order of an MTP head for each sequence; 0 unless they gain more than these
+        windows."""
         if self._mtp is None or not sequences:
             return 0
         others = [s.drafting.drafts is None or not s.drafting.drafts.is_of_mtp for s in sequences]

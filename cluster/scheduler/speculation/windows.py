@@ -1,8 +1,8 @@
-"""How many drafted tokens each sequence gets, so that most tokens come in the time they take. Pure.
+"""Numbers of drafted tokens of each sequence with most tokens a second.
 
-A round of n sequences chooses n tokens in the time t(n). Drafted rows make it longer, and a row at depth d of a
-sequence whose drafts are accepted at the rate a gives a ** d more tokens. The rows with the most to gain are taken, as
-many as make tokens a second the most; none where that is not clearly faster than a plain round.
+A round of n sequences chooses n tokens in the time t(n). Drafted rows make it longer, and a row at depth d of drafts
+accepted at the rate a gives a ** d more tokens. The rows with the most to gain are taken, as many as make tokens a
+second the most; none where that is not clearly faster than a plain round.
 """
 
 from __future__ import annotations
@@ -17,34 +17,35 @@ from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
 _MARGIN = 0.05
-"""Predicted gain below which nothing is drafted: predictions are not better than that."""
+"""The predicted gain below which nothing is drafted: predictions are not better than that."""
 _DEEPEST = 6
-"""Windows under way."""
+"""The most windows in flight."""
 _MARGIN_BESIDE = 0.2
-"""The same where several microbatches are under way: ones of different lengths wait for each other, too."""
+"""The same gain with several microbatches in flight: those of different lengths wait for each other, too."""
 
 
 class RoundTimes(Protocol):
-    """What rounds take: measured for the scheduler, predicted for a plan."""
+    """Times of rounds: measured for the scheduler, predicted for a plan."""
 
     def plain_ns(self, sequences: int, groups: int) -> float:
-        """Without drafted rows. Infinite where that is not known."""
+        """Returns the time of a round without drafted rows, where steps may be sent ahead; infinite if it is not
+        known."""
 
     def window_ns(self, rows: int, groups: int) -> float:
-        """With so many rows in a microbatch, which waits for the tokens that it begins with."""
+        """Returns the time of a round with so many rows in a microbatch, which waits for the tokens that it begins
+        with."""
 
     def slowest_ns(self, rows: int) -> float:
-        """Of the stage that takes longest, with so many rows."""
+        """Returns the slowest stage's time with so many rows."""
 
 
 def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:
-    """The best windows of `most` tokens at most for a draft of so many, accepted at this rate; None where there is no
-    time for a second one before the first is back.
+    """Returns the best windows for a draft of `length` tokens, accepted at this rate; None if there is no time for a
+    second window before the first is back.
 
-    Drafted tokens are right up to the first that is not. That is known when its window has come back, after the time of
-    a whole round. Windows before it came back one after the other meanwhile, as fast as the slowest stage computes
-    them. What is under way behind it is computed for nothing; that it keeps the next one waiting is not counted: half a
-    stage's time for it made answers slower (benchmarks/notebook.md).
+    Drafted tokens are right up to the first that is not, which is known a whole round after its window was sent.
+    Windows before it came back meanwhile, as fast as the slowest stage computes them; those behind it are wasted. That
+    they delay the next one is not counted: half a stage's time for it made answers slower (benchmarks/notebook.md).
     """
     rate = min(rate, 0.999)
     best: Chain | None = None
@@ -66,7 +67,8 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Drafted tokens of each sequence, `most_rows` in all. They are in one of so many microbatches that are alike."""
+    """Returns the drafted tokens of each sequence, `most_rows` at most in all, in one of `groups` microbatches that are
+    alike."""
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)
@@ -89,7 +91,7 @@ def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int
 
 
 def _greatest(candidates: Sequence[Candidate], most: int) -> list[tuple[float, int]]:
-    """The greatest gains of rows, in order, each with its candidate: they get smaller with the depth."""
+    """Returns the greatest gains in order, each with its candidate's index. Gains fall with the depth."""
     next_rows = [(-each.gain(1), index, 1) for index, each in enumerate(candidates) if each.tokens]
     heapify(next_rows)
     gains: list[tuple[float, int]] = []
@@ -104,7 +106,7 @@ def _greatest(candidates: Sequence[Candidate], most: int) -> list[tuple[float, i
 
 
 def speed_of(candidates: Sequence[Candidate], windows: Sequence[int], times: RoundTimes, groups: int) -> float:
-    """Tokens a nanosecond, with so many drafted tokens of each sequence."""
+    """Returns tokens a nanosecond with so many drafted tokens of each sequence."""
     drafted = sum(windows)
     if not drafted:
         return len(candidates) / times.plain_ns(len(candidates), groups)

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class DraftRunner:
-    """Runs a lane's draft model. Sequences wait for its drafts, so if it fails in any way, they go on without it."""
+    """Sequences wait for drafts, so if the model fails in any way, they go on without it."""
 
     def __init__(self, scheduler: Scheduler, drafted: Callable[[], None]) -> None:
         """Takes a callback for when there may be something to send."""
@@ -30,7 +30,6 @@ class DraftRunner:
         self._task: asyncio.Task[None] | None = None
 
     def request(self) -> None:
-        """Gives the model its next orders, unless it is busy."""
         speculation = self._scheduler.speculation
         if speculation is None or (drafts := speculation.model_drafts) is None or self._task is not None:
             return

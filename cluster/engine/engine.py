@@ -37,8 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Returns when each of the results that came together was computed, by the fastest stage's times of the later
-    ones."""
+    """Returns when each result was computed, by the fastest stage's times of the later ones."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
@@ -46,8 +45,6 @@ def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
 
 
 class EngineState(StrEnum):
-    """States of an engine as operators see them."""
-
     READY = "ready"
     ASLEEP = "asleep"  # the model is not loaded: requests are accepted, and wake it
     RECOVERING = "recovering"  # the pipeline is lost: requests are accepted, and wait
@@ -116,7 +113,6 @@ class Engine:
 
     @property
     def schedulers(self) -> tuple[Scheduler, ...]:
-        """Schedulers of all lanes, the one with new requests first."""
         return tuple(lane.scheduler for lane in self._lanes)
 
     @property
@@ -148,9 +144,8 @@ class Engine:
         return RequestStream(partial(self.begin, request))
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
-        """Queues a request. Raises RequestError, QueueFullError, or WorkerError if the engine refuses or is down.
-        Requests are accepted while it drains: the API refuses new ones, and accepted ones still submit their further
-        choices."""
+        """Queues a request. Raises RequestError, QueueFullError, or WorkerError if the engine refuses or is down. A
+        draining engine accepts requests: the API refuses new ones, but open ones still submit further choices."""
         if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
@@ -238,8 +233,7 @@ class Engine:
     # -- lanes -----------------------------------------------------------------------------------------------------
 
     def resume(self, pipeline: Pipeline, settings: SchedulerSettings) -> Retirement | None:
-        """Continues on a new pipeline. The present one retires if it works: its sequences move without a pause. If it
-        is lost, every sequence is computed again from its own tokens."""
+        """Continues on a new pipeline. A working one retires; after a lost one, all sequences are computed again."""
         if self._phase is _Phase.CLOSED:
             return None
         self._end_retirement()
@@ -286,11 +280,10 @@ class Engine:
         self.metrics.restored(tokens)
 
     def lose(self, error: LlamaclustError) -> None:
-        """Handles a failure of the pipeline that gets new requests."""
         self._lose(self._lane, error)
 
     def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
-        """Handles a pipeline's failure, in this microbatch if that is known: a request in flight may be the cause."""
+        """Handles a pipeline's failure, in `microbatch` if it is known: a request in flight may be the cause."""
         if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
             self.interrupt(error)
             return
@@ -319,8 +312,7 @@ class Engine:
         self._owner.pipeline_lost(failure)
 
     def sleep(self, *, gives_way: bool = False) -> bool:
-        """Gives up the pipeline until `resume`, unless requests are open; returns True if it does. With `gives_way`
-        open requests do not matter: they are computed again from their own tokens."""
+        """Gives up the pipeline until `resume`, if no request is open or the engine gives way; True if it does."""
         if self._phase is _Phase.CLOSED or not (gives_way or self.requests.are_empty):
             return False
         self._lane.stop()

@@ -1,4 +1,4 @@
-"""A pipeline's failure as its owner gets it: the worker at fault, requests in flight, and those that end with it."""
+"""A pipeline's failure as its owner gets it: the worker at fault, and the requests in flight."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Returns the failure of a microbatch, or of all in flight. Results that break the protocol are the last stage's
-    fault."""
+    """Returns the failure of a microbatch, or of all. Results that break the protocol are the last stage's fault."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)
@@ -70,8 +69,8 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
-    """Returns the error that a request ends with. A worker is the cause if it alone was at fault: no other could take
-    its place, and other stages computed the same request, or nothing at all was computed meanwhile."""
+    """Returns a request's error. A worker is the cause if it alone was at fault: no other could take its place, and
+    other stages computed the same request, or nothing was computed meanwhile."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):

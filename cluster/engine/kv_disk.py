@@ -1,7 +1,5 @@
 """KV memory on disk, as an engine uses it: prompts are written after their first token, and read before they run.
-
-Blocks are read and written while no microbatch in flight uses them, beside blocks in use: stages do not wait.
-"""
+Blocks are read and written while no microbatch in flight uses them: stages do not wait."""
 
 from __future__ import annotations
 
@@ -83,7 +81,6 @@ class KvDisk:
             self._begin(self._restore_prompt(self._disks, sequence))
 
     def completed(self, number: int, sequences: Iterable[Sequence]) -> None:
-        """Takes in that a microbatch came back, with answers for these sequences, whose prompts are then written."""
         if not self._is_running:
             return
         for awaited, returned in self._returns:
@@ -136,8 +133,8 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits for the microbatches that are in flight now: they may use a block that was given up, or have yet to
-        fill one that can be shared."""
+        """Waits for microbatches in flight: they may use a block that was given up, or have yet to fill a shared
+        one."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -145,8 +142,7 @@ class KvDisk:
             await returned
 
     def _failed(self, error: LlamaclustError) -> None:
-        """Logs a stage's failure to read or write; a deadline ends the lane. A lost worker ends the pipeline by
-        itself."""
+        """Logs a failure to read or write; a deadline ends the lane. A lost worker ends the pipeline by itself."""
         _log.warning("KV memory on disk: %s", error)
         if isinstance(error, DeadlineError):
             self._lane.disk_hangs(error)

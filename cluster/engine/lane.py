@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 
 class Lane:
-    """Sends its scheduler's microbatches from `start` until `stop`. A microbatch whose result never comes means that
-    the pipeline is lost."""
+    """Sends its scheduler's microbatches from `start` until `stop`. If a result never comes, the pipeline is lost."""
 
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler, engine: Engine, deadlines: EngineSettings) -> None:
         self.pipeline = pipeline
@@ -45,7 +44,6 @@ class Lane:
         self.launch_soon()
 
     def stop(self) -> None:
-        """Stops the lane; results that come later are ignored."""
         self._is_running = False
         self.kv_disk.stop()
         self._draft_runner.stop()

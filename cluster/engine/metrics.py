@@ -37,7 +37,7 @@ _BUCKETS: dict[tuple[str, str], Sequence[float]] = {
     _ROWS: tuple(1 << power for power in range(13)),
     _RECOVERY: (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
 }
-"""Buckets of histograms by name and description: those of OpenTelemetry's conventions, and shorter and longer ones."""
+"""Buckets of histograms: those of OpenTelemetry's conventions, and shorter and longer ones."""
 _LABELS: dict[tuple[str, str], Sequence[str]] = {
     _TTFT: ("operation",),
     _TPOT: ("operation",),
@@ -74,8 +74,6 @@ class EndedRequest:
 
 @dataclass(slots=True)
 class RequestSums:
-    """Sums over all requests that ended."""
-
     prompt_s: float = 0.0  # from start to first token
     answer_s: float = 0.0  # from first token to last
     most_tokens: int = 0  # of one, prompt and answer
@@ -140,8 +138,7 @@ class _StageMeter:
 
 
 class Metrics(Collector):
-    """Metrics of one engine. Values of the scheduler and the stages are read at each scrape; `now_ns` values come from
-    one monotonic clock."""
+    """Metrics of one engine. `now_ns` values come from one monotonic clock."""
 
     def __init__(self, stages: Sequence[StageInfo], counts: Callable[[], Counts], clock_ns: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
@@ -196,8 +193,7 @@ class Metrics(Collector):
             self._histograms[_ROWS].observe(result.timings[0].rows)
 
     def finished(self, request: EndedRequest) -> None:
-        """Counts a request that ended. Times of one that was restored with a part of its answer say nothing of the
-        cluster's speed."""
+        """Counts an ended request. Times of one restored with a part of its answer say nothing of the speed."""
         timings, operation = request.timings, request.operation
         self._finished.labels(request.reason).inc()
         self._prompt.inc(timings.prompt_tokens)

@@ -17,7 +17,6 @@ class _Labelled(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        """Yields each family once, with the samples of all models."""
         merged: dict[str, Metric] = {}
         for model, metrics in self._metrics.items():
             for family in metrics.registry.collect():

@@ -68,8 +68,7 @@ class Pipeline(Protocol):
         ...
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
-        """Gives results in number order to `on_results`, those that come together at once. Raises a LlamaclustError
-        once the pipeline is lost."""
+        """Gives results in number order to `on_results`. Raises a LlamaclustError once the pipeline is lost."""
         ...
 
     async def close(self) -> None: ...

@@ -28,8 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """A receiver of a request's events within the engine's own work: it must return soon, raise nothing, and end no
-    request."""
+    """A receiver of events within the engine's own work: it must return soon, raise nothing, and end no request."""
 
     def begin(self, request: SubmittedRequest) -> None:
         """Takes the request once, before any event."""
@@ -91,7 +90,6 @@ class OpenRequests:
         await self._empty.wait()
 
     async def wait_any(self) -> None:
-        """Returns once a request is open."""
         await self._present.wait()
 
     def open(self, request: SubmittedRequest, timeout_s: float, expire: Callable[[], None]) -> None:
@@ -150,12 +148,10 @@ class OpenRequests:
 
 
 class RequestStream:
-    """The events of one request for one reader, `Finished` last; a request that failed ends with an exception
-    instead. Leaving `async with`, `abort`, cancelling the reading task, and the deadline end the request and free
-    its KV memory."""
+    """The events of one request for one reader, `Finished` last; a request that failed ends with an exception instead.
+    Leaving `async with`, `abort`, cancelling the reading task, and the deadline end the request."""
 
     def __init__(self, submit: Callable[[Sink], SubmittedRequest]) -> None:
-        """Submits the request; raises what `submit` raises."""
         self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them
         self._request = submit(self)
 

@@ -33,11 +33,9 @@ class _PreCopy:
 
 
 class Retirement:
-    """Moves the sequences of `old` to `new`, until `old` has none.
-
-    Sequences with nothing computed move at once. Those in decode follow one after the other: the new pipeline computes
-    a copy of their tokens while the old one continues, so that at the move all but the newest are in the prefix cache.
-    """
+    """Moves the sequences of `old` to `new`. Those with nothing computed move at once; those in decode one after the
+    other: the new pipeline computes a copy of their tokens while the old one continues, so that at the move all but the
+    newest are in the prefix cache."""
 
     def __init__(self, old: Lane, new: Lane) -> None:
         self.old = old
@@ -102,12 +100,10 @@ class Retirement:
                 self.new.arrived(sequence)
 
     def _is_on_old(self, sequence: Sequence) -> bool:
-        """True if the sequence has neither ended nor, for lack of KV memory, moved already."""
         return sequence in self.old.scheduler.queues.running
 
     def _next(self) -> Sequence | None:
-        """Returns the sequence that would keep the old lane for longest; None if the new lane has no room for it now,
-        or still computes the end of the one before."""
+        """Returns the sequence that would keep the old lane for longest, if the new lane has room for a copy now."""
         if self._moving is not None and self._moving.phase not in (Phase.DECODE, Phase.FINISHED):
             return None
         movable = [
@@ -134,8 +130,7 @@ class Retirement:
         self.new.launch_soon()
 
     def _copied(self, pre_copy: _PreCopy) -> None:
-        """Moves the sequence once its results in flight are there; if it has become much longer, the rest is copied
-        first."""
+        """Moves the sequence, or copies the rest first if it has become much longer."""
         sequence = pre_copy.of
         tail = len(sequence.tokens) - pre_copy.tokens
         if _TAIL_TOKENS < tail < pre_copy.tail and self._can_copy(sequence):

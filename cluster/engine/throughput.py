@@ -29,8 +29,6 @@ class MeasuredSpeed:
 
 
 class RecentSums:
-    """Two sums over the last `_WINDOW_S` seconds."""
-
     def __init__(self) -> None:
         self._seconds: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW_S + 1)  # (second, of the one, of the other)
 
@@ -47,8 +45,7 @@ class RecentSums:
         return sum(one for one, _ in recent), sum(other for _, other in recent)
 
     def rates(self, now_ns: int, since_ns: int) -> tuple[float, float]:
-        """Returns (share of time, rows per second) of sums of nanoseconds and rows, over the window or the time since
-        the start."""
+        """Returns (share of time, rows per second) of nanoseconds and rows over the window."""
         ns, rows = self.sums(now_ns)
         span_s = max((now_ns - max(_first_second(now_ns) * 1_000_000_000, since_ns)) / 1e9, 1e-3)
         return min(1.0, ns / 1e9 / span_s), rows / span_s

@@ -1,5 +1,4 @@
-"""A sequence's time as phases one after another, those of computation divided among stages, links and idle time. Times
-are arguments, of one monotonic clock."""
+"""A sequence's time as phases: computation is divided among stages, links and idle time. It reads no clock."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ PARTS = 3
 """The number of times of a stage: compute, queue, wire."""
 
 _MERGED_FROM, _MOST = 32, 64
-"""Numbers of phases from which equal ones are merged, and that are kept, for a sequence that is interrupted again and
-again."""
+"""Numbers of phases from which equal ones are merged, and that are kept at most."""
 
 
 class PhaseKind(StrEnum):
@@ -95,9 +93,8 @@ class Waterfall:
         self._at_ns = now_ns
 
     def add(self, microbatch: ComputedMicrobatch, chunk: Chunk, drafted: int = 0) -> None:
-        """Adds the time since the last microbatch, in which this one computed rows of the sequence, of which the last
-        `drafted` may come again. Microbatches that were in flight together divide it: each counts from the end of the
-        one before."""
+        """Adds the time since the last microbatch, in which this one computed rows; the last `drafted` may come again.
+        Microbatches in flight together divide it: each counts from the end of the one before."""
         end = chunk.position + len(chunk.tokens)
         kind = self._kind(chunk.position)
         self._reached = max(self._reached, end - drafted)

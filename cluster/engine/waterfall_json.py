@@ -18,8 +18,7 @@ _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Returns a request's records, one for each of its sequences, by its id, its reply's id, or at least the first 4
-    characters."""
+    """Returns a request's records, by its id, its reply's id, or at least the first 4 characters."""
     if not (found := _ID.findall(name)):
         return []
     beginning = max(found, key=len)[:SHOWN_CHARACTERS]

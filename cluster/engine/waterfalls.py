@@ -1,5 +1,4 @@
-"""Waterfalls of an engine's requests: those that are open, and the last ones that ended. They have no text or
-tokens."""
+"""Waterfalls of an engine's open requests and of the last ones that ended, without text or tokens."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class _Open:
 
 
 class Waterfalls:
-    """Waterfalls of all lanes together. Time between a loss and the next pipeline is recovery, that without a loaded
-    model is loading."""
+    """Time between a loss and the next pipeline is recovery, that without a loaded model is loading."""
 
     def __init__(self) -> None:
         self.spans: SpanSink | None = None  # None: without telemetry

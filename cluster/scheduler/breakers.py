@@ -78,7 +78,7 @@ class BreakerTokens:
 
 class SeenBreakers:
     """The breakers of a request that may occur in its tokens or end with the next one: all of their tokens but the last
-    have occurred. Adding tokens takes time linear in the length of all sequences."""
+    have occurred. Adding tokens takes time linear in all sequences."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 

@@ -24,8 +24,7 @@ def blocks_of(tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """Numbers of KV blocks, of blocks of layers with a window, and of state blocks; 0 if these have no blocks of their
-    own."""
+    """Numbers of blocks: of KV, of layers with a window, and of states; 0 if these have no blocks of their own."""
 
     kv: int
     window: int = 0

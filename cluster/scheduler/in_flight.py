@@ -15,7 +15,7 @@ from llamaclust.core.sampling import RowResult, SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""The most seconds that a row may be deferred: the last stage itself gives up an answer whose matcher takes 60 s."""
+"""Seconds that a row may be deferred: the last stage itself gives up an answer whose matcher takes 60 s."""
 
 
 @dataclass(slots=True)
@@ -30,15 +30,12 @@ class _Sent:
 
 
 def _highest_token(row: RowResult) -> int:
-    """Returns the highest token id of a row, without those that an MTP head drafted: these are checked when they are
-    used."""
+    """Returns the highest token id, without those of an MTP head: these are checked when they are used."""
     highest = max(row.token, *row.forced, *row.forced_draft, 0)
     return max(highest, max(row.top_logprobs)[0]) if row.top_logprobs else highest
 
 
 class InFlight:
-    """Microbatches of one epoch, in order of sending."""
-
     def __init__(self, settings: SchedulerSettings, epoch: int, times: StageTimes) -> None:
         self._model_id = settings.model_id
         self._vocabulary = settings.vocabulary
@@ -88,8 +85,6 @@ class InFlight:
     def send(
         self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int, released: tuple[int, ...] = ()
     ) -> ScheduledMicrobatch:
-        """Numbers the slices as the next microbatch. `released` has the keys of matchers that the last stage may
-        forget."""
         number = self._next_number
         self._next_number += 1
         is_lookahead = any(taken.chunk.depends_on for taken in slices)
@@ -147,8 +142,7 @@ class InFlight:
         return due.slices
 
     def _check_deferred(self, due: _Sent, rows: tuple[RowResult, ...], now_ns: int) -> None:
-        """Raises ProtocolError for a deferred row that has no matcher, or is deferred for more than `_DEFERRED_S`
-        seconds."""
+        """Raises ProtocolError for a deferred row without a matcher, or deferred for more than `_DEFERRED_S`."""
         at = 0
         for taken in due.slices:
             key, places = taken.sequence.key, range(at, at := at + len(taken.tasks))

@@ -27,8 +27,7 @@ class Lookahead:
 
     @property
     def most_steps(self) -> int:
-        """The most lookahead steps in flight: several for a whole model, one between stages, where results travel
-        meanwhile."""
+        """The most lookahead steps in flight: 1 between stages, where results travel meanwhile."""
         decode_ns = self._times.decode_ns
         if decode_ns is None or self._times.stages > 1 or self._has_states:
             return 1

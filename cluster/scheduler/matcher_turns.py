@@ -25,8 +25,7 @@ _LEAST_NS = 50_000_000
 _LONGER = 0.25
 """The share of a microbatch's time that slow matchers may take if that is more."""
 _MOST_NS = 400_000_000
-"""The most nanoseconds in any case, and the limit if one owner's slow matchers are all that runs. The last stage defers
-longer work (`MatcherTime`)."""
+"""Nanoseconds that they never exceed; the limit if one owner's slow matchers are all that runs."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
 """The most rows of a sequence that may be held: one with more is in prefill, and its sampled row comes last."""
 

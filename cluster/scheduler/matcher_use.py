@@ -13,8 +13,7 @@ _SLOW_NS = 5_000_000
 
 @dataclass(slots=True)
 class MatcherUse:
-    """The matcher of one sequence. Its times are the last stage's claims, and only decide when the next rows are
-    computed."""
+    """Times are the last stage's claims: they only decide when the next rows are computed."""
 
     is_started: bool = False  # the last stage has been sent what the matcher starts with
     step_ns: int = 0  # processor time that it may take for a step

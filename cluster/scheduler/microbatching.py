@@ -26,8 +26,8 @@ def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:
 
 
 def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float | None:
-    """Returns the predicted cycle; None without measurements. One group and several are measured apart, since stages
-    that work at the same time share cores and memory; each uses the other's points until it has enough."""
+    """Returns None without measurements: one group and several have their own, as stages at work share cores and
+    memory."""
     own, other = (times.alone, times.beside) if groups == 1 else (times.beside, times.alone)
     stage_ns = own.predict(-(-sequences // groups), other)
     if stage_ns is None:
@@ -45,7 +45,6 @@ class DecodeSplit:
         self._launched = 0
 
     def launched(self) -> None:
-        """Counts a microbatch that has decode rows only."""
         self._launched += 1
         if self._launched % _RETRY_EVERY == 0 and self._groups == 1:
             self._times.forget_beside()
@@ -59,8 +58,7 @@ class DecodeSplit:
         return self._groups
 
     def rows(self, decoding: int, under_way: int) -> int:
-        """Returns how many ready sequences form a microbatch now. It is 0 while all groups are in flight: ready
-        sequences then join a group that comes back."""
+        """Returns 0 while all groups are in flight: ready sequences then join a group that comes back."""
         groups = self.groups(decoding)
         return 0 if under_way >= groups else -(-decoding // groups)
 

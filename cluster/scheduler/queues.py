@@ -1,4 +1,4 @@
-"""Queues of running and waiting sequences by turns and arrival, and the KV memory that moves sequences between them."""
+"""Queues of running and waiting sequences, and the KV memory that moves sequences between them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ def _rank(running: Running, sequence: Sequence) -> tuple[int, int, int]:
 
 
 class SequenceQueues:
-    """Unfinished sequences of one scheduler. `memory` is replaced with the pipeline."""
-
     def __init__(self, memory: KvMemory, max_running: int) -> None:
         self.memory = memory
         self.max_running = max_running
@@ -49,8 +47,7 @@ class SequenceQueues:
 
     @property
     def decode_plainly(self) -> bool:
-        """True if every running sequence decodes and samples from logits alone, so that lookahead steps have rows of
-        all."""
+        """True if lookahead steps have rows of all: every sequence decodes and samples from logits alone."""
         return all(sequence.phase is _DECODE and sequence.sampler.is_plain for sequence in self.running)
 
     @property
@@ -84,8 +81,7 @@ class SequenceQueues:
             sequence.restart()
 
     def add(self, sequence: Sequence, most_waiting: int) -> None:
-        """Queues a sequence. Raises QueueFullError if its owner has too many that wait; the limit falls if others have
-        many."""
+        """Raises QueueFullError if the owner has too many that wait; the limit falls if others have many."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == sequence.request.owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
@@ -108,7 +104,7 @@ class SequenceQueues:
         return admitted
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Starts a sequence if it fits. A preempted one awaits its microbatches in flight, which may add a token."""
+        """Starts a sequence that fits. A preempted one awaits its microbatches in flight, which may add a token."""
         if sequence.in_flight or not self.memory.admit(sequence, RESERVE_BLOCKS * len(self.running)):
             return False
         self._start(sequence)
@@ -169,7 +165,6 @@ class SequenceQueues:
             self._preempt_one()
 
     def extend(self, sequence: Sequence) -> None:
-        """Gives a sequence blocks for the tokens that its grammar forced, preempting as `grow` does."""
         while sequence.phase is _PREFILL and not self.memory.extend(sequence):
             self._preempt_one()
 
@@ -183,15 +178,13 @@ class SequenceQueues:
         self.restoring.append(sequence)
 
     def end_restore(self, sequence: Sequence) -> None:
-        """Puts a sequence back in its place in the queue, unless it has ended."""
         if sequence in self.restoring:
             self.restoring.remove(sequence)
             place = next((i for i, other in enumerate(self.waiting) if other.key > sequence.key), len(self.waiting))
             self.waiting.insert(place, sequence)
 
     def put_back(self, sequence: Sequence, phase: Phase = Phase.WAITING) -> None:
-        """Moves a running sequence to the front of the queue; its tokens are computed again later, with the same
-        result."""
+        """Moves a running sequence to the front of the queue; its tokens are computed again later."""
         self.running.remove(sequence)
         self._release(sequence)
         sequence.phase = phase
@@ -213,8 +206,7 @@ class SequenceQueues:
         self.preemptions += 1
 
     def discard(self, sequence: Sequence) -> None:
-        """Has a sequence computed again from its tokens, in blocks that no other sequence has written: a stage's result
-        or KV memory may be damaged."""
+        """Has a sequence computed again in blocks that no other has written: a result or KV memory may be damaged."""
         sequence.outputs.repeat()
         self.memory.invalidate(sequence)
         if sequence.is_running:

@@ -69,12 +69,10 @@ class GenerationRequest(AnswerOptions):
 
     @property
     def looks_for_repetitions(self) -> bool:
-        """True if DRY is among the samplers."""
         return self.params.chain is not None and self.params.chain.needs_history
 
     @property
     def history_window(self) -> int:
-        """The number of newest tokens that the samplers look at."""
         penalties = self.penalty_window if self.params.needs_history else 0
         return max(penalties, self.dry_window) if self.looks_for_repetitions else penalties
 
@@ -122,8 +120,6 @@ def rate(tokens: int, ns: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PromptProgress:
-    """Progress of a prompt, in tokens."""
-
     total: int
     cached: int  # found in the prefix cache
     processed: int  # those included
@@ -132,7 +128,7 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a request that ended well. A failed request ends with an exception from its stream instead."""
+    """The last event of a request that ended well; a failed one ends with an exception."""
 
     reason: FinishReason
     timings: Timings

@@ -44,8 +44,8 @@ _VISIBLE_WAITING = 8
 """The number of waiting sequences that count as work to come."""
 
 _SHARED, _SHARED_ROWS = 4, 32
-"""The divisor of a prefill chunk's time and its most rows while another pipeline runs on the same workers. One chunk is
-in flight at a time: the other pipeline's decode may wait for it at each stage."""
+"""The divisor of a chunk's time, and its most rows, while another pipeline runs on the same workers. One chunk is in
+flight at a time: the other pipeline's decode may wait for it at each stage."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -91,7 +91,6 @@ class Scheduler:
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Unfinished sequences, by arrival."""
         return list(self._sequences.values())
 
     @property
@@ -121,7 +120,6 @@ class Scheduler:
         return sequence
 
     def abort(self, key: int) -> Sequence | None:
-        """Forgets a sequence and frees its blocks; None if it has finished already."""
         sequence = self._sequences.pop(key, None)
         if sequence is not None:
             self.queues.remove(sequence)
@@ -131,8 +129,7 @@ class Scheduler:
         return sequence
 
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
-        """Moves to another pipeline, whose stages hold nothing yet: all sequences are computed again, in order of
-        arrival."""
+        """Moves all sequences to another pipeline, whose stages hold nothing yet, in order of arrival."""
         self._use_pipeline(settings, epoch, stages)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
@@ -154,8 +151,7 @@ class Scheduler:
             self.queues.put_back(sequence)
 
     def take_over(self, other: Scheduler, sequences: Iterable[Sequence]) -> None:
-        """Takes sequences of another scheduler, movable ones or those of a lost pipeline, and computes them again from
-        their tokens, in order of arrival."""
+        """Takes movable sequences of another scheduler, or those of a lost pipeline, in order of arrival."""
         for sequence in sequences:
             other.put_back(sequence)
             other.queues.waiting.remove(sequence)
@@ -180,7 +176,6 @@ class Scheduler:
     # -- microbatches ----------------------------------------------------------------------------------------------
 
     def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns the next microbatch; None if there is nothing to compute, or enough in flight."""
         self.queues.memory.begin_microbatch()
         if (isolated := self.strikes.isolated) is not None:
             is_busy = len(self.in_flight) or self.queues.restoring or self.queues.memory.transfers.are_under_way
@@ -205,8 +200,7 @@ class Scheduler:
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
     def complete(self, result: Result, now_ns: int, *, suspects_workers: bool = False) -> Completed:
-        """Takes in a result without a failure. Raises ProtocolError if it is not due. `suspects_workers` is true if
-        another worker may take the last stage after rows without a result."""
+        """Raises ProtocolError for a result that is not due. `suspects_workers`: the last stage may be replaced."""
         completed = Completed()
         row = at = 0  # in the rows, and in the embeddings
         slices = self.in_flight.complete(result, now_ns)
@@ -247,7 +241,6 @@ class Scheduler:
         return updates
 
     def _end(self, sequence: Sequence, updates: list[Update], completed: Completed, *, suspects_workers: bool) -> None:
-        """Hands on a sequence's updates, the last of which may end it, unless the sequence is tried again."""
         if isinstance(last := updates[-1], Failed):
             retry = self.retries.failed(sequence, last, suspects_workers=suspects_workers)
             if retry is Retry.ELSEWHERE:
@@ -291,9 +284,8 @@ class Scheduler:
         return ready
 
     def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns a lookahead step, so that stages compute while results travel. Rows after the end of an answer are
-        wasted. There is none with several groups, which keep stages busy already, nor with prompts, which would wait
-        behind it."""
+        """Returns a step that stages compute while results travel; none with several groups, which keep stages busy
+        already, nor with prompts, which would wait behind it."""
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:
             return None
@@ -311,7 +303,6 @@ class Scheduler:
         return self._launch(tuple(map(take_token, ahead)), len(ahead), now_ns) if ahead else None
 
     def _next_window(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns drafted rows behind those in flight of the only sequence."""
         queues = self.queues
         if self.speculation is None or len(queues.running) != 1:
             return None
@@ -340,12 +331,9 @@ class Scheduler:
     # -- prefill ---------------------------------------------------------------------------------------------------
 
     def _prefill_slices(self, ready: list[Sequence], now_ns: int) -> list[SequenceSlice]:
-        """Returns prompt slices for one microbatch: half for the sequences with least left to do, the rest in order of
-        arrival.
-
-        So short prompts do not wait for long ones, nor for all sequences that are computed again after a loss, and the
-        oldest never starves. Whole prompts go by arrival alone: each takes its rows or none.
-        """
+        """Returns prompt slices: half for the sequences with least left to do, which then do not wait for long ones;
+        the rest in order of arrival, so that the oldest never starves. Whole prompts go by arrival alone: each takes
+        its rows or none."""
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:
             return []

@@ -1,5 +1,4 @@
-"""One request on a pipeline: its tokens, and how far they are computed. Tokens and Mirostat's mu suffice to run it
-again."""
+"""One request on a pipeline. Its tokens and Mirostat's mu suffice to run it again."""
 
 from __future__ import annotations
 
@@ -96,8 +95,7 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """The number of rows to compute: no last token after which nothing is chosen, and none after the last embedded
-        one."""
+        """The number of rows to compute: a last token after which nothing is chosen has none."""
         if self.request.embedded is not None:
             return self.prompt_length if self.is_whole else self.outputs.end
         return len(self.tokens) if self.max_new_tokens else len(self.tokens) - 1
@@ -140,7 +138,6 @@ class Sequence:
 
     @property
     def samples_alone(self) -> bool:
-        """True if a token is chosen from its row alone, without the tokens before it."""
         return not (self.sampler.window or self.request.needs_matcher)
 
     @property
@@ -165,7 +162,6 @@ class Sequence:
 
     @property
     def known_end(self) -> FinishReason | None:
-        """The reason if there is nothing to compute: the answer is known, or no token is to be scored or chosen."""
         if self.generated:
             return self.finish_reason(is_sampled=True)
         if self.request.embedded is not None:
@@ -178,13 +174,11 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """The first row that may still be computed: drafted rows in flight may be refused, and with a state the known
-        rows in their chunk are then computed again."""
+        """The first row that may still be computed: rows in flight may be refused, and with a state computed again."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 
     def rows_within(self, rows: int, outputs: int) -> int:
-        """Returns how many of the next rows fit into `rows` rows and `outputs` output rows."""
         if self.is_whole:
             embedded = 0 if self.request.embedded is None else self.outputs.end - self.outputs.next
             return self.remaining if self.remaining <= rows and embedded <= outputs else 0

@@ -57,8 +57,7 @@ class SchedulerSettings:
 
     @property
     def max_drafted(self) -> int:
-        """The most tokens drafted for one sequence in a step; 0 if a state cannot go back to the row before refused
-        ones."""
+        """The most tokens drafted in a step; 0 if a state cannot go back to the row before refused ones."""
         if self.speculation is None or (self.has_states and not self.state_blocks):
             return 0
         group = self.window_group
@@ -70,14 +69,12 @@ class SchedulerSettings:
 
     @property
     def may_repeat_rows(self) -> bool:
-        """True if a sequence's last row may be computed again in place: it updates no state, and its blocks are still
-        held."""
+        """True if the last row may be computed again in place: that must not update a state or see released blocks."""
         return self.window is None and not self.has_states
 
     @property
     def max_sequence_tokens(self) -> int:
-        """The most tokens of one sequence, prompt and answer: the context, all of KV memory, or for whole prompts a
-        microbatch."""
+        """The most tokens of prompt and answer. A whole prompt must fit into a microbatch."""
         tokens = min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
         return min(tokens, self.max_batch_tokens, self.max_embedded_rows) if self.whole_prompts else tokens
 

@@ -57,8 +57,7 @@ class Curve:
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
-        """Returns nanoseconds for that many rows; None before the first sample. One point says nothing about the slope:
-        `other`, a curve learned in other circumstances, then adds its points."""
+        """Returns nanoseconds; None before the first sample. One point has no slope: `other` then adds its points."""
         points = list(self._points.values())
         if len(points) < 2 and other is not None:
             points = sorted((other._points | self._points).values())
@@ -83,8 +82,6 @@ def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, fl
 
 
 class StageCurves:
-    """Curves of all stages for one kind of microbatch."""
-
     def __init__(self, stages: int) -> None:
         self._curves = [Curve() for _ in range(stages)]
 
@@ -93,7 +90,6 @@ class StageCurves:
             curve.learn(rows, _occupied_ns(timing))
 
     def predict(self, rows: float, other: StageCurves | None = None) -> list[float] | None:
-        """Returns nanoseconds on each stage; None before the first sample. `other` is as in `Curve.predict`."""
         helpers = other._curves if other is not None else [None] * len(self._curves)
         times = [curve.predict(rows, helper) for curve, helper in zip(self._curves, helpers, strict=True)]
         return None if None in times else [ns for ns in times if ns is not None]
@@ -107,8 +103,7 @@ class StageCurves:
 
 
 class StageTimes:
-    """Curves by kind: decode alone in the pipeline, decode beside other microbatches, and anything with prefill; of
-    these, microbatches with scored rows also have their own."""
+    """Curves by kind: decode alone in the pipeline, decode beside other microbatches, prefill, scored rows."""
 
     def __init__(self, stages: int) -> None:
         self.stages = stages
@@ -157,11 +152,9 @@ class StageTimes:
                 self.whole_transit_ns = moved(whole, transit) if whole else transit
 
     def predictions(self, rows: int) -> list[list[float]]:
-        """Returns nanoseconds on each stage, for every kind of microbatch that was measured."""
         return [ns for curves in (self.alone, self.beside, self.prefill) if (ns := curves.predict(rows)) is not None]
 
     def forget_beside(self) -> None:
-        """Drops the measurements of decode beside other microbatches, so that its next try is measured anew."""
         self.beside = StageCurves(self.stages)
 
     @property

@@ -20,8 +20,7 @@ from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _ISOLATED = 2
-"""The strikes from which a request is isolated. One is not enough: requests are seldom the cause, and isolation is
-slow."""
+"""Strikes from which a request is isolated. One is not enough: requests are seldom the cause."""
 MAX_STRIKES = 6
 """The strikes that end a request; those after `_ISOLATED` count only while it is isolated."""
 _PROBED_ROWS = 8
@@ -42,15 +41,13 @@ class _Suspected:
         return self.start < rows.stop and rows.start < self.end
 
     def strike(self, rows: range, *, is_alone: bool) -> None:
-        """Narrows the range to the rows that were in flight at a failure, and counts the strike."""
         self.start, self.end = max(self.start, rows.start), min(self.end, rows.stop)
         self.strikes += is_alone or self.strikes < _ISOLATED
 
 
 @dataclass(frozen=True, slots=True)
 class StruckOut:
-    """A sequence that is to fail. `workers` were at fault in its failures (None: not known); with `has_results`,
-    something was computed between the first failure and the last."""
+    """A sequence that is to fail. `has_results`: something was computed between its first failure and its last."""
 
     sequence: Sequence
     workers: frozenset[str | None]
@@ -59,8 +56,7 @@ class StruckOut:
 
 @dataclass(slots=True)
 class _Record:
-    """The suspicion against a sequence that was in flight when a pipeline failed, until its suspected rows are
-    computed."""
+    """The suspicion against a sequence, until its suspected rows are computed."""
 
     sequence: Sequence
     suspected: list[_Suspected] = field(default_factory=list)
@@ -83,23 +79,19 @@ class _Record:
         return bool(found)
 
     def computed(self, end: int) -> None:
-        """Clears rows [0, end)."""
         for suspected in self.suspected:
             suspected.start = max(suspected.start, end)
         self.suspected = [suspected for suspected in self.suspected if suspected.start < suspected.end]
 
 
 class Strikes:
-    """Failures of the pipeline while the same rows of a sequence were in flight."""
-
     def __init__(self) -> None:
         self._records: dict[int, _Record] = {}  # by the sequence's key
         self._is_paused = False  # until the next failure: other requests must not wait for ever
 
     @property
     def isolated(self) -> Sequence | None:
-        """The sequence to isolate next: the least interrupted, then the one with most strikes, then the first that
-        failed."""
+        """The sequence to isolate next: the least interrupted, then the one with most strikes."""
         record = self._isolated
         return None if record is None else record.sequence
 
@@ -116,8 +108,7 @@ class Strikes:
         return to_suspected if to_suspected > 0 else _PROBED_ROWS
 
     def add(self, slices: Iterable[SequenceSlice], worker: str | None = None) -> list[StruckOut]:
-        """Records a failure with these slices in flight, by a worker's fault if that is known. Returns the sequences to
-        fail."""
+        """Records a failure with these slices in flight. Returns the sequences that are to fail."""
         in_flight = _rows_in_flight(slices)
         isolated = self._isolated
         is_alone = isolated is not None and list(in_flight) == [isolated.sequence]
@@ -159,7 +150,6 @@ def _rows(taken: SequenceSlice) -> range:
 
 
 def _rows_in_flight(slices: Iterable[SequenceSlice]) -> dict[Sequence, range]:
-    """Returns, for each sequence that has not ended, the range from its first row in flight to the last."""
     found: dict[Sequence, range] = {}
     for taken in slices:
         if taken.sequence.phase is not Phase.FINISHED and not taken.is_stale:

@@ -10,7 +10,7 @@ from heapq import nsmallest
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _LARGE_GRAMMAR = 1 << 12
-"""Characters of a grammar from which its matcher may take tens of milliseconds; the last stage makes one at a time."""
+"""Characters of a grammar whose matcher may take tens of milliseconds; the last stage makes one at a time."""
 _MOST_MATCHERS = 2
 """The most matchers in the making for one owner: two keep the last stage busy, and others wait for no more."""
 
@@ -21,8 +21,6 @@ def turn_of(sequence: Sequence) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """Numbers of running sequences by owner and by request."""
-
     owners: Counter[str]
     requests: Counter[str]
 
@@ -56,8 +54,6 @@ def _is_large(sequence: Sequence) -> bool:
 
 
 def in_turn(waiting: Iterable[Sequence], running: Running, most: int) -> list[Sequence]:
-    """Returns the first `most` waiting sequences, in the order in which `first_in_turn` would choose them if none
-    started."""
     return nsmallest(most, waiting, key=running.rank)
 
 
@@ -67,8 +63,7 @@ def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Returns the youngest running sequence of the owner with most, and of its request with most; `running` is oldest
-    first."""
+    """Returns the youngest of the owner with most running, and of its request with most. `running` is oldest first."""
     return max(reversed(running), key=counts.rank)
 
 

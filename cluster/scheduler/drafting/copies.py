@@ -21,8 +21,6 @@ class Resumption(NamedTuple):
 
 
 class Copy:
-    """The end of a text, as far as it repeats an earlier place."""
-
     def __init__(self) -> None:
         self._end = 0  # tokens of the text up to the copy's end
         self._place = -1  # of the last token that was copied

@@ -11,8 +11,7 @@ CLASSES = 20
 SUBSTITUTED = 1
 """The class of drafts behind a replaced token, where 8 tokens before it match."""
 SHORT = 2
-"""Classes of matches of 2 or 3 tokens: other tokens followed elsewhere, it is the only match, one token followed
-all."""
+"""Classes of matches of 2 or 3 tokens: other tokens followed elsewhere, one match, one token followed all."""
 MIDDLE = 5
 """Three such classes for matches of 4 to 7 tokens."""
 LONG = 8
@@ -23,7 +22,7 @@ MODEL = 12
 FORCED = 13
 MTP = 14
 RESUMED = 15
-"""Classes of copies that go on a few tokens behind a difference: the last token alone is near there, or several are."""
+"""Classes of copies behind a few tokens that differ: the last token alone is near there, or several are."""
 SINGLE = 17
 """Classes of matches of the last token alone, as those from `SHORT`."""
 
@@ -49,8 +48,6 @@ NO_DRAFT = Draft((), 0)
 
 
 class Drafter(Protocol):
-    """A drafter of one sequence."""
-
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
         """Returns up to `most` tokens that may follow `tokens`: prompt and answer, which only ever grow between
         calls."""

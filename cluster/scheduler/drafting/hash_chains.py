@@ -31,8 +31,7 @@ NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """The newest place of each hash of `order` tokens in a growing text, and the place before each place. A place is
-    that of the last of the tokens. Different tokens may share a chain: searches compare."""
+    """Places of `order` tokens with the same hash, each that of the last one. Searches compare the tokens."""
 
     def __init__(self, order: int) -> None:
         self._order = order

@@ -40,7 +40,6 @@ class NgramDrafter:
         return self._chains.size_bytes + self._singles.size_bytes
 
     def take_in(self, tokens: Sequence[int]) -> bool:
-        """Takes in some of the new tokens. True if the index has all of them now."""
         self._singles.take_in(tokens)
         return self._chains.take_in(tokens)
 
@@ -65,8 +64,7 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Returns the tokens behind the match, a place near the last copy, or the last token's earlier place, repeated
-        if they reach the end."""
+        """Returns the tokens behind the match, the last copy's place or the last token; repeated at the text's end."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:

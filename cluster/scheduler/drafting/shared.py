@@ -18,8 +18,6 @@ _KEY_TOKENS = 128
 
 
 class _Answers:
-    """Answers of one key, one behind another."""
-
     def __init__(self) -> None:
         self.tokens = array("i")
         self._chains = HashChains(_ORDER)
@@ -44,8 +42,7 @@ class _Answers:
 
 
 class SharedAnswers:
-    """A store of at most `most_tokens` of recent answers, about 17 bytes each. Once half of them is full, the older
-    half is dropped."""
+    """A store of about 17 bytes a token. Once one half is full, the older half is dropped."""
 
     def __init__(self, most_tokens: int) -> None:
         self._half_tokens = most_tokens // 2

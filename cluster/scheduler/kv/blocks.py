@@ -7,9 +7,8 @@ from collections.abc import Iterable
 
 
 class KvBlocks:
-    """Blocks [0, count), with the same ids on every stage: each is free, held by tables, or idle. A held block may be
-    registered with a key that stands for its content. Without holders it stays idle, and can be acquired by its key
-    until its memory is needed, the block idle for longest first."""
+    """Blocks [0, count), the same ids on every stage. A registered block without holders is idle: `acquire` finds it
+    until its memory is needed, the one idle for longest first."""
 
     def __init__(self, count: int) -> None:
         self.count = count

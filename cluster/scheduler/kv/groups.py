@@ -29,11 +29,9 @@ class KvSizes(Generic[Sizes]):
 
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
-    """Layers that keep KV memory of their window alone, in blocks of their own; the largest of several windows counts.
-
-    A row sees `window` positions, its own among them. Blocks behind the window are released when a microbatch that may
-    read them is made, so rows of a prompt take further blocks while it is made.
-    """
+    """Layers that keep KV memory of their window alone; the largest of several windows counts. A row sees `window`
+    positions, its own among them. Blocks behind the window are released when a microbatch that may read them is made,
+    so rows of a prompt take further blocks while it is made."""
 
     window: int
     rows: int  # of a microbatch, at most
@@ -54,7 +52,6 @@ class WindowGroup:
         return _blocks(self.rows)
 
     def first_seen(self, position: int) -> int:
-        """Returns the first block that rows from `position` on see."""
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
@@ -68,21 +65,17 @@ class WindowGroup:
 
 @dataclass(frozen=True, slots=True)
 class StateGroup:
-    """States of sequences in blocks: each is the state of all layers behind one position. A running sequence has one;
-    others are checkpoints, where sequences with the same tokens can begin.
-
-    All states take about as much memory as keys and values at most: running sequences up to a half of it, checkpoints
-    the other half. Three blocks are there in any case: a running sequence's, the checkpoint that it began at, and one
-    that it leaves. A position of few KV bytes counts as a 1,024th of a state.
-    """
+    """States of all layers behind one position, in blocks. A running sequence has one; others are checkpoints, where
+    sequences with the same tokens can begin. States of running sequences take up to half as much memory as keys and
+    values, checkpoints as much again. Three blocks are there in any case: a running sequence's, the checkpoint that it
+    began at, and one that it leaves. A position of few KV bytes counts as a 1,024th of a state."""
 
     state_bytes: int  # in all layers
     kv_token_bytes: int  # of a position in all layers
 
     @property
     def span(self) -> int:
-        """Positions from one checkpoint to the next: a power of two, whose keys and values take about as much as a
-        state."""
+        """Positions between checkpoints: a power of two, whose keys and values take about as much as a state."""
         positions = self.state_bytes // self._token_bytes
         return min(_MOST_STATE_POSITIONS, max(KV_BLOCK_TOKENS, 1 << (positions - 1).bit_length()))
 
@@ -91,12 +84,9 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the state blocks beside `kv_blocks` KV blocks.
-
-        Each running sequence has one while they fit into half of the KV blocks' bytes, but one at least; two are for
-        the checkpoints that a sequence begins at and leaves; and each `span` positions of KV have one, as many as fit
-        into the other half.
-        """
+        """Returns a block for each running sequence while they fit into half of the KV blocks' bytes, one at least; two
+        for the checkpoints that a sequence begins at and leaves; and one for each `span` positions while they fit into
+        the other half."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)
@@ -104,8 +94,6 @@ class StateGroup:
 
 @dataclass(frozen=True, slots=True)
 class KvGroups:
-    """Kinds of blocks that a model's KV memory is divided into: of all layers, of layers with a window, and states."""
-
     window: WindowGroup | None  # None: such layers have blocks as all others
     states: StateGroup | None
     context_length: int

@@ -89,8 +89,7 @@ class KvMemory:
         )
 
     def _usable(self, sequence: Sequence, found: int) -> int:
-        """Returns how many of the first `found` blocks can be shared: rows after them must find their window and a
-        state."""
+        """Returns how many of `found` blocks can be shared: rows behind them must find their window and a state."""
         before = found + 1
         while 0 < found < before:
             before = found
@@ -99,16 +98,13 @@ class KvMemory:
         return found
 
     def lacks_blocks(self, sequence: Sequence) -> bool:
-        """True if there were too few blocks when the sequence was last to be admitted."""
         return sequence.key in self._refused
 
     def _is_unchanged(self, refused: _Refusal, reserve: int) -> bool:
-        """True if no block was freed since the refusal, and the next block of the prefix is not cached."""
         is_cached = refused.missing is not None and self.blocks.is_idle(refused.missing) is not None
         return self.blocks.available - reserve <= refused.room and not is_cached
 
     def grow(self, sequence: Sequence) -> bool:
-        """Gives a sequence all blocks for its next rows; False if too few are left."""
         if not self.extend(sequence):
             return False
         if self.window is not None or self.states is not None:
@@ -126,8 +122,7 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Settles drafted rows that came back; `is_whole` if all count. Full blocks are shared now, as no further
-        microbatch of the sequence may come."""
+        """Settles drafted rows that came back. Full blocks are shared now: no further microbatch may come."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:
@@ -141,8 +136,7 @@ class KvMemory:
             self._register(sequence)
 
     def extend(self, sequence: Sequence) -> bool:
-        """Gives a sequence the KV blocks for all rows to compute, and commits window blocks; False if too few are
-        left."""
+        """Gives a sequence blocks for all rows to compute, and commits window blocks; False if too few are left."""
         if self.window is not None and not self.window.commit(sequence):
             return False
         while len(sequence.kv.table) < sequence.blocks_needed:

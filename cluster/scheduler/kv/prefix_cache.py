@@ -1,5 +1,4 @@
-"""The prefix cache. A full block's key is a SHA-256 chain over the model without adapters, KV type, adapters that
-computed the block, salt and tokens."""
+"""The prefix cache: keys are SHA-256 chains over the model without adapters, KV type, adapters, salt and tokens."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ class BlockKeys(list[bytes]):
 
 
 class PrefixCache:
-    """Finds and registers blocks by the tokens from position 0 to their end. `keys` belong to one sequence, and
-    grow."""
+    """Finds and registers blocks by their tokens from position 0 on. `keys` belong to one sequence, and grow."""
 
     def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
         self.blocks = blocks

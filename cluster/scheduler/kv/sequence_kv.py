@@ -44,5 +44,4 @@ class SequenceKv:
     registered: int = 0  # blocks of the table that the prefix cache knows
 
     def restart(self) -> None:
-        """Forgets all blocks, which are another pipeline's."""
         self.table, self.window, self.states, self.registered = BlockTable(), BlockTable(), SequenceStates(), 0

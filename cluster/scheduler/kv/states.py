@@ -11,15 +11,12 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvStates:
-    """Blocks, each with the state behind one position. A chunk's rows read the state before them and overwrite it with
-    the one behind the last row, or if others may go on from it, write that to another block.
-
-    A checkpoint is a block registered by the key of the KV block that ends at its position: every `span` positions, and
-    where a prompt's last full KV block ends. It is never written again, and sequences begin at checkpoints alone.
-    Blocks for checkpoints may lack, but a sequence that has begun always finds one for its rows.
-
-    Blocks that a microbatch reads are released when it is made: rows of other sequences in it must not overwrite them.
-    """
+    """Blocks, each with the state behind one position. A chunk's rows overwrite the state that they read, or if others
+    may go on from it, write another block. A checkpoint is a block registered by the key of the KV block that ends at
+    its position: every `span` positions, and where a prompt's last full KV block ends. It is never written again, and
+    sequences begin at checkpoints alone. Blocks for checkpoints may lack, but a sequence that has begun always finds
+    one for its rows. Blocks that a microbatch reads are released when it is made: rows of other sequences in it must
+    not overwrite them."""
 
     def __init__(self, span: int, cache: PrefixCache) -> None:
         self.blocks = cache.blocks
@@ -38,7 +35,6 @@ class KvStates:
         return self.blocks.available - is_taken >= self._lacking + sequences
 
     def begin(self, sequence: Sequence, shared: int) -> None:
-        """Begins a sequence whose first `shared` KV blocks are filled by others."""
         states = sequence.kv.states
         states.is_begun = True
         states.read = self.blocks.acquire(sequence.kv.keys[shared - 1]) if shared else None
@@ -55,7 +51,6 @@ class KvStates:
         states.marks += [(place, self.blocks.take()) for place in self._checkpoints(sequence, start, end)]
 
     def filled(self, sequence: Sequence) -> None:
-        """Registers the states that the next rows write: these rows are in the microbatch being made, and scheduled."""
         states = sequence.kv.states
         for position, block in states.marks:
             self._register(sequence, position, block)
@@ -70,8 +65,7 @@ class KvStates:
         self._keep_last(sequence)
 
     def draft(self, sequence: Sequence) -> bool:
-        """Takes a block for the state behind drafted rows; False if there is none. The state before them stays, as it
-        is needed again unless all of them count."""
+        """Takes a block for the state behind drafted rows; False if there is none. The state before them stays."""
         if self.blocks.available <= self._lacking:
             return False
         sequence.kv.states.ahead = self.blocks.take()

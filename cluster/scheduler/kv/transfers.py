@@ -1,4 +1,4 @@
-"""KV blocks that are read from disk or written there: they are held meanwhile, so that no sequence is given them."""
+"""KV blocks that are read from disk or written there: held meanwhile, so that no sequence is given them."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class KvTransfers:
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
-        """Takes blocks for a sequence's missing ones before number `end`, and holds those before them; None if there
-        are none, or fewer than `reserve` would be left. Microbatches in flight may still use the taken blocks."""
+        """Takes blocks for a sequence's missing ones before number `end`, if that leaves `reserve`, and holds those
+        before them. Microbatches in flight may still use the taken blocks."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
             return None
@@ -49,8 +49,8 @@ class KvTransfers:
         return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
-        """Holds the cached blocks of keys[start:] up to the first missing one; None if there is none. Microbatches in
-        flight may have yet to fill them."""
+        """Holds the cached blocks of keys[start:]; None if the first is missing. Microbatches in flight may yet fill
+        them."""
         there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
         if not there:
             return None

@@ -11,12 +11,9 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvWindow:
-    """A pool that commits the most blocks that a sequence may hold before it begins or grows: then a block that rows
-    need is always available.
-
-    Blocks out of the window are released when the microbatch is made: rows of other sequences in it must not overwrite
-    what its rows still read.
-    """
+    """A pool that commits the most blocks that a sequence may hold before it begins or grows, so that a block for its
+    rows is always available. Blocks out of the window are released when the microbatch is made: rows of other sequences
+    in it must not overwrite what its rows still read."""
 
     def __init__(self, group: WindowGroup, cache: PrefixCache) -> None:
         self.group = group
@@ -43,7 +40,6 @@ class KvWindow:
         return self._committed + sum(map(self._need, sequences)) + min(reserve, growth) <= self._most
 
     def begin(self, sequence: Sequence, shared: int) -> None:
-        """Begins a sequence whose first `shared` blocks are filled by others."""
         self._begun += 1
         self.commit(sequence)
         table = sequence.kv.window
@@ -69,8 +65,7 @@ class KvWindow:
             sequence.kv.window.append(self.blocks.take())
 
     def register(self, sequence: Sequence, full: int) -> None:
-        """Registers blocks up to number `full`, filled by the sequence's tokens; must come before
-        `release_out_of_window`."""
+        """Registers blocks up to number `full`; must come before `release_out_of_window`."""
         table = sequence.kv.window
         first = max(sequence.kv.registered, table.start)
         self._cache.register(sequence.kv.keys, sequence.tokens, table.blocks, first, full, table.start)

@@ -122,7 +122,6 @@ def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]
 
 
 def _repeat(sequence: Sequence, row: int) -> None:
-    """Has the row at this position computed again, beside others in decode."""
     sequence.go_back(row)
     sequence.drafting.give_up()
     if sequence.phase is _PREFILL:

@@ -17,5 +17,4 @@ class PromptOutputs:
         self.next = max(self.next, min(end, self.end))
 
     def repeat(self) -> None:
-        """Has rows in flight computed again."""
         self.next = self.answered

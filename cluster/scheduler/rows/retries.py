@@ -27,8 +27,8 @@ class Retry(Enum):
 
 @dataclass(slots=True)
 class Retries:
-    """Retries of sequences, in other KV blocks; a second failure is the last stage's, if another worker may take its
-    place; a third one ends the sequence. A grammar that an answer breaks is no worker's fault."""
+    """Repeats a failed sequence in other KV blocks, then if possible on another worker for the last stage, then ends
+    it. A grammar that an answer breaks is no worker's fault."""
 
     count: int = 0
 

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """Rows of a sequence in a microbatch. The last `drafted` ones count only as far as their tokens are those that the
-    rows before them choose."""
+    """Rows of a sequence. The last `drafted` ones count as far as the rows before them choose their tokens."""
 
     sequence: Sequence
     chunk: Chunk

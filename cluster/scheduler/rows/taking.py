@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def take_rows(sequence: Sequence, rows: int) -> SequenceSlice:
-    """Takes the next rows of a prompt, or of tokens that are computed again."""
     start, end = sequence.scheduled, sequence.scheduled + rows
     tokens, first = tuple(sequence.tokens[start:end]), max(start, sequence.first_output)
     sequence.outputs.take(end)
@@ -26,8 +25,7 @@ def take_rows(sequence: Sequence, rows: int) -> SequenceSlice:
 
 
 def take_token(sequence: Sequence) -> SequenceSlice:
-    """Takes the last token of a sequence that awaits decode or may go ahead, and its drafted ones: behind that token,
-    or behind others in flight."""
+    """Takes the last token and its drafted ones, or drafted ones behind others in flight."""
     known, drafting = tuple(sequence.tokens[sequence.scheduled :]), sequence.drafting
     drafted = drafting.next
     if not drafted and (unknown := sequence.unknown):

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...]:
-    """Returns the tasks of output rows [start, end), whose tokens are known."""
     score_end = min(end, sequence.prompt_length - 1)
     top = sequence.request.top_logprobs
     scores = [ScoreTask(sequence.tokens[row + 1], top) for row in range(start, score_end)]
@@ -23,8 +22,7 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
-    """Returns the task of the token after the next row, before which `unknown` tokens are not known: at most 1 if
-    samplers look at tokens."""
+    """Returns the next token's task. `unknown` tokens before it are not known: at most 1 if samplers look at tokens."""
     window, tokens = sequence.sampler.window, sequence.tokens
     return _task(sequence, tokens[max(0, len(tokens) - window + unknown) :] if window else (), unknown)
 
@@ -44,7 +42,6 @@ def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTa
 
 
 def further_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
-    """Returns the tasks of drafted rows behind others in flight, without a history."""
     unknown, most = len(sequence.drafting.ahead) + 1, sequence.request.min_tokens
     first = _task(sequence, (), unknown, (*sequence.drafting.ahead, *drafted))
     tasks = accumulate(repeat(first, len(drafted)), lambda before, _: before.next())
@@ -74,8 +71,7 @@ def _task(
 
 
 def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None:
-    """Returns the matcher's start, which goes with the first rows: so it is ready when the first token is sampled, or
-    soon after."""
+    """Returns the matcher's start, sent with the first rows so that it is ready for the first token."""
     if not sequence.lacks_matcher:
         return None
     sequence.matcher.is_started = True

@@ -15,8 +15,6 @@ _EVEN = 1.0
 
 
 class _Stretch:
-    """Tokens since a possible change."""
-
     __slots__ = ("accepted", "tried", "weight")
 
     def __init__(self, weight: float) -> None:

@@ -49,5 +49,4 @@ class MeasuredRounds:
 
 
 def counts_to_try(most: int) -> tuple[int, ...]:
-    """Returns numbers of drafted rows up to `most`, itself among them."""
     return (*_ROWS[: bisect_left(_ROWS, most)], most) if most else ()

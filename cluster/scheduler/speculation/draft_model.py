@@ -25,8 +25,7 @@ class DraftTimes:
         self._overhead_ns = _USUAL_OVERHEAD * step_ns
 
     def draft_ns(self, sequences: int, tokens: int, rows: int, *, at_best: bool = False) -> float:
-        """Returns the time of `tokens` tokens for each sequence, of which the model lacks `rows` in all. `at_best` is
-        as measured, since drafts may have been late by chance."""
+        """Returns the time of `tokens` tokens each, with `rows` lacking in all; `at_best`: as first measured."""
         lacking = max(0, rows - sequences)
         if at_best:
             return tokens * self._best_step_ns + lacking * self._best_row_ns
@@ -37,7 +36,6 @@ class DraftTimes:
         return rows * self._row_ns
 
     def learn(self, replies: DraftReplies, taken_ns: int) -> None:
-        """Learns from replies, `taken_ns` after their orders."""
         if replies.rows:
             self._row_ns = _learned(self._row_ns, replies.rows_ns / replies.rows)
         if replies.steps:

@@ -13,8 +13,6 @@ _PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7, 0.
 
 
 class SequenceDrafts:
-    """Drafts of one sequence, whose tokens only grow."""
-
     def __init__(self, drafter: Drafter, vocabulary: int, common: Sequence[Acceptance]) -> None:
         """Takes the acceptance of all sequences' drafts, by confidence, as `common`."""
         self._drafter = drafter
@@ -104,7 +102,6 @@ class SequenceDrafts:
 
 
 def _obeying(draft: Draft, forced: tuple[int, ...]) -> Draft:
-    """Returns the draft if it begins with the forced tokens, else these."""
     tokens = draft.tokens if draft.tokens[: len(forced)] == forced else forced
     return Draft(tokens, draft.confidence, len(forced))
 

@@ -47,8 +47,7 @@ class ModelDrafts:
         return sequence.key in self._awaited
 
     def length(self, sequences: Items[Sequence], most: Mapping[int, int], speed: float) -> int:
-        """Returns how many tokens are worth waiting for, for sequences in `most`, if `speed` tokens a nanosecond come
-        without them."""
+        """Returns how many tokens are worth waiting for if `speed` tokens a nanosecond come without them."""
         drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
         if not drafted or len(sequences) + len(self._awaited) > MOST_ORDERS:
             return 0
@@ -83,7 +82,6 @@ class ModelDrafts:
         return others
 
     def next_orders(self, running: Iterable[Sequence]) -> list[DraftOrder]:
-        """Returns the model's next work: drafts, or else the tokens that it lacks of a sequence."""
         orders, self._orders = self._orders[:MOST_ORDERS], self._orders[MOST_ORDERS:]
         if orders:
             return orders
@@ -120,7 +118,6 @@ class ModelDrafts:
         return self._lacking(sequence) <= _CLOSE and sequence.key not in self._without_room
 
     def _is_due(self, sequence: Sequence) -> bool:
-        """True if the model is tried again, although it is not expected to pay."""
         return self._retry_of(sequence).is_due(len(sequence.tokens))
 
     def _retry_of(self, sequence: Sequence) -> _Retry:
@@ -130,7 +127,6 @@ class ModelDrafts:
         return retry
 
     def _is_worth(self, sequence: Sequence) -> bool:
-        """True if it is worth it that the model takes in what it lacks of a sequence."""
         lacking = self._lacking(sequence)
         if lacking <= _CLOSE // 2 or sequence.key in self._without_room or sequence.drafting.drafts is None:
             return False
@@ -146,8 +142,6 @@ class ModelDrafts:
 
 @dataclass(slots=True)
 class _Retry:
-    """Retries of the model for one sequence."""
-
     again: int  # tokens of the sequence when it is tried again
     wait: int = _AGAIN
     left: int = 0  # drafts of a retry that goes on

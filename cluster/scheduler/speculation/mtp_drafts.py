@@ -1,5 +1,4 @@
-"""Orders for an MTP (multi-token prediction) head. Its drafts come with the results that they follow and take time
-there, so they are ordered if the step after them is expected to gain more than other drafts promise."""
+"""Orders for an MTP (multi-token prediction) head, whose drafts lengthen the step that they follow."""
 
 from __future__ import annotations
 
@@ -25,8 +24,8 @@ class MtpDrafts:
         self._rounds = rounds
 
     def length(self, sequences: Items[Sequence], speed: float, groups: int, most: int) -> int:
-        """Returns how many tokens, at most `most`, are worth drafting behind the next step of these sequences in
-        `groups` microbatches, if `speed` tokens a nanosecond come without them."""
+        """Returns how many tokens are worth drafting behind the next step, if `speed` a nanosecond come without
+        them."""
         drafted = [sequence for sequence in sequences if may_order(sequence)]
         if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
             return 0

@@ -12,7 +12,6 @@ class MtpTimes:
         self._step_ns: dict[int, float] = {}  # by sequences
 
     def learn(self, sequences: int, tokens: int, taken_ns: int) -> None:
-        """Learns from `tokens` tokens that were drafted for each of `sequences` sequences."""
         sample = taken_ns / max(tokens, 1)
         before = self._step_ns.get(sequences, sample)
         self._step_ns[sequences] = before + _WEIGHT * (min(sample, _LATE * before) - before)

@@ -20,11 +20,9 @@ class MtpUse:
     _left: int = 0  # drafts of a retry that goes on
 
     def is_due(self, tokens: int) -> bool:
-        """True if the head is tried, although it is not expected to pay."""
         return self._left > 0 or tokens - self._asked_at >= self._wait
 
     def order(self, tokens: int, count: int) -> None:
-        """Orders `count` tokens behind the next step of a sequence of `tokens` tokens."""
         if tokens - self._asked_at >= self._wait:
             self._left, self._wait = _DRAFTS, min(2 * self._wait, _AGAIN_MOST)
         elif self._left:

@@ -24,7 +24,6 @@ class Drafting:
     _forced_at: int = -_LATELY  # tokens of the answer with the last forced one
 
     def take(self) -> tuple[int, ...]:
-        """Returns the next tokens, which are in flight from now on."""
         taken, self.next = self.next, ()
         self.rows += len(taken)
         self.ahead += taken

@@ -22,8 +22,8 @@ from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_wi
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MOST_REPEATED = 4
-"""The most known rows that are computed again behind a state with a draft. With more, a step without drafts comes
-first: else each refused window would add to the rows of all later ones."""
+"""The most known rows that a draft behind a state may repeat. With more, a step without drafts comes first: else each
+further refused window would add to the rows of all later ones."""
 
 
 _OTHER_RATE = 0.02
@@ -44,13 +44,11 @@ class Speculation:
 
     @classmethod
     def of(cls, settings: SchedulerSettings, times: StageTimes) -> Self | None:
-        """Returns None if nothing is drafted."""
         own = settings.speculation
         return None if own is None or not settings.max_drafted else cls(settings, own, times)
 
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, running: int) -> None:
-        """Adds drafted rows, `most_rows` in all, to sequences that have grown, in one of `groups` microbatches that are
-        alike."""
+        """Adds at most `most_rows` drafted rows to sequences that have grown, in one of `groups` microbatches."""
         candidates = [self._next(sequence) if most_rows > 0 else Candidate() for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
         for sequence in sequences:
@@ -65,7 +63,7 @@ class Speculation:
                 memory.draft(sequence, candidate.tokens[:window], RESERVE_BLOCKS * running)
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
-        """Returns drafted tokens behind those in flight of the only sequence, with so many microbatches under way."""
+        """Returns drafted tokens behind those of the only sequence in flight, in `under_way` microbatches."""
         drafts = sequence.drafting.drafts
         if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()
@@ -88,8 +86,7 @@ class Speculation:
         return window if drafts.chain is None else drafts.chain.window
 
     def waits(self, sequences: Items[Sequence], most_outputs: int) -> bool:
-        """True if a sequence should rather wait for its next token than be computed behind it, since drafts will
-        follow. The sequences have `most_outputs` output rows in all."""
+        """True if a sequence should rather wait for its token than be computed behind it: drafts will follow."""
         drafts = self.model_drafts
         if drafts is not None and any(map(drafts.awaits, sequences)):
             return True
@@ -104,15 +101,13 @@ class Speculation:
         return any(windows) or bool(self._model_length(sequences, candidates, windows))
 
     def ended(self, sequence: Sequence) -> None:
-        """Gives a whole answer to the drafters."""
         if sequence.generated:
             self._drafters.ended(sequence.kv.keys.salt, sequence.tokens[sequence.prompt_length :])
 
     # -- drafts of a draft model -----------------------------------------------------------------------------------
 
     def ready(self, sequences: list[Sequence], groups: int, most_rows: int) -> list[Sequence]:
-        """Returns the sequences to compute now, in one of `groups` microbatches that are alike; others wait for their
-        drafts."""
+        """Returns the sequences to compute now; others wait for their drafts."""
         if (drafts := self.model_drafts) is None:
             return sequences
         present = [sequence for sequence in sequences if not drafts.awaits(sequence)]
@@ -133,8 +128,7 @@ class Speculation:
             self._model_drafts.forget(sequence.key)
 
     def _model_length(self, sequences: Items[Sequence], candidates: Items[Candidate], windows: Items[int]) -> int:
-        """Returns how many tokens to order of a draft model for each sequence; 0 unless they gain more than these
-        windows."""
+        """Returns the tokens to order of a draft model for each; 0 unless they gain more than these windows."""
         drafts = self.model_drafts
         if drafts is None or not sequences or self._times.plain_ns(len(sequences), 1) == inf:
             return 0
@@ -157,8 +151,7 @@ class Speculation:
     def _mtp_length(
         self, sequences: Items[Sequence], candidates: Items[Candidate], windows: Items[int], groups: int
     ) -> int:
-        """Returns how many tokens to order of an MTP head for each sequence; 0 unless they gain more than these
-        windows."""
+        """Returns the tokens to order of an MTP head for each; 0 unless they gain more than these windows."""
         if self._mtp is None or not sequences:
             return 0
         others = [s.drafting.drafts is None or not s.drafting.drafts.is_of_mtp for s in sequences]

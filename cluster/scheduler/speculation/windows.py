@@ -32,8 +32,7 @@ class RoundTimes(Protocol):
         known."""
 
     def window_ns(self, rows: int, groups: int) -> float:
-        """Returns the time of a round with so many rows in a microbatch, which waits for the tokens that it begins
-        with."""
+        """Returns the time of a round with so many rows, which waits for the tokens that it begins with."""
 
     def slowest_ns(self, rows: int) -> float:
         """Returns the slowest stage's time with so many rows."""
@@ -67,8 +66,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns the drafted tokens of each sequence, `most_rows` at most in all, in one of `groups` microbatches that are
-    alike."""
+    """Returns the drafted tokens of each sequence in one of `groups` microbatches, at most `most_rows` in all."""
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)

@@ -24,7 +24,6 @@ class DraftRunner:
     """Sequences wait for drafts, so if the model fails in any way, they go on without it."""
 
     def __init__(self, scheduler: Scheduler, drafted: Callable[[], None]) -> None:
-        """Takes a callback for when there may be something to send."""
         self._scheduler = scheduler
         self._drafted = drafted
         self._task: asyncio.Task[None] | None = None

@@ -117,7 +117,6 @@ class Engine:
 
     @property
     def suspects_request(self) -> bool:
-        """True if a request may be why the pipeline failed more than once."""
         return any(scheduler.strikes.isolated is not None for scheduler in self.schedulers)
 
     @property
@@ -163,11 +162,9 @@ class Engine:
         return submitted
 
     def prepare_matchers(self) -> None:
-        """Has the last stage prepare for matchers while the grammars of coming answers are checked."""
         self._lane.pipeline.prepare_matchers()
 
     async def drain(self, timeout_s: float) -> bool:
-        """Waits for open requests; False if some are left after `timeout_s`."""
         self._is_draining = True
         try:
             async with asyncio.timeout(timeout_s):
@@ -296,7 +293,6 @@ class Engine:
             self._abort(key, reason)
 
     def interrupt(self, error: BaseException) -> None:
-        """Gives up the pipeline, which is lost or to be replaced."""
         if self._owner is None or not isinstance(error, LlamaclustError):
             self.break_down(error)
         elif self._phase is _Phase.RUNNING:

@@ -59,7 +59,6 @@ class KvDisk:
                 self.arrived(sequence)
 
     def stop(self) -> None:
-        """Cancels transfers; sequences that wait for them go back to the queue."""
         self._is_running = False
         for task in self._tasks:
             task.cancel()
@@ -109,7 +108,6 @@ class KvDisk:
                 self._lane.launch_soon()
 
     async def _restored(self, disks: KvDisks, sequence: Sequence) -> int:
-        """Returns how many more blocks can be shared."""
         missing = self._transfers.missing(sequence)[:_MOST_BLOCKS]
         count = await disks.find(sequence.kv.keys[missing.start : missing.stop])
         if count < _LEAST_BLOCKS:
@@ -160,7 +158,6 @@ class KvDisk:
                 self._pending -= 1
 
     async def _save(self, disks: KvDisks, keys: Items[bytes]) -> None:
-        """Writes the blocks of a prompt that are not on disk, some at a time, until some stage does not keep them."""
         start = await disks.find(keys)
         while start < len(keys) and self._scheduler.strikes.isolated is None:
             saved = await self._saved(disks, keys[: start + _SAVED_TOGETHER], start)

@@ -215,7 +215,6 @@ class Metrics(Collector):
 
     @property
     def mean_rows(self) -> float:
-        """The mean rows of a microbatch on the present stages."""
         meters = self._meters[:1]
         return sum(meter.rows for meter in meters) / max(1, sum(meter.microbatches for meter in meters))
 

@@ -55,7 +55,6 @@ class SubmittedRequest:
 
     @property
     def progress(self) -> PromptProgress | None:
-        """The progress of the prompt; None before the request is started."""
         usage, total = self.sequence.usage, self.sequence.prompt_length
         if usage.cached_tokens is None:
             return None
@@ -117,7 +116,6 @@ class OpenRequests:
         return tokens
 
     def abort(self, key: int, error: LlamaclustError | None = None) -> None:
-        """Ends a request as cancelled, or as failed with an error."""
         if error is None:
             request = self._requests[key]
             request.sink.take(Finished(FinishReason.ABORT, request.timings))

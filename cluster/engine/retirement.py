@@ -48,7 +48,6 @@ class Retirement:
         old.scheduler.is_shared = new.scheduler.is_shared = True
 
     def receive(self, updated: list[tuple[int, list[Update]]]) -> list[tuple[int, list[Update]]]:
-        """Takes in updates of either lane; returns those for readers."""
         pre_copy = self._pre_copy
         if pre_copy is None:
             return updated
@@ -75,7 +74,6 @@ class Retirement:
         return not self.old.scheduler.sequences
 
     def hurry(self) -> None:
-        """Moves every sequence now, whatever is to be computed again."""
         self._drop_pre_copy()
         old = self.old.scheduler
         self._staying.update(sequence.key for sequence in old.sequences)

@@ -19,8 +19,6 @@ _STATE: Final = re.compile(r"[\x20-\x7e]{0,512}")
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """A span that its child spans name as their parent."""
-
     trace_id: bytes  # 16
     span_id: bytes  # 8
     is_sampled: bool

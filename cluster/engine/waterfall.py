@@ -12,7 +12,6 @@ from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.wire.microbatch.messages import Chunk, StageTiming
 
 PARTS = 3
-"""The number of times of a stage: compute, queue, wire."""
 
 _MERGED_FROM, _MOST = 32, 64
 """Numbers of phases from which equal ones are merged, and that are kept at most."""
@@ -72,7 +71,6 @@ class Waterfall:
     __slots__ = ("_at_ns", "_prompt_length", "_reached", "phases", "start_ns")
 
     def __init__(self, received_ns: int, arrived_ns: int, prompt_length: int) -> None:
-        """Takes the times when the client's request came, and when the sequence was submitted."""
         self.start_ns = self._at_ns = min(received_ns, arrived_ns)
         self.phases: deque[WaterfallPhase] = deque(maxlen=_MOST)
         self._prompt_length = prompt_length
@@ -125,7 +123,6 @@ class Waterfall:
         return last.kind is kind and last.stages == stages
 
     def _phase(self, kind: PhaseKind, stages: tuple[StageInfo, ...]) -> WaterfallPhase:
-        """Returns the last phase if it goes on, or a new one; with many phases, an equal one."""
         if self._continues(kind, stages):
             return self.phases[-1]
         if len(self.phases) >= _MERGED_FROM:

@@ -16,7 +16,6 @@ from llamaclust.cluster.scheduler.sequences import Sequence
 from llamaclust.core.limits import AdapterScales
 
 _ENDED = 256
-"""The number of ended sequences that are kept."""
 _EMBEDDED = "embedded"
 """The end of a sequence that has its embeddings: nothing is generated."""
 

@@ -19,7 +19,6 @@ Breakers = Mapping[int, tuple[tuple[int, ...], ...]]
 """Token sequences by their first token."""
 
 _KEPT = 16
-"""The number of texts whose sequences are cached: the default ones and a few more."""
 
 
 def check_size(tokens: int) -> None:
@@ -68,7 +67,6 @@ class BreakerTokens:
         return tuple(found)
 
     def _rest(self, whole: bytes, cut: int) -> tuple[int, ...]:
-        """Returns the tokens of whole[cut:]; none if the cut is within a character."""
         try:
             rest = whole[cut:].decode()
         except UnicodeDecodeError:

@@ -22,5 +22,5 @@ class Counts:
 
     @property
     def totals(self) -> Counts:
-        """The counters alone: the gauges of a scheduler that has ended are 0."""
+        """Counters alone: the gauges of a scheduler that has ended are 0."""
         return replace(self, running=0, waiting=0, in_flight=0, kv_blocks=0, kv_blocks_held=0)

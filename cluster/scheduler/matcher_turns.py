@@ -25,7 +25,7 @@ _LEAST_NS = 50_000_000
 _LONGER = 0.25
 """The share of a microbatch's time that slow matchers may take if that is more."""
 _MOST_NS = 400_000_000
-"""Nanoseconds that they never exceed; the limit if one owner's slow matchers are all that runs."""
+"""The most nanoseconds of slow matchers in flight; their limit if one owner's are all that runs."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
 """The most rows of a sequence that may be held: one with more is in prefill, and its sampled row comes last."""
 

@@ -61,7 +61,6 @@ class SequenceQueues:
 
     @property
     def are_settled(self) -> bool:
-        """True if no sequence waits, and all known rows of running ones are in flight or held."""
         return not self.waiting and not any(
             (s.awaits_decode or s.phase is _PREFILL) and s not in self.held for s in self.running
         )
@@ -160,7 +159,6 @@ class SequenceQueues:
         return self._admit(sequence)
 
     def grow(self, sequence: Sequence) -> None:
-        """Gives a sequence its next block by preempting others or itself (`gives_way`)."""
         while sequence.phase is _DECODE and not self.memory.grow(sequence):
             self._preempt_one()
 

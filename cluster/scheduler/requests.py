@@ -27,8 +27,6 @@ class Operation(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions:
-    """Fields of a request that reach the engine as the client's API read them."""
-
     top_logprobs: int = 0
     score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
     cache_salt: str = ""  # KV blocks are shared with requests that have the same, and the same adapters

@@ -136,7 +136,6 @@ class Scheduler:
     # -- sequences of other pipelines ------------------------------------------------------------------------------
 
     def successor(self, settings: SchedulerSettings, epoch: int, stages: int) -> Scheduler:
-        """Returns a scheduler for another pipeline, which gets all further requests."""
         successor = Scheduler(settings, epoch, stages)
         successor._next_key = self._next_key
         return successor
@@ -261,7 +260,6 @@ class Scheduler:
     # -- decode ----------------------------------------------------------------------------------------------------
 
     def _ready_to_decode(self) -> list[Sequence]:
-        """Gives the sequences that await decode their blocks; returns those that still decode, oldest first."""
         awaiting = self.queues.awaiting_decode
         for sequence in awaiting:
             self.queues.grow(sequence)
@@ -273,7 +271,6 @@ class Scheduler:
         return [sequence for sequence, end in zip(decoding, ends, strict=True) if end <= self.settings.max_batch_tokens]
 
     def _drafted(self, ready: list[Sequence]) -> list[Sequence]:
-        """Returns the sequences to compute now, with drafted tokens where that pays; others wait for a draft model."""
         if self.speculation is None or not ready:
             return ready
         queues, settings = self.queues, self.settings

@@ -90,7 +90,6 @@ class Sequence:
 
     @property
     def left(self) -> int:
-        """The most tokens that are still to be chosen."""
         return self.max_new_tokens - self.generated
 
     @property
@@ -152,7 +151,6 @@ class Sequence:
 
     @property
     def first_output(self) -> int:
-        """The first of the rows [first_output, target) that are scored, sampled or embedded."""
         has_outputs = self.request.embedded is not None or self.has_scores_left
         return self.outputs.next if has_outputs else len(self.tokens) - 1
 

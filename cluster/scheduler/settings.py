@@ -81,8 +81,6 @@ class SchedulerSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Deadlines, in seconds."""
-
     request_s: float = 600.0  # from a request's arrival to its last token
     result_s: float = 300.0  # from a microbatch's start to its result
     watch_s: float = 1.0  # between two looks at the result's deadline

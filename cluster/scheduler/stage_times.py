@@ -95,7 +95,6 @@ class StageCurves:
         return None if None in times else [ns for ns in times if ns is not None]
 
     def predict_beyond(self, rows: float, other: StageCurves) -> list[float] | None:
-        """Returns nanoseconds on each stage, with the others' points behind the last own one."""
         extended = StageCurves(0)
         pairs = zip(self._curves, other._curves, strict=True)
         extended._curves = [curve.extended(helper) for curve, helper in pairs]

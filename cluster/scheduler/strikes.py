@@ -26,13 +26,10 @@ MAX_STRIKES = 6
 _PROBED_ROWS = 8
 """Suspected rows of a microbatch: they take about as long as one row, since each microbatch reads the weights."""
 _MOST_SUSPECTED = 3
-"""The most ranges of suspected rows of a sequence; the newest are kept."""
 
 
 @dataclass(slots=True)
 class _Suspected:
-    """Rows [start, end) of a sequence."""
-
     start: int
     end: int
     strikes: int
@@ -128,7 +125,6 @@ class Strikes:
         ]
 
     def computed(self, sequence: Sequence, end: int) -> None:
-        """Clears rows [0, end) of a sequence, which the pipeline has computed."""
         for other in self._records.values():
             other.has_results = True
         record = self._records.get(sequence.key)

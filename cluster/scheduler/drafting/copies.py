@@ -8,7 +8,6 @@ from typing import NamedTuple
 MOST_DIFFERENT = 16
 """The most tokens that differ; behind more, the copied place is no longer known."""
 _NEAR = 16
-"""The most tokens that a copy omits."""
 _MOST_SINCE = 160
 """The most tokens since the copy was last looked at: more than a draft has."""
 
@@ -26,7 +25,6 @@ class Copy:
         self._place = -1  # of the last token that was copied
 
     def begin(self, tokens: Sequence[int], place: int) -> None:
-        """Begins a copy: the tokens up to the last one repeat those up to this place."""
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:

@@ -9,11 +9,11 @@ from typing import Protocol
 CLASSES = 20
 """The number of classes of confidence."""
 SUBSTITUTED = 1
-"""The class of drafts behind a replaced token, where 8 tokens before it match."""
+"""The class of drafts behind a replaced token, with the same 8 tokens or more before it."""
 SHORT = 2
 """Classes of matches of 2 or 3 tokens: other tokens followed elsewhere, one match, one token followed all."""
 MIDDLE = 5
-"""Three such classes for matches of 4 to 7 tokens."""
+"""Classes of matches of 4 to 7 tokens, three as from `SHORT`."""
 LONG = 8
 """Classes of matches of 8 to 15 tokens, and of more."""
 SHARED = 10
@@ -24,7 +24,7 @@ MTP = 14
 RESUMED = 15
 """Classes of copies behind a few tokens that differ: the last token alone is near there, or several are."""
 SINGLE = 17
-"""Classes of matches of the last token alone, as those from `SHORT`."""
+"""Classes of matches of the last token alone, three as from `SHORT`."""
 
 
 def kind_of(confidence: int) -> str:

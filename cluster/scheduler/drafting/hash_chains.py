@@ -62,7 +62,6 @@ class HashChains:
 
     @property
     def before_last(self) -> int:
-        """The first place to look at for the last tokens that were taken in."""
         return self._previous[-1]
 
     def newest(self, window: tuple[int, ...]) -> int:
@@ -90,7 +89,6 @@ class HashChains:
 
 
 def extended(text: Sequence[int], place: int, tail: Sequence[int], length: int) -> int:
-    """Returns how many tokens up to `place` equal the tail's last ones, if more than `length`; else `length`."""
     end = len(tail)
     most = min(end, place + 1)
     if length >= most or text[place - length : place + 1] != tail[end - length - 1 :]:

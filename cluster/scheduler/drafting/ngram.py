@@ -50,7 +50,6 @@ class NgramDrafter:
         return self.continued(tokens, self.match(tokens), most)
 
     def match(self, tokens: Sequence[int]) -> Match:
-        """Returns the longest match of the last tokens, all of which must have been taken in."""
         if len(tokens) <= _ORDER:
             return NO_MATCH
         tail = tokens[-LONGEST:]

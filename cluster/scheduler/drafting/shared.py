@@ -32,7 +32,6 @@ class _Answers:
         self._chains.take_in(self.tokens)
 
     def match(self, tail: array[int]) -> Match:
-        """Returns the longest match among what the index has taken in; each call takes in some more."""
         self._chains.take_in(self.tokens)
         return self._chains.longest(self.tokens, self._chains.newest(tuple(tail[-_ORDER:])), tail)
 

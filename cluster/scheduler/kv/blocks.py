@@ -103,7 +103,6 @@ class BlockTable:
 
     @property
     def runs(self) -> tuple[int, ...]:
-        """Runs of block ids as in `Chunk.table`."""
         if self._shown is None:
             self._shown = tuple(self._runs)
         return self._shown

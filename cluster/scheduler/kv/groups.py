@@ -12,7 +12,6 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 Sizes = TypeVar("Sizes", int, NDArray[np.int64])
-"""Bytes of some layers, or of all stages as an array."""
 _MOST_STATE_POSITIONS = 1024
 _SEQUENCES_A_CONTEXT = 4
 """The number of sequences with whole windows for each context of KV memory beyond the first."""

@@ -20,8 +20,6 @@ RESERVE_BLOCKS = 2
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """Too few blocks for a sequence: the number there was, and the first key of its prefix that was not cached."""
-
     room: int
     missing: bytes | None
 
@@ -89,7 +87,6 @@ class KvMemory:
         )
 
     def _usable(self, sequence: Sequence, found: int) -> int:
-        """Returns how many of `found` blocks can be shared: rows behind them must find their window and a state."""
         before = found + 1
         while 0 < found < before:
             before = found
@@ -176,7 +173,6 @@ class KvMemory:
             self.states.end_microbatch()
 
     def invalidate(self, sequence: Sequence) -> None:
-        """Stops sharing the blocks that this sequence's tokens have filled."""
         self.blocks.invalidate(sequence.kv.keys)
         if self.window is not None:
             self.window.blocks.invalidate(sequence.kv.keys)

@@ -41,7 +41,6 @@ class KvStates:
         self._lacking += 1
 
     def reserve(self, sequence: Sequence, rows: int) -> None:
-        """Takes blocks for the states that the next `rows` rows write, unless the sequence has them already."""
         states = sequence.kv.states
         if states.own is None:
             states.own = self.blocks.take()

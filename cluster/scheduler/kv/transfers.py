@@ -58,7 +58,6 @@ class KvTransfers:
         return Transfer((*keys[:start], *there), tuple(map(self._blocks.acquire, there)))
 
     def are_shared(self, transfer: Transfer) -> bool:
-        """True if the blocks are still registered by their keys."""
         keys = transfer.keys[len(transfer.keys) - len(transfer.blocks) :]
         return all(map(self._blocks.holds, transfer.blocks, keys))
 

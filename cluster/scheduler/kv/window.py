@@ -48,7 +48,6 @@ class KvWindow:
             table.append(self.blocks.acquire(key))
 
     def commit(self, sequence: Sequence) -> bool:
-        """Commits all blocks that a sequence needs; False if there are too few."""
         more = self._need(sequence) - sequence.kv.window.committed
         if more > 0:
             if self._committed + more > self._most:

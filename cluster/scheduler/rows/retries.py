@@ -33,7 +33,6 @@ class Retries:
     count: int = 0
 
     def failed(self, sequence: Sequence, failed: Failed, *, suspects_workers: bool) -> Retry:
-        """Decides on the next step. `suspects_workers` is true if another worker may take the last stage."""
         may_be_worker = not sequence.request.needs_matcher or failed.message.startswith(NOT_FINITE)
         if failed.is_request_fault or not may_be_worker:
             return Retry.NEVER if failed.is_request_fault or sequence.failures else self._again(sequence)

@@ -44,7 +44,5 @@ class SequenceSlice:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledMicrobatch:
-    """A microbatch for the first stage and its sampling inputs for the last."""
-
     microbatch: Microbatch
     inputs: SamplingInputs

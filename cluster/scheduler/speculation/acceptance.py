@@ -9,7 +9,6 @@ _PRIOR_TOKENS = 3
 _CHANGES = 1 / 256
 """The probability at each token that the text is of another kind from there on."""
 _STRETCHES = 6
-"""The most stretches that are looked at."""
 _EVEN = 1.0
 """Tokens of either outcome that count behind a change: any rate is as probable as any other."""
 

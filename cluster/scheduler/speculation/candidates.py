@@ -19,7 +19,6 @@ class Candidate:
     forced_rate: float = 1.0  # of these
 
     def gain(self, depth: int) -> float:
-        """Returns the probability that all tokens up to this depth are accepted."""
         forced = min(depth, self.forced)
         return self.forced_rate**forced * self.rate ** (depth - forced)
 

@@ -12,8 +12,6 @@ Kinds = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True, slots=True)
 class DraftCounts:
-    """Counts of drafts whose rows were computed."""
-
     drafts: int = 0
     drafted: int = 0  # tokens of these
     accepted: int = 0  # of the tokens, those that are in the answer

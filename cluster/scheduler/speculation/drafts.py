@@ -80,11 +80,9 @@ class SequenceDrafts:
         return self._draft.confidence == MTP
 
     def has_offer(self, tokens: Sequence[int]) -> bool:
-        """True if a draft model has drafted behind exactly these tokens."""
         return self._offered == len(tokens)
 
     def _checked(self, draft: Draft, most: int) -> Draft:
-        """Cuts any drafter's draft to `most` tokens of the vocabulary."""
         tokens = draft.tokens[:most]
         wrong = next((place for place, token in enumerate(tokens) if not 0 <= token < self._vocabulary), most)
         return Draft(tokens[:wrong], min(max(draft.confidence, 0), CLASSES - 1), min(draft.forced, wrong))

@@ -25,7 +25,6 @@ _AGAIN = 64
 """Tokens after which a model that did not pay is tried again; each time twice as many, up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
 _DRAFTS = 6
-"""The number of drafts of a retry."""
 _HOPEFUL = 0.7
 """The acceptance that a retry assumes."""
 _MARGIN = 0.05
@@ -165,7 +164,6 @@ def _rate(sequence: Sequence) -> float:
 
 
 def _accepted(rate: float, count: int) -> float:
-    """Returns the expected number of accepted tokens: rate + rate ** 2 + ... + rate ** count."""
     return rate * (1 - rate**count) / (1 - rate) if rate < 1 else count
 
 

@@ -8,7 +8,6 @@ _AGAIN = 64
 """Tokens after which a head that did not pay is tried again; each time twice as many, up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
 _DRAFTS = 6
-"""The number of drafts of a retry."""
 
 
 @dataclass(slots=True)

@@ -44,7 +44,6 @@ class Drafting:
         self.give_up()
 
     def was_forced(self, generated: int) -> None:
-        """Notes that the answer has, or will have, `generated` tokens with the last forced one."""
         self._forced_at = generated
 
     def expects_forced(self, generated: int) -> bool:

@@ -75,7 +75,6 @@ class Speculation:
         return drafts.further(sequence.tokens, sequence.drafting.ahead, most) if most > 0 else ()
 
     def _chained(self, sequence: Sequence, candidate: Candidate, window: int, most_rows: int) -> int:
-        """Returns the only sequence's next window, which others may follow at once."""
         drafting = sequence.drafting
         if (drafts := drafting.drafts) is None:
             return window
@@ -128,7 +127,6 @@ class Speculation:
             self._model_drafts.forget(sequence.key)
 
     def _model_length(self, sequences: Items[Sequence], candidates: Items[Candidate], windows: Items[int]) -> int:
-        """Returns the tokens to order of a draft model for each; 0 unless they gain more than these windows."""
         drafts = self.model_drafts
         if drafts is None or not sequences or self._times.plain_ns(len(sequences), 1) == inf:
             return 0
@@ -136,7 +134,6 @@ class Speculation:
         return drafts.length(sequences, self._orderable(sequences), speed)
 
     def _orderable(self, sequences: Iterable[Sequence]) -> dict[int, int]:
-        """Returns the most tokens that a draft model may draft for each sequence, by key."""
         return {
             sequence.key: self._most_of(sequence)
             for sequence in sequences
@@ -151,7 +148,6 @@ class Speculation:
     def _mtp_length(
         self, sequences: Items[Sequence], candidates: Items[Candidate], windows: Items[int], groups: int
     ) -> int:
-        """Returns the tokens to order of an MTP head for each; 0 unless they gain more than these windows."""
         if self._mtp is None or not sequences:
             return 0
         others = [s.drafting.drafts is None or not s.drafting.drafts.is_of_mtp for s in sequences]

@@ -19,9 +19,8 @@ from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 _MARGIN = 0.05
 """The predicted gain below which nothing is drafted: predictions are not better than that."""
 _DEEPEST = 6
-"""The most windows in flight."""
 _MARGIN_BESIDE = 0.2
-"""The same gain with several microbatches in flight: those of different lengths wait for each other, too."""
+"""The predicted gain that several microbatches in flight need: those of different lengths wait for each other."""
 
 
 class RoundTimes(Protocol):
@@ -89,7 +88,6 @@ def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int
 
 
 def _greatest(candidates: Sequence[Candidate], most: int) -> list[tuple[float, int]]:
-    """Returns the greatest gains in order, each with its candidate's index. Gains fall with the depth."""
     next_rows = [(-each.gain(1), index, 1) for index, each in enumerate(candidates) if each.tokens]
     heapify(next_rows)
     gains: list[tuple[float, int]] = []
@@ -104,7 +102,6 @@ def _greatest(candidates: Sequence[Candidate], most: int) -> list[tuple[float, i
 
 
 def speed_of(candidates: Sequence[Candidate], windows: Sequence[int], times: RoundTimes, groups: int) -> float:
-    """Returns tokens a nanosecond with so many drafted tokens of each sequence."""
     drafted = sum(windows)
     if not drafted:
         return len(candidates) / times.plain_ns(len(candidates), groups)

@@ -230,7 +230,7 @@ class Engine:
     # -- lanes -----------------------------------------------------------------------------------------------------
 
     def resume(self, pipeline: Pipeline, settings: SchedulerSettings) -> Retirement | None:
-        """Continues on a new pipeline. A working one retires; after a lost one, all sequences are computed again."""
+        """Continues on a new pipeline. The old one retires if it works; if not, all sequences are computed again."""
         if self._phase is _Phase.CLOSED:
             return None
         self._end_retirement()

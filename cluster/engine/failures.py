@@ -25,7 +25,7 @@ class EngineOwner(Protocol):
         ...
 
     def rows_failed(self, key: int) -> None:
-        """Reports that a request ends, as rows of it have no result on the suspected worker and elsewhere."""
+        """Reports that a request ends, as rows of it have no result on the suspected worker nor elsewhere."""
         ...
 
 

@@ -131,8 +131,7 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits for microbatches in flight: they may use a block that was given up, or have yet to fill a shared
-        one."""
+        """Waits for microbatches in flight, which may use released blocks or have yet to fill shared ones."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()

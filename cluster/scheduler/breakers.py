@@ -53,8 +53,7 @@ class BreakerTokens:
         return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Returns each token that contains the text, and each that ends with its beginning, followed by the rest's
-        tokens."""
+        """Returns each token that contains the text, and each that ends with its beginning, with the rest's tokens."""
         whole = text.encode("utf-8", "surrogatepass")
         found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
         containing, tokens = {token for (token,) in found}, len(found)

@@ -37,7 +37,7 @@ class MatcherTurns:
         self._next: list[Sequence] = []  # slow ones that are not held, in turn
 
     def held(self, running: Items[Sequence]) -> frozenset[Sequence]:
-        """Returns the sequences whose next rows wait for a later microbatch. One may always be computed."""
+        """Returns the sequences whose next rows wait for a later microbatch. One slow sequence may always run."""
         slow = [sequence for sequence in running if sequence.matcher.is_slow]
         self._next = []
         if len(slow) < 2:

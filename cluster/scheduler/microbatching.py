@@ -26,8 +26,7 @@ def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:
 
 
 def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float | None:
-    """Returns None without measurements: one group and several have their own, as stages at work share cores and
-    memory."""
+    """Returns None without measurements: one group's and several groups' differ, as stages share cores and memory."""
     own, other = (times.alone, times.beside) if groups == 1 else (times.beside, times.alone)
     stage_ns = own.predict(-(-sequences // groups), other)
     if stage_ns is None:

@@ -47,7 +47,7 @@ class SequenceQueues:
 
     @property
     def decode_plainly(self) -> bool:
-        """True if lookahead steps have rows of all: every sequence decodes and samples from logits alone."""
+        """True if each sequence decodes and samples from logits alone, so that lookahead steps have rows of all."""
         return all(sequence.phase is _DECODE and sequence.sampler.is_plain for sequence in self.running)
 
     @property

@@ -131,7 +131,7 @@ class Sequence:
 
     @property
     def may_draft_further(self) -> bool:
-        """True if drafted rows may be sent behind those in flight, which need no history."""
+        """True if drafted rows may be sent behind those in flight, as sampling needs no history."""
         ahead = self.drafting.ahead
         return self.samples_alone and bool(ahead) and self.may_draft and self.left > len(ahead) + 1
 
@@ -172,7 +172,8 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """The first row that may still be computed: rows in flight may be refused, and with a state computed again."""
+        """The first row that may still be computed: drafted rows in flight may be refused, and with a state
+        repeated."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 

@@ -63,7 +63,7 @@ def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Returns the youngest of the owner with most running, and of its request with most. `running` is oldest first."""
+    """Returns the youngest sequence of the owner with most, and of its request with most. `running` is oldest first."""
     return max(reversed(running), key=counts.rank)
 
 

@@ -1,2 +1,1 @@
-"""Drafters: they guess the next tokens of a sequence, which the pipeline verifies, and know no requests or
-pipelines."""
+"""Drafters guess the next tokens of a sequence, which the pipeline verifies. They know no requests or pipelines."""

@@ -49,8 +49,7 @@ NO_DRAFT = Draft((), 0)
 
 class Drafter(Protocol):
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns up to `most` tokens that may follow `tokens`: prompt and answer, which only ever grow between
-        calls."""
+        """Returns up to `most` tokens that may follow `tokens` (prompt and answer), which only grow between calls."""
 
 
 class Drafters(Protocol):

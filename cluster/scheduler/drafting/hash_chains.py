@@ -31,7 +31,8 @@ NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """Places of `order` tokens with the same hash, each that of the last one. Searches compare the tokens."""
+    """Places of `order` tokens with the same hash; a place is the index of their last token. Searches compare
+    tokens."""
 
     def __init__(self, order: int) -> None:
         self._order = order

@@ -79,8 +79,7 @@ class NgramDrafter:
         return Draft(_cycled(tokens, place + 1, most), confidence)
 
     def _guessed(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft if the last two tokens are new together: behind a replaced token, else behind the last
-        token."""
+        """Returns a draft behind a replaced token, or else behind the last token, if the last two are new together."""
         place, before = len(tokens) - 1 - self._distance, tokens[-_COPIED - 1 : -1]
         if self._distance and place >= _COPIED and tokens[place - _COPIED : place] == before:
             return Draft(_cycled(tokens, place + 1, most), SUBSTITUTED)

@@ -123,7 +123,7 @@ class KvGroups:
 
 
 def window_group(window: int | None, context_length: int, rows: int) -> WindowGroup | None:
-    """Returns None if blocks of their own would save layers with a window nothing."""
+    """Returns None if layers with a window would save nothing by blocks of their own."""
     if window is None:
         return None
     group = WindowGroup(window, rows)

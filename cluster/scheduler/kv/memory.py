@@ -15,11 +15,13 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 RESERVE_BLOCKS = 2
-"""Blocks left for each running sequence when another one starts, which must not be preempted again at once."""
+"""Blocks left for each running sequence when another one starts, so that it is not preempted again at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
+    """The blocks that a refused sequence could get, and the first key of its prefix that was not cached."""
+
     room: int
     missing: bytes | None
 
@@ -44,9 +46,8 @@ class KvMemory:
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
-        """Gives a sequence blocks for all rows to compute, cached ones first, if that leaves `reserve` blocks.
-        False, too, if the microbatch being made fills blocks to share: rows of one microbatch must not depend on
-        each other's."""
+        """Gives a sequence blocks for all rows to compute if that leaves `reserve` blocks. False, too, while this
+        microbatch fills blocks to share: rows of one microbatch must not depend on each other's."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False

@@ -29,7 +29,7 @@ class PrefixCache:
         self.is_enabled = enabled
 
     def find(self, keys: BlockKeys, tokens: Sequence[int], reusable: int) -> tuple[int, int]:
-        """Returns (found, idle): cached blocks of tokens[:reusable] from the beginning, and how many of them are
+        """Returns (found, idle): the leading blocks of tokens[:reusable] in the cache, and how many of them are
         idle."""
         if not self.is_enabled:
             return 0, 0

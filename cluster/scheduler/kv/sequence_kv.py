@@ -10,7 +10,7 @@ from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 
 @dataclass(slots=True)
 class SequenceStates:
-    """State blocks that a sequence's next rows read and write, and holds."""
+    """State blocks that a sequence holds: those that its next rows read and write."""
 
     is_begun: bool = False  # it runs, and may hold blocks
     read: int | None = None  # has the state behind the rows that are scheduled; None: there are none

@@ -14,9 +14,9 @@ class KvStates:
     """Blocks, each with the state behind one position. A chunk's rows overwrite the state that they read, or if others
     may go on from it, write another block. A checkpoint is a block registered by the key of the KV block that ends at
     its position: every `span` positions, and where a prompt's last full KV block ends. It is never written again, and
-    sequences begin at checkpoints alone. Blocks for checkpoints may lack, but a sequence that has begun always finds
-    one for its rows. Blocks that a microbatch reads are released when it is made: rows of other sequences in it must
-    not overwrite them."""
+    sequences begin at checkpoints alone. There may be too few blocks for checkpoints, but a sequence that has begun
+    always finds one for its rows. Blocks that a microbatch reads are released when it is made: rows of other sequences
+    in it must not overwrite them."""
 
     def __init__(self, span: int, cache: PrefixCache) -> None:
         self.blocks = cache.blocks
@@ -104,8 +104,7 @@ class KvStates:
             self.blocks.release(states.clear())
 
     def _checkpoints(self, sequence: Sequence, start: int, end: int) -> Iterator[int]:
-        """Yields positions in [start, end) behind which states are kept, while there are blocks beside those of
-        rows."""
+        """Yields positions in [start, end) behind which states are kept while blocks remain beside those of rows."""
         if not self._cache.is_enabled:
             return
         last = (sequence.prompt_length - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS

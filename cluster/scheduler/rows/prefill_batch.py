@@ -25,7 +25,7 @@ class PrefillBatch:
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
 
     def add(self, sequence: Sequence, share: int = 1) -> bool:
-        """Adds rows of a sequence, at most one part in `share` of those left; False if that is none."""
+        """Adds rows of a sequence, at most one part in `share` of the rows left; False if that is none."""
         is_scored = sequence.has_scores_left
         if sequence.lacks_matcher and not self.starts_left:
             return False

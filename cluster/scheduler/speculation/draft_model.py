@@ -9,7 +9,7 @@ from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _LATE = 4.0
-"""The most times its expected value that a sample counts as: machines pause."""
+"""The largest multiple of the expected time that a sample counts as: machines pause."""
 _USUAL_OVERHEAD = 0.125
 """The overhead as a share of a step, until it is known."""
 

@@ -56,8 +56,7 @@ class SequenceDrafts:
         return self._own[confidence].rate(self._common[confidence].rate(_PRIORS[confidence]))
 
     def offer(self, tokens: Sequence[int], length: int, drafted: tuple[int, ...]) -> None:
-        """Takes the tokens that a draft model puts behind the first `length`; they count if no more are known by
-        now."""
+        """Takes a draft model's tokens behind the first `length`; they count if no more are known by now."""
         self._compare(tokens)
         if length == len(tokens):
             self._offered = length

@@ -24,8 +24,7 @@ class MtpDrafts:
         self._rounds = rounds
 
     def length(self, sequences: Items[Sequence], speed: float, groups: int, most: int) -> int:
-        """Returns how many tokens are worth drafting behind the next step, if `speed` a nanosecond come without
-        them."""
+        """Returns how many tokens to draft behind the next step; `speed` is tokens a nanosecond without them."""
         drafted = [sequence for sequence in sequences if may_order(sequence)]
         if not drafted or not most or self._rounds.plain_ns(len(sequences), groups) == inf:
             return 0

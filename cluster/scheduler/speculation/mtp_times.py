@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _WEIGHT = 0.125
 _LATE = 4.0
-"""The most times its expected value that a sample counts as: machines pause."""
+"""The largest multiple of the expected time that a sample counts as: machines pause."""
 
 
 class MtpTimes:

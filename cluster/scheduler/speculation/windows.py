@@ -1,4 +1,4 @@
-"""Numbers of drafted tokens of each sequence with most tokens a second.
+"""Numbers of drafted tokens for each sequence that give the most tokens a second.
 
 A round of n sequences chooses n tokens in the time t(n). Drafted rows make it longer, and a row at depth d of drafts
 accepted at the rate a gives a ** d more tokens. The rows with the most to gain are taken, as many as make tokens a
@@ -27,8 +27,7 @@ class RoundTimes(Protocol):
     """Times of rounds: measured for the scheduler, predicted for a plan."""
 
     def plain_ns(self, sequences: int, groups: int) -> float:
-        """Returns the time of a round without drafted rows, where steps may be sent ahead; infinite if it is not
-        known."""
+        """Returns the time of a round without drafted rows, with lookahead steps; infinite if it is not known."""
 
     def window_ns(self, rows: int, groups: int) -> float:
         """Returns the time of a round with so many rows, which waits for the tokens that it begins with."""

@@ -75,7 +75,7 @@ class Engine:
         deadlines: EngineSettings | None = None,
         owner: EngineOwner | None = None,
     ) -> None:
-        self.retirement: Retirement | None = None  # of the lane before the present one
+        self.retirement: Retirement | None = None  # the lane before the present one retires
         self.metrics = Metrics(pipeline.stages, lambda: self.counts, monotonic_ns)
         self.waterfalls = Waterfalls()
         self.requests = OpenRequests(self.metrics, self.waterfalls)
@@ -88,7 +88,7 @@ class Engine:
         self.deadlines = deadlines or EngineSettings()
         scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
         self._lane = Lane(pipeline, scheduler, self, self.deadlines)
-        self._ended = scheduler.counts.totals  # of lanes before
+        self._ended = scheduler.counts.totals  # counts of earlier lanes
 
     @property
     def state(self) -> EngineState:
@@ -139,7 +139,6 @@ class Engine:
             await lane.wait_stopped()
 
     def submit(self, request: GenerationRequest) -> RequestStream:
-        """Queues a request whose events are read from a stream. Raises what `begin` raises."""
         return RequestStream(partial(self.begin, request))
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:

@@ -71,7 +71,6 @@ class KvDisk:
         task.add_done_callback(self._tasks.discard)
 
     def arrived(self, sequence: Sequence) -> None:
-        """Has a sequence wait while its KV memory is read, if there is enough of it."""
         if self._disks is None or not self._is_running or self._scheduler.strikes.isolated is not None:
             return
         if len(self._transfers.missing(sequence)) >= _LEAST_BLOCKS:

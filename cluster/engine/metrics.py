@@ -69,14 +69,14 @@ class EndedRequest:
     timings: Timings
     seconds: float  # since it was submitted
     operation: Operation = Operation.TEXT_COMPLETION
-    is_restored: bool = False  # with tokens of an earlier run
+    is_restored: bool = False  # it began with tokens of an earlier run
 
 
 @dataclass(slots=True)
 class RequestSums:
     prompt_s: float = 0.0  # from start to first token
     answer_s: float = 0.0  # from first token to last
-    most_tokens: int = 0  # of one, prompt and answer
+    most_tokens: int = 0  # the most tokens of one request, prompt and answer
 
     def add(self, timings: Timings) -> None:
         self.prompt_s += max(0.0, timings.ttft_ms - timings.queue_ms) / 1e3
@@ -142,7 +142,7 @@ class Metrics(Collector):
 
     def __init__(self, stages: Sequence[StageInfo], counts: Callable[[], Counts], clock_ns: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
-        self.cluster = CollectorRegistry()  # of the whole cluster: its owner gives all models the same
+        self.cluster = CollectorRegistry()  # metrics of the whole cluster, shared by all models
         self._clock_ns = clock_ns
         self.recovery_s: deque[float] = deque(maxlen=_RECOVERIES)  # how long the last ones took
         self._meters = [_StageMeter(stage, clock_ns()) for stage in stages]

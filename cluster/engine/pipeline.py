@@ -22,8 +22,8 @@ class StageInfo:
     end: int
     devices: tuple[DeviceLayers, ...] = ()
     expert_shards: int = 1  # start and end count parts of layers, so many for each
-    shares: tuple[int, ...] = ()  # of the members of its group; (): the worker holds it alone
-    member: int = 0  # which of them it is; the first one leads
+    shares: tuple[int, ...] = ()  # shares of the group's members; (): the worker holds the stage alone
+    member: int = 0  # the member's index in the group; the first one leads
 
     @property
     def layers(self) -> tuple[float, float]:

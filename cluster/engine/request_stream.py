@@ -102,7 +102,6 @@ class OpenRequests:
         return self._requests[key].sequence
 
     def deliver(self, key: int, updates: Iterable[Update]) -> int:
-        """Hands a sequence's updates to its sink; returns how many tokens were among them."""
         tokens = 0
         for update in updates:
             if isinstance(update, Failed):

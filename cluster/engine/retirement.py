@@ -40,7 +40,7 @@ class Retirement:
     def __init__(self, old: Lane, new: Lane) -> None:
         self.old = old
         self.new = new
-        self.error: LlamaclustError | None = None  # that ended the old pipeline too soon
+        self.error: LlamaclustError | None = None  # the error that ended the old pipeline too soon
         self.ended = asyncio.Event()
         self._pre_copy: _PreCopy | None = None
         self._moving: Sequence | None = None  # the last one that was copied

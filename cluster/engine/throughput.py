@@ -20,11 +20,11 @@ class MeasuredSpeed:
 
     token_ms: float | None  # from token to token of a request, whatever else ran
     ttft_ms: float | None  # from arrival to the first token
-    prompt_tokens: int | None  # that the request of this median computed before it; others were in the prefix cache
-    tokens_per_s: float  # of all requests together
-    requests: int  # that count here
+    prompt_tokens: int | None  # computed prompt tokens of the request with the median `ttft_ms`
+    tokens_per_s: float  # tokens of all requests together
+    requests: int  # requests behind the medians
     drafted_tokens: int  # computed in the last ten seconds
-    accepted_tokens: int  # of these, that are in answers
+    accepted_tokens: int  # drafted tokens that are in answers
     drafts: Mapping[str, Mapping[str, int]]  # by kind, since the start: drafted_tokens and accepted_tokens
 
 

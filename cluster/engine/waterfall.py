@@ -54,7 +54,7 @@ class ComputedMicrobatch:
     sent_ns: int
     done_ns: int
     stages_ns: Sequence[float]  # of each stage: compute, queue, wire
-    measured_ns: int  # of all stages together
+    measured_ns: int  # the sum of `stages_ns`
 
     @classmethod
     def of(

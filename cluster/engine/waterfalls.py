@@ -50,7 +50,7 @@ class Waterfalls:
         self.spans: SpanSink | None = None  # None: without telemetry
         self._open: dict[int, _Open] = {}  # by the sequence's key
         self._ended: deque[RequestRecord] = deque(maxlen=_ENDED)
-        self._idle_kind: PhaseKind | None = None  # of time without a pipeline
+        self._idle_kind: PhaseKind | None = None  # the kind of time without a pipeline
 
     def opened(self, sequence: Sequence) -> None:
         received_ns = sequence.request.received_ns or sequence.usage.arrived_ns
@@ -84,7 +84,6 @@ class Waterfalls:
         self._idle_kind = None
 
     def records(self, now_ns: int) -> list[RequestRecord]:
-        """Returns all records as of now: ended ones first, then open ones."""
         running = [
             self._record(running.sequence, deepcopy(running.waterfall), None, now_ns) for running in self._open.values()
         ]

@@ -36,7 +36,7 @@ class Capacity:
     context_length: int
     max_sequences: int  # running together
     max_outputs: int  # sampled and scored rows of a microbatch
-    rows: int = ROWS  # of a microbatch, beside one of each sequence; more where chunks of prompts are larger
+    rows: int = ROWS  # rows of a microbatch beyond one for each sequence; a larger prefill chunk raises them
     prefill_chunk: int | None = None  # prompt tokens of a microbatch, at most; None: by predicted time
     kv_type: KvType = KvType.F16
     prefix_cache: bool = True

@@ -23,7 +23,7 @@ class _Sent:
     number: int
     slices: tuple[SequenceSlice, ...]
     decoding: int  # slices that are decode: the first ones
-    is_lookahead: bool  # follows tokens that were not known when it was sent
+    is_lookahead: bool  # it follows tokens that were not known when it was sent
     alone: bool  # nothing is in flight meanwhile but what it follows or what follows it
     sent_ns: int
     begun_ns: int  # sent, and what it follows came back
@@ -39,13 +39,13 @@ class InFlight:
     def __init__(self, settings: SchedulerSettings, epoch: int, times: StageTimes) -> None:
         self._model_id = settings.model_id
         self._vocabulary = settings.vocabulary
-        self._row_bytes = 4 * settings.embedding_length  # of a hidden state that comes back
+        self._row_bytes = 4 * settings.embedding_length  # bytes of a hidden state that comes back
         self._may_draft = settings.speculation is not None and settings.max_drafted > 0
         self.epoch = epoch
         self._times = times
         self._next_number = 0
         self._sent: deque[_Sent] = deque()
-        self._deferred_ns: dict[int, int] = {}  # by sequence: since when its next row is deferred
+        self._deferred_ns: dict[int, int] = {}  # by sequence's key: since when the next row is deferred
 
     def __len__(self) -> int:
         return len(self._sent)
@@ -68,7 +68,6 @@ class InFlight:
 
     @property
     def due(self) -> tuple[int, int] | None:
-        """The epoch and number of the microbatch whose result comes next."""
         return (self.epoch, self._sent[0].number) if self._sent else None
 
     @property

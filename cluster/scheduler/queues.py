@@ -34,8 +34,8 @@ class SequenceQueues:
         self.max_running = max_running
         self.running: list[Sequence] = []  # by arrival
         self.waiting: deque[Sequence] = deque()
-        self.restoring: list[Sequence] = []  # wait for KV memory from disk
-        self.held: frozenset[Sequence] = frozenset()  # of those that run: slow matchers whose turn comes later
+        self.restoring: list[Sequence] = []  # sequences that wait for KV memory from disk
+        self.held: frozenset[Sequence] = frozenset()  # running sequences with slow matchers, out of turn
         self.released: list[int] = []  # keys of sequences whose matchers the last stage may forget
         self.preemptions = 0
         self.cached_tokens = 0  # prompt tokens found in the prefix cache, in all

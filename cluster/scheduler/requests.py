@@ -31,12 +31,12 @@ class AnswerOptions:
     score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
     cache_salt: str = ""  # KV blocks are shared with requests that have the same, and the same adapters
     adapters: AdapterScales = ()
-    grammar: Grammar | None = None  # which the answer obeys
-    reasoning: Reasoning | None = None  # of an answer whose reasoning has a budget, or delays the grammar
-    with_logprobs: bool = False  # else tokens that must follow are not computed one by one, and have logprob 0
+    grammar: Grammar | None = None  # the answer obeys it
+    reasoning: Reasoning | None = None  # set if reasoning has a budget, or delays the grammar
+    with_logprobs: bool = False  # False: forced tokens are not computed one by one, and have logprob 0
     max_drafted: int | None = None  # tokens computed in advance with each one, at most; None: as the scheduler may
     operation: Operation = field(default=Operation.TEXT_COMPLETION, compare=False)
-    received_ns: int = field(default=0, compare=False)  # when its client's request came; 0: as it is submitted
+    received_ns: int = field(default=0, compare=False)  # time of the client's request; 0: the time of submission
 
     @property
     def options(self) -> dict[str, Any]:
@@ -54,11 +54,11 @@ class GenerationRequest(AnswerOptions):
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0  # stop tokens are suppressed until that many are generated
     penalty_window: int = 64  # tokens (prompt and answer) before the one to be chosen that penalties count
-    dry_window: int = 0  # likewise those that DRY looks at
+    dry_window: int = 0  # tokens before the one to be chosen that DRY looks at
     breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # for DRY, by first token
     embedded: tuple[int, int] | None = None  # hidden states of prompt tokens [first, end) are wanted, none is sampled
-    group: str = ""  # of requests that came as one; empty: a group of its own
-    owner: str = field(default="", compare=False)  # whose it is: owners take turns
+    group: str = ""  # the same for requests that came as one; empty: a group of its own
+    owner: str = field(default="", compare=False)  # whom the request belongs to: owners take turns
     answered: tuple[RowResult, ...] = ()  # the answer's first tokens, known from an earlier run; without Mirostat
 
     @property
@@ -108,8 +108,8 @@ class Timings:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
-    drafted_tokens: int = 0  # computed in advance
-    accepted_tokens: int = 0  # of these, that are in the answer
+    drafted_tokens: int = 0  # drafted tokens that were computed
+    accepted_tokens: int = 0  # drafted tokens that are in the answer
 
 
 def rate(tokens: int, ns: int) -> float:
@@ -120,8 +120,8 @@ def rate(tokens: int, ns: int) -> float:
 class PromptProgress:
     total: int
     cached: int  # found in the prefix cache
-    processed: int  # those included
-    since_ms: float  # from the request's start
+    processed: int  # tokens computed or cached
+    since_ms: float  # time since the request's start
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ class Scheduler:
         self.queues = SequenceQueues(KvMemory(settings), settings.max_sequences)
         self._sequences: dict[int, Sequence] = {}
         self.strikes = Strikes()
-        self.is_shared = False  # whether another pipeline runs on the same workers
+        self.is_shared = False  # another pipeline runs on the same workers
         self._burst_tokens = 0  # the most prompt tokens to compute since there were none
         self._next_key = 0
         self.drafts = DraftCounts()

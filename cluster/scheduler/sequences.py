@@ -18,8 +18,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class Phase(Enum):
-    WAITING = auto()  # for KV memory and a place among those that run; results in flight still count
-    DISCARDED = auto()  # waits likewise; results in flight are of a computation that is repeated
+    WAITING = auto()  # for KV memory and a place to run; results in flight still count
+    DISCARDED = auto()  # waits, and does not count results in flight: they are computed again
     PREFILL = auto()  # rows of known tokens are computed
     DECODE = auto()  # tokens[:-1] are computed and the last one was sampled
     FINISHED = auto()
@@ -45,7 +45,7 @@ class Sequence:
     computed: int = 0  # tokens whose keys and values are computed
     in_flight: int = 0  # microbatches
     sampling: int = 0  # tokens that microbatches in flight will choose
-    sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
+    sampled_at: tuple[int, int] = (0, 0)  # microbatch and output row of the last token, in flight or not
     phase: Phase = Phase.WAITING
     failures: int = 0  # rows without a result since the last result
     is_checked: bool = False  # after a failure, stages say where it comes from

@@ -26,18 +26,18 @@ class SchedulerSettings:
     max_batch_tokens: int = 512  # of one microbatch; bounds the bytes of its hidden state on a link
     max_outputs: int = 64  # sampled and scored rows of one microbatch
     max_embedded_rows: int = 512  # rows of one microbatch whose hidden state comes back
-    embedding_length: int = 0  # channels of these; 0: none come back
+    embedding_length: int = 0  # channels of a hidden state; 0: none come back
     prefill_chunk: int | None = None  # prompt tokens of one microbatch, at most; None: by predicted time
     prefill_ms: float = 100.0  # predicted time of a microbatch with prefill on the slowest stage, at most
-    prefill_alone_ms: float = 400.0  # the same without decode: larger chunks read the weights less often
+    prefill_alone_ms: float = 400.0  # predicted time without decode: larger chunks read the weights less often
     prefix_cache: bool = True
     whole_prompts: bool = False  # a prompt is computed in one microbatch, as encoders need it
-    generates: bool = True  # else requests are for embeddings or scores alone
+    generates: bool = True  # False: requests are for embeddings or scores alone
     adapters: Mapping[int, str] = field(default_factory=dict)  # digests by number, as clients load them
-    window: int | None = None  # of layers that have blocks of their own
-    window_blocks: int = 0  # these
+    window: int | None = None  # positions that layers with blocks of their own see
+    window_blocks: int = 0  # blocks of layers with a window
     has_states: bool = False  # layers keep a state of each sequence
-    state_blocks: int = 0  # of these; 0: they are in KV blocks
+    state_blocks: int = 0  # blocks of states; 0: states are in KV blocks
     speculation: SpeculationSettings | None = None  # None: no tokens are drafted
     state_span: int = KV_BLOCK_TOKENS  # positions from one state that is kept for other sequences to the next
 

@@ -111,11 +111,9 @@ class StageTimes:
         self.prefill = StageCurves(stages)
         self.scoring = StageCurves(stages)
         self.mtp = MtpTimes()
-        self.transit_ns = 0.0  # of a round, beyond the stages' times: links, and the coordinator where it waits for it
-        self.whole_transit_ns = 0.0  # the same where no step was sent ahead
-        self.decode_ns: float | None = (
-            None  # of all stages together, for a microbatch of the last ones with decode only
-        )
+        self.transit_ns = 0.0  # time of a round on links and in the coordinator
+        self.whole_transit_ns = 0.0  # `transit_ns` of rounds without lookahead steps
+        self.decode_ns: float | None = None  # time of all stages together for recent decode microbatches
         self._recent_ns: list[float] | None = None
 
     def learn(

@@ -53,13 +53,11 @@ class StruckOut:
 
 @dataclass(slots=True)
 class _Record:
-    """The suspicion against a sequence, until its suspected rows are computed."""
-
     sequence: Sequence
     suspected: list[_Suspected] = field(default_factory=list)
     interrupted: int = 0  # failures while it was isolated and none of its suspected rows was in flight
-    workers: set[str | None] = field(default_factory=set)  # at fault in these failures; None: not known
-    has_results: bool = False  # any came since the first failure
+    workers: set[str | None] = field(default_factory=set)  # workers at fault in these failures; None: unknown
+    has_results: bool = False  # results came since the first failure
 
     @property
     def strikes(self) -> int:

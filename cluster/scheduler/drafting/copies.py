@@ -22,7 +22,7 @@ class Resumption(NamedTuple):
 class Copy:
     def __init__(self) -> None:
         self._end = 0  # tokens of the text up to the copy's end
-        self._place = -1  # of the last token that was copied
+        self._place = -1  # index of the last token that was copied
 
     def begin(self, tokens: Sequence[int], place: int) -> None:
         self._end, self._place = len(tokens), place

@@ -32,7 +32,7 @@ class NgramDrafter:
     def __init__(self) -> None:
         self._chains = HashChains(_ORDER)
         self._singles = HashChains(1)
-        self._distance = 0  # of the last match from the end; 0: none yet
+        self._distance = 0  # tokens from the last match to the end; 0: no match yet
         self._copy = Copy()
 
     @property

@@ -33,7 +33,7 @@ class WindowGroup:
     so rows of a prompt take further blocks while it is made."""
 
     window: int
-    rows: int  # of a microbatch, at most
+    rows: int  # the most rows of a microbatch
 
     @property
     def sequence_blocks(self) -> int:
@@ -47,7 +47,6 @@ class WindowGroup:
 
     @property
     def row_blocks(self) -> int:
-        """The blocks that prompt rows of one microbatch take beside `sequence_blocks`."""
         return _blocks(self.rows)
 
     def first_seen(self, position: int) -> int:
@@ -69,8 +68,8 @@ class StateGroup:
     values, checkpoints as much again. Three blocks are there in any case: a running sequence's, the checkpoint that it
     began at, and one that it leaves. A position of few KV bytes counts as a 1,024th of a state."""
 
-    state_bytes: int  # in all layers
-    kv_token_bytes: int  # of a position in all layers
+    state_bytes: int  # bytes of a state in all layers
+    kv_token_bytes: int  # bytes of a position in all layers
 
     @property
     def span(self) -> int:
@@ -93,7 +92,7 @@ class StateGroup:
 
 @dataclass(frozen=True, slots=True)
 class KvGroups:
-    window: WindowGroup | None  # None: such layers have blocks as all others
+    window: WindowGroup | None  # None: layers with a window use KV blocks
     states: StateGroup | None
     context_length: int
     sequences: int

@@ -110,7 +110,6 @@ class KvMemory:
         return True
 
     def draft(self, sequence: Sequence, tokens: tuple[int, ...], reserve: int) -> None:
-        """Adds drafted tokens to a sequence's next rows if that leaves `reserve` blocks."""
         sequence.drafting.next = tokens
         more = sequence.blocks_needed - len(sequence.kv.table)
         is_full = more > 0 and self.blocks.available < more + reserve

@@ -23,10 +23,9 @@ class KvStates:
         self._span = span
         self._cache = cache
         self._lacking = 0  # sequences that have begun and have no block for their next rows
-        self._used: list[int] = []  # by the microbatch that is being made
+        self._used: list[int] = []  # blocks to release when the microbatch is made
 
     def usable(self, keys: Items[bytes], found: int) -> int:
-        """Returns the end of the last checkpoint within the first `found` KV blocks."""
         return next((end for end in range(found, 0, -1) if self.blocks.is_idle(keys[end - 1]) is not None), 0)
 
     def can_begin(self, sequences: int, checkpoint: bytes | None = None) -> bool:
@@ -71,7 +70,6 @@ class KvStates:
         return True
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Keeps the state behind drafted rows if all of them count, or else releases it."""
         states = sequence.kv.states
         if states.ahead is None:
             return

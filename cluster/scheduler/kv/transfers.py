@@ -33,7 +33,6 @@ class KvTransfers:
         return self._under_way > 0
 
     def missing(self, sequence: Sequence) -> range:
-        """Returns the numbers of the blocks that a sequence could share, from the first missing one on."""
         found, _ = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 

@@ -72,7 +72,7 @@ def _answer_embedded(sequence: Sequence, taken: SequenceSlice, data: bytes, now_
 def _take_sampled(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...]) -> list[RowResult]:
     """Appends the tokens of sampled rows. A drafted row counts if its token is the one that was chosen."""
     tokens, drafted = sequence.tokens, taken.chunk.tokens[len(taken.chunk.tokens) - len(rows) + 1 :]
-    place = taken.end - len(rows)  # of the row's own token
+    place = taken.end - len(rows)  # the position of the row's own token
     added = _append(sequence, place, rows[0])
     for row, token in zip(rows[1:], drafted, strict=True):
         is_over = sequence.finish_reason(is_sampled=True) is not None or row.is_deferred or row.failure is not None

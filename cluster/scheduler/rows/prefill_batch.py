@@ -19,7 +19,7 @@ class PrefillBatch:
     now_ns: int
     rows_left: int
     outputs_left: int
-    scored_left: int  # of these
+    scored_left: int  # output rows that may be scored
     embedded_left: int
     starts_left: int = _MAX_STARTS
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key

@@ -21,7 +21,7 @@ class SequenceSlice:
     tasks: tuple[RowTask, ...]
     sampled: int  # rows that choose a token: the last ones; all are drafted where the window before was under way
     drafted: int = 0
-    branch: int = 0  # of the sequence when it was taken
+    branch: int = 0  # `Drafting.branch` when the rows were taken
     draft_kind: str = ""  # see `kind_of`
 
     @property

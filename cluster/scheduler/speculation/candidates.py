@@ -15,8 +15,8 @@ class Candidate:
 
     tokens: tuple[int, ...] = ()
     rate: float = 0.0
-    forced: int = 0  # how many of the first ones a grammar forces
-    forced_rate: float = 1.0  # of these
+    forced: int = 0  # the number of first tokens that a grammar forces
+    forced_rate: float = 1.0  # acceptance of forced tokens
 
     def gain(self, depth: int) -> float:
         forced = min(depth, self.forced)
@@ -35,5 +35,5 @@ class Chain:
 
     window: int  # drafted tokens of each
     depth: int  # windows under way, at most
-    rate: float  # of acceptance
-    speed: float  # tokens a nanosecond, expected: what is certain of them
+    rate: float  # acceptance of a token
+    speed: float  # expected tokens a nanosecond, less the margin

@@ -13,8 +13,8 @@ Kinds = Mapping[str, tuple[int, int]]
 @dataclass(frozen=True, slots=True)
 class DraftCounts:
     drafts: int = 0
-    drafted: int = 0  # tokens of these
-    accepted: int = 0  # of the tokens, those that are in the answer
+    drafted: int = 0  # tokens of these drafts
+    accepted: int = 0  # drafted tokens that are in the answer
     kinds: Kinds = field(default_factory=dict, compare=False)
 
     @classmethod

@@ -104,5 +104,4 @@ def _obeying(draft: Draft, forced: tuple[int, ...]) -> Draft:
 
 
 def expected(rate: float, count: int) -> float:
-    """Returns how many of `count` drafted tokens are accepted on average."""
     return sum(rate**depth for depth in range(1, count + 1))

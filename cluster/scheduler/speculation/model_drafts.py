@@ -36,7 +36,7 @@ class ModelDrafts:
         self.model = model
         self._times = model.times
         self._rounds = rounds
-        self._orders: list[DraftOrder] = []  # that nobody has taken yet
+        self._orders: list[DraftOrder] = []  # orders that the model has not got yet
         self._awaited: set[int] = set()  # keys of sequences that wait
         self._taken_in: dict[int, int] = {}  # by key: tokens that the model has
         self._without_room: set[int] = set()

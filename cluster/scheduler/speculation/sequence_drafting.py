@@ -19,8 +19,8 @@ class Drafting:
     next: tuple[int, ...] = ()  # tokens to compute with the last one
     ahead: tuple[int, ...] = ()  # tokens under way, behind the known ones
     branch: int = 0  # how many times rows under way were given up
-    rows: int = 0  # in all
-    accepted: int = 0  # of these, whose tokens were chosen
+    rows: int = 0  # drafted rows, in all
+    accepted: int = 0  # drafted rows whose tokens were chosen
     _forced_at: int = -_LATELY  # tokens of the answer with the last forced one
 
     def take(self) -> tuple[int, ...]:

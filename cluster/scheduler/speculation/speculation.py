@@ -106,7 +106,6 @@ class Speculation:
     # -- drafts of a draft model -----------------------------------------------------------------------------------
 
     def ready(self, sequences: list[Sequence], groups: int, most_rows: int) -> list[Sequence]:
-        """Returns the sequences to compute now; others wait for their drafts."""
         if (drafts := self.model_drafts) is None:
             return sequences
         present = [sequence for sequence in sequences if not drafts.awaits(sequence)]
@@ -118,7 +117,6 @@ class Speculation:
 
     @property
     def model_drafts(self) -> ModelDrafts | None:
-        """Orders for the draft model; None without one that works."""
         drafts = self._model_drafts
         return None if drafts is None or drafts.model.is_lost else drafts
 

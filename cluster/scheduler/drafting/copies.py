@@ -13,7 +13,7 @@ _MOST_SINCE = 160
 
 
 class Resumption(NamedTuple):
-    """Tokens (place - length, place], which equal the last ones and lie behind the copied ones."""
+    """Tokens (place - length, place] equal the last ones, and lie behind the copied ones."""
 
     place: int
     length: int

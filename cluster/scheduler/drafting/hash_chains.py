@@ -19,7 +19,7 @@ _FIRST_BUCKETS = 64
 
 
 class Match(NamedTuple):
-    """Tokens (place - length, place], which equal the last `length` ones."""
+    """Tokens (place - length, place] equal the last `length` ones."""
 
     place: int
     length: int

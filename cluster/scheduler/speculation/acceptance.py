@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 _REMEMBERED = 96
-"""Tokens, about, after which an earlier one counts little."""
+"""The approximate number of tokens after which an earlier one counts little."""
 _PRIOR_TOKENS = 3
 """Tokens that a prior rate counts as."""
 _CHANGES = 1 / 256

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 _ENDING_S = 30.0
 _ADAPTERS_S = 600.0
-"""An epoch may be loaded meanwhile, and weights fetched."""
+"""The limit covers an epoch that is loaded meanwhile, and the fetch of adapter weights."""
 
 
 @dataclass(eq=False)
 class ActionRunner:
-    """Owns the epoch that serves and the one that retires. Each result is an observation."""
+    """Owns the epoch that serves and the one that retires; posts each result as an observation."""
 
     observed: Observed
     epochs: Epochs
@@ -55,17 +55,16 @@ class ActionRunner:
 
     @property
     def open_epochs(self) -> tuple[Epoch, ...]:
-        """The serving one first."""
+        """Lists the serving epoch first."""
         return tuple(epoch for epoch in (self.epoch, self.retiring) if epoch is not None)
 
     @property
     def is_asleep(self) -> bool:
-        """Whether the model is not to be loaded."""
         return not self.observed.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Returns when an epoch serves whose stages have the adapters of this model, and no others. Raises why that is
-        not possible; then they have those of before."""
+        """Returns when an epoch serves whose stages have exactly this model's adapters. Raises on failure; the stages
+        then have their former adapters."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", _ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)
@@ -105,7 +104,7 @@ class ActionRunner:
                 self.observed.post(seen.Noticed(text))
 
     def _notice(self, text: str) -> None:
-        """Names the model, where it may be another one's."""
+        """Reports a notice, which names the model where several are served."""
         config = self.planner.config
         self._report(Notice(f"model {config.model_name}: {text}" if config.models else text))
 
@@ -120,7 +119,7 @@ class ActionRunner:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
-        """Plans without the quarantined workers if the others suffice; else without those that failed most often."""
+        """Plans without the quarantined workers if the others suffice, else without those that failed most often."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
         excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
@@ -143,16 +142,15 @@ class ActionRunner:
         self.observed.post(seen.Planned(inputs, plan, failure, served, is_beside))
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
-        """Not while requests wait for a pipeline."""
+        """Returns None while requests wait for a pipeline."""
         serving, loss = self.observed.state.serving, self.observed.state.loss
         return None if serving is None or loss is not None else await self.planner.predict(serving.plan, workers)
 
     def _enter(self, *plans: Plan) -> None:
-        """The model's memory from now on."""
         self.planner.ledger.enter(self.epochs.model_id, plans)
 
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
-        """Any error of a worker is a failed load. Where other models have taken memory since, another plan is due."""
+        """Treats any worker's error as a failed load; posts MEMORY_TAKEN if other models took the planned memory."""
         serving = () if is_exclusive or self.epoch is None else (self.epoch.plan,)
         async with self.planner.ledger.lock:
             is_reserved = self.planner.ledger.reserve(self.epochs.model_id, (*serving, plan))
@@ -192,7 +190,7 @@ class ActionRunner:
                 )
 
     async def _serve(self) -> None:
-        """The engine continues on the loaded epoch. Layers of others are freed, of one that retires later."""
+        """Resumes the engine on the loaded epoch; frees the older layers now, or once their epoch has retired."""
         old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
         assert epoch is not None
         self.epoch, self._loaded = epoch, None
@@ -212,7 +210,7 @@ class ActionRunner:
         await self._free_others(epoch)
 
     def _recovered(self, engine: Engine, loss: PipelineLoss) -> None:
-        """From a loss, or from sleep."""
+        """Reports the end of a loss or of sleep."""
         seconds = asyncio.get_running_loop().time() - loss.since_s
         requests = engine.counts.running + engine.counts.waiting
         if loss.error is None:
@@ -223,7 +221,7 @@ class ActionRunner:
         self._notice(recovered_text(seconds, requests))
 
     async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
-        """Its end, unless the loss of the serving epoch ended it."""
+        """Posts RETIRING_EMPTY at the retirement's end, unless the loss of the serving epoch ended it."""
         await retirement.ended.wait()
         if retirement.error is not None:
             self._notice(f"requests of the epoch before are computed again: {retirement.error}")
@@ -238,7 +236,7 @@ class ActionRunner:
         self.observed.post(seen.Signal.RETIRING_FREED)
 
     async def _sleep(self, *, gives_way: bool) -> None:
-        """Unless a request came meanwhile."""
+        """Frees the model's stages, unless a request came meanwhile."""
         assert self.engine is not None
         if not self.engine.sleep(gives_way=gives_way):
             self.observed.post(seen.Signal.WAKE_REQUESTED)
@@ -251,7 +249,7 @@ class ActionRunner:
         self.observed.post(seen.Signal.ASLEEP)
 
     async def _free_others(self, epoch: Epoch | None) -> None:
-        """The model's memory is that of this epoch from now on, and other models are planned beside it."""
+        """Frees the stages of all other epochs and enters this epoch's plan in the ledger."""
         try:
             await self.epochs.free_others(epoch)
         except LlamaclustError as error:

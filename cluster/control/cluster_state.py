@@ -1,4 +1,4 @@
-"""The state that the supervisor decides from. Pure."""
+"""The immutable state that the supervisor decides from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """What a plan depends on: the present workers, and which of them it may use."""
+    """The present workers, and what decides which of them a plan may use."""
 
     present: Mapping[str, int] = field(default_factory=dict)  # by name, which join it is, in the order of joining
     drained: frozenset[str] = frozenset()
@@ -33,19 +33,18 @@ class PoolState:
         return PlanInputs(self.usable, self.quarantine.names(now_s), self.partitions, self.links, self.memory)
 
     def may_exclude_more(self, now_s: float) -> bool:
-        """Returns whether another worker may be excluded for rows without a result, and one is left."""
         excluded = self.quarantine.names(now_s)
         others = [name for name, _ in self.usable if name not in excluded]
         return len(others) > 1 and not self.quarantine.ignores_rows(now_s)
 
     def is_partitioned(self, plan: Plan) -> bool:
-        """Whether neighbouring stages, or members of a group, cannot reach each other."""
+        """True if neighbouring stages, or members of a group, cannot reach each other."""
         return violated_pair(plan.chain, self.partitions) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """The newest plan, or why there is none. `rejected`: a load of this plan failed so that it is not repeated."""
+    """The newest plan, or the error that prevents one. `rejected`: its load failed and is not repeated."""
 
     inputs: PlanInputs
     plan: Plan | None = None
@@ -56,14 +55,14 @@ class Planning:
 
     @property
     def lacks_memory(self) -> bool:
-        """Which other models hold."""
+        """True if the plan failed for memory that other models hold."""
         return self.is_beside and isinstance(self.error, InsufficientMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that is to count as lost, and the notice why. `stays`: it is only to hold no layers of this model for
-    `pause_s`, where the others suffice."""
+    """A worker that is to count as lost, with the notice's reason. `stays`: it is only to hold no layers of this model
+    for `pause_s`, where the others suffice."""
 
     worker: Incarnation
     reason: str
@@ -83,7 +82,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Retiring:
-    """The epoch before, after a move: its sequences end or move, then its stages are freed."""
+    """The epoch before a move: its sequences end or move, then its stages are freed."""
 
     workers: tuple[Incarnation, ...]
     is_empty: bool = False
@@ -91,7 +90,7 @@ class Retiring:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLoss:
-    """A pipeline that is lost, until another one serves. At a start: that none serves yet."""
+    """The loss of a pipeline, or its absence at a start, until another pipeline serves."""
 
     since_s: float
     error: LlamaclustError | None = None
@@ -104,7 +103,7 @@ class PipelineLoss:
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """How long requests wait for a pipeline, and a start for its first one."""
+    """Limits of the wait for a pipeline: of requests after a loss, and of a start."""
 
     recovery_s: float
     start_s: float
@@ -136,18 +135,17 @@ class ClusterState:
 
     @property
     def is_asleep(self) -> bool:
-        """Whether the model is not loaded, nor to be."""
         return not self.is_wanted and self.is_unloaded
 
     @property
     def lacks_memory(self) -> bool:
-        """Whether the model is to be loaded, and its newest plan failed for memory that other models hold."""
+        """True if the model is to be loaded and its newest plan failed for memory that other models hold."""
         is_waiting = self.is_wanted and self.loss is not None and self.is_planned
         return is_waiting and self.planning is not None and self.planning.lacks_memory
 
     @property
     def is_planned(self) -> bool:
-        """Whether the newest plan, or the reason why there is none, is of what is known now."""
+        """True if the newest plan, or its error, was made from the present inputs."""
         return self.planning is not None and self.planning.inputs == self.inputs
 
     @property
@@ -160,12 +158,12 @@ class ClusterState:
 
     @property
     def deadline_s(self) -> float:
-        """Until then requests, or the start, wait for another pipeline."""
+        """The end of the wait for another pipeline, by the event loop's clock."""
         assert self.loss is not None
         return self.loss.since_s + self.wait_s
 
     def is_freed(self, name: str) -> bool:
-        """Whether a drained worker has no layers, and gets none from an action or plan of before the drain."""
+        """True if a drained worker has no layers and gets none from an action or plan made before the drain."""
         serving, retiring, planning = self.serving, self.retiring, self.planning
         holders = [*(serving.workers if serving else ()), *(retiring.workers if retiring else ())]
         usable = () if planning is None else planning.inputs.workers
@@ -174,7 +172,6 @@ class ClusterState:
 
     @property
     def is_plan_useless(self) -> bool:
-        """Whether a load of the newest plan is of no use any more."""
         planning = self.planning
         return (
             planning is not None and planning.plan is not None and is_useless(planning.plan, planning.inputs, self.pool)
@@ -189,13 +186,12 @@ class ClusterState:
 
     @property
     def has_lost_workers(self) -> bool:
-        """Whether a worker of the serving epoch is lost."""
         workers = () if self.serving is None else self.serving.workers
         return any(self.pool.present.get(name) != join for name, join in workers)
 
 
 def is_useless(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
-    """Whether a worker of the plan is lost or cut off, or is to have no layers."""
+    """True if a worker of the plan is lost, drained or cut off from a neighbour."""
     planned = {stage.worker for stage in plan.stages}
     lost = any(worker not in pool.usable for worker in inputs.workers if worker[0] in planned)
     return lost or pool.is_partitioned(plan)

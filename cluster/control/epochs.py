@@ -1,4 +1,4 @@
-"""An epoch: the stages of one plan, loaded on their workers and connected. Opens epochs, frees those of older ones."""
+"""Opens epochs, which are the loaded and connected stages of one plan, and frees the stages of older ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 
 class StageLoadError(Exception):
-    """Workers that did not load. `error` is the first one's."""
+    """A load that failed. `suspects` is empty if it is unknown whose error it is."""
 
     def __init__(self, error: LlamaclustError, suspects: tuple[Suspect, ...]) -> None:
         super().__init__(str(error))
@@ -58,11 +58,11 @@ class StageLoadError(Exception):
 async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
-    """The workers in the order of their stages, ready to serve the epoch. `report` gets their progress.
+    """Loads all stages; returns their workers in the order of the stages. `report` gets the progress.
 
-    StageLoadError once all have answered, where a worker failed: with StalledError, where it hangs, with
-    DeadlineError, where it gave up the load and has stages of other models. Then loaded stages are freed, except
-    `is_exclusive`: the next epoch may need their weights.
+    Raises StageLoadError once all workers have answered. A suspect's error is StalledError if it hangs, DeadlineError
+    if it gave up the load but has stages of other models. Loaded stages are then freed, except with `is_exclusive`: the
+    next epoch may need their weights.
     """
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
@@ -110,7 +110,7 @@ async def load_stages(
 
 
 async def _gives_up(worker: WorkerHandle, epoch: int) -> bool:
-    """Whether a worker ends a load that got no further."""
+    """Returns True if the worker ends a stalled load."""
     try:
         await worker.unload(epoch)
     except LlamaclustError:
@@ -119,7 +119,7 @@ async def _gives_up(worker: WorkerHandle, epoch: int) -> bool:
 
 
 def _suspects(handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseException]) -> tuple[Suspect, ...]:
-    """Any other exception than ours is a bug, and raised."""
+    """Collects the workers that failed. Raises any error that is no LlamaclustError, because it is a bug."""
     suspects = []
     for handle, answer in zip(handles, answers, strict=True):
         if isinstance(answer, LlamaclustError):
@@ -130,8 +130,7 @@ def _suspects(handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseEx
 
 
 async def unload_stages(epoch: int, workers: Iterable[WorkerHandle]) -> None:
-    """Frees the stages of an epoch on those workers that have it and are present. Raises the first error once all have
-    answered."""
+    """Frees an epoch's stages on the present workers that have it. Raises the first error once all have answered."""
     present = [worker for worker in workers if epoch in worker.stages and worker.loss is None]
     await _all(_unload(worker, epoch) for worker in present)
 
@@ -143,7 +142,7 @@ async def _all(work: Iterable[Awaitable[None]]) -> None:
 
 
 async def _discard(epoch: int, workers: Iterable[WorkerHandle]) -> None:
-    """Frees stages of an epoch that did not load; the failure of the load matters more than one of this."""
+    """Frees the stages of an epoch that did not load; only logs errors, so that the load's failure is raised."""
     try:
         await unload_stages(epoch, workers)
     except LlamaclustError as error:
@@ -160,8 +159,6 @@ async def _unload(worker: WorkerHandle, epoch: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """Stages that serve, or did."""
-
     number: int
     plan: Plan
     workers: tuple[WorkerHandle, ...]  # in the order of their stages
@@ -170,17 +167,17 @@ class Epoch:
 
     @property
     def root_cause(self) -> WorkerHandle | None:
-        """The worker whose loss ended it, if any."""
+        """The worker whose loss ended the epoch, if any."""
         return root_cause(self.number, self.workers)
 
     @property
     def chain(self) -> tuple[WorkerHandle, ...]:
-        """The workers that the stages' streams begin and end at, one for each stage."""
+        """The leader of each stage, in order."""
         held = zip(self.workers, self.plan.stages, strict=True)
         return tuple(worker for worker, stage in held if stage.member == 0)
 
     def stage_of(self, worker: WorkerHandle) -> int | None:
-        """Which stage a worker holds, alone or with others; None: it holds none."""
+        """Returns the number of the worker's stage, alone or in a group; None if it holds none."""
         if worker not in self.workers:
             return None
         return sum(stage.member == 0 for stage in self.plan.stages[: self.workers.index(worker) + 1]) - 1
@@ -191,7 +188,7 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class EpochWorkers:
-    """The workers of the epochs of all models. `turn` is held for orders to them: one load or unload at a time."""
+    """The workers of all models' epochs. `turn` is held for orders to them: one load or unload at a time."""
 
     registry: Registry
     credentials: Credentials
@@ -212,12 +209,11 @@ async def _refresh(worker: WorkerHandle, ledger: MemoryLedger) -> None:
 
 
 class Epochs:
-    """Opens epochs of one model, each with a number of its own in the cluster."""
+    """Opens epochs of one model; each has a number that is unique in the cluster."""
 
     def __init__(
         self, config: ClusterConfig, model: Model, workers: EpochWorkers, speculation: SpeculationSettings | None
     ) -> None:
-        """`speculation`: of all of them."""
         self._config = config
         self._speculation = speculation
         self._model = model
@@ -247,13 +243,11 @@ class Epochs:
         }
 
     def settings(self, plan: Plan) -> SchedulerSettings:
-        """What the scheduler of an epoch of this plan is to have."""
         return scheduler_settings(self._config, self._model, plan, self._speculation, self.adapters)
 
     async def set_adapters(self, model: Model) -> None:
-        """All stages of the model have the adapters of this one, and no others; those of epochs to come too. Where that
-        fails, all have those of before. Raises the first error once all have answered, WorkerError where the model has
-        no stages."""
+        """Gives present and later stages exactly this model's adapters. Raises the first error once all workers have
+        answered, WorkerError if the model has no stages; all stages then get their former adapters."""
         async with self._turn:
             try:
                 await self._set_adapters(model)
@@ -279,7 +273,7 @@ class Epochs:
 
     @property
     def held_layers(self) -> dict[str, tuple[float, float]]:
-        """Of the model's newest stage on each worker that has one, by name."""
+        """The layers of the model's newest stage on each worker that has one, by name."""
         workers = self._registry.present
         newest = {name: max(held) for name, worker in workers.items() if (held := self._numbers & set(worker.stages))}
         return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}
@@ -294,14 +288,14 @@ class Epochs:
         return (own is None or not own.can_give) and is_file_absent(self._registry.present, self._model.model_id)
 
     async def announce(self, worker: WorkerHandle) -> None:
-        """A worker has joined: those that fetch weights may fetch them there."""
+        """Tells the workers that fetch weights of this model or its adapters that the new worker is a source."""
         path, model_id = str(self._model.plain.path), self._model.model_id
         adapters = [wanted.request for wanted in self._wanted_adapters(self._model).values()]
         for request in (FindWeights(path, model_id), *adapters):
             await announce_source(worker, self._registry.present.values(), request)
 
     async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
-        """The plan's stages, loaded and connected; `report` gets the progress. Raises StageLoadError."""
+        """Loads and connects the plan's stages; `report` gets the progress. Raises StageLoadError."""
         async with self._turn:
             return await self._open(plan, links, is_exclusive=is_exclusive, report=report)
 
@@ -330,17 +324,17 @@ class Epochs:
         return Epoch(number, plan, workers, pipeline, self.settings(plan))
 
     def cancel_loads(self) -> None:
-        """Those under way fail soon, where there are any."""
+        """Makes the model's running loads fail soon."""
         for worker in self._registry.present.values():
             worker.cancel_load(self._model.model_id)
 
     async def refresh_memory(self, names: Iterable[str], ledger: MemoryLedger) -> None:
-        """Of workers whose memory did not suffice for a load, for the next plan. No other load is under way."""
+        """Updates the free memory of workers where a load lacked memory, while no other load runs."""
         async with self._turn:
             await asyncio.gather(*(_refresh(self._registry.workers[name], ledger) for name in names))
 
     async def free_others(self, epoch: Epoch | None) -> None:
-        """Frees the stages of all of the model's epochs but this one. Raises the first error once all have answered."""
+        """Frees the stages of the model's other epochs. Raises the first error once all workers have answered."""
         workers, kept = tuple(self._registry.present.values()), set() if epoch is None else {epoch.number}
         numbers = {number for worker in workers for number in worker.stages if number in self._numbers} - kept
         if not numbers:  # another model's load is not waited for

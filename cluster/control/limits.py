@@ -1,4 +1,4 @@
-"""Limits of a cluster: of its scheduler and of every stage, from the cluster file, the model and the plan."""
+"""Limits of the scheduler and of every stage, from the cluster file, the model and the plan."""
 
 from __future__ import annotations
 
@@ -32,10 +32,8 @@ _KV_TOKENS = 8192
 
 
 def context_length(config: ClusterConfig, model: Model) -> int:
-    """Tokens per sequence: the cluster file's value, or else the length that the model was trained for.
-
-    UsageError for a longer one.
-    """
+    """Returns the tokens per sequence: the cluster file's value, at most the trained length. Raises UsageError for a
+    longer value that the user set."""
     trained = model.hyperparameters.context_length
     if "context_length" in config.model_fields_set and config.context_length > trained:
         asked = f"context_length: {config.context_length}"
@@ -44,7 +42,7 @@ def context_length(config: ClusterConfig, model: Model) -> int:
 
 
 def check_distinct(models: Iterable[tuple[str, str]]) -> None:
-    """UsageError where two of several models are one file. `models`: the name and the id of each."""
+    """Raises UsageError if two models are one file. `models`: the name and the id of each."""
     names: dict[str, str] = {}
     for name, model_id in models:
         if (other := names.setdefault(model_id, name)) != name:
@@ -53,7 +51,7 @@ def check_distinct(models: Iterable[tuple[str, str]]) -> None:
 
 
 def check_plan(config: ClusterConfig, model: Model) -> None:
-    """UsageError for mistakes that no worker can mend: context length, frame size, a manual plan."""
+    """Raises UsageError for mistakes that no worker can mend: context length, frame size, a manual plan."""
     context_length(config, model)
     _check_frames(config, model)
     _check_kv_disk(config, model)
@@ -71,7 +69,7 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
 
 
 def _check_frames(config: ClusterConfig, model: Model) -> None:
-    """A microbatch and its hidden state cross a link as one message."""
+    """Raises UsageError if the hidden states of a microbatch do not fit in one message between workers."""
     if len(config.workers) < 2 or not (token_bytes := model.hidden_bytes):
         return
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
@@ -81,13 +79,13 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
 
 
 def says_placement(config: ClusterConfig) -> bool:
-    """Whether the user says which layers or experts are on GPUs, where shards of experts are not."""
+    """True if the user sets which layers or experts are on GPUs, which shards of experts never are."""
     numbers = [config.cpu_moe, *(worker.cpu_moe for worker in config.workers)]
     return bool(config.placement) or any(number is not None for number in numbers)
 
 
 def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> None:
-    """UsageError where experts of a layer cannot be on several workers."""
+    """Raises UsageError if the experts of a layer cannot be divided into so many shards."""
     if expert_shards == 1:
         return
     if model.hyperparameters.expert_count < expert_shards:
@@ -108,8 +106,7 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
-    """UsageError where the user's plan divides layers and has workers with GPUs, which would not be used. `gpus`: by
-    worker."""
+    """Raises UsageError if the user's plan divides layers and so leaves GPUs unused. `gpus`: by worker."""
     for entry in config.plan or () if expert_shards > 1 else ():
         for name in entry.names:
             if devices := gpus.get(name):
@@ -118,7 +115,7 @@ def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping
 
 
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
-    """KV memory of layers that give up blocks behind their window is not kept, nor are states."""
+    """Raises UsageError for kv_disk with window layers or states, which are not kept on disk."""
     if all(worker.kv_disk is None for worker in config.workers):
         return
     group = window_group(model.window, context_length(config, model), max_batch_tokens(config))
@@ -131,7 +128,7 @@ def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
 
 
 def _check_mtp(config: ClusterConfig, model: Model) -> None:
-    """UsageError where a head is to draft and the model has none, or its layers are divided."""
+    """Raises UsageError if the MTP head is to draft but the model has none, or layers are divided."""
     if not uses_mtp(config):
         return
     check_nextn(model)
@@ -141,7 +138,7 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """The assignments that the cluster file names, in parts of layers; empty where the planner decides."""
+    """Returns the cluster file's assignments in parts of layers; empty if the planner decides."""
     shards = manual_shards(config)
     parts = ((entry, *entry.layers) for entry in config.plan or ())
     return tuple(
@@ -150,13 +147,12 @@ def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
 
 
 def manual_shards(config: ClusterConfig) -> int:
-    """Into so many shards the cluster file's plan divides the experts of each layer."""
+    """Returns the number of shards that the cluster file's plan divides the experts of each layer into."""
     places = (place for entry in config.plan or () for place in entry.layers)
     return max((Fraction(place).denominator for place in places), default=1)
 
 
 def capacity_of(config: ClusterConfig, context_length: int) -> Capacity:
-    """The capacity that the cluster file asks for, with sequences of so many tokens."""
     return Capacity(
         context_length=context_length,
         max_sequences=config.max_sequences,
@@ -174,18 +170,18 @@ def max_batch_tokens(config: ClusterConfig) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the tokens that KV memory is planned for: 8,192 or one whole context, enough for one or two users. It is
-    None, for all sequences, if the user says how many there are."""
+    """Returns the tokens that KV memory is planned for: 8,192 or one whole context, enough for one or two users.
+    Returns None, for all sequences, if the user sets max_sequences."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 
 def uses_mtp(config: ClusterConfig) -> bool:
-    """Whether the last stage drafts with the model's MTP head."""
     return config.speculative is not None and config.speculative.mtp
 
 
 def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
-    """A line on an MTP head that could draft; None where there is none, it drafts, or nothing is to be drafted."""
+    """Returns a line on an MTP head that could draft but is not loaded; None if drafting is off or there is no such
+    head."""
     if config.speculative is None or config.speculative.mtp or not has_nextn(model):
         return None
     use = "`speculative: {mtp: true}` drafts with it"
@@ -193,12 +189,11 @@ def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
 
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
-    """With the head, where one drafts. UsageError where the model has none."""
+    """Returns the costs with the MTP head, if it drafts. Raises UsageError if the model has none."""
     return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 
 def plan_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
-    """Of the stages of a plan."""
     capacity = capacity_of(config, plan.context_length)
     return capacity.stage_limits(_blocks(plan), plan.expert_shards, wide_tiles=plan.wide_tiles)
 
@@ -208,8 +203,7 @@ def _blocks(plan: Plan) -> BlockCounts:
 
 
 def speculation_settings(config: ClusterConfig, draft_model: DraftModel | None) -> SpeculationSettings | None:
-    """Of one model, for all its pipelines, which share what answers it keeps, and its draft model; None: nothing is
-    drafted."""
+    """Returns settings that all pipelines of a model share, kept answers and draft model included; None: no drafts."""
     given = config.speculative
     if given is None:
         return None
@@ -224,7 +218,6 @@ def scheduler_settings(
     speculation: SpeculationSettings | None,
     adapters: Mapping[int, str] | None = None,
 ) -> SchedulerSettings:
-    """The scheduler's limits, which are those of the loaded stages. `adapters`: see `SchedulerSettings`; None: those of
-    the model."""
+    """Returns the scheduler's limits, equal to those of the loaded stages. `adapters`: None means the model's."""
     settings = capacity_of(config, plan.context_length).scheduler_settings(model, _blocks(plan), speculation)
     return settings if adapters is None else replace(settings, adapters=adapters)

@@ -1,4 +1,4 @@
-"""Orders to load the stages of an epoch: what each worker is to hold, and which others it works with."""
+"""Orders to load the stages of an epoch: the layers of each worker and the workers that it works with."""
 
 from __future__ import annotations
 
@@ -20,11 +20,8 @@ from llamaclust.wire.control.weights import AdapterFile, WeightSources
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """The stages of an epoch, with an entry for each member of a group.
-
-    `is_exclusive`: the workers' stages of the model's other epochs are freed first, except weights that serve again.
-    `links` order the sources of weights.
-    """
+    """The stages of an epoch, with an entry for each member of a group. `is_exclusive`: stages of the model's other
+    epochs are freed first, except weights that serve again. `links` order the sources of weights."""
 
     epoch: int
     stages: Sequence[StageInfo]
@@ -43,7 +40,7 @@ def load_orders(
     weights: Mapping[str, WeightSources],
     adapters: Mapping[str, tuple[AdapterFile, ...]],
 ) -> list[Load]:
-    """The order of each worker; that of a leader has the stages that its own calls and is called by. WorkerError for a
+    """Returns the order of each worker; only leaders get the addresses of neighbour stages. Raises WorkerError for a
     member of a group that accepts no links."""
     groups = _group_orders(loads.stages, handles)
     return [
@@ -82,12 +79,12 @@ def _load_order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int, 
 
 
 def leaders(handles: Sequence[WorkerHandle], stages: Sequence[StageInfo]) -> list[WorkerHandle]:
-    """The workers that the stages' streams begin and end at, one for each stage."""
+    """Returns the leader of each stage."""
     return [handle for handle, stage in zip(handles, stages, strict=True) if stage.member == 0]
 
 
 def _group_orders(stages: Sequence[StageInfo], handles: Sequence[WorkerHandle]) -> Iterator[GroupOrder | None]:
-    """Yields the part of each worker in its group; None where it holds its stage alone."""
+    """Yields the part of each worker in its group; None if it holds its stage alone."""
     for begin, stage in enumerate(stages):
         if not stage.shares:
             yield None

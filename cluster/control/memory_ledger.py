@@ -17,7 +17,7 @@ MemoryUse = Counter[tuple[str, str]]
 
 
 class ModelLimitError(InsufficientMemoryError):
-    """As many other models hold memory as the cluster file allows."""
+    """The error if as many other models hold memory as `max_loaded_models` allows."""
 
     def __init__(self, most: int) -> None:
         loaded = "1 model is" if most == 1 else f"{most} models are"
@@ -25,8 +25,8 @@ class ModelLimitError(InsufficientMemoryError):
 
 
 class MemoryLedger:
-    """Of one cluster. `lock` is held while a plan is made, up to its entry if it is to be loaded next.
-    `max_models`: that hold memory at the same time; None: as many as fit."""
+    """The ledger of one cluster. `lock` is held while a plan is made, up to its entry if it is loaded next.
+    `max_models` may hold memory at the same time; None: as many as fit."""
 
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()
@@ -35,28 +35,28 @@ class MemoryLedger:
         self._beside: dict[str, MemoryUse] = {}  # likewise, what others held when it was planned last
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
-        """All that a model holds from now on, loaded or to be loaded; nothing without plans."""
+        """Replaces all that a model holds, loaded or to be loaded; without plans it holds nothing."""
         self._plans[model_id] = tuple(plans)
 
     def copy(self) -> MemoryLedger:
-        """For plans that are not to be loaded, of any number of models."""
+        """Returns a ledger without a limit of models, for plans that are not loaded."""
         scratch = MemoryLedger()
         scratch._plans = dict(self._plans)
         return scratch
 
     def check_count(self, model_id: str) -> None:
-        """ModelLimitError where as many other models hold memory as may."""
+        """Raises ModelLimitError if as many other models hold memory as may."""
         count = sum(bool(plans) for name, plans in self._plans.items() if name != model_id)
         if self._max_models is not None and count >= self._max_models:
             raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
-        """A plan was made beside what the others hold now."""
+        """Records what the other models hold now, while a plan is made beside it."""
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:
-        """Enters plans before they are loaded. False where other models have taken memory since the newest one was
-        made: it may not fit beside them."""
+        """Enters plans before they are loaded. Returns False if other models took memory since the newest plan was
+        made."""
         is_entered = _total(plans) <= _total(self._plans.get(model_id, ()))
         fits = is_entered or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
         if fits:
@@ -64,11 +64,11 @@ class MemoryLedger:
         return fits
 
     def beside(self, model_id: str) -> MemoryUse:
-        """What the other models hold."""
+        """Returns what the other models hold."""
         return _total(plan for name, plans in self._plans.items() if name != model_id for plan in plans)
 
     def loaded(self, worker: WorkerHandle) -> dict[str, int]:
-        """What a worker's stages take of its devices, as they were planned."""
+        """Returns the planned bytes of a worker's loaded stages, by device."""
         held = [order for order, _ in worker.stages.values()]
         orders = {(o.model_id, _way(o.limits), o.start, o.end, o.devices, _portion(o)) for o in held}
         use = MemoryUse()
@@ -82,12 +82,12 @@ class MemoryLedger:
 
 
 def _way(held: StageLimits | Plan) -> tuple[int, bool]:
-    """In which layers are divided, and weights lie in memory."""
+    """The division of layers and the form of their weights in memory."""
     return held.expert_shards, held.wide_tiles
 
 
 def _portion(order: Load) -> tuple[tuple[int, ...], int]:
-    """Shares and number of a member of a group, as in `StagePlan`."""
+    """The shares of a group and the member's number, as in `StagePlan`."""
     return ((), 0) if order.group is None else (order.group.shares, order.group.member)
 
 

@@ -1,4 +1,4 @@
-"""The texts of notices: workers lost, layers that move, recoveries. Pure."""
+"""The texts of notices: workers lost, layers that move, recoveries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.core.limits import layer_span
 
 
 def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
-    """`requests`: how many wait because of it, by model."""
+    """`requests` counts, by model, the requests that wait because of the loss."""
     counts = [(model, count) for model, count in requests.items() if count]
     if len(requests) > 1:
         waits = ", ".join(_requests(count, f"of {model} waits", f"of {model} wait") for model, count in counts)
@@ -21,8 +21,8 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
-    """The new plan, and how many layers each worker has to load: `held` are the layers that workers have. Groups are
-    told with their shares alone: members may hold other portions of the same layers."""
+    """Tells the new plan, and how many layers each worker has to load beside its `held` ones. Groups are told with
+    their shares alone: members may hold other portions of the same layers."""
     parts, shards = [], plan.expert_shards
     for stage in plan.leaders:
         name, layers = stage_name(plan, stage), layer_span(stage.start, stage.end, shards)

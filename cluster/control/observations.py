@@ -1,4 +1,4 @@
-"""What the supervisor observes: plain values, in one queue, in the order in which they happened."""
+"""The supervisor's observations: plain values, in one queue, in the order in which they happened."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.errors import LlamaclustError
 
 Incarnation = tuple[str, int]
-"""A worker's name and which of its joins it is."""
+"""A worker's name and the number of its join."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanInputs:
-    """Another plan is due when these change."""
+    """The values that a plan depends on: another plan is due when they change."""
 
     workers: tuple[Incarnation, ...] = ()  # that may hold layers
     quarantined: frozenset[str] = frozenset()
@@ -26,7 +26,7 @@ class PlanInputs:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """It is a member; seen again, the same `join` is the same membership."""
+    """A worker is a member; an equal `join` is the same membership."""
 
     name: str
     join: int
@@ -56,9 +56,9 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline that gets new requests failed; requests wait. `error` names the worker at fault, where it is known.
-    `requests`: keys of those in flight. `causes`: of requests that were found to be the cause, and end.
-    `is_repeated`: the worker has failed to compute the same rows before."""
+    """The pipeline that gets new requests failed; requests wait. `error` names the worker at fault, if it is known.
+    `requests`: keys of those in flight. `causes`: keys of requests that were the cause, and end. `is_repeated`: the
+    worker has failed to compute the same rows before."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()
@@ -68,22 +68,20 @@ class PipelineLost:
 
 @dataclass(frozen=True, slots=True)
 class RowsFailed:
-    """A request ended since rows of it had no result, on the worker that was suspected for them and elsewhere."""
+    """A request ended because rows of it had no result, on the suspected worker and elsewhere."""
 
     key: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Before each decision: the event loop's clock."""
+    """The event loop's clock, observed before each decision."""
 
     now_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """The plan for these inputs, or why there is none."""
-
     inputs: PlanInputs
     plan: Plan | None = None
     error: LlamaclustError | None = None
@@ -93,8 +91,6 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """A worker that failed to load its stage."""
-
     name: str
     error: LlamaclustError
 
@@ -109,13 +105,12 @@ class EpochLoadFailed:
     file_is_absent: bool = False
 
     def error_of(self, name: str) -> LlamaclustError | None:
-        """Returns the error of a worker; None if it is no suspect."""
         return next((suspect.error for suspect in self.suspects if suspect.name == name), None)
 
 
 @dataclass(frozen=True, slots=True)
 class RequestsFailed:
-    """For this reason, as the action named it."""
+    """The requests failed for the reason that the action named."""
 
     reason: str
 

@@ -13,7 +13,7 @@ from llamaclust.cluster.control.state_changes import observe
 
 
 class Observed:
-    """`settled` is set while, since the last observation, everything has been done that can be."""
+    """The state and its queue. `settled` is set while nothing is left to do since the last observation."""
 
     def __init__(self, state: ClusterState) -> None:
         self.state = state
@@ -23,11 +23,10 @@ class Observed:
 
     @property
     def is_current(self) -> bool:
-        """Whether the state contains every observation."""
+        """True if the state contains every observation."""
         return self._queue.empty()
 
     def post(self, observation: Observation) -> None:
-        """Any observation may be a reason to act."""
         self.settled.clear()
         self._queue.put_nowait(observation)
 
@@ -36,16 +35,14 @@ class Observed:
         self._notify()
 
     def settle(self) -> None:
-        """Nothing is left to do."""
         self.settled.set()
         self._notify()
 
     async def settled_or(self, is_enough: Callable[[ClusterState], bool]) -> None:
-        """Returns when it is settled, or sooner when a state is enough."""
+        """Returns when the state is settled, or sooner when it is enough."""
         await self.until(lambda state: self.settled.is_set() or is_enough(state))
 
     async def until(self, is_enough: Callable[[ClusterState], bool]) -> None:
-        """Returns when a state is enough."""
         reached = asyncio.get_running_loop().create_future()
         self._waiting[reached] = is_enough
         self._notify()
@@ -60,11 +57,11 @@ class Observed:
                 reached.set_result(None)
 
     def begin(self) -> None:
-        """An action runs from now on, until it is observed to have ended."""
+        """Marks that an action runs, until ACTION_ENDED is observed."""
         self.state = replace(self.state, is_acting=True)
 
     async def next(self, until_s: float | None) -> Observation | None:
-        """The next one; None where there is none until a time of the event loop's clock."""
+        """Returns the next observation; None if there is none until `until_s` of the event loop's clock."""
         if not self._queue.empty():
             return self._queue.get_nowait()
         with suppress(TimeoutError):

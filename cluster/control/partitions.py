@@ -1,4 +1,5 @@
-"""Partitions: pairs of live workers that cannot reach each other; reported, confirmed, remembered, probed again."""
+"""Partitions, which are pairs of live workers that cannot reach each other: reported, confirmed, probed until they
+heal."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
 """A pair that breaks again within this time after it healed is probed after longer pauses than before."""
 _MAX_PROBES = 256
-"""Up to so many links are probed at the same time."""
+"""The number of links that are probed at the same time, unless they all end at workers that were found."""
 
 _Direction = tuple[WorkerHandle, WorkerHandle]
-"""From the first to the second."""
+"""The caller and the worker that it connects to."""
 
 
 @dataclass(slots=True)
@@ -36,8 +37,8 @@ class _Partition:
 
 @dataclass(slots=True, eq=False)
 class PartitionTracker:
-    """A context manager: partitions are probed while it is entered. A link that fails in one direction is not used in
-    either; it is healed when every worker reaches the other one again that did not."""
+    """A context manager that probes partitions while it is entered. A link that fails in one direction is used in
+    neither; it is healed when every worker that failed reaches the other one again."""
 
     _workers: Callable[[], Mapping[str, WorkerHandle]]  # the present ones
     _heartbeat_timeout_s: float
@@ -62,7 +63,7 @@ class PartitionTracker:
         return frozenset(self._partitions)
 
     def suspect(self, caller: WorkerHandle, message: PeerUnreachable) -> None:
-        """A worker reports that it cannot reach another one."""
+        """Starts to confirm a worker's report that it cannot reach another one."""
         other = self._workers().get(message.worker)
         if other is not None and other is not caller and (caller, other) not in self._pending:
             pending = self._tasks.start(self._investigate(caller, other, message))
@@ -70,12 +71,12 @@ class PartitionTracker:
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
     async def settled(self) -> None:
-        """Returns when every report so far is confirmed or dropped. Later reports are not waited for."""
+        """Returns when every report so far is confirmed or dropped; later reports are not waited for."""
         if self._pending:
             await asyncio.wait(tuple(self._pending.values()))
 
     def forget(self, name: str) -> None:
-        """A worker is lost; its successor may be on another machine."""
+        """Drops a lost worker's partitions, since its successor may be on another machine."""
         pairs = [pair for pair in self._partitions if name in pair]
         for pair in pairs:
             del self._partitions[pair]
@@ -84,8 +85,8 @@ class PartitionTracker:
             self._on_change(self.pairs)
 
     async def _investigate(self, caller: WorkerHandle, other: WorkerHandle, message: PeerUnreachable) -> None:
-        """One partition often comes with others, which would be found one by one, each with a plan of its own: all
-        links are probed at the same time."""
+        """Probes all links once one is confirmed: partitions come together, and each found alone would take another
+        plan."""
         if await self._ports.is_found(caller, other, message.epoch):
             return
         found = {(caller, other)} if await self._confirm(caller, other, message.reason) else set()
@@ -97,7 +98,7 @@ class PartitionTracker:
             found = {direction for direction, is_broken in zip(directions, broken, strict=True) if is_broken}
 
     def _candidates(self, found: set[_Direction]) -> set[_Direction]:
-        """Links that may be broken as well: with many workers, those of the workers that were found."""
+        """Lists links that may be broken; if there are too many, only those of the workers that were found."""
         directions = {
             direction
             for direction in permutations(self._workers().values(), 2)
@@ -116,8 +117,8 @@ class PartitionTracker:
         return bool(why) and await self._confirm(caller, other, why)
 
     async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Records it; whether the pair is new. Only where the other one is alive: a worker that has ended or hangs is
-        unreachable as well."""
+        """Records the partition and returns True if the pair is new. Records nothing if the other worker has ended or
+        hangs."""
         if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))

@@ -1,4 +1,4 @@
-"""From the state of a cluster to a plan: one function, for a running cluster as for `llamaclust plan`."""
+"""Makes a plan from the state of a cluster, for a running cluster as for `llamaclust plan`."""
 
 from __future__ import annotations
 
@@ -55,29 +55,29 @@ from llamaclust.wire.microbatch.codec import MAX_STAGES
 
 _NO_DIVIDED_MIXTURES = "the experts of layers are divided among workers"
 _MOST_PARTS = 512
-"""Of a divided model: the time of a plan grows with their square."""
+"""The most parts of a divided model: the time of a plan grows with their square."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterResources:
-    """The input of a plan: workers that may hold layers, by name, and what is known of them."""
+    """The input of a plan: the workers that may hold layers, by name, and what is known of them."""
 
     workers: Mapping[str, WorkerResources]
     profiles: Mapping[str, Profile]  # by worker; workers without one are planned by their memory alone
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs of workers that cannot reach each other
     free_bytes: int | None = None
-    """Free memory for all workers together, before any held a layer, where all are on one machine. None: each machine
-    has what its workers reported."""
+    """Free memory of all workers together before any held a layer, if all are on one machine. None: each machine has
+    what its workers reported."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """Bytes that other models hold of workers' devices."""
+    """Bytes that other models hold, by worker and device."""
 
 
 def plan_cluster(
     config: ClusterConfig, model: Model, resources: ClusterResources, *, max_expert_shards: int = MAX_EXPERT_SHARDS
 ) -> Plan:
-    """The plan of the workers in `resources`: first those that `config` names, in its order, then others by name.
-    `max_expert_shards`: experts of a layer are divided into so many parts at most; each number takes a search.
+    """Plans for the workers in `resources`: first those that `config` names, in its order, then others by name. Experts
+    of a layer are divided into `max_expert_shards` parts at most; each number takes a search.
 
     Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, NetworkPartitionError.
     """
@@ -86,8 +86,8 @@ def plan_cluster(
 
 
 def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResources, own: Plan) -> Plan | None:
-    """The plan with weights in wider tiles, where that decodes clearly faster than in tiles of their own types, and at
-    least half as many KV blocks fit beside them."""
+    """Returns the plan with weights in wider tiles if it decodes clearly faster than `own` and leaves at least half as
+    many KV blocks, else None."""
     has_gpus = any(worker.gpus for worker in resources.workers.values())
     if not config.wide_tiles or not model.has_wider_tiles or own.expert_shards > 1 or has_gpus:
         return None
@@ -99,7 +99,7 @@ def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResour
 
 
 def _widened(config: ClusterConfig, model: Model, resources: ClusterResources) -> tuple[Model, ClusterResources]:
-    """The model with weights in wider tiles, and profiles that tell its times."""
+    """Returns the model with weights in wider tiles, and profiles with the times of these tiles."""
     own, wide = model_costs(config, model), model_costs(config, model.widened)
     profiles = resources.profiles.items()
     retimed_profiles = {name: replace(profile, cpu=retimed(profile.cpu, own, wide)) for name, profile in profiles}
@@ -128,8 +128,8 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Into how many shards, `most` at most, the experts of layers may be divided where whole layers do not fit, and
-    where that may be of use. Shards are in RAM, so experts are not divided where the user wants some on GPUs."""
+    """Yields the numbers of shards, `most` at most, that experts may be divided into if whole layers do not fit. None
+    if it is of no use, or if the user wants experts on GPUs: shards are in RAM."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -146,7 +146,7 @@ def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources,
 
 
 def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources) -> bool:
-    """Whether all memory but that for workspaces holds the weights, however divided."""
+    """True if the memory beside workspaces holds the weights, however they are divided."""
     length, costs = context_length(config, model), StageCosts.of(model_costs(config, model))
     workspace = workspace_of(model, capacity_of(config, length).stage_limits(BlockCounts(1)))
     left = costs.weight_bytes(0, model.layer_count)
@@ -158,7 +158,7 @@ def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources)
 
 
 def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResources, expert_shards: int) -> Plan:
-    """The plan with borders after whole layers, or after shards of their experts. Raises as `plan_cluster`."""
+    """Returns the plan with borders after whole layers, or after shards of their experts. Raises as `plan_cluster`."""
     check_division(config, model, expert_shards)
     length, facts = context_length(config, model), _worker_facts(config, resources)
     if config.plan is not None:
@@ -199,12 +199,11 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
 
 
 def _unused_gpus(facts: Iterable[WorkerFacts]) -> tuple[UnusedGpu, ...]:
-    """All of them."""
     return tuple(UnusedGpu(worker.name, gpu.device, UNUSED_BY_PARTS) for worker in facts for gpu in worker.gpus)
 
 
 def predict_served(config: ClusterConfig, model: Model, resources: ClusterResources, plan: Plan) -> Prediction | None:
-    """What a plan of before brings by the present profiles and links. None where that is unknown."""
+    """Predicts an earlier plan by the present profiles and links; None if it cannot be predicted."""
     if plan.wide_tiles:
         model, resources = _widened(config, model, resources)
     costs = StageCosts.of(model_costs(config, model, plan.expert_shards))
@@ -216,8 +215,7 @@ def predict_served(config: ClusterConfig, model: Model, resources: ClusterResour
 
 
 def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """The plan. Its InsufficientMemoryError says so where only `gpu_layers`, or rules for layers and experts, leave too
-    little."""
+    """Makes the plan. Its InsufficientMemoryError adds which single user setting, if changed, lets the model fit."""
     try:
         return make_plan(costs, facts, request)
     except InsufficientMemoryError as error:
@@ -234,7 +232,7 @@ def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest)
 
 
 def _layers_on_gpus(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> int | None:
-    """None where the model does not fit."""
+    """Returns the number of layers on GPUs; None if the model does not fit."""
     try:
         plan = make_plan(costs, facts, request)
     except InsufficientMemoryError:
@@ -260,19 +258,19 @@ def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[Wo
 
 
 def _beside(resources: WorkerResources, worker: str, held: Mapping[tuple[str, str], int]) -> WorkerResources:
-    """What other models leave of a worker's GPUs."""
+    """Returns the resources without the GPU memory that other models hold."""
     free = ((gpu, max(0, gpu.free_bytes - held.get((worker, gpu.device), 0))) for gpu in resources.gpus)
     return replace(resources, gpus=tuple(replace(gpu, free_bytes=free_bytes) for gpu, free_bytes in free))
 
 
 def in_order(config: ClusterConfig, names: Iterable[str]) -> list[str]:
-    """First those of the cluster file, as it has them, then others by name."""
+    """Sorts the cluster file's workers first, in its order, then others by name."""
     order = {worker.name: index for index, worker in enumerate(config.workers)}
     return sorted(names, key=lambda name: (order.get(name, len(order)), name))
 
 
 def _memory_shares(config: ClusterConfig, resources: ClusterResources) -> dict[str, int]:
-    """Bytes that each worker may take of its machine, which it may share with others."""
+    """Returns the bytes that each worker may take of its machine, which it may share with others."""
     if resources.free_bytes is None:
         return machine_shares(resources.workers)
     capped = {worker.name for worker in config.workers if worker.memory is not None}
@@ -282,7 +280,7 @@ def _memory_shares(config: ClusterConfig, resources: ClusterResources) -> dict[s
 
 
 def with_gpus(facts: WorkerFacts, resources: WorkerResources, profile: Profile | None) -> WorkerFacts:
-    """Profiles of another number of GPUs do not count."""
+    """Adds the worker's GPUs, without profiles if these are of another number of GPUs."""
     if not resources.gpus:
         return facts
     profiles: Sequence[DeviceProfile | None] = () if profile is None else profile.gpus
@@ -295,7 +293,7 @@ def with_gpus(facts: WorkerFacts, resources: WorkerResources, profile: Profile |
 
 @dataclass(eq=False)
 class ClusterPlanner:
-    """Plans of a running cluster, whose workers come and go."""
+    """The planner of a running cluster, whose workers come and go."""
 
     config: ClusterConfig
     model: Model
@@ -304,19 +302,19 @@ class ClusterPlanner:
     links: Links = UNKNOWN
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "planner"), init=False)
-    """Its own: a recovery waits for no other work in threads."""
+    """The planner's own thread, so that a recovery waits for no other work."""
 
     def update(self, links: Links) -> bool:
-        """Replaces the links; whether they changed."""
+        """Replaces the links; returns True if they changed."""
         changed, self.links = links != self.links, links
         return changed
 
     async def plan(
         self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset(), beside: MemoryLedger | None = None
     ) -> Plan:
-        """In its thread: over many workers and layers it takes seconds. `beside`: another ledger than the cluster's.
-        Raises as `plan_cluster` and the ledger do, and WorkerError where there are no workers or a manual plan needs
-        others."""
+        """Plans in the planner's thread: many workers and layers take seconds. `beside` replaces the cluster's ledger.
+        Raises as `plan_cluster` and the ledger do, and WorkerError if no worker is there or one of a manual plan is
+        missing."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]
@@ -335,7 +333,7 @@ class ClusterPlanner:
         return await loop.run_in_executor(self._thread, plan_cluster, self.config, self.model, resources)
 
     async def predict(self, plan: Plan, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
-        """Of the plan that serves: see `predict_served`."""
+        """Predicts the plan that serves: see `predict_served`."""
         loop, resources = asyncio.get_running_loop(), self._resources(workers)
         return await loop.run_in_executor(self._thread, predict_served, self.config, self.model, resources, plan)
 

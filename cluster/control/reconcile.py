@@ -1,4 +1,4 @@
-"""From the observed state of a cluster to the supervisor's next action. Pure.
+"""Decides on the supervisor's next action from the observed state of a cluster; pure functions.
 
 A start, a loss, a second loss during a recovery, a drain and a better plan all take the same steps.
 """
@@ -17,14 +17,14 @@ from llamaclust.core.sizes import mib
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Without the quarantined workers where the others suffice."""
+    """Plans without the quarantined workers, if the others suffice."""
 
     inputs: PlanInputs
 
 
 @dataclass(frozen=True, slots=True)
 class LoadEpoch:
-    """`is_exclusive`: the workers' other stages are freed first."""
+    """Loads a plan's stages; with `is_exclusive`, the workers' other stages of the model are freed first."""
 
     plan: Plan
     is_exclusive: bool
@@ -32,64 +32,64 @@ class LoadEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """The engine continues on the loaded epoch, beside the old one where that serves."""
+    """Continues the engine on the loaded epoch, beside the old one if that serves."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreeRetired:
-    """The stages of the epoch before, which has no sequences any more."""
+    """Frees the stages of the earlier epoch, which has no sequences any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClosePipeline:
-    """The lost one, and one that retires; then failures can be attributed."""
+    """Closes the lost pipeline and one that retires, so that the failure can be attributed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """The model's stages are freed, unless it has requests; with `gives_way` these wait."""
+    """Frees the model's stages, unless it has requests; with `gives_way` these wait."""
 
     gives_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """These workers count as lost from now on, unless they stay for other models."""
+    """Counts these workers as lost, unless they stay for other models."""
 
     expulsions: tuple[Expulsion, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FailRequests:
-    """`reason`: besides the cause of the loss."""
+    """Fails the requests, for `reason` and for the cause of the loss."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Interrupt:
-    """Ends a working pipeline: the new layers do not fit beside its own."""
+    """Ends a working pipeline, because the new layers do not fit beside its own."""
 
     error: LlamaclustError
 
 
 @dataclass(frozen=True, slots=True)
 class Notify:
-    """Operators."""
+    """Tells operators."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """The start fails."""
+    """Fails the start."""
 
     error: LlamaclustError
 
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """For an observation, or until this time. `is_settled`: nothing is left to do."""
+    """Waits for an observation, or until this time. `is_settled`: nothing is left to do."""
 
     until_s: float | None
     is_settled: bool = False
@@ -112,7 +112,7 @@ Action = (
 
 
 def reconcile(state: ClusterState) -> Action | None:
-    """None while an action runs."""
+    """Returns None while an action runs."""
     if state.is_acting:
         return None
     if state.loading.is_loaded:
@@ -138,7 +138,7 @@ def _end_pipeline(state: ClusterState) -> Action | None:
 
 
 def _recover(state: ClusterState) -> Action | None:
-    """At a start, or after a loss: a plan over the present workers, as soon as they suffice."""
+    """Returns the next step to a plan over the present workers, at a start or after a loss; None if none was lost."""
     loss, planning, loading = state.loss, state.planning, state.loading
     if loss is None:
         return None
@@ -161,7 +161,7 @@ def _recover(state: ClusterState) -> Action | None:
 
 
 def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
-    """The reason is noticed once. After `timeouts.recovery` requests fail, but the cluster waits on; a start fails."""
+    """Notices the reason once. After the wait, a start fails; requests fail too, but the cluster waits on."""
     loss = state.loss
     assert loss is not None and state.planning is not None
     is_link = isinstance(why, NetworkPartitionError)
@@ -181,7 +181,7 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
 
 
 def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
-    """Of other models, which give it in their turn: `timeouts.request` bounds the wait."""
+    """Waits until other models give way in their turn; `timeouts.request` bounds the wait."""
     missing_bytes = why.missing_bytes if isinstance(why, InsufficientMemoryError) else None
     missing = "" if missing_bytes is None else f" ({mib(missing_bytes)} MiB)"
     text = f"waiting for memory that other models hold{missing}: they give way after their turns"
@@ -191,15 +191,14 @@ def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
 
 
 def _absent_workers(state: ClusterState) -> str:
-    """Those of the lost epoch, by name."""
     serving = () if state.serving is None else state.serving.workers
     absent = [name for name, _ in serving if name not in state.pool.present]
     return f"worker{'s' if len(absent) > 1 else ''} {', '.join(absent)}" if absent else "a worker"
 
 
 def _improve(state: ClusterState) -> Action:
-    """The best plan for the present workers, while the old one serves. One move follows the other: a third epoch beside
-    two would need their memory."""
+    """Moves layers to the best plan while the old one serves. Moves follow each other: a third epoch would need its own
+    memory."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)

@@ -1,5 +1,5 @@
-"""Which models are awake: a request wakes one; one without requests sleeps after a time, or when another one needs its
-memory. Models with requests that do not fit together take turns."""
+"""Decides which models are awake: a request wakes one; one sleeps after a time without requests, or when another model
+needs its memory. Models with requests that do not fit together take turns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
-"""Between two looks for memory, if no model reports that it has no requests any more."""
+"""The pause between two checks for memory, if no model becomes idle."""
 _TURN_S = 30.0
-"""So long a model serves at least before it gives way to the requests of another one: its own are computed again."""
+"""The least time that a model serves before it gives way to another one's requests: its own are computed again."""
 _MOST_TURNS = 16
-"""A turn is doubled up to so many while it did not suffice for a request."""
+"""The most turns that a model serves at a time; they double while they do not suffice for a request."""
 
 
 def _now_s() -> float:
@@ -28,7 +28,7 @@ def _now_s() -> float:
 
 @dataclass(eq=False, slots=True)
 class Resident:
-    """One model. `usual_s`: how long it stays awake without requests; None: until its memory is needed."""
+    """A model that is awake or asleep. `usual_s`: its time awake without requests; None: until its memory is needed."""
 
     name: str
     observed: Observed
@@ -61,34 +61,34 @@ class Resident:
 
     @property
     def is_leaving(self) -> bool:
-        """Whether it is awake, but about to sleep: its time has passed, or its memory is needed."""
+        """True if the model is awake, but about to sleep: its time has passed, or its memory is needed."""
         return not self.observed.state.is_wanted or (self.is_idle and self.expires_in_s == 0)
 
     @property
     def expires_in_s(self) -> float | None:
-        """Until it is to sleep, if no request comes; None: not at any time."""
+        """Seconds until the model sleeps if no request comes; None if it does not."""
         if self.keep_alive_s is None or self.is_asleep or self.engine.state is EngineState.DOWN:
             return None
         return max(0.0, self.idle_since_s + self.keep_alive_s - _now_s())
 
     def enter(self) -> None:
-        """A request has come that may have nothing for the engine yet: the model is loaded."""
+        """Counts a request that may have nothing for the engine yet, and wakes the model."""
         self._users += 1
         self.wake()
 
     def leave(self) -> None:
-        """The request that entered has its reply."""
+        """Ends the count of a request that has its reply."""
         self._users -= 1
         self.idle_since_s = _now_s()
         self._changed.set()
 
     def keep(self, seconds: float | None) -> None:
-        """Until the next request, in place of its usual time."""
+        """Sets the time awake without requests, up to the next request."""
         self.keep_alive_s = seconds
         self._changed.set()
 
     def wake(self) -> None:
-        """It is loaded, and its time begins again."""
+        """Loads the model, and restarts its time awake."""
         self.idle_since_s = _now_s()
         self.keep_alive_s = self.usual_s
         self._changed.set()
@@ -96,20 +96,20 @@ class Resident:
             self.observed.post(Signal.WAKE_REQUESTED)
 
     def load(self) -> None:
-        """It is loaded though it has no request."""
+        """Loads the model though it has no request."""
         self.is_explicit = self.serving_since_s is None
         self.wake()
 
     async def sleep(self) -> None:
-        """Returns when it sleeps, or is awake for a request that came meanwhile."""
+        """Returns when the model sleeps, or is awake for a request that came meanwhile."""
         self.is_explicit = False
         self.observed.post(Signal.SLEEP_REQUESTED)
         await self.observed.until(lambda state: not state.is_wanted)
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     async def give_way(self) -> None:
-        """Returns when it sleeps. Its requests wait for `resume`. A request that two turns did not suffice for doubles
-        the next one: it is begun anew in each."""
+        """Returns when the model sleeps; its requests wait for `resume`. The next turn is doubled if two turns did not
+        suffice for a request, which begins anew in each."""
         found = frozenset(self.engine.requests.keys)
         self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
         self._interrupted, self.gives_way = found, True
@@ -118,25 +118,24 @@ class Resident:
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     def resume(self) -> None:
-        """After it has given way: it is loaded if it has requests."""
+        """Ends `give_way`: the model is loaded if it has requests."""
         self.gives_way = False
         if not self.is_idle:
             self.observed.post(Signal.WAKE_REQUESTED)
 
     async def requested(self) -> None:
-        """Returns when there is a request. Until then it sleeps once its time has passed."""
+        """Returns when there is a request. Until then, the model sleeps once its time has passed."""
         while self.is_idle:
             if not await self._changes(self.engine.requests.wait_any(), self.expires_in_s) and self.is_idle:
                 await self.sleep()
 
     async def idle(self) -> None:
-        """Returns when there is no request."""
         while not self.is_idle:
             await self._changes(self.engine.requests.wait_empty() if not self._users else asyncio.Event().wait())
         self.idle_since_s = _now_s()
 
     async def _changes(self, waiting: Coroutine[Any, Any, Any], timeout_s: float | None = None) -> bool:
-        """Waits for this or a change, but no longer; whether it came."""
+        """Returns True if `waiting` ended or the resident changed before the timeout."""
         self._changed.clear()
         waits = [asyncio.create_task(waiting), asyncio.create_task(self._changed.wait())]
         try:
@@ -148,7 +147,7 @@ class Resident:
 
 
 class Residency:
-    """Of all models of a cluster. A context manager: decides while it is entered."""
+    """The residents of a cluster: a context manager that decides while it is entered."""
 
     def __init__(self, residents: Mapping[str, Resident]) -> None:
         self.residents = residents  # by name
@@ -176,8 +175,8 @@ class Residency:
             self._idle = asyncio.Event()
 
     async def _make_room(self, resident: Resident) -> None:
-        """While its plan lacks memory, others sleep for it: those without requests, the longest idle one first, then
-        those that have served for a turn. These are loaded again as soon as there is memory for them."""
+        """Lets other models sleep while this one's plan lacks memory: idle ones first, the longest idle one before
+        others, then those that have served for a turn. The latter are loaded again as soon as memory suffices."""
         while True:
             await resident.observed.until(lambda state: state.lacks_memory)
             giving_way: list[Resident] = []
@@ -188,7 +187,7 @@ class Residency:
                     other.resume()
 
     async def _free(self, resident: Resident, giving_way: list[Resident]) -> None:
-        """Until its plan does not lack the memory of others any more."""
+        """Returns when the model's plan does not lack the memory of others any more."""
         while resident.observed.state.lacks_memory:
             idle = self._idle
             if (sleeper := self._longest_idle(resident)) is not None:
@@ -203,7 +202,7 @@ class Residency:
             await _plan_again(resident.observed)
 
     async def _time(self, resident: Resident) -> None:
-        """Since when it serves."""
+        """Keeps `serving_since_s` up to date."""
         while True:
             await resident.observed.until(lambda state: state.loss is None)
             resident.serving_since_s, resident.is_explicit = _now_s(), False
@@ -211,7 +210,7 @@ class Residency:
             resident.serving_since_s = None
 
     def _longest_serving(self, resident: Resident) -> Resident | None:
-        """Of those whose turn is over, where requests wait for this one."""
+        """Returns the model that has served longest, if its turn is over and requests wait for this one."""
         waiting = resident.observed.state.loss
         if resident.is_idle or waiting is None:
             return None
@@ -222,7 +221,7 @@ class Residency:
         return found if is_over else None
 
     def _longest_idle(self, resident: Resident) -> Resident | None:
-        """Of those that are awake: itself, where no request waits for it any more."""
+        """Returns the longest idle model that is awake; this one itself, if no request waits for it any more."""
         if resident.is_idle and not resident.is_explicit:
             return resident
         others = (other for other in self.residents.values() if other is not resident)
@@ -231,7 +230,7 @@ class Residency:
 
 
 async def _plan_again(observed: Observed) -> None:
-    """Returns when the model has a plan for the memory that there is now, or needs none any more."""
+    """Returns when the model has a plan for the present free memory, or needs none any more."""
     before = observed.state.pool.memory
     observed.post(Signal.MEMORY_FREED)
     await observed.until(

@@ -1,4 +1,4 @@
-"""The epoch that serves, and when another plan is worth a move."""
+"""The epoch that serves, and the decision if another plan is worth a move."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.gpus import DeviceLayers
 
 _CLEARLY_BETTER = 0.95
-"""A plan must be better by this factor, for equal workers are measured as nearly equal."""
+"""The factor by which a plan must be better, because equal workers are measured as nearly equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,11 @@ class Serving:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 
     def predicted(self, prediction: Prediction | None) -> Serving:
-        """Predictions compare only where both are of the same links: those of before may be too good."""
+        """Replaces the prediction: one by earlier links may be too good to compare with a new plan's."""
         return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:
-        """Whether the plan only has other workers for equal stages and shares, which are not clearly better."""
+        """True if the plan has the same stages and shares, on workers that are not clearly better."""
         served, new = self.plan.prediction, plan.prediction
         if served is None or new is None or _parts(self.plan) != _parts(plan):
             return False
@@ -40,7 +40,7 @@ class Serving:
 
 
 def is_clearly_faster(plan: Plan, other: Plan) -> bool:
-    """Whether a plan should decode faster for one sequence, and no slower for many."""
+    """True if the plan decodes clearly faster for one sequence and no slower for many."""
     new, old = plan.prediction, other.prediction
     if new is None or old is None:
         return False
@@ -48,7 +48,7 @@ def is_clearly_faster(plan: Plan, other: Plan) -> bool:
 
 
 _Part = tuple[Fraction, Fraction, tuple[int, ...], int]
-"""Layers and parts of layers, with the shares of a group and the number of a member."""
+"""Start and end in layers, the shares of a group and the number of a member."""
 
 
 def _parts(plan: Plan) -> list[_Part]:

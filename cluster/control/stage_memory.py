@@ -1,4 +1,4 @@
-"""What stages will take on a worker, asked of the worker's own code: nothing is loaded for it."""
+"""The memory that stages will take on a worker, computed by the worker's own code without a load."""
 
 from __future__ import annotations
 
@@ -16,21 +16,17 @@ from llamaclust.worker.stage.stage_runner import model_program
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What was computed of a model."""
-
     workspaces: dict[tuple[StageLimits, StagePlace], int] = field(default_factory=dict)
     roundings: dict[tuple[str, bool], Counts] = field(default_factory=dict)
 
 
 _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
-"""Of models that are open: their plans after a loss, or of other machines, need not compute it again."""
+"""The values of open models, so that later plans need not compute them again."""
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """The workspace of stages that are loaded with these limits, whatever their context. A stage whose layers are not
-    chosen yet is taken to hold all layers: weights of several types, or a few layers without experts, may make it take
-    more than it will. If layers are divided, it is the largest of that and of stages that begin or end inside a layer.
-    """
+    """Returns the workspace of stages with these limits, for any context length. A stage without chosen layers counts
+    as one of all layers, or as the largest that begins or ends inside a layer if layers are divided."""
     known = _known.setdefault(model, _Known()).workspaces
 
     def bytes_at(place: StagePlace) -> int:
@@ -49,7 +45,7 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
 
 
 def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Iterator[tuple[int, int, StageLimits]]:
-    """Stages of which one takes as much as any at such a place, with their limits."""
+    """Yields stages of which one takes the largest workspace at the place, with their limits."""
     yield 0, model.layer_count if place.is_last else max(1, model.layer_count - 1), replace(limits, expert_shards=1)
     if limits.expert_shards > 1:
         for parts in _divided_stages(model, limits.expert_shards, place):
@@ -57,8 +53,8 @@ def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Ite
 
 
 def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tuple[int, int]]:
-    """Stages that begin or end inside a layer, of which one takes as much as any: the longest ones, and of each layer
-    those that begin, end, and do both there. In parts of layers."""
+    """Yields stages, in parts of layers, that begin or end inside a layer, one of which takes the largest workspace:
+    the longest ones, and of each layer those that begin, end, and do both there."""
     layers = [layer for layer in range(model.layer_count) if model.is_divisible(layer, shards)]
     half = shards // 2
     if not layers:
@@ -78,8 +74,7 @@ def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tu
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
-    """Of stages of the model, with their experts or without: the first layer is there with the embedding, the last one
-    with the head."""
+    """Returns the rounding of weights; the first layer's includes the embedding, the last one's the head."""
     known = _known.setdefault(model, _Known()).roundings
 
     def table(device: str) -> Counts:

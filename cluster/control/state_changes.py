@@ -1,4 +1,4 @@
-"""How each observation changes the state that the supervisor decides from. Pure."""
+"""Applies each observation to the state that the supervisor decides from; pure functions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, ModelFileError, ProtocolError, StalledError
 
 _MAX_LOADS = 3
-"""The number of loads that fail before their workers are expelled."""
+"""The number of failed loads after which workers are expelled."""
 _LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
 
 
 def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
-    """The state after an observation."""
     pool, planning, loss = state.pool, state.planning, state.loss
     match observation:
         case seen.Tick():
@@ -100,7 +99,7 @@ def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolSta
 
 
 def _awake(state: ClusterState) -> ClusterState:
-    """A model that sleeps is loaded as after a loss, and its requests wait from now on."""
+    """Marks the model as wanted. One that sleeps is loaded as after a loss, and its requests wait from now on."""
     if state.is_asleep:
         state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
     return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
@@ -108,7 +107,7 @@ def _awake(state: ClusterState) -> ClusterState:
 
 def _attribute(state: ClusterState) -> ClusterState:
     """Finds the worker, or the request, that made the pipeline fail. A worker that breaks the protocol is expelled,
-    unless one that is lost is the cause."""
+    unless a lost worker is the cause."""
     loss, serving = state.loss, state.serving
     assert loss is not None and loss.error is not None and serving is not None
     if loss.causes:
@@ -126,7 +125,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """It failed while it served. The notice of a quarantine comes with its begin."""
+    """Records the failure of a serving worker. A notice is due only if a quarantine begins."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)
@@ -139,9 +138,8 @@ def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, reques
 
 
 def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
-    """An outdated plan is replaced. Else the load is repeated after a pause, and workers that fail again and again, or
-    do not answer, are expelled. One whose memory was less than it had reported is not at fault: another plan is made
-    from what it reports now."""
+    """Replaces an outdated plan, else repeats the load after a pause. Workers that hang, or fail again and again, are
+    expelled. A worker with less memory than it reported is not at fault: it is planned anew."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
     stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
@@ -170,8 +168,8 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
 
 
 def _damaged(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
-    """Workers with a damaged copy of the model, and the notice of each: plans are made without them, unless all have
-    one or the others do not suffice."""
+    """Returns the workers with damaged copies of the model, and their notices; none if no other worker has a good
+    copy."""
     errors = {each.name: str(each.error) for each in failed.suspects if isinstance(each.error, ModelFileError)}
     excluded = state.inputs.quarantined
     has_others = any(name not in errors and name not in excluded for name, _ in state.pool.usable)
@@ -179,19 +177,19 @@ def _damaged(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str
 
 
 def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoadFailed) -> ClusterState:
-    """The old epoch serves on. A worker that serves other models and did not answer is excluded, for another move."""
+    """Keeps the old epoch. A worker without an answer is excluded, for another move, if it serves other models."""
     state = replace(state, planning=replace(planning, rejected=failed.error))
     return state if state.is_alone else _exclude(state, planning.inputs, _unfit(state, failed))
 
 
 def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
-    """Returns whether the plan is useless, another worker joined, or links are not what they were."""
+    """True if the plan is useless, another worker joined, or the links changed."""
     is_other_network = inputs.links != pool.links
     return is_useless(plan, inputs, pool) or is_other_network or not set(pool.usable) <= set(inputs.workers)
 
 
 def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
-    """Workers that did not answer, or that fail again and again, and the notice of each."""
+    """Returns the workers that did not answer or fail again and again, and the notice of each."""
     is_failing = state.loading.failures >= _MAX_LOADS
     reason = f"it takes no part in a new epoch: {failed.error}"
     return {
@@ -200,8 +198,7 @@ def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
 
 
 def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
-    """Expels the workers of a model that is alone. A model that does not load is no reason to take others from a
-    worker."""
+    """Expels workers if the model is alone, else only excludes them from its plans: other models stay on them."""
     if state.is_alone:
         return _expel(state, inputs, reasons)
     excluded = state.inputs.quarantined

@@ -1,7 +1,7 @@
-"""Keeps a pipeline under the engine of a model: whichever worker is lost, joins or is drained.
+"""Keeps a pipeline under the engine of a model, whichever worker is lost, joins or is drained.
 
-One loop: an observation changes the state, `reconcile` decides on an action, the action runs while the next
-observations are taken in, and its result is an observation, too.
+One loop: an observation changes the state, `reconcile` decides on an action, and the action's result is another
+observation. Observations are taken in while an action runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llamaclust.cluster.state.events import Notice, Report
 
 
 class Supervisor:
-    """`start` opens the first epoch; from then on `run` sees to it that one serves."""
+    """The control loop of one model: `start` opens the first epoch, `run` keeps one serving."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Supervisor:
         report: Report,
         is_asleep: bool = False,
     ) -> None:
-        """Of one model, on the workers of a pool. `is_asleep`: it is loaded when it is wanted, and not at the start."""
+        """Adds the model to the pool. `is_asleep`: it is loaded on demand, not at the start."""
         now_s, workers = asyncio.get_running_loop().time(), pool.workers
         usable = PoolState(drained=workers.record.drained)
         waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, workers.start_s))
@@ -63,27 +63,27 @@ class Supervisor:
 
     @property
     def epoch(self) -> Epoch:
-        """That serves, or served until it was lost. Not of a model that sleeps."""
+        """The epoch that serves, or served until it was lost. The model must not sleep."""
         assert self._runner.epoch is not None
         return self._runner.epoch
 
     @property
     def plan(self) -> Plan | None:
-        """Of the epoch that serves, or served last."""
+        """The plan of the epoch that serves, or served last."""
         return self._runner.plan
 
     @property
     def number(self) -> int | None:
-        """Of its epoch; None while the model sleeps."""
+        """The number of the epoch; None while the model sleeps."""
         return None if self._runner.epoch is None else self._runner.epoch.number
 
     @property
     def retiring_epoch(self) -> Epoch | None:
-        """That served before it, and still has sequences."""
+        """The epoch that served before and still has sequences."""
         return self._runner.retiring
 
     async def close_pipelines(self) -> None:
-        """After the engine's end."""
+        """Closes the pipelines after the engine's end."""
         await asyncio.gather(*(epoch.pipeline.close() for epoch in self._runner.open_epochs))
 
     @property
@@ -95,25 +95,25 @@ class Supervisor:
         return self._runner.recoveries
 
     async def start(self) -> Epoch:
-        """The first epoch, whose workers have joined. Raises an error that no other worker can help, and after
-        `timeouts.recovery` why there is none."""
+        """Returns the first epoch. Raises an error that no other worker can help at once, any other one after its
+        wait."""
         await self._loop(is_start=True)
         return self.epoch
 
     async def aclose(self) -> None:
-        """Cancels what runs in the background; returns when it has ended."""
+        """Cancels background work; returns when it has ended."""
         if self._action is not None:
             self._action.cancel()
             await asyncio.wait([self._action])
         await self._runner.watching.close()
 
     async def run(self, engine: Engine) -> None:
-        """Until it is cancelled; an error is a bug."""
+        """Runs until it is cancelled; an error is a bug."""
         self._runner.engine = engine
         await self._loop(is_start=False)
 
     def pipeline_lost(self, failure: PipelineFailure) -> None:
-        """The engine's report."""
+        """Takes the engine's report."""
         for error in failure.ended.values():
             self._report(Notice(str(error)))
         if self._runner.engine is not None and self._runner.engine.suspects_request:
@@ -122,12 +122,11 @@ class Supervisor:
 
     @property
     def may_suspect_workers(self) -> bool:
-        """See `EngineOwner`."""
+        """The property of `EngineOwner`."""
         is_planned = self._runner.planner.config.plan is None
         return is_planned and self.observed.state.pool.may_exclude_more(self._tick().now_s)
 
     def rows_failed(self, key: int) -> None:
-        """See `EngineOwner`."""
         self.observed.post(seen.RowsFailed(key))
 
     async def _loop(self, *, is_start: bool) -> None:
@@ -146,7 +145,7 @@ class Supervisor:
                 ended.result()  # its error is a bug
 
     def _act(self, action: Action | None) -> float | None:
-        """Begins an action. Returns until when an observation is awaited."""
+        """Begins an action. Returns the time until which the loop waits for an observation; None: no limit."""
         match action:
             case None:
                 return None

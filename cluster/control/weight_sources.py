@@ -1,4 +1,4 @@
-"""Sources of a model's weights, for workers of a plan without its file, or with a copy of other bytes."""
+"""Sources of a model's weights, for workers without its file, or with a copy of other bytes."""
 
 from __future__ import annotations
 
@@ -30,24 +30,21 @@ from llamaclust.wire.rpc.deadlines import deadline
 _log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 8e6
-"""Weights are sent in pieces of this size."""
 _ALIKE = 1.25
-"""Links that differ by less count as equal."""
+"""The factor within which links count as equal."""
 _ANNOUNCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class ModelReference:
-    """A model as messages name it."""
-
     path: str
     model_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class WantedBytes:
-    """A model or an adapter whose layers are to be loaded. `own`: the coordinator's copy of its file, if it is to be
-    compared with those of workers. `is_compared`: also where all have one and the same file."""
+    """A model or an adapter whose layers are to be loaded. `own`: the coordinator's copy, if it is to be compared with
+    those of workers. `is_compared`: copies are compared even if all workers have the same file."""
 
     request: FindWeights
     own: OwnCopy | None = None
@@ -59,8 +56,8 @@ class WantedBytes:
 async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
-    """The bytes that each worker in `loading` is to have, and its sources of them. Empty where they are one file on all
-    machines; workers without the file are left out where there is no source."""
+    """Returns, for each worker in `loading`, the bytes that it is to have and its sources. Empty if they are one file
+    on all machines; a worker without the file and without a source has no entry."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):
@@ -100,7 +97,7 @@ async def weight_sources(
 async def adapter_files(
     adapters: Mapping[int, WantedBytes], loading: Collection[str], workers: Mapping[str, WorkerHandle]
 ) -> dict[str, tuple[AdapterFile, ...]]:
-    """The adapters for each worker in `loading`, with its sources of them."""
+    """Returns the adapters for each worker in `loading`, with its sources."""
     files: dict[str, tuple[AdapterFile, ...]] = dict.fromkeys(loading, ())
     for number, wanted in sorted(adapters.items()):
         sources = await weight_sources(loading, workers, wanted)
@@ -110,7 +107,7 @@ async def adapter_files(
 
 
 def _are_compared(wanted: WantedBytes, found: Collection[WeightsFound]) -> bool:
-    """Returns whether a worker lacks the file or has a copy of its own."""
+    """True if the file must be compared, for one because a worker lacks it or has another copy."""
     files = {weights.file for weights in found} | (set() if wanted.own is None else {wanted.own.file.copy_id})
     return wanted.is_compared or len(files) > 1 or not all(weights.has_file for weights in found)
 
@@ -127,8 +124,7 @@ async def _own_manifest(own: OwnCopy | None, found: Mapping[str, WeightsFound]) 
 
 
 async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHandle], request: FindWeights) -> None:
-    """Workers that fetch weights which the newcomer has may fetch them there: it may be a source that they know under
-    an old address."""
+    """Tells the workers that fetch weights of the newcomer that it is a source, maybe under a new address."""
     fetching = [worker for worker in workers if worker is not newcomer and _fetched(worker)]
     if not fetching:
         return
@@ -143,7 +139,6 @@ async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHand
 
 
 def _fetched(worker: WorkerHandle) -> set[str]:
-    """The manifests of the weights that a worker fetches."""
     order = worker.loading
     weights = () if order is None else (order.weights, *(adapter.weights for adapter in order.adapters))
     return {fetched.manifest for fetched in weights if fetched is not None}
@@ -152,7 +147,7 @@ def _fetched(worker: WorkerHandle) -> set[str]:
 def nearest_first(
     fetcher: str, names: Collection[str], machines: Mapping[str, str], links: Links, place: int = 0
 ) -> list[str]:
-    """Sources by name: first those on the fetcher's machine, then by link speed, unknown links last. Equal ones are
+    """Sorts sources by name: the fetcher's machine first, then by link speed, unknown links last. Equal ones are
     rotated by `place`."""
     others = [name for name in names if name != fetcher]
     turned = others[place % max(len(others), 1) :] + others[: place % max(len(others), 1)]
@@ -166,7 +161,7 @@ def nearest_first(
 
 
 def is_file_absent(workers: Mapping[str, WorkerHandle], model_id: str) -> bool:
-    """Whether no present worker has the model's file, so that the others must wait."""
+    """True if no present worker has the model's file, as far as is known, so that loads must wait."""
     found = [
         worker.weights_found.get((model_id, True)) or worker.weights_found.get((model_id, False))
         for worker in workers.values()
@@ -178,7 +173,7 @@ def is_file_absent(workers: Mapping[str, WorkerHandle], model_id: str) -> bool:
 async def _find(
     workers: Collection[WorkerHandle], find: Callable[[WorkerHandle], Coroutine[None, None, WeightsFound]]
 ) -> dict[str, WeightsFound]:
-    """Workers that fail are no sources."""
+    """Queries all workers; those that fail are no sources."""
     answers = await asyncio.gather(*map(find, workers), return_exceptions=True)
     found = {}
     for worker, answer in zip(workers, answers, strict=True):
@@ -199,8 +194,8 @@ def _sources(
     coordinator: Sequence[WeightSource],
     links: Links,
 ) -> tuple[WeightSource, ...]:
-    """Workers with the file first, then the coordinator if it gives its own, then the other workers, which may have
-    fetched it; workers nearest first. Each fetcher begins with another one of equal sources."""
+    """Lists workers with the file first, then the coordinator if it gives its own, then other workers, which may have
+    fetched it; each nearest first. `place` gives each fetcher another one of equal sources."""
     machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]
     others = [name for name in members if name not in with_file] if described or coordinator else []

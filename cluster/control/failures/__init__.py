@@ -1,1 +1,1 @@
-"""Failures of serving workers: who is at fault, and for how long plans do without."""
+"""Failures of serving workers: who is at fault, and for how long plans exclude them."""

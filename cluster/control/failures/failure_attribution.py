@@ -12,10 +12,9 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""A stream breaks before the loss of the worker behind it is known."""
+"""The wait for the loss of a worker, which is known later than the end of its streams."""
 _REPORTS_S = 10.0
-"""A member reports the end of its group at its next gather, later on a crowded machine. One report alone may accuse a
-worker that is not at fault."""
+"""The wait for more reports: a member reports at its next gather, and one report alone may accuse the wrong worker."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -25,8 +24,7 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """The lost worker of an epoch that the others followed: one that another stage could not reach, or else the first
-    one that was lost. None where none is lost."""
+    """Returns the lost worker that another stage could not reach, or else the first one lost; None if none is lost."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(
@@ -37,7 +35,7 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 
 
 async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Returns when a worker of an epoch is lost, or a group of them reports its end: streams may not end by that."""
+    """Returns when a worker is lost or a group reports its end, which may not end any stream."""
     signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
     for members in groups_of(epoch, workers):
         signs += [member.group_faults(epoch).reported.wait() for member in members]
@@ -53,8 +51,7 @@ async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
 async def attribute_failure(
     epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
 ) -> LlamaclustError:
-    """The loss of a worker, if there is one within a moment; else what the members of a group report; else the error
-    that a stream ended with, as soon as it is known that live workers cannot reach each other."""
+    """Returns the loss of a worker, if one comes within a moment, else what members of a group report, else `ended`."""
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
     signs += [asyncio.create_task(_can_be_judged(epoch, group)) for group in groups_of(epoch, workers)]
@@ -76,7 +73,6 @@ async def attribute_failure(
 
 
 def groups_of(epoch: int, workers: Sequence[WorkerHandle]) -> list[list[WorkerHandle]]:
-    """The members of each group that holds a stage of an epoch."""
     groups: dict[bytes, list[WorkerHandle]] = {}
     for worker in workers:
         order, _ = worker.stages[epoch]
@@ -91,8 +87,7 @@ def _reports(epoch: int, workers: Sequence[WorkerHandle]) -> dict[str, GroupFaul
 
 
 def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str] | None:
-    """Two members of a group, one of which reports that it cannot reach the other one. The others' links end by that,
-    too."""
+    """Returns two members of a group, one of which reports that it cannot reach the other."""
     for members in groups_of(epoch, workers):
         for member in members:
             other = member.unreachable_peer(epoch).name
@@ -102,7 +97,7 @@ def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str]
 
 
 async def _is_cut_off(epoch: int, member: WorkerHandle, members: Sequence[WorkerHandle]) -> None:
-    """Returns when it has reported another member as unreachable."""
+    """Returns when the member has reported another member as unreachable."""
     await member.unreachable_peer(epoch).reported.wait()
     if not _is_among(member.unreachable_peer(epoch).name, members):
         await asyncio.Event().wait()  # of the next stage, whose stream ends
@@ -113,8 +108,8 @@ def _is_among(name: str | None, members: Sequence[WorkerHandle]) -> bool:
 
 
 async def _can_be_judged(epoch: int, members: Sequence[WorkerHandle]) -> bool:
-    """Returns when a member of a group has reported its own failure, or when all of them have reported the group's end,
-    but those that do nothing any more."""
+    """Returns when a member has reported its own failure, or all members that are neither late nor cut off have
+    reported."""
     waiting = {asyncio.create_task(member.group_faults(epoch).reported.wait()) for member in members}
     names = {member.name for member in members}
     try:
@@ -132,8 +127,8 @@ async def _can_be_judged(epoch: int, members: Sequence[WorkerHandle]) -> bool:
 
 
 async def _is_partitioned(epoch: int, worker: WorkerHandle, workers: Sequence[WorkerHandle]) -> bool:
-    """Returns when it has reported a live peer as unreachable; a peer that has ended is unreachable too, and is the
-    cause itself."""
+    """Returns when the worker has reported a peer as unreachable; True if the peer lives, else the peer is the
+    cause."""
     unreachable = worker.unreachable_peer(epoch)
     await unreachable.reported.wait()
     peer = next((peer for peer in workers if peer.name == unreachable.name), None)

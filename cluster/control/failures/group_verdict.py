@@ -1,7 +1,7 @@
-"""Judges from the reports of a group's members which worker made the group fail. Pure.
+"""Judges from the reports of a group's members which worker made the group fail.
 
-Each member reports once, as far as it knows: that it failed itself, or that another member sent what it may not, was
-late, or closed the link. A closed link says little: whoever closes it may have found another member at fault.
+Each member reports once: that it failed itself, or that another member sent wrong data, was late, or closed the link. A
+closed link says little: whoever closes it may have found another member at fault.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
 def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """The report, by member, that names the worker at fault: of those of the strongest kind, one that accuses whom the
-    most others accuse so, then one that has no report of its own, else the first. None without reports."""
+    """Returns the report that names the worker at fault: of the strongest kind, from the most accusers, best against a
+    worker without a report of its own. None without reports."""
     accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
     return min(
         reports.values(),

@@ -1,4 +1,4 @@
-"""Results that do not come although the heartbeats of all workers do: which stage owes one, and since when. Pure."""
+"""Results that are overdue although all workers send heartbeats: the stage that owes one, and for how long."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """The stage at which a microbatch is whose result is due: the last one that has received it, or to which the one
-    before has sent it, and the first one where none has. No stage has received what the one before has not sent,
-    whatever it claims. A first stage that waits for sampled tokens waits for the last one."""
+    """Returns the stage that a due microbatch is at: the last one that received it or that it was sent to, else the
+    first. A first stage that waits for sampled tokens waits for the last one."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
         if at is None:  # it may have gone on from there
@@ -38,13 +37,13 @@ def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
 
 @dataclass(slots=True)
 class OverdueResults:
-    """How long each open epoch's next result has been owed by the same stage."""
+    """Times for which each open epoch's next result has been owed by the same stage."""
 
     _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)  # seconds, and the last look
 
     def waited_s(self, owed: Owed, now_s: float) -> float:
-        """Each epoch owes one result at a time. Of a longer time between two looks, this process was busy or stopped
-        itself, and results wait to be read."""
+        """Returns the time that the result has been owed. A long time between two calls counts as `_LOOK_S` at most:
+        this process was then busy or stopped, and results may wait to be read."""
         if owed not in self._waited:
             self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
         waited_s, last_s = self._waited.get(owed, (0.0, now_s))
@@ -53,5 +52,4 @@ class OverdueResults:
         return waited_s
 
     def keep(self, epochs: Collection[int]) -> None:
-        """Forgets the others, which owe nothing any more."""
         self._waited = {owed: waited for owed, waited in self._waited.items() if owed.epoch in epochs}

@@ -1,12 +1,11 @@
-"""Workers that fail without being lost for good, and for how long plans exclude them. Pure.
+"""Quarantine of workers that fail without being lost for good: plans exclude them for a time.
 
-A worker fails where a step of its stage raises an error, gives numbers that are not finite or takes too long, where its
-answers break the protocol or do not come, where it is lost, or where it does not load its layers. One failure says
-little: it may be a request's fault, or happen once. After a second one plans exclude the worker where the others
-suffice, and after each further one twice as long: it is tried again after each pause.
+A worker fails if a step raises an error, gives numbers that are not finite or takes too long, if its answers break the
+protocol or do not come, if it is lost, or if it does not load its layers. One failure may be a request's fault. After a
+second one, plans exclude the worker where the others suffice; each further failure doubles the pause.
 
-A request that breaks each worker that computes it looks like a failing worker until it has moved to others. It was in
-flight at every failure that it caused; once it has ended for that, those workers are released.
+A request that breaks each worker looks like failing workers until it has moved to others. It was in flight at every
+failure that it caused; once it has ended for that, those workers are released.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ _BACKOFF = Backoff(first_s=10.0, max_s=600.0)
 _RETRY = Backoff(first_s=0.25, max_s=5.0)
 _IGNORED = Backoff(first_s=60.0, max_s=3600.0)
 _FREE = 1
-"""Failures before the first exclusion."""
+"""The number of failures before the first exclusion."""
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""A worker starts anew after so many times its last pause without a failure, and at least `_REMEMBERED_S`."""
+"""Failures are forgotten after so many times the last pause, and after `_REMEMBERED_S` at least."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """A worker's failures. `end_s`: until then plans exclude it. `requests`: those in flight at each of the failures,
-    which may be the cause instead."""
+    """A worker's failures. `end_s`: the end of its exclusion. `requests`: those in flight at all failures, one of which
+    may be the cause instead."""
 
     failures: int
     pause_s: float
@@ -41,8 +40,8 @@ class FailureRecord:
     retry_at_s: float = 0.0  # until then requests wait for others to take its place
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Returns the record after a failure in quarantine, which does not extend the quarantine. Pauses begin with the
-        shortest one again where the worker was used for longer than the last pause before a retry."""
+        """Returns the record after a failure in quarantine, which does not extend the quarantine. Retry pauses begin
+        with the shortest one again if the worker was used for longer than the last one."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -71,12 +70,12 @@ class Quarantine:
     def failed(
         self, name: str, reason: str, requests: frozenset[int], now_s: float, *, is_repeated: bool = False
     ) -> Quarantine:
-        """A worker failed while it served, with these requests in flight; with `is_repeated`, for the second time to
-        compute the same rows."""
+        """Adds a failure while serving with these requests in flight. `is_repeated`: the second time for the same
+        rows."""
         return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
-        """A worker failed so often, or in such a way, that plans exclude it at once."""
+        """Adds a failure after which plans exclude the worker at once."""
         return self._add(name, reason, frozenset(), now_s, least=_FREE + 1)
 
     def _add(self, name: str, reason: str, requests: frozenset[int], now_s: float, *, least: int) -> Quarantine:
@@ -91,22 +90,21 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """The records that still count: of too many, such as those of workers that join under ever new names, the ones
-        that failed last."""
+        """Returns the records that still count. Workers may join under ever new names: of too many, the newest are
+        kept."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
     def release(self, names: Collection[str]) -> Quarantine:
-        """Workers that an operator makes available again."""
         return replace(self, records={name: record for name, record in self.records.items() if name not in names})
 
     def exonerate(self, requests: frozenset[int]) -> Quarantine:
-        """These requests were the cause: workers that failed only while one of them was in flight are released."""
+        """Releases workers that failed only while one of these requests, which were the cause, was in flight."""
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
-        """Likewise of a request whose rows have no result elsewhere either. For a growing time, such rows are then no
-        reason to exclude a worker: a client may send what breaks the model's arithmetic again and again."""
+        """Exonerates workers of a request whose rows have no result elsewhere either. For a growing time, such rows
+        exclude no worker: a client may send them again and again."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self
@@ -121,12 +119,11 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the time from which a plan of these workers may be loaded: a worker that fails again and again, and
-        that no other one can replace, would use up a request's retries within a moment."""
+        """Returns the time from which a plan of these workers may be loaded, so that a failing worker that no other can
+        replace does not use up a request's retries within a moment."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:
-        """Sorts workers by their failures, the most first."""
         return sorted(names, key=lambda name: (-self.records[name].failures, name))
 
     def next_end_s(self, now_s: float) -> float | None:

@@ -1,5 +1,5 @@
-"""Ports for links of groups that workers cannot connect to, although they reach each other's stages: firewalls that let
-only those through. Such a worker takes no part in groups until they can."""
+"""Link ports of groups that workers cannot connect to although they reach each other's stages, as behind firewalls.
+Such a worker takes no part in groups until they can."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 
 @dataclass(slots=True, eq=False)
 class ClosedPorts:
-    """Each worker whose port is closed says so itself, for plans: see `WorkerHandle.closed_port`."""
+    """Sets `WorkerHandle.closed_port`, by which plans know, and clears it once the port is open."""
 
     _report: Report
     _on_change: Callable[[], None]
@@ -31,8 +31,7 @@ class ClosedPorts:
         self._tasks.cancel()
 
     async def is_found(self, caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
-        """Whether it is the other one's port that is closed, for a report of a worker that opens its links in an
-        epoch."""
+        """Returns True if the failure to reach `other` is due to its closed link port."""
         if not _opens_links(caller, other, epoch) or await _connects(caller, other) is not False:
             return False
         callers = self._callers.setdefault(other, set())
@@ -61,7 +60,7 @@ class ClosedPorts:
 
 
 def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
-    """Whether both are members of a group of an epoch whose links are not open."""
+    """True if both are members of a group of the epoch whose links are not open."""
     order, _ = caller.stages.get(epoch, (None, None))
     if order is None or order.group is None:
         return False
@@ -71,7 +70,8 @@ def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
 
 
 async def _connects(caller: WorkerHandle, other: WorkerHandle) -> bool | None:
-    """Whether the port accepts connections of a worker that reaches the other one; None where it does not reach it."""
+    """Returns True if the link port accepts the caller's connections; None if the caller does not reach the other
+    worker."""
     try:
         return (await profile_link(caller, other)).network_s is not None
     except LlamaclustError:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class WorkerOperations:
-    """The supervisor moves the layers."""
+    """Checks requests and posts them to the supervisors, which move the layers."""
 
     _registry: Registry
     _record: ControlRecord
@@ -41,7 +41,6 @@ class WorkerOperations:
 
     @property
     def drained(self) -> frozenset[str]:
-        """Names of workers that are to hold no layers."""
         return frozenset(self._drained)
 
     async def recorded(self) -> None:
@@ -49,10 +48,10 @@ class WorkerOperations:
         await self._recording.join()
 
     async def drain(self, name: str) -> None:
-        """Moves a worker's layers to others, without a pause where memory holds both plans; returns when it holds none.
+        """Moves a worker's layers to others, without a pause if memory holds both plans; returns when it holds none.
 
-        UsageError for an unknown name, InsufficientMemoryError or WorkerError where the others do not suffice for all
-        models that are awake, or where it is undrained meanwhile.
+        Raises UsageError for an unknown name, InsufficientMemoryError or WorkerError if the others do not suffice for
+        all models that are awake, or if the worker is undrained meanwhile.
         """
         self._worker(name)
         undrained = self._undrained[name]
@@ -76,7 +75,7 @@ class WorkerOperations:
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
 
     async def _plan_all(self, workers: Mapping[str, WorkerHandle]) -> None:
-        """Models that are awake, each beside the new plans of those before it. Raises where these do not fit."""
+        """Plans every awake model beside the new plans of those before it. Raises an error if these do not fit."""
         async with (ledger := self._runners[0].planner.ledger).lock:
             scratch = ledger.copy()
             for runner in self._runners:
@@ -85,7 +84,7 @@ class WorkerOperations:
                     scratch.enter(runner.epochs.model_id, (plan,))
 
     def undrain(self, name: str) -> None:
-        """Makes the worker available again, also where it is in quarantine; layers move to it when that is worth it.
+        """Makes the worker available again and ends its quarantine; layers move to it if that is worth it. Raises
         UsageError for an unknown name."""
         if name not in self.drained:  # one of before the coordinator's start may be absent
             self._worker(name)
@@ -96,7 +95,7 @@ class WorkerOperations:
         self._post(UndrainRequested(name))
 
     async def log(self, name: str) -> LogTail:
-        """The last lines of a worker's log. UsageError for an unknown name; raises as `log_tail` does."""
+        """Returns the last lines of a worker's log. Raises UsageError for an unknown name, and as `log_tail`."""
         return await log_tail(self._worker(name))
 
     def _post(self, request: DrainRequested | UndrainRequested) -> None:
@@ -105,7 +104,6 @@ class WorkerOperations:
         self._recording.start(self._recorded(self.drained))
 
     async def _recorded(self, drained: frozenset[str]) -> None:
-        """For the next coordinator."""
         try:
             await self._record.drain(drained)
         except LlamaclustError as error:

@@ -27,7 +27,7 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(eq=False)
 class MembershipWatch:
-    """From `start` until the registry closes."""
+    """The subscriber of registry events, from `start` until the registry closes."""
 
     _registry: Registry
     _launcher: Launcher
@@ -40,7 +40,7 @@ class MembershipWatch:
     _overdue: OverdueResults = field(default_factory=OverdueResults, init=False)
 
     def start(self) -> None:
-        """With the members of now."""
+        """Takes in the present members, then subscribes."""
         registry = self._registry
         self._first_joins = frozenset(registry.joins[name] for name in registry.present)
         for worker in registry.present.values():
@@ -67,7 +67,7 @@ class MembershipWatch:
             self._lost(worker)
 
     def _check_steps(self, worker: WorkerHandle) -> None:
-        """A worker counts as lost whose step takes too long for any of its epochs, or whose stage passes nothing on."""
+        """Counts a worker as lost if its step exceeds the limits of all its epochs, or its stage passes nothing on."""
         computing_s = 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s
         limits_s = self._limits_s(worker)
         limit_s = max(limits_s, default=UNPREDICTED_S)
@@ -91,8 +91,7 @@ class MembershipWatch:
             self._registry.fence(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Returns the sum of the limits of steps in flight, one for each epoch of the worker: one may wait for the
-        others."""
+        """Sums the limits of steps in flight, one for each epoch of the worker: one may wait for the others."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
         return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)
@@ -112,20 +111,20 @@ class MembershipWatch:
 
 
 def _computing(epoch: Epoch, stage: int) -> WorkerHandle:
-    """The worker that owes a stage's answer: of a group, the member that the others wait for, else the leader."""
+    """The member of a stage's group that the others wait for, else its leader."""
     members = [worker for worker in epoch.workers if epoch.stage_of(worker) == stage]
     return max(members, key=lambda worker: 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s)
 
 
 def _requests(runner: ActionRunner, worker: WorkerHandle) -> int:
-    """Of a model, while the worker holds layers of its serving epoch."""
+    """Counts a model's requests if the worker holds layers of its serving epoch."""
     if runner.engine is None or runner.epoch is None or worker not in runner.epoch.workers:
         return 0
     return runner.engine.counts.running + runner.engine.counts.waiting
 
 
 def _served(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler]]:
-    """The model's open epochs, each with its scheduler. An engine that ends takes no epoch any more."""
+    """Yields the model's open epochs with their schedulers; none once the engine ends."""
     schedulers = () if runner.engine is None else runner.engine.schedulers
     by_epoch = {scheduler.in_flight.epoch: scheduler for scheduler in schedulers}
     for epoch in runner.open_epochs:
@@ -134,7 +133,7 @@ def _served(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler]]:
 
 
 def _due(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler, int]]:
-    """The model's epochs with a microbatch in flight, and the number of the next result."""
+    """Yields the model's epochs with a microbatch in flight, and the number of the next result."""
     if runner.engine is None or not runner.engine.is_running:
         return
     for epoch, scheduler in _served(runner):
@@ -144,13 +143,12 @@ def _due(runner: ActionRunner) -> Iterator[tuple[Epoch, Scheduler, int]]:
 
 
 def _limits_s(runner: ActionRunner, worker: WorkerHandle) -> list[float]:
-    """The limits of a step on each of a model's epochs of which the worker has a stage."""
     stages = [(epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler in _served(runner)]
     return [stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None]
 
 
 def stage_limit_s(scheduler: Scheduler, plan: Plan, stage: int) -> float:
-    """How long a stage of the plan may compute one of the microbatches in flight."""
+    """Returns the longest time that a stage may compute one of the microbatches in flight."""
     rows, prediction = scheduler.in_flight.most_rows, plan.prediction
     measured_s = [times_ns[stage] / 1e9 for times_ns in scheduler.times.predictions(rows)]
     first = sum(map(len, plan.by_stage[:stage]))

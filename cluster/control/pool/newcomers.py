@@ -23,7 +23,7 @@ _MEASURE_S = 60.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Newcomers:
-    """Each becomes an observation, from which on plans use it."""
+    """Posts each new worker as an observation; plans use it from then on."""
 
     _registry: Registry
     _runners: Sequence[ActionRunner]
@@ -35,7 +35,7 @@ class Newcomers:
         await self._tasks.close()
 
     def joined(self, worker: WorkerHandle) -> None:
-        """Other workers may fetch weights there at once."""
+        """Announces the worker as a source of weights at once, then takes it in."""
         for runner in self._runners:
             self._tasks.start(runner.epochs.announce(worker))
         self._links.measure_again()
@@ -49,7 +49,7 @@ class Newcomers:
             self._tasks.start(self._measure(worker))
 
     async def _measure(self, worker: WorkerHandle) -> None:
-        """Where that fails, its memory alone counts."""
+        """Measures the worker; if that fails, its memory alone counts."""
         try:
             async with deadline(f"worker {worker.name}: measurement", _MEASURE_S):
                 for runner in self._runners:

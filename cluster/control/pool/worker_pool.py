@@ -1,4 +1,4 @@
-"""The workers under the control loops of all models: what happens to them, each loop observes."""
+"""The workers under the control loops of all models; each loop observes their events."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(frozen=True, slots=True)
 class SupervisedWorkers:
-    """The workers: registered here, started by the launcher. Without `measure_links`, links stay as they are known.
-    `start_s`: how long a start may wait for them."""
+    """The registered and launched workers. `measure_links`: None keeps known links. `start_s`: the longest wait of a
+    start."""
 
     registry: Registry
     launcher: Launcher
@@ -35,7 +35,7 @@ class SupervisedWorkers:
 
 
 class WorkerPool:
-    """`start` it once all models are in `runners`."""
+    """The pool, which is started once all models are in `runners`."""
 
     def __init__(self, config: ClusterConfig, workers: SupervisedWorkers, report: Report) -> None:
         registry = workers.registry
@@ -58,16 +58,15 @@ class WorkerPool:
         )
 
     def start(self) -> None:
-        """From now on, every event of a worker is observed."""
         self._members.start()
 
     async def aclose(self) -> None:
-        """Cancels what runs in the background; returns when it has ended."""
+        """Cancels background work; returns when it has ended."""
         self._links.close()
         await asyncio.gather(self._members.close(), self.ending.close(), self.operations.recorded())
 
     def not_restarted(self, name: str, why: str) -> None:
-        """The launcher's report that it restarts a worker no more."""
+        """Takes the launcher's report that it restarts a worker no more."""
         self._report(Notice(f"worker {name} is not started again: {why}; look at `llamaclust logs {name}`"))
 
     def _ports_changed(self) -> None:

@@ -1,1 +1,1 @@
-"""The stages of an epoch as the coordinator reaches them: their pipeline, and their KV memory on disk."""
+"""The coordinator's side of an epoch's stages: their pipeline, and their KV memory on disk."""

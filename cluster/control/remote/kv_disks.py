@@ -18,7 +18,7 @@ _DISK_S = 60.0
 
 
 class RemoteKvDisks:
-    """See `KvDisks`."""
+    """The disks of all workers, as one `KvDisks`."""
 
     def __init__(self, epoch: int, workers: Sequence[WorkerHandle]) -> None:
         self._epoch = epoch
@@ -34,7 +34,7 @@ class RemoteKvDisks:
         return await self._least(SaveKv(self._epoch, joined(keys), tuple(blocks)), len(blocks))
 
     async def _least(self, request: FindKv | RestoreKv | SaveKv, most: int) -> int:
-        """The fewest blocks that a worker answers. Raises once all have answered, first what says that one did not."""
+        """Returns the fewest blocks of any worker. Raises once all have answered, DeadlineError before other errors."""
 
         async def done(worker: WorkerHandle) -> int:
             limit = deadline(f"worker {worker.name}: KV memory on its disk (kv_disk)", _DISK_S)
@@ -49,7 +49,7 @@ class RemoteKvDisks:
 
 
 def remote_kv_disks(epoch: int, workers: Sequence[WorkerHandle]) -> RemoteKvDisks | None:
-    """None where not all workers keep KV memory on disk."""
+    """Returns None unless all workers keep KV memory on disk."""
     without = [worker.name for worker in workers if not worker.registration.kv_disk_bytes]
     if not without:
         return RemoteKvDisks(epoch, workers)

@@ -1,4 +1,4 @@
-"""Copies of a model's file on several machines: which bytes the cluster computes with, and whose copy has others."""
+"""Copies of a model's file on several machines: the bytes that the cluster uses, and the copies with other bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.weights.giver import WeightGiver
 
 _READ_S = 3600.0
-"""The deadline is for a large file on a slow disk."""
+"""The deadline allows for a large file on a slow disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class OwnCopy:
     giver: WeightGiver | None = None
 
     async def manifest(self) -> FileManifest:
-        """Reads the file, where that was not done before. ModelFileError."""
+        """Reads the file, unless its manifest is known. Raises ModelFileError."""
         async with deadline(f"reading {self.file.path} on the coordinator's machine", _READ_S):
             return await asyncio.to_thread(self.manifests.of, self.file)
 
@@ -36,7 +36,7 @@ class OwnCopy:
         return self.giver is not None and self.giver.gives
 
     async def gives(self, manifest: str) -> bool:
-        """Returns whether workers without the file may fetch it here from now on."""
+        """Returns True if workers without the file may fetch it here from now on."""
         if self.giver is None or not self.can_give:
             return False
         async with deadline(f"reading the manifest of {self.file.path}", _READ_S):
@@ -45,8 +45,8 @@ class OwnCopy:
 
 
 def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:
-    """The manifest that most files have, of equally many the coordinator's, else the first worker's; without a file,
-    that of most workers which remember one. A file that several workers read counts once. None where none is known."""
+    """Returns the manifest of most files, of equally many the coordinator's, else the first worker's. Without a file,
+    most workers that remember one decide. A file that several workers read counts once. None if none is known."""
     known = {weights.manifest: weights.manifest_bytes for weights in found.values() if weights.manifest is not None}
     files = {
         weights.file or name: weights.manifest
@@ -64,7 +64,7 @@ def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None)
 def other_copies(
     found: Mapping[str, WeightsFound], own: FileManifest | None, chosen: FileManifest, path: str
 ) -> list[str]:
-    """A line for each copy of other bytes, for people."""
+    """Returns a line for people about each copy of other bytes."""
     same = [
         f"worker {name}" for name, weights in found.items() if weights.has_file and weights.manifest == chosen.content
     ]

@@ -32,13 +32,12 @@ _WRITE_S = 20.0
 
 
 class RemotePipeline:
-    """See `Pipeline`. The owner of the workers loads and unloads its stages."""
+    """The streams of an epoch's stages, as a `Pipeline`. The owner of the workers loads and unloads the stages."""
 
     @classmethod
     async def open(cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials) -> RemotePipeline:
-        """Opens the streams of an epoch that `workers` hold, given in the order of their stages, leaders of groups
-        first. WorkerError where a stage refuses, cannot be reached or does not answer; its `worker` says whose, where
-        that is known."""
+        """Opens the streams of an epoch. `workers` are in the order of their stages, leaders of groups first. Raises
+        WorkerError if a stage refuses, is unreachable or does not answer; its `worker` is set if known."""
         chain = leaders(workers, [stage_of(epoch, worker) for worker in workers])
         ends = (chain[0], chain[-1])
         first, last = (_peer(worker, credentials) for worker in ends)
@@ -77,20 +76,19 @@ class RemotePipeline:
         self._due_bytes: deque[int] = deque()  # what the result of each microbatch in flight may take
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
-        """See `Pipeline`. The engine bounds the microbatches in flight, and so the send queues."""
+        """Queues microbatches. The engine bounds those in flight, and so the send queues."""
         self._due_bytes.extend(map(_most_bytes, scheduled))
         self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch)) for each in scheduled))
         self._inputs.put(*(encode_inputs(each.inputs) for each in scheduled))
 
     def prepare_matchers(self) -> None:
-        """See `Pipeline`."""
         if not self._prepares_matchers:
             self._prepares_matchers = True
             self._inputs.put(PREPARE_MATCHERS)
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
-        """See `Pipeline`: until a stream ends, a write takes too long or a worker is lost, and then says which; with a
-        ProtocolError where the last stage answers what it may not."""
+        """Runs until a stream ends, a write takes too long or a worker is lost, then raises the attributed error, or
+        ProtocolError if the last stage breaks the protocol."""
         parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
         failing = asyncio.create_task(has_failed(self.epoch, self._workers))
@@ -106,7 +104,7 @@ class RemotePipeline:
             await asyncio.gather(*work, failing, return_exceptions=True)
 
     async def close(self) -> None:
-        """Ends the streams. What is in flight is abandoned."""
+        """Ends the streams and abandons what is in flight."""
         await asyncio.gather(*(peer.close() for peer in self._peers))
 
     async def _read_results(self, on_results: Callable[[Sequence[Result]], None]) -> None:
@@ -131,13 +129,13 @@ class RemotePipeline:
         return result
 
     async def _watch_forward(self) -> None:
-        """Nothing comes back from the first stage but the end."""
+        """Raises at the first message or the end: the first stage sends nothing back."""
         data = await self._forward.read()
         raise WorkerError("the first stage ended its stream" if data is None else "the first stage sent a message")
 
 
 async def _opened(stream: ClientStream, epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Returns when it is accepted. The first error of a stage, or the end of a group."""
+    """Returns when the stream is accepted. Raises a stage's first error, or WorkerError if a worker or group fails."""
     opening, failing = asyncio.create_task(stream.opened()), asyncio.create_task(has_failed(epoch, workers))
     try:
         await asyncio.wait((opening, failing), return_when=asyncio.FIRST_COMPLETED)
@@ -157,7 +155,6 @@ def _peer(worker: WorkerHandle, credentials: Credentials) -> Peer:
 
 
 def _most_bytes(scheduled: ScheduledMicrobatch) -> int:
-    """Returns the largest size of a microbatch's result."""
     tasks, embeds = scheduled.inputs.tasks, scheduled.microbatch.embedded_rows > 0
     return most_result_bytes(len(tasks), sum(task.top_logprobs for task in tasks), embeds=embeds)
 

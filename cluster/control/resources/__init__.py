@@ -1,1 +1,1 @@
-"""What machines have: measured speeds of workers and links, and the shares of workers on one machine."""
+"""Resources of machines: measured speeds of workers and links, and the shares of workers on one machine."""

@@ -1,4 +1,4 @@
-"""What workers in a group cannot do yet."""
+"""Features that groups of workers do not support yet."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from llamaclust.model.loader import Model
 
 
 def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> None:
-    """UsageError where the user's plan has groups, and something else that they do not do. `gpus`: the names of
-    workers' GPUs."""
+    """Raises UsageError if the user's plan has groups with something that they do not support. `gpus`: by worker."""
     for entry in config.plan or ():
         if not entry.workers:
             continue
@@ -26,21 +25,21 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
 
 
 def largest_group(config: ClusterConfig, model: Model) -> int:
-    """How many workers of an automatic plan may hold a stage together; 1: each has stages of its own."""
+    """Returns how many workers of an automatic plan may hold a stage together; 1: no groups."""
     if config.plan is not None or any(group_problems(config, model)):
         return 1
     return MAX_GROUP_MEMBERS if config.groups is None else config.groups
 
 
 def no_groups(config: ClusterConfig, model: Model) -> str:
-    """Why an automatic plan has no groups, whatever its workers are; "" where it may have some."""
+    """Returns why an automatic plan has no groups, whatever its workers are; "" if it may have some."""
     if config.groups == 1:
         return "`groups` is off"
     return next(group_problems(config, model), "").partition(";")[0]
 
 
 def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
-    """Yields why no workers of the cluster can be a group, up to what may be done instead."""
+    """Yields why no workers of the cluster can be a group; each text may be continued with what to do instead."""
     if model.has_states:
         yield "layers of this model have states, which groups do not divide yet;"
     if any(worker.kv_disk is not None for worker in config.workers):

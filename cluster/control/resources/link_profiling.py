@@ -37,15 +37,15 @@ _FILE = ".links.json"  # no cluster's name begins with a dot
 _LINKS = TypeAdapter(dict[str, Link])
 _UNIX = ", unix"
 _MOST_MACHINES = 16
-"""That are measured pair by pair: of more, that would take minutes."""
+"""The most machines whose pairs are all measured: more would take minutes."""
 _MOST_KEPT = 2048
-"""Links of machines that have gone are forgotten."""
+"""The most links that are kept; those of machines that have gone are forgotten first."""
 
 Pair = tuple[str, str]
 
 
 def hops_matter(measured: Mapping[str, Profile]) -> bool:
-    """Whether processes of one machine are worth measuring their links: several, beside whose steps a hop shows."""
+    """True if several processes of one machine compute so fast that a hop between them counts."""
     return len(measured) > 1 and all(profile.cpu.concurrent for profile in measured.values())
 
 
@@ -81,8 +81,8 @@ async def measure_links(
 
 
 def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
-    """The pairs to measure: all of a few machines. Of many, the coordinator's links, and those between neighbours:
-    plans keep the order of workers where another one is not clearly better."""
+    """Lists all pairs of a few machines; of many, those with the coordinator and those of neighbours, because plans
+    keep the order of workers unless another one is clearly better."""
     if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
@@ -90,7 +90,7 @@ def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
 
 
 def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
-    """Those in use, and of others the newest."""
+    """Returns the links in use, and of others the newest."""
     used = {key: known[key] for key in used if key in known}
     others = {key: link for key, link in known.items() if key not in used}
     room = max(0, _MOST_KEPT - len(used))
@@ -98,14 +98,14 @@ def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
-    """Of workers, by name, those that only their own machine can reach, where others are reached over a network."""
+    """Returns the addresses that only their own machine can reach, if others are reached over a network."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
     return {} if len(loopback) == len(addresses) else loopback
 
 
 def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
-    """What is known of local workers, given by name: from a start on the same machine."""
+    """Returns the known links of local workers, from an earlier start on the same machine."""
     here = _Place(machine_id(), socket.gethostname(), _UNIX)
     places = {name: here.text(fingerprint) for name, fingerprint in fingerprints.items()}
     return _links(_keys(places), _read(state_dir))
@@ -121,7 +121,7 @@ def _read(state_dir: Path) -> dict[str, Link]:
 
 
 def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
-    """Pairs to measure concurrently: one of each key, and no two that share an end."""
+    """Picks pairs to measure concurrently: one of each key, and no two that share an end."""
     disjoint: list[Pair] = []
     taken: set[str] = set()
     for pair in pairs:
@@ -132,7 +132,7 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
 
 
 class _Place(NamedTuple):
-    """Where a worker is served. Pods keep their host names, but not their addresses."""
+    """The place where a worker is served. Pods keep their host names, but not their addresses."""
 
     machine: str
     host: str
@@ -143,7 +143,8 @@ class _Place(NamedTuple):
 
 
 def _places(registered: Mapping[str, Register]) -> dict[str, str]:
-    """By name; equal for workers with equal links. Addresses count only where one host has several."""
+    """Returns a text for each worker, equal for workers with equal links. Addresses count only if one host has
+    several."""
     ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
     found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
     of_place: dict[_Place, set[str]] = {}
@@ -162,7 +163,7 @@ def _way(host: str, count: int) -> str:
 
 
 def _keys(places: Mapping[str, str]) -> dict[Pair, str]:
-    """By pairs of the coordinator, which comes first, and workers; equal for pairs of the same two machines."""
+    """Returns the key of each pair, equal for pairs of the same two machines; the coordinator comes first in a pair."""
     places = {COORDINATOR: f"coordinator on {socket.gethostname()} ({machine_id()})", **places}
     return {pair: " - ".join(sorted(places[name] for name in pair)) for pair in combinations(places, 2)}
 
@@ -187,7 +188,7 @@ async def _measured(
 
 
 def _link(speed: LinkProfile) -> Link:
-    """Without the bytes of a ping, which plans count as those of a token's hidden state."""
+    """Converts a profile; a ping's own bytes are subtracted, since plans count bytes themselves."""
     byte_s = 1 / speed.bytes_s
     network_s = None if speed.network_s is None else speed.network_s / 2
     return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s, network_s)
@@ -206,7 +207,7 @@ MeasureLinks = Callable[[Mapping[str, WorkerHandle]], Awaitable[Links]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinkMonitor:
-    """Without `measure`, links stay as they are known."""
+    """Measures links again as workers join; without `measure`, links stay as they are known."""
 
     _measure: MeasureLinks | None
     _registry: Registry
@@ -215,7 +216,7 @@ class LinkMonitor:
     _measuring: TaskSet = field(default_factory=TaskSet, init=False)
 
     def measure_again(self) -> None:
-        """Once the pipeline serves and nothing else is to be done."""
+        """Starts a measurement once the pipelines serve and nothing else is to be done."""
         if self._measure is not None and not len(self._measuring):
             self._measuring.start(self._measure_all(self._measure))
 
@@ -223,7 +224,7 @@ class LinkMonitor:
         self._measuring.cancel()
 
     async def _measure_all(self, measure: MeasureLinks) -> None:
-        """Until the measured workers are the present ones."""
+        """Repeats the measurement until the measured workers are the present ones."""
         measured: dict[str, WorkerHandle] = {}
         while measured != self._registry.present:
             for runner in self._runners:

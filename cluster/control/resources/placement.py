@@ -1,4 +1,4 @@
-"""What the cluster file says of where workers with GPUs hold layers and experts."""
+"""The cluster file's rules for where workers with GPUs hold layers and experts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.model.placement import PlacementRule, placement_of, rule_effects
 
 
 def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> dict[str, Placement]:
-    """By worker; `gpus`: the names of their GPUs. UsageError for rules that cannot be obeyed."""
+    """Returns the placement of each worker. `gpus`: the names of its GPUs. Raises UsageError for impossible rules."""
     known: dict[tuple[tuple[PlacementRule, ...], int | None], Placement] = {}
     found = {}
     for worker in gpus:
@@ -28,7 +28,7 @@ def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[
 
 
 def _check_stage(placement: Placement, worker: str, gpus: Mapping[str, Sequence[str]], start: int, end: int) -> None:
-    """UsageError for what a worker's stage of layers [start, end) cannot be."""
+    """Raises UsageError if the worker's stage of layers [start, end) cannot obey its rules."""
     try:
         placement.check(gpus[worker], start, end)
     except UsageError as error:
@@ -39,8 +39,8 @@ def _check_stage(placement: Placement, worker: str, gpus: Mapping[str, Sequence[
 
 
 def check_placement(config: ClusterConfig, model: Model) -> None:
-    """UsageError for rules and for numbers of layers that no worker can mend. The GPUs of workers that start themselves
-    are not known before they join."""
+    """Raises UsageError for rules that no worker can obey. GPUs of workers that start themselves are unknown until they
+    join."""
     own = {worker.name for worker in config.workers if worker.cpu_moe is not None}
     if (config.cpu_moe is not None or own) and not model.hyperparameters.expert_count:
         raise UsageError(f"cpu_moe: {model.file.path} has no experts; leave it out")
@@ -68,6 +68,5 @@ def _rules(config: ClusterConfig, worker: str) -> tuple[PlacementRule, ...]:
 
 
 def _cpu_moe(config: ClusterConfig, worker: str) -> int | None:
-    """The worker's own number of layers, or else the cluster's."""
     own = next((each for each in config.workers if each.name == worker and "cpu_moe" in each.model_fields_set), config)
     return own.cpu_moe

@@ -46,13 +46,13 @@ class WorkerProfiles:
         self._used: dict[tuple[str, str], Profile] = {}  # by machine and fingerprint: they stay as others come and go
 
     def of(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
-        """Of those workers whose profiles are known. `workers`: all that share machines."""
+        """Returns the known profiles. `workers` must be all that share machines."""
         found = {name: self._profile(worker, workers) for name, worker in workers.items()}
         return {name: profile for name, profile in found.items() if profile is not None}
 
     async def measure(self, names: Collection[str], workers: Mapping[str, WorkerHandle]) -> None:
-        """Those of these workers whose profiles are not known, all concurrently; they should be idle. A worker that is
-        lost meanwhile has none, unless an equal one was measured."""
+        """Measures the idle workers without a known profile, all concurrently. A worker that is lost meanwhile has
+        none, unless an equal one was measured."""
         known = self.of(workers)
         missing = [name for name in names if name not in known]
         if missing:
@@ -61,12 +61,12 @@ class WorkerProfiles:
             self._report(Notice(note))
 
     def other_loads(self, names: Iterable[str], workers: Mapping[str, WorkerHandle]) -> dict[str, OtherLoad]:
-        """Returns the load of other programs while each worker was measured, by worker."""
+        """Returns the load of other programs while each worker was measured."""
         keys = {name: _key(workers[name], workers, self._model_id) for name in names if name not in self.stated}
         return {name: self._loads[key] for name, key in keys.items() if key in self._loads}
 
     def stored(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
-        """Reads the profiles that the state directory has now, by worker: with this model, or else with another."""
+        """Reads the state directory's profiles: with this model, or else of the hardware alone."""
         known = read_profiles(self._state_dir)
         keys = {
             name: [key for model_id in (self._model_id, "") if (key := _key(worker, workers, model_id)) in known]
@@ -75,8 +75,8 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Takes measurements of the same hardware with more or fewer workers on its machine, too: they are there at
-        once. Whether any profile is known then."""
+        """Adopts measurements of equal hardware with another number of workers; returns True if any profile is known
+        then."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:
@@ -112,7 +112,7 @@ class WorkerProfiles:
 
 
 def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:
-    """What the cluster file says itself, by worker name."""
+    """Returns the speeds that the cluster file states, by worker."""
     return {
         spec.name: Profile(DeviceProfile(spec.memory_bandwidth_gb_s * 1e9, spec.int8_gmac_s * 1e9))
         for spec in config.workers
@@ -133,7 +133,7 @@ def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: st
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Measuring:
-    """Of workers whose profiles are not known, by their keys."""
+    """Measures workers whose profiles are not known; `_keys` are their measurement keys."""
 
     _workers: Mapping[str, WorkerHandle]
     _keys: Mapping[str, str]
@@ -144,7 +144,8 @@ class _Measuring:
     failed: set[str] = field(default_factory=set)  # keys of workers whose steps of the model could not be timed
 
     async def profiles(self) -> dict[str, Profile]:
-        """By key. All concurrently first; then, of workers with equal keys on a shared machine, one isolated."""
+        """Measures all workers concurrently, then one isolated for each key on a shared machine; returns profiles by
+        key."""
         what = "memory bandwidth, matrix products, steps of the model"
         self._report(Measuring(tuple(self._workers), what))
         concurrent = await self._concurrent()
@@ -159,8 +160,7 @@ class _Measuring:
         return found
 
     async def _concurrent(self) -> dict[str, Profile]:
-        """By name, in the order of the workers; without step times where those could not be measured, and without
-        workers that are lost."""
+        """Returns profiles by name, in order; without step times if these fail, and without lost workers."""
         workers = [*self._workers.values()]
         profiled = await asyncio.gather(*map(self._profile, workers))
         pairs = zip(workers, profiled, strict=True)
@@ -168,8 +168,7 @@ class _Measuring:
         return {worker.name: profile for worker, profile in zip(workers, found, strict=True) if profile is not None}
 
     async def _or_hardware(self, worker: WorkerHandle, profile: Profile | None) -> Profile | None:
-        """The machine's alone where there is no profile; None, and a notice, where the worker is lost, fails or does
-        not answer."""
+        """Measures the machine alone if there is no profile; None, with a notice, if that fails too."""
         if profile is not None or worker.name in self._silent:
             return profile
         try:
@@ -188,7 +187,7 @@ class _Measuring:
         self._report(Notice(f"{what}: {error}{limit}"))
 
     async def _isolated(self, names: list[str]) -> dict[str, DeviceProfile]:
-        """Of processors by key, of one worker after the other on their machine."""
+        """Measures processors by key, one worker after the other."""
         first_of_key = {self._keys[name]: self._workers[name] for name in reversed(names)}
         isolated: dict[str, DeviceProfile] = {}
         for key, worker in first_of_key.items():
@@ -199,7 +198,7 @@ class _Measuring:
         return isolated
 
     async def _profile(self, worker: WorkerHandle) -> Profile | None:
-        """None, and a notice, where the model's steps could not be timed. None where the worker is lost."""
+        """Returns None if the worker is lost, and None with a notice if the model's steps could not be timed."""
         try:
             return await profile_worker(worker, self._order, self._limit_s)
         except LlamaclustError as error:
@@ -217,7 +216,7 @@ class _Measuring:
 
 
 def _mean_profiles(keys: list[str], profiles: list[Profile]) -> dict[str, Profile]:
-    """By key: equal workers of one machine get their mean, because their differences are noise."""
+    """Averages equal workers of one machine, because their differences are noise."""
     groups: dict[str, list[Profile]] = {}
     for key, profile in zip(keys, profiles, strict=True):
         groups.setdefault(key, []).append(profile)

@@ -13,7 +13,7 @@ from llamaclust.core.version import VERSION
 
 
 def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict[str, int]:
-    """Bytes for each worker: at most its cap, and all together `free_bytes`. Small caps leave the others more."""
+    """Divides `free_bytes` equally, up to each worker's cap; small caps leave the others more."""
     shares, left = {}, free_bytes
     caps = sorted((free_bytes if cap is None else cap, name) for name, cap in caps_bytes.items())
     for index, (cap, name) in enumerate(caps):
@@ -39,7 +39,7 @@ class WorkerResources:
 
     @property
     def joins_groups(self) -> bool:
-        """True where automatic plans may have the worker in a group."""
+        """True if automatic plans may have the worker in a group."""
         return self.accepts_links and not self.gpus
 
     @classmethod
@@ -60,8 +60,7 @@ class WorkerResources:
 
 
 def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
-    """Bytes for each worker, by name: workers of one machine share free memory, unless different
-    control groups limit them."""
+    """Divides each machine's free memory among its workers, apart for each control group that limits memory."""
     shares: dict[str, int] = {}
     for place in {(worker.machine, worker.memory_group) for worker in workers.values()}:
         here = {name: worker for name, worker in workers.items() if (worker.machine, worker.memory_group) == place}
@@ -72,7 +71,7 @@ def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
 
 
 def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResources]:
-    """Workers with the same GPU share its free memory. Its UUID identifies it where known: cuda:0 of one worker may be
+    """Divides a GPU's free memory among its workers. Its UUID identifies it if known: cuda:0 of one worker may be
     cuda:1 of another."""
 
     def identity(worker: WorkerResources, gpu: Gpu) -> str:
@@ -89,22 +88,21 @@ def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResour
 
 
 _STEPS_UNIT = 2
-"""Of kept step times: seconds for each byte that a step touches. The first unit was bytes held, experts that no row
-chooses included; measurements in it are not found by their keys."""
+"""The unit of kept step times. Unit 2 is seconds for each byte that a step touches; unit 1 was for each byte held."""
 
 _KEY = re.compile(r"(?P<hardware>.*), one of (?P<sharers>\d+) workers with \d+ threads(?P<model>.*)")
 
 
 def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
-    """Equal where measurements would be equal: `sharers` workers with `threads` in all share the machine, and the
-    program, whose kernels they measure, has the same version. With `model_id` where the model's steps were timed."""
+    """Returns a key that is equal for equal measurements: `sharers` workers with `threads` in all share the machine.
+    `model_id` is given if the model's steps were timed; the program's version stands for its kernels."""
     profiled = f", model {model_id[:32]}, unit {_STEPS_UNIT}" if model_id else ""
     return f"{fingerprint}, one of {sharers} workers with {threads} threads, program {VERSION}{profiled}"
 
 
 def most_similar_key(key: str, known: Iterable[str]) -> str | None:
-    """This one where it is known, else of the measurements of the same hardware and model the one with the most similar
-    number of workers on the machine. None where there is none."""
+    """Returns the key itself if known, else that of equal hardware and model with the most similar number of
+    workers."""
     wanted = _KEY.fullmatch(key)
     assert wanted is not None
     found = [match for other in known if (match := _KEY.fullmatch(other)) is not None]

@@ -1,1 +1,1 @@
-"""Pure: from facts about model, workers and links to a plan of layer ranges."""
+"""Pure functions from facts about model, workers and links to a plan of layer ranges."""

@@ -1,8 +1,4 @@
-"""Pairs of workers that cannot reach each other, and so must not hold neighbouring stages. Pure.
-
-Neighbours are consecutive stages, and the last and the first one, since tokens go from that to this. Of a stage that
-is held by a group the leader is the neighbour of others.
-"""
+"""Pairs of workers that cannot reach each other, and so must not be neighbours in a plan."""
 
 from __future__ import annotations
 
@@ -15,8 +11,8 @@ Pairs = frozenset[Pair]
 
 
 def violated_pair(stages: Sequence[Sequence[str]], partitions: Pairs) -> Pair | None:
-    """A pair of neighbours in this order of stages that cannot reach each other; None where there is none. `stages`:
-    the workers of each, of a group the leader first. All members of a group are neighbours of each other."""
+    """Returns a pair of neighbours that cannot reach each other, if any. Neighbours are the leaders (the first workers)
+    of consecutive stages and of the last and the first one, and all members of a group."""
     leaders = [workers[0] for workers in stages]
     neighbours = [*zip(leaders, (leaders[-1:] + leaders), strict=False)]
     neighbours += [pair for workers in stages for pair in combinations(workers, 2)]

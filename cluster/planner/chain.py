@@ -1,4 +1,4 @@
-"""A chain of stages from the assignments of a plan: what workers hold, its KV blocks and its prediction."""
+"""A chain of stages from the assignments of a plan: their layers by device, KV blocks and prediction."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from llamaclust.model.groups.portion import Portion
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Stages in order."""
-
     sizes: MemoryModel
     stages: tuple[HeldStage, ...]
 
@@ -27,22 +25,21 @@ class Chain:
     def of(
         cls, sizes: MemoryModel, entries: Sequence[Assignment], workers: Mapping[str, WorkerFacts], contexts: int
     ) -> Self:
-        """`contexts`: for so many whole ones there is KV memory at least."""
+        """Builds the chain with KV memory for at least so many whole contexts."""
         return cls(sizes, tuple(_held_stage(sizes, entry, workers, contexts) for entry in entries))
 
     @property
     def members(self) -> list[StageParts]:
-        """What each worker holds."""
         return [member for stage in self.stages for member in stage.members]
 
     @property
     def kv_blocks(self) -> int:
-        """Blocks that every worker has room for."""
+        """The KV blocks that every worker has room for."""
         return min(self.sizes.of(member.costs, member.portion).kv_blocks(member.parts) for member in self.members)
 
     @property
     def prediction(self) -> Prediction | None:
-        """None where a device was not measured."""
+        """The prediction; None if a device was not measured."""
         if not is_measured([part.device for member in self.members for part in member.parts]):
             return None
         request = self.sizes.request
@@ -69,6 +66,5 @@ def _held_stage(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, Wor
 
 
 def is_measured(workers: Sequence[WorkerFacts]) -> bool:
-    """Whether all devices of these workers have a profile."""
     devices = (device for worker in workers for device in devices_of(worker))
     return all(device.profile is not None for device in devices)

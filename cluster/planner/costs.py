@@ -1,6 +1,7 @@
-"""Costs of a stage on a worker: bytes of memory, and seconds by measured steps of the model, or else by times of
-products and the roofline. Seconds are those of the bytes that a step touches, of which a mixture of experts has fewer
-than it holds."""
+"""Costs of a stage on a worker: bytes of memory, and seconds by measured steps or else by the roofline.
+
+Seconds count the bytes that a step touches, which are fewer than held in a mixture of experts.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +24,13 @@ Flags = NDArray[np.bool_]
 
 
 EXCHANGE_S = 50e-6
-"""Two waits for a GPU and two copies; an assumption, since no GPU was there to measure it."""
+"""Two waits for a GPU and two copies; assumed, not measured."""
 EXCHANGE_BYTE_S = 1 / 12e9
-"""PCIe 3.0 with 16 lanes, a common one; likewise."""
+"""PCIe 3.0 with 16 lanes; assumed, not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
-    """A GPU of a worker as the planner sees it; None where unknown."""
-
     device: str
     memory_bytes: int  # what the worker may take of it
     profile: DeviceProfile | None = None
@@ -39,8 +38,6 @@ class GpuFacts:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """A worker as the planner sees it; None where unknown."""
-
     name: str
     memory_bytes: int | None  # what it may take, in all
     profile: DeviceProfile | None  # of its processor
@@ -55,10 +52,8 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageCosts:
-    """Sums over layers [start, end) of a model, with embedding and head where they belong.
-
-    Tables and counts are [layers + 1, layers + 1], by start and end; what stands where end <= start means nothing.
-    """
+    """Sums over layers [start, end) of a model, with embedding and head in the first and last stage. Tables and counts
+    are [layers + 1, layers + 1], by start and end; values with end <= start are meaningless."""
 
     layers: int
     hidden_bytes: int  # of a row, between stages that are whole layers
@@ -78,7 +73,7 @@ class StageCosts:
 
     @classmethod
     def of(cls, costs: ModelCosts, head_share: float = 1.0) -> StageCosts:
-        """`head_share`: of a head that the members of a group divide, a member's part."""
+        """Computes the sums. `head_share`: a group member's part of a divided head."""
         read = sums(layer.weight_bytes for layer in costs.layers)
         first, last = np.zeros_like(read), np.zeros_like(read)
         kinds = {layer: number for number, layer in enumerate(dict.fromkeys(costs.layers))}
@@ -110,29 +105,27 @@ class StageCosts:
         return int(self.held_bytes[start, end])
 
     def touched_bytes(self, start: int, end: int) -> int:
-        """Weights that a token of one sequence reads."""
+        """The weights that a token of one sequence reads."""
         return round(float(self._touched(1)[start, end]) + self.model.head_bytes * int(self._head[start, end]))
 
     def touched_expert_bytes(self, layers: Iterable[int]) -> int:
-        """Of these, routers and experts of some layers."""
         return round(sum(self.model.layers[layer].touched_expert_bytes(1) for layer in layers))
 
     @property
     def mixtures(self) -> Flags:
-        """By layer: whether it has experts."""
+        """Flags of the layers with experts."""
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """One microbatch that decodes a token of each of `rows` sequences; `concurrent`: other stages of the machine
-        compute too. The worker has a profile."""
+        """Seconds of a microbatch with a token of each of `rows` sequences. `concurrent`: other stages of the machine
+        compute too. The worker must have a profile."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
-        """One microbatch of that many prompt tokens, none of them an output row."""
+        """Seconds of a microbatch of `rows` prompt tokens, none of them an output row."""
         return float(self.prefill_table(worker, rows, concurrent=concurrent)[start, end])
 
     def decode_table(self, worker: WorkerFacts, rows: int = 1, *, concurrent: bool = False) -> Table:
-        """`decode_s` of all stages."""
         profile = worker.profile
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
@@ -144,7 +137,6 @@ class StageCosts:
         return self._roofline_s(roofline, rows, rows) + self._head * roofline.head_s(self.model, rows)
 
     def prefill_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
-        """`prefill_s` of all stages."""
         assert worker.profile is not None
         if times := worker.profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
@@ -152,7 +144,7 @@ class StageCosts:
         return self._roofline_s(self._roofline(worker, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
-        """What routers and experts of `layers` take of a step of so many rows, by stage."""
+        """Seconds of the routers and experts of `layers` in a step of `rows` rows, by stage."""
         profile = worker.profile
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
@@ -162,17 +154,17 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """What mixtures of `layers` take of such a step to bring their input to another device, and the sum back."""
+        """Seconds to bring the inputs of mixtures in `layers` to another device, and their sums back, by stage."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds
 
     def _touched(self, rows: int) -> Table:
-        """Bytes of weights of layers that a step of so many rows reads."""
+        """Bytes of layer weights that a step of `rows` rows reads."""
         return self._sums(lambda layer: layer.touched_bytes(rows))
 
     def _moved(self, rows: int, sequences: int) -> Table:
-        """The same with states of sequences."""
+        """Bytes of layer weights and sequence states that a step moves."""
         return self._sums(lambda layer: layer.moved_bytes(rows, sequences))
 
     def _roofline(self, worker: WorkerFacts, *, concurrent: bool) -> Roofline:
@@ -183,14 +175,13 @@ class StageCosts:
         return self._sums(lambda layer: roofline.layer_s(layer, rows, sequences))
 
     def _sums(self, value: Callable[[LayerCost], float]) -> Table:
-        """Of what it has of each layer."""
         values = np.array([value(kind) for kind in self._kinds], np.float64)[self._kind_of]
         before: Table = np.concatenate([[0.0], np.cumsum(values)])
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """`_moved` of a prompt, but layers without experts beside a mixture count as many bytes as mixtures with their
-        products: products take the time of a prompt, and seconds are measured on mixtures."""
+        """Bytes that a prompt moves. Dense layers beside mixtures count by their products: these take the time of a
+        prompt, and seconds are measured on mixtures."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0
@@ -203,15 +194,15 @@ class StageCosts:
 
 
 def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
-    """By start and end: no border stands between a layer and the one whose keys and values it reads, or inside a layer
-    that is not divided."""
+    """Flags of stages without a border inside an undivided layer, or between a layer and the one whose KV memory it
+    reads."""
     borders = np.zeros(len(costs.layers) + 1, np.bool_)
     borders[list(costs.borders)] = True
     return np.logical_and.outer(borders, borders)
 
 
 def _saved_bytes(costs: ModelCosts) -> Counts:
-    """What stages take less than the parts of their layers, where they have whole ones."""
+    """Bytes that a stage's whole layers take less than the sum of their parts."""
     shards, layers = costs.expert_shards, costs.layers
     before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
     borders = np.arange(len(layers) + 1)
@@ -227,7 +218,7 @@ def _border_bytes(costs: ModelCosts) -> Counts:
 
 
 def sums(values: Iterable[int]) -> Counts:
-    """Of values [start, end), by start and end."""
+    """Sums of values [start, end), by start and end."""
     before: Counts = np.array([0, *accumulate(values)], np.int64)
     return before - before[:, np.newaxis]
 

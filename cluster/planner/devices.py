@@ -1,5 +1,5 @@
-"""Division of a stage among the devices of its worker: the last layers go to its GPUs, as many as fit there or as the
-user set, the others to its processor. Of mixtures of experts, layers on a GPU may have their experts in RAM."""
+"""Division of a stage among the devices of its worker: the last layers go to its GPUs, as many as fit or as the user
+set, the others to its processor. Layers on a GPU may have their experts in RAM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.core.gpus import Placement
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Layers [start, end) on a worker's device, which is here a worker of its own."""
+    """Layers [start, end) on a worker's device, which counts as a worker of its own."""
 
     device: WorkerFacts
     start: int
@@ -25,27 +25,25 @@ class Held:
 
     @property
     def place(self) -> tuple[str, str]:
-        """The worker's device, whose name has both."""
         return self.device.name, self.device.device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MoeLayers:
-    """By layer of the model: whether its experts are in RAM where the rest is on a GPU."""
+    """Flags of the layers whose experts are in RAM if the rest is on a GPU."""
 
     fixed: Flags  # in any case
     open: Flags  # where that is the faster way, or the only one
 
     @classmethod
     def of(cls, placement: Placement, mixtures: Flags) -> MoeLayers:
-        """`mixtures`: the layers that have experts."""
         said = [placement.experts_in_ram(layer) for layer in range(len(mixtures))]
         fixed, is_open = ([where is wanted for where in said] for wanted in (True, None))
         return cls(mixtures & np.array(fixed, np.bool_), mixtures & np.array(is_open, np.bool_))
 
 
 def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
-    """The worker's processor and its GPUs, in the order in which layers go to them."""
+    """Lists the worker's processor and its GPUs, in the order in which layers go to them."""
     if not worker.gpus:
         return (worker,)
     gpus = (
@@ -64,8 +62,8 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """Of stages of all layers [start, end): device number i holds [bounds[i], bounds[i + 1]). In RAM are experts of
-    `moe.fixed` of a GPU's layers, and of `moe.open` those of [bounds[i], moe_ends[i])."""
+    """The division of every stage [start, end): device number i holds [bounds[i], bounds[i + 1]). Of a GPU's layers,
+    experts are in RAM for `moe.fixed`, and for `moe.open` in [bounds[i], moe_ends[i])."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # tables by start and end
@@ -73,7 +71,7 @@ class Division:
     moe: MoeLayers
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
-        """The devices that hold layers of a stage; experts in RAM last."""
+        """Lists the devices that hold layers of a stage; experts in RAM come last."""
         at = [int(table[start, end]) for table in self.bounds]
         ends = [int(table[start, end]) for table in self.moe_ends]
         parts = [
@@ -89,27 +87,26 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """(device, start, end, where its open experts begin) of all stages."""
+        """Yields (device, start, end, end of the open experts in RAM) of all stages."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """(GPU, layers, start, end): experts of those of these layers that are in [start, end) are in RAM."""
+        """Yields (GPU, layers, start, end): experts of these layers in [start, end) are in RAM."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
                 if layers.any():
                     yield device, layers, begin, end
 
     def sums(self, table: Callable[[WorkerFacts], Table]) -> Table:
-        """What `table` has of each device for the layers that it holds, together; experts count where their layer
-        is."""
+        """Adds up `table` over the devices; experts count on the device of their layer."""
         total: Table = np.where(self.bounds[0] < self.bounds[-1], 0.0, np.inf)
         for device, begin, until, _ in self.parts():
             total += np.where(begin < until, table(device)[begin, until], 0.0)
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """What changes by experts that are in RAM: of some layers, `experts` has their part of `table`, `exchange` what
-        it takes to bring their inputs there."""
+        """Returns the change of `sums` because of experts in RAM: `experts` is their part of `table`, `exchange` the
+        time to bring inputs there and sums back."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)
@@ -117,7 +114,7 @@ class Division:
         return total
 
     def where(self, other: Division, is_other: Flags) -> Division:
-        """With the other's bounds for those stages."""
+        """Takes the other's bounds for the stages in `is_other`."""
         bounds = (np.where(is_other, *pair) for pair in zip(other.bounds, self.bounds, strict=True))
         ends = (np.where(is_other, *pair) for pair in zip(other.moe_ends, self.moe_ends, strict=True))
         return Division(self.devices, tuple(bounds), tuple(ends), self.moe)
@@ -125,14 +122,14 @@ class Division:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceNeeds:
-    """Bytes of stages on a device, without experts that are in RAM in any case."""
+    """Bytes of stages on a device, without the experts of `MoeLayers.fixed`."""
 
     excess: Table  # needed beyond its memory with all other experts, by start and end
     experts: Counts  # needed less where open experts of the first n layers are in RAM, by n
     held_experts: Counts  # bytes of open experts of the first n layers, by n: rounding may make them free nothing
 
     def first_moe_end(self) -> Counts:
-        """By start and end: the fewest layers from the start on whose experts have to be in RAM."""
+        """The end of the fewest first layers whose experts must be in RAM, by start and end."""
         starts = np.arange(len(self.experts))[:, np.newaxis]
         found: Counts = np.searchsorted(self.experts, self.excess + self.experts[:, np.newaxis])
         return np.maximum(found, starts)
@@ -146,9 +143,8 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Of `possible` stages, into such. `apart`: of open experts, those of as many layers as the first GPU has no room
-    for are in RAM; else none. Where the user says how many layers the GPUs hold, the first GPU has to take what is left
-    of these."""
+    """Divides all `possible` stages. `apart`: open experts are in RAM for as many layers as the first GPU lacks memory,
+    else for none. If the user sets `gpu_layers`, the first GPU takes what the others leave of them."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers
@@ -172,8 +168,8 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """`begin` of device number `index`, moved to a border where the user's rules allow it: layers that are to be on
-    devices before it end there, and those on this one or a later one have not begun."""
+    """Moves `begin` of device number `index` to a border that the user's rules allow: layers for earlier devices end
+    before it, layers for this or a later device begin behind it."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1
@@ -189,14 +185,14 @@ def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> 
 
 
 def _next_border(borders: Flags) -> Counts:
-    """The first one from each layer on; the end of the model is one."""
+    """The first border at or after each layer; the end of the model is one."""
     places = np.where(borders, np.arange(len(borders)), len(borders) - 1)
     found: Counts = np.minimum.accumulate(places[::-1])[::-1]
     return found
 
 
 def _first_that_fits(fits: Flags) -> Counts:
-    """By the end of a range of layers, where the longest one begins that fits; the end where none does."""
+    """The start of the longest range that fits, by its end; the end itself if none fits."""
     ends = np.arange(len(fits))
     first: Counts = np.where(fits.any(axis=0), fits.argmax(axis=0), ends)
     return first

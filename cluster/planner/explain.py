@@ -24,7 +24,6 @@ _CONTEXT_STEP = 256
 
 
 def split_memory_error(sizes: MemoryModel, split: Sequence[StageParts]) -> InsufficientMemoryError:
-    """Says what every worker of a split lacks."""
     lacking = "; ".join(text for stage in split for text in _lacking(sizes.of(stage.costs, stage.portion), stage))
     tokens = sizes.request.context_length
     return InsufficientMemoryError(
@@ -48,7 +47,7 @@ def _lacking(sizes: MemoryModel, stage_parts: StageParts) -> Iterator[str]:
 
 
 def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> InsufficientMemoryError:
-    """Says what is missing at least, over all splits, and what it would take."""
+    """Says what is missing in the best split, and which context would fit."""
     layers = sizes.stages.layers
     parts = {"weights": sizes.stages.weight_bytes(0, layers), "KV memory": sizes.context_bytes(0, layers)}
     devices = [device for worker in workers for device in devices_of(worker)]
@@ -80,7 +79,7 @@ def _least_shortfall(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> floa
 
 
 def _fitting_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> int | None:
-    """The longest context that fits; None where none does."""
+    """The longest context that fits; None if none does."""
 
     def is_too_long(length: int) -> bool:
         request = replace(sizes.request, context_length=length)
@@ -94,7 +93,7 @@ def _fitting_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> int 
 def idle_workers(
     sizes: MemoryModel, workers: Sequence[WorkerFacts], used: Collection[str], contexts: int
 ) -> tuple[IdleWorker, ...]:
-    """Workers without layers. `contexts`: the whole contexts for which the plan has KV memory."""
+    """Explains the workers without layers. `contexts`: whole contexts that the plan has KV memory for."""
     idle = [worker for worker in workers if worker.name not in used]
     if sizes.request.manual is not None:
         return tuple(IdleWorker(worker.name, "the plan gives it no layers") for worker in idle)

@@ -16,14 +16,14 @@ from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _MOST_SHARE = 12
-"""Shares of larger numbers are shown relative to the smallest one."""
+"""The largest share that is shown as an integer; others are shown relative to the smallest one."""
 _SPARSE = 0.75
-"""If a token reads less of the weights than this, the text says how much."""
+"""The share of weights read by a token below which the text tells them."""
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
-    """Every figure of the plan: layers half-open, sizes in bytes, times in milliseconds, null where not measured.
-    `acceptances`: shares of drafted tokens that are right, for which gains are predicted."""
+    """Returns every figure of the plan: layers half-open, sizes in bytes, times in milliseconds, null if not measured.
+    `acceptances`: probabilities that drafted tokens are right, for which gains are predicted."""
     values, predicted, other = asdict(plan), plan.prediction, plan.without_groups
     gains = _gains(plan, acceptances)
     del values["prediction"]
@@ -53,7 +53,7 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
 
 
 def choice_json(plan: Plan) -> dict[str, Any]:
-    """Why the plan is as it is: its objective, and the group of all layers that was not taken."""
+    """Returns the plan's objective, and the group of all layers that was rejected."""
     rejected = plan.rejected_group
     return {
         "objective": plan.objective,
@@ -70,7 +70,8 @@ def choice_json(plan: Plan) -> dict[str, Any]:
 
 
 def choice_lines(values: Mapping[str, Any]) -> Iterator[str]:
-    """A line for the objective, and one for a group that was possible or why there was none, of `choice_json`."""
+    """Yields a line for the objective, and one for the rejected group or the reason against groups, from
+    `choice_json`."""
     work = f"{values['prompt_tokens']} tokens of prompt, {ANSWER_TOKENS} of answer"
     yield {
         "latency": f"objective: latency (a request alone: {work})",
@@ -100,7 +101,7 @@ def _in_layers(stage: dict[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> tuple[str, ...]:
-    """One line a stage, then what to expect; `?` where not measured."""
+    """Returns a line for each stage, then the predictions; `?` if not measured."""
     values = plan_json(plan)
     waits = {"between stages": values["links_ms"]} if len(plan.leaders) > 1 else {}
     if any(stage.shares for stage in plan.stages):
@@ -154,7 +155,6 @@ def _gains(plan: Plan, acceptances: Sequence[float]) -> list[SpeculationGain]:
 
 
 def _gain_lines(plan: Plan, acceptances: Sequence[float]) -> Iterator[str]:
-    """One, if speeds are predicted."""
     if gains := _gains(plan, acceptances):
         first, *others = gains
         yield f"  speculation: {', '.join((_gain(first, ' of drafted tokens right'), *map(_gain, others)))}"
@@ -170,8 +170,7 @@ def _gain(gain: SpeculationGain, right: str = "") -> str:
 
 
 def _stage_lines(plan: Plan, stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
-    """One for the stage of a worker, then one for each of its GPUs. Before the members of a group, one for the
-    group."""
+    """Yields a line for the worker and each GPU; one for the group comes before its members."""
     shards = plan.expert_shards
     layers, figures = layer_span(stage.start, stage.end, shards), f"{_sizes(stage)}, {_number(decode_ms)} ms/token"
     if stage.shares:
@@ -192,12 +191,12 @@ def _stage_lines(plan: Plan, stage: StagePlan, decode_ms: float | None) -> Itera
 
 
 def stage_name(plan: Plan, stage: StagePlan) -> str:
-    """The worker of a stage, or all members of its group as a+b."""
+    """Returns the worker's name, or a+b for the members of a group."""
     return next("+".join(workers) for workers in plan.chain if stage.worker in workers)
 
 
 def shares_text(shares: Sequence[int]) -> str:
-    """As 2:1, or of large numbers 1.1:1, relative to the smallest one."""
+    """Formats shares as 2:1, or large ones as 1.1:1."""
     unit, least = gcd(*shares), min(shares)
     if max(shares) <= _MOST_SHARE * unit:
         return ":".join(str(share // unit) for share in shares)

@@ -1,4 +1,4 @@
-"""Times of gathers: the latency of a group's slowest link, and the bytes on its links. Pure."""
+"""Times of gathers: the latency of a group's slowest link, and the bytes on its links."""
 
 from __future__ import annotations
 
@@ -14,19 +14,16 @@ from llamaclust.cluster.planner.links import Links
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
 GATHER_S = 35e-6
-"""The time of a gather beside that of the network: members that are not ready together, encryption, system calls, rows
-that are copied. Members of served groups of two wait 30 to 40 us on loopback, of which encryption and system calls are
-11 (docs/groups-internals.md)."""
+"""The time of a gather beside the network: members that are not ready together, encryption, system calls, copied rows.
+Members of served groups of two wait 30 to 40 us on loopback (docs/groups-internals.md)."""
 HIDDEN_SHARE = 0.5
-"""The share of a prompt's bytes that travels while members compute other rows, at most."""
+"""The largest share of a prompt's bytes that travels while members compute other rows."""
 
 Seconds = TypeVar("Seconds", float, Table)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupLinks:
-    """The links between all members of a group, the leader first."""
-
     gather_s: float  # of a gather that carries nothing
     byte_s: Table  # [sender, receiver]; 0 from a member to itself
 
@@ -39,8 +36,8 @@ class GroupLinks:
         return cls(latency_s + GATHER_S, byte_s)
 
     def all_to_all_s(self, sent: Table) -> Table:
-        """Each member sends so many bytes to each other one: [members, ...]. It sends to all of them and receives from
-        all of them at the same time."""
+        """Seconds in which each member sends `sent` bytes, [members, ...], to each other one, and receives at the same
+        time."""
         out = sent * self.byte_s.sum(axis=1).reshape(-1, *[1] * (sent.ndim - 1))
         into = np.tensordot(self.byte_s.T, sent, axes=1)
         slowest: Table = np.maximum(out, into).max(axis=0)
@@ -48,19 +45,18 @@ class GroupLinks:
 
     @property
     def from_leader_byte_s(self) -> float:
-        """The seconds that a byte takes which the leader sends to each follower."""
+        """Seconds per byte that the leader sends to every follower."""
         return float(self.byte_s[0].sum())
 
     def to_leader_s(self, sent: Table) -> Table:
-        """Each follower sends so many bytes to the leader: [members, ...]."""
+        """Seconds in which each follower sends `sent` bytes, [members, ...], to the leader."""
         found: Table = np.tensordot(self.byte_s[:, 0], sent, axes=1)
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class GatherTimes(Generic[Seconds]):
-    """The gathers of one stage in seconds, or tables of those of many stages: gathers of layers and of the embedding,
-    and of the rows that are sampled."""
+    """Seconds of one stage's gathers, or tables for many stages: of layers and embedding, and of sampled rows."""
 
     layers_s: Seconds
     row_s: Seconds  # more for each row
@@ -68,24 +64,22 @@ class GatherTimes(Generic[Seconds]):
     output_row_s: Seconds
 
     def decode_s(self, rows: int) -> Seconds:
-        """Returns the time in a step with a token of each of `rows` sequences."""
+        """The time in a step with a token of each of `rows` sequences."""
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
     def prefill_s(self, rows: int, computing_s: Seconds) -> Seconds:
-        """Returns the time in a step of so many prompt tokens, a part of which travels while others are computed."""
+        """The time in a step of `rows` prompt tokens, beside the computation that hides a part of it."""
         bytes_s = rows * self.row_s
         found: Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
         return found
 
 
 NO_GATHERS = GatherTimes(0.0, 0.0, 0.0, 0.0)
-"""A stage that one worker holds has none."""
 
 
 def gather_times(
     costs: GroupCosts, shares: Sequence[int], start: int, end: int, links: GroupLinks
 ) -> GatherTimes[float]:
-    """The gathers of a stage in these shares."""
     gathers = [] if start else [*costs.embedding.gathers]
     gathers += (gather for layer in costs.layers[start:end] for gather in layer.gathers)
     outputs = costs.head.gathers if end == len(costs.layers) else ()

@@ -1,4 +1,4 @@
-"""Latency and transfer time between workers and coordinator. Pure."""
+"""Latency and transfer time between workers and coordinator."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 COORDINATOR = ""
-"""Its name among workers' names."""
+"""The coordinator's name among workers' names."""
 
 _NOISE_S = 5e-5
 _NOISE_BYTE_S = 5e-11
 _NOISE = 0.1
-"""Smaller differences are noise: such workers count as equally far away."""
+"""The relative difference below which workers count as equally far away."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Between two processes, whichever of them sends."""
+    """A link between two processes, for either direction."""
 
     one_way_s: float  # of a message that carries nothing
     byte_s: float  # that each byte takes
@@ -28,23 +28,23 @@ class Link:
 
     @property
     def gather_s(self) -> float:
-        """One way between threads that poll their sockets: without what programs and event loops add to a message."""
+        """Seconds of one way between threads that poll sockets, without the programs' part."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 
 _PROGRAMS_S = 1.5e-4
-"""Of a message between two processes, what is not the network."""
+"""The part of a message's latency that is not the network's."""
 USUAL = Link(one_way_s=_PROGRAMS_S, byte_s=1e-9)
-"""Between processes of one machine, where nothing was measured."""
+"""A link between processes of one machine, if it was not measured."""
 
 
 NO_REACH = Link(one_way_s=0.0, byte_s=0.0)
-"""What a process of which nothing is known adds to each link that it has."""
+"""The part of a process, of which nothing is known, in each of its links."""
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Links by pairs of names; `USUAL` where nothing is known of a pair."""
+    """Links by pairs of names; `USUAL` if a pair is unknown."""
 
     measured: Mapping[frozenset[str], Link] = field(default_factory=dict)
 
@@ -52,7 +52,6 @@ class Links:
         return self.measured.get(frozenset((one, other)), USUAL)
 
     def are_known(self, names: Collection[str]) -> bool:
-        """Whether all pairs were measured."""
         return all(frozenset(pair) in self.measured for pair in combinations(names, 2))
 
     def round(self, stages: Sequence[str]) -> list[Link]:
@@ -61,7 +60,7 @@ class Links:
         return [self.between(*pair) for pair in pairs]
 
     def estimated(self, pairs: Iterable[frozenset[str]]) -> Links:
-        """With links between these pairs, as sums of what their ends add."""
+        """Adds links between unmeasured pairs, as sums of their ends' parts."""
         reaches = self.reaches({name for pair in self.measured for name in pair})
         known = (sorted(pair) for pair in pairs if pair <= reaches.keys())
         sums = {
@@ -73,8 +72,8 @@ class Links:
         return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
-        """Links as sums of what their two ends add, as far as that goes (least squares): then the order of stages does
-        not change what links take, and a plan can be searched worker by worker."""
+        """Approximates each link as the sum of its two ends' parts (least squares): then the order of stages does not
+        matter, and the search can treat workers one by one."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
             return dict.fromkeys(names, NO_REACH)
@@ -91,7 +90,7 @@ class Links:
 
 
 def _alike(values: NDArray[np.float64], noise: float) -> list[float]:
-    """Values that differ by noise become one, their mean."""
+    """Replaces values that differ by noise by their mean."""
     order = np.argsort(values, kind="stable")
     ascending = values[order]
     apart = np.diff(ascending) > np.maximum(noise, _NOISE * ascending[1:])

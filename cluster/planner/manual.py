@@ -15,7 +15,7 @@ from llamaclust.core.limits import layer_place, layer_span
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Layers [start, end), or parts of layers, on a worker, or on a group of workers in proportion to their shares."""
+    """Layers [start, end), or parts of layers, on a worker, or divided among a group of workers by their shares."""
 
     workers: tuple[str, ...]
     start: int
@@ -24,7 +24,6 @@ class Assignment:
 
     @property
     def text(self) -> str:
-        """Names the workers in messages."""
         names = " and ".join(filter(None, (", ".join(map(repr, self.workers[:-1])), repr(self.workers[-1]))))
         return f"worker {names}" if len(self.workers) == 1 else f"workers {names}"
 
@@ -32,7 +31,7 @@ class Assignment:
 def checked(
     plan: Sequence[Assignment], workers: Collection[str], layers: int, expert_shards: int = 1
 ) -> tuple[Assignment, ...]:
-    """The plan in order of layers, or of parts of layers. UsageError names the layers or the worker that are wrong."""
+    """Returns the plan in order of layers. Raises UsageError that names the wrong layers or worker."""
     span = partial(layer_span, expert_shards=expert_shards)
     for entry in plan:
         if unknown := [worker for worker in entry.workers if worker not in workers]:
@@ -47,8 +46,7 @@ def checked(
 
 
 def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expert_shards: int = 1) -> None:
-    """UsageError for a border that divides layers which read the same keys and values, or a layer that cannot be
-    divided; `possible`: by start and end."""
+    """Raises UsageError for a border between layers with shared KV memory, or inside a layer that cannot be divided."""
     borders = np.flatnonzero(possible.diagonal())
     for entry in plan:
         if not possible[entry.start, entry.end]:
@@ -61,7 +59,7 @@ def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expe
 
 
 _Span = Callable[[int, int], str]
-"""Layers [start, end) as text."""
+"""A format of layers [start, end) as text."""
 
 
 def _check_once(plan: Sequence[Assignment], span: _Span) -> None:

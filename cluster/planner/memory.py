@@ -24,7 +24,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StagePlace:
-    """What a stage's workspace depends on, besides the model and the rows of a microbatch."""
+    """The facts that a stage's workspace depends on, besides the model and the rows of a microbatch."""
 
     threads: int
     context_length: int
@@ -35,16 +35,14 @@ class StagePlace:
 
 
 Workspace = Callable[[StagePlace], int]
-"""Bytes of any stage at such a place, at most. Asked often for equal places: it is to remember."""
+"""The most bytes of any stage at the place. The function must cache: it is called often with equal places."""
 Rounding = Callable[[str], Counts | int]
-"""What weights of layers [start, end) take of a device's memory beyond their bytes: a table by start and end, or the
-same for all. It is to remember likewise."""
+"""Bytes of a device's memory that weights of layers [start, end) take by rounding: a table, or the same for all. The
+function must cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """Constraints and objective of a plan."""
-
     context_length: int
     max_sequences: int
     workspace: Workspace
@@ -65,7 +63,7 @@ class PlanRequest:
 
     @property
     def most_blocks(self) -> int:
-        """KV blocks of a plan where KV memory is not given, at most."""
+        """The most KV blocks of a plan, unless KV memory is given."""
         most = self.context_blocks * self.max_sequences
         if self.kv_tokens is None:
             return most
@@ -73,7 +71,7 @@ class PlanRequest:
 
     @property
     def context_blocks(self) -> int:
-        """KV blocks of one whole context."""
+        """The KV blocks of one whole context."""
         return -(-self.context_length // KV_BLOCK_TOKENS)
 
 
@@ -86,17 +84,16 @@ class MemoryModel:
     portion: Portion | None = None  # `stages` are of
 
     def of(self, stages: StageCosts, portion: Portion | None = None) -> MemoryModel:
-        """The same for a portion of the model."""
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """What a stage takes beside weights and KV memory, without the experts of `cpu_moe`."""
+        """Bytes of a stage beside weights and KV memory, without the experts of `cpu_moe`."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Returns the workspace of a chosen stage: no more than `workspace_bytes`, that of the largest in its place."""
+        """Bytes for a chosen stage; at most `workspace_bytes`, which is for the largest stage at its place."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -118,31 +115,28 @@ class MemoryModel:
 
     @property
     def kv_groups(self) -> KvGroups:
-        """The blocks that KV memory of all stages is divided into."""
         stages, request = self.stages, self.request
         return KvGroups.of(stages.model, request.context_length, request.max_sequences, request.max_batch_tokens)
 
     @property
     def max_drafted(self) -> int:
-        """Drafted tokens of a sequence in a step, at most; none where refused ones would change states of layers, which
-        takes time that is not predicted."""
+        """The most drafted tokens of a sequence in a step; 0 for layers with states, which refused tokens would
+        change."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window
         return min(self.request.max_window, MAX_WINDOW if window is None else window.drafted_rows)
 
     def kv_bytes(self, start: int, end: int, kv_blocks: int) -> int:
-        """KV memory of a stage with so many blocks."""
         return int(self._kv_table(kv_blocks)[start, end])
 
     def _kv_table(self, kv_blocks: int) -> Counts:
-        """`kv_bytes` of all stages."""
         stages = self.stages
         sizes = KvSizes(stages.kv_token_bytes, stages.window_token_bytes, stages.state_bytes)
         return self.kv_groups.kv_bytes(sizes, kv_blocks)
 
     def _blocks_in(self, start: int, end: int, kv_bytes: int, most: int) -> int:
-        """How many blocks such a stage has in so much KV memory, no more than `most`."""
+        """The KV blocks, `most` at most, of the stage in `kv_bytes`."""
         if self.kv_groups.window is None and self.kv_groups.states is None:
             block_bytes = int(self.stages.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS
             if block_bytes == 0:  # feed-forward layers alone
@@ -157,7 +151,7 @@ class MemoryModel:
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
-        """What it takes, with KV memory for that many whole contexts as far as the given KV memory goes."""
+        """Bytes by kind, with KV memory for so many whole contexts, or the given KV memory if that is less."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts:
             return {"weights": self.weight_bytes(held), "workspace": self._workspace_to(device, end - 1)}
@@ -173,7 +167,7 @@ class MemoryModel:
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Sequence[Held]) -> int:
-        """Blocks that every stage has room for: `most_blocks` at most, unless the KV memory is given."""
+        """KV blocks that every stage has room for: `most_blocks` at most, unless KV memory is given."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
         for held in split:
@@ -182,7 +176,7 @@ class MemoryModel:
         return min((self._held_blocks(held, beside.get(held.place, 0), most) for held in split), default=0)
 
     def _held_blocks(self, held: Held, beside_bytes: int, most: int) -> int:
-        """`beside_bytes`: of experts on the same device."""
+        """Counts blocks beside `beside_bytes` of experts on the same device."""
         given, memory_bytes = self.request.kv_memory_bytes, held.device.memory_bytes
         if held.is_experts:
             return MAX_KV_BLOCKS if memory_bytes is None or beside_bytes <= memory_bytes else 0
@@ -195,12 +189,12 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Bytes that the worker's devices together lack for stages with KV memory for that many contexts, or the given
-        KV memory for one; infinite where start >= end."""
+        """Bytes that all devices of the worker lack, by stage, with KV memory for so many contexts, or the given KV
+        memory; infinite if start >= end."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Bytes that stages need beyond the memory of a worker without GPUs, negative where some is left; likewise."""
+        """Bytes that stages need beyond the memory of a worker without GPUs; negative if some are free."""
         return self._needs(worker, contexts, None).excess
 
     def _shortfall(self, division: Division, contexts: int) -> Table:
@@ -219,7 +213,7 @@ class MemoryModel:
         return total
 
     def _in_ram(self, division: Division) -> Table:
-        """Bytes of experts of layers on GPUs, by stage."""
+        """Bytes in RAM of experts of layers on GPUs, by stage."""
         total: Table = np.zeros(division.bounds[0].shape)
         workspace = self._workspace_to(division.devices[0], self.stages.layers - 1)
         for held_bytes in self._in_ram_beside(division):
@@ -227,7 +221,7 @@ class MemoryModel:
         return total
 
     def _in_ram_beside(self, division: Division) -> Iterator[Counts]:
-        """Of each GPU."""
+        """Yields the experts' bytes for each GPU."""
         found: dict[str, Counts] = {}
         for device, layers, begin, end in division.moved_ranges():
             held_bytes = np.where(begin < end, sums(np.diagonal(self.stages.expert_bytes, 1) * layers)[begin, end], 0)
@@ -235,7 +229,7 @@ class MemoryModel:
         yield from found.values()
 
     def _needs(self, device: WorkerFacts, contexts: int, moe: MoeLayers | None) -> DeviceNeeds:
-        """`moe`: None where no experts can be elsewhere."""
+        """Computes the needs of a device; `moe` is None if no experts can be in RAM apart from it."""
         stages, given = self.stages, self.request.kv_memory_bytes
         context = self._kv_table(self.request.context_blocks)
         excess: Table = np.full(context.shape, -np.inf)
@@ -254,8 +248,8 @@ class MemoryModel:
         return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
-        """Of the worker's devices; where the user leaves open whether layers have their experts in RAM, the faster
-        way that fits."""
+        """Divides stages among the worker's devices. If the user leaves open where experts are, it takes the faster way
+        that fits."""
         moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
 
         def needs(device: WorkerFacts) -> DeviceNeeds:
@@ -279,5 +273,5 @@ class MemoryModel:
         return division.sums(stages.decode_table) + moved
 
     def held(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> tuple[Held, ...]:
-        """Which of its devices hold which layers of a stage."""
+        """Lists the devices of the worker that hold layers of a stage."""
         return self.division(worker, contexts).held(start, end) if worker.gpus else (Held(worker, start, end),)

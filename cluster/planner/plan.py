@@ -1,4 +1,4 @@
-"""A plan: the layers of each worker, their memory, and the predicted speed. Values only."""
+"""Values of a plan: the layers of each worker, their memory, and the predicted speed."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ from llamaclust.core.gpus import DeviceLayers
 
 _PROMPT_TOKENS = 512
 ANSWER_TOKENS: Final = 128
-"""Of a usual answer."""
 
 
 def usual_prompt_tokens(context_length: int) -> int:
-    """Of the prompts that plans are made for."""
+    """Returns the prompt tokens that plans are made for."""
     return min(_PROMPT_TOKENS, context_length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldLayers:
-    """Layers [start, end) in a memory."""
-
     start: int
     end: int
     weight_bytes: int
@@ -32,14 +29,11 @@ class HeldLayers:
 
     @property
     def bytes(self) -> int:
-        """All that they take there."""
         return self.weight_bytes + self.kv_bytes + self.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan(HeldLayers):
-    """Layers of a stage on one of its worker's devices."""
-
     device: str
     cpu_moe: tuple[int, ...] = ()  # of a GPU's layers, those with experts in RAM
     is_experts: bool = False  # of a GPU's layers only routers and experts, those of `cpu_moe`
@@ -48,10 +42,8 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """Layers on a worker, or its portion of them where it holds them together with others: a group.
-
-    The members of a group follow each other in a plan and have the same layers and shares.
-    """
+    """Layers on a worker, or its portion of them in a group. The members of a group follow each other in a plan and
+    have the same layers and shares."""
 
     worker: str
     shares: tuple[int, ...] = ()  # of the output rows, by member of the group; (): the worker holds the layers alone
@@ -60,7 +52,7 @@ class StagePlan(HeldLayers):
 
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
-        """What its worker is told of that."""
+        """The division that the worker is told."""
         parts = (part for part in self.devices if not part.is_experts)
         return tuple(
             DeviceLayers(part.device, part.start, part.end, part.cpu_moe, part.experts_cache_bytes) for part in parts
@@ -69,15 +61,13 @@ class StagePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True)
 class IdleWorker:
-    """A worker without layers, and why."""
-
     worker: str
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class UnusedGpu:
-    """A GPU of a worker that has layers, none of them there, and why."""
+    """A GPU without layers, of a worker that has some, and why."""
 
     worker: str
     device: str
@@ -86,7 +76,7 @@ class UnusedGpu:
 
 @dataclass(frozen=True, slots=True)
 class StagePrediction:
-    """How long a stage computes, or a member of its group."""
+    """Seconds of a stage, or of a member of its group."""
 
     decode_s: float  # one token of one sequence; of a member of a group, if it waits for none
     prefill_s: float  # each prompt token
@@ -95,7 +85,7 @@ class StagePrediction:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A step of one sequence whose last token is computed with drafted ones behind it, when it is known."""
+    """A step of one sequence with so many drafted tokens behind the known one."""
 
     drafted: int
     seconds: float  # until its tokens are known
@@ -104,8 +94,6 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a plan should bring."""
-
     stages: tuple[StagePrediction, ...]  # for each entry of the plan
     token_s: float  # from token to token of one sequence alone
     links_s: float  # of it, on the way from stage to stage
@@ -117,13 +105,13 @@ class Prediction:
 
     @property
     def answer_s(self) -> float:
-        """A usual answer alone, with its prompt."""
+        """Seconds of a usual prompt and answer alone."""
         return self.ttft_s + (ANSWER_TOKENS - 1) * self.token_s
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedGroup:
-    """Workers that could hold all layers together, where stages are better for the objective."""
+    """A group for all layers that is worse for the objective than stages."""
 
     workers: tuple[str, ...]  # the leader first
     shares: tuple[int, ...]
@@ -153,21 +141,20 @@ class Plan:
 
     @property
     def leaders(self) -> tuple[StagePlan, ...]:
-        """Those that the stages' streams begin and end at: an entry for each stage."""
+        """The entries that the streams of stages begin and end at, one for each stage."""
         return tuple(stage for stage in self.stages if stage.member == 0)
 
     @property
     def by_stage(self) -> tuple[tuple[StagePlan, ...], ...]:
-        """The entries of each stage: one, or those of the members of its group, the leader's first."""
+        """The entries of each stage, its leader first."""
         starts = [place for place, stage in enumerate(self.stages) if stage.member == 0]
         return tuple(self.stages[start:end] for start, end in pairwise((*starts, len(self.stages))))
 
     @property
     def chain(self) -> tuple[tuple[str, ...], ...]:
-        """Their workers."""
+        """The workers of each stage, its leader first."""
         return tuple(tuple(stage.worker for stage in stages) for stages in self.by_stage)
 
     @property
     def prompt_tokens(self) -> int:
-        """Of the prompts that plans are made for."""
         return usual_prompt_tokens(self.context_length)

@@ -1,12 +1,11 @@
-"""Assigns layers to workers and groups, and predicts the speed of the plan. Pure.
+"""Assigns layers to workers and groups, and predicts the speed of the plan; pure functions.
 
-Objective `latency`: a usual request alone, with 512 tokens of prompt and 128 of answer, takes as little time as can be.
-Objective `throughput`: the slowest stage is as fast as possible for a mix of work that includes the head (on the last
-stage): such a prompt and answer of each of eight concurrent sequences. A plan that is better by less than 2 % gives way
-to a simpler one: of single workers, in the file's order. Of equal splits, the one with fewer stages. There is KV memory
-for several whole contexts, or for one where that makes a plan faster by a tenth.
+Objective `latency`: the time of a usual request alone, with 512 tokens of prompt and 128 of answer. Objective
+`throughput`: the slowest stage's time, with the head, for such requests of eight concurrent sequences. A plan that is
+better by less than 2 % gives way to a simpler one: of single workers, in the file's order; equal splits to the one with
+fewer stages. KV memory is for several whole contexts, or for one if that makes a plan faster by a tenth.
 
-Unless every worker has a profile, all are taken to be equal.
+Unless every worker has a profile, all count as equal.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.costs import ModelCosts
 
 _WANTED_CONTEXTS = 4
-"""For so many whole contexts a split should leave KV memory; one is the least."""
+"""The whole contexts that a split should have KV memory for; one is the least."""
 
 _NOMINAL_CPU = DeviceProfile(read_bytes_s=20e9, int8_macs_s=300e9)
 _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """Raises UsageError for a wrong manual plan, InsufficientMemoryError with the missing MiB, NetworkPartitionError
-    where only `partitions` prevents a plan."""
+    """Raises UsageError for a wrong manual plan, InsufficientMemoryError with the missing MiB, NetworkPartitionError if
+    only `partitions` prevents a plan."""
     stages = StageCosts.of(costs)
     sizes = MemoryModel(stages, request)
     if request.manual is not None:
@@ -114,7 +113,7 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
 
 
 def _with_cache(part: DevicePlan, limit_bytes: int | None) -> DevicePlan:
-    """With what its layers leave for copies of their experts in RAM."""
+    """Gives the memory that its layers leave to copies of their experts in RAM."""
     if part.is_experts or not part.cpu_moe or part.memory_bytes is None:
         return part
     return replace(part, experts_cache_bytes=cache_room(part.memory_bytes - part.bytes, limit_bytes))
@@ -133,8 +132,8 @@ def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
 
 
 def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> Found:
-    """Workers without any measurement hold no layers where the others suffice. A worker that lacks only measurements of
-    its GPUs is used."""
+    """Finds a plan, without unmeasured workers if the others suffice. One that lacks only measurements of GPUs is
+    used."""
     measured = [worker for worker in workers if worker.profile is not None]
     if 0 < len(measured) < len(workers):
         with suppress(InsufficientMemoryError, NetworkPartitionError):

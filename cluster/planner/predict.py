@@ -40,7 +40,6 @@ class _Path:
 
     @property
     def token_s(self) -> float:
-        """A round with the row of one sequence."""
         return self.round_s + sum(self.row_s)
 
 
@@ -53,7 +52,7 @@ def predict(
     max_drafted: int = 0,
     may_chain: bool = True,
 ) -> Prediction:
-    """Of stages whose workers were all measured. `may_chain`: windows of drafted tokens may be sent behind others."""
+    """Predicts stages whose workers were all measured. `may_chain`: drafted windows may be sent behind others."""
     path = _Path.of(split, links)
     times = [time for stage in split for time in _times(stage, prompt_tokens)]
     slowest = max(times, key=lambda time: time[1].decode_s)
@@ -70,7 +69,6 @@ def predict(
 
 
 def _times(stage: HeldStage, prompt_tokens: int) -> Iterator[tuple[str, StagePrediction]]:
-    """By worker."""
     decode, prefill = stage.member_decode_s(), stage.member_prefill_s(prompt_tokens)
     gathers_s = stage.gathers.decode_s(1)
     for member, decode_s, prefill_s in zip(stage.members, decode, prefill, strict=True):
@@ -85,8 +83,7 @@ def predict_again(
     links: Links,
     group_costs: GroupCostsOf | None = None,
 ) -> Prediction | None:
-    """Of a plan of before, from what is measured now. None where one of its devices is absent or was not measured.
-    `group_costs`: of the model, where the plan has groups."""
+    """Predicts an earlier plan from present measurements; None if one of its devices is absent or unmeasured."""
     if any(not _is_known(stage, workers) for stage in plan.stages):
         return None
     split = [_stage_again(costs, stages, workers, links, group_costs) for stages in plan.by_stage]
@@ -118,7 +115,7 @@ def _stage_again(
 
 
 def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, ...]:
-    """Nothing where a device is absent."""
+    """Returns nothing if a device is absent."""
     if stage.worker not in workers:
         return ()
     devices = {device.device: device for device in devices_of(workers[stage.worker])}
@@ -132,8 +129,7 @@ def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, .
 
 
 def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _Path) -> float:
-    """A prompt in equal chunks, one behind the other through stages and links; the last stage's head for its last
-    row."""
+    """Seconds of a prompt in equal chunks, one behind the other through stages and links, with the head for one row."""
     rows = -(-prompt_tokens // chunks)
     times = [stage.prefill_s(rows, concurrent=chunks > 1) for stage in split]
     sent = [rows * ms for ms in path.row_s]
@@ -142,8 +138,8 @@ def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _
 
 
 def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: bool) -> Round:
-    """With an output row for every drafted token: the weights are read once, products and the head count by rows. The
-    coordinator drafts, so that a round begins and ends there."""
+    """Times a step with an output row for every drafted token: weights are read once, products and the head count by
+    rows. The coordinator drafts, so the round begins and ends there."""
     rows = 1 + drafted
     stages = [stage.decode_s(rows) for stage in split]
     links = [rows * row_s for row_s in path.row_s]
@@ -152,7 +148,7 @@ def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: 
 
 
 def _tokens_per_s(split: Sequence[HeldStage], sequences: int, groups: int, path: _Path) -> float:
-    """Decode of that many sequences in that many microbatches."""
+    """Decodes `sequences` in `groups` microbatches."""
     rows = -(-sequences // groups)
     times = [stage.decode_s(rows, concurrent=groups > 1) * _NS for stage in split]
     sent_s = rows * sum(path.row_s)

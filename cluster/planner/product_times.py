@@ -1,5 +1,5 @@
-"""Times of products with weights of each quant type on a processor: as its worker measured them, or else assumed from
-the machine's limits by what kernels reached here."""
+"""Times of products with weights of each quant type on a processor: measured by its worker, or else assumed from the
+machine's limits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from llamaclust.model.costs import TypedWeights
 from llamaclust.model.quant_types import QuantType
 
 READ_SHARE: Final = 0.85
-"""Of the memory bandwidth, what products of one row reach where nothing else bounds them."""
+"""The share of the memory bandwidth that products of one row reach if nothing else bounds them."""
 
 
 @dataclass(frozen=True, slots=True)
 class TypeRates:
-    """Measured in a core's own cache (benchmarks/run.py product_rates), relative to the 8-bit peak."""
+    """Rates in a core's own cache (benchmarks/run.py product_rates), relative to the 8-bit peak."""
 
     decode_macs: float  # in the time of so many 8-bit multiply-accumulates a weight is decoded, once for some rows
     peak_share: float  # of products with many rows
@@ -51,13 +51,11 @@ RATES: Final[Mapping[QuantType, TypeRates]] = {
     QuantType.MXFP4: TypeRates(1.9, 0.64),
 }
 _OTHER: Final = TypeRates(4.0, 0.12)
-"""Of types that no kernel computes with: plans of such models are refused elsewhere."""
+"""The rates of types without a kernel; plans of such models are refused elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProductTimes:
-    """Of one processor."""
-
     _read_bytes_s: float
     _int8_macs_s: float
     _measured: Mapping[int, Sequence[ProductTime]]  # by ggml's number of the type, rows ascending
@@ -72,7 +70,6 @@ class ProductTimes:
         return cls(limits.read_bytes_s, limits.int8_macs_s, measured)
 
     def seconds(self, weights: Sequence[TypedWeights], rows: float) -> float:
-        """Of products of `rows` rows with these weights."""
         return sum(each.n_bytes * self.byte_s(each.quant_type, rows) for each in weights)
 
     def byte_s(self, quant_type: QuantType, rows: float) -> float:
@@ -91,7 +88,7 @@ class ProductTimes:
 
 
 def _at(times: Sequence[ProductTime], rows: float) -> float:
-    """On lines between the points, and on the last one beyond them; no row takes less than the first point."""
+    """Interpolates linearly, and extrapolates beyond the last point; no row takes less than the first point."""
     if len(times) == 1 or rows <= times[0].rows:
         return times[0].byte_s
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)

@@ -12,20 +12,18 @@ from llamaclust.core.profile import DeviceProfile, StepTime
 from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 
 LAUNCHES_S: Final = 30e-6
-"""Of kernels of a layer on a GPU; an assumption, since no GPU was there to measure it."""
+"""The launches of a layer's kernels on a GPU; assumed, not measured."""
 LAYER_S: Final = 60e-6
-"""Of a layer on a processor beside its products: threads that wait for each other, and steps of few rows."""
+"""The time of a layer on a processor beside its products: threads that wait for each other, and steps of few rows."""
 ROW_MACS: Final = 3000
-"""For each row and each channel of the hidden state, what a layer on a processor takes beside its products, in 8-bit
-multiply-accumulates: norms, rotation, attention over some hundred keys, quantized activations."""
+"""8-bit multiply-accumulates for each row and channel, equal to a layer's time beside products on a processor: norms,
+rotation, attention over some hundred keys, quantized activations."""
 _STATE_MACS: Final = 4
-"""A multiply-accumulate of a state is one of floats, and takes as long as so many of 8 bits."""
+"""The 8-bit multiply-accumulates that take as long as one of a state, which is of floats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """Of one device."""
-
     _read_bytes_s: float
     _int8_macs_s: float
     _products: ProductTimes | None  # None: the profile has what kernels of all types reach
@@ -33,19 +31,18 @@ class Roofline:
 
     @classmethod
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
-        """`hidden_bytes`: of a row, in float32."""
+        """Derives the limits of a device. `hidden_bytes`: of a row, in float32."""
         products = ProductTimes.of(profile, concurrent=concurrent) if device == "cpu" else None
         limits = profile.limits(concurrent=concurrent)
         row_s = ROW_MACS * hidden_bytes / 4 / limits.int8_macs_s
         return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
-        """Experts for themselves: what one is bound by does not hide what another is bound by, and a part of a stage
-        takes as long wherever it is computed."""
+        """Adds experts apart: their bound does not hide the rest's, and a part takes as long on another device."""
         return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
 
     def experts_s(self, layer: LayerCost, rows: int) -> float:
-        """A layer's router and experts alone. Each row has products with the experts that it chooses."""
+        """Seconds of a layer's router and experts. Each row has products with the experts that it chooses."""
         weights, share = self._typed(layer.expert_weights), layer.touched_share(rows)
         n_bytes = layer.touched_expert_bytes(rows) - share * _bytes_of(weights)
         macs = rows * (layer.expert_macs_per_token - _macs_of(weights))
@@ -66,7 +63,7 @@ class Roofline:
         return steps_s + self._products_s(weights, rows) + other_s
 
     def _typed(self, weights: Sequence[TypedWeights]) -> Sequence[TypedWeights]:
-        """Those whose type says what products with them take."""
+        """Selects the weights whose products are timed by type."""
         return () if self._products is None else weights
 
     def _products_s(self, weights: Sequence[TypedWeights], rows: float, share: float = 1.0) -> float:
@@ -77,8 +74,8 @@ class Roofline:
 
 
 def retimed(profile: DeviceProfile, measured: ModelCosts, other: ModelCosts) -> DeviceProfile:
-    """The profile of a processor for the `other` costs of the model whose steps were measured, which differ only in the
-    types and bytes of the tiles that its weights lie in."""
+    """Converts a processor's profile from the `measured` costs to `other`, which differ only in types and bytes of
+    tiles."""
     return replace(
         profile,
         concurrent=tuple(_retimed(time, profile, measured, other, concurrent=True) for time in profile.concurrent),

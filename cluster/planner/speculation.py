@@ -1,4 +1,4 @@
-"""What speculation gains where a share of the drafted tokens is right, with the scheduler's choice of windows. Pure."""
+"""The gain of speculation for a share of right drafted tokens, with the scheduler's choice of windows."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llamaclust.cluster.scheduler.speculation.candidates import LONGEST_DRAFT, C
 from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_windows, speed_of
 
 USUAL_ACCEPTANCES = (0.5, 0.8, 0.95)
-"""From drafts that are often wrong to copies of a text with few edits."""
+"""Acceptances from drafts that are often wrong to copies of a text with few edits."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpeculationGain:
-    """Of one request alone."""
+    """The gain of one request alone."""
 
     acceptance: float  # the probability that a drafted token is right where those before it are
     drafted_tokens: int  # in each window; 0 where that would not pay
@@ -25,7 +25,7 @@ class SpeculationGain:
 
 
 def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain | None:
-    """None where nothing is drafted, or where layers have states."""
+    """Returns None if nothing is drafted, or layers have states."""
     if not prediction.rounds:
         return None
     times = _PlannedRounds(prediction)
@@ -43,7 +43,7 @@ def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain |
 
 
 class _PlannedRounds:
-    """Of one sequence, in one microbatch. Between two windows times are on a line."""
+    """Times of one sequence in one microbatch, interpolated between windows."""
 
     def __init__(self, prediction: Prediction) -> None:
         self._plain_s = prediction.token_s
@@ -64,5 +64,5 @@ class _PlannedRounds:
 
 
 def _ns(seconds: float) -> float:
-    """A worker may say that its steps take no time."""
+    """Converts to at least 1 ns, since a worker may report steps that take no time."""
     return max(1e9 * seconds, 1.0)

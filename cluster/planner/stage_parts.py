@@ -1,4 +1,4 @@
-"""Stages as the planner takes them: what devices of a worker hold, and how long they compute."""
+"""Stages in the planner: the layers on devices of their workers, and how long they compute."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llamaclust.model.groups.costs import GroupCosts
 from llamaclust.model.groups.portion import Portion
 
 GroupCostsOf = Callable[[int], GroupCosts]
-"""Returns the costs of a model in groups of so many members, and remembers them."""
+"""Returns the costs of a model in groups of so many members; it must cache them."""
 HeldOf = Callable[[str, StageCosts, Portion], tuple[Held, ...]]
-"""Returns which devices of a worker hold which layers of a stage, by the costs of its portion."""
+"""Returns the layers on each device of a worker, by the costs of its portion."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageParts:
-    """A stage of a worker: what its devices hold, one behind the other."""
+    """A worker's stage, or its portion: the layers on its devices, which compute one after the other."""
 
     worker: str
     parts: tuple[Held, ...]
@@ -34,17 +34,14 @@ class StageParts:
 
     @property
     def portion(self) -> Portion | None:
-        """The portion of a group's member; None where one worker holds the stage."""
         return Portion(self.shares, self.member) if self.shares else None
 
     @property
     def start(self) -> int:
-        """The first layer."""
         return min(part.start for part in self.parts)
 
     @property
     def end(self) -> int:
-        """One past its last layer."""
         return max(part.end for part in self.parts)
 
     def decode_s(self, rows: int = 1, *, concurrent: bool = False) -> float:
@@ -60,23 +57,21 @@ class StageParts:
 
 @dataclass(frozen=True, slots=True)
 class HeldStage:
-    """A stage as its workers hold it: one of them, or the members of a group, the leader first."""
+    """A stage on one worker, or on the members of a group, the leader first."""
 
     members: tuple[StageParts, ...]
     gathers: GatherTimes[float] = NO_GATHERS
 
     @property
     def leader(self) -> StageParts:
-        """Stands for the stage in the chain."""
         return self.members[0]
 
     @property
     def _is_group(self) -> bool:
-        """True where several members compute at the same time, some perhaps on one machine."""
         return len(self.members) > 1
 
     def decode_s(self, rows: int = 1, *, concurrent: bool = False) -> float:
-        """The slowest member, and the gathers, at which all of them meet."""
+        """The time of the slowest member, with the gathers, at which all of them meet."""
         return max(self.member_decode_s(rows, concurrent=concurrent))
 
     def prefill_s(self, rows: int, *, concurrent: bool = False) -> float:
@@ -88,14 +83,12 @@ class HeldStage:
         return [member.decode_s(rows, concurrent=concurrent) + gathers_s for member in self.members]
 
     def member_prefill_s(self, rows: int, *, concurrent: bool = False) -> list[float]:
-        """The time of each member for a prompt, if none waits for another one."""
         concurrent = concurrent or self._is_group
         computing = [member.prefill_s(rows, concurrent=concurrent) for member in self.members]
         return [seconds + float(self.gathers.prefill_s(rows, seconds)) for seconds in computing]
 
 
 def held_by_group(entry: Assignment, held_of: HeldOf, costs_of: GroupCostsOf, links: Links) -> HeldStage:
-    """The stage of a group, of which each member holds its portion."""
     shares, costs = entry.shares, costs_of(len(entry.shares))
     members = (costs.member(shares, member) for member in range(len(shares)))
     portions = [StageCosts.of(own, own.head_bytes / max(costs.model.head_bytes, 1)) for own in members]
@@ -113,7 +106,7 @@ class _StepTable(Protocol):
 
 
 def _held_s(costs: StageCosts, table: _StepTable, held: Held, rows: int, *, concurrent: bool) -> float:
-    """The time of a device for its layers, or for experts of layers on a GPU with their way there and back."""
+    """The time of a device for its layers, or for moved experts with their exchange."""
     start, end, moved = held.start, held.end, np.isin(np.arange(costs.layers), held.cpu_moe)
     experts = costs.experts_table(held.device, rows, moved, concurrent=concurrent)[start, end] if held.cpu_moe else 0.0
     if held.is_experts:

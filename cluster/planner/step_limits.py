@@ -1,4 +1,4 @@
-"""How long a worker may compute one step before it counts as hung. Pure."""
+"""Limits of the time of a step, after which a worker counts as hung."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from llamaclust.cluster.planner.plan import StagePrediction
 
 UNPREDICTED_S = 30.0
 _LEAST_S = 4.0
-"""With the interval of heartbeats, five seconds."""
+"""The least limit; with the interval of heartbeats, a hang is found in five seconds."""
 _TIMES_PREDICTED = 10.0
 _RULE = f"{_TIMES_PREDICTED:g} times its predicted time, at least {_LEAST_S:g} s"
 
 
 def step_limit_s(rows: int, measured_s: Sequence[float], planned: Sequence[StagePrediction]) -> float:
-    """Ten times the predicted time of a stage's longest step, of `rows` rows; 0: none runs. `measured_s`: predictions
-    for that many rows from measured steps of each kind. `planned`: the plan's, of each member of a group."""
+    """Returns ten times the predicted time of the longest step. `measured_s`: predictions for `rows` rows from measured
+    steps. `planned`: the plan's predictions, of each member of a group."""
     if rows == 0:
         return UNPREDICTED_S
     predicted_s = [*measured_s, *(max(stage.decode_s, rows * stage.prefill_s) for stage in planned)]
@@ -24,16 +24,13 @@ def step_limit_s(rows: int, measured_s: Sequence[float], planned: Sequence[Stage
 
 
 def link_limit_s(link: Link, message_bytes: int) -> float:
-    """How long a message may take on a link; likewise ten times what is predicted."""
     return _TIMES_PREDICTED * (link.one_way_s + message_bytes * link.byte_s)
 
 
 def silence_text(number: int, waited_s: float, limit_s: float) -> str:
-    """Describes a worker whose stage passes nothing on although its heartbeats come."""
     rule = f"the limits of its step and of the ways to it and on: {limit_s:.3g} s"
     return f"it does not answer: microbatch {number} has been at it for {waited_s:.1f} s, longer than {rule}"
 
 
 def hang_text(computing_s: float, limit_s: float) -> str:
-    """Of a worker whose step takes longer than its limit, although its heartbeats come."""
     return f"it hangs: a step has been computed for {computing_s:.1f} s, longer than {limit_s:.3g} s ({_RULE})"

@@ -1,4 +1,4 @@
-"""What splits are judged by: the time of a usual request alone, or of the work of several at once. Pure."""
+"""The work that splits are judged by: a usual request alone, or several at once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Final
 from llamaclust.cluster.planner.plan import ANSWER_TOKENS
 
 CHUNKS: Final = (1, 2, 4, 8, 16)
-"""Into so many equal parts a prompt may be cut, which stages compute one behind the other."""
+"""Numbers of equal parts of a prompt, which stages compute one behind the other."""
 TOGETHER: Final = 8
 """Sequences that are decoded at once, with the objective `throughput`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Steps of as many rows each: of a prompt, or of a token of each of so many sequences."""
+    """Steps of `rows` rows each: of a prompt, or of a token of each of so many sequences."""
 
     rows: int
     steps: float
@@ -25,8 +25,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A split takes what its slowest stage takes for `slowest`, and with `adds_up` what all stages take for `each`;
-    without, that decides between equal ones."""
+    """A split costs its slowest stage's time for `slowest`, plus all stages' times for `each` if `adds_up`; else the
+    latter only decides between equal splits."""
 
     slowest: tuple[Rows, ...]
     slowest_rows: int  # that a link carries meanwhile
@@ -40,7 +40,7 @@ class Work:
 
 
 def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
-    """The time of the objective is the least of all these."""
+    """Lists the works of the objective, of which the fastest counts."""
     if objective == "latency":
         return tuple(_request(prompt_tokens, chunks) for chunks in CHUNKS)
     steps = (
@@ -51,7 +51,7 @@ def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
 
 
 def _request(prompt_tokens: int, chunks: int) -> Work:
-    """The first chunk passes through all stages; each other one is behind it by what the slowest stage takes."""
+    """The first chunk passes through all stages; each other one adds the time of the slowest stage."""
     rows = -(-prompt_tokens // chunks)
     chunk = Rows(rows, 1, is_prompt=True, concurrent=chunks > 1)
     behind = (Rows(rows, chunks - 1, is_prompt=True, concurrent=True),) if chunks > 1 else ()

@@ -1,4 +1,4 @@
-"""The chain of workers and groups that takes least for the objective. Pure."""
+"""The chain of workers and groups that takes the least time by the objective."""
 
 from __future__ import annotations
 
@@ -24,13 +24,11 @@ from llamaclust.cluster.planner.splits.stage_tables import stage_tables
 from llamaclust.cluster.planner.work import Work, works_of
 
 _WORTH_ROOM = 1.1
-"""Less room for keys and values, though for a whole context, has to make a plan faster by so much."""
+"""The factor by which a plan with KV memory for fewer whole contexts must be faster."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A chain that fits."""
-
     entries: tuple[Assignment, ...]
     contexts: int  # for so many whole contexts there is KV memory at least
     seconds: float = 0.0  # by the objective
@@ -43,7 +41,7 @@ class Found:
 
 
 def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
-    """None where nothing fits. `contexts`: for how many there should be KV memory, the most wanted number first."""
+    """Returns None if nothing fits. `contexts`: wanted numbers of whole contexts in KV memory, the best first."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
     unlike = frozenset[str]().union(*sizes.request.partitions)
     found: Found | None = None
@@ -63,8 +61,6 @@ def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Seq
 
 @dataclass(frozen=True, slots=True)
 class _Search:
-    """A search for the best chain with KV memory for so many contexts."""
-
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
     classes: Sequence[WorkerClass]
@@ -72,7 +68,7 @@ class _Search:
     contexts: int
 
     def found(self, below: float) -> Found | None:
-        """The best chain of less than that time."""
+        """Returns the best chain that takes less than `below` seconds."""
         best = best_of(self._single(), below)
         single = None if best is None else self._of(best)
         limit = below if best is None else CLEARLY_BETTER * best.seconds
@@ -99,7 +95,7 @@ class _Search:
         return ways_of_workers(self.classes, self.works, self._apart)
 
     def _grouped(self, below: float, known: Best | None, *, nearly: bool) -> Best | None:
-        """The best chain with groups, which need measured links. `nearly`: see `GroupTables`."""
+        """Returns the best chain with groups, which need measured links. `nearly`: see `GroupTables`."""
         request = self.sizes.request
         if request.largest_group < 2 or request.group_costs is None or not is_measured(self.workers):
             return None
@@ -108,14 +104,14 @@ class _Search:
         return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._apart).best(below, known)
 
     def _fitted(self, found: Found) -> Found | None:
-        """Units of what a group divides may be larger than what is left of a memory."""
+        """Fits whole units of a group's portions into its memories; None if that fails."""
         by_name = {worker.name: worker for worker in self.workers}
         entries = tuple(fitted(self.sizes, entry, by_name, self.contexts) for entry in found.entries)
         blocks = Chain.of(self.sizes, entries, by_name, self.contexts).kv_blocks
         return replace(found, entries=entries) if blocks >= self.sizes.request.context_blocks else None
 
     def _entries(self, best: Best) -> tuple[Assignment, ...]:
-        """Workers of a class stand for each other: none is used twice."""
+        """Assigns workers of the same class in turn, so that none is used twice."""
         holders, work = best.way.steps.holders, best.way.steps.work
         classes = [holder for holder in holders if isinstance(holder, WorkerClass)]
         numbers, left = class_numbers(classes), [list(one.workers) for one in classes]

@@ -1,4 +1,4 @@
-"""Lower bounds of the time of layers on workers and groups, by which the search leaves out chains. Pure."""
+"""Lower bounds of the time of layers on workers and groups, by which the search prunes chains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NEVER_S = 1e300
 
 @dataclass(slots=True, eq=False)
 class LayerBounds:
-    """The bounds for one work. At best, members of a group divide a layer at will."""
+    """The bounds for one work, as if members of a group could divide a layer at will."""
 
     _rates: Table  # [classes, layers]: layers a second of one worker
     _gathers_s: Table  # of each layer, in a group
@@ -24,17 +24,14 @@ class LayerBounds:
 
     @classmethod
     def of(cls, totals: Sequence[Table], gathers_s: Table) -> LayerBounds:
-        """`totals`: of stages of one worker of each class."""
         return cls(np.array([1 / _layers_s(total) for total in totals]), gathers_s)
 
     def together(self, workers: Counts) -> Table:
-        """The first layers, by their number, on all of these together."""
         if workers not in self._together:
             self._together[workers] = _before(self._as_group(workers))
         return self._together[workers]
 
     def of_rest(self, workers: Counts) -> Table:
-        """The layers from each one on, on the best of these or on all together."""
         if workers not in self._rest:
             self._rest[workers] = self._of_rest(workers)
         return self._rest[workers]
@@ -66,6 +63,6 @@ def _layers_s(total: Table) -> Table:
 
 
 def _before(seconds: Table) -> Table:
-    """Sums of the first layers, by their number."""
+    """Cumulative sums, from 0."""
     found: Table = np.concatenate([[0.0], np.cumsum(seconds)])
     return found

@@ -1,4 +1,4 @@
-"""How times and memory of a worker depend on its portion of a stage: sums of what is whole and what is divided."""
+"""Costs of a worker's portion of a stage, as sums of whole and divided parts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
-"""Values of so many units or more count as divided at will, others in whole units (heads, say)."""
+"""Values of at least so many units count as divided at will, others (heads, say) in whole units."""
 
 Shares = Table
-"""[members, ...]: the part of each; the sum over members is 1."""
+"""Shares of the members, [members, ...]; they sum to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
-    """Costs of a model in groups, by what is divided alike. `whole`: what the leader has at all; with each of `coarse`,
-    what is divided in so many units besides; `fine`: likewise, divided at will. `follower`: what others have at all."""
+    """Costs of a model in groups, by kind of division. `whole`: undivided parts of the leader; `follower`: of others.
+    `coarse`: `whole` plus the parts of so many units; `fine`: `whole` plus the parts that are divided at will."""
 
     whole: StageCosts
     follower: StageCosts
@@ -41,11 +41,11 @@ class DividedCosts:
         return cls(whole, follower, tuple(kept), _costs(costs, fine), least_units, _divided(costs))
 
     def is_of(self, costs: GroupCosts) -> bool:
-        """True where groups of this size divide the model alike."""
+        """True if groups of this size divide the model alike."""
         return self.divided == _divided(costs)
 
     def tables(self, table: Callable[[StageCosts], Table], *, leads: bool = True) -> DividedTables:
-        """`table` is to be a sum over what a member has."""
+        """Evaluates `table`, which must be additive over the parts of a member."""
         whole = table(self.whole)
         return DividedTables(
             whole if leads else table(self.follower),
@@ -54,13 +54,13 @@ class DividedCosts:
         )
 
     def coarse_parts(self, shares: Shares) -> list[Shares]:
-        """The parts that members have of each `coarse`, in whole units."""
+        """Rounds shares to whole units, for each of `coarse`."""
         return [_in_units(units, shares) for units, _ in self.coarse]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DividedTables:
-    """A table of stages, as sums of parts: of one member, or [members, ...]."""
+    """A table of stages as sums of parts, of one member or [members, ...]."""
 
     whole: Table
     coarse: tuple[Table, ...]
@@ -76,28 +76,26 @@ class DividedTables:
         )
 
     def at(self, coarse: Sequence[Table], fine: Table) -> Table:
-        """The table of members with such parts of each."""
         found = self.whole + fine * self.fine
         for part, table in zip(coarse, self.coarse, strict=True):
             found = found + part * table
         return found
 
     def cut(self, cells: tuple[Counts, Counts]) -> DividedTables:
-        """The tables of some stages, by their starts and ends."""
+        """Selects stages by their starts and ends."""
         return DividedTables(self.whole[cells], tuple(table[cells] for table in self.coarse), self.fine[cells])
 
     def chosen(self, numbers: Counts) -> DividedTables:
-        """The tables of some of these stages."""
         coarse = tuple(table[..., numbers] for table in self.coarse)
         return DividedTables(self.whole[..., numbers], coarse, self.fine[..., numbers])
 
     def with_coarse(self, coarse: Sequence[Table]) -> DividedTables:
-        """Returns these tables with such parts as parts of what is whole."""
+        """Adds fixed coarse parts to what is whole."""
         return DividedTables(self.at(coarse, np.zeros(())), (), self.fine)
 
     @property
     def divided(self) -> Table:
-        """All that is divided, as if it were alike."""
+        """The sum of all divided parts, as if they were divided alike."""
         return np.asarray(sum(self.coarse, self.fine))
 
 
@@ -106,7 +104,7 @@ def _divided(costs: GroupCosts) -> tuple[DividedLayer, ...]:
 
 
 def _costs(costs: GroupCosts, kinds: set[int]) -> StageCosts:
-    """Costs of a leader that has all of what is divided in `kinds` of units, and nothing else that is divided."""
+    """Costs of a leader with all divided parts of `kinds` of units, and no others."""
     alike = {id(layer): _kept(layer, kinds) for layer in costs.layers}
     kept = replace(
         costs, members=1, layers=tuple(alike[id(layer)] for layer in costs.layers), head=_kept(costs.head, kinds)
@@ -134,7 +132,7 @@ def _more(table: Table, whole: Table) -> Table:
 
 
 def _in_units(units: int, shares: Shares) -> Shares:
-    """Shares in whole units, as `borders` divides them."""
+    """Shares in whole units, at least one each, as `borders` divides them."""
     members = len(shares)
     places = np.rint(units * np.cumsum(shares, axis=0))
     before: Table = np.zeros(shares.shape[1:])

@@ -1,4 +1,4 @@
-"""Shares of groups whose memory is nearly full, so that every member has room for its whole units. Pure."""
+"""Shares of groups whose memory is nearly full, so that every member has room for its whole units."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _MOVES = 100
 
 
 def fitted(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, WorkerFacts], contexts: int) -> Assignment:
-    """The group with shares moved from the member that lacks most memory to the one that has most left, until none
-    lacks any for so many whole contexts; as it was where that does not come about."""
+    """Moves shares from the member that lacks most memory to the one with most left, until so many whole contexts fit;
+    returns `entry` unchanged if they never do."""
     costs_of, shares = sizes.request.group_costs, entry.shares
     if not shares or costs_of is None:
         return entry
@@ -46,8 +46,8 @@ def _lacking_bytes(
     worker: WorkerFacts,
     contexts: int,
 ) -> float:
-    """Negative where some is left. The workspace is that of the first shares: moves change it little, and each takes a
-    program."""
+    """Bytes that the member lacks, negative if some are left. The workspace is that of the first shares, because each
+    needs a program and moves change it little."""
     if worker.memory_bytes is None:
         return -inf
     member = entry.workers.index(worker.name)

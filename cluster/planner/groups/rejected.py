@@ -1,4 +1,4 @@
-"""What a group of all layers would bring beside a plan of stages, or why there is none. Pure."""
+"""The prediction for a group of all layers beside a plan of stages, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from llamaclust.cluster.planner.plan import RejectedGroup, usual_prompt_tokens
 from llamaclust.cluster.planner.work import works_of
 
 _ALL_SETS = 4
-"""Of so many workers, all sets are tried; of more, the fastest ones."""
+"""The most workers of which all sets are tried; of more, only the fastest ones."""
 _NO_LINKS = "accepts no links of groups", "accept no links of groups"
 _Candidate = tuple[Assignment, Chain]
 
 
 def rejected_group(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> RejectedGroup | str | None:
-    """The best group, or why there is none; None where the plan has groups, or is not predicted. `contexts`: for so
-    many whole ones it has KV memory at least."""
+    """Returns the best group, or why there is none; None if the plan has groups or is not predicted."""
     if len(workers) < 2 or plan.prediction is None or any(stage.shares for stage in plan.members):
         return None
     if (obstacle := _obstacle(plan.sizes, workers)) is not None:
@@ -38,7 +37,7 @@ def rejected_group(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -
 
 
 def _best(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> _Candidate | None:
-    """The best group that fits, of more and more members as long as these make it better."""
+    """Adds members as long as they make the best group better."""
     best: _Candidate | None = None
     for sets in _sets(plan, workers):
         groups = [group for members in sets if (group := _group(plan.sizes, members, contexts)) is not None]
@@ -50,7 +49,7 @@ def _best(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> _Candid
 
 
 def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
-    """Why no two of the workers may be members, as far as that is the same for all."""
+    """The reason against any group, as far as it is the same for all."""
     request, able = sizes.request, [worker for worker in workers if worker.joins_groups]
     if request.no_groups or request.largest_group < 2 or request.group_costs is None:
         return request.no_groups or "it may have none"
@@ -67,7 +66,7 @@ def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
 
 
 def _sets(plan: Chain, workers: Sequence[WorkerFacts]) -> Iterator[list[tuple[WorkerFacts, ...]]]:
-    """Sets of workers that may be members, by size, each with its fastest one first: the leader."""
+    """Yields sets of possible members by size, the fastest member first: it leads."""
     sizes, request = plan.sizes, plan.sizes.request
     able = [worker for worker in workers if worker.joins_groups]
     able.sort(key=lambda worker: sizes.stages.decode_s(worker, 0, sizes.stages.layers))
@@ -81,7 +80,7 @@ def _reach_each_other(request: PlanRequest, names: Sequence[str]) -> bool:
 
 
 def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) -> _Candidate | None:
-    """The group with the shares that an automatic plan would have; None where it does not fit."""
+    """The group with the shares of an automatic plan; None if it does not fit."""
     names, layers, request = tuple(member.name for member in members), sizes.stages.layers, sizes.request
     assert request.group_costs is not None
     work, *_ = works_of(request.objective, usual_prompt_tokens(request.context_length))
@@ -100,7 +99,7 @@ def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) ->
 
 
 def _request_s(chain: Chain) -> float:
-    """The time of a usual request, by the objective: alone, or of the slowest stage while many are computed."""
+    """The time of a usual request by the objective: alone, or on the slowest stage while many are computed."""
     prediction, request = chain.prediction, chain.sizes.request
     assert prediction is not None, "all workers were measured"
     if request.objective == "latency":

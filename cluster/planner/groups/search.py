@@ -1,5 +1,5 @@
-"""Ways through chains whose stages are workers or groups: over all sets of workers where these are few, or fall into
-few classes; else over neighbours in likely orders. Pure."""
+"""Search for chains whose stages are workers or groups: over all sets of workers if these are few or fall into few
+classes, else over neighbours in likely orders."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ from llamaclust.cluster.planner.splits.stage_tables import link_table
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 3**8
-"""All sets are tried where that takes no more steps than with eight workers that are all different."""
+"""The most steps for which all sets are tried, as many as for eight workers that are all different."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Sizes of groups that are tried where there are more workers."""
+"""Sizes of groups that are tried among neighbours."""
 _MEMBER = 1e-3
-"""Each member of a group has to make it faster by so much of the least time that it could take."""
+"""The share of the least possible time that each member of a group must gain."""
 _LIMITS = 512
-"""So many limits of the slowest stage are tried, from what no split can be below to one worker with all layers."""
+"""The number of tried limits of the slowest stage."""
 _ROUNDS = 6
 _NOTHING = 1.01
 _AT_LEAST = 0.97
-"""Layers differ in what they take on one worker and another."""
+"""A margin, because a layer's share of the time differs between workers."""
 _NEVER_S = 1e300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Workers that may hold a stage together, the leader first; their tables are made when they are needed."""
+    """Workers that may hold a stage together, the leader first; tables are computed on demand."""
 
     members: tuple[int, ...]
     search: GroupSearch
@@ -58,11 +58,10 @@ class Group:
         return self.search.table(self.members, work)
 
     def shares(self, start: int, end: int, work: int) -> tuple[int, ...]:
-        """The shares of a stage that fits."""
         return self.search.costs_of(self.members).integer_shares(start, end, self.search.works[work])[0]
 
     def takes_longer(self, start: int, end: int, work: int) -> bool:
-        """True where the stage takes longer in whole shares than by the table, whose times grow by it."""
+        """Returns True and raises the table's factor if whole shares take longer than the table says."""
         costs = self.search.costs_of(self.members)
         factor = costs.integer_shares(start, end, self.search.works[work])[1]
         is_longer = _NOTHING * costs.factor < factor < inf
@@ -73,7 +72,7 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """`classes`: of all `workers`, those of each with equal links to others; `apart`: pairs that cannot reach each
+    """The search. `classes`: of `workers`, each with equal links to others; `apart`: pairs that cannot reach each
     other."""
 
     sizes: MemoryModel
@@ -90,8 +89,7 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """The best split of less than that time. Groups of the best one that take longer in whole shares than by their
-        tables are compared again with what they take."""
+        """Returns the best split below that time; repeats the search while its groups take longer in whole shares."""
         best = None
         for _ in range(_ROUNDS):
             best = self._best(below, known)
@@ -106,8 +104,7 @@ class GroupSearch:
         return any(longer)
 
     def _best(self, below: float, known: Best | None) -> Best | None:
-        """The best split of all sets, for the work that the best one of neighbours, or else the `known` one, is best
-        for."""
+        """Searches neighbours first; their best work, or that of `known`, is then searched over all sets."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
             return None
@@ -127,7 +124,7 @@ class GroupSearch:
         return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
     def _slow_s(self, number: int) -> Iterator[float]:
-        """The least time of the slowest stage's work with all layers on each worker, if memory would suffice."""
+        """Yields each worker's least time for the slowest stage's work with all layers, as if memory sufficed."""
         stages = self.sizes.stages
         for worker, found in enumerate(self.workers):
             on_processor = sum(
@@ -153,8 +150,7 @@ class GroupSearch:
         )
 
     def _places(self) -> tuple[list[Places], list[Places]]:
-        """Neighbours in likely orders, and all sets where these are few: the better the best known split is, the fewer
-        of them are looked at."""
+        """Returns neighbours in likely orders, whose best split prunes, and all sets if these are few."""
         order = [worker for worker_class in self.classes for worker in worker_class.workers]
         by_speed = tuple(sorted(order, key=self._token_s.__getitem__))
         by_memory = tuple(sorted(order, key=self._memory))
@@ -183,7 +179,7 @@ class GroupSearch:
         return tuple(worker for count, worker_class in chosen for worker in worker_class.workers[:count])
 
     def _number(self, members: tuple[int, ...]) -> int | None:
-        """The number of what these workers are as a stage; None where they cannot hold one together."""
+        """The number of these workers as a stage; None if they cannot hold one."""
         if len(members) == 1:
             return self._class_numbers[members[0]]
         key = tuple(sorted(members, key=self._rank.__getitem__))
@@ -195,7 +191,7 @@ class GroupSearch:
         return self._numbers[key]
 
     def _may_hold(self, members: tuple[int, ...]) -> bool:
-        """Gathers must not take longer than the slowest member for whole layers: a chain of these would be as fast."""
+        """True if gathers take less than the slowest member for all layers, else a chain would be as fast."""
         request, facts = self.sizes.request, [self.workers[member] for member in members]
         if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False
@@ -211,13 +207,13 @@ class GroupSearch:
 
     @cached_property
     def _token_s(self) -> list[float]:
-        """The time of a token by worker, with all layers, if memory would suffice."""
+        """The time of a token by worker with all layers, as if memory sufficed."""
         stages = self.sizes.stages
         return [stages.decode_s(worker, 0, stages.layers) for worker in self.workers]
 
     @cached_property
     def _rank(self) -> dict[int, tuple[bool, float, int]]:
-        """The order by worker in which members lead: the fastest first of those that reach all others."""
+        """The order of leaders: workers that reach all others first, then the fastest."""
         bound = frozenset[int]().union(*self.apart)
         return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 
@@ -226,7 +222,6 @@ class GroupSearch:
         return -inf if memory_bytes is None else -float(memory_bytes)
 
     def costs_of(self, members: tuple[int, ...]) -> GroupTable:
-        """The table of a group, whose leader is the first of the members."""
         if members not in self._costs:
             facts = [self.workers[member] for member in members]
             links = GroupLinks.of(self.sizes.request.links, [each.name for each in facts])
@@ -245,7 +240,7 @@ class GroupSearch:
 
 
 def _of_layer(costs: Table) -> float:
-    """The least that a layer takes of any stage."""
+    """The least time of a layer in any stage."""
     places = np.arange(len(costs))
     lengths = places - places[:, np.newaxis]
     return max(float((costs[lengths > 0] / lengths[lengths > 0]).min()), 1e-12)

@@ -1,4 +1,4 @@
-"""Shares of a group's members: those at which all of them take equally long, as far as their memory goes."""
+"""Shares of a group's members: all of them take equally long, as far as their memory goes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, DividedTables, Shares
 
 _FEW = 100
-"""Shares are integers with a sum of so many at most where that costs nothing, else of `MANY`."""
+"""The preferred largest sum of integer shares, unless `MANY` is faster."""
 MANY = 1000
 _NOTHING = 1.003
 _LEAST_DIVIDED = 1e-6
-"""The least that is divided at will, relative to what is not: shares are differences of times, divided by it."""
+"""The least divided time, relative to the fixed time, since it is a divisor."""
 
 
 def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, nearly: bool = False) -> Shares:
-    """[members, stages]: the shares with the least time of the slowest member; a sum below 1 where memory does not
-    suffice. By member and stage, `seconds` it takes and bytes `lacking`, which memory suffices for where they are
-    negative. Units of what is divided coarsely are given first, and the rest is divided beside them. `nearly`: all is
-    divided at will, up to the last byte."""
+    """Shares with the least time of the slowest member, [members, stages]; their sum is below 1 if memory does not
+    suffice. `seconds` and bytes `lacking` (negative: free) are by member and stage. Coarse units are given first, the
+    rest is divided beside them; with `nearly`, all is divided at will."""
     shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if nearly else 0.5)
     if nearly or not parts.coarse:
         return shares
@@ -35,9 +34,8 @@ def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables
 
 
 def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
-    """Fills members up to the time at which they have everything. Shares by time are on lines between the times at
-    which a member begins with more than the least share, or has no room for more. `margin`: so much of a unit is left
-    of each memory."""
+    """Fills members up to the time at which they have everything; shares are piecewise linear in it. `margin`: units
+    left free in each memory."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units
@@ -58,13 +56,11 @@ def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margi
 
 
 def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -> Shares:
-    """The shares of members that take that long."""
     return np.minimum(np.maximum((limit - fixed) / each, least), most)
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Integers near exact shares that cost least, or hardly more and are small, and what they cost; `cost`: infinite
-    where memory does not suffice."""
+    """Returns small integers near the exact shares that cost about the least, and their cost; infinite if none fits."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _NOTHING * min(costs.values())
@@ -74,7 +70,7 @@ def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float
 
 
 def in_total(shares: Sequence[float], total: int) -> tuple[int, ...]:
-    """Shares as integers with that sum, unless members would have none."""
+    """Returns integers with sum `total`, or more if a member would have none."""
     wanted = np.array(shares) * total / sum(shares)
     found = np.floor(wanted).astype(int)
     for member in np.argsort(found - wanted, kind="stable")[: total - int(found.sum())]:

@@ -25,7 +25,7 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Stages by what they cost: those of one kind have equal layers, and begin and end with the model alike."""
+    """Kinds of stages: those of one kind have equal layers, and begin and end with the model alike."""
 
     kind_of: Counts  # by start and end
     places: tuple[Counts, Counts]  # start and end of one of each kind
@@ -47,7 +47,7 @@ class _Kinds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _GatherTables:
-    """Gathers of stages: how many, and bytes of a row, by kind of stage."""
+    """Gathers of stages: their number, and bytes of a row, by kind of stage."""
 
     count: Table
     row_bytes: Table
@@ -71,7 +71,6 @@ class _GatherTables:
 
 
 def _row_bytes(gathers: Sequence[GatherCost]) -> int:
-    """Returns the bytes of whole rows in all these gathers."""
     return sum(sum(gather.sent_bytes((1,))) for gather in gathers)
 
 
@@ -88,19 +87,18 @@ class _DividedModel:
 
 @dataclass(slots=True, eq=False)
 class GroupTables:
-    """Tables of all sets of workers, made when they are needed. Workers that are equal for plans share them."""
+    """Tables of all sets of workers, computed on demand; workers with equal facts share them."""
 
     _sizes: MemoryModel
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
-    """A stage fits if shares at will do, with workspaces of portions: whole units are for `fitted`."""
+    """Stages fit with exact shares and workspaces of portions; `fitted` then finds whole units."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
 
     def of(self, members: Sequence[WorkerFacts], links: GroupLinks) -> GroupTable:
-        """The table of a group, its leader first."""
         return GroupTable(self, tuple(members), links, self.divided(len(members)))
 
     def divided(self, members: int) -> _DividedModel:
@@ -116,12 +114,12 @@ class GroupTables:
         return self._divided[members]
 
     def gathers_of(self, members: int) -> float:
-        """How many gathers a group of so many has in all layers."""
+        """The number of gathers in all layers."""
         divided = self.divided(members)
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
     def least_gathers_s(self, work: Work, link: Link) -> Table:
-        """The least time of each layer's gathers in any group, over such a link: at least half of each row goes to some
+        """The least time of each layer's gathers in any group over such a link: at least half of each row goes to one
         member."""
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
@@ -172,10 +170,10 @@ class GroupTable:
     links: GroupLinks
     divided: _DividedModel
     factor: float = 1.0
-    """Stages take so many times as long as by exact shares: see `GroupSearch.best`."""
+    """The time in whole shares, relative to exact shares: see `GroupSearch.best`."""
 
     def of_work(self, work: Work) -> StageTable:
-        """The seconds of the work, without the links to other stages; infinite where the stage does not fit."""
+        """The seconds of the work without links to other stages; infinite if the stage does not fit."""
         kind_of = self.divided.kinds.kind_of
         slow = np.where(self._fits, self.factor * self._work_s(work.slowest), np.inf)
         starts, ends = np.indices(kind_of.shape)
@@ -183,19 +181,18 @@ class GroupTable:
         return StageTable(np.where(fits, slow[kind_of], np.inf), self.factor * self._work_s(work.each)[kind_of])
 
     def _work_s(self, steps: Iterable[Rows]) -> Table:
-        """The seconds of these steps, by kind of stage."""
         total: Table = np.zeros(len(self.divided.kinds.cells))
         for step in steps:
             total += _with_gathers_s(step, self._gathers, self._computing(step).at(*self._parts).max(axis=0))
         return total
 
     def _computing(self, step: Rows) -> DividedTables:
-        """The time of one such step, by member and kind of stage, while others of a machine may compute too."""
+        """The time of one such step by member and kind of stage, while other stages of a machine compute too."""
         return self.tables.seconds(self.divided, self.members, Rows(step.rows, 1, step.is_prompt, concurrent=True))
 
     @cached_property
     def _shares(self) -> Shares:
-        """[members, cells]: see `_cells`."""
+        """Shares, [members, cells]: see `_cells`."""
         kinds = self.divided.kinds
         layers = len(kinds.kind_of) - 1
         numbers = kinds.kind_of[_places(layers)]
@@ -213,7 +210,7 @@ class GroupTable:
 
     @cached_property
     def _parts(self) -> tuple[list[Table], Table]:
-        """The parts that members have of all that is divided, [members, kinds of stages]."""
+        """The members' coarse and fine parts, [members, kinds of stages]."""
         cells = self.divided.kinds.cells
         return [part[:, cells] for part in self.divided.parts.coarse_parts(self._shares)], self._shares[:, cells]
 
@@ -227,7 +224,6 @@ class GroupTable:
 
     @cached_property
     def _gathers(self) -> GatherTimes[Table]:
-        """The gathers of stages, by kind of stage."""
         gathers, cells, links = self.divided.gathers, self.divided.kinds.cells, self.links
         layers_s = links.all_to_all_s(self._shares)[cells] * gathers.row_bytes
         return GatherTimes(
@@ -238,8 +234,8 @@ class GroupTable:
         )
 
     def integer_shares(self, start: int, end: int, work: Work) -> tuple[tuple[int, ...], float]:
-        """The shares of a stage that fits, with the least time for the work, and that time in relation to the one of
-        exact shares: borders decide whether rows travel in int8."""
+        """The fastest integer shares of a stage that fits, and their time relative to that of exact shares: their
+        borders decide whether rows travel in int8."""
         kind = np.array([self.divided.kinds.kind_of[start, end]])
         lacking, parts = self._lack.chosen(kind), self.divided.parts
         steps = [*work.slowest, *(work.each if work.adds_up else ())]
@@ -272,8 +268,8 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """The number of the stage of as many layers that begins and ends with the model alike, by start and end: shares are
-    made for these, since layers are much alike."""
+    """Numbers by start and end, equal for stages of as many layers that begin and end with the model alike. They share
+    shares, since layers are much alike."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)
@@ -281,7 +277,7 @@ def _cells(layers: int) -> Counts:
 
 
 def _places(layers: int) -> tuple[Counts, Counts]:
-    """Start and end of each of these stages; where there is none, of some other."""
+    """Start and end of each cell; those of another stage if a cell has none."""
     counts = np.arange(layers + 1)
     some = np.clip(counts, 1, layers)
     starts = [np.where(some < layers - 1, 1, 0), np.zeros_like(some), layers - some, np.zeros_like(some)]

@@ -1,4 +1,4 @@
-"""Classes of workers whose links are alike, too: in groups they stand for each other. Pure."""
+"""Classes of workers with equal links, so that they stand for each other in groups."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from llamaclust.cluster.planner.splits.holders import WorkerClass
 
 _NOISE = 0.25
 _NOISE_S = 3e-5
-"""Links that differ by less are alike."""
+"""The difference below which links are alike."""
 
 
 def split_by_links(worker_class: WorkerClass, workers: Sequence[WorkerFacts], links: Links) -> list[WorkerClass]:
-    """The workers of a class, so that those of each part have equal links to each other worker."""
+    """Splits a class so that the workers of each part have equal links to all others."""
     parts: list[list[int]] = []
     for worker in worker_class.workers:
         part = next((part for part in parts if _are_alike(worker, part[0], workers, links)), None)

@@ -1,4 +1,4 @@
-"""Lower bounds of all splits, every worker as good as at its best position. Pure."""
+"""Lower bounds of all splits, every worker as good as at its best position."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _POINTS = 8
 
 
 def least_seconds(classes: Sequence[WorkerClass], works: Sequence[Work]) -> float:
-    """What no split of single workers is better than, of works of which the best counts."""
+    """A lower bound of the time of all splits of single workers, by the best of `works`."""
     return min((_least_seconds(classes, number, work) for number, work in enumerate(works)), default=inf)
 
 
 def _least_seconds(classes: Sequence[WorkerClass], number: int, work: Work) -> float:
-    """A split's slowest stage is between two limits, and its total no less than it could be below the upper one."""
+    """Bounds each interval of limits by its lower end for the slowest stage, and its upper end for the total."""
     sized = [(len(one.workers), one.table(number)) for one in classes]
     limits, layers = stage_limits(table for _, table in sized), sized[0][1].layers
     first = bisect_left(limits, layers, key=lambda limit: _most_layers(sized, limit))
@@ -39,7 +39,7 @@ def _least_seconds(classes: Sequence[WorkerClass], number: int, work: Work) -> f
 
 
 def _least_total(sized: Sequence[tuple[int, StageTable]], limit: float) -> float:
-    """Layers on the cheapest workers, as far as these have room."""
+    """The total with layers on the cheapest workers, as far as these have room."""
     layers = sized[0][1].layers
     rates, rooms = np.array([_cheapest(count, table, limit) for count, table in sized]).T
     by_rate = np.argsort(rates)
@@ -50,7 +50,7 @@ def _least_total(sized: Sequence[tuple[int, StageTable]], limit: float) -> float
 
 
 def _most_layers(sized: Sequence[tuple[int, StageTable]], limit: float) -> int:
-    """How many layers all workers together can hold within the limit, one of them the last ones."""
+    """The most layers that all workers together hold within the limit, one of them with the head."""
     inner, last = np.array([_longest(table, limit) for _, table in sized]).T
     everyone = sum(count * int(longest) for (count, _), longest in zip(sized, inner, strict=True))
     return everyone + int((last - inner)[last > 0].max(initial=-everyone))

@@ -1,8 +1,5 @@
 """Splits with the least total cost, by dynamic programming over steps: each gives the next layers to one more worker or
-group. Pure.
-
-The steps define what may hold stages in which orders, and what may follow what.
-"""
+group. The steps define the possible orders."""
 
 from __future__ import annotations
 
@@ -25,13 +22,11 @@ Ways = frozenset[frozenset[int]]
 """Pairs of workers, by their places in the file."""
 
 Counts = tuple[int, ...]
-"""How many workers of each class."""
+"""The number of workers of each class."""
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Stages in order, from the first layer to the last."""
-
     stages: tuple[Stage, ...]
     slowest: float
     total: float
@@ -39,7 +34,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One more holder gets the next layers. `before`: positions of possible predecessors among steps and choices."""
+    """A holder that gets the next layers. `before`: positions of possible predecessors among steps and choices."""
 
     holder: int
     before: tuple[int, ...]
@@ -50,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The best of these; the first one of equals."""
+    """The cheapest of its predecessors; the first one of equals."""
 
     before: tuple[int, ...]
 
@@ -60,27 +55,27 @@ Places = Sequence[Step | Choice]
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Leaders of the stages that may be first (None: all), and of those that must not be last then."""
+    """Leaders of stages that may be first (None: all), and that must not be last then."""
 
     first: Collection[int] | None = None
     not_last: Collection[int] = ()
 
 
 class Bounds(Protocol):
-    """What layers cost at least, whatever the stages, on workers of which there are so many of each class."""
+    """Lower bounds of the costs of layers on so many workers of each class."""
 
     def together(self, workers: Counts) -> Table:
-        """The first layers, by their number, on all of these together."""
+        """The first layers, by their number, on all of these workers together."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """The layers from each one on, on any of these."""
+        """The layers from each one on, on any of these workers."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class Steps:
-    """All splits along `places` for one work, with any of `ends`. `bounds`: what layers cost at least."""
+    """All splits along `places` for one work, with any of `ends`."""
 
     places: Places
     holders: Sequence[Holder]
@@ -89,8 +84,7 @@ class Steps:
     bounds: Bounds | None = None
 
     def least(self, limit: float, most_total: float = inf) -> Split | None:
-        """The split with the least total, `most_total` at most, whose slowest stage is within the limit; None where
-        there is none."""
+        """Returns the split with the least total whose slowest stage is within the limit; None if there is none."""
         tables = dict[int, tuple[StageTable, Table]]()
         runs = (_Run(self, ends, tables, limit, most_total) for ends in self.ends)
         splits = [split for run in runs if (split := run.least()) is not None]
@@ -98,8 +92,6 @@ class Steps:
 
 
 class _Run:
-    """One pass over the places."""
-
     def __init__(
         self,
         steps: Steps,
@@ -141,7 +133,7 @@ class _Run:
         return self._tables[holder]
 
     def _extended(self, costs: Table, place: Step) -> Table:
-        """With the step's own stage; infinite where the rest would make it too much."""
+        """Adds the step's own stage; infinite if lower bounds of the rest exceed the limit of the total."""
         bounds = self._steps.bounds if place.own and self._most < inf else None
         rest: Table = np.zeros(1)
         if bounds is not None:
@@ -161,7 +153,7 @@ class _Run:
         return least
 
     def _split(self, last: int) -> Split:
-        """The split behind best[last][layers]."""
+        """Backtracks the split of best[last][layers]."""
         stages: list[Stage] = []  # the last one first
         number, end = last, self._layers
         while end:
@@ -179,15 +171,15 @@ class _Run:
 
 
 HolderOf = Callable[[tuple[int, ...]], int | None]
-"""The number of what these workers are as one stage; None where they cannot be."""
+"""The number of these workers as one stage; None if they cannot be one."""
 LeaderOf = Callable[[int], int]
 
 
 def in_order(
     order: Sequence[int], sizes: Sequence[int], holder_of: HolderOf, leader_of: LeaderOf, apart: Ways = frozenset()
 ) -> Places:
-    """Workers in one order, any of which may be unused; as many as `sizes` say that follow each other may hold a stage
-    together. Leaders of pairs in `apart` are not adjacent."""
+    """Steps along one order, whose workers may be unused. Groups are neighbours, as many as `sizes` has; leaders of
+    pairs in `apart` are not adjacent."""
     places: list[Step | Choice] = []
     upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]  # positions of steps, and of the choice of them
     for end in range(1, len(order) + 1):
@@ -210,9 +202,8 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Any workers in any order, of `sizes` of each class the first ones before the others: a step for each combination
-    of workers used of each class, and each of what may hold the last stage. `held_by`: holders' workers of each class,
-    and their numbers. Workers of pairs have classes of their own."""
+    """Steps through all sets in all orders. Of each class, the first workers are used first; `held_by` has holders'
+    workers by class, and their numbers. Workers of pairs in `apart` have classes of their own."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # by workers used
@@ -234,7 +225,7 @@ def any_order(
 
 
 def _within(used: Counts, held_by: Collection[Counts]) -> Sequence[Counts]:
-    """Of these, those with no more workers of any class; perhaps others that nothing holds."""
+    """Lists candidates with no more workers of any class; some of them may have no holder."""
     subsets = 1
     for count in used:
         subsets *= count + 1
@@ -251,7 +242,7 @@ def _following(
     leader_of: LeaderOf,
     apart: Ways,
 ) -> tuple[int, ...]:
-    """Of the steps before, those that this leader's stage may follow."""
+    """Selects the earlier steps that this leader's stage may follow."""
     if not any(leader in pair for pair in apart):
         return choice
     reached = []
@@ -264,7 +255,7 @@ def _following(
 
 
 def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
-    """How many steps those are."""
+    """The number of steps of `any_order`."""
     total = 0
     for counts in held_by:
         steps = 1
@@ -275,8 +266,8 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """The last stage is adjacent to the first one. So each worker of a pair is tried as the first leader,
-    and all others at once."""
+    """Lists the first leaders to try: the last stage is adjacent to the first, so each worker of a pair is tried
+    alone."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

@@ -1,4 +1,4 @@
-"""What may hold stages: workers, of which equal ones stand for each other, and groups of them."""
+"""Holders of stages: workers, of which equal ones stand for each other, and groups of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.cluster.planner.costs import Flags, Table, WorkerFacts
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageTable:
-    """The cost of a stage of layers [start, end)."""
+    """The cost of each stage of layers [start, end)."""
 
     slow: Table  # of which the slowest stage should have little; infinite where a stage cannot be
     total: Table  # of which all stages together should have little
@@ -24,15 +24,14 @@ class StageTable:
         return len(self.slow) - 1
 
     def where(self, fits: Flags) -> StageTable:
-        """The same, but that only these stages can be."""
         return StageTable(np.where(fits, self.slow, inf), self.total)
 
     def within(self, limit: float) -> Flags:
-        """Which stages can be, and are within the limit."""
+        """Flags of possible stages within the limit."""
         return (self.slow <= limit) & (self.slow < inf)
 
     def allowed(self, limit: float) -> Table:
-        """Totals of those stages."""
+        """Totals of stages within the limit; else infinite."""
         return np.where(self.within(limit), self.total, inf)
 
     def equals(self, other: StageTable) -> bool:
@@ -40,7 +39,7 @@ class StageTable:
 
 
 class Holder(Protocol):
-    """What may hold a stage."""
+    """A worker or a group that may hold a stage."""
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -61,14 +60,13 @@ class WorkerClass:
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The one that stands for all."""
+        """The worker that stands for all."""
         return self.workers[:1]
 
     def table(self, work: int) -> StageTable:
         return self.tables[work]
 
     def costs_as(self, other: WorkerClass) -> bool:
-        """Whether every stage costs the same on both."""
         return all(one.equals(two) for one, two in zip(self.tables, other.tables, strict=True))
 
 
@@ -77,7 +75,7 @@ def worker_classes(
     tables: Callable[[WorkerFacts], tuple[StageTable, ...]],
     unlike: Collection[str] = (),
 ) -> list[WorkerClass]:
-    """Workers by what they cost, those in `unlike` each alone; `tables` has those of one worker of each class."""
+    """Groups workers with equal facts, those in `unlike` each alone; `tables` is called for one of each class."""
     alike: dict[WorkerFacts, list[int]] = {}
     for index, worker in enumerate(workers):
         alike.setdefault(worker if worker.name in unlike else replace(worker, name=""), []).append(index)

@@ -1,4 +1,4 @@
-"""Ways through single workers: in the file's order, in any order where these are few, else in likely ones. Pure."""
+"""Orders of single workers: the file's, then all if these are few, else likely ones."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from llamaclust.cluster.planner.splits.search import Way, stage_limits
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 1024
-"""All orders are tried where that takes no more: with eight workers that are all different."""
+"""The most steps for which all orders are tried, as many as for eight workers that are all different."""
 
 _ANY_WORK = Work(slowest=(), slowest_rows=0, each=(), hops=0, hop_rows=0, adds_up=True)
-"""Of tables that are no seconds."""
+"""The work of tables that are not in seconds."""
 
 Order = Sequence[int]
 """Workers by their places in the file."""
 
 
 def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
-    """Those in the file's order, then those in others, one for each work. Pairs in `apart` are not adjacent."""
+    """Yields the file's order, then others, for each work. Pairs in `apart` are not adjacent."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
     ends, limits = constrained_ends(file, apart), _limits(classes, works)
 
@@ -57,7 +57,7 @@ def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart
 
 
 def least_total(classes: Sequence[WorkerClass]) -> float:
-    """Of all splits whose stages can be; infinite where there is none."""
+    """The least total of all possible splits; infinite if there is none."""
     ways = (way for kind in ways_of_workers(classes, (_ANY_WORK,), frozenset()) for way in kind)
     splits = (way.steps.least(inf) for way in ways)
     return min((split.total for split in splits if split is not None), default=inf)
@@ -68,7 +68,7 @@ def _limits(classes: Sequence[WorkerClass], works: Sequence[Work]) -> list[Table
 
 
 def is_exact(classes: Sequence[WorkerClass], apart: Ways) -> bool:
-    """Whether no split of single workers is left out."""
+    """True if the search omits no split of single workers."""
     if len(classes) == 1:
         return True
     file = [worker for worker_class in classes for worker in worker_class.workers]
@@ -77,7 +77,7 @@ def is_exact(classes: Sequence[WorkerClass], apart: Ways) -> bool:
 
 
 def _single(classes: int) -> tuple[tuple[int, ...], ...]:
-    """One worker of each class."""
+    """Counts of one worker, for each class."""
     return tuple(tuple(int(one == other) for one in range(classes)) for other in range(classes))
 
 
@@ -88,18 +88,17 @@ def _in_any_order(classes: Sequence[WorkerClass], apart: Ways) -> Places:
 
 
 def places_in_order(order: Order, classes: Sequence[WorkerClass], apart: Ways) -> Places:
-    """Single workers in such an order."""
     numbers = class_numbers(classes)
     return in_order(order, (1,), lambda workers: numbers[workers[0]], lambda number: classes[number].workers[0], apart)
 
 
 def class_numbers(classes: Sequence[WorkerClass]) -> dict[int, int]:
-    """By worker."""
+    """The number of each worker's class."""
     return {worker: number for number, one in enumerate(classes) for worker in one.workers}
 
 
 def likely_orders(file: Order, classes: Sequence[WorkerClass], work: int, limits: Table, apart: Ways) -> list[Order]:
-    """Orders in which pairs are kept apart, if there are any, or else with the best first and last worker."""
+    """Orders that keep pairs apart, if there are any, or else that have the best first and last worker."""
     if apart:
         return [_spread(file, apart), _spread(file[::-1], apart)[::-1]]
     numbers = class_numbers(classes)
@@ -107,7 +106,7 @@ def likely_orders(file: Order, classes: Sequence[WorkerClass], work: int, limits
 
 
 def _spread(order: Order, apart: Ways) -> list[int]:
-    """The order, changed as little as possible so that no pair is adjacent; workers without such a place come last."""
+    """Changes the order as little as possible so that no pair is adjacent; workers without a place come last."""
     spread: list[int] = []
     waiting = list(order)
     while waiting:
@@ -122,7 +121,7 @@ def _spread(order: Order, apart: Ways) -> list[int]:
 
 
 def _gaps(order: Order, worker: int, apart: Ways) -> Iterator[int]:
-    """Positions between neighbours that the worker reaches."""
+    """Yields positions between neighbours that the worker reaches."""
     for place in range(len(order)):
         if all(_fine(worker, other, apart) for other in (order[place - 1], order[place])):
             yield place
@@ -137,8 +136,8 @@ _Tables = Sequence[tuple[int, StageTable]]
 
 
 def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
-    """Orders with the best first and last worker, which hold the embedding and the head besides layers: of all workers,
-    and of the fastest ones. Layers are much alike, so the order in between hardly matters."""
+    """Orders of all and of the fastest workers with the best ends, which hold embedding and head. Layers are much
+    alike, so the order in between hardly matters."""
     by_total = sorted(file, key=lambda one: float(one[1].total[0, one[1].layers]))
     counts = range(1, len(file) + 1)
     fewest = bisect_left(counts, True, key=lambda count: _best_ends(by_total[:count], inf) is not None)
@@ -155,7 +154,7 @@ def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
 
 
 def _best_ends(order: _Tables, limit: float) -> Order | None:
-    """The order with another first and last worker that covers all layers within the limit; None where none does."""
+    """Returns the order with the best first and last worker, if it covers all layers within the limit."""
     layers, numbers = order[0][1].layers, np.arange(len(order))
     # [workers, layers]: where a stage ends at most
     reach = np.array([_reach(table, limit) for _, table in order])
@@ -172,7 +171,7 @@ def _best_ends(order: _Tables, limit: float) -> Order | None:
 
 
 def _reach(table: StageTable, limit: float) -> Table:
-    """Where a stage from each layer ends at most, within the limit."""
+    """The furthest end within the limit of a stage from each layer."""
     ends = np.arange(table.layers + 1)
     furthest: Table = np.where(table.within(limit), ends, ends[:, np.newaxis]).max(axis=1)
     return furthest

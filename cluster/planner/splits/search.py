@@ -1,8 +1,6 @@
-"""The best split over all sets and orders of workers and groups, by dynamic programming.
-
-Exact for a few workers or classes; else over likely orders. A split is judged by its slowest stage and by the sum over
-its stages; workers may stay idle.
-"""
+"""The best split over sets and orders of workers and groups, by dynamic programming: exact for a few workers or
+classes, else over likely orders. A split is judged by its slowest stage and by the sum over its stages; workers may
+stay idle."""
 
 from __future__ import annotations
 
@@ -19,14 +17,15 @@ from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Work
 
 CLOSE = 0.995
-"""The search ends when no split can be better by more than this."""
+"""The search ends when no split can be better by more than this factor."""
 CLEARLY_BETTER = 0.98
-"""A split of a less simple kind has to be better by this factor: workers keep the file's order, and are no groups."""
+"""The factor by which a split of a less simple kind has to be better: workers keep the file's order, and form no
+groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Some splits for one work. `limits`: ascending, for the slowest stage."""
+    """A family of splits for one work. `limits`: ascending, for the slowest stage."""
 
     steps: Steps
     work: Work
@@ -34,11 +33,8 @@ class Way:
     least_slowest: float = 0.0  # of any split
 
     def best(self, below: float) -> Split | None:
-        """The best split of less than that time; None where there is none.
-
-        Intervals of limits are halved, the most promising one first: the total at an interval's upper end is the least
-        one in all of it.
-        """
+        """Returns the best split below that time, if any. Intervals of limits are halved, the most promising one first:
+        the total at an interval's upper end is the least one in all of it."""
         best: Split | None = None
         open_ = [(self.work.seconds(self.least_slowest, 0.0), 0, len(self.limits))]  # (at best, limits [low, high))
         while open_ and open_[0][0] < below:
@@ -57,22 +53,19 @@ class Way:
         return best
 
     def _least(self, place: int) -> float:
-        """The slowest stage takes more than the limit before, if any is exceeded."""
+        """The slowest stage exceeds the limit before, if it exceeds any."""
         return max(self.least_slowest, float(self.limits[place - 1]) if place else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """The best split found, and of which way."""
-
     split: Split
     way: Way
     seconds: float
 
 
 def best_of(kinds: Iterable[Sequence[Way]], below: float = inf) -> Best | None:
-    """The best split of less than that time, of the first of these kinds of splits that none of a later kind is clearly
-    better than. None where there is none."""
+    """Returns the best split of the first kind that no later kind clearly beats; None if there is none."""
     best: Best | None = None
     for ways in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds

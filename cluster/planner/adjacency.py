@@ -11,8 +11,8 @@ Pairs = frozenset[Pair]
 
 
 def violated_pair(stages: Sequence[Sequence[str]], partitions: Pairs) -> Pair | None:
-    """Returns a pair of neighbours that cannot reach each other, if any. Neighbours are the leaders (the first workers)
-    of consecutive stages and of the last and the first one, and all members of a group."""
+    """Returns a pair of neighbours that cannot reach each other, if any. Neighbours are the first workers of
+    consecutive stages, and of the last and the first one, and all members of a group."""
     leaders = [workers[0] for workers in stages]
     neighbours = [*zip(leaders, (leaders[-1:] + leaders), strict=False)]
     neighbours += [pair for workers in stages for pair in combinations(workers, 2)]

@@ -1,7 +1,5 @@
-"""Costs of a stage on a worker: bytes of memory, and seconds by measured steps or else by the roofline.
-
-Seconds count the bytes that a step touches, which are fewer than held in a mixture of experts.
-"""
+"""Costs of a stage on a worker: bytes of memory, and seconds by measured steps or else by the roofline. Seconds count
+the bytes that a step touches, which are fewer than held in a mixture of experts."""
 
 from __future__ import annotations
 
@@ -73,7 +71,6 @@ class StageCosts:
 
     @classmethod
     def of(cls, costs: ModelCosts, head_share: float = 1.0) -> StageCosts:
-        """Computes the sums. `head_share`: a group member's part of a divided head."""
         read = sums(layer.weight_bytes for layer in costs.layers)
         first, last = np.zeros_like(read), np.zeros_like(read)
         kinds = {layer: number for number, layer in enumerate(dict.fromkeys(costs.layers))}
@@ -105,7 +102,6 @@ class StageCosts:
         return int(self.held_bytes[start, end])
 
     def touched_bytes(self, start: int, end: int) -> int:
-        """The weights that a token of one sequence reads."""
         return round(float(self._touched(1)[start, end]) + self.model.head_bytes * int(self._head[start, end]))
 
     def touched_expert_bytes(self, layers: Iterable[int]) -> int:
@@ -113,12 +109,11 @@ class StageCosts:
 
     @property
     def mixtures(self) -> Flags:
-        """Flags of the layers with experts."""
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
         """Seconds of a microbatch with a token of each of `rows` sequences. `concurrent`: other stages of the machine
-        compute too. The worker must have a profile."""
+        compute."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
@@ -160,11 +155,9 @@ class StageCosts:
         return seconds
 
     def _touched(self, rows: int) -> Table:
-        """Bytes of layer weights that a step of `rows` rows reads."""
         return self._sums(lambda layer: layer.touched_bytes(rows))
 
     def _moved(self, rows: int, sequences: int) -> Table:
-        """Bytes of layer weights and sequence states that a step moves."""
         return self._sums(lambda layer: layer.moved_bytes(rows, sequences))
 
     def _roofline(self, worker: WorkerFacts, *, concurrent: bool) -> Roofline:
@@ -218,7 +211,6 @@ def _border_bytes(costs: ModelCosts) -> Counts:
 
 
 def sums(values: Iterable[int]) -> Counts:
-    """Sums of values [start, end), by start and end."""
     before: Counts = np.array([0, *accumulate(values)], np.int64)
     return before - before[:, np.newaxis]
 

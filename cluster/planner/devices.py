@@ -1,5 +1,5 @@
-"""Division of a stage among the devices of its worker: the last layers go to its GPUs, as many as fit or as the user
-set, the others to its processor. Layers on a GPU may have their experts in RAM."""
+"""Division of a stage among its worker's devices: the last layers go to GPUs, as many as fit or as the user set. Layers
+on a GPU may have their experts in RAM."""
 
 from __future__ import annotations
 
@@ -105,8 +105,8 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns the change of `sums` because of experts in RAM: `experts` is their part of `table`, `exchange` the
-        time to bring inputs there and sums back."""
+        """The change of `sums` by experts in RAM: `experts` is their part of `table`, `exchange` the time to move
+        activations."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)
@@ -114,7 +114,6 @@ class Division:
         return total
 
     def where(self, other: Division, is_other: Flags) -> Division:
-        """Takes the other's bounds for the stages in `is_other`."""
         bounds = (np.where(is_other, *pair) for pair in zip(other.bounds, self.bounds, strict=True))
         ends = (np.where(is_other, *pair) for pair in zip(other.moe_ends, self.moe_ends, strict=True))
         return Division(self.devices, tuple(bounds), tuple(ends), self.moe)

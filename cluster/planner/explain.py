@@ -47,7 +47,6 @@ def _lacking(sizes: MemoryModel, stage_parts: StageParts) -> Iterator[str]:
 
 
 def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> InsufficientMemoryError:
-    """Says what is missing in the best split, and which context would fit."""
     layers = sizes.stages.layers
     parts = {"weights": sizes.stages.weight_bytes(0, layers), "KV memory": sizes.context_bytes(0, layers)}
     devices = [device for worker in workers for device in devices_of(worker)]
@@ -69,8 +68,6 @@ def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> In
 
 
 def _least_shortfall(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> float:
-    """Bytes that memory lacks in the best of all splits."""
-
     def tables(worker: WorkerFacts) -> tuple[StageTable, ...]:
         shortfall_bytes = np.where(sizes.stages.possible, sizes.shortfall_table(worker, 1), np.inf)
         return (StageTable(shortfall_bytes, shortfall_bytes),)
@@ -79,8 +76,6 @@ def _least_shortfall(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> floa
 
 
 def _fitting_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> int | None:
-    """The longest context that fits; None if none does."""
-
     def is_too_long(length: int) -> bool:
         request = replace(sizes.request, context_length=length)
         return _least_shortfall(replace(sizes, request=request), workers) > 0

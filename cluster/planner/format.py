@@ -16,14 +16,13 @@ from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _MOST_SHARE = 12
-"""The largest share that is shown as an integer; others are shown relative to the smallest one."""
 _SPARSE = 0.75
 """The share of weights read by a token below which the text tells them."""
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
-    """Returns every figure of the plan: layers half-open, sizes in bytes, times in milliseconds, null if not measured.
-    `acceptances`: probabilities that drafted tokens are right, for which gains are predicted."""
+    """Returns the plan's figures: layers half-open, bytes, milliseconds, null if not measured. Gains are for
+    `acceptances`."""
     values, predicted, other = asdict(plan), plan.prediction, plan.without_groups
     gains = _gains(plan, acceptances)
     del values["prediction"]
@@ -53,7 +52,6 @@ def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> d
 
 
 def choice_json(plan: Plan) -> dict[str, Any]:
-    """Returns the plan's objective, and the group of all layers that was rejected."""
     rejected = plan.rejected_group
     return {
         "objective": plan.objective,
@@ -70,8 +68,6 @@ def choice_json(plan: Plan) -> dict[str, Any]:
 
 
 def choice_lines(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a line for the objective, and one for the rejected group or the reason against groups, from
-    `choice_json`."""
     work = f"{values['prompt_tokens']} tokens of prompt, {ANSWER_TOKENS} of answer"
     yield {
         "latency": f"objective: latency (a request alone: {work})",
@@ -170,7 +166,6 @@ def _gain(gain: SpeculationGain, right: str = "") -> str:
 
 
 def _stage_lines(plan: Plan, stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
-    """Yields a line for the worker and each GPU; one for the group comes before its members."""
     shards = plan.expert_shards
     layers, figures = layer_span(stage.start, stage.end, shards), f"{_sizes(stage)}, {_number(decode_ms)} ms/token"
     if stage.shares:

@@ -45,7 +45,6 @@ class GroupLinks:
 
     @property
     def from_leader_byte_s(self) -> float:
-        """Seconds per byte that the leader sends to every follower."""
         return float(self.byte_s[0].sum())
 
     def to_leader_s(self, sent: Table) -> Table:
@@ -64,7 +63,6 @@ class GatherTimes(Generic[Seconds]):
     output_row_s: Seconds
 
     def decode_s(self, rows: int) -> Seconds:
-        """The time in a step with a token of each of `rows` sequences."""
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
     def prefill_s(self, rows: int, computing_s: Seconds) -> Seconds:

@@ -72,8 +72,8 @@ class Links:
         return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
-        """Approximates each link as the sum of its two ends' parts (least squares): then the order of stages does not
-        matter, and the search can treat workers one by one."""
+        """Fits each link as the sum of its two ends' parts (least squares): then the order of stages does not matter,
+        and the search can treat workers one by one."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
             return dict.fromkeys(names, NO_REACH)
@@ -90,7 +90,6 @@ class Links:
 
 
 def _alike(values: NDArray[np.float64], noise: float) -> list[float]:
-    """Replaces values that differ by noise by their mean."""
     order = np.argsort(values, kind="stable")
     ascending = values[order]
     apart = np.diff(ascending) > np.maximum(noise, _NOISE * ascending[1:])

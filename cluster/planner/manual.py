@@ -59,7 +59,6 @@ def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expe
 
 
 _Span = Callable[[int, int], str]
-"""A format of layers [start, end) as text."""
 
 
 def _check_once(plan: Sequence[Assignment], span: _Span) -> None:

@@ -37,8 +37,8 @@ class StagePlace:
 Workspace = Callable[[StagePlace], int]
 """The most bytes of any stage at the place. The function must cache: it is called often with equal places."""
 Rounding = Callable[[str], Counts | int]
-"""Bytes of a device's memory that weights of layers [start, end) take by rounding: a table, or the same for all. The
-function must cache."""
+"""The bytes that rounding adds to weights of layers [start, end) on a device, or to any layers. The function must
+cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,6 @@ class PlanRequest:
 
     @property
     def most_blocks(self) -> int:
-        """The most KV blocks of a plan, unless KV memory is given."""
         most = self.context_blocks * self.max_sequences
         if self.kv_tokens is None:
             return most
@@ -71,14 +70,11 @@ class PlanRequest:
 
     @property
     def context_blocks(self) -> int:
-        """The KV blocks of one whole context."""
         return -(-self.context_length // KV_BLOCK_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
-    """Bytes of stages under the limits of a request."""
-
     stages: StageCosts
     request: PlanRequest
     portion: Portion | None = None  # `stages` are of
@@ -147,7 +143,6 @@ class MemoryModel:
         return bisect_right(range(1, most + 1), kv_bytes, key=lambda blocks: self.kv_bytes(start, end, blocks))
 
     def context_bytes(self, start: int, end: int, contexts: int = 1) -> int:
-        """KV memory of whole contexts."""
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
@@ -176,7 +171,6 @@ class MemoryModel:
         return min((self._held_blocks(held, beside.get(held.place, 0), most) for held in split), default=0)
 
     def _held_blocks(self, held: Held, beside_bytes: int, most: int) -> int:
-        """Counts blocks beside `beside_bytes` of experts on the same device."""
         given, memory_bytes = self.request.kv_memory_bytes, held.device.memory_bytes
         if held.is_experts:
             return MAX_KV_BLOCKS if memory_bytes is None or beside_bytes <= memory_bytes else 0
@@ -189,8 +183,8 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Bytes that all devices of the worker lack, by stage, with KV memory for so many contexts, or the given KV
-        memory; infinite if start >= end."""
+        """Bytes that the worker's devices lack, with KV memory for so many contexts, or as given; infinite if start >=
+        end."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:
@@ -213,7 +207,6 @@ class MemoryModel:
         return total
 
     def _in_ram(self, division: Division) -> Table:
-        """Bytes in RAM of experts of layers on GPUs, by stage."""
         total: Table = np.zeros(division.bounds[0].shape)
         workspace = self._workspace_to(division.devices[0], self.stages.layers - 1)
         for held_bytes in self._in_ram_beside(division):
@@ -221,7 +214,6 @@ class MemoryModel:
         return total
 
     def _in_ram_beside(self, division: Division) -> Iterator[Counts]:
-        """Yields the experts' bytes for each GPU."""
         found: dict[str, Counts] = {}
         for device, layers, begin, end in division.moved_ranges():
             held_bytes = np.where(begin < end, sums(np.diagonal(self.stages.expert_bytes, 1) * layers)[begin, end], 0)
@@ -229,7 +221,7 @@ class MemoryModel:
         yield from found.values()
 
     def _needs(self, device: WorkerFacts, contexts: int, moe: MoeLayers | None) -> DeviceNeeds:
-        """Computes the needs of a device; `moe` is None if no experts can be in RAM apart from it."""
+        """Computes the needs of a device; `moe` is None if no experts can be in RAM instead."""
         stages, given = self.stages, self.request.kv_memory_bytes
         context = self._kv_table(self.request.context_blocks)
         excess: Table = np.full(context.shape, -np.inf)
@@ -248,8 +240,7 @@ class MemoryModel:
         return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
-        """Divides stages among the worker's devices. If the user leaves open where experts are, it takes the faster way
-        that fits."""
+        """Divides stages among the worker's devices, with open experts where it is faster and fits."""
         moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
 
         def needs(device: WorkerFacts) -> DeviceNeeds:
@@ -273,5 +264,4 @@ class MemoryModel:
         return division.sums(stages.decode_table) + moved
 
     def held(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> tuple[Held, ...]:
-        """Lists the devices of the worker that hold layers of a stage."""
         return self.division(worker, contexts).held(start, end) if worker.gpus else (Held(worker, start, end),)

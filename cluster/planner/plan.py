@@ -13,7 +13,6 @@ ANSWER_TOKENS: Final = 128
 
 
 def usual_prompt_tokens(context_length: int) -> int:
-    """Returns the prompt tokens that plans are made for."""
     return min(_PROMPT_TOKENS, context_length)
 
 
@@ -42,8 +41,8 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """Layers on a worker, or its portion of them in a group. The members of a group follow each other in a plan and
-    have the same layers and shares."""
+    """Layers on a worker, or its portion of them. A group's members follow each other, with the same layers and
+    shares."""
 
     worker: str
     shares: tuple[int, ...] = ()  # of the output rows, by member of the group; (): the worker holds the layers alone
@@ -52,7 +51,6 @@ class StagePlan(HeldLayers):
 
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
-        """The division that the worker is told."""
         parts = (part for part in self.devices if not part.is_experts)
         return tuple(
             DeviceLayers(part.device, part.start, part.end, part.cpu_moe, part.experts_cache_bytes) for part in parts
@@ -76,8 +74,6 @@ class UnusedGpu:
 
 @dataclass(frozen=True, slots=True)
 class StagePrediction:
-    """Seconds of a stage, or of a member of its group."""
-
     decode_s: float  # one token of one sequence; of a member of a group, if it waits for none
     prefill_s: float  # each prompt token
     gathers_s: float = 0.0  # of `decode_s`, what a group's gathers take
@@ -105,7 +101,6 @@ class Prediction:
 
     @property
     def answer_s(self) -> float:
-        """Seconds of a usual prompt and answer alone."""
         return self.ttft_s + (ANSWER_TOKENS - 1) * self.token_s
 
 
@@ -152,7 +147,6 @@ class Plan:
 
     @property
     def chain(self) -> tuple[tuple[str, ...], ...]:
-        """The workers of each stage, its leader first."""
         return tuple(tuple(stage.worker for stage in stages) for stages in self.by_stage)
 
     @property

@@ -113,7 +113,6 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
 
 
 def _with_cache(part: DevicePlan, limit_bytes: int | None) -> DevicePlan:
-    """Gives the memory that its layers leave to copies of their experts in RAM."""
     if part.is_experts or not part.cpu_moe or part.memory_bytes is None:
         return part
     return replace(part, experts_cache_bytes=cache_room(part.memory_bytes - part.bytes, limit_bytes))
@@ -132,8 +131,7 @@ def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
 
 
 def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> Found:
-    """Finds a plan, without unmeasured workers if the others suffice. One that lacks only measurements of GPUs is
-    used."""
+    """Omits unmeasured workers if the others suffice; one that lacks only measurements of GPUs is used."""
     measured = [worker for worker in workers if worker.profile is not None]
     if 0 < len(measured) < len(workers):
         with suppress(InsufficientMemoryError, NetworkPartitionError):

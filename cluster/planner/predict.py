@@ -20,8 +20,6 @@ _NS = 1e9
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """The links that a token takes through the stages."""
-
     round_s: float  # from the first stage through all others to the first one again
     there_s: float  # from the coordinator through all of them to the coordinator
     row_s: tuple[float, ...]  # what the bytes of each row add between stages
@@ -138,8 +136,7 @@ def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _
 
 
 def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: bool) -> Round:
-    """Times a step with an output row for every drafted token: weights are read once, products and the head count by
-    rows. The coordinator drafts, so the round begins and ends there."""
+    """Times a step with an output row for every drafted token; it begins and ends at the coordinator, which drafts."""
     rows = 1 + drafted
     stages = [stage.decode_s(rows) for stage in split]
     links = [rows * row_s for row_s in path.row_s]
@@ -148,7 +145,6 @@ def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: 
 
 
 def _tokens_per_s(split: Sequence[HeldStage], sequences: int, groups: int, path: _Path) -> float:
-    """Decodes `sequences` in `groups` microbatches."""
     rows = -(-sequences // groups)
     times = [stage.decode_s(rows, concurrent=groups > 1) * _NS for stage in split]
     sent_s = rows * sum(path.row_s)

@@ -1,5 +1,4 @@
-"""Times of products with weights of each quant type on a processor: measured by its worker, or else assumed from the
-machine's limits."""
+"""Times of products by quant type on a processor: measured by its worker, or else assumed from the machine's limits."""
 
 from __future__ import annotations
 
@@ -73,7 +72,6 @@ class ProductTimes:
         return sum(each.n_bytes * self.byte_s(each.quant_type, rows) for each in weights)
 
     def byte_s(self, quant_type: QuantType, rows: float) -> float:
-        """Seconds for each byte of weights in memory."""
         key = quant_type, rows
         if key not in self._known:
             measured = self._measured.get(int(quant_type))

@@ -1,5 +1,4 @@
-"""Seconds of layers whose steps were not measured: products by quant type, all else by memory bandwidth and 8-bit
-products."""
+"""Seconds of unmeasured layers: products by quant type, all else by memory bandwidth and 8-bit products."""
 
 from __future__ import annotations
 
@@ -14,10 +13,10 @@ from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 LAUNCHES_S: Final = 30e-6
 """The launches of a layer's kernels on a GPU; assumed, not measured."""
 LAYER_S: Final = 60e-6
-"""The time of a layer on a processor beside its products: threads that wait for each other, and steps of few rows."""
+"""The time of a processor's layer beside its products: threads that wait for each other, and steps of few rows."""
 ROW_MACS: Final = 3000
-"""8-bit multiply-accumulates for each row and channel, equal to a layer's time beside products on a processor: norms,
-rotation, attention over some hundred keys, quantized activations."""
+"""8-bit multiply-accumulates for each row and channel that take as long as a processor's layer beside its products:
+norms, rotation, attention over some hundred keys, quantized activations."""
 _STATE_MACS: Final = 4
 """The 8-bit multiply-accumulates that take as long as one of a state, which is of floats."""
 
@@ -63,7 +62,6 @@ class Roofline:
         return steps_s + self._products_s(weights, rows) + other_s
 
     def _typed(self, weights: Sequence[TypedWeights]) -> Sequence[TypedWeights]:
-        """Selects the weights whose products are timed by type."""
         return () if self._products is None else weights
 
     def _products_s(self, weights: Sequence[TypedWeights], rows: float, share: float = 1.0) -> float:

@@ -106,7 +106,6 @@ class _StepTable(Protocol):
 
 
 def _held_s(costs: StageCosts, table: _StepTable, held: Held, rows: int, *, concurrent: bool) -> float:
-    """The time of a device for its layers, or for moved experts with their exchange."""
     start, end, moved = held.start, held.end, np.isin(np.arange(costs.layers), held.cpu_moe)
     experts = costs.experts_table(held.device, rows, moved, concurrent=concurrent)[start, end] if held.cpu_moe else 0.0
     if held.is_experts:

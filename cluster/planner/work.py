@@ -10,7 +10,6 @@ from llamaclust.cluster.planner.plan import ANSWER_TOKENS
 CHUNKS: Final = (1, 2, 4, 8, 16)
 """Numbers of equal parts of a prompt, which stages compute one behind the other."""
 TOGETHER: Final = 8
-"""Sequences that are decoded at once, with the objective `throughput`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +24,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A split costs its slowest stage's time for `slowest`, plus all stages' times for `each` if `adds_up`; else the
-    latter only decides between equal splits."""
+    """A split costs its slowest stage's time for `slowest`, plus all stages' times for `each` if `adds_up`."""
 
     slowest: tuple[Rows, ...]
     slowest_rows: int  # that a link carries meanwhile

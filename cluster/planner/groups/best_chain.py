@@ -68,7 +68,6 @@ class _Search:
     contexts: int
 
     def found(self, below: float) -> Found | None:
-        """Returns the best chain that takes less than `below` seconds."""
         best = best_of(self._single(), below)
         single = None if best is None else self._of(best)
         limit = below if best is None else CLEARLY_BETTER * best.seconds
@@ -95,7 +94,6 @@ class _Search:
         return ways_of_workers(self.classes, self.works, self._apart)
 
     def _grouped(self, below: float, known: Best | None, *, nearly: bool) -> Best | None:
-        """Returns the best chain with groups, which need measured links. `nearly`: see `GroupTables`."""
         request = self.sizes.request
         if request.largest_group < 2 or request.group_costs is None or not is_measured(self.workers):
             return None

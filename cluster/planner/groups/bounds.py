@@ -63,6 +63,5 @@ def _layers_s(total: Table) -> Table:
 
 
 def _before(seconds: Table) -> Table:
-    """Cumulative sums, from 0."""
     found: Table = np.concatenate([[0.0], np.cumsum(seconds)])
     return found

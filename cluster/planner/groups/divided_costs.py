@@ -41,7 +41,6 @@ class DividedCosts:
         return cls(whole, follower, tuple(kept), _costs(costs, fine), least_units, _divided(costs))
 
     def is_of(self, costs: GroupCosts) -> bool:
-        """True if groups of this size divide the model alike."""
         return self.divided == _divided(costs)
 
     def tables(self, table: Callable[[StageCosts], Table], *, leads: bool = True) -> DividedTables:
@@ -54,7 +53,6 @@ class DividedCosts:
         )
 
     def coarse_parts(self, shares: Shares) -> list[Shares]:
-        """Rounds shares to whole units, for each of `coarse`."""
         return [_in_units(units, shares) for units, _ in self.coarse]
 
 
@@ -82,7 +80,6 @@ class DividedTables:
         return found
 
     def cut(self, cells: tuple[Counts, Counts]) -> DividedTables:
-        """Selects stages by their starts and ends."""
         return DividedTables(self.whole[cells], tuple(table[cells] for table in self.coarse), self.fine[cells])
 
     def chosen(self, numbers: Counts) -> DividedTables:
@@ -95,7 +92,6 @@ class DividedTables:
 
     @property
     def divided(self) -> Table:
-        """The sum of all divided parts, as if they were divided alike."""
         return np.asarray(sum(self.coarse, self.fine))
 
 

@@ -37,7 +37,6 @@ def rejected_group(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -
 
 
 def _best(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> _Candidate | None:
-    """Adds members as long as they make the best group better."""
     best: _Candidate | None = None
     for sets in _sets(plan, workers):
         groups = [group for members in sets if (group := _group(plan.sizes, members, contexts)) is not None]
@@ -80,7 +79,6 @@ def _reach_each_other(request: PlanRequest, names: Sequence[str]) -> bool:
 
 
 def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) -> _Candidate | None:
-    """The group with the shares of an automatic plan; None if it does not fit."""
     names, layers, request = tuple(member.name for member in members), sizes.stages.layers, sizes.request
     assert request.group_costs is not None
     work, *_ = works_of(request.objective, usual_prompt_tokens(request.context_length))

@@ -1,5 +1,5 @@
-"""Search for chains whose stages are workers or groups: over all sets of workers if these are few or fall into few
-classes, else over neighbours in likely orders."""
+"""Search for chains of workers and groups: over all sets of workers if these are few, else over neighbours in likely
+orders."""
 
 from __future__ import annotations
 
@@ -35,11 +35,9 @@ from llamaclust.cluster.planner.work import Work
 _MOST_STEPS = 3**8
 """The most steps for which all sets are tried, as many as for eight workers that are all different."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Sizes of groups that are tried among neighbours."""
 _MEMBER = 1e-3
 """The share of the least possible time that each member of a group must gain."""
 _LIMITS = 512
-"""The number of tried limits of the slowest stage."""
 _ROUNDS = 6
 _NOTHING = 1.01
 _AT_LEAST = 0.97
@@ -72,8 +70,7 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """The search. `classes`: of `workers`, each with equal links to others; `apart`: pairs that cannot reach each
-    other."""
+    """`classes` of `workers` with equal links; `apart`: pairs that cannot reach each other."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
@@ -179,7 +176,6 @@ class GroupSearch:
         return tuple(worker for count, worker_class in chosen for worker in worker_class.workers[:count])
 
     def _number(self, members: tuple[int, ...]) -> int | None:
-        """The number of these workers as a stage; None if they cannot hold one."""
         if len(members) == 1:
             return self._class_numbers[members[0]]
         key = tuple(sorted(members, key=self._rank.__getitem__))
@@ -240,7 +236,6 @@ class GroupSearch:
 
 
 def _of_layer(costs: Table) -> float:
-    """The least time of a layer in any stage."""
     places = np.arange(len(costs))
     lengths = places - places[:, np.newaxis]
     return max(float((costs[lengths > 0] / lengths[lengths > 0]).min()), 1e-12)

@@ -19,9 +19,9 @@ _LEAST_DIVIDED = 1e-6
 
 
 def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, nearly: bool = False) -> Shares:
-    """Shares with the least time of the slowest member, [members, stages]; their sum is below 1 if memory does not
-    suffice. `seconds` and bytes `lacking` (negative: free) are by member and stage. Coarse units are given first, the
-    rest is divided beside them; with `nearly`, all is divided at will."""
+    """Shares, [members, stages], with the least time of the slowest member; their sum is below 1 if memory does not
+    suffice. `seconds` and bytes `lacking` (negative: free) are by member and stage. `nearly`: coarse units are divided
+    at will too."""
     shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if nearly else 0.5)
     if nearly or not parts.coarse:
         return shares
@@ -34,8 +34,7 @@ def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables
 
 
 def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
-    """Fills members up to the time at which they have everything; shares are piecewise linear in it. `margin`: units
-    left free in each memory."""
+    """Fills members up to the time at which they have everything; `margin` of a unit is left free in each memory."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units

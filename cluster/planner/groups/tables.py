@@ -76,8 +76,6 @@ def _row_bytes(gathers: Sequence[GatherCost]) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _DividedModel:
-    """A model in groups of some number of members."""
-
     parts: DividedCosts
     kinds: _Kinds
     gathers: _GatherTables
@@ -114,7 +112,6 @@ class GroupTables:
         return self._divided[members]
 
     def gathers_of(self, members: int) -> float:
-        """The number of gathers in all layers."""
         divided = self.divided(members)
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
@@ -163,8 +160,6 @@ class GroupTables:
 
 @dataclass(eq=False)
 class GroupTable:
-    """The table of one set of workers, the leader first."""
-
     tables: GroupTables
     members: tuple[WorkerFacts, ...]
     links: GroupLinks
@@ -234,8 +229,8 @@ class GroupTable:
         )
 
     def integer_shares(self, start: int, end: int, work: Work) -> tuple[tuple[int, ...], float]:
-        """The fastest integer shares of a stage that fits, and their time relative to that of exact shares: their
-        borders decide whether rows travel in int8."""
+        """The fastest integer shares that fit, and their time relative to exact shares: borders decide on rows in
+        int8."""
         kind = np.array([self.divided.kinds.kind_of[start, end]])
         lacking, parts = self._lack.chosen(kind), self.divided.parts
         steps = [*work.slowest, *(work.each if work.adds_up else ())]
@@ -268,8 +263,8 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """Numbers by start and end, equal for stages of as many layers that begin and end with the model alike. They share
-    shares, since layers are much alike."""
+    """Numbers by start and end, equal for stages of as many layers with the same ends of the model: these have equal
+    shares."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)

@@ -11,7 +11,6 @@ from llamaclust.cluster.planner.splits.holders import WorkerClass
 
 _NOISE = 0.25
 _NOISE_S = 3e-5
-"""The difference below which links are alike."""
 
 
 def split_by_links(worker_class: WorkerClass, workers: Sequence[WorkerFacts], links: Links) -> list[WorkerClass]:

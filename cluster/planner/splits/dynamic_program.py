@@ -1,5 +1,4 @@
-"""Splits with the least total cost, by dynamic programming over steps: each gives the next layers to one more worker or
-group. The steps define the possible orders."""
+"""Splits with the least total cost, by dynamic programming: each step gives the next layers to one more holder."""
 
 from __future__ import annotations
 
@@ -153,7 +152,6 @@ class _Run:
         return least
 
     def _split(self, last: int) -> Split:
-        """Backtracks the split of best[last][layers]."""
         stages: list[Stage] = []  # the last one first
         number, end = last, self._layers
         while end:
@@ -242,7 +240,6 @@ def _following(
     leader_of: LeaderOf,
     apart: Ways,
 ) -> tuple[int, ...]:
-    """Selects the earlier steps that this leader's stage may follow."""
     if not any(leader in pair for pair in apart):
         return choice
     reached = []
@@ -255,7 +252,6 @@ def _following(
 
 
 def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
-    """The number of steps of `any_order`."""
     total = 0
     for counts in held_by:
         steps = 1

@@ -31,7 +31,6 @@ class StageTable:
         return (self.slow <= limit) & (self.slow < inf)
 
     def allowed(self, limit: float) -> Table:
-        """Totals of stages within the limit; else infinite."""
         return np.where(self.within(limit), self.total, inf)
 
     def equals(self, other: StageTable) -> bool:
@@ -60,7 +59,6 @@ class WorkerClass:
 
     @property
     def members(self) -> tuple[int, ...]:
-        """The worker that stands for all."""
         return self.workers[:1]
 
     def table(self, work: int) -> StageTable:

@@ -23,7 +23,6 @@ from llamaclust.cluster.planner.splits.search import Way, stage_limits
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 1024
-"""The most steps for which all orders are tried, as many as for eight workers that are all different."""
 
 _ANY_WORK = Work(slowest=(), slowest_rows=0, each=(), hops=0, hop_rows=0, adds_up=True)
 """The work of tables that are not in seconds."""
@@ -57,7 +56,6 @@ def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart
 
 
 def least_total(classes: Sequence[WorkerClass]) -> float:
-    """The least total of all possible splits; infinite if there is none."""
     ways = (way for kind in ways_of_workers(classes, (_ANY_WORK,), frozenset()) for way in kind)
     splits = (way.steps.least(inf) for way in ways)
     return min((split.total for split in splits if split is not None), default=inf)
@@ -77,7 +75,6 @@ def is_exact(classes: Sequence[WorkerClass], apart: Ways) -> bool:
 
 
 def _single(classes: int) -> tuple[tuple[int, ...], ...]:
-    """Counts of one worker, for each class."""
     return tuple(tuple(int(one == other) for one in range(classes)) for other in range(classes))
 
 
@@ -93,7 +90,6 @@ def places_in_order(order: Order, classes: Sequence[WorkerClass], apart: Ways) -
 
 
 def class_numbers(classes: Sequence[WorkerClass]) -> dict[int, int]:
-    """The number of each worker's class."""
     return {worker: number for number, one in enumerate(classes) for worker in one.workers}
 
 
@@ -121,7 +117,6 @@ def _spread(order: Order, apart: Ways) -> list[int]:
 
 
 def _gaps(order: Order, worker: int, apart: Ways) -> Iterator[int]:
-    """Yields positions between neighbours that the worker reaches."""
     for place in range(len(order)):
         if all(_fine(worker, other, apart) for other in (order[place - 1], order[place])):
             yield place
@@ -132,12 +127,11 @@ def _fine(one: int, other: int, apart: Ways) -> bool:
 
 
 _Tables = Sequence[tuple[int, StageTable]]
-"""Workers in order, each with its costs."""
 
 
 def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
-    """Orders of all and of the fastest workers with the best ends, which hold embedding and head. Layers are much
-    alike, so the order in between hardly matters."""
+    """Orders of all and of the fastest workers with the best first and last one: the order in between hardly
+    matters."""
     by_total = sorted(file, key=lambda one: float(one[1].total[0, one[1].layers]))
     counts = range(1, len(file) + 1)
     fewest = bisect_left(counts, True, key=lambda count: _best_ends(by_total[:count], inf) is not None)

@@ -1,6 +1,5 @@
-"""The best split over sets and orders of workers and groups, by dynamic programming: exact for a few workers or
-classes, else over likely orders. A split is judged by its slowest stage and by the sum over its stages; workers may
-stay idle."""
+"""The best split by dynamic programming, exact for a few workers or classes, else over likely orders. A split is judged
+by its slowest stage and by the sum over its stages; workers may stay idle."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ from llamaclust.cluster.planner.work import Work
 CLOSE = 0.995
 """The search ends when no split can be better by more than this factor."""
 CLEARLY_BETTER = 0.98
-"""The factor by which a split of a less simple kind has to be better: workers keep the file's order, and form no
-groups."""
+"""The factor by which a less simple split must be better. Simple ones keep the file's order and have no groups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,7 @@ class Way:
 
     def best(self, below: float) -> Split | None:
         """Returns the best split below that time, if any. Intervals of limits are halved, the most promising one first:
-        the total at an interval's upper end is the least one in all of it."""
+        a split for an interval's upper end has the least total in all of it."""
         best: Split | None = None
         open_ = [(self.work.seconds(self.least_slowest, 0.0), 0, len(self.limits))]  # (at best, limits [low, high))
         while open_ and open_[0][0] < below:
@@ -78,6 +76,5 @@ def best_of(kinds: Iterable[Sequence[Way]], below: float = inf) -> Best | None:
 
 
 def stage_limits(tables: Iterable[StageTable]) -> Table:
-    """All costs that a slowest stage can have, ascending."""
     found: Table = np.unique(np.concatenate([table.slow[np.isfinite(table.slow)] for table in tables]))
     return found

@@ -34,7 +34,6 @@ class Chain:
 
     @property
     def kv_blocks(self) -> int:
-        """The KV blocks that every worker has room for."""
         return min(self.sizes.of(member.costs, member.portion).kv_blocks(member.parts) for member in self.members)
 
     @property

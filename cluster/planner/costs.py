@@ -112,8 +112,7 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Seconds of a microbatch with a token of each of `rows` sequences. `concurrent`: other stages of the machine
-        compute."""
+        """Seconds of a microbatch with a token of each of `rows` sequences. `concurrent`: other stages compute."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
@@ -187,8 +186,7 @@ class StageCosts:
 
 
 def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
-    """Flags of stages without a border inside an undivided layer, or between a layer and the one whose KV memory it
-    reads."""
+    """Flags of stages with no border inside an undivided layer, or between layers with shared KV memory."""
     borders = np.zeros(len(costs.layers) + 1, np.bool_)
     borders[list(costs.borders)] = True
     return np.logical_and.outer(borders, borders)

@@ -43,7 +43,6 @@ class MoeLayers:
 
 
 def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
-    """Lists the worker's processor and its GPUs, in the order in which layers go to them."""
     if not worker.gpus:
         return (worker,)
     gpus = (
@@ -87,11 +86,11 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields (device, start, end, end of the open experts in RAM) of all stages."""
+        """Yields the device, start, end, and end of the open experts in RAM, of all stages."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """Yields (GPU, layers, start, end): experts of these layers in [start, end) are in RAM."""
+        """Yields a GPU, layers, start, end: experts of these layers in [start, end) are in RAM."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
                 if layers.any():
@@ -105,8 +104,7 @@ class Division:
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """The change of `sums` by experts in RAM: `experts` is their part of `table`, `exchange` the time to move
-        activations."""
+        """The change of `sums` by experts in RAM; `exchange` is the time to move activations there and back."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)

@@ -21,8 +21,7 @@ _SPARSE = 0.75
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
-    """Returns the plan's figures: layers half-open, bytes, milliseconds, null if not measured. Gains are for
-    `acceptances`."""
+    """Returns the plan's figures: layers half-open, bytes, milliseconds, null if not measured."""
     values, predicted, other = asdict(plan), plan.prediction, plan.without_groups
     gains = _gains(plan, acceptances)
     del values["prediction"]
@@ -97,7 +96,6 @@ def _in_layers(stage: dict[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def plan_lines(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> tuple[str, ...]:
-    """Returns a line for each stage, then the predictions; `?` if not measured."""
     values = plan_json(plan)
     waits = {"between stages": values["links_ms"]} if len(plan.leaders) > 1 else {}
     if any(stage.shares for stage in plan.stages):

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 COORDINATOR = ""
-"""The coordinator's name among workers' names."""
 
 _NOISE_S = 5e-5
 _NOISE_BYTE_S = 5e-11
@@ -20,8 +19,6 @@ _NOISE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A link between two processes, for either direction."""
-
     one_way_s: float  # of a message that carries nothing
     byte_s: float  # that each byte takes
     network_s: float | None = None  # of `one_way_s`, what the network alone takes; None: not known
@@ -33,7 +30,6 @@ class Link:
 
 
 _PROGRAMS_S = 1.5e-4
-"""The part of a message's latency that is not the network's."""
 USUAL = Link(one_way_s=_PROGRAMS_S, byte_s=1e-9)
 """A link between processes of one machine, if it was not measured."""
 

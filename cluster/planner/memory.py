@@ -37,8 +37,7 @@ class StagePlace:
 Workspace = Callable[[StagePlace], int]
 """The most bytes of any stage at the place. The function must cache: it is called often with equal places."""
 Rounding = Callable[[str], Counts | int]
-"""The bytes that rounding adds to weights of layers [start, end) on a device, or to any layers. The function must
-cache."""
+"""The bytes that rounding adds to weights of layers [start, end) on a device. The function must cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +115,7 @@ class MemoryModel:
 
     @property
     def max_drafted(self) -> int:
-        """The most drafted tokens of a sequence in a step; 0 for layers with states, which refused tokens would
-        change."""
+        """The most drafted tokens of a sequence in a step; 0 for layers with states, which they would change."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window
@@ -132,7 +130,6 @@ class MemoryModel:
         return self.kv_groups.kv_bytes(sizes, kv_blocks)
 
     def _blocks_in(self, start: int, end: int, kv_bytes: int, most: int) -> int:
-        """The KV blocks, `most` at most, of the stage in `kv_bytes`."""
         if self.kv_groups.window is None and self.kv_groups.states is None:
             block_bytes = int(self.stages.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS
             if block_bytes == 0:  # feed-forward layers alone
@@ -183,8 +180,7 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Bytes that the worker's devices lack, with KV memory for so many contexts, or as given; infinite if start >=
-        end."""
+        """Bytes that the worker's devices lack with KV memory for so many contexts; infinite if start >= end."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:

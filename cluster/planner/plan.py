@@ -41,8 +41,7 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """Layers on a worker, or its portion of them. A group's members follow each other, with the same layers and
-    shares."""
+    """Layers of a worker, or its portion of them. A group's members are consecutive and have equal layers."""
 
     worker: str
     shares: tuple[int, ...] = ()  # of the output rows, by member of the group; (): the worker holds the layers alone
@@ -141,7 +140,6 @@ class Plan:
 
     @property
     def by_stage(self) -> tuple[tuple[StagePlan, ...], ...]:
-        """The entries of each stage, its leader first."""
         starts = [place for place, stage in enumerate(self.stages) if stage.member == 0]
         return tuple(self.stages[start:end] for start, end in pairwise((*starts, len(self.stages))))
 

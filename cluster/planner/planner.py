@@ -38,8 +38,8 @@ _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """Raises UsageError for a wrong manual plan, InsufficientMemoryError with the missing MiB, NetworkPartitionError if
-    only `partitions` prevents a plan."""
+    """Raises UsageError for a wrong manual plan, InsufficientMemoryError, NetworkPartitionError because of
+    `partitions`."""
     stages = StageCosts.of(costs)
     sizes = MemoryModel(stages, request)
     if request.manual is not None:

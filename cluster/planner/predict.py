@@ -113,7 +113,6 @@ def _stage_again(
 
 
 def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, ...]:
-    """Returns nothing if a device is absent."""
     if stage.worker not in workers:
         return ()
     devices = {device.device: device for device in devices_of(workers[stage.worker])}

@@ -15,8 +15,7 @@ LAUNCHES_S: Final = 30e-6
 LAYER_S: Final = 60e-6
 """The time of a processor's layer beside its products: threads that wait for each other, and steps of few rows."""
 ROW_MACS: Final = 3000
-"""8-bit multiply-accumulates for each row and channel that take as long as a processor's layer beside its products:
-norms, rotation, attention over some hundred keys, quantized activations."""
+"""8-bit multiply-accumulates for each row and channel as long as a layer beside its products: norms, attention etc."""
 _STATE_MACS: Final = 4
 """The 8-bit multiply-accumulates that take as long as one of a state, which is of floats."""
 
@@ -72,8 +71,7 @@ class Roofline:
 
 
 def retimed(profile: DeviceProfile, measured: ModelCosts, other: ModelCosts) -> DeviceProfile:
-    """Converts a processor's profile from the `measured` costs to `other`, which differ only in types and bytes of
-    tiles."""
+    """Converts a processor's profile to costs that differ only in types and bytes of weight tiles."""
     return replace(
         profile,
         concurrent=tuple(_retimed(time, profile, measured, other, concurrent=True) for time in profile.concurrent),

@@ -11,7 +11,6 @@ from llamaclust.cluster.scheduler.speculation.candidates import LONGEST_DRAFT, C
 from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_windows, speed_of
 
 USUAL_ACCEPTANCES = (0.5, 0.8, 0.95)
-"""Acceptances from drafts that are often wrong to copies of a text with few edits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,8 +57,6 @@ class StageParts:
 
 @dataclass(frozen=True, slots=True)
 class HeldStage:
-    """A stage on one worker, or on the members of a group, the leader first."""
-
     members: tuple[StageParts, ...]
     gathers: GatherTimes[float] = NO_GATHERS
 

@@ -15,8 +15,7 @@ _RULE = f"{_TIMES_PREDICTED:g} times its predicted time, at least {_LEAST_S:g} s
 
 
 def step_limit_s(rows: int, measured_s: Sequence[float], planned: Sequence[StagePrediction]) -> float:
-    """Returns ten times the predicted time of the longest step. `measured_s`: predictions for `rows` rows from measured
-    steps; `planned`: the plan's."""
+    """Returns ten times the longest predicted time of a step, by the `measured_s` predictions and those of the plan."""
     if rows == 0:
         return UNPREDICTED_S
     predicted_s = [*measured_s, *(max(stage.decode_s, rows * stage.prefill_s) for stage in planned)]

@@ -87,7 +87,6 @@ class DividedTables:
         return DividedTables(self.whole[..., numbers], coarse, self.fine[..., numbers])
 
     def with_coarse(self, coarse: Sequence[Table]) -> DividedTables:
-        """Adds fixed coarse parts to what is whole."""
         return DividedTables(self.at(coarse, np.zeros(())), (), self.fine)
 
     @property

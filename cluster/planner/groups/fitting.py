@@ -46,8 +46,7 @@ def _lacking_bytes(
     worker: WorkerFacts,
     contexts: int,
 ) -> float:
-    """Bytes that the member lacks, negative if some are left. The workspace is that of the first shares, because each
-    needs a program and moves change it little."""
+    """Bytes that the member lacks. The workspace stays that of the first shares: moves change it little."""
     if worker.memory_bytes is None:
         return -inf
     member = entry.workers.index(worker.name)

@@ -1,5 +1,4 @@
-"""Search for chains of workers and groups: over all sets of workers if these are few, else over neighbours in likely
-orders."""
+"""Search for chains of workers and groups: over all sets if these are few, else over neighbours in likely orders."""
 
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """`classes` of `workers` with equal links; `apart`: pairs that cannot reach each other."""
+    """The search for the best split. `classes` have equal links to others; pairs in `apart` cannot reach each other."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
@@ -225,7 +224,6 @@ class GroupSearch:
         return self._costs[members]
 
     def table(self, members: tuple[int, ...], work: int) -> StageTable:
-        """Costs with the links to other stages."""
         own = self.costs_of(members).of_work(self.works[work])
         links = link_table(self.sizes, self.works[work], self.workers[members[0]].reach)
         token_s = 1 / sum(1 / max(seconds, 1e-9) for seconds in self._token_s)

@@ -47,7 +47,7 @@ class _Kinds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _GatherTables:
-    """Gathers of stages: their number, and bytes of a row, by kind of stage."""
+    """Numbers of gathers and bytes of a row, by kind of stage."""
 
     count: Table
     row_bytes: Table
@@ -116,8 +116,7 @@ class GroupTables:
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
     def least_gathers_s(self, work: Work, link: Link) -> Table:
-        """The least time of each layer's gathers in any group over such a link: at least half of each row goes to one
-        member."""
+        """The least time of each layer's gathers in any group: at least half of each row goes to one member."""
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
         every = [
@@ -132,7 +131,6 @@ class GroupTables:
         return self._sizes.stages.possible
 
     def seconds(self, divided: _DividedModel, members: Iterable[WorkerFacts], step: Rows) -> DividedTables:
-        """The time of a step, by member and kind of stage."""
         found = []
         for member in members:
             key = id(divided), member, step
@@ -229,8 +227,7 @@ class GroupTable:
         )
 
     def integer_shares(self, start: int, end: int, work: Work) -> tuple[tuple[int, ...], float]:
-        """The fastest integer shares that fit, and their time relative to exact shares: borders decide on rows in
-        int8."""
+        """The fastest integer shares that fit, and their time relative to that of exact shares."""
         kind = np.array([self.divided.kinds.kind_of[start, end]])
         lacking, parts = self._lack.chosen(kind), self.divided.parts
         steps = [*work.slowest, *(work.each if work.adds_up else ())]
@@ -263,8 +260,7 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """Numbers by start and end, equal for stages of as many layers with the same ends of the model: these have equal
-    shares."""
+    """Numbers by start and end, equal for stages of equal length and ends: these get equal shares."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)

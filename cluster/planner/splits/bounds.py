@@ -39,7 +39,6 @@ def _least_seconds(classes: Sequence[WorkerClass], number: int, work: Work) -> f
 
 
 def _least_total(sized: Sequence[tuple[int, StageTable]], limit: float) -> float:
-    """The total with layers on the cheapest workers, as far as these have room."""
     layers = sized[0][1].layers
     rates, rooms = np.array([_cheapest(count, table, limit) for count, table in sized]).T
     by_rate = np.argsort(rates)
@@ -50,21 +49,20 @@ def _least_total(sized: Sequence[tuple[int, StageTable]], limit: float) -> float
 
 
 def _most_layers(sized: Sequence[tuple[int, StageTable]], limit: float) -> int:
-    """The most layers that all workers together hold within the limit, one of them with the head."""
     inner, last = np.array([_longest(table, limit) for _, table in sized]).T
     everyone = sum(count * int(longest) for (count, _), longest in zip(sized, inner, strict=True))
     return everyone + int((last - inner)[last > 0].max(initial=-everyone))
 
 
 def _longest(table: StageTable, limit: float) -> tuple[int, int]:
-    """Most layers of (a stage without the last one, a stage with it) within the limit."""
+    """Returns the most layers of (a stage without the last one, a stage with it) within the limit."""
     ends = np.arange(table.layers + 1)
     sizes: Table = np.where(table.within(limit), ends - ends[:, np.newaxis], 0)
     return int(sizes[:, :-1].max()), int(sizes[:, -1].max())
 
 
 def _cheapest(count: int, table: StageTable, limit: float) -> tuple[float, int]:
-    """(least cost of a layer, most layers) on all `count` workers of a class."""
+    """Returns (least cost of a layer, most layers) on all `count` workers of a class."""
     ends = np.arange(table.layers + 1)
     inner = table.allowed(limit)[:, :-1] / np.maximum(ends[:-1] - ends[:, np.newaxis], 1)
     room = count * _longest(table, limit)[0]

@@ -15,7 +15,7 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.splits.holders import Holder, StageTable
 
 Stage = tuple[int, int, int]
-"""(holder, start, end): layers [start, end) on a holder, by its number."""
+"""The layers [start, end) of a holder, by its number: (holder, start, end)."""
 
 Ways = frozenset[frozenset[int]]
 """Pairs of workers, by their places in the file."""
@@ -132,7 +132,7 @@ class _Run:
         return self._tables[holder]
 
     def _extended(self, costs: Table, place: Step) -> Table:
-        """Adds the step's own stage; infinite if lower bounds of the rest exceed the limit of the total."""
+        """Adds the step's own stage; infinite if the rest's lower bounds exceed the limit of the total."""
         bounds = self._steps.bounds if place.own and self._most < inf else None
         rest: Table = np.zeros(1)
         if bounds is not None:
@@ -176,8 +176,7 @@ LeaderOf = Callable[[int], int]
 def in_order(
     order: Sequence[int], sizes: Sequence[int], holder_of: HolderOf, leader_of: LeaderOf, apart: Ways = frozenset()
 ) -> Places:
-    """Steps along one order, whose workers may be unused. Groups are neighbours, as many as `sizes` has; leaders of
-    pairs in `apart` are not adjacent."""
+    """Steps along one order of workers; groups are neighbours in it, leaders of pairs in `apart` are not adjacent."""
     places: list[Step | Choice] = []
     upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]  # positions of steps, and of the choice of them
     for end in range(1, len(order) + 1):
@@ -262,8 +261,7 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """Lists the first leaders to try: the last stage is adjacent to the first, so each worker of a pair is tried
-    alone."""
+    """Lists the first leaders to try, apart for each worker of a pair: the last stage is adjacent to the first."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

@@ -14,8 +14,6 @@ from llamaclust.cluster.planner.costs import Flags, Table, WorkerFacts
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageTable:
-    """The cost of each stage of layers [start, end)."""
-
     slow: Table  # of which the slowest stage should have little; infinite where a stage cannot be
     total: Table  # of which all stages together should have little
 
@@ -45,15 +43,11 @@ class Holder(Protocol):
         """Workers by their places in the file, the leader first; equal ones stand for each other."""
         ...
 
-    def table(self, work: int) -> StageTable:
-        """The costs of one of the works that splits are judged by."""
-        ...
+    def table(self, work: int) -> StageTable: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkerClass:
-    """Interchangeable workers, each of which may hold a stage."""
-
     workers: tuple[int, ...]
     tables: tuple[StageTable, ...]  # by work
 

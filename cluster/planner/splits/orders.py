@@ -28,7 +28,6 @@ _ANY_WORK = Work(slowest=(), slowest_rows=0, each=(), hops=0, hop_rows=0, adds_u
 """The work of tables that are not in seconds."""
 
 Order = Sequence[int]
-"""Workers by their places in the file."""
 
 
 def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
@@ -66,7 +65,6 @@ def _limits(classes: Sequence[WorkerClass], works: Sequence[Work]) -> list[Table
 
 
 def is_exact(classes: Sequence[WorkerClass], apart: Ways) -> bool:
-    """True if the search omits no split of single workers."""
     if len(classes) == 1:
         return True
     file = [worker for worker_class in classes for worker in worker_class.workers]
@@ -130,8 +128,7 @@ _Tables = Sequence[tuple[int, StageTable]]
 
 
 def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
-    """Orders of all and of the fastest workers with the best first and last one: the order in between hardly
-    matters."""
+    """Orders of more or fewer workers with the best first and last one: the order in between hardly matters."""
     by_total = sorted(file, key=lambda one: float(one[1].total[0, one[1].layers]))
     counts = range(1, len(file) + 1)
     fewest = bisect_left(counts, True, key=lambda count: _best_ends(by_total[:count], inf) is not None)
@@ -165,7 +162,6 @@ def _best_ends(order: _Tables, limit: float) -> Order | None:
 
 
 def _reach(table: StageTable, limit: float) -> Table:
-    """The furthest end within the limit of a stage from each layer."""
     ends = np.arange(table.layers + 1)
     furthest: Table = np.where(table.within(limit), ends, ends[:, np.newaxis]).max(axis=1)
     return furthest

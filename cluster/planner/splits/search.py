@@ -51,7 +51,7 @@ class Way:
         return best
 
     def _least(self, place: int) -> float:
-        """The slowest stage exceeds the limit before, if it exceeds any."""
+        """A lower bound of the slowest stage, which exceeds the limit before, if it exceeds any."""
         return max(self.least_slowest, float(self.limits[place - 1]) if place else 0.0)
 
 

@@ -58,8 +58,7 @@ def _step_s(sizes: MemoryModel, division: Division, worker: WorkerFacts, step: R
 
 
 def link_table(sizes: MemoryModel, work: Work, reach: Link) -> StageTable:
-    """Costs of messages between other stages and one with such links: rows that travel while stages compute, and
-    hops."""
+    """Costs of a stage's messages over such links: rows that travel while stages compute, and hops."""
     stages = sizes.stages
     others = np.ones(stages.held_bytes.shape)
     others[0, stages.layers] = 0  # a stage of all layers has no links

@@ -55,7 +55,6 @@ class ActionRunner:
 
     @property
     def open_epochs(self) -> tuple[Epoch, ...]:
-        """Lists the serving epoch first."""
         return tuple(epoch for epoch in (self.epoch, self.retiring) if epoch is not None)
 
     @property
@@ -104,7 +103,6 @@ class ActionRunner:
                 self.observed.post(seen.Noticed(text))
 
     def _notice(self, text: str) -> None:
-        """Reports a notice, which names the model where several are served."""
         config = self.planner.config
         self._report(Notice(f"model {config.model_name}: {text}" if config.models else text))
 
@@ -210,7 +208,6 @@ class ActionRunner:
         await self._free_others(epoch)
 
     def _recovered(self, engine: Engine, loss: PipelineLoss) -> None:
-        """Reports the end of a loss or of sleep."""
         seconds = asyncio.get_running_loop().time() - loss.since_s
         requests = engine.counts.running + engine.counts.waiting
         if loss.error is None:

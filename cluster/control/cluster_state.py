@@ -72,8 +72,6 @@ class Expulsion:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Loads since an epoch served last."""
-
     failures: int = 0
     error: LlamaclustError | None = None  # of the last one that was counted
     retry_at_s: float = 0.0
@@ -103,8 +101,6 @@ class PipelineLoss:
 
 @dataclass(frozen=True, slots=True)
 class Waits:
-    """Limits of the wait for a pipeline: of requests after a loss, and of a start."""
-
     recovery_s: float
     start_s: float
 
@@ -158,7 +154,6 @@ class ClusterState:
 
     @property
     def deadline_s(self) -> float:
-        """The end of the wait for another pipeline, by the event loop's clock."""
         assert self.loss is not None
         return self.loss.since_s + self.wait_s
 

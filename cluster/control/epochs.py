@@ -110,7 +110,6 @@ async def load_stages(
 
 
 async def _gives_up(worker: WorkerHandle, epoch: int) -> bool:
-    """Returns True if the worker ends a stalled load."""
     try:
         await worker.unload(epoch)
     except LlamaclustError:
@@ -167,7 +166,6 @@ class Epoch:
 
     @property
     def root_cause(self) -> WorkerHandle | None:
-        """The worker whose loss ended the epoch, if any."""
         return root_cause(self.number, self.workers)
 
     @property
@@ -324,12 +322,10 @@ class Epochs:
         return Epoch(number, plan, workers, pipeline, self.settings(plan))
 
     def cancel_loads(self) -> None:
-        """Makes the model's running loads fail soon."""
         for worker in self._registry.present.values():
             worker.cancel_load(self._model.model_id)
 
     async def refresh_memory(self, names: Iterable[str], ledger: MemoryLedger) -> None:
-        """Updates the free memory of workers where a load lacked memory, while no other load runs."""
         async with self._turn:
             await asyncio.gather(*(_refresh(self._registry.workers[name], ledger) for name in names))
 

@@ -69,7 +69,6 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
 
 
 def _check_frames(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError if the hidden states of a microbatch do not fit in one message between workers."""
     if len(config.workers) < 2 or not (token_bytes := model.hidden_bytes):
         return
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
@@ -85,7 +84,6 @@ def says_placement(config: ClusterConfig) -> bool:
 
 
 def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> None:
-    """Raises UsageError if the experts of a layer cannot be divided into so many shards."""
     if expert_shards == 1:
         return
     if model.hyperparameters.expert_count < expert_shards:
@@ -128,7 +126,6 @@ def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
 
 
 def _check_mtp(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError if the MTP head is to draft but the model has none, or layers are divided."""
     if not uses_mtp(config):
         return
     check_nextn(model)

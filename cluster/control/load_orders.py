@@ -79,7 +79,6 @@ def _load_order(loads: StageLoads, handles: Sequence[WorkerHandle], index: int, 
 
 
 def leaders(handles: Sequence[WorkerHandle], stages: Sequence[StageInfo]) -> list[WorkerHandle]:
-    """Returns the leader of each stage."""
     return [handle for handle, stage in zip(handles, stages, strict=True) if stage.member == 0]
 
 

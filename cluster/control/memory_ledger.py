@@ -45,7 +45,6 @@ class MemoryLedger:
         return scratch
 
     def check_count(self, model_id: str) -> None:
-        """Raises ModelLimitError if as many other models hold memory as may."""
         count = sum(bool(plans) for name, plans in self._plans.items() if name != model_id)
         if self._max_models is not None and count >= self._max_models:
             raise ModelLimitError(self._max_models)
@@ -64,7 +63,6 @@ class MemoryLedger:
         return fits
 
     def beside(self, model_id: str) -> MemoryUse:
-        """Returns what the other models hold."""
         return _total(plan for name, plans in self._plans.items() if name != model_id for plan in plans)
 
     def loaded(self, worker: WorkerHandle) -> dict[str, int]:
@@ -87,7 +85,6 @@ def _way(held: StageLimits | Plan) -> tuple[int, bool]:
 
 
 def _portion(order: Load) -> tuple[tuple[int, ...], int]:
-    """The shares of a group and the member's number, as in `StagePlan`."""
     return ((), 0) if order.group is None else (order.group.shares, order.group.member)
 
 

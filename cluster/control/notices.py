@@ -11,7 +11,6 @@ from llamaclust.core.limits import layer_span
 
 
 def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
-    """`requests` counts, by model, the requests that wait because of the loss."""
     counts = [(model, count) for model, count in requests.items() if count]
     if len(requests) > 1:
         waits = ", ".join(_requests(count, f"of {model} waits", f"of {model} wait") for model, count in counts)

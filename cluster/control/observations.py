@@ -110,21 +110,15 @@ class EpochLoadFailed:
 
 @dataclass(frozen=True, slots=True)
 class RequestsFailed:
-    """The requests failed for the reason that the action named."""
-
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Noticed:
-    """Operators were told."""
-
     text: str
 
 
 class Signal(Enum):
-    """Observations without figures."""
-
     LINKS_CHANGED = auto()  # they were measured again, with another result
     EPOCH_LOADED = auto()  # the planned one, and connected
     EPOCH_SERVING = auto()  # the engine runs on the loaded epoch

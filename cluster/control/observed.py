@@ -23,7 +23,6 @@ class Observed:
 
     @property
     def is_current(self) -> bool:
-        """True if the state contains every observation."""
         return self._queue.empty()
 
     def post(self, observation: Observation) -> None:
@@ -39,7 +38,6 @@ class Observed:
         self._notify()
 
     async def settled_or(self, is_enough: Callable[[ClusterState], bool]) -> None:
-        """Returns when the state is settled, or sooner when it is enough."""
         await self.until(lambda state: self.settled.is_set() or is_enough(state))
 
     async def until(self, is_enough: Callable[[ClusterState], bool]) -> None:
@@ -57,7 +55,6 @@ class Observed:
                 reached.set_result(None)
 
     def begin(self) -> None:
-        """Marks that an action runs, until ACTION_ENDED is observed."""
         self.state = replace(self.state, is_acting=True)
 
     async def next(self, until_s: float | None) -> Observation | None:

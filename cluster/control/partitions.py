@@ -23,10 +23,9 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
 """A pair that breaks again within this time after it healed is probed after longer pauses than before."""
 _MAX_PROBES = 256
-"""The number of links that are probed at the same time, unless they all end at workers that were found."""
+"""The most links that are probed at the same time; of more, only those of workers that were found."""
 
 _Direction = tuple[WorkerHandle, WorkerHandle]
-"""The caller and the worker that it connects to."""
 
 
 @dataclass(slots=True)
@@ -63,7 +62,6 @@ class PartitionTracker:
         return frozenset(self._partitions)
 
     def suspect(self, caller: WorkerHandle, message: PeerUnreachable) -> None:
-        """Starts to confirm a worker's report that it cannot reach another one."""
         other = self._workers().get(message.worker)
         if other is not None and other is not caller and (caller, other) not in self._pending:
             pending = self._tasks.start(self._investigate(caller, other, message))

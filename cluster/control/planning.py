@@ -60,8 +60,6 @@ _MOST_PARTS = 512
 
 @dataclass(frozen=True, slots=True)
 class ClusterResources:
-    """The input of a plan: the workers that may hold layers, by name, and what is known of them."""
-
     workers: Mapping[str, WorkerResources]
     profiles: Mapping[str, Profile]  # by worker; workers without one are planned by their memory alone
     links: Links = UNKNOWN
@@ -99,7 +97,6 @@ def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResour
 
 
 def _widened(config: ClusterConfig, model: Model, resources: ClusterResources) -> tuple[Model, ClusterResources]:
-    """Returns the model with weights in wider tiles, and profiles with the times of these tiles."""
     own, wide = model_costs(config, model), model_costs(config, model.widened)
     profiles = resources.profiles.items()
     retimed_profiles = {name: replace(profile, cpu=retimed(profile.cpu, own, wide)) for name, profile in profiles}
@@ -128,8 +125,8 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields the numbers of shards, `most` at most, that experts may be divided into if whole layers do not fit. None
-    if it is of no use, or if the user wants experts on GPUs: shards are in RAM."""
+    """Yields numbers of shards, `most` at most, that experts may be divided into if whole layers do not fit. Shards are
+    in RAM, so there are none if the user wants experts on GPUs."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -232,7 +229,6 @@ def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest)
 
 
 def _layers_on_gpus(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> int | None:
-    """Returns the number of layers on GPUs; None if the model does not fit."""
     try:
         plan = make_plan(costs, facts, request)
     except InsufficientMemoryError:
@@ -258,7 +254,6 @@ def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[Wo
 
 
 def _beside(resources: WorkerResources, worker: str, held: Mapping[tuple[str, str], int]) -> WorkerResources:
-    """Returns the resources without the GPU memory that other models hold."""
     free = ((gpu, max(0, gpu.free_bytes - held.get((worker, gpu.device), 0))) for gpu in resources.gpus)
     return replace(resources, gpus=tuple(replace(gpu, free_bytes=free_bytes) for gpu, free_bytes in free))
 
@@ -270,7 +265,6 @@ def in_order(config: ClusterConfig, names: Iterable[str]) -> list[str]:
 
 
 def _memory_shares(config: ClusterConfig, resources: ClusterResources) -> dict[str, int]:
-    """Returns the bytes that each worker may take of its machine, which it may share with others."""
     if resources.free_bytes is None:
         return machine_shares(resources.workers)
     capped = {worker.name for worker in config.workers if worker.memory is not None}
@@ -293,8 +287,6 @@ def with_gpus(facts: WorkerFacts, resources: WorkerResources, profile: Profile |
 
 @dataclass(eq=False)
 class ClusterPlanner:
-    """The planner of a running cluster, whose workers come and go."""
-
     config: ClusterConfig
     model: Model
     profiles: WorkerProfiles
@@ -305,7 +297,6 @@ class ClusterPlanner:
     """The planner's own thread, so that a recovery waits for no other work."""
 
     def update(self, links: Links) -> bool:
-        """Replaces the links; returns True if they changed."""
         changed, self.links = links != self.links, links
         return changed
 
@@ -333,7 +324,6 @@ class ClusterPlanner:
         return await loop.run_in_executor(self._thread, plan_cluster, self.config, self.model, resources)
 
     async def predict(self, plan: Plan, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
-        """Predicts the plan that serves: see `predict_served`."""
         loop, resources = asyncio.get_running_loop(), self._resources(workers)
         return await loop.run_in_executor(self._thread, predict_served, self.config, self.model, resources, plan)
 

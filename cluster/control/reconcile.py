@@ -75,15 +75,11 @@ class Interrupt:
 
 @dataclass(frozen=True, slots=True)
 class Notify:
-    """Tells operators."""
-
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Abort:
-    """Fails the start."""
-
     error: LlamaclustError
 
 
@@ -112,7 +108,6 @@ Action = (
 
 
 def reconcile(state: ClusterState) -> Action | None:
-    """Returns None while an action runs."""
     if state.is_acting:
         return None
     if state.loading.is_loaded:

@@ -77,7 +77,6 @@ class Resident:
         self.wake()
 
     def leave(self) -> None:
-        """Ends the count of a request that has its reply."""
         self._users -= 1
         self.idle_since_s = _now_s()
         self._changed.set()
@@ -96,7 +95,6 @@ class Resident:
             self.observed.post(Signal.WAKE_REQUESTED)
 
     def load(self) -> None:
-        """Loads the model though it has no request."""
         self.is_explicit = self.serving_since_s is None
         self.wake()
 
@@ -187,7 +185,6 @@ class Residency:
                     other.resume()
 
     async def _free(self, resident: Resident, giving_way: list[Resident]) -> None:
-        """Returns when the model's plan does not lack the memory of others any more."""
         while resident.observed.state.lacks_memory:
             idle = self._idle
             if (sleeper := self._longest_idle(resident)) is not None:
@@ -202,7 +199,6 @@ class Residency:
             await _plan_again(resident.observed)
 
     async def _time(self, resident: Resident) -> None:
-        """Keeps `serving_since_s` up to date."""
         while True:
             await resident.observed.until(lambda state: state.loss is None)
             resident.serving_since_s, resident.is_explicit = _now_s(), False

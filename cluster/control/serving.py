@@ -40,7 +40,6 @@ class Serving:
 
 
 def is_clearly_faster(plan: Plan, other: Plan) -> bool:
-    """True if the plan decodes clearly faster for one sequence and no slower for many."""
     new, old = plan.prediction, other.prediction
     if new is None or old is None:
         return False

@@ -177,7 +177,7 @@ def _damaged(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str
 
 
 def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoadFailed) -> ClusterState:
-    """Keeps the old epoch. A worker without an answer is excluded, for another move, if it serves other models."""
+    """Keeps the old epoch; excludes workers without an answer from the next move, unless the model is alone."""
     state = replace(state, planning=replace(planning, rejected=failed.error))
     return state if state.is_alone else _exclude(state, planning.inputs, _unfit(state, failed))
 

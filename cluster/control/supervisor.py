@@ -69,21 +69,17 @@ class Supervisor:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the epoch that serves, or served last."""
         return self._runner.plan
 
     @property
     def number(self) -> int | None:
-        """The number of the epoch; None while the model sleeps."""
         return None if self._runner.epoch is None else self._runner.epoch.number
 
     @property
     def retiring_epoch(self) -> Epoch | None:
-        """The epoch that served before and still has sequences."""
         return self._runner.retiring
 
     async def close_pipelines(self) -> None:
-        """Closes the pipelines after the engine's end."""
         await asyncio.gather(*(epoch.pipeline.close() for epoch in self._runner.open_epochs))
 
     @property
@@ -101,7 +97,6 @@ class Supervisor:
         return self.epoch
 
     async def aclose(self) -> None:
-        """Cancels background work; returns when it has ended."""
         if self._action is not None:
             self._action.cancel()
             await asyncio.wait([self._action])
@@ -113,7 +108,6 @@ class Supervisor:
         await self._loop(is_start=False)
 
     def pipeline_lost(self, failure: PipelineFailure) -> None:
-        """Takes the engine's report."""
         for error in failure.ended.values():
             self._report(Notice(str(error)))
         if self._runner.engine is not None and self._runner.engine.suspects_request:
@@ -122,7 +116,6 @@ class Supervisor:
 
     @property
     def may_suspect_workers(self) -> bool:
-        """The property of `EngineOwner`."""
         is_planned = self._runner.planner.config.plan is None
         return is_planned and self.observed.state.pool.may_exclude_more(self._tick().now_s)
 

@@ -97,7 +97,6 @@ async def weight_sources(
 async def adapter_files(
     adapters: Mapping[int, WantedBytes], loading: Collection[str], workers: Mapping[str, WorkerHandle]
 ) -> dict[str, tuple[AdapterFile, ...]]:
-    """Returns the adapters for each worker in `loading`, with its sources."""
     files: dict[str, tuple[AdapterFile, ...]] = dict.fromkeys(loading, ())
     for number, wanted in sorted(adapters.items()):
         sources = await weight_sources(loading, workers, wanted)

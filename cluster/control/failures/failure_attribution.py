@@ -97,7 +97,6 @@ def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str]
 
 
 async def _is_cut_off(epoch: int, member: WorkerHandle, members: Sequence[WorkerHandle]) -> None:
-    """Returns when the member has reported another member as unreachable."""
     await member.unreachable_peer(epoch).reported.wait()
     if not _is_among(member.unreachable_peer(epoch).name, members):
         await asyncio.Event().wait()  # of the next stage, whose stream ends

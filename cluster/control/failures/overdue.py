@@ -13,8 +13,6 @@ _LOOK_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Owed:
-    """A microbatch that is at a stage of an epoch."""
-
     epoch: int
     number: int
     stage: int

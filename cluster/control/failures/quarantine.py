@@ -111,11 +111,9 @@ class Quarantine:
         return replace(released, ignored=self.ignored + 1, ignored_until_s=now_s + _IGNORED.pause_s(self.ignored))
 
     def ignores_rows(self, now_s: float) -> bool:
-        """True while rows without a result are no evidence against a worker."""
         return now_s < self.ignored_until_s
 
     def names(self, now_s: float) -> frozenset[str]:
-        """The workers that are excluded now."""
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:

@@ -60,7 +60,6 @@ class ClosedPorts:
 
 
 def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
-    """True if both are members of a group of the epoch whose links are not open."""
     order, _ = caller.stages.get(epoch, (None, None))
     if order is None or order.group is None:
         return False

@@ -95,7 +95,6 @@ class WorkerOperations:
         self._post(UndrainRequested(name))
 
     async def log(self, name: str) -> LogTail:
-        """Returns the last lines of a worker's log. Raises UsageError for an unknown name, and as `log_tail`."""
         return await log_tail(self._worker(name))
 
     def _post(self, request: DrainRequested | UndrainRequested) -> None:

@@ -27,8 +27,6 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(eq=False)
 class MembershipWatch:
-    """The subscriber of registry events, from `start` until the registry closes."""
-
     _registry: Registry
     _launcher: Launcher
     _runners: Sequence[ActionRunner]
@@ -40,7 +38,6 @@ class MembershipWatch:
     _overdue: OverdueResults = field(default_factory=OverdueResults, init=False)
 
     def start(self) -> None:
-        """Takes in the present members, then subscribes."""
         registry = self._registry
         self._first_joins = frozenset(registry.joins[name] for name in registry.present)
         for worker in registry.present.values():
@@ -97,7 +94,6 @@ class MembershipWatch:
         return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)
 
     def _limits_s(self, worker: WorkerHandle) -> list[float]:
-        """Returns the limit of a step for each served epoch of the worker."""
         served = (runner for runner in self._runners if runner.engine is not None)
         return [limit_s for runner in served for limit_s in _limits_s(runner, worker)]
 
@@ -117,7 +113,6 @@ def _computing(epoch: Epoch, stage: int) -> WorkerHandle:
 
 
 def _requests(runner: ActionRunner, worker: WorkerHandle) -> int:
-    """Counts a model's requests if the worker holds layers of its serving epoch."""
     if runner.engine is None or runner.epoch is None or worker not in runner.epoch.workers:
         return 0
     return runner.engine.counts.running + runner.engine.counts.waiting
@@ -148,7 +143,6 @@ def _limits_s(runner: ActionRunner, worker: WorkerHandle) -> list[float]:
 
 
 def stage_limit_s(scheduler: Scheduler, plan: Plan, stage: int) -> float:
-    """Returns the longest time that a stage may compute one of the microbatches in flight."""
     rows, prediction = scheduler.in_flight.most_rows, plan.prediction
     measured_s = [times_ns[stage] / 1e9 for times_ns in scheduler.times.predictions(rows)]
     first = sum(map(len, plan.by_stage[:stage]))

@@ -35,7 +35,6 @@ class Newcomers:
         await self._tasks.close()
 
     def joined(self, worker: WorkerHandle) -> None:
-        """Announces the worker as a source of weights at once, then takes it in."""
         for runner in self._runners:
             self._tasks.start(runner.epochs.announce(worker))
         self._links.measure_again()

@@ -61,12 +61,10 @@ class WorkerPool:
         self._members.start()
 
     async def aclose(self) -> None:
-        """Cancels background work; returns when it has ended."""
         self._links.close()
         await asyncio.gather(self._members.close(), self.ending.close(), self.operations.recorded())
 
     def not_restarted(self, name: str, why: str) -> None:
-        """Takes the launcher's report that it restarts a worker no more."""
         self._report(Notice(f"worker {name} is not started again: {why}; look at `llamaclust logs {name}`"))
 
     def _ports_changed(self) -> None:

@@ -15,7 +15,6 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.weights.giver import WeightGiver
 
 _READ_S = 3600.0
-"""The deadline allows for a large file on a slow disk."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,7 +104,6 @@ class RemotePipeline:
             await asyncio.gather(*work, failing, return_exceptions=True)
 
     async def close(self) -> None:
-        """Ends the streams and abandons what is in flight."""
         await asyncio.gather(*(peer.close() for peer in self._peers))
 
     async def _read_results(self, on_results: Callable[[Sequence[Result]], None]) -> None:
@@ -160,7 +159,6 @@ def _most_bytes(scheduled: ScheduledMicrobatch) -> int:
 
 
 def _most_reply_bytes(worker: WorkerHandle, epoch: int) -> int:
-    """Returns the largest size of any result of a last stage."""
     rows = worker.stages[epoch][0].limits.max_outputs
     return most_result_bytes(rows, rows * MAX_TOP_LOGPROBS, embeds=True)
 

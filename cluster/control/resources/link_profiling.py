@@ -90,7 +90,6 @@ def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
 
 
 def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
-    """Returns the links in use, and of others the newest."""
     used = {key: known[key] for key in used if key in known}
     others = {key: link for key, link in known.items() if key not in used}
     room = max(0, _MOST_KEPT - len(used))
@@ -112,7 +111,6 @@ def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
 
 
 def stored_links(workers: Mapping[str, WorkerHandle], state_dir: Path) -> Links:
-    """Reads the links that the state directory has now."""
     return _links(_keys(_places({name: worker.registration for name, worker in workers.items()})), _read(state_dir))
 
 
@@ -224,7 +222,6 @@ class LinkMonitor:
         self._measuring.cancel()
 
     async def _measure_all(self, measure: MeasureLinks) -> None:
-        """Repeats the measurement until the measured workers are the present ones."""
         measured: dict[str, WorkerHandle] = {}
         while measured != self._registry.present:
             for runner in self._runners:

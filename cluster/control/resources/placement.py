@@ -28,7 +28,6 @@ def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[
 
 
 def _check_stage(placement: Placement, worker: str, gpus: Mapping[str, Sequence[str]], start: int, end: int) -> None:
-    """Raises UsageError if the worker's stage of layers [start, end) cannot obey its rules."""
     try:
         placement.check(gpus[worker], start, end)
     except UsageError as error:

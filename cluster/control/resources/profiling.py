@@ -32,7 +32,6 @@ class WorkerProfiles:
     def __init__(
         self, config: ClusterConfig, model: Model, state_dir: Path, report: Report, *, anew: bool = False
     ) -> None:
-        """Reads the measurements of earlier starts, unless `anew`."""
         self.stated = stated_speeds(config)
         self._model_id = model.model_id
         types = tuple(map(int, sorted({*model.quant_types, *model.widened.quant_types})))
@@ -61,7 +60,6 @@ class WorkerProfiles:
             self._report(Notice(note))
 
     def other_loads(self, names: Iterable[str], workers: Mapping[str, WorkerHandle]) -> dict[str, OtherLoad]:
-        """Returns the load of other programs while each worker was measured."""
         keys = {name: _key(workers[name], workers, self._model_id) for name in names if name not in self.stated}
         return {name: self._loads[key] for name, key in keys.items() if key in self._loads}
 
@@ -112,7 +110,6 @@ class WorkerProfiles:
 
 
 def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:
-    """Returns the speeds that the cluster file states, by worker."""
     return {
         spec.name: Profile(DeviceProfile(spec.memory_bandwidth_gb_s * 1e9, spec.int8_gmac_s * 1e9))
         for spec in config.workers

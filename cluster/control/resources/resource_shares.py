@@ -39,7 +39,6 @@ class WorkerResources:
 
     @property
     def joins_groups(self) -> bool:
-        """True if automatic plans may have the worker in a group."""
         return self.accepts_links and not self.gpus
 
     @classmethod

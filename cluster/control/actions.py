@@ -62,8 +62,7 @@ class ActionRunner:
         return not self.observed.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Returns when an epoch serves whose stages have exactly this model's adapters. Raises on failure; the stages
-        then have their former adapters."""
+        """Returns when an epoch serves with exactly this model's adapters; raises if it keeps the former ones."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", _ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)

@@ -61,8 +61,7 @@ class Planning:
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that is to count as lost, with the notice's reason. `stays`: it is only to hold no layers of this model
-    for `pause_s`, where the others suffice."""
+    """A worker that counts as lost; with `stays`, it only holds no layers of this model for a pause."""
 
     worker: Incarnation
     reason: str

@@ -58,12 +58,9 @@ class StageLoadError(Exception):
 async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
-    """Loads all stages; returns their workers in the order of the stages. `report` gets the progress.
-
-    Raises StageLoadError once all workers have answered. A suspect's error is StalledError if it hangs, DeadlineError
-    if it gave up the load but has stages of other models. Loaded stages are then freed, except with `is_exclusive`: the
-    next epoch may need their weights.
-    """
+    """Loads all stages; returns their workers in the order of the stages. Raises StageLoadError once all workers have
+    answered; a suspect's error is StalledError if it hangs, DeadlineError if it gave up the load but has stages of
+    other models. Loaded stages are then freed, unless `is_exclusive`: the next epoch may need their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)  # whose keys begin with the model's bytes
@@ -244,8 +241,8 @@ class Epochs:
         return scheduler_settings(self._config, self._model, plan, self._speculation, self.adapters)
 
     async def set_adapters(self, model: Model) -> None:
-        """Gives present and later stages exactly this model's adapters. Raises the first error once all workers have
-        answered, WorkerError if the model has no stages; all stages then get their former adapters."""
+        """Gives present and later stages exactly this model's adapters. On failure, all get their former adapters;
+        raises the first error once all workers have answered, WorkerError if the model has no stages."""
         async with self._turn:
             try:
                 await self._set_adapters(model)

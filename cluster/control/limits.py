@@ -32,8 +32,7 @@ _KV_TOKENS = 8192
 
 
 def context_length(config: ClusterConfig, model: Model) -> int:
-    """Returns the tokens per sequence: the cluster file's value, at most the trained length. Raises UsageError for a
-    longer value that the user set."""
+    """Returns the tokens per sequence. Raises UsageError if the user set more than the trained length."""
     trained = model.hyperparameters.context_length
     if "context_length" in config.model_fields_set and config.context_length > trained:
         asked = f"context_length: {config.context_length}"
@@ -167,8 +166,7 @@ def max_batch_tokens(config: ClusterConfig) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the tokens that KV memory is planned for: 8,192 or one whole context, enough for one or two users.
-    Returns None, for all sequences, if the user sets max_sequences."""
+    """Returns the tokens to plan KV memory for: one or two users, or None for max_sequences if the user set it."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 
@@ -177,8 +175,7 @@ def uses_mtp(config: ClusterConfig) -> bool:
 
 
 def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
-    """Returns a line on an MTP head that could draft but is not loaded; None if drafting is off or there is no such
-    head."""
+    """Returns a line on an MTP head that is not loaded; None without one, or if nothing drafts."""
     if config.speculative is None or config.speculative.mtp or not has_nextn(model):
         return None
     use = "`speculative: {mtp: true}` drafts with it"

@@ -20,8 +20,8 @@ from llamaclust.wire.control.weights import AdapterFile, WeightSources
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """The stages of an epoch, with an entry for each member of a group. `is_exclusive`: stages of the model's other
-    epochs are freed first, except weights that serve again. `links` order the sources of weights."""
+    """The stages of an epoch, with an entry for each member of a group. `is_exclusive`: the model's other stages are
+    freed first, except weights that serve again. `links` order the sources of weights."""
 
     epoch: int
     stages: Sequence[StageInfo]
@@ -40,8 +40,7 @@ def load_orders(
     weights: Mapping[str, WeightSources],
     adapters: Mapping[str, tuple[AdapterFile, ...]],
 ) -> list[Load]:
-    """Returns the order of each worker; only leaders get the addresses of neighbour stages. Raises WorkerError for a
-    member of a group that accepts no links."""
+    """Returns the order of each worker. Raises WorkerError for a member of a group that accepts no links."""
     groups = _group_orders(loads.stages, handles)
     return [
         replace(

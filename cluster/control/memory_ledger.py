@@ -25,8 +25,7 @@ class ModelLimitError(InsufficientMemoryError):
 
 
 class MemoryLedger:
-    """The ledger of one cluster. `lock` is held while a plan is made, up to its entry if it is loaded next.
-    `max_models` may hold memory at the same time; None: as many as fit."""
+    """The ledger of one cluster. `lock` is held while a plan is made, up to its entry."""
 
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()
@@ -54,8 +53,7 @@ class MemoryLedger:
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:
-        """Enters plans before they are loaded. Returns False if other models took memory since the newest plan was
-        made."""
+        """Enters plans before a load; returns False if other models took memory since the newest one was made."""
         is_entered = _total(plans) <= _total(self._plans.get(model_id, ()))
         fits = is_entered or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
         if fits:

@@ -20,8 +20,8 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
-    """Tells the new plan, and how many layers each worker has to load beside its `held` ones. Groups are told with
-    their shares alone: members may hold other portions of the same layers."""
+    """Tells the new plan, and how many layers each worker has to load; only the shares of groups, whose members may
+    hold other portions of the same layers."""
     parts, shards = [], plan.expert_shards
     for stage in plan.leaders:
         name, layers = stage_name(plan, stage), layer_span(stage.start, stage.end, shards)

@@ -56,9 +56,8 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline that gets new requests failed; requests wait. `error` names the worker at fault, if it is known.
-    `requests`: keys of those in flight. `causes`: keys of requests that were the cause, and end. `is_repeated`: the
-    worker has failed to compute the same rows before."""
+    """The pipeline failed. `error` names the worker at fault, if known; `requests` are keys of those in flight,
+    `causes` of those that caused it, and end; `is_repeated`: the worker has failed on the same rows before."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()

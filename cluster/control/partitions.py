@@ -1,5 +1,4 @@
-"""Partitions, which are pairs of live workers that cannot reach each other: reported, confirmed, probed until they
-heal."""
+"""Partitions, which are pairs of live workers that cannot reach each other; they are probed until they heal."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ class _Partition:
 @dataclass(slots=True, eq=False)
 class PartitionTracker:
     """A context manager that probes partitions while it is entered. A link that fails in one direction is used in
-    neither; it is healed when every worker that failed reaches the other one again."""
+    neither."""
 
     _workers: Callable[[], Mapping[str, WorkerHandle]]  # the present ones
     _heartbeat_timeout_s: float
@@ -83,8 +82,7 @@ class PartitionTracker:
             self._on_change(self.pairs)
 
     async def _investigate(self, caller: WorkerHandle, other: WorkerHandle, message: PeerUnreachable) -> None:
-        """Probes all links once one is confirmed: partitions come together, and each found alone would take another
-        plan."""
+        """Probes all links once one is confirmed: partitions come together, and each would take another plan."""
         if await self._ports.is_found(caller, other, message.epoch):
             return
         found = {(caller, other)} if await self._confirm(caller, other, message.reason) else set()
@@ -115,8 +113,7 @@ class PartitionTracker:
         return bool(why) and await self._confirm(caller, other, why)
 
     async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Records the partition and returns True if the pair is new. Records nothing if the other worker has ended or
-        hangs."""
+        """Records the partition, unless the other worker ended or hangs; returns True if the pair is new."""
         if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))

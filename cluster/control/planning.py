@@ -65,8 +65,7 @@ class ClusterResources:
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs of workers that cannot reach each other
     free_bytes: int | None = None
-    """Free memory of all workers together before any held a layer, if all are on one machine. None: each machine has
-    what its workers reported."""
+    """Free memory of the one machine of all workers, before any held a layer. None: each worker reported its own."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Bytes that other models hold, by worker and device."""
 
@@ -74,18 +73,14 @@ class ClusterResources:
 def plan_cluster(
     config: ClusterConfig, model: Model, resources: ClusterResources, *, max_expert_shards: int = MAX_EXPERT_SHARDS
 ) -> Plan:
-    """Plans for the workers in `resources`: first those that `config` names, in its order, then others by name. Experts
-    of a layer are divided into `max_expert_shards` parts at most; each number takes a search.
-
-    Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, NetworkPartitionError.
-    """
+    """Plans for the workers in `resources`: first those that `config` names, in its order, then others by name. Raises
+    InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, NetworkPartitionError."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
     return _in_wide_tiles(config, model, resources, plan) or plan
 
 
 def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResources, own: Plan) -> Plan | None:
-    """Returns the plan with weights in wider tiles if it decodes clearly faster than `own` and leaves at least half as
-    many KV blocks, else None."""
+    """Returns the plan in wider tiles if it is clearly faster and keeps half the KV blocks, else None."""
     has_gpus = any(worker.gpus for worker in resources.workers.values())
     if not config.wide_tiles or not model.has_wider_tiles or own.expert_shards > 1 or has_gpus:
         return None
@@ -303,9 +298,8 @@ class ClusterPlanner:
     async def plan(
         self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset(), beside: MemoryLedger | None = None
     ) -> Plan:
-        """Plans in the planner's thread: many workers and layers take seconds. `beside` replaces the cluster's ledger.
-        Raises as `plan_cluster` and the ledger do, and WorkerError if no worker is there or one of a manual plan is
-        missing."""
+        """Plans in the planner's thread: many workers and layers take seconds. Raises as `plan_cluster` and the ledger
+        do, and WorkerError if no worker is there or one of a manual plan is missing."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]

@@ -1,7 +1,5 @@
-"""Decides on the supervisor's next action from the observed state of a cluster; pure functions.
-
-A start, a loss, a second loss during a recovery, a drain and a better plan all take the same steps.
-"""
+"""Decides on the supervisor's next action from the observed state; pure functions. A start, a loss, a second loss
+during a recovery, a drain and a better plan all take the same steps."""
 
 from __future__ import annotations
 
@@ -192,8 +190,7 @@ def _absent_workers(state: ClusterState) -> str:
 
 
 def _improve(state: ClusterState) -> Action:
-    """Moves layers to the best plan while the old one serves. Moves follow each other: a third epoch would need its own
-    memory."""
+    """Moves layers to a better plan while the old one serves, one move at a time to save memory."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)

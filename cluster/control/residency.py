@@ -106,8 +106,8 @@ class Resident:
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     async def give_way(self) -> None:
-        """Returns when the model sleeps; its requests wait for `resume`. The next turn is doubled if two turns did not
-        suffice for a request, which begins anew in each."""
+        """Returns when the model sleeps; its requests wait for `resume`, and begin anew. The next turn is doubled if
+        two turns did not suffice for a request."""
         found = frozenset(self.engine.requests.keys)
         self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
         self._interrupted, self.gives_way = found, True
@@ -173,8 +173,8 @@ class Residency:
             self._idle = asyncio.Event()
 
     async def _make_room(self, resident: Resident) -> None:
-        """Lets other models sleep while this one's plan lacks memory: idle ones first, the longest idle one before
-        others, then those that have served for a turn. The latter are loaded again as soon as memory suffices."""
+        """Lets other models sleep while this one lacks memory: first the longest idle ones, then those whose turn is
+        over, which are loaded again as soon as memory suffices."""
         while True:
             await resident.observed.until(lambda state: state.lacks_memory)
             giving_way: list[Resident] = []

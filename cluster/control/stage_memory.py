@@ -25,8 +25,8 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """Returns the workspace of stages with these limits, for any context length. A stage without chosen layers counts
-    as one of all layers, or as the largest that begins or ends inside a layer if layers are divided."""
+    """Returns the workspace of stages with these limits. A stage without chosen layers counts as the largest one, for
+    example with all layers."""
     known = _known.setdefault(model, _Known()).workspaces
 
     def bytes_at(place: StagePlace) -> int:
@@ -53,8 +53,7 @@ def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Ite
 
 
 def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tuple[int, int]]:
-    """Yields stages, in parts of layers, that begin or end inside a layer, one of which takes the largest workspace:
-    the longest ones, and of each layer those that begin, end, and do both there."""
+    """Yields stages, in parts of layers, that begin or end inside a layer, one of which takes the largest workspace."""
     layers = [layer for layer in range(model.layer_count) if model.is_divisible(layer, shards)]
     half = shards // 2
     if not layers:

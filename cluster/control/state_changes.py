@@ -139,7 +139,7 @@ def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, reques
 
 def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
     """Replaces an outdated plan, else repeats the load after a pause. Workers that hang, or fail again and again, are
-    expelled. A worker with less memory than it reported is not at fault: it is planned anew."""
+    expelled; one with less memory than it reported is planned anew."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
     stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
@@ -168,8 +168,7 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
 
 
 def _damaged(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
-    """Returns the workers with damaged copies of the model, and their notices; none if no other worker has a good
-    copy."""
+    """Returns workers with damaged copies of the model, and their notices; none if no other worker is left."""
     errors = {each.name: str(each.error) for each in failed.suspects if isinstance(each.error, ModelFileError)}
     excluded = state.inputs.quarantined
     has_others = any(name not in errors and name not in excluded for name, _ in state.pool.usable)

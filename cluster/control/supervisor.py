@@ -1,8 +1,5 @@
-"""Keeps a pipeline under the engine of a model, whichever worker is lost, joins or is drained.
-
-One loop: an observation changes the state, `reconcile` decides on an action, and the action's result is another
-observation. Observations are taken in while an action runs.
-"""
+"""Keeps a pipeline under the engine of a model. One loop: an observation changes the state, `reconcile` decides on an
+action, and its result is another observation. Observations are taken in while an action runs."""
 
 from __future__ import annotations
 
@@ -91,8 +88,7 @@ class Supervisor:
         return self._runner.recoveries
 
     async def start(self) -> Epoch:
-        """Returns the first epoch. Raises an error that no other worker can help at once, any other one after its
-        wait."""
+        """Returns the first epoch. Raises an error that no other worker can mend at once, others after a wait."""
         await self._loop(is_start=True)
         return self.epoch
 

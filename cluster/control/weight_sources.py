@@ -43,8 +43,8 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class WantedBytes:
-    """A model or an adapter whose layers are to be loaded. `own`: the coordinator's copy, if it is to be compared with
-    those of workers. `is_compared`: copies are compared even if all workers have the same file."""
+    """A model or an adapter to be loaded. `own`: the coordinator's copy, if it is to be compared with those of workers.
+    `is_compared`: copies are compared even if all workers have the same file."""
 
     request: FindWeights
     own: OwnCopy | None = None
@@ -56,8 +56,8 @@ class WantedBytes:
 async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
-    """Returns, for each worker in `loading`, the bytes that it is to have and its sources. Empty if they are one file
-    on all machines; a worker without the file and without a source has no entry."""
+    """Returns the bytes and sources for each worker in `loading`; empty if they are one file on all machines. A worker
+    without the file and without a source has no entry."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):
@@ -146,8 +146,7 @@ def _fetched(worker: WorkerHandle) -> set[str]:
 def nearest_first(
     fetcher: str, names: Collection[str], machines: Mapping[str, str], links: Links, place: int = 0
 ) -> list[str]:
-    """Sorts sources by name: the fetcher's machine first, then by link speed, unknown links last. Equal ones are
-    rotated by `place`."""
+    """Sorts sources: the fetcher's machine, then by link speed, then unknown links. `place` rotates equal ones."""
     others = [name for name in names if name != fetcher]
     turned = others[place % max(len(others), 1) :] + others[: place % max(len(others), 1)]
 
@@ -194,7 +193,7 @@ def _sources(
     links: Links,
 ) -> tuple[WeightSource, ...]:
     """Lists workers with the file first, then the coordinator if it gives its own, then other workers, which may have
-    fetched it; each nearest first. `place` gives each fetcher another one of equal sources."""
+    fetched it. `place` gives each fetcher another one of equal sources."""
     machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]
     others = [name for name in members if name not in with_file] if described or coordinator else []

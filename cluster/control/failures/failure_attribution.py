@@ -107,8 +107,7 @@ def _is_among(name: str | None, members: Sequence[WorkerHandle]) -> bool:
 
 
 async def _can_be_judged(epoch: int, members: Sequence[WorkerHandle]) -> bool:
-    """Returns when a member has reported its own failure, or all members that are neither late nor cut off have
-    reported."""
+    """Returns when a member has reported its own failure, or all have reported that are not late or cut off."""
     waiting = {asyncio.create_task(member.group_faults(epoch).reported.wait()) for member in members}
     names = {member.name for member in members}
     try:
@@ -126,8 +125,7 @@ async def _can_be_judged(epoch: int, members: Sequence[WorkerHandle]) -> bool:
 
 
 async def _is_partitioned(epoch: int, worker: WorkerHandle, workers: Sequence[WorkerHandle]) -> bool:
-    """Returns when the worker has reported a peer as unreachable; True if the peer lives, else the peer is the
-    cause."""
+    """Returns when the worker has reported a peer as unreachable; False if that peer is itself the cause."""
     unreachable = worker.unreachable_peer(epoch)
     await unreachable.reported.wait()
     peer = next((peer for peer in workers if peer.name == unreachable.name), None)

@@ -1,8 +1,5 @@
-"""Judges from the reports of a group's members which worker made the group fail.
-
-Each member reports once: that it failed itself, or that another member sent wrong data, was late, or closed the link. A
-closed link says little: whoever closes it may have found another member at fault.
-"""
+"""Judges from the reports of a group's members which worker made the group fail. Each member reports once. A closed
+link says little: whoever closes it may have found another member at fault."""
 
 from __future__ import annotations
 
@@ -15,8 +12,7 @@ _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
 def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """Returns the report that names the worker at fault: of the strongest kind, from the most accusers, best against a
-    worker without a report of its own. None without reports."""
+    """Returns the report of the strongest kind with the most accusers, best against a worker without a report."""
     accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
     return min(
         reports.values(),

@@ -19,8 +19,8 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """Returns the stage that a due microbatch is at: the last one that received it or that it was sent to, else the
-    first. A first stage that waits for sampled tokens waits for the last one."""
+    """Returns the stage that a due microbatch is at: the last one that received it or that it was sent to. A first
+    stage that waits for sampled tokens waits for the last one."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
         if at is None:  # it may have gone on from there
@@ -40,8 +40,8 @@ class OverdueResults:
     _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)  # seconds, and the last look
 
     def waited_s(self, owed: Owed, now_s: float) -> float:
-        """Returns the time that the result has been owed. A long time between two calls counts as `_LOOK_S` at most:
-        this process was then busy or stopped, and results may wait to be read."""
+        """Returns the time that the result has been owed. After a long time without calls, this process may have been
+        busy itself; it counts as `_LOOK_S`."""
         if owed not in self._waited:
             self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
         waited_s, last_s = self._waited.get(owed, (0.0, now_s))

@@ -1,11 +1,7 @@
-"""Quarantine of workers that fail without being lost for good: plans exclude them for a time.
+"""Quarantine: plans exclude workers that fail without being lost for good, where the others suffice.
 
-A worker fails if a step raises an error, gives numbers that are not finite or takes too long, if its answers break the
-protocol or do not come, if it is lost, or if it does not load its layers. One failure may be a request's fault. After a
-second one, plans exclude the worker where the others suffice; each further failure doubles the pause.
-
-A request that breaks each worker looks like failing workers until it has moved to others. It was in flight at every
-failure that it caused; once it has ended for that, those workers are released.
+One failure may be a request's fault. After a second one the worker is excluded for a pause, which each further failure
+doubles. A request that was in flight at every failure of a worker and ends as their cause releases the worker.
 """
 
 from __future__ import annotations
@@ -28,8 +24,7 @@ _PAUSES_REMEMBERED = 10
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """A worker's failures. `end_s`: the end of its exclusion. `requests`: those in flight at all failures, one of which
-    may be the cause instead."""
+    """A worker's failures. `requests`: those in flight at all of them, one of which may be the cause instead."""
 
     failures: int
     pause_s: float
@@ -40,8 +35,7 @@ class FailureRecord:
     retry_at_s: float = 0.0  # until then requests wait for others to take its place
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Returns the record after a failure in quarantine, which does not extend the quarantine. Retry pauses begin
-        with the shortest one again if the worker was used for longer than the last one."""
+        """Returns the record after a failure in quarantine. Retry pauses restart if the worker worked for longer."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -70,8 +64,7 @@ class Quarantine:
     def failed(
         self, name: str, reason: str, requests: frozenset[int], now_s: float, *, is_repeated: bool = False
     ) -> Quarantine:
-        """Adds a failure while serving with these requests in flight. `is_repeated`: the second time for the same
-        rows."""
+        """Adds a failure while serving. `is_repeated`: the second time for the same rows."""
         return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
@@ -90,8 +83,7 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """Returns the records that still count. Workers may join under ever new names: of too many, the newest are
-        kept."""
+        """Returns the records that still count, the newest of too many: workers may join under ever new names."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
@@ -103,8 +95,8 @@ class Quarantine:
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
-        """Exonerates workers of a request whose rows have no result elsewhere either. For a growing time, such rows
-        exclude no worker: a client may send them again and again."""
+        """Exonerates workers of a request whose rows fail everywhere. For a growing time, such rows exclude no worker:
+        a client may send them again and again."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self
@@ -117,8 +109,7 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns the time from which a plan of these workers may be loaded, so that a failing worker that no other can
-        replace does not use up a request's retries within a moment."""
+        """Returns when a plan of these workers may be loaded: quick failures would use up a request's retries."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

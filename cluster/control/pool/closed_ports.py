@@ -1,5 +1,4 @@
-"""Link ports of groups that workers cannot connect to although they reach each other's stages, as behind firewalls.
-Such a worker takes no part in groups until they can."""
+"""Link ports that group members cannot connect to, because of firewalls, though they reach each other's stages."""
 
 from __future__ import annotations
 
@@ -69,8 +68,7 @@ def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
 
 
 async def _connects(caller: WorkerHandle, other: WorkerHandle) -> bool | None:
-    """Returns True if the link port accepts the caller's connections; None if the caller does not reach the other
-    worker."""
+    """Returns True if the link port accepts connections; None if the caller does not reach the other worker."""
     try:
         return (await profile_link(caller, other)).network_s is not None
     except LlamaclustError:

@@ -48,11 +48,9 @@ class WorkerOperations:
         await self._recording.join()
 
     async def drain(self, name: str) -> None:
-        """Moves a worker's layers to others, without a pause if memory holds both plans; returns when it holds none.
-
-        Raises UsageError for an unknown name, InsufficientMemoryError or WorkerError if the others do not suffice for
-        all models that are awake, or if the worker is undrained meanwhile.
-        """
+        """Moves a worker's layers to others; returns when it holds none. Raises UsageError for an unknown name,
+        InsufficientMemoryError or WorkerError if the others do not suffice for all awake models, or it is undrained
+        meanwhile."""
         self._worker(name)
         undrained = self._undrained[name]
         excluded = self.drained | {name}
@@ -84,8 +82,7 @@ class WorkerOperations:
                     scratch.enter(runner.epochs.model_id, (plan,))
 
     def undrain(self, name: str) -> None:
-        """Makes the worker available again and ends its quarantine; layers move to it if that is worth it. Raises
-        UsageError for an unknown name."""
+        """Makes a drained or quarantined worker available again. Raises UsageError for an unknown name."""
         if name not in self.drained:  # one of before the coordinator's start may be absent
             self._worker(name)
         else:

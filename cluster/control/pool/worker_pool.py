@@ -24,8 +24,7 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(frozen=True, slots=True)
 class SupervisedWorkers:
-    """The registered and launched workers. `measure_links`: None keeps known links. `start_s`: the longest wait of a
-    start."""
+    """The workers of a cluster. `measure_links`: None keeps known links. `start_s`: the longest wait of a start."""
 
     registry: Registry
     launcher: Launcher

@@ -45,7 +45,7 @@ class OwnCopy:
 
 def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:
     """Returns the manifest of most files, of equally many the coordinator's, else the first worker's. Without a file,
-    most workers that remember one decide. A file that several workers read counts once. None if none is known."""
+    the remembered manifests count. A file that several workers read counts once."""
     known = {weights.manifest: weights.manifest_bytes for weights in found.values() if weights.manifest is not None}
     files = {
         weights.file or name: weights.manifest

@@ -36,8 +36,8 @@ class RemotePipeline:
 
     @classmethod
     async def open(cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials) -> RemotePipeline:
-        """Opens the streams of an epoch. `workers` are in the order of their stages, leaders of groups first. Raises
-        WorkerError if a stage refuses, is unreachable or does not answer; its `worker` is set if known."""
+        """Opens the streams of an epoch to `workers`, in the order of stages, leaders of groups first. Raises
+        WorkerError, whose `worker` is the one at fault, if known."""
         chain = leaders(workers, [stage_of(epoch, worker) for worker in workers])
         ends = (chain[0], chain[-1])
         first, last = (_peer(worker, credentials) for worker in ends)
@@ -87,8 +87,7 @@ class RemotePipeline:
             self._inputs.put(PREPARE_MATCHERS)
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
-        """Runs until a stream ends, a write takes too long or a worker is lost, then raises the attributed error, or
-        ProtocolError if the last stage breaks the protocol."""
+        """Runs until a stream ends, a write takes too long or a worker is lost, then raises the attributed error."""
         parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
         failing = asyncio.create_task(has_failed(self.epoch, self._workers))

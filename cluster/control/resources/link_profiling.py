@@ -57,8 +57,7 @@ async def measure_links(
     *,
     anew: bool = False,
 ) -> Links:
-    """Measures links among all workers and the coordinator; known ones again if `anew`. A link that cannot be measured
-    is reported, and unknown to the plan."""
+    """Measures and keeps the links of all workers and the coordinator. Failures are reported, not raised."""
     registered = {name: worker.registration for name, worker in workers.items()}
     for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
         what = "start it with --join and an address of its machine that others reach, or with --advertise"
@@ -81,8 +80,8 @@ async def measure_links(
 
 
 def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
-    """Lists all pairs of a few machines; of many, those with the coordinator and those of neighbours, because plans
-    keep the order of workers unless another one is clearly better."""
+    """Lists all pairs of a few machines; of many, those of the coordinator and of neighbours, since plans keep the
+    order of workers unless another one is clearly better."""
     if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
@@ -141,8 +140,7 @@ class _Place(NamedTuple):
 
 
 def _places(registered: Mapping[str, Register]) -> dict[str, str]:
-    """Returns a text for each worker, equal for workers with equal links. Addresses count only if one host has
-    several."""
+    """Returns texts that are equal for workers with equal links. Addresses count if one host has several."""
     ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
     found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
     of_place: dict[_Place, set[str]] = {}

@@ -38,8 +38,7 @@ def _check_stage(placement: Placement, worker: str, gpus: Mapping[str, Sequence[
 
 
 def check_placement(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError for rules that no worker can obey. GPUs of workers that start themselves are unknown until they
-    join."""
+    """Raises UsageError for rules that no worker can obey, as far as GPUs are known before workers join."""
     own = {worker.name for worker in config.workers if worker.cpu_moe is not None}
     if (config.cpu_moe is not None or own) and not model.hyperparameters.expert_count:
         raise UsageError(f"cpu_moe: {model.file.path} has no experts; leave it out")

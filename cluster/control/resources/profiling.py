@@ -50,8 +50,8 @@ class WorkerProfiles:
         return {name: profile for name, profile in found.items() if profile is not None}
 
     async def measure(self, names: Collection[str], workers: Mapping[str, WorkerHandle]) -> None:
-        """Measures the idle workers without a known profile, all concurrently. A worker that is lost meanwhile has
-        none, unless an equal one was measured."""
+        """Measures workers without a known profile concurrently, idle ones. Lost workers have none, unless an equal one
+        has."""
         known = self.of(workers)
         missing = [name for name in names if name not in known]
         if missing:
@@ -73,8 +73,7 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Adopts measurements of equal hardware with another number of workers; returns True if any profile is known
-        then."""
+        """Adopts measurements with other numbers of workers on equal hardware; returns True if any profile is known."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:
@@ -141,8 +140,7 @@ class _Measuring:
     failed: set[str] = field(default_factory=set)  # keys of workers whose steps of the model could not be timed
 
     async def profiles(self) -> dict[str, Profile]:
-        """Measures all workers concurrently, then one isolated for each key on a shared machine; returns profiles by
-        key."""
+        """Measures all workers concurrently, then one isolated for each key on a shared machine."""
         what = "memory bandwidth, matrix products, steps of the model"
         self._report(Measuring(tuple(self._workers), what))
         concurrent = await self._concurrent()

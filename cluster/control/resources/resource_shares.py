@@ -70,8 +70,7 @@ def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
 
 
 def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResources]:
-    """Divides a GPU's free memory among its workers. Its UUID identifies it if known: cuda:0 of one worker may be
-    cuda:1 of another."""
+    """Divides a GPU's free memory among its workers, by UUID if known: names may differ between workers."""
 
     def identity(worker: WorkerResources, gpu: Gpu) -> str:
         return gpu.uuid or f"{gpu.device} of {worker.machine}"
@@ -93,15 +92,13 @@ _KEY = re.compile(r"(?P<hardware>.*), one of (?P<sharers>\d+) workers with \d+ t
 
 
 def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
-    """Returns a key that is equal for equal measurements: `sharers` workers with `threads` in all share the machine.
-    `model_id` is given if the model's steps were timed; the program's version stands for its kernels."""
+    """Returns a key, equal for equal measurements. `model_id`: the model's steps were timed."""
     profiled = f", model {model_id[:32]}, unit {_STEPS_UNIT}" if model_id else ""
     return f"{fingerprint}, one of {sharers} workers with {threads} threads, program {VERSION}{profiled}"
 
 
 def most_similar_key(key: str, known: Iterable[str]) -> str | None:
-    """Returns the key itself if known, else that of equal hardware and model with the most similar number of
-    workers."""
+    """Returns the key if known, else that of equal hardware and model with the nearest number of workers."""
     wanted = _KEY.fullmatch(key)
     assert wanted is not None
     found = [match for other in known if (match := _KEY.fullmatch(other)) is not None]

@@ -245,7 +245,6 @@ class ActionRunner:
         self.observed.post(seen.Signal.ASLEEP)
 
     async def _free_others(self, epoch: Epoch | None) -> None:
-        """Frees the stages of all other epochs and enters this epoch's plan in the ledger."""
         try:
             await self.epochs.free_others(epoch)
         except LlamaclustError as error:

@@ -38,7 +38,6 @@ class PoolState:
         return len(others) > 1 and not self.quarantine.ignores_rows(now_s)
 
     def is_partitioned(self, plan: Plan) -> bool:
-        """True if neighbouring stages, or members of a group, cannot reach each other."""
         return violated_pair(plan.chain, self.partitions) is not None
 
 

@@ -167,7 +167,6 @@ class Epoch:
 
     @property
     def chain(self) -> tuple[WorkerHandle, ...]:
-        """The leader of each stage, in order."""
         held = zip(self.workers, self.plan.stages, strict=True)
         return tuple(worker for worker, stage in held if stage.member == 0)
 

@@ -41,7 +41,6 @@ def context_length(config: ClusterConfig, model: Model) -> int:
 
 
 def check_distinct(models: Iterable[tuple[str, str]]) -> None:
-    """Raises UsageError if two models are one file. `models`: the name and the id of each."""
     names: dict[str, str] = {}
     for name, model_id in models:
         if (other := names.setdefault(model_id, name)) != name:
@@ -112,7 +111,6 @@ def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping
 
 
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError for kv_disk with window layers or states, which are not kept on disk."""
     if all(worker.kv_disk is None for worker in config.workers):
         return
     group = window_group(model.window, context_length(config, model), max_batch_tokens(config))
@@ -166,7 +164,7 @@ def max_batch_tokens(config: ClusterConfig) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the tokens to plan KV memory for: one or two users, or None for max_sequences if the user set it."""
+    """Returns the tokens to plan KV memory for, enough for one or two users; None if the user set max_sequences."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 

@@ -82,7 +82,6 @@ def leaders(handles: Sequence[WorkerHandle], stages: Sequence[StageInfo]) -> lis
 
 
 def _group_orders(stages: Sequence[StageInfo], handles: Sequence[WorkerHandle]) -> Iterator[GroupOrder | None]:
-    """Yields the part of each worker in its group; None if it holds its stage alone."""
     for begin, stage in enumerate(stages):
         if not stage.shares:
             yield None

@@ -78,7 +78,6 @@ class MemoryLedger:
 
 
 def _way(held: StageLimits | Plan) -> tuple[int, bool]:
-    """The division of layers and the form of their weights in memory."""
     return held.expert_shards, held.wide_tiles
 
 

@@ -35,8 +35,7 @@ class _Partition:
 
 @dataclass(slots=True, eq=False)
 class PartitionTracker:
-    """A context manager that probes partitions while it is entered. A link that fails in one direction is used in
-    neither."""
+    """A context manager that probes partitions. A link that fails in one direction is used in neither."""
 
     _workers: Callable[[], Mapping[str, WorkerHandle]]  # the present ones
     _heartbeat_timeout_s: float

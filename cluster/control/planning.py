@@ -138,7 +138,6 @@ def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources,
 
 
 def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources) -> bool:
-    """True if the memory beside workspaces holds the weights, however they are divided."""
     length, costs = context_length(config, model), StageCosts.of(model_costs(config, model))
     workspace = workspace_of(model, capacity_of(config, length).stage_limits(BlockCounts(1)))
     left = costs.weight_bytes(0, model.layer_count)
@@ -254,7 +253,6 @@ def _beside(resources: WorkerResources, worker: str, held: Mapping[tuple[str, st
 
 
 def in_order(config: ClusterConfig, names: Iterable[str]) -> list[str]:
-    """Sorts the cluster file's workers first, in its order, then others by name."""
     order = {worker.name: index for index, worker in enumerate(config.workers)}
     return sorted(names, key=lambda name: (order.get(name, len(order)), name))
 

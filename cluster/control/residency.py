@@ -15,7 +15,6 @@ from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
-"""The pause between two checks for memory, if no model becomes idle."""
 _TURN_S = 30.0
 """The least time that a model serves before it gives way to another one's requests: its own are computed again."""
 _MOST_TURNS = 16
@@ -66,7 +65,6 @@ class Resident:
 
     @property
     def expires_in_s(self) -> float | None:
-        """Seconds until the model sleeps if no request comes; None if it does not."""
         if self.keep_alive_s is None or self.is_asleep or self.engine.state is EngineState.DOWN:
             return None
         return max(0.0, self.idle_since_s + self.keep_alive_s - _now_s())
@@ -87,7 +85,6 @@ class Resident:
         self._changed.set()
 
     def wake(self) -> None:
-        """Loads the model, and restarts its time awake."""
         self.idle_since_s = _now_s()
         self.keep_alive_s = self.usual_s
         self._changed.set()

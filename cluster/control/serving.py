@@ -15,8 +15,6 @@ _CLEARLY_BETTER = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """The epoch that serves, or served until its pipeline was lost."""
-
     plan: Plan
     workers: tuple[Incarnation, ...]  # in the order of their stages
 

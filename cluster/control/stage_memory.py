@@ -21,7 +21,6 @@ class _Known:
 
 
 _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
-"""The values of open models, so that later plans need not compute them again."""
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:

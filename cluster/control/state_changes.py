@@ -23,7 +23,6 @@ from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, InsufficientMemoryError, ModelFileError, ProtocolError, StalledError
 
 _MAX_LOADS = 3
-"""The number of failed loads after which workers are expelled."""
 _LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
 
 
@@ -182,7 +181,6 @@ def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoad
 
 
 def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
-    """True if the plan is useless, another worker joined, or the links changed."""
     is_other_network = inputs.links != pool.links
     return is_useless(plan, inputs, pool) or is_other_network or not set(pool.usable) <= set(inputs.workers)
 

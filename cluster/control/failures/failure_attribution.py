@@ -87,7 +87,6 @@ def _reports(epoch: int, workers: Sequence[WorkerHandle]) -> dict[str, GroupFaul
 
 
 def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str] | None:
-    """Returns two members of a group, one of which reports that it cannot reach the other."""
     for members in groups_of(epoch, workers):
         for member in members:
             other = member.unreachable_peer(epoch).name

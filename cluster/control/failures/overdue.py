@@ -35,8 +35,6 @@ def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
 
 @dataclass(slots=True)
 class OverdueResults:
-    """Times for which each open epoch's next result has been owed by the same stage."""
-
     _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)  # seconds, and the last look
 
     def waited_s(self, owed: Owed, now_s: float) -> float:

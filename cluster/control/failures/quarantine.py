@@ -15,7 +15,6 @@ _BACKOFF = Backoff(first_s=10.0, max_s=600.0)
 _RETRY = Backoff(first_s=0.25, max_s=5.0)
 _IGNORED = Backoff(first_s=60.0, max_s=3600.0)
 _FREE = 1
-"""The number of failures before the first exclusion."""
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
@@ -68,7 +67,6 @@ class Quarantine:
         return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
-        """Adds a failure after which plans exclude the worker at once."""
         return self._add(name, reason, frozenset(), now_s, least=_FREE + 1)
 
     def _add(self, name: str, reason: str, requests: frozenset[int], now_s: float, *, least: int) -> Quarantine:

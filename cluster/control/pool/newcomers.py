@@ -23,8 +23,6 @@ _MEASURE_S = 60.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Newcomers:
-    """Posts each new worker as an observation; plans use it from then on."""
-
     _registry: Registry
     _runners: Sequence[ActionRunner]
     _links: LinkMonitor

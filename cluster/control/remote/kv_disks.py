@@ -49,7 +49,6 @@ class RemoteKvDisks:
 
 
 def remote_kv_disks(epoch: int, workers: Sequence[WorkerHandle]) -> RemoteKvDisks | None:
-    """Returns None unless all workers keep KV memory on disk."""
     without = [worker.name for worker in workers if not worker.registration.kv_disk_bytes]
     if not without:
         return RemoteKvDisks(epoch, workers)

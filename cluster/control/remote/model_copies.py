@@ -35,7 +35,6 @@ class OwnCopy:
         return self.giver is not None and self.giver.gives
 
     async def gives(self, manifest: str) -> bool:
-        """Returns True if workers without the file may fetch it here from now on."""
         if self.giver is None or not self.can_give:
             return False
         async with deadline(f"reading the manifest of {self.file.path}", _READ_S):
@@ -63,7 +62,6 @@ def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None)
 def other_copies(
     found: Mapping[str, WeightsFound], own: FileManifest | None, chosen: FileManifest, path: str
 ) -> list[str]:
-    """Returns a line for people about each copy of other bytes."""
     same = [
         f"worker {name}" for name, weights in found.items() if weights.has_file and weights.manifest == chosen.content
     ]

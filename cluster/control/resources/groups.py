@@ -11,7 +11,6 @@ from llamaclust.model.loader import Model
 
 
 def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> None:
-    """Raises UsageError if the user's plan has groups with something that they do not support. `gpus`: by worker."""
     for entry in config.plan or ():
         if not entry.workers:
             continue

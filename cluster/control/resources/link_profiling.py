@@ -103,7 +103,6 @@ def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
 
 
 def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
-    """Returns the known links of local workers, from an earlier start on the same machine."""
     here = _Place(machine_id(), socket.gethostname(), _UNIX)
     places = {name: here.text(fingerprint) for name, fingerprint in fingerprints.items()}
     return _links(_keys(places), _read(state_dir))
@@ -212,7 +211,6 @@ class LinkMonitor:
     _measuring: TaskSet = field(default_factory=TaskSet, init=False)
 
     def measure_again(self) -> None:
-        """Starts a measurement once the pipelines serve and nothing else is to be done."""
         if self._measure is not None and not len(self._measuring):
             self._measuring.start(self._measure_all(self._measure))
 

@@ -50,8 +50,7 @@ class WorkerProfiles:
         return {name: profile for name, profile in found.items() if profile is not None}
 
     async def measure(self, names: Collection[str], workers: Mapping[str, WorkerHandle]) -> None:
-        """Measures workers without a known profile concurrently, idle ones. Lost workers have none, unless an equal one
-        has."""
+        """Measures workers without a known profile concurrently; they should be idle."""
         known = self.of(workers)
         missing = [name for name in names if name not in known]
         if missing:
@@ -129,8 +128,6 @@ def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: st
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Measuring:
-    """Measures workers whose profiles are not known; `_keys` are their measurement keys."""
-
     _workers: Mapping[str, WorkerHandle]
     _keys: Mapping[str, str]
     _order: ProfileWorker
@@ -182,7 +179,6 @@ class _Measuring:
         self._report(Notice(f"{what}: {error}{limit}"))
 
     async def _isolated(self, names: list[str]) -> dict[str, DeviceProfile]:
-        """Measures processors by key, one worker after the other."""
         first_of_key = {self._keys[name]: self._workers[name] for name in reversed(names)}
         isolated: dict[str, DeviceProfile] = {}
         for key, worker in first_of_key.items():

@@ -24,8 +24,6 @@ def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict
 
 @dataclass(frozen=True, slots=True)
 class WorkerResources:
-    """Memory of a worker's machine and GPUs, and how many layers its user wants on GPUs."""
-
     machine: str
     free_memory_bytes: int  # for this worker
     machine_free_bytes: int = 0  # for all workers of its machine together; 0: unknown

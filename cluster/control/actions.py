@@ -45,10 +45,10 @@ class ActionRunner:
     _partitions: PartitionTracker
     _report: Report
     ending: TaskSet  # processes of lost workers, whose memory loads need
-    epoch: Epoch | None = field(default=None, init=False)  # that serves, or served until it was lost
+    epoch: Epoch | None = field(default=None, init=False)  # the epoch that serves, or served until it was lost
     retiring: Epoch | None = field(default=None, init=False)  # served before it, and still has sequences
     engine: Engine | None = field(default=None, init=False)  # None: at a start
-    plan: Plan | None = field(default=None, init=False)  # that serves, or served last
+    plan: Plan | None = field(default=None, init=False)  # the plan that serves, or served last
     recoveries: int = field(default=0, init=False)
     watching: TaskSet = field(default_factory=TaskSet, init=False)  # the epoch that retires
     _loaded: Epoch | None = field(default=None, init=False)

@@ -18,7 +18,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 class PoolState:
     """The present workers, and what decides which of them a plan may use."""
 
-    present: Mapping[str, int] = field(default_factory=dict)  # by name, which join it is, in the order of joining
+    present: Mapping[str, int] = field(default_factory=dict)  # number of the join by worker, in the order of joining
     drained: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
     links: int = 0
@@ -71,9 +71,9 @@ class Expulsion:
 @dataclass(frozen=True, slots=True)
 class Loading:
     failures: int = 0
-    error: LlamaclustError | None = None  # of the last one that was counted
+    error: LlamaclustError | None = None  # error of the last counted load
     retry_at_s: float = 0.0
-    is_loaded: bool = False  # and ready to serve
+    is_loaded: bool = False  # a new epoch is ready to serve
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Waits:
 @dataclass(frozen=True, slots=True)
 class ClusterState:
     waits: Waits
-    worker_count: int  # of the cluster file
+    worker_count: int  # number of workers in the cluster file
     tick: seen.Tick
     loss: PipelineLoss | None
     pool: PoolState = field(default_factory=PoolState)
@@ -117,10 +117,10 @@ class ClusterState:
     expulsions: tuple[Expulsion, ...] = ()
     is_acting: bool = False
     waits_for: str = ""  # the last notice
-    is_start: bool = True  # until an epoch has served; not of a model that is loaded on demand
+    is_start: bool = True  # no epoch has served yet; False for a model that is loaded on demand
     is_wanted: bool = True  # the model is to be loaded
-    has_given_way: bool = False  # where it is not, although it may have requests
-    is_unloaded: bool = False  # and was not wanted since
+    has_given_way: bool = False  # the model is not wanted, although it may have requests
+    is_unloaded: bool = False  # the stages are freed, and the model was not wanted since
     is_alone: bool = True  # no other model is served by the workers
 
     @property

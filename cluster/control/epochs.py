@@ -63,7 +63,7 @@ async def load_stages(
     other models. Loaded stages are then freed, unless `is_exclusive`: the next epoch may need their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
-    keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)  # whose keys begin with the model's bytes
+    keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)  # keys depend on the model's bytes
     names = [handle.name for handle in handles]
     request = FindWeights(loads.model.path, loads.model.model_id)
     wanted = WantedBytes(request, loads.own, keeps_kv, loads.links, timeout_s)
@@ -159,7 +159,7 @@ class Epoch:
     plan: Plan
     workers: tuple[WorkerHandle, ...]  # in the order of their stages
     pipeline: RemotePipeline
-    settings: SchedulerSettings  # that its stages were loaded for
+    settings: SchedulerSettings  # settings that its stages were loaded for
 
     @property
     def root_cause(self) -> WorkerHandle | None:
@@ -188,7 +188,7 @@ class EpochWorkers:
     credentials: Credentials
     record: ControlRecord
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    manifests: FileManifests = field(default_factory=FileManifests)  # of the coordinator's copies of models
+    manifests: FileManifests = field(default_factory=FileManifests)  # manifests of the coordinator's copies of models
 
 
 def _stage_info(stage: StagePlan, expert_shards: int) -> StageInfo:
@@ -211,8 +211,8 @@ class Epochs:
         self._config = config
         self._speculation = speculation
         self._model = model
-        self.adapters = model.adapter_digests  # of all epochs, as they change
-        self._numbers: set[int] = set()  # of all epochs of the model
+        self.adapters = model.adapter_digests  # digests that all epochs share, as adapters change
+        self._numbers: set[int] = set()  # numbers of all epochs of the model
         self._registry = workers.registry
         self._credentials = workers.credentials
         self._record = workers.record

@@ -30,7 +30,7 @@ class MemoryLedger:
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()
         self._max_models = max_models
-        self._plans: dict[str, tuple[Plan, ...]] = {}  # by model id
+        self._plans: dict[str, tuple[Plan, ...]] = {}  # plans by model id
         self._beside: dict[str, MemoryUse] = {}  # likewise, what others held when it was planned last
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:

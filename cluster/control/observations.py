@@ -17,7 +17,7 @@ Incarnation = tuple[str, int]
 class PlanInputs:
     """The values that a plan depends on: another plan is due when they change."""
 
-    workers: tuple[Incarnation, ...] = ()  # that may hold layers
+    workers: tuple[Incarnation, ...] = ()  # workers that may hold layers
     quarantined: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
     links: int = 0  # how often they changed
@@ -84,7 +84,7 @@ class Planned:
     inputs: PlanInputs
     plan: Plan | None = None
     error: LlamaclustError | None = None
-    served: Prediction | None = None  # of the plan that serves, by the same profiles and links; None: unknown
+    served: Prediction | None = None  # for the serving plan, by the same profiles and links; None: unknown
     is_beside: bool = False  # other models hold memory of these workers
 
 

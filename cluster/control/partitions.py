@@ -29,7 +29,7 @@ _Direction = tuple[WorkerHandle, WorkerHandle]
 
 @dataclass(slots=True)
 class _Partition:
-    probes: int  # that failed, also before it healed last
+    probes: int  # failed probes, those before the last recovery included
     callers: dict[str, str] = field(default_factory=dict)  # workers that could not reach the other one
 
 

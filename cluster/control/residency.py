@@ -33,11 +33,11 @@ class Resident:
     observed: Observed
     engine: Engine
     usual_s: float | None
-    keep_alive_s: float | None = field(init=False)  # likewise after its last request
+    keep_alive_s: float | None = field(init=False)  # the same limit after its last request
     idle_since_s: float = field(default_factory=_now_s)
     serving_since_s: float | None = None
     gives_way: bool = False  # requests do not wake it
-    turns: int = 1  # that its next turn lasts
+    turns: int = 1  # times `_TURN_S` that its next turn lasts
     is_explicit: bool = False  # it is loaded for no request
     _interrupted: frozenset[int] = frozenset()  # requests that the end of its last turn found
     _users: int = 0

@@ -30,22 +30,22 @@ EXCHANGE_BYTE_S = 1 / 12e9
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
     device: str
-    memory_bytes: int  # what the worker may take of it
+    memory_bytes: int  # memory that the worker may take of it
     profile: DeviceProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
     name: str
-    memory_bytes: int | None  # what it may take, in all
-    profile: DeviceProfile | None  # of its processor
+    memory_bytes: int | None  # memory that it may take in all; None: unknown
+    profile: DeviceProfile | None  # profile of its processor; None: not measured
     threads: int = 1
-    reach: Link = NO_REACH  # what it adds to links
-    gpus: tuple[GpuFacts, ...] = ()  # beside its processor, of which all the rest is told
-    gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as they have memory for
+    reach: Link = NO_REACH  # its part of each of its links
+    gpus: tuple[GpuFacts, ...] = ()  # its GPUs; the other fields describe the processor
+    gpu_layers: int | None = None  # layers of a stage on its GPUs; None: as many as they have memory for
     device: str = "cpu"
     joins_groups: bool = False  # automatic plans may have it in a group
-    placement: Placement = NO_RULES  # what the user says of layers on its GPUs
+    placement: Placement = NO_RULES  # the user's rules for layers on its GPUs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,20 +54,20 @@ class StageCosts:
     are [layers + 1, layers + 1], by start and end; values with end <= start are meaningless."""
 
     layers: int
-    hidden_bytes: int  # of a row, between stages that are whole layers
+    hidden_bytes: int  # bytes of a row between stages of whole layers
     border_bytes: Counts  # the same before each layer, and behind the last one; more inside a mixture
     expert_shards: int  # so many of `layers` are the parts of a layer
     held_bytes: Counts  # weights
     kv_token_bytes: Counts  # KV memory of a token
-    state_bytes: Counts  # of a state of a sequence
-    window_token_bytes: Counts  # of it, that of layers with a window
+    state_bytes: Counts  # bytes of a state of a sequence
+    window_token_bytes: Counts  # the part of `kv_token_bytes` of layers with a window
     possible: NDArray[np.bool_]  # stages whose layers read keys and values of their own stage
-    expert_bytes: Counts  # of weights: routers and experts
+    expert_bytes: Counts  # the part of the weights in routers and experts
     model: ModelCosts
-    _kinds: tuple[LayerCost, ...]  # of layers
-    _kind_of: Counts  # by layer
+    _kinds: tuple[LayerCost, ...]  # different costs of layers
+    _kind_of: Counts  # kind of each layer
     _head: Counts  # 1 where a stage has the head; prefill does not need it
-    head_share: float = 1.0  # of the head, what is here: steps are measured with all of it
+    head_share: float = 1.0  # the part of the head that is here: steps are measured with all of it
 
     @classmethod
     def of(cls, costs: ModelCosts, head_share: float = 1.0) -> StageCosts:

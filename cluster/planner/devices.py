@@ -20,8 +20,8 @@ class Held:
     device: WorkerFacts
     start: int
     end: int
-    cpu_moe: tuple[int, ...] = ()  # of a GPU's layers, those with experts in RAM
-    is_experts: bool = False  # of a GPU's layers the experts of `cpu_moe`, in RAM
+    cpu_moe: tuple[int, ...] = ()  # a GPU's layers with experts in RAM
+    is_experts: bool = False  # in RAM, only the experts of `cpu_moe` of a GPU's layers
 
     @property
     def place(self) -> tuple[str, str]:
@@ -32,8 +32,8 @@ class Held:
 class MoeLayers:
     """Flags of the layers whose experts are in RAM if the rest is on a GPU."""
 
-    fixed: Flags  # in any case
-    open: Flags  # where that is the faster way, or the only one
+    fixed: Flags  # experts are in RAM in any case
+    open: Flags  # experts are in RAM if that is faster, or the only way
 
     @classmethod
     def of(cls, placement: Placement, mixtures: Flags) -> MoeLayers:

@@ -24,7 +24,7 @@ Seconds = TypeVar("Seconds", float, Table)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GroupLinks:
-    gather_s: float  # of a gather that carries nothing
+    gather_s: float  # seconds of an empty gather
     byte_s: Table  # [sender, receiver]; 0 from a member to itself
 
     @classmethod

@@ -19,9 +19,9 @@ _NOISE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    one_way_s: float  # of a message that carries nothing
-    byte_s: float  # that each byte takes
-    network_s: float | None = None  # of `one_way_s`, what the network alone takes; None: not known
+    one_way_s: float  # seconds of an empty message
+    byte_s: float  # seconds of each byte
+    network_s: float | None = None  # the network's part of `one_way_s`; None: unknown
 
     @property
     def gather_s(self) -> float:

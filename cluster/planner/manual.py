@@ -20,7 +20,7 @@ class Assignment:
     workers: tuple[str, ...]
     start: int
     end: int
-    shares: tuple[int, ...] = ()  # of the members of a group, the leader's first
+    shares: tuple[int, ...] = ()  # shares of the members of a group, the leader's first
 
     @property
     def text(self) -> str:

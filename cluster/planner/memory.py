@@ -30,8 +30,8 @@ class StagePlace:
     context_length: int
     is_last: bool  # it has the head
     device: str = "cpu"
-    layers: tuple[int, int] | None = None  # which it holds; None: whichever of its kind take most
-    portion: Portion | None = None  # of the stage, what a group's member computes
+    layers: tuple[int, int] | None = None  # layers of the stage; None: the largest stage of its kind
+    portion: Portion | None = None  # a group member's portion of the stage
 
 
 Workspace = Callable[[StagePlace], int]
@@ -50,15 +50,15 @@ class PlanRequest:
     kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs that cannot reach each other: not adjacent
-    max_batch_tokens: int = 0  # of a microbatch
+    max_batch_tokens: int = 0  # most rows of a microbatch
     rounding: Rounding = lambda device: 0
-    rest_rounding: Rounding = lambda device: 0  # of layers without their experts
-    experts_cache_bytes: int | None = None  # of a GPU, at most, for copies of experts in RAM; None: all that is left
+    rest_rounding: Rounding = lambda device: 0  # rounding of layers without their experts
+    experts_cache_bytes: int | None = None  # most bytes of a GPU for copies of experts in RAM; None: all that is left
     max_window: int = MAX_WINDOW  # drafted tokens of a sequence in a step, at most
     group_costs: GroupCostsOf | None = None  # None: no groups
-    largest_group: int = 1  # of an automatic plan, workers
+    largest_group: int = 1  # most workers of a group in an automatic plan
     no_groups: str = ""  # why automatic plans have no groups, where that is not for the workers
-    kv_tokens: int | None = None  # for so many there is KV memory at most where it is not given; None: all sequences
+    kv_tokens: int | None = None  # most tokens to plan KV memory for, if it is not given; None: all sequences
 
     @property
     def most_blocks(self) -> int:

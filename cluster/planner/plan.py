@@ -21,10 +21,10 @@ class HeldLayers:
     start: int
     end: int
     weight_bytes: int
-    touched_bytes: int  # of these, what a token of one sequence reads: experts that it chooses, no embedding
+    touched_bytes: int  # weights that a token of one sequence reads: chosen experts, no embedding
     kv_bytes: int
     workspace_bytes: int
-    memory_bytes: int | None  # what the worker may take of it; None: unknown
+    memory_bytes: int | None  # memory that the worker may take; None: unknown
 
     @property
     def bytes(self) -> int:
@@ -34,9 +34,9 @@ class HeldLayers:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePlan(HeldLayers):
     device: str
-    cpu_moe: tuple[int, ...] = ()  # of a GPU's layers, those with experts in RAM
-    is_experts: bool = False  # of a GPU's layers only routers and experts, those of `cpu_moe`
-    experts_cache_bytes: int = 0  # of a GPU, beside its layers, for copies of often used ones of their experts in RAM
+    cpu_moe: tuple[int, ...] = ()  # a GPU's layers with experts in RAM
+    is_experts: bool = False  # in RAM, only routers and experts of `cpu_moe`
+    experts_cache_bytes: int = 0  # a GPU's memory for copies of often used experts in RAM
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +44,9 @@ class StagePlan(HeldLayers):
     """Layers of a worker, or its portion of them. A group's members are consecutive and have equal layers."""
 
     worker: str
-    shares: tuple[int, ...] = ()  # of the output rows, by member of the group; (): the worker holds the layers alone
-    member: int = 0  # which of them it is; the first one leads
-    devices: tuple[DevicePlan, ...] = ()  # of a worker with GPUs: what is where; the figures above are their sums
+    shares: tuple[int, ...] = ()  # shares of output rows by member of the group; (): the worker holds the layers alone
+    member: int = 0  # number of the member; 0 leads
+    devices: tuple[DevicePlan, ...] = ()  # parts by device of a worker with GPUs; the figures above are their sums
 
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
@@ -75,7 +75,7 @@ class UnusedGpu:
 class StagePrediction:
     decode_s: float  # one token of one sequence; of a member of a group, if it waits for none
     prefill_s: float  # each prompt token
-    gathers_s: float = 0.0  # of `decode_s`, what a group's gathers take
+    gathers_s: float = 0.0  # the part of `decode_s` in a group's gathers
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +83,20 @@ class Round:
     """A step of one sequence with so many drafted tokens behind the known one."""
 
     drafted: int
-    seconds: float  # until its tokens are known
-    slowest_s: float  # after which another one may follow: on the slowest stage or link; else the whole time
+    seconds: float  # time until its tokens are known
+    slowest_s: float  # time until the next round may follow: of the slowest stage or link, or all
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    stages: tuple[StagePrediction, ...]  # for each entry of the plan
+    stages: tuple[StagePrediction, ...]  # one for each entry of the plan
     token_s: float  # from token to token of one sequence alone
-    links_s: float  # of it, on the way from stage to stage
+    links_s: float  # the part of `token_s` on the way from stage to stage
     ttft_s: float  # first token after a prompt of `prompt_tokens`
-    tokens_per_s: float  # of as many sequences as may run together
+    tokens_per_s: float  # throughput of as many sequences as may run together
     bottleneck: str  # the worker whose stage takes longest
-    rounds: tuple[Round, ...] = ()  # by drafted tokens, ascending; empty: none are drafted, or layers have states
-    gathers_s: float = 0.0  # of `token_s`, in groups
+    rounds: tuple[Round, ...] = ()  # ascending by drafted tokens; empty: no drafts, or layers with states
+    gathers_s: float = 0.0  # the part of `token_s` in groups' gathers
 
     @property
     def answer_s(self) -> float:
@@ -122,15 +122,15 @@ class Plan:
     context_length: int
     idle_workers: tuple[IdleWorker, ...]
     prediction: Prediction | None  # None where something was not measured
-    window_blocks: int = 0  # of layers with a window, where they have blocks of their own
-    state_blocks: int = 0  # of states of sequences
+    window_blocks: int = 0  # blocks of layers with a window, if these have blocks of their own
+    state_blocks: int = 0  # blocks of states of sequences
     optimality_gap: float | None = None  # from the optimum, at most; None: it is the optimum, or a manual plan
     unused_gpus: tuple[UnusedGpu, ...] = ()
     expert_shards: int = 1  # starts and ends of stages count parts of layers, so many for each
     wide_tiles: bool = False  # weights of some types take more memory and less time than they could
-    objective: str | None = None  # of an automatic plan
-    without_groups: Prediction | None = None  # of an automatic plan with groups: what the best one without them brings
-    rejected_group: RejectedGroup | None = field(default=None, compare=False)  # of an automatic plan without groups
+    objective: str | None = None  # objective of an automatic plan
+    without_groups: Prediction | None = None  # the best plan's without groups, if an automatic plan has some
+    rejected_group: RejectedGroup | None = field(default=None, compare=False)  # only in plans without groups
     no_group: str = field(default="", compare=False)  # why no group of its workers is possible
 
     @property

@@ -22,7 +22,7 @@ _NS = 1e9
 class _Path:
     round_s: float  # from the first stage through all others to the first one again
     there_s: float  # from the coordinator through all of them to the coordinator
-    row_s: tuple[float, ...]  # what the bytes of each row add between stages
+    row_s: tuple[float, ...]  # seconds that each row's bytes add between stages
 
     @classmethod
     def of(cls, split: Sequence[HeldStage], links: Links) -> _Path:

@@ -18,8 +18,8 @@ READ_SHARE: Final = 0.85
 class TypeRates:
     """Rates in a core's own cache (benchmarks/run.py product_rates), relative to the 8-bit peak."""
 
-    decode_macs: float  # in the time of so many 8-bit multiply-accumulates a weight is decoded, once for some rows
-    peak_share: float  # of products with many rows
+    decode_macs: float  # 8-bit multiply-accumulates as long as decoding a weight, once for some rows
+    peak_share: float  # share of the peak that products with many rows reach
 
 
 RATES: Final[Mapping[QuantType, TypeRates]] = {
@@ -57,7 +57,7 @@ _OTHER: Final = TypeRates(4.0, 0.12)
 class ProductTimes:
     _read_bytes_s: float
     _int8_macs_s: float
-    _measured: Mapping[int, Sequence[ProductTime]]  # by ggml's number of the type, rows ascending
+    _measured: Mapping[int, Sequence[ProductTime]]  # times by ggml's number of the type, rows ascending
     _known: dict[tuple[QuantType, float], float] = field(default_factory=dict)
 
     @classmethod
@@ -80,7 +80,7 @@ class ProductTimes:
 
     def _assumed(self, quant_type: QuantType, rows: float) -> float:
         rates, info = RATES.get(quant_type, _OTHER), quant_type.info
-        weights = info.block_size / (info.block_bytes + info.tile_extra_bytes)  # of a byte
+        weights = info.block_size / (info.block_bytes + info.tile_extra_bytes)  # weights in a byte
         macs_s = weights * (rates.decode_macs + rows / rates.peak_share) / self._int8_macs_s
         return max(1 / (READ_SHARE * self._read_bytes_s), macs_s)
 

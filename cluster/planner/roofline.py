@@ -25,7 +25,7 @@ class Roofline:
     _read_bytes_s: float
     _int8_macs_s: float
     _products: ProductTimes | None  # None: the profile has what kernels of all types reach
-    _row_s: float  # of a row in a layer, beside products
+    _row_s: float  # seconds of a row in a layer, beside products
 
     @classmethod
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:

@@ -16,7 +16,7 @@ USUAL_ACCEPTANCES = (0.5, 0.8, 0.95)
 @dataclass(frozen=True, slots=True)
 class SpeculationGain:
     acceptance: float  # the probability that a drafted token is right where those before it are
-    drafted_tokens: int  # in each window; 0 where that would not pay
+    drafted_tokens: int  # drafted tokens in each window; 0 if drafts do not pay
     gain: float  # tokens a second, relative to those without drafts
     tokens_per_s: float
 

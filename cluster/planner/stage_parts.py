@@ -28,7 +28,7 @@ class StageParts:
 
     worker: str
     parts: tuple[Held, ...]
-    costs: StageCosts  # of the model, or of a member's portion of it
+    costs: StageCosts  # costs of the model, or of a member's portion of it
     shares: tuple[int, ...] = ()  # see `StagePlan`
     member: int = 0
 

@@ -27,7 +27,7 @@ class Work:
     """A split costs its slowest stage's time for `slowest`, plus all stages' times for `each` if `adds_up`."""
 
     slowest: tuple[Rows, ...]
-    slowest_rows: int  # that a link carries meanwhile
+    slowest_rows: int  # rows that a link carries meanwhile
     each: tuple[Rows, ...]
     hops: int  # messages from stage to stage
     hop_rows: int  # rows of these

@@ -98,7 +98,7 @@ def _cut_members(epoch: int, workers: Sequence[WorkerHandle]) -> tuple[str, str]
 async def _is_cut_off(epoch: int, member: WorkerHandle, members: Sequence[WorkerHandle]) -> None:
     await member.unreachable_peer(epoch).reported.wait()
     if not _is_among(member.unreachable_peer(epoch).name, members):
-        await asyncio.Event().wait()  # of the next stage, whose stream ends
+        await asyncio.Event().wait()  # the unreachable worker has the next stage, whose stream ends
 
 
 def _is_among(name: str | None, members: Sequence[WorkerHandle]) -> bool:

@@ -28,10 +28,10 @@ class FailureRecord:
     failures: int
     pause_s: float
     end_s: float
-    reason: str  # of the last one
+    reason: str  # reason of the last failure
     requests: frozenset[int] = frozenset()
     failures_within: int = 0  # its quarantine, where it was used all the same; each soon after the one before
-    retry_at_s: float = 0.0  # until then requests wait for others to take its place
+    retry_at_s: float = 0.0  # time until which requests wait for another worker to take its place
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
         """Returns the record after a failure in quarantine. Retry pauses restart if the worker worked for longer."""

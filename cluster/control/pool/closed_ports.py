@@ -23,7 +23,7 @@ class ClosedPorts:
 
     _report: Report
     _on_change: Callable[[], None]
-    _callers: dict[WorkerHandle, set[WorkerHandle]] = field(default_factory=dict, init=False)  # that cannot connect
+    _callers: dict[WorkerHandle, set[WorkerHandle]] = field(default_factory=dict, init=False)  # by port's worker
     _tasks: TaskSet = field(default_factory=TaskSet, init=False)
 
     def cancel(self) -> None:

@@ -39,7 +39,7 @@ class WorkerPool:
     def __init__(self, config: ClusterConfig, workers: SupervisedWorkers, report: Report) -> None:
         registry = workers.registry
         self.workers = workers
-        self.runners: list[ActionRunner] = []  # of each model
+        self.runners: list[ActionRunner] = []  # one for each model
         self.ending = TaskSet()  # processes of lost workers, whose memory loads need
         self.partitions = PartitionTracker(
             lambda: registry.present,

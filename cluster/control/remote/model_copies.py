@@ -55,7 +55,7 @@ def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None)
     ordered = ordered or [weights.manifest for weights in found.values() if weights.manifest is not None]
     if not ordered:
         return None
-    ((content, _),) = Counter(ordered).most_common(1)  # of equally many, the first
+    ((content, _),) = Counter(ordered).most_common(1)  # the first one of equally many
     return own if own is not None and own.content == content else FileManifest(content, known[content])
 
 

@@ -73,7 +73,7 @@ class RemotePipeline:
         self._microbatches = SendQueue(forward, "handing out a microbatch", _WRITE_S)
         self._prepares_matchers = False
         self._inputs = SendQueue(sample, "handing out sampling inputs", _WRITE_S)
-        self._due_bytes: deque[int] = deque()  # what the result of each microbatch in flight may take
+        self._due_bytes: deque[int] = deque()  # most bytes of the result of each microbatch in flight
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         """Queues microbatches. The engine bounds those in flight, and so the send queues."""

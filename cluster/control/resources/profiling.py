@@ -42,7 +42,7 @@ class WorkerProfiles:
         self._has_own_processes = config.launcher_facts.is_local  # else workers would count as other programs
         self._known = {} if anew else read_profiles(state_dir)  # by `measurement_key`
         self._loads = {} if anew else read_other_loads(state_dir)  # likewise
-        self._used: dict[tuple[str, str], Profile] = {}  # by machine and fingerprint: they stay as others come and go
+        self._used: dict[tuple[str, str], Profile] = {}  # kept by machine and fingerprint, as other workers come and go
 
     def of(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
         """Returns the known profiles. `workers` must be all that share machines."""
@@ -100,7 +100,7 @@ class WorkerProfiles:
         kept = {key: profile for key, profile in new.items() if key not in measuring.failed}  # the next start retries
         measured = {name: new[keys[name]].map(DeviceProfile.without_steps) for name in names if keys[name] in new}
         hardware = {_key(workers[name], workers): profile for name, profile in measured.items()}
-        known = read_profiles(self._state_dir)  # of other models by now, too
+        known = read_profiles(self._state_dir)  # may have products of other models by now
         hardware = {key: profile.with_other_products(known.get(key, profile)) for key, profile in hardware.items()}
         busy = {worker.registration.machine for worker in workers.values() if worker.stages}
         if not any(workers[name].registration.machine in busy for name in measured):

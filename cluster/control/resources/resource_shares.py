@@ -25,13 +25,13 @@ def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict
 @dataclass(frozen=True, slots=True)
 class WorkerResources:
     machine: str
-    free_memory_bytes: int  # for this worker
-    machine_free_bytes: int = 0  # for all workers of its machine together; 0: unknown
+    free_memory_bytes: int  # memory for this worker
+    machine_free_bytes: int = 0  # memory for all workers of its machine together; 0: unknown
     gpus: tuple[Gpu, ...] = ()
     gpu_layers: int | None = None
     memory_group: str = ""  # the control group of the machine that limits its memory; "": none does
     threads: int = 1
-    accepts_links: bool = False  # of members of a group
+    accepts_links: bool = False  # accepts links of members of a group
     is_fresh: bool = False  # its memory is less than what its machine's shares are made from
     measuring_bytes: int = 0  # taken since `machine_free_bytes` was reported
 

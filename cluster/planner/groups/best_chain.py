@@ -30,10 +30,10 @@ _WORTH_ROOM = 1.1
 @dataclass(frozen=True, slots=True)
 class Found:
     entries: tuple[Assignment, ...]
-    contexts: int  # for so many whole contexts there is KV memory at least
-    seconds: float = 0.0  # by the objective
+    contexts: int  # whole contexts that KV memory suffices for
+    seconds: float = 0.0  # time by the objective
     optimality_gap: float | None = None  # see `Plan`
-    single: Found | None = None  # of a chain with groups: the best one without them, where one fits
+    single: Found | None = None  # best chain without groups, if this one has some
 
     @property
     def has_groups(self) -> bool:

@@ -18,7 +18,7 @@ class LayerBounds:
     """The bounds for one work, as if members of a group could divide a layer at will."""
 
     _rates: Table  # [classes, layers]: layers a second of one worker
-    _gathers_s: Table  # of each layer, in a group
+    _gathers_s: Table  # seconds of each layer's gathers in a group
     _together: dict[Counts, Table] = field(default_factory=dict)
     _rest: dict[Counts, Table] = field(default_factory=dict)
 

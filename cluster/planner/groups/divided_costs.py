@@ -28,7 +28,7 @@ class DividedCosts:
     follower: StageCosts
     coarse: tuple[tuple[int, StageCosts], ...]
     fine: StageCosts
-    least_units: int  # of what is divided at will
+    least_units: int  # least units of the parts that are divided at will
     divided: tuple[DividedLayer, ...]
 
     @classmethod

@@ -29,7 +29,7 @@ class _Kinds:
 
     kind_of: Counts  # by start and end
     places: tuple[Counts, Counts]  # start and end of one of each kind
-    cells: Counts  # by kind, the stage that its shares are those of
+    cells: Counts  # cell of each kind, whose shares it has
 
     @classmethod
     def of(cls, costs: GroupCosts) -> _Kinds:
@@ -53,7 +53,7 @@ class _GatherTables:
     row_bytes: Table
     outputs: Table
     output_bytes: Table
-    inputs: Table  # of the embedding, likewise
+    inputs: Table  # number for the embedding
     input_bytes: Table
 
     @classmethod
@@ -79,8 +79,8 @@ class _DividedModel:
     parts: DividedCosts
     kinds: _Kinds
     gathers: _GatherTables
-    layer_gathers: Table  # by layer
-    layer_bytes: Table  # of a row
+    layer_gathers: Table  # number of gathers of each layer
+    layer_bytes: Table  # bytes of a row in each layer's gathers
 
 
 @dataclass(slots=True, eq=False)

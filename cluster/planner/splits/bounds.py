@@ -44,7 +44,7 @@ def _least_total(sized: Sequence[tuple[int, StageTable]], limit: float) -> float
     by_rate = np.argsort(rates)
     upto = np.concatenate([[0.0], np.cumsum(rooms[by_rate])])
     costs = np.concatenate([[0.0], np.cumsum((rooms * rates)[by_rate])])
-    before = np.interp(np.arange(layers + 1), upto, costs, right=inf)  # of the layers before the last stage
+    before = np.interp(np.arange(layers + 1), upto, costs, right=inf)  # least cost of the layers before the last stage
     return min(float((before + table.allowed(limit)[:, -1]).min()) for _, table in sized)
 
 

@@ -103,7 +103,7 @@ class _Run:
         self._limit, self._most = limit, most_total
         self._layers = self._table(0)[0].layers
         self._never = np.full(self._layers + 1, inf)
-        self._best: list[Table] = []  # of each place: [layers covered]
+        self._best: list[Table] = []  # least cost at each place, [layers covered]
         self._before: list[Table] = []  # the same without its own stage
 
     def least(self) -> Split | None:
@@ -203,7 +203,7 @@ def any_order(
     workers by class, and their numbers. Workers of pairs in `apart` have classes of their own."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
-    found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # by workers used
+    found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # steps by workers used
     for used in product(*(range(size + 1) for size in sizes)):
         left = tuple(size - count for size, count in zip(sizes, used, strict=True))
         steps: list[int] = []

@@ -14,8 +14,8 @@ from llamaclust.cluster.planner.costs import Flags, Table, WorkerFacts
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageTable:
-    slow: Table  # of which the slowest stage should have little; infinite where a stage cannot be
-    total: Table  # of which all stages together should have little
+    slow: Table  # cost that counts for the slowest stage; infinite if a stage is impossible
+    total: Table  # cost that counts for the sum over stages
 
     @property
     def layers(self) -> int:
@@ -49,7 +49,7 @@ class Holder(Protocol):
 @dataclass(frozen=True, slots=True, eq=False)
 class WorkerClass:
     workers: tuple[int, ...]
-    tables: tuple[StageTable, ...]  # by work
+    tables: tuple[StageTable, ...]  # one for each work
 
     @property
     def members(self) -> tuple[int, ...]:

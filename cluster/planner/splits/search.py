@@ -28,7 +28,7 @@ class Way:
     steps: Steps
     work: Work
     limits: Table
-    least_slowest: float = 0.0  # of any split
+    least_slowest: float = 0.0  # lower bound for all splits
 
     def best(self, below: float) -> Split | None:
         """Returns the best split below that time, if any. Intervals of limits are halved, the most promising one first:

@@ -30,7 +30,7 @@ def stage_tables(
 def _table(sizes: MemoryModel, division: Division, work: Work, worker: WorkerFacts) -> StageTable:
     layers, links = sizes.stages.layers, link_table(sizes, work, worker.reach)
     slow = _seconds(sizes, division, worker, work.slowest)
-    if work.slowest:  # as the only stage, no other one computes then
+    if work.slowest:  # a stage of all layers computes alone
         alone = [Rows(steps.rows, steps.steps, steps.is_prompt) for steps in work.slowest]
         slow[0, layers] = _seconds(sizes, division, worker, alone)[0, layers]
     total = _seconds(sizes, division, worker, work.each) + links.total + _STAGE_S

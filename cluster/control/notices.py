@@ -20,7 +20,7 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
-    """Tells the new plan, and how many layers each worker has to load; only the shares of groups, whose members may
+    """Tells the new plan, and how many layers each worker has to load; of groups only the shares, since members may
     hold other portions of the same layers."""
     parts, shards = [], plan.expert_shards
     for stage in plan.leaders:

@@ -96,7 +96,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class EpochLoadFailed:
-    """`is_exclusive`: see `LoadEpoch`. `file_is_absent`: no present worker has the model's file, and some need it."""
+    """A load of an epoch failed. `file_is_absent`: no present worker has the model's file, and some need it."""
 
     error: LlamaclustError
     is_exclusive: bool

@@ -22,9 +22,9 @@ Flags = NDArray[np.bool_]
 
 
 EXCHANGE_S = 50e-6
-"""Two waits for a GPU and two copies; assumed, not measured."""
+"""The time of two waits for a GPU and two copies; assumed, not measured."""
 EXCHANGE_BYTE_S = 1 / 12e9
-"""PCIe 3.0 with 16 lanes; assumed, not measured."""
+"""The time of a byte over PCIe 3.0 with 16 lanes; assumed, not measured."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ LAUNCHES_S: Final = 30e-6
 LAYER_S: Final = 60e-6
 """The time of a processor's layer beside its products: threads that wait for each other, and steps of few rows."""
 ROW_MACS: Final = 3000
-"""8-bit multiply-accumulates for each row and channel as long as a layer beside its products: norms, attention etc."""
+"""The 8-bit multiply-accumulates for each row and channel that take as long as norms, rotation, attention etc."""
 _STATE_MACS: Final = 4
 """The 8-bit multiply-accumulates that take as long as one of a state, which is of floats."""
 

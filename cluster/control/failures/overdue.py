@@ -38,8 +38,7 @@ class OverdueResults:
     _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)  # seconds, and the last look
 
     def waited_s(self, owed: Owed, now_s: float) -> float:
-        """Returns the time that the result has been owed. After a long time without calls, this process may have been
-        busy itself; it counts as `_LOOK_S`."""
+        """Adds the time since the last call, `_LOOK_S` at most: in a longer pause this process itself was busy."""
         if owed not in self._waited:
             self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
         waited_s, last_s = self._waited.get(owed, (0.0, now_s))

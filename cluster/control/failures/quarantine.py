@@ -34,7 +34,7 @@ class FailureRecord:
     retry_at_s: float = 0.0  # time until which requests wait for another worker to take its place
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Returns the record after a failure in quarantine. Retry pauses restart if the worker worked for longer."""
+        """Returns the record after a failure in quarantine. Retry pauses restart after a longer time without one."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0

@@ -87,7 +87,8 @@ class RemotePipeline:
             self._inputs.put(PREPARE_MATCHERS)
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
-        """Runs until a stream ends, a write takes too long or a worker is lost, then raises the attributed error."""
+        """Runs until a stream ends, a write takes too long or a worker is lost. Raises the attributed error, or
+        ProtocolError."""
         parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
         failing = asyncio.create_task(has_failed(self.epoch, self._workers))

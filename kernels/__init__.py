@@ -1,4 +1,4 @@
-"""Arithmetic: quant types x operations, a folder a backend."""
+"""The kernels: arithmetic on quant types, with one folder per backend."""
 
 from pathlib import Path
 

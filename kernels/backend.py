@@ -1,4 +1,4 @@
-"""The executor seam: what a backend promises. A backend loads a program once and runs it on microbatches."""
+"""The interface of backends: a backend loads a program once and runs it on microbatches."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 Progress = Callable[[int], None]
-"""Called by the loading thread with the number of weight bytes loaded since the last call."""
+"""Called by the loading thread with the weight bytes loaded since the last call."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchStates:
-    """State blocks of the sequences of a batch.
+    """The state blocks of a batch's sequences.
 
-    The first row of sequence s reads the state in block before[s], unless its position is 0. For i in starts[s] ..
-    starts[s + 1], the state behind row rows[i] is written to blocks[i]: of each sequence the one behind its last row,
-    and of others those that sequences may go on from. A block that one sequence writes, no other one reads or writes.
+    The first row of sequence s reads block before[s], unless its position is 0. For i in starts[s] .. starts[s + 1],
+    the state behind row rows[i] is written to blocks[i]: the last row's state, and checkpoints for other sequences. No
+    other sequence reads or writes a block that one sequence writes.
     """
 
     before: Int32  # [sequences] block ids, -1 where no state is read
@@ -44,9 +44,9 @@ class Batch:
     """The rows of one microbatch, grouped by sequence.
 
     Rows sequence_starts[s] .. sequence_starts[s + 1] belong to sequence s, at ascending, consecutive positions.
-    Position p of sequence s lives in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS]; in layers with a
-    window, where those have blocks of their own, in window_tables[the same], -1 where the block is not there: no row
-    sees it any more, or none stores it yet.
+    Position p of sequence s is in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS]. Layers with a window
+    and KV blocks of their own use the same index of window_tables; -1 is a block that no row of the batch reads or
+    writes.
     """
 
     tokens: Int32  # [rows] token ids; read by a first stage only
@@ -66,14 +66,14 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """Logits of a stage's last run, which stay on a GPU until they are asked for, and what most tokens are chosen
-    by."""
+    """The logits of a stage's last run, which stay on a GPU, and a record of each row from which most tokens are
+    sampled."""
 
     records: NDArray[np.int64]  # [outputs, words], see cpu/native/sampler/ranked.h
     rows: Callable[[Sequence[int]], Float32]
-    """Logits of these rows, [rows, vocabulary]: a view that the next call overwrites."""
+    """Returns logits of these rows, [rows, vocabulary]: a view that the next call overwrites."""
     totals: Callable[[Sequence[float]], NDArray[np.int64]]
-    """Sums of weights by a divisor for each output, where it is not 0: [outputs, parts], likewise."""
+    """Sums weights by one divisor per output, if not 0, to [outputs, parts]: a view that the next call overwrites."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -83,7 +83,7 @@ Logits = Float32 | RankedLogits
 
 
 class Stage(Protocol):
-    """A loaded program with its weights, KV memory and buffers. One `run` at a time."""
+    """A loaded program with its weights, KV memory and buffers. It makes one `run` at a time."""
 
     weight_bytes: int
     kv_bytes: int
@@ -91,18 +91,17 @@ class Stage(Protocol):
 
     @property
     def weights(self) -> object:
-        """A reference that keeps the weights in memory, also after `close`."""
+        """A reference that keeps the weights in memory, even after `close`."""
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
-        """Computes the batch. `hidden` [rows, embedding] for any but a first stage.
+        """Computes the batch. `hidden` [rows, embedding] is None for a first stage.
 
         Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary]: a view that the next `run`
         overwrites.
         """
 
     def normed(self, rows: Int32) -> Float32:
-        """A copy of the normed hidden state of these rows of the last `run`, [len(rows), embedding]; of a last
-        stage."""
+        """Copies the normed hidden state of these rows of a last stage's last `run`, [len(rows), embedding]."""
 
     def close(self) -> None:
         """Frees weights and KV memory; the stage must not run again."""
@@ -110,20 +109,20 @@ class Stage(Protocol):
 
 @runtime_checkable
 class RanksLogits(Protocol):
-    """A stage that can leave logits where they are."""
+    """A stage that can leave its logits on the device."""
 
     @property
     def ranks_logits(self) -> bool:
-        """Whether it has logits, and can."""
+        """True for a last stage whose logits can stay on the device."""
 
     def run_ranked(self, batch: Batch, hidden: Float32 | None) -> RankedLogits:
-        """As `Stage.run`."""
+        """Computes the batch like `Stage.run`; the logits stay on the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheCounts:
-    """Of a cache of experts, since the stage was loaded. A microbatch that uses an expert of a layer counts once,
-    however many rows do."""
+    """The counts of an experts cache since its stage was loaded: one per expert and microbatch, for any number of
+    rows."""
 
     hits: int = 0
     misses: int = 0
@@ -137,19 +136,19 @@ class CacheCounts:
 
 @runtime_checkable
 class KvInRam(Protocol):
-    """A stage whose KV memory lies in RAM, where no layer gives up blocks behind a window."""
+    """A stage whose KV memory is in RAM and in which no layer releases blocks out of its window."""
 
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
-        """KV memory of each layer: of its keys and values and of each state, [KV blocks, bytes]. It stays in memory
-        while it is referenced, also after `close`."""
+        """Returns each layer's KV memory, [KV blocks, bytes] for keys and values and for each state. A reference keeps
+        it in memory, even after `close`."""
 
 
 @runtime_checkable
 class RunsFrames(Protocol):
-    """A stage that takes a microbatch as the native reader gives it, without arrays of Python's."""
+    """A stage that takes a microbatch as the native reader's frame, without NumPy arrays."""
 
     def run_frame(self, frame: MicrobatchFrame) -> Float32:
-        """As `Stage.run`, of the frame's batch and hidden state."""
+        """Computes the frame's batch and hidden state like `Stage.run`."""
 
 
 @runtime_checkable
@@ -157,12 +156,12 @@ class GathersRows(Protocol):
     """A stage whose program may be that of a group's member."""
 
     def gather_by(self, gatherer: Gatherer) -> None:
-        """Sets what puts rows together in the next runs, which an error there ends."""
+        """Sets the gatherer of the next runs; an error of the gatherer ends the run."""
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes the exchange of that number, in the order of steps, for rows of what it reads [rows, widths together]. The
-result [rows, width] is overwritten by the next call; None: it is in its place already."""
+"""Computes the exchange of that number, in the order of steps, from rows [rows, widths together] of the buffers that it
+reads. The next call overwrites the result [rows, width]; None: the result is in its place already."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -177,29 +176,28 @@ class ExchangingStage(Stage, Protocol):
 
 
 class ExpertsStage(Protocol):
-    """Loaded experts. One `run_mixture` at a time."""
+    """Loaded experts. They make one `run_mixture` at a time."""
 
     weight_bytes: int
     workspace_bytes: int
 
     @property
     def weights(self) -> object:
-        """See `Stage`."""
+        """A reference that keeps the weights in memory."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32:
-        """Computes the mixture of that number, in the order of steps, for rows of a batch. The result is overwritten by
-        the next call."""
+        """Computes the mixture of that number, in the order of steps. The next call overwrites the result."""
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """The experts of each row [rows, used] and their weights, by rank. This and all below: of experts that were
-        loaded with `lines`."""
+        """Returns each row's experts [rows, used] and their weights, by rank. This method and those below need experts
+        that were loaded with `lines`."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
-        """What expert experts[i] of the mixture makes of x[i], not weighed. The result is overwritten by the next
-        call."""
+        """Returns the unweighted output of expert experts[i] for x[i]. The next call overwrites the result."""
 
     def expert_weights(self, number: int, expert: int) -> tuple[NDArray[np.uint8], ...]:
-        """The bytes of its matrices, as `Moe.inner` and `Moe.down` have them, then of its rows of biases, float32."""
+        """Returns the bytes of the expert's matrices, in the order of `Moe.inner` and `Moe.down`, then of its float32
+        biases."""
 
     def close(self) -> None: ...
 
@@ -213,17 +211,17 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Around a run of the stage: experts that it uses stay until it ends. DeviceLostError where a copy found the
-        device lost."""
+        """Wraps a run of the stage: experts that it uses stay until it ends. Raises DeviceLostError if a copy lost the
+        device."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None:
-        """See `Experts`."""
+        """Computes an exchange; see `Experts`."""
 
     def settle(self, timeout_s: float) -> bool:
-        """Waits until the experts that are wanted are there; whether they are."""
+        """Waits until the wanted experts are cached; False if the time was too short."""
 
     def close(self) -> None:
-        """Waits for a run that is under way; later ones compute without the cache."""
+        """Waits for a run in progress; later runs compute without the cache."""
 
 
 class Backend(Protocol):
@@ -236,11 +234,12 @@ class Backend(Protocol):
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage: ...
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
-        """Bytes of the program's weights that are in memory already, for a stage loaded before: `load` takes no more
-        for them."""
+        """Returns the bytes of the program's weights that loaded stages already hold: `load` takes no more memory for
+        them."""
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        """What the loaded stage will take beside weights and KV memory. Errors as of `load`; reads no weights."""
+        """Returns the bytes of a loaded stage beside weights and KV memory. Raises the errors of `load`; reads no
+        weights."""
 
 
 @runtime_checkable
@@ -250,8 +249,8 @@ class SharesKv(Protocol):
     def load_beside(
         self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> Stage:
-        """As `load`, of the same layers with other adapters: the two stages have one KV memory and take turns. The
-        other one may be in a run meanwhile."""
+        """Loads the same layers with other adapters. The two stages share KV memory and take turns; `stage` may be in a
+        run meanwhile."""
 
 
 @runtime_checkable
@@ -259,7 +258,7 @@ class HasThreads(Protocol):
     """A backend that computes on threads of this process."""
 
     def apart(self) -> Backend:
-        """The same with threads of its own and what is in memory of the same weights."""
+        """Returns a backend with threads of its own that shares the loaded weights."""
 
 
 class ExchangingBackend(Backend, Protocol):
@@ -278,27 +277,27 @@ class ExchangingBackend(Backend, Protocol):
         limits: StageLimits,
         n_bytes: int,
     ) -> ExpertsCache | None:
-        """A cache of `experts`, which were loaded of this program, in at most so many bytes beside a stage of this
-        backend; None where that holds no expert."""
+        """Returns a cache of at most `n_bytes` of `experts`, which this program loaded, beside a stage of this backend;
+        None if no expert fits."""
 
 
 class ExpertsBackend(Backend, Protocol):
-    """A device that computes experts for another one."""
+    """A device that computes experts for another device."""
 
     def load_experts(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress, lines: int = 0
     ) -> ExpertsStage:
-        """Of a program of `kernels.split_experts.experts_of`. `lines`: rows, once for each of their experts, that
-        `route` and `run_lines` compute at most."""
+        """Loads a program of `kernels.split_experts.experts_of`. `lines`: the most pairs of a row and its expert that
+        `route` and `run_lines` compute."""
 
     def experts_workspace_bytes(
         self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, lines: int = 0
     ) -> int:
-        """What those will take beside weights."""
+        """Returns the bytes of loaded experts beside their weights."""
 
 
 def kv_bytes(program: Program, limits: StageLimits) -> int:
-    """KV memory of CPUs and GPUs, without gaps between layers."""
+    """Returns the bytes of KV memory, without a GPU's gaps between layers."""
     states = sum(kept.n_bytes for kept in program.states) * (limits.state_blocks or limits.kv_blocks)
     return states + sum(
         KV_BLOCK_TOKENS * kept.kv_token_bytes * limits.layer_blocks(kept.window) for kept in program.kv_layers

@@ -10,7 +10,7 @@ from llamaclust.model import program as ir
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """Matrix products of the same x: it is quantized once, and the threads meet once."""
+    """Matrix products of the same x: it is quantized once, and the threads synchronize once."""
 
     x: ir.Buffer
     steps: tuple[ir.MatMul, ...]
@@ -18,7 +18,7 @@ class Products:
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """Attention that rotates queries and keys on the way."""
+    """Attention that rotates queries and keys itself."""
 
     attention: ir.Attention
     rotate_q: ir.Rope | None = None
@@ -27,7 +27,7 @@ class Attend:
 
 @dataclass(frozen=True, slots=True)
 class Adapts:
-    """What one adapter adds to products of the same x."""
+    """An adapter's additions to products of the same x."""
 
     x: ir.Buffer
     steps: tuple[ir.Adapt, ...]
@@ -76,7 +76,7 @@ def fuse(program: ir.Program) -> Iterator[FusedStep]:
 
 
 def _products(steps: Sequence[ir.Step]) -> tuple[ir.MatMul, ...]:
-    """The products at the front of `steps` that read one buffer and write others."""
+    """Returns the products at the front of `steps` that read one buffer and write others."""
     found: list[ir.MatMul] = []
     written: set[str] = set()
     for step in steps:
@@ -90,7 +90,7 @@ def _products(steps: Sequence[ir.Step]) -> tuple[ir.MatMul, ...]:
 
 
 def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
-    """The steps of one adapter at the front of `steps` that read one buffer."""
+    """Returns the steps of one adapter at the front of `steps` that read one buffer."""
     found: list[ir.Adapt] = []
     for step in steps:
         if not isinstance(step, ir.Adapt) or (found and (step.x, step.adapter) != (found[0].x, found[0].adapter)):
@@ -100,7 +100,8 @@ def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
 
 
 def _attend(program: ir.Program, at: int) -> Attend | None:
-    """Attention at `at`, with the rotations of its q and k before it if no other step reads their results."""
+    """Returns the attention at `at` with the rotations of its q and k before it, if no other step reads their
+    results."""
     ropes: dict[str, ir.Rope] = {}
     step = program.steps[at]
     while isinstance(step, ir.Rope):
@@ -123,7 +124,7 @@ def _attend(program: ir.Program, at: int) -> Attend | None:
 
 
 def is_read(program: ir.Program, at: int, name: str) -> bool:
-    """Whether a step from `at` on reads what stands in the buffer now."""
+    """True if a step from `at` on reads the buffer's present content."""
     for step in program.steps[at:]:
         if any(buffer.name == name for buffer in step.reads):
             return True
@@ -136,7 +137,7 @@ Elementwise = ir.SiluMul | ir.Activate | ir.Add | ir.Mul | ir.Scale | ir.SoftCap
 
 
 def elementwise(step: Elementwise) -> tuple[str, float | None]:
-    """Name of the operation in kernels, and its number if it has one."""
+    """Returns the operation's name in kernels, and its number if it has one."""
     match step:
         case ir.SiluMul():
             return "silu_mul", None

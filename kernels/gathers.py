@@ -1,5 +1,5 @@
-"""Rules that all members of a group follow at a gather: the form in which rows travel, and bands of rows. The native
-executor has the same limits (`executor/workspace.h`, `executor/gatherer.h`)."""
+"""Rules that all members of a group follow at a gather: the format of sent rows, and bands of rows. The native executor
+has the same limits (`executor/workspace.h`, `executor/gatherer.h`)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """The borders of the bands into which the native executor divides a run of so many rows, `most` bands at most. Each
-    band has its own gathers, up to the output rows. The first one has two thirds of the rows of each other one."""
+    """Returns the borders of the bands into which the native executor divides a run of `rows`, at most `most` bands.
+    Each band has its own gathers, up to the output rows. The first band has two thirds of the rows of each other
+    one."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):
@@ -39,13 +40,13 @@ def bands_of(program: ir.Program, rows: int, most: int) -> int:
 
 
 def borders_in(step: ir.Gather, width: int) -> list[int]:
-    """The borders of members in rows of so many floats, which may hold int8 values and scales."""
+    """Returns the members' borders in rows of `width` floats, which may hold int8 values and scales."""
     return [border * width // step.borders[-1] for border in step.borders]
 
 
 def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
-    """Tells for each member whether all numbers of its columns in gathered rows [rows, width] are finite. Int8 values
-    show it by their scales alone."""
+    """Returns for each member if its columns of the gathered rows [rows, width] are finite. Int8 values show it by
+    their scales alone."""
     form = next((form for form in _PACKED if packed_width(step.borders[-1], form) == whole.shape[1]), None)
     borders = borders_in(step, whole.shape[1])
     if form is not None:
@@ -56,12 +57,12 @@ def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
 
 
 def packed_width(columns: int, form: ActivationFormat) -> int:
-    """The number of floats that take as much room as so many columns' int8 values and scales."""
+    """Returns the floats that take as much room as the int8 values and scales of `columns` columns."""
     return columns // _INT8_OF_FLOAT + columns // form.value
 
 
 def gather_formats(program: ir.Program, types: Mapping[str, QuantType]) -> Iterator[ActivationFormat | None]:
-    """The format of each gather's rows, in the order of steps; None: as they are."""
+    """Yields the format of each gather's rows, in the order of steps; None: plain floats."""
     results = program.out, program.normed
     for at, step in enumerate(program.steps):
         if isinstance(step, ir.Gather):

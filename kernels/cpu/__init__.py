@@ -1,1 +1,1 @@
-"""The CPU backend: C++ kernels per feature level, a whole program in one native call."""
+"""The CPU backend: C++ kernels per feature level; one native call computes a whole program."""

@@ -1,4 +1,4 @@
-"""The CPU backend: a program runs in one native call on a pool of threads."""
+"""The CPU backend: one native call runs a program on a pool of threads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What matrices multiply: x [rows, width], a view that the next run overwrites. Of experts and heads, `chosen`
-    [rows, used] says which ones, and x may have a line for each of them [rows * used, width]."""
+    """The inputs of matrix products: x [rows, width], a view that the next run overwrites. For experts and heads,
+    `chosen` [rows, used] has their numbers, and x may have a line for each, [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -38,7 +38,7 @@ class Inputs:
 
 
 class CpuStage:
-    """A loaded program; see `kernels.backend.Stage`. A batch that is out of bounds is a ValueError."""
+    """Implements `kernels.backend.Stage`. A batch that is out of bounds is a ValueError."""
 
     def __init__(
         self,
@@ -81,19 +81,17 @@ class CpuStage:
         return self._result[:lines]
 
     def gather_by(self, gatherer: _native.Gatherer) -> None:
-        """Sets what puts rows together in the next runs of a group's member, which an error there ends."""
         assert self._native is not None, "the stage was closed"
         self._native.set_gatherer(gatherer)
 
     def run_frame(self, frame: _native.MicrobatchFrame) -> Float32:
-        """See `kernels.backend.RunsFrames`."""
         assert self._native is not None, "the stage was closed"
         if self._scales:
             self._choose_adapters(frame.adapter_scales)
         return self._result[: self._native.run_frame(frame)]
 
     def _choose_adapters(self, scales: Float32 | None) -> None:
-        """Those with a scale in some row are computed; fills the buffers of their rows' scales."""
+        """Enables the adapters with a scale in some row, and fills the buffers of their rows' scales."""
         assert self._native is not None
         chosen = () if scales is None else np.flatnonzero(scales.any(axis=0)).tolist()
         self._native.set_adapters(sum(1 << adapter for adapter in chosen))
@@ -108,7 +106,8 @@ class CpuStage:
         return self._native.contents(self._normed)[rows]
 
     def inputs(self, rows: int) -> Iterator[Inputs]:
-        """What the matrices multiplied in the last run, of `rows` rows, where the stage was loaded as `observed`."""
+        """Yields the inputs of the matrices in the last run of `rows` rows, for a stage that was loaded as
+        `observed`."""
         assert self._native is not None, "the stage was closed"
         for seen in self._observed:
             ids = None if seen.choice is None else self._native.contents(seen.choice)[:rows]
@@ -120,13 +119,11 @@ class CpuStage:
             yield Inputs(seen.weights, x, chosen)
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32:
-        """See `kernels.backend.ExpertsStage`."""
         assert self._native is not None, "the stage was closed"
         self._native.set_part(number)
         return self.run(batch, hidden)
 
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
-        """See `kernels.backend.KvInRam`."""
         assert self._native is not None, "the stage was closed"
         return tuple(tuple(map(self._native.kv_layer, numbers)) for numbers in self._kv_layers)
 
@@ -137,7 +134,7 @@ class CpuStage:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int) -> int:
-    """What a stage takes beside weights and KV memory where so many threads compute. Starts none of them."""
+    """Returns the bytes of a stage beside weights and KV memory, on so many threads. Starts no threads."""
     with _explained(program):
         return _native.workspace_bytes(compile_program(program, shapes_only(program, tensors), limits).plan, threads)
 
@@ -145,7 +142,7 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
 def experts_workspace_bytes(
     program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int, lines: int = 0
 ) -> int:
-    """The same of experts that are computed for another device."""
+    """Returns the bytes beside weights of experts that are computed for another device."""
     weights = shapes_only(program, tensors)
     with _explained(program):
         n_bytes = _native.workspace_bytes(compile_experts(program, weights, limits).plan, threads)
@@ -158,7 +155,7 @@ def experts_workspace_bytes(
 
 @contextmanager
 def _explained(program: Program) -> Iterator[None]:
-    """ModelFileError for what does not fit together. A TypeError is a mistake of ours, such as an old native module."""
+    """Turns ValueError into ModelFileError. A TypeError passes: it is a bug, such as an outdated native module."""
     try:
         yield
     except ValueError as error:
@@ -166,9 +163,9 @@ def _explained(program: Program) -> Iterator[None]:
 
 
 class CpuBackend:
-    """See `kernels.backend.Backend`. Computes on `threads` threads including the caller of `run`, or fewer while other
-    programs keep the cores busy, unless `yields` is false. `feature_level` "": the best of this machine. `mlock`:
-    packed weights are locked in RAM."""
+    """Implements `kernels.backend.Backend`. Computes on `threads` threads including the caller of `run`, or on fewer
+    while other programs keep the cores busy, unless `yields` is false. `feature_level` "": the best of this machine.
+    `mlock`: packed weights are locked in RAM."""
 
     name = "cpu"
     numerics_version = NUMERICS_VERSION
@@ -182,7 +179,7 @@ class CpuBackend:
         packed_cache: PackedCacheFolder | None = None,
         mlock: bool = False,
     ) -> None:
-        """UsageError for a feature level that is not available here, or too many threads."""
+        """Raises UsageError for a feature level that this machine lacks, or too many threads."""
         levels = _native.available_levels()
         self.feature_level = feature_level or levels[-1]
         if self.feature_level not in levels:
@@ -203,7 +200,7 @@ class CpuBackend:
             raise UsageError(f"{self.threads} threads: {error}; give another number") from error
 
     def apart(self) -> CpuBackend:
-        """See `kernels.backend.HasThreads`: all of them compute until they find that fewer do better."""
+        """All threads of the new pool compute until they find that fewer are faster."""
         twin = copy(self)
         twin._pool = self._new_pool()
         return twin
@@ -217,8 +214,9 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """ModelFileError for weights without kernels or figures that do not fit together; InsufficientMemoryError
-        where the system refuses the memory. `observed`: the stage has `inputs` of its matrices after each run."""
+        """Raises ModelFileError for weights without kernels or a program that does not hold together, and
+        InsufficientMemoryError if memory is short. `observed`: the stage has `inputs` of its matrices after each
+        run."""
         found: list[Observed] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)
@@ -228,7 +226,6 @@ class CpuBackend:
     def load_beside(
         self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> CpuStage:
-        """See `kernels.backend.SharesKv`."""
         assert isinstance(stage, CpuStage)
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)
@@ -237,7 +234,6 @@ class CpuBackend:
     def load_experts(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress, lines: int = 0
     ) -> CpuExperts:
-        """See `kernels.backend.ExpertsBackend`. Errors as of `load`."""
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)
             mixtures = self._stage(weights, compile_experts(program, weights, limits))

@@ -1,4 +1,4 @@
-"""Numbers of buffers in a plan of the native executor."""
+"""The numbers of buffers in a plan of the native executor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(slots=True)
 class Buffers:
-    """Numbers for buffers. A name and width have up to two: row by row steps write copies that each thread may keep for
-    itself, matrix products and attention write what all threads share."""
+    """The numbers of buffers. A name and width have up to two: a private one for steps that work row by row, of which
+    each thread may keep a copy, and a shared one for results of matrix products and attention."""
 
     plan: Plan
     ids: dict[tuple[ir.Buffer, bool, bool], int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""From a program to a plan of the native executor: steps are fused, names become numbered buffers."""
+"""Compiles a program to a plan of the native executor: steps are fused, names become numbered buffers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.model.steps.options import RopeStyle
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
-"""In the order of the native module's numbers."""
+"""The activation formats in the order of the native module's numbers."""
 
 _SLOTS = 4
 """Inputs of products that the native module keeps at once."""
@@ -31,8 +31,9 @@ _SLOTS = 4
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The inputs of some matrices in a run: `buffer` has a copy. For experts it has `used` lines a row if each expert
-    has its own input, else one; `choice` has their ids. Of products by head, each row has one line for all `heads`."""
+    """The inputs of some matrices in a run, copied to `buffer`. For experts, `choice` has their ids, and a row has
+    `used` lines if each expert has its own input, else one. For products by head, a row has one line for all
+    `heads`."""
 
     weights: tuple[str, ...]
     buffer: int
@@ -43,8 +44,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RowScales:
-    """A buffer that no step writes, before each run with the adapter filled with each row's scale of it, times
-    `factor`."""
+    """A buffer that no step writes: before a run with the adapter it is filled with each row's scale times `factor`."""
 
     buffer: int
     adapter: int
@@ -53,7 +53,7 @@ class RowScales:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A plan; of a last stage also the buffer with the normed hidden state of every row."""
+    """A plan; on a last stage also the buffer with the normed hidden state of every row."""
 
     plan: Plan
     normed: int | None
@@ -62,8 +62,6 @@ class Compiled:
 
 
 class Compiler:
-    """Adds a program's steps to a plan."""
-
     def __init__(
         self, program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None
     ) -> None:
@@ -89,7 +87,7 @@ class Compiler:
 
     @property
     def _experts(self) -> PlanExperts:
-        """Not kept: it has methods of this object, which would then live on with all weights until it is collected."""
+        """Made anew each time: a kept object would hold methods of the compiler and so keep all weights alive."""
         copy = None if self._observed is None else self._copy
         return PlanExperts(self.plan, self._buffers, self._weights, self._activations, self._observe, copy)
 
@@ -153,7 +151,7 @@ class Compiler:
         return read if self._buffers.is_shared(x) else self._copy(read, x.width // lines, lines)
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
-        """Members quantize their own columns as the products that read the row would: these are of whole segments."""
+        """Members quantize their own columns like the products that read the row: the columns are whole segments."""
         assert step.x is not None
         own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
         packed = self._buffers.write(_packed(own, form), step.lines)
@@ -220,7 +218,7 @@ class Compiler:
         return self._rotations[step.table], step.style is RopeStyle.NEOX
 
     def _quantize(self, x: int, types: Sequence[QuantType]) -> list[int]:
-        """Quantizes x once for each activation format that the weight types ask for; slots in the order of `types`."""
+        """Quantizes x once for each activation format of the weight types; returns slots in the order of `types`."""
         slots: dict[ActivationFormat, int] = {}
         for kind in types:
             activation = kind.info.activation
@@ -231,7 +229,7 @@ class Compiler:
         return [slots[kind.info.activation] for kind in types if kind.info.activation is not None]
 
     def _activations(self, x: ir.Buffer, types: Sequence[QuantType]) -> list[int]:
-        """The slots of what products multiply with, in the order of `types`."""
+        """Returns the slots of the products' inputs, in the order of `types`."""
         form = self._buffers.packed.get(x.name)
         if form is None:
             return self._quantize(self._buffers.read(x), types)
@@ -272,8 +270,8 @@ class Compiler:
         self.plan.multiply_heads(list(weight.matrices), self._buffers.write(step.out), slot)
 
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
-        """All products with x at once, then those with their results, as many at once as there are slots. Runs without
-        the adapter skip them, so their sums are where the model's own products are."""
+        """Adds the products with x at once, then those with their results, `_SLOTS` at a time. Runs without the adapter
+        skip these steps, so the sums are in the buffers of the model's own products."""
         down = [self._weights[step.down] for step in steps]
         inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])
@@ -346,6 +344,6 @@ def _packed(buffer: ir.Buffer, form: ActivationFormat) -> ir.Buffer:
 def compile_program(
     program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
 ) -> Compiled:
-    """ValueError where the program does not hold together (widths, heads, ranges). To a list of what is `observed`,
-    what each product multiplies is added, and the plan then keeps copies of it; results are the same."""
+    """Raises ValueError if the program does not hold together (widths, heads, ranges). `observed` receives the inputs
+    of each product, of which the plan then keeps copies; results are the same."""
     return Compiler(program, weights, limits, observed).run()

@@ -1,5 +1,5 @@
-"""Mixtures of experts that are computed for another device, as parts of a plan: each as a whole, or their choice and
-single experts apart."""
+"""Compiles mixtures of experts for another device to parts of a plan: each mixture whole, or choice and experts
+apart."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CompiledLines:
 
 class _ExpertsCompiler(Compiler):
     def run_parts(self) -> Compiled:
-        """Parts that run one by one, each from the hidden state to the result."""
+        """Compiles parts that run one by one, each from the hidden state to the result."""
         program = self._program
         result = self.plan.add_buffer(program.out.width, 1, False, False)
         for part in expert_parts(program):
@@ -42,8 +42,8 @@ class _ExpertsCompiler(Compiler):
         return Compiled(self.plan, None)
 
     def run_lines(self) -> CompiledLines:
-        """A line is a row and one of its experts, which has 1 among the `experts` channels behind the row's own, where
-        others have 0: so a line can name no expert that is not there."""
+        """A line is a row and one of its experts. The expert has 1 among the `experts` channels behind the row's own,
+        and the others 0: so no line can name an expert that does not exist."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, False)
@@ -58,7 +58,7 @@ class _ExpertsCompiler(Compiler):
         return CompiledLines(self.plan, choice, lines, read)
 
     def _line(self, step: ir.Moe, hidden: int, read: int) -> int:
-        """The buffer with what the line's expert makes of it."""
+        """Returns the buffer with the output of the line's expert."""
         x, experts = self._channels(hidden, 0, step.x.width), self._channels(hidden, read, step.experts)
         choice = self._buffers.write(ir.Buffer("line choice", 2), private=True)
         gating = GATINGS.index(Gating.SOFTMAX_OF_CHOSEN)  # of one: its weight is 1
@@ -67,7 +67,7 @@ class _ExpertsCompiler(Compiler):
         return self._experts.lines(replace(step, x=x, used=1, routed=None), choice)
 
     def _begin(self, width: int) -> int:
-        """Begins a part; the buffer with the rows that it reads."""
+        """Begins a part; returns the buffer with the rows that it reads."""
         self.plan.begin_part()
         hidden = self._buffers.write(ir.Buffer("line", width), private=True)
         self.plan.read_hidden(hidden)
@@ -80,10 +80,11 @@ class _ExpertsCompiler(Compiler):
 
 
 def compile_experts(program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits) -> Compiled:
-    """A plan whose parts are the mixtures of a program of experts alone. ValueError where it does not hold together."""
+    """Compiles each mixture of a program of experts to a part. Raises ValueError if the program does not hold
+    together."""
     return _ExpertsCompiler(program, weights, limits, None).run_parts()
 
 
 def compile_lines(program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits) -> CompiledLines:
-    """The same with choices and experts apart, for as many lines as the limits have tokens."""
+    """Compiles choices and experts apart, for as many lines as `limits` has tokens."""
     return _ExpertsCompiler(program, weights, limits, None).run_lines()

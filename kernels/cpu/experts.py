@@ -1,4 +1,4 @@
-"""Experts that a processor computes for another device: mixtures as a whole, or their choice and single experts."""
+"""Experts that a processor computes for another device: whole mixtures, or their choice and single experts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _GENERIC = "generic"
 
 
 class ExpertLines:
-    """Lines of a plan of `compile_lines`: one row, then the channels that say which expert a line is for."""
+    """The runner of a plan of `compile_lines`. A line is a row, then the channels that name its expert."""
 
     def __init__(self, native: _native.Stage, compiled: CompiledLines, lines: int, experts: int) -> None:
-        """At most so many lines, each for one of so many experts."""
+        """Takes at most `lines` lines in a run, each for one of `experts` experts."""
         self._native = native
         self._choice = native.contents(compiled.choice)
         self._result = native.contents(compiled.lines)
@@ -30,7 +30,6 @@ class ExpertLines:
         self.workspace_bytes = native.workspace_bytes + self._input.nbytes
 
     def route(self, number: int, x: Float32) -> tuple[Int32, Float32]:
-        """See `kernels.backend.ExpertsStage`."""
         rows = len(x)
         self._input[:rows, : self._read] = x
         self._run(2 * number, rows)
@@ -38,7 +37,6 @@ class ExpertLines:
         return ids.astype(np.int32), weights
 
     def run(self, number: int, x: Float32, experts: Int32) -> Float32:
-        """See `run_lines` of `kernels.backend.ExpertsStage`."""
         lines = len(experts)
         self._input[:lines, : x.shape[1]] = x
         chosen = np.arange(lines), self._read + experts
@@ -58,13 +56,11 @@ class ExpertLines:
 
 
 class MixtureStage(Stage, Protocol):
-    """A loaded plan of mixtures."""
-
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32: ...
 
 
 class CpuExperts:
-    """See `kernels.backend.ExpertsStage`."""
+    """Implements `kernels.backend.ExpertsStage`."""
 
     def __init__(
         self, mixtures: MixtureStage, program: Program, weights: dict[str, Weight], lines: ExpertLines | None
@@ -98,7 +94,7 @@ class CpuExperts:
         return (*(each.reshape(step.experts, -1)[expert] for each in tiles), *(bias.view(np.uint8) for bias in biases))
 
     def _bias(self, name: str) -> Float32:
-        """[experts, width], as products add it."""
+        """Returns the bias as float32 [experts, width], as products add it."""
         if name not in self._biases:
             self._biases[name] = _native.dequantize(_GENERIC, self._weights[name].matrix)
         return self._biases[name]

@@ -1,4 +1,4 @@
-"""Mixtures of experts in a plan of the native executor."""
+"""Emits mixtures of experts into a plan of the native executor."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llamaclust.model.shard_names import shard_name
 from llamaclust.model.steps.options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating
 
 GATINGS = tuple(Gating)
-"""The native enum has the order of these."""
+"""The gatings in the order of the native enum."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """`quantize`: a line for weights of some types, to activation slots. `observe`: copies the inputs of weights if
-    they are observed; `copy`: a buffer, None where nothing is."""
+    """The emitter of mixtures. `quantize` returns the activation slots of a buffer for some quant types; `observe`
+    copies the inputs of observed weights; `copy` copies a buffer, and is None if nothing is observed."""
 
     plan: Plan
     buffers: Buffers
@@ -55,11 +55,11 @@ class PlanExperts:
         return None if name is None else self.weights[name].vector
 
     def lines(self, step: ir.Moe, choice: int) -> int:
-        """The buffer with a result for each rank of a row, not yet weighed."""
+        """Returns the buffer with a result for each rank of a row, not yet weighed."""
         return _Experts(self, step, None, None).compute(choice)
 
     def choose(self, step: ir.Moe, out: ir.Buffer) -> int:
-        """The buffer with the choice."""
+        """Emits the router and returns the buffer with the choice."""
         buffers, router, routed = self.buffers, self.weights[step.router], step.routed or step.x
         self.observe([step.router], routed, None, 1)
         logits = buffers.write(ir.Buffer("router logits", step.experts))
@@ -85,7 +85,7 @@ class PlanExperts:
         self.plan.combine_experts(choice, results, out, step.used, not step.options.weighs_inputs)
 
     def _place(self, step: ir.ExpertShards, choice: int, results: int) -> None:
-        """The results beside those that were given: for the sum, or with all that another stage needs."""
+        """Places the results beside given ones: for the sum, or with all that another stage needs."""
         buffers, used, start = self.buffers, step.mixture.used, 0
         given = None if step.given is None else (buffers.read(step.given), step.given.width - step.results_width)
         if step.carried is None:
@@ -101,7 +101,7 @@ class PlanExperts:
 
 @dataclass(frozen=True, slots=True)
 class _Experts:
-    """The products of experts: of all, or of some `shards`; `chosen`: a copy of the choice if inputs are observed."""
+    """The products of all experts, or of some `shards`. `chosen`: a copy of the choice if inputs are observed."""
 
     plan_experts: PlanExperts
     step: ir.Moe
@@ -109,14 +109,14 @@ class _Experts:
     chosen: int | None
 
     def compute(self, choice: int) -> int:
-        """The buffer with a result for each rank of a row."""
+        """Returns the buffer with a result for each rank of a row."""
         step = self.step
         result, down = ir.Buffer("expert activated", step.ffn_width), ir.Buffer("expert down", step.out.width)
         self.activate(choice, result)
         return self.reduce(choice, result, down)
 
     def activate(self, choice: int, result: ir.Buffer) -> None:
-        """What experts make of gate and up, a line for each rank of a row."""
+        """Emits gate, up and their activation, a line for each rank of a row."""
         step, buffers, used, inputs = self.step, self.plan_experts.buffers, self.step.used, self.step.x
         if weighed := step.options.weighs_inputs:
             inputs = ir.Buffer("expert inputs", step.x.width)
@@ -129,13 +129,13 @@ class _Experts:
         self._activate(self._halves(inner[0]) if step.fused else inner, result)
 
     def reduce(self, choice: int, x: ir.Buffer, down: ir.Buffer) -> int:
-        """The buffer with the products of each line of x."""
+        """Returns the buffer with down's product of each line of x."""
         self.plan_experts.observe([self.step.down], x, self.chosen, self.step.used)
         self._multiply(x, [(self.step.down, down)], choice, per_rank=True)
         return self._add_bias(down, self.step.down_bias, choice)
 
     def _halves(self, x: int) -> list[int]:
-        """Gate and up of a fused product."""
+        """Copies gate and up out of a fused product."""
         step, experts = self.step, self.plan_experts
         parts = [ir.Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up")]
         halves = [experts.buffers.write(part, step.used, private=True) for part in parts]
@@ -144,7 +144,7 @@ class _Experts:
         return halves
 
     def _activate(self, inner: Sequence[int], result: ir.Buffer) -> None:
-        """What experts make of gate and up, or of up alone."""
+        """Emits the activation of gate and up, or of up alone."""
         plan, activation = self.plan_experts.plan, self.step.options.activation
         activated = self.plan_experts.buffers.write(result, self.step.used, private=True)
         if activation is GatedActivation.GELU_MUL:
@@ -155,7 +155,7 @@ class _Experts:
             plan.elementwise(activation, inner[0], inner[-1], activated, limit)
 
     def _add_bias(self, x: ir.Buffer, bias: str | None, choice: int) -> int:
-        """x, or a copy to which each line's expert has added its row of the bias."""
+        """Returns x, or a copy to which each line's expert has added its row of the bias."""
         product = self.plan_experts.buffers.read(x)
         if bias is None:
             return product
@@ -166,7 +166,7 @@ class _Experts:
         return biased
 
     def _held(self, name: str) -> list[tuple[int, Weight]]:
-        """The weights of a tensor that are here, each with its first expert."""
+        """Returns the weights of a tensor that are on this worker, each with its first expert."""
         weights = self.plan_experts.weights
         if self.shards is None:
             return [(0, weights[name])]

@@ -10,7 +10,7 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import Attention, Program, SequenceState, StatePart
 
 _KV_TYPES = tuple(KvType)
-"""In the order of the native module's enum."""
+"""The KV types in the order of the native module's enum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class PlanKv:
     _numbers: dict[tuple[int, StatePart | None], int] = field(default_factory=dict)  # None: of attention
 
     def attention(self, step: Attention) -> int:
-        """A new one for a step that stores. ValueError where no step before has stored what another reads."""
+        """Adds KV memory for a step that stores. Raises ValueError if no earlier step stored what the step reads."""
         name = step.layer, None
         if not step.shares_kv:
             windowed, kv_type = self.limits.gives_up(step.window), _KV_TYPES.index(step.kv_type)
@@ -34,14 +34,13 @@ class PlanKv:
         return self._numbers[name]
 
     def state(self, state: SequenceState) -> int:
-        """A new one for a step with a state."""
         name = state.layer, state.part
         assert name not in self._numbers, "two states of one name"
         self._numbers[name] = self.plan.add_state(state.floats)
         return self._numbers[name]
 
     def by_layer(self, program: Program) -> tuple[tuple[int, ...], ...]:
-        """Those of each layer, in the order of `Program.kv_memory`."""
+        """Returns the numbers of each layer, in the order of `Program.kv_memory`."""
         layers: dict[int, list[int]] = {}
         for kept in program.kv_memory:
             part = kept.part if isinstance(kept, SequenceState) else None

@@ -1,4 +1,4 @@
-"""Scans and norms in a plan of the native executor: weights of heads and of groups are rows of matrices in the file."""
+"""Emits scans and norms into a plan of the native executor: the file has weights of heads and groups as matrix rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.model.program import RmsNorm, Scan
 
 
 def add_scan(plan: Plan, step: Scan, buffers: tuple[int, int, int], layer: int, weights: Mapping[str, Weight]) -> None:
-    """`buffers`: of x, dt and out; `layer`: the plan's number of the state's memory."""
+    """Emits a scan. `buffers`: x, dt and out; `layer`: the plan's number of the state's memory."""
     bias, decay, skip = (weights[name] for name in (step.bias, step.decay, step.skip))
     plan.scan(*buffers, layer, step.groups, step.state_size, bias.vector, decay.matrix, skip.matrix)
 

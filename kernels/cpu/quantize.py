@@ -1,5 +1,5 @@
-"""Weights into the blocks of a model file. Each row by itself: the bytes do not depend on how rows are cut into chunks,
-on threads, or on the feature level."""
+"""Quantizes weights to the blocks of a model file. Each row is independent: the bytes do not depend on chunks, threads
+or the feature level."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.quant_types import QuantType
 
 QUANTIZED_TYPES = SUPPORTED_TYPES
-"""What weights can be turned into, and be taken from."""
+"""The quant types that weights can be converted to and from."""
 
 MOST_SCALED = 65504.0
 """The largest half: no block scale is larger, so no weight can be."""
@@ -23,20 +23,19 @@ MOST_SCALED = 65504.0
 _LEAST_IMPORTANCE = 1e-6
 
 _CAST_NUMBERS = {QuantType.F32: 0, QuantType.F16: 1, QuantType.BF16: 2, QuantType.Q8_0: 3}
-"""The native module's (kernels/cpu/native/runtime/dtype_cast.h)."""
+"""The native module's numbers of the types (kernels/cpu/native/runtime/dtype_cast.h)."""
 
 
 def narrowed(values: NDArray[Any], stored: QuantType, quant_type: QuantType) -> NDArray[np.uint8] | None:
-    """The bytes of contiguous `values` [..., k], which are F32, F16 or BF16, in one of these types or Q8_0, rounded to
-    nearest, without the interpreter's lock; None where a number is none, is infinite, or does not fit a float16 that is
-    wanted. k is a multiple of the type's block."""
+    """Rounds contiguous F32, F16 or BF16 `values` [..., k] to nearest in one of these types or Q8_0, without the GIL.
+    Returns None if a number is not finite or does not fit float16. k is a multiple of the type's block."""
     out = np.empty(values.size // quant_type.info.block_size * quant_type.info.block_bytes, np.uint8)
     numbers = _CAST_NUMBERS[stored], _CAST_NUMBERS[quant_type]
     return out if _native.cast_dtype(values.reshape(-1).view(np.uint8), numbers[0], out, numbers[1]) else None
 
 
 def to_floats(quant_type: QuantType, data: bytearray, width: int) -> Float32:
-    """Whole rows as a model file holds them -> float32 [rows, width]."""
+    """Converts whole rows of a model file to float32 [rows, width]."""
     stored = np.frombuffer(data, np.uint8)
     if quant_type in (QuantType.F32, QuantType.F16, QuantType.BF16):
         return to_float(quant_type, stored).reshape(-1, width)
@@ -46,15 +45,15 @@ def to_floats(quant_type: QuantType, data: bytearray, width: int) -> Float32:
 
 
 def most_of(quant_type: QuantType) -> float:
-    """No weight of a type may be larger."""
+    """Returns the largest magnitude of a weight of this type."""
     return float(np.finfo(np.float32).max) if quant_type in (QuantType.F32, QuantType.BF16) else MOST_SCALED
 
 
 def quantize(
     quant_type: QuantType, x: Float32, importance: Float32 | None, feature_level: str = ""
 ) -> NDArray[np.uint8]:
-    """Weights [rows, width], none beyond `most_of` the type, -> bytes [rows, row bytes]. `importance` [width] says how
-    much an error in a column matters: positive, its mean is 1."""
+    """Quantizes weights [rows, width], none beyond `most_of` the type, to bytes [rows, row bytes]. `importance` [width]
+    weighs errors by column: positive, with mean 1."""
     match quant_type:
         case QuantType.F32:
             return x.view(np.uint8)
@@ -69,7 +68,7 @@ def quantize(
 
 
 def as_importance(means: Float32) -> Float32:
-    """Mean squares of inputs [columns] as `quantize` takes them: 1 in the mean, and nowhere quite nothing."""
+    """Scales mean squares of inputs [columns] to a mean of 1, as `quantize` takes them, and keeps each positive."""
     mean = float(means.mean(dtype=np.float64))
     if mean <= 0:
         return np.ones_like(means)

@@ -1,4 +1,4 @@
-"""Whether the native module can hold a program's whole numbers: it counts in int32, Python without bounds."""
+"""Checks that int32 of the native module can hold a program's integers, which Python does not bound."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX: Final = (1 << 31) - 1
 
 
 def check_ranges(program: Program, limits: StageLimits) -> None:
-    """ValueError naming a number of a step or a limit that no int32 holds."""
+    """Raises ValueError that names a number of a step or limit outside int32."""
     for value in (limits, program.hidden, program.out, *program.steps, *program.states):
         for place, number in _integers(value):
             if not -_MAX <= number <= _MAX:
@@ -21,7 +21,7 @@ def check_ranges(program: Program, limits: StageLimits) -> None:
 
 
 def _integers(value: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Whole numbers of a dataclass and of dataclasses in it, with their names; tuples have only fractions."""
+    """Yields the integers of a dataclass and its nested dataclasses, with names; tuples have only fractions."""
     for field in fields(value):
         item = getattr(value, field.name)
         if isinstance(item, int):

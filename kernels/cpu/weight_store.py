@@ -1,4 +1,4 @@
-"""Weights read from the model file, or taken from the packed layers on disk, and shared by stages."""
+"""Weights that are read from the model file or the packed-weight cache, and shared by stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class WeightStore:
         self._loaded: WeakValueDictionary[tuple[object, ...], Weight] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> dict[str, Weight]:
-        """ModelFileError for a tensor of the wrong shape or of a type without kernels, or a file that changed."""
+        """Raises ModelFileError for a tensor of the wrong shape or a type without kernels, or for a changed file."""
         check_weights(program, tensors)
         with self._lock:
             weights = {name: self._loaded.get(_key(tensors[name])) for name in program.weights}
@@ -38,7 +38,7 @@ class WeightStore:
         return present | missing
 
     def held_bytes(self, tensors: Iterable[Tensor]) -> int:
-        """Of those tensors that a stage holds now."""
+        """Returns the bytes of those tensors that a stage holds now."""
         with self._lock:
             return sum(tensor.resident_bytes for tensor in tensors if _key(tensor) in self._loaded)
 

@@ -1,4 +1,4 @@
-"""The CUDA backend: a program runs as launches on one GPU, with the bits of the CPU's."""
+"""The CUDA backend: launches on one GPU run a program, with the bits of the CPU's backend."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _RESERVED_SHARE = 256
 
 
 class CudaBackend:
-    """See `kernels.backend.Backend`; a GPU's memory is what it counts. `threads` pack weights for it; without `graphs`
-    each launch is made anew in each step."""
+    """Implements `kernels.backend.Backend` in a GPU's memory. `threads` pack weights; without `graphs` every step makes
+    its launches anew."""
 
     numerics_version = NUMERICS_VERSION
 
@@ -52,7 +52,6 @@ class CudaBackend:
         *,
         graphs: bool = True,
     ) -> None:
-        """`name`: "cuda:N"."""
         major, minor = device.compute_capability
         self.name = self.device = name
         self.feature_level = f"sm_{major}{minor}"
@@ -64,7 +63,7 @@ class CudaBackend:
 
     @property
     def free_bytes(self) -> int:
-        """Without what kernels and graphs will take; caches of experts give theirs back."""
+        """The bytes free without those of future kernels and graphs; caches of experts give theirs back."""
         cached_bytes = sum(cache.n_bytes for cache in tuple(self._caches))
         with self._gpu_lock.driver_errors():
             return max(0, self._device.free_bytes + cached_bytes - self._device.memory_bytes // _RESERVED_SHARE)
@@ -74,18 +73,18 @@ class CudaBackend:
         return Gpu(self.device, device.name, device.memory_bytes, self.free_bytes, device.uuid)
 
     def measure(self) -> DeviceProfile:
-        """What kernels reach; blocks for part of a second."""
+        """Measures the rates that kernels reach; blocks for part of a second."""
         with self._gpu_lock.exclusive():
             return DeviceProfile(*measure(self._device))
 
     def limits(self) -> DeviceProfile:
-        """What the GPU can do at best."""
+        """Measures the GPU's peak rates."""
         with self._gpu_lock.exclusive():
             return DeviceProfile(*limits(self._device))
 
     @contextmanager
     def cache_flush(self) -> Iterator[Callable[[], None]]:
-        """Yields a function that flushes the GPU's cache. InsufficientMemoryError where memory is short."""
+        """Yields a function that flushes the GPU's cache. Raises InsufficientMemoryError if memory is short."""
         with self._gpu_lock.exclusive():
             memory = allocate_flush(self._device)
 
@@ -100,8 +99,8 @@ class CudaBackend:
                 memory.close()
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
-        """ModelFileError for weights without kernels or figures that do not fit together; InsufficientMemoryError
-        where the device has too little memory. Caches of experts that are there end."""
+        """Raises ModelFileError for weights without kernels or a program that does not hold together, and
+        InsufficientMemoryError if the device's memory is short. Closes all caches of experts."""
         for cache in tuple(self._caches):
             cache.close()
         plan = _plan(program, tensors, limits, LaunchLimits.of(self._device))
@@ -123,7 +122,6 @@ class CudaBackend:
         limits: StageLimits,
         n_bytes: int,
     ) -> CudaExpertsCache | None:
-        """See `kernels.backend.ExchangingBackend`."""
         assert isinstance(stage, CudaStage)
         weights = {name: Weights(tensors[name].quant_type, tensors[name].shape) for name in program.weights}
         rows = min(limits.max_batch_tokens, MOST_CACHED_ROWS)
@@ -138,7 +136,7 @@ class CudaBackend:
     def _weights_and_kernels(
         self, plan: Plan, tensors: Mapping[str, Tensor], progress: Progress
     ) -> tuple[LayerMemory, ...]:
-        """Kernels are compiled while weights are brought, where that is still to be done: seconds."""
+        """Loads weights while a thread compiles the kernels that are not on disk yet, which takes seconds."""
         by_module = groupby(sorted(plan.kernels), key=lambda kernel: kernel.rpartition(".")[0])
         modules = [tuple(kernels) for _, kernels in by_module]
         told = LoadProgress(progress, plan.weight_bytes, len(modules))
@@ -165,20 +163,21 @@ class CudaBackend:
         return workspace_bytes(program, tensors, limits)
 
     def close(self) -> None:
-        """No stage may be left."""
+        """Closes the device; no stage may be left."""
         self._device.close()
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """What a stage takes on a GPU beside weights and KV memory: buffers, and what is rounded up. Needs no GPU.
-    ModelFileError for what cannot be computed."""
+    """Returns the bytes of a stage on a GPU beside weights and KV memory: buffers, and what is rounded up. Needs no
+    GPU. Raises ModelFileError for a program that GPUs cannot compute."""
     plan = _plan(program, tensors, limits)
     rounded = plan.kv_allocated_bytes - kv_bytes(program, limits)
     return plan.buffers_allocated_bytes + rounded + rounded_weight_bytes(program, tensors)
 
 
 def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """The same but for weights, at most, with any number of KV blocks: before these are known."""
+    """Returns an upper bound of `workspace_bytes` without rounded weights, for a number of KV blocks that is not yet
+    known."""
     if program.window is not None:
         limits = replace(limits, window_blocks=1)  # they have a table of their own
     weights = _checked_weights(program, tensors)
@@ -187,13 +186,13 @@ def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits
 
 
 def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:
-    """What weights take on a GPU beyond their bytes, since each layer is a piece of memory of its own."""
+    """Returns the bytes that weights take beyond their own, since each layer is a separate allocation."""
     layers = layers_of_weights(tensors[name] for name in program.weights)
     return sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)
 
 
 def _check_part(program: Program) -> None:
-    """ModelFileError for layers that read more than the hidden state of layers before them."""
+    """Raises ModelFileError for layers that read more than the hidden state of the layer before them."""
     known = set() if program.is_first else {program.hidden.name}
     stored: set[int] = set()
     for step in program.steps:
@@ -214,7 +213,7 @@ def _plan(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, 
 
 
 def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weights]:
-    """Without addresses. ModelFileError or UsageError for a program that is not computed."""
+    """Returns weights without addresses. Raises ModelFileError or UsageError for a program that GPUs do not compute."""
     if any(isinstance(step, MixtureStep) for step in program.steps):
         raise ModelFileError("a part of the experts of a layer is not computed on GPUs; set device: cpu for its worker")
     if not program.is_causal:

@@ -1,6 +1,6 @@
 """Weights on a GPU: the CPU's packed tiles, uploaded layer by layer.
 
-While a layer goes through two pinned buffers, the next one is packed; then its host memory is given back.
+The next layer is packed while one is uploaded through two pinned buffers; then its host memory is freed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _KERNELS_SHARE = 10
 
 
 class LayerMemory:
-    """GPU memory of a layer's weights, or of one weight outside layers. Freed with the last reference."""
+    """GPU memory of a layer's weights, or of one weight outside layers. It is freed with the last reference."""
 
     def __init__(self, layer: LayerTensors, buffer: Buffer) -> None:
         self.buffer = buffer
@@ -45,7 +45,7 @@ class LayerMemory:
 
 @dataclass(frozen=True, slots=True)
 class LayerTensors:
-    """The tensors of one layer in the order of memory: matrices, then vectors; or one tensor that is in no layer."""
+    """The tensors of one layer in the order of memory, matrices before vectors; or one tensor outside layers."""
 
     tensors: tuple[Tensor, ...]
 
@@ -55,7 +55,7 @@ class LayerTensors:
 
     @property
     def offsets(self) -> Iterator[tuple[Tensor, int]]:
-        """Where each begins. Matrices lie as in the packed layer: multiples of 16 bytes."""
+        """Yields each tensor's offset. Matrices lie as in the packed layer: at multiples of 16 bytes."""
         at = 0
         for tensor in self.tensors:
             yield tensor, at
@@ -72,16 +72,14 @@ class LayerTensors:
 
 
 def layers_of_weights(tensors: Iterable[Tensor]) -> list[LayerTensors]:
-    """All tensors, those of a layer together."""
     groups = by_layer(tensors).values()
     return [LayerTensors(tuple(sorted(group, key=lambda tensor: len(tensor.shape) == 1))) for group in groups]
 
 
 class DeviceWeights:
-    """Loads layers and shares them between stages."""
+    """Loads layers and shares them between stages, which may compute meanwhile."""
 
     def __init__(self, gpu_lock: GpuLock, threads: int, packed_cache: PackedCacheFolder | None) -> None:
-        """Stages may compute while others load."""
         self._gpu_lock = gpu_lock
         self._threads = threads
         self._packed_cache = None if packed_cache is None else PackedCache(packed_cache)
@@ -89,8 +87,8 @@ class DeviceWeights:
         self._loaded: WeakValueDictionary[tuple[object, ...], LayerMemory] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> tuple[LayerMemory, ...]:
-        """The memory of the program's weights. Errors as of the CPU's `WeightStore.load`; InsufficientMemoryError where
-        the device has too little memory."""
+        """Returns the memory of the program's weights. Raises the errors of the CPU's `WeightStore.load`, and
+        InsufficientMemoryError if the device's memory is short."""
         check_weights(program, tensors)
         layers = layers_of_weights(tensors[name] for name in program.weights)
         with self._lock:
@@ -101,7 +99,7 @@ class DeviceWeights:
         return (*held.values(), *made.values())
 
     def held_bytes(self, tensors: Iterable[Tensor]) -> int:
-        """Bytes of those tensors whose layers a stage holds now."""
+        """Returns the bytes of those tensors whose layers a stage holds now."""
         with self._lock:
             layers = layers_of_weights(tensors)
             return sum(layer.resident_bytes for layer in layers if layer.key in self._loaded)
@@ -152,7 +150,6 @@ class _Uploads:
                 self._free[turn] = self._gpu_lock.device.event()
 
     def wait(self) -> None:
-        """Returns when all uploads are complete."""
         for turn in range(len(self._free)):
             self._wait(turn)
 
@@ -164,8 +161,8 @@ class _Uploads:
 
 
 class LoadProgress:
-    """Reports all weight bytes; 1 / `_KERNELS_SHARE` of them as modules are compiled, so that a load that waits for the
-    compiler makes progress. Thread-safe."""
+    """Reports weight bytes. 1 / `_KERNELS_SHARE` of them are reported as modules are compiled, so that a load that
+    waits for the compiler makes progress. Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress
@@ -175,7 +172,6 @@ class LoadProgress:
         self._lock = Lock()
 
     def add_bytes(self, n_bytes: int) -> None:
-        """Counts uploaded weights."""
         with self._lock:
             self._uploaded_bytes += n_bytes
             self._report()

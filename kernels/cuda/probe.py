@@ -1,5 +1,5 @@
-"""Measures a GPU: rates of matrix products (weight bytes with one row, multiply-accumulates with many rows), and peak
-rates; flushes its cache before a measurement."""
+"""Measures a GPU's rates of matrix products (weight bytes with one row, multiply-accumulates with many rows) and its
+peak rates; flushes its cache before a measurement."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from llamaclust.model.quant_types import QuantType
 _KIND = QuantType.Q4_0
 _COLS = 4096
 _TILES_AN_SM = 16
-"""Of 16 rows: two such matrices are more than a last cache holds."""
+"""The tiles of 16 rows for each multiprocessor: two matrices of these are larger than a last-level cache."""
 _MANY_ROWS = 128
 _BLOCK, _PIECE_BYTES = 256, 65536
 _ROUNDS, _MACS = 1024, 8 * 16 * 32 * 8
-"""Of src/limits.cu."""
+"""The counts of src/limits.cu."""
 _READ_BYTES = 1 << 30
 _FLUSHED_BYTES = 256 << 20
-"""More than the largest last-level cache of a GPU (126 MiB)."""
+"""More bytes than the largest last-level cache of a GPU has (126 MiB)."""
 _SCALES = (1 / 1024, 1 / 64, 1 / 8, 1.0)
 _LONG_S = 0.002
-"""Work that takes so long is large enough to tell a rate; it is repeated for `_REPEATED_S`."""
+"""Work that takes so long is large enough to measure a rate; it is repeated for `_REPEATED_S`."""
 _REPEATED_S = 0.02
 
 _Work = tuple[Sequence[Launch], float]
-"""Launches, and what they do in all: bytes or multiply-accumulates."""
+"""Launches, and the bytes or multiply-accumulates of all of them."""
 
 
 def measure(device: Device) -> tuple[float, float]:
-    """(bytes a second, multiply-accumulates a second), in less than half a second on any GPU. Where little memory is
-    free, of smaller matrices."""
+    """Returns (bytes a second, multiply-accumulates a second), in less than half a second on any GPU. Matrices are
+    smaller if little memory is free."""
     tile = matmul.Weights(_KIND, (16, _COLS))
     tile_bytes, x_bytes = tile.tile_bytes, matmul.activation_bytes(tile.activation, _MANY_ROWS, _COLS)
     room = (device.free_bytes // 2 - x_bytes) // (2 * tile_bytes + 4 * 16 * _MANY_ROWS)
@@ -68,7 +68,7 @@ def measure(device: Device) -> tuple[float, float]:
 
 
 def limits(device: Device) -> tuple[float, float]:
-    """(bytes a second, multiply-accumulates a second) that no kernel exceeds: plain reads, products of registers."""
+    """Returns peak (bytes a second, multiply-accumulates a second): plain reads, and products of registers."""
     pieces, blocks = min(_READ_BYTES, device.free_bytes // 4) // _PIECE_BYTES, 8 * device.sms
     with closing(device.allocate(pieces * _PIECE_BYTES)) as memory, closing(device.allocate(4)) as out:
 
@@ -87,8 +87,8 @@ def limits(device: Device) -> tuple[float, float]:
 
 
 def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
-    """A second, by the smallest work that takes long enough, or all of it. The first launch of a kernel loads it, which
-    takes milliseconds; more work may be another kernel's."""
+    """Returns the rate of the smallest work that takes long enough, or of all work. The first run of a kernel is not
+    counted, since it loads the kernel, which takes milliseconds."""
     for scale in _SCALES:
         work, amount = work_at(scale)
         taken_s = min(_taken_s(device, work, 1) for _ in range(2))
@@ -111,14 +111,14 @@ def _taken_s(device: Device, work: Sequence[Launch], times: int) -> float:
 
 
 def allocate_flush(device: Device) -> Buffer:
-    """Memory whose read replaces the content of the GPU's cache, as other weights do between two tokens; at most a
-    quarter of the free memory. InsufficientMemoryError if too little is free."""
+    """Allocates memory whose read replaces the GPU cache's content, like the weights between two tokens; at most a
+    quarter of the free memory. Raises InsufficientMemoryError if too little is free."""
     pieces = max(4, min(_FLUSHED_BYTES, device.free_bytes // 4) // _PIECE_BYTES)
     return device.allocate(pieces * _PIECE_BYTES)
 
 
 def flush_cache(device: Device, memory: Buffer) -> None:
-    """Returns after the read, at most about a millisecond."""
+    """Returns after the read, within about a millisecond."""
     args = memory.at(), np.int32(memory.n_bytes // _PIECE_BYTES), memory.at()
     device.launch(Launch("limits.read", (8 * device.sms, 1, 1), (_BLOCK, 1, 1), args))
     device.synchronize()

@@ -1,1 +1,1 @@
-"""From a program to launches over buffers at fixed addresses, and their execution."""
+"""Compiles programs to launches over buffers at fixed addresses, and executes them."""

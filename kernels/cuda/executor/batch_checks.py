@@ -1,6 +1,6 @@
-"""What a microbatch needs of a stage, checked before it runs, by the rules of the CPU's executor (batch_checks.cpp):
-kernels must not reach memory that is not its own. Tokens are checked where microbatches are decoded. In plain Python
-where there is little to check, since NumPy's calls take longer."""
+"""Checks a microbatch against a stage's limits before it runs, by the rules of the CPU's executor (batch_checks.cpp):
+kernels must not access memory outside their buffers. Tokens are checked where microbatches are decoded. Plain Python is
+faster than NumPy on such small arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """`window`: the largest one of layers that give up KV blocks behind it. ValueError where it exceeds the limits."""
+    """Raises ValueError if the batch exceeds the limits. `window`: the largest window of layers that release blocks out
+    of it."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     _check_range("rows", rows, 1, limits.max_batch_tokens + 1)
@@ -47,7 +48,7 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
 
 
 def _check_starts(what: str, starts: Sequence[int], end: int, least: int) -> None:
-    """From 0, each at least so far from the one before, to `end`."""
+    """Checks that starts go from 0 to `end` in steps of at least `least`."""
     if not starts or starts[0] != 0:
         raise ValueError(f"batch: {what} {starts[0] if starts else -1} against 0")
     for before, start in pairwise(starts):
@@ -58,7 +59,7 @@ def _check_starts(what: str, starts: Sequence[int], end: int, least: int) -> Non
 
 
 def _check_positions(positions: Sequence[int], context_tokens: int, room: int) -> None:
-    """Those of a sequence follow each other, and its table has a block for each."""
+    """Checks that a sequence's positions are consecutive and that its block table holds them."""
     end = positions[0] + len(positions)
     _check_range("position", positions[0], 0, context_tokens - len(positions) + 1)
     for wanted, position in zip(range(positions[0], end), positions, strict=True):
@@ -69,7 +70,7 @@ def _check_positions(positions: Sequence[int], context_tokens: int, room: int) -
 
 
 def _check_blocks(what: str, blocks: NDArray[np.int32], end: int) -> None:
-    """Of a table's part that is read: each in KV memory."""
+    """Checks the part of a block table that is read: each block is in KV memory."""
     for block in (int(blocks.min()), int(blocks.max())):
         _check_range(what, block, 0, end)
 

@@ -13,12 +13,12 @@ from llamaclust.model.program import Program, Step, weights_of
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _OUTSIDE = -1
 _TAIL = 3
-"""Steps at the end of a layer that a launch may join to the next layer's first ones."""
+"""The steps at a layer's end that a launch may join to the next layer's first steps."""
 
 
 def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program:
-    """One layer of each kind behind each end of a layer before it: launches are made of steps of one layer, or of the
-    last steps of one and the first ones of the next."""
+    """Keeps one layer of each kind behind each kind of layer end: a launch has steps of one layer, or the last steps of
+    a layer and the first steps of the next."""
     if any(step.shares_kv for step in attention_steps(program)):
         return program  # layers name others
     groups = _by_layer(program.steps)
@@ -32,7 +32,7 @@ def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program
 
 
 def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
-    """Steps before the layers, of each layer, and of the head; a step without weights belongs to the one before it."""
+    """Groups steps: before the layers, by layer, of the head; a step without weights belongs to the step before it."""
     groups: list[list[Step]] = [[]]
     current = _OUTSIDE
     for step in steps:
@@ -47,7 +47,7 @@ def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 def _kind(steps: Sequence[Step], weights: Mapping[str, Weights]) -> str:
-    """Equal for layers that differ by their number alone."""
+    """Returns a key that is equal for layers that differ by their number alone."""
     names = weights_of(steps)
     number = next((match[1] for name in names if (match := _LAYER.match(name)) is not None), None)
     types = [(weights[name].quant_type, weights[name].shape) for name in names]

@@ -1,4 +1,4 @@
-"""Steps of a program as launches: which kernels, over which buffers."""
+"""Emits steps of a program as launches: which kernels, over which buffers."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ from llamaclust.model.quant_types import ActivationFormat
 
 
 def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.float32]:
-    """Of each `step.length` positions, counted from `-step.offset`, that a context of so many tokens has."""
+    """Returns the factor of each `step.length` positions, counted from `-step.offset`, up to `context_tokens`."""
     lengths = range(1, (context_tokens - 1 + step.offset) // step.length + 2)
     return np.array([1 + step.factor * log(length) for length in lengths], np.float32)
 
 
 def _first_in_order(launches: Iterator[Launch | HostStep]) -> Iterator[Launch | HostStep]:
-    """The first one overlaps nothing: kernels behind it may read what was written before it without waiting."""
+    """Keeps the first launch from overlapping: kernels behind it may read what was written before it without
+    waiting."""
     for number, launch in enumerate(launches):
         yield replace(launch, in_order=True) if number == 0 and isinstance(launch, Launch) else launch
 
 
 @dataclass(frozen=True, slots=True)
 class Emitter:
-    """Emits the launches of a program for one shape."""
-
     ops: Operands
 
     def launches(self) -> Iterator[Launch | HostStep]:
@@ -128,7 +127,7 @@ class Emitter:
         yield matmul.multiply(products, self.ops.activation_of(products[0].weights, at), self.ops.rows, self.ops.gpu)
 
     def _lines_by_head(self, heads: int) -> matmul.Experts:
-        """Which rows of products by head are of which head, once for all layers."""
+        """Returns the lines of products by head, grouped by head, once for all layers."""
         ops, bucket = self.ops, self.ops.rows.bucket
         piece = matmul.expert_piece(bucket * heads, heads)
         most_items = heads * -(-bucket // piece)
@@ -228,7 +227,7 @@ class Emitter:
                 yield elementwise.elementwise(operation, (x, *others, *numbers), out, width, rows)
 
     def _bias(self, step: ir.LayerNorm) -> np.uint64:
-        """Zeros where it has none."""
+        """Returns the address of the bias; zeros if the norm has none."""
         if step.bias is not None:
             return self.ops.vector(step.bias)
         return self.ops.layout.constant(np.zeros(step.out.width, np.float32))
@@ -238,7 +237,7 @@ class Emitter:
         return self.ops.layout.constant(factors)
 
     def _rotations(self) -> Iterator[Launch]:
-        """Of every table, once for all layers."""
+        """Emits the rotation of every table once for all layers."""
         positions, steps = self.ops.inputs.positions, self.ops.program.steps
         for table in dict.fromkeys(step.table for step in steps if isinstance(step, ir.Rope)):
             frequencies = self.ops.layout.constant(np.array(table.frequencies, np.float64))
@@ -257,11 +256,11 @@ class Emitter:
         return attention.AttentionLaunches(ops.gpu, room, ops.inputs, shape.rows, limits.max_sequences, shape.decode)
 
     def _attention_plan(self, step: ir.Attention) -> np.uint64:
-        """How rows are divided into tiles and spans, once for all layers of equal shape."""
+        """Returns the address of the plan of tiles and spans, one for all layers of equal shape."""
         return self.ops.layout.at(("attention", attention.likeness(step)), self._attention.room.plan_bytes)
 
     def _attend(self, attended: Attended) -> Iterator[Launch]:
-        """The result is in the wanted format alone, if the kernel supports it."""
+        """Emits attention. The result is in the wanted format alone, if the kernel supports it."""
         ops, attend, launches, wanted = self.ops, attended.attend, self._attention, attended.format
         step = attend.attention
         if not attended.rotates:

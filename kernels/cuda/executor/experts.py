@@ -1,4 +1,4 @@
-"""A mixture of experts as launches: the router's choice, products of the lines of each expert, their sums."""
+"""Emits a mixture of experts as launches: the router's choice, products of each expert's lines, their sums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """Weights of all experts, their biases if they have any, and where the result of each line goes."""
+    """The weights of all experts, their biases if any, and the address of the lines' results."""
 
     weight: str
     bias: str | None
@@ -45,7 +45,7 @@ class ExpertsEmitter:
         yield experts.combine(step, down, self._chosen, ops.out(step.out), rows)
 
     def line_products(self, piece: int, out: np.uint64) -> Iterator[Launch]:
-        """What experts make of their lines; `piece` as lines were grouped."""
+        """Emits the experts' products of their lines; `piece`: the grouping of lines."""
         step, inner = self.step, self._inner
         yield from self._multiply_inputs(inner, piece)
         yield from self._activated(inner)
@@ -53,7 +53,7 @@ class ExpertsEmitter:
         yield from self._products((down,), self._activations, self._lines(piece, 1))
 
     def _multiply_inputs(self, inner: Sequence[_Product], piece: int) -> Iterator[Launch]:
-        """Of each row the products of its experts; of each line, where weights multiply inputs."""
+        """Emits the products of each row with its experts, or of each line if weights multiply inputs."""
         step, ops, names = self.step, self.ops, [product.weight for product in inner]
         if not step.options.weighs_inputs:
             yield from ops.quantize(step.x, names)
@@ -88,13 +88,13 @@ class ExpertsEmitter:
 
     @property
     def _inner(self) -> tuple[_Product, ...]:
-        """Gate and up, or both in one."""
+        """The products with gate and up, or with both in one matrix."""
         step = self.step
         outs = (self.ops.scratch(f"expert {place}", step.inner_width, step.used) for place in range(len(step.inner)))
         return tuple(map(_Product, step.inner, step.inner_biases, outs))
 
     def _activated(self, inner: Sequence[_Product]) -> Iterator[Launch]:
-        """What is made of gate and up, or of up alone: floats if down has float weights, else quantized."""
+        """Emits the activation of gate and up, or of up alone: floats if down has float weights, else quantized."""
         step, ops = self.step, self.ops
         lines, kind, out = ops.rows.times(step.used), ops.weights[step.down].activation, self._activations
         gate, up = inner[0].out, inner[-1].out
@@ -115,7 +115,7 @@ class ExpertsEmitter:
 
     @property
     def _activations(self) -> np.uint64:
-        """Of the product with down."""
+        """The address of the activations that down multiplies."""
         step, ops, name = self.step, self.ops, "expert activations"
         kind = ops.weights[step.down].activation
         if kind is ActivationFormat.F32:
@@ -123,7 +123,7 @@ class ExpertsEmitter:
         return ops.activations(kind, name, step.ffn_width, step.used)
 
     def _lines(self, piece: int, divisor: int) -> matmul.Experts:
-        """`divisor`: how many lines share a row of what is multiplied."""
+        """`divisor`: the number of lines that share a row of the activations."""
         chosen, most_items = self._chosen, experts.max_items(self.step, self.ops.rows.bucket, piece)
         return matmul.Experts(
             chosen.items, chosen.item_count, chosen.lines, most_items, piece, divisor, self._bias_rows
@@ -142,7 +142,8 @@ class ExpertsEmitter:
 
     @property
     def _bias_rows(self) -> int:
-        """Products read biases of float32 in their tiles; others are dequantized, one row after the other."""
+        """The rows of a bias tile: products read float32 biases in their tiles; others are dequantized to plain
+        rows."""
         is_plain = all(self.ops.weights[name].quant_type is QuantType.F32 for name in self.step.biases)
         return TILE_ROWS if self.step.biases and is_plain else 1
 

@@ -14,16 +14,16 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.model.steps.options import ActivationFunction
 
 _MOST_STEPS = 4
-"""Steps that become one, and the one that reads the result, at most."""
+"""The most steps that become one, with the step that reads the result."""
 
 TypeOf = Callable[[str], QuantType]
-"""The quant type of a weight, by name."""
+"""Returns a weight's quant type by its name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A sum, if there is an `add`, and its norm in the formats that the products after it ask for: F32, which later
-    steps may read as well, or others."""
+    """The norm of a row, or of the sum `add`, in the formats of the products after it: F32, which later steps may read
+    as well, or 8-bit ones."""
 
     norm: ir.RmsNorm
     add: ir.Add | None
@@ -32,7 +32,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """`out` = activation(gate) * up in the format of the product after it, and in no other."""
+    """`out` = activation(gate) * up, only in the format of the product after it."""
 
     gate: ir.Buffer
     up: ir.Buffer
@@ -43,8 +43,8 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Attention behind norms of each head of queries, keys or both. `format`: the only one in which its result is read,
-    if this has eight bits."""
+    """Attention behind norms of the heads of queries, keys or both. `format`: the only format in which its result is
+    read, if this has eight bits."""
 
     attend: Attend
     norms: tuple[ir.RmsNorm, ...] = ()
@@ -52,12 +52,13 @@ class Attended:
 
     @property
     def steps(self) -> tuple[ir.Step, ...]:
-        """Those of the program that it fuses."""
+        """The program's steps that are fused."""
         return *self.norms, *_plain(self.attend)
 
     @property
     def rotates(self) -> bool:
-        """Whether queries and keys have one rotation, which attention's kernels do; others are steps before it."""
+        """True if queries and keys have one rotation, which attention's kernels compute; other rotations are separate
+        steps."""
         q, k = self.attend.rotate_q, self.attend.rotate_k
         return q is not None and k is not None and (q.table, q.style) == (k.table, k.style)
 
@@ -66,7 +67,7 @@ GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
-    """The program's steps in groups; nothing that a later step can see is different. `Products` have one type."""
+    """Groups the program's steps; what later steps read is unchanged. `Products` have one quant type."""
     steps = tuple(fuse(program))
     at = done = 0  # of these; of the program's own
     while at < len(steps):
@@ -88,11 +89,12 @@ class _Reader:
     type_of: TypeOf
 
     def is_read(self, out: ir.Buffer, makers: int) -> bool:
-        """Whether it is read behind the next `makers` steps of the program."""
+        """True if a step behind the next `makers` steps of the program reads `out`."""
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """The formats of `out` that the `makers` steps before `reader` must write; empty if it does not read it."""
+        """Returns the formats of `out` that the `makers` steps before `reader` must write; empty if `reader` does not
+        read it."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)
@@ -103,7 +105,7 @@ class _Reader:
 
 
 def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
-    """How many of the next steps go together, and as what."""
+    """Returns the number of next steps that are fused, and the fused step."""
     if (attended := _attended(steps, reader)) is not None:
         return attended
     match steps:
@@ -125,7 +127,7 @@ def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
 
 
 def _attended(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, Attended] | None:
-    """Attention, if the next steps are norms of its heads, and it."""
+    """Fuses attention with norms of its heads, if the next steps are these."""
     norms: list[ir.RmsNorm] = []
     for count, step in enumerate(steps, 1):
         if isinstance(step, Attend):
@@ -142,7 +144,7 @@ def _attended(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, Attende
 
 
 def _fuses_norms(attended: Attended, reader: _Reader) -> bool:
-    """Whether the kernels that rotate and store can normalize heads before, and no other step reads these."""
+    """True if the kernels that rotate and store can normalize heads first, and no other step reads the norms."""
     attend, step, norms = attended.attend, attended.attend.attention, attended.norms
     read = step.reads
     heads = dict(zip((buffer.name for buffer in read[:2]), (step.heads, step.kv_heads), strict=False))
@@ -166,12 +168,12 @@ def _fits(norm: ir.RmsNorm) -> bool:
 
 
 def _single(formats: frozenset[ActivationFormat]) -> ActivationFormat | None:
-    """The only format, if it has eight bits."""
+    """Returns the only format, if it has eight bits."""
     return next(iter(formats)) if len(formats) == 1 and ActivationFormat.F32 not in formats else None
 
 
 def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
-    """The weights of a step that multiplies x."""
+    """Returns the weights of a step that multiplies x."""
     if isinstance(step, Products) and step.x == x:
         return tuple(product.weight for product in step.steps)
     if isinstance(step, ir.Moe) and step.routed is None and step.x == x:
@@ -180,12 +182,12 @@ def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
 
 
 def _weighs_inputs(step: FusedStep) -> bool:
-    """Whether it reads floats of its input beside what its router multiplies."""
+    """True for a mixture that reads its input as floats, beside the router's product."""
     return isinstance(step, ir.Moe) and step.options.weighs_inputs
 
 
 def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
-    """Groups of equal type, at most as large as a launch takes."""
+    """Splits products into groups of one quant type, at most as large as a launch takes."""
     alike: dict[QuantType, list[ir.MatMul]] = {}
     for step in products.steps:
         alike.setdefault(type_of(step.weight), []).append(step)
@@ -195,7 +197,7 @@ def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
 
 
 def _plain(step: FusedStep) -> tuple[ir.Step, ...]:
-    """The steps of the program that it fuses."""
+    """Returns the program's steps that a fused step stands for."""
     match step:
         case Products() | Adapts():
             return step.steps

@@ -1,4 +1,4 @@
-"""Gathers of a group's member on a GPU: the bytes, and the order, of members on processors."""
+"""Gathers of a group's member on a GPU: bytes and order are those of members on processors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST = np.finfo(np.float32).max
 def gather_rows(
     gatherer: Gatherer, program: Program, host: HostStep, batch_rows: int, own: Float32, whole: Float32
 ) -> None:
-    """Fills `whole`. Where members send int8 values, products quantize its rows to just these."""
+    """Fills `whole`. If members send int8 values, products quantize the rows to the same values."""
     step = host.step
     assert isinstance(step, Gather)
     places, borders, given = band_borders(program, batch_rows, gatherer.bands), list(step.borders), whole
@@ -39,7 +39,7 @@ def gather_rows(
 
 
 def pack(x: Float32, form: ActivationFormat) -> Float32:
-    """Int8 values of each segment, then its scale: as the native step of that name."""
+    """Packs the int8 values of each segment, then its scale, like the native step of this name."""
     columns = int(form)
     segments = x.reshape(len(x), -1, columns)
     top = np.abs(segments).max(axis=-1, keepdims=True)
@@ -53,8 +53,8 @@ def pack(x: Float32, form: ActivationFormat) -> Float32:
 
 
 def unpack(packed: Float32, form: ActivationFormat) -> Float32:
-    """Floats that are quantized to the same values and scales: of every m, ((m / 127) * 127) / 127 is m / 127, each
-    operation rounded."""
+    """Returns floats that quantize to the same values and scales: for every m, ((m / 127) * 127) / 127 is m / 127, with
+    each operation rounded."""
     segments = packed.reshape(len(packed), -1, int(form) // 4 + 1)
     quants = np.ascontiguousarray(segments[..., :-1]).view(np.int8)
     with np.errstate(over="ignore"):

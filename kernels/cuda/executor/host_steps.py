@@ -10,7 +10,7 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(frozen=True, slots=True)
 class HostStep:
-    """The host reads rows of some buffers and writes those of another one."""
+    """A step in which the host reads rows of some buffers and writes those of another buffer."""
 
     step: Across
     number: int  # of its kind, in the order of steps
@@ -27,5 +27,5 @@ class HostStep:
 
     @property
     def row_width(self) -> int:
-        """Floats of a row of all that is read and written."""
+        """The floats of a row of all buffers that are read and written."""
         return sum(buffer.width for buffer in (*self.reads, self.out))

@@ -1,4 +1,4 @@
-"""What a microbatch brings to the device: its numbers in one buffer, at fixed addresses, by one copy."""
+"""The numbers of a microbatch on the device: one buffer at a fixed address, filled by one copy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INT = 4
 
 
 class InputBuffer:
-    """The parts of that buffer, tables last: of it, only what a microbatch has is copied."""
+    """The parts of the input buffer. Tables come last: of them, only what a microbatch has is copied."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits, self._has_states = limits, program.has_states
@@ -39,15 +39,15 @@ class InputBuffer:
         return self._offsets[-1]
 
     def addresses(self, base: int) -> Inputs:
-        """Where they are in a buffer that begins there."""
+        """Returns the parts' addresses in a buffer at `base`."""
         header, *parts = (np.uint64(base + offset) for offset in self._offsets[:-1])
         if not self._window:
             parts[-1] = parts[-2]
         return Inputs(header, header + np.uint64(2 * _INT), *parts[:5], *parts[9:], *parts[5:9])
 
     def fill(self, pinned: NDArray[np.uint8], batch: Batch) -> int:
-        """Writes a microbatch's numbers; returns how many bytes of `pinned` are to be copied. ValueError where it
-        exceeds the limits."""
+        """Writes a microbatch's numbers; returns the bytes of `pinned` to copy. Raises ValueError if limits are
+        exceeded."""
         check_batch(batch, self._limits, self._window)
         numbers = pinned.view(np.int32)
         header = (batch.rows, len(batch.sequence_starts) - 1, len(batch.output_rows))

@@ -1,4 +1,4 @@
-"""What launches refer to: a program, its weights, KV memory and buffers, and limits of the GPU."""
+"""The operands of launches: a program, its weights, KV memory and buffers, and limits of the GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FLOAT = 4
 
 
 KvName = tuple[int, StatePart | None]
-"""A layer's KV memory, or one of its states."""
+"""The name of a layer's KV memory, or of one of its states."""
 
 
 def kv_name(kept: KvLayer) -> KvName:
@@ -32,7 +32,7 @@ def kv_name(kept: KvLayer) -> KvName:
 
 @dataclass(slots=True)
 class BufferLayout:
-    """Named buffers in one allocation. Before `lay_out`, `at` records their sizes; afterwards it gives addresses."""
+    """Named buffers in one allocation. Before `lay_out`, `at` records their sizes; afterwards it returns addresses."""
 
     n_bytes: int = 0
     base: int = 0
@@ -40,7 +40,7 @@ class BufferLayout:
     _offsets: dict[object, int] = field(default_factory=dict)
 
     def at(self, name: object, n_bytes: int) -> np.uint64:
-        """The address of a buffer; 0 before `lay_out`."""
+        """Returns the address of a buffer; 0 before `lay_out`."""
         if not self._offsets:
             self._sizes[name] = max(n_bytes, self._sizes.get(name, 0))
             return np.uint64(0)
@@ -48,17 +48,16 @@ class BufferLayout:
         return np.uint64(self.base + self._offsets[name])
 
     def constant(self, numbers: NDArray[Any]) -> np.uint64:
-        """The address of numbers that are uploaded before the first launch."""
+        """Returns the address of numbers that are uploaded before the first launch."""
         data = numbers.tobytes()
         return self.at(data, len(data))
 
     @property
     def constants(self) -> Iterator[tuple[int, bytes]]:
-        """Their offsets and bytes."""
+        """The offsets and bytes of the constants."""
         return ((offset, name) for name, offset in self._offsets.items() if isinstance(name, bytes))
 
     def lay_out(self) -> None:
-        """Assigns consecutive offsets."""
         for name, n_bytes in self._sizes.items():
             self._offsets[name] = self.n_bytes
             self.n_bytes = aligned(self.n_bytes + n_bytes)
@@ -69,7 +68,7 @@ class BufferLayout:
 
 @dataclass(slots=True)
 class Operands:
-    """Where launches for one shape find them. Addresses are 0 while sizes are computed."""
+    """The operands of launches for one shape. Addresses are 0 while sizes are computed."""
 
     program: Program
     weights: Mapping[str, Weights]
@@ -91,7 +90,6 @@ class Operands:
 
     @property
     def room(self) -> int:
-        """Rows of a buffer."""
         return self.limits.max_outputs if self.selected else self.limits.max_batch_tokens
 
     def out(self, buffer: Buffer) -> np.uint64:
@@ -106,7 +104,8 @@ class Operands:
         self.quantized = {kind: owner for kind, owner in self.quantized.items() if owner != name}
 
     def vector(self, name: str | None) -> np.uint64:
-        """What kernels read as float32: a vector, which is kept as such, or a matrix that a model file has as such."""
+        """Returns the address of float32 numbers: a vector, which is kept as float32, or a matrix that the file has as
+        F32."""
         if name is None:
             return NULL
         weight = self.weights[name]
@@ -114,7 +113,7 @@ class Operands:
         return weight.address
 
     def norm_weight(self, step: RmsNorm) -> np.uint64:
-        """Ones where it has none: by these, numbers stay as they are."""
+        """Returns the address of the norm's weight; ones, which change no number, if it has none."""
         if step.weight is not None:
             return self.vector(step.weight)
         return self.layout.constant(np.ones(step.width, np.float32))
@@ -124,19 +123,19 @@ class Operands:
         return self.layout.at(("rotation", table), n_bytes)
 
     def activations(self, kind: ActivationFormat, name: str, width: int, multiple: int = 1) -> np.uint64:
-        """The destination of `name` in this format."""
+        """Returns the destination of `name` in this format."""
         self.quantized[kind] = name
         n_bytes = activation_bytes(kind, self.room * multiple, width)
         return self.layout.at(("activations", kind), n_bytes)
 
     def quantize(self, x: Buffer, weights: Sequence[str]) -> Iterator[Launch]:
-        """x in each format of the weights that is not there yet."""
+        """Quantizes x to each format of the weights that is not computed yet."""
         for kind in dict.fromkeys(self.weights[weight].activation for weight in weights):
             if kind is not ActivationFormat.F32 and self.quantized.get(kind) != x.name:
                 out = self.activations(kind, x.name, x.width)
                 yield quantize(kind, self.current[x.name], x.width, self.rows, out)
 
     def activation_of(self, weight: Weights, x: np.uint64) -> np.uint64:
-        """The address of x in the format of the weight."""
+        """Returns the address of x in the format of the weight."""
         kind = weight.activation
         return x if kind is ActivationFormat.F32 else self.layout.at(("activations", kind), 0)

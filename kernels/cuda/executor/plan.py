@@ -20,7 +20,6 @@ from llamaclust.kernels.cuda.runtime.device import Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvLayer, Program, SequenceState
 
-"""For planning without a GPU: sizes are equal on all."""
 
 _LAYER_ALIGNMENT_BYTES = 256
 
@@ -31,8 +30,8 @@ class Plan:
     def __init__(
         self, program: Program, weights: Mapping[str, Weights], limits: StageLimits, gpu: LaunchLimits = ANY_GPU
     ) -> None:
-        """Weights without addresses. The size of buffers does not depend on the GPU. ValueError where the program
-        does not hold together."""
+        """Takes weights without addresses. Buffer sizes do not depend on the GPU. Raises ValueError if the program does
+        not hold together."""
         self.program = program
         self.weights = weights
         self.limits = limits
@@ -54,7 +53,7 @@ class Plan:
 
     @property
     def kv_allocated_bytes(self) -> int:
-        """KV memory with gaps between layers."""
+        """The bytes of KV memory with gaps between layers."""
         return allocated(self._kv_end)
 
     @property
@@ -63,13 +62,11 @@ class Plan:
 
     @property
     def kernels(self) -> frozenset[str]:
-        """The kernels of all shapes."""
         found = {launch.kernel for shape in Shape.all(self.limits) for launch in self.launches(shape)}
         return frozenset({*found, sampling.TOTALS} if self.program.is_last else found)
 
     @property
     def inputs_offset(self) -> int:
-        """Of a microbatch's numbers in the buffers; likewise the others."""
         return self._layout.offset("inputs")
 
     @property
@@ -82,7 +79,6 @@ class Plan:
 
     @property
     def records_offset(self) -> int:
-        """Of a last stage: what is said of each row of logits; likewise what further sums are divided by, and these."""
         return self._layout.offset("records")
 
     @property
@@ -94,7 +90,7 @@ class Plan:
         return self._layout.offset("totals")
 
     def sum_weights(self, rows: int) -> Launch:
-        """Of so many rows of logits, by their divisors."""
+        """Launches the sums of weights of so many rows of logits, by their divisors."""
         base, vocabulary = self._layout.base, self.program.out.width
         offsets = self.out_offset, self.records_offset, self.divisors_offset, self.totals_offset
         logits, records, divisors, totals = (np.uint64(base + offset) for offset in offsets)
@@ -103,7 +99,6 @@ class Plan:
 
     @property
     def normed_offset(self) -> int:
-        """Of a last stage."""
         assert self.program.normed is not None, "only a last stage has it"
         return self._layout.offset((self.program.normed.name, False))
 
@@ -115,15 +110,14 @@ class Plan:
             device.upload(buffers, offset, np.frombuffer(data, np.uint8))
 
     def offset(self, host_step: HostStep, name: str) -> int:
-        """The offset of a buffer that the step reads or writes."""
         return self._layout.offset((name, host_step.selected))
 
     def launches(self, shape: Shape) -> tuple[Launch, ...]:
-        """All of them."""
         return tuple(launch for segment in self.segments(shape) for launch in segment)
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Launches before, between and behind the host's steps; none behind the first ones where no row is output."""
+        """Returns launches before, between and behind the host's steps; without output rows they end at
+        `SelectRows`."""
         segments: list[list[Launch]] = [[]]
         for launch in self._emitted(shape):
             if isinstance(launch, HostStep):
@@ -140,12 +134,12 @@ class Plan:
 
 
 def block_bytes(kept: KvLayer) -> int:
-    """Bytes of one block of a layer, equal to the CPU's. The layout is that of src/attention/kv.cuh."""
+    """Returns the bytes of one block of a layer, equal to the CPU's. Its layout is that of src/attention/kv.cuh."""
     return kept.n_bytes if isinstance(kept, SequenceState) else KV_BLOCK_TOKENS * kept.kv_token_bytes
 
 
 def layer_offsets(memory: Sequence[KvLayer], limits: StageLimits) -> list[int]:
-    """The offset of each layer's block 0 in one allocation, and its size as the last element."""
+    """Returns the offset of each layer's block 0 in one allocation, then the size of the allocation."""
     offsets = [0]
     for kept in memory:
         if isinstance(kept, SequenceState):

@@ -1,4 +1,4 @@
-"""Buckets of microbatches: launches are made, and captured, for so many rows, and serve fewer."""
+"""Buckets of microbatches: launches are made, and captured, for a bucket's rows, and serve fewer rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EDGES = tuple(1 << power for power in range(12))
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """At most so many rows and output rows; in `decode`, one row of each sequence."""
+    """A bucket: the most rows and output rows; in `decode`, every row is of another sequence."""
 
     rows: int
     outputs: int
@@ -20,14 +20,14 @@ class Shape:
 
     @classmethod
     def of(cls, batch: Batch, limits: StageLimits) -> Shape:
-        """The bucket of a microbatch."""
+        """Returns the bucket of a microbatch."""
         decode = batch.rows == len(batch.sequence_starts) - 1
         outputs = _bucket(len(batch.output_rows), limits.max_outputs)
         return cls(_bucket(batch.rows, limits.max_batch_tokens), outputs, decode)
 
     @classmethod
     def all(cls, limits: StageLimits) -> list[Shape]:
-        """Every kind of launch is in one of these, at its largest: few rows and many, of prompts and not."""
+        """Returns buckets that have every kind of launch at its largest: few rows and many, of decode and not."""
         most = limits.max_batch_tokens
         rows = {_bucket(min(count, most), most) for count in (*_EDGES, most)}
         return [
@@ -39,7 +39,7 @@ class Shape:
 
 
 def _bucket(count: int, most: int) -> int:
-    """The next power of two; from 64 on, of four steps to the next one."""
+    """Returns the next power of two; from 64 on, the next of four steps between powers of two."""
     if count <= 0:
         return 0
     power = 1 << (count - 1).bit_length()

@@ -1,4 +1,4 @@
-"""A loaded program on a GPU: executes microbatches as launches or captured graphs, between which the host computes."""
+"""A loaded program on a GPU: runs microbatches as launches or captured graphs, between which the host computes."""
 
 from __future__ import annotations
 
@@ -27,23 +27,21 @@ if TYPE_CHECKING:
 
 _FLOAT = 4
 _MAX_SHAPES = 64
-"""Graphs take memory of the driver, lists of launches memory of the host: the least recently used are dropped."""
+"""Graphs take memory of the driver, and lists of launches host memory: the least recently used ones are dropped."""
 _LEAST_SHAPES = 4
-"""So many are kept however many segments they have: prompts, and decode of a few sequences."""
+"""The shapes that are kept for any number of segments: prompts, and decode of a few sequences."""
 
 
 class SegmentPlan(Protocol):
-    """Launches in segments."""
-
     @property
     def host_steps(self) -> Sequence[object]:
-        """Steps between them that the host computes."""
+        """The steps between segments that the host computes."""
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]: ...
 
 
 class LaunchCache:
-    """Launches of each shape, in segments between which the host computes. A shape is captured at its second use, each
+    """The launches of each shape, in segments between which the host computes. A shape's second use captures each
     segment as a graph."""
 
     def __init__(self, device: Device, plan: SegmentPlan, graphs: bool) -> None:
@@ -55,7 +53,7 @@ class LaunchCache:
         self._most = max(min(_MAX_SHAPES, _LEAST_SHAPES), _MAX_SHAPES // (1 + len(plan.host_steps)))
 
     def segments(self, shape: Shape) -> Sequence[Callable[[], None]]:
-        """What launches each of them, to be called in this order."""
+        """Returns a function for each segment that launches it; they are called in this order."""
         graphs, launches = self._graphs.pop(shape, None), self._launches.pop(shape, None)
         if launches is not None and self._captures:
             graphs = tuple(self._device.capture(partial(self._launch, segment)) for segment in launches)
@@ -85,13 +83,13 @@ def _close(graphs: Iterable[Graph]) -> None:
 
 
 class CudaStage:
-    """See `kernels.backend.Stage`. ValueError for a batch beyond the limits."""
+    """Implements `kernels.backend.Stage`. A batch beyond the limits is a ValueError."""
 
     def __init__(
         self, gpu_lock: GpuLock, plan: Plan, weights: Sequence[LayerMemory], kv: Buffer, buffers: Buffer, graphs: bool
     ) -> None:
-        """`plan` is bound to its buffers; `graphs`: whether launches are captured. `kv` and `buffers` are freed with
-        the stage."""
+        """`plan` is bound to its buffers; `kv` and `buffers` are freed with the stage; `graphs`: launches are
+        captured."""
         for buffer in (kv, buffers):
             finalize(self, buffer.close)
         self._gpu_lock = gpu_lock
@@ -108,8 +106,8 @@ class CudaStage:
         self.workspace_bytes = allocated_bytes - self.kv_bytes - self.weight_bytes
 
     def _pinned_ranks(self) -> tuple[Bytes, Bytes, Bytes]:
-        """Host memory of records of logits, and of further sums with their divisors; of other stages, of next to
-        nothing."""
+        """Allocates host memory of logits' records, divisors and sums; next to nothing if the stage is not the last
+        one."""
         program, device = self._plan.program, self._gpu_lock.device
         rows = self._plan.limits.max_outputs if program.is_last else 1
         vocabulary = program.out.width if program.is_last else 1
@@ -119,7 +117,7 @@ class CudaStage:
         return records, divisors, sums
 
     def _pinned(self) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-        """Host memory of a microbatch's numbers, its hidden states, its result, and rows of the host's steps."""
+        """Allocates host memory of a microbatch's numbers, hidden states, result, and rows of the host's steps."""
         program, limits, device = self._plan.program, self._plan.limits, self._gpu_lock.device
         result_rows = limits.max_outputs if program.is_last else limits.max_batch_tokens
         rows = {False: limits.max_batch_tokens, True: limits.max_outputs}
@@ -133,7 +131,7 @@ class CudaStage:
             )
 
     def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32:
-        """`experts` computes the program's exchanges; other stages may use the GPU meanwhile."""
+        """Runs the batch; `experts` computes the program's exchanges, while other stages may use the GPU."""
         self._compute(batch, hidden, experts)
         with self._gpu_lock.exclusive():
             return self._fetch(batch)
@@ -143,7 +141,6 @@ class CudaStage:
         return self._plan.program.is_last
 
     def run_ranked(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> RankedLogits:
-        """See `kernels.backend.RanksLogits`."""
         self._compute(batch, hidden, experts)
         plan, device, rows = self._plan, self._gpu_lock.device, len(batch.output_rows)
         words = record_words(plan.program.out.width)
@@ -197,7 +194,7 @@ class CudaStage:
             device.copy_in(self._buffers, plan.hidden_offset, staged)
 
     def _on_host(self, host: HostStep, batch: Batch, experts: Experts | None) -> None:
-        """The GPU is free for other stages while the host computes."""
+        """Computes a host step; the GPU is free for other stages meanwhile."""
         plan, device = self._plan, self._gpu_lock.device
         rows = len(batch.output_rows) if host.selected else batch.rows
         *reads, out = places = [*self._host_places(host, rows)]
@@ -217,7 +214,7 @@ class CudaStage:
             device.copy_in(self._buffers, plan.offset(host, host.out.name), out)
 
     def _host_places(self, host: HostStep, rows: int) -> Iterator[Bytes]:
-        """Pinned memory for rows of what the step reads, then of its result."""
+        """Yields pinned memory for rows of each buffer that the step reads, then of its result."""
         at = 0
         for buffer in (*host.reads, host.out):
             n_bytes = _FLOAT * rows * buffer.width
@@ -225,11 +222,10 @@ class CudaStage:
             at += n_bytes
 
     def gather_by(self, gatherer: Gatherer) -> None:
-        """See `kernels.backend.GathersRows`."""
         self._gatherer = gatherer
 
     def exchanged(self, number: int) -> tuple[np.uint64, np.uint64]:
-        """Where an exchange's first input and its result are on the device."""
+        """Returns the device addresses of an exchange's first input and its result."""
         exchanges = [host for host in self._plan.host_steps if isinstance(host.step, Exchange)]
         host = exchanges[number]
         places = (self._buffers.at(self._plan.offset(host, buffer.name)) for buffer in (host.reads[0], host.out))
@@ -246,7 +242,7 @@ class CudaStage:
         return result.view(np.float32).reshape(rows, width)
 
     def normed(self, rows: Int32) -> Float32:
-        """In pieces that the pinned memory of hidden states holds."""
+        """Copies rows through the pinned memory of hidden states, one run of consecutive rows at a time."""
         plan, device = self._plan, self._gpu_lock.device
         assert plan.program.normed is not None, "only a last stage has it"
         width = plan.program.normed.width
@@ -269,7 +265,7 @@ class CudaStage:
 
 
 def _exchanged(host: HostStep, read: Sequence[Float32], out: Float32, experts: Experts | None) -> bool:
-    """Fills `out`; False where the result is on the GPU already."""
+    """Fills `out`; False if the result is on the GPU already."""
     assert experts is not None, "a program with exchanges"
     result = experts(host.number, read[0] if len(read) == 1 else np.concatenate(read, axis=1))
     if result is not None:
@@ -278,7 +274,7 @@ def _exchanged(host: HostStep, read: Sequence[Float32], out: Float32, experts: E
 
 
 def _runs(rows: Int32) -> Iterator[tuple[int, range]]:
-    """Consecutive ones of ascending rows, each run with its place among `rows`."""
+    """Yields the runs of consecutive numbers in ascending `rows`, each with its index in `rows`."""
     starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     for start, end in pairwise(starts):
         if start < end:

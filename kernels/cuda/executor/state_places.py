@@ -1,4 +1,5 @@
-"""Where the states of a microbatch's sequences are read and written, in numbers for the device."""
+"""The blocks from which a microbatch's sequences read states and to which they write them, as numbers for the
+device."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StatePlaces:
-    """The first row of sequence s reads the state in block before[s], or zeros where that is -1. Entries starts[s] to
-    starts[s + 1] are written: the state behind rows[i] to blocks[i]."""
+    """The first row of sequence s reads the state in block before[s], or zeros if that is -1. The entries starts[s] to
+    starts[s + 1] write the state behind rows[i] to blocks[i]."""
 
     before: list[int]
     starts: list[int]
@@ -22,8 +23,8 @@ class StatePlaces:
 
 
 def state_places(batch: Batch, limits: StageLimits) -> StatePlaces:
-    """As the batch says, where states have blocks of their own; else each KV block that rows reach has the state behind
-    the last of its rows. ValueError where a block is not there."""
+    """Returns the batch's own places if states have blocks of their own; else each KV block that rows reach has the
+    state behind the last of its rows. Raises ValueError for a missing block."""
     if limits.state_blocks:
         return _own_places(batch, limits.state_blocks)
     places = StatePlaces([], [0], [], [])
@@ -63,7 +64,7 @@ def _own_places(batch: Batch, blocks: int) -> StatePlaces:
 
 
 def _check_counts(places: StatePlaces, sequences: int) -> None:
-    """Every sequence has an entry before it and at least one that it writes, in the sequences' order."""
+    """Checks that every sequence has a state before it and writes at least one, in the sequences' order."""
     starts, entries = places.starts, len(places.rows)
     for what, found, wanted in (
         ("states before sequences", len(places.before), sequences),

@@ -1,1 +1,1 @@
-"""Copies of often used experts on a GPU, beside which experts are in RAM."""
+"""The copies of often used experts on a GPU, whose other experts are in RAM."""

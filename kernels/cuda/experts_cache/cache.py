@@ -1,5 +1,5 @@
-"""A cache of experts on a GPU: rows of small microbatches that go to an expert that is there are computed on the GPU,
-while the processor computes the others; sums are made of both in the order of ranks, so bits are those of either."""
+"""A cache of experts on a GPU: for small microbatches, the GPU computes the lines of cached experts and the processor
+the others. The sums add both in the order of ranks, so their bits do not depend on the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 
 
 class CudaExpertsCache:
-    """See `kernels.backend.ExpertsCache`."""
+    """Implements `kernels.backend.ExpertsCache`."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class CudaExpertsCache:
         experts: ExpertsStage,
         graphs: bool,
     ) -> None:
-        """`plan` is bound to the buffer, which is freed with the cache."""
+        """`plan` is bound to `buffer`, which is freed with the cache."""
         finalize(self, copies.abandon)
         self._gpu_lock, self._plan, self._buffer = gpu_lock, plan, buffer
         self._copies, self._table, self._experts = copies, table, experts
@@ -78,7 +78,7 @@ class CudaExpertsCache:
         return None
 
     def _compute(self, number: int, x: Float32, chosen: Int32, weights: Float32, slots: Int32) -> None:
-        """The pinned memory is free again: the exchange began with a wait for the device."""
+        """Computes a mixture. Its pinned memory is free: the exchange before it waited for the device."""
         plan, device = self._plan, self._gpu_lock.device
         plan.inputs.fill(self._inputs, weights, slots, plan.piece(number, plan.shape(len(x))))
         with self._gpu_lock.exclusive():
@@ -97,7 +97,7 @@ class CudaExpertsCache:
             sums()
 
     def _of_mixture(self, number: int, rows: int) -> Sequence[Callable[[], None]]:
-        """Launches its two segments. A step counts as one use of its shape."""
+        """Returns functions that launch the mixture's two segments. A step counts as one use of its shape."""
         if rows not in self._segments:
             self._segments[rows] = self._launches.segments(self._plan.shape(rows))
         return self._segments[rows][2 * number : 2 * number + 2]

@@ -1,4 +1,4 @@
-"""Brings experts to a cache, one at a time, on a thread of its own and beside the launches of steps."""
+"""Copies experts to a cache, one at a time, on a thread of its own, beside the launches of steps."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 
 Parts = Callable[[int, int], Sequence[Bytes]]
-"""The bytes of an expert of a mixture, see `ExpertsStage.expert_weights`."""
+"""Returns the bytes of an expert of a mixture; see `ExpertsStage.expert_weights`."""
 
 
 class ExpertCopies:
-    """The table is used under `lock` alone."""
+    """The thread that copies experts. The table is used under `lock` only."""
 
     def __init__(
         self, gpu_lock: GpuLock, buffer: Buffer, pools: Sequence[PoolPlace], table: ExpertTable, parts: Parts
     ) -> None:
-        """`pools` in the order of the table's, in the buffer."""
+        """`pools` are places in `buffer`, in the order of the table's pools."""
         self.lock = Condition()
         self.copied_bytes = 0
         self.error: Exception | None = None  # what ended the copies
@@ -36,25 +36,25 @@ class ExpertCopies:
         self._thread.start()
 
     def wake(self) -> None:
-        """The table may want other experts now. Under `lock`."""
+        """Wakes the thread, since the table may want other experts. The caller holds `lock`."""
         if not self._is_closed and self.error is None:
             self._is_awake = True
             self.lock.notify_all()
 
     def settle(self, timeout_s: float) -> bool:
-        """Waits until nothing is left to copy; whether that came about."""
+        """Waits until nothing is left to copy; False if the time was too short."""
         with self.lock:
             return self.lock.wait_for(lambda: not self._is_awake and not self._is_busy, timeout_s)
 
     def close(self) -> None:
-        """Waits for the copy that is under way."""
+        """Waits for a copy in progress, then ends the thread."""
         with self.lock:
             self._end()
         self._thread.join()
 
     def abandon(self) -> None:
-        """Ends the copies and frees the buffer behind the one that is under way, without waiting for it: a collection
-        may call it on any thread, also on one that a copy waits for."""
+        """Ends the copies and frees the buffer after a copy in progress, without waiting for it: garbage collection may
+        call this on any thread, even on one that a copy waits for."""
         with self.lock:
             self._end()
             self._is_abandoned = True
@@ -84,7 +84,7 @@ class ExpertCopies:
                 self.lock.notify_all()
 
     def _next(self) -> Copy | None:
-        """Waits for it; None: there is no more to come."""
+        """Waits for the next copy; None after `close`."""
         with self.lock:
             while not self._is_closed:
                 copy = self._table.next_copy() if self._is_awake else None

@@ -1,6 +1,7 @@
-"""What a cache of experts launches: products of the lines whose experts it has, then the weighted sums of all lines.
+"""Launches of a cache of experts: products of the lines whose experts are cached, then the weighted sums of all lines.
 
-A line is a row and the rank of one of its experts. The host says which lines are the cache's, and brings the others.
+A line is a row and the rank of one of its experts. The host says which lines are the cache's, and brings the results of
+the others.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _ITEM = 3
 
 @dataclass(frozen=True, slots=True)
 class SlotWeights(Weights):
-    """The same matrix of each slot."""
+    """The same matrix in each slot of a pool."""
 
     stride_bytes: int = 0
 
@@ -43,7 +44,7 @@ class SlotWeights(Weights):
 
 @dataclass(frozen=True, slots=True)
 class PoolPlace:
-    """A pool's slots, and their address; 0 while sizes are computed."""
+    """A pool's slots and its address; 0 while sizes are computed."""
 
     layout: SlotLayout
     slots: int = 1
@@ -52,20 +53,21 @@ class PoolPlace:
 
 @dataclass(frozen=True, slots=True)
 class LineInputs:
-    """Numbers that a step brings, in one buffer."""
+    """The numbers that a step brings, in one buffer."""
 
     lines: int  # of the largest step
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int]:
-        """Bytes to: weights, lines by slot, items, sources, the end."""
+        """The offsets in bytes of weights, lines by slot, items and sources, then the size."""
         each = aligned(_INT * self.lines)
         items = aligned(_INT * _ITEM * (self.lines + self.lines // matmul.LEAST_PIECE + 1))
         first = _INT * _HEADER
         return first, first + each, first + 2 * each, first + 2 * each + items, first + 3 * each + items
 
     def fill(self, pinned: NDArray[np.uint8], weights: Float32, slots: Int32, piece: int) -> None:
-        """`slots` [rows, used] of a step, -1 for lines that the host brings, in their order behind all lines."""
+        """Fills the buffer. `slots` [rows, used]: -1 for lines that the host brings, in their order, behind all
+        lines."""
         numbers, floats = pinned.view(np.int32), pinned.view(np.float32)
         at_weights, at_lines, at_items, at_sources, _ = (offset // _INT for offset in self.offsets)
         flat = slots.reshape(-1)
@@ -82,7 +84,7 @@ class LineInputs:
 
 
 def _items(slots: Int32, piece: int) -> Int32:
-    """{slot, first place, count} of lines that are ordered by slot, `piece` of them at most."""
+    """Returns {slot, first index, count} of lines that are ordered by slot, at most `piece` lines each."""
     found = []
     starts = np.flatnonzero(np.diff(slots, prepend=-1))
     for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(slots)], strict=True):
@@ -92,7 +94,7 @@ def _items(slots: Int32, piece: int) -> Int32:
 
 @dataclass(frozen=True, slots=True)
 class _LinesEmitter(ExpertsEmitter):
-    """Lines that are there already, of experts in slots."""
+    """The emitter of lines that are grouped already, for experts in slots."""
 
     buffers: experts.ExpertBuffers
     biases: Mapping[str, np.uint64]
@@ -137,12 +139,12 @@ class CachePlan:
 
     @property
     def line_bytes(self) -> int:
-        """Of what an expert makes of a row."""
+        """The bytes of an expert's result for a row."""
         return _FLOAT * self.mixtures[0].out.width
 
     @property
     def n_bytes(self) -> int:
-        """Of buffers."""
+        """The bytes of the buffers, without pools."""
         return self._layout.n_bytes
 
     @property
@@ -151,7 +153,7 @@ class CachePlan:
 
     @property
     def brought_offset(self) -> int:
-        """Of lines that the host brings, behind room for all lines."""
+        """The offset of lines that the host brings, behind room for all lines."""
         return self._layout.offset("lines") + self.inputs.lines * self.line_bytes
 
     @property
@@ -171,19 +173,17 @@ class CachePlan:
         )
 
     def shape(self, rows: int) -> Shape:
-        """The bucket of so many rows."""
         return next(shape for shape in sorted(self.shapes, key=lambda shape: shape.rows) if shape.rows >= rows)
 
     def piece(self, number: int, shape: Shape) -> int:
-        """How many lines of an expert go together, at most."""
+        """Returns the most lines of an expert that one item has."""
         return matmul.expert_piece(shape.rows * self.used, max(1, self.pools[number].slots))
 
     def bind(self, base: int, pools: Sequence[PoolPlace], exchanged: Sequence[tuple[np.uint64, np.uint64]]) -> None:
-        """Sets all addresses."""
         self._layout.base, self.pools, self.exchanged = base, pools, exchanged
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Of each mixture two: the products of its lines, then the sums."""
+        """Returns two segments for each mixture: the products of its lines, then the sums."""
         return tuple(segment for number in range(len(self.mixtures)) for segment in self._of_mixture(number, shape))
 
     @property

@@ -1,7 +1,7 @@
-"""Where experts lie in the memory of a cache. Pure: knows sizes only.
+"""The layout of experts in the memory of a cache, as pure arithmetic on sizes.
 
-Experts of equal layout share a pool of slots; a slot has the matrices of one expert. Biases of all slots stand behind
-them, as products read these.
+Experts of equal layout share a pool of slots; a slot has the matrices of one expert. The biases of all slots follow the
+slots, in the order in which products read them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True, slots=True)
 class SlotLayout:
-    """An expert's bytes: its matrices one behind the other, then rows of biases."""
+    """An expert's bytes: its matrices one after another, then rows of biases."""
 
     matrix_bytes: tuple[int, ...]
     bias_bytes: tuple[int, ...]
@@ -31,7 +31,7 @@ class SlotLayout:
 
     @property
     def stride_bytes(self) -> int:
-        """From the matrices of a slot to those of the next one."""
+        """The bytes from the matrices of a slot to those of the next slot."""
         return sum(self.matrix_bytes)
 
     @property
@@ -40,31 +40,31 @@ class SlotLayout:
 
     @property
     def matrix_offsets(self) -> tuple[int, ...]:
-        """In a slot."""
+        """The offsets of matrices in a slot."""
         return tuple(accumulate(self.matrix_bytes[:-1], initial=0))
 
     def pool_bytes(self, slots: int) -> int:
         return self._offsets(slots)[-1]
 
     def bias_offsets(self, slots: int) -> Sequence[int]:
-        """In a pool."""
+        """Returns the offsets of biases in a pool."""
         return self._offsets(slots)[:-1]
 
     def _offsets(self, slots: int) -> Sequence[int]:
-        """Of biases, then the end."""
+        """Returns the offsets of biases in a pool, then the pool's size."""
         sizes = (self.stride_bytes, *self.bias_bytes)
         return tuple(accumulate(aligned(slots * size) for size in sizes))
 
     def places(self, slots: int, slot: int) -> tuple[int, ...]:
-        """Where the parts of `ExpertsStage.expert_weights` of a slot go, in a pool."""
+        """Returns the offsets in a pool of a slot's parts, in the order of `ExpertsStage.expert_weights`."""
         matrices = (slot * self.stride_bytes + offset for offset in self.matrix_offsets)
         biases = zip(self.bias_offsets(slots), self.bias_bytes, strict=True)
         return (*matrices, *(offset + slot * size for offset, size in biases))
 
 
 def slot_counts(experts: Mapping[SlotLayout, int], n_bytes: int) -> dict[SlotLayout, int]:
-    """How many slots the pool of each layout has, all together in so many bytes: shares by the bytes of all experts,
-    at most a slot for each of them."""
+    """Returns the slots of each layout's pool, in `n_bytes` together: shared by the bytes of all experts, at most one
+    slot an expert."""
     total = sum(layout.expert_bytes * count for layout, count in experts.items())
     share = min(1.0, n_bytes / total)
     counts = {
@@ -83,7 +83,7 @@ def pools_bytes(counts: Mapping[SlotLayout, int]) -> int:
 def _grown(
     counts: Mapping[SlotLayout, int], experts: Mapping[SlotLayout, int], n_bytes: int
 ) -> dict[SlotLayout, int] | None:
-    """With one slot more, in the pool with the smallest share of its experts that there is room for."""
+    """Adds a slot to the pool with the smallest share of its experts among those that it fits in."""
     for layout in sorted(counts, key=lambda layout: counts[layout] / experts[layout]):
         more = {**counts, layout: counts[layout] + 1}
         if more[layout] <= experts[layout] and pools_bytes(more) <= n_bytes:

@@ -1,4 +1,4 @@
-"""Which experts are in a cache, and which one is to come next: those that were used most of late. Pure."""
+"""The table of cached experts; it chooses the next one to copy by recent use. Pure: no memory, no device."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from numpy.typing import NDArray
 from llamaclust.kernels.backend import Int32
 
 _HALF_LIFE_STEPS = 256
-"""After so many steps a use counts half."""
+"""The number of steps after which a use counts half."""
 _LEAD_USES = 1.0
-"""Uses of now by which an expert has to lead for a slot of another one."""
+"""The lead in current uses by which an expert gets another expert's slot."""
 _GREATEST_WEIGHT = 1e100
 _FREE = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Slots for the experts of some mixtures."""
-
     mixtures: tuple[int, ...]  # their numbers
     slots: int
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """An expert that is to be copied to a slot of a pool, where no other is meanwhile."""
+    """An expert to be copied to a slot of a pool, which is free meanwhile."""
 
     mixture: int
     expert: int
@@ -37,11 +35,11 @@ class Copy:
 
 
 class ExpertTable:
-    """A use is a step of the stage in which any row goes to the expert. Its weight doubles every `_HALF_LIFE_STEPS`, so
-    that sums of uses keep their order as time goes by."""
+    """The uses and slots of experts. A use is a step in which any row goes to the expert. The weight of new uses
+    doubles every `_HALF_LIFE_STEPS`, so that sums of uses keep their order over time."""
 
     def __init__(self, pools: Sequence[Pool], experts: int) -> None:
-        """Each mixture has as many experts."""
+        """`experts`: the number of each mixture's experts."""
         self._pools = tuple(pools)
         mixtures = 1 + max(number for pool in pools for number in pool.mixtures)
         self._pool_of = {number: index for index, pool in enumerate(pools) for number in pool.mixtures}
@@ -54,7 +52,7 @@ class ExpertTable:
         self.hits = self.misses = 0
 
     def use(self, mixture: int, experts: Int32) -> Int32:
-        """Counts a use of each of them. Their slots, which stay theirs until `end_step`; -1 where there is none."""
+        """Counts a use of each expert. Returns their slots, which they keep until `end_step`, or -1."""
         used = np.unique(experts)
         self._uses[mixture, used] += self._weight
         places = self._places[mixture, used]
@@ -74,8 +72,8 @@ class ExpertTable:
             self._weight = 1.0
 
     def next_copy(self) -> Copy | None:
-        """The most used expert that has no slot, where one is free or its owner was used clearly less, by a use of now,
-        and not by the step that runs; that one has it no more. To be completed before the next one."""
+        """Frees and returns a slot for the most used expert without one, or None. The slot is free, or its owner has
+        clearly fewer uses (by `_LEAD_USES`) and none in the current step. `complete` must come before the next call."""
         assert self._copying is None, "one at a time"
         found = [(copy, uses) for index in range(len(self._pools)) for copy, uses in self._copies(index)]
         if not found:
@@ -89,7 +87,7 @@ class ExpertTable:
         return copy
 
     def complete(self) -> None:
-        """The copy is done: its expert is there."""
+        """Gives the slot to the expert of the finished copy."""
         copy = self._copying
         assert copy is not None
         self._places[copy.mixture, copy.expert] = copy.slot
@@ -98,11 +96,11 @@ class ExpertTable:
 
     @property
     def held(self) -> Sequence[int]:
-        """How many slots of each pool have an expert."""
+        """The number of occupied slots of each pool."""
         return [int((owners[:, 0] != _FREE).sum()) for owners in self._owners]
 
     def _copies(self, index: int) -> Sequence[tuple[Copy, float]]:
-        """The pool's best one, if there is any, with the uses of its expert."""
+        """Returns the pool's best copy, if any, with the uses of its expert."""
         pool = self._pools[index]
         if not pool.slots:
             return ()
@@ -116,7 +114,7 @@ class ExpertTable:
         return ((Copy(int(rows[at]), int(expert), index, slot), best),)
 
     def _least_used(self, index: int) -> tuple[int, float]:
-        """A slot, and the uses that another expert needs to get it."""
+        """Returns a slot, and the uses that another expert needs to get it."""
         owners = self._owners[index]
         mixture, expert = owners.T
         needed = np.where(mixture == _FREE, 0.0, self._uses[mixture, expert] + _LEAD_USES * self._weight)

@@ -1,1 +1,1 @@
-"""Arguments, grids and shared memory of each kernel. Pure: knows addresses only."""
+"""The arguments, grids and shared memory of each kernel: pure functions of addresses and sizes."""

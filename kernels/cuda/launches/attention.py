@@ -1,7 +1,8 @@
 """Attention on a GPU as launches: which kernels, of what size, over which scratch memory. Pure: knows addresses only.
 
-A plan kernel cuts a microbatch's rows into tiles and these into spans, once for all layers of one shape. A layer stores
-its keys and values, computes tiles of few queries (decoding) and of many (prefill), and merges spans that were apart.
+A plan kernel divides a microbatch's rows into tiles and these into spans, once for all layers of one shape. A layer
+stores its keys and values, computes tiles of few queries (decode) and of many (prefill), and merges spans that were
+computed apart.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Pr
 from llamaclust.model.steps.options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
-"""Memory for sums of spans that are computed apart: where there are more of them, blocks walk whole tiles."""
+"""The most memory for sums of spans that are computed apart: if there are more, blocks walk whole tiles."""
 
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
 _FEW_QUERIES, _PART_QUERIES, _FEW_LATENT_QUERIES = (1, 2, 4, 8, 16), (4, 8, 16), (4, 8)
@@ -29,7 +30,7 @@ _MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,), KvType.INT8: (16,)}
 _WEIGHT_TOKENS = 64
 _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_BYTES = 1024
-"""Shared memory of these kernels beside the dynamic part, at most."""
+"""An upper bound of these kernels' shared memory beside the dynamic part."""
 _SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128  # of these, each half of a warp has some of four heads
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS, _MOST_MERGED_HEADS = 256, (32, 64, 128, 256), 16
 _MERGER_FLOATS = 4 * 256 + 3 * _MOST_MERGED_HEADS
@@ -38,7 +39,8 @@ _NO_WINDOW = (1 << 31) - 1
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """Memory that all attention steps of a stage share: for so many rows, and spans of single rows apart (slots)."""
+    """The memory that all attention steps of a stage share. `slots`: room for spans of single rows that are computed
+    apart."""
 
     max_rows: int
     slots: int
@@ -47,7 +49,7 @@ class Room:
 
     @property
     def plan_bytes(self) -> int:
-        """For each `likeness` one plan of this size."""
+        """The bytes of the plan of one `likeness`."""
         return 4 * (8 + (4 + self.kv_heads) * self.max_rows + 2 * 8 * (self.max_rows + self.slots))
 
     def partial_bytes(self, step: Attention) -> int:
@@ -56,7 +58,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """`angles` of every row, by rope.rotation."""
+    """The `angles` of every row, from rope.rotation."""
 
     angles: np.uint64
     pairs: int
@@ -65,7 +67,7 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm:
-    """Of each head, all by one weight [head_dim]."""
+    """A norm of each head by one weight [head_dim]."""
 
     weight: np.uint64
     epsilon: float
@@ -76,7 +78,7 @@ NO_ROTATION, NO_NORM = Rotation(NULL, 0, RopeStyle.NORM), HeadNorm(NULL, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class HeadTransform:
-    """What queries, in place, and keys go through before they meet: norms of heads, then a rotation."""
+    """The transform of queries, in place, and of keys before attention: norms of heads, then a rotation."""
 
     rotation: Rotation = NO_ROTATION
     of_queries: HeadNorm = NO_NORM
@@ -95,7 +97,7 @@ NO_TRANSFORM = HeadTransform()
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuffers:
-    """Where an attention step finds everything; `slopes` is 0 without. `plan` is that of its likeness."""
+    """The addresses of an attention step; 0 for no `slopes`. `plan` is that of the step's likeness."""
 
     q: np.uint64
     k: np.uint64
@@ -117,18 +119,18 @@ def _slot_bytes(step: Attention) -> int:
 
 
 def _piece_bytes(step: Attention) -> int:
-    """Of a KV head in a block."""
+    """Returns the bytes of a KV head in a block."""
     return KV_BLOCK_TOKENS * step.kv_token_bytes // step.kv_heads
 
 
 def _spans(step: Attention, max_context_tokens: int) -> int:
-    """Spans that a row sees at most, and more than one wherever those of a tile do: then all are merged."""
+    """Returns the most spans that a row sees: more than one wherever a tile has several, since then all are merged."""
     spans = -(-max_context_tokens // SPAN_TOKENS)
     return spans if step.window is None else min(spans, max(step.window - 2, 0) // SPAN_TOKENS + 2)
 
 
 def room_of(steps: tuple[Attention, ...], max_rows: int, max_context_tokens: int) -> Room:
-    """As many slots as rows can ask for, or as there is memory for."""
+    """Sizes slots for all spans of all rows, as far as memory allows."""
     slots = (min(max_rows * _spans(step, max_context_tokens), MAX_PARTIAL_BYTES // _slot_bytes(step)) for step in steps)
     kv_heads = max((step.kv_heads for step in steps), default=0)
     return Room(max_rows, max(slots, default=0), max_context_tokens, kv_heads)
@@ -139,8 +141,8 @@ def _group(step: Attention) -> int:
 
 
 def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
-    """Queries of a tile: the more, the less often keys and values are read, as far as scores fit into shared memory.
-    ModelFileError where no tile fits."""
+    """Returns the queries of a tile: the most whose scores fit into shared memory, since larger tiles read keys and
+    values less often. Raises ModelFileError if no tile fits."""
     for queries in _MANY_QUERIES[step.kv_type]:
         if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
             return queries
@@ -151,27 +153,27 @@ def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def _few_queries(step: Attention) -> int:
-    """Of a row, in one block; 0: too many heads share a KV head, as always where attention is latent."""
+    """Returns the queries of a row in one block; 0 if too many heads share a KV head, and for latent attention."""
     return 0 if step.v is None else next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
 def _window(step: Attention) -> tuple[int, int]:
-    """Its length, and whether it is one of chunks."""
+    """Returns the window's length, and 1 for a window of chunks."""
     return step.window or _NO_WINDOW, int(step.chunked)
 
 
 def _parts(step: Attention, queries: int) -> int:
-    """Of the heads that share a KV head, for blocks of so many queries."""
+    """Returns the parts of the heads that share a KV head, for blocks of `queries` queries."""
     return -(-_group(step) // queries)
 
 
 def attention_steps(program: Program) -> tuple[Attention, ...]:
-    """All, those that read keys and values of others included."""
+    """Returns all attention steps, with those that read keys and values of other layers."""
     return tuple(step for step in program.steps if isinstance(step, Attention))
 
 
 def check_attention(program: Program) -> None:
-    """ModelFileError for what the kernels cannot compute; of the rest they have been told by the CPU's checks."""
+    """Raises ModelFileError for heads that are too large for the kernels; the CPU's checks cover the rest."""
     for step in attention_steps(program):
         at = f"layers {program.start} to {program.end} cannot be computed"
         if step.v is None and (step.head_dim > _MAX_LATENT_DIM or step.value_dim > _MAX_HEAD_DIM):
@@ -186,7 +188,7 @@ def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def likeness(step: Attention) -> tuple[object, ...]:
-    """Equal for layers whose rows become the same tiles on any GPU: they share a plan."""
+    """Returns a key of layers whose rows become the same tiles on any GPU: they share a plan."""
     return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window, step.chunked, step.v is None
 
 
@@ -195,8 +197,8 @@ def _stage_channels(step: Attention) -> int:
 
 
 def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> int:
-    """Values of some blocks, so many channels at a time, and their scales; those of latent attention stay where they
-    are. Where they are summed in integers: values of 64 positions in bytes, and weights in bytes, with scales."""
+    """Returns the floats of staged values of some blocks, `channels` at a time, with their scales; 0 for latent
+    attention, which stages none. For sums in integers: values of 64 positions and weights in bytes, with scales."""
     if step.v is None:
         return 0
     if step.kv_type is KvType.INT8:
@@ -207,13 +209,14 @@ def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> 
 
 
 def value_slices(step: Attention) -> int:
-    """For how many blocks values can be divided where queries are few."""
+    """Returns the most blocks among which values are divided if queries are few."""
     return -(-step.value_dim // (_SLICE_CHANNELS if step.v is not None else _LATENT_SLICE_CHANNELS))
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Scores, or before them queries in whole pieces of 8 channels; and values, or before them queries and a key. Those
-    of a slice, of four times as many positions as of 128 channels, take as much as these."""
+    """Returns the shared memory of scores, or before them queries in whole pieces of 8 channels, and of values, or
+    before them queries and a key. A slice of 32 channels has four times the positions, so it takes as much as 128
+    channels."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
@@ -222,7 +225,7 @@ def few_shared_bytes(step: Attention, queries: int) -> int:
 
 
 def _fresh_floats(step: Attention) -> int:
-    """Queries of a KV head, the row's key and value, and the angles of its rotation."""
+    """Returns the floats of a KV head's queries, the row's key and value, and the angles of its rotation."""
     return (_group(step) + 3) * step.head_dim
 
 
@@ -231,15 +234,15 @@ def _merged_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """Whether the kernel of few queries can transform them and store the row's key and value, which are then in shared
-    memory of every GPU."""
+    """True if the kernel of few queries can transform queries and store the row's key and value, which then fit into
+    the shared memory of every GPU."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
     return queries > 0 and not step.shares_kv and fits
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
-    """The scores, or before them the queries (of float16 with a chunk of keys); and values."""
+    """Returns the shared memory of scores, or before them queries (as float16 with a chunk of keys), and of values."""
     if step.kv_type is KvType.F16:
         staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
     else:
@@ -253,13 +256,14 @@ def _merges(step: Attention, room: Room) -> bool:
 
 
 def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
-    """Whether what merges spans can: it has whole heads of 256 channels."""
+    """True if the kernel that merges spans can quantize: it has whole heads of 256 channels."""
     fits = step.value_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
     return fits and (_merges(step, room) or (decode and brings_own(step) and _quantized_together(step) > 0))
 
 
 def _quantized_together(step: Attention) -> int:
-    """The number of neighbouring KV heads that have whole pieces of 256 channels; 0: more than a block merges."""
+    """Returns the number of neighbouring KV heads with whole pieces of 256 channels; 0 if a block cannot merge as
+    many."""
     own = _group(step) * step.value_dim
     kv_heads = lcm(own, _MERGED_CHANNELS) // own
     return kv_heads if kv_heads * _group(step) <= _MOST_MERGED_HEADS else 0
@@ -267,7 +271,7 @@ def _quantized_together(step: Attention) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLaunches:
-    """Launches for microbatches of up to `rows` rows; in `decode`, each row is of another sequence."""
+    """The launches for microbatches of up to `rows` rows; in `decode`, every row is of another sequence."""
 
     gpu: LaunchLimits
     room: Room
@@ -277,7 +281,7 @@ class AttentionLaunches:
     decode: bool = False
 
     def plan(self, step: Attention, plan: np.uint64) -> Launch:
-        """Once for a microbatch and likeness, before the first attention."""
+        """Plans a microbatch's tiles and spans, once for each likeness, before the first attention."""
         inputs, room, few = self.inputs, self.room, self._few(step)
         split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self._many(step))))
         places = 2 * self.gpu.sms // (step.kv_heads * _parts(step, few)) if few else 0
@@ -288,8 +292,8 @@ class AttentionLaunches:
         return Launch("attention.rows.plan", (1, 1, 1), (256, 1, 1), (*arrays, *figures, plan))
 
     def _few(self, step: Attention) -> int:
-        """Queries of a block that has few; 0: no block has. Where too many heads share a KV head, these are in parts in
-        decode, if a GPU would be idle otherwise."""
+        """Returns the queries of a block that has few; 0: no block has. In decode, heads that are too many for a block
+        are divided into parts if the GPU would be idle otherwise."""
         if queries := _few_queries(step):
             return queries if self.decode else max(queries, _PART_QUERIES[0])  # of some rows
         if not self.decode:
@@ -298,15 +302,15 @@ class AttentionLaunches:
         return next((queries for queries in sizes if self._have_room(step, queries)), 0)
 
     def _many(self, step: Attention) -> int:
-        """Queries of a block that has many: in decode, no more than there are."""
+        """Returns the queries of a block that has many; in decode, no more than there are."""
         most, group = _many_queries(step, self.gpu), _group(step)
         sizes = (queries for queries in reversed(_MANY_QUERIES[step.kv_type]) if queries <= most)
         fewer = (queries for queries in sizes if queries >= group or self._have_room(step, queries))
         return next(fewer, most) if self.decode else most
 
     def _have_room(self, step: Attention, queries: int) -> bool:
-        """Whether there are two multiprocessors for each part of so many heads of a row: each part reads all keys and
-        values, and long contexts have several spans."""
+        """True if there are two multiprocessors for each part of a row's heads: each part reads all keys and values,
+        and long contexts have several spans."""
         return 2 * self.rows * step.kv_heads * _parts(step, queries) <= self.gpu.sms
 
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:
@@ -337,11 +341,12 @@ class AttentionLaunches:
         return can_quantize(step, self.room, decode=self.decode)
 
     def _together(self, step: Attention, at: AttentionBuffers) -> int:
-        """KV heads whose spans the kernel of few queries merges together."""
+        """Returns the KV heads whose spans the kernel of few queries merges together."""
         return _quantized_together(step) if at.by_32 != at.by_256 else int(_merges(step, self.room))
 
     def _fresh(self, at: AttentionBuffers, fresh: bool, together: int) -> tuple[Scalar, ...]:
-        """What the kernel of few queries does beside attention."""
+        """Returns the further arguments of the kernel of few queries: the row's key and value, the transform, and
+        merging."""
         places = (at.k, at.v) if fresh else (NULL, NULL)
         outs = (at.by_32, at.by_256) if together else (NULL, NULL)
         return *places, *at.transform.args, np.int32(together), *outs

@@ -14,21 +14,21 @@ from llamaclust.model.steps.options import ActivationFunction, GatedActivation, 
 
 _BLOCK = 256
 _BLOCK_CHANNELS = 1024
-"""Channels that a block of an elementwise kernel computes."""
+"""The channels that a block of an elementwise kernel computes."""
 _HEADS_PER_BLOCK = 8
 _ROTATION_BLOCK = 64
 _WARP_CHANNELS, _MAX_WARPS = 128, 32  # four channels a lane; warps of a block
 
 WIDEST_ROW = PLAIN_SHARED_BYTES // 4 - 16
-"""Channels of the widest row of `add_rms_norm`."""
+"""The channels of the widest row of `add_rms_norm`."""
 
 _GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
-"""Kernels' names that are not those of the values."""
+"""The kernels' names that differ from the enum's values."""
 
 
 @dataclass(frozen=True, slots=True)
 class GatedInputs:
-    """Gate and up, float32, whose rows begin `stride` elements apart, and the kernels' name of what is made of them."""
+    """The float32 gate and up, whose rows begin `stride` elements apart, and the kernels' name of their function."""
 
     kernel: str
     gate: np.uint64
@@ -49,12 +49,12 @@ def _blocks(width: int) -> int:
 
 
 def elementwise(name: str, inputs: tuple[Scalar, ...], out: np.uint64, width: int, rows: RowCount) -> Launch:
-    """out = a function of `inputs`: buffers [rows, width] and scalars."""
+    """Computes a function of `inputs`, buffers [rows, width] and scalars, to `out`."""
     return _launch(f"rows.{name}_rows", _blocks(width), rows, (*inputs, np.int32(width), rows.address, out))
 
 
 def gated_lines(x: GatedInputs, width: int, rows: RowCount, out: np.uint64) -> Launch:
-    """out [lines, width], which may be the gate where its lines have no more channels."""
+    """Computes `out` [lines, width], which may be the gate if the gate's lines have `width` channels."""
     figures = np.int32(x.stride), np.int32(width), rows.address, np.int32(rows.multiple)
     args = (x.gate, x.up, *figures, out)
     return Launch(f"elementwise.rows.{x.kernel}_lines", (rows.bucket, _blocks(width), 1), (_BLOCK, 1, 1), args)
@@ -106,8 +106,8 @@ def add_rms_norm(
     outs: tuple[np.uint64, np.uint64, np.uint64],
     rows: RowCount,
 ) -> Launch:
-    """total = x + y, or x if the address of y is 0. Its norm goes to each of `outs` that is not 0: float32, and 8 bits
-    for weights with segments of 32 and of 256."""
+    """Adds x and y to `total` (x alone if the address of y is 0). Its norm goes to each of `outs` that is not 0:
+    float32, and 8 bits for weights with segments of 32 and of 256."""
     args = (*inputs, weight, np.float32(step.epsilon), np.int32(step.width), rows.address, total, *outs)
     threads = 32 * min(_MAX_WARPS, -(-step.width // _WARP_CHANNELS))
     return Launch("elementwise.norms.add_rms_norm", (1, rows.bucket, 1), (threads, 1, 1), args, 4 * step.width)
@@ -128,14 +128,14 @@ def sigmoid_gate(
 
 
 def rotation(table: RopeTable, positions: np.uint64, frequencies: np.uint64, out: np.uint64, rows: RowCount) -> Launch:
-    """Cosines and sines of each row, [rows, 2 * pairs], from `frequencies` in float64."""
+    """Computes cosines and sines of each row, [rows, 2 * pairs], from `frequencies` in float64."""
     pairs = len(table.frequencies)
     args = (positions, frequencies, np.float64(table.scale), np.int32(pairs), rows.address, out)
     return _launch("rope.rotation", -(-pairs // _ROTATION_BLOCK), rows, args, _ROTATION_BLOCK)
 
 
 def rope(step: Rope, x: np.uint64, angles: np.uint64, rows: RowCount) -> Launch:
-    """In place, with the `angles` that `rotation` computed from the step's table."""
+    """Rotates x in place by the `angles` that `rotation` computed from the step's table."""
     pairs = len(step.table.frequencies)
     neox = np.int32(step.style is RopeStyle.NEOX)
     args = (x, angles, np.int32(step.heads), np.int32(step.head_dim), np.int32(pairs), neox, rows.address)

@@ -1,4 +1,4 @@
-"""Mixture of experts on a GPU around its products, as launches. Pure: knows addresses only."""
+"""The launches of a mixture of experts around its products. Pure: knows addresses only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llamaclust.model.program import Moe
 from llamaclust.model.steps.options import Gating
 
 _GATINGS = tuple(Gating)
-"""In the order of the kernel's numbers."""
+"""The gatings in the order of the kernel's numbers."""
 _HEAD_LINES = 1024  # for a block
 _PIECE_CHANNELS = 1024  # of a row, for a block
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertBuffers:
-    """Device arrays of one step; `choice_bytes` and `items_bytes` say their sizes."""
+    """The device arrays of one step; `choice_bytes` and `items_bytes` return their sizes."""
 
     ids: np.uint64  # int32 [rows, used]
     weights: np.uint64  # float32 [rows, used]
@@ -30,12 +30,12 @@ class ExpertBuffers:
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
-    """Of ids; weights and lines take as much."""
+    """Returns the bytes of ids, which are those of weights and of lines."""
     return 4 * rows * step.used
 
 
 def max_items(step: Moe, rows: int, piece: int) -> int:
-    """Pieces of up to `piece` lines that the experts' lines are cut into, at most."""
+    """Returns the most pieces of up to `piece` lines that the experts' lines are divided into."""
     lines = rows * step.used
     return min(step.experts, lines) + lines // piece
 
@@ -46,7 +46,7 @@ def items_bytes(step: Moe, rows: int, piece: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RouterOutput:
-    """What experts are chosen and weighed by: logits float32 [rows, experts]; bias and scales [experts], 0 for none."""
+    """The router's logits, float32 [rows, experts], and biases and scales of experts [experts], 0 for none."""
 
     logits: np.uint64
     bias: np.uint64 = NULL
@@ -70,21 +70,21 @@ def group(step: Moe, places: ExpertBuffers, piece: int, rows: RowCount) -> Launc
 
 
 def by_head(heads: int, places: matmul.Experts, rows: RowCount) -> Launch:
-    """Lines of all rows by head, and their items."""
+    """Launches the grouping of all rows' lines by head, with their items."""
     lines = rows.address, places.lines, places.items, places.item_count
     args = (np.int32(heads), np.int32(places.piece), *lines)
     return Launch("experts.by_head", (-(-rows.bucket * heads // _HEAD_LINES), 1, 1), (256, 1, 1), args)
 
 
 def weigh_inputs(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
-    """x float32 [rows, width], out [rows * used, width]: of each line, x times its weight."""
+    """Multiplies x, float32 [rows, width], by each line's weight to out [rows * used, width]."""
     width = step.x.width
     args = (x, places.weights, np.int32(step.used), np.int32(width), rows.address, out)
     return Launch("experts.weigh", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)
 
 
 def combine(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
-    """x float32 [rows * used, width], out [rows, width]."""
+    """Sums x, float32 [rows * used, width], to out [rows, width]."""
     width, weights = step.out.width, NULL if step.options.weighs_inputs else places.weights
     args = (x, weights, np.int32(step.used), np.int32(width), rows.address, out)
     return Launch("experts.combine", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)

@@ -1,4 +1,4 @@
-"""Where kernels find a microbatch's numbers on the device."""
+"""The addresses of a microbatch's numbers on the device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.kernels.cuda.runtime.device import NULL
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Addresses of int32 arrays, as in `Batch`."""
+    """The addresses of int32 arrays, which have the meaning of those in `Batch`."""
 
     rows: np.uint64  # how many; the header, which goes on with sequences and outputs
     outputs: np.uint64  # how many
@@ -30,7 +30,8 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class RowCount:
-    """The grid is sized for `bucket` rows; `multiple` times the int32 at `address` are computed."""
+    """A number of rows: the grid is sized for `bucket` rows, and `multiple` times the int32 at `address` are
+    computed."""
 
     bucket: int
     address: np.uint64

@@ -1,4 +1,4 @@
-"""What of a GPU decides which kernels run, and with how many blocks."""
+"""The properties of a GPU that decide which kernels run, and with how many blocks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, MIN_COMPU
 
 @dataclass(frozen=True, slots=True)
 class LaunchLimits:
-    """Its multiprocessors, the shared memory that a block can have, and its age."""
+    """A GPU's multiprocessors, the most shared memory of a block, and the compute capability."""
 
     sms: int
     shared_bytes: int
@@ -22,4 +22,4 @@ class LaunchLimits:
 
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES, MIN_COMPUTE_CAPABILITY)
-"""For sizes of buffers, which are those of any GPU."""
+"""The limits for sizes of buffers, which are equal on all GPUs."""

@@ -29,41 +29,39 @@ _SUB_BLOCKS = {
     **dict.fromkeys((_Q.Q4_K, _Q.Q5_K, _Q.IQ4_XS, _Q.IQ2_XXS, _Q.IQ3_XXS, _Q.IQ3_S), 8),
     **dict.fromkeys((_Q.Q2_K, _Q.Q3_K, _Q.Q6_K, _Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XS, _Q.IQ2_S), 16),
 }
-"""Integer scales in a segment, of types that have them."""
+"""The integer scales in a segment, of types that have them."""
 
 _GROUP_ROWS, _GEMM_ROWS, _WIDE_ROWS = 8, 64, 128
 _WIDE_WARPS, _ENOUGH = 8, 0.9
-"""A block of `_WIDE_ROWS` has so many warps; so many blocks for each multiprocessor are enough."""
+"""The warps of a block of `_WIDE_ROWS` rows, and the blocks for each multiprocessor that are enough."""
 LEAST_PIECE = _GROUP_ROWS
-"""Lines of experts that products take together, at least."""
+"""The fewest lines of an expert that products take together."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
-"""Of a segment of eight rows (src/matmul/activations.cuh)."""
+"""The bytes of a segment of eight rows (src/matmul/activations.cuh)."""
 
 _PIECE_SEGMENTS = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
-"""That a warp copies and multiplies together (src/matmul/pieces.cuh)."""
+"""The segments that a warp copies and multiplies together (src/matmul/pieces.cuh)."""
 _LONG_PIECE_BYTES = 1536
-"""A warp has memory for two pieces that are longer, otherwise for three, where they are not copied in bulk."""
+"""A warp has memory for two pieces that are longer, and for three shorter ones, unless copies are in bulk."""
 _MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
-"""The oldest GPUs with 8-bit matrix instructions, with copies in the background, and with bulk copies; and those with
+"""The oldest GPUs with 8-bit matrix instructions, with asynchronous copies and with bulk copies, and the GPUs with
 instructions of four warps (src/matmul/wgmma.cuh)."""
 _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
-"""The barrier of a piece that is copied in bulk takes so many bytes; one part in seven of shared memory is left to
-kernels that run beside others."""
+"""The bytes of the barrier of a bulk copy; one part in seven of shared memory is left to overlapping kernels."""
 _GEMM_STAGES = 3
 _KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
-"""A warp has so much memory for what the pieces of a turn add; for each output and lane, so much a piece. Longer pieces
-than the last would leave memory for fewer than three stages: their turns are of one."""
+"""The memory of a warp for the terms of a turn's pieces, and of an output and lane for a piece. Longer pieces than the
+last number would leave memory for fewer than three stages: their turns have one piece."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
-"""Of a block's shared memory, beside the dynamic part: of the kernel, and of the system."""
+"""The parts of a block's shared memory beside the dynamic one: the kernel's, and the system's."""
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
-"""Products with float weights (src/matmul/float_teams.cuh): rows for which a team of one warp is enough, warps of a
-block at most, and the bytes of a stage."""
+"""The limits of products with float weights (src/matmul/float_teams.cuh): the most rows for a team of one warp, the
+most warps of a block, and the bytes of a stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A tensor on the device: a vector of float32, or matrices [rows, cols] in tiles (one, or one for each expert), one
-    behind the other."""
+    """A tensor on the device: a float32 vector, or matrices [rows, cols] in tiles (one, or one for each expert)."""
 
     quant_type: QuantType
     shape: tuple[int, ...]
@@ -97,12 +95,12 @@ class Weights:
 
     @property
     def matrix_bytes(self) -> int:
-        """From one expert's matrix to the next."""
+        """The bytes from one expert's matrix to the next."""
         return self.tile_count * self.tile_bytes
 
     @property
     def pieces(self) -> int:
-        """Pieces of a tile (src/matmul/pieces.cuh)."""
+        """The pieces of a tile (src/matmul/pieces.cuh)."""
         return -(-(self.cols // self.quant_type.info.block_size) // _PIECE_SEGMENTS[self.activation])
 
 
@@ -116,14 +114,14 @@ class Product:
 
 
 MOST_PRODUCTS = 3
-"""Of one launch: queries, keys and values. They have one quant type and one width."""
+"""The most products of one launch: queries, keys and values. They have one quant type and one width."""
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Lines grouped by expert: items [max_items][3] of {expert, first of its `lines`, how many: `piece` at most};
-    *item_count of them are there. Line l takes row l // divisor of the activations and gives row l of the result.
-    Biases are rows of matrices, in tiles of `bias_rows` rows, column by column."""
+    """Lines grouped by expert: *item_count items of {expert, first index in `lines`, count up to `piece`}, of
+    [max_items][3]. Line l reads row l // divisor of the activations and gives row l of the result. Biases are rows of
+    matrices in tiles of `bias_rows` rows, column by column."""
 
     items: np.uint64
     item_count: np.uint64
@@ -135,7 +133,7 @@ class Experts:
 
 
 def expert_piece(lines: int, experts: int) -> int:
-    """How many lines items should have at most, for that many of all experts together."""
+    """Returns the most lines of an item, for so many lines of all experts together."""
     return _GEMM_ROWS if lines > 2 * _GROUP_ROWS * experts else _GROUP_ROWS
 
 
@@ -144,7 +142,7 @@ def kernel_name(kind: str, quant_type: QuantType) -> str:
 
 
 def activation_bytes(activation: ActivationFormat, rows: int, cols: int) -> int:
-    """Of quantized rows; none for float32, since products read those as they are."""
+    """Returns the bytes of quantized rows; 0 for float32, which products read as it is."""
     if activation is ActivationFormat.F32:
         return 0
     return -(-rows // _GROUP_ROWS) * (cols // int(activation)) * _GROUP_BYTES[activation]
@@ -157,7 +155,6 @@ def quantize(
     rows: RowCount,
     out: np.uint64,
 ) -> Launch:
-    """x: float32 [rows][cols]."""
     return _quantize("rows", activation, (x,), cols, rows, out)
 
 
@@ -174,14 +171,14 @@ def _quantize(
 
 
 def embed(weights: Weights, ids: np.uint64, rows: RowCount, out: np.uint64) -> Launch:
-    """Row i of out, float32, is row ids[i] of the weights."""
+    """Copies row ids[i] of the weights to row i of `out`, as float32."""
     args = (ids, weights.address, np.int32(weights.tile_bytes), np.int32(weights.cols), rows.address, out)
     grid = (-(-weights.cols // 1024), rows.bucket, 1)
     return Launch(kernel_name("embed", weights.quant_type), grid, (256, 1, 1), args)
 
 
 def multiply(products: Sequence[Product], activations: np.uint64, rows: RowCount, gpu: LaunchLimits) -> Launch:
-    """out [rows][weights.rows] of each product."""
+    """Multiplies rows by each product's weights to `out` [rows][weights.rows]."""
     piece = _gemm_rows(products, rows.bucket, gpu) if _takes_gemm(products, rows.bucket, gpu.sms) else _GROUP_ROWS
     experts = Experts(NULL, NULL, NULL, -(-rows.bucket // piece), piece, 1)
     return _launch(products, activations, RowCount(min(rows.bucket, piece), rows.address), experts, gpu)
@@ -190,25 +187,24 @@ def multiply(products: Sequence[Product], activations: np.uint64, rows: RowCount
 def multiply_experts(
     products: Sequence[Product], activations: np.uint64, experts: Experts, gpu: LaunchLimits
 ) -> Launch:
-    """`products` have the matrices of all experts."""
     return _launch(products, activations, RowCount(experts.piece, NULL), experts, gpu)
 
 
 def _blocks(products: Sequence[Product], tiles: int) -> int:
-    """Blocks of `tiles` tiles each; a block has tiles of one matrix."""
+    """Returns the number of blocks of `tiles` tiles each; a block has tiles of one matrix."""
     return sum(-(-product.weights.tile_count // tiles) for product in products)
 
 
 def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
-    """Up to 32 rows, the kernel for eight reads weights up to four times, but three of them from the cache: that costs
-    less than the bandwidth that a few large blocks would leave unused."""
+    """True if the gemm kernel is faster. Up to 32 rows, the kernel for eight reads weights up to four times, but three
+    times from the cache: that costs less than the bandwidth that a few large blocks leave unused."""
     if rows <= _GROUP_ROWS:
         return False
     return rows > 4 * _GROUP_ROWS or _blocks(products, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Doubles a block's rows where every multiprocessor still has a block: weights are decoded half as often."""
+    """Doubles a block's rows if every multiprocessor still has a block: weights are decoded half as often."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -256,7 +252,8 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _GemvShape:
-    """Blocks for each item, their warps and their shared memory: pieces of each warp (src/matmul/pieces.cuh)."""
+    """The blocks for each item, their warps, and their shared memory for pieces of each warp
+    (src/matmul/pieces.cuh)."""
 
     blocks: int
     warps: int
@@ -264,7 +261,7 @@ class _GemvShape:
 
     @classmethod
     def of(cls, products: Sequence[Product], items: int, times: int, gpu: LaunchLimits, rows: int) -> Self:
-        """`times` as many blocks as the GPU runs at a time, if there are as many tiles."""
+        """Sizes the grid to `times` the blocks that the GPU runs at once, at most one for each tile."""
         weights, tiles = products[0].weights, _blocks(products, 1)
         shape = _bulk_shape if gpu.compute_capability >= _BULK else _plain_shape
         kept_bytes = _KEPT_BYTES if _turn(weights, rows, gpu) > 1 else 0
@@ -276,7 +273,8 @@ class _GemvShape:
 
 
 def _turn(weights: Weights, rows: int, gpu: LaunchLimits) -> int:
-    """Pieces that a warp multiplies before its turn to add them: as many as make a turn for each warp, if they fit."""
+    """Returns the pieces that a warp multiplies before its turn to add them: enough for a turn of each warp, if they
+    fit."""
     if gpu.compute_capability < _BULK or weights.activation is not ActivationFormat.Q8_256:
         return 1
     if _piece_bytes(weights) > _TURN_PIECE_BYTES:
@@ -291,7 +289,8 @@ def _piece_bytes(weights: Weights) -> int:
 
 
 def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Warps, stages, bytes of a stage; blocks that a multiprocessor runs at a time: registers and shared memory say."""
+    """Returns warps, stages, bytes of a stage, and the blocks that a multiprocessor has registers and shared memory
+    for."""
     stages = 2 if piece_bytes > _LONG_PIECE_BYTES else 3
     stages = stages if gpu.compute_capability >= _ASYNCHRONOUS else 1
     of_registers = 5 if gpu.compute_capability >= _MATRIX_UNITS else 4
@@ -301,7 +300,7 @@ def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int,
 
 
 def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Returns the same values as `_plain_shape`: two blocks, or one if two would have memory for one stage only."""
+    """Returns the values of `_plain_shape`, for two blocks, or one if two would have memory for one stage each."""
     stage_bytes = piece_bytes + _ARRIVAL_BYTES
     room = gpu.shared_bytes + _RESERVED_BYTES - gpu.shared_bytes // _OTHERS_PART
     own = _STATIC_BYTES + _RESERVED_BYTES + 8 * kept_bytes
@@ -312,7 +311,7 @@ def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class _TeamsShape:
-    """Blocks for each item, their teams, the warps of a team, and shared memory (src/matmul/float_teams.cuh)."""
+    """The blocks for each item, their teams, the warps of a team, and shared memory (src/matmul/float_teams.cuh)."""
 
     blocks: int
     count: int
@@ -321,7 +320,7 @@ class _TeamsShape:
 
     @classmethod
     def of(cls, products: Sequence[Product], rows: int, items: int, times: int, gpu: LaunchLimits) -> Self:
-        """The grid has `times` as many blocks as the GPU has multiprocessors, if there are as many tiles."""
+        """Sizes the grid to `times` the GPU's multiprocessors, at most one block for each tile."""
         weights, tiles = products[0].weights, _blocks(products, 1)
         warps = 1 if rows <= _TEAM_ROWS else 2
         columns = _STAGE_BYTES // (TILE_ROWS * weights.quant_type.info.block_bytes)
@@ -341,14 +340,14 @@ class _TeamsShape:
 
 
 def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> int:
-    """The largest blocks that still give every multiprocessor one; they read activations least often."""
+    """Returns the warps of the largest blocks that give every multiprocessor one; they read activations least often."""
     most = 12 if gpu.compute_capability == _HOPPER else 16
     return next((warps for warps in (most, 8) if _blocks(products, warps) * items >= gpu.sms), 4)
 
 
 def _gemm_shared_bytes(weights: Weights, rows: int, warps: int, gpu: LaunchLimits) -> int:
-    """Two stages of 256 columns, and the integer scales of sixteen rows for each warp; for Hopper up to three stages,
-    which have weights as well."""
+    """Returns the bytes of two stages of 256 columns and of the integer scales of sixteen rows for each warp; on Hopper
+    of up to three stages, which hold weights too."""
     segments, info = 256 // weights.activation.value, weights.quant_type.info
     sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
     scales = warps * TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0

@@ -1,4 +1,4 @@
-"""Launches behind a last stage's logits: what the sampler needs of them, see src/sampling.cu."""
+"""Launches behind a last stage's logits for the sampler; see src/sampling.cu."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _THREADS = 256
 
 
 def sums_of_row(vocabulary: int) -> int:
-    """Parts of a row whose weights are summed together."""
+    """Returns the number of parts of a row whose weights are summed separately."""
     return -(-vocabulary // _SUMMED_LOGITS)
 
 
 def record_words(vocabulary: int) -> int:
-    """int64s of a row, as kernels/cpu/native/sampler/ranked.h has them."""
+    """Returns the int64s of a row's record (kernels/cpu/native/sampler/ranked.h)."""
     return _CANDIDATES + sums_of_row(vocabulary) + _END_WORDS
 
 
 def piece_count(vocabulary: int) -> int:
-    """float32s of a row beside the record."""
+    """Returns the float32s of a row beside its record."""
     return -(-vocabulary // _PIECE_LOGITS)
 
 
 def rank_logits(
     logits: np.uint64, vocabulary: int, pieces: np.uint64, records: np.uint64, rows: RowCount
 ) -> Iterator[Launch]:
-    """Fills the `records` of rows; `pieces` are memory for their greatest logits."""
+    """Fills the rows' `records`; `pieces` is memory for their greatest logits."""
     args = (logits, np.int32(vocabulary), rows.address, pieces, records)
     blocks = {"maxima": -(-piece_count(vocabulary) // _BLOCK_PIECES), "candidates": sums_of_row(vocabulary)}
     for kernel, count in blocks.items():
@@ -45,6 +45,6 @@ TOTALS = "sampling.totals"
 def sum_weights(
     logits: np.uint64, vocabulary: int, records: np.uint64, divisors: np.uint64, totals: np.uint64, rows: RowCount
 ) -> Launch:
-    """`totals` int64 [rows, parts] by float32 `divisors` [rows], behind `rank_logits`."""
+    """Fills `totals`, int64 [rows, parts], by float32 `divisors` [rows], behind `rank_logits`."""
     args = (logits, np.int32(vocabulary), rows.address, divisors, records, totals)
     return Launch(TOTALS, (sums_of_row(vocabulary), rows.bucket, 1), (_THREADS, 1, 1), args)

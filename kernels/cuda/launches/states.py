@@ -13,9 +13,9 @@ from llamaclust.model.program import Convolution, Decay, DeltaRule, Scan
 
 _BLOCK = 256
 _DELTA_CHANNELS = 32
-"""Of a block of delta_rule."""
+"""The channels of a block of delta_rule."""
 _SCAN_CHANNELS = (32, 16, 8, 4, 2)
-"""Likewise of scan: as many as have room for their states, of up to 4,096 numbers each."""
+"""The possible channels of a block of scan: the most whose states, of up to 4,096 numbers each, fit."""
 
 
 def _scan_bytes(step: Scan, channels: int) -> int:
@@ -24,7 +24,7 @@ def _scan_bytes(step: Scan, channels: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StateLaunches:
-    """Launches for microbatches of up to `sequences` sequences; `states` of a layer, [blocks, floats]."""
+    """The launches for microbatches of up to `sequences` sequences; `states` of a layer: [blocks, floats]."""
 
     inputs: Inputs
     sequences: int
@@ -46,7 +46,8 @@ class StateLaunches:
     def convolve(
         self, step: Convolution, x: np.uint64, weights: Weights, bias: np.uint64, out: np.uint64, rows: RowCount
     ) -> tuple[Launch, ...]:
-        """The second launch keeps what later rows read; it may be written where the first one reads."""
+        """Launches the convolution, then a kernel that keeps what later rows read: it may overwrite what the first one
+        reads."""
         width, figures = step.x.width, (np.int32(step.taps), np.int32(step.x.width))
         blocks = -(-width // _BLOCK)
         kernel = f"states.convolve_{weights.quant_type.name}"

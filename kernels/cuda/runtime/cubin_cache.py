@@ -16,13 +16,13 @@ from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 _log = logging.getLogger(__name__)
 
 _MOST_BYTES = 1 << 30
-"""The folder holds cubins of all versions, architectures and compilers; those of one take a hundredth of it."""
+"""The limit of the folder, which has cubins of all versions, architectures and compilers; one set takes a hundredth."""
 
 _MOST_MODULE_BYTES = 1 << 28
 
 
 class KernelFolder(DiskCache):
-    """Names of files have the digest of what a module was compiled from, and that of its bytes."""
+    """The folder of compiled modules. File names have the digest of a module's sources and that of its bytes."""
 
     suffixes = (".cubin", ".ptx")
     content, limit = "compiled kernels", "of all versions"
@@ -31,7 +31,7 @@ class KernelFolder(DiskCache):
         super().__init__(path, _MOST_BYTES)
 
     def find(self, key: str) -> Path | None:
-        """An undamaged module, which counts as used now. OSError."""
+        """Returns an undamaged module, which counts as used now. Raises OSError."""
         for path in (path for suffix in self.suffixes for path in self.path.glob(f"{key}.*{suffix}")):
             data = self.read(path.name, _MOST_MODULE_BYTES)
             if data is not None and path.name == _file_name(key, data, path.suffix):
@@ -41,18 +41,17 @@ class KernelFolder(DiskCache):
         return None
 
     def keep(self, key: str, binary: Binary) -> Path:
-        """Writes a module as with `write`."""
+        """Writes a module like `write`."""
         name = _file_name(key, binary.data, f".{binary.kind}")
         self.write(name, [binary.data])
         return self.path / name
 
 
 class CubinCache:
-    """Compiled modules by the hash of source, options, architecture and compiler. Those that cannot be kept in `folder`
-    are in a temporary folder until `close`."""
+    """Compiled modules by the hash of source, options, architecture and compiler. Modules that cannot be kept in
+    `folder` are in a temporary folder until `close`."""
 
     def __init__(self, folder: Path | None) -> None:
-        """None: no persistent folder."""
         self._folder = None if folder is None else KernelFolder(folder)
         self._instead: TemporaryDirectory[str] | None = None
         self._is_reported = False  # that the folder cannot be used
@@ -62,7 +61,7 @@ class CubinCache:
             self._instead.cleanup()
 
     def get(self, nvrtc: Nvrtc, name: str, text: str, architecture: int, *, anew: bool = False) -> Path:
-        """The file of a module; compiled if it is missing or if `anew`."""
+        """Returns the file of a module, which is compiled if it is missing or if `anew`."""
         of = "\0".join((text, *OPTIONS, machine_target(architecture), str(nvrtc.version)))
         key = f"{name}-{_digest(of.encode())}"
         found = None if anew else self._in_folder(lambda folder: folder.find(key))
@@ -72,7 +71,7 @@ class CubinCache:
         return self._in_folder(lambda folder: folder.keep(key, binary)) or self._keep_for_now(key, binary)
 
     def _in_folder(self, act: Callable[[KernelFolder], Path | None]) -> Path | None:
-        """None also where the folder cannot be used."""
+        """Returns None also if the folder cannot be used."""
         if self._folder is None:
             return None
         try:

@@ -22,7 +22,7 @@ _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 @dataclass(eq=False, slots=True)
 class CupyBuffer:
-    """See `kernels.cuda.runtime.device.Buffer`."""
+    """Implements `kernels.cuda.runtime.device.Buffer`."""
 
     device: CupyDevice
     address: int
@@ -39,7 +39,7 @@ class CupyBuffer:
 
 @dataclass(eq=False, slots=True)
 class CupyGraph:
-    """See `kernels.cuda.runtime.device.Graph`."""
+    """Implements `kernels.cuda.runtime.device.Graph`."""
 
     device: CupyDevice
     graph: Any
@@ -52,16 +52,16 @@ class CupyGraph:
 
 
 def _part(buffer: Buffer, offset_bytes: int, n_bytes: int) -> int:
-    """The address of bytes that are all in it."""
+    """Returns the address of bytes that are inside the buffer."""
     assert offset_bytes + n_bytes <= buffer.n_bytes, f"{offset_bytes} + {n_bytes} of {buffer.n_bytes} bytes"
     return int(buffer.at(offset_bytes))
 
 
 class CupyDevice:
-    """See `kernels.cuda.runtime.device.Device`."""
+    """Implements `kernels.cuda.runtime.device.Device`."""
 
     def __init__(self, index: int = 0, memory_cap_bytes: int | None = None, folder: Path | None = None) -> None:
-        """GPU number `index` of CUDA, limited to `memory_cap_bytes`; compiled kernels are kept in `folder`. UsageError
+        """Opens CUDA's GPU `index`, limited to `memory_cap_bytes`; `folder` keeps compiled kernels. Raises UsageError
         that names what is missing: CuPy, NVRTC, a driver, the GPU, a newer GPU, or a GPU that is free."""
         self._cupy = import_cupy()
         self._index, self._cap_bytes = index, memory_cap_bytes
@@ -202,5 +202,5 @@ class CupyDevice:
         self._kernels.close()
 
     def _select(self) -> None:
-        """CUDA calls use the GPU that the thread selected last."""
+        """Selects the GPU: CUDA calls use the one that the thread selected last."""
         self._runtime.setDevice(self._index)

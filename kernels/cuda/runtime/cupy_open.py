@@ -16,8 +16,6 @@ _NO_DEVICE, _OLD_DRIVER = 100, 35  # cudaErrorNoDevice, cudaErrorInsufficientDri
 
 @dataclass(frozen=True, slots=True)
 class GpuProperties:
-    """One GPU, as the CUDA runtime describes it."""
-
     name: str
     uuid: str  # hexadecimal digits
     memory_bytes: int
@@ -27,7 +25,7 @@ class GpuProperties:
 
 
 def import_cupy() -> Any:
-    """UsageError where it is missing, broken or too old."""
+    """Raises UsageError if CuPy is missing, broken or too old."""
     try:
         import cupy
     except ModuleNotFoundError as error:
@@ -43,7 +41,7 @@ def import_cupy() -> Any:
 
 
 def gpu_properties(cupy: Any, index: int) -> GpuProperties:
-    """UsageError if there is no such GPU or it is too old."""
+    """Raises UsageError if the GPU does not exist or is too old."""
     count = _count(cupy)
     gpus = [_properties(cupy, number) for number in range(count)]
     if index >= count:
@@ -59,8 +57,8 @@ def gpu_properties(cupy: Any, index: int) -> GpuProperties:
 
 
 def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
-    """UsageError where there is none, one whose machine code the driver does not know, or one that has given up the
-    GPU's architecture, such as 61."""
+    """Raises UsageError if NVRTC is missing, makes machine code that the driver does not know, or has dropped the GPU's
+    architecture, such as 61."""
     nvrtc, driver = open_nvrtc(), cupy.cuda.runtime.driverGetVersion()
     if nvrtc.version[0] > driver // 1000:
         made_by = _version(nvrtc.version)
@@ -80,7 +78,7 @@ def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
 
 
 def _count(cupy: Any) -> int:
-    """UsageError without a GPU or driver."""
+    """Raises UsageError without a GPU or driver."""
     runtime = cupy.cuda.runtime
     try:
         count: int = runtime.getDeviceCount()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 
 Scalar = np.int32 | np.float32 | np.float64 | np.uint64
-"""An argument of a kernel as it declares it; a pointer is the np.uint64 of an address (see `Buffer.at`)."""
+"""An argument of a kernel in its declared type; a pointer is the np.uint64 of an address (see `Buffer.at`)."""
 
 NULL = np.uint64(0)
 
@@ -23,20 +23,21 @@ LEAST_SHARED_BYTES = 64 << 10
 """The least `Device.shared_bytes` of GPUs from 7.0 on; older ones have PLAIN_SHARED_BYTES."""
 
 PLAIN_SHARED_BYTES = 48 << 10
-"""Shared memory of a block without an attribute; more, up to `Device.shared_bytes`, must be dynamic."""
+"""The shared memory of a block without an attribute; more, up to `Device.shared_bytes`, must be dynamic."""
 
 
 class Buffer(Protocol):
-    """Memory of the device, aligned to 16 bytes at least. The initial content is undefined."""
+    """Memory of the device, aligned to at least 16 bytes. The initial content is undefined."""
 
     address: int
     n_bytes: int
 
     def at(self, offset_bytes: int = 0) -> np.uint64:
-        """A pointer into it, as an argument of a kernel. AssertionError outside of it."""
+        """Returns a pointer into the buffer, as an argument of a kernel. Raises AssertionError outside of the
+        buffer."""
 
     def close(self) -> None:
-        """Frees it; no launch that is under way may use it."""
+        """Frees the memory; no launch in progress may use it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,10 @@ class Launch:
 
 
 class Graph(Protocol):
-    """Launches and copies that were captured. Copies read and write pinned memory anew each time."""
+    """Captured launches and copies. Copies read and write pinned memory anew each time."""
 
     def launch(self) -> None:
-        """Executes all of them, in order with other calls of the device."""
+        """Executes the graph, in order with other calls of the device."""
 
     def close(self) -> None: ...
 
@@ -64,12 +65,12 @@ class Event(Protocol):
     """A point in the order of the device's work."""
 
     def synchronize(self) -> None:
-        """Returns when everything before it is done."""
+        """Returns when all work before the event is done."""
 
 
 class Device(Protocol):
-    """One GPU. Copies, launches and graphs run one after the other, in the order of the calls, while the caller goes
-    on; for one thread at a time, but `prepare` and the `close` of buffers."""
+    """One GPU. Copies, launches and graphs run in the order of the calls, while the caller goes on. One thread at a
+    time may call, except `prepare` and the `close` of buffers."""
 
     name: str
     uuid: str  # of the GPU itself; "": not known
@@ -81,31 +82,30 @@ class Device(Protocol):
 
     @property
     def free_bytes(self) -> int:
-        """The most that `allocate` can give now."""
+        """The most bytes that `allocate` can give now."""
 
     def prepare(self, kernels: Iterable[str]) -> None:
-        """Compiles the modules of these kernels: seconds, once on a machine. `launch` also compiles, except during
-        the capture of a graph."""
+        """Compiles the modules of these kernels: seconds, once on a machine. `launch` also compiles, but not during a
+        capture."""
 
     def allocate(self, n_bytes: int) -> Buffer:
-        """InsufficientMemoryError where there is less."""
+        """Raises InsufficientMemoryError if there is less."""
 
     def pinned(self, n_bytes: int) -> Bytes:
-        """Memory of the host that the device copies from and to by itself; freed with the array.
-        InsufficientMemoryError where there is less."""
+        """Allocates host memory that the device copies from and to by itself; it is freed with the array. Raises
+        InsufficientMemoryError if there is less."""
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
         """Returns when the copy is complete."""
 
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
-        """In order with launches; `pinned`, a part of an array of `pinned`, must stay as it is until then."""
+        """Copies in order with launches; `pinned`, a part of an array of `pinned`, must not change until then."""
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
-        """Copies pinned memory to offsets, beside launches and in no order with these; when the event is reached, all
-        of it is there."""
+        """Copies pinned memory to offsets, in no order with launches; all of it is there when the event is reached."""
 
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
-        """Fills `pinned`, in order with launches: it is there after `synchronize`, or when an event is reached."""
+        """Fills `pinned` in order with launches: it is complete after `synchronize`, or when an event is reached."""
 
     def launch(self, launch: Launch) -> None: ...
 
@@ -113,10 +113,10 @@ class Device(Protocol):
         """Records the launches and copies of `work` without executing them."""
 
     def event(self) -> Event:
-        """The point that the calls so far have reached."""
+        """Returns the point that the calls so far have reached."""
 
     def synchronize(self) -> None:
-        """Returns when everything is done."""
+        """Returns when all work is done."""
 
     def close(self) -> None:
-        """Frees everything that is left."""
+        """Frees all that is left."""

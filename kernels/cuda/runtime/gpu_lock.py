@@ -20,13 +20,13 @@ class GpuLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Calls of one thread stay together. DeviceLostError with the driver's message."""
+        """Keeps calls of one thread together. Raises DeviceLostError with the driver's message."""
         with self._lock, self.driver_errors():
             yield
 
     @contextmanager
     def driver_errors(self) -> Iterator[None]:
-        """For calls that need no exclusive use. DeviceLostError likewise."""
+        """Wraps calls that need no exclusive use. Raises DeviceLostError with the driver's message."""
         try:
             yield
         except self.device.failures as error:

@@ -1,4 +1,4 @@
-"""Kernels of a device by name, from compiled modules."""
+"""Loads kernels of a device by name, from compiled modules."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ _log = logging.getLogger(__name__)
 
 
 class KernelLoader:
-    """Compiles, loads and keeps them."""
-
     def __init__(self, cupy: Any, compute_capability: tuple[int, int], folder: Path | None) -> None:
         self._cupy = cupy
         self.architecture = 10 * compute_capability[0] + compute_capability[1]
@@ -27,7 +25,8 @@ class KernelLoader:
         self._shared_bytes: dict[str, int] = {}
 
     def get(self, name: str, shared_bytes: int = 0) -> Any:
-        """The kernel, allowed so much dynamic shared memory: more than 48 KiB with its own need an attribute."""
+        """Returns a kernel that may use so much dynamic shared memory: more than 48 KiB with its own need an
+        attribute."""
         if name not in self._kernels:
             module, _, function = name.rpartition(".")
             self._kernels[name] = self._function(module, function)
@@ -42,7 +41,7 @@ class KernelLoader:
         self._cubins.close()
 
     def _function(self, module: str, function: str) -> Any:
-        """If the driver rejects a file, such as a truncated one, the module is compiled again."""
+        """Returns a function. If the driver rejects a file, such as a truncated one, the module is compiled again."""
         if module not in self._modules:
             self._modules[module] = self._module(module)
         try:
@@ -53,6 +52,6 @@ class KernelLoader:
             return self._modules[module].get_function(function)
 
     def _module(self, name: str, *, anew: bool = False) -> Any:
-        """Its file is read at the first function."""
+        """Opens a module; its file is read at the first function."""
         path = self._cubins.get(self._nvrtc, name, whole_text(modules()[name]), self.architecture, anew=anew)
         return self._cupy.RawModule(path=str(path))

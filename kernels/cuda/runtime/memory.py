@@ -1,24 +1,24 @@
-"""How memory of a GPU is counted: in the pieces that its driver gives out, so that sums come out to the byte."""
+"""Sizes of GPU memory in the units of the driver's allocator, so that sums are exact to the byte."""
 
 from __future__ import annotations
 
 ALIGNMENT = 256
-"""Of what lies together in one piece."""
+"""The alignment of parts in one allocation."""
 
 _GRANULE = 2 << 20
-"""The driver gives out no less."""
+"""The driver's smallest allocation."""
 
 
 def aligned(n_bytes: int) -> int:
-    """Where the next thing may begin."""
+    """Returns the next offset at which a part may begin."""
     return -(-n_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def allocated(n_bytes: int) -> int:
-    """What so many bytes take where they are allocated by themselves."""
+    """Returns the bytes that a separate allocation of `n_bytes` takes."""
     return -(-n_bytes // _GRANULE) * _GRANULE
 
 
 def most_rounded_bytes(parts: int) -> int:
-    """What rounding adds, at most, to so many parts that lie together in one piece."""
+    """Returns the most bytes that rounding adds to so many parts in one allocation."""
     return _GRANULE + parts * ALIGNMENT

@@ -1,5 +1,5 @@
-"""NVIDIA's run-time compiler, asked for exactly our options: CuPy's own way to it adds one that flushes subnormals to
-zero (`-ftz=true`, after all others), and so would change bits."""
+"""NVIDIA's run-time compiler, called with exactly our options: CuPy appends one that flushes subnormals to zero
+(`-ftz=true`), which would change bits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _ALL_ON_DEVICE = "--device-as-default-execution-space"
 _NOT_THERE = "device cuda compiles kernels by NVRTC, which is not there: pip install 'llamaclust[cuda13]' (or cuda12)"
 _HOPPER = 90
 _OLDEST = (12, 0)
-"""The first that knows C++20."""
+"""The first version that knows C++20."""
 
 
 def machine_target(architecture: int, kind: str = "sm") -> str:
-    """The compiler's name of an architecture. That of Hopper with the instructions that Hopper alone has."""
+    """Returns the compiler's name of an architecture; for Hopper the one with instructions that only Hopper has."""
     return f"{kind}_{architecture}a" if architecture == _HOPPER else f"{kind}_{architecture}"
 
 
@@ -34,7 +34,7 @@ class Nvrtc:
     """The compiler in one shared library."""
 
     def __init__(self, path: str) -> None:
-        """UsageError for one that is too old."""
+        """Raises UsageError for a library that is too old."""
         self._library = ctypes.CDLL(path)
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
@@ -44,7 +44,7 @@ class Nvrtc:
 
     @property
     def architectures(self) -> tuple[int, ...]:
-        """Those it makes machine code for, such as 75, ascending."""
+        """The architectures that the library makes machine code for, such as 75, ascending."""
         count = ctypes.c_int()
         self._check(self._library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
         numbers = (ctypes.c_int * count.value)()
@@ -52,8 +52,8 @@ class Nvrtc:
         return tuple(sorted(numbers))
 
     def compile(self, name: str, text: str, architecture: int, options: Sequence[str] = OPTIONS) -> Binary:
-        """The module as machine code; as PTX of the newest architecture for one that came later. LlamaclustError with
-        the compiler's words."""
+        """Compiles a module to machine code, or to PTX of the newest known architecture for a later one. Raises
+        LlamaclustError with the compiler's messages."""
         known = self.architectures
         kind = "cubin" if architecture in known else "ptx"
         target = (
@@ -64,7 +64,7 @@ class Nvrtc:
         return Binary(kind, self.translate(kind, name, text, (*options, f"--gpu-architecture={target}")))
 
     def translate(self, kind: str, name: str, text: str, options: Sequence[str]) -> bytes:
-        """Machine code ("cubin") or PTX ("ptx") by these options alone."""
+        """Compiles to machine code ("cubin") or PTX ("ptx") by these options alone."""
         program = ctypes.c_void_p()
         source, given = text.encode(), [option.encode() for option in (*options, _ALL_ON_DEVICE)]
         made = self._library.nvrtcCreateProgram(ctypes.byref(program), source, f"{name}.cu".encode(), 0, None, None)
@@ -92,7 +92,7 @@ class Nvrtc:
 
 
 def open_nvrtc() -> Nvrtc:
-    """The one that CuPy would use. UsageError where there is none."""
+    """Opens the library that CuPy would use. Raises UsageError if there is none."""
     try:
         from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
     except ImportError as error:

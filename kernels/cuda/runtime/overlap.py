@@ -12,7 +12,7 @@ import numpy as np
 from llamaclust.kernels.cuda.runtime.device import Launch
 
 OLDEST = 90
-"""The first architecture that has them."""
+"""The first architecture with overlapping launches."""
 
 _KERNELS = (
     *(f"{module}.gemv_" for module in ("matmul.k", "matmul.simple", "matmul.grid", "matmul.float")),

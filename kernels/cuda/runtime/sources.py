@@ -1,4 +1,4 @@
-"""The CUDA sources as compilers are given them: a module is one file of src/ with everything that it includes."""
+"""The CUDA sources for compilers: a module is one file of src/ with everything that it includes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 SRC = Path(__file__).parent.parent / "src"
 INCLUDE = (SRC, SRC.parent.parent / "cpu" / "native")
-"""Where sources look for each other, after the folder that a source itself is in."""
+"""The folders of includes, after the folder of the including source."""
 
 OPTIONS = ("--std=c++20", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
 """No multiplication is joined with an addition, nothing is approximated, subnormals are kept."""
@@ -16,15 +16,16 @@ _INCLUDE = re.compile(r'^#include (?:"(.+)"|<.+>)')
 
 
 def modules() -> dict[str, Path]:
-    """Every module by name: `attention.few` is src/attention/few.cu."""
+    """Returns every module by name: `attention.few` is src/attention/few.cu."""
     return {".".join(path.relative_to(SRC).with_suffix("").parts): path for path in sorted(SRC.rglob("*.cu"))}
 
 
 def whole_text(path: Path, include: tuple[Path, ...] = INCLUDE) -> str:
-    """The source with its includes put in, each once: compilers need no files, and their caches see every change.
+    """Returns the source with its includes inserted, each once: compilers need no files, and their caches see every
+    change.
 
-    Headers of the standard library are left to compilers that have them. One of ours that is not there stays as it is:
-    it stands in a branch for another compiler.
+    Headers of the standard library are left to compilers that have them. A missing header of ours stays as an include:
+    it is in a branch for another compiler.
     """
     return "".join(_lines(path, include, set()))
 

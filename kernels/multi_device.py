@@ -27,16 +27,14 @@ from llamaclust.model.program import Attention, Buffer, Gather, Join, Program, S
 
 @dataclass(frozen=True, slots=True)
 class BackendLayers:
-    """Layers [start, end) on a backend."""
-
     backend: Backend
     start: int
     end: int
 
 
 class MultiDeviceBackend:
-    """See `kernels.backend.Backend`. Loads one program, divided into `parts` in order of layers. KV memory is on
-    the device of its layer."""
+    """Implements `kernels.backend.Backend` for a program that is divided into `parts` in order of layers. KV memory is
+    on the device of its layer."""
 
     def __init__(self, parts: Sequence[BackendLayers]) -> None:
         assert parts and all(part.end == after.start for part, after in pairwise(parts)), parts
@@ -48,7 +46,6 @@ class MultiDeviceBackend:
     def load(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> MultiDeviceStage:
-        """What was loaded is freed again where a later part cannot be."""
         stages: list[Stage] = []
         with ExitStack() as loaded:
             for part, own in self._programs(program):
@@ -70,8 +67,6 @@ class MultiDeviceBackend:
 
 
 class MultiDeviceStage:
-    """See `kernels.backend.Stage`."""
-
     def __init__(self, stages: Sequence[Stage], programs: Sequence[Program]) -> None:
         self.stages = tuple(stages)
         self._programs = tuple(programs)
@@ -98,7 +93,6 @@ class MultiDeviceStage:
         return isinstance(last, RanksLogits) and last.ranks_logits
 
     def run_ranked(self, batch: Batch, hidden: Float32 | None) -> RankedLogits:
-        """See `kernels.backend.RanksLogits`."""
         self._begin(batch)
         *others, last = self.stages
         for stage in others:
@@ -112,7 +106,6 @@ class MultiDeviceStage:
             own.bands = whole.bands
 
     def gather_by(self, gatherer: Gatherer) -> None:
-        """See `kernels.backend.GathersRows`."""
         first, self._gatherers = 0, []
         for stage, program in zip(self.stages, self._programs, strict=True):
             assert isinstance(stage, GathersRows), "experts in RAM are refused in groups"
@@ -122,7 +115,7 @@ class MultiDeviceStage:
             first += sum(isinstance(step, Gather) for step in program.steps)
 
     def _numbered(self, gatherer: Gatherer, first: int, program: Program) -> PythonGatherer:
-        """Numbers the gathers of a part as the other members of the group do: from that one of the whole stage on."""
+        """Continues the numbers of gathers from part to part, so that they are those of the group's other members."""
         gathers = [step for step in program.steps if isinstance(step, Gather)]
 
         def gather(number: int, own: Float32, whole: Float32) -> None:
@@ -142,9 +135,9 @@ class MultiDeviceStage:
 
 
 def layers_of(program: Program, start: int, end: int) -> Program:
-    """The steps of layers [start, end). A layer begins with the first step that names it; steps before the first layer
-    are the embedding, steps after the last one the head. What later layers read beside the hidden state goes behind
-    it."""
+    """Returns the steps of layers [start, end). A layer begins with the first step that names it; the embedding is
+    before the first layer, and the head behind the last. Channels that later layers read are behind the hidden
+    state."""
     assert program.start <= start < end <= program.end, (start, end)
     bounds = {program.start: 0, program.end: len(program.steps)}
     for at, step in enumerate(program.steps):
@@ -164,8 +157,8 @@ def layers_of(program: Program, start: int, end: int) -> Program:
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    """What goes from layer to layer: the hidden state, and behind it channels of another buffer, from `start` on, of
-    which each layer reads a slice."""
+    """The rows that go from layer to layer: the hidden state, and behind it channels of another buffer, from `start`
+    on, of which each layer reads a slice."""
 
     hidden: Buffer
     further: Buffer
@@ -173,7 +166,7 @@ class _Carried:
 
     @classmethod
     def at(cls, program: Program, at: int) -> _Carried | None:
-        """To the steps from `at` on; None where they read the hidden state alone."""
+        """Returns the input of the steps from `at` on; None if they read the hidden state alone."""
         whole, slices, written = set[Buffer](), dict[Buffer, int](), set[str]()  # slices: where the first one begins
         for step in program.steps[at:]:
             for buffer in step.reads:
@@ -193,12 +186,12 @@ class _Carried:
         return Buffer(name, self.hidden.width + self.further.width - self.start)
 
     def packed(self, first: int) -> tuple[Step, Step]:
-        """Behind layers that have the further channels from `first` on."""
+        """Returns the steps behind layers that have the further channels from `first` on."""
         have, rest = self._from(first), Buffer("further inputs", self.further.width - self.start)
         return Slice(have, rest, self.start - first), Join(self.hidden, rest, self.whole("sent"))
 
     def unpacked(self, steps: Iterable[Step]) -> tuple[Step, ...]:
-        """The steps behind those that divide what they are given."""
+        """Returns the steps behind those that divide the given rows."""
         given, own = self.whole("given"), self._from(self.start)
         moved = (
             replace(step, x=own, start=step.start - self.start)
@@ -213,7 +206,6 @@ class _Carried:
 
 
 def _layer(step: Step) -> int | None:
-    """The layer of a step's KV memory or weight."""
     if isinstance(step, Attention):
         return step.layer
     parts = str(getattr(step, "weight", None) or getattr(step, "router", "")).split(".")

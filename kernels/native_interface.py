@@ -1,4 +1,5 @@
-"""Checks that the compiled module has what its stub says: one of an older build fails late, at a name it lacks."""
+"""Checks that the compiled module has what its stub says: a module of an older build would fail late, at a missing
+name."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _MOST_TOLD = 3
 
 
 def check_interface(module: ModuleType, stub: Path) -> None:
-    """LlamaclustError where the module lacks functions, classes or methods. Without the stub, nothing is known."""
+    """Raises LlamaclustError if the module lacks functions, classes or methods. Without the stub, nothing is
+    checked."""
     if not stub.is_file():
         return
     if missing := [*_missing(module, stub.read_text())]:

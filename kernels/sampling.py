@@ -16,22 +16,22 @@ from llamaclust.kernels.backend import Logits, RankedLogits
 
 
 class Sampler:
-    """The sampler of one stage. One call at a time; the GIL is released meanwhile.
+    """The sampler of one stage. It makes one call at a time and releases the GIL meanwhile.
 
-    A token is chosen in llama.cpp's default order: logit bias, repetition penalty, frequency and presence penalties,
-    suppressed tokens and those that a grammar does not allow to -infinity; at temperature 0 the greatest logit, ties to
-    the lower id; else top-k, top-p and min-p, all three on probabilities at temperature 1, then temperature, then a
-    draw. (OpenAI and vLLM apply the temperature before top-p.) A chain of samplers puts more steps there, or another
-    order. Logprobs are the log-softmax of the raw logits, before all of this.
+    A token is chosen in llama.cpp's default order: logit bias, repetition, frequency and presence penalties; suppressed
+    tokens and those that a grammar does not allow to -infinity; at temperature 0 the greatest logit, ties to the lower
+    id; else top-k, top-p and min-p, all on probabilities at temperature 1, then temperature, then a draw. (OpenAI and
+    vLLM apply the temperature before top-p.) A chain of samplers adds steps or changes their order. Logprobs are the
+    log-softmax of the raw logits.
     """
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
-        """Rows are spread over `threads`. `feature_level` "" takes the best; ValueError names the levels there are."""
+        """Spreads rows over `threads`. `feature_level` "" takes the best; ValueError names the available ones."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
     @property
     def record_words(self) -> int:
-        """int64s of a row of `RankedLogits`."""
+        """The int64s of a row of `RankedLogits`."""
         return self._native.record_words
 
     def run(
@@ -40,27 +40,26 @@ class Sampler:
         tasks: tuple[RowTask, ...],
         allowed: Sequence[AllowedTokens | None] | None = None,
     ) -> tuple[RowResult, ...]:
-        """One result a row of logits [tasks, vocabulary]. A row that has no answer says so in `failure`. `allowed`: the
-        tokens that each row may choose; None: all."""
+        """Returns one result a row of logits [tasks, vocabulary], with `failure` for a row without an answer.
+        `allowed`: the tokens that each row may choose; None: all."""
         native = list(map(_native_task, tasks, repeat(None) if allowed is None else allowed))
         if isinstance(logits, RankedLogits):
             return tuple(map(_result, self._native.run_ranked(logits.records, native, logits.rows, logits.totals)))
         return tuple(map(_result, self._native.run(logits, native)))
 
     def sample(self, logits: Logits, tasks: _native.SamplingTasks) -> _native.RowOutcomes:
-        """Likewise, of tasks that were read natively. See `row_results`."""
+        """Samples like `run`, for tasks that were read natively; see `row_results`."""
         if isinstance(logits, RankedLogits):
             return _native.sample_ranked(self._native, logits.records, tasks, logits.rows, logits.totals)
         return _native.sample(self._native, logits, tasks)
 
 
 def row_results(outcomes: _native.RowOutcomes) -> tuple[RowResult, ...]:
-    """The outcomes as the coordinator gets them."""
     return tuple(map(_answer, outcomes.rows))
 
 
 def set_result(outcomes: _native.RowOutcomes, place: int, row: RowResult) -> None:
-    """Replaces one outcome, but for what a head drafts."""
+    """Replaces one outcome, except the head's drafted tokens."""
     failure = "" if row.failure is None else one_line(row.failure)
     more = list(row.top_logprobs), failure, row.is_request_fault, row.is_deferred
     outcomes.set(place, row.token, row.logprob, *more, row.mu, row.forced, row.forced_draft, row.matcher_ns)

@@ -1,5 +1,5 @@
-"""Experts of some layers on another device than the rest of them: a GPU computes attention, norms, shared experts and
-products, a processor the routers and the experts that they choose.
+"""Experts of some layers on another device than the rest: a GPU computes attention, norms, shared experts and products,
+a processor the routers and the experts that they choose.
 
 At each mixture of experts, its normed input goes to the processor, and the weighted sum of the experts comes back.
 """
@@ -29,17 +29,17 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Exchange, Moe, Program, Slice, Step
 
 MOST_CACHED_ROWS = 64
-"""Microbatches of more rows use most experts of a layer: one device computes all of these."""
+"""The most rows of a microbatch that the cache serves: larger ones use most experts, which one device then computes."""
 
 
 def without_experts(program: Program, layers: Collection[int]) -> Program:
-    """The program with exchanges in place of the mixtures of these layers."""
+    """Returns the program with exchanges in place of the mixtures of these layers."""
     return replace(program, steps=tuple(_exchanged(step) if _is_of(step, layers) else step for step in program.steps))
 
 
 def experts_of(program: Program, layers: Collection[int]) -> Program | None:
-    """The mixtures of these layers alone, each from the hidden state to the result; None where there are none. What
-    one reads beside its input stands behind it in the hidden state."""
+    """Returns the mixtures of these layers, each from the hidden state to the result, or None. A mixture's further
+    input is behind its input in the hidden state."""
     mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None
@@ -50,13 +50,12 @@ def experts_of(program: Program, layers: Collection[int]) -> Program | None:
 
 
 def mixtures_of(program: Program) -> tuple[Moe, ...]:
-    """In the order of their numbers."""
     return tuple(step for step in program.steps if isinstance(step, Moe))
 
 
 def cached_lines(program: Program, limits: StageLimits) -> int:
-    """For a program of experts: lines (a row and one of its experts) of the largest microbatch that a cache of experts
-    serves. 0 where no expert is computed by itself: those of weighed inputs, or without a gate."""
+    """Returns the lines (a row and one of its experts) of the largest microbatch that a cache serves, for a program of
+    experts. 0 if no expert is computed by itself: with weighed inputs, or without a gate."""
     mixtures = mixtures_of(program)
     figures = {(step.used, step.experts, step.x.width, step.out.width) for step in mixtures}
     is_divisible = all((step.gate or step.fused) and not step.options.weighs_inputs for step in mixtures)
@@ -65,12 +64,11 @@ def cached_lines(program: Program, limits: StageLimits) -> int:
 
 
 def lines_limits(lines: int) -> StageLimits:
-    """Of a stage that computes as many lines."""
     return StageLimits(lines, lines, 1, lines, 1)
 
 
 def expert_parts(program: Program) -> Iterator[Program]:
-    """Each mixture of such a program, with the steps before it."""
+    """Yields each mixture of a program of experts, with the steps before it."""
     part: list[Step] = []
     for step in program.steps:
         part.append(step)
@@ -99,13 +97,13 @@ def _from_hidden(step: Moe, hidden: Buffer, out: Buffer) -> tuple[Step, ...]:
 
 
 class SplitExpertsBackend:
-    """See `kernels.backend.Backend`. Loads programs on `rest` but for the experts of `layers`, which `experts`
+    """Implements `kernels.backend.Backend`: loads programs on `rest`, except the experts of `layers`, which `experts`
     computes."""
 
     def __init__(
         self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int], cache_bytes: int = 0
     ) -> None:
-        """Often used experts are copied to `rest`, into at most `cache_bytes` there."""
+        """`cache_bytes`: the most bytes on `rest` for copies of often used experts."""
         assert rest.numerics_version == experts.numerics_version
         self.numerics_version = rest.numerics_version
         self.name = f"{rest.name}+{experts.name}"
@@ -113,7 +111,6 @@ class SplitExpertsBackend:
         self.rest, self.experts, self.layers, self.cache_bytes = rest, experts, layers, cache_bytes
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage:
-        """What was loaded is freed again where the experts cannot be."""
         rest, experts = self.divided(program)
         if experts is None:
             return self.rest.load(program, tensors, limits, progress)
@@ -137,7 +134,6 @@ class SplitExpertsBackend:
         return self.rest.held_bytes(rest, tensors) + (self.experts.held_bytes(experts, tensors) if experts else 0)
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        """Without the cache."""
         rest, experts = self.divided(program)
         n_bytes = self.rest.workspace_bytes(rest, _named(tensors, rest), limits)
         if experts is None:
@@ -146,7 +142,7 @@ class SplitExpertsBackend:
         return n_bytes + self.experts.experts_workspace_bytes(experts, own, limits, self._lines(experts, limits))
 
     def divided(self, program: Program) -> tuple[Program, Program | None]:
-        """What either device computes."""
+        """Returns the program of either device."""
         return without_experts(program, self.layers), experts_of(program, self.layers)
 
 
@@ -155,8 +151,6 @@ def _named(tensors: Mapping[str, Tensor], program: Program) -> dict[str, Tensor]
 
 
 class SplitExpertsStage:
-    """See `kernels.backend.Stage`."""
-
     def __init__(self, rest: ExchangingStage, experts: ExpertsStage, cache: ExpertsCache | None = None) -> None:
         self.rest, self.experts, self.cache = rest, experts, cache
         self.weight_bytes = rest.weight_bytes + experts.weight_bytes
@@ -176,7 +170,6 @@ class SplitExpertsStage:
         return self.rest.ranks_logits
 
     def run_ranked(self, batch: Batch, hidden: Float32 | None) -> RankedLogits:
-        """See `kernels.backend.RanksLogits`."""
         with self._mixtures(batch) as experts:
             return self.rest.run_ranked(batch, hidden, experts)
 

@@ -87,8 +87,8 @@ def limits(device: Device) -> tuple[float, float]:
 
 
 def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
-    """Returns the rate of the smallest work that takes long enough, or of all work. The first run of a kernel is not
-    counted, since it loads the kernel, which takes milliseconds."""
+    """Returns the rate of the smallest work that takes long enough, or of all work. Each work runs twice, since the
+    first launch loads its kernel, which takes milliseconds."""
     for scale in _SCALES:
         work, amount = work_at(scale)
         taken_s = min(_taken_s(device, work, 1) for _ in range(2))

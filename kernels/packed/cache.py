@@ -1,8 +1,8 @@
-"""The packed-weight cache: tiles that an earlier load packed, kept on disk and mapped or read by later loads.
+"""The packed-weight cache: tiles that an earlier load packed are on disk, and later loads map or read them.
 
-The key of a layer is a SHA-256 over the packing of its quant types and the identity of the packed bytes: their own
-SHA-256 if known, else device, inode, size and times of the file. The checksum of an image is verified at each load; a
-damaged layer is packed again.
+The key of a layer is a SHA-256 of its quant types' packing and of the packed bytes' identity: their own SHA-256 if
+known, else the file's device, inode, size and times. Each load verifies the image's checksum; a damaged layer is packed
+again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _Result = TypeVar("_Result")
 
 _READ_BYTES = 1 << 21
 _SETTLED_NS = 100_000_000
-"""Older changes of a file have other times than newer ones: file systems count in up to hundredths of a second."""
+"""The age from which a file's times tell it from later changes: file systems count in up to hundredths of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,6 @@ class _Found:
 
 
 class PackedCache:
-    """The packed layers of a folder, for one process."""
-
     def __init__(self, folder: PackedCacheFolder) -> None:
         self._folder = folder
         self._usable: bool | None = None
@@ -59,8 +57,8 @@ class PackedCache:
     def open(
         self, layers: Sequence[PackedLayer], pool: Executor, progress: Progress | None, since_ns: int | None = None
     ) -> dict[PackedLayer, Memory]:
-        """The intact cached layers. `progress` counts their bytes. `since_ns`: start of the load they belong to, if it
-        began earlier. MemoryError if the system refuses the memory."""
+        """Returns the intact cached layers; `progress` counts their bytes. `since_ns`: the start of their load, if it
+        was earlier. Raises MemoryError if the system refuses the memory."""
         if not self._is_usable():
             return {}
         self._started_ns = since_ns or time.time_ns()
@@ -73,13 +71,12 @@ class PackedCache:
         return {cached.layer: memory for cached, memory in zip(found, memories, strict=True) if memory is not None}
 
     def keep(self, made: Mapping[PackedLayer, Memory]) -> None:
-        """Writes layers that were not cached, in the background, one after the other."""
+        """Writes layers that were not cached, in the background, one after another."""
         if self._is_usable():
             keys = ((layer, self._keys.get(layer), memory) for layer, memory in made.items())
             self._writer.add(Made(layer, key, ref(memory), self._started_ns) for layer, key, memory in keys if key)
 
     def wait(self) -> None:
-        """Until all is written."""
         self._writer.wait()
 
     def _is_usable(self) -> bool:
@@ -93,7 +90,7 @@ class PackedCache:
         return self._usable and self._writer.is_usable
 
     def _found(self, layers: Sequence[PackedLayer], pool: Executor) -> Iterator[_Found | None]:
-        """One message a load where entries cannot be read, as usually all files have the same problem."""
+        """Logs one message a load for entries that cannot be read, since usually all files have the same problem."""
         self._keys.update((layer, layer_key(layer)) for layer in layers)
         blocked: list[OSError] = []
         for layer, found in zip(layers, pool.map(self._find, layers), strict=True):
@@ -131,7 +128,7 @@ class PackedCache:
         return replace(found, memory=memory)
 
     def _checked(self, found: _Found) -> Memory | None:
-        """The image in memory; None if it is damaged or deleted meanwhile."""
+        """Returns the image in memory; None if it is damaged or deleted meanwhile."""
         memory = found.memory
         try:
             if memory is None:
@@ -150,7 +147,7 @@ class PackedCache:
 
 
 def layer_key(layer: PackedLayer) -> str | None:
-    """None if the file is gone, or changed so recently that its times may not show a further change."""
+    """Returns None if the file is gone, or changed so recently that its times may not show a further change."""
     parts: list[object] = [sys.byteorder]
     for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)
@@ -162,7 +159,7 @@ def layer_key(layer: PackedLayer) -> str | None:
 
 
 def _bytes_key(tensor: Tensor) -> tuple[object, ...] | None:
-    """The identity of the bytes: their SHA-256 if known, else their place in a file."""
+    """Returns the identity of the bytes: their SHA-256 if known, else their place in a file."""
     if tensor.content is not None:
         return tensor.shape, tensor.content
     try:
@@ -181,7 +178,7 @@ _fingerprint = cache(packing_fingerprint)
 def _counted(
     results: Iterable[_Result], found: Sequence[_Found], passes: int, progress: Progress | None
 ) -> Iterator[_Result]:
-    """The results of one of `passes` passes over the layers; each counts as its share of the bytes."""
+    """Yields the results of one of `passes` passes over the layers; each counts as its share of the bytes."""
     for result, cached in zip(results, found, strict=True):
         if progress is not None:
             progress(cached.layer.n_bytes // passes)

@@ -17,7 +17,7 @@ from llamaclust.core.disk_cache.files import Writing, remove
 _ENTRY, _IMAGE = ".json", ".tiles"
 
 _MOST_ENTRY_BYTES = 1 << 18
-"""Names are short, the path of a model file at most 4096 bytes."""
+"""The most bytes of an entry: names are short, and a model file's path has at most 4096 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,6 @@ _FIELDS = {field.name: int if field.type == "int" else str for field in fields(E
 
 
 def _decoded(data: bytes, key: str) -> Entry | None:
-    """None if it is damaged."""
     try:
         found: Any = json.loads(data)
         is_sound = {name: type(value) for name, value in found.items()} == _FIELDS
@@ -49,7 +48,7 @@ def _decoded(data: bytes, key: str) -> Entry | None:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """What the folder holds of one model file; layers that another one also has count in both."""
+    """The layers of one model file in the folder; those of several files count for each."""
 
     model: str
     parts: int  # layers, and what is in none: embedding and output
@@ -58,7 +57,7 @@ class Listed:
 
 
 class PackedCacheFolder(DiskCache):
-    """An entry that is found counts as used before its image, and so is deleted before it."""
+    """The entries and images. A lookup marks the entry as used before its image, so the entry is deleted first."""
 
     suffixes = (_ENTRY, _IMAGE)
     content, limit = "packed layers", "LLAMACLUST_CACHE_SIZE"
@@ -67,8 +66,7 @@ class PackedCacheFolder(DiskCache):
         return self.path / f"{entry.image}{_IMAGE}"
 
     def find(self, key: str) -> Entry | None:
-        """The entry of that key if its image is there with the right size; it counts as used now. OSError as of
-        `open`."""
+        """Returns the entry if its image has the right size; it counts as used now. Raises OSError like `open`."""
         name = _entry_name(key)
         if (data := self.read(name, _MOST_ENTRY_BYTES)) is None:
             return None
@@ -82,7 +80,7 @@ class PackedCacheFolder(DiskCache):
         return entry
 
     def open_image(self, entry: Entry) -> FileIO | None:
-        """An image of the right size, as with `open`; one of another size is deleted."""
+        """Opens an image like `open`; an image of the wrong size is deleted."""
         file = self.open(self.image_path(entry).name)
         if file is None or os.fstat(file.fileno()).st_size == entry.n_bytes:
             return file
@@ -96,12 +94,10 @@ class PackedCacheFolder(DiskCache):
         remove(self.image_path(entry))
 
     def store(self, entry: Entry, data: memoryview, since_ns: int, writing: Writing) -> None:
-        """Writes an image and its entry, as with `write`."""
         self.write(self.image_path(entry).name, [data], since_ns=since_ns, writing=writing)
         self.write(_entry_name(entry.key), [json.dumps(asdict(entry)).encode()], since_ns=since_ns, writing=writing)
 
     def list_models(self) -> list[Listed]:
-        """What is there, by model."""
         images = {file.path.stem: file for file in self.files(_IMAGE)}
         models: dict[str, dict[str, CachedFile]] = {}
         for file in self.files(_ENTRY):

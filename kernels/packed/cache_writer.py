@@ -28,10 +28,10 @@ _log = logging.getLogger(__name__)
 _LOWEST_PRIORITY = 19
 
 _FINISH_S = 1.0
-"""How long process exit waits for the current write."""
+"""The time that process exit waits for the current write."""
 
 _STOP_S = 0.2
-"""How long it then waits for the stopped writer."""
+"""The time that process exit then waits for the stopped writer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,6 @@ class BackgroundWriter:
                 self._thread.start()
 
     def wait(self) -> None:
-        """Returns when all layers are written."""
         with self._lock:
             thread = self._thread
         if thread is not None:

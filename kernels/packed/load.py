@@ -20,7 +20,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
 
 _CHUNK_BYTES = 1 << 20
-"""Read and packed at once: it stays in a core's cache, progress moves, and little memory is held twice."""
+"""The bytes read and packed at once: they stay in a core's cache, progress moves, and little memory is held twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Loaded:
 
     @property
     def contents(self) -> dict[str, NDArray[np.uint8]]:
-        """The bytes of each tensor as they are computed with."""
+        """The bytes of each tensor in the layout that is computed with."""
         found = {name: weight.vector.view(np.uint8) for name, weight in self.weights.items()}
         for layer, memory in (*self.cached.items(), *self.packed.items()):
             for tensor, offset in layer.offsets:
@@ -48,7 +48,8 @@ def load_tensors(
     progress: Progress | None,
     since_ns: int | None = None,
 ) -> Loaded:
-    """`progress` counts resident bytes. `since_ns`: see `PackedCache.open`. ModelFileError for a file that changed."""
+    """Raises ModelFileError for a file that changed. `progress` counts resident bytes; `since_ns`: see
+    `PackedCache.open`."""
     layers = packed_layers_of(tensors)
     cached = {} if cache is None else cache.open(layers, pool, progress, since_ns)
     packed = {layer: Memory(layer.n_bytes) for layer in layers if layer not in cached}
@@ -96,7 +97,6 @@ class _Chunk:
         return tiles * self.tensor.tile_type.info.tile_bytes(self.tensor.shape[-1])
 
     def load(self, buffer: NDArray[np.uint8]) -> None:
-        """Reads into the buffer, which has room for it, and packs from there. ModelFileError as of `Tensor.read`."""
         data = buffer[: self.file_bytes]
         rows = self.tensor.rows // max(len(self.weight.matrices), 1)
         self.tensor.read_into(data.data, (self.index * rows + self.start) * self.tensor.row_bytes)
@@ -107,7 +107,6 @@ class _Chunk:
 
 
 def _chunks_of(tensor: Tensor, weight: Weight) -> Iterator[_Chunk]:
-    """All of a tensor, in pieces."""
     if not weight.matrices:
         yield _Chunk(tensor, weight, 0, 0, 1)
         return
@@ -119,8 +118,6 @@ def _chunks_of(tensor: Tensor, weight: Weight) -> Iterator[_Chunk]:
 
 
 class _Buffers(local):
-    """A buffer for each thread that asks, kept from one time to the next."""
-
     def __init__(self) -> None:
         self._buffer: NDArray[np.uint8] = np.empty(0, np.uint8)
 
@@ -131,7 +128,6 @@ class _Buffers(local):
 
 
 def to_float(kind: QuantType, data: NDArray[np.uint8]) -> Float32:
-    """F32, F16 or BF16."""
     match kind:
         case QuantType.F32:
             return data.view(np.float32)

@@ -1,4 +1,4 @@
-"""Packed weights that the system must not swap out: locked memory."""
+"""Locks packed weights in memory, so that the system does not swap them out."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _RAISE = "`ulimit -l unlimited` as root, LimitMEMLOCK=infinity in a systemd unit
 
 
 def lock_memory(memories: Sequence[Memory]) -> None:
-    """Locks memory until it is freed. One log line; it says what to do where the system refuses, and what is locked
-    then stays so."""
+    """Locks memory until it is freed. If the system refuses, the log line says what to do, and locked memory stays
+    locked."""
     limit = _raise_limit()
     libc, locked, error = ctypes.CDLL(None, use_errno=True), 0, 0
     for memory in memories:
@@ -39,7 +39,7 @@ def lock_memory(memories: Sequence[Memory]) -> None:
 
 
 def _raise_limit() -> int:
-    """The limit of locked memory, now as large as this process may have it."""
+    """Raises the limit of locked memory to the most that this process may have, and returns it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))

@@ -1,4 +1,4 @@
-"""Which maps of the cache's files are quick, and how much memory is in huge pages."""
+"""Finds which maps of cache files are in huge pages, and moves own memory to huge pages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _log = logging.getLogger(__name__)
 
 _HUGE_PAGE_BYTES = 1 << 21
 _ENOUGH = 0.9
-"""Of the weights that fill huge pages."""
+"""The share of possible huge pages that is enough."""
 _ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
 
 
 def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
-    """Which maps are in huge pages; all, if the system has none. Without them weights stream 6 to 8 % slower."""
+    """Returns True for maps in huge pages; for all, if the system has none. Small pages stream weights 6 to 8 %
+    slower."""
     if _no_huge_pages():
         return [True] * len(memories)
     of_files = ("FilePmdMapped:", "ShmemPmdMapped:")
@@ -33,8 +34,8 @@ def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
 
 
 def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
-    """Memory of this process, once it is filled: pages were small where no huge one was free. One log line, which says
-    what to do where there are none."""
+    """Moves filled memory to huge pages: pages are small if no huge one was free. The log line says what to do without
+    them."""
     memories = [memory for memory in memories if memory.bytes >= _HUGE_PAGE_BYTES]
     if not memories:
         return
@@ -52,13 +53,12 @@ def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
 
 
 def own_huge_bytes(memories: Sequence[Memory]) -> int:
-    """Bytes of this process's memory in huge pages; the kernel lists adjacent memories as one."""
+    """Returns this process's bytes in huge pages; the kernel lists adjacent memories as one."""
     found = _huge_bytes(_smaps(), ("AnonHugePages:",))
     return sum(n_bytes for addresses, n_bytes in found if any(memory.address in addresses for memory in memories))
 
 
 def _no_huge_pages() -> bool:
-    """Whether huge pages are disabled."""
     try:
         return "[never]" in _ENABLED.read_text()
     except OSError:
@@ -66,14 +66,12 @@ def _no_huge_pages() -> bool:
 
 
 def _disabled() -> str:
-    """Why there are no huge pages."""
     if _ENABLED.exists():
         return f"huge pages are disabled; as root: echo madvise > {_ENABLED}"
     return "this kernel has no transparent huge pages"
 
 
 def _smaps() -> list[str]:
-    """Lines of /proc/PID/smaps; none where it cannot be read."""
     try:
         return Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
@@ -81,7 +79,7 @@ def _smaps() -> list[str]:
 
 
 def _huge_bytes(smaps: Iterable[str], fields: tuple[str, ...]) -> Iterator[tuple[range, int]]:
-    """Addresses of a map and its bytes in huge pages, by these fields of /proc/PID/smaps."""
+    """Yields each map's addresses and its bytes in huge pages, by these fields of /proc/PID/smaps."""
     addresses = range(0)
     for line in smaps:
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

@@ -1,4 +1,4 @@
-"""The tiles of a layer's matrices in one piece of memory: what lies where."""
+"""The layout of a layer's packed matrices in one piece of memory."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ class PackedLayer:
 
     @property
     def offsets(self) -> Iterator[tuple[Tensor, int]]:
-        """Where each tensor begins."""
         return zip(
             self.tensors, accumulate((tensor.resident_bytes for tensor in self.tensors), initial=0), strict=False
         )
 
     def weights(self, memory: Memory) -> dict[str, Weight]:
-        """The matrices by tensor name, in memory that holds, or is to hold, this image."""
+        """Returns the matrices by tensor name, in memory that holds, or will hold, this image."""
         weights = {}
         for tensor, offset in self.offsets:
             *count, rows, cols = tensor.shape
@@ -43,7 +42,7 @@ class PackedLayer:
 
 
 def by_layer(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    """By the name of their layer; what is in none, by its own."""
+    """Groups tensors by the name of their layer, or by their own name outside layers."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.layer or tensor.name, []).append(tensor)
@@ -51,6 +50,5 @@ def by_layer(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
 
 
 def packed_layers_of(tensors: Iterable[Tensor]) -> list[PackedLayer]:
-    """The images of all matrices among the tensors."""
     groups = by_layer(tensor for tensor in tensors if len(tensor.shape) > 1)
     return [PackedLayer(name, tuple(group)) for name, group in groups.items()]

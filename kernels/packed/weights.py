@@ -1,5 +1,4 @@
-"""Weights of the CPU backend: what a program takes tensors for, which of them can be computed with, and what they
-become."""
+"""Weights of the CPU backend: the check of a program's tensors, and their loaded form."""
 
 from __future__ import annotations
 
@@ -23,7 +22,8 @@ _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Weight:
-    """A loaded tensor: a vector of float32, or packed matrices (one, or one for each expert); or a stand-in for one."""
+    """A loaded tensor: a float32 vector, or packed matrices (one, or one for each expert); or a stand-in of this
+    shape."""
 
     quant_type: QuantType
     matrices: tuple[PackedMatrix, ...] = ()
@@ -42,7 +42,7 @@ class Weight:
 
 
 def shapes_only(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
-    """Stand-ins for the weights of a program, for planning. ModelFileError as for `check_weights`."""
+    """Returns stand-ins of a program's weights, for planning. Raises ModelFileError like `check_weights`."""
     check_weights(program, tensors)
     return {name: _shape_only(tensors[name]) for name in program.weights}
 
@@ -56,7 +56,7 @@ def _shape_only(tensor: Tensor) -> Weight:
 
 
 def check_weights(program: Program, tensors: Mapping[str, Tensor]) -> None:
-    """ModelFileError for a tensor of the wrong shape or of a type without kernels. Reads no weights."""
+    """Raises ModelFileError for a tensor of the wrong shape or of a type without kernels. Reads no weights."""
     for step in program.steps:
         for weight in step.weights:
             _check(tensors[weight.name], weight.shape)

@@ -1,4 +1,4 @@
-"""The executor of the reference backend: weights in float32, one step after the other."""
+"""The executor of the reference backend: weights in float32, one step after another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llamaclust.model.steps.across import Gather
 
 
 class ReferenceStage:
-    """A loaded program; see `kernels.backend.Stage`. What it returns is not overwritten."""
+    """Implements `kernels.backend.Stage`. Later runs do not overwrite results."""
 
     def __init__(self, program: Program, weights: dict[str, Float32], limits: StageLimits) -> None:
         self.program = program
@@ -50,7 +50,6 @@ class ReferenceStage:
         return self.end(state)
 
     def gather_by(self, gatherer: Gatherer) -> None:
-        """See `kernels.backend.GathersRows`."""
         self._gatherer = gatherer
 
     def _gather(self, step: Gather, number: int, state: State) -> None:
@@ -63,7 +62,6 @@ class ReferenceStage:
         state[step.out] = whole.reshape(-1, step.out.width)
 
     def begin(self, batch: Batch, hidden: Float32 | None) -> State:
-        """What the program's steps are to run on."""
         self._check(batch)
         state = State(self.weights, self._kv, batch, self._states)
         assert (hidden is None) == self.program.is_first
@@ -72,7 +70,6 @@ class ReferenceStage:
         return state
 
     def end(self, state: State) -> Float32:
-        """The result, when all steps have run."""
         self._normed = None if self.program.normed is None else state[self.program.normed]
         return state[self.program.out]
 
@@ -99,7 +96,6 @@ class ReferenceStage:
             assert batch.states is not None and int(batch.states.blocks.max()) < limits.state_blocks
 
     def share_kv(self, stage: ReferenceStage) -> None:
-        """Uses the KV memory of a stage of the same layers from now on."""
         self._kv, self._states = stage._kv, stage._states
 
 
@@ -110,7 +106,7 @@ class ReferenceGroup:
         self.members = members
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Each member's result. Rows of a gather to one member are NaN at the others."""
+        """Returns each member's result. Rows of a gather to one member are NaN at the others."""
         states = [member.begin(batch, hidden) for member in self.members]
         runs = (_run(member.program, state) for member, state in zip(self.members, states, strict=True))
         for gathers in zip(*runs, strict=True):
@@ -119,7 +115,7 @@ class ReferenceGroup:
 
 
 def _run(program: Program, state: State) -> Iterator[Gather]:
-    """Yields each gather, which is to be done before it goes on."""
+    """Yields each gather, which the caller computes before the next step."""
     for step in program.steps:
         if isinstance(step, Gather):
             yield step
@@ -138,8 +134,6 @@ def _gather(gathers: Sequence[Gather], states: Sequence[State]) -> None:
 
 
 class ReferenceBackend:
-    """See `kernels.backend.Backend`."""
-
     name = "reference"
     feature_level = "numpy"
     numerics_version = 0
@@ -147,7 +141,7 @@ class ReferenceBackend:
     def load(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> ReferenceStage:
-        """ModelFileError for a weight type that no kernel exists for, or a file that changed."""
+        """Raises ModelFileError for a weight type without a kernel, or a file that changed."""
         weights: dict[str, Float32] = {}
         for name in program.weights:
             weights[name] = _load(tensors[name])
@@ -157,14 +151,13 @@ class ReferenceBackend:
     def load_beside(
         self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> ReferenceStage:
-        """See `kernels.backend.SharesKv`."""
         assert isinstance(stage, ReferenceStage)
         loaded = self.load(program, tensors, limits, progress)
         loaded.share_kv(stage)
         return loaded
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
-        """None: each stage has weights of its own."""
+        """Returns 0, since each stage has weights of its own."""
         return 0
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
@@ -172,7 +165,6 @@ class ReferenceBackend:
 
 
 def _workspace_bytes(program: Program, limits: StageLimits) -> int:
-    """Bytes of all named buffers; temporaries of a step are not counted."""
     values = (getattr(step, field.name) for step in program.steps for field in fields(step))
     buffers = {value for value in values if isinstance(value, Buffer)}
     return sum(buffer.width for buffer in buffers) * limits.max_batch_tokens * np.dtype(np.float32).itemsize

@@ -1,4 +1,4 @@
-"""How bits are taken out of quantized blocks, arrays of uint8 [blocks, bytes] whose words are little-endian."""
+"""Takes bits out of quantized blocks, arrays of uint8 [blocks, bytes] whose words are little-endian."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ Float32 = NDArray[np.float32]
 
 
 def floats16(blocks: Bytes, offset: int) -> Float32:
-    """The float16 at byte `offset` of each block, as float32 [blocks, 1]."""
+    """Returns the float16 at byte `offset` of each block, as float32 [blocks, 1]."""
     return words(blocks[:, offset : offset + 2], np.float16).astype(np.float32)
 
 
 def words(data: Bytes, dtype: type[np.generic]) -> NDArray[Any]:
-    """Bytes [blocks, n] as little-endian words [blocks, n / size]."""
+    """Views bytes [blocks, n] as little-endian words [blocks, n / size]."""
     return np.ascontiguousarray(data).view(np.dtype(dtype).newbyteorder("<"))
 
 
 def fields(data: Bytes, bits: int) -> Bytes:
-    """The bit fields of each byte, the lowest first: [..., n] -> [..., 8 / bits, n]."""
+    """Returns the bit fields of each byte, the lowest first: [..., n] -> [..., 8 / bits, n]."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     return (data[..., None, :] >> shifts) & np.uint8((1 << bits) - 1)
 
 
 def nibble_pairs(data: Bytes) -> Bytes:
-    """Each byte's low and high four bits side by side: [blocks, n] -> [blocks, 2 n]."""
+    """Returns each byte's low and high four bits side by side: [blocks, n] -> [blocks, 2 n]."""
     return fields(data, 4).swapaxes(-1, -2).reshape(len(data), -1)
 
 
 def single_bits(data: Bytes) -> Bytes:
-    """The bits of bytes in a row, the lowest of the first byte first: [blocks, n] -> [blocks, 8 n]."""
+    """Returns the bits of consecutive bytes, the lowest of the first byte first: [blocks, n] -> [blocks, 8 n]."""
     return np.unpackbits(data, axis=-1, bitorder="little")
 
 
 def scaled(weights: Float32, scales: Float32, minima: Float32 | None = None) -> Float32:
-    """weights [blocks, ...] in groups * scales [blocks, groups] (- minima), as [blocks, 256]."""
+    """Multiplies weights [blocks, ...] in groups by scales [blocks, groups] (less minima) to [blocks, 256]."""
     blocks, groups = scales.shape
     out = weights.reshape(blocks, groups, -1) * scales[:, :, None]
     if minima is not None:
@@ -47,5 +47,4 @@ def scaled(weights: Float32, scales: Float32, minima: Float32 | None = None) -> 
 
 
 def signs(bits: Bytes) -> Float32:
-    """1.0 where a bit is clear, -1.0 where it is set."""
     return np.where(bits == 0, np.float32(1), np.float32(-1))

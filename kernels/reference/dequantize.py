@@ -1,4 +1,4 @@
-"""Weights of every type that ggml computes with, as float32, with the float operations in the order of ggml's own."""
+"""Dequantizes every type that ggml computes with to float32, with the float operations in ggml's order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.kernels.reference.bits import Bytes, Float32
 from llamaclust.model.quant_types import QuantType
 
 _MODULES = (simple_quants, k_quants, i_quants)
-"""Their functions have the names of their types."""
+"""The modules whose functions have the names of quant types."""
 
 _DEQUANTIZERS: dict[QuantType, Callable[[Bytes], Float32]] = {
     kind: vars(module)[kind.name.lower()]
@@ -21,11 +21,11 @@ _DEQUANTIZERS: dict[QuantType, Callable[[Bytes], Float32]] = {
 }
 
 SUPPORTED_TYPES = frozenset(_DEQUANTIZERS)
-"""What can be dequantized, and so what the reference backend computes with."""
+"""The types that the reference backend computes with."""
 
 
 def dequantize(quant_type: QuantType, data: bytes | bytearray | Bytes, count: int) -> Float32:
-    """`count` weights in whole blocks of a type in SUPPORTED_TYPES -> float32 [count]."""
+    """Dequantizes `count` weights in whole blocks of a type in SUPPORTED_TYPES to float32 [count]."""
     info = quant_type.info
     raw = np.frombuffer(data, np.uint8)
     assert count % info.block_size == 0 and len(raw) == info.row_bytes(count), (quant_type, count, len(raw))

@@ -1,4 +1,4 @@
-"""exp and log as the kernels compute them, operation by operation, so that the reference has their bits."""
+"""The kernels' exp and log, operation by operation, so that the reference has their bits."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _EXP64 = [1 / math.factorial(n) for n in range(14)]
 
 
 def fma32(a: Float32 | float, b: Float32 | float, c: Float32 | float) -> Float32:
-    """a * b + c, rounded once. In float64 the product is exact; the sum is rounded to odd, which a second rounding to
-    float32 does not notice."""
+    """Returns a * b + c, rounded once. In float64 the product is exact; the sum is rounded to odd, so that the second
+    rounding, to float32, is right."""
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     addend = np.broadcast_to(np.asarray(c, np.float64), product.shape)
     total = product + addend
@@ -37,7 +37,7 @@ def fma32(a: Float32 | float, b: Float32 | float, c: Float32 | float) -> Float32
 
 
 def exp32(x: Float32) -> Float32:
-    """e^x for each float32, as every feature level computes it."""
+    """Returns e^x for each float32, by the operations of every feature level."""
     x = np.maximum(np.float32(-104), np.minimum(np.float32(89), x)).astype(np.float32)
     n = fma32(x, float(np.float32(float.fromhex("0x1.715476p+0"))), _SHIFT32) - np.float32(_SHIFT32)
     r = fma32(-n, float.fromhex("-0x1.05c61p-29"), fma32(-n, float.fromhex("0x1.62e43p-1"), x))
@@ -48,7 +48,7 @@ def exp32(x: Float32) -> Float32:
 
 
 def fma64(a: float, b: float, c: float) -> float:
-    """a * b + c, rounded once."""
+    """Returns a * b + c, rounded once."""
     return float(Fraction(a) * Fraction(b) + Fraction(c))
 
 
@@ -60,7 +60,6 @@ def _polynomial(coefficients: list[float], z: float) -> float:
 
 
 def exp64(x: float) -> float:
-    """e^x of one float64."""
     if x > 710:
         return math.inf
     if x < -746:
@@ -74,7 +73,7 @@ def exp64(x: float) -> float:
 
 
 def log64(x: float) -> float:
-    """The natural logarithm of one positive normal float64, or of 0."""
+    """Returns the natural logarithm of one positive normal float64, or of 0."""
     if x == 0:
         return -math.inf
     bits, root_half = int(np.float64(x).view(np.int64)), 0x3FE6A09E667F3BCD

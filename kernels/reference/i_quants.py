@@ -23,7 +23,8 @@ _IQ1_DELTA = np.float32(0.125)
 
 
 def _packed_signs(words32: NDArray[np.uint32]) -> Float32:
-    """Four times seven sign bits of each word, the eighth makes their number even: [blocks, n] -> [blocks, 4 n, 8]."""
+    """Returns the signs of four times seven bits of each word, of which the eighth makes the number of set bits even:
+    [blocks, n] -> [blocks, 4 n, 8]."""
     seven = (words32[:, :, None] >> np.array([0, 7, 14, 21], np.uint32) & 127).astype(np.uint8)
     return _with_parity(seven.reshape(len(words32), -1))
 
@@ -35,7 +36,7 @@ def _with_parity(seven: Bytes) -> Float32:
 
 
 def _plain_signs(data: Bytes) -> Float32:
-    """Sign bits of eight weights a byte: [blocks, n] -> [blocks, n, 8]."""
+    """Returns the signs of eight weights a byte: [blocks, n] -> [blocks, n, 8]."""
     return signs(single_bits(data)).reshape(*data.shape, 8)
 
 
@@ -44,7 +45,6 @@ def _signed(points: Float32, sign: Float32) -> Float32:
 
 
 def _half_scales(blocks: Bytes, scales: NDArray[np.integer], factor: float) -> Float32:
-    """d * (0.5 + scale) * factor."""
     return floats16(blocks, 0) * (np.float32(0.5) + scales.astype(np.float32)) * np.float32(factor)
 
 
@@ -86,7 +86,7 @@ def iq3_s(blocks: Bytes) -> Float32:
 
 
 def _iq1_indices(low: Bytes, high: NDArray[np.integer]) -> NDArray[np.uint16]:
-    """Eleven grid bits: a byte, and the three low bits of `high` above it."""
+    """Returns eleven grid bits: a byte, and the three low bits of `high` above it."""
     return low.astype(np.uint16) | (high.astype(np.uint16) & np.uint16(7)) << np.uint16(8)
 
 
@@ -104,8 +104,8 @@ def iq1_s(blocks: Bytes) -> Float32:
 
 
 def iq1_m(blocks: Bytes) -> Float32:
-    """For 8 weights: a grid byte | 4 bits: upper grid bits, sign of delta | four words of 4 x 3 scale bits, a quarter
-    of d above them."""
+    """Grid bytes, one for 8 weights | 4 bits: upper grid bits, sign of delta | four words of 4 x 3 scale bits, a
+    quarter of d above them."""
     codes = words(blocks[:, 48:], np.uint16)
     quarters = codes >> 12 << np.array([0, 4, 8, 12], np.uint16)
     d = np.bitwise_or.reduce(quarters, axis=1, keepdims=True).view(np.float16).astype(np.float32)

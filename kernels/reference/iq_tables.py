@@ -23,8 +23,9 @@ _LEVELS = {
 
 @cache
 def grid(name: str) -> NDArray[np.float32]:
-    """float32 [points, dims]. Points ascend by the number whose digits, lowest first, are the level numbers of their
-    weights; the header has each number's distance to the one before, from "$" on; "~" adds 56 to the next distance."""
+    """Returns float32 [points, dims]. Points ascend by the number whose digits, lowest first, are the level numbers of
+    their weights; the header has each number's distance to the one before, from "$" on; "~" adds 56 to the next
+    distance."""
     levels = _LEVELS[name]
     found = re.search(rf'k{name}Grid = unpack<\d+, {len(levels)}>\((.+?")\);', _HEADER.read_text(), re.DOTALL)
     assert found is not None, name

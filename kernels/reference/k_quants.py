@@ -27,10 +27,10 @@ def q3_k(blocks: Bytes) -> Float32:
 
 
 def six_bit_scales(packed: Bytes) -> tuple[Float32, Float32]:
-    """Twelve bytes -> eight scales and eight minima of 6 bits.
+    """Returns eight scales and eight minima of 6 bits from twelve bytes.
 
-    Bytes 0-3: scales 0-3, their top two bits those of scales 4-7. Bytes 4-7: the same for minima.
-    Bytes 8-11: the low four bits of scales 4-7 and, above them, of minima 4-7.
+    Bytes 0-3: scales 0-3, their top two bits those of scales 4-7. Bytes 4-7: the same for minima. Bytes 8-11: the low
+    four bits of scales 4-7 and, above them, of minima 4-7.
     """
     first, second, low = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=1)
@@ -63,7 +63,8 @@ def q6_k(blocks: Bytes) -> Float32:
 
 
 def _ternary_digits(data: Bytes, digits: int) -> Bytes:
-    """Base-3 digits 0..2 of each byte, a fraction of 256, the highest first: [blocks, n] -> [blocks, digits * n]."""
+    """Returns base-3 digits 0..2 of each byte, a fraction of 256, the highest first: [blocks, n] -> [blocks, digits *
+    n]."""
     powers = np.array([3**i for i in range(digits)], np.uint8)[:, None]
     fractions = data[:, None, :] * powers
     return (fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(data), -1)

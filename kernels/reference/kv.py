@@ -17,7 +17,7 @@ Int8 = NDArray[np.int8]
 
 
 class _HalfRows:
-    """Keys or values [positions, kv_heads, head_dim] in float16. What was never stored is NaN."""
+    """Keys or values [positions, kv_heads, head_dim] in float16; NaN until stored."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self._values: Float16 = np.full(shape, np.nan, np.float16)
@@ -35,7 +35,7 @@ class _HalfRows:
 
 
 class _ByteRows:
-    """The same in int8, with a float16 scale for each 32 channels of a head."""
+    """Keys or values in int8, with a float16 scale for each 32 channels of a head."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         groups = -(-shape[2] // KV_GROUP_CHANNELS)
@@ -65,7 +65,6 @@ class Rounded:
     scales: Float16
 
     def values(self) -> Float64:
-        """What is computed with: exact products."""
         channels = self.quants.shape[-1]
         scales = self.scales.astype(np.float64).repeat(KV_GROUP_CHANNELS, axis=-1)[..., :channels]
         with np.errstate(invalid="ignore"):
@@ -73,9 +72,9 @@ class Rounded:
 
 
 def round_to_bytes(rows: Float32) -> Rounded:
-    """Rows [..., channels] in q8_0. Of each 32 channels: m = the greatest magnitude, scale = m / 127 rounded to
-    float16, quant = x * (1 / scale) to nearest, ties to even, 127 in magnitude at most; all in float32. Where the scale
-    is zero the quants are; where a channel is infinite or no number, the scale is no number."""
+    """Rounds rows [..., channels] to q8_0. For each 32 channels, all in float32: m = the greatest magnitude, scale = m
+    / 127 rounded to float16, quant = x * (1 / scale) to nearest, ties to even, at most 127 in magnitude. Quants of a
+    zero scale are 0; the scale of a channel that is not finite is NaN."""
     channels = rows.shape[-1]
     missing = -channels % KV_GROUP_CHANNELS
     padded = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)])
@@ -91,7 +90,7 @@ def round_to_bytes(rows: Float32) -> Rounded:
 
 
 class LayerKv:
-    """K and V of one layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]; of latent attention K alone."""
+    """K and V of one layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]; K alone for latent attention."""
 
     def __init__(self, step: Attention, blocks: int, *, windowed: bool = False) -> None:
         self.windowed = windowed  # its blocks are those of `Batch.window_tables`
@@ -115,8 +114,8 @@ class LayerKv:
             self._values.store(places, values.reshape(shape))
 
     def load(self, table: Int32, count: int) -> tuple[Float64, Float64]:
-        """Keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim] of positions [0, count); NaN in
-        blocks that are not there."""
+        """Returns keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim] of positions [0, count); NaN
+        in missing blocks."""
         positions = np.arange(count, dtype=np.int32)
         places, gone = _places(table, positions), table[positions // KV_BLOCK_TOKENS] < 0
         keys = self._keys.load(places)
@@ -125,7 +124,7 @@ class LayerKv:
         return keys, values
 
     def value_scales(self, table: Int32, count: int) -> Float64:
-        """Those of values in bytes at positions [0, count): [count, kv_heads, groups]."""
+        """Returns the scales of int8 values at positions [0, count): [count, kv_heads, groups]."""
         assert isinstance(self._values, _ByteRows)
         positions = np.arange(count, dtype=np.int32)
         scales = self._values.scales(_places(table, positions))
@@ -134,5 +133,4 @@ class LayerKv:
 
 
 def _places(table: Int32, positions: Int32) -> Int32:
-    """KV indices: the blocks of `table` laid end to end are positions 0, 1, 2, ..."""
     return table[positions // KV_BLOCK_TOKENS] * np.int32(KV_BLOCK_TOKENS) + positions % np.int32(KV_BLOCK_TOKENS)

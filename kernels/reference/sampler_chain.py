@@ -1,5 +1,5 @@
-"""The steps of a sampler chain in NumPy and Python, slow and obvious: what kernels/cpu/native/sampler/chain.cpp gives,
-bit for bit. Steps have the names of their samplers."""
+"""The steps of a sampler chain in NumPy and Python, slow and obvious, with the bits of
+kernels/cpu/native/sampler/chain.cpp. Functions have the names of their samplers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MIROSTAT_TOKENS = 100
 
 
 def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int, float | None]:
-    """The token, and Mirostat's mu for the next one."""
+    """Returns the token, and Mirostat's mu for the next one."""
     row = Candidates(logits, task, chain)
     for step in chain.order:
         globals()[step](row)
@@ -37,7 +37,8 @@ def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int,
 
 
 def _draw(row: Candidates) -> int:
-    """Inverse CDF over candidates in order: the high half of random bits times the sum is uniform below it."""
+    """Draws by the inverse CDF over candidates in order: the high half of random bits times the sum is uniform below
+    it."""
     target = (random_bits(row.task) * sum(row.weigh())) >> 64
     return next(rank for rank, so_far in enumerate(accumulate(row.w)) if so_far > target)
 
@@ -47,7 +48,7 @@ def _newest(history: tuple[int, ...], window: int | None) -> tuple[int, ...]:
 
 
 def penalties(row: Candidates) -> None:
-    """Repetition, frequency and presence penalties, each step in float32."""
+    """Applies repetition, frequency and presence penalties, each step in float32."""
     params, history = row.task.params, _newest(row.task.history, row.task.penalty_window)
 
     def penalize(x: Float32) -> None:
@@ -66,7 +67,7 @@ def _penalized(logit: np.float32, count: int, params: SamplingParams) -> np.floa
 
 
 def dry(row: Candidates) -> None:
-    """Subtracts from each token that would go on with a repetition of the history's end."""
+    """Penalizes each token that would continue a repetition of the history's end."""
     chain, task = row.chain, row.task
 
     def penalize(x: Float32) -> None:
@@ -80,8 +81,8 @@ def dry(row: Candidates) -> None:
 
 
 def repetitions(history: tuple[int, ...], breakers: tuple[tuple[int, ...], ...], allowed_length: int) -> dict[int, int]:
-    """For each token that would go on with one, how many of the last tokens stood before it earlier: `allowed_length`
-    at least, none beyond the newest breaker."""
+    """Returns, for each token that would continue a repetition, the number of last tokens that it followed earlier: at
+    least `allowed_length`, none beyond the newest breaker."""
     reach = _reach(history, breakers)
     if len(history) <= allowed_length or reach < allowed_length:
         return {}
@@ -105,7 +106,6 @@ def _reach(history: tuple[int, ...], breakers: tuple[tuple[int, ...], ...]) -> i
 
 
 def _power(base: float, exponent: int) -> float:
-    """By repeated squaring; infinity where it is too large."""
     power, square = 1.0, base
     while exponent > 0:
         if exponent & 1:
@@ -134,7 +134,6 @@ def top_k(row: Candidates) -> None:
 
 
 def tfs_z(row: Candidates) -> None:
-    """Tail-free sampling."""
     if row.chain.tfs_z >= 1 or len(row.order) <= 2:
         return
     w = row.weigh()
@@ -146,7 +145,6 @@ def tfs_z(row: Candidates) -> None:
 
 
 def typ_p(row: Candidates) -> None:
-    """Locally typical sampling."""
     if row.chain.typical_p >= 1:
         return
     w, mean, information = row.weigh(), row.entropy(), row.information()
@@ -156,7 +154,7 @@ def typ_p(row: Candidates) -> None:
 
 
 def _count_of_share(w: list[int], share: float) -> int:
-    """How many weights from the first one on have that share of the sum."""
+    """Returns the number of first weights that have this share of the sum."""
     enough = share * float(sum(w))
     return next((count for count, so_far in enumerate(accumulate(w), 1) if float(so_far) >= enough), len(w))
 
@@ -173,7 +171,7 @@ def min_p(row: Candidates) -> None:
 
 
 def xtc(row: Candidates) -> None:
-    """Exclude top choices."""
+    """Applies XTC (exclude top choices)."""
     chain = row.chain
     if chain.xtc_probability <= 0 or chain.xtc_threshold > 0.5:
         return

@@ -1,4 +1,4 @@
-"""The sampler's rules in NumPy, slow and obvious: what kernels/sampling.py is tested against.
+"""The sampler's rules in NumPy, slow and obvious, which kernels/sampling.py is tested against.
 
 Python integers, float32 steps and exp follow docs/numerics.md bit for bit; logprobs are NumPy's, so one may differ by a
 unit in the last place.
@@ -19,15 +19,15 @@ from llamaclust.kernels.reference.sampler_chain import choose
 
 
 def logprobs(logits: Float32) -> Float32:
-    """Log-softmax of raw logits [vocabulary]."""
+    """Returns the log-softmax of raw logits [vocabulary]."""
     x = logits.astype(np.float64)
     shifted = x - x.max()
     return np.asarray(shifted - math.log(np.exp(shifted).sum()), dtype=np.float32)
 
 
 def run(logits: Float32, task: RowTask, allowed: NDArray[np.bool_] | None = None) -> RowResult:
-    """The result for one row [vocabulary] of finite logits, of tokens that are `allowed`. Without a chain, the plain
-    order is one."""
+    """Returns the result for one row [vocabulary] of finite logits, among the `allowed` tokens. No chain: the default
+    one."""
     if isinstance(task, SampleTask):
         x = logits.copy()
         for token, bias in task.params.logit_bias:

@@ -24,7 +24,7 @@ def bf16(blocks: Bytes) -> Float32:
 
 
 def _nibbles(data: Bytes) -> Bytes:
-    """Bytes [blocks, n] whose low halves are weights 0..n and whose high halves are weights n..2n -> [blocks, 2 n]."""
+    """Splits bytes [blocks, n], whose low halves are weights 0..n and high halves n..2n, to [blocks, 2 n]."""
     return fields(data, 4).reshape(len(data), -1)
 
 
@@ -63,7 +63,7 @@ def iq4_nl(blocks: Bytes) -> Float32:
 
 
 def mxfp4(blocks: Bytes) -> Float32:
-    """Exponent byte (E8M0) | 32 x E2M1. Half of 2^(e - 127); the two smallest are subnormal floats."""
+    """Exponent byte (E8M0) | 32 x E2M1. The scale is half of 2^(e - 127); the two smallest are subnormal floats."""
     exponent = blocks[:, :1].astype(np.uint32)
     bits = np.where(exponent < 2, np.uint32(0x200000) << exponent, (exponent - np.uint32(1)) << np.uint32(23))
     return FP4_VALUES[_nibbles(blocks[:, 1:])] * bits.view(np.float32)

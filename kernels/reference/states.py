@@ -14,7 +14,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, Convolution, SequenceState
 
 
 class StateMemory:
-    """The state of a layer, [blocks, floats]. What was never stored is NaN."""
+    """The state of a layer, [blocks, floats]; NaN until stored."""
 
     def __init__(self, state: SequenceState, limits: StageLimits) -> None:
         self._has_blocks = limits.state_blocks > 0  # of its own, see `Batch.states`
@@ -33,7 +33,7 @@ class StateMemory:
 
 
 def _own_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int, int]]:
-    """The block before a sequence's first row, and those behind its rows."""
+    """Returns the block before a sequence's first row, and those behind its rows."""
     states = batch.states
     assert states is not None, "a batch without states"
     places = slice(*states.starts[sequence : sequence + 2].tolist())
@@ -43,7 +43,7 @@ def _own_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int
 
 
 def _kv_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int, int]]:
-    """Likewise where states are in KV blocks: behind all rows."""
+    """Returns the same for states in KV blocks: a block behind every row."""
     table = batch.block_tables[batch.table_starts[sequence] : batch.table_starts[sequence + 1]]
     first = int(batch.positions[rows.start])
     written = {row: int(table[(first + row - rows.start) // KV_BLOCK_TOKENS]) for row in rows}
@@ -52,15 +52,12 @@ def _kv_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int,
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """Rows of one sequence, and its states in `values` [blocks, floats]."""
-
     rows: range
     values: Float32
     read: int | None  # the block of the state that the first row reads; None: it is the sequence's first one
     written: Mapping[int, int]  # blocks of the states behind rows
 
     def before(self) -> Float32:
-        """The state that the first row reads."""
         if self.read is None:
             return np.zeros_like(self.values[0])
         assert self.read >= 0, "a state that is not there is read"
@@ -68,7 +65,7 @@ class SequenceRows:
         return state
 
     def store(self, row: int, state: Float32) -> None:
-        """What a row leaves, as far as it is wanted."""
+        """Stores the state behind a row, if it has a block."""
         if (block := self.written.get(row)) is not None:
             assert block >= 0, "a state is written nowhere"
             self.values[block] = state.reshape(-1)
@@ -77,7 +74,6 @@ class SequenceRows:
 def convolve(
     step: Convolution, x: Float32, weights: Mapping[str, Float32], sequences: Iterator[SequenceRows]
 ) -> Float64:
-    """Sums over taps in their order."""
     weight = weights[step.weight].astype(np.float64)
     out = np.zeros(x.shape) if step.bias is None else np.tile(weights[step.bias].astype(np.float64), (len(x), 1))
     for sequence in sequences:

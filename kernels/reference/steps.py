@@ -1,4 +1,5 @@
-"""Every step kind in NumPy: sums in float64, in an order that no other row has a say in, results rounded to float32."""
+"""Every step kind in NumPy: sums in float64, in an order that does not depend on other rows; results rounded to
+float32."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from llamaclust.model.steps.options import (
 
 @dataclass(slots=True)
 class State:
-    """What steps read and write: weights and KV memory of the stage, and the buffers [rows, width] of one batch."""
+    """The operands of steps: weights and KV memory of the stage, and the buffers [rows, width] of one batch."""
 
     weights: Mapping[str, Float32]
     kv: Mapping[int, LayerKv]
@@ -128,7 +129,6 @@ def run_step(step: ir.Step, state: State) -> None:
 
 
 def of_heads(x: Float32, heads: int) -> Float32:
-    """[rows, heads, channels of a head]."""
     return x.reshape(len(x), heads, x.shape[1] // heads)
 
 
@@ -147,10 +147,7 @@ def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, epsilon: float
 
 
 def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:
-    """x [rows, k] @ weight [n, k]^T (+ bias [n]).
-
-    Not BLAS: how that splits k may depend on the number of rows.
-    """
+    """Returns x [rows, k] @ weight [n, k]^T (+ bias [n]). No BLAS: its split of k may depend on the number of rows."""
     out: Float64 = np.einsum("rk,nk->rn", x.astype(np.float64), weight.astype(np.float64))
     return out if bias is None else out + bias
 
@@ -222,8 +219,8 @@ def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:
 
 
 def attention(step: ir.Attention, state: State) -> Float32:
-    """Stores the rows' keys and values first: a row sees its own position and every one before, or those of its
-    window; and those behind it where attention is not causal."""
+    """Stores the rows' keys and values first: a row sees its own position and those before it, in its window; those
+    behind it too if attention is not causal."""
     batch, kv = state.batch, state.kv[step.layer]
     tables = batch.window_tables if kv.windowed else batch.block_tables
     assert tables is not None
@@ -247,7 +244,7 @@ def moe(step: ir.Moe, state: State) -> Float64:
 
 
 def expert_choice(step: ir.Moe, state: State) -> Float32:
-    """[rows, 2 * used]: ids of the chosen experts, then their weights."""
+    """Returns [rows, 2 * used]: ids of the chosen experts, then their weights."""
     weights, bias = state.weights, state.weights[step.router_bias] if step.router_bias else None
     scores = _SCORES[step.options.gating](matmul(state[step.routed or step.x], weights[step.router], bias))
     chosen = np.argsort(-_selection(step, scores, weights), axis=1, kind="stable")[:, : step.used]
@@ -265,7 +262,8 @@ def expert_choice(step: ir.Moe, state: State) -> Float32:
 def expert_results(
     step: ir.Moe, state: State, choice: Float32, experts: range, given: Float32 | None = None
 ) -> Float32:
-    """[rows, used * width] of those `experts`, at the ranks that were chosen; others are as `given`, or 0."""
+    """Returns results of `experts` at the ranks that chose them, [rows, used * width]; other ranks are as `given`, or
+    0."""
     x, width = state[step.x], step.out.width
     out = np.zeros((len(x), step.used * width), np.float32) if given is None else given.copy()
     for row, (ids, shares) in enumerate(zip(choice[:, : step.used].astype(int), choice[:, step.used :], strict=True)):
@@ -299,7 +297,7 @@ def expert_shards(step: ir.ExpertShards, state: State) -> Float32:
 
 
 def _selection(step: ir.Moe, scores: Float64, weights: Mapping[str, Float32]) -> Float64:
-    """What experts are chosen by: -inf in groups that are not."""
+    """Returns the scores by which experts are chosen; -inf in groups that are not used."""
     selection = scores + weights[step.selection_bias] if step.selection_bias else scores
     if step.options.groups == 1:
         return selection
@@ -342,7 +340,7 @@ _GATED: Mapping[GatedActivation, Callable[[Float64, Float64], Float64]] = {
 
 
 def expert_part(step: ir.ExpertInner | ir.ExpertDown, state: State) -> Float32:
-    """Of each row what its experts make of it, or of the lines that are theirs, one behind the other by rank."""
+    """Returns the experts' results of each row, or of each row's lines, one after another by rank."""
     choice, mixture, used = state[step.choice], step.mixture, step.mixture.used
     is_inner, compute = (True, _inner) if isinstance(step, ir.ExpertInner) else (False, _down)
     lines = np.repeat(state[step.x][:, None], used, axis=1) if is_inner else of_heads(state[step.x], used)

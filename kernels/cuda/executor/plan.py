@@ -20,7 +20,6 @@ from llamaclust.kernels.cuda.runtime.device import Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvLayer, Program, SequenceState
 
-
 _LAYER_ALIGNMENT_BYTES = 256
 
 

@@ -1,1 +1,1 @@
-"""Ways to start workers, a file each."""
+"""The ways to start workers, a file each."""

@@ -14,13 +14,13 @@ from llamaclust.core.sizes import counted
 from llamaclust.wire.rpc.deadlines import deadline
 
 Shortfall = Callable[[], Awaitable[LlamaclustError | None]]
-"""Why the present workers cannot hold the model; None where they can."""
+"""Returns the reason why the present workers cannot hold the model, or None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """The workers of a start: `names`, and `count` in all. After `grace_s` without another join it goes on with those
-    that are there, if they suffice; it fails after `wait_s`."""
+    """The workers of a start: `names`, and `count` in all. After `grace_s` without another join, the start goes on with
+    those present, if they suffice; it fails after `wait_s`."""
 
     names: tuple[str, ...]
     count: int
@@ -28,7 +28,6 @@ class Awaited:
     wait_s: float
 
     def missing(self, present: Collection[str]) -> list[str]:
-        """In words."""
         names = [name for name in self.names if name not in present]
         others = self.count - len(present) - len(names)
         more = [counted(others, "more worker")] if others > 0 else []
@@ -36,8 +35,6 @@ class Awaited:
 
 
 class Arrivals:
-    """The joins of one start."""
-
     def __init__(self, awaited: Awaited, registry: Registry, shortfall: Shortfall, report: Report) -> None:
         self._awaited = awaited
         self._registry = registry
@@ -46,8 +43,8 @@ class Arrivals:
         self._short: LlamaclustError | None = None
 
     async def wait(self) -> None:
-        """Returns when all are there, or enough. DeadlineError names the missing ones, WorkerError one whose process
-        ended before it joined."""
+        """Returns when all workers are present, or enough. Raises DeadlineError that names the missing ones, and
+        WorkerError for a worker whose process ended before it joined."""
         wait_s = self._awaited.wait_s
         try:
             async with deadline("workers joining", wait_s):
@@ -85,7 +82,6 @@ class Arrivals:
                     await self._registry.changed()
 
     def _report_joins(self, present: dict[str, int], seen: dict[str, int]) -> None:
-        """Of each that is new, and of those that are missing after it."""
         reported = set(seen)
         for name in present:
             reported.add(name)
@@ -94,7 +90,6 @@ class Arrivals:
                 self._report(WorkerJoined(name, host, tuple(self._awaited.missing(reported))))
 
     def _report_losses(self, names: list[str]) -> None:
-        """Of workers that had joined."""
         losses = [f"worker {name} is lost: {self._registry.workers[name].loss}" for name in names]
         if losses and self._missing:
             self._report(Waiting("; ".join((", ".join(self._missing), *losses))))

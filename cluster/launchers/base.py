@@ -1,4 +1,4 @@
-"""What every launcher does: it starts worker processes somewhere, watches them and ends them."""
+"""The base of launchers, which start worker processes somewhere, watch them and end them."""
 
 from __future__ import annotations
 
@@ -21,52 +21,53 @@ GaveUp = Callable[[str, str], None]
 
 
 class Launcher(ABC):
-    """Workers of one cluster from start to stop, where they join and how they are known. The defaults are those of
-    workers on other machines."""
+    """The workers of one cluster from start to stop, their address to join, and their credentials. The defaults are
+    those of workers on other machines."""
 
     listen: str
-    """Of the coordinator, as gRPC names it."""
+    """The coordinator's address in gRPC's form."""
     credentials: Credentials
     certify: Certify | None = None
     coordinator_s = 0.0
-    """How long workers wait for a coordinator that is gone."""
+    """The time that workers wait for a lost coordinator."""
 
     @abstractmethod
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
-        """UsageError or ModelFileError where it is known before a start that a worker cannot run the model."""
+        """Raises UsageError or ModelFileError if a worker is known to be unable to run the model."""
 
     def missing(self, present: Collection[str]) -> list[str]:
-        """Workers of the cluster file beside those that are present, in words."""
+        """Returns in words the workers of the cluster file that are not present."""
         return []
 
     def refusal(self, name: str) -> str | None:
-        """Why a worker of this name is none of the cluster's; None where it is."""
+        """Returns the reason why a worker of this name is not the cluster's, or None."""
         return None
 
     @abstractmethod
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
-        """Starts all; they register with the coordinator at `join`. `exited` gets every end but `stop`'s."""
+        """Starts all workers, which register with the coordinator at `join`. `exited` gets every end except by
+        `stop`."""
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """Waits until all are members, or as many as suffice where others stay away. DeadlineError names the missing
-        ones, WorkerError one that ended before."""
+        """Waits until all workers are members, or enough if others stay away. Raises DeadlineError that names the
+        missing ones, and WorkerError for one that ended before."""
 
     @abstractmethod
     async def stop(self) -> None:
-        """Ends all and returns when they are gone."""
+        """Ends all workers and returns when they are gone."""
 
     @abstractmethod
     def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """Meanwhile, a worker whose process ended or ends is started again, if this launcher is one that can."""
+        """Restarts workers whose process ended or ends, while the context lasts, if this launcher can."""
 
     @abstractmethod
     def reset_restarts(self) -> None:
-        """Workers ended because of a request that has failed: these ends count no more."""
+        """Resets the counts: the workers ended because of a request that has failed."""
 
     @abstractmethod
     async def end(self, name: str) -> None:
-        """Ends the process of a worker that is lost, if it is still there and can be reached; returns when it has."""
+        """Ends the process of a lost worker, if it still exists and can be reached; returns when it has ended."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -75,9 +76,9 @@ class Launcher(ABC):
         await self.stop()
 
     def free_memory_bytes(self) -> int | None:
-        """What its workers may take of this machine, all together; None where they are elsewhere."""
+        """Returns the bytes of this machine that its workers may take together; None if they run elsewhere."""
         return None
 
     @abstractmethod
     def last_error(self, name: str) -> str:
-        """The last trouble that a worker logged; empty where there was none."""
+        """Returns the last error that a worker logged, or ""."""

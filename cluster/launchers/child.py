@@ -1,4 +1,4 @@
-"""A worker as a child process of a Ray actor or an MPI rank; it enrols and joins as a static one does."""
+"""A worker as a child process of a Ray actor or an MPI rank; it enrols and joins like a static worker."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Child:
     """One worker process. It ends with this process, however that ends."""
 
     def __init__(self, settings: WorkerSettings, ended: Ended, log: IO[bytes] | None = None) -> None:
-        """Starts it, with the caches of this machine. `settings`: with the enrolment address and a join token. `ended`
-        is called from another thread. `log`: where it writes; None: where this process does."""
+        """Starts it with this machine's caches. `settings` have the enrolment address and a join token. `ended` is
+        called from another thread. `log` None: the output of this process."""
         self._started = threading.Event()
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,7 +41,8 @@ class Child:
         self._process.send_signal(number)
 
     def _live(self, settings: WorkerSettings, ended: Ended) -> None:
-        """In a thread that lives as long as the worker: the kernel ends it with the thread that started it."""
+        """Runs in a thread that lives as long as the worker: the kernel ends the worker with the thread that started
+        it."""
         try:
             self._process = process = subprocess.Popen(
                 worker_command(settings),

@@ -28,29 +28,27 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner, plan_memory
 
 _MOST_OTHER = 128
-"""Token ids at the end of one vocabulary that the other may lack: files of one family are padded differently."""
+"""The most token ids at the end of one vocabulary that the other may lack: padding differs within a family."""
 _FIRST_COMPARED = 5
-"""Ids before it are of tokens such as beginning and end of text, which files name differently."""
+"""The first compared id: tokens before it, such as beginning of text, have different names in files."""
 _CONTEXTS = 4
-"""Whole contexts of KV memory."""
+"""The whole contexts that KV memory holds."""
 _LEAST_CONTEXT = 32
 _TRIED, _TRIES = 8, 4
-"""Tokens drafted to see how long one takes, and how many times."""
+"""The tokens drafted to measure the time of one, and the number of measurements."""
 
 Compute = Callable[[Sequence[DraftOrder]], DraftReplies]
 
 
 def open_device(settings: WorkerSettings) -> Device:
-    """The device of a model in this process, with this machine's caches and the feature level that its environment
-    asks for. UsageError for one that this machine does not have."""
+    """Opens the device of a model in this process, with this machine's caches and feature level. Raises UsageError for
+    a device that this machine lacks."""
     level = settings.feature_level or environment().feature_level or ""
     return Device.open(with_caches(replace(settings, feature_level=level)))
 
 
 @dataclass(frozen=True, slots=True)
 class DraftModelPlan:
-    """A draft model that can be loaded, and what it will take."""
-
     model: Model
     device: Device
     limits: StageLimits
@@ -63,9 +61,8 @@ class DraftModelPlan:
 
 
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
-    """Reads its header only. It has memory for sequences of this context, and no more `threads` than this process may
-    use hardware threads. UsageError where its drafts could be for none
-    of the targets; errors of `Model.open`."""
+    """Reads the header only. KV memory is for sequences of this context; `threads` are at most the available ones.
+    Raises UsageError if it can draft for no target, and the errors of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
     if threads is not None:
@@ -88,29 +85,26 @@ class LoadedDraftModel:
         self.path = plan.path
         self.memory_bytes = stage.memory.total_bytes
         self.kv_bytes = stage.memory.kv_bytes
-        """Of these, what counts as free memory until drafts write to it."""
+        """The part of `memory_bytes` that counts as free memory until drafts write to it."""
         self.is_lost = False
         self._drafter = ModelDrafter(stage, plan.model.hyperparameters.vocabulary_size)
         self.times = self._tried(min(MOST_ROWS, stage.limits.max_context_tokens - _TRIED))
         self._thread = ThreadPoolExecutor(1, "drafts")
 
     def draft(self, orders: Sequence[DraftOrder]) -> asyncio.Future[DraftReplies]:
-        """See `DraftModel`."""
         return self.submit(self.compute, orders)
 
     def submit(self, compute: Compute, orders: Sequence[DraftOrder]) -> asyncio.Future[DraftReplies]:
-        """On its thread."""
         return asyncio.get_running_loop().run_in_executor(self._thread, compute, orders)
 
     def compute(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """On the calling thread."""
         return self._drafter.draft(orders)
 
     def lose(self) -> None:
         self.is_lost = True
 
     def _tried(self, length: int) -> DraftTimes:
-        """What it takes behind so many tokens of one sequence, at its quickest: other work may hold up single steps.
+        """Measures the shortest times behind `length` tokens of one sequence: other work may delay single steps. Raises
         UsageError for a model whose logits are not finite."""
         task, tokens = SampleTask(SamplingParams(), 0, 0, 0), [0] * length
         self._drafter.draft([DraftOrder(-1, tokens, length, 1, task)])  # the first one is slow
@@ -122,7 +116,6 @@ class LoadedDraftModel:
         return DraftTimes(step_ns, taken_in.rows_ns / taken_in.rows)
 
     def close(self) -> None:
-        """Waits for the draft that is computed."""
         self._thread.shutdown(cancel_futures=True)
         self._drafter.close()
 
@@ -134,7 +127,7 @@ class LoadedDraftModel:
 
 
 class SharedDraftModel:
-    """A draft model as one of several models has it, each with keys of its own."""
+    """The draft model for one of several models, each with keys of its own."""
 
     def __init__(self, model: LoadedDraftModel, number: int, sharers: int) -> None:
         self._model = model
@@ -153,7 +146,6 @@ class SharedDraftModel:
         self._model.lose()
 
     def draft(self, orders: Sequence[DraftOrder]) -> asyncio.Future[DraftReplies]:
-        """See `DraftModel`."""
         return self._model.submit(self._compute, orders)
 
     def _compute(self, orders: Sequence[DraftOrder]) -> DraftReplies:
@@ -164,8 +156,8 @@ class SharedDraftModel:
 
 
 def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDraftModel:
-    """Loads it, and tries how fast it is. `reserved_bytes` of what is free are not for it. InsufficientMemoryError,
-    and UsageError for a model whose logits are not finite."""
+    """Loads the model and measures its speed; `reserved_bytes` of the free memory are not for it. Raises
+    InsufficientMemoryError, and UsageError for a model whose logits are not finite."""
     model, device = plan.model, plan.device
     free_bytes = max(0, device.free_bytes_of("cpu") - reserved_bytes)
     if plan.memory.total_bytes > free_bytes:
@@ -180,7 +172,7 @@ def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDra
 
 @contextmanager
 def of_draft_model() -> Iterator[None]:
-    """Errors in a file say that it is the draft model's."""
+    """Makes errors in a file name it as the draft model's."""
     try:
         yield
     except UsageError as error:
@@ -190,7 +182,7 @@ def of_draft_model() -> Iterator[None]:
 
 @asynccontextmanager
 async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
-    """Loads and closes it beside the event loop. Cancelled while it loads, it is closed as soon as it is loaded."""
+    """Loads and closes the model beside the event loop; a model whose load is cancelled is closed once it is loaded."""
     thread = ThreadPoolExecutor(1, "draft model")
     loading = thread.submit(open_draft_model, plan)
     thread.shutdown(wait=False)
@@ -219,7 +211,7 @@ def _too_short(path: Path, context: int, own_context: int) -> str:
 
 
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
-    """Which of these have its tokens. UsageError where none has, or for a model that could not go back to before
+    """Returns the targets with the same tokens. Raises UsageError if there are none, or for a model that cannot drop
     refused tokens."""
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
@@ -232,7 +224,7 @@ def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
 
 
 def _refusal(model: Model, target: Model) -> str:
-    """Why its tokens are not the target's; "" where they are."""
+    """Returns the reason why its tokens are not the target's, or ""."""
     own, others = (each.file.metadata.get("tokenizer.ggml.tokens") for each in (model, target))
     if not isinstance(own, Sequence) or not isinstance(others, Sequence):
         return f"it or {target.file.path} has no tokens"

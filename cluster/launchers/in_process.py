@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _EPOCH = 1
 _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
-"""No worker can be lost here, and a large model may take its time."""
+"""The deadlines are long: no worker can be lost here, and a large model may be slow."""
 _CONTEXT_TOKENS = 4096
 OUTPUTS = 256
 """The most outputs of a microbatch."""
@@ -51,8 +51,6 @@ OUTPUTS = 256
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    """Settings of a model in this process."""
-
     context_length: int | None = None  # tokens of a sequence; None: what the model was made for, 4096 at most
     max_sequences: int = 8  # together; more wait
     prefill_chunk: int | None = None  # prompt tokens computed at once, at most; None: as the scheduler thinks best
@@ -72,7 +70,7 @@ class LocalSettings:
 
 
 def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
-    """UsageError for sizes that cannot be."""
+    """Raises UsageError for sizes that are out of bounds."""
     trained = model.hyperparameters.context_length
     context = settings.context_length or min(trained, _CONTEXT_TOKENS)
     if not 0 < context <= trained:
@@ -98,7 +96,7 @@ def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
 
 
 def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings | None:
-    """UsageError where a head or a model is to draft and nothing is drafted."""
+    """Raises UsageError if a head or a model is to draft without speculation."""
     if settings.mtp:
         check_nextn(model)
     if settings.speculation:
@@ -146,7 +144,7 @@ class LocalStage:
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[TextService]:
-        """The model's text service; the stage is closed with it."""
+        """Yields the model's text service, and closes the stage at the end."""
         scheduling = self.scheduling
         try:
             async with Engine(LocalPipeline(self), scheduling, _DEADLINES) as engine:
@@ -168,13 +166,12 @@ class LocalStage:
             self.close()
 
     def close(self) -> None:
-        """Waits for what is computed, and frees memory."""
         self._thread.shutdown()
         self._opened.close()
         self.model.close()
 
     def _with_draft_model(self, path: Path, threads: int, opened: ExitStack) -> SchedulerSettings:
-        """UsageError where nothing can be drafted, and as for `plan_draft_model` and `open_draft_model`."""
+        """Raises UsageError if nothing can be drafted, and the errors of `plan_draft_model` and `open_draft_model`."""
         scheduling = self.scheduling
         if scheduling.speculation is None or not scheduling.max_drafted:
             raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; leave it out")
@@ -184,7 +181,6 @@ class LocalStage:
         return replace(scheduling, speculation=replace(scheduling.speculation, draft_model=draft_model))
 
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
-        """Queues a microbatch behind those that are there."""
         received = StepInputs.read(encode_inputs(inputs))
         self.matchers.receive(received.for_matchers)
         loop = asyncio.get_running_loop()
@@ -202,7 +198,7 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Rows [first, tokens), [some, vocabulary], computed between what the engine runs."""
+        """Computes rows [first, tokens) of logits, [some, vocabulary], between the engine's microbatches."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
@@ -225,7 +221,8 @@ class LocalStage:
                 use(rows)
 
     def _own_window(self, start: int, end: int) -> tuple[tuple[int, ...], int]:
-        """`Chunk.window_table` and where it begins, for rows [start, end): a ring of blocks behind the scheduler's."""
+        """Returns `Chunk.window_table` and its first block for rows [start, end): a ring of blocks behind the
+        scheduler's."""
         scheduling, group = self.scheduling, self.scheduling.window_group
         if group is None:
             return (), 0
@@ -235,7 +232,7 @@ class LocalStage:
 
 
 class LocalPipeline:
-    """See `Pipeline`: one stage, which answers in order since one thread computes."""
+    """A `Pipeline` of one stage, which answers in order since one thread computes."""
 
     def __init__(self, stage: LocalStage) -> None:
         self.epoch = _EPOCH
@@ -258,11 +255,11 @@ class LocalPipeline:
             on_results([await (await self._results.get())])
 
     async def close(self) -> None:
-        """Its owner closes the stage."""
+        """Does nothing, since its owner closes the stage."""
 
 
 def _device_kind(settings: LocalSettings, model: Model) -> str:
-    """UsageError for a device that is none, and settings for GPUs or experts where there are none."""
+    """Raises UsageError for an unknown device, and for settings of GPUs or experts that do not exist."""
     try:
         kind = parse_device(settings.device)
     except ValueError as error:
@@ -282,7 +279,7 @@ def _device_kind(settings: LocalSettings, model: Model) -> str:
 
 
 def _with_own(blocks: BlockCounts, context_blocks: int, window: WindowGroup | None) -> BlockCounts:
-    """The scheduler's blocks and those behind them, which `logits` uses."""
+    """Returns the scheduler's blocks and those behind them, which `logits` uses."""
     own_window = 0 if window is None else window.sequence_blocks + window.row_blocks
     return BlockCounts(blocks.kv + context_blocks, blocks.window + own_window, blocks.states and blocks.states + 1)
 

@@ -38,11 +38,12 @@ _log = logging.getLogger(__name__)
 _GRACE_S = 1.0
 _JOIN_S = 60.0
 _KILLED_S = 20.0
-"""A killed process ends as soon as the system has freed its memory and a core is free."""
+"""The time in which a killed process ends, once the system has freed its memory and a core is free."""
 
 
 class LocalLauncher(Launcher):
-    """See `Launcher`. Call `start` from a thread that lives as long as the cluster: workers end with that thread."""
+    """Starts workers on this machine. Call `start` from a thread that lives as long as the cluster: workers end with
+    it."""
 
     def __init__(self, run: RunDirectory, logs: Path) -> None:
         self.listen = run.coordinator
@@ -66,18 +67,16 @@ class LocalLauncher(Launcher):
             self._watches.append(asyncio.create_task(self._watch(joining, exited)))
 
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """All of them: they are processes of this machine."""
         await registry.wait_for(tuple(self._processes), _JOIN_S)
 
     def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """One that ends too often within a minute is given up."""
         return self._restarts.on(gave_up)
 
     def reset_restarts(self) -> None:
         self._restarts.reset_restarts()
 
     async def end(self, name: str) -> None:
-        """By SIGKILL: a lost worker may not react to anything else."""
+        """Sends SIGKILL: a lost worker may not react to anything else."""
         process = self._processes.get(name)
         if process is not None and process.returncode is None:
             _kill(process, signal.SIGKILL)
@@ -88,7 +87,7 @@ class LocalLauncher(Launcher):
                 _log.warning("worker %s (pid %d) has not ended %g s after SIGKILL", name, process.pid, _KILLED_S)
 
     async def stop(self) -> None:
-        """SIGTERM, and SIGKILL to what is still there a second later."""
+        """Sends SIGTERM, and SIGKILL a second later."""
         self._is_stopping = True
         self._restarts.end()
         self._signal(signal.SIGTERM)
@@ -98,7 +97,6 @@ class LocalLauncher(Launcher):
             await asyncio.wait(self._watches, timeout=_GRACE_S)
 
     def free_memory_bytes(self) -> int:
-        """Of this machine, where all of them are."""
         return available_memory_bytes()
 
     def last_error(self, name: str) -> str:
@@ -108,7 +106,7 @@ class LocalLauncher(Launcher):
         return self._logs / f"{name}.log"
 
     async def _spawn(self, settings: WorkerSettings) -> None:
-        """A new process for a worker. The first one begins its log, others go on with it."""
+        """Starts a worker's process. The first one begins its log; later ones append."""
         name = settings.name
         log = open_log(self._log_file(name), anew=name not in self._processes)
         try:
@@ -129,7 +127,6 @@ class LocalLauncher(Launcher):
         process.stdin.close()
 
     async def _watch(self, settings: WorkerSettings, exited: Exited) -> None:
-        """A worker's processes, one after the other."""
         while True:
             how = describe_exit(await self._processes[settings.name].wait())
             if self._is_stopping:
@@ -141,7 +138,7 @@ class LocalLauncher(Launcher):
                 _kill(self._processes[settings.name], signal.SIGKILL)
 
     async def _restart(self, settings: WorkerSettings, how: str) -> bool:
-        """False where it is started no more."""
+        """Returns False if the worker is not started any more."""
         while await self._restarts.may_restart(settings.name, how):
             try:
                 await self._spawn(settings)

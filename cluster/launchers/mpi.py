@@ -35,8 +35,7 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """See `Launcher`. Rank i has the i-th worker; standard input is a socket to the rank that has started this
-    process."""
+    """Rank i has the i-th worker; standard input is a socket to the rank that started this process."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
@@ -61,7 +60,7 @@ class MpiLauncher(RestartingLauncher):
         self._tasks.start(self._receive(reader, exited))
 
     async def stop(self) -> None:
-        """SIGTERM to those that are still there, and SIGKILL a second later."""
+        """Sends SIGTERM, and SIGKILL a second later."""
         self._restarts.end()
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not await self._ended(_GRACE_S):
@@ -74,7 +73,7 @@ class MpiLauncher(RestartingLauncher):
         await super().stop()
 
     async def end(self, name: str) -> None:
-        """By SIGKILL: a lost worker may not react to anything else."""
+        """Sends SIGKILL: a lost worker may not react to anything else."""
         running = self._running.get(name)
         if running is None or running.is_set() or name in self._lost:
             return
@@ -91,7 +90,7 @@ class MpiLauncher(RestartingLauncher):
         self._writer.write(to_bytes(message))
 
     async def _ended(self, within_s: float) -> bool:
-        """Whether all workers of ranks that are there have ended."""
+        """Waits for the workers of all ranks that are not lost."""
         waits = [event.wait() for name, event in self._running.items() if name not in self._lost]
         try:
             await asyncio.wait_for(asyncio.gather(*waits), within_s)
@@ -100,7 +99,7 @@ class MpiLauncher(RestartingLauncher):
         return True
 
     async def _receive(self, reader: asyncio.StreamReader, exited: Exited) -> None:
-        """Until the rank is gone; then this process ends, as by SIGTERM."""
+        """Receives until the rank is gone; then this process ends, like by SIGTERM."""
         names = {order.rank: name for name, order in self._orders.items()}
         while line := await reader.readline():
             message = from_bytes(line)
@@ -123,7 +122,7 @@ class MpiLauncher(RestartingLauncher):
 
 
 def _own_rank() -> socket.socket:
-    """UsageError where this process was started by something else than a rank."""
+    """Raises UsageError if no rank started this process."""
     if not stat.S_ISSOCK(os.fstat(0).st_mode):
         raise UsageError("launcher mpi is started by mpirun: mpirun -n WORKERS llamaclust up FILE")
     return socket.socket(fileno=os.dup(0))

@@ -1,4 +1,4 @@
-"""What the coordinator and the ranks of an MPI job exchange, as JSON."""
+"""The JSON messages between the coordinator and the ranks of an MPI job."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """To a rank. `addresses`: HOST:PORT of the enrolment port, by one of which this rank's machine reaches it."""
+    """An order to a rank. `addresses`: HOST:PORT of the enrolment port, one of which this rank's machine reaches."""
 
     rank: int
     settings: str = field(repr=False)  # JSON of WorkerSettings, with the token; threads None: the rank's share
@@ -19,7 +19,7 @@ class StartWorker:
 
 @dataclass(frozen=True, slots=True)
 class EndWorker:
-    """To a rank: its worker gets this signal, if it has one."""
+    """An order to a rank: its worker, if any, gets this signal."""
 
     rank: int
     number: int
@@ -27,7 +27,7 @@ class EndWorker:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """To a rank: its worker is killed if it is still there, and it ends itself; by MPI's rules if all ranks do."""
+    """An order to a rank: it kills its worker and ends, by MPI's rules if all ranks do."""
 
     rank: int
     with_all: bool
@@ -35,7 +35,7 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """To rank 0, first of all: where a rank is."""
+    """The first message to rank 0: a rank's machine."""
 
     rank: int
     boot_id: str
@@ -43,7 +43,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnded:
-    """To the coordinator: how its worker ended."""
+    """A message to the coordinator: a rank's worker ended."""
 
     rank: int
     how: str
@@ -52,7 +52,7 @@ class WorkerEnded:
 
 @dataclass(frozen=True, slots=True)
 class RankLost:
-    """To the coordinator: MPI says so."""
+    """A message to the coordinator: MPI reports a lost rank."""
 
     rank: int
 
@@ -62,12 +62,10 @@ _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message
 
 
 def to_bytes(message: Message) -> bytes:
-    """One line."""
     return json.dumps({"message": type(message).__name__, **asdict(message)}).encode() + b"\n"
 
 
 def from_bytes(data: bytes) -> Message:
-    """What `to_bytes` wrote, in this job."""
     fields = json.loads(data)
     message: Message = _KINDS[fields.pop("message")](**fields)
     return message

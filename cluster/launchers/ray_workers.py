@@ -1,4 +1,4 @@
-"""Placement group and actors of one cluster in Ray: reserved, made, found again, removed. Calls block."""
+"""The placement group and actors of one cluster in Ray: reserved, made, found again, removed. Calls block."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ _READY_S = 0.05
 
 
 class RayWorkers:
-    """In the namespace of `library`'s connection."""
+    """The actors in the namespace of `library`'s connection."""
 
     def __init__(self, library: Any, cluster: str) -> None:
-        """`cluster`: by which its certificates know it, so that it knows its own actors again."""
+        """`cluster`: the cluster's id in its certificates, by which it recognizes its own actors."""
         self._ray = library
         self._cluster = cluster
         self._group: Any = None
         self.actors: dict[str, Any] = {}
 
     def take_back(self, wanted: Sequence[Any]) -> bool:
-        """Whether actors that a coordinator left behind are all that is wanted; others are removed.
-
-        UsageError where they are another cluster's.
-        """
+        """Takes over actors of an earlier coordinator if they are exactly the wanted ones; else removes them. Raises
+        UsageError if they are another cluster's."""
         names = self._names()
         found = {name: self._request(name, "given") for name in names}
         if any(given is not None and given.cluster != self._cluster for given in found.values()):
@@ -45,7 +43,7 @@ class RayWorkers:
         return False
 
     def reserve(self, workers: Sequence[WorkerSettings], strategy: str) -> None:
-        """Asks for room for each; `is_ready` tells when it is there."""
+        """Requests room for each worker; `is_ready` tells when it is there."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
         bundles = [resources(worker) for worker in workers]
@@ -56,12 +54,12 @@ class RayWorkers:
         return bool(self._group.wait(_READY_S))
 
     def free(self) -> Mapping[str, float]:
-        """Ray's free resources, all nodes together."""
+        """Returns Ray's free resources, all nodes together."""
         free: dict[str, float] = self._ray.available_resources()
         return free
 
     def make(self, wanted: Sequence[Any]) -> None:
-        """An actor in each reserved place. Ray starts them, and again elsewhere when a node is lost."""
+        """Makes an actor in each reserved place. Ray starts them, and again elsewhere when a node is lost."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from llamaclust.cluster.launchers.ray_actor import CONCURRENCY, WorkerActor
@@ -87,11 +85,10 @@ class RayWorkers:
         self._ray.kill(self.actors[name], no_restart=False)
 
     def forget(self, name: str) -> None:
-        """Kills an actor for good."""
         self._ray.kill(self.actors[name])
 
     def remove(self) -> None:
-        """All of them, and their group; returns when they are gone. LlamaclustError where they stay."""
+        """Removes all actors and their group; returns when they are gone. Raises LlamaclustError if they stay."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
         with suppress(ValueError):  # there is none of that name
@@ -110,7 +107,7 @@ class RayWorkers:
         return sorted(self._ray.util.list_named_actors())
 
     def _request(self, name: str, method: str) -> Any:
-        """None where the actor is not there to answer."""
+        """Returns None if the actor does not answer."""
         from ray.exceptions import RayError
 
         with suppress(RayError, ValueError):
@@ -118,7 +115,7 @@ class RayWorkers:
 
 
 def resources(worker: WorkerSettings) -> dict[str, float]:
-    """What Ray is to reserve for a worker."""
+    """Returns the resources that Ray reserves for a worker."""
     needed: dict[str, float] = {"CPU": worker.threads or 1}
     if worker.memory_bytes is not None:
         needed["memory"] = worker.memory_bytes

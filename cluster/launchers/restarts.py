@@ -13,7 +13,7 @@ from llamaclust.core.backoff import Backoff
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """Limits: the first restart is immediate, later ones within `within_s` seconds back off."""
+    """The limits of restarts: the first is immediate, later ones within `within_s` seconds back off."""
 
     most: int = 6
     within_s: float = 60.0
@@ -21,7 +21,7 @@ class RestartLimits:
 
 
 class RestartPolicy:
-    """Workers of one launcher: see `Launcher.restarting`. It decides when; the launcher starts them."""
+    """Decides when workers of one launcher restart; the launcher starts them. See `Launcher.restarting`."""
 
     def __init__(self) -> None:
         self.limits = RestartLimits()
@@ -35,7 +35,7 @@ class RestartPolicy:
 
     @contextmanager
     def on(self, gave_up: GaveUp) -> Iterator[None]:
-        """Meanwhile, workers are restarted; one that ends too often is given up."""
+        """Restarts workers while the context lasts; one that ends too often is given up."""
         self._gave_up = gave_up
         self._begun.set()
         try:
@@ -44,7 +44,6 @@ class RestartPolicy:
             self.end()
 
     def end(self) -> None:
-        """No more restarts."""
         self._gave_up = None
         self._begun.set()
         self._ended.set()
@@ -54,12 +53,12 @@ class RestartPolicy:
             self._gave_up(name, why)
 
     def reset_restarts(self) -> None:
-        """Restarts so far had a cause that is gone: they count no more."""
+        """Forgets restarts whose cause is gone."""
         self._starts_s.clear()
 
     async def may_restart(self, name: str, how: str) -> bool:
-        """Of a worker that has ended, and `how`: waits until restarts are on, and for as long as is due. False where it
-        is not started again, since they are over, or since it ended too often, which is reported."""
+        """Waits until restarts are on and the worker's backoff is over. Returns False if restarts are over, or if the
+        worker ended too often, which is reported."""
         await self._begun.wait()
         now_s, limits = asyncio.get_running_loop().time(), self.limits
         starts_s = [start_s for start_s in self._starts_s.get(name, ()) if start_s > now_s - limits.within_s]

@@ -1,4 +1,5 @@
-"""Where processes of a local cluster meet: sockets and the token, in a directory that only their user may enter."""
+"""The meeting place of a local cluster's processes: sockets and the token, in a directory that only their user may
+enter."""
 
 from __future__ import annotations
 
@@ -15,13 +16,13 @@ from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.groups.listener import SOCKET_ENDING
 
 _MAX_SOCKET_BYTES = 107
-"""What fits in a socket address (Linux)."""
+"""The most bytes of a socket address on Linux."""
 _PREFIX = "llamaclust-"
 
 
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """`path` has mode 0700 and goes away with the cluster."""
+    """The directory `path`, which has mode 0700 and is removed with the cluster."""
 
     path: Path
     token: ClusterToken
@@ -32,20 +33,18 @@ class RunDirectory:
 
     @property
     def coordinator(self) -> str:
-        """The coordinator's address."""
         return f"unix:{self.path / 'c.sock'}"
 
     def worker(self, index: int) -> str:
-        """The address of a worker."""
         return f"unix:{self.path / f'w{index}.sock'}"
 
 
 @contextmanager
 def run_directory(parent: Path) -> Iterator[RunDirectory]:
-    """A new run directory in `parent`, or in the machine's temporary directory where paths would be too long.
+    """Makes a run directory in `parent`, or in the machine's temporary directory if paths would be too long.
 
-    What a cluster that was killed has left is removed: the caller holds the lock on `parent`, where a link tells of
-    the temporary directory. UsageError where something else is in the way.
+    A killed cluster's directory is removed: the caller holds the lock on `parent`, where a link names the temporary
+    directory. Raises UsageError if another file is in the way.
     """
     path = place = parent / "run"
     _clear(place)
@@ -72,7 +71,7 @@ def _new_token(path: Path) -> ClusterToken:
 
 
 def _clear(place: Path) -> None:
-    """Removes a run directory or the link to one, and what the link names if it is one of ours."""
+    """Removes a run directory or the link to one, and the link's target if it is one of ours."""
     if not place.is_symlink():
         if place.is_dir():  # a pipe would be opened, and waited for
             shutil.rmtree(place, ignore_errors=True)

@@ -34,10 +34,10 @@ INSECURE = (
 
 
 class StaticLauncher(Launcher):
-    """See `Launcher`. It starts no process: it serves the enrolment port and says what to type elsewhere."""
+    """Starts no process: it serves the enrolment port and prints the commands for other machines."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
-        """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
+        """Makes the cluster's certificate authority if there is none yet. Raises the errors of `Authority.open`."""
         self.authority: Authority | None = None
         self.credentials: Identity | Insecure = Insecure()
         self.listen = config.join.listen
@@ -54,13 +54,13 @@ class StaticLauncher(Launcher):
         self._ends = contextlib.AsyncExitStack()
 
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
-        """Nothing is known of other machines yet; their workers say it when they load."""
+        """Checks nothing: workers of other machines report their errors when they load."""
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         self._report(AwaitingWorkers(tuple(self._instructions(await self.open(join))), tuple(self.missing(()))))
 
     async def open(self, join: str) -> str:
-        """Lets workers in; returns the address (HOST:PORT) that they are to join."""
+        """Lets workers in; returns the address (HOST:PORT) that they join."""
         if self.authority is None or not isinstance(self.credentials, Identity):
             return join
         renewing = asyncio.create_task(keep_renewed(self.authority, self.credentials))
@@ -75,25 +75,24 @@ class StaticLauncher(Launcher):
         return address
 
     async def stop(self) -> None:
-        """Workers have heard the registry's goodbye; they are not ours to kill."""
+        """Closes the enrolment port. Workers have heard the registry's goodbye, and their starter ends them."""
         await self._ends.aclose()
 
     def restarting(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
-        """They are restarted by what started them."""
+        """Restarts nothing: the starter of the workers does so."""
         return contextlib.nullcontext()
 
     def reset_restarts(self) -> None:
-        """Nothing counts here."""
+        """Does nothing, since no restarts are counted."""
 
     async def end(self, name: str) -> None:
-        """What is lost ends its stages itself, when it hears that it is no member any more."""
+        """Does nothing: a lost worker ends its stages itself when it hears that it is no member any more."""
 
     def last_error(self, name: str) -> str:
-        """Logs stay where the worker is."""
+        """Returns "": logs stay on the worker's machine."""
         return ""
 
     def refusal(self, name: str) -> str | None:
-        """Why a worker of this name is none of the cluster's."""
         names = self._names
         if names is None or name in names:
             return None
@@ -107,7 +106,7 @@ class StaticLauncher(Launcher):
 
     @property
     def awaited(self) -> Awaited:
-        """Where the file has no names, those of its plan."""
+        """The workers that a start awaits; those of the plan if the file has no names."""
         config = self._config
         planned = dict.fromkeys(name for entry in config.plan or () for name in entry.names)
         names = tuple(planned) if self._names is None else tuple(self._names)
@@ -115,11 +114,11 @@ class StaticLauncher(Launcher):
 
     @property
     def _grace_s(self) -> float:
-        """So long a worker takes to notice that its coordinator started again, and to be back."""
+        """The time in which a worker notices that its coordinator started again, and is back."""
         return 2 * self._config.timeouts.worker
 
     def _instructions(self, listen: str) -> list[str]:
-        """What to type on the other machines; the secret itself is in a file."""
+        """Returns the commands for the other machines; the secret itself is in a file."""
         host, port = split_address(listen)
         hosts = one_of_each_interface()[:_MOST_HOSTS] if host in ANYWHERE else [host]
         addresses = self._config.join.addresses or [joined_address(each, port) for each in hosts or [host]]
@@ -138,7 +137,7 @@ class StaticLauncher(Launcher):
 
 
 class RestartingLauncher(StaticLauncher):
-    """See `Launcher`. Its workers are started elsewhere, and again; they join as those of a static cluster do."""
+    """Base of launchers that start and restart workers elsewhere; these join like the workers of a static cluster."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
@@ -146,24 +145,22 @@ class RestartingLauncher(StaticLauncher):
         self._last_errors: dict[str, str] = {}
 
     def restarting(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
-        """One that ends too often within a minute is given up."""
         return self._restarts.on(gave_up)
 
     def reset_restarts(self) -> None:
         self._restarts.reset_restarts()
 
     def last_error(self, name: str) -> str:
-        """As it came with the worker's end."""
         return self._last_errors.get(name, "")
 
     @property
     def _grace_s(self) -> float:
-        """So long a process takes to start."""
+        """The time in which a process starts, at least."""
         return max(_STARTING_S, super()._grace_s)
 
 
 async def keep_renewed(authority: Authority, identity: Identity) -> None:
-    """The coordinator's own certificate, for as long as the cluster lives."""
+    """Renews the coordinator's own certificate for as long as the cluster lives."""
     while True:
         await until_renewal(identity)
         identity.pair = authority.new_pair(COORDINATOR)

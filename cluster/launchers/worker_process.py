@@ -15,17 +15,17 @@ _INHERITED_PREFIXES = ("LC_", "PYTHON", "GRPC_", "CUDA_", "CUPY_", "NVIDIA_", "A
 
 
 def worker_command(settings: WorkerSettings) -> list[str]:
-    """The command line of a worker, which reads `worker_input` from standard input."""
+    """Returns a worker's command line; the worker reads `worker_input` from standard input."""
     return [sys.executable, "-P", "-m", "llamaclust.worker", "--name", settings.name]
 
 
 def worker_input(settings: WorkerSettings) -> bytes:
-    """Settings of a worker that ends with this process."""
+    """Returns the settings of a worker that ends with this process."""
     return replace(settings, parent_pid=os.getpid()).to_json().encode()
 
 
 def worker_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """What a worker inherits: nothing that may hold a secret."""
+    """Returns the variables that a worker inherits: none that may hold a secret."""
     inherited = {
         name: value for name, value in variables.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
     }
@@ -33,7 +33,7 @@ def worker_environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe_exit(code: int) -> str:
-    """How a process ended, from its return code as `subprocess` gives it."""
+    """Describes a process's end by its return code from `subprocess`."""
     if code >= 0:
         return f"its process ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"

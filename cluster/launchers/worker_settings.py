@@ -1,4 +1,4 @@
-"""From the cluster file and this machine's environment to the settings of workers."""
+"""Settings of workers from the cluster file and this machine's environment."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llamaclust.worker.settings import WorkerSettings
 
 _SETTINGS = {field.name.removesuffix("_bytes"): field.name for field in fields(WorkerSettings)}
 _KEYS = {key: _SETTINGS[key] for key in WorkerConfig.model_fields if key in _SETTINGS}
-"""Keys of the cluster file that are settings of the same name; sizes are in bytes."""
+"""The keys of the cluster file that are settings of the same name; sizes are in bytes."""
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:
-    """Threads of each worker: workers without a number of their own share the physical cores of this machine, or of
-    their NUMA node on it. UsageError for a node that is not there."""
+    """Returns the threads of each worker: those without a number of their own share the physical cores of this machine,
+    or of their NUMA node on it. Raises UsageError for a missing node."""
     cores, nodes = read_cores(), numa_nodes(config)
     sharers = Counter(nodes.values())
     found = {}
@@ -31,8 +31,8 @@ def thread_shares(config: ClusterConfig) -> dict[str, int]:
 
 
 def numa_nodes(config: ClusterConfig) -> dict[str, int | None]:
-    """NUMA node of each worker. Local workers are divided evenly over the nodes of this machine, if their number allows
-    it and the cluster file says nothing of nodes or threads."""
+    """Returns the NUMA node of each worker. Local workers are divided evenly over this machine's nodes, if their number
+    allows it and the cluster file names no nodes or threads."""
     workers, nodes = config.workers, read_cores().nodes
     free = all(worker.numa_node is None and worker.threads is None for worker in workers)
     if not config.launcher_facts.is_local or len(nodes) == 1 or len(workers) % len(nodes) or not free:
@@ -41,7 +41,7 @@ def numa_nodes(config: ClusterConfig) -> dict[str, int | None]:
 
 
 def worker_settings(config: ClusterConfig) -> list[WorkerSettings]:
-    """Of all workers, if they run on this machine."""
+    """Returns the settings of all workers, if they run on this machine."""
     threads, nodes, variables = thread_shares(config), numa_nodes(config), environment()
     common = {
         "feature_level": variables.feature_level or "",
@@ -54,7 +54,6 @@ def worker_settings(config: ClusterConfig) -> list[WorkerSettings]:
 
 
 def with_caches(settings: WorkerSettings) -> WorkerSettings:
-    """The same worker with the caches of this machine."""
     variables = environment()
     return replace(
         settings,

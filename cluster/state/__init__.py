@@ -1,1 +1,1 @@
-"""What a cluster keeps on disk, and the events that it reports."""
+"""The files of a cluster on disk, and the events that it reports."""

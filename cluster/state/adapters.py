@@ -1,5 +1,5 @@
-"""Adapters of LoRA that a model is served with, by numbers that they keep, and the requests that use them; their record
-for the next coordinator."""
+"""Adapters of LoRA that a model is served with, by stable numbers; the requests that use them; their record for the
+next coordinator."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from llamaclust.core.errors import RequestError
 from llamaclust.core.limits import MAX_ADAPTERS, AdapterScales
 
 _PAST = 1024
-"""Unloaded adapters whose names are known."""
+"""The number of unloaded adapters whose names are remembered."""
 _log = logging.getLogger(__name__)
 
 
 class AdapterUnloadedError(RequestError):
-    """A request for an adapter that was unloaded since it came."""
+    """An adapter was unloaded after the request for it had come."""
 
     http_status = 404
     code = "model_not_found"
@@ -33,7 +33,7 @@ class AdapterUnloadedError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """An adapter of LoRA, as clients name it. `content`: its digest, if a client loaded it."""
+    """An adapter of LoRA under its name for clients. `content`: its digest, if a client loaded it."""
 
     name: str
     path: str
@@ -49,12 +49,11 @@ def _checked(adapter: ServedAdapter) -> ServedAdapter:
 
 _Loaded = tuple[Annotated[int, Field(ge=0, lt=MAX_ADAPTERS)], Annotated[ServedAdapter, AfterValidator(_checked)]]
 _MODELS = TypeAdapter(dict[str, list[_Loaded]])
-"""Adapters that clients loaded, by the names of models."""
 
 
 @dataclass(slots=True, eq=False)
 class ServedAdapters:
-    """Of one model. An adapter keeps its number while others come and go."""
+    """The adapters of one model. An adapter keeps its number while others come and go."""
 
     first: Sequence[ServedAdapter] = ()  # those of the cluster file, numbered from 0
     default: AdapterScales = ()  # in requests that choose none, as clients set them; a request keeps its admission's
@@ -71,12 +70,10 @@ class ServedAdapters:
 
     @property
     def numbered(self) -> list[tuple[int, ServedAdapter]]:
-        """In the order of the numbers."""
         return sorted(self._present.items())
 
     @property
     def loaded(self) -> list[tuple[int, ServedAdapter]]:
-        """Those that clients loaded."""
         return [(number, adapter) for number, adapter in self.numbered if adapter.content]
 
     @property
@@ -88,63 +85,58 @@ class ServedAdapters:
         return tuple(adapter.name for adapter in self)
 
     def number_of(self, name: str | None) -> int | None:
-        """None: no adapter has the name."""
         return next((number for number, adapter in self._present.items() if adapter.name == name), None)
 
     def __getitem__(self, number: int) -> ServedAdapter:
         return self._present[number]
 
     def add(self, number: int, adapter: ServedAdapter) -> None:
-        """For requests that come from now on."""
         assert number not in self._present and number < MAX_ADAPTERS
         self._present[number] = adapter
         self._since_ns[number] = monotonic_ns()
 
     def remove(self, number: int) -> None:
-        """One that no request uses; later ones that chose it before are refused."""
+        """Removes an adapter that no request uses; requests that chose it earlier are refused."""
         assert not self._uses[number]
         self._past.append((number, self._present.pop(number).name, monotonic_ns()))
 
     def names_at(self, time_ns: int) -> dict[int, str]:
-        """By the numbers of requests that came at a time of the monotonic clock."""
+        """Returns names by number for requests that came at a time of the monotonic clock."""
         names = {number: adapter.name for number, adapter in self._present.items()}
         return names | {number: name for number, name, until_ns in reversed(self._past) if time_ns < until_ns}
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def uses(self, number: int) -> int:
-        """Requests that are computed with an adapter."""
         return self._uses[number]
 
     def use(self, scales: AdapterScales, received_ns: int) -> None:
-        """A request is computed from now on; it came at a time of the monotonic clock, or comes now (0).
-        AdapterUnloadedError where an adapter that it chose then was unloaded meanwhile."""
+        """Counts a request that came at a time of the monotonic clock, or comes now (0). Raises AdapterUnloadedError if
+        an adapter that it chose was unloaded meanwhile."""
         for number, _ in scales:
             if number not in self._present or 0 < received_ns < self._since_ns.get(number, 0):
                 raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile: send the request again")
         self._uses.update(number for number, _ in scales)
 
     def release(self, scales: AdapterScales) -> None:
-        """Such a request has ended."""
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """What answers with these depend on, where clients loaded them: numbers, contents and names."""
+        """Returns numbers, contents and names of those of the adapters that clients loaded: answers depend on them."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )
 
     def have(self, marks: Sequence[str]) -> bool:
-        """Whether the adapters of earlier marks are the same ones now."""
         return {*marks} <= {*self.marks(self.numbers)}
 
 
 class AdapterRecord:
-    """A file of the cluster's folder: adapters that clients loaded, of each model by its name. One that is not there at
-    a start stays in it. The event loop does not wait for the disk."""
+    """The file of adapters that clients loaded, by model. An adapter whose file is missing at a start stays in it. The
+    event loop does not wait for the disk."""
 
     def __init__(self, path: Path) -> None:
-        """What cannot be read is left out, with a warning."""
+        """Reads the file; warns if it cannot."""
         self.path = path
         self._disk = DiskThread("adapter record")
         self._models: dict[str, list[tuple[int, ServedAdapter]]] = {}
@@ -160,11 +152,11 @@ class AdapterRecord:
         return self._models.get(model, [])
 
     def keep(self, model: str, number: int, adapter: ServedAdapter) -> None:
-        """One that could not be loaded again stays until an adapter of its name is loaded, or it is removed."""
+        """Keeps an adapter that could not be loaded again, until one of its name is loaded or it is removed."""
         self._absent.setdefault(model, []).append((number, adapter))
 
     async def remove(self, model: str, name: str) -> bool:
-        """Whether there was one of this name that was kept. As `write`."""
+        """Returns False if no adapter of this name was kept. Raises the errors of `write`."""
         absent = self._absent.get(model, [])
         left = [(number, adapter) for number, adapter in absent if adapter.name != name]
         if len(left) == len(absent):
@@ -174,7 +166,8 @@ class AdapterRecord:
         return True
 
     async def write(self, model: str, adapters: Sequence[tuple[int, ServedAdapter]]) -> None:
-        """These are loaded. On disk when it returns. LlamaclustError where that fails; then the record is as before."""
+        """Records the loaded adapters; returns when they are on disk. Raises LlamaclustError and keeps the old record
+        if that fails."""
         names = {adapter.name for _, adapter in adapters}
         absent = [(number, adapter) for number, adapter in self._absent.get(model, []) if adapter.name not in names]
         await self._write(model, adapters, absent)

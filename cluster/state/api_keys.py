@@ -15,7 +15,7 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.regular_file import file_version, read_text, write_text
 
 FILE_NAME = "api-keys"
-"""The file in the state directory, unless another one is named."""
+"""The default file name in the state directory."""
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _MOST_KEY_BYTES = 1 << 20
 _RANDOM_BYTES = 24
@@ -24,20 +24,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NamedKey:
-    """A key with the name in the comment above it, or with its number where there is none."""
+    """A key with the name in the comment above it, or else its number. `start` and `end`: its lines, with the
+    comment."""
 
     name: str
     key: str = field(repr=False)
     start: int
     end: int
-    """Lines of the file, the comment's included."""
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """The keys of a file, one a line; empty lines and lines that begin with # are skipped. None without a file.
-
-    Raises UsageError where it cannot be read, others may read it, or it holds no key or a bad one.
-    """
+    """Reads keys, one a line; empty lines and lines that begin with # are skipped. Raises UsageError if the file cannot
+    be read, others may read it, or it has no key or a bad one."""
     if path is None:
         return ()
     keys = _keys_of(path)
@@ -51,8 +49,8 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
 
 
 class LiveKeys(Sequence[str]):
-    """The keys of a file, as `read_api_keys` takes it, which is read again when it has changed. If it cannot be used
-    any more, the keys that it had stay. A request looks at the file's date alone."""
+    """The keys of a file, which is read again when it has changed; a bad file leaves the old keys valid. A request
+    reads the file's date alone."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -81,21 +79,18 @@ class LiveKeys(Sequence[str]):
 
 
 def first_key(path: Path) -> str:
-    """The key that a client shows, from a file as `read_api_keys` takes it; others may read this one.
-
-    Raises UsageError where it cannot be read or holds no key.
-    """
+    """Returns the key that a client sends; others may read this file. Raises UsageError if it is unreadable or has no
+    key."""
     return _keys_of(path)[0]
 
 
 def named_keys(path: Path) -> list[NamedKey]:
-    """The keys of a file in their order; none without a file. UsageError where it cannot be read."""
+    """Returns a file's keys in their order; none without a file. Raises UsageError if it cannot be read."""
     return _named(_lines_of(path)) if path.exists() else []
 
 
 def add_key(path: Path, name: str | None = None) -> NamedKey:
-    """Writes a new key at the end of a file, which is made with mode 0600 if need be. UsageError for a name that is
-    taken."""
+    """Adds a new key to a file, which is created with mode 0600. Raises UsageError if the name is taken."""
     lines = _lines_of(path) if path.exists() else []
     keys = _named(lines)
     names = {each.name for each in keys}
@@ -109,7 +104,7 @@ def add_key(path: Path, name: str | None = None) -> NamedKey:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """UsageError where the file has no key of that name, or no other one."""
+    """Raises UsageError if the file has no key of that name, or no other key."""
     lines = _lines_of(path)
     keys = _named(lines)
     found = next((each for each in keys if each.name == name), None)

@@ -11,20 +11,20 @@ from llamaclust.core.errors import UsageError
 
 
 def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterRecord]]:
-    """Clusters whose coordinator serves or starts, by name; `state_dir` comes before elsewhere."""
+    """Returns clusters whose coordinator serves or starts, by name; those of `state_dir` come first."""
     found = {folder.path.name: (folder, folder.read_record()) for folder in _folders(state_dir) if folder.is_running}
     return {name: (folder, record) for name, (folder, record) in found.items() if record is not None}
 
 
 def recorded_clusters(state_dir: Path) -> list[ClusterRecord]:
-    """Records of running clusters, and of those that were killed."""
+    """Returns the records of running clusters and of killed ones."""
     records = (folder.read_record() for folder in _folders(state_dir))
     return [record for record in records if record is not None]
 
 
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
-    """The running cluster of that name, or the only one. Raises UsageError that lists what runs, or says that the
-    cluster has no record yet, or no more."""
+    """Returns the running cluster of that name, or the only one. Raises UsageError that lists the running clusters, or
+    says that the cluster's record is missing."""
     running = running_clusters(state_dir)
     if name is None and len(running) == 1:
         name = next(iter(running))
@@ -42,22 +42,22 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
 
 
 def _check_record(state_dir: Path, name: str | None) -> None:
-    """UsageError where a coordinator of that name, or any without a name, runs that serves not yet or no more."""
+    """Raises UsageError if a coordinator of that name, or any without a name, runs without a record."""
     for folder in _folders(state_dir):
         if name in (None, folder.path.name) and folder.is_running:
             raise UsageError(f"cluster {folder.path.name} is starting or ending: try again in some seconds")
 
 
 def _folders(state_dir: Path) -> list[ClusterDir]:
-    """Of clusters elsewhere, the folders themselves: their links go with their records, before their locks."""
+    """Returns the folders; for clusters elsewhere their real paths, since links go with records, before locks."""
     elsewhere = [path.resolve() for path in sorted((state_dir / ELSEWHERE).glob("*")) if path.is_dir()]
     here = [path for path in sorted(state_dir.glob("*")) if path.is_dir() and not path.name.startswith(".")]
     return [ClusterDir(path) for path in (*elsewhere, *here)]
 
 
 def _last_ended(state_dir: Path, name: str | None) -> str:
-    """How the cluster that ran last, or last under that name, has ended, and where its logs are; "" where there is
-    none. When a killed one ended is not known: it counts as the last."""
+    """Describes the end of the last cluster (of that name), with its logs; "" if there is none. A killed cluster counts
+    as the last, since the time of its end is unknown."""
     of_name = [folder for folder in _folders(state_dir) if name in (None, folder.path.name)]
     ended = [folder for folder in of_name if _last_change_s(folder) and not folder.is_running]
     if not ended:
@@ -70,12 +70,11 @@ def _last_ended(state_dir: Path, name: str | None) -> str:
 
 
 def _was_killed(folder: ClusterDir) -> bool:
-    """Whether the cluster that ended did not remove its record."""
     return folder.read_record() is not None
 
 
 def _last_change_s(folder: ClusterDir) -> float:
-    """When one of its files changed last, in Unix time; 0 where there is none."""
+    """Returns the Unix time of the last change of its files; 0 if it has none."""
     last_s = 0.0
     for path in (*folder.path.glob("*"), *folder.logs.glob("*")):
         with suppress(FileNotFoundError):  # temporary files of a cluster that runs

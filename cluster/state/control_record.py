@@ -1,4 +1,4 @@
-"""What a coordinator leaves to the next one: its term, and the names of drained workers."""
+"""The record that a coordinator leaves to the next one: its term, and the names of drained workers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
-"""A worker that reports a larger term cannot use up all terms."""
+"""The limit of a reported term, so that a worker cannot use up all terms."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """What is on disk."""
-
     term: Annotated[int, Field(ge=0, lt=MAX_TERM)]
     drained: frozenset[str]  # names of workers
 
@@ -34,8 +32,8 @@ _WRITTEN = TypeAdapter(_Written)
 
 @dataclass(slots=True)
 class ControlRecord:
-    """A change is on disk once its call returns, unless a newer coordinator's is there (SupersededError); without
-    `path`, none is. The event loop does not wait for the disk. The term is fixed by the first epoch."""
+    """A change is on disk when its call returns, unless a newer coordinator wrote the file (SupersededError); without
+    `path`, nothing is written. The event loop does not wait for the disk. The first epoch fixes the term."""
 
     path: Path | None = None
     term: int = 0
@@ -48,7 +46,7 @@ class ControlRecord:
 
     @classmethod
     def begin(cls, path: Path) -> ControlRecord:
-        """A new term, larger than that of the last coordinator. LlamaclustError where it cannot be written."""
+        """Begins a term larger than the last coordinator's. Raises LlamaclustError if the file cannot be written."""
         last = _Written(0, frozenset())
         try:
             last = read_as(path, _WRITTEN)
@@ -69,8 +67,8 @@ class ControlRecord:
         return epoch_number(self.term, self._epochs)
 
     async def admits(self, seen_term: int) -> bool:
-        """Whether a worker that has seen this term may join. Before the first epoch a larger term is begun: the last
-        coordinator's record was lost. Later the next coordinator begins one."""
+        """Returns False for a worker that has seen a newer term. Before the first epoch, a larger term begins instead:
+        the last coordinator's record was lost. Later, the next coordinator begins one."""
         seen_term = min(seen_term, _MAX_EXCEEDED)
         if seen_term and seen_term >= self.term and not self._epochs:
             self.term = seen_term + 1
@@ -79,13 +77,13 @@ class ControlRecord:
         return seen_term <= self.term
 
     async def drain(self, names: frozenset[str]) -> None:
-        """These, and no others, are drained. LlamaclustError where that cannot be written."""
+        """Replaces the names of drained workers. Raises LlamaclustError if the file cannot be written."""
         if names != self.drained or names != self._written_drained:
             self.drained = names
             await self._save(self._written_term)
 
     def newer_term(self) -> int:
-        """Of a coordinator that has begun since, in the same state directory; 0 where there is none."""
+        """Returns the term of a newer coordinator with the same state directory; 0 if there is none."""
         try:
             term = 0 if self.path is None else read_as(self.path, _WRITTEN).term
         except (OSError, ValueError):
@@ -93,7 +91,7 @@ class ControlRecord:
         return term if term > self._written_term else 0
 
     async def _save(self, term: int) -> None:
-        """One write at a time, in the order of the changes: none begins while an earlier one hangs."""
+        """Writes changes one at a time, in their order: no write begins while an earlier one hangs."""
         async with self._writing:
             await self._disk.write(self.path, partial(self._write, max(term, self._written_term), self.drained))
 

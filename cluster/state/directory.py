@@ -1,6 +1,6 @@
-"""What a cluster leaves on disk: its lock, the record that `status` and `down` read, logs, measurements.
+"""The files of a cluster: its lock, the record that `status` and `down` read, logs, measurements.
 
-A cluster's lie under `<state_dir>/<cluster name>/`, measurements in `<state_dir>`; all is readable by its owner alone.
+A cluster's files are in `<state_dir>/<cluster name>/`, measurements in `<state_dir>`; only their owner can read them.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Value = TypeVar("Value")
 
 ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
-"""Longer than a process that checks for a running cluster has its lock."""
+"""The pause exceeds the time for which a check for a running cluster holds its lock."""
 _POLL_S = 0.05
 _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
-"""Of a link, a folder, and a pipe that no process reads."""
+"""The errors for a link, a folder, and a pipe that no process reads."""
 _STANDBY_LOOK_S = 0.05
 _LOOK_S = 0.5
-"""Between two looks whether a running cluster's folder is still there."""
+"""The pause between checks that a running cluster's folder still exists."""
 
 
 def _own_start_ticks() -> int:
@@ -48,7 +48,7 @@ def _own_start_ticks() -> int:
 
 @dataclass(frozen=True, slots=True)
 class ClusterRecord:
-    """A running cluster, as other processes of the same user find it."""
+    """A running cluster for other processes of the same user."""
 
     name: str
     pid: int
@@ -61,11 +61,10 @@ class ClusterRecord:
 
     @property
     def is_local(self) -> bool:
-        """True if the workers are processes of this machine."""
         return LAUNCHERS[self.launcher].is_local
 
     def signal(self, number: signal.Signals) -> None:
-        """LlamaclustError where the pid is another process's."""
+        """Raises LlamaclustError if the pid is another process's."""
         if start_ticks(self.pid) != self.start_ticks:
             what = f"cluster {self.name}: pid {self.pid} of its record is not its coordinator"
             raise LlamaclustError(f"{what}, which runs in another container or wrote no record: look at it with `ps`")
@@ -77,7 +76,7 @@ _RECORD = TypeAdapter(ClusterRecord)
 
 @dataclass(frozen=True, slots=True)
 class ClusterDir:
-    """The folder of one cluster name, and what this process has written into it."""
+    """The folder of one cluster name."""
 
     path: Path
     _published: list[ClusterRecord] = field(default_factory=list, init=False, compare=False, repr=False)
@@ -95,7 +94,6 @@ class ClusterDir:
 
     @property
     def adapters(self) -> Path:
-        """Record of the adapters that clients loaded."""
         return self.path / "adapters.json"
 
     @property
@@ -104,19 +102,18 @@ class ClusterDir:
 
     @property
     def has_requests(self) -> bool:
-        """Whether an earlier coordinator left requests, or replies that clients may still read."""
+        """True if an earlier coordinator left requests, or replies that clients may still read."""
         with contextlib.suppress(OSError):
             return self.journal.stat().st_size > 0
         return False
 
     @property
     def api_pem(self) -> Path:
-        """Key and certificate of an API with a self-signed one."""
+        """The key and self-signed certificate of the API."""
         return self.path / "api.pem"
 
     @property
     def api_certificate(self) -> Path:
-        """The certificate that the API shows."""
         return self.path / "api.crt"
 
     @property
@@ -129,16 +126,16 @@ class ClusterDir:
 
     @property
     def _stopped(self) -> Path:
-        """There after an orderly stop, until the next start."""
+        """The mark of an orderly stop, which the next start removes."""
         return self.path / "stopped"
 
     @property
     def _standby(self) -> Path:
-        """A lock of a standby that waits."""
+        """The lock of a waiting standby."""
         return self.path / "standby"
 
     def create(self) -> None:
-        """UsageError where the state directory cannot be written to, or other users could put files into it."""
+        """Raises UsageError if the state directory is not writable, or other users could write to it."""
         try:
             self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
             for folder in (self.path, self.logs):
@@ -153,10 +150,11 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
-        """Holds the cluster's name for this process; files that are deleted meanwhile are restored.
+        """Holds the cluster's name for this process, and restores files that are deleted meanwhile.
 
-        Gives True. UsageError where another process has the name; a standby waits until that one has ended, and gets
-        False where it was stopped in order."""
+        Yields True. Raises UsageError if another process has the name; a standby waits for its end, and gets False if
+        it was stopped in order.
+        """
         self.create()
         lock, is_stopped = FileLock(self._lock), False
         if is_standby:
@@ -170,8 +168,8 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """For the holder of a lease, which is the lock: other commands find the cluster, and files that are deleted are
-        restored. The file is locked where no coordinator that hangs has it."""
+        """Publishes the cluster of a lease's holder, and restores deleted files. The file lock is taken unless a
+        hanging coordinator has it."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)
@@ -199,13 +197,13 @@ class ClusterDir:
                 raise UsageError(self._taken())
 
     def _forget_last(self) -> None:
-        """The record of a process that was killed, and that an earlier one was stopped."""
+        """Removes the record of a killed process, and the mark of an earlier stop."""
         self._record.unlink(missing_ok=True)
         self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Until the lock is held. Whether the cluster that had it was stopped in order; any other end, or a folder that
-        cannot be read, is a reason to take over."""
+        """Waits for the lock. Returns True if its holder was stopped in order; any other end, or an unreadable folder,
+        is a reason to take over."""
         has_waited, standby = False, FileLock(self._standby)
         try:
             while not self._has_ended(lock):
@@ -219,7 +217,7 @@ class ClusterDir:
         return has_waited and os.access(self._stopped, os.F_OK)  # False also where a file server is away
 
     def _has_ended(self, lock: FileLock) -> bool:
-        """Whether the lock is this process's now. The folder may be deleted, or on a file server that is away."""
+        """Tries to take the lock. The folder may be deleted, or on an unreachable file server."""
         try:
             return lock.take_next()
         except OSError:
@@ -228,8 +226,7 @@ class ClusterDir:
             return False
 
     def _watch(self, lock: FileLock, end: threading.Event) -> None:
-        """Restores deleted files of a running cluster, and limits its logs, again and again: a full disk may have space
-        later."""
+        """Restores deleted files and limits logs, again and again: a full disk may have space later."""
         while not end.wait(_LOOK_S):
             with contextlib.suppress(OSError, LlamaclustError):
                 self._restore(lock)
@@ -237,7 +234,7 @@ class ClusterDir:
                 limit_logs(self.logs)
 
     def _restore(self, lock: FileLock) -> None:
-        """Without lock and record the cluster could not be found, and a second one could take its name."""
+        """Restores lock and record: without them no process finds the cluster, and a second one could take its name."""
         if not lock.is_held:
             self.create()
             if lock.take():
@@ -255,12 +252,10 @@ class ClusterDir:
 
     @property
     def is_running(self) -> bool:
-        """Whether a process holds the lock now."""
         return is_locked(self._lock)
 
     @property
     def has_standby(self) -> bool:
-        """Whether a process waits to take over."""
         return is_locked(self._standby)
 
     def ends_within(self, seconds: float) -> bool:
@@ -273,7 +268,7 @@ class ClusterDir:
         return True
 
     def write_record(self, record: ClusterRecord) -> None:
-        """From now on other processes find the cluster, through a link where they would not look in its folder."""
+        """Publishes the cluster to other processes, with a link from the usual state directory."""
         write_private(self._record, _RECORD.dump_json(record).decode())
         self._published[:] = [record]
         if self._link is not None:
@@ -294,19 +289,18 @@ class ClusterDir:
             return None
 
     def remove_record(self) -> None:
-        """At the end of a cluster. Another one that runs under its name meanwhile stays to be found."""
+        """Removes the record at the end of a cluster, unless another cluster of this name wrote it."""
         own, self._published[:] = tuple(self._published), ()
         record = self.read_record()
         if record is None or record in own or not self.is_running:
             self.forget_record()
 
     def mark_stopped(self) -> None:
-        """A standby ends with this cluster. Where the mark cannot be written, it takes over."""
+        """Marks an orderly stop, with which a standby ends. Without the mark, the standby takes over."""
         with contextlib.suppress(OSError):
             self._stopped.touch(mode=0o600)
 
     def forget_record(self) -> None:
-        """Other processes do not find the cluster any more."""
         self._record.unlink(missing_ok=True)
         if self._link is not None:
             with contextlib.suppress(OSError):
@@ -315,8 +309,8 @@ class ClusterDir:
 
 
 def open_log(path: Path, *, anew: bool) -> int:
-    """A descriptor that appends to a log, after what earlier processes wrote unless it begins `anew`. UsageError for a
-    link, a folder or a pipe, and for another user's file."""
+    """Opens a log to append to, or to begin `anew`. Raises UsageError for a link, a folder, a pipe or another user's
+    file."""
     how = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(path, how, 0o600)
@@ -341,7 +335,7 @@ def _check_owner(user: int, path: Path) -> None:
 
 
 def read_values(path: Path, kind: TypeAdapter[dict[str, Value]]) -> dict[str, Value]:
-    """As `read_as`; empty where the file is missing or damaged."""
+    """Reads like `read_as`; {} if the file is missing or damaged."""
     try:
         return read_as(path, kind)
     except (OSError, ValueError):
@@ -349,7 +343,7 @@ def read_values(path: Path, kind: TypeAdapter[dict[str, Value]]) -> dict[str, Va
 
 
 def read_as(path: Path, kind: TypeAdapter[Value]) -> Value:
-    """The content of a JSON file. OSError where it cannot be read, ValueError, in one line, for other content."""
+    """Reads a JSON file. Raises OSError if it is unreadable, and a one-line ValueError for other content."""
     try:
         return kind.validate_python(read_json(path))
     except ValidationError as error:
@@ -357,7 +351,7 @@ def read_as(path: Path, kind: TypeAdapter[Value]) -> Value:
 
 
 def write_private(path: Path, text: str, *, is_synced: bool = True) -> None:
-    """As `write_text`. LlamaclustError that names the file where it cannot be written."""
+    """Writes like `write_text`. Raises LlamaclustError that names the file."""
     try:
         write_text(path, text, is_synced=is_synced)
     except OSError as error:

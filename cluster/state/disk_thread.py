@@ -1,4 +1,4 @@
-"""Threads for calls to a disk, which may hang for ever, as on a file server that is away."""
+"""Threads for calls to a disk, which may hang for ever, for example on an unreachable file server."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from llamaclust.core.errors import LlamaclustError
 Value = TypeVar("Value")
 
 _CALL_S = 10.0
-"""Until a disk is taken for one that hangs: as long as one request at most waits for it."""
+"""The time after which a disk counts as hanging, for which at most one request waits."""
 
 
 class DiskThread:
-    """One call at a time, each with a deadline; one that hangs does not keep the process alive."""
+    """Makes one call at a time, each with a deadline; a hanging call does not keep the process alive."""
 
     def __init__(self, name: str) -> None:
         self.hangs = False  # a call has not returned yet
         self._name = name
 
     async def write(self, path: Path | None, work: Callable[[], None]) -> None:
-        """As `call`. LlamaclustError that names the file where `work` does not return in time."""
+        """Calls `work`. Raises LlamaclustError that names the file if `work` does not return in time."""
         try:
             await self.call(work)
         except TimeoutError as error:
             raise LlamaclustError(f"{path}: cannot be written: {error.strerror}") from error
 
     async def call(self, work: Callable[[], Value]) -> Value:
-        """Raises what `work` does. TimeoutError where it does not return in time, and while an earlier one has not."""
+        """Raises the errors of `work`, and TimeoutError if it does not return in time or an earlier call still
+        hangs."""
         if self.hangs:
             raise TimeoutError(errno.ETIMEDOUT, "an earlier write has not returned")
         loop = asyncio.get_running_loop()

@@ -1,6 +1,6 @@
 """Events that a coordinator reports: progress of its start, notices, requests that its end waits for.
 
-Events cross a pipe as JSON lines when the coordinator runs detached from the command that started it.
+Events cross a pipe as JSON lines if the coordinator runs detached from the command that started it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, slots=True)
 class AwaitingWorkers:
-    """Workers are to be started elsewhere: what to do, one line an entry."""
+    """Instructions to start workers elsewhere, one line an entry."""
 
     lines: tuple[str, ...]
     missing: tuple[str, ...] = ("workers",)  # in words
@@ -22,7 +22,7 @@ class AwaitingWorkers:
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
-    """One of those is a member; the missing ones, in words."""
+    """A worker has joined; `missing` lists the others in words."""
 
     worker: str
     host: str
@@ -31,14 +31,14 @@ class WorkerJoined:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """What a start waits for, and why, in one line."""
+    """The reason why a start waits, in one line."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """Workers measure their machine, which takes some seconds; the next start knows the figures."""
+    """Workers measure their machine, which takes some seconds; the next start reuses the figures."""
 
     workers: tuple[str, ...]
     what: str  # is measured
@@ -46,8 +46,6 @@ class Measuring:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoading:
-    """A worker has made `done_bytes` of `total_bytes` of weights ready."""
-
     worker: str
     start: float  # of its layers, with fractions inside a layer
     end: float
@@ -72,8 +70,6 @@ class PlanMade:
 
 
 class ModelUse(StrEnum):
-    """What requests of a model get."""
-
     TEXT = "text"
     EMBEDDINGS = "embeddings"
     RANKS = "ranks"
@@ -81,8 +77,6 @@ class ModelUse(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The API answers."""
-
     name: str
     api: str
     model: str
@@ -97,22 +91,20 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class StartFailed:
-    """The start ended with an error; the process that started it exits with `exit_code`."""
-
     message: str
     exit_code: int
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """What has happened to a cluster that runs, in one line: a worker is lost or back, layers move, requests go on."""
+    """A one-line event of a running cluster: a worker is lost or back, layers move, requests continue."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Draining:
-    """The cluster is to end: so many requests are finished first, for `limit_s` at most."""
+    """The cluster ends after so many requests, or after `limit_s`."""
 
     requests: int
     limit_s: float
@@ -126,7 +118,7 @@ _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 def awaited(event: Event) -> str | None:
-    """What a start waits for from this event on; None: as before."""
+    """Describes what a start waits for after this event; None: as before."""
     match event:
         case AwaitingWorkers() | WorkerJoined():
             return ", ".join(event.missing)
@@ -141,12 +133,10 @@ def awaited(event: Event) -> str | None:
 
 
 def to_line(event: Event) -> str:
-    """The event as one line of JSON."""
     return json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n"
 
 
 def from_line(line: str) -> Event:
-    """The event that `to_line` wrote; the pipe's other end is our own process."""
     fields = json.loads(line)
     event: Event = _KINDS[fields.pop("event")](**fields)
     return event

@@ -1,6 +1,6 @@
-"""A lock that is a file: one process has it, others see so, and the kernel releases it however its holder ends.
+"""A lock that is a file: one process has it, others can check it, and the kernel releases it with its holder.
 
-The `filelock` package offers neither a check without taking the lock nor the detection of a lock file that was deleted.
+The `filelock` package cannot check without taking the lock, nor detect a deleted lock file.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llamaclust.core.regular_file import take_lock
 
 
 class FileLock:
-    """The lock at a path, once `take` succeeded. A file that is deleted is no lock any more: take it anew."""
+    """The lock at a path. A deleted file is no lock: take it anew."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -22,7 +22,7 @@ class FileLock:
         self._awaited: int | None = None  # the file whose lock another process had at the last look
 
     def take(self) -> bool:
-        """Whether it could be had at once. UsageError for a folder."""
+        """Returns False if another process has the lock. Raises UsageError for a folder."""
         descriptor = self._open()
         if not take_lock(descriptor):
             os.close(descriptor)
@@ -30,8 +30,7 @@ class FileLock:
         return self._has_taken(descriptor)
 
     def take_next(self) -> bool:
-        """As `take`, of a process that waits for another one's end: while that one lives, nothing is taken, also where
-        its file was deleted."""
+        """Takes the lock when its present holder has ended, even if the holder's file was deleted."""
         if self._awaited is None:
             self._awaited = self._open()
         if not take_lock(self._awaited):
@@ -55,7 +54,6 @@ class FileLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether other processes find the path locked by this one."""
         return self._descriptor is not None and _is_at(self._descriptor, self._path)
 
     def release(self) -> None:
@@ -66,7 +64,7 @@ class FileLock:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock now. The check takes a shared lock for a moment."""
+    """Checks the lock, for which it takes a shared lock for a moment."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:

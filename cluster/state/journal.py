@@ -1,8 +1,8 @@
-"""The journal of admitted requests: what a restarted coordinator needs to answer them again, bit for bit.
+"""The journal of admitted requests, from which a restarted coordinator answers them again, bit for bit.
 
-An answer is a function of prompt, parameters and seed, so an admission holds a request's body and seed; answered tokens
-only spare computing them one by one. A reply that was sent is kept for a while: its client may not have read it. The
-file is emptied whenever it needs no request, and rewritten with those that it needs where most of it is of others.
+An answer is a function of prompt, parameters and seed, so an admission holds a request's body and seed; recorded tokens
+only save computing. A sent reply is kept for a while: its client may not have read it. The file is emptied when no
+request needs it, and rewritten when most of it is of ended requests.
 """
 
 from __future__ import annotations
@@ -31,35 +31,35 @@ from llamaclust.core.regular_file import sync_folder
 from llamaclust.core.sampling import RowResult
 
 _PAUSE_S = 0.02
-"""Least time between the starts of two writes, which admissions of that time share. Less than a prompt takes."""
+"""The least time between the starts of two writes, which admissions share; shorter than a prompt takes."""
 _LATER_S = 0.1
-"""Delay of lines that nothing waits for, unless an admission takes them along."""
+"""The delay of lines that nothing waits for, unless an admission's write includes them."""
 _RETRY_S = 5.0
-"""Pause between two attempts to write to a disk that is full, read-only or away."""
+"""The pause between attempts to write to a disk that is full, read-only or unreachable."""
 _ENDED_BYTES = 4 << 20
-"""Bytes of ended requests, beside as many as those of open ones, before the file is rewritten."""
+"""The bytes of ended requests, beyond those of open ones, after which the file is rewritten."""
 _SENT_BYTES = 16 << 20
-"""Most bytes of requests whose replies were sent; the oldest are removed."""
+"""The most bytes of requests with sent replies; the oldest are removed."""
 
 _log = logging.getLogger(__name__)
 
 
 class Journal:
-    """The open journal of one coordinator. Use from one event loop; `aclose` it.
+    """The open journal of one coordinator. Use it from one event loop; `aclose` it.
 
-    Disk errors do not reach requests: while nothing can be written, requests are served without a record.
+    Disk errors do not reach requests: if nothing can be written, requests are served without a record.
     """
 
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """`sent_s`: how long requests are kept whose replies were sent. `record` is the coordinator's: once a newer one
-        has begun, the file is that one's."""
+        """`sent_s`: the time for which requests with sent replies are kept. Once a newer coordinator than that of
+        `record` has begun, the file belongs to that one."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
         self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
     async def restore(self, requests: Iterable[RequestContext]) -> None:
-        """Begins with the open requests of an earlier coordinator; what else the file holds is removed."""
+        """Begins with the open requests of an earlier coordinator; the file's other content is removed."""
         for request in requests:
             for record in request.records():
                 self._contents.add(record)
@@ -70,57 +70,56 @@ class Journal:
         await self._writer.written(b"", is_synced=True)
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Done once the record is on disk, or cannot be. Admissions at about the same time share one fsync.
-        SupersededError where the journal is sealed."""
+        """Completes when the record is on disk, or cannot be written. Simultaneous admissions share one fsync. Raises
+        SupersededError if the journal is sealed."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator takes no requests any more; try again")
         return self._writer.written(self._contents.add(request), is_synced=True)
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
-        """Tokens of a choice from its token number `start` on; written soon, and not synced."""
+        """Records tokens of a choice from token number `start` on; written soon, and not synced."""
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Requests, by id, are computed for a client again, so many times now without a token. Returns once that will
-        be found whatever this process does next."""
+        """Records how many times requests, by id, were computed again without a token. Returns once the record survives
+        this process."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             lines = b"".join(self._contents.add(Change(name, restores=count)) for name, count in times.items())
             await self._writer.written(lines, is_synced=False)
 
     def progressed(self, request_id: str) -> None:
-        """A restored request has got further than before."""
+        """Resets the count of a restored request that has a new token."""
         self._without_progress.pop(request_id, None)
         self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
-        """Keeps a request whose whole reply was sent for a while, shorter for the oldest where these are many."""
+        """Keeps a request whose whole reply was sent for a while; the oldest for less time if there are many."""
         if not self._writer.is_sealed and (lines := self._contents.sent(request_id)):
             self._writer.add(lines)
             asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
 
     def completed(self, request_id: str, limit_s: float) -> None:
-        """Marks a request whose whole reply is there for a client that does not wait: until `limit_s` after its
-        admission, a successor computes it if it is asked for."""
+        """Marks a background request whose whole reply is computed: until `limit_s` after its admission, a successor
+        computes it again when a client requests it."""
         self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
     def end(self, request_id: str) -> None:
-        """The request needs no record any more."""
         self._add(Change(request_id, is_ended=True))
 
     def end_sent(self) -> None:
-        """Ends all requests whose replies were sent: clients that come back later are too late."""
+        """Ends all requests with sent replies: clients that come back later are too late."""
         for request_id in tuple(self._contents.sent_ids):
             self._add(Change(request_id, is_ended=True))
 
     def stop_in_order(self) -> None:
-        """This coordinator's end does not count against the requests that it restored."""
+        """Keeps this coordinator's end from counting against the requests that it restored."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()
 
     def seal(self) -> None:
-        """Records nothing from now on: open requests are left to the next coordinator."""
+        """Stops recording: open requests are left to the next coordinator."""
         self._writer.is_sealed = True
 
     def _add(self, record: Record) -> None:
@@ -128,14 +127,13 @@ class Journal:
             self._writer.add(self._contents.add(record))
 
     async def aclose(self) -> None:
-        """Writes what is left. Unless it is sealed, clients that come back later are too late."""
+        """Writes pending lines. Unless the journal is sealed, sent replies end."""
         self.end_sent()
         await self._writer.aclose()
 
 
 class _Contents:
-    """The lines of requests that have not ended. Each change returns the lines to be written; none if it concerns a
-    request that has ended."""
+    """The lines of requests that have not ended. Each change returns the lines to write; none for an ended request."""
 
     def __init__(self) -> None:
         self.lines: dict[str, bytearray] = {}  # by request
@@ -164,7 +162,7 @@ class _Contents:
         return line
 
     def sent(self, request_id: str) -> bytes:
-        """The oldest of these end if they are many."""
+        """Marks a request as sent; ends the oldest sent ones if they are too large."""
         if request_id in self.sent_ids or not (lines := self.add(Change(request_id, is_sent=True))):
             return b""
         self.sent_ids[request_id] = None
@@ -180,7 +178,7 @@ class _Contents:
 
 
 class _Writer:
-    """Puts lines into the file, on a thread of its own: together, and not more often than needed."""
+    """Writes lines to the file on a thread: together, and no more often than needed."""
 
     def __init__(self, file: JournalFile, contents: _Contents) -> None:
         self.is_sealed = False
@@ -196,13 +194,12 @@ class _Writer:
         self._failed_s: float | None = None  # when writing failed last; None: the last attempt did not fail
 
     def add(self, lines: bytes) -> None:
-        """Writes the lines in a while."""
         if lines:
             self._pending.append(lines)
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
     def written(self, lines: bytes, *, is_synced: bool) -> asyncio.Future[None]:
-        """Done once these and all lines before are in the file, or cannot be; with `is_synced`, on disk."""
+        """Completes when these and all earlier lines are in the file, or cannot be; with `is_synced`, on disk."""
         loop = asyncio.get_running_loop()
         self._pending.append(lines)
         self._waiting.append(written := loop.create_future())
@@ -211,7 +208,6 @@ class _Writer:
         return written
 
     async def aclose(self) -> None:
-        """Writes what is left."""
         while self._writing is not None or self._pending:
             if self._writing is None:
                 self._write()
@@ -223,7 +219,7 @@ class _Writer:
             self._file.close()
 
     def _write_at(self, due_s: float) -> None:
-        """Then at the latest, but not too soon after the last write."""
+        """Schedules a write for this time at the latest, but not too soon after the last write."""
         if self._writing is not None:
             return
         due_s = max(due_s, self._begun_s + _PAUSE_S)
@@ -277,7 +273,7 @@ class _Writer:
                 _log.warning("%s: can be written again", path)
 
     async def _put(self, data: bytes, *, is_synced: bool) -> None:
-        """Nothing of the file is touched outside of the thread."""
+        """Appends or rewrites on the thread, which alone accesses the file."""
         size = self._file.size + len(data)
         is_mostly_ended = not self._contents.lines or size > 2 * self._contents.size_bytes + _ENDED_BYTES
         if self._failed_s is None and not is_mostly_ended:
@@ -288,7 +284,8 @@ class _Writer:
 
 
 class JournalFile:
-    """Appended to, emptied or replaced as a whole; never a newer coordinator's. Use from one thread at a time."""
+    """A file that is appended to, emptied or replaced as a whole, unless it is a newer coordinator's. Use it from one
+    thread at a time."""
 
     def __init__(self, path: Path, record: ControlRecord) -> None:
         self.path = path
@@ -297,7 +294,7 @@ class JournalFile:
         self._descriptor: int | None = None
 
     def append(self, data: bytes, is_synced: bool) -> bool:
-        """Writes all of `data` or nothing, after a `rewrite`. False if the file is not in its place: `rewrite` it."""
+        """Appends all of `data` or nothing. Returns False if the file is missing or replaced: `rewrite` it."""
         descriptor = self._descriptor
         if descriptor is None or not self._is_in_place(descriptor):
             return False
@@ -313,7 +310,7 @@ class JournalFile:
         return True
 
     def rewrite(self, data: bytes) -> None:
-        """The file holds `data` alone, or is as before. SupersededError where it is a newer coordinator's."""
+        """Replaces the content, or leaves the file unchanged. Raises SupersededError if it is a newer coordinator's."""
         if not data and self._descriptor is not None and self._is_in_place(self._descriptor):
             os.ftruncate(self._descriptor, 0)
             self.size = 0
@@ -336,7 +333,7 @@ class JournalFile:
         self._descriptor, self.size = descriptor, size
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """True if the next process finds what was written. The folder may be deleted meanwhile."""
+        """True if the next process finds this file at its path. The folder may be deleted meanwhile."""
         with suppress(OSError):
             return os.path.samestat(os.fstat(descriptor), self.path.lstat())
         return False
@@ -352,7 +349,7 @@ class JournalFile:
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> int:
-    """Returns the size of the file then; its first line is its version."""
+    """Returns the new size of the file, whose first line is its version."""
     view = memoryview(HEAD_LINE + data if data and not offset else data)
     while view:
         written = os.pwrite(descriptor, view, offset)

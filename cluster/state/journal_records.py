@@ -1,7 +1,7 @@
-"""Records of the journal, each a line: a CRC-32, the kind of record and its fields as JSON; and the requests that they
-make up.
+"""Records of the journal, each a line of a CRC-32, the kind of record and its fields as JSON; and the requests that
+they make up.
 
-A torn or damaged line is skipped, and with it the tokens that follow its own.
+A damaged line is skipped, and with it the tokens that follow its own.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.core.this_machine import boot_s, machine_id
 
 _MAX_LINE_BYTES = 64 << 20
-"""More than the largest body needs; of a longer line, which is none of ours, no more is held."""
+"""The limit of a line: more than the largest body needs, and the most that is held of a foreign longer line."""
 _ROW = Struct("<id")
-"""A token and its logprob: a journal of many tokens is read several times as fast as one of decimal numbers."""
+"""A token and its logprob: binary numbers are read several times as fast as decimal ones."""
 _CHECKSUM = b"%08x "
 _BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
 _log = logging.getLogger(__name__)
 
 ChoiceKey = tuple[int, int]
-"""Prompt and choice of a request."""
+"""The prompt and choice of a request."""
 _Messages = Annotated[Sequence[Mapping[str, Any]], PlainSerializer(json.dumps), BeforeValidator(json.loads)]
 """JSON within JSON: texts may have halves of surrogate pairs, which Pydantic refuses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A point in time that later processes measure from, by two clocks: the time since the machine started, which is
-    never set, and Unix time for other machines."""
+    """A point in time for later processes, on two clocks: the time since the machine started, which is never set, and
+    Unix time for other machines."""
 
     unix_s: float
     boot_s: float
@@ -54,7 +54,7 @@ class Instant:
         return cls(time.time(), boot_s(), machine_id())
 
     def passed_s(self, until: Instant) -> float:
-        """Between machines, at least 0: their clocks may differ."""
+        """Returns at least 0 between machines: their clocks may differ."""
         if self.machine == until.machine:
             return until.boot_s - self.boot_s
         return max(0.0, until.unix_s - self.unix_s)
@@ -62,10 +62,10 @@ class Instant:
 
 @dataclass(slots=True, kw_only=True)
 class RequestContext:
-    """A request that was accepted: the names of its reply, what makes that the same when it is computed again, and how
-    far an earlier coordinator came with it.
+    """An admitted request: the names of its reply, what makes a second computation give the same reply, and the
+    progress of an earlier coordinator.
 
-    Its first computation adds what later ones, whose tokens have to be the same, could not find again.
+    The first computation adds values that later ones, with the same tokens, could not determine.
     """
 
     id: str
@@ -99,20 +99,19 @@ class RequestContext:
 
     @property
     def is_named(self) -> bool:
-        """True where the client may be cut off and come back."""
         return bool(self.conversation or self.idempotency_key)
 
     @property
     def is_complete(self) -> bool:
-        """True for a request in the background whose whole reply was there, read or not."""
+        """True for a background request whose whole reply was computed, read or not."""
         return self.is_background and self.is_sent
 
     def left_s(self, now: Instant) -> float:
-        """Seconds until it ends unanswered, or is not kept any more."""
+        """Returns the seconds until the request ends unanswered, or is not kept any more."""
         return self.limit_s - self.admitted.passed_s(now)
 
     def apply(self, change: Change) -> None:
-        """Takes a later record. Tokens that do not follow the known ones are left out."""
+        """Applies a later record. Tokens that do not follow the known ones are skipped."""
         self.is_sent |= change.is_sent
         self.limit_s = change.limit_s or self.limit_s
         choice = change.prompt, change.choice
@@ -123,7 +122,6 @@ class RequestContext:
             self.restores = 0
 
     def records(self) -> Iterator[Record]:
-        """The records of its admission, its tokens and its restores."""
         yield self
         for choice, rows in self.answered.items():
             yield Change.answered(self.id, choice, 0, rows)
@@ -133,7 +131,7 @@ class RequestContext:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of an admitted request: tokens of one of its choices came, or another part of it is new."""
+    """A change of an admitted request: new tokens of one of its choices, or another new value."""
 
     id: str
     prompt: int = 0
@@ -149,7 +147,7 @@ class Change:
 
     @classmethod
     def answered(cls, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> Change:
-        """Tokens of a choice, from its token number `start` on."""
+        """Records tokens of a choice, from token number `start` on."""
         return cls(request_id, *choice, start, b"".join(_ROW.pack(row.token, row.logprob) for row in rows))
 
 
@@ -158,7 +156,7 @@ _KINDS: dict[bytes, TypeAdapter[Any]] = {kind.__name__.encode(): TypeAdapter(kin
 
 
 def to_line(record: Record) -> bytes:
-    """RequestError for a record that no coordinator would read again."""
+    """Raises RequestError for a record that no coordinator could read again."""
     kind = type(record).__name__.encode()
     later = {each.name for each in fields(record) if not each.init}
     line = _line(kind + b" " + _KINDS[kind].dump_json(record, exclude=later, exclude_defaults=True))
@@ -178,8 +176,8 @@ HEAD_LINE = _line(_HEAD)
 
 
 def read_journal(path: Path, now: Instant) -> list[RequestContext]:
-    """The requests that an earlier coordinator left and that are not too old, in the order of their admission; empty
-    where there is no journal. OSError where it cannot be read, ValueError for one of another version."""
+    """Returns an earlier coordinator's requests that are not too old, in the order of admission; none without a
+    journal. Raises OSError if it is unreadable, and ValueError for another version."""
     requests: dict[str, RequestContext] = {}
     for record in _records(path):
         if isinstance(record, RequestContext):
@@ -193,8 +191,8 @@ def read_journal(path: Path, now: Instant) -> list[RequestContext]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    """The records on undamaged lines of this version. Others are counted in the log, but the last one, which the end of
-    a coordinator may have cut."""
+    """Yields the records on undamaged lines. The log counts damaged ones, except the last, which a coordinator's end
+    may have cut."""
     damaged, number = [], 0  # numbers of lines
     try:
         file = open_regular(path)
@@ -213,7 +211,7 @@ def _records(path: Path) -> Iterator[Record]:
 
 
 def _record(text: bytes) -> Record | None:
-    """The record on a line; None where it is damaged, or another program wrote it."""
+    """Returns None for a damaged line, and for another program's."""
     kind, _, fields = text.partition(b" ")
     try:
         return _KINDS[kind].validate_json(fields) if kind in _KINDS else None
@@ -222,7 +220,7 @@ def _record(text: bytes) -> Record | None:
 
 
 def _texts(file: BinaryIO) -> Iterator[bytes]:
-    """The text of each line behind its checksum; b"" for a damaged one."""
+    """Yields the text of each line behind its checksum; b"" for a damaged line."""
     while line := file.readline(_MAX_LINE_BYTES):
         text = line[len(_CHECKSUM % 0) :].removesuffix(b"\n")
         is_whole = len(line) < _MAX_LINE_BYTES and line.startswith(_CHECKSUM % zlib.crc32(text))
@@ -232,8 +230,8 @@ def _texts(file: BinaryIO) -> Iterator[bytes]:
 
 
 def left_unanswered(journal: Path) -> str:
-    """One line about the requests that a coordinator has left at its end; "" for none. A journal that cannot be read is
-    reported by the next start."""
+    """Describes the requests that a coordinator leaves at its end in one line; "" for none. The next start reports an
+    unreadable journal."""
     try:
         number = _unanswered(read_journal(journal, Instant.now()))
     except (OSError, ValueError):
@@ -242,7 +240,7 @@ def left_unanswered(journal: Path) -> str:
 
 
 def found_unanswered(requests: Sequence[RequestContext], restored: Sequence[RequestContext]) -> str:
-    """One line about the requests that a start has found, and those of them that it answers; "" for none."""
+    """Describes the requests that a start has found, and those that it answers, in one line; "" for none."""
     number = _unanswered(restored)
     dropped = _unanswered(requests) - number
     lines = [f"{_counted(number)} computed again"] if number else []

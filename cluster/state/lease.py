@@ -1,7 +1,7 @@
 """A Lease of Kubernetes as a lock: one coordinator holds it, and renews it in time.
 
-The rules are those of client-go's leader election. Clocks of machines are not compared: a lease has run out when a
-candidate itself has seen no change of it for its duration. The holder ends itself before that where it cannot renew.
+The rules are those of client-go's leader election. Clocks of machines are not compared: a lease has expired when a
+candidate has seen no change of it for its duration. A holder that cannot renew ends itself before that.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from llamaclust.core.errors import LlamaclustError, SupersededError
 from llamaclust.core.this_machine import boot_s
 
 _RENEWED = 2 / 3
-"""Of the duration: a holder that has not renewed for so long is none any more."""
+"""The share of the duration after which a holder that has not renewed counts as none."""
 _RETRIES = 7.5
-"""Attempts in a duration."""
+"""The attempts in a duration."""
 _LOOK_S = 0.1
 _CONFLICT, _NOT_FOUND = 409, 404
 _FIELDS = (("holderIdentity", str), ("leaseDurationSeconds", int), ("leaseTransitions", int))
-"""Of a Lease's spec, those that decisions depend on."""
+"""The fields of a Lease's spec that decisions depend on."""
 
 _log = logging.getLogger(__name__)
 
 
 class LeaseLock:
-    """Of one process. Use `take`, `renew` and `release` from one thread at a time; `close` it."""
+    """The lock of one process. Use `take`, `renew` and `release` from one thread at a time; `close` it."""
 
     def __init__(self, lease: Lease) -> None:
         self.identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"
@@ -50,23 +50,24 @@ class LeaseLock:
 
     @property
     def retry_s(self) -> float:
-        """Between two attempts."""
         return self._lease.duration / _RETRIES
 
     @property
     def is_current(self) -> bool:
-        """Whether it was renewed lately, so that no other process can have it."""
+        """True if it was renewed lately, so that no other process can have it."""
         return self.renewed_s is not None and boot_s() - self.renewed_s < self._lease.duration * _RENEWED
 
     def take(self) -> bool:
-        """Whether the lease is this process's now. LlamaclustError where the API server does not say."""
+        """Returns True if this process now has the lease. Raises LlamaclustError without an answer of the API
+        server."""
         begun_s, lease = boot_s(), self._read()
         if not self._is_free(lease.get("spec") or {}):
             return False
         return self._write(lease, begun_s)
 
     def renew(self) -> None:
-        """SupersededError where another process has it; LlamaclustError where the API server does not answer."""
+        """Raises SupersededError if another process has the lease, and LlamaclustError without an answer of the API
+        server."""
         begun_s, lease = boot_s(), self._read()
         holder = _holder(lease)
         if holder not in ("", self.identity):
@@ -74,7 +75,7 @@ class LeaseLock:
         self._write(lease, begun_s)  # after a conflict, the next attempt sees who has it
 
     def release(self) -> None:
-        """Others need not wait for its end."""
+        """Gives up the lease, so that others need not wait until it expires."""
         self.renewed_s = None
         lease = self._read()
         if _holder(lease) == self.identity:
@@ -93,7 +94,7 @@ class LeaseLock:
         return boot_s() - self._seen_s > duration_s
 
     def _write(self, lease: dict[str, Any], begun_s: float) -> bool:
-        """As its holder; False where the object has changed meanwhile."""
+        """Writes the lease with this holder; False if the object has changed meanwhile."""
         spec, now = lease.get("spec") or {}, _timestamp()
         if spec.get("holderIdentity") != self.identity:
             spec |= {"acquireTime": now, "leaseTransitions": (spec.get("leaseTransitions") or 0) + 1}
@@ -115,7 +116,7 @@ class LeaseLock:
         return lease
 
     def _put(self, lease: dict[str, Any]) -> bool:
-        """With the `resourceVersion` that was read, so that no other change is overwritten."""
+        """Sends the `resourceVersion` that was read, so that no other change is overwritten."""
         reply = self._send("PUT", lease)
         if reply.status_code == _CONFLICT:
             return False
@@ -132,8 +133,8 @@ class LeaseLock:
 
 @contextmanager
 def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
-    """Renews a lease that was taken, and gives it up at the end. Where it cannot be renewed in time, `lost` gets the
-    reason, in a thread."""
+    """Renews a taken lease, and gives it up at the end. If it is not renewed in time, `lost` gets the reason, in a
+    thread."""
     end = threading.Event()
     reasons = ["it was not renewed in time"]
 
@@ -173,7 +174,6 @@ def _holder(lease: dict[str, Any]) -> str:
 
 
 def _timestamp() -> str:
-    """For people: no decision depends on it."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 

@@ -11,18 +11,17 @@ from llamaclust.core.regular_file import open_regular, write_bytes
 MOST_LOG_BYTES = 64 << 20
 _KEPT_BYTES = 1 << 20
 _FORMER = "~.log"
-"""No worker's name has this end."""
+"""The ending of older logs, which no worker's name has."""
 
 
 def limit_logs(folder: Path) -> None:
-    """Limits every log of a folder."""
     for log in folder.glob("*.log"):
         limit_log(log)
 
 
 def limit_log(log: Path) -> None:
-    """Empties a log that is too large; its end goes to a file beside it, in place of an earlier one. Writers append, so
-    that their next line is the first one."""
+    """Empties a log that is too large; its end replaces an older log beside it. Writers append, so their next line is
+    the first one."""
     with suppress(OSError):
         if log.name.endswith(_FORMER) or log.stat(follow_symlinks=False).st_size <= MOST_LOG_BYTES:
             return

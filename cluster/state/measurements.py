@@ -1,5 +1,4 @@
-"""Measurements that a state directory keeps, and the processor load of other programs meanwhile, which much of it makes
-meaningless."""
+"""Measurements in a state directory, and the load of other programs meanwhile, which may make them meaningless."""
 
 from __future__ import annotations
 
@@ -22,14 +21,14 @@ _FILE = ".profiles.json"  # no cluster's name begins with a dot
 _STAT = Path("/proc/stat")
 _PROC = Path("/proc")
 _LEAST_S = 0.1
-"""Shorter measurements are a few ticks of the kernel's counters."""
+"""The shortest measurement: shorter ones are a few ticks of the kernel's counters."""
 _CPU_TIMES = slice(11, 15)
 """The fields of /proc/PID/stat after the name with user and system time, also that of children that have ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """Load in cores, of the `cores` that this process may use; stolen ones went to other virtual machines."""
+    """The load in cores, of the `cores` that this process may use; stolen ones went to other virtual machines."""
 
     cores: int
     others: float
@@ -37,7 +36,6 @@ class OtherLoad:
 
     @property
     def is_much(self) -> bool:
-        """More than a tenth of the processor."""
         return self.others + self.stolen > 0.1 * self.cores
 
     @property
@@ -48,7 +46,7 @@ class OtherLoad:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What stands beside the fields of a profile."""
+    """The fields beside those of a profile."""
 
     other_load: OtherLoad | None = None
 
@@ -58,7 +56,7 @@ _LOADS = TypeAdapter(dict[str, _Measured])
 
 
 def disturbance(loads: Iterable[OtherLoad]) -> str | None:
-    """A line about stored measurements; None where other programs used little of the machine."""
+    """Returns a line about stored measurements; None if other programs used little of the machine."""
     worst = max(loads, key=lambda load: load.others + load.stolen, default=None)
     if worst is None or not worst.is_much:
         return None
@@ -75,7 +73,7 @@ class CpuSeconds(NamedTuple):
 
 
 def other_load(before: CpuSeconds, after: CpuSeconds, cores: int) -> OtherLoad | None:
-    """The load between two readings; None where they are less than 0.1 s apart."""
+    """Returns the load between two readings; None if they are less than 0.1 s apart."""
     busy, stolen, own, elapsed = (end - start for start, end in zip(before, after, strict=True))
     if elapsed < _LEAST_S:
         return None
@@ -114,7 +112,6 @@ def _read() -> CpuSeconds | None:
 
 
 def _descendants(pid: str) -> Iterator[str]:
-    """All processes below this one that have not ended."""
     for children in (_PROC / pid / "task").glob("*/children"):
         found: list[str] = []
         with suppress(OSError):
@@ -129,7 +126,7 @@ def _ticks(pid: str) -> int:
 
 
 def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
-    """Adds to what is known already. `load`: of other programs, while these profiles were measured."""
+    """Adds to the stored profiles. `load`: that of other programs during these measurements."""
     loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
     loads |= {} if load is None else dict.fromkeys(profiles, load)
     values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}
@@ -139,11 +136,11 @@ def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: Other
 
 
 def read_profiles(state_dir: Path) -> dict[str, Profile]:
-    """Of all clusters, by `resource_shares.measurement_key`; empty before the first start."""
+    """Returns all clusters' profiles by `resource_shares.measurement_key`; empty before the first start."""
     return read_values(state_dir / _FILE, _PROFILES)
 
 
 def read_other_loads(state_dir: Path) -> dict[str, OtherLoad]:
-    """Load of other programs during measurements, by the keys of profiles; without those where it is unknown."""
+    """Returns the known loads of other programs during measurements, by the keys of profiles."""
     found = read_values(state_dir / _FILE, _LOADS)
     return {key: each.other_load for key, each in found.items() if each.other_load is not None}

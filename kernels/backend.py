@@ -66,8 +66,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The logits of a stage's last run, which stay on a GPU, and a record of each row from which most tokens are
-    sampled."""
+    """The logits of the last run, which stay on a GPU, and records from which most tokens are sampled."""
 
     records: NDArray[np.int64]  # [outputs, words], see cpu/native/sampler/ranked.h
     rows: Callable[[Sequence[int]], Float32]
@@ -109,8 +108,6 @@ class Stage(Protocol):
 
 @runtime_checkable
 class RanksLogits(Protocol):
-    """A stage that can leave its logits on the device."""
-
     @property
     def ranks_logits(self) -> bool:
         """True for a last stage whose logits can stay on the device."""
@@ -121,8 +118,7 @@ class RanksLogits(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CacheCounts:
-    """The counts of an experts cache since its stage was loaded: one per expert and microbatch, for any number of
-    rows."""
+    """The counts of an experts cache: an expert counts once a microbatch, for any number of rows."""
 
     hits: int = 0
     misses: int = 0
@@ -139,22 +135,17 @@ class KvInRam(Protocol):
     """A stage whose KV memory is in RAM and in which no layer releases blocks out of its window."""
 
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
-        """Returns each layer's KV memory, [KV blocks, bytes] for keys and values and for each state. A reference keeps
-        it in memory, even after `close`."""
+        """Returns each layer's KV memory and states, [KV blocks, bytes], which a reference keeps even after `close`."""
 
 
 @runtime_checkable
 class RunsFrames(Protocol):
-    """A stage that takes a microbatch as the native reader's frame, without NumPy arrays."""
-
     def run_frame(self, frame: MicrobatchFrame) -> Float32:
         """Computes the frame's batch and hidden state like `Stage.run`."""
 
 
 @runtime_checkable
 class GathersRows(Protocol):
-    """A stage whose program may be that of a group's member."""
-
     def gather_by(self, gatherer: Gatherer) -> None:
         """Sets the gatherer of the next runs; an error of the gatherer ends the run."""
 
@@ -165,8 +156,6 @@ reads. The next call overwrites the result [rows, width]; None: the result is in
 
 
 class ExchangingStage(Stage, Protocol):
-    """A stage whose program may have exchanges."""
-
     @property
     def ranks_logits(self) -> bool: ...
 
@@ -196,8 +185,7 @@ class ExpertsStage(Protocol):
         """Returns the unweighted output of expert experts[i] for x[i]. The next call overwrites the result."""
 
     def expert_weights(self, number: int, expert: int) -> tuple[NDArray[np.uint8], ...]:
-        """Returns the bytes of the expert's matrices, in the order of `Moe.inner` and `Moe.down`, then of its float32
-        biases."""
+        """Returns the bytes of matrices, in the order of `Moe.inner` and `Moe.down`, then of float32 biases."""
 
     def close(self) -> None: ...
 
@@ -211,8 +199,7 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Wraps a run of the stage: experts that it uses stay until it ends. Raises DeviceLostError if a copy lost the
-        device."""
+        """Keeps experts that a run uses until it ends. Raises DeviceLostError if a copy lost the device."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None:
         """Computes an exchange; see `Experts`."""
@@ -225,8 +212,6 @@ class ExpertsCache(Protocol):
 
 
 class Backend(Protocol):
-    """A device that can load programs."""
-
     name: str
     feature_level: str
     numerics_version: int  # equal ones give the same bits; 0: the reference
@@ -234,18 +219,14 @@ class Backend(Protocol):
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage: ...
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
-        """Returns the bytes of the program's weights that loaded stages already hold: `load` takes no more memory for
-        them."""
+        """Returns the bytes of weights that loaded stages already hold: `load` takes no more memory for them."""
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        """Returns the bytes of a loaded stage beside weights and KV memory. Raises the errors of `load`; reads no
-        weights."""
+        """Returns the bytes beside weights and KV memory. Raises the errors of `load`; reads no weights."""
 
 
 @runtime_checkable
 class SharesKv(Protocol):
-    """A backend whose stages can use the KV memory of others."""
-
     def load_beside(
         self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> Stage:
@@ -255,15 +236,11 @@ class SharesKv(Protocol):
 
 @runtime_checkable
 class HasThreads(Protocol):
-    """A backend that computes on threads of this process."""
-
     def apart(self) -> Backend:
         """Returns a backend with threads of its own that shares the loaded weights."""
 
 
 class ExchangingBackend(Backend, Protocol):
-    """A device whose programs may have exchanges."""
-
     def load(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> ExchangingStage: ...

@@ -76,7 +76,6 @@ def fuse(program: ir.Program) -> Iterator[FusedStep]:
 
 
 def _products(steps: Sequence[ir.Step]) -> tuple[ir.MatMul, ...]:
-    """Returns the products at the front of `steps` that read one buffer and write others."""
     found: list[ir.MatMul] = []
     written: set[str] = set()
     for step in steps:
@@ -90,7 +89,6 @@ def _products(steps: Sequence[ir.Step]) -> tuple[ir.MatMul, ...]:
 
 
 def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
-    """Returns the steps of one adapter at the front of `steps` that read one buffer."""
     found: list[ir.Adapt] = []
     for step in steps:
         if not isinstance(step, ir.Adapt) or (found and (step.x, step.adapter) != (found[0].x, found[0].adapter)):
@@ -137,7 +135,6 @@ Elementwise = ir.SiluMul | ir.Activate | ir.Add | ir.Mul | ir.Scale | ir.SoftCap
 
 
 def elementwise(step: Elementwise) -> tuple[str, float | None]:
-    """Returns the operation's name in kernels, and its number if it has one."""
     match step:
         case ir.SiluMul():
             return "silu_mul", None

@@ -17,8 +17,7 @@ _MOST_TOLD = 3
 
 
 def check_interface(module: ModuleType, stub: Path) -> None:
-    """Raises LlamaclustError if the module lacks functions, classes or methods. Without the stub, nothing is
-    checked."""
+    """Raises LlamaclustError for missing functions, classes or methods. Without the stub, nothing is checked."""
     if not stub.is_file():
         return
     if missing := [*_missing(module, stub.read_text())]:

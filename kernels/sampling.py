@@ -31,7 +31,6 @@ class Sampler:
 
     @property
     def record_words(self) -> int:
-        """The int64s of a row of `RankedLogits`."""
         return self._native.record_words
 
     def run(

@@ -33,7 +33,6 @@ MOST_CACHED_ROWS = 64
 
 
 def without_experts(program: Program, layers: Collection[int]) -> Program:
-    """Returns the program with exchanges in place of the mixtures of these layers."""
     return replace(program, steps=tuple(_exchanged(step) if _is_of(step, layers) else step for step in program.steps))
 
 
@@ -68,7 +67,6 @@ def lines_limits(lines: int) -> StageLimits:
 
 
 def expert_parts(program: Program) -> Iterator[Program]:
-    """Yields each mixture of a program of experts, with the steps before it."""
     part: list[Step] = []
     for step in program.steps:
         part.append(step)
@@ -142,7 +140,6 @@ class SplitExpertsBackend:
         return n_bytes + self.experts.experts_workspace_bytes(experts, own, limits, self._lines(experts, limits))
 
     def divided(self, program: Program) -> tuple[Program, Program | None]:
-        """Returns the program of either device."""
         return without_experts(program, self.layers), experts_of(program, self.layers)
 
 

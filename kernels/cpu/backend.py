@@ -106,8 +106,7 @@ class CpuStage:
         return self._native.contents(self._normed)[rows]
 
     def inputs(self, rows: int) -> Iterator[Inputs]:
-        """Yields the inputs of the matrices in the last run of `rows` rows, for a stage that was loaded as
-        `observed`."""
+        """Yields the inputs of the matrices in the last run, of `rows` rows, if loaded as `observed`."""
         assert self._native is not None, "the stage was closed"
         for seen in self._observed:
             ids = None if seen.choice is None else self._native.contents(seen.choice)[:rows]
@@ -142,7 +141,6 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
 def experts_workspace_bytes(
     program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int, lines: int = 0
 ) -> int:
-    """Returns the bytes beside weights of experts that are computed for another device."""
     weights = shapes_only(program, tensors)
     with _explained(program):
         n_bytes = _native.workspace_bytes(compile_experts(program, weights, limits).plan, threads)
@@ -214,9 +212,8 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """Raises ModelFileError for weights without kernels or a program that does not hold together, and
-        InsufficientMemoryError if memory is short. `observed`: the stage has `inputs` of its matrices after each
-        run."""
+        """Raises ModelFileError for a program without kernels, and InsufficientMemoryError. `observed`: the stage has
+        `inputs` of its matrices after each run."""
         found: list[Observed] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)

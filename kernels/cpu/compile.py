@@ -229,7 +229,6 @@ class Compiler:
         return [slots[kind.info.activation] for kind in types if kind.info.activation is not None]
 
     def _activations(self, x: ir.Buffer, types: Sequence[QuantType]) -> list[int]:
-        """Returns the slots of the products' inputs, in the order of `types`."""
         form = self._buffers.packed.get(x.name)
         if form is None:
             return self._quantize(self._buffers.read(x), types)
@@ -237,7 +236,6 @@ class Compiler:
         return [0] * len(types)
 
     def _observe(self, names: Sequence[str], x: ir.Buffer, choice: int | None = None, used: int = 1) -> None:
-        """Copies the inputs of the next products, if they are observed."""
         if self._observed is None:
             return
         copy = self._copy(self._buffers.read(x), x.width, used)

@@ -58,7 +58,6 @@ class _ExpertsCompiler(Compiler):
         return CompiledLines(self.plan, choice, lines, read)
 
     def _line(self, step: ir.Moe, hidden: int, read: int) -> int:
-        """Returns the buffer with the output of the line's expert."""
         x, experts = self._channels(hidden, 0, step.x.width), self._channels(hidden, read, step.experts)
         choice = self._buffers.write(ir.Buffer("line choice", 2), private=True)
         gating = GATINGS.index(Gating.SOFTMAX_OF_CHOSEN)  # of one: its weight is 1
@@ -67,7 +66,6 @@ class _ExpertsCompiler(Compiler):
         return self._experts.lines(replace(step, x=x, used=1, routed=None), choice)
 
     def _begin(self, width: int) -> int:
-        """Begins a part; returns the buffer with the rows that it reads."""
         self.plan.begin_part()
         hidden = self._buffers.write(ir.Buffer("line", width), private=True)
         self.plan.read_hidden(hidden)
@@ -80,8 +78,7 @@ class _ExpertsCompiler(Compiler):
 
 
 def compile_experts(program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits) -> Compiled:
-    """Compiles each mixture of a program of experts to a part. Raises ValueError if the program does not hold
-    together."""
+    """Compiles each mixture to a part. Raises ValueError if the program does not hold together."""
     return _ExpertsCompiler(program, weights, limits, None).run_parts()
 
 

@@ -21,7 +21,6 @@ class ExpertLines:
     """The runner of a plan of `compile_lines`. A line is a row, then the channels that name its expert."""
 
     def __init__(self, native: _native.Stage, compiled: CompiledLines, lines: int, experts: int) -> None:
-        """Takes at most `lines` lines in a run, each for one of `experts` experts."""
         self._native = native
         self._choice = native.contents(compiled.choice)
         self._result = native.contents(compiled.lines)

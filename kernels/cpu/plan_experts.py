@@ -59,7 +59,6 @@ class PlanExperts:
         return _Experts(self, step, None, None).compute(choice)
 
     def choose(self, step: ir.Moe, out: ir.Buffer) -> int:
-        """Emits the router and returns the buffer with the choice."""
         buffers, router, routed = self.buffers, self.weights[step.router], step.routed or step.x
         self.observe([step.router], routed, None, 1)
         logits = buffers.write(ir.Buffer("router logits", step.experts))
@@ -109,14 +108,12 @@ class _Experts:
     chosen: int | None
 
     def compute(self, choice: int) -> int:
-        """Returns the buffer with a result for each rank of a row."""
         step = self.step
         result, down = ir.Buffer("expert activated", step.ffn_width), ir.Buffer("expert down", step.out.width)
         self.activate(choice, result)
         return self.reduce(choice, result, down)
 
     def activate(self, choice: int, result: ir.Buffer) -> None:
-        """Emits gate, up and their activation, a line for each rank of a row."""
         step, buffers, used, inputs = self.step, self.plan_experts.buffers, self.step.used, self.step.x
         if weighed := step.options.weighs_inputs:
             inputs = ir.Buffer("expert inputs", step.x.width)
@@ -129,13 +126,11 @@ class _Experts:
         self._activate(self._halves(inner[0]) if step.fused else inner, result)
 
     def reduce(self, choice: int, x: ir.Buffer, down: ir.Buffer) -> int:
-        """Returns the buffer with down's product of each line of x."""
         self.plan_experts.observe([self.step.down], x, self.chosen, self.step.used)
         self._multiply(x, [(self.step.down, down)], choice, per_rank=True)
         return self._add_bias(down, self.step.down_bias, choice)
 
     def _halves(self, x: int) -> list[int]:
-        """Copies gate and up out of a fused product."""
         step, experts = self.step, self.plan_experts
         parts = [ir.Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up")]
         halves = [experts.buffers.write(part, step.used, private=True) for part in parts]
@@ -144,7 +139,6 @@ class _Experts:
         return halves
 
     def _activate(self, inner: Sequence[int], result: ir.Buffer) -> None:
-        """Emits the activation of gate and up, or of up alone."""
         plan, activation = self.plan_experts.plan, self.step.options.activation
         activated = self.plan_experts.buffers.write(result, self.step.used, private=True)
         if activation is GatedActivation.GELU_MUL:

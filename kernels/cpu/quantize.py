@@ -45,7 +45,6 @@ def to_floats(quant_type: QuantType, data: bytearray, width: int) -> Float32:
 
 
 def most_of(quant_type: QuantType) -> float:
-    """Returns the largest magnitude of a weight of this type."""
     return float(np.finfo(np.float32).max) if quant_type in (QuantType.F32, QuantType.BF16) else MOST_SCALED
 
 

@@ -21,7 +21,6 @@ def check_ranges(program: Program, limits: StageLimits) -> None:
 
 
 def _integers(value: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yields the integers of a dataclass and its nested dataclasses, with names; tuples have only fractions."""
     for field in fields(value):
         item = getattr(value, field.name)
         if isinstance(item, int):

@@ -38,7 +38,6 @@ class WeightStore:
         return present | missing
 
     def held_bytes(self, tensors: Iterable[Tensor]) -> int:
-        """Returns the bytes of those tensors that a stage holds now."""
         with self._lock:
             return sum(tensor.resident_bytes for tensor in tensors if _key(tensor) in self._loaded)
 

@@ -73,12 +73,10 @@ class CudaBackend:
         return Gpu(self.device, device.name, device.memory_bytes, self.free_bytes, device.uuid)
 
     def measure(self) -> DeviceProfile:
-        """Measures the rates that kernels reach; blocks for part of a second."""
         with self._gpu_lock.exclusive():
             return DeviceProfile(*measure(self._device))
 
     def limits(self) -> DeviceProfile:
-        """Measures the GPU's peak rates."""
         with self._gpu_lock.exclusive():
             return DeviceProfile(*limits(self._device))
 
@@ -99,8 +97,8 @@ class CudaBackend:
                 memory.close()
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
-        """Raises ModelFileError for weights without kernels or a program that does not hold together, and
-        InsufficientMemoryError if the device's memory is short. Closes all caches of experts."""
+        """Closes caches of experts. Raises ModelFileError for a program without kernels, and
+        InsufficientMemoryError."""
         for cache in tuple(self._caches):
             cache.close()
         plan = _plan(program, tensors, limits, LaunchLimits.of(self._device))
@@ -176,8 +174,7 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
 
 
 def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns an upper bound of `workspace_bytes` without rounded weights, for a number of KV blocks that is not yet
-    known."""
+    """Bounds `workspace_bytes`, less rounded weights, for any number of KV blocks."""
     if program.window is not None:
         limits = replace(limits, window_blocks=1)  # they have a table of their own
     weights = _checked_weights(program, tensors)

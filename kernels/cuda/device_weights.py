@@ -99,7 +99,6 @@ class DeviceWeights:
         return (*held.values(), *made.values())
 
     def held_bytes(self, tensors: Iterable[Tensor]) -> int:
-        """Returns the bytes of those tensors whose layers a stage holds now."""
         with self._lock:
             layers = layers_of_weights(tensors)
             return sum(layer.resident_bytes for layer in layers if layer.key in self._loaded)

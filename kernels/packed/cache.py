@@ -71,7 +71,6 @@ class PackedCache:
         return {cached.layer: memory for cached, memory in zip(found, memories, strict=True) if memory is not None}
 
     def keep(self, made: Mapping[PackedLayer, Memory]) -> None:
-        """Writes layers that were not cached, in the background, one after another."""
         if self._is_usable():
             keys = ((layer, self._keys.get(layer), memory) for layer, memory in made.items())
             self._writer.add(Made(layer, key, ref(memory), self._started_ns) for layer, key, memory in keys if key)
@@ -128,7 +127,6 @@ class PackedCache:
         return replace(found, memory=memory)
 
     def _checked(self, found: _Found) -> Memory | None:
-        """Returns the image in memory; None if it is damaged or deleted meanwhile."""
         memory = found.memory
         try:
             if memory is None:
@@ -196,7 +194,6 @@ def _quickest(found: Sequence[_Found]) -> list[_Found]:
 
 
 def _read(file: FileIO, n_bytes: int) -> Memory | None:
-    """Reads a file into memory and closes it; None if it is too short or the disk fails."""
     done = 0
     try:
         with file:

@@ -25,8 +25,6 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Weights by tensor name, and the memory of their packed layers."""
-
     weights: dict[str, Weight]
     cached: Mapping[PackedLayer, Memory]
     packed: Mapping[PackedLayer, Memory]  # now
@@ -48,7 +46,7 @@ def load_tensors(
     progress: Progress | None,
     since_ns: int | None = None,
 ) -> Loaded:
-    """Raises ModelFileError for a file that changed. `progress` counts resident bytes; `since_ns`: see
+    """Raises ModelFileError for a changed file. `progress` counts resident bytes; `since_ns`: see
     `PackedCache.open`."""
     layers = packed_layers_of(tensors)
     cached = {} if cache is None else cache.open(layers, pool, progress, since_ns)

@@ -18,8 +18,7 @@ _RAISE = "`ulimit -l unlimited` as root, LimitMEMLOCK=infinity in a systemd unit
 
 
 def lock_memory(memories: Sequence[Memory]) -> None:
-    """Locks memory until it is freed. If the system refuses, the log line says what to do, and locked memory stays
-    locked."""
+    """Locks memory until it is freed; if the system refuses, the log line says what to do."""
     limit = _raise_limit()
     libc, locked, error = ctypes.CDLL(None, use_errno=True), 0, 0
     for memory in memories:
@@ -39,7 +38,6 @@ def lock_memory(memories: Sequence[Memory]) -> None:
 
 
 def _raise_limit() -> int:
-    """Raises the limit of locked memory to the most that this process may have, and returns it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))

@@ -21,8 +21,7 @@ _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
 
 
 def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
-    """Returns True for maps in huge pages; for all, if the system has none. Small pages stream weights 6 to 8 %
-    slower."""
+    """Returns True for maps in huge pages, or for all without any. Small pages stream weights 6 to 8 % slower."""
     if _no_huge_pages():
         return [True] * len(memories)
     of_files = ("FilePmdMapped:", "ShmemPmdMapped:")
@@ -34,8 +33,7 @@ def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
 
 
 def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
-    """Moves filled memory to huge pages: pages are small if no huge one was free. The log line says what to do without
-    them."""
+    """Moves filled memory to huge pages, which were perhaps not free before; logs what to do without them."""
     memories = [memory for memory in memories if memory.bytes >= _HUGE_PAGE_BYTES]
     if not memories:
         return
@@ -79,7 +77,7 @@ def _smaps() -> list[str]:
 
 
 def _huge_bytes(smaps: Iterable[str], fields: tuple[str, ...]) -> Iterator[tuple[range, int]]:
-    """Yields each map's addresses and its bytes in huge pages, by these fields of /proc/PID/smaps."""
+    """Yields each map's addresses and its bytes in huge pages, by these fields of smaps."""
     addresses = range(0)
     for line in smaps:
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):

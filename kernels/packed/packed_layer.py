@@ -30,7 +30,6 @@ class PackedLayer:
         )
 
     def weights(self, memory: Memory) -> dict[str, Weight]:
-        """Returns the matrices by tensor name, in memory that holds, or will hold, this image."""
         weights = {}
         for tensor, offset in self.offsets:
             *count, rows, cols = tensor.shape

@@ -56,7 +56,6 @@ def attend(step: ir.Attention, query: Float32, memory: Memory, own: int, sinks: 
 
 
 def seen_by(step: ir.Attention, own: int, length: int) -> tuple[int, int]:
-    """Returns the positions [first, end) that the row at position `own` sees."""
     if step.chunked and step.window is not None:
         return own // step.window * step.window, own + 1
     if step.causal:

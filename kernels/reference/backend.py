@@ -157,7 +157,6 @@ class ReferenceBackend:
         return loaded
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
-        """Returns 0, since each stage has weights of its own."""
         return 0
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:

@@ -21,7 +21,6 @@ _DEQUANTIZERS: dict[QuantType, Callable[[Bytes], Float32]] = {
 }
 
 SUPPORTED_TYPES = frozenset(_DEQUANTIZERS)
-"""The types that the reference backend computes with."""
 
 
 def dequantize(quant_type: QuantType, data: bytes | bytearray | Bytes, count: int) -> Float32:

@@ -67,7 +67,6 @@ def _penalized(logit: np.float32, count: int, params: SamplingParams) -> np.floa
 
 
 def dry(row: Candidates) -> None:
-    """Penalizes each token that would continue a repetition of the history's end."""
     chain, task = row.chain, row.task
 
     def penalize(x: Float32) -> None:
@@ -154,7 +153,6 @@ def typ_p(row: Candidates) -> None:
 
 
 def _count_of_share(w: list[int], share: float) -> int:
-    """Returns the number of first weights that have this share of the sum."""
     enough = share * float(sum(w))
     return next((count for count, so_far in enumerate(accumulate(w), 1) if float(so_far) >= enough), len(w))
 
@@ -171,7 +169,6 @@ def min_p(row: Candidates) -> None:
 
 
 def xtc(row: Candidates) -> None:
-    """Applies XTC (exclude top choices)."""
     chain = row.chain
     if chain.xtc_probability <= 0 or chain.xtc_threshold > 0.5:
         return

@@ -19,7 +19,6 @@ from llamaclust.kernels.reference.sampler_chain import choose
 
 
 def logprobs(logits: Float32) -> Float32:
-    """Returns the log-softmax of raw logits [vocabulary]."""
     x = logits.astype(np.float64)
     shifted = x - x.max()
     return np.asarray(shifted - math.log(np.exp(shifted).sum()), dtype=np.float32)

@@ -43,7 +43,6 @@ def _own_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int
 
 
 def _kv_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int, int]]:
-    """Returns the same for states in KV blocks: a block behind every row."""
     table = batch.block_tables[batch.table_starts[sequence] : batch.table_starts[sequence + 1]]
     first = int(batch.positions[rows.start])
     written = {row: int(table[(first + row - rows.start) // KV_BLOCK_TOKENS]) for row in rows}
@@ -65,7 +64,6 @@ class SequenceRows:
         return state
 
     def store(self, row: int, state: Float32) -> None:
-        """Stores the state behind a row, if it has a block."""
         if (block := self.written.get(row)) is not None:
             assert block >= 0, "a state is written nowhere"
             self.values[block] = state.reshape(-1)

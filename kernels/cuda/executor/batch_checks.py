@@ -59,7 +59,6 @@ def _check_starts(what: str, starts: Sequence[int], end: int, least: int) -> Non
 
 
 def _check_positions(positions: Sequence[int], context_tokens: int, room: int) -> None:
-    """Checks that a sequence's positions are consecutive and that its block table holds them."""
     end = positions[0] + len(positions)
     _check_range("position", positions[0], 0, context_tokens - len(positions) + 1)
     for wanted, position in zip(range(positions[0], end), positions, strict=True):
@@ -70,7 +69,6 @@ def _check_positions(positions: Sequence[int], context_tokens: int, room: int) -
 
 
 def _check_blocks(what: str, blocks: NDArray[np.int32], end: int) -> None:
-    """Checks the part of a block table that is read: each block is in KV memory."""
     for block in (int(blocks.min()), int(blocks.max())):
         _check_range(what, block, 0, end)
 

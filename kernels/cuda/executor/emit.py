@@ -31,8 +31,7 @@ def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.
 
 
 def _first_in_order(launches: Iterator[Launch | HostStep]) -> Iterator[Launch | HostStep]:
-    """Keeps the first launch from overlapping: kernels behind it may read what was written before it without
-    waiting."""
+    """Keeps the first launch in order: kernels behind it read earlier writes without waiting."""
     for number, launch in enumerate(launches):
         yield replace(launch, in_order=True) if number == 0 and isinstance(launch, Launch) else launch
 
@@ -127,7 +126,6 @@ class Emitter:
         yield matmul.multiply(products, self.ops.activation_of(products[0].weights, at), self.ops.rows, self.ops.gpu)
 
     def _lines_by_head(self, heads: int) -> matmul.Experts:
-        """Returns the lines of products by head, grouped by head, once for all layers."""
         ops, bucket = self.ops, self.ops.rows.bucket
         piece = matmul.expert_piece(bucket * heads, heads)
         most_items = heads * -(-bucket // piece)
@@ -227,7 +225,6 @@ class Emitter:
                 yield elementwise.elementwise(operation, (x, *others, *numbers), out, width, rows)
 
     def _bias(self, step: ir.LayerNorm) -> np.uint64:
-        """Returns the address of the bias; zeros if the norm has none."""
         if step.bias is not None:
             return self.ops.vector(step.bias)
         return self.ops.layout.constant(np.zeros(step.out.width, np.float32))
@@ -237,7 +234,6 @@ class Emitter:
         return self.ops.layout.constant(factors)
 
     def _rotations(self) -> Iterator[Launch]:
-        """Emits the rotation of every table once for all layers."""
         positions, steps = self.ops.inputs.positions, self.ops.program.steps
         for table in dict.fromkeys(step.table for step in steps if isinstance(step, ir.Rope)):
             frequencies = self.ops.layout.constant(np.array(table.frequencies, np.float64))
@@ -256,7 +252,6 @@ class Emitter:
         return attention.AttentionLaunches(ops.gpu, room, ops.inputs, shape.rows, limits.max_sequences, shape.decode)
 
     def _attention_plan(self, step: ir.Attention) -> np.uint64:
-        """Returns the address of the plan of tiles and spans, one for all layers of equal shape."""
         return self.ops.layout.at(("attention", attention.likeness(step)), self._attention.room.plan_bytes)
 
     def _attend(self, attended: Attended) -> Iterator[Launch]:

@@ -20,8 +20,6 @@ _FLOAT = 4
 
 @dataclass(frozen=True, slots=True)
 class _Product:
-    """The weights of all experts, their biases if any, and the address of the lines' results."""
-
     weight: str
     bias: str | None
     out: np.uint64
@@ -45,7 +43,6 @@ class ExpertsEmitter:
         yield experts.combine(step, down, self._chosen, ops.out(step.out), rows)
 
     def line_products(self, piece: int, out: np.uint64) -> Iterator[Launch]:
-        """Emits the experts' products of their lines; `piece`: the grouping of lines."""
         step, inner = self.step, self._inner
         yield from self._multiply_inputs(inner, piece)
         yield from self._activated(inner)
@@ -88,7 +85,6 @@ class ExpertsEmitter:
 
     @property
     def _inner(self) -> tuple[_Product, ...]:
-        """The products with gate and up, or with both in one matrix."""
         step = self.step
         outs = (self.ops.scratch(f"expert {place}", step.inner_width, step.used) for place in range(len(step.inner)))
         return tuple(map(_Product, step.inner, step.inner_biases, outs))
@@ -115,7 +111,6 @@ class ExpertsEmitter:
 
     @property
     def _activations(self) -> np.uint64:
-        """The address of the activations that down multiplies."""
         step, ops, name = self.step, self.ops, "expert activations"
         kind = ops.weights[step.down].activation
         if kind is ActivationFormat.F32:

@@ -17,7 +17,6 @@ _MOST_STEPS = 4
 """The most steps that become one, with the step that reads the result."""
 
 TypeOf = Callable[[str], QuantType]
-"""Returns a weight's quant type by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +51,11 @@ class Attended:
 
     @property
     def steps(self) -> tuple[ir.Step, ...]:
-        """The program's steps that are fused."""
         return *self.norms, *_plain(self.attend)
 
     @property
     def rotates(self) -> bool:
-        """True if queries and keys have one rotation, which attention's kernels compute; other rotations are separate
-        steps."""
+        """True if queries and keys have one rotation, which attention's kernels compute."""
         q, k = self.attend.rotate_q, self.attend.rotate_k
         return q is not None and k is not None and (q.table, q.style) == (k.table, k.style)
 
@@ -105,7 +102,6 @@ class _Reader:
 
 
 def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
-    """Returns the number of next steps that are fused, and the fused step."""
     if (attended := _attended(steps, reader)) is not None:
         return attended
     match steps:
@@ -127,7 +123,6 @@ def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
 
 
 def _attended(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, Attended] | None:
-    """Fuses attention with norms of its heads, if the next steps are these."""
     norms: list[ir.RmsNorm] = []
     for count, step in enumerate(steps, 1):
         if isinstance(step, Attend):
@@ -168,12 +163,10 @@ def _fits(norm: ir.RmsNorm) -> bool:
 
 
 def _single(formats: frozenset[ActivationFormat]) -> ActivationFormat | None:
-    """Returns the only format, if it has eight bits."""
     return next(iter(formats)) if len(formats) == 1 and ActivationFormat.F32 not in formats else None
 
 
 def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
-    """Returns the weights of a step that multiplies x."""
     if isinstance(step, Products) and step.x == x:
         return tuple(product.weight for product in step.steps)
     if isinstance(step, ir.Moe) and step.routed is None and step.x == x:
@@ -187,7 +180,6 @@ def _weighs_inputs(step: FusedStep) -> bool:
 
 
 def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
-    """Splits products into groups of one quant type, at most as large as a launch takes."""
     alike: dict[QuantType, list[ir.MatMul]] = {}
     for step in products.steps:
         alike.setdefault(type_of(step.weight), []).append(step)
@@ -197,7 +189,6 @@ def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
 
 
 def _plain(step: FusedStep) -> tuple[ir.Step, ...]:
-    """Returns the program's steps that a fused step stands for."""
     match step:
         case Products() | Adapts():
             return step.steps

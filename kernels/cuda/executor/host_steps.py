@@ -10,8 +10,6 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(frozen=True, slots=True)
 class HostStep:
-    """A step in which the host reads rows of some buffers and writes those of another buffer."""
-
     step: Across
     number: int  # of its kind, in the order of steps
     selected: bool  # it has output rows alone
@@ -27,5 +25,4 @@ class HostStep:
 
     @property
     def row_width(self) -> int:
-        """The floats of a row of all buffers that are read and written."""
         return sum(buffer.width for buffer in (*self.reads, self.out))

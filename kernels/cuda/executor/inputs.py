@@ -39,7 +39,6 @@ class InputBuffer:
         return self._offsets[-1]
 
     def addresses(self, base: int) -> Inputs:
-        """Returns the parts' addresses in a buffer at `base`."""
         header, *parts = (np.uint64(base + offset) for offset in self._offsets[:-1])
         if not self._window:
             parts[-1] = parts[-2]

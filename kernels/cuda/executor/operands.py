@@ -23,7 +23,6 @@ _FLOAT = 4
 
 
 KvName = tuple[int, StatePart | None]
-"""The name of a layer's KV memory, or of one of its states."""
 
 
 def kv_name(kept: KvLayer) -> KvName:
@@ -40,7 +39,6 @@ class BufferLayout:
     _offsets: dict[object, int] = field(default_factory=dict)
 
     def at(self, name: object, n_bytes: int) -> np.uint64:
-        """Returns the address of a buffer; 0 before `lay_out`."""
         if not self._offsets:
             self._sizes[name] = max(n_bytes, self._sizes.get(name, 0))
             return np.uint64(0)
@@ -54,7 +52,6 @@ class BufferLayout:
 
     @property
     def constants(self) -> Iterator[tuple[int, bytes]]:
-        """The offsets and bytes of the constants."""
         return ((offset, name) for name, offset in self._offsets.items() if isinstance(name, bytes))
 
     def lay_out(self) -> None:
@@ -104,8 +101,7 @@ class Operands:
         self.quantized = {kind: owner for kind, owner in self.quantized.items() if owner != name}
 
     def vector(self, name: str | None) -> np.uint64:
-        """Returns the address of float32 numbers: a vector, which is kept as float32, or a matrix that the file has as
-        F32."""
+        """Returns the address of float32 numbers: a vector, or a matrix that the file has as F32."""
         if name is None:
             return NULL
         weight = self.weights[name]
@@ -123,7 +119,6 @@ class Operands:
         return self.layout.at(("rotation", table), n_bytes)
 
     def activations(self, kind: ActivationFormat, name: str, width: int, multiple: int = 1) -> np.uint64:
-        """Returns the destination of `name` in this format."""
         self.quantized[kind] = name
         n_bytes = activation_bytes(kind, self.room * multiple, width)
         return self.layout.at(("activations", kind), n_bytes)
@@ -136,6 +131,5 @@ class Operands:
                 yield quantize(kind, self.current[x.name], x.width, self.rows, out)
 
     def activation_of(self, weight: Weights, x: np.uint64) -> np.uint64:
-        """Returns the address of x in the format of the weight."""
         kind = weight.activation
         return x if kind is ActivationFormat.F32 else self.layout.at(("activations", kind), 0)

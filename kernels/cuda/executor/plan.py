@@ -89,7 +89,6 @@ class Plan:
         return self._layout.offset("totals")
 
     def sum_weights(self, rows: int) -> Launch:
-        """Launches the sums of weights of so many rows of logits, by their divisors."""
         base, vocabulary = self._layout.base, self.program.out.width
         offsets = self.out_offset, self.records_offset, self.divisors_offset, self.totals_offset
         logits, records, divisors, totals = (np.uint64(base + offset) for offset in offsets)
@@ -102,7 +101,6 @@ class Plan:
         return self._layout.offset((self.program.normed.name, False))
 
     def bind(self, device: Device, weights: Mapping[str, Weights], buffers: Buffer, kv: Buffer) -> None:
-        """Sets all addresses and uploads constants."""
         self.weights = weights
         self._layout.base, self._kv_base = buffers.address, kv.address
         for offset, data in self._layout.constants:
@@ -115,8 +113,7 @@ class Plan:
         return tuple(launch for segment in self.segments(shape) for launch in segment)
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Returns launches before, between and behind the host's steps; without output rows they end at
-        `SelectRows`."""
+        """Returns launches between the host's steps; without output rows they end at `SelectRows`."""
         segments: list[list[Launch]] = [[]]
         for launch in self._emitted(shape):
             if isinstance(launch, HostStep):

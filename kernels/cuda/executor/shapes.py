@@ -20,7 +20,6 @@ class Shape:
 
     @classmethod
     def of(cls, batch: Batch, limits: StageLimits) -> Shape:
-        """Returns the bucket of a microbatch."""
         decode = batch.rows == len(batch.sequence_starts) - 1
         outputs = _bucket(len(batch.output_rows), limits.max_outputs)
         return cls(_bucket(batch.rows, limits.max_batch_tokens), outputs, decode)

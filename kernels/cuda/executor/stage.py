@@ -53,7 +53,6 @@ class LaunchCache:
         self._most = max(min(_MAX_SHAPES, _LEAST_SHAPES), _MAX_SHAPES // (1 + len(plan.host_steps)))
 
     def segments(self, shape: Shape) -> Sequence[Callable[[], None]]:
-        """Returns a function for each segment that launches it; they are called in this order."""
         graphs, launches = self._graphs.pop(shape, None), self._launches.pop(shape, None)
         if launches is not None and self._captures:
             graphs = tuple(self._device.capture(partial(self._launch, segment)) for segment in launches)
@@ -106,8 +105,7 @@ class CudaStage:
         self.workspace_bytes = allocated_bytes - self.kv_bytes - self.weight_bytes
 
     def _pinned_ranks(self) -> tuple[Bytes, Bytes, Bytes]:
-        """Allocates host memory of logits' records, divisors and sums; next to nothing if the stage is not the last
-        one."""
+        """Allocates host memory of records, divisors and sums of logits, which only a last stage has."""
         program, device = self._plan.program, self._gpu_lock.device
         rows = self._plan.limits.max_outputs if program.is_last else 1
         vocabulary = program.out.width if program.is_last else 1
@@ -117,7 +115,6 @@ class CudaStage:
         return records, divisors, sums
 
     def _pinned(self) -> tuple[Bytes, Bytes, Bytes, Bytes]:
-        """Allocates host memory of a microbatch's numbers, hidden states, result, and rows of the host's steps."""
         program, limits, device = self._plan.program, self._plan.limits, self._gpu_lock.device
         result_rows = limits.max_outputs if program.is_last else limits.max_batch_tokens
         rows = {False: limits.max_batch_tokens, True: limits.max_outputs}
@@ -214,7 +211,6 @@ class CudaStage:
             device.copy_in(self._buffers, plan.offset(host, host.out.name), out)
 
     def _host_places(self, host: HostStep, rows: int) -> Iterator[Bytes]:
-        """Yields pinned memory for rows of each buffer that the step reads, then of its result."""
         at = 0
         for buffer in (*host.reads, host.out):
             n_bytes = _FLOAT * rows * buffer.width
@@ -225,7 +221,6 @@ class CudaStage:
         self._gatherer = gatherer
 
     def exchanged(self, number: int) -> tuple[np.uint64, np.uint64]:
-        """Returns the device addresses of an exchange's first input and its result."""
         exchanges = [host for host in self._plan.host_steps if isinstance(host.step, Exchange)]
         host = exchanges[number]
         places = (self._buffers.at(self._plan.offset(host, buffer.name)) for buffer in (host.reads[0], host.out))

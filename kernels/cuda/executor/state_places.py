@@ -64,7 +64,6 @@ def _own_places(batch: Batch, blocks: int) -> StatePlaces:
 
 
 def _check_counts(places: StatePlaces, sequences: int) -> None:
-    """Checks that every sequence has a state before it and writes at least one, in the sequences' order."""
     starts, entries = places.starts, len(places.rows)
     for what, found, wanted in (
         ("states before sequences", len(places.before), sequences),

@@ -13,7 +13,6 @@ from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 
 Parts = Callable[[int, int], Sequence[Bytes]]
-"""Returns the bytes of an expert of a mixture; see `ExpertsStage.expert_weights`."""
 
 
 class ExpertCopies:
@@ -22,7 +21,6 @@ class ExpertCopies:
     def __init__(
         self, gpu_lock: GpuLock, buffer: Buffer, pools: Sequence[PoolPlace], table: ExpertTable, parts: Parts
     ) -> None:
-        """`pools` are places in `buffer`, in the order of the table's pools."""
         self.lock = Condition()
         self.copied_bytes = 0
         self.error: Exception | None = None  # what ended the copies
@@ -47,7 +45,6 @@ class ExpertCopies:
             return self.lock.wait_for(lambda: not self._is_awake and not self._is_busy, timeout_s)
 
     def close(self) -> None:
-        """Waits for a copy in progress, then ends the thread."""
         with self.lock:
             self._end()
         self._thread.join()
@@ -84,7 +81,6 @@ class ExpertCopies:
                 self.lock.notify_all()
 
     def _next(self) -> Copy | None:
-        """Waits for the next copy; None after `close`."""
         with self.lock:
             while not self._is_closed:
                 copy = self._table.next_copy() if self._is_awake else None

@@ -33,8 +33,6 @@ _ITEM = 3
 
 @dataclass(frozen=True, slots=True)
 class SlotWeights(Weights):
-    """The same matrix in each slot of a pool."""
-
     stride_bytes: int = 0
 
     @property
@@ -53,8 +51,6 @@ class PoolPlace:
 
 @dataclass(frozen=True, slots=True)
 class LineInputs:
-    """The numbers that a step brings, in one buffer."""
-
     lines: int  # of the largest step
 
     @property
@@ -94,8 +90,6 @@ def _items(slots: Int32, piece: int) -> Int32:
 
 @dataclass(frozen=True, slots=True)
 class _LinesEmitter(ExpertsEmitter):
-    """The emitter of lines that are grouped already, for experts in slots."""
-
     buffers: experts.ExpertBuffers
     biases: Mapping[str, np.uint64]
 
@@ -113,8 +107,6 @@ class _LinesEmitter(ExpertsEmitter):
 
 @dataclass(slots=True)
 class CachePlan:
-    """The buffers of a cache of a program's mixtures, and its launches once these have addresses."""
-
     program: Program
     mixtures: Sequence[Moe]
     weights: Mapping[str, Weights]  # of all experts, without addresses
@@ -139,12 +131,10 @@ class CachePlan:
 
     @property
     def line_bytes(self) -> int:
-        """The bytes of an expert's result for a row."""
         return _FLOAT * self.mixtures[0].out.width
 
     @property
     def n_bytes(self) -> int:
-        """The bytes of the buffers, without pools."""
         return self._layout.n_bytes
 
     @property

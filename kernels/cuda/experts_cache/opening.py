@@ -25,14 +25,12 @@ from llamaclust.model.program import Program
 
 
 def plan_cache(program: Program, weights: Mapping[str, Weights], rows: int, gpu: LaunchLimits) -> CachePlan:
-    """Plans the cache for the mixtures of a program of experts, and for steps of at most `rows` rows."""
     mixtures = mixtures_of(program)
     pools = [PoolPlace(SlotLayout.of(step, weights)) for step in mixtures]
     return CachePlan(program, mixtures, weights, rows, gpu, pools)
 
 
 def slots_in(plan: CachePlan, n_bytes: int) -> dict[SlotLayout, int]:
-    """Returns the slots of each layout in a cache of at most `n_bytes`."""
     experts: Counter[SlotLayout] = Counter()
     for pool, step in zip(plan.pools, plan.mixtures, strict=True):
         experts[pool.layout] += step.experts
@@ -67,7 +65,6 @@ def open_cache(
 
 
 def _placed(plan: CachePlan, slots: Mapping[SlotLayout, int], buffer: Buffer) -> Sequence[PoolPlace]:
-    """Returns the pool of each mixture, behind the plan's buffers."""
     at, places = aligned(plan.n_bytes), dict[SlotLayout, PoolPlace]()
     for layout, count in slots.items():
         places[layout] = PoolPlace(layout, count, buffer.at(at))

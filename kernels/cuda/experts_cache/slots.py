@@ -31,7 +31,6 @@ class SlotLayout:
 
     @property
     def stride_bytes(self) -> int:
-        """The bytes from the matrices of a slot to those of the next slot."""
         return sum(self.matrix_bytes)
 
     @property
@@ -40,18 +39,15 @@ class SlotLayout:
 
     @property
     def matrix_offsets(self) -> tuple[int, ...]:
-        """The offsets of matrices in a slot."""
         return tuple(accumulate(self.matrix_bytes[:-1], initial=0))
 
     def pool_bytes(self, slots: int) -> int:
         return self._offsets(slots)[-1]
 
     def bias_offsets(self, slots: int) -> Sequence[int]:
-        """Returns the offsets of biases in a pool."""
         return self._offsets(slots)[:-1]
 
     def _offsets(self, slots: int) -> Sequence[int]:
-        """Returns the offsets of biases in a pool, then the pool's size."""
         sizes = (self.stride_bytes, *self.bias_bytes)
         return tuple(accumulate(aligned(slots * size) for size in sizes))
 

@@ -39,7 +39,6 @@ class ExpertTable:
     doubles every `_HALF_LIFE_STEPS`, so that sums of uses keep their order over time."""
 
     def __init__(self, pools: Sequence[Pool], experts: int) -> None:
-        """`experts`: the number of each mixture's experts."""
         self._pools = tuple(pools)
         mixtures = 1 + max(number for pool in pools for number in pool.mixtures)
         self._pool_of = {number: index for index, pool in enumerate(pools) for number in pool.mixtures}
@@ -87,7 +86,6 @@ class ExpertTable:
         return copy
 
     def complete(self) -> None:
-        """Gives the slot to the expert of the finished copy."""
         copy = self._copying
         assert copy is not None
         self._places[copy.mixture, copy.expert] = copy.slot
@@ -96,11 +94,9 @@ class ExpertTable:
 
     @property
     def held(self) -> Sequence[int]:
-        """The number of occupied slots of each pool."""
         return [int((owners[:, 0] != _FREE).sum()) for owners in self._owners]
 
     def _copies(self, index: int) -> Sequence[tuple[Copy, float]]:
-        """Returns the pool's best copy, if any, with the uses of its expert."""
         pool = self._pools[index]
         if not pool.slots:
             return ()

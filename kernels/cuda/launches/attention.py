@@ -67,8 +67,6 @@ class Rotation:
 
 @dataclass(frozen=True, slots=True)
 class HeadNorm:
-    """A norm of each head by one weight [head_dim]."""
-
     weight: np.uint64
     epsilon: float
 
@@ -119,7 +117,6 @@ def _slot_bytes(step: Attention) -> int:
 
 
 def _piece_bytes(step: Attention) -> int:
-    """Returns the bytes of a KV head in a block."""
     return KV_BLOCK_TOKENS * step.kv_token_bytes // step.kv_heads
 
 
@@ -158,17 +155,14 @@ def _few_queries(step: Attention) -> int:
 
 
 def _window(step: Attention) -> tuple[int, int]:
-    """Returns the window's length, and 1 for a window of chunks."""
     return step.window or _NO_WINDOW, int(step.chunked)
 
 
 def _parts(step: Attention, queries: int) -> int:
-    """Returns the parts of the heads that share a KV head, for blocks of `queries` queries."""
     return -(-_group(step) // queries)
 
 
 def attention_steps(program: Program) -> tuple[Attention, ...]:
-    """Returns all attention steps, with those that read keys and values of other layers."""
     return tuple(step for step in program.steps if isinstance(step, Attention))
 
 
@@ -225,7 +219,6 @@ def few_shared_bytes(step: Attention, queries: int) -> int:
 
 
 def _fresh_floats(step: Attention) -> int:
-    """Returns the floats of a KV head's queries, the row's key and value, and the angles of its rotation."""
     return (_group(step) + 3) * step.head_dim
 
 
@@ -345,8 +338,6 @@ class AttentionLaunches:
         return _quantized_together(step) if at.by_32 != at.by_256 else int(_merges(step, self.room))
 
     def _fresh(self, at: AttentionBuffers, fresh: bool, together: int) -> tuple[Scalar, ...]:
-        """Returns the further arguments of the kernel of few queries: the row's key and value, the transform, and
-        merging."""
         places = (at.k, at.v) if fresh else (NULL, NULL)
         outs = (at.by_32, at.by_256) if together else (NULL, NULL)
         return *places, *at.transform.args, np.int32(together), *outs

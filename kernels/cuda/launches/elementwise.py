@@ -14,7 +14,6 @@ from llamaclust.model.steps.options import ActivationFunction, GatedActivation, 
 
 _BLOCK = 256
 _BLOCK_CHANNELS = 1024
-"""The channels that a block of an elementwise kernel computes."""
 _HEADS_PER_BLOCK = 8
 _ROTATION_BLOCK = 64
 _WARP_CHANNELS, _MAX_WARPS = 128, 32  # four channels a lane; warps of a block

@@ -35,7 +35,6 @@ def choice_bytes(step: Moe, rows: int) -> int:
 
 
 def max_items(step: Moe, rows: int, piece: int) -> int:
-    """Returns the most pieces of up to `piece` lines that the experts' lines are divided into."""
     lines = rows * step.used
     return min(step.experts, lines) + lines // piece
 
@@ -70,7 +69,6 @@ def group(step: Moe, places: ExpertBuffers, piece: int, rows: RowCount) -> Launc
 
 
 def by_head(heads: int, places: matmul.Experts, rows: RowCount) -> Launch:
-    """Launches the grouping of all rows' lines by head, with their items."""
     lines = rows.address, places.lines, places.items, places.item_count
     args = (np.int32(heads), np.int32(places.piece), *lines)
     return Launch("experts.by_head", (-(-rows.bucket * heads // _HEAD_LINES), 1, 1), (256, 1, 1), args)

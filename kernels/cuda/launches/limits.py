@@ -10,8 +10,6 @@ from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, MIN_COMPU
 
 @dataclass(frozen=True, slots=True)
 class LaunchLimits:
-    """A GPU's multiprocessors, the most shared memory of a block, and the compute capability."""
-
     sms: int
     shared_bytes: int
     compute_capability: tuple[int, int]

@@ -95,7 +95,6 @@ class Weights:
 
     @property
     def matrix_bytes(self) -> int:
-        """The bytes from one expert's matrix to the next."""
         return self.tile_count * self.tile_bytes
 
     @property
@@ -178,7 +177,6 @@ def embed(weights: Weights, ids: np.uint64, rows: RowCount, out: np.uint64) -> L
 
 
 def multiply(products: Sequence[Product], activations: np.uint64, rows: RowCount, gpu: LaunchLimits) -> Launch:
-    """Multiplies rows by each product's weights to `out` [rows][weights.rows]."""
     piece = _gemm_rows(products, rows.bucket, gpu) if _takes_gemm(products, rows.bucket, gpu.sms) else _GROUP_ROWS
     experts = Experts(NULL, NULL, NULL, -(-rows.bucket // piece), piece, 1)
     return _launch(products, activations, RowCount(min(rows.bucket, piece), rows.address), experts, gpu)
@@ -252,8 +250,7 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _GemvShape:
-    """The blocks for each item, their warps, and their shared memory for pieces of each warp
-    (src/matmul/pieces.cuh)."""
+    """The blocks for each item, their warps, and shared memory for pieces of each warp (src/matmul/pieces.cuh)."""
 
     blocks: int
     warps: int
@@ -289,8 +286,7 @@ def _piece_bytes(weights: Weights) -> int:
 
 
 def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Returns warps, stages, bytes of a stage, and the blocks that a multiprocessor has registers and shared memory
-    for."""
+    """Returns warps, stages, bytes of a stage, and the blocks that run at once on a multiprocessor."""
     stages = 2 if piece_bytes > _LONG_PIECE_BYTES else 3
     stages = stages if gpu.compute_capability >= _ASYNCHRONOUS else 1
     of_registers = 5 if gpu.compute_capability >= _MATRIX_UNITS else 4

@@ -41,7 +41,6 @@ class KernelFolder(DiskCache):
         return None
 
     def keep(self, key: str, binary: Binary) -> Path:
-        """Writes a module like `write`."""
         name = _file_name(key, binary.data, f".{binary.kind}")
         self.write(name, [binary.data])
         return self.path / name
@@ -61,7 +60,6 @@ class CubinCache:
             self._instead.cleanup()
 
     def get(self, nvrtc: Nvrtc, name: str, text: str, architecture: int, *, anew: bool = False) -> Path:
-        """Returns the file of a module, which is compiled if it is missing or if `anew`."""
         of = "\0".join((text, *OPTIONS, machine_target(architecture), str(nvrtc.version)))
         key = f"{name}-{_digest(of.encode())}"
         found = None if anew else self._in_folder(lambda folder: folder.find(key))
@@ -71,7 +69,6 @@ class CubinCache:
         return self._in_folder(lambda folder: folder.keep(key, binary)) or self._keep_for_now(key, binary)
 
     def _in_folder(self, act: Callable[[KernelFolder], Path | None]) -> Path | None:
-        """Returns None also if the folder cannot be used."""
         if self._folder is None:
             return None
         try:

@@ -22,8 +22,6 @@ _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 @dataclass(eq=False, slots=True)
 class CupyBuffer:
-    """Implements `kernels.cuda.runtime.device.Buffer`."""
-
     device: CupyDevice
     address: int
     n_bytes: int
@@ -39,8 +37,6 @@ class CupyBuffer:
 
 @dataclass(eq=False, slots=True)
 class CupyGraph:
-    """Implements `kernels.cuda.runtime.device.Graph`."""
-
     device: CupyDevice
     graph: Any
 
@@ -52,7 +48,6 @@ class CupyGraph:
 
 
 def _part(buffer: Buffer, offset_bytes: int, n_bytes: int) -> int:
-    """Returns the address of bytes that are inside the buffer."""
     assert offset_bytes + n_bytes <= buffer.n_bytes, f"{offset_bytes} + {n_bytes} of {buffer.n_bytes} bytes"
     return int(buffer.at(offset_bytes))
 

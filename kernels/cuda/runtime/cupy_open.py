@@ -41,7 +41,6 @@ def import_cupy() -> Any:
 
 
 def gpu_properties(cupy: Any, index: int) -> GpuProperties:
-    """Raises UsageError if the GPU does not exist or is too old."""
     count = _count(cupy)
     gpus = [_properties(cupy, number) for number in range(count)]
     if index >= count:
@@ -78,7 +77,6 @@ def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
 
 
 def _count(cupy: Any) -> int:
-    """Raises UsageError without a GPU or driver."""
     runtime = cupy.cuda.runtime
     try:
         count: int = runtime.getDeviceCount()

@@ -52,6 +52,5 @@ class KernelLoader:
             return self._modules[module].get_function(function)
 
     def _module(self, name: str, *, anew: bool = False) -> Any:
-        """Opens a module; its file is read at the first function."""
         path = self._cubins.get(self._nvrtc, name, whole_text(modules()[name]), self.architecture, anew=anew)
         return self._cupy.RawModule(path=str(path))

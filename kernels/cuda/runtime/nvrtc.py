@@ -31,8 +31,6 @@ class Binary:
 
 
 class Nvrtc:
-    """The compiler in one shared library."""
-
     def __init__(self, path: str) -> None:
         """Raises UsageError for a library that is too old."""
         self._library = ctypes.CDLL(path)
@@ -64,7 +62,6 @@ class Nvrtc:
         return Binary(kind, self.translate(kind, name, text, (*options, f"--gpu-architecture={target}")))
 
     def translate(self, kind: str, name: str, text: str, options: Sequence[str]) -> bytes:
-        """Compiles to machine code ("cubin") or PTX ("ptx") by these options alone."""
         program = ctypes.c_void_p()
         source, given = text.encode(), [option.encode() for option in (*options, _ALL_ON_DEVICE)]
         made = self._library.nvrtcCreateProgram(ctypes.byref(program), source, f"{name}.cu".encode(), 0, None, None)

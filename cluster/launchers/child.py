@@ -41,8 +41,7 @@ class Child:
         self._process.send_signal(number)
 
     def _live(self, settings: WorkerSettings, ended: Ended) -> None:
-        """Runs in a thread that lives as long as the worker: the kernel ends the worker with the thread that started
-        it."""
+        """Runs in a thread that lives as long as the worker, since the kernel ends the worker with that thread."""
         try:
             self._process = process = subprocess.Popen(
                 worker_command(settings),

@@ -41,8 +41,7 @@ Compute = Callable[[Sequence[DraftOrder]], DraftReplies]
 
 
 def open_device(settings: WorkerSettings) -> Device:
-    """Opens the device of a model in this process, with this machine's caches and feature level. Raises UsageError for
-    a device that this machine lacks."""
+    """Opens a device with this machine's caches and feature level. Raises UsageError for a device that it lacks."""
     level = settings.feature_level or environment().feature_level or ""
     return Device.open(with_caches(replace(settings, feature_level=level)))
 
@@ -104,8 +103,8 @@ class LoadedDraftModel:
         self.is_lost = True
 
     def _tried(self, length: int) -> DraftTimes:
-        """Measures the shortest times behind `length` tokens of one sequence: other work may delay single steps. Raises
-        UsageError for a model whose logits are not finite."""
+        """Measures the shortest times behind `length` tokens. Raises UsageError for a model whose logits are not
+        finite."""
         task, tokens = SampleTask(SamplingParams(), 0, 0, 0), [0] * length
         self._drafter.draft([DraftOrder(-1, tokens, length, 1, task)])  # the first one is slow
         taken_in = self._drafter.draft([DraftOrder(-2, tokens, length, 0, task)])
@@ -211,8 +210,7 @@ def _too_short(path: Path, context: int, own_context: int) -> str:
 
 
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
-    """Returns the targets with the same tokens. Raises UsageError if there are none, or for a model that cannot drop
-    refused tokens."""
+    """Returns the targets with the same tokens. Raises UsageError for none, or for a model that cannot drop tokens."""
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
         raise UsageError(f"draft model {path}: layers with states, encoders and rerankers cannot draft; name another")
@@ -224,7 +222,6 @@ def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
 
 
 def _refusal(model: Model, target: Model) -> str:
-    """Returns the reason why its tokens are not the target's, or ""."""
     own, others = (each.file.metadata.get("tokenizer.ggml.tokens") for each in (model, target))
     if not isinstance(own, Sequence) or not isinstance(others, Sequence):
         return f"it or {target.file.path} has no tokens"

@@ -46,7 +46,6 @@ _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
 """The deadlines are long: no worker can be lost here, and a large model may be slow."""
 _CONTEXT_TOKENS = 4096
 OUTPUTS = 256
-"""The most outputs of a microbatch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +69,6 @@ class LocalSettings:
 
 
 def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
-    """Raises UsageError for sizes that are out of bounds."""
     trained = model.hyperparameters.context_length
     context = settings.context_length or min(trained, _CONTEXT_TOKENS)
     if not 0 < context <= trained:
@@ -221,8 +219,7 @@ class LocalStage:
                 use(rows)
 
     def _own_window(self, start: int, end: int) -> tuple[tuple[int, ...], int]:
-        """Returns `Chunk.window_table` and its first block for rows [start, end): a ring of blocks behind the
-        scheduler's."""
+        """Returns `Chunk.window_table` and its first block: a ring of blocks behind the scheduler's."""
         scheduling, group = self.scheduling, self.scheduling.window_group
         if group is None:
             return (), 0
@@ -279,7 +276,6 @@ def _device_kind(settings: LocalSettings, model: Model) -> str:
 
 
 def _with_own(blocks: BlockCounts, context_blocks: int, window: WindowGroup | None) -> BlockCounts:
-    """Returns the scheduler's blocks and those behind them, which `logits` uses."""
     own_window = 0 if window is None else window.sequence_blocks + window.row_blocks
     return BlockCounts(blocks.kv + context_blocks, blocks.window + own_window, blocks.states and blocks.states + 1)
 

@@ -42,8 +42,7 @@ _KILLED_S = 20.0
 
 
 class LocalLauncher(Launcher):
-    """Starts workers on this machine. Call `start` from a thread that lives as long as the cluster: workers end with
-    it."""
+    """Starts workers on this machine, which end with the thread that calls `start`."""
 
     def __init__(self, run: RunDirectory, logs: Path) -> None:
         self.listen = run.coordinator
@@ -138,7 +137,6 @@ class LocalLauncher(Launcher):
                 _kill(self._processes[settings.name], signal.SIGKILL)
 
     async def _restart(self, settings: WorkerSettings, how: str) -> bool:
-        """Returns False if the worker is not started any more."""
         while await self._restarts.may_restart(settings.name, how):
             try:
                 await self._spawn(settings)

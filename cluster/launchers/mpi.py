@@ -60,7 +60,6 @@ class MpiLauncher(RestartingLauncher):
         self._tasks.start(self._receive(reader, exited))
 
     async def stop(self) -> None:
-        """Sends SIGTERM, and SIGKILL a second later."""
         self._restarts.end()
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not await self._ended(_GRACE_S):
@@ -90,7 +89,6 @@ class MpiLauncher(RestartingLauncher):
         self._writer.write(to_bytes(message))
 
     async def _ended(self, within_s: float) -> bool:
-        """Waits for the workers of all ranks that are not lost."""
         waits = [event.wait() for name, event in self._running.items() if name not in self._lost]
         try:
             await asyncio.wait_for(asyncio.gather(*waits), within_s)

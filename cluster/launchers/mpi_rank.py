@@ -44,13 +44,11 @@ from llamaclust.worker.enrolment import pinned
 from llamaclust.worker.settings import WorkerSettings
 
 RANKED = "--ranked"
-"""The option by which rank 0 starts the coordinator."""
 _MPI_PREFIXES = ("OMPI_", "OPAL_", "ORTE_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYDRA_", "HYDI_", "I_MPI_", "MV2_")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """The id that tells machines apart, whatever their names."""
 _REST_S = 0.01
 _LOG_LOOK_S = 0.5
-"""The pause between checks of a log's size."""
 _CONNECT_S = 2.0
 _MEET_S = 60.0
 _DRAIN_S = 40.0
@@ -65,8 +63,7 @@ class RankLostError(WorkerError):
 
 
 def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
-    """Runs this rank's part of `mpirun -n WORKERS llamaclust up ...`; returns its exit code. `arguments`: those of
-    `up`."""
+    """Runs this rank's part of `mpirun -n WORKERS llamaclust up ARGUMENTS`; returns its exit code."""
     ranks = _Ranks()
     rank = _Rank(ranks, config)
     signal.signal(signal.SIGTERM, rank.on_signal)
@@ -151,7 +148,6 @@ class _Rank:
             self._leave_s = time.monotonic() + _DRAIN_S
 
     def run(self) -> int:
-        """Runs a rank other than the coordinator's until it has to leave."""
         self.ranks.send(Machine(self.ranks.own, _BOOT_ID.read_text()), 0)
         while time.monotonic() < self._leave_s:
             try:
@@ -239,8 +235,7 @@ class _Coordinator:
                     ranks.send(Leave(other, with_all=not ranks.lost), other)
 
     def _meet(self) -> bool:
-        """Waits for every rank's machine; False after a signal. Raises WorkerError after a minute: MPI starts all ranks
-        or none."""
+        """Waits for every rank's machine; False after a signal. Raises WorkerError after a minute."""
         ranks, end_s = self._rank.ranks, time.monotonic() + _MEET_S
         while missing := set(range(ranks.count)) - self._machines.keys():
             if self._rank.is_signalled or time.monotonic() > end_s:
@@ -260,7 +255,6 @@ class _Coordinator:
         return [rank for rank in range(1, ranks.count) if rank not in ranks.lost]
 
     def _live(self) -> int:
-        """Runs until the coordinator has ended; returns its exit code."""
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
@@ -304,8 +298,7 @@ class _Coordinator:
 
 
 def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen[bytes]:
-    """Starts the coordinator in a session of its own, so that a signal to the rank's process group does not end it at
-    once."""
+    """Starts the coordinator in a session of its own, so that a signal to the rank's group lets it end in order."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_MPI_PREFIXES)}
     command = [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, RANKED]
     return subprocess.Popen(command, stdin=to_rank.fileno(), env=variables, start_new_session=True)

@@ -63,8 +63,7 @@ class RayLauncher(RestartingLauncher):
         ]
 
     async def stop(self) -> None:
-        """Gives workers that have heard the registry's goodbye a moment; then removes all, and ends a Ray cluster that
-        was started here."""
+        """Gives the workers a moment to end; then removes all, and ends a Ray cluster that was started here."""
         self._stopping = True
         self._restarts.end()
         if self._watches:
@@ -148,7 +147,6 @@ async def _answer(reference: Any) -> Any:
 
 
 async def _end_of(actor: Any) -> tuple[str, str]:
-    """Returns how a present worker ended, and its last error."""
     from ray.exceptions import ActorDiedError, RayError
 
     try:
@@ -174,7 +172,6 @@ async def _replaced(actor: Any) -> None:
 
 
 def _reachable(library: Any, where: str) -> str:
-    """Returns the enrolment port's address for workers on other nodes."""
     host, port = split_address(where)
     return joined_address(library.util.get_node_ip_address() if host in ANYWHERE else host, port)
 

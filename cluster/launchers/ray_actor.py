@@ -20,7 +20,6 @@ from llamaclust.core.errors import UsageError
 from llamaclust.worker.settings import WorkerSettings
 
 PLACEMENT = "llamaclust"
-"""The placement group's name in the cluster's namespace."""
 CONCURRENCY = 8
 _LOG = Path("/proc/self/fd/2")
 _LOOK_S = 2.0
@@ -79,8 +78,7 @@ class WorkerActor:
         self._clear_up()
 
     def _clear_up(self) -> None:
-        """Removes the placement group once the last worker has ended, if the coordinator, which else does so, is
-        gone."""
+        """Removes the placement group after the last worker's end, unless the coordinator does so."""
         while not all(_is_over(name) for name in ray.util.list_named_actors()):
             time.sleep(_LOOK_S)
         ray.util.remove_placement_group(ray.util.get_placement_group(PLACEMENT))

@@ -54,8 +54,8 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects, and returns the library. Raises UsageError if the cluster must not be used, and LlamaclustError if
-        there is none."""
+        """Connects, and returns the library. Raises UsageError for a cluster without access control, and
+        LlamaclustError for none."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)
@@ -67,7 +67,6 @@ class RayCluster:
         return self._ray
 
     def close(self) -> None:
-        """Disconnects, and ends a cluster that was started here."""
         if self._ray is not None:
             self._ray.shutdown()
         if self._own is not None:
@@ -110,7 +109,6 @@ class RayCluster:
 
 
 def _address(given: str) -> str | None:
-    """Returns HOST:PORT, or None if no cluster is found."""
     from ray._private.services import canonicalize_bootstrap_address
 
     # Of its own "auto", Ray would take any cluster on this machine, others' too, and fail where there is none.
@@ -119,8 +117,7 @@ def _address(given: str) -> str | None:
 
 
 def _check(address: str, settings: Ray) -> None:
-    """Probes the head without a token and then with it: Ray itself would only report a failed connection, after
-    minutes."""
+    """Probes the head, without a token and then with it: Ray itself only reports a failed connection after minutes."""
     open_to_all = _probe(address, None)
     if open_to_all and not settings.allow_unauthenticated:
         why = "requires no token, so any client can run programs on it and read this cluster's secrets"
@@ -150,7 +147,6 @@ def _probe(address: str, token: str | None) -> bool:
 
 
 def _token() -> str:
-    """Returns this machine's token. Raises UsageError if it has none."""
     from ray import _raylet
     from ray.exceptions import AuthenticationError
 

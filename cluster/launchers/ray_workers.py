@@ -27,8 +27,8 @@ class RayWorkers:
         self.actors: dict[str, Any] = {}
 
     def take_back(self, wanted: Sequence[Any]) -> bool:
-        """Takes over actors of an earlier coordinator if they are exactly the wanted ones; else removes them. Raises
-        UsageError if they are another cluster's."""
+        """Takes over an earlier coordinator's actors if they are the wanted ones, else removes them. Raises UsageError
+        if they are another cluster's."""
         names = self._names()
         found = {name: self._request(name, "given") for name in names}
         if any(given is not None and given.cluster != self._cluster for given in found.values()):
@@ -54,7 +54,6 @@ class RayWorkers:
         return bool(self._group.wait(_READY_S))
 
     def free(self) -> Mapping[str, float]:
-        """Returns Ray's free resources, all nodes together."""
         free: dict[str, float] = self._ray.available_resources()
         return free
 
@@ -81,7 +80,6 @@ class RayWorkers:
             self.actors[given.settings.name] = self._ray.remote(WorkerActor).options(**options).remote(given)
 
     def restart(self, name: str) -> None:
-        """Kills an actor, and with it its worker; Ray starts both again."""
         self._ray.kill(self.actors[name], no_restart=False)
 
     def forget(self, name: str) -> None:
@@ -107,7 +105,6 @@ class RayWorkers:
         return sorted(self._ray.util.list_named_actors())
 
     def _request(self, name: str, method: str) -> Any:
-        """Returns None if the actor does not answer."""
         from ray.exceptions import RayError
 
         with suppress(RayError, ValueError):
@@ -115,7 +112,6 @@ class RayWorkers:
 
 
 def resources(worker: WorkerSettings) -> dict[str, float]:
-    """Returns the resources that Ray reserves for a worker."""
     needed: dict[str, float] = {"CPU": worker.threads or 1}
     if worker.memory_bytes is not None:
         needed["memory"] = worker.memory_bytes

@@ -53,7 +53,6 @@ class RestartPolicy:
             self._gave_up(name, why)
 
     def reset_restarts(self) -> None:
-        """Forgets restarts whose cause is gone."""
         self._starts_s.clear()
 
     async def may_restart(self, name: str, how: str) -> bool:

@@ -25,7 +25,6 @@ from llamaclust.worker.settings import WorkerSettings
 
 _STARTING_S = 60.0
 _MOST_HOSTS = 4
-"""The most addresses of this machine in the printed command."""
 _GPU = "  on a machine with an NVIDIA GPU the same with --device cuda:0"
 
 INSECURE = (
@@ -79,7 +78,6 @@ class StaticLauncher(Launcher):
         await self._ends.aclose()
 
     def restarting(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
-        """Restarts nothing: the starter of the workers does so."""
         return contextlib.nullcontext()
 
     def reset_restarts(self) -> None:
@@ -89,7 +87,6 @@ class StaticLauncher(Launcher):
         """Does nothing: a lost worker ends its stages itself when it hears that it is no member any more."""
 
     def last_error(self, name: str) -> str:
-        """Returns "": logs stay on the worker's machine."""
         return ""
 
     def refusal(self, name: str) -> str | None:
@@ -155,7 +152,6 @@ class RestartingLauncher(StaticLauncher):
 
     @property
     def _grace_s(self) -> float:
-        """The time in which a process starts, at least."""
         return max(_STARTING_S, super()._grace_s)
 
 

@@ -33,7 +33,6 @@ def worker_environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def describe_exit(code: int) -> str:
-    """Describes a process's end by its return code from `subprocess`."""
     if code >= 0:
         return f"its process ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"

@@ -41,7 +41,6 @@ def numa_nodes(config: ClusterConfig) -> dict[str, int | None]:
 
 
 def worker_settings(config: ClusterConfig) -> list[WorkerSettings]:
-    """Returns the settings of all workers, if they run on this machine."""
     threads, nodes, variables = thread_shares(config), numa_nodes(config), environment()
     common = {
         "feature_level": variables.feature_level or "",

@@ -25,8 +25,6 @@ _log = logging.getLogger(__name__)
 
 
 class AdapterUnloadedError(RequestError):
-    """An adapter was unloaded after the request for it had come."""
-
     http_status = 404
     code = "model_not_found"
 
@@ -111,8 +109,8 @@ class ServedAdapters:
         return self._uses[number]
 
     def use(self, scales: AdapterScales, received_ns: int) -> None:
-        """Counts a request that came at a time of the monotonic clock, or comes now (0). Raises AdapterUnloadedError if
-        an adapter that it chose was unloaded meanwhile."""
+        """Counts a request that came at that time, or now (0). Raises AdapterUnloadedError if its adapter was unloaded
+        since."""
         for number, _ in scales:
             if number not in self._present or 0 < received_ns < self._since_ns.get(number, 0):
                 raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile: send the request again")
@@ -136,7 +134,6 @@ class AdapterRecord:
     event loop does not wait for the disk."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the file; warns if it cannot."""
         self.path = path
         self._disk = DiskThread("adapter record")
         self._models: dict[str, list[tuple[int, ServedAdapter]]] = {}

@@ -15,7 +15,6 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.regular_file import file_version, read_text, write_text
 
 FILE_NAME = "api-keys"
-"""The default file name in the state directory."""
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _MOST_KEY_BYTES = 1 << 20
 _RANDOM_BYTES = 24
@@ -24,8 +23,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NamedKey:
-    """A key with the name in the comment above it, or else its number. `start` and `end`: its lines, with the
-    comment."""
+    """A key with the name in the comment above it, or else its number; its lines include the comment."""
 
     name: str
     key: str = field(repr=False)
@@ -49,8 +47,7 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
 
 
 class LiveKeys(Sequence[str]):
-    """The keys of a file, which is read again when it has changed; a bad file leaves the old keys valid. A request
-    reads the file's date alone."""
+    """The keys of a file, which is read again when its date changes; a bad file leaves the old keys valid."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -79,8 +76,7 @@ class LiveKeys(Sequence[str]):
 
 
 def first_key(path: Path) -> str:
-    """Returns the key that a client sends; others may read this file. Raises UsageError if it is unreadable or has no
-    key."""
+    """Returns the key that a client sends. Raises UsageError if the file is unreadable or has no key."""
     return _keys_of(path)[0]
 
 

@@ -17,14 +17,12 @@ def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterReco
 
 
 def recorded_clusters(state_dir: Path) -> list[ClusterRecord]:
-    """Returns the records of running clusters and of killed ones."""
     records = (folder.read_record() for folder in _folders(state_dir))
     return [record for record in records if record is not None]
 
 
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
-    """Returns the running cluster of that name, or the only one. Raises UsageError that lists the running clusters, or
-    says that the cluster's record is missing."""
+    """Returns the only running cluster, or that of the name. Raises UsageError that lists the running clusters."""
     running = running_clusters(state_dir)
     if name is None and len(running) == 1:
         name = next(iter(running))
@@ -42,7 +40,6 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
 
 
 def _check_record(state_dir: Path, name: str | None) -> None:
-    """Raises UsageError if a coordinator of that name, or any without a name, runs without a record."""
     for folder in _folders(state_dir):
         if name in (None, folder.path.name) and folder.is_running:
             raise UsageError(f"cluster {folder.path.name} is starting or ending: try again in some seconds")
@@ -56,8 +53,7 @@ def _folders(state_dir: Path) -> list[ClusterDir]:
 
 
 def _last_ended(state_dir: Path, name: str | None) -> str:
-    """Describes the end of the last cluster (of that name), with its logs; "" if there is none. A killed cluster counts
-    as the last, since the time of its end is unknown."""
+    """Describes the end of the last cluster of that name; "" for none. A killed cluster counts as the last one."""
     of_name = [folder for folder in _folders(state_dir) if name in (None, folder.path.name)]
     ended = [folder for folder in of_name if _last_change_s(folder) and not folder.is_running]
     if not ended:

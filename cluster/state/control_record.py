@@ -77,7 +77,7 @@ class ControlRecord:
         return seen_term <= self.term
 
     async def drain(self, names: frozenset[str]) -> None:
-        """Replaces the names of drained workers. Raises LlamaclustError if the file cannot be written."""
+        """Replaces the names of drained workers. Raises LlamaclustError if they cannot be written."""
         if names != self.drained or names != self._written_drained:
             self.drained = names
             await self._save(self._written_term)

@@ -37,7 +37,6 @@ _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 """The errors for a link, a folder, and a pipe that no process reads."""
 _STANDBY_LOOK_S = 0.05
 _LOOK_S = 0.5
-"""The pause between checks that a running cluster's folder still exists."""
 
 
 def _own_start_ticks() -> int:
@@ -76,8 +75,6 @@ _RECORD = TypeAdapter(ClusterRecord)
 
 @dataclass(frozen=True, slots=True)
 class ClusterDir:
-    """The folder of one cluster name."""
-
     path: Path
     _published: list[ClusterRecord] = field(default_factory=list, init=False, compare=False, repr=False)
 
@@ -109,7 +106,6 @@ class ClusterDir:
 
     @property
     def api_pem(self) -> Path:
-        """The key and self-signed certificate of the API."""
         return self.path / "api.pem"
 
     @property
@@ -131,7 +127,6 @@ class ClusterDir:
 
     @property
     def _standby(self) -> Path:
-        """The lock of a waiting standby."""
         return self.path / "standby"
 
     def create(self) -> None:
@@ -150,11 +145,8 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
-        """Holds the cluster's name for this process, and restores files that are deleted meanwhile.
-
-        Yields True. Raises UsageError if another process has the name; a standby waits for its end, and gets False if
-        it was stopped in order.
-        """
+        """Holds the cluster's name and restores files that are deleted meanwhile. Yields True. Raises UsageError if
+        another process has the name; a standby waits for its end, and gets False if that was in order."""
         self.create()
         lock, is_stopped = FileLock(self._lock), False
         if is_standby:
@@ -197,13 +189,12 @@ class ClusterDir:
                 raise UsageError(self._taken())
 
     def _forget_last(self) -> None:
-        """Removes the record of a killed process, and the mark of an earlier stop."""
         self._record.unlink(missing_ok=True)
         self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Waits for the lock. Returns True if its holder was stopped in order; any other end, or an unreadable folder,
-        is a reason to take over."""
+        """Waits for the lock. Returns True if its holder was stopped in order: any other end is a reason to take
+        over."""
         has_waited, standby = False, FileLock(self._standby)
         try:
             while not self._has_ended(lock):
@@ -259,7 +250,6 @@ class ClusterDir:
         return is_locked(self._standby)
 
     def ends_within(self, seconds: float) -> bool:
-        """Waits for the end of the process that holds the lock."""
         end = time.monotonic() + seconds
         while self.is_running:
             if time.monotonic() > end:
@@ -309,8 +299,7 @@ class ClusterDir:
 
 
 def open_log(path: Path, *, anew: bool) -> int:
-    """Opens a log to append to, or to begin `anew`. Raises UsageError for a link, a folder, a pipe or another user's
-    file."""
+    """Opens a log for appending. Raises UsageError for a link, a folder, a pipe or another user's file."""
     how = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         descriptor = os.open(path, how, 0o600)

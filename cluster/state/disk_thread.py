@@ -33,8 +33,7 @@ class DiskThread:
             raise LlamaclustError(f"{path}: cannot be written: {error.strerror}") from error
 
     async def call(self, work: Callable[[], Value]) -> Value:
-        """Raises the errors of `work`, and TimeoutError if it does not return in time or an earlier call still
-        hangs."""
+        """Raises the errors of `work`, and TimeoutError if it or an earlier call does not return in time."""
         if self.hangs:
             raise TimeoutError(errno.ETIMEDOUT, "an earlier write has not returned")
         loop = asyncio.get_running_loop()

@@ -31,8 +31,6 @@ class WorkerJoined:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The reason why a start waits, in one line."""
-
     text: str
 
 

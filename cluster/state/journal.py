@@ -51,8 +51,8 @@ class Journal:
     """
 
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """`sent_s`: the time for which requests with sent replies are kept. Once a newer coordinator than that of
-        `record` has begun, the file belongs to that one."""
+        """`sent_s`: the time for which sent replies are kept. The file belongs to `record`'s coordinator until a newer
+        one begins."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
@@ -70,8 +70,8 @@ class Journal:
         await self._writer.written(b"", is_synced=True)
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Completes when the record is on disk, or cannot be written. Simultaneous admissions share one fsync. Raises
-        SupersededError if the journal is sealed."""
+        """Completes when the record is on disk or cannot be written. Raises SupersededError if the journal is
+        sealed."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator takes no requests any more; try again")
         return self._writer.written(self._contents.add(request), is_synced=True)
@@ -81,8 +81,8 @@ class Journal:
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records how many times requests, by id, were computed again without a token. Returns once the record survives
-        this process."""
+        """Records how often requests were computed again without a token; returns once the record survives this
+        process."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             lines = b"".join(self._contents.add(Change(name, restores=count)) for name, count in times.items())
@@ -162,7 +162,6 @@ class _Contents:
         return line
 
     def sent(self, request_id: str) -> bytes:
-        """Marks a request as sent; ends the oldest sent ones if they are too large."""
         if request_id in self.sent_ids or not (lines := self.add(Change(request_id, is_sent=True))):
             return b""
         self.sent_ids[request_id] = None
@@ -178,8 +177,6 @@ class _Contents:
 
 
 class _Writer:
-    """Writes lines to the file on a thread: together, and no more often than needed."""
-
     def __init__(self, file: JournalFile, contents: _Contents) -> None:
         self.is_sealed = False
         self._file = file
@@ -284,8 +281,7 @@ class _Writer:
 
 
 class JournalFile:
-    """A file that is appended to, emptied or replaced as a whole, unless it is a newer coordinator's. Use it from one
-    thread at a time."""
+    """A file that only the newest coordinator appends to, empties or replaces. Use it from one thread at a time."""
 
     def __init__(self, path: Path, record: ControlRecord) -> None:
         self.path = path

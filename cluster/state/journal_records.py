@@ -42,8 +42,7 @@ _Messages = Annotated[Sequence[Mapping[str, Any]], PlainSerializer(json.dumps), 
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A point in time for later processes, on two clocks: the time since the machine started, which is never set, and
-    Unix time for other machines."""
+    """A point in time for later processes: the time since the machine started, and Unix time for other machines."""
 
     unix_s: float
     boot_s: float
@@ -62,11 +61,8 @@ class Instant:
 
 @dataclass(slots=True, kw_only=True)
 class RequestContext:
-    """An admitted request: the names of its reply, what makes a second computation give the same reply, and the
-    progress of an earlier coordinator.
-
-    The first computation adds values that later ones, with the same tokens, could not determine.
-    """
+    """An admitted request: the names of its reply, what makes a second computation give the same reply, and its
+    progress. The first computation adds values that later ones could not determine."""
 
     id: str
     seed: int  # where the body has none
@@ -107,7 +103,6 @@ class RequestContext:
         return self.is_background and self.is_sent
 
     def left_s(self, now: Instant) -> float:
-        """Returns the seconds until the request ends unanswered, or is not kept any more."""
         return self.limit_s - self.admitted.passed_s(now)
 
     def apply(self, change: Change) -> None:
@@ -131,8 +126,6 @@ class RequestContext:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of an admitted request: new tokens of one of its choices, or another new value."""
-
     id: str
     prompt: int = 0
     choice: int = 0
@@ -147,7 +140,6 @@ class Change:
 
     @classmethod
     def answered(cls, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> Change:
-        """Records tokens of a choice, from token number `start` on."""
         return cls(request_id, *choice, start, b"".join(_ROW.pack(row.token, row.logprob) for row in rows))
 
 
@@ -191,8 +183,7 @@ def read_journal(path: Path, now: Instant) -> list[RequestContext]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    """Yields the records on undamaged lines. The log counts damaged ones, except the last, which a coordinator's end
-    may have cut."""
+    """Yields records of undamaged lines; logs the count of others, except the last line, which a sudden end may cut."""
     damaged, number = [], 0  # numbers of lines
     try:
         file = open_regular(path)
@@ -230,8 +221,8 @@ def _texts(file: BinaryIO) -> Iterator[bytes]:
 
 
 def left_unanswered(journal: Path) -> str:
-    """Describes the requests that a coordinator leaves at its end in one line; "" for none. The next start reports an
-    unreadable journal."""
+    """Describes the requests that a coordinator leaves at its end in one line; "" for none, or an unreadable
+    journal."""
     try:
         number = _unanswered(read_journal(journal, Instant.now()))
     except (OSError, ValueError):

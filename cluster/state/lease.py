@@ -58,16 +58,14 @@ class LeaseLock:
         return self.renewed_s is not None and boot_s() - self.renewed_s < self._lease.duration * _RENEWED
 
     def take(self) -> bool:
-        """Returns True if this process now has the lease. Raises LlamaclustError without an answer of the API
-        server."""
+        """Returns True if this process now has the lease. Raises LlamaclustError if the API server fails."""
         begun_s, lease = boot_s(), self._read()
         if not self._is_free(lease.get("spec") or {}):
             return False
         return self._write(lease, begun_s)
 
     def renew(self) -> None:
-        """Raises SupersededError if another process has the lease, and LlamaclustError without an answer of the API
-        server."""
+        """Raises SupersededError if another process has the lease, and LlamaclustError if the API server fails."""
         begun_s, lease = boot_s(), self._read()
         holder = _holder(lease)
         if holder not in ("", self.identity):
@@ -133,8 +131,7 @@ class LeaseLock:
 
 @contextmanager
 def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
-    """Renews a taken lease, and gives it up at the end. If it is not renewed in time, `lost` gets the reason, in a
-    thread."""
+    """Renews a taken lease, and gives it up at the end. `lost` gets the reason if it expires, in a thread."""
     end = threading.Event()
     reasons = ["it was not renewed in time"]
 

@@ -46,8 +46,6 @@ class OtherLoad:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """The fields beside those of a profile."""
-
     other_load: OtherLoad | None = None
 
 
@@ -81,8 +79,6 @@ def other_load(before: CpuSeconds, after: CpuSeconds, cores: int) -> OtherLoad |
 
 
 class LoadMeter:
-    """Measures the load from its start to each call of `measure`."""
-
     def __init__(self) -> None:
         self._started = _read()
 
@@ -141,6 +137,5 @@ def read_profiles(state_dir: Path) -> dict[str, Profile]:
 
 
 def read_other_loads(state_dir: Path) -> dict[str, OtherLoad]:
-    """Returns the known loads of other programs during measurements, by the keys of profiles."""
     found = read_values(state_dir / _FILE, _LOADS)
     return {key: each.other_load for key, each in found.items() if each.other_load is not None}

@@ -230,8 +230,7 @@ class SharesKv(Protocol):
     def load_beside(
         self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> Stage:
-        """Loads the same layers with other adapters. The two stages share KV memory and take turns; `stage` may be in a
-        run meanwhile."""
+        """Loads the same layers with other adapters; both stages share KV memory and take turns, even during a run."""
 
 
 @runtime_checkable

@@ -1,5 +1,4 @@
-"""Checks that the compiled module has what its stub says: a module of an older build would fail late, at a missing
-name."""
+"""Checks that the compiled module has what its stub says: an older build would fail late, at a missing name."""
 
 from __future__ import annotations
 

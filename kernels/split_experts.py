@@ -95,8 +95,7 @@ def _from_hidden(step: Moe, hidden: Buffer, out: Buffer) -> tuple[Step, ...]:
 
 
 class SplitExpertsBackend:
-    """Implements `kernels.backend.Backend`: loads programs on `rest`, except the experts of `layers`, which `experts`
-    computes."""
+    """Loads programs on `rest`, except the experts of `layers`, which `experts` computes."""
 
     def __init__(
         self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int], cache_bytes: int = 0

@@ -43,8 +43,7 @@ class Arrivals:
         self._short: LlamaclustError | None = None
 
     async def wait(self) -> None:
-        """Returns when all workers are present, or enough. Raises DeadlineError that names the missing ones, and
-        WorkerError for a worker whose process ended before it joined."""
+        """Raises DeadlineError that names missing workers, and WorkerError for one that ended before it joined."""
         wait_s = self._awaited.wait_s
         try:
             async with deadline("workers joining", wait_s):

@@ -103,8 +103,7 @@ class LoadedDraftModel:
         self.is_lost = True
 
     def _tried(self, length: int) -> DraftTimes:
-        """Measures the shortest times behind `length` tokens. Raises UsageError for a model whose logits are not
-        finite."""
+        """Measures the shortest times after `length` tokens. Raises UsageError if logits are not finite."""
         task, tokens = SampleTask(SamplingParams(), 0, 0, 0), [0] * length
         self._drafter.draft([DraftOrder(-1, tokens, length, 1, task)])  # the first one is slow
         taken_in = self._drafter.draft([DraftOrder(-2, tokens, length, 0, task)])

@@ -54,8 +54,7 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects, and returns the library. Raises UsageError for a cluster without access control, and
-        LlamaclustError for none."""
+        """Connects. Raises UsageError for a cluster that must not be used, and LlamaclustError if there is none."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)

@@ -1,5 +1,4 @@
-"""The meeting place of a local cluster's processes: sockets and the token, in a directory that only their user may
-enter."""
+"""The meeting place of a local cluster's processes: sockets and the token, private to their user."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Adapters of LoRA that a model is served with, by stable numbers; the requests that use them; their record for the
-next coordinator."""
+"""The adapters (LoRA) that a model is served with: their numbers, requests, and record for the next coordinator."""
 
 from __future__ import annotations
 
@@ -109,8 +108,7 @@ class ServedAdapters:
         return self._uses[number]
 
     def use(self, scales: AdapterScales, received_ns: int) -> None:
-        """Counts a request that came at that time, or now (0). Raises AdapterUnloadedError if its adapter was unloaded
-        since."""
+        """Counts a request of that time, or of now (0). Raises AdapterUnloadedError if its adapter was unloaded."""
         for number, _ in scales:
             if number not in self._present or 0 < received_ns < self._since_ns.get(number, 0):
                 raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile: send the request again")
@@ -163,8 +161,7 @@ class AdapterRecord:
         return True
 
     async def write(self, model: str, adapters: Sequence[tuple[int, ServedAdapter]]) -> None:
-        """Records the loaded adapters; returns when they are on disk. Raises LlamaclustError and keeps the old record
-        if that fails."""
+        """Returns when the record is on disk. Raises LlamaclustError, and keeps the old record, if that fails."""
         names = {adapter.name for _, adapter in adapters}
         absent = [(number, adapter) for number, adapter in self._absent.get(model, []) if adapter.name not in names]
         await self._write(model, adapters, absent)

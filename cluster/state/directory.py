@@ -160,8 +160,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Publishes the cluster of a lease's holder, and restores deleted files. The file lock is taken unless a
-        hanging coordinator has it."""
+        """Publishes the cluster of a lease's holder. Takes the file lock unless a hanging coordinator has it."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)
@@ -193,8 +192,7 @@ class ClusterDir:
         self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Waits for the lock. Returns True if its holder was stopped in order: any other end is a reason to take
-        over."""
+        """Waits for the lock. True if its holder was stopped in order; any other end is a reason to take over."""
         has_waited, standby = False, FileLock(self._standby)
         try:
             while not self._has_ended(lock):

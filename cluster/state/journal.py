@@ -45,14 +45,11 @@ _log = logging.getLogger(__name__)
 
 
 class Journal:
-    """The open journal of one coordinator. Use it from one event loop; `aclose` it.
-
-    Disk errors do not reach requests: if nothing can be written, requests are served without a record.
-    """
+    """The open journal of one coordinator, for one event loop. A failing disk does not fail requests: they have no
+    record."""
 
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """`sent_s`: the time for which sent replies are kept. The file belongs to `record`'s coordinator until a newer
-        one begins."""
+        """`sent_s`: the time for which sent replies are kept. A newer coordinator than `record`'s owns the file."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
@@ -70,8 +67,7 @@ class Journal:
         await self._writer.written(b"", is_synced=True)
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Completes when the record is on disk or cannot be written. Raises SupersededError if the journal is
-        sealed."""
+        """Completes when the record is on disk or cannot be written. Raises SupersededError once sealed."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator takes no requests any more; try again")
         return self._writer.written(self._contents.add(request), is_synced=True)
@@ -81,8 +77,7 @@ class Journal:
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records how often requests were computed again without a token; returns once the record survives this
-        process."""
+        """Counts computations without a new token; returns once the counts survive this process."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             lines = b"".join(self._contents.add(Change(name, restores=count)) for name, count in times.items())
@@ -100,8 +95,7 @@ class Journal:
             asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
 
     def completed(self, request_id: str, limit_s: float) -> None:
-        """Marks a background request whose whole reply is computed: until `limit_s` after its admission, a successor
-        computes it again when a client requests it."""
+        """Marks a computed background reply: until `limit_s` after admission, a successor computes it if requested."""
         self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
     def end(self, request_id: str) -> None:

@@ -221,8 +221,7 @@ def _texts(file: BinaryIO) -> Iterator[bytes]:
 
 
 def left_unanswered(journal: Path) -> str:
-    """Describes the requests that a coordinator leaves at its end in one line; "" for none, or an unreadable
-    journal."""
+    """Describes the requests that a coordinator leaves in one line; "" for none, or an unreadable journal."""
     try:
         number = _unanswered(read_journal(journal, Instant.now()))
     except (OSError, ValueError):

@@ -212,8 +212,7 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """Raises ModelFileError for a program without kernels, and InsufficientMemoryError. `observed`: the stage has
-        `inputs` of its matrices after each run."""
+        """Raises ModelFileError for a program without kernels. `observed`: the stage has `inputs` after each run."""
         found: list[Observed] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)

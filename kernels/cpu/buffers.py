@@ -11,8 +11,8 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(slots=True)
 class Buffers:
-    """The numbers of buffers. A name and width have up to two: a private one for steps that work row by row, of which
-    each thread may keep a copy, and a shared one for results of matrix products and attention."""
+    """The numbers of buffers. A name and width have up to two: a private one, of which each thread may keep a copy, for
+    steps that work row by row, and a shared one for results of products and attention."""
 
     plan: Plan
     ids: dict[tuple[ir.Buffer, bool, bool], int] = field(default_factory=dict)

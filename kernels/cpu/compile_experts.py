@@ -1,5 +1,4 @@
-"""Compiles mixtures of experts for another device to parts of a plan: each mixture whole, or choice and experts
-apart."""
+"""Compiles mixtures of experts for another device to parts of a plan: whole, or choice and experts apart."""
 
 from __future__ import annotations
 
@@ -42,8 +41,8 @@ class _ExpertsCompiler(Compiler):
         return Compiled(self.plan, None)
 
     def run_lines(self) -> CompiledLines:
-        """A line is a row and one of its experts. The expert has 1 among the `experts` channels behind the row's own,
-        and the others 0: so no line can name an expert that does not exist."""
+        """A line is a row, then `experts` channels with 1 for its expert and 0 for others, so that no line names a
+        missing one."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, False)

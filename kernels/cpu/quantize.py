@@ -51,8 +51,8 @@ def most_of(quant_type: QuantType) -> float:
 def quantize(
     quant_type: QuantType, x: Float32, importance: Float32 | None, feature_level: str = ""
 ) -> NDArray[np.uint8]:
-    """Quantizes weights [rows, width], none beyond `most_of` the type, to bytes [rows, row bytes]. `importance` [width]
-    weighs errors by column: positive, with mean 1."""
+    """Quantizes weights [rows, width] up to `most_of` the type to bytes. `importance` [width] has positive numbers of
+    mean 1."""
     match quant_type:
         case QuantType.F32:
             return x.view(np.uint8)

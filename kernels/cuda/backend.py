@@ -38,8 +38,7 @@ _RESERVED_SHARE = 256
 
 
 class CudaBackend:
-    """Implements `kernels.backend.Backend` in a GPU's memory. `threads` pack weights; without `graphs` every step makes
-    its launches anew."""
+    """Implements `kernels.backend.Backend` on a GPU. `threads` pack weights; `graphs`: launches are captured."""
 
     numerics_version = NUMERICS_VERSION
 
@@ -97,8 +96,7 @@ class CudaBackend:
                 memory.close()
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
-        """Closes caches of experts. Raises ModelFileError for a program without kernels, and
-        InsufficientMemoryError."""
+        """Closes caches of experts. Raises ModelFileError for a program without kernels."""
         for cache in tuple(self._caches):
             cache.close()
         plan = _plan(program, tensors, limits, LaunchLimits.of(self._device))
@@ -166,8 +164,8 @@ class CudaBackend:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns the bytes of a stage on a GPU beside weights and KV memory: buffers, and what is rounded up. Needs no
-    GPU. Raises ModelFileError for a program that GPUs cannot compute."""
+    """Returns bytes beside weights and KV memory. Needs no GPU. Raises ModelFileError for a program that no GPU
+    computes."""
     plan = _plan(program, tensors, limits)
     rounded = plan.kv_allocated_bytes - kv_bytes(program, limits)
     return plan.buffers_allocated_bytes + rounded + rounded_weight_bytes(program, tensors)

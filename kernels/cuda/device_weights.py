@@ -87,8 +87,7 @@ class DeviceWeights:
         self._loaded: WeakValueDictionary[tuple[object, ...], LayerMemory] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> tuple[LayerMemory, ...]:
-        """Returns the memory of the program's weights. Raises the errors of the CPU's `WeightStore.load`, and
-        InsufficientMemoryError if the device's memory is short."""
+        """Raises the errors of the CPU's `WeightStore.load`, and InsufficientMemoryError."""
         check_weights(program, tensors)
         layers = layers_of_weights(tensors[name] for name in program.weights)
         with self._lock:
@@ -160,8 +159,8 @@ class _Uploads:
 
 
 class LoadProgress:
-    """Reports weight bytes. 1 / `_KERNELS_SHARE` of them are reported as modules are compiled, so that a load that
-    waits for the compiler makes progress. Thread-safe."""
+    """Reports weight bytes, 1 / `_KERNELS_SHARE` of them as modules are compiled, so that compiling is progress.
+    Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress

@@ -73,8 +73,7 @@ class BackgroundWriter:
             thread.join()
 
     def end(self) -> None:
-        """Finishes the current write if that takes at most a second, and drops the queue. An unfinished file is
-        deleted."""
+        """Finishes the current write if that takes at most a second, and drops the queue and an unfinished file."""
         with self._lock:
             self._queue.clear()
             thread = self._thread

@@ -46,8 +46,7 @@ def load_tensors(
     progress: Progress | None,
     since_ns: int | None = None,
 ) -> Loaded:
-    """Raises ModelFileError for a changed file. `progress` counts resident bytes; `since_ns`: see
-    `PackedCache.open`."""
+    """Raises ModelFileError for a changed file. `progress` counts resident bytes."""
     layers = packed_layers_of(tensors)
     cached = {} if cache is None else cache.open(layers, pool, progress, since_ns)
     packed = {layer: Memory(layer.n_bytes) for layer in layers if layer not in cached}

@@ -22,8 +22,7 @@ _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Weight:
-    """A loaded tensor: a float32 vector, or packed matrices (one, or one for each expert); or a stand-in of this
-    shape."""
+    """A loaded tensor: a float32 vector, or packed matrices (one, or one for each expert); or a stand-in."""
 
     quant_type: QuantType
     matrices: tuple[PackedMatrix, ...] = ()

@@ -1,4 +1,4 @@
-"""Types whose weights are points of a fixed grid, four or eight at a time; layouts and float order are ggml's."""
+"""Types whose weights are points of a fixed grid; layouts (a block's bytes in order) and float order are ggml's."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def iq1_s(blocks: Bytes) -> Float32:
 
 
 def iq1_m(blocks: Bytes) -> Float32:
-    """Grid bytes, one for 8 weights | 4 bits: upper grid bits, sign of delta | four words of 4 x 3 scale bits, a
-    quarter of d above them."""
+    """A grid byte for 8 weights | 4 bits: upper grid bits, sign of delta | four words: 4 x 3 scale bits, a quarter of
+    d."""
     codes = words(blocks[:, 48:], np.uint16)
     quarters = codes >> 12 << np.array([0, 4, 8, 12], np.uint16)
     d = np.bitwise_or.reduce(quarters, axis=1, keepdims=True).view(np.float16).astype(np.float32)

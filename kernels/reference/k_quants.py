@@ -1,4 +1,5 @@
-"""Blocks of 256 weights with scales of 16 or 32 of them, and the ternary types; layouts and float order are ggml's."""
+"""Blocks of 256 weights with scales of 16 or 32, and ternary types; layouts (bytes in order) and float order are
+ggml's."""
 
 from __future__ import annotations
 
@@ -63,8 +64,7 @@ def q6_k(blocks: Bytes) -> Float32:
 
 
 def _ternary_digits(data: Bytes, digits: int) -> Bytes:
-    """Returns base-3 digits 0..2 of each byte, a fraction of 256, the highest first: [blocks, n] -> [blocks, digits *
-    n]."""
+    """Returns base-3 digits of each byte, a fraction of 256, the highest first: [blocks, n] -> [blocks, digits * n]."""
     powers = np.array([3**i for i in range(digits)], np.uint8)[:, None]
     fractions = data[:, None, :] * powers
     return (fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(data), -1)

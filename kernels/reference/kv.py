@@ -114,8 +114,7 @@ class LayerKv:
             self._values.store(places, values.reshape(shape))
 
     def load(self, table: Int32, count: int) -> tuple[Float64, Float64]:
-        """Returns keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim] of positions [0, count); NaN
-        in missing blocks."""
+        """Returns keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim]; NaN in missing blocks."""
         positions = np.arange(count, dtype=np.int32)
         places, gone = _places(table, positions), table[positions // KV_BLOCK_TOKENS] < 0
         keys = self._keys.load(places)

@@ -37,8 +37,7 @@ def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int,
 
 
 def _draw(row: Candidates) -> int:
-    """Draws by the inverse CDF over candidates in order: the high half of random bits times the sum is uniform below
-    it."""
+    """Draws by the inverse CDF in the candidates' order: the high half of bits times the sum is uniform below it."""
     target = (random_bits(row.task) * sum(row.weigh())) >> 64
     return next(rank for rank, so_far in enumerate(accumulate(row.w)) if so_far > target)
 

@@ -25,8 +25,7 @@ def logprobs(logits: Float32) -> Float32:
 
 
 def run(logits: Float32, task: RowTask, allowed: NDArray[np.bool_] | None = None) -> RowResult:
-    """Returns the result for one row [vocabulary] of finite logits, among the `allowed` tokens. No chain: the default
-    one."""
+    """Returns the result for one row [vocabulary] of finite logits. No chain: the default one."""
     if isinstance(task, SampleTask):
         x = logits.copy()
         for token, bias in task.params.logit_bias:

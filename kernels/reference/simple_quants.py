@@ -1,4 +1,4 @@
-"""Floats, and blocks of 32 weights (or 64, 128) with one scale, or few; layouts and float order are those of ggml."""
+"""Floats, and blocks of 32 to 128 weights with few scales; layouts (bytes in order) and float order are ggml's."""
 
 from __future__ import annotations
 

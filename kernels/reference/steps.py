@@ -1,5 +1,4 @@
-"""Every step kind in NumPy: sums in float64, in an order that does not depend on other rows; results rounded to
-float32."""
+"""Every step kind in NumPy: sums in float64, in an order independent of other rows; results rounded to float32."""
 
 from __future__ import annotations
 
@@ -262,8 +261,7 @@ def expert_choice(step: ir.Moe, state: State) -> Float32:
 def expert_results(
     step: ir.Moe, state: State, choice: Float32, experts: range, given: Float32 | None = None
 ) -> Float32:
-    """Returns results of `experts` at the ranks that chose them, [rows, used * width]; other ranks are as `given`, or
-    0."""
+    """Returns [rows, used * width] at the ranks that chose `experts`; other ranks are as `given`, or 0."""
     x, width = state[step.x], step.out.width
     out = np.zeros((len(x), step.used * width), np.float32) if given is None else given.copy()
     for row, (ids, shares) in enumerate(zip(choice[:, : step.used].astype(int), choice[:, step.used :], strict=True)):

@@ -16,8 +16,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError if the batch exceeds the limits. `window`: the largest window of layers that release blocks out
-    of it."""
+    """Raises ValueError if the batch exceeds limits. `window`: the largest of layers that release blocks out of it."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     _check_range("rows", rows, 1, limits.max_batch_tokens + 1)

@@ -137,8 +137,7 @@ class ExpertsEmitter:
 
     @property
     def _bias_rows(self) -> int:
-        """The rows of a bias tile: products read float32 biases in their tiles; others are dequantized to plain
-        rows."""
+        """The rows of a bias tile: products read float32 biases in tiles; others are dequantized to plain rows."""
         is_plain = all(self.ops.weights[name].quant_type is QuantType.F32 for name in self.step.biases)
         return TILE_ROWS if self.step.biases and is_plain else 1
 

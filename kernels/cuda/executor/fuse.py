@@ -21,8 +21,7 @@ TypeOf = Callable[[str], QuantType]
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """The norm of a row, or of the sum `add`, in the formats of the products after it: F32, which later steps may read
-    as well, or 8-bit ones."""
+    """The norm of a row, or of the sum `add`, in the formats of the products after it and, if read later, F32."""
 
     norm: ir.RmsNorm
     add: ir.Add | None
@@ -42,8 +41,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Attention behind norms of the heads of queries, keys or both. `format`: the only format in which its result is
-    read, if this has eight bits."""
+    """Attention behind norms of heads of queries, keys or both. `format`: the only one in which its result is read."""
 
     attend: Attend
     norms: tuple[ir.RmsNorm, ...] = ()
@@ -90,8 +88,7 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats of `out` that the `makers` steps before `reader` must write; empty if `reader` does not
-        read it."""
+        """Returns the formats of `out` that the `makers` steps before `reader` must write; empty if it reads none."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)

@@ -45,8 +45,7 @@ class InputBuffer:
         return Inputs(header, header + np.uint64(2 * _INT), *parts[:5], *parts[9:], *parts[5:9])
 
     def fill(self, pinned: NDArray[np.uint8], batch: Batch) -> int:
-        """Writes a microbatch's numbers; returns the bytes of `pinned` to copy. Raises ValueError if limits are
-        exceeded."""
+        """Writes a microbatch's numbers; returns the bytes to copy. Raises ValueError if limits are exceeded."""
         check_batch(batch, self._limits, self._window)
         numbers = pinned.view(np.int32)
         header = (batch.rows, len(batch.sequence_starts) - 1, len(batch.output_rows))

@@ -29,8 +29,7 @@ class Plan:
     def __init__(
         self, program: Program, weights: Mapping[str, Weights], limits: StageLimits, gpu: LaunchLimits = ANY_GPU
     ) -> None:
-        """Takes weights without addresses. Buffer sizes do not depend on the GPU. Raises ValueError if the program does
-        not hold together."""
+        """Takes weights without addresses. Raises ValueError if the program does not hold together."""
         self.program = program
         self.weights = weights
         self.limits = limits

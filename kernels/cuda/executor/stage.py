@@ -41,8 +41,7 @@ class SegmentPlan(Protocol):
 
 
 class LaunchCache:
-    """The launches of each shape, in segments between which the host computes. A shape's second use captures each
-    segment as a graph."""
+    """The launches of each shape, in segments between the host's steps. A shape's second use captures graphs."""
 
     def __init__(self, device: Device, plan: SegmentPlan, graphs: bool) -> None:
         self._device = device
@@ -87,8 +86,7 @@ class CudaStage:
     def __init__(
         self, gpu_lock: GpuLock, plan: Plan, weights: Sequence[LayerMemory], kv: Buffer, buffers: Buffer, graphs: bool
     ) -> None:
-        """`plan` is bound to its buffers; `kv` and `buffers` are freed with the stage; `graphs`: launches are
-        captured."""
+        """`plan` is bound to its buffers; `kv` and `buffers` are freed with the stage."""
         for buffer in (kv, buffers):
             finalize(self, buffer.close)
         self._gpu_lock = gpu_lock

@@ -1,5 +1,4 @@
-"""The blocks from which a microbatch's sequences read states and to which they write them, as numbers for the
-device."""
+"""The blocks of a microbatch's states, to read and to write, as numbers for the device."""
 
 from __future__ import annotations
 

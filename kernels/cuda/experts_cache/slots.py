@@ -59,8 +59,7 @@ class SlotLayout:
 
 
 def slot_counts(experts: Mapping[SlotLayout, int], n_bytes: int) -> dict[SlotLayout, int]:
-    """Returns the slots of each layout's pool, in `n_bytes` together: shared by the bytes of all experts, at most one
-    slot an expert."""
+    """Returns the slots of each layout's pool, in `n_bytes` together, as shares by the bytes of all experts."""
     total = sum(layout.expert_bytes * count for layout, count in experts.items())
     share = min(1.0, n_bytes / total)
     counts = {

@@ -39,8 +39,7 @@ _NO_WINDOW = (1 << 31) - 1
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The memory that all attention steps of a stage share. `slots`: room for spans of single rows that are computed
-    apart."""
+    """The memory that all attention steps of a stage share. `slots`: spans of single rows that are computed apart."""
 
     max_rows: int
     slots: int
@@ -138,8 +137,7 @@ def _group(step: Attention) -> int:
 
 
 def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
-    """Returns the queries of a tile: the most whose scores fit into shared memory, since larger tiles read keys and
-    values less often. Raises ModelFileError if no tile fits."""
+    """Returns a tile's queries, as many as shared memory has scores for. Raises ModelFileError if no tile fits."""
     for queries in _MANY_QUERIES[step.kv_type]:
         if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
             return queries
@@ -227,8 +225,7 @@ def _merged_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """True if the kernel of few queries can transform queries and store the row's key and value, which then fit into
-    the shared memory of every GPU."""
+    """True if the kernel of few queries stores the row's key and value, which it keeps in shared memory of any GPU."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
     return queries > 0 and not step.shares_kv and fits
@@ -255,8 +252,7 @@ def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
 
 
 def _quantized_together(step: Attention) -> int:
-    """Returns the number of neighbouring KV heads with whole pieces of 256 channels; 0 if a block cannot merge as
-    many."""
+    """Returns the neighbouring KV heads with whole pieces of 256 channels; 0 for more than a block merges."""
     own = _group(step) * step.value_dim
     kv_heads = lcm(own, _MERGED_CHANNELS) // own
     return kv_heads if kv_heads * _group(step) <= _MOST_MERGED_HEADS else 0
@@ -302,8 +298,7 @@ class AttentionLaunches:
         return next(fewer, most) if self.decode else most
 
     def _have_room(self, step: Attention, queries: int) -> bool:
-        """True if there are two multiprocessors for each part of a row's heads: each part reads all keys and values,
-        and long contexts have several spans."""
+        """True if there are two multiprocessors for each part of a row's heads, which reads all keys and values."""
         return 2 * self.rows * step.kv_heads * _parts(step, queries) <= self.gpu.sms
 
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:

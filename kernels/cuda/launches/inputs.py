@@ -30,8 +30,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class RowCount:
-    """A number of rows: the grid is sized for `bucket` rows, and `multiple` times the int32 at `address` are
-    computed."""
+    """A grid of `bucket` rows, of which `multiple` times the int32 at `address` are computed."""
 
     bucket: int
     address: np.uint64

@@ -270,8 +270,7 @@ class _GemvShape:
 
 
 def _turn(weights: Weights, rows: int, gpu: LaunchLimits) -> int:
-    """Returns the pieces that a warp multiplies before its turn to add them: enough for a turn of each warp, if they
-    fit."""
+    """Returns the pieces that a warp multiplies before it adds them: enough for a turn of each warp, if they fit."""
     if gpu.compute_capability < _BULK or weights.activation is not ActivationFormat.Q8_256:
         return 1
     if _piece_bytes(weights) > _TURN_PIECE_BYTES:

@@ -178,8 +178,8 @@ class ExpertsStage(Protocol):
         """Computes the mixture of that number, in the order of steps. The next call overwrites the result."""
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns each row's experts [rows, used] and their weights, by rank. This method and those below need experts
-        that were loaded with `lines`."""
+        """Returns each row's experts [rows, used] and their weights, by rank; needs experts loaded with `lines`, as
+        below."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
         """Returns the unweighted output of expert experts[i] for x[i]. The next call overwrites the result."""
@@ -191,8 +191,6 @@ class ExpertsStage(Protocol):
 
 
 class ExpertsCache(Protocol):
-    """Copies of often used experts on the device of a stage with exchanges."""
-
     n_bytes: int
 
     @property
@@ -253,8 +251,8 @@ class ExchangingBackend(Backend, Protocol):
         limits: StageLimits,
         n_bytes: int,
     ) -> ExpertsCache | None:
-        """Returns a cache of at most `n_bytes` of `experts`, which this program loaded, beside a stage of this backend;
-        None if no expert fits."""
+        """Returns a cache of at most `n_bytes` of loaded `experts` beside a stage of this backend; None if no expert
+        fits."""
 
 
 class ExpertsBackend(Backend, Protocol):

@@ -18,8 +18,6 @@ class Products:
 
 @dataclass(frozen=True, slots=True)
 class Attend:
-    """Attention that rotates queries and keys itself."""
-
     attention: ir.Attention
     rotate_q: ir.Rope | None = None
     rotate_k: ir.Rope | None = None
@@ -27,8 +25,6 @@ class Attend:
 
 @dataclass(frozen=True, slots=True)
 class Adapts:
-    """An adapter's additions to products of the same x."""
-
     x: ir.Buffer
     steps: tuple[ir.Adapt, ...]
 
@@ -98,8 +94,7 @@ def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
 
 
 def _attend(program: ir.Program, at: int) -> Attend | None:
-    """Returns the attention at `at` with the rotations of its q and k before it, if no other step reads their
-    results."""
+    """Returns the attention at `at` with the rotations of its q and k before it, if nothing else reads these."""
     ropes: dict[str, ir.Rope] = {}
     step = program.steps[at]
     while isinstance(step, ir.Rope):

@@ -45,8 +45,7 @@ def borders_in(step: ir.Gather, width: int) -> list[int]:
 
 
 def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
-    """Returns for each member if its columns of the gathered rows [rows, width] are finite. Int8 values show it by
-    their scales alone."""
+    """Returns for each member if its columns [rows, width] are finite; int8 values show it by their scales."""
     form = next((form for form in _PACKED if packed_width(step.borders[-1], form) == whole.shape[1]), None)
     borders = borders_in(step, whole.shape[1])
     if form is not None:

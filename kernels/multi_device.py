@@ -27,14 +27,15 @@ from llamaclust.model.program import Attention, Buffer, Gather, Join, Program, S
 
 @dataclass(frozen=True, slots=True)
 class BackendLayers:
+    """The layers [start, end) of a backend."""
+
     backend: Backend
     start: int
     end: int
 
 
 class MultiDeviceBackend:
-    """Implements `kernels.backend.Backend` for a program that is divided into `parts` in order of layers. KV memory is
-    on the device of its layer."""
+    """A backend of `parts` in order of layers, each with the KV memory of its layers."""
 
     def __init__(self, parts: Sequence[BackendLayers]) -> None:
         assert parts and all(part.end == after.start for part, after in pairwise(parts)), parts
@@ -186,12 +187,10 @@ class _Carried:
         return Buffer(name, self.hidden.width + self.further.width - self.start)
 
     def packed(self, first: int) -> tuple[Step, Step]:
-        """Returns the steps behind layers that have the further channels from `first` on."""
         have, rest = self._from(first), Buffer("further inputs", self.further.width - self.start)
         return Slice(have, rest, self.start - first), Join(self.hidden, rest, self.whole("sent"))
 
     def unpacked(self, steps: Iterable[Step]) -> tuple[Step, ...]:
-        """Returns the steps behind those that divide the given rows."""
         given, own = self.whole("given"), self._from(self.start)
         moved = (
             replace(step, x=own, start=step.start - self.start)

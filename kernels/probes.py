@@ -7,8 +7,7 @@ from llamaclust.kernels import _native
 
 
 class ReadProbe:
-    """Measures the read bandwidth of `threads` together, over one buffer of 16 times the last cache, or a GiB. Raises
-    ValueError outside 1..1024 threads."""
+    """Measures the read bandwidth of `threads` (1..1024, or ValueError) over 16 times the last cache, or a GiB."""
 
     def __init__(self, threads: int) -> None:
         self._probe = _native.ReadProbe(threads, 16)

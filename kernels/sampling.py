@@ -39,8 +39,7 @@ class Sampler:
         tasks: tuple[RowTask, ...],
         allowed: Sequence[AllowedTokens | None] | None = None,
     ) -> tuple[RowResult, ...]:
-        """Returns one result a row of logits [tasks, vocabulary], with `failure` for a row without an answer.
-        `allowed`: the tokens that each row may choose; None: all."""
+        """Returns one result a row of logits [tasks, vocabulary]; `failure` says why a row has none."""
         native = list(map(_native_task, tasks, repeat(None) if allowed is None else allowed))
         if isinstance(logits, RankedLogits):
             return tuple(map(_result, self._native.run_ranked(logits.records, native, logits.rows, logits.totals)))

@@ -78,8 +78,6 @@ def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, 
 
 
 class LoadedDraftModel:
-    """Made with `open_draft_model`; closed by its owner."""
-
     def __init__(self, plan: DraftModelPlan, stage: StageRunner) -> None:
         self.path = plan.path
         self.memory_bytes = stage.memory.total_bytes

@@ -142,7 +142,6 @@ class LocalStage:
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[TextService]:
-        """Yields the model's text service, and closes the stage at the end."""
         scheduling = self.scheduling
         try:
             async with Engine(LocalPipeline(self), scheduling, _DEADLINES) as engine:

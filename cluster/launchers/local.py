@@ -86,7 +86,6 @@ class LocalLauncher(Launcher):
                 _log.warning("worker %s (pid %d) has not ended %g s after SIGKILL", name, process.pid, _KILLED_S)
 
     async def stop(self) -> None:
-        """Sends SIGTERM, and SIGKILL a second later."""
         self._is_stopping = True
         self._restarts.end()
         self._signal(signal.SIGTERM)
@@ -105,7 +104,6 @@ class LocalLauncher(Launcher):
         return self._logs / f"{name}.log"
 
     async def _spawn(self, settings: WorkerSettings) -> None:
-        """Starts a worker's process. The first one begins its log; later ones append."""
         name = settings.name
         log = open_log(self._log_file(name), anew=name not in self._processes)
         try:

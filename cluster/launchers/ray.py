@@ -109,7 +109,6 @@ class RayLauncher(RestartingLauncher):
                     self._report(AwaitingWorkers(_shortage(workers, await self._call(placed.free))))
 
     async def _follow(self, name: str, actor: Any, exited: Exited) -> None:
-        """Reports each end of a worker, as often as Ray starts it again."""
         from ray.exceptions import ActorDiedError, RayError
 
         while True:

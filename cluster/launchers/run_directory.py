@@ -15,7 +15,6 @@ from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.groups.listener import SOCKET_ENDING
 
 _MAX_SOCKET_BYTES = 107
-"""The most bytes of a socket address on Linux."""
 _PREFIX = "llamaclust-"
 
 

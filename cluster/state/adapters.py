@@ -19,7 +19,6 @@ from llamaclust.core.errors import RequestError
 from llamaclust.core.limits import MAX_ADAPTERS, AdapterScales
 
 _PAST = 1024
-"""The number of unloaded adapters whose names are remembered."""
 _log = logging.getLogger(__name__)
 
 

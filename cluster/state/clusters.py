@@ -70,7 +70,6 @@ def _was_killed(folder: ClusterDir) -> bool:
 
 
 def _last_change_s(folder: ClusterDir) -> float:
-    """Returns the Unix time of the last change of its files; 0 if it has none."""
     last_s = 0.0
     for path in (*folder.path.glob("*"), *folder.logs.glob("*")):
         with suppress(FileNotFoundError):  # temporary files of a cluster that runs

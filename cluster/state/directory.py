@@ -99,7 +99,6 @@ class ClusterDir:
 
     @property
     def has_requests(self) -> bool:
-        """True if an earlier coordinator left requests, or replies that clients may still read."""
         with contextlib.suppress(OSError):
             return self.journal.stat().st_size > 0
         return False
@@ -206,7 +205,6 @@ class ClusterDir:
         return has_waited and os.access(self._stopped, os.F_OK)  # False also where a file server is away
 
     def _has_ended(self, lock: FileLock) -> bool:
-        """Tries to take the lock. The folder may be deleted, or on an unreachable file server."""
         try:
             return lock.take_next()
         except OSError:

@@ -84,7 +84,6 @@ class Journal:
             await self._writer.written(lines, is_synced=False)
 
     def progressed(self, request_id: str) -> None:
-        """Resets the count of a restored request that has a new token."""
         self._without_progress.pop(request_id, None)
         self._add(Change(request_id, restores=0))
 

@@ -35,7 +35,6 @@ _BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 _log = logging.getLogger(__name__)
 
 ChoiceKey = tuple[int, int]
-"""The prompt and choice of a request."""
 _Messages = Annotated[Sequence[Mapping[str, Any]], PlainSerializer(json.dumps), BeforeValidator(json.loads)]
 """JSON within JSON: texts may have halves of surrogate pairs, which Pydantic refuses."""
 
@@ -202,7 +201,6 @@ def _records(path: Path) -> Iterator[Record]:
 
 
 def _record(text: bytes) -> Record | None:
-    """Returns None for a damaged line, and for another program's."""
     kind, _, fields = text.partition(b" ")
     try:
         return _KINDS[kind].validate_json(fields) if kind in _KINDS else None

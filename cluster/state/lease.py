@@ -26,7 +26,6 @@ from llamaclust.core.this_machine import boot_s
 _RENEWED = 2 / 3
 """The share of the duration after which a holder that has not renewed counts as none."""
 _RETRIES = 7.5
-"""The attempts in a duration."""
 _LOOK_S = 0.1
 _CONFLICT, _NOT_FOUND = 409, 404
 _FIELDS = (("holderIdentity", str), ("leaseDurationSeconds", int), ("leaseTransitions", int))
@@ -92,7 +91,6 @@ class LeaseLock:
         return boot_s() - self._seen_s > duration_s
 
     def _write(self, lease: dict[str, Any], begun_s: float) -> bool:
-        """Writes the lease with this holder; False if the object has changed meanwhile."""
         spec, now = lease.get("spec") or {}, _timestamp()
         if spec.get("holderIdentity") != self.identity:
             spec |= {"acquireTime": now, "leaseTransitions": (spec.get("leaseTransitions") or 0) + 1}

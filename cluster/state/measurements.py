@@ -54,7 +54,6 @@ _LOADS = TypeAdapter(dict[str, _Measured])
 
 
 def disturbance(loads: Iterable[OtherLoad]) -> str | None:
-    """Returns a line about stored measurements; None if other programs used little of the machine."""
     worst = max(loads, key=lambda load: load.others + load.stolen, default=None)
     if worst is None or not worst.is_much:
         return None

@@ -53,8 +53,6 @@ class RowScales:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A plan; on a last stage also the buffer with the normed hidden state of every row."""
-
     plan: Plan
     normed: int | None
     scales: tuple[RowScales, ...] = ()

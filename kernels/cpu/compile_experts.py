@@ -28,7 +28,6 @@ class CompiledLines:
 
 class _ExpertsCompiler(Compiler):
     def run_parts(self) -> Compiled:
-        """Compiles parts that run one by one, each from the hidden state to the result."""
         program = self._program
         result = self.plan.add_buffer(program.out.width, 1, False, False)
         for part in expert_parts(program):
@@ -82,5 +81,4 @@ def compile_experts(program: ir.Program, weights: Mapping[str, Weight], limits: 
 
 
 def compile_lines(program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits) -> CompiledLines:
-    """Compiles choices and experts apart, for as many lines as `limits` has tokens."""
     return _ExpertsCompiler(program, weights, limits, None).run_lines()

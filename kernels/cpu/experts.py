@@ -59,8 +59,6 @@ class MixtureStage(Stage, Protocol):
 
 
 class CpuExperts:
-    """Implements `kernels.backend.ExpertsStage`."""
-
     def __init__(
         self, mixtures: MixtureStage, program: Program, weights: dict[str, Weight], lines: ExpertLines | None
     ) -> None:
@@ -93,7 +91,6 @@ class CpuExperts:
         return (*(each.reshape(step.experts, -1)[expert] for each in tiles), *(bias.view(np.uint8) for bias in biases))
 
     def _bias(self, name: str) -> Float32:
-        """Returns the bias as float32 [experts, width], as products add it."""
         if name not in self._biases:
             self._biases[name] = _native.dequantize(_GENERIC, self._weights[name].matrix)
         return self._biases[name]

@@ -55,7 +55,6 @@ class PlanExperts:
         return None if name is None else self.weights[name].vector
 
     def lines(self, step: ir.Moe, choice: int) -> int:
-        """Returns the buffer with a result for each rank of a row, not yet weighed."""
         return _Experts(self, step, None, None).compute(choice)
 
     def choose(self, step: ir.Moe, out: ir.Buffer) -> int:
@@ -100,8 +99,6 @@ class PlanExperts:
 
 @dataclass(frozen=True, slots=True)
 class _Experts:
-    """The products of all experts, or of some `shards`. `chosen`: a copy of the choice if inputs are observed."""
-
     plan_experts: PlanExperts
     step: ir.Moe
     shards: tuple[range, ...] | None
@@ -149,7 +146,6 @@ class _Experts:
             plan.elementwise(activation, inner[0], inner[-1], activated, limit)
 
     def _add_bias(self, x: ir.Buffer, bias: str | None, choice: int) -> int:
-        """Returns x, or a copy to which each line's expert has added its row of the bias."""
         product = self.plan_experts.buffers.read(x)
         if bias is None:
             return product

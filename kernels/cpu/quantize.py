@@ -15,7 +15,6 @@ from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.quant_types import QuantType
 
 QUANTIZED_TYPES = SUPPORTED_TYPES
-"""The quant types that weights can be converted to and from."""
 
 MOST_SCALED = 65504.0
 """The largest half: no block scale is larger, so no weight can be."""

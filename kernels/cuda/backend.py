@@ -159,7 +159,6 @@ class CudaBackend:
         return workspace_bytes(program, tensors, limits)
 
     def close(self) -> None:
-        """Closes the device; no stage may be left."""
         self._device.close()
 
 

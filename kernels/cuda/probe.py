@@ -22,7 +22,6 @@ _TILES_AN_SM = 16
 _MANY_ROWS = 128
 _BLOCK, _PIECE_BYTES = 256, 65536
 _ROUNDS, _MACS = 1024, 8 * 16 * 32 * 8
-"""The counts of src/limits.cu."""
 _READ_BYTES = 1 << 30
 _FLUSHED_BYTES = 256 << 20
 """More bytes than the largest last-level cache of a GPU has (126 MiB)."""
@@ -32,7 +31,6 @@ _LONG_S = 0.002
 _REPEATED_S = 0.02
 
 _Work = tuple[Sequence[Launch], float]
-"""Launches, and the bytes or multiply-accumulates of all of them."""
 
 
 def measure(device: Device) -> tuple[float, float]:

@@ -176,7 +176,6 @@ _fingerprint = cache(packing_fingerprint)
 def _counted(
     results: Iterable[_Result], found: Sequence[_Found], passes: int, progress: Progress | None
 ) -> Iterator[_Result]:
-    """Yields the results of one of `passes` passes over the layers; each counts as its share of the bytes."""
     for result, cached in zip(results, found, strict=True):
         if progress is not None:
             progress(cached.layer.n_bytes // passes)

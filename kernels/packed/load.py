@@ -31,7 +31,6 @@ class Loaded:
 
     @property
     def contents(self) -> dict[str, NDArray[np.uint8]]:
-        """The bytes of each tensor in the layout that is computed with."""
         found = {name: weight.vector.view(np.uint8) for name, weight in self.weights.items()}
         for layer, memory in (*self.cached.items(), *self.packed.items()):
             for tensor, offset in layer.offsets:

@@ -14,7 +14,7 @@ from llamaclust.model.gguf.tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """The matrices of a layer, one after the other; or one matrix that is in no layer. No vectors."""
+    """The matrices of a layer, one after another, or one matrix outside layers; no vectors."""
 
     name: str
     tensors: tuple[Tensor, ...]

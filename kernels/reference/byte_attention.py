@@ -45,7 +45,6 @@ def weighted_values(weights: Float64, values: Float64, scales: Float64, first: i
 
 
 def _round_weights(weights: Float64, first: int) -> Float64:
-    """Rounds weights [..., positions from `first` on] in groups of 64 positions."""
     before, after = first % WEIGHT_TOKENS, -(first + weights.shape[-1]) % WEIGHT_TOKENS
     padded = np.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(before, after)])
     groups = padded.reshape(*weights.shape[:-1], -1, WEIGHT_TOKENS)

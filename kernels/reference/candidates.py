@@ -66,7 +66,6 @@ class Candidates:
         self.values, self.divisor, self.order = x, 1.0, ranked(x)
 
     def _logits(self) -> Float32:
-        """Returns logits less the greatest one, at the temperature so far."""
         with np.errstate(over="ignore"):
             x = (self.values[self.order] - self.values[self.order[0]]) / np.float32(self.divisor)
         return np.asarray(x, np.float32)
@@ -82,7 +81,6 @@ class Candidates:
         return [log_total - float(x) for x in self._logits()]
 
     def entropy(self) -> float:
-        """Returns the entropy; after `weigh`."""
         total = 0.0
         for weight, information in zip(self.w, self.information(), strict=True):
             if weight > 0:

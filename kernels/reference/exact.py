@@ -23,8 +23,7 @@ _EXP64 = [1 / math.factorial(n) for n in range(14)]
 
 
 def fma32(a: Float32 | float, b: Float32 | float, c: Float32 | float) -> Float32:
-    """Returns a * b + c, rounded once. In float64 the product is exact; the sum is rounded to odd, so that the second
-    rounding, to float32, is right."""
+    """Returns a * b + c, rounded once: the float64 sum is rounded to odd, so that rounding it to float32 is right."""
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     addend = np.broadcast_to(np.asarray(c, np.float64), product.shape)
     total = product + addend

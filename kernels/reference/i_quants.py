@@ -36,7 +36,6 @@ def _with_parity(seven: Bytes) -> Float32:
 
 
 def _plain_signs(data: Bytes) -> Float32:
-    """Returns the signs of eight weights a byte: [blocks, n] -> [blocks, n, 8]."""
     return signs(single_bits(data)).reshape(*data.shape, 8)
 
 
@@ -86,7 +85,6 @@ def iq3_s(blocks: Bytes) -> Float32:
 
 
 def _iq1_indices(low: Bytes, high: NDArray[np.integer]) -> NDArray[np.uint16]:
-    """Returns eleven grid bits: a byte, and the three low bits of `high` above it."""
     return low.astype(np.uint16) | (high.astype(np.uint16) & np.uint16(7)) << np.uint16(8)
 
 

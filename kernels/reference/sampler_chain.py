@@ -47,7 +47,6 @@ def _newest(history: tuple[int, ...], window: int | None) -> tuple[int, ...]:
 
 
 def penalties(row: Candidates) -> None:
-    """Applies repetition, frequency and presence penalties, each step in float32."""
     params, history = row.task.params, _newest(row.task.history, row.task.penalty_window)
 
     def penalize(x: Float32) -> None:

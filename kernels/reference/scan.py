@@ -34,6 +34,5 @@ def scan(
 
 
 def _of_heads(parts: Float64, step: Scan) -> Float64:
-    """Repeats each group's part for its heads, [rows, heads, state size]."""
     groups = parts.reshape(len(parts), step.groups, step.state_size)
     return np.repeat(groups, step.heads // step.groups, axis=1)

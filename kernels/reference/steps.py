@@ -29,8 +29,6 @@ from llamaclust.model.steps.options import (
 
 @dataclass(slots=True)
 class State:
-    """The operands of steps: weights and KV memory of the stage, and the buffers [rows, width] of one batch."""
-
     weights: Mapping[str, Float32]
     kv: Mapping[int, LayerKv]
     batch: Batch
@@ -338,7 +336,6 @@ _GATED: Mapping[GatedActivation, Callable[[Float64, Float64], Float64]] = {
 
 
 def expert_part(step: ir.ExpertInner | ir.ExpertDown, state: State) -> Float32:
-    """Returns the experts' results of each row, or of each row's lines, one after another by rank."""
     choice, mixture, used = state[step.choice], step.mixture, step.mixture.used
     is_inner, compute = (True, _inner) if isinstance(step, ir.ExpertInner) else (False, _down)
     lines = np.repeat(state[step.x][:, None], used, axis=1) if is_inner else of_heads(state[step.x], used)

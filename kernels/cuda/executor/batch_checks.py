@@ -47,7 +47,6 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
 
 
 def _check_starts(what: str, starts: Sequence[int], end: int, least: int) -> None:
-    """Checks that starts go from 0 to `end` in steps of at least `least`."""
     if not starts or starts[0] != 0:
         raise ValueError(f"batch: {what} {starts[0] if starts else -1} against 0")
     for before, start in pairwise(starts):

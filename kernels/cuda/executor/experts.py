@@ -50,7 +50,6 @@ class ExpertsEmitter:
         yield from self._products((down,), self._activations, self._lines(piece, 1))
 
     def _multiply_inputs(self, inner: Sequence[_Product], piece: int) -> Iterator[Launch]:
-        """Emits the products of each row with its experts, or of each line if weights multiply inputs."""
         step, ops, names = self.step, self.ops, [product.weight for product in inner]
         if not step.options.weighs_inputs:
             yield from ops.quantize(step.x, names)
@@ -90,7 +89,6 @@ class ExpertsEmitter:
         return tuple(map(_Product, step.inner, step.inner_biases, outs))
 
     def _activated(self, inner: Sequence[_Product]) -> Iterator[Launch]:
-        """Emits the activation of gate and up, or of up alone: floats if down has float weights, else quantized."""
         step, ops = self.step, self.ops
         lines, kind, out = ops.rows.times(step.used), ops.weights[step.down].activation, self._activations
         gate, up = inner[0].out, inner[-1].out

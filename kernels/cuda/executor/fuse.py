@@ -77,14 +77,11 @@ def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Finds the readers of buffers that steps from `done` on write."""
-
     program: ir.Program
     done: int
     type_of: TypeOf
 
     def is_read(self, out: ir.Buffer, makers: int) -> bool:
-        """True if a step behind the next `makers` steps of the program reads `out`."""
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:

@@ -24,8 +24,6 @@ _LAYER_ALIGNMENT_BYTES = 256
 
 
 class Plan:
-    """A program's buffers, and its launches once these have addresses."""
-
     def __init__(
         self, program: Program, weights: Mapping[str, Weights], limits: StageLimits, gpu: LaunchLimits = ANY_GPU
     ) -> None:
@@ -51,7 +49,6 @@ class Plan:
 
     @property
     def kv_allocated_bytes(self) -> int:
-        """The bytes of KV memory with gaps between layers."""
         return allocated(self._kv_end)
 
     @property

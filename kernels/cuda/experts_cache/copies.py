@@ -40,7 +40,6 @@ class ExpertCopies:
             self.lock.notify_all()
 
     def settle(self, timeout_s: float) -> bool:
-        """Waits until nothing is left to copy; False if the time was too short."""
         with self.lock:
             return self.lock.wait_for(lambda: not self._is_awake and not self._is_busy, timeout_s)
 

@@ -42,8 +42,6 @@ class SlotWeights(Weights):
 
 @dataclass(frozen=True, slots=True)
 class PoolPlace:
-    """A pool's slots and its address; 0 while sizes are computed."""
-
     layout: SlotLayout
     slots: int = 1
     address: np.uint64 = NULL
@@ -142,7 +140,6 @@ class CachePlan:
 
     @property
     def brought_offset(self) -> int:
-        """The offset of lines that the host brings, behind room for all lines."""
         return self._layout.offset("lines") + self.inputs.lines * self.line_bytes
 
     @property
@@ -165,7 +162,6 @@ class CachePlan:
         return next(shape for shape in sorted(self.shapes, key=lambda shape: shape.rows) if shape.rows >= rows)
 
     def piece(self, number: int, shape: Shape) -> int:
-        """Returns the most lines of an expert that one item has."""
         return matmul.expert_piece(shape.rows * self.used, max(1, self.pools[number].slots))
 
     def bind(self, base: int, pools: Sequence[PoolPlace], exchanged: Sequence[tuple[np.uint64, np.uint64]]) -> None:

@@ -78,7 +78,6 @@ def pools_bytes(counts: Mapping[SlotLayout, int]) -> int:
 def _grown(
     counts: Mapping[SlotLayout, int], experts: Mapping[SlotLayout, int], n_bytes: int
 ) -> dict[SlotLayout, int] | None:
-    """Adds a slot to the pool with the smallest share of its experts among those that it fits in."""
     for layout in sorted(counts, key=lambda layout: counts[layout] / experts[layout]):
         more = {**counts, layout: counts[layout] + 1}
         if more[layout] <= experts[layout] and pools_bytes(more) <= n_bytes:

@@ -26,8 +26,6 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """An expert to be copied to a slot of a pool, which is free meanwhile."""
-
     mixture: int
     expert: int
     pool: int

@@ -48,7 +48,6 @@ class Room:
 
     @property
     def plan_bytes(self) -> int:
-        """The bytes of the plan of one `likeness`."""
         return 4 * (8 + (4 + self.kv_heads) * self.max_rows + 2 * 8 * (self.max_rows + self.slots))
 
     def partial_bytes(self, step: Attention) -> int:
@@ -126,7 +125,6 @@ def _spans(step: Attention, max_context_tokens: int) -> int:
 
 
 def room_of(steps: tuple[Attention, ...], max_rows: int, max_context_tokens: int) -> Room:
-    """Sizes slots for all spans of all rows, as far as memory allows."""
     slots = (min(max_rows * _spans(step, max_context_tokens), MAX_PARTIAL_BYTES // _slot_bytes(step)) for step in steps)
     kv_heads = max((step.kv_heads for step in steps), default=0)
     return Room(max_rows, max(slots, default=0), max_context_tokens, kv_heads)
@@ -329,7 +327,6 @@ class AttentionLaunches:
         return can_quantize(step, self.room, decode=self.decode)
 
     def _together(self, step: Attention, at: AttentionBuffers) -> int:
-        """Returns the KV heads whose spans the kernel of few queries merges together."""
         return _quantized_together(step) if at.by_32 != at.by_256 else int(_merges(step, self.room))
 
     def _fresh(self, at: AttentionBuffers, fresh: bool, together: int) -> tuple[Scalar, ...]:

@@ -20,8 +20,6 @@ _PIECE_CHANNELS = 1024  # of a row, for a block
 
 @dataclass(frozen=True, slots=True)
 class ExpertBuffers:
-    """The device arrays of one step; `choice_bytes` and `items_bytes` return their sizes."""
-
     ids: np.uint64  # int32 [rows, used]
     weights: np.uint64  # float32 [rows, used]
     lines: np.uint64  # int32 [rows * used]: row * used + rank, by expert, those of one in any order

@@ -105,8 +105,6 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A matrix, its bias (address 0: none) and its result."""
-
     weights: Weights
     bias: np.uint64
     out: np.uint64
@@ -132,7 +130,6 @@ class Experts:
 
 
 def expert_piece(lines: int, experts: int) -> int:
-    """Returns the most lines of an item, for so many lines of all experts together."""
     return _GEMM_ROWS if lines > 2 * _GROUP_ROWS * experts else _GROUP_ROWS
 
 
@@ -189,7 +186,6 @@ def multiply_experts(
 
 
 def _blocks(products: Sequence[Product], tiles: int) -> int:
-    """Returns the number of blocks of `tiles` tiles each; a block has tiles of one matrix."""
     return sum(-(-product.weights.tile_count // tiles) for product in products)
 
 

@@ -53,11 +53,8 @@ def _part(buffer: Buffer, offset_bytes: int, n_bytes: int) -> int:
 
 
 class CupyDevice:
-    """Implements `kernels.cuda.runtime.device.Device`."""
-
     def __init__(self, index: int = 0, memory_cap_bytes: int | None = None, folder: Path | None = None) -> None:
-        """Opens CUDA's GPU `index`, limited to `memory_cap_bytes`; `folder` keeps compiled kernels. Raises UsageError
-        that names what is missing: CuPy, NVRTC, a driver, the GPU, a newer GPU, or a GPU that is free."""
+        """Raises UsageError that names what is missing: CuPy, NVRTC, a driver, the GPU, a newer GPU, or a free GPU."""
         self._cupy = import_cupy()
         self._index, self._cap_bytes = index, memory_cap_bytes
         self._runtime = self._cupy.cuda.runtime

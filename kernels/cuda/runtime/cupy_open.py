@@ -56,8 +56,7 @@ def gpu_properties(cupy: Any, index: int) -> GpuProperties:
 
 
 def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
-    """Raises UsageError if NVRTC is missing, makes machine code that the driver does not know, or has dropped the GPU's
-    architecture, such as 61."""
+    """Raises UsageError if NVRTC is missing, or too new for the driver or for the GPU's architecture, such as 61."""
     nvrtc, driver = open_nvrtc(), cupy.cuda.runtime.driverGetVersion()
     if nvrtc.version[0] > driver // 1000:
         made_by = _version(nvrtc.version)

@@ -33,8 +33,7 @@ class Buffer(Protocol):
     n_bytes: int
 
     def at(self, offset_bytes: int = 0) -> np.uint64:
-        """Returns a pointer into the buffer, as an argument of a kernel. Raises AssertionError outside of the
-        buffer."""
+        """Returns a pointer into the buffer for kernels. Raises AssertionError outside of the buffer."""
 
     def close(self) -> None:
         """Frees the memory; no launch in progress may use it."""
@@ -85,15 +84,13 @@ class Device(Protocol):
         """The most bytes that `allocate` can give now."""
 
     def prepare(self, kernels: Iterable[str]) -> None:
-        """Compiles the modules of these kernels: seconds, once on a machine. `launch` also compiles, but not during a
-        capture."""
+        """Compiles modules, once on a machine: seconds. `launch` also compiles, but not during a capture."""
 
     def allocate(self, n_bytes: int) -> Buffer:
         """Raises InsufficientMemoryError if there is less."""
 
     def pinned(self, n_bytes: int) -> Bytes:
-        """Allocates host memory that the device copies from and to by itself; it is freed with the array. Raises
-        InsufficientMemoryError if there is less."""
+        """Allocates host memory for copies, freed with the array. Raises InsufficientMemoryError if there is less."""
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
         """Returns when the copy is complete."""

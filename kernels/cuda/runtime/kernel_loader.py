@@ -25,8 +25,7 @@ class KernelLoader:
         self._shared_bytes: dict[str, int] = {}
 
     def get(self, name: str, shared_bytes: int = 0) -> Any:
-        """Returns a kernel that may use so much dynamic shared memory: more than 48 KiB with its own need an
-        attribute."""
+        """Returns a kernel with so much dynamic shared memory: more than 48 KiB with its own need an attribute."""
         if name not in self._kernels:
             module, _, function = name.rpartition(".")
             self._kernels[name] = self._function(module, function)

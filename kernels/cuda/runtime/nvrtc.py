@@ -50,8 +50,8 @@ class Nvrtc:
         return tuple(sorted(numbers))
 
     def compile(self, name: str, text: str, architecture: int, options: Sequence[str] = OPTIONS) -> Binary:
-        """Compiles a module to machine code, or to PTX of the newest known architecture for a later one. Raises
-        LlamaclustError with the compiler's messages."""
+        """Compiles to machine code, or to PTX for a later architecture. Raises LlamaclustError with the compiler's
+        log."""
         known = self.architectures
         kind = "cubin" if architecture in known else "ptx"
         target = (

@@ -42,8 +42,6 @@ class _Config(ctypes.Structure):
 
 
 class OverlappingLauncher:
-    """The driver's `cuLaunchKernelEx` with the attribute of overlapping launches."""
-
     def __init__(self, error: type[Exception]) -> None:
         """`error` is raised with the driver's status."""
         self._error = error

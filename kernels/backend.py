@@ -21,7 +21,7 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 Progress = Callable[[int], None]
-"""Called by the loading thread with the weight bytes loaded since the last call."""
+"""Receives, on the loading thread, the weight bytes loaded since the last call."""
 
 
 @dataclass(frozen=True, slots=True)

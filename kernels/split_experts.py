@@ -100,7 +100,7 @@ class SplitExpertsBackend:
     def __init__(
         self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int], cache_bytes: int = 0
     ) -> None:
-        """`cache_bytes`: the most bytes on `rest` for copies of often used experts."""
+        """Keeps copies of often used experts on `rest`, in at most `cache_bytes`."""
         assert rest.numerics_version == experts.numerics_version
         self.numerics_version = rest.numerics_version
         self.name = f"{rest.name}+{experts.name}"

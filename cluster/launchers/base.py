@@ -15,9 +15,9 @@ from llamaclust.wire.security.credentials import Credentials
 from llamaclust.worker.settings import WorkerSettings
 
 Exited = Callable[[str, str], None]
-"""Called with a worker's name and how its process ended, such as "killed by signal 9 (SIGKILL)"."""
+"""Receives a worker's name and how its process ended, such as "killed by signal 9 (SIGKILL)"."""
 GaveUp = Callable[[str, str], None]
-"""Called with a worker's name and why it is not started again."""
+"""Receives a worker's name and why it is not started again."""
 
 
 class Launcher(ABC):

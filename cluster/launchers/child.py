@@ -17,7 +17,7 @@ from llamaclust.worker.settings import WorkerSettings
 _JOIN_S = 15.0
 
 Ended = Callable[[int], None]
-"""Called with a process's return code, as `subprocess` gives it."""
+"""Receives a process's return code, as `subprocess` gives it."""
 
 
 class Child:

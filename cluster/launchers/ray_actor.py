@@ -37,7 +37,7 @@ class Given:
 
 
 class WorkerActor:
-    """Restarted by Ray when its process or its node is gone; then the worker joins again under its name."""
+    """The actor of a worker. Ray restarts it when its process or node is gone; then the worker joins again."""
 
     def __init__(self, given: Given) -> None:
         self._given = given

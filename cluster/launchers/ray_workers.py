@@ -20,7 +20,7 @@ class RayWorkers:
     """The actors in the namespace of `library`'s connection."""
 
     def __init__(self, library: Any, cluster: str) -> None:
-        """`cluster`: the cluster's id in its certificates, by which it recognizes its own actors."""
+        """Recognizes the cluster's own actors by `cluster`, its id in certificates."""
         self._ray = library
         self._cluster = cluster
         self._group: Any = None

@@ -134,7 +134,8 @@ class StaticLauncher(Launcher):
 
 
 class RestartingLauncher(StaticLauncher):
-    """Base of launchers that start and restart workers elsewhere; these join like the workers of a static cluster."""
+    """The base of launchers that start and restart workers elsewhere; these join like the workers of a static
+    cluster."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)

@@ -49,7 +49,7 @@ class Journal:
     record."""
 
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """`sent_s`: the time for which sent replies are kept. A newer coordinator than `record`'s owns the file."""
+        """Keeps sent replies for `sent_s`. A newer coordinator than that of `record` owns the file."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)

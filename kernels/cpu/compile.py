@@ -85,7 +85,7 @@ class Compiler:
 
     @property
     def _experts(self) -> PlanExperts:
-        """Made anew each time: a kept object would hold methods of the compiler and so keep all weights alive."""
+        """Makes the emitter anew each time: a kept one would hold methods of the compiler, and so all weights."""
         copy = None if self._observed is None else self._copy
         return PlanExperts(self.plan, self._buffers, self._weights, self._activations, self._observe, copy)
 

@@ -23,8 +23,8 @@ _IQ1_DELTA = np.float32(0.125)
 
 
 def _packed_signs(words32: NDArray[np.uint32]) -> Float32:
-    """Returns the signs of four times seven bits of each word, of which the eighth makes the number of set bits even:
-    [blocks, n] -> [blocks, 4 n, 8]."""
+    """Returns signs from four times seven bits of a word; each eighth bit makes parity even: [blocks, n] -> [blocks, 4
+    n, 8]."""
     seven = (words32[:, :, None] >> np.array([0, 7, 14, 21], np.uint32) & 127).astype(np.uint8)
     return _with_parity(seven.reshape(len(words32), -1))
 
@@ -48,7 +48,7 @@ def _half_scales(blocks: Bytes, scales: NDArray[np.integer], factor: float) -> F
 
 
 def iq2_xxs(blocks: Bytes) -> Float32:
-    """d f16 | for 32 weights: four grid bytes, then a word of 4 x 7 sign bits and a 4-bit scale above them."""
+    """A block: d f16 | for 32 weights: four grid bytes, then a word of 4 x 7 sign bits and a 4-bit scale above them."""
     pairs = words(blocks[:, 2:], np.uint32).reshape(-1, 8, 2)
     indices = words(blocks[:, 2:], np.uint8).reshape(-1, 8, 8)[:, :, :4].reshape(-1, 32)
     points = _signed(grid("IQ2_XXS")[indices], _packed_signs(pairs[:, :, 1]))
@@ -56,28 +56,29 @@ def iq2_xxs(blocks: Bytes) -> Float32:
 
 
 def iq2_xs(blocks: Bytes) -> Float32:
-    """d f16 | for 8 weights: 9 grid bits and 7 sign bits | for 16 weights: a 4-bit scale."""
+    """A block: d f16 | for 8 weights: 9 grid bits and 7 sign bits | for 16 weights: a 4-bit scale."""
     codes = words(blocks[:, 2:66], np.uint16)
     points = _signed(grid("IQ2_XS")[codes & 511], _with_parity((codes >> 9).astype(np.uint8)))
     return scaled(points, _half_scales(blocks, nibble_pairs(blocks[:, 66:]), 0.25))
 
 
 def iq2_s(blocks: Bytes) -> Float32:
-    """d f16 | for 8 weights: a grid byte | a sign byte | 2 upper grid bits | for 16 weights: a 4-bit scale."""
+    """A block: d f16 | for 8 weights: a grid byte | a sign byte | 2 upper grid bits | for 16 weights: a 4-bit scale."""
     high = fields(blocks[:, 66:74], 2).swapaxes(1, 2).reshape(-1, 32).astype(np.uint16)
     points = _signed(grid("IQ2_S")[blocks[:, 2:34] | high << 8], _plain_signs(blocks[:, 34:66]))
     return scaled(points, _half_scales(blocks, nibble_pairs(blocks[:, 74:]), 0.25))
 
 
 def iq3_xxs(blocks: Bytes) -> Float32:
-    """d f16 | for 4 weights: a grid byte | for 32 weights: a word of 4 x 7 sign bits and a 4-bit scale above them."""
+    """A block: d f16 | for 4 weights: a grid byte | for 32: a word of 4 x 7 sign bits and, above them, a 4-bit
+    scale."""
     codes = words(blocks[:, 66:], np.uint32)
     points = _signed(grid("IQ3_XXS")[blocks[:, 2:66]], _packed_signs(codes))
     return scaled(points, _half_scales(blocks, codes >> 28, 0.5))
 
 
 def iq3_s(blocks: Bytes) -> Float32:
-    """d f16 | for 4 weights: a grid byte | its ninth bit | for 8 weights: a sign byte | for 32: a 4-bit scale."""
+    """A block: d f16 | for 4 weights: a grid byte | its ninth bit | for 8: a sign byte | for 32: a 4-bit scale."""
     high = single_bits(blocks[:, 66:74]).astype(np.uint16)
     points = _signed(grid("IQ3_S")[blocks[:, 2:66] | high << 8], _plain_signs(blocks[:, 74:106]))
     scales = 1 + 2 * nibble_pairs(blocks[:, 106:]).astype(np.float32)
@@ -93,7 +94,8 @@ def _delta(negative: NDArray[np.bool_]) -> Float32:
 
 
 def iq1_s(blocks: Bytes) -> Float32:
-    """d f16 | for 8 weights: a grid byte | for 32: a word: 4 x 3 upper grid bits, 3-bit scale, sign of delta."""
+    """A block: d f16 | for 8 weights: a grid byte | for 32: a word: 4 x 3 upper grid bits, 3-bit scale, sign of
+    delta."""
     codes = words(blocks[:, 34:], np.uint16)
     high = (codes[:, :, None] >> np.array([0, 3, 6, 9], np.uint16)).reshape(-1, 32)
     points = grid("IQ1")[_iq1_indices(blocks[:, 2:34], high)].reshape(-1, 8, 32)
@@ -102,7 +104,7 @@ def iq1_s(blocks: Bytes) -> Float32:
 
 
 def iq1_m(blocks: Bytes) -> Float32:
-    """A grid byte for 8 weights | 4 bits: upper grid bits, sign of delta | four words: 4 x 3 scale bits, a quarter of
+    """A block: for 8 weights: a grid byte | 4 bits: upper grid bits, sign of delta | four words: 4 x 3 scale bits, 4 of
     d."""
     codes = words(blocks[:, 48:], np.uint16)
     quarters = codes >> 12 << np.array([0, 4, 8, 12], np.uint16)
@@ -114,7 +116,7 @@ def iq1_m(blocks: Bytes) -> Float32:
 
 
 def iq4_xs(blocks: Bytes) -> Float32:
-    """d f16 | 8 x upper 2 scale bits | 8 x lower 4 scale bits (less 32) | 256 x 4 bits, 32 weights in 16 bytes."""
+    """A block: d f16 | 8 x upper 2 scale bits | 8 x lower 4 scale bits (less 32) | 256 x 4 bits, 32 in 16 bytes."""
     high = words(blocks[:, 2:4], np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     scales = (nibble_pairs(blocks[:, 4:8]) | high << 4).astype(np.float32) - np.float32(32)
     weights = IQ4_VALUES[fields(blocks[:, 8:].reshape(-1, 8, 16), 4)]

@@ -1,5 +1,4 @@
-"""Blocks of 256 weights with scales of 16 or 32, and ternary types; layouts (bytes in order) and float order are
-ggml's."""
+"""Blocks of 256 weights with scales of 16 or 32, and ternary types; layouts and float order are ggml's."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, 
 
 
 def q2_k(blocks: Bytes) -> Float32:
-    """16 x (scale, min of 4 bits) | 256 x 2 bits | d f16 | dmin f16; 128 weights lie in 32 bytes."""
+    """A block: 16 x (scale, min of 4 bits) | 256 x 2 bits | d f16 | dmin f16; 128 weights lie in 32 bytes."""
     scales = blocks[:, :16]
     weights = fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).astype(np.float32)
     d, dmin = floats16(blocks, 80), floats16(blocks, 82)
@@ -17,7 +16,7 @@ def q2_k(blocks: Bytes) -> Float32:
 
 
 def q3_k(blocks: Bytes) -> Float32:
-    """256 x third bit | 256 x 2 bits | 16 scales of 6 bits, less 32 | d f16. A clear third bit subtracts 4."""
+    """A block: 256 x third bit | 256 x 2 bits | 16 scales of 6 bits, less 32 | d f16. A clear third bit subtracts 4."""
     high = fields(blocks[:, :32], 1).reshape(-1, 256)
     low = fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
     weights = (low | high << 2).astype(np.float32) - np.float32(4)
@@ -45,18 +44,18 @@ def _q45(blocks: Bytes, weights: Bytes) -> Float32:
 
 
 def q4_k(blocks: Bytes) -> Float32:
-    """d f16 | dmin f16 | 12 bytes of scales | 256 x 4 bits, 64 weights in 32 bytes."""
+    """A block: d f16 | dmin f16 | 12 bytes of scales | 256 x 4 bits, 64 weights in 32 bytes."""
     return _q45(blocks, fields(blocks[:, 16:].reshape(-1, 4, 32), 4))
 
 
 def q5_k(blocks: Bytes) -> Float32:
-    """d f16 | dmin f16 | 12 bytes of scales | 256 x fifth bit, 32 a field | 256 x 4 bits, 64 weights in 32 bytes."""
+    """A block: d f16 | dmin f16 | 12 bytes of scales | 256 x fifth bit, 32 a field | 256 x 4 bits, 64 in 32 bytes."""
     low = fields(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
     return _q45(blocks, low | fields(blocks[:, 16:48], 1) << np.uint8(4))
 
 
 def q6_k(blocks: Bytes) -> Float32:
-    """256 x 4 bits, 128 weights in 64 bytes | 256 x upper 2 bits, 128 in 32 | 16 x int8 scale | d f16."""
+    """A block: 256 x 4 bits, 128 weights in 64 bytes | 256 x upper 2 bits, 128 in 32 | 16 x int8 scale | d f16."""
     low = fields(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 256)
     high = fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 256)
     weights = (low | high << 4).astype(np.float32) - np.float32(32)
@@ -71,13 +70,13 @@ def _ternary_digits(data: Bytes, digits: int) -> Bytes:
 
 
 def tq1_0(blocks: Bytes) -> Float32:
-    """160, 80 and 16 weights of -1, 0 or 1 in 32, 16 and 4 bytes (five, five and four digits each) | d f16."""
+    """A block: 160, 80 and 16 weights of -1, 0 or 1 in 32, 16 and 4 bytes (five, five and four digits each) | d f16."""
     digits = [(blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4)]
     weights = np.concatenate([_ternary_digits(data, count) for data, count in digits], axis=1)
     return (weights.astype(np.float32) - np.float32(1)) * floats16(blocks, 52)
 
 
 def tq2_0(blocks: Bytes) -> Float32:
-    """256 weights of -1, 0 or 1 (2 for a bit pair that quantizers never write) in 2 bits, 128 in 32 bytes | d f16."""
+    """A block: 256 x 2 bits, 128 in 32 bytes: -1, 0 or 1, or a 2 that no quantizer writes | d f16."""
     weights = fields(blocks[:, :64].reshape(-1, 2, 32), 2).reshape(-1, 256)
     return (weights.astype(np.float32) - np.float32(1)) * floats16(blocks, 64)

@@ -29,12 +29,12 @@ def _nibbles(data: Bytes) -> Bytes:
 
 
 def q4_0(blocks: Bytes) -> Float32:
-    """d f16 | 32 x 4 bits."""
+    """A block: d f16 | 32 x 4 bits."""
     return (_nibbles(blocks[:, 2:]).astype(np.float32) - np.float32(8)) * floats16(blocks, 0)
 
 
 def q4_1(blocks: Bytes) -> Float32:
-    """d f16 | m f16 | 32 x 4 bits."""
+    """A block: d f16 | m f16 | 32 x 4 bits."""
     return _nibbles(blocks[:, 4:]).astype(np.float32) * floats16(blocks, 0) + floats16(blocks, 2)
 
 
@@ -43,34 +43,34 @@ def _five_bits(high: Bytes, low: Bytes) -> Float32:
 
 
 def q5_0(blocks: Bytes) -> Float32:
-    """d f16 | 32 x fifth bit | 32 x 4 bits."""
+    """A block: d f16 | 32 x fifth bit | 32 x 4 bits."""
     return (_five_bits(blocks[:, 2:6], blocks[:, 6:]) - np.float32(16)) * floats16(blocks, 0)
 
 
 def q5_1(blocks: Bytes) -> Float32:
-    """d f16 | m f16 | 32 x fifth bit | 32 x 4 bits."""
+    """A block: d f16 | m f16 | 32 x fifth bit | 32 x 4 bits."""
     return _five_bits(blocks[:, 4:8], blocks[:, 8:]) * floats16(blocks, 0) + floats16(blocks, 2)
 
 
 def q8_0(blocks: Bytes) -> Float32:
-    """d f16 | 32 x int8."""
+    """A block: d f16 | 32 x int8."""
     return blocks[:, 2:].view(np.int8).astype(np.float32) * floats16(blocks, 0)
 
 
 def iq4_nl(blocks: Bytes) -> Float32:
-    """d f16 | 32 x 4 bits into a table of uneven steps."""
+    """A block: d f16 | 32 x 4 bits into a table of uneven steps."""
     return IQ4_VALUES[_nibbles(blocks[:, 2:])] * floats16(blocks, 0)
 
 
 def mxfp4(blocks: Bytes) -> Float32:
-    """Exponent byte (E8M0) | 32 x E2M1. The scale is half of 2^(e - 127); the two smallest are subnormal floats."""
+    """A block: exponent byte (E8M0) | 32 x E2M1. The scale is half of 2^(e - 127); the two smallest are subnormal."""
     exponent = blocks[:, :1].astype(np.uint32)
     bits = np.where(exponent < 2, np.uint32(0x200000) << exponent, (exponent - np.uint32(1)) << np.uint32(23))
     return FP4_VALUES[_nibbles(blocks[:, 1:])] * bits.view(np.float32)
 
 
 def nvfp4(blocks: Bytes) -> Float32:
-    """Four scale bytes (E4M3 without sign, halved) | four times 16 x E2M1."""
+    """A block: four scale bytes (E4M3 without sign, halved) | four times 16 x E2M1."""
     exponent, mantissa = (blocks[:, :4] >> 3 & 15).astype(np.int32), (blocks[:, :4] & 7).astype(np.float32)
     normal = np.ldexp(1 + mantissa / np.float32(8), exponent - 7)
     scale = np.where(exponent == 0, np.ldexp(mantissa, -9), normal) * np.float32(0.5)
@@ -80,5 +80,5 @@ def nvfp4(blocks: Bytes) -> Float32:
 
 
 def q1_0(blocks: Bytes) -> Float32:
-    """d f16 | 128 x one bit: d where it is set, -d where not."""
+    """A block: d f16 | 128 x one bit: d where it is set, -d where not."""
     return np.where(single_bits(blocks[:, 2:]) == 1, floats16(blocks, 0), -floats16(blocks, 0))

@@ -73,7 +73,7 @@ def join_rows(step: Join, x: np.uint64, y: np.uint64, out: np.uint64, rows: RowC
 def scale_by_position(
     step: PositionScale, x: np.uint64, factors: np.uint64, positions: np.uint64, out: np.uint64, rows: RowCount
 ) -> Launch:
-    """`factors`: those of `emit.position_factors`, on the device."""
+    """Takes `factors` from `emit.position_factors`, on the device."""
     figures = np.int32(step.offset), np.int32(step.length), np.int32(step.out.width)
     args = (x, factors, positions, *figures, rows.address, out)
     return _launch("rows.scale_by_position_rows", _blocks(step.out.width), rows, args)

@@ -58,7 +58,7 @@ class StateLaunches:
         )
 
     def delta_rule(self, step: DeltaRule, inputs: tuple[np.uint64, ...], out: np.uint64) -> Launch:
-        """`inputs`: q, k, v, decay and beta."""
+        """Takes q, k, v, decay and beta as `inputs`."""
         heads, keys, values = step.shape
         figures = map(np.int32, (heads, step.key_heads, step.tiled, keys, values, step.decay.width))
         grid = heads * -(-values // _DELTA_CHANNELS), self.sequences, 1
@@ -68,7 +68,7 @@ class StateLaunches:
     def scan(
         self, step: Scan, inputs: tuple[np.uint64, np.uint64], weights: tuple[np.uint64, ...], out: np.uint64
     ) -> Launch:
-        """`inputs`: x and dt; `weights`: bias, decay and skip, float32 [heads]."""
+        """Takes x and dt as `inputs`, and bias, decay and skip, float32 [heads], as `weights`."""
         channels = step.out.width // step.heads
         together = next(n for n in _SCAN_CHANNELS if _scan_bytes(step, n) <= PLAIN_SHARED_BYTES)
         figures = map(np.int32, (step.heads, channels, step.groups, step.state_size))
@@ -78,6 +78,6 @@ class StateLaunches:
 
 
 def decay(step: Decay, x: np.uint64, vectors: tuple[np.uint64, np.uint64], out: np.uint64, rows: RowCount) -> Launch:
-    """`vectors`: weight and bias."""
+    """Takes weight and bias as `vectors`."""
     args = (x, *vectors, np.int32(step.out.width), np.int32(step.heads), rows.address, out)
     return Launch("states.decay", (-(-step.out.width // _BLOCK), rows.bucket, 1), (_BLOCK, 1, 1), args)

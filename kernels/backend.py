@@ -178,8 +178,7 @@ class ExpertsStage(Protocol):
         """Computes the mixture of that number, in the order of steps. The next call overwrites the result."""
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns each row's experts [rows, used] and their weights, by rank; needs experts loaded with `lines`, as
-        below."""
+        """Returns each row's experts [rows, used] and their weights, by rank; needs experts loaded with `lines`."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
         """Returns the unweighted output of expert experts[i] for x[i]. The next call overwrites the result."""
@@ -251,8 +250,7 @@ class ExchangingBackend(Backend, Protocol):
         limits: StageLimits,
         n_bytes: int,
     ) -> ExpertsCache | None:
-        """Returns a cache of at most `n_bytes` of loaded `experts` beside a stage of this backend; None if no expert
-        fits."""
+        """Returns a cache of `experts` in at most `n_bytes` beside a stage of this backend; None if no expert fits."""
 
 
 class ExpertsBackend(Backend, Protocol):
@@ -261,8 +259,7 @@ class ExpertsBackend(Backend, Protocol):
     def load_experts(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress, lines: int = 0
     ) -> ExpertsStage:
-        """Loads a program of `kernels.split_experts.experts_of`. `lines`: the most pairs of a row and its expert that
-        `route` and `run_lines` compute."""
+        """Loads a program of `split_experts.experts_of`. `lines`: the most lines of `route` and `run_lines`."""
 
     def experts_workspace_bytes(
         self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, lines: int = 0

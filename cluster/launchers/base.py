@@ -21,8 +21,7 @@ GaveUp = Callable[[str, str], None]
 
 
 class Launcher(ABC):
-    """The workers of one cluster from start to stop, their address to join, and their credentials. The defaults are
-    those of workers on other machines."""
+    """The workers of one cluster, their address to join, and their credentials. Defaults are for workers elsewhere."""
 
     listen: str
     """The coordinator's address in gRPC's form."""
@@ -45,8 +44,7 @@ class Launcher(ABC):
 
     @abstractmethod
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
-        """Starts all workers, which register with the coordinator at `join`. `exited` gets every end except by
-        `stop`."""
+        """Starts all workers, which register with the coordinator at `join`. `exited` gets every end but `stop`'s."""
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:

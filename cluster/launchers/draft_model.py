@@ -207,7 +207,7 @@ def _too_short(path: Path, context: int, own_context: int) -> str:
 
 
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
-    """Returns the targets with the same tokens. Raises UsageError for none, or for a model that cannot drop tokens."""
+    """Returns the indices of targets with its tokens. Raises UsageError for none, or if it cannot drop tokens."""
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
         raise UsageError(f"draft model {path}: layers with states, encoders and rerankers cannot draft; name another")

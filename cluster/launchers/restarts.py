@@ -56,8 +56,7 @@ class RestartPolicy:
         self._starts_s.clear()
 
     async def may_restart(self, name: str, how: str) -> bool:
-        """Waits until restarts are on and the worker's backoff is over. Returns False if restarts are over, or if the
-        worker ended too often, which is reported."""
+        """Waits for restarts to be on, and for the worker's backoff. False if it is not started again."""
         await self._begun.wait()
         now_s, limits = asyncio.get_running_loop().time(), self.limits
         starts_s = [start_s for start_s in self._starts_s.get(name, ()) if start_s > now_s - limits.within_s]

@@ -134,8 +134,7 @@ class StaticLauncher(Launcher):
 
 
 class RestartingLauncher(StaticLauncher):
-    """The base of launchers that start and restart workers elsewhere; these join like the workers of a static
-    cluster."""
+    """The base of launchers that start and restart workers elsewhere, which join like a static cluster's."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)

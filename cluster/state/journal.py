@@ -45,8 +45,7 @@ _log = logging.getLogger(__name__)
 
 
 class Journal:
-    """The open journal of one coordinator, for one event loop. A failing disk does not fail requests: they have no
-    record."""
+    """The open journal of one coordinator and event loop. If the disk fails, requests are served without a record."""
 
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
         """Keeps sent replies for `sent_s`. A newer coordinator than that of `record` owns the file."""

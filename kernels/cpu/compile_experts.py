@@ -40,8 +40,7 @@ class _ExpertsCompiler(Compiler):
         return Compiled(self.plan, None)
 
     def run_lines(self) -> CompiledLines:
-        """A line is a row, then `experts` channels with 1 for its expert and 0 for others, so that no line names a
-        missing one."""
+        """A line is a row, then `experts` channels, 1 for its expert and 0 for others: no line names a missing one."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, False)

@@ -1,5 +1,4 @@
-"""Quantizes weights to the blocks of a model file. Each row is independent: the bytes do not depend on chunks, threads
-or the feature level."""
+"""Quantizes weights to a model file's blocks. The bytes do not depend on chunks, threads or the feature level."""
 
 from __future__ import annotations
 
@@ -50,8 +49,7 @@ def most_of(quant_type: QuantType) -> float:
 def quantize(
     quant_type: QuantType, x: Float32, importance: Float32 | None, feature_level: str = ""
 ) -> NDArray[np.uint8]:
-    """Quantizes weights [rows, width] up to `most_of` the type to bytes. `importance` [width] has positive numbers of
-    mean 1."""
+    """Quantizes weights [rows, width] up to `most_of` the type. `importance` [width] is positive, with mean 1."""
     match quant_type:
         case QuantType.F32:
             return x.view(np.uint8)

@@ -62,7 +62,7 @@ class CudaBackend:
 
     @property
     def free_bytes(self) -> int:
-        """The bytes free without those of future kernels and graphs; caches of experts give theirs back."""
+        """The free bytes, less those of kernels and graphs to come, and with those of experts caches."""
         cached_bytes = sum(cache.n_bytes for cache in tuple(self._caches))
         with self._gpu_lock.driver_errors():
             return max(0, self._device.free_bytes + cached_bytes - self._device.memory_bytes // _RESERVED_SHARE)
@@ -163,8 +163,7 @@ class CudaBackend:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns bytes beside weights and KV memory. Needs no GPU. Raises ModelFileError for a program that no GPU
-    computes."""
+    """Returns bytes beside weights and KV memory, without a GPU. Raises ModelFileError if no GPU computes it."""
     plan = _plan(program, tensors, limits)
     rounded = plan.kv_allocated_bytes - kv_bytes(program, limits)
     return plan.buffers_allocated_bytes + rounded + rounded_weight_bytes(program, tensors)

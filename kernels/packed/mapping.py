@@ -21,8 +21,7 @@ _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
 
 
 def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
-    """Returns True for maps in huge pages; for all if the system has none. Small pages stream weights 6 to 8 %
-    slower."""
+    """Returns True for maps in huge pages, or for all if these are off. Small pages stream weights 6 to 8 % slower."""
     if _no_huge_pages():
         return [True] * len(memories)
     of_files = ("FilePmdMapped:", "ShmemPmdMapped:")

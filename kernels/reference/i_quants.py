@@ -23,8 +23,8 @@ _IQ1_DELTA = np.float32(0.125)
 
 
 def _packed_signs(words32: NDArray[np.uint32]) -> Float32:
-    """Returns signs from four times seven bits of a word; each eighth bit makes parity even: [blocks, n] -> [blocks, 4
-    n, 8]."""
+    """Returns signs: four times seven bits of a word, and eighth bits of even parity: [blocks, n] -> [blocks, 4 n,
+    8]."""
     seven = (words32[:, :, None] >> np.array([0, 7, 14, 21], np.uint32) & 127).astype(np.uint8)
     return _with_parity(seven.reshape(len(words32), -1))
 
@@ -70,8 +70,7 @@ def iq2_s(blocks: Bytes) -> Float32:
 
 
 def iq3_xxs(blocks: Bytes) -> Float32:
-    """A block: d f16 | for 4 weights: a grid byte | for 32: a word of 4 x 7 sign bits and, above them, a 4-bit
-    scale."""
+    """A block: d f16 | for 4 weights: a grid byte | for 32: a word of 4 x 7 sign bits, above them a 4-bit scale."""
     codes = words(blocks[:, 66:], np.uint32)
     points = _signed(grid("IQ3_XXS")[blocks[:, 2:66]], _packed_signs(codes))
     return scaled(points, _half_scales(blocks, codes >> 28, 0.5))
@@ -94,8 +93,7 @@ def _delta(negative: NDArray[np.bool_]) -> Float32:
 
 
 def iq1_s(blocks: Bytes) -> Float32:
-    """A block: d f16 | for 8 weights: a grid byte | for 32: a word: 4 x 3 upper grid bits, 3-bit scale, sign of
-    delta."""
+    """A block: d f16 | for 8 weights: a grid byte | for 32: a word: 4 x 3 grid bits, 3-bit scale, sign of delta."""
     codes = words(blocks[:, 34:], np.uint16)
     high = (codes[:, :, None] >> np.array([0, 3, 6, 9], np.uint16)).reshape(-1, 32)
     points = grid("IQ1")[_iq1_indices(blocks[:, 2:34], high)].reshape(-1, 8, 32)
@@ -104,8 +102,7 @@ def iq1_s(blocks: Bytes) -> Float32:
 
 
 def iq1_m(blocks: Bytes) -> Float32:
-    """A block: for 8 weights: a grid byte | 4 bits: upper grid bits, sign of delta | four words: 4 x 3 scale bits, 4 of
-    d."""
+    """A block: for 8 weights: a grid byte | 3 grid bits, sign of delta | four words: 4 x 3 scale bits, 4 bits of d."""
     codes = words(blocks[:, 48:], np.uint16)
     quarters = codes >> 12 << np.array([0, 4, 8, 12], np.uint16)
     d = np.bitwise_or.reduce(quarters, axis=1, keepdims=True).view(np.float16).astype(np.float32)

@@ -17,8 +17,7 @@ _TAIL = 3
 
 
 def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program:
-    """Keeps one layer of each kind behind each kind of layer end: a launch has steps of one layer, or the last steps of
-    a layer and the first steps of the next."""
+    """Keeps one layer of each kind behind each kind of layer end, since a launch has steps of at most two layers."""
     if any(step.shares_kv for step in attention_steps(program)):
         return program  # layers name others
     groups = _by_layer(program.steps)

@@ -41,7 +41,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Attention behind norms of heads of queries, keys or both. `format`: the only one in which its result is read."""
+    """Attention behind norms of heads of queries, keys or both. `format`: its readers' only format, if 8-bit."""
 
     attend: Attend
     norms: tuple[ir.RmsNorm, ...] = ()

@@ -50,8 +50,7 @@ class Nvrtc:
         return tuple(sorted(numbers))
 
     def compile(self, name: str, text: str, architecture: int, options: Sequence[str] = OPTIONS) -> Binary:
-        """Compiles to machine code, or to PTX for a later architecture. Raises LlamaclustError with the compiler's
-        log."""
+        """Compiles to machine code, or to PTX for a later GPU. Raises LlamaclustError with the compiler's log."""
         known = self.architectures
         kind = "cubin" if architecture in known else "ptx"
         target = (

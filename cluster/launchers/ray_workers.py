@@ -27,8 +27,8 @@ class RayWorkers:
         self.actors: dict[str, Any] = {}
 
     def take_back(self, wanted: Sequence[Any]) -> bool:
-        """Takes over an earlier coordinator's actors if they are the wanted ones, else removes them. Raises UsageError
-        if they are another cluster's."""
+        """Takes over actors of an earlier coordinator if they are the wanted ones, else removes them. Raises UsageError
+        if they are of another cluster."""
         names = self._names()
         found = {name: self._request(name, "given") for name in names}
         if any(given is not None and given.cluster != self._cluster for given in found.values()):

@@ -159,8 +159,7 @@ class _Uploads:
 
 
 class LoadProgress:
-    """Reports weight bytes, 1 / `_KERNELS_SHARE` of them with compiled modules, whose delay is progress.
-    Thread-safe."""
+    """Reports weight bytes, 1 / `_KERNELS_SHARE` of them as modules are compiled. Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress

@@ -1,1 +1,1 @@
-"""What a model file says: GGUF, quant types, architectures, tokenizer, chat template."""
+"""The contents of a model file: GGUF, quant types, architectures, tokenizer, chat template."""

@@ -1,8 +1,7 @@
-"""LoRA adapters as parts of a model: GGUF files or folders of PEFT, read and checked, and their steps in programs.
+"""LoRA adapters as parts of a model: GGUF files or PEFT folders, read and checked, and their steps in programs.
 
-An adapter is a `ModelFile` of its own, whose identity tells it from any other. A model with adapters has the tensors
-of adapter number i under names that begin with `adapter.i.`, and the identity of the model alone.
-"""
+An adapter is a `ModelFile` with an identity of its own. A model with adapters has the tensors of adapter number i under
+names that begin with `adapter.i.`, and the identity of the model alone."""
 
 from __future__ import annotations
 
@@ -27,32 +26,29 @@ from llamaclust.model.program import Adapt, MatMul, Program, Step
 from llamaclust.model.quant_types import QuantType
 
 _KEY = "llamaclust.adapter."
-"""How the keys begin that a model with adapters has beside its own: their numbers and `alpha`."""
+"""The prefix of the metadata keys that a model gains with adapters, for example `llamaclust.adapter.0.alpha`."""
 _PREFIX = "adapter."
-"""Of names of adapters' tensors."""
 _TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
 _MOST = 65504.0
-"""Larger weights are refused: products of rows without the adapter, which count as 0, must be finite."""
+"""The largest weight that is taken: products of rows without the adapter, which count as 0, must be finite."""
 _READ_BYTES = 1 << 22
 _SAMPLE_BYTES = 4096
 _OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether there is a file or a folder that may be one."""
     return path.is_file() or is_peft(path)
 
 
 def adapter_files(path: Path) -> tuple[Path, ...]:
-    """The files that are read of the adapter at this path."""
     return peft_files(path) if is_peft(path) else (path,)
 
 
 def read_adapter(path: Path, model: ModelFile) -> ModelFile:
-    """An adapter of the model: a GGUF file, or a folder of PEFT as its GGUF file would be. Its identity has samples of
-    each tensor: two states of a training may differ in those of some layers alone. ModelFileError as of `read_header`
-    and `read_peft`."""
+    """Reads an adapter of the model: a GGUF file, or a PEFT folder as its GGUF file would be. Its identity includes
+    samples of each tensor, because two checkpoints of a training may differ in some layers only. ModelFileError as for
+    `read_header` and `read_peft`."""
     header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
@@ -63,8 +59,8 @@ def read_adapter(path: Path, model: ModelFile) -> ModelFile:
 
 
 def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
-    """The model with adapters of `read_adapter` by their numbers. ModelFileError for one that is none of LoRA or of
-    another architecture; shapes are checked where programs are made, weights by `check_adapter_weights`."""
+    """Returns the model with adapters, by their numbers. ModelFileError for an adapter that is not LoRA or is of
+    another architecture; shapes are checked by `adapted`, weights by `check_adapter_weights`."""
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:
@@ -85,7 +81,8 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
 
 
 def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
-    """Reads the files whole, which only the coordinator does. ModelFileError for weights that are no numbers."""
+    """Reads the files whole, which only the coordinator does. ModelFileError for weights that are not finite or too
+    large."""
     for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
@@ -95,8 +92,8 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
 
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """The largest absolute weight of a part, or NaN. Without its sign, a float is as large as its bits as an integer,
-    which compare at the speed of memory, and a NaN is larger than all others."""
+    """Returns the largest absolute weight of a range of bytes, or NaN. Floats without their sign compare as integers,
+    at the speed of memory, and NaN is the largest."""
     data = tensor.read_range(start, end)
     match tensor.quant_type:
         case QuantType.F32:
@@ -109,7 +106,7 @@ def _largest(tensor: Tensor, start: int, end: int) -> float:
 
 
 def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
-    """Checks what the adapter is of."""
+    """Checks the kind and architecture of an adapter; returns its alpha."""
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         if (value := found.metadata_str(key, "none")) != wanted:
             raise found.error(
@@ -127,7 +124,7 @@ def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
 
 
 def _checked(tensor: Tensor) -> str:
-    """The tensor's name. ModelFileError for one that cannot be part of an adapter."""
+    """Returns the tensor's name. ModelFileError for a tensor that cannot be part of an adapter."""
     name = _NAME.fullmatch(tensor.name)
     place = f"tensor {shown(tensor.name)}"
     if name is None:
@@ -149,8 +146,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """The program with the steps of the model's adapters: behind each group of products of one x, those of the group,
-    adapter by adapter. ModelFileError for shapes that do not fit the products."""
+    """Returns the program with the steps of the model's adapters, adapter by adapter, behind each run of products of
+    one x. ModelFileError for shapes that do not fit the products."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 
@@ -169,7 +166,7 @@ def _adapted(steps: Sequence[Step], model: ModelFile, numbers: Sequence[int]) ->
 
 
 def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
-    """What adapter `number` adds to a product; None: nothing."""
+    """Returns the step that adapter `number` adds to a product, if it has tensors for it."""
     down, up = (model.tensors.get(f"{_PREFIX}{number}.{product.weight}.lora_{half}") for half in "ab")
     if down is None and up is None:
         return None
@@ -187,7 +184,7 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 
 def own_names(names: Iterable[str], number: int | None) -> list[str]:
-    """Names of weights as the file of an adapter has them, or that of the model (None)."""
+    """Selects the weights of adapter `number`, under the names in its own file, or those of the model (None)."""
     if number is None:
         return [name for name in names if not name.startswith(_PREFIX)]
     prefix = f"{_PREFIX}{number}."
@@ -195,7 +192,6 @@ def own_names(names: Iterable[str], number: int | None) -> list[str]:
 
 
 def unread_adapter_tensor(model: ModelFile, names: set[str]) -> ModelFileError | None:
-    """The error for a tensor of an adapter among those that no step reads."""
     name = min((name for name in names if name.startswith(_PREFIX)), default=None)
     if name is None:
         return None

@@ -1,5 +1,5 @@
-"""Frames between a process and a child that computes with untrusted input, lines of JSON; and the child's side of them,
-which ends with its parent."""
+"""Frames between a process and a child that computes with untrusted input, lines of JSON; and the child's end of
+them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _SET_PARENT_DEATH_SIGNAL: Final = 1
 
 
 def encoded(frame: Mapping[str, Any]) -> bytes:
-    """In plain ASCII. TypeError, ValueError or RecursionError for values that JSON cannot hold."""
+    """Returns a line of ASCII. TypeError, ValueError or RecursionError for values that JSON cannot hold."""
     return json.dumps(frame).encode() + b"\n"
 
 
 def end_with_parent() -> None:
-    """The kernel kills this process when its parent's thread ends; the terminal's Ctrl-C is the parent's alone."""
+    """Has the kernel kill this process when its parent's thread ends; the terminal's Ctrl-C is left to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def read_frame() -> dict[str, Any]:
-    """The next request; ends the process where the parent has gone."""
+    """Reads the next request; ends the process if the parent has gone."""
     line = sys.stdin.buffer.readline(_MAX_REQUEST_BYTES)
     if not line.endswith(b"\n"):
         sys.exit(2 if line else 0)

@@ -25,7 +25,6 @@ _KEPT_VARIABLES: Final = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH",
 _OTHERS_SIGNALS: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 _TIME_SIGNALS: Final = (signal.SIGXCPU, signal.SIGPROF)
 _END_S: Final = 5.0
-"""Deadline from the child's last byte to its exit."""
 
 
 class ChildEndedError(Exception):
@@ -46,7 +45,8 @@ class ChildUnusableError(ChildEndedError):
 
 @dataclass(frozen=True, slots=True)
 class ChildProgram:
-    """What a child runs. It answers the frame that `first` makes, with "error" where it is of no use, then requests."""
+    """The module that a child runs, and its limits. The child answers the first frame with "error" if it cannot
+    work."""
 
     module: str
     first: Callable[[], Mapping[str, Any]]
@@ -56,8 +56,8 @@ class ChildProgram:
 
 
 class BoundedChild:
-    """A child, started at the first request and again after its end, and the thread that owns it for its whole life:
-    Linux kills a child when the thread that started it ends. Safe for many threads."""
+    """A child, started at the first request and again after its end, and the thread that owns it: Linux kills a child
+    when the thread that started it ends. Safe for many threads."""
 
     def __init__(self, program: ChildProgram, name: str) -> None:
         self.pid: int | None = None  # of a child that answers requests
@@ -70,7 +70,7 @@ class BoundedChild:
 
     @property
     def load(self) -> int:
-        """Calls in progress, and those that wait."""
+        """The number of calls in progress and waiting."""
         return len(self._work)
 
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
@@ -84,8 +84,8 @@ class BoundedChild:
         return future
 
     def request(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The reply; a child that was killed from outside gets the request once more. ChildEndedError; TypeError,
-        ValueError or RecursionError for values that JSON cannot hold."""
+        """Returns the reply; a child that was killed from outside gets the request once more. ChildEndedError;
+        TypeError, ValueError or RecursionError for values that JSON cannot hold."""
         frame = encoded(values)
         try:
             return self._request(frame)
@@ -93,13 +93,13 @@ class BoundedChild:
             return self._request(frame)
 
     def stop(self) -> None:
-        """Requests fail from now on, the one in progress too."""
+        """Kills the child; the request in progress and all later ones fail."""
         self._is_stopped = True
         if (process := self._process) is not None:
             process.kill()
 
     def close(self) -> None:
-        """After `stop`: returns when the child is gone. May be called again."""
+        """Returns when the child is gone; `stop` comes first. May be called again."""
         with suppress(RuntimeError):  # the thread has ended
             self._thread.submit(self._drop)
         self._thread.shutdown(wait=True)
@@ -143,7 +143,6 @@ class BoundedChild:
             raise ChildKilledError(f"its process cannot be started: {error.strerror}") from error
 
     def _exchange(self, process: subprocess.Popen[bytes], frame: bytes, timeout_s: float) -> dict[str, Any]:
-        """Sends a frame and waits for the reply."""
         assert process.stdin is not None and process.stdout is not None
         is_late = Event()
 
@@ -171,7 +170,6 @@ class BoundedChild:
         raise _ending(process)
 
     def _drop(self) -> None:
-        """Ends the process and its pipes."""
         process, self._process, self.pid = self._process, None, None
         if process is not None:
             process.kill()
@@ -187,7 +185,7 @@ def _decoded(line: bytes) -> dict[str, Any]:
 
 
 def _ending(process: subprocess.Popen[bytes]) -> ChildEndedError:
-    """How a child ended that has closed its pipes."""
+    """Explains the end of a child that has closed its pipes."""
     try:
         code = process.wait(_END_S)
     except subprocess.TimeoutExpired:

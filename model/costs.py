@@ -1,4 +1,4 @@
-"""What steps, layers and a model cost: bytes of weights, those that a token does not read, KV memory, states, and
+"""Costs of steps, layers and a model: bytes of weights, idle weights, KV memory and states, and
 multiply-accumulates."""
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ file_bytes = attrgetter("n_bytes")
 
 @dataclass(frozen=True, slots=True)
 class TypedWeights:
-    """Weights in tiles of a quant type that rows are multiplied with: bytes that lie in memory, multiply-accumulates of
-    a row."""
+    """Matrices of one quant type: resident bytes, and multiply-accumulates of a row."""
 
     quant_type: QuantType
     n_bytes: int
@@ -30,7 +29,7 @@ class TypedWeights:
 
 
 def typed_weights(tensors: Mapping[str, Tensor], steps: Iterable[Step], *, experts: bool) -> tuple[TypedWeights, ...]:
-    """By quant type: matrices of experts, or those outside of mixtures. Routers are in neither."""
+    """Returns, by quant type, matrices of experts, or those outside of mixtures. Routers are in neither."""
     n_bytes, products = Counter[QuantType](), Counter[QuantType]()
     kind = WeightKind.EXPERTS if experts else WeightKind.MATRIX
     seen = set[str]()
@@ -53,7 +52,7 @@ def weight_bytes(
 
 
 def idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Callable[[Tensor], int]) -> int:
-    """Of the experts that a token does not choose."""
+    """Returns the bytes of the experts that a token does not choose."""
     idle = 0
     for step in _of_mixtures(steps):
         held = sum(size(tensors[weight.name]) for weight in _weights([step], WeightKind.EXPERTS))
@@ -62,7 +61,7 @@ def idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Calla
 
 
 def idle_share(steps: Iterable[Step]) -> float:
-    """Of the layer's experts, those that a token does not choose. No layer has two mixtures."""
+    """Returns the share of a layer's experts that a token does not choose. No layer has two mixtures."""
     return next((1 - step.mixture.used / step.mixture.experts for step in _of_mixtures(steps)), 0.0)
 
 
@@ -88,12 +87,9 @@ def all_macs(steps: Iterable[Step]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """One layer; bytes are those that lie in memory. `idle_bytes`: weights that a token does not read, since it chooses
-    other experts, a share `idle_share` of all experts. `used_file_bytes`: those that it reads, as the file holds them.
-
-    Multiply-accumulates are those of weights, all of them and those of float weights; attention's grow with the context
-    and are not in them.
-    """
+    """The cost of one layer. `weight_bytes` are resident; `idle_bytes` are those of the experts that a token does not
+    choose, a share `idle_share` of all experts; `used_file_bytes` are the others, as in the file. Multiply-accumulates
+    are those of weights, without attention's, which grow with the context."""
 
     weight_bytes: int
     macs_per_token: int
@@ -115,21 +111,20 @@ class LayerCost:
     expert_weights: tuple[TypedWeights, ...] = ()
 
     def moved_bytes(self, rows: int, sequences: int) -> float:
-        """What a step of so many rows of so many sequences reads or writes: weights, and each sequence's state, which
-        it reads and writes once."""
+        """Returns the bytes that a step reads or writes: weights, and each sequence's state twice."""
         return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
 
     def touched_bytes(self, rows: int) -> float:
-        """Weights that a step of so many rows reads. Rows are taken to choose experts independently and evenly: of E
-        experts, of which each row uses u, an expected E * (1 - (1 - u / E) ** rows) are read."""
+        """Returns the bytes of weights that a step reads. Rows are taken to choose experts independently and evenly: of
+        E experts, of which each row uses u, an expected E * (1 - (1 - u / E) ** rows) are read."""
         return self.weight_bytes - self._idle_bytes(rows)
 
     def touched_expert_bytes(self, rows: int) -> float:
-        """Of these, router and experts."""
+        """Returns the part of `touched_bytes` that is routers and experts."""
         return self.expert_bytes - self._idle_bytes(rows)
 
     def touched_share(self, rows: int) -> float:
-        """Of weights of experts, those that a step of so many rows reads."""
+        """Returns the share of the experts' weights that a step reads."""
         return 1 - self.idle_share**rows
 
     def _idle_bytes(self, rows: int) -> float:
@@ -137,13 +132,13 @@ class LayerCost:
 
 
 JOINED = LayerCost(0, 0, 0, is_joined=True)
-"""Of parts of a layer that is not divided."""
+"""The cost of the further parts of a layer that cannot be divided into expert shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """The first stage holds the embedding, the last one the head. They may share tensors, counted in both: a stage that
-    has embedding and head holds these `tied_bytes` once."""
+    """The costs of a model. The first stage holds the embedding, the last one the head; `tied_bytes` of tensors are
+    counted in both, and held once by a stage that has both."""
 
     embedding_bytes: int
     head_bytes: int
@@ -161,14 +156,14 @@ class ModelCosts:
 
     @property
     def quant_types(self) -> tuple[QuantType, ...]:
-        """Of weights that rows are multiplied with."""
+        """The types of all matrices."""
         of_layers = (weights for layer in self.layers for weights in (*layer.weights, *layer.expert_weights))
         return tuple(sorted({weights.quant_type for weights in (*of_layers, *self.head_weights)}))
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """Layers before which the model may be cut, and its end: not between a layer and the one whose keys and values
-        it reads, or inside a layer that is not divided."""
+        """The layers before which a stage may begin, and the model's end. No border lies between a layer and the one
+        whose keys and values it reads, or inside a layer that is not divided."""
         shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
         sources = ((source * self.expert_shards, number) for source, number in shared)
         between = {border for source, number in sources for border in range(source + 1, number + 1)}
@@ -177,28 +172,27 @@ class ModelCosts:
 
     @property
     def kv_token_bytes(self) -> int:
-        """KV memory of one position."""
         return sum(layer.kv_bytes_per_token for layer in self.layers)
 
     @property
     def state_bytes(self) -> int:
-        """Of a state of a sequence, in all layers."""
+        """The bytes of one sequence's state in all layers."""
         return sum(layer.state_bytes for layer in self.layers)
 
     @property
     def window(self) -> int | None:
-        """The largest one of its layers, if any has one."""
+        """The largest window of the layers, if any has one."""
         return max((layer.window for layer in self.layers if layer.window is not None), default=None)
 
 
 def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
-    """Of a program of one layer, without the embedding and the head of a first or last stage."""
+    """Returns the cost of a program of one layer, without the embedding and the head of a first or last stage."""
     before_head = takewhile(partial(is_before_head, program), program.steps)
     return steps_cost(tensors, replace(program, steps=tuple(step for step in before_head if not step.is_embedding)))
 
 
 def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
-    """Of all steps, those of a head as well."""
+    """Returns the cost of all steps, including a head."""
     steps = program.steps
     mixtures = list(_of_mixtures(steps))
     return LayerCost(
@@ -222,6 +216,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """The head begins with the norm of all rows, where there is one."""
+    """True if the step is not of the head, which begins with the norm of all rows where the program has one."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

@@ -1,10 +1,9 @@
 """Programs of stages that begin or end inside a mixture, where the experts of a layer are on several workers.
 
-Each layer has as many parts as its experts have shards. The first part is all that comes before the experts, the choice
-among them and the first shard; the last one is the last shard, the sum and all that comes behind. What one stage hands
-on to the next inside a mixture is what later steps read, the choice, and the results of the experts by rank: the last
-stage of a layer adds these in the order of ranks, as a worker with all experts does.
-"""
+Each layer has as many parts as its experts have shards. The first part holds the steps before the experts, the choice
+and the first shard; the last one holds the last shard, the sum and the steps behind. Between two parts of a layer, a
+stage sends the buffers that later steps read, the choice, and the results of experts by rank: the last part adds these
+in the order of ranks, as a worker with all experts does."""
 
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ from llamaclust.model.program import (
 )
 
 Build = Callable[[int, int], Program]
-"""The program of whole layers [start, end)."""
+"""A function that returns the program of whole layers [start, end)."""
 
 
 def divided_program(build: Build, start: int, end: int, shards: int) -> Program:
-    """The program of parts [start, end), `shards` of them for each layer. UsageError where a stage would begin or end
-    in a layer without a mixture, or with fewer experts."""
+    """Returns the program of parts [start, end), `shards` of them for each layer. UsageError if a stage would begin or
+    end in a layer without a mixture, or with fewer experts than shards."""
     (first, skipped), (last, before) = divmod(start, shards), divmod(end - 1, shards)
     kept, program = before + 1, build(first, last + 1)
     steps, hidden, out, normed = program.steps, program.hidden, program.out, program.normed
@@ -50,14 +49,13 @@ def divided_program(build: Build, start: int, end: int, shards: int) -> Program:
 
 
 def mixture_of(steps: Sequence[Step], layer: int) -> Moe | None:
-    """The mixture of a layer, if it has one."""
     mixtures = (step for step in steps if isinstance(step, Moe))
     return next((step for step in mixtures if step.layer == layer), None)
 
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A layer that is divided. `carried`: what steps from the experts on read of those before."""
+    """A layer that is divided. `carried`: buffers that steps from the experts on read and earlier steps wrote."""
 
     mixture: Moe
     carried: tuple[Buffer, ...]
@@ -85,7 +83,6 @@ class _Cut:
 
     @property
     def width(self) -> int:
-        """Of what crosses."""
         return sum(buffer.width for buffer in (*self.carried, self.choice, self.results))
 
     @property
@@ -97,17 +94,15 @@ class _Cut:
         return Buffer("cut out", self.width)
 
     def beginning(self, steps: Sequence[Step], kept: int) -> tuple[Step, ...]:
-        """Steps up to the first `kept` shards."""
         computed = replace(self._shards(range(kept)), out=self.handed_on, carried=self.carried)
         return *steps[: steps.index(self.mixture)], ExpertChoice(self.mixture, self.choice), computed
 
     def inside(self, numbers: range) -> tuple[Step, ...]:
-        """Shards in the middle alone."""
+        """Returns steps of shards neither first nor last."""
         computed = replace(self._shards(numbers), given=self.given, out=self.handed_on, carried=self.carried)
         return *self._taken(), computed
 
     def rest(self, steps: Sequence[Step], skipped: int) -> tuple[Step, ...]:
-        """Steps from shard number `skipped` on."""
         computed = replace(self._shards(range(skipped, self.shards)), given=self.given)
         total = ExpertSum(self.mixture, self.choice, self.results)
         return *self._taken(), computed, total, *steps[steps.index(self.mixture) + 1 :]
@@ -118,7 +113,7 @@ class _Cut:
         return ExpertShards(self.mixture, self.choice, self.results, held)
 
     def _taken(self) -> list[Step]:
-        """What crossed, but for the results."""
+        """Returns the steps that unpack all received buffers except the results."""
         taken: list[Step] = []
         for buffer in (*self.carried, self.choice):
             taken.append(Slice(self.given, buffer, sum(step.out.width for step in taken if isinstance(step, Slice))))

@@ -1,4 +1,4 @@
-"""The numbers of a llama-family model, read from its metadata and checked to be sane and to fit together."""
+"""The hyperparameters of a model, read from its metadata and checked to be sane and to fit together."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ _NEUTRAL_VALUES = {
 
 
 LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
-"""Channels of a head's query and value where attention is latent: other keys of widths are those of stored keys."""
+"""Channels of a head's query and value in latent attention, where the other keys of widths are those of stored keys."""
 
 MAX_LAYERS = 1 << 10
 SHARED_KV_KEY = "attention.shared_kv_layers"
-"""How many of the layers, the last ones, read the keys and values of others."""
+"""The number of last layers that read the keys and values of others."""
 NEXTN_KEY = "nextn_predict_layers"
-"""How many of the layers, the last ones, are heads for multi-token prediction (MTP)."""
+"""The number of last layers that are heads for multi-token prediction (MTP)."""
 
 
 class RopeScaling(StrEnum):
-    """How positions past the trained context are handled."""
+    """Methods for positions past the trained context."""
 
     NONE = "none"
     LINEAR = "linear"
@@ -65,12 +65,11 @@ class RopeScaling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RopeParameters:
-    """Rotary embedding: the first `dimension_count` channels of a head turn. Frequency factors are a tensor.
+    """The rotary embedding of the first `dimension_count` channels of a head. Frequency factors are a tensor.
 
-    `extrapolation_factor`, `beta_fast`, `beta_slow`, `log_multiplier` matter to YaRN only; `factor` is 1 without
+    `extrapolation_factor`, `beta_fast`, `beta_slow` and `log_multiplier` matter to YaRN only; `factor` is 1 without
     scaling. With a `log_multiplier`, cos and sin are divided by 1 + 0.1 * log_multiplier * ln(factor). `truncated`: the
-    ramp of YaRN begins and ends at whole pairs.
-    """
+    ramp of YaRN begins and ends at whole pairs."""
 
     dimension_count: int
     frequency_base: float
@@ -87,8 +86,8 @@ class RopeParameters:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Widths in channels, counts a layer. `expert_count` is 0 for a model without experts; tuples have a number for
-    each layer, 0 KV heads for one without attention, the length 0 for one without a feed-forward network."""
+    """Widths in channels and counts. `expert_count` is 0 without experts; tuples have a number for each layer, 0 KV
+    heads for a layer without attention, length 0 for one without a feed-forward network."""
 
     architecture: str
     block_count: int
@@ -108,32 +107,29 @@ class Hyperparameters:
 
     @property
     def query_width(self) -> int:
-        """Channels of all query heads together."""
         return self.head_count * self.key_length
 
     @property
     def head_count_kv(self) -> int:
-        """The most of a layer."""
+        """The maximum over the layers."""
         return max(self.head_counts_kv)
 
     @property
     def feed_forward_length(self) -> int:
-        """The greatest of a layer."""
+        """The maximum over the layers."""
         return max(self.feed_forward_lengths)
 
 
 def read_architecture(model: ModelFile) -> str:
-    """`general.architecture`, the prefix of the model's own keys."""
     return model.metadata_str("general.architecture")
 
 
 def read_hyperparameters(model: ModelFile) -> Hyperparameters:
-    """Reads `{architecture}.*`; ModelFileError naming the key that is missing, out of bounds or contradicts another."""
+    """Reads `{architecture}.*`. ModelFileError names the key that is missing, out of bounds or contradicts another."""
     return hyperparameters_of(ModelKeys(model))
 
 
 def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
-    """The same from keys that more is read from."""
     embedding_length = keys.count("embedding_length", maximum=_MAX_WIDTH)
     head_count = keys.count("attention.head_count", maximum=1 << 14)
     block_count = read_block_count(keys)
@@ -163,7 +159,7 @@ def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
 
 
 class ModelKeys:
-    """Reads a model's own keys, given without the architecture's name, and records which ones were read."""
+    """A reader of a model's own keys, given without the architecture's name, that records which ones were read."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -177,7 +173,7 @@ class ModelKeys:
         return self.model.error(self._full(key), what)
 
     def count(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int) -> int:
-        """A whole number; an array with one number a layer is taken where all of them are equal."""
+        """Reads a whole number; an array with one number a layer is taken if all of them are equal."""
         value: Any = self.model.metadata.get(self._recorded(key))
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
             if (value != value[0]).any():
@@ -191,7 +187,7 @@ class ModelKeys:
     def counts(
         self, key: str, layers: int, default: int | None = None, *, minimum: int = 1, maximum: int
     ) -> tuple[int, ...]:
-        """A whole number for each of the first `layers`: from an array, or the same for all."""
+        """Reads a whole number for each of the first `layers`: from an array, or one for all."""
         value: Any = self.model.metadata.get(self._recorded(key))
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
             return (self.count(key, default, minimum=minimum, maximum=maximum),) * layers
@@ -203,7 +199,6 @@ class ModelKeys:
         return tuple(map(int, value[:layers]))
 
     def integers(self, key: str) -> tuple[int, ...]:
-        """An array of whole numbers, of any length."""
         value: Any = self.model.metadata.get(self._recorded(key))
         if value is None:
             raise self.error(key, "missing")
@@ -212,7 +207,7 @@ class ModelKeys:
         return tuple(map(int, value))
 
     def reals(self, key: str, layers: int) -> tuple[float, ...]:
-        """A number, perhaps infinite or none, for each of the first `layers`."""
+        """Reads a number for each of the first `layers`, which may be infinite or NaN."""
         value: Any = self.model.metadata.get(self._recorded(key))
         if value is None:
             raise self.error(key, "missing")
@@ -229,14 +224,13 @@ class ModelKeys:
         return self.model.metadata_str(self._recorded(key), default)
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
         value: Any = self.model.metadata.get(self._recorded(key), default)
         if not isinstance(value, bool | np.bool_):
             raise self.error(key, f"{shown(str(value))}, true or false expected")
         return bool(value)
 
     def flags(self, key: str, layers: int) -> list[bool] | None:
-        """A flag for each of the first `layers`, or None where the file has no such key."""
+        """Reads a flag for each of the first `layers`; None if the file has no such key."""
         self._read.add(key)
         return self._layer_flags(key, layers) if self.has(key) else None
 
@@ -258,8 +252,8 @@ class ModelKeys:
                 raise self.error(key, f"{shown(str(value))}, which is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
-        """Which layers have the sliding window: `attention.sliding_window_pattern` says so for each, or is a period
-        whose last layer, or with `full_first` its first, has none (0: all have it)."""
+        """Tells which layers have the sliding window. `attention.sliding_window_pattern` is an array, or a period whose
+        last layer, or with `full_first` its first, has none (0: all have it)."""
         key = "attention.sliding_window_pattern"
         if isinstance(self.model.metadata.get(self._recorded(key)), np.ndarray):
             return self._layer_flags(key, layers)
@@ -268,7 +262,7 @@ class ModelKeys:
         return [period == 0 or layer % period != full for layer in range(layers)]
 
     def _recorded(self, key: str) -> str:
-        """The whole name of a key that is read."""
+        """Records a key as read; returns its full name."""
         self._read.add(key)
         return self._full(key)
 
@@ -277,7 +271,7 @@ class ModelKeys:
 
 
 def read_block_count(keys: ModelKeys) -> int:
-    """Without the layers behind the others that predict more than one token."""
+    """Returns the number of layers without those for multi-token prediction."""
     count = keys.count("block_count", maximum=MAX_LAYERS)
     return count - keys.count(NEXTN_KEY, 0, minimum=0, maximum=count - 1)
 
@@ -359,7 +353,7 @@ def _read_rope(keys: ModelKeys, key_length: int, context_length: int) -> RopePar
 
 
 def _read_factor(keys: ModelKeys) -> float:
-    """The stretch of positions; older files call it `rope.scale_linear`, and 0 stands for none."""
+    """Reads the stretch of positions, called `rope.scale_linear` in older files; 0 stands for 1."""
     key = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
     factor = keys.real(key, 1.0, minimum=0.0, maximum=1e6) or 1.0
     if factor < _LEAST_STRETCH:
@@ -368,7 +362,7 @@ def _read_factor(keys: ModelKeys) -> float:
 
 
 def _read_scaling(keys: ModelKeys, factor: float) -> RopeScaling:
-    """The named scaling; a factor without a name is linear, as in llama.cpp."""
+    """Reads the scaling; a factor without a name is linear, as in llama.cpp."""
     name = keys.text("rope.scaling.type", "none" if factor == 1.0 else "linear")
     if name not in set(RopeScaling):
         raise keys.error("rope.scaling.type", f"{shown(name)} is not supported")

@@ -1,4 +1,5 @@
-"""Importance matrices in llama.cpp's two formats: of each weight matrix, the squares of its inputs summed by column."""
+"""Importance matrices in llama.cpp's two formats: for each weight matrix, the squares of its inputs summed by
+column."""
 
 from __future__ import annotations
 
@@ -29,21 +30,22 @@ _NUMBER = Struct("<i")
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """Of one matrix, or of several experts': squares summed [experts, columns] over `counts` [experts] inputs."""
+    """The importance of one matrix, or of several experts': squares summed [experts, columns] over `counts` [experts]
+    inputs."""
 
     sums: Float32
     counts: Float32
 
     @property
     def means(self) -> Float32:
-        """[experts, columns]; ones for an expert that was never chosen."""
+        """Mean squares [experts, columns]; ones for an expert that was never chosen."""
         counts = self.counts[:, None]
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), np.float32(1)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
 class ImportanceMatrix:
-    """`entries` by the name of the weight tensor; made of `chunks` of `chunk_tokens` tokens of `datasets`."""
+    """The entries by name of the weight tensor, made of `chunks` of `chunk_tokens` tokens of `datasets`."""
 
     entries: Mapping[str, Importance]
     chunks: int
@@ -52,7 +54,7 @@ class ImportanceMatrix:
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
-    """Either format, told by how the file begins. ModelFileError for a file that is no such thing, or is damaged."""
+    """Reads either format, told by the first bytes. ModelFileError for a file that is neither, or is damaged."""
     with open_regular(path) as descriptor:
         size_bytes = FileIdentity.of(descriptor).size_bytes
         if size_bytes > _MOST_BYTES:
@@ -74,7 +76,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 
 
 def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
-    """In the old format where the name ends in .dat, else as GGUF. The file appears when it is complete."""
+    """Writes the old format if the name ends in .dat, else GGUF. The file appears when it is complete."""
     if path.suffix == ".dat":
         data = _legacy_bytes(matrix)
         with new_file(path, len(data)) as file:
@@ -111,7 +113,7 @@ def _from_gguf(file: ModelFile) -> ImportanceMatrix:
 
 
 def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
-    """Number of entries | for each: name, calls, values times calls | chunks, name of the text."""
+    """Reads: number of entries | for each: name, calls, values times calls | chunks, name of the text."""
     at = 0
 
     def number() -> int:

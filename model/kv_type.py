@@ -1,21 +1,21 @@
-"""Types of KV memory, and how wide keys and values lie in it."""
+"""Types of KV memory, and the widths of keys and values in it."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
 KV_BLOCK_TOKENS = 16
-"""Positions in one KV block: the unit that the coordinator hands out and that block tables name."""
+"""Positions in one KV block: the unit that the coordinator allocates and that block tables name."""
 
 KV_GROUP_CHANNELS = 32
-"""Channels of a key or value that share a scale where the KV type has scales."""
+"""Channels of a key or value that share a scale, in KV types that have scales."""
 
 KV_VALUE_CHANNELS = 16
-"""A stored value takes a multiple of these channels: the lanes that sum it."""
+"""The lanes that sum values: a stored value takes a multiple of these channels."""
 
 
 class KvType(StrEnum):
-    """How keys and values are rounded before any use: float16, or int8 with a float16 scale for 32 channels. With INT8,
+    """The rounding of keys and values before any use: float16, or int8 with a float16 scale for 32 channels. With INT8,
     queries and weights of positions are rounded to 8 bits as well, and attention is computed in integers."""
 
     F16 = "f16"
@@ -23,14 +23,14 @@ class KvType(StrEnum):
     INT8 = "int8"
 
     def key_bytes(self, channels: int) -> int:
-        """KV memory of one head's key at one position, padding and scales among it."""
+        """Returns the KV memory of one head's key at one position, with padding and scales."""
         if self is KvType.F16:
             return 2 * channels
         together = 4 if self is KvType.INT8 else 2  # channels of a position that lie side by side
         return -(-channels // together) * together + 2 * -(-channels // KV_GROUP_CHANNELS)
 
     def pair_bytes(self, channels: int) -> int:
-        """The same of key and value."""
+        """Returns the KV memory of one head's key and value at one position, with padding and scales."""
         value = -(-channels // KV_VALUE_CHANNELS) * KV_VALUE_CHANNELS
         if self is KvType.F16:
             return self.key_bytes(channels) + 2 * value

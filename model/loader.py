@@ -1,4 +1,5 @@
-"""A model that can be run, as upper layers hold it: programs, the tensors they name, costs, its text side."""
+"""A model that can be run, as upper layers hold it: programs, the tensors they name, costs, its tokenizer and
+template."""
 
 from __future__ import annotations
 
@@ -51,8 +52,7 @@ class Model:
     def __init__(
         self, file: ModelFile, chat_template: str | None = None, adapters: Mapping[int, ModelFile] | None = None
     ) -> None:
-        """ModelFileError where the file is no model of an architecture that is supported. `adapters`: by their numbers,
-        see `with_adapters`."""
+        """ModelFileError if the file is not a model of a supported architecture. `adapters`: see `with_adapters`."""
         self.plain = as_programs_read(file)
         self.adapters = adapters or {}
         self.file = file = with_adapters(self.plain, self.adapters)
@@ -69,15 +69,15 @@ class Model:
     @classmethod
     def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
         """Reads headers only, but `adapters` whole. ModelFileError as for `open_model`, `with_adapters` and
-        `check_adapter_weights`, and for parts that do not fit together. `chat_template` is the name of one or a file,
-        to take instead of the model's; UsageError where there is none."""
+        `check_adapter_weights`, and for parts that do not fit together. `chat_template` names a template, or a file,
+        that replaces the model's; UsageError if there is none."""
         plain = open_model(path)
         numbered = {number: read_adapter(adapter, plain) for number, adapter in enumerate(adapters)}
         check_adapter_weights(numbered.values())
         return cls(plain, chat_template, numbered)
 
     def adapted_by(self, adapters: Mapping[int, ModelFile]) -> Model:
-        """The same model with these adapters, and no others."""
+        """Returns the model with these adapters and no others."""
         return self if adapters == self.adapters else Model(self.plain, adapters=adapters)
 
     def __enter__(self) -> Self:
@@ -88,13 +88,12 @@ class Model:
 
     @property
     def has_wider_tiles(self) -> bool:
-        """Whether `widened` differs from it."""
         tensors = self.file.tensors.values()
         return any(tensor.quant_type in WIDER_TILES and tensor.packed_as is None for tensor in tensors)
 
     @cached_property
     def widened(self) -> Model:
-        """The same model, whose weights lie in wider tiles where their types have some."""
+        """The same model, whose weights lie in wider tiles if their types have some."""
         wide = copy(self)
         tensors = self.file.tensors.items()
         wide.file = replace(
@@ -106,7 +105,7 @@ class Model:
 
     @property
     def model_id(self) -> str:
-        """Hex digits that tell this model, with any adapters, from any other."""
+        """Hex digits that identify this model without its adapters."""
         return self.file.identity
 
     @property
@@ -121,8 +120,8 @@ class Model:
         context_tokens: int | None = None,
         expert_shards: int = 1,
     ) -> Program:
-        """The program of layers [start, end), for sequences of so many tokens at most (None: of any length that the
-        model was made for). With several `expert_shards`, of parts of layers, see `Program`; UsageError for a layer
+        """Returns the program of layers [start, end), for sequences of at most `context_tokens` (None: the model's
+        context). With several `expert_shards`, [start, end) are parts of layers, see `Program`; UsageError for a layer
         that cannot be divided so."""
 
         def build(first: int, last: int) -> Program:
@@ -131,28 +130,26 @@ class Model:
         return build(start, end) if expert_shards == 1 else divided_program(build, start, end, expert_shards)
 
     def is_divisible(self, layer: int, expert_shards: int) -> bool:
-        """Whether a layer's experts can be divided into so many shards."""
         mixture = mixture_of(self._whole.steps, layer)
         return mixture is not None and mixture.experts >= expert_shards
 
     @property
     def adapter_digests(self) -> dict[int, str]:
-        """The identities of the adapters of LoRA that requests may use, by their numbers."""
+        """The identities of the LoRA adapters that requests may use, by their numbers."""
         return {number: adapter.identity for number, adapter in self.adapters.items()}
 
     @property
     def window(self) -> int | None:
-        """The largest one of its layers, if any has one."""
+        """The largest window of the layers, if any has one."""
         return self._whole.window
 
     @property
     def quant_types(self) -> tuple[QuantType, ...]:
-        """Of weights that rows are multiplied with."""
+        """The types of all matrices."""
         return self.costs(KvType.F16).quant_types
 
     @property
     def has_states(self) -> bool:
-        """Whether layers keep a state of each sequence."""
         return self._whole.has_states
 
     @property
@@ -167,12 +164,11 @@ class Model:
 
     @property
     def embedding_width(self) -> int:
-        """Numbers of an embedding, or of a reranker's scores."""
+        """The length of an embedding, or the number of a reranker's scores."""
         return (self._whole.normed or self._whole.hidden).width
 
     @cached_property
     def ranking(self) -> Ranking | None:
-        """How a model ranks documents, if it does."""
         if self.pooling is not Pooling.RANK:
             return None
         with _named(self.file.path):
@@ -180,15 +176,14 @@ class Model:
 
     @property
     def hidden_bytes(self) -> int:
-        """Of one token, as it goes from stage to stage: at most, behind the first layer. 0 for a single layer."""
+        """The bytes of one token between stages, at most, which is behind the first layer; 0 for a single layer."""
         return 4 * self.program(0, 1).out.width if self.layer_count > 1 else 0
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
-        """The tensors that the program names."""
         return {name: self.file.tensor(whole_name(name)).shard(name) for name in program.weights}
 
     def costs(self, kv_type: KvType, expert_shards: int = 1) -> ModelCosts:
-        """Of layers, or of the parts that `expert_shards` divide them into."""
+        """Returns the costs of layers, or of the parts that `expert_shards` divide them into."""
         key = kv_type, expert_shards
         if key not in self._costs:
             self._costs[key] = self._computed_costs(*key)
@@ -218,7 +213,6 @@ class Model:
         )
 
     def group_costs(self, kv_type: KvType, members: int) -> GroupCosts:
-        """Of groups of so many members."""
         key = kv_type, members
         if key not in self._group_costs:
             if kv_type not in self._layer_programs:
@@ -229,7 +223,7 @@ class Model:
         return self._group_costs[key]
 
     def _parts(self, layer: Program, shards: int) -> Iterator[Program]:
-        """Of a program of one layer; itself where it cannot be divided so."""
+        """Divides a program of one layer; yields the program itself if it cannot be divided."""
         if shards == 1 or not self.is_divisible(layer.start, shards):
             yield layer
             return
@@ -237,7 +231,7 @@ class Model:
         yield from (divided_program(lambda *_: layer, part, part + 1, shards) for part in range(first, first + shards))
 
     def _part_costs(self, layer: Program, parts: Sequence[Program], shards: int) -> list[LayerCost]:
-        """As many as there are shards."""
+        """Returns a cost for each shard."""
         costs = [layer_cost(self.tensors_for(part), part) for part in parts]
         if len(parts) == 1:
             return [*costs, *[JOINED] * (shards - 1)]
@@ -247,7 +241,7 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Built on first use. ModelFileError where the file has none, or one that is not supported."""
+        """Built on first use. ModelFileError if the file has no supported tokenizer."""
         with _named(self.file.path):
             return load_tokenizer(self.file.metadata)
 
@@ -259,13 +253,13 @@ class Model:
             return load_chat_template(self.file.metadata, tokenizer, chosen=self._chosen_template)
 
     def close(self) -> None:
-        """Ends what was started on first use; no file is held open."""
+        """Ends the template's child process; no file is held open."""
         if "chat_template" in vars(self):
             self.chat_template.close()
 
     def _refuse_other_uses(self) -> None:
-        """Models whose tokens do not see each other, or that rank or see later tokens in another way than their
-        architecture does."""
+        """Refuses models without attention or state, decoders with rank pooling, and causality unlike the
+        architecture's."""
         keys = ModelKeys(self.file)
         if not self._whole.kv_memory:
             what = f"none of its {self.layer_count} layers has attention or a state of the sequence"
@@ -276,7 +270,7 @@ class Model:
             raise keys.error("attention.causal", f"{not self.is_causal}, which is not supported")
 
     def _refuse_unknown_tensors(self) -> None:
-        """An unread tensor may be a scale or a norm, without which every answer is wrong."""
+        """Refuses unread tensors: one may be a scale or a norm, without which every answer is wrong."""
         known = {*self._whole.weights, *FACTOR_TENSORS, *nextn_tensors(self.file), *idle_kv_tensors(self.file)}
         unknown = set(self.file.tensors) - known
         if (error := unread_adapter_tensor(self.file, unknown)) is not None:
@@ -288,7 +282,7 @@ class Model:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Adds the file to errors that name only a place in it."""
+    """Prefixes ModelFileError with the file's path."""
     try:
         yield
     except ModelFileError as error:

@@ -1,5 +1,5 @@
-"""Rules that put tensors in RAM or on GPUs, as llama.cpp's `-ot PATTERN=DEVICE`. What can be apart on a worker are
-whole layers, and the experts of a layer from the rest of it: rules are brought to these, or refused."""
+"""Rules that put tensors in RAM or on GPUs, as llama.cpp's `-ot PATTERN=DEVICE`. A worker places whole layers, and
+experts apart from the rest of their layer: rules are reduced to these, or refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ _POSSIBLE = r"whole layers ('blk\.3\.'), or all experts of a layer ('ffn_.*_exps
 
 @dataclass(frozen=True, slots=True)
 class PlacementRule:
-    """Tensors whose names the pattern matches anywhere are on the device: "ram", "gpu" (any one) or "cuda:N"."""
+    """A rule that puts tensors whose names match the pattern anywhere on a device: "ram", "gpu" (any one) or
+    "cuda:N"."""
 
     pattern: str
     device: str
@@ -38,7 +39,7 @@ class PlacementRule:
 
     @classmethod
     def of(cls, pattern: str, device: str) -> Self:
-        """ValueError for a pattern or a device that cannot be."""
+        """ValueError for an invalid pattern or device."""
         found = _DEVICES.fullmatch(device)
         if found is None:
             raise ValueError(f"{device[:60]!r} is no device; write CPU or ram, gpu, or CUDA0 for one of several GPUs")
@@ -51,7 +52,7 @@ class PlacementRule:
 
 
 def read_rules(text: str) -> Iterator[PlacementRule]:
-    """Of llama.cpp's form PATTERN=DEVICE,PATTERN=DEVICE. ValueError for another one."""
+    """Reads llama.cpp's form PATTERN=DEVICE,PATTERN=DEVICE. ValueError for another one."""
     at = 0
     while at < len(text):
         found = _RULE.match(text, at)
@@ -63,7 +64,7 @@ def read_rules(text: str) -> Iterator[PlacementRule]:
 
 @lru_cache(256)
 def _matcher(pattern: str) -> SchemaValidator:
-    """Matches in linear time, with a bound on the compiled pattern's size. ValueError for what is no pattern."""
+    """Returns a matcher of linear time and bounded size. ValueError for an invalid pattern."""
     try:
         return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
     except SchemaError as error:
@@ -73,7 +74,7 @@ def _matcher(pattern: str) -> SchemaValidator:
 
 @dataclass(frozen=True, slots=True)
 class RuleEffect:
-    """Tensors that a rule decides on: those that no rule before it matches."""
+    """The tensors that a rule decides on: those that no rule before it matches."""
 
     rule: PlacementRule
     tensors: int
@@ -81,7 +82,7 @@ class RuleEffect:
 
 
 def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffect, ...]:
-    """Of each rule. UsageError for a rule that matches no tensor."""
+    """Returns the effect of each rule. UsageError for a rule that matches no tensor."""
     if not rules:
         return ()
     found: dict[int, list[str]] = {index: [] for index in range(len(rules))}
@@ -95,8 +96,8 @@ def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffe
 
 
 def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | None) -> Placement:
-    """What the rules say of layers, `cpu_moe` of the experts that they leave open. The first rule that matches a tensor
-    decides. UsageError for a rule that matches no tensor, and for rules that cannot be obeyed."""
+    """Returns the devices that the rules give layers; `cpu_moe` decides on experts without a rule. The first rule that
+    matches a tensor decides. UsageError for a rule that matches no tensor, and for rules that cannot be obeyed."""
     if not rules:
         return Placement(cpu_moe=cpu_moe)
     decided = {name: rules[index] for name, index in _decided(model, rules).items()}
@@ -105,7 +106,7 @@ def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | No
 
 
 def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
-    """The number of the rule for each tensor that one matches."""
+    """Returns the number of the deciding rule for each tensor that has one."""
     decided: dict[str, int] = {}
     names = model.program(0, model.layer_count).weights
     for index, rule in enumerate(rules):
@@ -123,14 +124,14 @@ def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Tensors that are together on a device."""
+    """Tensors that must be on one device."""
 
     what: str
     deciding: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)  # small ones, which are where those are
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str, PlacementRule] | None:
-        """A tensor and its rule, which say where all are. None: open."""
+        """Returns a tensor and its rule, which decide on all tensors; None if no rule matches."""
         ruled = [(name, decided[name]) for name in (*self.deciding, *self.others) if name in decided]
         if not ruled:
             return None
@@ -147,14 +148,12 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """The parts of a layer."""
-
     rest: _Part
     experts: _Part
     vectors: set[str] = field(default_factory=set)  # of the rest, norms and biases
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str | None, bool | None]:
-        """The device of the layer, and whether its experts are in RAM in any case; None: open."""
+        """Returns the device of the layer (None: open), and True if its experts are always in RAM (None: open)."""
         broad = {rule for name in self.rest.deciding if (rule := decided.get(name)) is not None}
         follow = {name for name in self.experts.others if decided.get(name) in broad}  # named by the way
         own = {name: rule for name, rule in decided.items() if name not in follow | self._following_vectors(decided)}
@@ -168,7 +167,8 @@ class _Layer:
         return rest[1].device, False
 
     def _following_vectors(self, decided: Mapping[str, PlacementRule]) -> set[str]:
-        """Vectors that are where the rest is: a rule for the experts names them by the way, as 'ffn_.*' ffn_norm."""
+        """Returns vectors that go with the rest, because a rule for experts names them by the way, as 'ffn_.*' does
+        ffn_norm."""
         of_rest = {decided[name] for name in self.rest.deciding if name in decided and name not in self.vectors}
         if any(rule.device == RAM for rule in of_rest):
             return set()
@@ -187,7 +187,7 @@ def _conflict(pair: tuple[str, PlacementRule], other: tuple[str, PlacementRule],
 
 
 def _layers(model: Model) -> list[_Layer]:
-    """The tensors of each layer; those of the embedding are with the first one, those of the head with the last."""
+    """Returns the tensors of each layer; those of the embedding are in the first one, those of the head in the last."""
     program = model.program(0, model.layer_count)
     found = [
         _Layer(_Part(f"layer {layer}"), _Part(f"the experts of layer {layer}")) for layer in range(model.layer_count)

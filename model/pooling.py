@@ -1,4 +1,4 @@
-"""How the hidden states of a prompt's tokens become its embedding, and what a model file says about it."""
+"""Pooling of the hidden states of a prompt's tokens into its embedding, and its key in a model file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamaclust.model.hyperparameters import ModelKeys
 
 
 class Pooling(StrEnum):
-    """Which rows: all, one by one; their mean; the first; the last; the first one's scores, of encoders alone."""
+    """The pooled rows: all, one by one; their mean; the first; the last; the first one's scores, in encoders only."""
 
     NONE = "none"
     MEAN = "mean"
@@ -18,7 +18,7 @@ class Pooling(StrEnum):
     RANK = "rank"
 
     def rows(self, tokens: int) -> tuple[int, int]:
-        """The tokens [first, end) of a prompt whose hidden states it reads."""
+        """Returns the range of tokens of a prompt whose hidden states are read."""
         match self:
             case Pooling.CLS | Pooling.RANK:
                 return 0, 1
@@ -28,24 +28,24 @@ class Pooling(StrEnum):
                 return 0, tokens
 
     def vectors(self, tokens: int) -> int:
-        """Vectors of the embedding of a prompt."""
+        """Returns the number of vectors in the embedding of a prompt."""
         return tokens if self is Pooling.NONE else 1
 
 
 _BY_NUMBER = (Pooling.NONE, Pooling.MEAN, Pooling.CLS, Pooling.LAST, Pooling.RANK)
-"""By the number that GGUF files have."""
+"""The values by their numbers in GGUF files."""
 
 DEFAULT = Pooling.LAST
-"""Of models that name none: in a model of causal attention, the last token alone has seen the whole prompt."""
+"""The pooling of models that name none: with causal attention, only the last token has seen the whole prompt."""
 
 
 _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
-"""Tensors that rerankers alone have. Most public ones name no pooling, because llama.cpp has an option for it."""
+"""Tensors that only rerankers have. Most public ones name no pooling, because llama.cpp has an option for it."""
 
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
-    """What the file names; where it names none, rank of a file with a classifier, else the default. ModelFileError for
-    another number."""
+    """Returns the pooling that the file names, else RANK for a file with a classifier, else the default. ModelFileError
+    for an unknown number."""
     keys = ModelKeys(model)
     if not keys.has("pooling_type") and not _CLASSIFIER.isdisjoint(model.tensors):
         return Pooling.RANK

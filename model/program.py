@@ -86,7 +86,7 @@ __all__ = [
 ]  # beside what is defined here
 
 LOGITS = "logits"
-"""The buffer of a last stage's results, where it has a head."""
+"""The name of the last stage's out buffer if the model has a head."""
 
 RowStep = (
     RmsNorm
@@ -119,25 +119,23 @@ MixtureStep = ExpertChoice | ExpertInner | ExpertDown | ExpertShards | ExpertSum
 """Steps of a mixture whose experts are on several stages, or divided among the members of a group."""
 
 Across = Exchange | Gather
-"""Steps of which another device, or another member of a group, computes a part."""
+"""Steps that another device, or another member of a group, computes a part of."""
 
 Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Across | SelectRows | RowStep
 
 KvLayer = Attention | SequenceState
-"""What a part of KV memory is laid out for: of each layer at most one attention, and one state of each part."""
+"""The steps that KV memory is laid out for: of each layer at most one attention, and one state of each part."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The steps of layers [start, end) of a model, or of parts [start, end) where the experts of each layer are divided
-    into `shards`, which are the parts of their layer: the first one has all that comes before experts, the last one all
-    that comes behind.
+    """The steps of layers [start, end) of a model; if experts are divided into several `shards`, of parts of layers
+    [start, end), see `expert_shards`.
 
-    The first stage begins with `Embed`, others are given `hidden_in`; the last stage ends with the logits in `out`
-    [output rows, vocabulary], others with the hidden state [rows, embedding]. On the last stage, `normed` [rows,
-    embedding] is the normed hidden state of every row, written before `SelectRows`; in a model that ranks documents
-    [rows, classes], the scores. Encoders and rerankers have no logits.
-    """
+    The first stage begins with `Embed`, others receive `hidden`; the last stage ends with the logits in `out` [output
+    rows, vocabulary], others with the hidden state [rows, embedding]. On the last stage, `normed` [rows, embedding] is
+    the normed hidden state of every row, written before `SelectRows`; in a reranker, the scores [rows, classes].
+    Encoders and rerankers have no logits."""
 
     start: int
     end: int
@@ -150,7 +148,7 @@ class Program:
 
     @property
     def layer_range(self) -> range:
-        """The layers that it has parts of."""
+        """The layers that the program has parts of."""
         return range(self.start // self.shards, -(-self.end // self.shards))
 
     @property
@@ -163,17 +161,16 @@ class Program:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """Names of every tensor the steps read, in first-use order, each once."""
         return weights_of(self.steps)
 
     @property
     def kv_layers(self) -> tuple[Attention, ...]:
-        """The attention steps that store keys and values, one a layer: what KV memory is laid out for."""
+        """The attention steps that store keys and values, one a layer."""
         return tuple(step for step in self.steps if isinstance(step, Attention) and not step.shares_kv)
 
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
-        """What KV memory is laid out for, in the order of steps."""
+        """The attention steps and states that KV memory is laid out for, in the order of steps."""
         kept = (step if isinstance(step, Attention) else getattr(step, "state", None) for step in self.steps)
         return tuple(k for k in kept if isinstance(k, SequenceState) or (isinstance(k, Attention) and not k.shares_kv))
 
@@ -183,33 +180,32 @@ class Program:
 
     @property
     def states(self) -> tuple[SequenceState, ...]:
-        """The states of sequences that its steps update."""
         return tuple(kept for kept in self.kv_memory if isinstance(kept, SequenceState))
 
     @property
     def is_causal(self) -> bool:
-        """Whether rows see nothing behind them: then a sequence may be computed in chunks."""
+        """True if rows see nothing behind them: then a sequence may be computed in chunks."""
         return all(step.causal for step in self.kv_layers)
 
     @property
     def has_logits(self) -> bool:
-        """Whether a last stage ends with logits."""
         return self.is_last and self.out.name == LOGITS
 
     @property
     def window(self) -> int | None:
-        """The largest window of its causal layers, if any has one: behind it they give up KV memory. The others need
+        """The largest window of the causal layers, if any has one: KV memory behind it is released. Other layers need
         their whole prompt in one microbatch."""
         return max((kept.window for kept in self.kv_layers if kept.causal and kept.window is not None), default=None)
 
 
 def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
-    """Names of every tensor the steps read, in first-use order, each once."""
+    """Returns the names of all tensors that the steps read, in first-use order, each once."""
     return tuple(dict.fromkeys(weight.name for step in steps for weight in step.weights))
 
 
 def read_before_written(steps: Iterable[Step], *results: Buffer | None) -> tuple[Buffer, ...]:
-    """The buffers that must be filled before these steps, in the order of use; `results`: buffers read behind them."""
+    """Returns the buffers that must be filled before these steps, in the order of use; `results` are read behind
+    them."""
     found: dict[str, Buffer] = {}
     written: set[str] = set()
     for step in steps:

@@ -10,7 +10,7 @@ from typing import Any, Final, Self
 
 
 class ActivationFormat(IntEnum):
-    """How activations are stored for a dot product with a weight type: float32, or int8 with one scale a segment."""
+    """The storage of activations for a dot product with a weight type: float32, or int8 with one scale a segment."""
 
     F32 = 1
     Q8_32 = 32
@@ -23,10 +23,9 @@ _CACHE_LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class TypeInfo:
-    """One row of the table; `activation` is None where no dot product is defined (integers, ggml's internal types).
+    """One row of the table; `activation` is None if no dot product is defined (integers, ggml's internal types).
 
-    `tile_extra_bytes`: what a block takes in memory beyond its bytes in a file, where quick decoding is worth that.
-    """
+    `tile_extra_bytes`: bytes of a block in memory beyond those in a file, spent on quick decoding."""
 
     block_size: int
     block_bytes: int
@@ -34,12 +33,11 @@ class TypeInfo:
     tile_extra_bytes: int = 0
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of a row of `width` weights, a multiple of the block size."""
         assert width % self.block_size == 0
         return width // self.block_size * self.block_bytes
 
     def tile_bytes(self, width: int) -> int:
-        """Bytes of sixteen such rows as they lie in memory to be computed with: whole cache lines."""
+        """Returns the bytes of one tile, 16 rows of packed weights: whole cache lines."""
         assert width % self.block_size == 0
         blocks = TILE_ROWS * (width // self.block_size)
         return -(-blocks * (self.block_bytes + self.tile_extra_bytes) // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
@@ -49,8 +47,7 @@ _F32, _Q8_32, _Q8_256 = ActivationFormat
 
 
 class QuantType(IntEnum):
-    """ggml's own numbers, as they stand in GGUF files, and the fields of `info`. Which of them can be computed with is
-    for a backend to say."""
+    """ggml's numbers, as in GGUF files, and the fields of `info`. Each backend says which of them it computes with."""
 
     info: TypeInfo
 
@@ -95,7 +92,6 @@ class QuantType(IntEnum):
     Q1_0 = 41, 128, 18, _Q8_32
 
     def tensor_bytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of a row-major shape, slowest first."""
         return prod(shape[:-1]) * self.info.row_bytes(shape[-1])
 
 
@@ -104,5 +100,5 @@ WIDER_TILES: Final[Mapping[QuantType, QuantType]] = {
     QuantType.IQ2_XS: QuantType.IQ2_S,
     QuantType.TQ1_0: QuantType.TQ2_0,
 }
-"""Types whose blocks may also lie in tiles of another, which hold the same weights and scales in more bytes and are
-decoded in less time: products have the same bits."""
+"""Types whose blocks may also be packed as tiles of another type: the same weights and scales, and products with the
+same bits, in more bytes and less time."""

@@ -1,4 +1,4 @@
-"""How a model ranks documents: the prompt of a query and a document, and the score in what the model makes of it."""
+"""Ranking of documents: the prompt of a query and a document, and the score in the model's results."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _EACH_ONCE: Final = sorted(f"{{{field}}}" for field in _FIELDS)
 
 @dataclass(frozen=True, slots=True)
 class PairTemplate:
-    """The text of a prompt, with `{query}` and `{document}` where the texts stand."""
+    """The text of a prompt with places `{query}` and `{document}`."""
 
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
-        """Control words of the template are tokens, those of the texts stay text. RequestError for a text with the code
-        point that keeps them apart."""
+        """Control words of the template become tokens, those of the texts stay text. RequestError for a text with the
+        code point that keeps them apart."""
         (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
         rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
         parts = tokenizer.split_special(rendered, parse_special=True)
@@ -39,8 +39,8 @@ class PairTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """`of_last`, as in models of causal attention: the score is the first class's share of the last token's; otherwise
-    it is the first token's first."""
+    """The prompts and score of a reranker. `of_last`, in causal models: the score is the softmax of the first class at
+    the last token; otherwise it is the first class's score at the first token."""
 
     prompts: PairForm | PairTemplate
     of_last: bool
@@ -50,7 +50,7 @@ class Ranking:
         return Pooling.LAST if self.of_last else Pooling.CLS
 
     def score(self, classes: Sequence[float]) -> float:
-        """Of a document, by the scores of the classes."""
+        """Returns the score of a document from the scores of the classes."""
         if not self.of_last:
             return classes[0]
         greatest = max(classes)
@@ -58,8 +58,8 @@ class Ranking:
 
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
-    """By the file's template of pairs where it has one, else by its special tokens. ModelFileError where the template
-    is no text with each place once, or a token is missing."""
+    """Reads the file's template of pairs, else the form of its special tokens. ModelFileError if the template is not a
+    text with each place once, or a token is missing."""
     text = metadata.get(_KEY)
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)

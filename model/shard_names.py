@@ -30,6 +30,6 @@ def whole_name(name: str) -> str:
 
 
 def named_range(name: str) -> tuple[int, range] | None:
-    """The dimension that a name divides, 0 for the slowest one, and its range; None for a whole tensor."""
+    """Returns the dimension that a name divides, 0 for the slowest one, and its range; None for a whole tensor."""
     found = _SHARD.fullmatch(name)
     return None if found is None else (int(found["inner"] is not None), range(int(found["start"]), int(found["end"])))

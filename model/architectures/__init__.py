@@ -97,11 +97,8 @@ _RESHAPES: Mapping[str, Callable[[ModelFile], ModelFile]] = MappingProxyType({"k
 def build_program(
     model: ModelFile, start: int, end: int, kv_type: KvType = KvType.F16, context_tokens: int | None = None
 ) -> Program:
-    """The program of layers [start, end) of a model, every tensor of it checked to be in the file with the right shape.
-
-    `context_tokens`: the longest sequence it is for, all that the model was made for unless said otherwise.
-    ModelFileError, naming what is wrong, for an architecture, a key or a tensor that is missing or does not fit.
-    """
+    """Returns the program of layers [start, end), for sequences of at most `context_tokens` (None: the model's
+    context). ModelFileError names an architecture, a key or a tensor that is missing or does not fit."""
     keys = ModelKeys(as_programs_read(model))
     builder = EncoderBuilder(keys, hyperparameters_of(keys), start, end, kv_type, context_tokens)
     ARCHITECTURES[keys.architecture](builder)
@@ -110,8 +107,8 @@ def build_program(
 
 
 def as_programs_read(model: ModelFile) -> ModelFile:
-    """The model with its tensors in the shapes that programs of its architecture have, where files have others.
-    ModelFileError for an unsupported architecture."""
+    """Returns the model with tensors in the shapes that its architecture's programs have. ModelFileError for an
+    unsupported architecture."""
     check_architecture(model)
     reshape = _RESHAPES.get(read_architecture(model))
     return model if reshape is None else reshape(model)

@@ -1,5 +1,5 @@
-"""Encoders: bert, nomic-bert, nomic-bert-moe, jina-bert-v2, jina-bert-v3, whose norms stand behind the sums, and
-modern-bert. They make embeddings alone."""
+"""Encoders, which only make embeddings: bert, nomic-bert, nomic-bert-moe, jina-bert-v2 and jina-bert-v3, whose norms
+stand behind the sums, and modern-bert."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ACTIVATIONS = {
     "silu": ActivationFunction.SILU,
     "swish": ActivationFunction.SILU,
 }
-"""By the name that files have."""
+"""Activation functions by their names in files."""
 
 
 def bert(builder: EncoderBuilder) -> None:
@@ -39,7 +39,8 @@ def nomic_bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert_moe(builder: EncoderBuilder) -> None:
-    """Nomic Embed 2: as XLM-RoBERTa with rotations; of each so many layers, the second has experts without a gate."""
+    """Nomic Embed 2: XLM-RoBERTa with rotations; the second of every `moe_every_n_layers` has experts without a
+    gate."""
     table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -58,7 +59,7 @@ def jina_bert_v2(builder: EncoderBuilder) -> None:
 
 
 def jina_bert_v3(builder: EncoderBuilder) -> None:
-    """Jina Embeddings 3: XLM-RoBERTa with rotations instead of positions. Its adapters are files of their own."""
+    """Jina Embeddings 3: XLM-RoBERTa with rotations instead of positions. Its adapters are separate files."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -67,8 +68,8 @@ def jina_bert_v3(builder: EncoderBuilder) -> None:
 
 
 def modern_bert(builder: EncoderBuilder) -> None:
-    """ModernBERT: norms without biases before attention and inner layer, none before the first attention; gate and up
-    in one tensor; of each three layers the first sees everything, the others a window with a rotation of their own."""
+    """ModernBERT: norms without biases before both blocks, except the first attention; gate and up in one tensor; the
+    first of every three layers sees everything, the others have a window and a rotation of their own."""
     hp, activation = builder.hyperparameters, _activation(builder)
     windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)
     whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), causal=False)
@@ -84,7 +85,6 @@ def modern_bert(builder: EncoderBuilder) -> None:
 
 
 def _activation(builder: EncoderBuilder) -> ActivationFunction:
-    """ModelFileError for an unknown one."""
     key = "hidden_activation"
     name = builder.keys.text(key, "gelu")
     if name not in _ACTIVATIONS:

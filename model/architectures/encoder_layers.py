@@ -1,5 +1,5 @@
-"""What encoders have beside the pieces of `layers`: the embedding of a sentence, norms behind sums, and in place of a
-head a classifier or dense layers."""
+"""The parts of encoders that `layers` does not have: the embedding of a sentence, norms behind sums, and a classifier
+or dense layers instead of a head."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _TYPES = "token_types.weight"
 
 
 class EncoderBuilder(ProgramBuilder):
-    """Collects the steps of any architecture's layers, encoders among them."""
+    """A builder for all architectures, including encoders."""
 
     def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
-        """The layers of an encoder. The embedding has the type of the first sentence and learned `positions` added, if
-        there are any, and is normed; `last_norm`: so is what the last layer gives."""
+        """Yields the layers of an encoder. The first sentence's type and learned `positions`, if there are any, are
+        added to the embedding, which is normed; `last_norm`: the last layer's result is normed too."""
         if self.stage.start == 0:
             self._embed_sentence(positions)
         yield from self.stage
         self._end(last_norm)
 
     def scaled_layers(self, embedding_factor: float) -> Iterator[int]:
-        """The layers of an encoder whose embedding is multiplied by a number, with a norm behind them."""
+        """Yields the layers of an encoder with a scaled embedding and a norm behind the last layer."""
         self._embed(embedding_factor, positions=False)
         yield from self.stage
         self._end(last_norm=True)
@@ -41,8 +41,8 @@ class EncoderBuilder(ProgramBuilder):
         activation: ActivationFunction,
         experts: bool = False,
     ) -> None:
-        """hidden = norm(hidden + attention), then hidden = norm(hidden + inner layer): norms stand behind the sums.
-        The inner layer is gated, or down(activation(up)), of which there may be `experts`."""
+        """hidden = norm(hidden + attention), then hidden = norm(hidden + inner layer). The inner layer is gated, or
+        down(activation(up)), or `experts` of the latter form."""
         prefix = f"blk.{layer}"
         self._normed = self._hidden  # what products read
         self._attend(layer, variant)
@@ -56,7 +56,7 @@ class EncoderBuilder(ProgramBuilder):
         self._add_and_norm(f"{prefix}.layer_output_norm")
 
     def attention_without_norm(self, layer: int, variant: AttentionVariant) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)) of the hidden state as it is."""
+        """hidden += output(attention(rope(q), rope(k), v)) of the hidden state, which is not normed."""
         normed, self._normed = self._normed, self._hidden
         self._attend(layer, variant)
         self._normed = normed
@@ -81,7 +81,7 @@ class EncoderBuilder(ProgramBuilder):
         self._norm(name, summed, self._hidden)
 
     def _end(self, last_norm: bool) -> None:
-        """No head: what is embedded or ranked is of every row."""
+        """Emits no head: results are embeddings or scores of every row."""
         if self.stage.stop < self.hyperparameters.block_count:
             return
         rows = self._hidden
@@ -93,7 +93,7 @@ class EncoderBuilder(ProgramBuilder):
         self._steps.append(steps.SelectRows(self._hidden, self.out))
 
     def _scores(self, rows: Buffer) -> Buffer:
-        """By a reranker's classifier: [rows, classes]."""
+        """Emits a reranker's classifier; returns the scores [rows, classes]."""
         self._refuse_mean_of_classifier()
         scores = rows
         for name in [name for name in ("cls", "cls.output") if f"{name}.weight" in self.model.tensors] or ["cls"]:
@@ -104,7 +104,7 @@ class EncoderBuilder(ProgramBuilder):
         return scores
 
     def _activate_classifier(self, scores: Buffer) -> None:
-        """tanh; ModernBERT's has GELU and a norm."""
+        """Emits tanh, or ModernBERT's GELU and norm."""
         if self.hyperparameters.architecture != "modern-bert":
             self._steps.append(steps.SoftCap(scores, scores, 1.0))
             return
@@ -112,13 +112,13 @@ class EncoderBuilder(ProgramBuilder):
         self._norm("cls.norm", scores, scores)
 
     def _refuse_mean_of_classifier(self) -> None:
-        """ModelFileError where the classifier is for the mean of all rows: it is no function of a row."""
+        """Refuses classifiers of the mean of all rows, because they are not functions of one row."""
         key, pools_mean = "classifier.pooling_type", self.hyperparameters.architecture == "modern-bert"
         if self.keys.count(key, 1 if pools_mean else 2, minimum=0, maximum=4) != 2:
             raise self.keys.error(key, "2 (cls) is expected, a classifier of the mean is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """Dense layers without activation, dense_3(dense_2(row)) of every row: the mean of rows commutes with them."""
+        """dense_3(dense_2(row)) of every row, without activation: the mean of rows commutes with dense layers."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

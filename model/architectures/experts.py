@@ -1,4 +1,4 @@
-"""Mixtures of experts: what families do differently, and their step."""
+"""Mixtures of experts: the options of families, and the step."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llamaclust.model.steps.options import USUAL_EXPERTS, ActivationFunction, Ex
 
 _GATING_KEY = "expert_gating_func"
 _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
-"""By the numbers of GGUF."""
+"""Gating functions by their numbers in GGUF."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture of experts. `shared_width`: of an expert that every token uses; with `shared_gate` it is
-    weighed by a sigmoid of its own."""
+    """Options of a mixture of experts. `shared_width`: channels of an expert that every token uses; with `shared_gate`
+    it is weighted by a sigmoid."""
 
     options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0
@@ -33,8 +33,8 @@ def read_experts(
     activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL,
     shared_width: int = 0,
 ) -> ExpertsVariant:
-    """The variant by the file's keys; `gating` and `normalized` where it has none. ModelFileError for an unknown gating
-    function, or groups that do not divide the experts."""
+    """Reads the variant from the file's keys; `gating` and `normalized` are defaults. ModelFileError for an unknown
+    gating function, or groups that do not divide the experts."""
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
         known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())
@@ -63,8 +63,8 @@ def expert_step(
     buffers: tuple[Buffer, Buffer],
     routed: Buffer | None = None,
 ) -> Moe:
-    """The step of one layer from the first of `buffers` to the second; the router reads `routed` if it is given. Biases
-    and scales are applied where the file has them; gate and up may be one tensor."""
+    """Returns the step of one layer from the first of `buffers` to the second; the router reads `routed` if it is
+    given. Biases and scales are optional; gate and up may be one tensor."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):

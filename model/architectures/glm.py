@@ -1,5 +1,5 @@
-"""GLM: chatglm, glm4. One tensor for q, k and v, with a bias, one for gate and up. `rope.dimension_count` says how many
-channels of a head turn, half of them, neighbouring ones together."""
+"""GLM: chatglm, glm4. One tensor for q, k and v, with a bias, one for gate and up. `rope.dimension_count` is the number
+of channels of a head that turn, half of them, in neighbouring pairs."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def chatglm(builder: ProgramBuilder, *, norms: Norms = Norms.BEFORE) -> None:
 
 
 def glm4(builder: ProgramBuilder) -> None:
-    """GLM-4-0414: norms after attention and feed-forward too."""
+    """GLM-4-0414: norms behind attention and feed-forward network too."""
     chatglm(builder, norms=Norms.BOTH)

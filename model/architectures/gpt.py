@@ -16,8 +16,8 @@ def gpt2(builder: ProgramBuilder) -> None:
 
 
 def starcoder2(builder: ProgramBuilder) -> None:
-    """StarCoder 2: biases, rotations of pairs half a head apart. A sliding window is obeyed where the file names one:
-    these models were trained with it."""
+    """StarCoder 2: biases, rotations of pairs half a head apart. A window in the file is obeyed: the models were
+    trained with it."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():
@@ -26,8 +26,8 @@ def starcoder2(builder: ProgramBuilder) -> None:
 
 
 def falcon(builder: ProgramBuilder) -> None:
-    """Falcon 7B, 40B, 180B: few key heads; attention and the inner layer side by side. Both read the hidden state as it
-    was before the layer: normed once for both, or, in the larger models, for each (`attn_norm_2` is attention's)."""
+    """Falcon 7B, 40B, 180B: few key heads; attention and inner layer side by side, both of the hidden state before the
+    layer, normed once, or in the larger models once for each (`attn_norm_2` is attention's)."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():

@@ -13,8 +13,8 @@ _BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gat
 
 
 def gpt_oss(builder: ProgramBuilder) -> None:
-    """Biases everywhere; a sink in the scores of each head; every other layer has a window; experts are chosen by their
-    logits, and their gate is a clamped SwiGLU. The norm before the experts is named after attention."""
+    """gpt-oss: biases everywhere; sinks; a window in every other layer; experts chosen by logits, with a clamped SwiGLU
+    gate. The norm before the experts is named after attention."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")

@@ -14,7 +14,7 @@ _MAX_SCALE = 1e6
 
 @dataclass(frozen=True, slots=True)
 class GraniteScales:
-    """Factors of the embedding, of results before they are added, and of logits; of scores where they have one."""
+    """Factors of the embedding, of results before they are added, of logits, and perhaps of scores."""
 
     embedding: float
     residual: float
@@ -32,7 +32,7 @@ class GraniteScales:
 
 
 def granite_attention(builder: ProgramBuilder, scales: GraniteScales) -> AttentionVariant:
-    """`rope.scaling.finetuned` says whether there is a rotation at all."""
+    """Returns attention without a rotation if `rope.scaling.finetuned` is false."""
     table = builder.rope_table() if builder.keys.flag("rope.scaling.finetuned", True) else None
     return AttentionVariant(RopeStyle.NORM, table, scale=scales.scores)
 

@@ -1,4 +1,4 @@
-"""The pieces that architectures are put together from; every weight is checked against the file as it is named."""
+"""Blocks that architectures are made of; every weight is checked against the file as it is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """How q and k are normed: not at all, per head before or after rotation (unit: no weight), or whole before it."""
+    """Norms of q and k: none, per head before or after rotation (unit: without a weight), or over the whole width
+    before it."""
 
     NONE = "none"
     PER_HEAD = "per head"
@@ -31,7 +32,7 @@ class HeadNorms(StrEnum):
 
 
 class Norms(StrEnum):
-    """Where a block's norms stand: before its products, behind them (before the sum), or both."""
+    """The position of a block's norms: before its products, behind them (before the sum), or both."""
 
     BEFORE = "before"
     AFTER = "after"
@@ -40,9 +41,9 @@ class Norms(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
-    """Options of an attention block. Without `table` nothing is rotated; `scale`: 1 / sqrt(head_dim) by default.
-    `window`, `chunked`, `soft_cap`, `slopes`: as of `Attention`; `sinks`: the layer has a tensor of them;
-    `temperature`: factor, length and perhaps offset of a `PositionScale` of queries."""
+    """Options of an attention block. Without `table` nothing is rotated; `scale` is 1 / sqrt(head_dim) by default.
+    `window`, `chunked`, `soft_cap`, `slopes`: see `Attention`; `sinks`: the layer has a tensor of sinks; `temperature`:
+    arguments of a `PositionScale` of queries."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None
@@ -58,7 +59,7 @@ class AttentionVariant:
 
 
 class ProgramBuilder(CheckedTensors):
-    """Collects the steps of layers [start, end). Methods append in the order of computation."""
+    """A builder of the program of layers [start, end). Methods append steps in the order of computation."""
 
     def __init__(
         self,
@@ -95,12 +96,11 @@ class ProgramBuilder(CheckedTensors):
         return Program(start, end, layers, self.given, self.out, tuple(self._steps), normed)
 
     def use_layer_norms(self, *, biases: bool = True) -> None:
-        """From here on norms subtract the mean, and add a bias unless there are no `biases`."""
+        """Makes all later norms subtract the mean, and add a bias if `biases`."""
         self._norm_biases = biases
         self._layer_norm_epsilon = self.keys.real("attention.layer_norm_epsilon", minimum=1e-13, maximum=0.1)
 
     def scale_residuals(self, factor: float) -> None:
-        """From here on results of blocks are multiplied by `factor` before they are added."""
         self._residual_scale = factor
 
     def layers(
@@ -112,10 +112,10 @@ class ProgramBuilder(CheckedTensors):
         may_rank: bool = False,
         logit_factor: float = 1.0,
     ) -> Iterator[int]:
-        """The layers to append, after the embedding of a first stage and before the head of a last one.
+        """Yields the layers, after the embedding of a first stage and before the head of a last one.
 
-        The embedding is multiplied by `embedding_factor`, the logits by `logit_factor`; `positions` are learned, too;
-        `soft_cap`: of the logits; `may_rank`: the file's pooling may be rank, and the head is a classifier then."""
+        `positions`: learned ones are added to the embedding; `soft_cap` is of the logits; `may_rank`: with pooling by
+        rank, the head is a classifier."""
         self._embed(embedding_factor, positions)
         yield from self.stage
         if self.stage.stop == self.hyperparameters.block_count:
@@ -146,8 +146,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.AddPosition(embedded, out, weight))
 
     def _head(self, soft_cap: float | None, factor: float) -> None:
-        """Of the normed rows, which embeddings have, those that are wanted, and their logits. Without `output.weight`
-        the token embedding is used again."""
+        """Emits the selection of rows and their logits. Without `output.weight` the head is the token embedding."""
         self.out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._last_normed, selected))
@@ -159,7 +158,7 @@ class ProgramBuilder(CheckedTensors):
             self._steps.append(steps.SoftCap(self.out, self.out, soft_cap))
 
     def _ranking_head(self) -> None:
-        """Of every row the scores of the classes, as rows of a head: [rows, classes]."""
+        """Emits the scores [rows, classes] of every row."""
         name = "cls.output.weight"
         scores = Buffer("scores", self.model.tensor(name).shape[0])
         if scores.width < 2:
@@ -179,7 +178,7 @@ class ProgramBuilder(CheckedTensors):
         self._add_projected(None if norms is Norms.BEFORE else f"{prefix}.post_attention_norm")
 
     def _norm_before(self, name: str, norms: Norms) -> None:
-        """What the next products read: the normed hidden state, or where norms stand behind the products, itself."""
+        """Sets `normed` to the norm of the hidden state; with norms behind the products, to the hidden state itself."""
         if norms is Norms.AFTER:
             self._normed = self._hidden
         else:
@@ -188,7 +187,7 @@ class ProgramBuilder(CheckedTensors):
     def parallel(
         self, layer: int, variant: AttentionVariant, activation: ActivationFunction, *, gated: bool = False
     ) -> None:
-        """hidden += attention + inner layer, both of the hidden state before; one or two norms. The inner layer is
+        """hidden += attention + inner layer, both of the hidden state before, with one or two norms. The inner layer is
         gated, or down(activation(up))."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(self.has(f"{second}.{part}") for part in ("weight", "bias"))
@@ -204,18 +203,18 @@ class ProgramBuilder(CheckedTensors):
         self._add_projected()
 
     def kv_heads(self, layer: int) -> int:
-        """ModelFileError for a layer without attention."""
+        """Returns the KV heads of a layer. ModelFileError for a layer without attention."""
         count = self.hyperparameters.head_counts_kv[layer]
         if count == 0:
             raise self.keys.error("attention.head_count_kv", f"0 in layer {layer}, which has attention")
         return count
 
     def append(self, added: Iterable[steps.Step]) -> None:
-        """Steps that an architecture makes itself."""
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, which `mixer` makes of the normed hidden state: `beside` attention, of the same one."""
+        """hidden += projected, which `mixer` makes of the normed hidden state; `beside` attention, it reads
+        attention's."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)
@@ -252,7 +251,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.attn_output", out, self._projected)
 
     def _place(self, prefix: str, variant: AttentionVariant, query: Buffer, key: Buffer) -> None:
-        """Norms and rotations of queries and keys."""
+        """Emits norms and rotations of queries and keys."""
         hp, norms = self.hyperparameters, variant.head_norms
         parts = (("q", query, hp.head_count), ("k", key, key.width // hp.key_length))
         if norms in (HeadNorms.PER_HEAD, HeadNorms.WHOLE):
@@ -280,10 +279,8 @@ class ProgramBuilder(CheckedTensors):
         norms: Norms = Norms.BEFORE,
         norm: str = "ffn_norm",
     ) -> None:
-        """hidden += down(activation(gate) * up) of the normed hidden state; `norm` names the norm before it.
-
-        `fused`: the rows of gate and up are one tensor, `ffn_up`, the gate's first.
-        """
+        """hidden += down(activation(gate) * up) of the normed hidden state. `norm` names the norm before it; `fused`:
+        gate and up are one tensor, `ffn_up`, the gate's rows first."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.{norm}", norms)
         self._gated_inner(layer, activation, fused=fused)
@@ -305,7 +302,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", gate, self._projected)
 
     def plain_feed_forward(self, layer: int, activation: ActivationFunction, *, norm: str = "ffn_norm") -> None:
-        """hidden += down(activation(up)) of the normed hidden state: an inner layer without a gate."""
+        """hidden += down(activation(up)) of the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._plain_inner(layer, activation)
         self._add_projected()
@@ -318,7 +315,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", activated, self._projected)
 
     def experts(self, layer: int, variant: ExpertsVariant, *, norm: str = "ffn_norm") -> None:
-        """hidden += the weighted best experts, of the normed hidden state, and the shared one if there is one."""
+        """hidden += the weighted best experts, and the shared one if there is one, of the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._mix_experts(f"blk.{layer}", variant)
         self._add_projected()
@@ -331,7 +328,7 @@ class ProgramBuilder(CheckedTensors):
             self._shared_expert(prefix, variant)
 
     def _shared_expert(self, prefix: str, variant: ExpertsVariant) -> None:
-        """projected += its feed-forward network, weighed by one number of the normed hidden state if it has a gate."""
+        """projected += the shared expert, weighted by a sigmoid of the normed hidden state if it has a gate."""
         gate, up = (Buffer(name, variant.shared_width) for name in ("shared gate", "shared up"))
         out = Buffer("shared", self._projected.width)
         self._matmul(f"{prefix}.ffn_gate_shexp", self._normed, gate)
@@ -344,18 +341,17 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.Add(self._projected, out, self._projected))
 
     def rope_table(self, rope: RopeParameters | None = None) -> RopeTable:
-        """The rotation of every layer, or of those that have one of their own."""
+        """Returns the table of `rope`, or of the model's rotation."""
         trained = self.hyperparameters.rope
         return rope_table(rope or trained, self.rope_factors(trained, self._context_tokens))
 
     def window_rope_table(self) -> RopeTable:
-        """The rotation of layers with a window, where these have a base of their own and no scaling."""
+        """Returns the table of windowed layers that have a base of their own and no scaling."""
         base = self.keys.real("rope.freq_base_swa", 10000.0, minimum=1.0, maximum=1e12)
         rope = self.hyperparameters.rope
         return self.rope_table(replace(rope, frequency_base=base, scaling=RopeScaling.NONE, factor=1.0))
 
     def _norm(self, name: str, x: Buffer, out: Buffer | None = None) -> None:
-        """To `normed` unless another buffer is named."""
         out = out or self._normed
         if self._layer_norm_epsilon is None:
             self._rms_norm(name, x, out)
@@ -365,20 +361,20 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.LayerNorm(x, out, weight, bias, self._layer_norm_epsilon))
 
     def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:
-        """Files of Falcon H1 have a norm whose name is without `.weight`."""
+        """Emits a norm; in files of Falcon H1 a norm's name may be without `.weight`."""
         weight = self.vector(name if self.has(name) else f"{name}.weight", x.width // heads)
         self._steps.append(steps.RmsNorm(x, out, weight, self.rms_epsilon, heads))
 
     @property
     def rms_epsilon(self) -> float:
-        """ModelFileError where the file has that of the norms with a mean alone."""
+        """ModelFileError if the file has only the epsilon of norms with a mean."""
         epsilon = self.hyperparameters.rms_epsilon
         if epsilon is None:
             epsilon = self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-13, maximum=0.1)
         return epsilon
 
     def _add_projected(self, norm: str | None = None) -> None:
-        """hidden += projected, normed before where a norm is named."""
+        """hidden += projected, normed first if a norm is named."""
         if norm is not None:
             self._rms_norm(norm, self._projected, self._projected)
         if self._residual_scale != 1.0:
@@ -386,7 +382,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.Add(self._hidden, self._projected, self._hidden))
 
     def _project(self, prefix: str, query: Buffer, key: Buffer, value: Buffer) -> None:
-        """Queries, keys and values of the normed hidden state, from tensors of their own or from one."""
+        """Emits queries, keys and values of the normed hidden state, from three tensors or from one."""
         if f"{prefix}.attn_qkv.weight" in self.model.tensors:
             self._matmul_parts(f"{prefix}.attn_qkv", query, key, value)
             return

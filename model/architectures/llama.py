@@ -15,10 +15,10 @@ _MAX_SCALE = 1e3
 
 
 def llama(builder: ProgramBuilder) -> None:
-    """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and everything else that GGUF files call by this name.
+    """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and everything else that GGUF files call llama.
 
-    GGUF files of this architecture have the rows of Q and K permuted for neighbouring pairs. A sliding window is
-    obeyed: Mistral 7B v0.1 was trained with one, and no switch of that model's configuration turns it off."""
+    GGUF files have the rows of Q and K permuted for neighbouring pairs. A window is obeyed: Mistral 7B v0.1 was trained
+    with one, and no key of its configuration turns it off."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, builder.hyperparameters.sliding_window))
@@ -29,8 +29,7 @@ def llama(builder: ProgramBuilder) -> None:
 
 
 def internlm2(builder: ProgramBuilder) -> None:
-    """InternLM 2 and 2.5: LLaMA with tensor names of their own. GGUF files hold q, k and v apart, their rows permuted
-    for neighbouring pairs as those of LLaMA."""
+    """InternLM 2 and 2.5: LLaMA with q, k and v apart, their rows permuted for neighbouring pairs."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table))
@@ -38,10 +37,8 @@ def internlm2(builder: ProgramBuilder) -> None:
 
 
 def baichuan(builder: ProgramBuilder) -> None:
-    """Baichuan 7B, which is LLaMA by another name, and 13B, which has ALiBi instead of a rotation.
-
-    Files do not say which of the two a model is; its layers do, as in llama.cpp. A sliding window that the file names
-    is not used: the models were trained without."""
+    """Baichuan 7B, which is LLaMA, and 13B, which has ALiBi instead of a rotation; the number of layers tells them
+    apart, as in llama.cpp. A window in the file is ignored: the models were trained without one."""
     layers, heads = builder.hyperparameters.block_count, builder.hyperparameters.head_count
     if layers not in (_BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS):
         known = f"{_BAICHUAN_7B_LAYERS}, with a rotation, and {_BAICHUAN_13B_LAYERS}, with ALiBi, are known"
@@ -54,7 +51,7 @@ def baichuan(builder: ProgramBuilder) -> None:
 
 
 def mistral3(builder: ProgramBuilder) -> None:
-    """Mistral Small 3 and Ministral 3: LLaMA, in newer models with queries that are scaled by their position."""
+    """Mistral Small 3 and Ministral 3: LLaMA, in newer models with queries scaled by position."""
     keys, rope = builder.keys, builder.hyperparameters.rope
     factor = keys.real("attention.temperature_scale", 0.0, minimum=0.0, maximum=_MAX_SCALE)
     temperature = (factor, rope.original_context_length) if factor else None
@@ -94,7 +91,7 @@ def ernie4_5(builder: ProgramBuilder) -> None:
 
 
 def hunyuan_dense(builder: ProgramBuilder) -> None:
-    """Hunyuan 0.5B to 7B: q and k are normed head by head after they are rotated."""
+    """Hunyuan 0.5B to 7B: q and k are normed per head after the rotation."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD_AFTER_ROPE))

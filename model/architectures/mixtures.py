@@ -1,5 +1,5 @@
-"""Mixtures of experts with leading dense layers or experts that every token uses: ernie4_5-moe, hunyuan-moe,
-bailingmoe2, minimax-m2, glm4moe, llama4."""
+"""Mixtures of experts with leading dense layers or shared experts: ernie4_5-moe, hunyuan-moe, bailingmoe2, minimax-m2,
+glm4moe, llama4."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _LLAMA4_EXPERTS = ExpertOptions(gating=Gating.SIGMOID, normalized=False, weighs_
 
 
 def ernie4_5_moe(builder: ProgramBuilder) -> None:
-    """ERNIE 4.5 with experts: a bias for the choice, shared experts in one network, leading dense layers, and behind
-    them experts in every layer or every few."""
+    """ERNIE 4.5 with experts: a bias for the choice, shared experts in one network; behind leading dense layers, every
+    n-th layer has experts."""
     keys = builder.keys
     step = keys.count("interleave_moe_layer_step", 1, maximum=_MAX_COUNT)
     experts = read_experts(keys, builder.hyperparameters, gating=Gating.SOFTMAX, shared_width=_shared_width(builder))
@@ -68,8 +68,8 @@ def minimax_m2(builder: ProgramBuilder) -> None:
 
 
 def glm4moe(builder: ProgramBuilder) -> None:
-    """GLM 4.5, 4.6 and their Air models: sigmoid gates with a bias for the choice, a shared expert, leading dense
-    layers; q and k are normed where the file has the norms. The norm before the experts is named after attention."""
+    """GLM 4.5, 4.6 and their Air models: leading dense layers, then experts of sigmoid gates with a bias for the
+    choice, beside a shared one. The norm before the feed-forward network is named after attention."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     shared = hp.expert_feed_forward_length * _shared_experts(builder)
     experts = read_experts(keys, hp, gating=Gating.SIGMOID, normalized=False, shared_width=shared)
@@ -85,11 +85,11 @@ def glm4moe(builder: ProgramBuilder) -> None:
 
 
 def llama4(builder: ProgramBuilder) -> None:
-    """Three of four layers see the positions of their own chunk alone and norm q and k, without a weight, after the
-    rotation (Maverick does not); the others have no rotation, and queries that are scaled by their position. Sigmoid
-    gates weigh what experts read; a shared expert; layers with experts may alternate with others.
+    """Llama 4: three of four layers see only their chunk and norm q and k, without a weight, after the rotation
+    (Maverick does not norm); the others have no rotation, and queries scaled by position. Sigmoid gates weight the
+    inputs of experts.
 
-    Public files name no length of a chunk: it is 8192. One that a file names as its sliding window is obeyed."""
+    Public files name no length of a chunk: it is 8192. A sliding window in the file replaces it."""
     hp, keys = builder.hyperparameters, builder.keys
     if not hp.expert_count:
         raise keys.error("expert_count", "0 or missing, and the architecture has experts")
@@ -105,7 +105,7 @@ def llama4(builder: ProgramBuilder) -> None:
 
 
 def _attention_variants(builder: ProgramBuilder) -> list[AttentionVariant]:
-    """Of each layer. ModelFileError for a window of 0, which stands for models without chunks."""
+    """Returns the variant of each layer. ModelFileError for a window of 0, which stands for models without chunks."""
     hp, keys = builder.hyperparameters, builder.keys
     if keys.has("attention.sliding_window") and hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "0, which is not supported")
@@ -122,7 +122,6 @@ def _attention_variants(builder: ProgramBuilder) -> list[AttentionVariant]:
 
 
 def _dense_layers(builder: ProgramBuilder) -> int:
-    """How many of the first layers have no experts."""
     return builder.keys.count("leading_dense_block_count", 0, minimum=0, maximum=_MAX_COUNT)
 
 

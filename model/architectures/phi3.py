@@ -7,11 +7,8 @@ from llamaclust.model.steps.options import RopeStyle
 
 
 def phi3(builder: ProgramBuilder) -> None:
-    """A sliding window is obeyed where the file names one: the models for 4096 tokens write nonsense without theirs.
-
-    Rotations of a model for long contexts are divided by short or by long factors, whichever belong to the context that
-    the cluster is set up for: `context_length` is part of what decides its tokens.
-    """
+    """Phi 3 and 4. A window in the file is obeyed: the models for 4096 tokens write nonsense without theirs. In models
+    for long contexts, `context_length` of the cluster chooses between short and long factors of rotations."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, builder.hyperparameters.sliding_window))

@@ -21,7 +21,7 @@ _PI = Decimal("3.14159265358979323846264338327950288419716939937510")
 
 @lru_cache(maxsize=64)
 def rope_table(rope: RopeParameters, factors: tuple[float, ...] | None = None) -> RopeTable:
-    """frequency(i) = base^(-2 i / dimensions), divided by factors[i] where a model brings them, then scaled."""
+    """frequency(i) = base^(-2 i / dimensions), divided by factors[i] if the model has factors, then scaled."""
     with localcontext(_DIGITS):
         plain = _plain_frequencies(rope, factors)
         stretched = [frequency / Decimal(rope.factor) for frequency in plain]
@@ -45,7 +45,7 @@ def _plain_frequencies(rope: RopeParameters, factors: tuple[float, ...] | None) 
 
 
 def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
-    """How much of each pair's own frequency stays: 1 for pairs that turn often over the original context, 0 for slow
+    """Returns the share of each pair's own frequency: 1 for pairs that turn often over the original context, 0 for slow
     ones, a ramp between. (YaRN, arXiv 2309.00071, section 3.2.)"""
     if rope.frequency_base <= 1:
         raise ModelFileError(f"metadata rope.freq_base: {rope.frequency_base:g}, more than 1 expected with YaRN")
@@ -60,14 +60,14 @@ def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
 
 
 def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
-    """The (fractional) pair that turns `turns` times over the original context."""
+    """Returns the (fractional) pair that turns `turns` times over the original context."""
     per_turn = Decimal(rope.original_context_length) / (Decimal(turns) * 2 * _PI)
     return rope.dimension_count * per_turn.ln() / (2 * Decimal(rope.frequency_base).ln())
 
 
 def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> float:
-    """What scores of `width` channels are multiplied by: 1 / sqrt(width), times the square of the magnitude that
-    stretched rotations have in `rope_table`, times that of 1 + 0.1 * multiplier * ln(factor). (As in llama.cpp.)"""
+    """Returns the factor of scores of `width` channels, as in llama.cpp: 1 / sqrt(width), times the squares of the
+    rotations' magnitude in `rope_table` and of 1 + 0.1 * multiplier * ln(factor)."""
     with localcontext(_DIGITS):
         tenth = Decimal(rope.factor).ln() / 10
         magnitude = Decimal(rope.attention_factor) * (1 + tenth) / (1 + Decimal(rope.log_multiplier) * tenth)
@@ -76,9 +76,8 @@ def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> flo
 
 
 def check_sections(keys: ModelKeys, pairs: int) -> None:
-    """Rotations in sections turn some pairs of channels by a picture's height and width and all others by time; a
-    token of text has its position in all of them, so that all pairs turn as without sections. ModelFileError for
-    sections that are missing, or that claim more pairs than there are."""
+    """Checks sections, which turn some pairs by a picture's height and width; a token of text has its position in all
+    sections, so that all pairs turn as without them. ModelFileError for missing sections or too many pairs."""
     key = _SECTIONS_KEY
     sections = keys.integers(key)
     if len(sections) < _LEAST_SECTIONS:
@@ -90,9 +89,9 @@ def check_sections(keys: ModelKeys, pairs: int) -> None:
 
 @lru_cache(maxsize=64)
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """Slopes of attention with linear biases (ALiBi), a float32 for each head. With n = the greatest power of two that
-    is not above `heads`: 2^(-8 (h + 1) / n) of the first n heads, and of the others every second one that 2 n heads
-    would have, from the first on. (ALiBi, arXiv 2108.12409, and the authors' rule for other numbers of heads.)"""
+    """Returns ALiBi's slopes, a float32 for each head. With n = the greatest power of two that is not above `heads`:
+    2^(-8 (h + 1) / n) of the first n heads, then every second slope of 2 n heads, from the first on. (ALiBi, arXiv
+    2108.12409, and the authors' rule for other numbers of heads.)"""
     whole = 1 << (heads.bit_length() - 1)
     exponents = [(h + 1, whole) for h in range(whole)] + [(2 * h + 1, 2 * whole) for h in range(heads - whole)]
     with localcontext(_DIGITS):

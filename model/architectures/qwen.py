@@ -1,7 +1,7 @@
 """Qwen: qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. LLaMA with pairs half a head apart.
 
-A sliding window that the file names is not used: the models' configurations name one and switch it off
-(`use_sliding_window`), and GGUF has no key for the switch."""
+A window in the file is ignored: configurations name one and switch it off (`use_sliding_window`), and GGUF has no key
+for the switch."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ def qwen2(builder: ProgramBuilder) -> None:
 
 
 def qwen2moe(builder: ProgramBuilder) -> None:
-    """Qwen 1.5 and 2 with experts. The weights of the chosen experts are their probabilities among all, not normalized;
-    each layer also has an expert that every token uses, weighed by a sigmoid of its own."""
+    """Qwen 1.5 and 2 with experts, whose weights are not normalized, beside a shared expert weighted by a sigmoid."""
     shared = builder.keys.count(
         "expert_shared_feed_forward_length", builder.hyperparameters.feed_forward_length, maximum=1 << 20
     )
@@ -37,8 +36,8 @@ def qwen2moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3(builder: ProgramBuilder) -> None:
-    """Qwen 3: q and k are normed head by head before they are rotated. A head's width is a key of the file. Of a
-    reranker's head there are two rows alone, those of `yes` and `no`."""
+    """Qwen 3: q and k are normed per head before the rotation. A reranker's head has only the rows of `yes` and
+    `no`."""
     table = builder.rope_table()
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD))
@@ -46,7 +45,7 @@ def qwen3(builder: ProgramBuilder) -> None:
 
 
 def qwen3moe(builder: ProgramBuilder) -> None:
-    """Qwen 3 with experts in every layer, with normalized weights (`norm_topk_prob` of all models of this kind)."""
+    """Qwen 3 with experts in every layer, with normalized weights (`norm_topk_prob` in all models of this kind)."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD))
@@ -54,12 +53,12 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """Qwen 3 VL, its text: Qwen 3. What images add to the first layers is nothing."""
+    """Qwen 3 VL, text only, which is Qwen 3: images would add to the first layers."""
     check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     qwen3(builder)
 
 
 def qwen3vlmoe(builder: ProgramBuilder) -> None:
-    """The same with experts."""
+    """Qwen 3 VL with experts, text only."""
     check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     qwen3moe(builder)

@@ -14,11 +14,11 @@ from llamaclust.model.quant_types import QuantType
 
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
-"""Tensors that become part of the program and are none of its weights."""
+"""Tensors that become part of the program and are not among its weights."""
 
 
 class CheckedTensors:
-    """Names of a file's tensors. ModelFileError for one that is missing, or of another shape or type."""
+    """A reader of tensors' names. ModelFileError for a tensor that is missing, or of another shape or type."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -27,23 +27,21 @@ class CheckedTensors:
         return name in self.model.tensors
 
     def require(self, layer: int, *names: str) -> None:
-        """Checks that the layer has these tensors."""
         for name in names:
             self.model.tensor(f"blk.{layer}.{name}")
 
     def weight(self, name: str, shape: tuple[int, ...]) -> str:
-        """`name`, once the file is known to have such a tensor."""
+        """Returns `name` after the check of its shape."""
         found = self.model.tensor(name).shape
         if found != shape:
             raise self.error(name, f"shape {list(reversed(found))}, {list(reversed(shape))} expected")
         return name
 
     def vector(self, name: str, width: int) -> str:
-        """The same for a vector of float32."""
         return self.floats(name, (width,))
 
     def floats(self, name: str, shape: tuple[int, ...]) -> str:
-        """The same for float32 of any shape."""
+        """Returns `name` after the check of its shape and of its type, F32."""
         self.weight(name, shape)
         found = self.model.tensor(name).quant_type
         if found is not QuantType.F32:
@@ -51,12 +49,12 @@ class CheckedTensors:
         return name
 
     def product(self, name: str, x: Buffer, out: Buffer) -> MatMul:
-        """out = x @ weight^T, with a bias where the file has one."""
+        """out = x @ weight^T, with a bias if the file has one."""
         weight = self.weight(f"{name}.weight", (out.width, x.width))
         return MatMul(x, out, weight, self.optional_vector(f"{name}.bias", out.width))
 
     def product_parts(self, name: str, x: Buffer, parts: Sequence[Buffer]) -> Iterator[MatMul | Slice]:
-        """One product whose channels are those of `parts`, one after the other."""
+        """Yields one product whose channels are those of `parts`, one after the other."""
         whole = Buffer("+".join(part.name for part in parts), sum(part.width for part in parts))
         yield self.product(name, x, whole)
         start = 0
@@ -68,8 +66,8 @@ class CheckedTensors:
         return self.vector(name, width) if self.has(name) else None
 
     def rope_factors(self, rope: RopeParameters, context_tokens: int) -> tuple[float, ...] | None:
-        """What a tensor of the file divides the frequencies by: `rope_freqs` (since llama 3.1), or one of two by the
-        context that the program is for: as llama.cpp has it, the long ones for all sequences or for none."""
+        """Returns the divisors of frequencies: `rope_freqs` (since llama 3.1), or the long or short factors for the
+        program's context, the same ones for all sequences, as in llama.cpp."""
         by_context = _LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
         name = _FACTORS if self.has(_FACTORS) else by_context
         if not self.has(name):
@@ -85,7 +83,7 @@ class CheckedTensors:
 
 
 def nextn_tensors(model: ModelFile) -> Iterator[str]:
-    """Tensors of heads that predict further tokens, in layers behind the others: kept apart, and in no program."""
+    """Returns the tensors of MTP heads, in layers behind the others, which are in no program."""
     keys = ModelKeys(model)
     count = keys.count(NEXTN_KEY, 0, minimum=0, maximum=MAX_LAYERS)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
@@ -94,7 +92,7 @@ def nextn_tensors(model: ModelFile) -> Iterator[str]:
 
 
 def idle_kv_tensors(model: ModelFile) -> Iterator[str]:
-    """Of layers that read the keys and values of others: what files may have for keys and values of their own."""
+    """Returns names of keys and values that files may have for layers that read those of others."""
     keys = ModelKeys(model)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     shared = keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers)

@@ -1,1 +1,1 @@
-"""Gemma and what its later versions have in common."""
+"""Architectures of Gemma, and the parts that its later versions share."""

@@ -1,5 +1,5 @@
-"""Attention of Gemma's E models and of Gemma 4: layers of two kinds, scores that are not scaled, normed values, and
-last layers that read the keys and values of others."""
+"""Attention of Gemma 3n and Gemma 4: two kinds of layers, unscaled scores, normed values, and last layers that read the
+keys and values of others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """Channels of a head, rotation and window of windowed layers, or of the others."""
+    """The head width, rotation and window of one of the two kinds of layers."""
 
     head_dim: int
     table: RopeTable
@@ -23,8 +23,8 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """The layer whose keys and values each layer reads: its own, or of the last layers the last one of its kind before
-    them."""
+    """Returns the layer whose keys and values each layer reads: itself, or for the last layers the last earlier layer
+    of the same kind."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}
@@ -37,7 +37,7 @@ def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
 def attention(
     builder: ProgramBuilder, layer: int, source: int, kind: LayerKind, buffers: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Of the first of the buffers into the second one. `source`: the layer whose keys and values are read."""
+    """Yields the steps from the first buffer to the second. `source`: the layer whose keys and values are read."""
     hp, prefix, (normed, projected) = builder.hyperparameters, f"blk.{layer}", buffers
     kv_heads, shares_kv = builder.kv_heads(layer), source != layer
     query, out = (Buffer(name, hp.head_count * kind.head_dim) for name in ("query", "attended"))
@@ -64,7 +64,7 @@ def attention(
 def _keys_and_values(
     builder: ProgramBuilder, prefix: str, kind: LayerKind, normed: Buffer, stored: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Both normed; where values have no weight, they are the keys before those are normed."""
+    """Norms keys and values; without a weight, values are the keys before their norm."""
     key, value = stored
     yield builder.product(f"{prefix}.attn_k", normed, key)
     is_apart = builder.has(f"{prefix}.attn_v.weight")
@@ -76,6 +76,5 @@ def _keys_and_values(
 
 
 def _norm(builder: ProgramBuilder, name: str, x: Buffer, kind: LayerKind) -> ir.RmsNorm:
-    """Of each head."""
     weight = builder.vector(f"{name}.weight", kind.head_dim)
     return ir.RmsNorm(x, x, weight, builder.rms_epsilon, x.width // kind.head_dim)

@@ -1,5 +1,5 @@
-"""Gemma: gemma, gemma2, gemma3, gemma-embedding. The embedding is scaled and used again as the head; the gate is a
-GELU. Norm weights of the model are relative to one, those of GGUF files are not."""
+"""Gemma: gemma, gemma2, gemma3, gemma-embedding. The embedding is scaled and is also the head; the gate is a GELU. Norm
+weights of the model are relative to one, those of GGUF files are not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ _MAX_CAP = 1e6
 
 
 def gemma(builder: ProgramBuilder) -> None:
-    """Gemma 1."""
     table = builder.rope_table()
     for layer in builder.layers(math.sqrt(builder.hyperparameters.embedding_length)):
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
@@ -24,8 +23,8 @@ def gemma(builder: ProgramBuilder) -> None:
 
 
 def gemma2(builder: ProgramBuilder) -> None:
-    """Gemma 2: norms after attention and feed-forward too, soft caps, a sliding window in every other layer. What files
-    leave out is as of the models that were published."""
+    """Gemma 2: norms behind both blocks too, soft caps, a window in every other layer. Defaults are those of the
+    published models."""
     hp, keys = builder.hyperparameters, builder.keys
     scale = _scale(hp, _GEMMA2_27B_LAYERS)
     cap = keys.real("attn_logit_softcapping", 50.0, minimum=1e-3, maximum=_MAX_CAP)
@@ -39,8 +38,8 @@ def gemma2(builder: ProgramBuilder) -> None:
 
 
 def gemma3(builder: ProgramBuilder) -> None:
-    """Gemma 3, its text: as Gemma 2, with norms of q and k in place of the caps, and five windowed layers before one
-    that sees everything. Windowed layers turn by a base of their own and without the scaling of the others."""
+    """Gemma 3, text only: Gemma 2 with norms of q and k instead of caps. Five of six layers have a window and a
+    rotation with a base of their own and no scaling."""
     hp = builder.hyperparameters
     final_cap = builder.keys.real("final_logit_softcapping", 0.0, minimum=0.0, maximum=_MAX_CAP)
     variants = _windowed_variants(builder, _scale(hp, _GEMMA3_27B_LAYERS))
@@ -59,7 +58,7 @@ def gemma_embedding(builder: EncoderBuilder) -> None:
 
 
 def _windowed_variants(builder: ProgramBuilder, scale: float) -> list[AttentionVariant]:
-    """Of each layer of Gemma 3."""
+    """Returns the variant of each layer of Gemma 3."""
     hp = builder.hyperparameters
     windowed = builder.keys.windowed_layers(hp.block_count, 6) if hp.sliding_window else [False] * hp.block_count
     whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), scale=scale, head_norms=HeadNorms.PER_HEAD)
@@ -73,6 +72,7 @@ def _normed_layer(builder: ProgramBuilder, layer: int, variant: AttentionVariant
 
 
 def _scale(hp: Hyperparameters, layers_27b: int) -> float:
-    """Of scores. The 27B models scale by their width's share of a head, which no key says."""
+    """Returns the scale of scores. The 27B models use width / heads instead of the head's channels, which no key
+    says."""
     channels = hp.embedding_length // hp.head_count if hp.block_count == layers_27b else hp.key_length
     return 1 / math.sqrt(channels)

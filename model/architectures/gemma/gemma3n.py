@@ -21,11 +21,11 @@ _MAX_COPIES = 16
 _MAX_RANK = 1 << 14
 _MAX_SPARSITY = 16.0  # standard deviations
 _LEAST_SQUARE = 1e-5
-"""Of the channels of a projected copy, on average."""
+"""The least mean square of a projected copy's channels."""
 
 
 def gemma3n(builder: ProgramBuilder) -> None:
-    """Between layers, a row has all copies, behind which go the inputs of further layers."""
+    """Gemma 3n, text only. Between layers, a row has all copies, and behind them the inputs of further layers."""
     hp, keys = builder.hyperparameters, builder.keys
     for key in ("attention.sliding_window", "embedding_length_per_layer_input", SHARED_KV_KEY):
         keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # files without it are not known
@@ -53,7 +53,8 @@ def gemma3n(builder: ProgramBuilder) -> None:
 
 
 def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
-    """Of each layer the standard deviations above the mean from which on activations are left; None: all are."""
+    """Returns for each layer the standard deviations above the mean below which activations are zeroed; None: no
+    activation is."""
     key = "activation_sparsity_scale"
     numbers = keys.reals(key, layers)
     for number in numbers:
@@ -64,7 +65,7 @@ def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Copies:
-    """`count` of them, side by side in a row; layers compute the one numbered `active`."""
+    """The copies of the hidden state, side by side in a row; layers compute the one numbered `active`."""
 
     builder: ProgramBuilder
     count: int
@@ -88,7 +89,7 @@ class _Copies:
         return Buffer("hidden", self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """The embedding, and projections of it with its magnitude."""
+        """copies = the embedding, then projections of it with its magnitude."""
         repeated = self._hidden
         for count in range(2, self.count):
             more = Buffer(f"embedding {count} times", count * self.width)
@@ -110,7 +111,6 @@ class _Copies:
         yield ir.Scale(self._hidden, self._hidden, 1 / self.count)
 
     def _project(self, name: str, x: Buffer, out: Buffer) -> ir.HeadMatMul:
-        """Each copy but the first by a matrix of its own."""
         weight = self.builder.weight(f"{name}.weight", (self.count - 1, self.width, self.width))
         return ir.HeadMatMul(x, out, weight, self.count - 1)
 
@@ -131,7 +131,7 @@ class _Layer:
         return Buffer(name, self.copies.width)
 
     def steps(self) -> Iterator[ir.Step]:
-        """The prediction of the active copy is computed; the result corrects all predictions."""
+        """Yields all steps: the prediction of the active copy is computed, and the result corrects all predictions."""
         predicted = Buffer("predicted", self.copies.all.width)
         active, result = self._buffer("active"), self._buffer("result")
         yield from self._predict(predicted, active)
@@ -186,7 +186,7 @@ class _Layer:
         yield ir.Scale(result, result, 1 / math.sqrt(2))
 
     def _feed_forward(self, result: Buffer) -> Iterator[ir.Step]:
-        """result += norm(down(gelu(gate, of which the greatest may be left alone) * up)) of the normed result."""
+        """result += norm(down(gelu(gate) * up)) of the normed result; a sparse layer keeps only the greatest gates."""
         normed, width = self._buffer("normed"), self.builder.hyperparameters.feed_forward_lengths[self.layer]
         gate, up, projected = Buffer("gate", width), Buffer("up", width), self._buffer("projected")
         yield self._norm("ffn_norm", result, normed)
@@ -201,7 +201,7 @@ class _Layer:
         yield ir.Add(result, projected, result)
 
     def _add_input(self, active: Buffer) -> Iterator[ir.Step]:
-        """The layer's input, gated by the active copy, is added to all copies but the first."""
+        """Adds the layer's input, gated by the active copy, to all copies but the first."""
         projected, copies = self._buffer("projected"), self.copies.all
         scale = self.builder.vector(f"blk.{self.layer}.altup_correct_scale.weight", active.width)
         yield ir.Slice(copies, active, self.copies.active * active.width)

@@ -1,4 +1,4 @@
-"""Gemma 4: layers of two kinds, whose heads, rotations and windows differ; experts beside a feed-forward network; in
+"""Gemma 4: two kinds of layers with different heads, rotations and windows; experts beside a feed-forward network; in
 the E models inputs per layer, and layers that read the keys and values of others."""
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _MAX_HEAD = 1 << 12
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Scores are not scaled; values are normed without a weight, and are the keys of layers that have none; each
-    layer's result is multiplied by a number of the file."""
+    """Gemma 4. Values are normed without a weight, and are the keys in layers without a weight for values; each layer's
+    result is multiplied by a number of the file."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")
@@ -46,7 +46,8 @@ def gemma4(builder: ProgramBuilder) -> None:
 
 
 def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
-    """Layers that see everything, whose rotation has the file's factors, and those with a window."""
+    """Returns the kind of layers that see everything, whose rotation has the file's factors, and of those with a
+    window."""
     hp, keys = builder.hyperparameters, builder.keys
     head_dim = keys.count("attention.key_length_swa", hp.key_length, maximum=_MAX_HEAD)
     value_length = keys.count("attention.value_length_swa", head_dim, maximum=_MAX_HEAD)
@@ -65,7 +66,6 @@ def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
 
 
 def _experts(builder: ProgramBuilder) -> ExpertsVariant:
-    """The weights of the chosen are normed in any case; the number of groups, and others, as files say."""
     return read_experts(
         builder.keys, builder.hyperparameters, gating=Gating.SOFTMAX, activation=GatedActivation.GELU_MUL
     )
@@ -121,8 +121,8 @@ class _Layer:
         yield self.builder.product(f"{self._prefix}.ffn_down", gate, projected)
 
     def _mixture(self, hidden: Buffer, projected: Buffer) -> Iterator[ir.Step]:
-        """The feed-forward network and experts beside it, each with norms of its own. The router reads a norm of the
-        hidden state whose weight is divided by the square root of the width."""
+        """projected = feed-forward network + experts, each with its own norms. The router reads a norm of the hidden
+        state whose weight is divided by the square root of the width."""
         normed, mixed, routed = map(self._buffer, ("normed", "mixed", "routed"))
         yield from self._feed_forward(hidden, projected)
         yield self._norm("post_ffw_norm_1", projected, projected)

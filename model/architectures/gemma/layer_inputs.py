@@ -1,4 +1,4 @@
-"""Inputs per layer, which the E models of Gemma have beside the hidden state."""
+"""Inputs per layer, which Gemma's E models have beside the hidden state."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MAX_INPUT = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """Inputs per layer: of each layer `width` channels of a row, made of its token in the first stage. They go from
-    stage to stage behind `carried`, those of layers that are still to come."""
+    """Inputs per layer: `width` channels for each layer in a row, made from its token in the first stage. Stages send
+    those of later layers behind `carried`."""
 
     builder: ProgramBuilder
     width: int
@@ -27,7 +27,6 @@ class LayerInputs:
 
     @classmethod
     def of(cls, builder: ProgramBuilder, carried: Buffer) -> LayerInputs | None:
-        """None for models without them."""
         width = builder.keys.count("embedding_length_per_layer_input", 0, minimum=0, maximum=_MAX_INPUT)
         return cls(builder, width, builder.stage.start, builder.stage.stop, carried) if width else None
 
@@ -37,26 +36,24 @@ class LayerInputs:
 
     @property
     def _all(self) -> Buffer:
-        """From the first layer of the stage on."""
         return Buffer("inputs", (self._layers - self.first) * self.width)
 
     @property
     def _hidden(self) -> Buffer:
-        """The embedding."""
         return Buffer("hidden", self.builder.hyperparameters.embedding_length)
 
     @property
     def given(self) -> Buffer:
-        """What the stage is given."""
+        """The buffer that the stage receives."""
         return Buffer("given", self.carried.width + self._all.width) if self.first else self._hidden
 
     @property
     def sent(self) -> Buffer:
-        """What the next stage is given."""
+        """The buffer that the next stage receives."""
         return Buffer("sent", self.carried.width + (self._layers - self.end) * self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """What stands before the first layer of a stage."""
+        """Yields the steps before the first layer of a stage."""
         if self.first:
             yield ir.Slice(self.given, self.carried, 0)
             yield ir.Slice(self.given, self._all, self.carried.width)
@@ -85,7 +82,7 @@ class LayerInputs:
         yield ir.RmsNorm(projected, projected, weight, builder.rms_epsilon)
 
     def join(self) -> Iterator[ir.Step]:
-        """What stands behind the last layer of a stage that is not the last one."""
+        """Yields the steps behind the last layer of a stage that is not the last one."""
         rest = Buffer("further inputs", self.sent.width - self.carried.width)
         yield ir.Slice(self._all, rest, (self.end - self.first) * self.width)
         yield ir.Join(self.carried, rest, self.sent)

@@ -1,8 +1,7 @@
-"""Latent attention: keys and values of all heads are products of one short vector, which is all that KV memory holds.
+"""Latent attention: keys and values of all heads are products of one short vector, the only content of KV memory.
 
-The products are applied to queries and results instead (the absorbed form), in prefill as in decode: so bits do not
-depend on chunks. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)
-"""
+The products are applied to queries and results instead (the absorbed form), in prefill as in decode, so that bits do
+not depend on chunks. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)"""
 
 from __future__ import annotations
 
@@ -18,10 +17,9 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class LatentVariant:
-    """Widths in channels: of the latent vector, of the rotated part that a key has behind it, of a head's query (the
-    rotated part among them) and value; `query_rank`: of the vector that queries are products of, 0 where they are
-    products of the hidden state. Without `table` nothing is rotated. `temperature`: factor and length of a
-    `PositionScale` of queries."""
+    """Widths in channels: of the latent vector, of the rotated part behind it in a key, of a head's query (with its
+    rotated part) and value; `query_rank`: of the latent query, 0 without one. Without `table` nothing is rotated.
+    `temperature`: factor and length of a `PositionScale` of queries."""
 
     latent: int
     rotated: int
@@ -36,13 +34,12 @@ class LatentVariant:
 
     @property
     def key(self) -> int:
-        """Channels of a stored key."""
         return self.latent + self.rotated
 
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """The steps of one layer: hidden += output of the normed hidden state."""
+    """The steps of one layer: hidden += output(latent attention) of the normed hidden state."""
 
     tensors: CheckedTensors
     layer: int
@@ -51,7 +48,7 @@ class LatentAttention:
     kv_type: KvType
 
     def steps(self, width: int) -> Iterator[ir.Step]:
-        """In the order of computation; `width`: of the hidden state."""
+        """Yields the steps; `width` is the hidden state's."""
         hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
         variant, heads = self.variant, self.heads
         query, key = Buffer("query", heads * variant.key), Buffer("key", variant.key)
@@ -72,7 +69,7 @@ class LatentAttention:
         yield ir.Add(hidden, projected, hidden)
 
     def _queries(self, normed: Buffer, query: Buffer) -> Iterator[ir.Step]:
-        """Of each head the plain part, multiplied with the keys' matrix, then the rotated part."""
+        """query = for each head the plain part multiplied with the keys' matrix, then the rotated part."""
         variant, heads = self.variant, self.heads
         x, name = normed, "attn_q"
         if variant.query_rank:
@@ -95,7 +92,7 @@ class LatentAttention:
             yield ir.PositionScale(query, query, *variant.temperature)
 
     def _keys(self, normed: Buffer, key: Buffer) -> Iterator[ir.Step]:
-        """The normed latent vector, then the rotated part."""
+        """key = the normed latent vector, then the rotated part."""
         whole = Buffer("key parts", key.width)
         latent, rotated = Buffer("latent", self.variant.latent), Buffer("rotated key", self.variant.rotated)
         yield self._product("attn_kv_a_mqa", normed, whole)

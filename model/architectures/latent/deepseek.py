@@ -18,14 +18,14 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCABULARY = (47, 48), 154880
 
 
 def deepseek2(builder: ProgramBuilder) -> None:
-    """Leading dense layers, then experts of softmax or sigmoid gates, in groups, beside shared ones. Rotations that are
-    stretched keep the magnitude that the model's own code gives them, which depends on `yarn_log_multiplier` alone."""
+    """DeepSeek 2: leading dense layers, then grouped experts of softmax or sigmoid gates beside shared ones. Scaled
+    rotations have the magnitude of the model's own code, which depends on `yarn_log_multiplier` only."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, 1.0 if multiplier else 0.0)
 
 
 def mistral4(builder: ProgramBuilder) -> None:
-    """Mistral Small 4: the same, but for the magnitude of rotations."""
+    """Mistral Small 4: DeepSeek 2 with another magnitude of rotations."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, multiplier)
 
@@ -46,7 +46,7 @@ def _latent_layers(builder: ProgramBuilder, multiplier: float, table_multiplier:
 
 
 def latent_variant(builder: ProgramBuilder, multiplier: float, table_multiplier: float) -> LatentVariant:
-    """Of the file's keys; see `yarn_score_scale` for the multipliers."""
+    """Reads the variant from the file's keys; see `yarn_score_scale` for the multipliers."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = keys.count("attention.kv_lora_rank", maximum=_MAX_WIDTH)
     query, value = (keys.count(key, maximum=_MAX_WIDTH) for key in LATENT_KEYS)
@@ -75,18 +75,19 @@ def latent_variant(builder: ProgramBuilder, multiplier: float, table_multiplier:
 
 
 def _query_rank(builder: ProgramBuilder) -> int:
-    """0 in small models, whose queries are one product."""
+    """Returns 0 for small models, whose queries are one product."""
     return builder.keys.count("attention.q_lora_rank", 0, minimum=0, maximum=1 << 16)
 
 
 def _log_multiplier(builder: ProgramBuilder) -> float:
-    """Files have a tenth of it, a float32."""
+    """Returns ten times the float32 number in the file."""
     tenth = builder.keys.real("rope.scaling.yarn_log_multiplier", 0.0, minimum=0.0, maximum=_MAX_SCALE)
     return float(np.float32(tenth) / np.float32(0.1))
 
 
 def _gating(builder: ProgramBuilder) -> Gating:
-    """Of files without the key: GLM-4.7-Flash is known by its layers and words, as in llama.cpp."""
+    """Returns the default for files without the key: GLM-4.7-Flash is known by its layers and words, as in
+    llama.cpp."""
     hp = builder.hyperparameters
     is_glm = hp.block_count in _GLM_FLASH_LAYERS and hp.vocabulary_size == _GLM_FLASH_VOCABULARY
     return Gating.SIGMOID if is_glm else Gating.SOFTMAX

@@ -16,7 +16,7 @@ from llamaclust.model.steps.states import MAX_HEADS, MAX_KEY_CHANNELS, MAX_TAPS,
 
 @dataclass(frozen=True, slots=True)
 class DeltaNet:
-    """Shape of a layer: `head_dim` channels of keys and of values in each head; `heads` are those of values."""
+    """The shape of a layer: `head_dim` channels of keys and of values in each head; `heads` are those of values."""
 
     heads: int
     key_heads: int
@@ -59,7 +59,7 @@ def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
 
 def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir.Step]:
     """hidden += output(norm(delta rule) * silu(z)), where q, k and v of the rule are convolved products of the normed
-    hidden state, z, decay and beta are products of it."""
+    hidden state, and z, decay and beta are products of it."""
     prefix, width, epsilon = f"blk.{layer}", builder.hyperparameters.embedding_length, builder.rms_epsilon
     hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
     q, k = (Buffer(f"delta {name}", net.key_width) for name in ("q", "k"))
@@ -83,7 +83,7 @@ def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir
 
 
 def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[ir.Step]:
-    """Each head of q and k is made 1 long, and q divided by the square root of its channels besides."""
+    """Norms each head of q and k to length 1, and divides q by the square root of its channels."""
     channels = k.width // heads
     for x, factor in ((q, 1 / channels), (k, 1 / math.sqrt(channels))):
         yield ir.RmsNorm(x, x, None, epsilon / channels, heads)
@@ -93,7 +93,7 @@ def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[i
 def _products(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """From x to q, k and v side by side, and z. In files of 2025 they are one product, in parts for each key head."""
+    """q, k and v side by side, and z, of x. In files of 2025 they are one product, in parts for each key head."""
     x, mixed, z = buffers
     if not builder.has(f"{prefix}.ssm_in.weight"):
         yield builder.product(f"{prefix}.attn_qkv", x, mixed)
@@ -113,7 +113,7 @@ def _products(
 def _gates(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """From x to the decay and beta of each head, of two products or of one, in parts for each key head."""
+    """The decay and beta of each head, of two products of x or of one, in parts for each key head."""
     x, alpha, beta = buffers
     if builder.has(f"{prefix}.ssm_ba.weight"):
         both = Buffer("delta beta+alpha", 2 * net.heads)

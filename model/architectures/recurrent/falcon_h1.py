@@ -1,5 +1,5 @@
-"""Falcon H1: falcon-h1. Attention and Mamba 2 beside each other in each layer, both of the normed hidden state; the
-multipliers of the published models are part of the files' weights."""
+"""Falcon H1: falcon-h1. Each layer has attention and Mamba 2 side by side, both of the normed hidden state; files have
+the multipliers of the published models in their weights."""
 
 from __future__ import annotations
 

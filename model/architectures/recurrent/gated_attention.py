@@ -1,5 +1,5 @@
-"""Attention whose result is weighed by a sigmoid, channel by channel: gates are products of the hidden state, beside
-the queries of their head."""
+"""Attention whose result is weighted channel by channel with a sigmoid: gates are products of the hidden state, each
+head's beside its queries."""
 
 from __future__ import annotations
 

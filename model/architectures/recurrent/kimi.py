@@ -33,8 +33,8 @@ _CONVOLUTIONS = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.
 
 
 def without_ones(file: ModelFile) -> ModelFile:
-    """The model with tensors in the shapes that other families have: of convolutions, files have [1, channels, 1, taps]
-    or [channels, 1, taps] for [channels, taps], and of decays [1, 1, heads, 1] or [heads, 1] for [heads]."""
+    """Reshapes convolutions of [1, channels, 1, taps] or [channels, 1, taps] to [channels, taps], and decays of [1, 1,
+    heads, 1] or [heads, 1] to [heads]."""
     reshaped = {}
     for name, tensor in file.tensors.items():
         if name.endswith((*_CONVOLUTIONS, ".ssm_a")):
@@ -46,8 +46,8 @@ def without_ones(file: ModelFile) -> ModelFile:
 
 
 def kimi_linear(builder: ProgramBuilder) -> None:
-    """Layers with KV heads have latent attention. Leading dense layers, then experts of sigmoid gates, with a bias for
-    the choice, beside shared ones."""
+    """Kimi Linear: layers with KV heads have latent attention. Leading dense layers, then experts of sigmoid gates,
+    with a bias for the choice, beside shared ones."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = latent_variant(builder, 0.0, 0.0)
     latent = replace(latent, table=None, scale=1 / math.sqrt(latent.query))
@@ -104,7 +104,6 @@ class _KimiDelta:
         yield ir.Add(hidden, projected, hidden)
 
     def _convolved(self, x: Buffer, outs: tuple[Buffer, Buffer, Buffer]) -> Iterator[ir.Step]:
-        """q, k and v of x, each with a convolution of its own."""
         plain = [Buffer(f"{out.name} before", out.width) for out in outs]
         for name, product in zip("qkv", plain, strict=True):
             yield self.builder.product(self._name(f"attn_{name}"), x, product)
@@ -115,7 +114,7 @@ class _KimiDelta:
             yield ir.Activate(out, out, ActivationFunction.SILU)
 
     def _low_rank(self, name: str, x: Buffer, out: Buffer) -> Iterator[ir.Step]:
-        """Two products, with as many channels between them as a head has."""
+        """Yields two products, with as many channels between them as a head has."""
         between = Buffer(f"delta {name}", self.head_dim)
         yield self.builder.product(self._name(f"ssm_{name}_a"), x, between)
         yield self.builder.product(self._name(f"ssm_{name}_b"), between, out)

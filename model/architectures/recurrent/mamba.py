@@ -1,4 +1,4 @@
-"""Mamba 2's block: what families of hybrid models have in place of attention, or beside it."""
+"""Mamba 2's block, which hybrid models have in place of attention or beside it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class MambaShape:
-    """`inner`: channels of all `heads` together; `groups` of heads have one input and one output matrix each, of
-    `state_size` numbers a row."""
+    """The shape of a block. `inner`: channels of all `heads` together; each of the `groups` of heads has one input and
+    one output matrix, of `state_size` numbers a row."""
 
     taps: int
     inner: int
@@ -33,7 +33,7 @@ class MambaShape:
 
     @property
     def fault(self) -> tuple[str, str] | None:
-        """A key and what is wrong with it, of a block that does not divide or is too large."""
+        """The key and the fault of a block that does not divide or is too large."""
         if self.inner % self.heads:
             return "ssm.inner_size", f"{self.inner}, which {self.heads} heads do not divide"
         if self.heads % self.groups:
@@ -64,7 +64,7 @@ def read_mamba_shape(keys: ModelKeys) -> MambaShape:
 
 
 def mamba(builder: ProgramBuilder, layer: int, shape: MambaShape, *, has_norm: bool = True) -> Iterator[ir.Step]:
-    """projected = the block of the normed hidden state. `has_norm`: the file must have a norm of each group."""
+    """projected = Mamba 2 of the normed hidden state. `has_norm`: the file must have a norm of each group."""
     prefix, hidden_width = f"blk.{layer}", builder.hyperparameters.embedding_length
     normed, projected = (Buffer(name, hidden_width) for name in ("normed", "projected"))
     gate, convolving = Buffer("mamba gate", shape.inner), Buffer("mamba x+b+c", shape.convolved)
@@ -91,6 +91,6 @@ def _scan(
 
 
 def _group_norm(builder: ProgramBuilder, name: str, shape: MambaShape, x: Buffer) -> ir.RmsNorm:
-    """Of each group's channels, with a weight of its own."""
+    """Returns the norm of each group's channels, which has a weight for each group."""
     weight = builder.floats(name, (shape.groups, shape.inner // shape.groups))
     return ir.RmsNorm(x, x, weight, builder.rms_epsilon, shape.groups, own_weights=True)

@@ -24,7 +24,7 @@ def qwen3next(builder: ProgramBuilder) -> None:
 
 
 def qwen35(builder: ProgramBuilder) -> None:
-    """Qwen 3.5: no experts."""
+    """Qwen 3.5 without experts."""
     check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     _layers(builder, lambda layer: builder.feed_forward(layer, norm=_FEED_FORWARD_NORM), tiled=True)
 
@@ -45,7 +45,8 @@ def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, til
 
 
 def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
-    """A flag for each layer, or all but the last of each period. Behind them, an MTP head has attention."""
+    """Returns the file's flag for each layer, else True for all but the last of each period, and False for an MTP
+    head."""
     keys, layers = builder.keys, read_block_count(builder.keys)
     period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
     flags = keys.flags("attention.recurrent_layers", layers)

@@ -1,1 +1,1 @@
-"""Groups: several workers that compute one stage together, each of them some rows of every product."""
+"""Groups: workers that compute one stage together, each of them some rows of every product."""

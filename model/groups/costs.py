@@ -1,7 +1,5 @@
-"""Costs of a group's members: what of each layer they divide, in which units, and what they send each other.
-
-Computed from the division itself, so a member's costs are those of its program.
-"""
+"""Costs of a group's members: the divided parts of each layer, their units, and the gathers. They are computed from the
+division itself, so that a member's costs are those of its program."""
 
 from __future__ import annotations
 
@@ -26,7 +24,6 @@ from llamaclust.model.program import Embed, Program, Step
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 TensorsFor = Callable[[Program], Mapping[str, Tensor]]
-"""The tensors that a program names."""
 
 _SUMS = (
     *("weight_bytes", "macs_per_token", "kv_bytes_per_token", "idle_bytes", "float_macs_per_token", "used_file_bytes"),
@@ -37,9 +34,9 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class GatherCost:
-    """A gather of `lines` of `width` channels for each row, which members divide in `units`. It travels in the format
-    `form`, in which alone it is read, if portions are of whole segments. `to_leader`: only the leader needs it;
-    `from_leader`: it has all of it, and members no units."""
+    """A gather of `lines` of `width` channels for each row, which members divide in `units`. It is sent in the format
+    `form` of all its readers, if portions are of whole segments. `to_leader`: only the leader receives it;
+    `from_leader`: only the leader sends it, and members have no units."""
 
     width: int
     units: int
@@ -49,7 +46,7 @@ class GatherCost:
     from_leader: bool = False
 
     def sent_bytes(self, shares: Sequence[float]) -> tuple[int, ...]:
-        """Returns the bytes of one row that each member sends to each one that receives them."""
+        """Returns the bytes of one row that each member sends to each receiver."""
         if self.from_leader:
             return self.lines * _bytes(self.width, None), *(0 for _ in shares[1:])
         places = [self.width // self.units * place for place in borders(self.units, shares)]
@@ -65,7 +62,6 @@ class PortionCost:
     cost: LayerCost
 
     def of(self, count: int) -> LayerCost:
-        """The cost of so many units."""
         cost = self.cost
         sums = {name: getattr(cost, name) * count // self.units for name in _SUMS}
         return replace(
@@ -84,7 +80,7 @@ class PortionCost:
 
 @dataclass(frozen=True, slots=True)
 class DividedLayer:
-    """A layer, or the head: what every member has whole, what is divided, and the gathers of a row."""
+    """A layer, or the head: the part that every member has whole, the divided parts, and the gathers of a row."""
 
     whole: LayerCost
     portions: tuple[PortionCost, ...]
@@ -92,12 +88,11 @@ class DividedLayer:
 
     @property
     def divided_share(self) -> float:
-        """The part that is divided of the weights that one row reads."""
+        """The divided share of the weights that one row reads."""
         divided = sum(portion.cost.touched_bytes(1) for portion in self.portions)
         return divided / (divided + self.whole.touched_bytes(1)) if divided else 0.0
 
     def member(self, shares: Sequence[float], member: int) -> LayerCost:
-        """One member's costs."""
         found = [self.whole]
         for portion in self.portions:
             places = borders(portion.units, shares)
@@ -107,8 +102,8 @@ class DividedLayer:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingCost:
-    """The costs before the first layer: tables of tokens at the leader, whose rows it sends to the others, and what
-    every member has, as tables of positions."""
+    """The costs before the first layer. The leader has the tables of tokens and sends their rows to the others; every
+    member has `whole_bytes` of other tables, as of positions."""
 
     whole_bytes: int
     gathers: tuple[GatherCost, ...]
@@ -116,7 +111,7 @@ class EmbeddingCost:
 
 @dataclass(frozen=True, slots=True)
 class GroupCosts:
-    """A model in groups of so many members. The head is one more divided layer."""
+    """A model in groups of `members`. The head is one more divided layer."""
 
     members: int
     model: ModelCosts
@@ -126,7 +121,6 @@ class GroupCosts:
 
     @classmethod
     def of(cls, model: ModelCosts, layers: Sequence[Program], tensors_for: TensorsFor, members: int) -> GroupCosts:
-        """`layers`: the program of each."""
         alike: dict[DividedLayer, DividedLayer] = {}
         divided = [_DividedProgram.of(program, tensors_for, members) for program in layers]
         costs = [layer.layer_cost() for layer in divided]
@@ -134,7 +128,7 @@ class GroupCosts:
         return cls(members, model, kinds, divided[-1].head_cost(), divided[0].embedding_cost())
 
     def member(self, shares: Sequence[float], member: int) -> ModelCosts:
-        """The costs of a member, as if it held a model of its own."""
+        """Returns the costs of a member, as if it held a model of its own."""
         assert len(shares) == self.members
         kinds = {layer: layer.member(shares, member) for layer in dict.fromkeys(self.layers)}
         head = self.head.member(shares, member)
@@ -151,13 +145,12 @@ class GroupCosts:
         return self.of_follower(found) if member else found
 
     def of_follower(self, leader: ModelCosts) -> ModelCosts:
-        """Returns a member's costs without tables of tokens."""
         return replace(leader, embedding_bytes=self.embedding.whole_bytes, tied_bytes=0)
 
 
 @dataclass(frozen=True, slots=True)
 class _DividedProgram:
-    """The program of one layer; `head`: the number of the step that the head begins with."""
+    """The divided program of one layer; `head` is the number of the head's first step."""
 
     division: Division
     tensors: Mapping[str, Tensor]
@@ -216,7 +209,7 @@ class _DividedProgram:
 
 
 def _bytes(channels: int, form: ActivationFormat | None) -> int:
-    """Int8 values with a float32 scale for each segment of a format."""
+    """Returns the bytes of float32 channels, or of int8 channels with a float32 scale for each segment."""
     return 4 * channels if form is None else channels + 4 * (channels // form)
 
 

@@ -1,10 +1,9 @@
 """The program of one member of a group, which computes some output rows of every product.
 
-Values that a product begins, and those that follow from them channel by channel or head by head, stay divided; every
-other step needs whole rows, which a `Gather` before it puts together. The leader alone has the tables of tokens, and
-sends their rows to the others. All members meet at the same gathers. Each output is computed by one member in the order
-of the whole program: results have its bits.
-"""
+Results of products, and values that follow from them channel by channel or head by head, stay divided; a `Gather` puts
+whole rows together for all other steps. Only the leader has the tables of tokens, and sends their rows. All members
+meet at the same gathers. Each output is computed by one member in the order of the whole program, so that results have
+the same bits."""
 
 from __future__ import annotations
 
@@ -17,18 +16,16 @@ from llamaclust.model.program import Buffer, Embed, Gather, Program, Slice, Step
 from llamaclust.model.steps.step import Units
 
 LEADER = 0
-"""The member that samples: it alone needs the results of the last stage. It alone has the tables of tokens, too."""
+"""The member that samples: only it needs the results of the last stage, and only it has the tables of tokens."""
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
-    """The program of `member`, in proportion to the shares. UsageError for parts of layers."""
+    """Returns the program of `member`, in proportion to the shares. UsageError for parts of layers."""
     return _Member(shares, member).program(Division.of(program, len(shares)))
 
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """Emits a member's steps."""
-
     shares: Sequence[float]
     member: int
 
@@ -49,7 +46,6 @@ class _Member:
         yield _portion(divided.step, units) if divided.units else divided.step
 
     def _embedded(self, step: Embed) -> Iterator[Step]:
-        """Rows of the leader's table."""
         width, own = step.out.width, None
         if self.member == LEADER:
             own = Buffer(f"own {step.out.name}", width)
@@ -70,7 +66,7 @@ class _Member:
 
 
 def _portion(step: Step, units: Units) -> Step:
-    """The step with the member's units of all that is divided."""
+    """Returns the step with the member's units of all that is divided."""
     rule, own = step.division, dict[str, Any]()
     for field in fields(step):
         value = getattr(step, field.name)

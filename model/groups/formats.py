@@ -1,5 +1,5 @@
-"""The form in which members of a group send each other rows: as the products that read them quantize them, if all do so
-alike."""
+"""The format in which members of a group send each other rows: that of the products that read them, if all have the
+same."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 def format_of_readers(
     steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
 ) -> ActivationFormat | None:
-    """The format to which all steps that read the buffer quantize it; None where one does not, or to another format.
-    `results`: what is read behind the steps. `type_of` is that of a tensor."""
+    """Returns the format to which all steps that read the buffer quantize it, or None. `results` are read behind the
+    steps; `type_of` returns the type of a tensor."""
     formats = set[ActivationFormat | None]()
     for step in steps:
         if buffer in step.reads:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """The shares of the output rows of all members of a group, and which member computes this portion."""
+    """The shares of the output rows of all members of a group, and the member that computes this portion."""
 
     shares: tuple[int, ...]
     member: int
 
     @property
     def leads(self) -> bool:
-        """True for the member that the stage's streams begin and end at."""
+        """True for the member at which the stage's streams begin and end."""
         return self.member == 0

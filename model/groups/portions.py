@@ -1,8 +1,5 @@
-"""Decides which values of a program the members of a group divide, and in how many units.
-
-Values that a product begins, and those that follow from them channel by channel or head by head, stay divided; every
-other step reads whole rows.
-"""
+"""The values of a program that the members of a group divide, and in how many units: results of products, and values
+that follow from them channel by channel or head by head. Other steps read whole rows."""
 
 from __future__ import annotations
 
@@ -28,12 +25,12 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
-"""Units are whole segments of a format where each member has at least so many of them: its portion is then a thirtieth,
-or a sixteenth, from its share at most."""
+"""The least units of each member for units of a format's whole segments: its portion then differs from its share by a
+thirtieth, or a sixteenth, at most."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """The borders of the portions of so many units: each has one at least, and is nearly in proportion to its share."""
+    """Returns the borders of the portions: each has at least one unit, and is nearly in proportion to its share."""
     assert units >= len(shares)
     found, total = [0], sum(shares)
     for i in range(1, len(shares)):
@@ -44,7 +41,8 @@ def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Portion:
-    """Values that are divided alike: in `units`, whatever their widths. `joined`: it is now a part of that one."""
+    """Values that are divided alike in `units`, whatever their widths. `joined`: the portion that has replaced this
+    one."""
 
     units: int = 0
     has_heads: bool = False
@@ -69,7 +67,7 @@ class _Portion:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Rows that members put together, each of which has some of the units."""
+    """Divided rows that members gather."""
 
     buffer: Buffer
     units: int
@@ -78,10 +76,8 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class DividedStep:
-    """A step of the whole program, whose result is divided in `units`; 0: every member has it whole.
-
-    Before it, rows of `gathered` buffers are put together; members take their columns of the whole rows of `cut` ones.
-    """
+    """A step of the whole program, with its result divided in `units`; 0: every member has it whole. `gathered` buffers
+    are gathered before it; members take their columns from the whole rows of `cut` buffers."""
 
     step: Step
     units: int
@@ -91,7 +87,7 @@ class DividedStep:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """A program as it is divided among so many members, in whatever shares. `gathered`: results, behind all steps."""
+    """The division of a program among members, for any shares. `gathered`: results, behind all steps."""
 
     program: Program
     steps: tuple[DividedStep, ...]
@@ -110,7 +106,7 @@ class Division:
 
 
 def _units_of(steps: Sequence[Step], members: int) -> list[int]:
-    """The units of each step's result; 0 where it is not divided, as with fewer units than members."""
+    """Returns the units of each step's result; 0 if it is whole, as with fewer units than members."""
     found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
     shared = _products_of_shared_keys(steps)
     for at, step in enumerate(steps):
@@ -128,8 +124,8 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Numbers of the products that make the only head of keys and values of an attention. Every member needs these
-    whole, and computes them in less time than a gather takes."""
+    """Returns the numbers of the products that make the only KV head of an attention. Every member needs it whole, and
+    computes it in less time than a gather takes."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name
@@ -146,8 +142,8 @@ def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
 
 @dataclass(slots=True)
 class _Rows:
-    """The values that are divided after the steps so far, their units, and which of them are put together already.
-    `normed`: a result that is whole when rows are selected."""
+    """The state of a walk over steps: divided values, and which of them are gathered already. `normed`: a result that
+    must be whole when rows are selected."""
 
     normed: Buffer | None
     _divided: dict[str, Gathered] = field(default_factory=dict)
@@ -172,8 +168,8 @@ class _Rows:
 
 
 def _product_units(width: int, members: int) -> int:
-    """Whole tiles of weights; of a wide product what has one scale in the next one, which is then quantized before it
-    is gathered."""
+    """Returns whole tiles of weights, or in a wide product whole segments of the next product's format, so that rows
+    are quantized before they are gathered."""
     for segment, least in _LEAST_UNITS.items():
         if width % segment == 0 and width // segment >= least * members:
             return width // segment

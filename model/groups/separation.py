@@ -1,4 +1,5 @@
-"""Steps whose parts are divided apart: fused products, which become one for each slice, and mixtures of experts."""
+"""Steps whose parts are divided separately: fused products, which become one for each slice, and mixtures of
+experts."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from llamaclust.model.program import (
 
 
 def separated(steps: Sequence[Step]) -> Iterator[Step]:
-    """Products whose results are cut into slices become one for each slice: those of queries, keys and values, say.
-    Mixtures become steps of their parts."""
+    """Makes one product for each slice of a product's result, such as queries, keys and values, and steps of its parts
+    for each mixture."""
     at = 0
     while at < len(steps):
         step, at = steps[at], at + 1
@@ -45,7 +46,6 @@ def separated(steps: Sequence[Step]) -> Iterator[Step]:
 
 
 def _adapts(product: MatMul, steps: Sequence[Step]) -> list[Adapt]:
-    """The steps at the front that add to the product's result."""
     found: list[Adapt] = []
     for step in steps:
         if not isinstance(step, Adapt) or step.out != product.out:
@@ -55,7 +55,6 @@ def _adapts(product: MatMul, steps: Sequence[Step]) -> list[Adapt]:
 
 
 def _parts_of(mixture: Moe) -> Iterator[Step]:
-    """The choice of experts, their two layers of products, and the sum."""
     used = mixture.used
     choice, inner = Buffer("expert choice", 2 * used), Buffer("expert activations", used * mixture.ffn_width)
     results = Buffer("expert results", used * mixture.out.width)
@@ -66,7 +65,7 @@ def _parts_of(mixture: Moe) -> Iterator[Step]:
 
 
 def _slices(product: MatMul, steps: Sequence[Step]) -> list[Slice]:
-    """The steps at the front that cut the product's result, each into one piece and into another buffer."""
+    """Returns the first steps that cut the product's result, each into one piece and into another buffer."""
     found: list[Slice] = []
     for step in steps:
         if not isinstance(step, Slice) or step.x != product.out or step.heads > 1:
@@ -78,5 +77,5 @@ def _slices(product: MatMul, steps: Sequence[Step]) -> list[Slice]:
 
 
 def _is_read(steps: Sequence[Step], buffer: Buffer) -> bool:
-    """True where one of the steps reads what the buffer has before them."""
+    """True if one of the steps reads the buffer's content from before them."""
     return buffer.name in {read.name for read in read_before_written(steps)}

@@ -1,4 +1,4 @@
-"""What an MTP head adds to the costs of its model's last stage."""
+"""Costs of an MTP head on its model's last stage."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llamaclust.model.nextn.program import nextn_program
 
 
 def with_nextn(model: Model, costs: ModelCosts, kv_type: KvType) -> ModelCosts:
-    """`costs`, of whole layers, with a head whose layer is computed behind the last one for each row. Its logits are
-    not in them: drafts are made where they gain more than they take."""
+    """Adds a head, whose layer is computed behind the last one for each row, to `costs` of whole layers. Its logits are
+    not counted: drafts are made only if they gain more than they take."""
     program = nextn_program(model, kv_type)
     own = layer_cost(model.file.tensors, program)
     held = {*model.program(model.layer_count - 1, model.layer_count).weights}

@@ -1,9 +1,7 @@
-"""The program of a head for multi-token prediction (MTP; `nextn_predict_layers`): a layer of its architecture between
-projections of its own.
+"""The program of an MTP head (`nextn_predict_layers`): a layer of its architecture between projections.
 
-A row at position p reads the normed hidden state of that position and the token at p + 1, and its logits are of the one
-at p + 2. Its keys and values lie in KV memory of a layer of its own, at position p.
-"""
+A row at position p reads the normed hidden state of that position and the token at p + 1, and its logits are of the
+token at p + 2. Its keys and values lie in KV memory of the head's layer, at position p."""
 
 from __future__ import annotations
 
@@ -28,20 +26,19 @@ FAMILIES: Final = ("deepseek2", "glm4moe", "qwen35", "qwen35moe")
 
 
 def has_nextn(model: Model) -> bool:
-    """Whether a file has a head of a family above."""
+    """True if the file has a head of one of `FAMILIES`."""
     return model.hyperparameters.architecture in FAMILIES and _projection(model.layer_count) in model.file.tensors
 
 
 def check_nextn(model: Model) -> None:
-    """UsageError where a file has none."""
     if not has_nextn(model):
         known = f"known are those of {', '.join(FAMILIES)} files with nextn tensors"
         raise UsageError(f"{model.file.path} has no head for multi-token prediction (MTP): {known}; leave `mtp` out")
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
-    """Of the first head, for sequences of so many tokens at most. It reads tokens and the normed hidden state of the
-    last stage. UsageError where there is none, ModelFileError where a tensor does not fit."""
+    """Returns the program of the first head, for sequences of at most `context_tokens`. UsageError if there is none,
+    ModelFileError for a tensor that does not fit."""
     check_nextn(model)
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)
@@ -53,7 +50,7 @@ def _projection(layer: int) -> str:
 
 
 class _NextnBuilder(EncoderBuilder):
-    """Collects the steps of a head: its architecture appends the layer as one of its own."""
+    """A builder of a head's steps, to which the architecture appends the layer."""
 
     def __init__(self, keys: ModelKeys, kv_type: KvType, context_tokens: int | None) -> None:
         of_layers = hyperparameters_of(keys)
@@ -77,7 +74,6 @@ class _NextnBuilder(EncoderBuilder):
         may_rank: bool = False,
         logit_factor: float = 1.0,
     ) -> Iterator[int]:
-        """The layer, between the projection of its inputs and the logits."""
         assert (embedding_factor, positions, soft_cap, logit_factor) == (1.0, False, None, 1.0), "of no family"
         self._project_inputs()
         yield from self.stage
@@ -105,5 +101,4 @@ class _NextnBuilder(EncoderBuilder):
         self._matmul(weight.removesuffix(".weight"), selected, self.out)
 
     def _first_of(self, *names: str) -> str:
-        """Of these tensors, the first that the file has."""
         return next((name for name in names if self.has(name)), names[-1])

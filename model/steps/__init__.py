@@ -1,1 +1,1 @@
-"""The kinds of steps of a program: what each computes, reads and writes."""
+"""The kinds of steps of a program: results, inputs and weights of each."""

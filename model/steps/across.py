@@ -10,8 +10,7 @@ from llamaclust.model.steps.step import Buffer, StepFacts
 
 @dataclass(frozen=True, slots=True)
 class Exchange(StepFacts):
-    """out[r] = what another device computes of row r of `inputs`: experts that lie there, say. Of a program that is
-    divided by kinds of tensors."""
+    """out[r] = the part of row r that another device computes of `inputs`, such as experts in its memory."""
 
     inputs: tuple[Buffer, ...]
     out: Buffer
@@ -23,12 +22,9 @@ class Exchange(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Gather(StepFacts):
-    """Puts rows together, of which each member of a group has computed a portion: out = the columns of all members;
-    this one's are `x`. A row of either is `lines` of equal width; member i has columns [borders[i], borders[i + 1]) of
-    each line of out, and no `x` where these are none.
-
-    With `to`, that member alone gets the whole rows; nothing at the others reads them.
-    """
+    """Gathers rows: out = the columns of all members, of which this one has `x`. A row of either is `lines` of equal
+    width; member i has columns [borders[i], borders[i + 1]) of each line of out, and no `x` if these are none. With
+    `to`, only that member receives the whole rows."""
 
     x: Buffer | None
     out: Buffer
@@ -42,5 +38,5 @@ class Gather(StepFacts):
 
     @property
     def is_of_one(self) -> bool:
-        """True where one member has all columns, which it sends to the others."""
+        """True if one member has all columns, which it sends to the others."""
         return self.borders[-1] in (end - begin for begin, end in pairwise(self.borders))

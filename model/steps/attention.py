@@ -11,7 +11,7 @@ from llamaclust.model.steps.options import RopeStyle
 from llamaclust.model.steps.step import Buffer, DivisionRule, StepFacts, StepWeight, Units, optional_weight
 
 SPAN_TOKENS = 512
-"""Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
+"""Positions in one attention span, counted from position 0: a span is computed whole, and spans merge in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +50,16 @@ class Rope(StepFacts):
 class Attention(StepFacts):
     """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, then out = attention.
 
-    q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head
-    h // (heads / kv_heads). A row sees its own position and all of its sequence before it, or the `window` - 1 before
-    it; if `chunked`, those from the last multiple of `window` on. scores = (q . k) * scale, of which `soft_cap` makes
-    soft_cap * tanh(scores / soft_cap). `slopes`, one a query head, add a linear bias: -slope * the distance.
+    q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head h // (heads /
+    kv_heads). A row sees its own position and all before it in its sequence, or the `window` - 1 before it; if
+    `chunked`, those from the last multiple of `window` on. scores = (q . k) * scale, then with `soft_cap` soft_cap *
+    tanh(scores / soft_cap). `slopes`, one a query head, add -slope * the distance.
 
     Without v, attention is latent: one KV head, whose values are the first channels of its keys, stored once; out
-    [rows, heads * so many]; neither window nor slopes.
-
-    Without `causal`, a row sees all of its sequence, which is in one microbatch as a whole; or with a `window` the
-    positions at most window // 2 before and behind its own.
-
-    `sinks` [heads]: a score for each query head that takes part in the softmax, without a value.
-
-    With `shares_kv`, an earlier step has stored the keys and values of `layer`: k and v are not read.
-    """
+    [rows, heads * value_dim]; neither window nor slopes. Without `causal`, a row sees all of its sequence, which is in
+    one microbatch; or with a `window` the positions at most window // 2 before and behind its own. `sinks` [heads]: a
+    score for each query head that takes part in the softmax, without a value. With `shares_kv`, an earlier step has
+    stored the keys and values of `layer`: k and v are not read."""
 
     q: Buffer
     k: Buffer
@@ -86,12 +81,11 @@ class Attention(StepFacts):
 
     @property
     def value_dim(self) -> int:
-        """Channels of a value."""
         return self.out.width // max(self.heads, 1)
 
     @property
     def kv_token_bytes(self) -> int:
-        """KV memory of one position."""
+        """The KV memory of one position, in bytes."""
         bytes_of = self.kv_type.key_bytes if self.v is None else self.kv_type.pair_bytes
         return self.kv_heads * bytes_of(self.head_dim)
 
@@ -107,7 +101,7 @@ class Attention(StepFacts):
 
     @property
     def division(self) -> DivisionRule:
-        """Keys and values of a single head are whole, as in latent attention."""
+        """Keys and values of a single head stay whole, as in latent attention."""
         if self.kv_heads == 1:
             return DivisionRule((self.q,), self.heads)
         return DivisionRule(self.reads, self.kv_heads, has_part=True)

@@ -12,18 +12,18 @@ from llamaclust.model.steps.step import Buffer, DivisionRule, StepFacts, StepWei
 
 @dataclass(frozen=True, slots=True)
 class Moe(StepFacts):
-    """Mixture of experts by its `options`. weights = gating(router @ x + router_bias), of which the `used` best are
-    chosen (ties to the lower id); they are divided by their sum where `normalized` (at least LEAST_WEIGHT_SUM), then
-    multiplied by `scale`. out = sum in rank order of weight * (down_e(activation(gate_e(x), up_e(x))) with the experts'
-    biases); without a gate, the activation is a function of up_e(x) alone.
+    """A mixture of experts. weights = gating(router @ x + router_bias), of which the `used` best are chosen (ties to
+    the lower id); with `normalized` they are divided by their sum (at least LEAST_WEIGHT_SUM), then multiplied by
+    `scale`, then by `expert_scales` [experts]. out = sum in rank order of weight * (down_e(activation(gate_e(x),
+    up_e(x))) with the experts' biases; without a gate, the activation is a function of up_e(x) only.
 
-    The choice goes by weights + `selection_bias`, and with more `groups` than one only by experts of the `used_groups`
-    groups whose two best of these have the greatest sums (ties to the lower group). `expert_scales` [experts] multiply
-    the weights of the chosen experts last. With `routed`, the router reads it instead of x.
+    The choice is by weights + `selection_bias`, and with several `groups` only among experts of the `used_groups`
+    groups whose two best sums are the greatest (ties to the lower group). With `routed`, the router reads it instead of
+    x.
 
-    router [experts, x.width, or that of routed]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn]; biases
-    [experts] and [experts, ffn or x.width]. `fused`: up [experts, 2 * ffn, x.width] has the rows of gate, then its own.
-    """
+    router [experts, width of x or routed]; gate, up [experts, ffn, x.width]; down [experts, out.width, ffn]; biases
+    [experts] and [experts, ffn or out.width]. `fused`: up [experts, 2 * ffn, x.width] has the rows of gate, then its
+    own."""
 
     x: Buffer
     out: Buffer
@@ -50,7 +50,7 @@ class Moe(StepFacts):
 
     @property
     def mixture(self) -> Moe:
-        """Itself, as of its parts."""
+        """The mixture itself; its parts have the same property."""
         return self
 
     @property
@@ -59,22 +59,19 @@ class Moe(StepFacts):
 
     @property
     def inner_width(self) -> int:
-        """Channels of the products with each of `inner`."""
         return 2 * self.ffn_width if self.fused else self.ffn_width
 
     @property
     def inner(self) -> tuple[str, ...]:
-        """The experts' weights that multiply x."""
+        """The experts' matrices that multiply x."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
     @property
     def inner_biases(self) -> tuple[str | None, ...]:
-        """The bias of each of `inner`."""
         return (self.up_bias,) if self.gate is None else (self.gate_bias, self.up_bias)
 
     @property
     def biases(self) -> tuple[str, ...]:
-        """All biases of the experts' products."""
         return tuple(name for name in (self.gate_bias, self.up_bias, self.down_bias) if name is not None)
 
     @property
@@ -104,7 +101,7 @@ class Moe(StepFacts):
         return StepWeight(name, (self.experts, rows, columns), WeightKind.EXPERTS, self.used, self.experts)
 
     def portion_of_inner(self, own: Units) -> Moe:
-        """The mixture with a member's rows of gate and up."""
+        """Returns the mixture with a member's rows of gate and up."""
         rows, ffn_width = own.of(self.ffn_width), self.ffn_width
         up, gate = rows, None if self.gate is None else rows_name(self.gate, rows)
         if self.fused:
@@ -121,7 +118,7 @@ class Moe(StepFacts):
         )
 
     def portion_of_down(self, own: Units) -> Moe:
-        """The mixture with a member's rows of down."""
+        """Returns the mixture with a member's rows of down."""
         rows = own.of(self.out.width)
         bias = _rows_of(self.down_bias, rows)
         return replace(self, out=own.own(self.out), down=rows_name(self.down, rows), down_bias=bias)
@@ -133,7 +130,7 @@ def _rows_of(name: str | None, rows: range) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class ExpertChoice(StepFacts):
-    """The part of a mixture that chooses: out [2 * used] = the ids of the best experts, then their weights."""
+    """Chooses experts: out [2 * used] = the ids of the best experts, then their weights."""
 
     mixture: Moe
     out: Buffer
@@ -154,13 +151,9 @@ class ExpertChoice(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShards(StepFacts):
-    """The part of a mixture that computes experts, of which it has `shards`, ranges one behind the other: their
-    results, not yet weighed, each at the rank that `choice` has for the expert. Those of other experts are taken from
-    the end of `given`, or 0.
-
-    out = the results [used * width of the mixture's out]; or, for another stage, `carried` buffers, the choice and the
-    results, one behind the other.
-    """
+    """Computes the experts in `shards`, consecutive ranges: their results without weights, each at its rank in
+    `choice`. Results of other experts come from the end of `given`, or are 0. out = the results [used * width of the
+    mixture's out]; or, for another stage, `carried` buffers, the choice and the results, one behind the other."""
 
     mixture: Moe
     choice: Buffer
@@ -175,7 +168,7 @@ class ExpertShards(StepFacts):
 
     @property
     def experts(self) -> range:
-        """All that it has."""
+        """All experts of the shards."""
         return range(self.shards[0].start, self.shards[-1].stop)
 
     @property
@@ -198,8 +191,7 @@ class ExpertShards(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertInner(StepFacts):
-    """The part of a mixture before its down products: out = activation(gate_e(x), up_e(x)) of each expert e of the
-    choice, one behind the other by rank [used * ffn_width]."""
+    """Computes experts before their down products: out [used * ffn_width] = activation(gate_e(x), up_e(x)) by rank."""
 
     mixture: Moe
     choice: Buffer
@@ -227,8 +219,8 @@ class ExpertInner(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertDown(StepFacts):
-    """The part of a mixture with its down products: out = down_e(x_e) of each expert of the choice by rank [used *
-    width of the mixture's out], not yet weighed; x [used * ffn_width]."""
+    """Computes experts' down products: out [used * width of the mixture's out] = down_e(x_e) by rank, without weights;
+    x [used * ffn_width]."""
 
     mixture: Moe
     choice: Buffer
@@ -257,7 +249,7 @@ class ExpertDown(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertSum(StepFacts):
-    """The part of a mixture that adds: out = sum in rank order of weight * result."""
+    """Adds experts: out = sum in rank order of weight * result."""
 
     mixture: Moe
     choice: Buffer

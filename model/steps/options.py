@@ -1,4 +1,4 @@
-"""Values that options of steps have: rotations, activations, gatings."""
+"""Options of steps: rotations, activations, gatings."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from enum import StrEnum
 
 
 class RopeStyle(StrEnum):
-    """Which pairs of a head's channels rotate together: (2i, 2i+1) or (i, i + rotary/2)."""
+    """The pairs of a head's channels that rotate together: (2i, 2i+1) or (i, i + rotary/2)."""
 
     NORM = "norm"
     NEOX = "neox"
 
 
 class ActivationFunction(StrEnum):
-    """silu: x / (1 + exp(-x)); gelu: x * (1 + erf(x / sqrt(2))) / 2, or the same with
-    tanh(sqrt(2 / pi) * (x + 0.044715 x^3)) for erf; sigmoid: 1 / (1 + exp(-x)); relu_squared: max(x, 0)^2. Kernels have
-    the names of the values."""
+    """silu: x / (1 + exp(-x)); gelu: x * (1 + erf(x / sqrt(2))) / 2, or with tanh(sqrt(2 / pi) * (x + 0.044715 x^3))
+    for erf; sigmoid: 1 / (1 + exp(-x)); relu_squared: max(x, 0)^2. Kernels have the names of the values."""
 
     SILU = "silu"
     GELU_ERF = "gelu_erf"
@@ -26,8 +25,8 @@ class ActivationFunction(StrEnum):
 
 
 class Gating(StrEnum):
-    """How a router's logits become weights of experts: softmax or sigmoid of all logits, then the choice; or the choice
-    by logits, then softmax of the chosen ones."""
+    """Weights of experts from a router's logits: softmax or sigmoid of all logits, then the choice; or the choice by
+    logits, then softmax of the chosen ones."""
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
@@ -35,8 +34,8 @@ class Gating(StrEnum):
 
 
 class GatedActivation(StrEnum):
-    """What experts make of gate and up. silu_mul: silu(gate) * up; gelu_mul: gelu_tanh(gate) * up; clamped_swiglu:
-    g / (1 + exp(-1.702 g)) * (u + 1) with g = min(gate, 7) and u = up between -7 and 7."""
+    """silu_mul: silu(gate) * up; gelu_mul: gelu_tanh(gate) * up; clamped_swiglu: g / (1 + exp(-1.702 g)) * (u + 1) with
+    g = min(gate, 7) and u = up between -7 and 7."""
 
     SILU_MUL = "silu_mul"
     GELU_MUL = "gelu_mul"
@@ -45,8 +44,7 @@ class GatedActivation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExpertOptions:
-    """How experts are chosen, weighed and computed, as `Moe` says. With `weighs_inputs`, weights multiply what experts
-    read, not their results."""
+    """Options of `Moe`. With `weighs_inputs`, weights multiply the experts' inputs, not their results."""
 
     gating: Gating = Gating.SOFTMAX
     normalized: bool = True
@@ -58,10 +56,10 @@ class ExpertOptions:
 
 
 USUAL_EXPERTS = ExpertOptions()
-"""As of Mixtral."""
+"""Mixtral's options."""
 
 SWIGLU_LIMIT = 7.0
-"""Of clamped_swiglu; 1.702 is part of the kernels."""
+"""The limit of clamped_swiglu; its 1.702 is part of the kernels."""
 
 LEAST_WEIGHT_SUM = 2.0**-14
-"""Weights of chosen experts are divided by no smaller sum."""
+"""The least divisor of the weights of chosen experts."""

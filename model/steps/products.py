@@ -1,4 +1,4 @@
-"""Products of rows with weight matrices, and what adapters add to them."""
+"""Products of rows with weight matrices, and adapters' additions to them."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class MatMul(UnaryStep):
         return self.of_rows(own.of(self.out.width))
 
     def of_rows(self, rows: range) -> Self:
-        """The product with some rows of the weight; `out` is still the whole one."""
+        """Returns the product with some rows of the weight; `out` stays whole."""
         bias = None if self.bias is None else shard_name(self.bias, rows)
         return replace(self, weight=shard_name(self.weight, rows), bias=bias)
 
 
 @dataclass(frozen=True, slots=True)
 class HeadMatMul(UnaryStep):
-    """Each of a row's `heads` equal parts by a matrix of its own: out_h = x_h @ weight_h^T, weight [heads, out.width /
-    heads, x.width / heads] in GGUF's row order."""
+    """out_h = x_h @ weight_h^T for each of a row's `heads` equal parts, weight [heads, out.width / heads, x.width /
+    heads] in GGUF's row order."""
 
     weight: str
     heads: int
@@ -65,11 +65,9 @@ class HeadMatMul(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Adapt(UnaryStep):
-    """out += scale * (x @ down^T) @ up^T, which an adapter of LoRA adds to a product: `scale` is `factor` times what
-    the batch has for the row and this adapter. Where that is 0, the row stays as it is.
-
-    down [rank, x.width], up [out.width, rank].
-    """
+    """out += scale * (x @ down^T) @ up^T, an adapter's addition to a product; down [rank, x.width], up [out.width,
+    rank]. `scale` is `factor` times the batch's scale of this adapter for the row; a row with scale 0 stays as it
+    is."""
 
     adapter: int
     down: str
@@ -94,5 +92,5 @@ class Adapt(UnaryStep):
         return self.of_rows(own.of(self.out.width))
 
     def of_rows(self, rows: range) -> Self:
-        """The same for some rows of the product's weight; `out` is still the whole one."""
+        """Returns the step for some rows of the product's weight; `out` stays whole."""
         return replace(self, up=shard_name(self.up, rows))

@@ -38,9 +38,8 @@ class Embed(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm(UnaryStep):
-    """out = x / sqrt(mean(x^2) + epsilon) * weight, a row at a time, or each of a row's `heads` equal parts by itself,
-    all with the same weight [x.width / heads], or with none, or with `own_weights` [heads, x.width / heads]; out may be
-    x."""
+    """out = x / sqrt(mean(x^2) + epsilon) * weight, for a row, or for each of its `heads` equal parts, with the same
+    weight [x.width / heads], none, or with `own_weights` [heads, x.width / heads]; out may be x."""
 
     weight: str | None
     epsilon: float
@@ -49,7 +48,6 @@ class RmsNorm(UnaryStep):
 
     @property
     def width(self) -> int:
-        """Channels that are normed together."""
         return self.x.width // self.heads
 
     @property
@@ -171,8 +169,8 @@ class SoftCap(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Slice(UnaryStep):
-    """out = the channels [start, start + out.width) of x: one of the parts that a file's tensor computes together. Of
-    several `heads`, x and out are equal parts, of each of which the same channels are taken."""
+    """out = the channels [start, start + out.width) of x, or the same channels of each of several `heads`, equal
+    parts."""
 
     start: int
     heads: int = 1
@@ -196,8 +194,7 @@ class Join(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class ScaleByWeight(UnaryStep):
-    """out = x * the number in `weight` [1], or `by_channel` each channel times its own, weight [x.width]; out may be
-    x."""
+    """out = x * weight [1], or `by_channel` x * weight [x.width]; out may be x."""
 
     weight: str
     by_channel: bool = False
@@ -209,12 +206,9 @@ class ScaleByWeight(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Mix(BinaryStep):
-    """out_i = y_i + sum over j of (coefficients[i, j] + offset) * x_j, where x_j, y_i and out_i are the parts of a row,
-    of `width` channels each. Without coefficients, every part of x is added as it is. Parts of y before `first` are
-    copied.
-
-    coefficients [rows, parts of out * parts of x]; out may be y, and neither x nor coefficients.
-    """
+    """out_i = y_i + sum over j of (coefficients[i, j] + offset) * x_j, where x_j, y_i and out_i are parts of `width`
+    channels of a row. Without coefficients, every part of x is added as it is. Parts of y before `first` are copied.
+    coefficients [rows, parts of out * parts of x]; out may be y, but neither x nor coefficients."""
 
     width: int
     coefficients: Buffer | None = None
@@ -228,23 +222,23 @@ class Mix(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class MatchMagnitude(BinaryStep):
-    """out_i = x_i * sqrt(mean(y^2)) / sqrt(max(mean(x_i^2), epsilon)) for each of the parts x_i of x, which are as wide
-    as y; out may be x."""
+    """out_i = x_i * sqrt(mean(y^2)) / sqrt(max(mean(x_i^2), epsilon)) for each part x_i of x, as wide as y; out may be
+    x."""
 
     epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
 class GaussianTopK(UnaryStep):
-    """out = max(x - (mean(x) + factor * standard deviation of x), 0), a row at a time: of normally distributed numbers,
-    those above a quantile are left; out may be x."""
+    """out = max(x - (mean(x) + factor * standard deviation of x), 0) for a row: of normally distributed numbers, those
+    above a quantile stay; out may be x."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class SigmoidGate(BinaryStep):
-    """out = y * 1 / (1 + exp(-x . weight)), weight [x.width]: one number weighs a whole row; out may be y."""
+    """out = y * 1 / (1 + exp(-x . weight)), weight [x.width]: one number for a whole row; out may be y."""
 
     weight: str
 
@@ -259,4 +253,4 @@ class SigmoidGate(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class SelectRows(UnaryStep):
-    """out = the rows of x whose logits are wanted (the microbatch's output rows); every later step has only these."""
+    """out = the rows of x whose logits are wanted (the microbatch's output rows); later steps have only these."""

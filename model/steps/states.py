@@ -1,4 +1,4 @@
-"""Steps that keep a state of each sequence, the decay of one, and what KV memory keeps for them."""
+"""Steps that keep a state of each sequence, the decay of a state, and its layout in KV memory."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from math import prod
 from llamaclust.model.steps.step import Buffer, StepFacts, StepWeight, UnaryStep, WeightKind, optional_weight
 
 MAX_TAPS = 16
-"""The most taps of a convolution."""
 MAX_KEY_CHANNELS = 256
 """The most channels of a delta rule's key, for each head."""
 MAX_STATE_FLOATS = 1 << 26
 """The most numbers of one state of a layer. Kernels have no room for more, as with the other limits."""
 VALUE_CHANNELS = 16
-"""Channels of a delta rule's value are a multiple of it."""
+"""A delta rule's value takes a multiple of these channels."""
 MAX_HEADS = 1 << 10
 
 
 class StatePart(Enum):
-    """The kinds of states that a layer may have."""
-
     CONVOLUTION = "convolution"
     CONVOLUTION_OF_KEYS = "convolution of keys"
     CONVOLUTION_OF_VALUES = "convolution of values"
@@ -30,12 +27,11 @@ class StatePart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """A layer's memory of a sequence, updated by each row in order: `floats` float32 numbers, 0 at its beginning.
-    A layer may have one of each part, and attention beside them.
+    """A layer's memory of a sequence, updated by each row in order: `floats` float32 numbers, 0 at the sequence's
+    beginning.
 
-    It lies in state blocks, each the state behind some position, which other sequences with the same tokens up to it
-    may go on from; or, where there are none, in KV blocks: behind the last of a block's positions that are computed.
-    """
+    It lies in state blocks, each the state behind some position, from which other sequences with the same tokens up to
+    it may continue; without state blocks, in KV blocks, behind the last computed position of each block."""
 
     layer: int
     part: StatePart
@@ -49,10 +45,8 @@ class SequenceState:
 @dataclass(frozen=True, slots=True)
 class Convolution(UnaryStep):
     """out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]), for the row at position p
-    and those before it in its sequence, 0 before its beginning; out is not x. The state is the last taps - 1 rows of x.
-
-    weight [x.width, taps].
-    """
+    and the rows before it in its sequence, 0 before its beginning; out is not x. The state is the last taps - 1 rows of
+    x; weight [x.width, taps]."""
 
     weight: str
     taps: int
@@ -71,7 +65,7 @@ class Convolution(UnaryStep):
 
 
 def excess_of_heads(heads: int, channels: int) -> str | None:
-    """An error text where the state of `heads` heads with `channels` keys and values each is too large, else None."""
+    """Returns an error text if the state of these heads is too large."""
     floats = heads * channels * channels
     if floats <= MAX_STATE_FLOATS:
         return None
@@ -80,10 +74,7 @@ def excess_of_heads(heads: int, channels: int) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Decay(UnaryStep):
-    """out = exp(weight * softplus(x + bias)); out may be x.
-
-    weight [heads]: a number for each of the row's equal parts, which is negative in models; bias [x.width].
-    """
+    """out = exp(weight * softplus(x + bias)), weight [heads], negative in models, bias [x.width]; out may be x."""
 
     weight: str
     bias: str
@@ -101,9 +92,8 @@ class DeltaRule(StepFacts):
     decayed = state * decay; delta = (v - decayed^T @ k) * beta; state' = decayed + k @ delta^T; out = state'^T @ q.
 
     q, k [rows, key_heads * key channels]; v, out [rows, heads * value channels]; beta [rows, heads]; decay [rows,
-    heads], or [rows, heads * key channels]. Head h has key head h % key_heads where they are `tiled`, otherwise
-    h // (heads / key_heads).
-    """
+    heads], or [rows, heads * key channels]. Head h has key head h % key_heads if `tiled`, else h // (heads /
+    key_heads)."""
 
     q: Buffer
     k: Buffer
@@ -137,15 +127,13 @@ class DeltaRule(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Scan(StepFacts):
-    """Mamba 2's selective state space (Dao and Gu, 2024): a state [state size, channels] for each head, which a row
-    reads and updates:
+    """Mamba 2's selective state space (Dao and Gu, 2024), a state [state size, channels] for each head:
 
     step = ln(1 + exp(dt + bias)); state' = state * exp(step * decay) + b @ (x * step)^T; out = state'^T @ c + x * skip.
 
-    x [rows, out.width + 2 * groups * state size] has the channels of all heads, then b and then c of each group; heads
-    are in equal groups, one after the other. dt [rows, heads]; bias [heads]; decay, which is negative in models, and
-    skip [heads, 1]; out [rows, heads * channels].
-    """
+    x [rows, out.width + 2 * groups * state size] has the channels of all heads, then b and then c of each group of
+    consecutive heads. dt [rows, heads]; bias [heads]; decay, negative in models, and skip [heads, 1]; out [rows, heads
+    * channels]."""
 
     x: Buffer
     dt: Buffer

@@ -18,8 +18,8 @@ class Buffer:
 
 
 class WeightKind(Enum):
-    """The use of a weight: NUMBERS are added, or scale rows; rows are multiplied with a MATRIX, a mixture's ROUTER, or
-    EXPERTS, a matrix for each one."""
+    """Uses of a weight: NUMBERS are added to rows or scale them; rows are multiplied with a MATRIX, a mixture's ROUTER,
+    or EXPERTS, which has a matrix for each expert."""
 
     NUMBERS = auto()
     MATRIX = auto()
@@ -29,7 +29,7 @@ class WeightKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepWeight:
-    """A tensor that a step reads; in `shape`, -1 stands for any number of rows. Of `experts`, each row uses `used`."""
+    """A tensor that a step reads; -1 in `shape` is any number of rows. Each row uses `used` of `experts`."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,24 +39,19 @@ class StepWeight:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of a row. Rows choose experts evenly."""
+        """Multiply-accumulates of a row. Rows choose experts evenly."""
         return 0 if self.kind is WeightKind.NUMBERS else prod(self.shape) * self.used // self.experts
 
 
 def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
-    """The numbers of this name, if there is one."""
     return () if name is None else (StepWeight(name, shape),)
 
 
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
-    """The division of a step's result among the members of a group: they divide a product's `rows`, as its weights have
-    them, of other steps the portions of the `reads` buffers, in whole `heads` if it has any. All other buffers are read
-    whole.
-
-    A row of the result is `lines`, divided alike. Of a step that `has_part`, each member has a part of the weights or
-    of KV memory.
-    """
+    """The division of a step's result in a group: members divide `rows` of a product's weights, or follow the portions
+    of the `reads` buffers, in whole `heads` if there are any. All other buffers are read whole. A row of the result is
+    `lines`, divided alike. With `has_part`, each member has a part of the weights or of KV memory."""
 
     reads: tuple[Buffer, ...] = ()
     heads: int = 0
@@ -66,11 +61,10 @@ class DivisionRule:
 
 
 WHOLE = DivisionRule()
-"""Every member has the step's whole result."""
+"""The rule of a step whose whole result every member has."""
 
 
 def by_heads(reads: tuple[Buffer, ...], heads: int) -> DivisionRule:
-    """The rule of a step that computes each of several heads alike."""
     return DivisionRule(reads, heads) if heads > 1 else WHOLE
 
 
@@ -83,7 +77,7 @@ class Units:
     count: int
 
     def of(self, size: int) -> range:
-        """The member's of so many channels, rows or heads."""
+        """Returns the member's part of `size` channels, rows or heads."""
         assert size % self.count == 0, (size, self.count)
         unit = size // self.count
         return range(unit * self.start, unit * self.end)
@@ -93,14 +87,14 @@ class Units:
 
 
 class StepFacts(ABC):
-    """What is true of most kinds of steps. Each kind also has a buffer `out`."""
+    """The properties that kinds of steps share. Each kind also has a buffer `out`."""
 
     __slots__ = ()
 
     is_elementwise = False
-    """True where each channel of `out` is made of the same channel of what is read."""
+    """True if each channel of `out` is computed from the same channel of the inputs."""
     is_embedding = False
-    """True for what comes before the first layer."""
+    """True for steps before the first layer."""
 
     @property
     @abstractmethod
@@ -109,12 +103,11 @@ class StepFacts(ABC):
 
     @property
     def weights(self) -> tuple[StepWeight, ...]:
-        """The tensors that it reads."""
         return ()
 
     @property
     def state_macs(self) -> int:
-        """Multiply-adds of a row with a sequence's state, in float32."""
+        """Multiply-accumulates of a row with a sequence's state, in float32."""
         return 0
 
     @property
@@ -127,15 +120,13 @@ class StepFacts(ABC):
         return DivisionRule(self.reads) if self.is_elementwise else WHOLE
 
     def portion(self, own: Units) -> Self:
-        """The step with a member's part of the weights, if its result is divided. Its buffers and heads are still the
-        whole ones."""
+        """Returns the step with a member's part of the weights, if its result is divided. Its buffers and heads stay
+        whole."""
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class UnaryStep(StepFacts):
-    """A step that makes `out` of `x`."""
-
     x: Buffer
     out: Buffer
 
@@ -146,8 +137,6 @@ class UnaryStep(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class BinaryStep(StepFacts):
-    """A step that makes `out` of `x` and `y`."""
-
     x: Buffer
     y: Buffer
     out: Buffer

@@ -1,5 +1,5 @@
-"""Checks grammars before requests are admitted, in child processes that are bounded in time and memory: a hostile
-grammar ends such a process at worst."""
+"""Checks of grammars before requests are admitted, in child processes that are bounded in time and memory: a hostile
+grammar can only end its process."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ _KEPT_CHARACTERS: Final = 1 << 16  # of a converted definition
 
 
 class GuardedGrammarError(ParameterError):
-    """A grammar whose check met the guard against hostile ones: a check of a part of it may take as long."""
+    """A grammar whose check met the guard against hostile ones: the check of a part of it may take as long."""
 
 
 class GrammarChecker:
-    """Of one model, until `close`."""
-
     def __init__(self, tokenizer: Tokenizer, limits: CheckLimits | None = None) -> None:
         self._has_end = bool(tokenizer.end_of_generation)
         self._limits = limits or CheckLimits()
@@ -36,8 +34,9 @@ class GrammarChecker:
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # the newest used last, by the definition's digest
 
     async def check(self, grammar: Grammar, owner: str = "") -> Grammar:
-        """The grammar as workers compile it; checks of an owner take turns with those of others. ParameterError for one
-        that cannot be obeyed, with the reason; DeadlineError where the machine is too busy to find out."""
+        """Returns the grammar as workers compile it; checks of an owner take turns with those of others.
+        ParameterError, with the reason, for a grammar that cannot be obeyed; DeadlineError if the machine is too busy
+        for the check."""
         if not self._has_end:
             raise ParameterError(grammar.origin, "the model has no end-of-generation token, which grammars need")
         try:

@@ -31,7 +31,7 @@ _TOO_DEEP: Final = "the grammar is nested too deeply"
 
 
 def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
-    """Why a grammar cannot be used, or nothing; and its definition where that is converted."""
+    """Returns the reason why a grammar cannot be used, or its converted definition, if it was converted."""
     converted = ""
     if definition.startswith(GBNF_START):
         text = json.loads(definition)[GBNF]
@@ -60,7 +60,7 @@ def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
 
 
 def _schemas(definition: str) -> Iterator[Any]:
-    """Those that a grammar consists of or has among its rules."""
+    """Yields the schemas that a grammar consists of or has among its rules."""
     decoder = json.JSONDecoder()
     for part in json.loads(definition)["grammars"]:
         if "json_schema" in part:
@@ -76,8 +76,8 @@ def _reply(message: str, converted: str = "") -> dict[str, str]:
 
 
 def main() -> None:
-    """Reads the vocabulary and prepares it, which no grammar is charged for, then checks grammars until stdin ends.
-    Workers have larger stacks than its threads."""
+    """Prepares the vocabulary, which no grammar is charged for, then checks grammars until stdin ends. Stacks of its
+    threads are smaller than those of workers."""
     threading.stack_size(_STACK_BYTES)
     end_with_parent()
     first = read_frame()

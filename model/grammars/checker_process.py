@@ -25,9 +25,9 @@ _MAX_REPLY_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """What ends a check. Counts decide about a grammar (see matcher.py); `guard_cpu_s` of a processor and
-    `memory_bytes` end the process where these do not bound it. `wall_s`, `start_s` and `wait_s` (for others before it)
-    are the machine's."""
+    """Limits of a check. Counts decide about a grammar (see matcher.py); `guard_cpu_s` of a processor and
+    `memory_bytes` end the process if counts do not bound it. `wall_s`, `start_s` and `wait_s` (for other checks) bound
+    the machine's delays."""
 
     guard_cpu_s: float = 20.0
     memory_bytes: int = 1 << 30
@@ -42,14 +42,15 @@ class CheckGuardError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Why a grammar is refused ("": it is taken), or its definition as workers compile it."""
+    """The reason why a grammar is refused ("": it is not), and a definition that replaces the given one, if not
+    empty."""
 
     reason: str
     definition: str = ""
 
 
 class CheckerProcess:
-    """The child is started at the first check and lives until `close`."""
+    """A child process that is started at the first check and lives until `close`."""
 
     def __init__(self, tokenizer: Tokenizer, limits: CheckLimits) -> None:
         self._tokenizer = tokenizer
@@ -58,7 +59,7 @@ class CheckerProcess:
         self.child = BoundedChild(program, "grammar-check")
 
     def submit(self, definition: str) -> Future[Verdict]:
-        """DeadlineError where the machine, not the grammar, is too slow; CheckGuardError."""
+        """DeadlineError if the machine, not the grammar, is too slow; CheckGuardError."""
         return self.child.submit(partial(self._checked, definition))
 
     def _checked(self, definition: str) -> Verdict:

@@ -1,5 +1,5 @@
-"""JSON schemas of a call's arguments, closed: an object has the properties that its schema names, and no others unless
-the schema says so. OpenAI's strict mode and llama.cpp read them likewise."""
+"""JSON schemas of a call's arguments, closed: an object has only the properties that its schema names, unless the
+schema allows others, as in OpenAI's strict mode and llama.cpp."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _OPEN: Final = frozenset(("additionalProperties", "patternProperties", "property
 _ALTERNATIVES: Final = ("anyOf", "oneOf", "prefixItems")
 _APPLICATORS: Final = frozenset(("properties", "$ref", "anyOf", "oneOf"))
 COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies", "not", "$dynamicRef"))
-"""Keywords that say of one object what several schemas allow."""
+"""Keywords that apply several schemas to one object."""
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects; none where the schema combines several for one object, since each would refuse the
-    properties of the others."""
+    """Closes all objects; none if the schema combines several for one object, because each would refuse the properties
+    of the others."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # too deep for llguidance, too
@@ -25,7 +25,6 @@ def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _combines(value: Any) -> bool:
-    """Whether a part that may be a schema combines others."""
     if isinstance(value, list):
         return any(map(_combines, value))
     if not isinstance(value, Mapping):
@@ -53,7 +52,6 @@ def _closed(schema: Any) -> Any:
 
 
 def _names_all(schema: Mapping[str, Any]) -> bool:
-    """Whether it has properties, all required ones among them."""
     named, required = schema.get("properties"), schema.get("required")
     names = required if isinstance(required, list) else []
     return isinstance(named, Mapping) and all(isinstance(name, str) and name in named for name in names)

@@ -1,6 +1,5 @@
-"""Grammars in the forms that requests give them: JSON Schema, regular expressions, Lark, llama.cpp's GBNF, choices.
-
-What a form means in detail is checked where the grammar is compiled (model/grammars/checker.py)."""
+"""Grammars in the forms of requests: JSON Schema, regular expressions, Lark, llama.cpp's GBNF, choices. The details of
+a form are checked by its compilation (model/grammars/checker.py)."""
 
 from __future__ import annotations
 
@@ -16,14 +15,14 @@ from llamaclust.model.grammars.normal_schema import normal_schema
 GUIDANCE = "x-guidance"
 """The keyword of a schema that has llguidance's options."""
 JSON_TEXT = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
-"""Such options: white space between the parts of a JSON text is that of llama.cpp. A small model could write it without
+"""Options for white space between the parts of a JSON text, as in llama.cpp: a small model could write it without
 end."""
 _MOST_PLACES = 8
 _MAX_GBNF_BYTES = 1 << 17
-"""The converter takes about a second for so much as a rule."""
+"""The largest grammar in GBNF: the converter takes about a second for one rule of this size."""
 GBNF = "gbnf"
 GBNF_START = f'{{"{GBNF}"'
-"""How the definition of a grammar in GBNF begins until it is checked, which converts it."""
+"""The beginning of a definition in GBNF, until the check converts it."""
 
 
 OWN_RULES = "own_rules"
@@ -31,7 +30,7 @@ OWN_RULES = "own_rules"
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
-    """A JSON text that a schema allows. `closes_objects`: as OpenAI's strict mode. ParameterError for a keyword that
+    """Allows the JSON texts of a schema; `closes_objects` as in OpenAI's strict mode. ParameterError for a keyword that
     cannot be obeyed, with its place."""
     try:
         normal = normal_schema(schema, closes_objects=closes_objects)
@@ -44,43 +43,41 @@ def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: 
 
 
 def of_object(origin: str) -> Grammar:
-    """Any JSON object."""
     return of_schema({"type": "object"}, origin)
 
 
 def of_regex(pattern: str, origin: str) -> Grammar:
-    """A text that all of a regular expression (Rust's syntax, without look-around) matches."""
+    """Allows texts that a whole regular expression matches (Rust's syntax, without look-around)."""
     from llguidance import regex_to_lark
 
     return _grammar({"lark_grammar": f"start: /{regex_to_lark(pattern, '')}/"}, origin)
 
 
 def of_lark(text: str, origin: str) -> Grammar:
-    """A grammar in llguidance's dialect of Lark."""
+    """Allows the texts of a grammar in llguidance's dialect of Lark."""
     return _grammar({"lark_grammar": text}, origin)
 
 
 def of_calls(rules: str, origin: str) -> Grammar:
-    """Our own rules of calls, in llguidance's dialect of Lark, with the schemas of tools."""
+    """Allows the texts of our own rules of calls, in llguidance's dialect of Lark, with the schemas of tools."""
     return _grammar({"name": OWN_RULES, "lark_grammar": rules}, origin)
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """A grammar in llama.cpp's form, or in Lark's; the check converts it, which may take long."""
+    """Allows the texts of a grammar in llama.cpp's form, or in Lark's; the check converts it, which may take long."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {_MAX_GBNF_BYTES} are taken")
     return _defined({GBNF: text}, origin)
 
 
 def of_choice(texts: Sequence[str], origin: str) -> Grammar:
-    """One of some texts."""
     if not texts or not all(texts):
         raise ParameterError(origin, "must be a list of texts, none of them empty")
     return of_lark("start: CHOICE\nCHOICE: " + " | ".join(map(quoted, texts)), origin)
 
 
 def either(calls: str, other: Grammar) -> Grammar:
-    """Our own rules of calls, or a grammar that was checked."""
+    """Allows the texts of our own rules of calls, or of a grammar that was checked."""
     (part,) = json.loads(other.definition)["grammars"]
     lark = calls.replace("start:", "calls:", 1)
     both = [{"name": OWN_RULES, "lark_grammar": f"start: calls | @other\n{lark}"}, {**part, "name": "other"}]
@@ -88,7 +85,7 @@ def either(calls: str, other: Grammar) -> Grammar:
 
 
 def has_schemas_only(definition: str) -> bool:
-    """Returns whether a user wrote none of its rules: it consists of schemas and of our own rules."""
+    """True if a user wrote no rule of the definition: it consists of schemas and of our own rules."""
     try:
         parts = json.loads(definition)["grammars"]
         return all("json_schema" in part or part.get("name") == OWN_RULES for part in parts)
@@ -97,7 +94,8 @@ def has_schemas_only(definition: str) -> bool:
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """The same, ruling from the first of these texts on; a trigger is the beginning of what the grammar allows."""
+    """Returns a grammar that rules from the first trigger on; a trigger is the beginning of a text that the grammar
+    allows."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):
@@ -107,7 +105,7 @@ def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
 
 
 def quoted(text: str) -> str:
-    """A text as a terminal of llguidance's Lark, which reads JSON's escapes and takes DEL only as one."""
+    """Quotes a text as a terminal of llguidance's Lark, which reads JSON's escapes and takes DEL only as one."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -116,7 +114,7 @@ def _grammar(part: Mapping[str, Any], origin: str) -> Grammar:
 
 
 def _defined(whole: Mapping[str, Any], origin: str) -> Grammar:
-    """ParameterError where it is too long or holds what JSON cannot."""
+    """ParameterError for a definition that is too long or is not JSON."""
     try:
         definition = json.dumps(whole, ensure_ascii=False, allow_nan=False)
         size = len(definition.encode())

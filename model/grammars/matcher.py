@@ -1,4 +1,5 @@
-"""Follows one answer through a grammar: which tokens may come next. A function of grammar and tokens alone."""
+"""The state of one answer in a grammar, which tells the tokens that may come next: a function of grammar and tokens
+only."""
 
 from __future__ import annotations
 
@@ -20,20 +21,20 @@ _Computed = TypeVar("_Computed")
 
 CANNOT_BE_USED = "the grammar cannot be used: "
 _DEAD_END = "NoExtensionBias"
-"""How llguidance's message begins where no token is allowed."""
+"""The beginning of llguidance's message if no token is allowed."""
 _TOO_COMPLEX = "the grammar became too complex: "
 _NOT_VERBOSE = "<non-verbose/>"
-"""And how it ends by our settings."""
+"""The end of llguidance's messages without `verbose_errors`."""
 _MAX_FORCED_BYTES = 1 << 13
-"""Each look at the text that must come next, for forced tokens or for a mask, takes time in proportion to all of it:
-5 ms for so much."""
+"""The longest text that may have to come next: each look at it, for forced tokens or for a mask, takes 5 ms for so
+much."""
 
 
 def _limits(definition: str) -> LLParserLimits:
-    """The same for checks and for matching, so that every machine judges alike. Of 1,232 public schemas, the largest
-    uses 81 thousand of the lexer's fuel to compile, 373 thousand of it and 7.6 thousand items in a step, and 2,400
-    states in an answer. Steps take milliseconds. Only rules that a user wrote, not schemas, are ambiguous: their time
-    grows with the square of a row's items or faster, and stays below 50 ms up to 800 of these."""
+    """Returns limits that checks and matching share, so that every machine judges alike. Of 1,232 public schemas, the
+    largest uses 81 thousand of the lexer's fuel to compile, 373 thousand of it and 7.6 thousand items in a step, and
+    2,400 states in an answer. Only rules that a user wrote are ambiguous: their time grows at least with the square of
+    a row's items, and stays below 50 ms up to 800 of these."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -48,34 +49,35 @@ def _limits(definition: str) -> LLParserLimits:
 
 
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-    """The state before the first token; `is_error` where the grammar cannot be used. Each answer compiles its own:
-    copies of one state share a lexer, and with it what they may use up."""
+    """Returns the state before the first token; `is_error` if the grammar cannot be used. Each answer compiles its own
+    state, because copies share a lexer and its limits."""
     from llguidance import LLMatcher
 
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits(definition))
 
 
 def one_line(message: str, most: int = 400) -> str:
-    """A message of llguidance, for users."""
+    """Shortens a message of llguidance for users."""
     folded = " ".join(message.split())
     return folded if len(folded) <= most else f"{folded[: most - 3]}..."
 
 
 class TokenRefusedError(RequestError):
-    """A token that the grammar does not allow here. The state may be at fault: computed again, the answer may go on."""
+    """A token that the grammar does not allow here. The state may be at fault: after recomputation the answer may go
+    on."""
 
 
 class LexerUsedUpError(RequestError):
-    """The state is lost; a costly matcher can be brought to it."""
+    """The state is lost; a costly matcher can reach it again."""
 
 
 class GrammarMatcher:
-    """The state of one answer. Methods raise RequestError where the grammar cannot be followed; they release the GIL
-    while they work. One thread at a time.
+    """The state of one answer. Methods raise RequestError if the grammar cannot be followed; they release the GIL while
+    they work. One thread at a time.
 
-    llguidance limits what its lexer may use up between two sets of allowed tokens. These are seldom computed, so where
-    that is used up, LexerUsedUpError is raised, and a costly matcher, which computes them at each token, can go on.
-    """
+    llguidance limits the work of its lexer between two sets of allowed tokens, which are seldom computed. A matcher
+    that exceeds the limit raises LexerUsedUpError; a costly matcher, which computes them at each token, does not exceed
+    it."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # tokens taken in
@@ -91,16 +93,16 @@ class GrammarMatcher:
 
     @property
     def is_free(self) -> bool:
-        """Whether every token is allowed: no trigger has come."""
+        """True while every token is allowed, because no trigger has come."""
         return self._waiting is not None
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing but the answer's end is allowed."""
+        """True if only the answer's end is allowed."""
         return self._waiting is None and (self._ended or self._native.is_stopped())
 
     def take(self, tokens: Iterable[int]) -> None:
-        """The next tokens of the answer: sampled and forced ones."""
+        """Takes in the next tokens of the answer, sampled and forced ones."""
         for token in tokens:
             if self._waiting is not None:
                 self._await_trigger(token)
@@ -114,7 +116,7 @@ class GrammarMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes in a sampled token, if it is allowed; else the tokens that are. To know this of one token takes a
+        """Takes in a sampled token if it is allowed, else returns the tokens that are. The check of one token takes a
         fraction of the time for all."""
         if self._waiting is not None:
             self._await_trigger(token)
@@ -127,7 +129,7 @@ class GrammarMatcher:
         return None
 
     def allowed(self) -> AllowedTokens | None:
-        """The tokens that may come next; None: all."""
+        """Returns the tokens that may come next; None: all."""
         if self._waiting is not None:
             return None
         if self._ended:
@@ -138,7 +140,7 @@ class GrammarMatcher:
         return self._allowed
 
     def forced(self) -> list[int]:
-        """Tokens that must come next, and takes them in: at each of them, nothing else is allowed."""
+        """Takes in and returns the tokens that must come next."""
         tokens: list[int] = []
         while len(tokens) < MAX_FORCED_TOKENS and (following := self.next_forced()) is not None:
             self.take((following,))
@@ -146,25 +148,24 @@ class GrammarMatcher:
         return tokens
 
     def next_forced(self) -> int | None:
-        """The token that must come next; None where there is a choice."""
+        """Returns the token that must come next; None if there is a choice."""
         if self._waiting is not None or self._ended:
             return None
         following = self._computed(self._must_follow)
         return following[0] if following else None
 
     def peek_forced(self) -> list[int]:
-        """Tokens that must come next, as far as one look tells; they are not taken in."""
+        """Returns tokens that must come next, as far as one look tells, and does not take them in."""
         if self._waiting is not None or self._ended:
             return []
         return self._computed(self._must_follow)[:MAX_FORCED_TOKENS]
 
     def may_follow(self, token: int) -> bool:
-        """Whether a token is among those that may come next."""
         allowed = self.allowed()
         return allowed is None or bool(allowed[token // 32] >> token % 32 & 1)
 
     def may_follow_all(self, tokens: Sequence[int]) -> bool:
-        """Whether tokens may come next, one after another."""
+        """True if the tokens may come next, one after another."""
         return self._native.validate_tokens([*tokens]) == len(tokens)
 
     def _add(self, token: int) -> None:
@@ -172,7 +173,7 @@ class GrammarMatcher:
         self._following, self._allowed = None, None
 
     def _allows(self, token: int) -> bool:
-        """Whether a token may come next, which is then taken in."""
+        """Takes in a token if it may come next."""
         if self._ended:
             return token in self._vocabulary.end_ids
         following = self._must_follow()
@@ -184,7 +185,8 @@ class GrammarMatcher:
         return self._consumes(token)
 
     def _must_follow(self) -> list[int]:
-        """Computed once a token: a second look would use up more of the lexer. RequestError where it is too long."""
+        """Computes forced tokens once a token: a second look would use up more of the lexer. RequestError if their text
+        is too long."""
         if self._following is None:
             self._following = self._native.compute_ff_tokens()
             size = sum(len(self._vocabulary.words[token]) for token in self._following)
@@ -231,7 +233,7 @@ def _end_only(vocabulary: GrammarVocabulary) -> AllowedTokens:
 
 
 class _Triggers:
-    """Looks for the first trigger in an answer's bytes."""
+    """A search for the first trigger in an answer's bytes."""
 
     def __init__(self, texts: tuple[str, ...], vocabulary: GrammarVocabulary) -> None:
         self._texts = [text.encode() for text in texts]
@@ -241,7 +243,7 @@ class _Triggers:
         self._newest: list[tuple[int, int]] = []  # tokens of the tail and their numbers of bytes
 
     def take(self, token: int) -> list[list[int]]:
-        """Each way in which the grammar may begin with this token: the tokens from a trigger's first byte on."""
+        """Returns the tokens from each trigger's first byte on, for triggers that end in this token."""
         word = self._vocabulary.words[token].removeprefix(b"\xff")
         before = len(self._tail)
         self._tail += word
@@ -253,7 +255,7 @@ class _Triggers:
         return found
 
     def _tokens_from(self, place: int) -> list[int]:
-        """The answer's own tokens where one begins there, else others of the same bytes."""
+        """Returns the answer's own tokens if one begins at the place, else others of the same bytes."""
         start = 0
         for index, (_, length) in enumerate(self._newest):
             if start == place:
@@ -263,7 +265,7 @@ class _Triggers:
 
 
 def _places(data: bytes, text: bytes, before: int) -> list[int]:
-    """Where `text` stands in `data` and ends behind its first `before` bytes."""
+    """Returns the places of `text` in `data` that end behind the first `before` bytes."""
     places, place = [], data.find(text, max(0, before - len(text) + 1))
     while place >= 0:
         places.append(place)

@@ -1,5 +1,5 @@
-"""JSON schemas of any draft, library and dialect in the keywords that llguidance obeys, and the places of all keywords
-that it cannot obey. Annotations, and keywords that allow everything, are left out."""
+"""JSON schemas of any draft, library and dialect, in the keywords that llguidance obeys, and the places of all keywords
+that it cannot obey. Annotations, and keywords that allow everything, are omitted."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "depend
 
 @dataclass(frozen=True, slots=True)
 class NormalSchema:
-    """`schema` allows all that the given one allows; `unobeyed`: places of what it leaves out: `properties.a.not`."""
+    """A schema that allows all that the given one allows; `unobeyed`: places of omitted keywords, such as
+    `properties.a.not`."""
 
     schema: dict[str, Any]
     unobeyed: tuple[str, ...] = ()
 
 
 def normal_schema(schema: Any, *, closes_objects: bool = False) -> NormalSchema:
-    """`closes_objects`: an object has no properties but those that its schema names, unless the schema says so.
-    RecursionError for a schema that is nested too deeply."""
+    """Normalizes a schema; with `closes_objects`, objects have only the named properties, unless the schema allows
+    others. RecursionError for a schema that is nested too deeply."""
     reader = _Reader(schema)
     read = reader.read(schema, "")
     made = {"allOf": [read]} if isinstance(read, bool) else read
@@ -51,8 +52,6 @@ def normal_schema(schema: Any, *, closes_objects: bool = False) -> NormalSchema:
 
 
 class _Reader:
-    """Reads one schema, and what it refers to."""
-
     def __init__(self, root: Any) -> None:
         self.unobeyed: dict[str, None] = {}  # places, in order
         self._references = SchemaReferences(root)
@@ -60,7 +59,7 @@ class _Reader:
         self._waiting: list[tuple[str, Any]] = []  # definitions that are still to be read
 
     def definitions(self) -> dict[str, Any]:
-        """All that was referred to, by name."""
+        """Returns all definitions that were referred to, by name."""
         made: dict[str, Any] = {}
         while self._waiting:
             name, schema = self._waiting.pop()
@@ -130,7 +129,7 @@ class _Reader:
         return made | self._property_counts(schema, made, place)
 
     def _name_properties(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> None:
-        """`propertyNames`: as properties, or as a pattern of their names, where there are no others."""
+        """Reads `propertyNames` as properties, or as a pattern of their names, if there are no others."""
         given = schema.get("propertyNames")
         rule = {} if given is None else self.read(given, f"{place}.propertyNames")
         if rule is True or rule in ({}, {"type": "string"}):
@@ -147,7 +146,7 @@ class _Reader:
             self._leave_out(place, "propertyNames")
 
     def _property_counts(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> dict[str, int]:
-        """Numbers of properties, which llguidance obeys where all that are named are required."""
+        """Returns the bounds that llguidance obeys, which it does if all named properties are required."""
         least, most = (count(schema, key) for key in ("minProperties", "maxProperties"))
         named, required = made.get("properties", {}), made.get("required", ())
         if all(name in required for name in named):
@@ -220,12 +219,12 @@ class _Reader:
 
 
 def _is_required(part: Any) -> bool:
-    """Draft 3 has it in the property itself, and so have many schemas that are written by hand."""
+    """True for draft 3's `required` in the property itself, which many schemas written by hand have."""
     return isinstance(part, Mapping) and part.get("required") is True
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """OpenAPI 3.0's `nullable`."""
+    """Adds null to the types of a schema, for OpenAPI 3.0's `nullable`."""
     if not schema or _allows_null(schema):
         return schema
     simple = schema.get("type")

@@ -1,7 +1,5 @@
-"""Follows the reasoning in an answer: where it begins and ends, and the tokens that must end it after its budget.
-
-A function of settings and tokens alone. Tags are found in the answer's bytes, however tokens divide them.
-"""
+"""The state of reasoning in an answer: its begin and end, and the tokens that must end it after its budget. A function
+of settings and tokens only; tags are found in the answer's bytes, however tokens divide them."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ _CHARACTER_BYTES: Final = 4
 
 
 class Place(Enum):
-    """Where in an answer its next token is."""
+    """The place of an answer's next token."""
 
     BEFORE = auto()  # reasoning may begin
     INSIDE = auto()
@@ -24,7 +22,7 @@ class Place(Enum):
 
 
 class ReasoningScanner:
-    """Finds the tags of reasoning in bytes that come in pieces."""
+    """A search for the tags of reasoning in bytes that come in pieces."""
 
     def __init__(self, reasoning: Reasoning) -> None:
         self.place = Place.INSIDE if reasoning.is_open else Place.BEFORE
@@ -38,7 +36,7 @@ class ReasoningScanner:
 
     @property
     def is_in_part(self) -> bool:
-        """Whether the bytes end within a character of UTF-8, or perhaps within the tag that ends the reasoning."""
+        """True if the bytes end within a character of UTF-8, or perhaps within the tag that ends the reasoning."""
         tag_parts = (end[:length] for end in self.ends for length in range(1, len(end)))
         return self._is_in_character() or any(map(self._tail.endswith, tag_parts))
 
@@ -59,17 +57,17 @@ class ReasoningScanner:
         self._tail = self._tail[-self._kept :]
 
     def end(self) -> None:
-        """The reasoning has ended with tokens that were forced."""
+        """Marks the end of the reasoning by forced tokens."""
         self.place, self._tail = Place.BEFORE, b""
 
     def rest_behind_end(self, data: bytes) -> bytes | None:
-        """What of `data` would stand behind the reasoning; None where it would not end."""
+        """Returns the part of `data` that would stand behind the reasoning; None if the reasoning would not end."""
         tail = self._tail + data
         end = _first_end(tail, self.ends) if self.place is Place.INSIDE else None
         return None if end is None else tail[end:]
 
     def _found(self) -> int | None:
-        """Where the next tag ends."""
+        """Returns the end of the next tag."""
         if self.place is Place.INSIDE:
             return _first_end(self._tail, self.ends)
         if self.place is Place.BEHIND or self._repeats:
@@ -85,8 +83,8 @@ class ReasoningScanner:
 
 
 class ReasoningState:
-    """Of one answer. `words`: the bytes of each token. A few tokens beyond the budget may complete a character or the
-    tag that ends the reasoning."""
+    """The reasoning of one answer. `words`: the bytes of each token. A few tokens beyond the budget may complete a
+    character or the tag that ends the reasoning."""
 
     def __init__(self, reasoning: Reasoning, words: Sequence[bytes]) -> None:
         self._tags = ReasoningScanner(reasoning)
@@ -99,21 +97,19 @@ class ReasoningState:
 
     @property
     def is_inside(self) -> bool:
-        """Whether the next token is one of the reasoning, or of its forced end."""
+        """True if the next token is one of the reasoning, or of its forced end."""
         return self._tags.place is Place.INSIDE
 
     @property
     def forced(self) -> int | None:
-        """The token that must come next."""
         return None if self._at is None else self._forced[self._at]
 
     @property
     def forced_end(self) -> list[int]:
-        """All forced tokens that are left."""
         return [] if self._at is None else [*self._forced[self._at :]]
 
     def take(self, token: int) -> None:
-        """The next token of the answer; where one is forced, that one."""
+        """Takes in the next token of the answer, which is the forced one if there is one."""
         if self._at is not None:
             self._at = self._at + 1 if self._at + 1 < len(self._forced) else None
             if self._at is None:
@@ -128,11 +124,11 @@ class ReasoningState:
         self._check_budget()
 
     def release(self) -> None:
-        """The forced tokens cannot follow: the answer goes on without a budget."""
+        """Gives up the budget, because the forced tokens cannot follow."""
         self._at, self._budget = None, None
 
     def runs_over(self, token: int) -> bool:
-        """Whether a token would end the reasoning and begin what follows."""
+        """True if a token would end the reasoning and begin the text behind it."""
         return bool((self._tags.rest_behind_end(self._bytes(token)) or b"").strip(_SPACE))
 
     def _bytes(self, token: int) -> bytes:
@@ -146,7 +142,7 @@ class ReasoningState:
 
 
 def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
-    """The words that end a tag and go on with text, behind some beginning of the tag."""
+    """Returns the words that end a tag and continue with text, behind some beginning of the tag."""
     tag_ends = tuple(tag[-length:] for length in range(1, len(tag) + 1))
 
     def runs_over(word: bytes) -> bool:
@@ -158,6 +154,6 @@ def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
 
 
 def _first_end(data: bytes, tags: Sequence[bytes]) -> int | None:
-    """Where the first of some tags ends; of those at the same place, the longest."""
+    """Returns the end of the first tag, of the longest one at the first place."""
     found = [(place, -len(tag)) for tag in tags if (place := data.find(tag)) >= 0]
     return None if not found else min(found)[0] - min(found)[1]

@@ -1,4 +1,5 @@
-"""Follows one answer whose reasoning has a budget or delays its grammar: which tokens may come next."""
+"""The state of one answer whose reasoning has a budget or delays its grammar, which tells the tokens that may come
+next."""
 
 from __future__ import annotations
 
@@ -15,10 +16,8 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 
 class ReasoningMatcher:
-    """The state of one answer: its reasoning, and its grammar if it has one. Used as `GrammarMatcher`.
-
-    A grammar that the reasoning does not delay allows the forced end, or the budget has no effect.
-    """
+    """A matcher with the methods of `GrammarMatcher`, for reasoning and perhaps a grammar. A grammar that the reasoning
+    does not delay must allow the forced end, or the budget has no effect."""
 
     def __init__(self, reasoning: Reasoning, grammar: GrammarMatcher | None, vocabulary: GrammarVocabulary) -> None:
         self.position = 0  # tokens taken in
@@ -31,12 +30,12 @@ class ReasoningMatcher:
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing but one token, or the answer's end, is allowed."""
+        """True if only one token, or the answer's end, is allowed."""
         grammar = self._ruling
         return self._state.forced is not None or (grammar is not None and grammar.is_complete)
 
     def take(self, tokens: Iterable[int]) -> None:
-        """The next tokens of the answer: sampled and forced ones. RequestError for one that breaks the grammar."""
+        """Takes in the next tokens, sampled and forced ones. RequestError for a token that breaks the grammar."""
         for token in tokens:
             self._forced()
             if (grammar := self._ruling) is not None:
@@ -44,7 +43,7 @@ class ReasoningMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes in a sampled token, if it is allowed; else the tokens that are."""
+        """Takes in a sampled token if it is allowed, else returns the tokens that are."""
         forced, grammar = self._forced(), self._ruling
         if forced is not None and token != forced:
             return _only(forced, self._vocabulary)
@@ -56,13 +55,13 @@ class ReasoningMatcher:
         return None
 
     def allowed(self) -> AllowedTokens | None:
-        """The tokens that may come next; None: all, as far as single tokens are not refused."""
+        """Returns the tokens that may come next, some of which `try_take` may still refuse; None: all."""
         if (forced := self._forced()) is not None:
             return _only(forced, self._vocabulary)
         return None if self._ruling is None else self._ruling.allowed()
 
     def forced(self) -> list[int]:
-        """Tokens that must come next, and takes them in: at each of them, nothing else is allowed."""
+        """Takes in and returns the tokens that must come next."""
         tokens: list[int] = []
         while len(tokens) < MAX_FORCED_TOKENS:
             following, grammar = self._forced(), self._ruling
@@ -75,21 +74,21 @@ class ReasoningMatcher:
         return tokens
 
     def peek_forced(self) -> list[int]:
-        """Tokens that must come next, as far as one look tells; they are not taken in."""
+        """Returns tokens that must come next, as far as one look tells, and does not take them in."""
         if self._forced() is not None:
             return self._state.forced_end[:MAX_FORCED_TOKENS]
         return [] if self._ruling is None else self._ruling.peek_forced()
 
     @property
     def _ruling(self) -> GrammarMatcher | None:
-        """The grammar, unless the reasoning delays it. Once it has begun to rule, nothing does."""
+        """The grammar, unless the reasoning delays it. A grammar that has begun to rule is not delayed."""
         grammar = self._grammar
         if grammar is None or not self._delays or not self._state.is_inside:
             return grammar
         return grammar if grammar.position and not grammar.is_free else None
 
     def _forced(self) -> int | None:
-        """The next token of the reasoning's forced end."""
+        """Returns the next token of the reasoning's forced end."""
         forced, grammar = self._state.forced, self._ruling
         if forced is None or grammar is None or grammar.may_follow(forced):
             return forced
@@ -97,7 +96,7 @@ class ReasoningMatcher:
         return None
 
     def _add(self, token: int) -> None:
-        """Triggers of a grammar may stand in the token that ends the reasoning."""
+        """Takes in a token; triggers of a grammar may stand in the token that ends the reasoning."""
         is_delayed = self._grammar is not None and self._ruling is None
         self._state.take(token)
         self.position += 1
@@ -105,12 +104,12 @@ class ReasoningMatcher:
             self._grammar.take((token,))
 
     def _runs_over(self, token: int) -> bool:
-        """Whether a grammar that rules behind the reasoning would miss the beginning of its text."""
+        """True if a delayed grammar would miss the beginning of its text."""
         grammar = self._grammar
         return grammar is not None and not grammar.is_free and self._state.runs_over(token)
 
     def _ends_within(self) -> AllowedTokens:
-        """All tokens but those that run over the end of the reasoning."""
+        """Returns all tokens but those that run over the end of the reasoning."""
         bits = np.full(self._vocabulary.mask_words, (1 << 32) - 1, np.uint32)
         for token in filter(self._state.runs_over, chain.from_iterable(self._may_run_over)):
             bits[token // 32] &= ~np.uint32(1 << token % 32)
@@ -120,7 +119,7 @@ class ReasoningMatcher:
 def answer_matcher(
     start: MatcherStart, vocabulary: GrammarVocabulary, *, is_costly: bool = False
 ) -> GrammarMatcher | ReasoningMatcher:
-    """Of an answer at its beginning, whatever tokens it starts with. RequestError for a grammar that cannot be used."""
+    """Returns the matcher of an answer's beginning. RequestError for a grammar that cannot be used."""
     grammar = None if start.grammar is None else GrammarMatcher(start.grammar, vocabulary, is_costly=is_costly)
     if start.reasoning is not None:
         return ReasoningMatcher(start.reasoning, grammar, vocabulary)

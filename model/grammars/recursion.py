@@ -1,5 +1,5 @@
-"""References of JSON schemas that lead back to themselves on every way: no finite text obeys them, and llguidance finds
-that only when an answer has come to them."""
+"""References of JSON schemas that lead back to themselves on every way: no finite text obeys them, which llguidance
+finds only when an answer has reached them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 
 
 def endless_reference(schema: Any) -> str | None:
-    """The first reference in use that no finite value obeys. Those to other documents are not followed."""
+    """Returns the first reference in use that no finite value obeys. References to other documents are not followed."""
     targets = _targets(schema)
     conditions = _Conditions(targets)
     return next((reference for reference in targets if not conditions.ends(reference)), None)
 
 
 def _targets(schema: Any) -> dict[str, Any]:
-    """Returns the target of each reference in use, in the order in which they are met. Each part of the schema is read
-    once, whatever names it has."""
+    """Returns the target of each reference in use, in the order of discovery. Each part of the schema is read once."""
     found: dict[str, Any] = {}
     references, read = SchemaReferences(schema), set[int]()
     pending = [schema]
@@ -34,7 +33,7 @@ def _targets(schema: Any) -> dict[str, Any]:
 
 
 def _references(schema: Any, read: set[int]) -> Iterator[str]:
-    """Those in a schema itself, but for parts that were read before; definitions count where they are referred to."""
+    """Yields the references in a schema itself, without parts that were read before and definitions."""
     pending = [schema]
     while pending:
         part = pending.pop()
@@ -57,8 +56,8 @@ class _Condition:
 
 
 class _Conditions:
-    """The parts of a schema that some finite value obeys, as far as references decide: the least set that agrees with
-    itself. Each part is looked at once, and each use of one."""
+    """The parts of a schema that some finite value obeys, as far as references decide: the least fixed point, in linear
+    time."""
 
     def __init__(self, targets: Mapping[str, Any]) -> None:
         self._targets = targets

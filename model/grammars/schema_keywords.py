@@ -1,4 +1,4 @@
-"""Keywords of JSON schemas that look at one value: as libraries and drafts write them, in one form."""
+"""Keywords of JSON schemas for one value, as libraries and drafts write them, in one form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OTHER_TYPES: Final = {
     **dict.fromkeys(("none", "nil"), "null"),
     "bool": "boolean",
 }
-"""Names that programs write in place of JSON Schema's."""
+"""Names of types that programs write instead of JSON Schema's."""
 _ANY_TYPE: Final = frozenset(("any", "mixed", "unknown"))
 SIZES: Final = ("minLength", "maxLength", "minItems", "maxItems")
 _NUMBERS: Final = (
@@ -31,11 +31,11 @@ _NUMBERS: Final = (
 _LOOK_AROUND: Final = re.compile(r"\(\?(?:=|!|<=|<!)|\\[1-9]|\\k<")
 _ANY_TEXT: Final = frozenset(("", ".*", "^.*$", "^(.*)$", r"[\s\S]*", r"^[\s\S]*$"))
 MOST_OF_AN_INTEGER: Final = 10**16 - 1
-"""Sixteen digits, as in llama.cpp: a small model could write digits without end."""
+"""The largest integer, of sixteen digits as in llama.cpp: a small model could write digits without end."""
 
 
 def normal_types(given: Any) -> tuple[list[str], bool]:
-    """The types of a value, none where it may have any, and whether all of them are known."""
+    """Returns the types of a value, none if it may have any, and True if all of them are known."""
     names = [name.lower() for name in given if isinstance(name, str)] if isinstance(given, list) else []
     if isinstance(given, str):
         names = [given.lower()]
@@ -47,29 +47,27 @@ def normal_types(given: Any) -> tuple[list[str], bool]:
 
 
 def as_list(given: Any) -> list[Any] | None:
-    """A list, which PHP writes as an object where indices are missing."""
+    """Reads a list, which PHP writes as an object if indices are missing."""
     if isinstance(given, Mapping) and all(isinstance(key, str) and key.isdigit() for key in given):
         return [*given.values()]
     return given if isinstance(given, list) else None
 
 
 def as_object(given: Any) -> Mapping[str, Any]:
-    """An object, which PHP writes as a list where it is empty."""
+    """Reads an object, which PHP writes as a list if it is empty."""
     return given if isinstance(given, Mapping) else {}
 
 
 def texts(given: Any) -> list[str]:
-    """The texts in a list; none where it is no list."""
     return [name for name in as_list(given) or () if isinstance(name, str)]
 
 
 def matches_all(pattern: Any) -> bool:
-    """Whether a regular expression matches every text."""
     return pattern in _ANY_TEXT
 
 
 def count(schema: Mapping[str, Any], key: str) -> int | None:
-    """A length or a number of parts; None where there is none, or it allows everything."""
+    """Reads a length or a number of parts; None if there is none, or it allows everything."""
     value = schema.get(key)
     if not _is_number(value) or value < (0 if key.startswith("max") else 1):
         return None
@@ -77,8 +75,8 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """`pattern` and `format`, and whether they say all: a pattern with look-around is left out. A format stands for it
-    where there is one, as in zod's schemas. Formats that are not known are annotations, as JSON Schema has it."""
+    """Returns `pattern` and `format`, and True if they are complete. A pattern with look-around is omitted; a format
+    replaces it, as in zod's schemas. Unknown formats are annotations, as in JSON Schema."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:
@@ -91,7 +89,8 @@ def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
 
 
 def bounds(schema: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
-    """Bounds of numbers: draft 4's truth values as numbers, and integers of sixteen digits at most. `types`: normal."""
+    """Returns bounds of numbers: draft 4's truth values as numbers, and integers of sixteen digits at most. `types`:
+    normal."""
     made: dict[str, Any] = {}
     for limit, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
         value, other = schema.get(limit), schema.get(exclusive)
@@ -124,7 +123,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def unusable_numbers(schema: Mapping[str, Any]) -> list[str]:
-    """The keywords whose numbers no decimal number holds, and a step that is not above zero."""
+    """Returns keywords with numbers beyond float64, and a `multipleOf` that is not positive."""
     return [
         key
         for key in _NUMBERS

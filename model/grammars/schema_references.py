@@ -11,19 +11,18 @@ from llamaclust.model.grammars.schema_parts import parts
 
 _IDS: Final = ("$id", "id")
 MISSING: Final = object()
-"""Stands for what a reference does not find."""
+"""A mark for references without a target."""
 
 
 class SchemaReferences:
-    """Finds what the references of a schema name. Nothing is ever fetched."""
+    """A finder of the schemas that references name. Nothing is ever fetched."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._found: dict[str, Any] = {}  # by reference, behind chains
 
     def find(self, reference: str) -> Any:
-        """The schema that a reference names, behind a chain of references too; MISSING where there is none, or the
-        chain is a circle."""
+        """Returns the schema behind a chain of references; MISSING if there is none, or the chain is a circle."""
         chain: dict[str, None] = {}
         while reference not in self._found and reference not in chain:
             chain[reference] = None
@@ -38,7 +37,7 @@ class SchemaReferences:
         return found
 
     def target(self, reference: str) -> Any:
-        """Likewise, but a reference where it names one."""
+        """Returns the schema that the reference names, which may be a reference itself, or MISSING."""
         resource, _, fragment = reference.partition("#")
         base = self._root if not resource else self._identified.get(resource, MISSING)
         if not fragment or base is MISSING:

@@ -13,16 +13,17 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 _SPECIAL: Final = b"\xff"
-"""What llguidance has before the name of a token that stands for no text."""
+"""llguidance's mark before the name of a token that stands for no text."""
 _SLICES: Final = [r'[^"\\\x00-\x1F\x7F]{1,30}', r'[^"\\\x00-\x1F\x7F]+']
-"""Texts whose tokens llguidance finds together: what JSON's strings hold. Each takes time and memory to prepare; its
-own four take half more of both, for white space and strings of few letters."""
+"""Texts of JSON's strings, whose tokens llguidance finds together. Each takes time and memory to prepare; its four
+default ones, for white space and strings of few letters, take half more of both."""
 _KEPT_TEXTS: Final = 1024
 _KEPT_TAGS: Final = 16
 
 
 class GrammarVocabulary:
-    """`words`: the bytes of each token, `end_ids`: tokens that end an answer, `encode`: token ids of plain text."""
+    """A vocabulary: `words` are the bytes of each token, `end_ids` end an answer, `encode` returns token ids of plain
+    text."""
 
     def __init__(self, words: Sequence[bytes], end_ids: Sequence[int], encode: Callable[[str], list[int]]) -> None:
         self.words = words
@@ -30,11 +31,12 @@ class GrammarVocabulary:
         self.mask_words = (len(words) + 31) // 32  # of 32 bits
         self._encode = encode
         self.may_run_over = lru_cache(_KEPT_TAGS)(partial(may_run_over, words))
-        """By a tag. The first time takes about a fifth of a second for 256 Ki tokens."""
+        """A cache by tag. The first call takes about a fifth of a second for 256 Ki tokens."""
 
     @cached_property
     def native(self) -> LLTokenizer:
-        """For llguidance. Building takes a quarter of a second for 256 Ki tokens, which other threads wait for."""
+        """llguidance's tokenizer. Building takes a quarter of a second for 256 Ki tokens, and other threads wait for
+        it."""
         from llguidance import LLTokenizer  # only here: its import is a fifteenth of a worker's start
 
         words = _Words(self.words, self.end_ids, self._encode)
@@ -42,7 +44,7 @@ class GrammarVocabulary:
 
 
 class _Words:
-    """What LLTokenizer expects of a tokenizer."""
+    """The interface that LLTokenizer expects of a tokenizer."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -58,7 +60,7 @@ class _Words:
 
 
 def read_vocabulary(tokenizer: Tokenizer, size: int) -> GrammarVocabulary:
-    """Of a model whose logits are `size` tokens wide and whose tokenizer has an end-of-generation token."""
+    """Reads the vocabulary of a model with logits of `size` tokens and an end-of-generation token."""
     known = min(size, tokenizer.vocabulary_size)
     words = grammar_words(tokenizer)[:known] + [b""] * (size - known)
 
@@ -69,7 +71,7 @@ def read_vocabulary(tokenizer: Tokenizer, size: int) -> GrammarVocabulary:
 
 
 def grammar_words(tokenizer: Tokenizer) -> list[bytes]:
-    """The bytes that a grammar sees of each token."""
+    """Returns the bytes that a grammar sees of each token."""
     words = tokenizer.all_bytes()
     for token in tokenizer.control_ids:
         words[token] = _SPECIAL + words[token]

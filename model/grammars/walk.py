@@ -1,5 +1,5 @@
-"""Follows a grammar for some tokens as a worker does, before a request with it is admitted: what fails there, fails
-here."""
+"""A walk through a grammar for some tokens, as a worker follows it, before a request is admitted: a failure there is
+found here."""
 
 from __future__ import annotations
 
@@ -18,17 +18,15 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _CHOICES: Final = 32
 _TOKENS: Final = 512
 _LOOKED_BYTES: Final = 1 << 19
-"""About a third of a second; where short texts must come next, all tokens of a walk look at less."""
+"""Bytes for about a third of a second; a walk through short forced texts looks at less."""
 _NAMES: Final = 64
 _FIRST: Final = b'{["'
 _PREFERRED: Final = b'"{[],}:'
-"""The way to JSON with many properties whose values are short."""
+"""Bytes that lead to JSON with many properties of short values."""
 _SHOWN_BYTES: Final = 60
 
 
 class GrammarWalk:
-    """Follows grammars with one vocabulary."""
-
     def __init__(self, vocabulary: GrammarVocabulary) -> None:
         self._vocabulary = vocabulary
         words = [*vocabulary.words]
@@ -39,8 +37,8 @@ class GrammarWalk:
         self._ends = np.array(vocabulary.end_ids)
 
     def run(self, definition: str, names: Sequence[str] = ()) -> None:
-        """RequestError for a grammar that cannot be used, or not followed on this way, which prefers properties of
-        these names."""
+        """RequestError for a grammar that cannot be used, or not followed on this walk, which prefers the given
+        properties."""
         matcher = GrammarMatcher(Grammar(definition), self._vocabulary, is_costly=True)
         keys = deque(self._vocabulary.native.tokenize_bytes(_key(name)) for name in names[:_NAMES])
         taken: list[int] = []
@@ -57,7 +55,7 @@ class GrammarWalk:
             raise RequestError(f"{error}; after {text.decode('utf-8', 'replace')!r}") from None
 
     def _next(self, matcher: GrammarMatcher, keys: deque[list[int]], preferred: list[int]) -> list[int]:
-        """Tokens that go on; none where only the end is left. Names come in their order, as schemas have them."""
+        """Returns tokens that go on, none at the end. Names come in their order, as in schemas."""
         allowed = matcher.allowed()
         assert allowed is not None, "it waits for no trigger"
         for key in keys:

@@ -17,7 +17,7 @@ SPAN_TOKENS = 512
 @dataclass(frozen=True, slots=True)
 class RopeTable:
     """Rotation angles: angle(position, i) = position * frequencies[i], both factors float64; cos and sin times `scale`.
-    The rotary_dim / 2 `frequencies` are computed in decimal arithmetic, so they are the same on every machine."""
+    The rotary_dim / 2 `frequencies` are computed in decimal arithmetic, the same on every machine."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0

@@ -1,1 +1,1 @@
-"""The two kinds of vocabulary that GGUF files of the LLaMA family carry, and what they share."""
+"""Tokenizers of the vocabularies in GGUF files: byte-level and text BPE, SentencePiece, WordPiece."""

@@ -14,13 +14,14 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings
 
 _HOLDING_CHARACTERS: Final = 2048
-"""The library's `encode` holds the interpreter until it is done; what encodes longer texts lets go of it."""
+"""The length up to which `encode` is used, which holds the GIL; the method for longer texts releases it."""
 
 _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED})
 
 
 def stand_ins() -> dict[str, bytes]:
-    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes follow from U+0100 on."""
+    """Returns GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes follow from U+0100
+    on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [(chr(byte), byte) for byte in printable] + [(chr(256 + i), byte) for i, byte in enumerate(others)]
@@ -31,11 +32,12 @@ _BYTE_OF: Final = stand_ins()
 _LATIN_1: Final = dict.fromkeys(range(0x80, 0x100), "\uffff") | {
     ord(letter): byte.decode("latin-1") for letter, byte in _BYTE_OF.items()
 }
-"""Maps a word to the text that Latin-1 encodes as its bytes; other letters of Latin-1 to one that it cannot encode."""
+"""A map from a word to the text that Latin-1 encodes as its bytes; other letters of Latin-1 to one that it cannot
+encode."""
 
 
 class BytePairTokenizer(Tokenizer):
-    """Merges by rank inside the words that the pre-tokenizer cuts."""
+    """A tokenizer that merges by rank inside the words that the pre-tokenizer cuts."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         name = metadata.get(key("pre"), "default")
@@ -61,7 +63,7 @@ class BytePairTokenizer(Tokenizer):
 
 
 def encode_with(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of the library's tokenizer."""
+    """Returns token ids of the library's tokenizer."""
     if len(text) > _HOLDING_CHARACTERS:
         (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
     else:
@@ -71,21 +73,21 @@ def encode_with(tokenizer: Any, text: str) -> list[int]:
 
 
 def splitter(kind: PreTokenizer) -> Any:
-    """The library's pre-tokenizer: words in the letters that stand for bytes."""
+    """Returns the library's pre-tokenizer: words in the letters that stand for bytes."""
     splits = [pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated") for regex in kind.expressions]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> models.BPE:
-    """The library's model with its `options`. Control tokens are left out: no plain text may ever become one. So are
-    merges of words that are not there."""
+    """Returns the library's model. Control tokens are omitted, because no plain text may become one, and so are merges
+    of missing words."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
     return models.BPE(vocab=words, merges=_known_pairs(merges, words), **options)
 
 
 def _known_pairs(merges: list[str], words: Mapping[str, int]) -> list[tuple[str, str]]:
-    """The library does not refuse a merge of words that are missing: it panics."""
+    """Omits merges of missing words, over which the library panics."""
     known: list[tuple[str, str]] = []
     for merge in merges:
         left, _, right = merge.partition(" ")

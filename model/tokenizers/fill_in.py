@@ -1,4 +1,4 @@
-"""Tokens of models that fill text in between a prefix and a suffix, known by their keys and words as to llama.cpp."""
+"""Tokens of models that fill in text between a prefix and a suffix, known by their keys and words as in llama.cpp."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class FillInTokens:
 
 
 def find_fill_in(ids: Mapping[str, int], id_of_key: Callable[[str], int | None]) -> FillInTokens | None:
-    """None for a model that does not fill text in. `ids`: by word; `id_of_key`: of a field of the file."""
+    """Returns None for a model that does not fill in text. `id_of_key` returns the id in a field of the file."""
 
     def found(keys: str, words: tuple[str, ...]) -> int | None:
         given = (*(id_of_key(f"{key}_token_id") for key in keys.split()), *map(ids.get, words))

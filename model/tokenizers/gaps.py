@@ -1,4 +1,4 @@
-"""Prompts whose answers stand between two texts, in the order of tokens that llama.cpp gives them."""
+"""Prompts whose answers stand between two texts, in llama.cpp's order of tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Gap:
 
 
 def fill_in_prompt(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: int) -> list[int]:
-    """Token ids, `room` at most where files are among the texts: the first ones are left out."""
+    """Returns token ids; the first ones of files are omitted beyond `room` tokens."""
     around = [
         *([tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []),
         tokens.prefix,
@@ -55,7 +55,7 @@ def fill_in_prompt(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: i
 
 
 def _files(tokenizer: Tokenizer, tokens: FillInTokens, files: tuple[OtherFile, ...], room: int) -> list[int]:
-    """The last `room` tokens of all files, read from the end on: what has no room is not tokenized."""
+    """Returns the last `room` tokens of all files, read from the end: text without room is not tokenized."""
     parts: list[list[int]] = []
     left = room
     for mark, text in _file_parts(tokens, files):
@@ -68,7 +68,7 @@ def _files(tokenizer: Tokenizer, tokens: FillInTokens, files: tuple[OtherFile, .
 
 
 def _file_parts(tokens: FillInTokens, files: tuple[OtherFile, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Tokens and the text behind them, the last ones first."""
+    """Yields tokens and the text behind them, the last ones first."""
     if tokens.file is not None:
         yield (tokens.file,), _THIS_FILE
     for file in reversed(files):

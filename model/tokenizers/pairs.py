@@ -11,7 +11,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import key, read_flag, read_token_id
 
 _SEPARATED: Final = ("jina-v1-en", "jina-v2-code", "roberta-bpe")
-"""Pre-tokenizers of vocabularies that separate sentences, where the file does not say."""
+"""Pre-tokenizers of vocabularies that separate sentences, unless the file has a flag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,6 @@ class PairForm:
 
     @property
     def length(self) -> int:
-        """Tokens of a prompt beside those of the texts."""
         return len(self.first) + len(self.between) + len(self.last)
 
     def prompt(self, query: Sequence[int], document: Sequence[int]) -> tuple[int, ...]:
@@ -32,7 +31,7 @@ class PairForm:
 
 
 def read_pair_form(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> PairForm:
-    """ModelFileError where the file wants a token that it does not name."""
+    """ModelFileError if the file wants a token that it does not name."""
     kind, size = metadata.get("tokenizer.ggml.model"), tokenizer.vocabulary_size
     is_word_pieces = kind == "bert"
     separator = read_token_id(metadata, "seperator_token_id", size)  # spelt so in the format

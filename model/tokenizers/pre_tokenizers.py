@@ -1,5 +1,5 @@
-"""How text is cut into words before byte-pair merges, by the name in `tokenizer.ggml.pre`. The expressions are those of
-the models' own tokenizers; each is applied to what the one before it left."""
+"""The cuts of text into words before byte-pair merges, by the name in `tokenizer.ggml.pre`. The expressions are those
+of the models' own tokenizers; each is applied to the pieces that the one before it left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.core.errors import ModelFileError
 
 
 def _ranges(spans: str) -> str:
-    """`41-5A B5` as the inside of a character class."""
+    """Writes `41-5A B5` as the inside of a character class."""
     return "".join("-".join(chr(int(end, 16)) for end in span.split("-")) for span in spans.split())
 
 
@@ -56,15 +56,15 @@ _DEEPSEEK_LETTER_RANGES: Final = (
     "FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF "
     "1E900-1E943"
 )
-"""Cased letters as that tokenizer lists them, as code points: written out, normalization would merge some."""
+"""Cased letters as that tokenizer lists them, as code points: normalization of the source would merge some."""
 _DEEPSEEK_LETTERS: Final = rf"\s?[{_ranges(_DEEPSEEK_LETTER_RANGES)}]+"
 _DEEPSEEK_MARKS: Final = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
 
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """Expressions to cut by, and what the file's writers took for granted: whole words that are in the vocabulary are
-    not merged (`ignore_merges`), BOS comes first where the file does not say (`add_bos`)."""
+    """Expressions to cut by, and assumptions of the file's writers: whole words of the vocabulary are not merged
+    (`ignore_merges`), BOS comes first unless the file says otherwise (`add_bos`)."""
 
     expressions: tuple[str, ...]
     ignore_merges: bool = False
@@ -106,12 +106,12 @@ _BY_NAME: Final = {name: kind for names, kind in _FAMILIES for name in names.spl
 
 
 def known_pre_tokenizers() -> Mapping[str, PreTokenizer]:
-    """One name of each kind: the first that files were written with."""
+    """Returns one name of each kind: the first that files were written with."""
     return {names.split()[0]: kind for names, kind in _FAMILIES}
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:
-    """The pre-tokenizer of that name; ModelFileError naming it where it is not known."""
+    """ModelFileError for an unknown name."""
     found = _BY_NAME.get(name)
     if found is None:
         raise ModelFileError(

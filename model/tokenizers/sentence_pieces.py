@@ -23,8 +23,8 @@ _BLOCK: Final = 256
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """BPE merges by score, bytes for text outside the vocabulary, no normalization. Unigrams: of all ways to write a
-    text the one with the greatest sum of scores, after the normalization of the file."""
+    """A tokenizer by BPE: merges by score, bytes for text outside the vocabulary, no normalization; or by unigrams: the
+    spelling with the greatest sum of scores, after the file's normalization."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any], *, is_unigram: bool = False) -> None:
         super().__init__(
@@ -40,7 +40,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = _processor(model)
 
     def _use_unigrams(self, model: Any, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
-        """The library normalizes text and finds user-defined words, as it does for the model's authors."""
+        """Has the library normalize text and find user-defined words, as it does for the model's authors."""
         self._user_defined = []
         self._special = [(text, token_id) for text, token_id in self._special if self.is_control(token_id)]
         if not np.isfinite(vocabulary.scores or [0.0]).all():
@@ -64,7 +64,8 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:
-    """The map of characters for normalization. It is checked here: older versions of the library do not check it."""
+    """Returns the map of characters for normalization, checked here because older versions of the library do not check
+    it."""
     value = metadata.get(_CHARSMAP)
     if value is None:
         return b""
@@ -76,7 +77,6 @@ def _charsmap(metadata: Mapping[str, Any]) -> bytes:
 
 
 def _processor(model: Any) -> Any:
-    """The library's tokenizer of a ModelProto."""
     sentencepiece.set_min_log_level(2)  # what is wrong comes as an exception
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -87,8 +87,8 @@ def _processor(model: Any) -> Any:
 
 
 def _model_proto(vocabulary: Vocabulary) -> Any:
-    """A ModelProto that merges by score, with the vocabulary's words in their order; a piece for unknown text stands
-    behind them where the file names none."""
+    """Returns a ModelProto that merges by score, with the vocabulary's words in their order, and behind them a piece
+    for unknown text if the file names none."""
     model = _PROTO.ModelProto()
     model.trainer_spec.model_type = _PROTO.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = vocabulary.types.count(TokenType.BYTE) == 256
@@ -108,7 +108,8 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """GGUF's type numbers are SentencePiece's own; only one unknown piece is allowed, so a second one never matches."""
+    """Returns SentencePiece's types, which are GGUF's numbers; only one unknown piece is allowed, so a second one never
+    matches."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL
@@ -120,8 +121,8 @@ def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> b
 
 def check_charsmap(data: bytes, origin: str) -> None:
     """Checks SentencePiece's precompiled map of characters: the length of a trie, the trie as a double array
-    (darts-clone), and the texts that its leaves point to, each ended by a zero byte. ModelFileError where following the
-    trie with any text could lead outside of it or of the texts."""
+    (darts-clone), and the texts that its leaves point to, each ended by a zero byte. ModelFileError if any text could
+    lead outside of them."""
     if not data:
         return
     length = int.from_bytes(data[:4], "little")
@@ -138,5 +139,5 @@ def check_charsmap(data: bytes, origin: str) -> None:
 
 
 def _offsets(units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Where a unit's branches are, from its own place: 22 bits, eight times as far where another bit says so."""
+    """Returns the distances of units' branches: 22 bits, times 256 if bit 9 is set."""
     return (units >> 10) << ((units & (1 << 9)) >> 6)

@@ -1,4 +1,4 @@
-"""Finds the tokens of a vocabulary by parts of their bytes."""
+"""A search for the tokens of a vocabulary by parts of their bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 class TokenIndex:
-    """`words`: the bytes of each token, by id. Building takes about a second for 256 Ki tokens, a search a few
+    """An index of `words`, the bytes of each token. Building takes about a second for 256 Ki tokens, a search a few
     milliseconds at most."""
 
     def __init__(self, words: Sequence[bytes]) -> None:
@@ -21,7 +21,7 @@ class TokenIndex:
         self._tokens = [token for _, token in by_ending]
 
     def containing(self, text: bytes) -> list[int]:
-        """Tokens that have these bytes, one at least, in them; ascending."""
+        """Returns the tokens that contain these bytes (at least one), ascending."""
         starts = np.flatnonzero(self._bytes[: max(0, len(self._bytes) - len(text) + 1)] == text[0])
         for place in range(1, len(text)):
             starts = starts[self._bytes[starts + place] == text[place]]
@@ -30,7 +30,7 @@ class TokenIndex:
         return found
 
     def ending_with(self, text: bytes) -> list[int]:
-        """Tokens whose last bytes are these, one at least."""
+        """Returns the tokens that end with these bytes (at least one)."""
         wanted = text[::-1]
         start = bisect_left(self._reversed, wanted)
         end = bisect_right(self._reversed, wanted, lo=start, key=lambda word: word[: len(wanted)])

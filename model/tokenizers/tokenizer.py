@@ -11,16 +11,14 @@ from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
 _NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
-"""Types whose words do not say their bytes in the alphabet of the vocabulary."""
+"""Types whose words are not spelled in the alphabet of the vocabulary."""
 
 
 class Tokenizer(ABC):
     """A model's tokenizer; safe to use from several threads. Ids outside the vocabulary raise RequestError.
 
-    `longest_word`: characters of the vocabulary's longest word, or what a token of text has at most: a prompt with more
-    for each token of the context is refused. `end_of_generation`: tokens that end an answer, the file's eos, eot and
-    eom and words known to mean the same.
-    """
+    `longest_word`: characters of a token at most; a prompt with more for each token of the context is refused.
+    `end_of_generation`: the file's eos, eot and eom, and words known to mean the same."""
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
         self.vocabulary = vocabulary
@@ -37,41 +35,38 @@ class Tokenizer(ABC):
 
     @property
     def control_texts(self) -> Sequence[str]:
-        """Texts that mean a control token where special tokens are parsed, the longest first."""
+        """Texts that are parsed as control tokens, the longest first."""
         return [text for text, token_id in self._special if self.is_control(token_id)]
 
     @property
     def control_ids(self) -> Sequence[int]:
-        """Control and unknown tokens."""
         return [token_id for token_id, kind in enumerate(self.vocabulary.types) if kind in _CONTROL]
 
     def is_control(self, token_id: int) -> bool:
-        """Whether a token stands for no text of its own (control and unknown tokens)."""
+        """True for a control or unknown token, which stands for no text of its own."""
         return self._type_of(token_id) in _CONTROL
 
     def token_id(self, word: str) -> int | None:
-        """The id of a word as it stands in the vocabulary."""
         return self.vocabulary.ids.get(word)
 
     def token_text(self, token_id: int) -> str:
-        """The word as it stands in the vocabulary."""
         self._type_of(token_id)
         return self.vocabulary.words[token_id]
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Token ids of a text. `add_special` adds BOS and EOS where the model wants them; `parse_special` turns control
-        words in the text into their tokens, else they are ordinary text (never set it for text from a user)."""
+        """Returns token ids. `add_special` adds BOS and EOS if the model wants them; `parse_special` turns control
+        words into their tokens, so it must never be set for text from a user."""
         parts = self.split_special(text, parse_special)
         first = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         last = [self.eos_id] if add_special and self.add_eos and self.eos_id is not None else []
         return [*first, *self.encode_parts(parts), *last]
 
     def split_special(self, text: str, parse_special: bool) -> list[str | int]:
-        """A text cut at special tokens: pieces of plain text and token ids. User-defined words are always found."""
+        """Cuts a text at special tokens into plain text and token ids. User-defined words are always found."""
         return _split(_without_surrogates(text), self._special if parse_special else self._user_defined)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """Ids of what `split_special` gives."""
+        """Returns the token ids of `split_special`'s parts."""
         ids: list[int] = []
         after_special = True
         for part in parts:
@@ -80,16 +75,16 @@ class Tokenizer(ABC):
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """The text of some tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of tokens; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes:
-        """As `decode`, before the bytes are read as UTF-8. The space that `encode` puts first is taken off."""
+        """Returns the bytes of `decode`, without the space that `encode` puts first."""
         data = b"".join(self.token_bytes(i) for i in ids if not (skip_special and self.is_control(i)))
         return data[1:] if self.add_space_prefix and data.startswith(b" ") else data
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for; a control token's own name."""
+        """Returns the bytes that a token stands for; a control token's own name."""
         data = self._bytes.get(token_id)
         if data is None:
             data = self._bytes[token_id] = self._bytes_of(token_id)
@@ -105,11 +100,11 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        """Ids of text without special tokens; `after_special`: it stands first or behind a special token."""
+        """Returns ids of text without special tokens; `after_special`: it stands first or behind a special token."""
 
     @abstractmethod
     def word_bytes(self, word: str) -> bytes:
-        """The bytes of a word of type NORMAL."""
+        """Returns the bytes of a word of type NORMAL."""
 
     def _bytes_of(self, token_id: int) -> bytes:
         kind = self._type_of(token_id)
@@ -127,11 +122,10 @@ class Tokenizer(ABC):
 
 
 class Detokenizer:
-    """Text of one stream of tokens, without half characters.
+    """The text of one stream of tokens, without incomplete characters.
 
     By default the stream continues a text (a prompt), so a leading space stays; with `text_start` it is a whole text
-    and reads as `Tokenizer.decode` would give it. Control tokens in `shown` are not skipped.
-    """
+    and reads as in `Tokenizer.decode`. Control tokens in `shown` are not skipped."""
 
     def __init__(
         self,
@@ -148,7 +142,7 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """The characters that this token completes; bytes that cannot be UTF-8 become U+FFFD."""
+        """Returns the characters that this token completes; bytes that cannot be UTF-8 become U+FFFD."""
         if self._skip_special and self._tokenizer.is_control(token_id) and token_id not in self._shown:
             return ""
         data = self._tokenizer.token_bytes(token_id)
@@ -158,21 +152,21 @@ class Detokenizer:
         return self._decoder.decode(data)
 
     def flush(self) -> str:
-        """What is left when the stream ends: U+FFFD for a character that was never completed. Starts anew after it."""
+        """Returns U+FFFD for a character that was never completed, and resets the stream."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 def _texts_of(vocabulary: Vocabulary, *kinds: TokenType) -> list[tuple[str, int]]:
-    """Words of these types with their ids, the longest first."""
+    """Returns words of these types with their ids, the longest first."""
     wanted = bytes(kinds)
     found = [(vocabulary.words[i], i) for i, kind in enumerate(vocabulary.types) if kind in wanted]
     return sorted(found, key=lambda pair: (-len(pair[0].encode()), pair[1]))
 
 
 def _split(text: str, special: Sequence[tuple[str, int]]) -> list[str | int]:
-    """Text cut at special tokens: pieces of text and token ids. A longer token is cut out before any shorter one."""
+    """Cuts longer tokens out before shorter ones."""
     parts: list[str | int] = [text] if text else []
     for word, token_id in special:
         if word in text:
@@ -192,7 +186,7 @@ def _cut(part: str | int, word: str, token_id: int) -> Iterator[str | int]:
 
 
 def _without_surrogates(text: str) -> str:
-    """Text that UTF-8 can carry: halves of surrogate pairs, which JSON may hold, are joined or become U+FFFD."""
+    """Joins halves of surrogate pairs, which JSON may hold, or replaces them by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

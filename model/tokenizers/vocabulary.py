@@ -1,4 +1,4 @@
-"""What a GGUF file says about its vocabulary: words, their types and scores, and the tokens with a special part."""
+"""The vocabulary of a GGUF file: words, their types and scores, and the tokens with a special part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _END_TEXTS: Final = (
     "[e~[ _<EOT>"
 )
 END_OF_GENERATION_TEXTS: Final = frozenset(_END_TEXTS.split())
-"""Texts that end a generation whatever the file's own ids say, as llama.cpp knows them."""
+"""Texts that end a generation whatever the file's own ids are, as in llama.cpp."""
 
 _PADDING_TEXTS: Final = frozenset({"<PAD>", "[PAD]"})
 _PLAIN_TEXTS: Final = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"})
@@ -30,7 +30,7 @@ _END_KEYS: Final = tuple(f"{name}_token_id" for name in ("eos", "eot", "eom", "f
 
 
 class TokenType(IntEnum):
-    """GGUF's own numbers."""
+    """GGUF's numbers."""
 
     UNDEFINED = 0
     NORMAL = 1
@@ -43,7 +43,7 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Words by id. `types` holds a TokenType a word; `scores` is None where the file has none."""
+    """Words by id. `types` holds a TokenType for each word."""
 
     words: Sequence[str]
     types: bytes
@@ -64,7 +64,7 @@ def key(name: str) -> str:
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary of a GGUF file; ModelFileError where a field is missing, of the wrong kind or inconsistent."""
+    """ModelFileError if a field is missing, of the wrong kind or inconsistent."""
     words = _read_words(metadata)
     ids = _ids_by_word(words)
     types = _read_types(metadata, len(words))
@@ -88,7 +88,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
 
 def read_token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
-    """A token id, or None where the field is missing or outside the vocabulary (files use 2^32 - 1 for none)."""
+    """Reads a token id; None if the field is missing or outside the vocabulary (files use 2^32 - 1 for none)."""
     value = metadata.get(key(name))
     if value is None:
         return None
@@ -98,7 +98,6 @@ def read_token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | N
 
 
 def read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
-    """A truth value; ModelFileError where the field is something else."""
     value = metadata.get(key(name), default)
     if not isinstance(value, bool):
         raise ModelFileError(f"{key(name)} is not a truth value")
@@ -106,7 +105,7 @@ def read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:
-    """An array of text; ModelFileError where the field is missing or something else."""
+    """ModelFileError if the field is missing or not an array of text."""
     value = metadata.get(key(name))
     if value is None or isinstance(value, str) or not isinstance(value, Sequence):
         raise ModelFileError(f"{key(name)} is missing or not an array of text; the model cannot read or write text")
@@ -155,7 +154,7 @@ def _read_types(metadata: Mapping[str, Any], count: int) -> bytearray:
 
 
 def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], types: bytearray) -> frozenset[int]:
-    """Ids that end a generation. Words that look like control tokens get that type, whatever the file says."""
+    """Returns ids that end a generation. Words that look like control tokens get that type, whatever the file says."""
     padding = {ids[text] for text in _PADDING_TEXTS if text in ids and types[ids[text]] == TokenType.CONTROL}
     by_text = {ids[text] for text in END_OF_GENERATION_TEXTS if text in ids}
     for token_id in by_text:
@@ -169,7 +168,7 @@ def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], type
 
 
 def _keep_inner_marks(ids: Mapping[str, int], types: bytearray, ends: set[int | None]) -> None:
-    """In some chat formats `<|end|>` ends a part of an answer and `</s>` is an ordinary word: neither ends it all."""
+    """Removes `<|end|>` and `</s>` in chat formats where they end a part of an answer, or are an ordinary word."""
     found = {text for text in END_OF_GENERATION_TEXTS if ids.get(text) in ends}
     calls = {"<|call|>", "<|calls|>"} & found
     if "<|end|>" in found and calls and found & {"<|return|>", "<|flush|>"}:

@@ -12,14 +12,14 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import Vocabulary, key, read_flag, read_token_id
 
 _BEGIN: Final = "▁"
-"""Before pieces that begin a word."""
+"""The mark of pieces that begin a word."""
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
-"""BERT's own ids, for files that name none."""
+"""BERT's ids, for files that name none."""
 _LONGEST_WORD: Final = 256
-"""Characters that a token of a prompt has at most, on average. The unknown token stands for any word, but words longer
-than this, or so many blanks, are data and not text."""
+"""Characters that a token of a prompt has at most, on average. The unknown token stands for any word, but longer words,
+or so many blanks, are data and not text."""
 _MOST_CHARACTERS: Final = 1 << 18
-"""Of a text: Python takes about 25 microseconds for each of a long word."""
+"""The longest text, because Python takes about 25 microseconds for each character of a long word."""
 _HAN: Final = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -34,7 +34,8 @@ _HAN: Final = (
 
 
 class WordPieceTokenizer(Tokenizer):
-    """Lower case and no accents unless the file says otherwise. A word without pieces is one unknown token."""
+    """A tokenizer that lowers case and strips accents unless the file says otherwise. A word without pieces is one
+    unknown token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         size = len(vocabulary)
@@ -65,7 +66,7 @@ class WordPieceTokenizer(Tokenizer):
         return word.replace(_BEGIN, " ").encode()
 
     def _words(self, text: str) -> Iterator[str]:
-        """Words, and punctuation marks one by one, without accents and control characters."""
+        """Yields words, and punctuation marks one by one, without accents and control characters."""
         word: list[str] = []
         for character in unicodedata.normalize("NFD", text) if self._strips else text:
             kind = unicodedata.category(character)
@@ -86,7 +87,7 @@ class WordPieceTokenizer(Tokenizer):
         return lower if len(lower) == 1 else character
 
     def _pieces(self, word: str) -> list[int]:
-        """The longest piece first, from the beginning."""
+        """Returns the pieces from the beginning, each the longest possible."""
         ids, found, at = self.vocabulary.ids, list[int](), 0
         while at < len(word):
             ends = range(min(len(word), at + self._longest_piece), at, -1)
@@ -105,7 +106,8 @@ def _stands_alone(character: str, kind: str) -> bool:
 
 
 def _named(metadata: Mapping[str, Any], names: tuple[str, ...], size: int, default: int) -> int:
-    """The first of these ids that the file has. ModelFileError where it has none and the vocabulary is too small."""
+    """Returns the first of these ids that the file has, or the default. ModelFileError if the vocabulary is too small
+    for it."""
     for name in names:
         if (found := read_token_id(metadata, name, size)) is not None:
             return found

@@ -1,1 +1,1 @@
-"""Files of Hugging Face's form: JSON settings, safetensors, adapters of PEFT."""
+"""Files in Hugging Face's formats: JSON settings, safetensors, PEFT adapters."""

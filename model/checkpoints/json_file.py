@@ -1,4 +1,4 @@
-"""JSON objects from files that others wrote, with bounds."""
+"""JSON objects from foreign files, with bounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ _MAX_DIGITS: Final = 4000
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; ModelFileError where it is something else."""
     with open_regular(path) as descriptor:
         size = FileIdentity.of(descriptor).size_bytes
         if size > _MAX_JSON_BYTES:
@@ -28,8 +27,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
-    """A JSON object; duplicate keys are an error. NaN and infinities, which some configurations hold in unused settings
-    of theirs, become such floats: whoever reads the setting refuses them."""
+    """Returns a JSON object; duplicate keys are an error. NaN and infinities, which some configurations hold in unused
+    settings, become floats: the readers of settings refuse them."""
     try:
         found = json.loads(decode_text(data), object_pairs_hook=_object, parse_constant=float, parse_int=_whole)
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Final
 
 QKV: Final = MappingProxyType({"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"})
-"""Modules of `attn_q`, `attn_k` and `attn_v`."""
+"""The modules of `attn_q`, `attn_k` and `attn_v`."""
 _ATTENTION: Final = {**{module: f"attn_{part}" for part, module in QKV.items()}, "self_attn.o_proj": "attn_output"}
 _FUSED: Final = {"mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _DECODER: Final = {
@@ -61,17 +61,17 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "starcoder2": {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
     }
 )
-"""By architecture, those whose rows are the module's; only Q and K of `PAIRED` ones have them in another order."""
+"""Matrices, by architecture, whose rows are the module's; only Q and K of `PAIRED` architectures have another order."""
 PAIRED: Final = frozenset({"granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3"})
-"""Architectures whose files have the rows of each head of Q and K in the order of a rotation of neighbouring pairs:
-the checkpoint's first and second half of a head in turns."""
+"""Architectures whose files have the rows of each head of Q and K in the order of a rotation of neighbouring pairs: the
+checkpoint's first and second half of a head in turns."""
 _MODULE: Final = re.compile(
     r"(model\.|transformer\.|language_model\.model\.|model\.language_model\.)?(layers|h)\.(?P<layer>\d{1,4})\.(?P<module>.+)"
 )
 
 
 def matrix_name(architecture: str, module: str) -> str | None:
-    """`blk.7.attn_q` of `model.layers.7.self_attn.q_proj`; None for a module whose matrix GGUF has in another form."""
+    """Returns `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`; None if GGUF has the matrix in another form."""
     found = _MODULE.fullmatch(module)
     name = None if found is None else _MATRICES.get(architecture, {}).get(found["module"])
     return None if found is None or name is None else f"blk.{int(found['layer'])}.{name}"

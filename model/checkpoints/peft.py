@@ -1,4 +1,4 @@
-"""Adapters as PEFT saves them: a folder with settings and the factors A and B of modules; what other files mean too."""
+"""Adapters as PEFT saves them: a folder with settings and the factors A and B of modules."""
 
 from __future__ import annotations
 
@@ -31,19 +31,18 @@ _PLAIN: Final = re.compile(r"[\w.-]+")
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name as the model has it."""
     return name.removeprefix(_PREFIX)
 
 
 def factor_name(name: str) -> tuple[str, str] | None:
-    """Module and kind of a factor with this plain name: A, B, embedding_A or embedding_B. None for other tensors."""
+    """Returns module and kind (A, B, embedding_A or embedding_B) of a factor's plain name; None for other tensors."""
     found = _FACTOR.fullmatch(name)
     return None if found is None else (found["module"], found["kind"])
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """W + `factor` * B @ A."""
+    """The scaling of W + `factor` * B @ A."""
 
     rank: int
     alpha: float
@@ -55,19 +54,19 @@ class Scaling:
 
     @property
     def plain_alpha(self) -> float:
-        """With it, alpha / rank is the factor."""
+        """The alpha for which alpha / rank is the factor."""
         return self.alpha * (self.rank**0.5 if self.is_rank_stabilized else 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class PeftSettings:
-    """Of adapter_config.json."""
+    """The settings in adapter_config.json."""
 
     settings: Settings
 
     @classmethod
     def read(cls, folder: Path) -> PeftSettings:
-        """ModelFileError for a damaged file, and for any kind of adapter other than W + factor * B @ A."""
+        """ModelFileError for a damaged file, and for adapters other than W + factor * B @ A."""
         settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
         _check_kind(settings)
         return cls(settings)
@@ -98,7 +97,7 @@ def _check_kind(settings: Settings) -> None:
 
 
 def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
-    """A number with exceptions for some modules, which are named by a suffix."""
+    """Reads a number with exceptions for some modules, which are named by a suffix."""
     inner = settings.inner(name)
     strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
     if strange is not None:
@@ -108,6 +107,6 @@ def _pattern(settings: Settings, name: str, module: str, default: float) -> floa
 
 
 def check_rank(scaling: Scaling, rank: int, origin: str) -> None:
-    """ModelFileError where a factor has another rank than the settings."""
+    """ModelFileError if a factor has another rank than the settings."""
     if rank != scaling.rank:
         raise ModelFileError(f"{origin}: rank {rank}, {CONFIG} says {scaling.rank}")

@@ -1,4 +1,4 @@
-"""A folder of PEFT as an adapter's file: tensors under GGUF's names, which are read where they are."""
+"""A PEFT folder as an adapter's file: tensors under GGUF's names, which are read where they are."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _MERGE: Final = "leave the adapter out, or merge it by llamaclust model merge-lo
 
 
 def is_peft(path: Path) -> bool:
-    """Whether it is a folder of PEFT, or the weights in one."""
+    """True for a PEFT folder, or the weights in one."""
     return path.name == WEIGHTS or (path / CONFIG).is_file()
 
 
 def peft_files(path: Path) -> tuple[Path, Path]:
-    """Settings and weights of what `is_peft`."""
+    """Returns the paths of settings and weights."""
     folder = path.parent if path.name == WEIGHTS else path
     return folder / CONFIG, folder / WEIGHTS
 
 
 def read_peft(path: Path, model: ModelFile) -> Header:
-    """What a GGUF file of the same adapter would say; `path` is that of the weights. Its digest is that of settings and
-    names, without weights. ModelFileError for what is not W + factor * B @ A of the layers' matrices."""
+    """Returns the header of a GGUF file of the same adapter, with the path of the weights. Its digest is of settings
+    and names, without weights. ModelFileError for adapters other than W + factor * B @ A of the layers' matrices."""
     _, weights = peft_files(path)
     settings = PeftSettings.read(weights.parent)
     if settings.settings.values.get("modules_to_save"):
@@ -63,8 +63,6 @@ def read_peft(path: Path, model: ModelFile) -> Header:
 
 
 class _Reader:
-    """Of the tensors of one adapter."""
-
     def __init__(self, model: ModelFile, settings: PeftSettings, weights: Path, identity: FileIdentity) -> None:
         self.architecture = read_architecture(model)
         self._model = model
@@ -94,7 +92,7 @@ class _Reader:
         )
 
     def alpha(self) -> float:
-        """As GGUF has it, in float32: the scale of every matrix is alpha / rank."""
+        """Returns GGUF's alpha, a float32: the scale of every matrix is alpha / rank."""
         if len(self._alphas) > 1:
             one, other = list(self._alphas.items())[:2]
             what = f"alpha {one[0]:g} of {shown(one[1])}, {other[0]:g} of {shown(other[1])}: several are not supported"
@@ -113,7 +111,7 @@ class _Reader:
         self._alphas.setdefault(scaling.plain_alpha, module)
 
     def _paired_heads(self, name: str, stored: StoredTensor) -> int:
-        """Heads whose rows the file has in another order than GGUF; 0: rows are in GGUF's order."""
+        """Returns the number of heads whose rows the file has in another order than GGUF, or 0."""
         part = name.rpartition(".")[2]
         if self.architecture not in PAIRED or part not in ("attn_q", "attn_k"):
             return 0

@@ -24,14 +24,12 @@ class Settings:
         return ModelFileError(f"{self.origin}: {shown(name)}: {what}")
 
     def shown(self, name: str) -> str:
-        """A value as it may stand in a message of one line."""
         return _shown(self.values.get(name))
 
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
 
     def count(self, *names: str, default: int | None = None, minimum: int = 1, maximum: int = MAX_WIDTH) -> int:
-        """A whole number in [minimum, maximum]."""
         value = self._find(names, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
@@ -42,7 +40,7 @@ class Settings:
     def real(
         self, *names: str, default: float | None = None, minimum: float = 0.0, maximum: float = _MAX_REAL
     ) -> float:
-        """A finite number in [minimum, maximum]."""
+        """Returns a finite number in [minimum, maximum]."""
         value = self._find(names, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(names[0], f"{_shown(value)}, a number expected")
@@ -63,7 +61,7 @@ class Settings:
         return value
 
     def reals(self, name: str, count: int) -> list[float]:
-        """A list of `count` positive finite numbers."""
+        """Returns a list of `count` positive finite numbers."""
         value = self.values.get(name)
         if not isinstance(value, list) or len(value) != count:
             there = f"{len(value)} entries" if isinstance(value, list) else _shown(value)
@@ -73,7 +71,7 @@ class Settings:
         return [float(number) for number in value]
 
     def inner(self, *names: str) -> Settings:
-        """The object of that name, empty if missing."""
+        """Returns the object of that name, empty if missing."""
         value = self._find(names, {})
         if not isinstance(value, dict):
             raise self.error(names[0], f"{_shown(value)}, an object expected")

@@ -11,14 +11,12 @@ from llamaclust.model.gguf.tensors import read_exactly
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """An open file."""
-
     path: Path
     descriptor: int
     size_bytes: int
 
     def read(self, offset: int, count: int) -> bytes:
-        """Bytes [offset, offset + count); ModelFileError where the file ends before."""
+        """Returns bytes [offset, offset + count); ModelFileError if the file ends before."""
         if offset < 0 or count < 0 or offset + count > self.size_bytes:
             raise self.error(f"{count} bytes from byte {offset} on are needed, it has {self.size_bytes}: cut short")
         buffer = bytearray(count)

@@ -1,4 +1,4 @@
-"""How checkpoints store numbers."""
+"""Types of numbers in checkpoints."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 MAX_DIMENSIONS: Final = 5
-"""Of a tensor: convolutions over pictures in time have so many."""
+"""The most dimensions of a tensor, those of a convolution over pictures in time."""
 
 
 class Storage(Enum):
-    """How numbers are stored; BF16 is held as uint16."""
+    """Types of stored numbers; BF16 is held as uint16."""
 
     F64 = np.dtype("<f8")
     F32 = np.dtype("<f4")

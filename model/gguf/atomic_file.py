@@ -1,4 +1,4 @@
-"""Files that appear when they are complete: hidden beside their place until then, one alone or several together."""
+"""Files that appear when they are complete, one alone or several together; until then they have hidden names beside."""
 
 from __future__ import annotations
 
@@ -19,24 +19,22 @@ _RESERVE_BYTES: Final = 1 << 24
 _PART: Final = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 Opened = Callable[[Path], AbstractContextManager[BinaryIO]]
-"""Opens one of the files for writing; at the end of its block it is on the disk."""
+"""A function that opens one of the files for writing; at the end of its block the file is on disk."""
 
 
 @contextmanager
 def new_file(path: Path, size_bytes: int, advice: str = "") -> Iterator[BinaryIO]:
-    """As `new_files`, for one."""
     with new_files([path], size_bytes, advice) as opened, opened(path) as file:
         yield file
 
 
 @contextmanager
 def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Iterator[Opened]:
-    """Files of one folder that get their names, and replace what had them, when the block ends without an error, the
-    first one last; else nothing is left.
+    """Yields a function that opens files of one folder. They get their names, replacing older files, when the block
+    ends without an error, the first one last; else nothing is left.
 
-    What a process that was killed left of them is used again, and parts of a model that it cut otherwise are deleted.
-    UsageError, before anything is written, where there is no room (`advice` says what to do) or another process writes.
-    """
+    Files that a killed process left are used again, and its parts of the same model in another division are deleted.
+    UsageError, before anything is written, if there is no room (`advice` says what to do) or another process writes."""
     first = paths[0]
     for path in paths:
         _check_place(path)
@@ -60,7 +58,7 @@ def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Itera
 
 
 def part_paths(out: Path, count: int) -> list[Path]:
-    """Names of the files of a model in parts, or `out` alone."""
+    """Returns the names of the files of a model in parts, or `out` alone."""
     if count == 1:
         return [out]
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", out.stem)
@@ -68,7 +66,7 @@ def part_paths(out: Path, count: int) -> list[Path]:
 
 
 def hidden_name(path: Path) -> Path:
-    """Where the bytes of `path` are until they are complete."""
+    """Returns the path of an incomplete file."""
     return path.with_name(f".{path.name}.part")
 
 
@@ -89,7 +87,8 @@ def _check_room(path: Path, size_bytes: int, advice: str) -> None:
 
 
 def _no_links(path: str, flags: int) -> int:
-    """The hidden name can be guessed: in a folder that others write to, it may be a link to another file."""
+    """Opens without following links: in a folder that others write to, the hidden name may be a link to another
+    file."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -103,7 +102,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """The hidden file of the first one is there and locked: other writers of the same files wait or give up."""
+    """Creates and locks the hidden file of the first one, so that other writers of the same files wait or give up."""
     part = hidden_name(path)
     try:
         while True:
@@ -125,7 +124,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear(paths: Sequence[Path]) -> None:
-    """Deletes what killed runs left of the others of `paths`, and of the same model in more or fewer parts."""
+    """Deletes remains of killed runs: the others of `paths`, and the same model in more or fewer parts."""
     for path in paths[1:]:
         hidden_name(path).unlink(missing_ok=True)
     mine = _PART.fullmatch(paths[0].name)
@@ -141,7 +140,7 @@ def _clear(paths: Sequence[Path]) -> None:
 
 
 def _delete_unlocked(parts: Sequence[Path]) -> None:
-    """All, the first one last, unless a process holds the lock, which is on the first one."""
+    """Deletes all parts, the first one last, unless a process holds the lock, which is on the first one."""
     with open(parts[0], "r+b", opener=_no_links) as file:
         if take_lock(file):
             for part in reversed(parts):

@@ -1,4 +1,4 @@
-"""File systems: which ones are remote."""
+"""Types of file systems, and those that are remote."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ _REMOTE = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "vboxsf", "fuse", "afs", "coda", "ncpfs"}
     | {"ceph", "lustre", "glusterfs", "beegfs", "gpfs", "gfs2", "ocfs2", "orangefs", "pvfs2"}
 )
-"""FUSE is among them, as what its process does with a file is not known, but for block devices (`fuseblk`)."""
+"""Types of remote file systems. FUSE is among them, because its process may do anything with a file; `fuseblk` is
+not."""
 
 
 def is_remote(path: Path) -> bool:
-    """Returns whether it is on a remote file system, which other machines may have too; True if the system does not
-    tell."""
+    """True for a remote file system, which other machines may have too, or if the system does not tell."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     except OSError:
@@ -25,7 +25,8 @@ def is_remote(path: Path) -> bool:
 
 
 def file_system(path: Path, mounts: Iterable[str]) -> str:
-    """Type of what a path without links lies on, such as "fuse.sshfs", by the lines of /proc/PID/mountinfo."""
+    """Returns the type of the file system of a path without links, such as "fuse.sshfs", from lines of
+    /proc/PID/mountinfo."""
     depth, kind = 0, ""
     for line in mounts:
         before, _, after = line.partition(" - ")

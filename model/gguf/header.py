@@ -47,7 +47,7 @@ _SCALARS = {number: Struct(code) for number, code in NUMBER_FORMATS.items()}
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What one file says. `digest` is SHA-256 over the header, the file's size and a few samples of the weights."""
+    """The header of one file. `digest` is SHA-256 over the header, the file's size and a few samples of the weights."""
 
     path: Path
     file_identity: FileIdentity
@@ -58,7 +58,7 @@ class Header:
 
 class _Cursor:
     """A position in a file's header, read front to back in growing chunks; every length is checked against the file
-    before it is used. `place` names the part that is read now, for errors."""
+    before it is used. `place` names the current part for errors."""
 
     __slots__ = ("_buffer", "_descriptor", "_nested", "_path", "_size_bytes", "place", "position")
 
@@ -73,7 +73,6 @@ class _Cursor:
 
     @property
     def consumed(self) -> memoryview:
-        """The bytes read so far, [0, position)."""
         return memoryview(self._buffer)[: self.position]
 
     @property
@@ -84,7 +83,7 @@ class _Cursor:
         return fail_at(self._path, f"{self.place} (byte {self.position})", what, advice)
 
     def need(self, count: int) -> None:
-        """Makes the next `count` bytes ready; ModelFileError where there are fewer, or absurdly many."""
+        """Reads at least the next `count` bytes; ModelFileError if there are fewer, or absurdly many."""
         end = self.position + count
         if end <= len(self._buffer):
             return
@@ -105,7 +104,7 @@ class _Cursor:
         return bytes(memoryview(self._buffer)[start : self.position])
 
     def peek(self, count: int) -> bytes:
-        """The next bytes, fewer at the end of the file; they are not consumed."""
+        """Returns the next bytes, fewer at the end of the file, and does not consume them."""
         count = min(count, self.remaining_bytes)
         self.need(count)
         return bytes(self._buffer[self.position : self.position + count])
@@ -123,11 +122,12 @@ class _Cursor:
         return self.take(length)
 
     def text(self, max_bytes: int) -> str:
-        """A length and that many bytes of UTF-8; others are replaced by U+FFFD: an author's name damages no file."""
+        """Reads a length and that many bytes; invalid UTF-8 becomes U+FFFD, because an author's name damages no
+        file."""
         return str(self._string_bytes(max_bytes), "utf-8", "replace")
 
     def string(self, max_bytes: int) -> str:
-        """A length and that many bytes, which must be UTF-8: the name of something."""
+        """Reads a length and that many bytes, which must be UTF-8: the name of something."""
         data = self._string_bytes(max_bytes)
         try:
             return str(data, "utf-8")
@@ -135,7 +135,7 @@ class _Cursor:
             raise self.error(f"a string that is not UTF-8 ({error.reason})") from error
 
     def strings(self, count: int, key: str) -> LazyStrings:
-        """`count` strings, of which only the lengths are looked at."""
+        """Reads `count` strings, but only their lengths."""
         if count > min(_MAX_STRINGS, self.remaining_bytes // 8):
             raise self.error(f"an array of {count} strings")
         start = self.position
@@ -154,7 +154,7 @@ class _Cursor:
         self.position = at
 
     def value(self, key: str) -> MetadataValue:
-        """A metadata value, its type before it."""
+        """Reads a metadata value with its type before it."""
         value_type = self.u32()
         return self._array(key, 1) if value_type == ARRAY_TYPE else self._scalar(value_type)
 
@@ -216,7 +216,7 @@ def read_header(path: Path) -> Header:
 
 
 def raw_metadata(path: Path) -> dict[str, bytes]:
-    """Every key's type and value as they stand in the file, for a copy that keeps them. Errors as for `read_header`."""
+    """Returns every key's type and value as bytes of the file, for an exact copy. Errors as for `read_header`."""
     with open_regular(path) as descriptor:
         cursor = _Cursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
         values = {}
@@ -261,7 +261,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
 
 
 def _read_tensors(cursor: _Cursor, count: int, path: Path, identity: FileIdentity) -> dict[str, Tensor]:
-    """By name; offsets are from the start of the data section."""
+    """Reads tensors by name; offsets are from the start of the data section."""
     tensors: dict[str, Tensor] = {}
     for number in range(count):
         cursor.place = f"tensor {number}"
@@ -307,7 +307,7 @@ def _alignment(path: Path, metadata: dict[str, MetadataValue]) -> int:
 
 
 def _placed(tensor: Tensor, data_start: int) -> Tensor:
-    """The tensor with its offset in the file."""
+    """Returns the tensor with its offset in the file."""
     offset, size_bytes = data_start + tensor.offset, tensor.file_identity.size_bytes
     if offset + tensor.n_bytes > size_bytes:
         what = f"ends at byte {offset + tensor.n_bytes}, the file at byte {size_bytes}"
@@ -323,7 +323,7 @@ def _check_overlaps(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(cursor: _Cursor, descriptor: int, path: Path, data_start: int) -> bytes:
-    """SHA-256 of header, size and samples: two fine-tunes of one base model must not pass for the same model."""
+    """Returns SHA-256 of header, size and samples: two fine-tunes of one base model must differ."""
     size_bytes = cursor.position + cursor.remaining_bytes
     hashed = hashlib.sha256(size_bytes.to_bytes(8, "little"))
     with cursor.consumed as header:

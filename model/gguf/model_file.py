@@ -1,4 +1,4 @@
-"""Opens a GGUF model, in one file or split in parts: metadata with typed getters, and tensors not yet read."""
+"""A GGUF model, in one file or split in parts: metadata with typed getters, and tensors not yet read."""
 
 from __future__ import annotations
 
@@ -22,10 +22,8 @@ PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.ggu
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A model as its file or files describe it. `path` is the file, or the first part of a split model.
-
-    `identity` is a SHA-256 in hex over headers, sizes and samples of the weights: the model id that travels.
-    """
+    """A model in a file, or in parts of which `path` is the first. `identity`, the model id, is a SHA-256 in hex over
+    headers, sizes and samples of the weights."""
 
     path: Path
     parts: tuple[Path, ...]
@@ -36,7 +34,7 @@ class ModelFile:
 
     @property
     def is_current(self) -> bool:
-        """True while the files are there and unchanged since they were opened."""
+        """True while the files are unchanged since they were opened."""
         try:
             there = {path: FileIdentity.from_status(path.stat()) for path, _ in self._files}
         except OSError:
@@ -45,8 +43,8 @@ class ModelFile:
 
     @property
     def version(self) -> str:
-        """SHA-256 in hex over the identity and what the system says of the files: their bytes cannot be changed without
-        another one, as far as times of changes tell. Equal on machines with copies of one disk."""
+        """SHA-256 in hex over the identity and the files' inodes, sizes and times: it changes with their bytes, as far
+        as times tell. Equal on machines with copies of one disk."""
         files = sorted((found.inode, found.size_bytes, found.modified_ns, found.changed_ns) for _, found in self._files)
         return hashlib.sha256(repr((self.identity, files)).encode()).hexdigest()
 
@@ -59,7 +57,6 @@ class ModelFile:
 
     @property
     def changed_ns(self) -> int:
-        """Time of the newest change of a file."""
         return max((max(found.modified_ns, found.changed_ns) for _, found in self._files), default=0)
 
     @property
@@ -67,11 +64,9 @@ class ModelFile:
         return {(tensor.path, tensor.file_identity) for tensor in self.tensors.values()}
 
     def error(self, key: str, what: str, advice: str = "the file is not usable, take another one") -> ModelFileError:
-        """The error for metadata `key` that is missing or makes no sense."""
         return fail_at(self.path, f"metadata {shown(key)}", what, advice)
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of that name; ModelFileError where there is none."""
         tensor = self.tensors.get(name)
         if tensor is None:
             raise fail_at(self.path, f"tensor {shown(name)}", "missing", "the file is not usable, take another one")
@@ -80,7 +75,7 @@ class ModelFile:
     def metadata_int(
         self, key: str, default: int | None = None, *, minimum: int = 0, maximum: int = (1 << 31) - 1
     ) -> int:
-        """A whole number in [minimum, maximum]. A missing key gives `default`, or an error where that is None."""
+        """A missing key gives `default`, or an error if it is None."""
         value = self._value(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.error(key, f"{kind_of(value)}, a whole number expected")
@@ -91,7 +86,7 @@ class ModelFile:
     def metadata_float(
         self, key: str, default: float | None = None, *, minimum: float = -math.inf, maximum: float = math.inf
     ) -> float:
-        """A finite decimal number in [minimum, maximum]. A missing key gives `default`, or an error if it is None."""
+        """Returns a finite number. A missing key gives `default`, or an error if it is None."""
         value = self._value(key, default)
         if not isinstance(value, float):
             raise self.error(key, f"{kind_of(value)}, a decimal number expected")
@@ -106,7 +101,7 @@ class ModelFile:
         return value
 
     def metadata_strings(self, key: str) -> Sequence[str]:
-        """An array of text, decoded on first use; a missing key is an error."""
+        """Returns an array of text, decoded on first use; a missing key is an error."""
         value = self._value(key, None)
         if not isinstance(value, LazyStrings):
             raise self.error(key, f"{kind_of(value)}, an array of text expected")
@@ -120,10 +115,8 @@ class ModelFile:
 
 
 def open_model(path: Path | str) -> ModelFile:
-    """Reads the header of a GGUF file, and of all parts where it is the first part of a split model.
-
-    ModelFileError, naming the file and the place, for anything that is missing, damaged, hostile or not supported.
-    """
+    """Reads the header of a GGUF file, and of all parts if it is the first part of a split model. ModelFileError,
+    naming the file and the place, for anything that is missing, damaged, hostile or not supported."""
     first = read_header(Path(path))
     headers = [first, *_other_parts(first)]
     tensors: dict[str, Tensor] = {}
@@ -146,7 +139,7 @@ def open_model(path: Path | str) -> ModelFile:
 
 
 def _other_parts(first: Header) -> list[Header]:
-    """Headers of parts 2..N, each checked to be the part that its name and the first one say."""
+    """Returns the headers of parts 2..N, each checked against its name and the first part."""
     count = _split_number(first, "split.count", default=1, minimum=0)
     name = PART_NAME.fullmatch(first.path.name)
     if count <= 1:  # llama-gguf-split leaves 0 in a file that it merged
@@ -169,7 +162,7 @@ def _other_parts(first: Header) -> list[Header]:
 
 
 def _check_alone(part: Header, count: int) -> None:
-    """ModelFileError where another part follows in the same file, as after `cat`: each has a header of its own."""
+    """ModelFileError if another part follows in the same file, as after `cat`: each has a header of its own."""
     end = max((tensor.offset + tensor.n_bytes for tensor in part.tensors.values()), default=0)
     size_bytes = part.file_identity.size_bytes
     follows = bytearray(min(size_bytes - end, DEFAULT_ALIGNMENT + len(MAGIC)))

@@ -1,4 +1,4 @@
-"""Files that are no GGUF file though they have its name: their kinds, by the first bytes, and what to do."""
+"""Files that are not GGUF though they have its name: their kinds, by the first bytes, and advice."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _KINDS: Final = (
         for magic in (b"lmgg", b"fmgg", b"tjgg")
     ),
 )
-"""First bytes, what such a file is, and what to do."""
+"""First bytes, kind of file, and advice."""
 _PAGES: Final = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 def other_kind(start: bytes) -> tuple[str, str]:
-    """Returns the kind of a file whose first bytes (`START_BYTES`, or all) are not those of GGUF, and what to do."""
+    """Returns the kind of a file whose first bytes (`START_BYTES`, or all) are not those of GGUF, and advice."""
     for magic, what, advice in _KINDS:
         if start.startswith(magic):
             return what, advice

@@ -18,8 +18,8 @@ _log = logging.getLogger(__name__)
 
 
 def recommended_sampling(file: ModelFile) -> dict[str, Any]:
-    """The recommended values, by the names of llama.cpp's request fields. Values that no request could have are logged
-    and left out, since they say nothing about the weights."""
+    """Returns the recommended values, by the names of llama.cpp's request fields. Values that no request could have are
+    logged and omitted."""
     found: dict[str, Any] = {}
     for key, (field, row) in _ROWS.items():
         value = file.metadata.get(_PREFIX + key)
@@ -38,5 +38,5 @@ def _is_of(value: object, kind: type[int] | UnionType) -> TypeGuard[int | float]
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal number that is the same float32: files have 0.95 as 0.949999988."""
+    """Returns the shortest decimal number that is the same float32: files have 0.95 as 0.949999988."""
     return float(str(np.float32(value)))

@@ -1,5 +1,5 @@
-"""A tensor in a model file: what it is and where its bytes are. Bytes are read with pread, never mapped: a file that is
-cut short while it is read is then an error with a name and not a crash."""
+"""A tensor in a model file, and the place of its bytes. Bytes are read with pread, never mapped, so that a file that is
+truncated meanwhile is an error with a name and not a crash."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from llamaclust.model.shard_names import named_range
 
 _LAYER = re.compile(r"(adapter\.\d+\.)?blk\.[^.]+(?=\.)")
 _READ_BYTES = 1 << 26
-"""One read call; large enough for any disk, small enough that a load can be interrupted."""
+"""The size of one read call; large enough for any disk, small enough that a load can be interrupted."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """Tells whether a path still leads to the bytes whose header was read. `changed_ns` also tells changes whose time
-    of modification was set back; links and permissions move it, so it does not make two identities different."""
+    """The identity of a file whose header was read. `changed_ns` also tells changes whose time of modification was set
+    back; links and permissions move it, so it is not compared."""
 
     device: int
     inode: int
@@ -46,7 +46,7 @@ class FileIdentity:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """A read-only descriptor of a regular file; ModelFileError where there is none (a pipe would block for ever)."""
+    """Yields a read-only descriptor of a regular file; ModelFileError if there is none (a pipe would block forever)."""
     try:
         descriptor = open_descriptor(path)
     except FileNotFoundError:
@@ -64,7 +64,7 @@ def open_regular(path: Path) -> Iterator[int]:
 
 
 def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -> None:
-    """Fills `buffer` with the file's bytes from `offset` on; ModelFileError where the file ends before that."""
+    """Fills `buffer` with the file's bytes from `offset` on; ModelFileError if the file ends before that."""
     done = 0
     while done < len(buffer):
         try:
@@ -81,11 +81,10 @@ def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -
 class Tensor:
     """One tensor of a model file, not yet read. `shape` is row-major, slowest first: GGUF's ne = [k, n] is (n, k).
 
-    `content` is the SHA-256 of its bytes in hex, where that is known. `paired_heads`: so many heads have their rows in
-    two halves in the file, which are read in turns; 0: the bytes are those of the file. `packed_as`: a type whose tiles
-    its matrices are to lie in, other than those of its own (`WIDER_TILES`). `stride_bytes`: in the file, so far behind
-    the beginning of each of the slowest dimension begins the next one; 0: they lie one behind the other.
-    """
+    `content` is the SHA-256 of its bytes in hex, if known. `paired_heads`: heads whose rows the file has in two halves,
+    which are read in turns; 0: bytes are read as they are. `packed_as`: another type for the tiles of its matrices
+    (`WIDER_TILES`). `stride_bytes`: the distance in the file between entries of the slowest dimension; 0: they are
+    contiguous."""
 
     name: str
     quant_type: QuantType
@@ -101,12 +100,12 @@ class Tensor:
 
     @property
     def tile_type(self) -> QuantType:
-        """Of its matrices in memory."""
+        """The type of its tiles in memory."""
         return self.quant_type if self.packed_as is None else self.packed_as
 
     @property
     def place(self) -> tuple[object, ...]:
-        """Tells its bytes from others of the file."""
+        """A key that distinguishes its bytes from others of the file."""
         place = self.offset, self.n_bytes, self.shape
         if self.stride_bytes:
             return (*place, "stride", self.stride_bytes)
@@ -114,19 +113,19 @@ class Tensor:
 
     @property
     def source(self) -> tuple[object, ...]:
-        """Tells the file of its bytes from all others, and from what the file was before a change."""
+        """A key that distinguishes the file of its bytes from all others, and from itself before a change."""
         if self.content is not None:
             return (self.content,)
         return self.path, self.file_identity, self.file_identity.changed_ns
 
     @property
     def origin(self) -> Path:
-        """The model file, or the folder that its bytes were brought to."""
+        """The model file, or the folder of fetched bytes."""
         return self.path if self.content is None else self.path.parent
 
     @property
     def layer(self) -> str | None:
-        """`blk.7` of a tensor of layer 7, `adapter.0.blk.7` of an adapter's there; None outside the layers."""
+        """The layer's prefix, such as `blk.7`, or `adapter.0.blk.7` for an adapter; None outside the layers."""
         found = _LAYER.match(self.name)
         return None if found is None else found[0]
 
@@ -141,14 +140,14 @@ class Tensor:
 
     @property
     def resident_bytes(self) -> int:
-        """What it takes in memory to be computed with: a vector as float32, matrices in tiles of sixteen rows."""
+        """The bytes in memory: of a vector as float32, of matrices in tiles of sixteen rows."""
         if len(self.shape) == 1:
             return 4 * self.shape[0]
         *count, rows, width = self.shape
         return prod(count) * -(-rows // TILE_ROWS) * self.tile_type.info.tile_bytes(width)
 
     def shard(self, name: str) -> Tensor:
-        """The part of it that has this name, or all of it."""
+        """Returns the part of the tensor that has this name, or the tensor itself."""
         if (found := named_range(name)) is None:
             return self
         dimension, part = found
@@ -171,11 +170,11 @@ class Tensor:
         )
 
     def read(self) -> bytes:
-        """All bytes. ModelFileError where the file went away, shrank or changed."""
+        """Returns all bytes. ModelFileError if the file is gone, shrank or changed."""
         return self.read_range(0, self.n_bytes)
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Bytes [start, end) of the tensor; errors as for `read`."""
+        """Returns bytes [start, end) of the tensor; errors as for `read`."""
         buffer = bytearray(end - start)
         self.read_into(buffer, start)
         return bytes(buffer)
@@ -195,7 +194,7 @@ class Tensor:
             self._check(descriptor)
 
     def _parts(self, view: memoryview, start: int) -> Iterator[tuple[int, memoryview]]:
-        """The view in pieces that lie in one piece in the file, each with its place there."""
+        """Yields contiguous pieces of the view, each with its place in the file."""
         each = self.n_bytes // self.shape[0] if self.stride_bytes else self.n_bytes
         while len(view):
             index, skipped = divmod(start, each)
@@ -204,7 +203,7 @@ class Tensor:
             view, start = view[count:], start + count
 
     def _read_paired(self, descriptor: int, view: memoryview, start: int) -> None:
-        """Reads whole heads."""
+        """Reads whole heads, and interleaves the rows of their halves."""
         head_bytes = self.n_bytes // self.paired_heads
         first, last = start // head_bytes, -(-(start + len(view)) // head_bytes)
         halves = np.empty((last - first, 2, head_bytes // 2 // self.row_bytes, self.row_bytes), np.uint8)

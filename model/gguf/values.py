@@ -1,4 +1,4 @@
-"""GGUF metadata as Python sees it: numbers, text, NumPy arrays, and arrays of text that are decoded late."""
+"""GGUF metadata in Python: numbers, text, NumPy arrays, and arrays of text that are decoded late."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LENGTH = Struct("<Q")
 
 
 class LazyStrings(Sequence[str]):
-    """An array of strings kept as it stands in the file (a 64-bit length before each) until the first one is used."""
+    """An array of strings kept as in the file (a 64-bit length before each) until the first one is used."""
 
     __slots__ = ("_count", "_data", "_decoded", "_origin")
 
     def __init__(self, data: bytes, count: int, origin: str) -> None:
-        """`data` holds exactly `count` strings, lengths checked; `origin` names file and key for errors."""
+        """Takes `data` of exactly `count` strings with checked lengths; `origin` names file and key for errors."""
         self._data = data
         self._count = count
         self._origin = origin
@@ -40,7 +40,7 @@ class LazyStrings(Sequence[str]):
         return f"LazyStrings({self._origin}, {self._count} strings)"
 
     def decoded(self) -> list[str]:
-        """Every string; ModelFileError where one is not UTF-8. Decoded once, so do not change the list."""
+        """Returns every string; ModelFileError if one is not UTF-8. The list is cached and must not be changed."""
         if self._decoded is not None:
             return self._decoded
         data, unpack = self._data, LENGTH.unpack_from
@@ -62,12 +62,11 @@ MetadataValue = int | float | bool | str | NDArray[Any] | LazyStrings | tuple["M
 
 
 def shown(text: str) -> str:
-    """Text from a file made safe for a one-line message: quoted, escaped, at most 64 characters."""
+    """Makes text from a file safe for a one-line message: quoted, escaped, at most 64 characters."""
     return ascii(text if len(text) <= 64 else text[:61] + "...")
 
 
 def kind_of(value: MetadataValue) -> str:
-    """What a value is, in words for a message."""
     if isinstance(value, bool):
         return "a truth value"
     if isinstance(value, int):
@@ -84,10 +83,9 @@ def kind_of(value: MetadataValue) -> str:
 def fail_at(
     path: Path, place: str, what: str, advice: str = "the file is damaged, download it again"
 ) -> ModelFileError:
-    """The error for a bad file: where, what, and what to do, on one line."""
+    """Returns the error for a bad file on one line: place, fault and advice."""
     return ModelFileError(f"{path}: {place}: {what}; {advice}")
 
 
 def padded(count: int, alignment: int) -> int:
-    """The next multiple of `alignment`."""
     return -(-count // alignment) * alignment

@@ -1,4 +1,4 @@
-"""Writes GGUF version 3 files, one tensor at a time, so that a model larger than memory can be written."""
+"""A writer of GGUF version 3 files, one tensor at a time, so that a model larger than memory can be written."""
 
 from __future__ import annotations
 
@@ -28,21 +28,18 @@ class RawValue:
 
 
 WritableValue = MetadataValue | np.generic | Sequence[str] | RawValue
-"""What metadata may hold. A Python int becomes uint32 where it fits, else int32 or a 64-bit type, a float becomes
-float32; a NumPy scalar or array keeps its type; a sequence of text becomes an array of strings, any other an array of
-arrays."""
+"""Values of metadata. A Python int becomes uint32 if it fits, else int32 or a 64-bit type, a float becomes float32; a
+NumPy scalar or array keeps its type; a sequence of text becomes an array of strings, any other an array of arrays."""
 
 Bytes = bytes | bytearray | memoryview
 Produce = Callable[[], Bytes | Iterator[Bytes]]
-"""A tensor's bytes, whole or in pieces."""
+"""A function that returns a tensor's bytes, whole or in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """A tensor to be written. `produce` is called once, when its turn comes, for exactly `n_bytes` bytes.
-
-    `shape` is row-major, slowest first; its last number is a multiple of the type's block size.
-    """
+    """A tensor to be written. `produce` is called once, in the tensor's turn, for exactly `n_bytes` bytes. `shape` is
+    row-major, slowest first; its last number is a multiple of the type's block size."""
 
     name: str
     quant_type: QuantType
@@ -56,7 +53,7 @@ class TensorSource:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a model file is to hold."""
+    """The contents of a model file to be written."""
 
     header: bytes
     tensors: tuple[TensorSource, ...]
@@ -64,7 +61,7 @@ class Contents:
 
     @classmethod
     def of(cls, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> Self:
-        """`general.alignment` of the metadata is obeyed."""
+        """Obeys the metadata's `general.alignment`."""
         alignment, sources = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT)), tuple(tensors)  # type: ignore[arg-type]
         return cls(header_bytes(metadata, sources, alignment), sources, alignment)
 
@@ -79,15 +76,15 @@ class Contents:
 
 
 def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> None:
-    """Writes a model file: it appears under its name when it is complete, or not at all. UsageError where the disk has
-    too little room."""
+    """Writes a model file, which appears when it is complete, or not at all. UsageError if the disk has too little
+    room."""
     contents = Contents.of(metadata, tensors)
     with new_file(Path(path), contents.n_bytes) as file:
         contents.write(file)
 
 
 def write_gguf_parts(parts: Mapping[Path, Contents]) -> None:
-    """As `write_gguf`, for files that appear together."""
+    """Writes files that appear together; errors as for `write_gguf`."""
     with new_files(list(parts), sum(contents.n_bytes for contents in parts.values())) as opened:
         for path, contents in parts.items():
             with opened(path) as file:
@@ -97,7 +94,7 @@ def write_gguf_parts(parts: Mapping[Path, Contents]) -> None:
 def header_bytes(
     metadata: Mapping[str, WritableValue], sources: Sequence[TensorSource] = (), alignment: int = DEFAULT_ALIGNMENT
 ) -> bytes:
-    """What stands before the tensors. Equal arguments give equal bytes."""
+    """Returns the bytes before the tensors. Equal arguments give equal bytes."""
     header = bytearray(MAGIC + pack("<IQQ", _VERSION, len(sources), len(metadata)))
     for key, value in metadata.items():
         header += _text(key) + _value(value)
@@ -119,7 +116,7 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: WritableValue) -> bytes:
-    """A value with its type before it."""
+    """Writes a value with its type before it."""
     if isinstance(value, RawValue):
         return value.data
     if isinstance(value, str):

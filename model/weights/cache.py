@@ -1,7 +1,6 @@
 """The folder of fetched weights: tensors by the SHA-256 of their bytes, and manifests of models. Knows no network.
 
-A file gets its name only when it is whole, checked and on disk. Processes of one machine share the folder.
-"""
+A file gets its name only when it is whole, checked and on disk. Processes of one machine share the folder."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ _HASH = re.compile("[0-9a-f]{64}")
 
 
 class WeightCache(DiskCache):
-    """The folder is made on first use."""
+    """A cache whose folder is made on first use."""
 
     suffixes = (WHOLE, UNFINISHED, KNOWN, MAKING)
     content, limit = "weights", "LLAMACLUST_WEIGHTS_SIZE"
@@ -41,12 +40,12 @@ class WeightCache(DiskCache):
     modified_ns = _MODIFIED_NS  # their digests are not computed at each start
 
     def prepare(self) -> None:
-        """Makes the folder. LlamaclustError where that fails, or where others may write there."""
+        """Makes the folder. LlamaclustError if that fails, or if others may write there."""
         with self._errors():
             self.create()
 
     def place(self, content: str) -> Path:
-        """Where the bytes with that SHA-256 are, if they are there."""
+        """Returns the path of the bytes with this SHA-256, whether they are there or not."""
         assert _HASH.fullmatch(content)
         return self.path / f"{content}{WHOLE}"
 
@@ -54,8 +53,8 @@ class WeightCache(DiskCache):
         return self.place(content).with_suffix(UNFINISHED)
 
     def part_bytes(self, content: str) -> int:
-        """What is there of an unfinished one; it counts as used now. One that a process writes is left as it is: it may
-        be whole at this moment, and then its times say so."""
+        """Returns the size of an unfinished tensor and marks it as used, unless a process is writing it: then it may
+        just have become whole, with the times that say so."""
         try:
             with open_own(self.part_path(content), os.O_RDWR) as file:
                 if take_lock(file.fileno()):
@@ -65,7 +64,8 @@ class WeightCache(DiskCache):
             return 0
 
     def find(self, content: str) -> FileIdentity | None:
-        """None where it is not there; what was changed since it was written is deleted. It counts as used now."""
+        """Returns the file's identity and marks it as used; None if it is missing. A file that was changed since it was
+        written is deleted."""
         with suppress(OSError):
             file = self.open(self.place(content).name)
             if file is not None:
@@ -74,7 +74,7 @@ class WeightCache(DiskCache):
         return None
 
     def known_manifest(self, key: str) -> str | None:
-        """SHA-256 of the manifest that was remembered by that name, if it is still there."""
+        """Returns the SHA-256 of the manifest that is remembered by that name, if it is still there."""
         assert _HASH.fullmatch(key)
         try:
             content = (self.read(f"{key}{KNOWN}", 65) or b"").decode("ascii")
@@ -83,14 +83,15 @@ class WeightCache(DiskCache):
         return content if _HASH.fullmatch(content) and self.find(content) is not None else None
 
     def keep_manifest(self, key: str, data: bytes) -> str:
-        """Writes a manifest and remembers it by that name; returns its SHA-256. LlamaclustError where it cannot."""
+        """Writes a manifest and remembers it by that name; returns its SHA-256. LlamaclustError if it cannot be
+        written."""
         content = sha256(data).hexdigest()
         self._write(self.place(content).name, data)
         self.remember_manifest(key, content)
         return content
 
     def remember_manifest(self, key: str, content: str) -> None:
-        """LlamaclustError where that cannot be written."""
+        """LlamaclustError if it cannot be written."""
         assert _HASH.fullmatch(key)
         if self.known_manifest(key) != content:
             (self.path / f"{key}{KNOWN}").unlink(missing_ok=True)
@@ -102,7 +103,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """What is found or written meanwhile is not deleted to make room."""
+        """Keeps files that are found or written meanwhile from being deleted to make room."""
         self.prepare()
         path = self.path / f"{secrets.token_hex(8)}{_LEASE}"
         with ExitStack() as stack:
@@ -115,8 +116,8 @@ class WeightCache(DiskCache):
             yield
 
     def make_room(self, n_bytes: int) -> None:
-        """Deletes what was not used for longest and is in no load, until there is room for so many bytes more.
-        LlamaclustError where there cannot be."""
+        """Deletes files that are in no load, least recently used first, until there is room for `n_bytes` more.
+        LlamaclustError if there cannot be."""
         with self._errors(), self.locked():
             self._make_room(n_bytes)
 
@@ -130,7 +131,7 @@ class WeightCache(DiskCache):
             raise LlamaclustError(f"{self.path}: weights cannot be kept there: {error.strerror}") from error
 
     def _needed_since_ns(self) -> int:
-        """When the oldest load that is under way began."""
+        """Returns the start of the oldest load that is under way."""
         begun = [NEVER_NS]
         for lease in self.files(_LEASE):
             with suppress(OSError):
@@ -150,12 +151,10 @@ class WeightCache(DiskCache):
 
 
 class WeightPart:
-    """One tensor on its way into the cache: written piece by piece, resumed, and checked before it gets its name.
+    """One tensor on its way into the cache: written piece by piece, resumed, and checked before it gets its name. Only
+    one process at a time has it open. Every method blocks, and may be called from any thread.
 
-    Open for writing by one process at a time. Every method blocks; they may be called from any thread.
-
-    `done_bytes` are there; `resumed`: some of them were there before it was opened.
-    """
+    `done_bytes` are there; `resumed`: some of them were there before it was opened."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache
@@ -171,7 +170,8 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """None where another process writes it, or has finished it. LlamaclustError where it cannot be written."""
+        """Returns None if another process writes the tensor, or has finished it. LlamaclustError if it cannot be
+        written."""
         path = cache.part_path(content)
         try:
             file = open_own(path, os.O_RDWR | os.O_CREAT)
@@ -190,7 +190,7 @@ class WeightPart:
         return cls(cache, content, n_bytes, file)
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """LlamaclustError where the disk is full, or fails: then nothing of it is kept."""
+        """LlamaclustError if the disk is full or fails: then nothing of the tensor is kept."""
         with self._lock:
             if self._file.closed:
                 return
@@ -201,7 +201,7 @@ class WeightPart:
                     raise self._failed(error) from error
 
     def finish(self) -> bool:
-        """Gives a whole one its name. False where it is not what it should be: then it begins anew."""
+        """Gives a complete tensor its name. False if its bytes are wrong: then it begins anew."""
         with self._lock:
             if self.done_bytes != self._n_bytes or self._hash.hexdigest() != self._content:
                 self._file.truncate(0)
@@ -216,7 +216,7 @@ class WeightPart:
             return True
 
     def close(self) -> None:
-        """What is there stays, for the next one to resume."""
+        """Closes the file, which stays for the next load to resume."""
         with self._lock:
             self._file.close()
 

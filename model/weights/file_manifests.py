@@ -1,4 +1,4 @@
-"""Manifests of model files, made once for the files as they are: a file that is written to or replaced has another."""
+"""Manifests of model files, made once for each version of the files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest
 _log = logging.getLogger(__name__)
 
 _SETTLED_NS = 100_000_000
-"""File systems count times in steps of up to hundredths of a second: a change that is older has other times than a
-newer one."""
+"""The age at which a change is certain to show: file systems count times in steps of up to hundredths of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class FileManifest:
 
 
 class FileManifests:
-    """Manifests of one process. If there is no cache, each process makes them again, and their bytes are not kept."""
+    """Manifests of one process. Without a cache, each process makes them again, and their bytes are not kept."""
 
     def __init__(self, cache: WeightCache | None = None) -> None:
         self.cache = cache
@@ -40,8 +39,8 @@ class FileManifests:
         begin: Callable[[int], None] = lambda total: None,
         add: Callable[[int], None] = lambda n: None,
     ) -> FileManifest:
-        """Reads all bytes of a file that is not known yet: `begin` is called with their number, and `add` with each
-        piece, from several threads. ModelFileError for a file that changes meanwhile."""
+        """Reads all bytes of a file that is not known yet: `begin` is called with their number, and `add` with the size
+        of each piece, from several threads. ModelFileError for a file that changes meanwhile."""
         version = file.version
         if (known := self._known.get(version)) is None:
             known = self._known[version] = self._made(file, begin, add)

@@ -1,7 +1,6 @@
-"""A model without its weights: the numbers that a stage needs, and what each tensor is, with the SHA-256 of its bytes.
+"""A model without its weights: the numbers that a stage needs, and each tensor's type, shape and SHA-256.
 
-It travels as a GGUF file that holds no tensors, so that it is read by what reads model files, with all its checks.
-"""
+It is a GGUF file without tensors, so that the reader of model files reads it with all its checks."""
 
 from __future__ import annotations
 
@@ -38,8 +37,6 @@ _NOWHERE = FileIdentity(0, 0, 0, 0)
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """One tensor of a manifest."""
-
     name: str
     quant_type: QuantType
     shape: tuple[int, ...]
@@ -52,7 +49,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`metadata`: what programs and the tokenizer are made of."""
+    """A manifest; `metadata` has the keys that programs and the tokenizer read."""
 
     model_id: str
     size_bytes: int
@@ -60,7 +57,8 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
 
     def file(self, path: Path, held: Mapping[str, tuple[Path, FileIdentity]]) -> ModelFile:
-        """The model as its file would be. `path`: what errors name; `held`: where bytes are, by their SHA-256."""
+        """Returns the model as its file would be. `path`: the name in errors; `held`: places of bytes, by their
+        SHA-256."""
         tensors = {}
         for record in self.tensors:
             place, identity = held.get(record.content, (path, _NOWHERE))
@@ -73,8 +71,8 @@ class Manifest:
 def make_manifest(
     file: ModelFile, progress: Callable[[int], None] = lambda n_bytes: None, threads: int | None = None
 ) -> bytes:
-    """Reads all bytes of the model, at a gigabyte or so a second and thread; `progress` hears of each piece, from
-    several threads. ModelFileError as of `Tensor.read`."""
+    """Reads all bytes of the model, about a gigabyte a second and thread; `progress` gets the size of each piece, from
+    several threads. ModelFileError as for `Tensor.read`."""
     tensors = list(file.tensors.values())
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "hash-weights") as pool:
         contents = list(pool.map(partial(content_of, progress=progress), tensors))
@@ -82,7 +80,7 @@ def make_manifest(
 
 
 def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes: None) -> str:
-    """SHA-256 of its bytes, in hex."""
+    """Returns the SHA-256 of the tensor's bytes, in hex."""
     hashed = sha256()
     buffer = memoryview(bytearray(min(_READ_BYTES, tensor.n_bytes)))
     for start in range(0, tensor.n_bytes, _READ_BYTES):
@@ -94,8 +92,8 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """The architecture's own keys, the size of the vocabulary among them, and the tokenizer's, which grammars need; of
-    an adapter what `with_adapters` reads."""
+    """Returns the architecture's own keys, with the size of the vocabulary, and the tokenizer's, which grammars need;
+    for an adapter the keys that `with_adapters` reads."""
     architecture, is_adapter = read_architecture(file), "adapter.type" in file.metadata
     kept = ("adapter.", "general.type") if is_adapter else (f"{architecture}.", _TOKENIZER)
     own: dict[str, WritableValue] = {"general.architecture": architecture}
@@ -122,7 +120,7 @@ def _table(file: ModelFile, tensors: Sequence[Tensor], contents: Sequence[str]) 
 
 
 def read_manifest(path: Path) -> Manifest:
-    """ModelFileError for a file that is no manifest, or not of this version."""
+    """ModelFileError for a file that is not a manifest of this version."""
     metadata = read_header(path).metadata
     own = {key: value for key, value in metadata.items() if not key.startswith(_PREFIX)}
     try:

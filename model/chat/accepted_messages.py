@@ -15,9 +15,9 @@ _SHOWN: Final = 64
 
 
 def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
-    """Further forms of messages that a template refused, each with one more change: a later system message joins the
-    user's turn beside it; successive messages of one role are one; a user begins; the first system message joins the
-    user's turn too. A form that is the same as the one before is left out."""
+    """Yields further forms of messages that a template refused, each with one more change: a later system message joins
+    the user's turn beside it; successive messages of one role are merged; a user begins; the first system message joins
+    the user's turn too. Changes without effect are omitted."""
     before = [dict(message) for message in messages]
     for change in _CHANGES:
         changed = change(before)
@@ -27,13 +27,14 @@ def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
 
 
 def lacks_system(messages: Sequence[Message], rendered: str) -> bool:
-    """Returns whether a rendered template lacks a system message: some templates skip what others refuse."""
+    """True if a rendered template lacks a system message: some templates skip messages that others refuse."""
     systems = (_text(message).strip() for message in messages if message["role"] == "system")
     return any(text[:_SHOWN] not in rendered or text[-_SHOWN:] not in rendered for text in systems)
 
 
 def _with_late_systems_joined(messages: Messages) -> Messages:
-    """The turn before it, else the one behind it; results of tools stay behind their calls."""
+    """Joins a late system message with the user's turn before it, else behind it; results of tools stay behind their
+    calls."""
     begin = len([*takewhile(_is_system, messages)])
     joined, waiting = messages[:begin], list[str]()
     for message in messages[begin:]:
@@ -54,7 +55,7 @@ def _with_late_systems_joined(messages: Messages) -> Messages:
 
 
 def _with_equal_roles_merged(messages: Messages) -> Messages:
-    """Results of tools stay apart."""
+    """Merges successive messages of one role, but not results of tools."""
     merged: Messages = []
     for role, group in groupby(messages, lambda message: message["role"]):
         same = [*group]
@@ -71,7 +72,7 @@ def _merged(same: Messages) -> dict[str, Any]:
 
 
 def _with_a_user_first(messages: Messages) -> Messages:
-    """An empty turn before an assistant's."""
+    """Inserts an empty user's turn before an assistant's."""
     begin = len([*takewhile(_is_system, messages)])
     begins = any(message["role"] == "user" for message in messages[begin : begin + 1])
     return messages if begins else [*messages[:begin], _user(), *messages[begin:]]

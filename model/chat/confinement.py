@@ -53,13 +53,14 @@ _ARCHITECTURES: Final = {
 
 
 class _Program(ctypes.Structure):
-    """`struct sock_fprog`."""
+    """The kernel's `struct sock_fprog`."""
 
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
 
 
 def confine() -> str | None:
-    """From now on other system calls of this process fail with EPERM. Why not, where there is no such filter."""
+    """Makes all other system calls of this process fail with EPERM from now on. Returns a reason if there is no such
+    filter."""
     machine = os.uname().machine
     architecture = _ARCHITECTURES.get(machine) if sys.platform == "linux" else None
     if architecture is None:
@@ -79,7 +80,7 @@ def confine() -> str | None:
 
 
 def _filter(architecture: _Architecture) -> Iterable[bytes]:
-    """A call of another architecture, such as x86's 32-bit ones, is refused like any other."""
+    """Yields a program that also refuses calls of other architectures, such as x86's 32-bit ones."""
     refuse, allow = _instruction(_RETURN, _REFUSE), _instruction(_RETURN, _ALLOW)
     yield _instruction(_LOAD, _ARCHITECTURE_AT)
     yield _instruction(_EQUAL, architecture.audit, if_equal=1)
@@ -97,5 +98,5 @@ def _filter(architecture: _Architecture) -> Iterable[bytes]:
 
 
 def _instruction(code: int, value: int, *, if_equal: int = 0, otherwise: int = 0) -> bytes:
-    """`struct sock_filter`; jumps count the instructions that are skipped."""
+    """Packs `struct sock_filter`; jumps count the instructions that are skipped."""
     return struct.pack("=HBBI", code, if_equal, otherwise, value)

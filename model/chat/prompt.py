@@ -1,4 +1,4 @@
-"""From messages to token ids: what a user wrote can never become a control token, what the template wrote does."""
+"""The way from messages to token ids: a user's text can never become a control token, the template's text does."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 GUARD: Final = "\ufdd0"
-"""A code point that is no character: put inside a control word of a user's text, it keeps it from being found."""
+"""A noncharacter that, inside a control word of a user's text, keeps the word from being found."""
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Messages to be rendered by a template, with every control word in their text made harmless. `encode_chat` and
-    `unguarded` give the text back as it was. RequestError for a text that holds GUARD itself."""
+    """Returns messages for a template, with GUARD in every control word of their text; `encode_chat` and `unguarded`
+    remove it. RequestError for a text that holds GUARD itself."""
     words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
     starts = _starts_of(words)
     longest = max(map(len, words), default=1) - 1
@@ -33,8 +33,8 @@ def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) 
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Token ids of a rendered template, its control words as their tokens; BOS comes first once where the model wants
-    it, whether or not the template wrote it."""
+    """Returns token ids of a rendered template, with control words as their tokens. BOS comes first once if the model
+    wants it, whether or not the template wrote it."""
     parts = tokenizer.split_special(rendered, parse_special=True)
     ids = tokenizer.encode_parts([unguarded(part) if isinstance(part, str) else part for part in parts])
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
@@ -43,7 +43,6 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
 
 
 def unguarded(rendered: str) -> str:
-    """A rendered template as a reader should see it."""
     return rendered.replace(GUARD, "")
 
 
@@ -60,6 +59,6 @@ def _guard_words(text: str, words: Sequence[str]) -> str:
 
 
 def _guard_end(text: str, starts: frozenset[str], longest: int) -> str:
-    """Closes a text that ends like a control word begins, lest what is put behind it completes the word."""
+    """Closes a text that ends with the beginning of a control word, lest the text behind it completes the word."""
     ends = (text[-length:] for length in range(1, min(longest, len(text)) + 1))
     return text + GUARD if any(end in starts for end in ends) else text

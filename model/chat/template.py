@@ -1,4 +1,4 @@
-"""Chat templates of model files, rendered in a child process that is bounded in time, memory and length of its text."""
+"""Chat templates of model files, rendered in child processes that are bounded in time, memory and length of text."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _KEY: Final = "tokenizer.chat_template"
 TOOL_USE: Final = "tool_use"
 RAG: Final = "rag"
 _MAX_REPLY_SHARE: Final = 6
-"""JSON may write one byte of text as six."""
+"""The most bytes of JSON for one byte of text."""
 _MOST_PROCESSES = 2
-"""So that a template which takes long does not hold up all chats."""
+"""The number of child processes: a template that takes long must not hold up all chats."""
 _CHILD: Final = "llamaclust.model.chat.template_child"
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class TemplateRefusalError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class TemplateLimits:
-    """What one render may use. `wait_s` is how long a render may wait for others before it."""
+    """Limits of one render. `wait_s` bounds the wait for other renders before it."""
 
     wall_s: float = 15.0
     cpu_seconds: int = 4
@@ -59,8 +59,8 @@ class TemplateLimits:
 
 
 class ChatTemplate:
-    """A model's chat template and the processes that render it, started at the first render, further ones where several
-    renders wait. Safe for many threads."""
+    """A model's chat template and the processes that render it: the first starts at the first render, others when
+    several renders wait. Safe for many threads."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class ChatTemplate:
         limits: TemplateLimits | None = None,
         named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`source` is None for a model without a template: every render is refused then. `named`: the model's templates
-        for chats of some kind, `tool_use` and `rag`."""
+        """Every render is refused if `source` is None. `named`: the model's templates for chats with tools and
+        documents, `tool_use` and `rag`."""
         self.source = source
         self.named = {name: ChatTemplate(text, bos_token, eos_token, limits) for name, text in named.items()}
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
@@ -85,7 +85,7 @@ class ChatTemplate:
         self.close()
 
     def close(self) -> None:
-        """Ends the child processes; renders in progress and those that wait fail. May be called again."""
+        """Ends the child processes; renders in progress and waiting ones fail. May be called again."""
         for template in self.named.values():
             template.close()
         for renderer in self._renderers:
@@ -94,18 +94,16 @@ class ChatTemplate:
             renderer.child.close()
 
     def variant(self, *, uses_tools: bool, has_documents: bool) -> ChatTemplate:
-        """The template for a chat of that kind."""
         names = [name for name, is_needed in ((TOOL_USE, uses_tools), (RAG, has_documents)) if is_needed]
         return next((self.named[name] for name in names if name in self.named), self)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """The prompt for some messages; `extra` are more variables of the template (`tools`, `documents`, ...), and
-        `now_s` the Unix time that it sees, the present where that is missing.
+        """Returns the prompt for messages. `extra` are further variables of the template (`tools`, `documents`, ...),
+        and `now_s`, the Unix time that it sees, by default the present.
 
-        RequestError where there is no template, it fails or uses more than its limits, TemplateRefusalError where it
-        refuses the messages, always the same for the same messages; DeadlineError where it had to wait too long for
-        other renders, took too long by the clock, was killed by others or closed.
-        """
+        RequestError, always for the same messages, if there is no template, or it fails or exceeds its limits;
+        TemplateRefusalError if it refuses the messages; DeadlineError if the render waited or took too long, or its
+        process was killed or closed."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)
@@ -114,7 +112,7 @@ class ChatTemplate:
             raise self._waited_too_long() from None
 
     async def render_async(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """As `render`, without blocking the event loop."""
+        """Renders as `render` does, without blocking the event loop."""
         future = asyncio.wrap_future(self._submit(messages, add_generation_prompt, extra))
         try:
             return await asyncio.wait_for(future, self._limits.wait_s)
@@ -135,8 +133,6 @@ class ChatTemplate:
 
 
 class _Renderer:
-    """One of the child processes that render a template."""
-
     def __init__(self, source: str | None, limits: TemplateLimits) -> None:
         first = {"source": source, **asdict(limits)}
         max_reply_bytes = limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16)
@@ -149,7 +145,7 @@ class _Renderer:
         return self.child.submit(partial(self._render, variables))
 
     def _render(self, variables: Mapping[str, Any]) -> str:
-        """On the child's thread: large messages take long to write."""
+        """Runs on the child's thread, because large messages take long to write."""
         if self._broken is not None:
             raise RequestError(self._broken)
         try:
@@ -171,7 +167,7 @@ class _Renderer:
         return str(reply["text"])
 
     def _report(self, unconfined: str | None) -> None:
-        """Once: a child may be started again and again."""
+        """Logs the reason once, because a child may be started again and again."""
         if unconfined is not None and not self._is_reported:
             self._is_reported = True
             _log.warning("chat templates are rendered with Jinja's sandbox alone: %s", unconfined)
@@ -180,11 +176,8 @@ class _Renderer:
 def load_chat_template(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, limits: TemplateLimits | None = None, chosen: str | None = None
 ) -> ChatTemplate:
-    """The template of a GGUF file and those that it names, in their place the text that a user chose, without one that
-    which vocabulary or name suggest.
-
-    ModelFileError where a template is not text. A model without a template refuses each render.
-    """
+    """Returns the template that a user chose, else the file's templates, else one that vocabulary or name suggest.
+    ModelFileError for a template that is not text. A model without a template refuses each render."""
     source = _source(metadata, _KEY)
     found = {name: _source(metadata, f"{_KEY}.{name}") for name in (TOOL_USE, RAG)}
     named = {name: text for name, text in found.items() if text} if chosen is None else {}
@@ -204,7 +197,7 @@ def _source(metadata: Mapping[str, Any], key: str) -> str | None:
 
 
 def _line(text: object) -> str:
-    """What a template says, safe in any terminal and log."""
+    """Makes a template's message safe in any terminal and log."""
     return "".join(character for character in " ".join(str(text).split()) if character.isprintable())
 
 

@@ -1,6 +1,6 @@
 """The process that renders chat templates. A template is a program from an untrusted file: it runs sandboxed, with
-little memory and CPU time and few system calls, where it can be killed. Requests on stdin and replies on stdout are
-lines of JSON."""
+little memory and CPU time and few system calls, in a process that can be killed. Requests on stdin and replies on
+stdout are lines of JSON."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _MAX_MESSAGE_CHARACTERS: Final = 500
 _MAX_FILES: Final = 16
 _LATE_MODULES: Final = ("jinja2.constants", "pprint", "random", "textwrap", "unicodedata", "_strptime")
 _CODECS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-32", "unicode-escape", "raw-unicode-escape", "idna")
-"""That rendering loads where a template first needs them."""
+"""Codecs that are loaded early; rendering would load them when a template first needs them."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}` marks answers for training; here its body is just rendered."""
+    """The tag `{% generation %}...{% endgeneration %}`, which marks answers for training; its body is just rendered."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -46,7 +46,7 @@ class _TooLong(Exception):
 
 
 def environment() -> jinja2.Environment:
-    """Jinja as the templates of published models expect it."""
+    """Returns Jinja as the templates of published models expect it."""
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
@@ -63,14 +63,14 @@ def tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as it is; Jinja's own filter would escape it for HTML."""
+    """Returns plain JSON; Jinja's own filter would escape it for HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys, default=_as_list
     )
 
 
 def _as_list(value: Any) -> list[Any]:
-    """What `map` and its like give is written as a list."""
+    """Returns the list of an iterator, such as the results of `map`."""
     if isinstance(value, Iterator):
         return list(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
@@ -86,18 +86,18 @@ def strftime_now(form: str) -> str:
 
 
 def _clock(now_s: float) -> Callable[[str], str]:
-    """`strftime_now` at this Unix time."""
+    """Returns `strftime_now` for this Unix time."""
     return lambda form: datetime.fromtimestamp(now_s).astimezone().strftime(form)
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """What old templates know as `functions`: the definitions as one text. A small one may make a long text, so this is
-    made where memory and time are bounded."""
+    """Returns `functions` of old templates: the definitions as one text. A small template may make a long text of them,
+    so this runs where memory and time are bounded."""
     return json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False, indent=4) if tools else ""
 
 
 def _render(template: jinja2.Template, variables: dict[str, Any], max_bytes: int, *, with_functions: bool) -> str:
-    """With `now_s`, templates see this time."""
+    """Renders a template, which sees the time `now_s` if it is given."""
     if with_functions:
         variables = {"functions": functions_of(variables.get("tools")), **variables}
     if (now_s := variables.pop("now_s", None)) is not None:
@@ -113,7 +113,6 @@ def _render(template: jinja2.Template, variables: dict[str, Any], max_bytes: int
 
 
 def _answer(work: Callable[[], str]) -> dict[str, str]:
-    """What to reply: the text, or the reason why there is none."""
     try:
         return {"text": work()}
     except MemoryError:
@@ -127,7 +126,7 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
 
 
 def _limit_resources(memory_bytes: int) -> None:
-    """Little memory, no files but those that the interpreter itself reads, nothing written but the replies."""
+    """Bounds memory, allows only the files that the interpreter itself reads, and no writes but the replies."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -135,13 +134,13 @@ def _limit_resources(memory_bytes: int) -> None:
 
 
 def _limit_cpu(seconds: int) -> None:
-    """The limit counts from the start of the process, so it is moved ahead before each render."""
+    """Moves the limit, which counts from the start of the process, before each render."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
 
 
 def _confine() -> str | None:
-    """After what reads modules and the time zone."""
+    """Confines the process after everything that reads modules and the time zone."""
     for name in _LATE_MODULES:
         importlib.import_module(name)
     for name in _CODECS:
@@ -151,7 +150,7 @@ def _confine() -> str | None:
 
 
 def main() -> None:
-    """Reads the template and its limits, says whether it compiles, then renders until stdin ends."""
+    """Reads the template and its limits, replies with errors of its compilation, then renders until stdin ends."""
     end_with_parent()
     unconfined = _confine()
     first = read_frame()

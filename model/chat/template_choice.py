@@ -1,4 +1,4 @@
-"""Chat templates for models whose files carry none: by name, out of a file, or as metadata and vocabulary suggest."""
+"""Chat templates for models whose files have none: by name, out of a file, or by metadata and vocabulary."""
 
 from __future__ import annotations
 
@@ -40,24 +40,23 @@ _NAMES: Final = (
     (("mixtral", "instruct"), "mistral"),
     (("llama2", "chat"), "llama-2"),
 )
-"""Parts of a model's name, in small letters without what stands between words. A base model has no template."""
+"""Parts of a model's name, in small letters and without separators. A base model has no template."""
 
 
 def built_in_names() -> tuple[str, ...]:
-    """What `built_in` knows."""
     files = (path.stem for path in _FOLDER.glob("*.jinja"))
     return tuple(sorted((*files, *TURN_FORMATS, *OTHER_NAMES)))
 
 
 def built_in(name: str) -> str:
-    """The Jinja text of one of `built_in_names`."""
     if name in TURN_FORMATS:
         return TURN_FORMATS[name].jinja
     return (_FOLDER / f"{OTHER_NAMES.get(name, name)}.jinja").read_text(encoding="utf-8")
 
 
 def chosen_template(choice: str) -> str:
-    """The Jinja text that a user names, or has in a file. UsageError, with the names there are, for anything else."""
+    """Returns the Jinja text that a user names, or has in a file. UsageError, with the known names, for anything
+    else."""
     names = built_in_names()
     if choice in names:
         return built_in(choice)
@@ -74,7 +73,7 @@ def chosen_template(choice: str) -> str:
 
 
 def suggested_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
-    """The name of the template that a model without one was most likely made for; None where nothing tells."""
+    """Returns the name of the template that a model without one was most likely made for, if anything tells."""
     for words, name in _MARKS:
         if all(tokenizer.token_id(word) is not None for word in words):
             return name

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 Around = tuple[str, str]
-"""What stands before a message's content, and what behind it."""
+"""The texts before and behind a message's content."""
 
 
 @dataclass(frozen=True, slots=True)
 class TurnFormat:
-    """How messages are written one after the other. Roles that are not listed are refused."""
+    """A format of messages one after the other. Roles that are not listed are refused."""
 
     around: dict[str, Around]  # by role
     prompt: str = ""  # what an answer begins with
@@ -23,7 +23,6 @@ class TurnFormat:
 
     @property
     def jinja(self) -> str:
-        """The template."""
         lines = [_text(self.begin)] if self.begin else []
         if self.default_system is not None:
             before, after = self.around["system"]
@@ -64,7 +63,7 @@ _ALL: Final = frozenset(_ROLES)
 def _named(
     before: str, after: str, roles: tuple[str, ...] = _ROLES, trimmed: frozenset[str] = frozenset()
 ) -> TurnFormat:
-    """Of a format that writes the role's own name, `{role}`, before each message."""
+    """Returns a format that writes the role's own name, `{role}`, before each message."""
     around = {role: (before.replace("{role}", role), after) for role in roles}
     return TurnFormat(around, around["assistant"][0], trimmed=trimmed)
 
@@ -77,7 +76,7 @@ def _of(system: Around, user: Around, assistant: Around, prompt: str = "", *, tr
 def _inst(
     turn: str, system: Around, user_end: str, assistant: Around, trimmed: frozenset[str] = frozenset()
 ) -> TurnFormat:
-    """[INST]: a system message stands in the turn of the first user."""
+    """Returns an [INST] format: a system message stands in the turn of the first user."""
     around = {"system": system, "user": ("", user_end), "assistant": assistant}
     return TurnFormat(around, turn=turn, trimmed=trimmed)
 

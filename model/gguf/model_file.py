@@ -50,8 +50,7 @@ class ModelFile:
 
     @property
     def copy_id(self) -> str:
-        """The version with the machine of the files: another one of each copy. Equal on all machines that read the same
-        file of a remote file system."""
+        """The version with the machine of the files, which differs for each copy, except on a remote file system."""
         machine = "" if is_remote(self.path) else machine_id()
         return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 

@@ -49,7 +49,7 @@ def _references(schema: Any, read: set[int]) -> Iterator[str]:
 
 @dataclass(slots=True, eq=False)
 class _Condition:
-    """Becomes true when so many more of those that it uses are true."""
+    """A condition that becomes true when `missing` more of the conditions that it uses are true."""
 
     missing: int
     users: list[_Condition] = field(default_factory=list)

@@ -16,8 +16,8 @@ SPAN_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """Rotation angles: angle(position, i) = position * frequencies[i], both factors float64; cos and sin times `scale`.
-    The rotary_dim / 2 `frequencies` are computed in decimal arithmetic, the same on every machine."""
+    """Rotation angles: angle(position, i) = position * frequencies[i], both factors float64; cos and sin times
+    `scale`."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0

@@ -42,8 +42,6 @@ _FILES: Final = ("<|file_sep|>",)
 
 @dataclass(frozen=True, slots=True)
 class FillInTokens:
-    """Ids of one vocabulary."""
-
     prefix: int
     suffix: int
     middle: int

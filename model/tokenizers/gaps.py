@@ -16,15 +16,13 @@ _SNIPPET: Final = "\n\n--- snippet ---\n\n"
 
 @dataclass(frozen=True, slots=True)
 class OtherFile:
-    """A text from elsewhere in the project."""
-
     name: str
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Where an answer goes."""
+    """The place of an answer between two texts."""
 
     prefix: str
     suffix: str
@@ -33,7 +31,7 @@ class Gap:
 
     @property
     def characters(self) -> int:
-        """The length of the texts that stand in the prompt in any case."""
+        """The length of the texts that are never omitted from the prompt."""
         return len(self.prefix) + len(self.suffix) + len(self.begun)
 
 

@@ -142,7 +142,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """A lock on one key; other processes wait without a limit."""
+        """Locks one key; other processes wait without a limit."""
         path = self.path / f"{key}{MAKING}"
         with open_own(path, os.O_RDWR | os.O_CREAT) as file:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -20,7 +20,7 @@ _SETTLED_NS = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class FileManifest:
-    """`content`: SHA-256 of the manifest in hex, which tells the model's bytes from all others."""
+    """A manifest's size, and `content`, its SHA-256 in hex, which identifies the model's bytes."""
 
     content: str
     n_bytes: int

@@ -1,4 +1,4 @@
-"""Parses an answer while it comes: text in, events out. The events depend on the text alone, not on its pieces."""
+"""A parser of an answer while it comes: text in, events out. Events depend on the text only, not on its pieces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CallReader = ObjectReader | NamedReader | TaggedReader | NotatedReader
 
 
 class AnswerParser:
-    """Any text is parsed: what does not look like a call or reasoning is content."""
+    """A parser that accepts any text: text that is not like a call or reasoning is content."""
 
     def __init__(
         self,
@@ -37,10 +37,9 @@ class AnswerParser:
         begun: str = "",
         reads_unmarked: bool = False,
     ) -> None:
-        """Nothing is a call if there are no tools. Reasoning stays in the content, with its markers, unless
-        `splits_reasoning`. `begun` is the part of the answer that the prompt has, which makes no events, unless a call
-        is open at its end. `reads_unmarked`: an answer that is nothing but calls without their markers is read as
-        calls."""
+        """Nothing is a call without tools. Reasoning stays in the content, with its markers, unless `splits_reasoning`.
+        `begun` is the prompt's part of the answer, which makes no events, unless a call is open at its end.
+        `reads_unmarked`: an answer of only calls without their markers is read as calls."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -59,12 +58,12 @@ class AnswerParser:
         self._sink.drop_begun()
 
     def feed(self, text: str) -> list[AnswerEvent]:
-        """The events that a piece of text completes."""
+        """Returns the events that a piece of text completes."""
         self._source.feed(text)
         return self._advance()
 
     def end(self) -> list[AnswerEvent]:
-        """The events that are left; the text has ended."""
+        """Ends the text; returns the remaining events."""
         if self._sink.calls and not self._sink.is_open and self._content.is_cut:
             self._source.drop_beginning(self._triggers)  # of a further call that the answer's limit cut
         self._source.end()
@@ -94,7 +93,7 @@ class AnswerParser:
         self._reasoning.end()
 
     def _next(self) -> Reading[bool]:
-        """Reads content up to a marker, and what the marker begins. False at the end."""
+        """Reads content up to a marker, and the part that the marker begins. False at the end."""
         if (yield from self._unmarked_calls()):
             return True
         tags = self._tags
@@ -160,7 +159,7 @@ class AnswerParser:
         yield from self._call_ends()
 
     def _bare_calls(self) -> Reading[None]:
-        """Calls without a marker stand at the beginning of the answer."""
+        """Reads calls without a marker, which stand at the beginning of the answer."""
         assert self._form.calls is not None
         is_first = True
         while True:
@@ -201,7 +200,6 @@ def _is_of_reasoning(form: ToolFormat, mark: str) -> bool:
 
 
 def parsed(parser: AnswerParser, text: str) -> ParsedAnswer:
-    """A text as a whole."""
     answer = ParsedAnswer()
     answer.add(parser.feed(text))
     answer.add(parser.end())

@@ -1,4 +1,4 @@
-"""Values of arguments that are written as plain text, as JSON of the type that the tool's schema asks for."""
+"""Values of arguments that are written as plain text, as JSON of the type in the tool's schema."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ STRING: Final = frozenset({"string"})
 _UNIONS: Final = ("anyOf", "oneOf", "allOf")
 _MAX_DEPTH: Final = 8
 _MAX_LITERAL_CHARACTERS: Final = 1 << 14
-"""Python's parser takes a hundred times the memory of a literal."""
+"""The longest literal, because Python's parser takes a hundred times its memory."""
 _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
-    """The arguments of a whole call; None where the text is no JSON object, or has numbers that no JSON can show."""
+    """Reads the arguments of a whole call; None if the text is not a JSON object, or has numbers that JSON cannot
+    show."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -28,14 +29,14 @@ def arguments_object(text: str) -> dict[str, Any] | None:
 
 
 def property_schema(schema: Schema, key: str) -> Schema:
-    """The schema of one argument; empty where the tool does not declare it."""
+    """Returns the schema of one argument; empty if the tool does not declare it."""
     properties = schema.get("properties")
     found = properties.get(key) if isinstance(properties, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 
 
 def types_of(schema: Schema, depth: int = 0) -> frozenset[str]:
-    """JSON's names of the types that a value may have; empty where the schema does not tell."""
+    """Returns JSON's names of the types that a value may have; empty if the schema does not tell."""
     declared = schema.get("type")
     if isinstance(declared, str):
         return frozenset({declared})
@@ -52,7 +53,6 @@ def types_of(schema: Schema, depth: int = 0) -> frozenset[str]:
 
 
 def type_name(value: Any) -> str:
-    """JSON's name of a value's type."""
     match value:
         case bool():
             return "boolean"
@@ -71,7 +71,8 @@ def type_name(value: Any) -> str:
 
 
 def json_of(text: str, types: frozenset[str]) -> str:
-    """A value's text as JSON: as it is where it is JSON of another of the types, otherwise as a string."""
+    """Returns a text that is JSON of one of the types, other than a string, as it is, and all other texts as a
+    string."""
     if types == STRING:
         return string(text)
     bare = text.strip()
@@ -88,17 +89,16 @@ def json_of(text: str, types: frozenset[str]) -> str:
 
 
 def string(text: str) -> str:
-    """A text as a JSON string."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def string_inside(text: str) -> str:
-    """A piece of a JSON string, without the quotes."""
+    """Returns a piece of a JSON string, without the quotes."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def json_of_python(text: str) -> str:
-    """A Python literal as JSON, or JSON as it is; anything else as a string."""
+    """Returns a Python literal as JSON, JSON as it is, and anything else as a string."""
     text = text.strip()
     readers = (json.loads, ast.literal_eval) if len(text) <= _MAX_LITERAL_CHARACTERS else (json.loads,)
     for read in readers:
@@ -110,12 +110,12 @@ def json_of_python(text: str) -> str:
 
 
 def _refuse(constant: str) -> Any:
-    """`NaN` and the infinities are no JSON, but Python reads them."""
+    """Refuses `NaN` and the infinities, which Python reads though they are not JSON."""
     raise ValueError(f"{constant} is no JSON")
 
 
 def _finite(text: str) -> float:
-    """Python reads numbers that are too large as infinite."""
+    """Refuses numbers that are too large, which Python reads as infinite."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text[:60]} is too large")
@@ -123,7 +123,7 @@ def _finite(text: str) -> float:
 
 
 class TextValue:
-    """Gives a string value as JSON while its text comes, without the white space that the format puts around it."""
+    """A string value, written as JSON while its text comes, without the format's white space around it."""
 
     def __init__(self, put: Callable[[str], None], indent: str, dedent: str) -> None:
         self._put = put

@@ -1,4 +1,4 @@
-"""What a prompt has already written of the answer: opened reasoning, or an assistant's message to continue."""
+"""The part of the answer that a prompt has already written: opened reasoning, or an assistant's message to continue."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llamaclust.model.chat.tools.tool_format import ChannelCalls, ToolFormat
 
 
 def opened_reasoning(form: ToolFormat, prompt: str) -> str:
-    """The tag that a prompt ends with, where the answer begins in reasoning; else empty."""
+    """Returns the tag at the end of a prompt if the answer begins in reasoning, else an empty text."""
     tags = form.reasoning
     if tags is None or not prompt.rstrip().endswith(tags.begin):
         return ""
@@ -14,13 +14,13 @@ def opened_reasoning(form: ToolFormat, prompt: str) -> str:
 
 
 def ended_reasoning(form: ToolFormat, prompt: str) -> str:
-    """What ends the reasoning that a prompt has opened; empty where there is none."""
+    """Returns the end of the reasoning that a prompt has opened; empty if there is none."""
     tags = form.reasoning
     return f"{tags.end}\n\n" if tags is not None and opened_reasoning(form, prompt) else ""
 
 
 def continuation(form: ToolFormat, prompt: str, reasoning: str, content: str, *, in_reasoning: bool) -> str:
-    """The text behind a generation prompt that continues a message: behind its content, or behind its reasoning."""
+    """Returns the text behind a generation prompt that continues a message, in its content or in its reasoning."""
     if isinstance(form.calls, ChannelCalls):
         return _channel_continuation(form.calls, reasoning, content, in_reasoning=in_reasoning)
     tags = form.reasoning

@@ -1,4 +1,4 @@
-"""Where the readers of calls put them, and what they know of the tools."""
+"""The events of calls that the readers of calls produce, and the tools that they know."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Numbers calls, those that the prompt has completed left out, and collects their events. One call is open at a
+    """Numbers calls, except those that the prompt has completed, and collects their events. One call is open at a
     time."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
-        """Calls beyond `most_calls` are read and left out."""
+        """Calls beyond `most_calls` are read and omitted."""
         self.tools = tools
         self._most_calls = most_calls
         self._events: list[AnswerEvent] = []
@@ -30,7 +30,6 @@ class CallSink:
 
     @property
     def calls(self) -> int:
-        """Calls that began so far."""
         return self._calls
 
     def take_events(self) -> list[AnswerEvent]:
@@ -41,8 +40,8 @@ class CallSink:
         self._events.append(event)
 
     def drop_begun(self) -> None:
-        """Leaves out the events so far, which are of what the prompt has written, but those of a call that it leaves
-        open: a reader of the answer begins that call with them."""
+        """Drops the events of the prompt's text, except those of a call that it leaves open: the answer begins that
+        call."""
         of_call = (event for event in self.take_events() if isinstance(event, CallBegun | ArgumentText))
         self._prompt_calls = self._calls
         if self.is_open:

@@ -1,4 +1,4 @@
-"""Reads answers that are a sequence of messages with headers, which tell reasoning, content and calls apart."""
+"""A reader of answers that are a sequence of messages with headers, which separate reasoning, content and calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Texts:
 
 
 class ChannelReader:
-    """Reads the whole answer; the prompt has opened the first message."""
+    """A reader of the whole answer; the prompt has opened the first message."""
 
     def __init__(
         self, source: TextSource, sink: CallSink, calls: ChannelCalls, content: TextRun, reasoning: TextRun | None
@@ -42,7 +42,7 @@ class ChannelReader:
                 end = yield from self._source.take_literal((*self._calls.message_ends, self._calls.message_begin))
 
     def _message(self) -> Reading[str]:
-        """Reads a message; what ended it."""
+        """Reads a message; returns the marker that ended it."""
         header = yield from self._source.word(self._header_end, MAX_NAME_CHARACTERS)
         content, reasoning = self._texts.content, self._texts.reasoning
         if header is None:
@@ -84,4 +84,4 @@ class ChannelReader:
 
 
 def _drop(_: str) -> None:
-    """Text of no meaning."""
+    """Ignores text without meaning."""

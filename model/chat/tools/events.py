@@ -10,21 +10,17 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class ReasoningText:
-    """A piece of the model's reasoning."""
-
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class ContentText:
-    """A piece of the answer that a user reads."""
-
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallBegun:
-    """A tool call begins; calls are numbered from 0. `call_id` is empty where the model has written none so far."""
+    """The begin of a tool call; calls are numbered from 0. `call_id` is empty if the model has written none so far."""
 
     index: int
     name: str
@@ -41,7 +37,7 @@ class ArgumentText:
 
 @dataclass(frozen=True, slots=True)
 class CallEnded:
-    """Call `index` is complete. `call_id` is what the model wrote, also if only behind the arguments."""
+    """The end of call `index`. `call_id` is the model's, even if it wrote it behind the arguments."""
 
     index: int
     call_id: str = ""
@@ -52,7 +48,7 @@ AnswerEvent = ReasoningText | ContentText | CallBegun | ArgumentText | CallEnded
 
 @dataclass(slots=True)
 class ToolCall:
-    """A call as a whole; `arguments` is JSON text as the model wrote it."""
+    """A whole call; `arguments` is JSON text as the model wrote it."""
 
     name: str
     call_id: str = ""
@@ -61,14 +57,11 @@ class ToolCall:
 
 @dataclass(slots=True)
 class ParsedAnswer:
-    """An answer as a whole."""
-
     reasoning: str = ""
     content: str = ""
     calls: list[ToolCall] = field(default_factory=list)
 
     def add(self, events: Iterable[AnswerEvent]) -> None:
-        """Continues the answer."""
         for event in events:
             match event:
                 case ReasoningText(text):
@@ -87,12 +80,12 @@ _TEXTS: Final = (ReasoningText, ContentText, ArgumentText)
 
 
 def _kind_of_text(event: AnswerEvent) -> tuple[type[AnswerEvent], int]:
-    """Equal for texts that may be joined."""
+    """Returns equal keys for texts that may be joined."""
     return type(event), event.index if isinstance(event, ArgumentText) else 0
 
 
 def merged(events: Iterable[AnswerEvent]) -> list[AnswerEvent]:
-    """The same events with adjacent pieces of one text joined, and empty ones left out."""
+    """Joins adjacent pieces of one text and omits empty ones."""
     joined: list[AnswerEvent] = []
     for _, group in groupby((event for event in events if not isinstance(event, _TEXTS) or event.text), _kind_of_text):
         same = list(group)

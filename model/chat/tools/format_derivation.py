@@ -38,7 +38,7 @@ _ARGUMENTS: Final = {KEYS[0]: VALUES[0]}
 
 
 def derive_format(source: str, render: Render) -> ToolFormat:
-    """Renders the template about twenty times. What it refuses to render tells as well."""
+    """Renders the template about twenty times; its refusals tell as well."""
     known = next((form for form in KNOWN_FORMATS if all(mark in source for mark in form.marks)), KnownFormat(()))
     plain = Probe(render, _takes_text(Probe(render)))
     reasoning = known.reasoning or _derived_reasoning(plain) or _shown_reasoning(source, plain)
@@ -68,7 +68,7 @@ def _call_and_result(probe: Probe, call_id: str) -> tuple[Message, Message]:
 
 
 def _takes_text(probe: Probe) -> bool:
-    """Whether arguments of calls must be JSON text: an object is refused, or written as Python does."""
+    """True if arguments of calls must be JSON text, because an object is refused, or written as Python does."""
     message = call_message([_ARGUMENTS], text_arguments=False)
     as_object = probe.text(message)
     if KEYS[0] in as_object and f"'{KEYS[0]}'" not in as_object:
@@ -82,7 +82,7 @@ def _shown_calls(source: str) -> Calls | None:
 
 
 def _derived_reasoning(probe: Probe) -> ReasoningTags | None:
-    """From a message with reasoning, in all the fields that templates know."""
+    """Derives tags from a message with reasoning in all the fields that templates know."""
     fields = {"reasoning_content": REASONING, "reasoning": REASONING, "thinking": REASONING, "thought": REASONING}
     parts = [{"type": "thinking", "thinking": REASONING}, {"type": "text", "text": CONTENT}]
     header = probe.content_text().partition(CONTENT)[0].rpartition(QUESTION)[2]
@@ -110,7 +110,8 @@ def _shown_reasoning(source: str, probe: Probe) -> ReasoningTags | None:
 
 
 def _wrappers(probe: Probe) -> tuple[str, ...]:
-    """Tags that only stand around content: behind what a prompt, or a message with calls, has in common with it."""
+    """Returns tags that only stand around content, behind the beginning that it shares with a prompt, or a message with
+    calls."""
     before, has_content, behind = probe.content_text().partition(CONTENT)
     call = probe.text(call_message([_ARGUMENTS], text_arguments=probe.text_arguments))
     prompt = probe.text(prompt=True)

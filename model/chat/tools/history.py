@@ -1,4 +1,4 @@
-"""Messages in the shape that a chat template takes. Where it takes none, text stands in their place."""
+"""Messages in the shape that a chat template takes, with text in place of the parts that it does not take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _INSTRUCTIONS: Final = (
 
 
 def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages of OpenAI's shape as the template takes them."""
+    """Converts messages of OpenAI's shape."""
     if form.call_id_length:
         messages = _with_ids(messages, form.call_id_length)
     adapted: list[dict[str, Any]] = []
@@ -40,8 +40,8 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
 
 
 def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
-    """Returns the messages with ids of `length` letters and digits. A result without an id is that of the first call
-    that has none, by the function's name if it is given."""
+    """Returns the messages with ids of `length` letters and digits. A result without an id belongs to the first call
+    that has no result, by the function's name if it is given."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # ids and names of calls without results
     calls = 0
@@ -69,7 +69,7 @@ def _result_id(message: Message, waiting: Sequence[tuple[str, str]], length: int
 
 
 def _id_of(given: str, length: int) -> str:
-    """An id in the template's form: the same for the same id, and itself where it has that form."""
+    """Returns an id in the template's form: the given one if it has that form, else a hash of it."""
     is_usual = re.fullmatch(rf"[a-zA-Z0-9]{{{length}}}", given) is not None
     return given if is_usual else sha256(given.encode("utf-8", "replace")).hexdigest()[:length]
 
@@ -93,7 +93,7 @@ def _shaped(form: ToolFormat, function: Message) -> Any:
 
 
 def _arguments(function: Message) -> Any:
-    """An object where the text is one; templates that go through the keys take nothing else."""
+    """Returns an object if the text is one, because templates that iterate over keys take nothing else."""
     given = function.get("arguments") or {}
     if not isinstance(given, str):
         return given
@@ -105,7 +105,7 @@ def _arguments(function: Message) -> Any:
 
 
 def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Message, names: Mapping[str, str]) -> None:
-    """A tool's result; where the template has no such role, the user says it, several results in one message."""
+    """Adds a tool's result; if the template has no such role, in a user's message, several results in one."""
     name = message.get("name") or names.get(str(message.get("tool_call_id", "")))
     named = {} if name is None else {"name": name}
     if form.takes_tool_role:
@@ -119,8 +119,7 @@ def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Messag
 
 
 def _instructed(form: ToolFormat, messages: list[dict[str, Any]], tools: Sequence[Message]) -> list[dict[str, Any]]:
-    """The messages with the tools described in the system message, or in the first one where the template has no such
-    role."""
+    """Describes the tools in the system message, or in the first message if the template has no such role."""
     definitions = "\n".join(_dumped(tool.get("function", tool)) for tool in tools)
     text = _INSTRUCTIONS.format(tools=definitions)
     if messages and (messages[0]["role"] == "system" or not form.takes_system_role):

@@ -13,13 +13,13 @@ _PLAIN: Final = re.compile(r'[^"{}\[\]]+')
 _IN_STRING: Final = re.compile(r'[^"\\]+')
 _SCALAR: Final = re.compile(r'[^\s,:"{}\[\]]+')
 _ESCAPE_CHARACTERS: Final = 6
-"""Of `\\u0041`."""
+r"""The length of an escape such as `\u0041`."""
 
 Sink = Callable[[str], None]
 
 
 def raw_value(source: TextSource, sink: Sink) -> Reading[None]:
-    """Gives a value to `sink` as it is written. What is no JSON ends it."""
+    """Gives a value to `sink` as it is written; text that is not JSON ends it."""
     first = yield from source.ahead()
     if first == '"':
         yield from _raw_string(source, sink)
@@ -58,7 +58,6 @@ def _raw_string(source: TextSource, sink: Sink) -> Reading[None]:
 
 
 def decoded_string(source: TextSource, sink: Sink) -> Reading[None]:
-    """Gives the text of a string to `sink`."""
     source.take(1)
     while character := (yield from source.ahead()):
         if character == "\\":
@@ -71,7 +70,7 @@ def decoded_string(source: TextSource, sink: Sink) -> Reading[None]:
 
 
 def _escaped(source: TextSource) -> Reading[str]:
-    """The character of an escape sequence; a pair of surrogates is one character."""
+    """Returns the character of an escape sequence; a pair of surrogates is one character."""
     is_code = (yield from source.ahead(2))[1:] == "u"
     length = _ESCAPE_CHARACTERS if is_code else 2
     text = yield from source.ahead(length)

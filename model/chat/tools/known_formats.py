@@ -1,4 +1,4 @@
-"""Formats as data, by marks in a chat template's text, where rendering does not tell them."""
+"""Formats as data, by marks in a chat template's text, for templates whose rendering does not tell them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llamaclust.model.chat.tools.tool_format import (
 )
 
 GENERIC_CALLS: Final = ObjectCalls(Frame(call_begin="<tool_call>", call_end="</tool_call>"))
-"""Hermes' and Qwen's form, which is also asked for where a template knows no tools."""
+"""The form of Hermes and Qwen, which is also requested if a template knows no tools."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownFormat:
-    """What a template with all of these marks is known for; None and empty: nothing."""
+    """The known parts of a format for templates with all of these marks; None and empty: not known."""
 
     marks: tuple[str, ...]
     calls: Calls | None = None
@@ -175,7 +175,7 @@ SHOWN_CALLS: Final = (
     ),
     (("functools[",), ObjectCalls(Frame("functools"), is_list=True)),
 )
-"""Forms that a template tells the model about, or shows in its text, without rendering calls."""
+"""Forms that a template explains to the model, or shows in its text, without rendering calls."""
 
 KNOWN_REASONING: Final = (
     ReasoningTags("<think>", ("</think>",)),
@@ -186,4 +186,4 @@ KNOWN_REASONING: Final = (
     ReasoningTags("<thinking>", ("</thinking>",)),
     ReasoningTags("<reasoning>", ("</reasoning>",)),
 )
-"""By their beginning in a template's text, where it renders no reasoning of messages."""
+"""Tags found in a template's text, for templates that render no reasoning of messages."""

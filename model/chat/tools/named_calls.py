@@ -1,4 +1,4 @@
-"""Reads calls that begin with the tool's name: with a JSON object, or with arguments between markers."""
+"""Readers of calls that begin with the tool's name, followed by a JSON object or by arguments between markers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CDATA: Final = ("<![CDATA[", "]]>")
 
 
 class NamedReader:
-    """Calls of NAME and a JSON object."""
+    """A reader of calls of NAME and a JSON object."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: NamedCalls) -> None:
         self._source = source
@@ -28,7 +28,7 @@ class NamedReader:
         self._name_markers = Markers((calls.id_begin, first_end, "{", *calls.frame.ends))
 
     def read(self) -> Reading[bool]:
-        """Whether there was a call."""
+        """Returns True if there was a call."""
         name = yield from self._source.word(self._name_markers, MAX_NAME_CHARACTERS)
         name = (name or "").strip()
         if not _NAME.fullmatch(name):
@@ -51,7 +51,7 @@ class NamedReader:
 
 
 class TaggedReader:
-    """Calls of NAME and arguments between markers."""
+    """A reader of calls of NAME and arguments between markers."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: TaggedCalls) -> None:
         self._source = source
@@ -67,7 +67,7 @@ class TaggedReader:
         self._value_end = Markers((calls.value_end.strip(),))
 
     def read(self) -> Reading[bool]:
-        """Whether there was a call."""
+        """Returns True if there was a call."""
         name = yield from self._source.word(self._name_markers, MAX_NAME_CHARACTERS)
         name = (name or "").strip()
         if not _NAME.fullmatch(name):
@@ -124,7 +124,6 @@ class TaggedReader:
 
 
 def lines_of(marker: str) -> tuple[str, ...]:
-    """A marker's lines without the white space around them."""
     return tuple(line for line in map(str.strip, marker.split("\n")) if line)
 
 

@@ -1,4 +1,4 @@
-"""Reads calls in notations of their own: Python's, Gemma's, and nested elements."""
+"""A reader of calls in other notations: Python's, Gemma's, and nested elements."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NAME: Final = re.compile(r"[\w.\-/]+")
 _KEY: Final = re.compile(r"\w+")
 _PLAIN: Final = re.compile(r"""[^"'(){}\[\],\\]+""")
 _GEMMA_KEY: Final = re.compile(r"(?<![^\s{}\[\],:\"])([^\s{}\[\],:\"]++)\s*+:")
-"""A whole word, so that a long one is read once."""
+"""A possessive pattern of a whole word, so that a long one is read once."""
 _MAX_DEPTH: Final = 64
 
 
 class NotatedReader:
-    """Arguments come whole, once their value is complete."""
+    """A reader that gives arguments whole, once their value is complete."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: NotatedCalls) -> None:
         self._source = source
@@ -33,11 +33,11 @@ class NotatedReader:
         }[calls.notation]
 
     def read(self) -> Reading[bool]:
-        """Whether there was a call."""
+        """Returns True if there was a call."""
         return (yield from self._read())
 
     def _name(self, end: str) -> Reading[str]:
-        """The name before `end`, which is taken; empty where there is none."""
+        """Takes the name and `end`; empty if there is no name."""
         name = yield from self._source.word(Markers((end,)), MAX_NAME_CHARACTERS)
         if name is None or not _NAME.fullmatch(name.strip()):
             return ""
@@ -78,7 +78,7 @@ class NotatedReader:
             self._sink.argument("}" if written else "{}")
 
     def _python_value(self) -> Reading[str]:
-        """The text of a literal: up to a comma or the bracket that ends the arguments."""
+        """Returns the text of a literal: up to a comma or the bracket that ends the arguments."""
         text, depth = "", 0
         while character := (yield from self._source.ahead()):
             if depth == 0 and character in ",)":
@@ -137,7 +137,7 @@ class NotatedReader:
 
 
 class _Elements:
-    """Elements of one call as JSON. What is no element of the schema's type is text."""
+    """The elements of one call as JSON. Content that has no elements of the schema's type is text."""
 
     def __init__(self, text: str, mark: str) -> None:
         self._text = text
@@ -165,7 +165,7 @@ class _Elements:
         return self._members(text, _alternative(schema, "object"), depth)
 
     def _children(self, text: str) -> list[tuple[str, str]]:
-        """The elements that stand in a text side by side; of equal tags inside one another, the outer one."""
+        """Returns the elements of a text side by side; of equal tags inside one another, the outer one."""
         found, at = [], 0
         opening = re.compile(re.escape(self._mark) + r"<([^/<>\s][^<>]*)>")
         while element := opening.search(text, at):
@@ -185,7 +185,7 @@ class _Elements:
 
 
 def _alternative(schema: Schema, kind: str) -> Schema:
-    """The schema itself, or its first alternative of a type."""
+    """Returns the schema itself, or its first alternative of a type."""
     if schema.get("type") == kind:
         return schema
     alternatives: list[Any] = [member for key in ("anyOf", "oneOf") for member in schema.get(key) or ()]

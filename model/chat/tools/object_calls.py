@@ -1,4 +1,4 @@
-"""Reads calls that are JSON objects: a name, arguments and perhaps an id, in any order."""
+"""A reader of calls that are JSON objects: a name, arguments and perhaps an id, in any order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OTHER_KEYS: Final = ("type", "function", "index")
 
 @dataclass(slots=True)
 class _Call:
-    """What is known of a call before and while its events are sent."""
+    """The state of a call before and while its events are sent."""
 
     name: str = ""
     call_id: str = ""
@@ -27,17 +27,17 @@ class _Call:
 
 
 class ObjectReader:
-    """Models take liberties with keys, so common ones are read beside those of the template."""
+    """A reader that takes common keys beside those of the template, because models take liberties with keys."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: ObjectCalls, *, is_bare: bool) -> None:
-        """`is_bare`: without a marker before it, only an object that calls a known tool is a call."""
+        """A bare object has no marker before it, and is a call only if it names a known tool."""
         self._source = source
         self._sink = sink
         self._calls = calls
         self._is_bare = is_bare
 
     def read(self) -> Reading[bool]:
-        """Whether there was a call. False only before any of its events."""
+        """Returns True if there was a call; False only before any of its events."""
         yield from self._source.skip_space()
         first = yield from self._source.ahead()
         if first == "[":
@@ -72,7 +72,7 @@ class ObjectReader:
         return True
 
     def _members(self, call: _Call, depth: int) -> Reading[bool]:
-        """Whether the object was read to its end."""
+        """Returns True if the object was read to its end."""
         self._source.take(1)
         while True:
             yield from self._source.skip_space()

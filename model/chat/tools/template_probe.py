@@ -1,4 +1,5 @@
-"""Derives how a model writes reasoning and calls: renders its chat template with sentinels and compares the texts."""
+"""Probes of a chat template for its forms of reasoning and calls: it is rendered with sentinels, and texts are
+compared."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from llamaclust.model.chat.tools.tool_format import ReasoningTags
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool, Mapping[str, Any]], str]
-"""Renders messages, with a generation prompt or not, and further variables. RequestError where the template refuses."""
+"""A function that renders messages, a generation prompt if True, and variables. RequestError if the template
+refuses."""
 
 NAMES: Final = ("zqfirsttool", "zqsecondtool")
 KEYS: Final = ("zqfirstkey", "zqsecondkey")
@@ -35,29 +37,29 @@ _FIRST_MARKUP: Final = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]]+\])")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A template, the shape of arguments that it takes, and the tags of reasoning, which is no part of a call."""
+    """A template, the shape of arguments that it takes, and its tags of reasoning, which is not part of a call."""
 
     render: Render
     text_arguments: bool = False
     reasoning: ReasoningTags | None = None
 
     def text(self, *messages: Message, prompt: bool = False, **variables: Any) -> str:
-        """The rendered text; empty where the template refuses."""
+        """Returns the rendered text; empty if the template refuses."""
         try:
             return self.render([_USER, *messages], prompt, {"tools": tools(), "enable_thinking": True, **variables})
         except RequestError:
             return ""
 
     def with_system(self, text: str) -> str:
-        """A chat with a system message; empty where the template refuses it."""
+        """Returns a chat with a system message; empty if the template refuses it."""
         try:
             return self.render([{"role": "system", "content": text}, _USER], True, {"enable_thinking": True})
         except RequestError:
             return ""
 
     def call_text(self, *arguments: Mapping[str, Any]) -> str:
-        """What a message with a call for each of the arguments adds to what one with content has; empty where the
-        template shows no calls."""
+        """Returns the text that calls with these arguments add to a message with content; empty if the template shows
+        no calls."""
         text = difference(self.text(call_message(arguments, text_arguments=self.text_arguments)), self.content_text())
         tags = self.reasoning
         if tags is None:
@@ -65,12 +67,10 @@ class Probe:
         return re.sub(rf"^\s*{re.escape(tags.begin)}\s*{re.escape(tags.end)}", "", text)
 
     def content_text(self) -> str:
-        """A message with content alone."""
         return self.text({"role": "assistant", "content": CONTENT})
 
 
 def tools() -> list[dict[str, Any]]:
-    """Two tools, as templates take them."""
     properties = {key: {"type": "string", "description": "A value."} for key in KEYS}
     schema = {"type": "object", "properties": properties, "required": [KEYS[0]]}
     return [
@@ -82,7 +82,6 @@ def tools() -> list[dict[str, Any]]:
 def call_message(
     arguments: Sequence[Mapping[str, Any]], *, text_arguments: bool, call_ids: Sequence[str] = CALL_IDS
 ) -> Message:
-    """An assistant's message with calls of the tools in their order."""
     calls = [
         {
             "type": "function",
@@ -95,40 +94,37 @@ def call_message(
 
 
 def difference(text: str, other: str) -> str:
-    """What a text has between its common beginning and its common end with another one."""
+    """Returns the part of a text between the begin and the end that it shares with another one."""
     before = len(common_begin(text, other))
     behind = common_end(text[before:], other[before:])
     return text[before : len(text) - len(behind)]
 
 
 def common_begin(text: str, other: str) -> str:
-    """What both texts begin with, without markup of which that is only a part."""
+    """Returns the begin that both texts share, without incomplete markup."""
     return _CUT_AT_END.sub("", shared_begin(text, other))
 
 
 def common_end(text: str, other: str) -> str:
-    """What both texts end with, without markup of which that is only a part."""
+    """Returns the end that both texts share, without incomplete markup."""
     return _CUT_AT_BEGIN.sub("", shared_end(text, other))
 
 
 def shared_begin(text: str, other: str) -> str:
-    """The longest text that both begin with."""
     length = next((place for place, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
     return min(text, other, key=len) if length is None else text[:length]
 
 
 def shared_end(text: str, other: str) -> str:
-    """The longest text that both end with."""
     return shared_begin(text[::-1], other[::-1])[::-1]
 
 
 def last_markup(text: str) -> str:
-    """The tag that a text ends with, white space aside; empty where there is none."""
+    """Returns the tag at the end of a text, white space aside; empty if there is none."""
     found = _LAST_MARKUP.search(text)
     return found[1] if found else ""
 
 
 def first_markup(text: str) -> str:
-    """The tag that a text begins with."""
     found = _FIRST_MARKUP.match(text)
     return found[1] if found else ""

@@ -12,7 +12,7 @@ _MAX_HELD: Final = 64
 
 
 class TextRun:
-    """Holds white space at the end back until it is known what follows."""
+    """A run of text whose white space at the end is held back until the following text is known."""
 
     def __init__(self, put: Callable[[AnswerEvent], None], event: Callable[[str], AnswerEvent]) -> None:
         self._put = put
@@ -34,15 +34,15 @@ class TextRun:
 
     @property
     def is_cut(self) -> bool:
-        """Nothing came behind a marker so far, white space aside."""
+        """True if only white space came behind the last marker."""
         return self._skips_space
 
     def cut(self) -> None:
-        """A marker follows: the white space around it is no text."""
+        """Marks a marker behind the text: the white space around it is not text."""
         self._held = ""
         self._skips_space = True
 
     def end(self) -> None:
-        """Nothing follows: white space at the end is text."""
+        """Ends the text: white space at the end is text."""
         self._put(self._event(self._held))
         self._held = ""

@@ -1,5 +1,5 @@
-"""Text that comes piece by piece, read by generators that wait for more: what they do depends on the text alone, never
-on where its pieces end."""
+"""Text that comes piece by piece, read by generators that wait for more: they depend on the text only, never on the
+ends of its pieces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 
 Result = TypeVar("Result")
 Reading = Generator[None, None, Result]
-"""Yields where more text is needed."""
+"""A generator that yields if more text is needed."""
 
 _SPACE: Final = re.compile(r"\s+")
 
@@ -23,12 +23,12 @@ class Markers:
         self._longest = len(self._texts[0]) if self._texts else 0
 
     def find(self, text: str, start: int) -> tuple[int, int]:
-        """Where the first marker begins and ends; the end of the text where there is none."""
+        """Returns begin and end of the first marker; the end of the text if there is none."""
         found = self._pattern.search(text, start)
         return (found.start(), found.end()) if found else (len(text), len(text))
 
     def cut_at(self, text: str, start: int) -> int:
-        """Where the first text begins that further characters may make a marker, or a longer one."""
+        """Returns the place from which further characters may complete a marker, or a longer one."""
         for place in range(max(start, len(text) - self._longest + 1), len(text)):
             rest = text[place:]
             if any(len(marker) > len(rest) and marker.startswith(rest) for marker in self._texts):
@@ -37,7 +37,7 @@ class Markers:
 
 
 class TextSource:
-    """The text of an answer: what was fed and not taken yet."""
+    """The text of an answer that was fed and not taken yet."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -50,31 +50,29 @@ class TextSource:
         self._at = 0
 
     def end(self) -> None:
-        """No more text comes: no reading waits any longer."""
+        """Ends the text: no reading waits any longer."""
         self._is_ended = True
 
     def drop_beginning(self, markers: Sequence[str]) -> None:
-        """Leaves the rest of the text out where it is only the beginning of a marker."""
+        """Drops the rest of the text if it is only the beginning of a marker."""
         rest = self._text[self._at :].strip()
         if rest and any(marker.startswith(rest) for marker in markers):
             self._at = len(self._text)
 
     def record(self) -> None:
-        """Keeps what is taken from now on."""
         self._recorded = []
 
     def recorded(self) -> str:
-        """What was taken since `record`; ends the recording."""
+        """Returns the text taken since `record`; ends the recording."""
         text = "".join(self._recorded or ())
         self._recorded = None
         return text
 
     def give_back(self, text: str) -> None:
-        """Puts text that was taken before what is still there."""
+        """Puts taken text before the rest."""
         self._text, self._at = text + self._text[self._at :], 0
 
     def take(self, count: int) -> str:
-        """The next characters, as many as there are."""
         text = self._text[self._at : self._at + count]
         self._at += len(text)
         if self._recorded is not None:
@@ -82,7 +80,7 @@ class TextSource:
         return text
 
     def ahead(self, count: int = 1) -> Reading[str]:
-        """The next characters, fewer only at the end; they stay."""
+        """Returns the next characters, fewer only at the end, without taking them."""
         while len(self._text) - self._at < count and not self._is_ended:
             yield
         return self._text[self._at : self._at + count]
@@ -94,12 +92,12 @@ class TextSource:
             self.take(found.end() - self._at)
 
     def take_match(self, pattern: re.Pattern[str]) -> str:
-        """What the text that is there begins with; may be empty."""
+        """Takes the match at the beginning of the present text; may be empty."""
         found = pattern.match(self._text, self._at)
         return self.take(found.end() - self._at) if found else ""
 
     def take_literal(self, literals: Sequence[str]) -> Reading[str]:
-        """The longest of some texts that comes next, taken; empty where none does."""
+        """Takes the longest of the texts that comes next; empty if none does."""
         candidates = sorted(literals, key=len, reverse=True)
         while True:
             text = self._text[self._at : self._at + len(candidates[0])] if candidates else ""
@@ -126,7 +124,7 @@ class TextSource:
             yield
 
     def word(self, markers: Markers, most: int) -> Reading[str | None]:
-        """The text before the next marker, which stays; None where there is no marker within so many characters."""
+        """Takes the text before the next marker; None if there is no marker within `most` characters."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

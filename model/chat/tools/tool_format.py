@@ -1,4 +1,5 @@
-"""How a model writes reasoning and tool calls: the values that the parser, the constraint and the probe share."""
+"""The form in which a model writes reasoning and tool calls: values that the parser, the constraint and the probe
+share."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ _BETWEEN_TAGS: Final = re.compile(r"\n|(?<=[>`])(?=<)")
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """Reasoning stands between `begin` and the first of `ends`, the first of which is the usual one."""
+    """The tags of reasoning, which stands between `begin` and the first of `ends` that comes; `ends[0]` is the usual
+    one."""
 
     begin: str
     ends: tuple[str, ...]
@@ -25,8 +27,8 @@ class ReasoningTags:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands around calls, without white space at the ends: `section_begin`, then for each call `call_begin`, the
-    call and `call_end`, then `section_end`. Any part may be empty. `call_begin` may have several lines."""
+    """Texts around calls, without white space at the ends: `section_begin`, then for each call `call_begin`, the call
+    and `call_end`, then `section_end`. Any part may be empty. `call_begin` may have several lines."""
 
     section_begin: str = ""
     call_begin: str = ""
@@ -41,21 +43,21 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Markers that begin calls: the first one, and others that look like markup, since models skip markers."""
+        """Markers that begin calls: the first one, and others that look like markup, because models skip markers."""
         lines = self.lines
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """Markers behind a call, each tag alone."""
+        """Markers behind a call, each tag separately."""
         parts = _BETWEEN_TAGS.split(f"{self.call_end}\n{self.section_end}")
         return tuple(dict.fromkeys(part for part in map(str.strip, parts) if part))
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectCalls:
-    """Each call is a JSON object with its name and arguments, alone or in a list. Without any marker in the frame,
-    calls stand at the beginning of the answer."""
+    """Calls that are JSON objects with name and arguments, single or in a list. Without any marker in the frame, calls
+    stand at the beginning of the answer."""
 
     frame: Frame
     name_key: str = "name"
@@ -68,7 +70,7 @@ class ObjectCalls:
 
 @dataclass(frozen=True, slots=True)
 class NamedCalls:
-    """The name stands before the arguments, which are a JSON object: NAME id_begin ID name_end ARGUMENTS."""
+    """Calls of a name and a JSON object: NAME id_begin ID name_end ARGUMENTS."""
 
     frame: Frame
     name_end: str = ""
@@ -78,8 +80,8 @@ class NamedCalls:
 
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
-    """The name stands before the arguments, each of which has its key and its value between markers. Between `key_end`
-    and `value_begin`, where that is not empty, stands an attribute, which is `string_attribute` for strings."""
+    """Calls of a name and arguments, each of which has its key and its value between markers. If `value_begin` is not
+    empty, an attribute stands before it, which is `string_attribute` for strings."""
 
     frame: Frame
     name_end: str
@@ -103,7 +105,7 @@ class Notation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class NotatedCalls:
-    """Calls in a notation of their own. `mark`: GEMMA's delimiter of texts, or what stands before tags of ELEMENTS."""
+    """Calls in a `Notation`. `mark`: GEMMA's delimiter of texts, or the text before tags of ELEMENTS."""
 
     frame: Frame
     notation: Notation
@@ -112,9 +114,9 @@ class NotatedCalls:
 
 @dataclass(frozen=True, slots=True)
 class ChannelCalls:
-    """The answer is a sequence of messages, each with a header that names its recipient or channel. `recipient` and
-    `reasoning` are regular expressions: the tool's name in a header, and the headers of reasoning. Recipients that are
-    no tool have an `ignored` header."""
+    """An answer of messages, each with a header that names its recipient or channel. `recipient` and `reasoning` are
+    regular expressions: the tool's name in a header, and headers of reasoning. `ignored` matches headers of recipients
+    that are not tools."""
 
     message_begin: str  # before a header; the prompt ends with the first one
     header_end: str
@@ -133,7 +135,7 @@ Calls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls | ChannelCalls
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """How answers of a model look, and what its chat template takes. The default: text alone."""
+    """The format of a model's answers, and the parts of a chat that its template takes. The default: text only."""
 
     calls: Calls | None = None
     reasoning: ReasoningTags | None = None
@@ -148,17 +150,17 @@ class ToolFormat:
 
     @property
     def knows_reasoning(self) -> bool:
-        """Whether answers have reasoning apart from their content."""
+        """True if answers have reasoning apart from their content."""
         return self.reasoning is not None or isinstance(self.calls, ChannelCalls)
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """All texts of the format, in which control words of the vocabulary may stand."""
+        """All texts of the format, which may contain control words of the vocabulary."""
         return (*_texts_in(self.calls), *_texts_in(self.reasoning), *self.dropped)
 
 
 def _texts_in(value: object) -> tuple[str, ...]:
-    """Texts in the fields of a value, and in those of its parts."""
+    """Returns the texts in the fields of a value, and in those of its parts."""
     if isinstance(value, str):
         return (value,)
     if isinstance(value, tuple):

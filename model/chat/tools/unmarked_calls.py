@@ -1,4 +1,4 @@
-"""Reads answers that are nothing but calls of offered tools, as JSON objects without the markers of the model's form:
+"""A reader of answers that are only calls of offered tools, as JSON objects without the markers of the model's form:
 one or several, or a list of them, in a code fence or not."""
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class _NoCallError(Exception):
 
 
 class UnmarkedReader:
-    """Nothing of an answer can be shown before its end while it may be calls, and no longer than that."""
+    """A reader that holds an answer back as long as it may be calls, because nothing of it can be shown before its
+    end."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """`calls`: the model's form, whose keys are known beside the usual ones. `dropped`: no text either."""
+        """The keys of the model's form, `calls`, are known beside the usual ones. `dropped` markers are not text."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None
@@ -38,7 +39,7 @@ class UnmarkedReader:
         self._dropped = tuple(dropped)
 
     def read(self) -> Reading[list[ToolCall]]:
-        """The calls that all the rest of the answer is; none where it is text, which then is still to be read."""
+        """Returns the calls that make up the rest of the answer; none if it is text, which is then put back."""
         self._source.record()
         try:
             calls = yield from self._whole()
@@ -79,7 +80,7 @@ class UnmarkedReader:
         return calls
 
     def _call(self) -> Reading[ToolCall]:
-        """An object with a name and arguments, or one that has it as its `function`, and the space behind it."""
+        """Reads an object with a name and arguments, or one that has it as its `function`, and the space behind it."""
         found: dict[str, str] = {}
         yield from self._members(found, depth=0)
         _require(found.keys() >= {"name", "arguments"})
@@ -134,7 +135,7 @@ class UnmarkedReader:
         return "".join(pieces)
 
     def _take(self, character: str) -> Reading[None]:
-        """A character, and the space behind it."""
+        """Takes a character and the space behind it."""
         _require((yield from self._source.ahead()) == character)
         self._source.take(1)
         yield from self._source.skip_space()

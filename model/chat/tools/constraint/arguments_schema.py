@@ -1,4 +1,4 @@
-"""Schemas of tools' arguments as grammars of calls take them."""
+"""Schemas of tools' arguments in the form that grammars of calls take."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from llamaclust.model.chat.tools.call_sink import Schema
 from llamaclust.model.grammars.normal_schema import NormalSchema, normal_schema
 
 ANY_ARGUMENTS: Final[Schema] = {"type": "object"}
-"""The schema of a tool that is free in its arguments: any JSON object."""
+"""The schema of a tool with free arguments: any JSON object."""
 
 
 def arguments_schema(schema: Any) -> NormalSchema:
-    """A tool's schema of an object that has no properties but those it names, unless it says so. A schema that is
-    nested too deeply, or of something else than an object, leaves the arguments free."""
+    """Returns a tool's schema of an object that has only the named properties, unless the schema allows others. A
+    schema that is nested too deeply, or not of an object, leaves the arguments free."""
     try:
         normal = normal_schema(schema, closes_objects=True)
     except RecursionError:

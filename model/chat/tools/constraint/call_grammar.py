@@ -1,5 +1,5 @@
 """The grammar of an answer's calls, in llguidance's dialect of Lark: markers as the model's own tokens, names of the
-tools offered, arguments that their schemas allow."""
+offered tools, arguments that their schemas allow."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ _ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'
 _JSON_PART: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\s+|.')
 _ANY_KEY: Final = r'/[^<>"=\s]{1,64}/'
 _OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
-"""`oneOf` is read as `anyOf`, as in llama.cpp: most alternatives of tools exclude each other without saying so."""
+"""Options for schemas. `oneOf` is read as `anyOf`, as in llama.cpp: most alternatives of tools exclude each other
+anyway."""
 
 
 class CallStart(Enum):
-    """The place of an answer where calls begin."""
-
     TRIGGER = auto()  # where the model writes their first marker
     ANSWER = auto()  # with the answer, behind reasoning at most
     THOUGHT = auto()  # likewise, where the prompt has begun reasoning
@@ -95,7 +94,7 @@ def _section(rules: LarkRules, calls: FramedCalls, tools: Tools, *, is_parallel:
 
 
 def _marker(rules: LarkRules, text: str) -> str:
-    """A marker, whose lines stand below each other; white space may follow."""
+    """Returns a marker, whose lines stand below each other; white space may follow."""
     lines = [rules.literal(line.strip()) for line in text.split("\n") if line.strip()]
     opens_name = text.rstrip().endswith(("=", '"', ":", "."))
     return f" {SPACE} ".join(lines) + ("" if opens_name or not lines else f" {SPACE}")
@@ -128,7 +127,7 @@ def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> 
 
 
 def _json_parts(text: str) -> str:
-    """JSON text as the lexemes of a JSON schema: where a call has no marker, other JSON may stand in its place."""
+    """Returns JSON text as the lexemes of a JSON schema: if a call has no marker, other JSON may stand in its place."""
     return joined(*map(quoted, _JSON_PART.findall(text)))
 
 
@@ -151,7 +150,7 @@ def _tagged(rules: LarkRules, calls: TaggedCalls, name: str, schema: Schema) -> 
 
 
 def _argument(rules: LarkRules, calls: TaggedCalls, key: str, schema: Schema) -> str:
-    """`key`: the rule of its name."""
+    """Returns the rule of an argument; `key` is the rule of its name."""
     types = types_of(schema)
     is_text = not types or "string" in types
     head = [_marker(rules, calls.argument_begin), key, _marker(rules, calls.key_end.rstrip())]
@@ -171,7 +170,7 @@ def _argument(rules: LarkRules, calls: TaggedCalls, key: str, schema: Schema) ->
 
 
 def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools, *, reasons: bool) -> str:
-    """One call, behind a message of reasoning at most."""
+    """Returns the rule of one call, perhaps behind a message of reasoning."""
     bodies = []
     for name, schema in tools.items():
         header = rules.literal(calls.call_header.format(name=name) + calls.header_end)

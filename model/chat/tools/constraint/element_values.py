@@ -1,4 +1,5 @@
-"""Values of arguments as elements, nested for objects and lists: bodies of rules for what a schema allows."""
+"""Values of arguments as elements, nested for objects and lists: bodies of rules for the values that a schema
+allows."""
 
 from __future__ import annotations
 
@@ -15,18 +16,19 @@ _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 
 
 class _FreeValue(Exception):
-    """A value may be anything: also elements with the tag of the one around them, so no tag marks its end."""
+    """A value may be anything, even elements with the tag of the one around them, so no tag marks its end."""
 
 
 class ElementValues:
-    """`mark` stands before each tag. A call with a value that may be anything is free as a whole."""
+    """A maker of rules for elements; `mark` stands before each tag. A call with a value that may be anything is free as
+    a whole."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         self._rules = rules
         self._mark = mark
 
     def arguments(self, schema: Schema, closing: str) -> str:
-        """The elements of a call, and the tag that closes it."""
+        """Returns the elements of a call, and the tag that closes it."""
         try:
             return joined(self._members(schema, 0), self._literal(closing))
         except _FreeValue:
@@ -43,7 +45,7 @@ class ElementValues:
         return self._rules.rule(joined(self._literal(f"<{tag}>"), self._value(schema, f"</{tag}>", depth + 1)))
 
     def _value(self, schema: Any, closing: str, depth: int) -> str:
-        """A value and its closing tag. One that may be a text is a text."""
+        """Returns a value and its closing tag. A value that may be a text is a text."""
         types, end = kinds(schema, depth), self._literal(closing)
         if not types:
             raise _FreeValue

@@ -1,4 +1,5 @@
-"""Values of arguments within a line, in Python's and Gemma's notation: bodies of rules for what a schema allows."""
+"""Values of arguments within a line, in Python's and Gemma's notation: bodies of rules for the values that a schema
+allows."""
 
 from __future__ import annotations
 
@@ -19,8 +20,6 @@ _COMMA: Final = f'"," {SPACE}'
 
 
 class InlineValues(ABC):
-    """Values of one notation."""
-
     def __init__(self, rules: LarkRules) -> None:
         self.rules = rules
         self._any = ""
@@ -28,29 +27,27 @@ class InlineValues(ABC):
     @property
     @abstractmethod
     def text(self) -> str:
-        """Any text."""
+        """The body for any text."""
 
     @property
     @abstractmethod
     def any_key(self) -> str:
-        """Any key of an object, with what stands before its value."""
+        """The body for any key of an object, up to its value."""
 
     @abstractmethod
     def key(self, key: str) -> str:
-        """One key, likewise; empty where the notation has no such key."""
+        """Returns the body for one key, up to its value; empty if the notation has no such key."""
 
     @abstractmethod
     def constant(self, value: Any) -> str:
-        """A text, a number, a truth value or null."""
+        """Returns the body for a text, a number, a truth value or null."""
 
     def any_value(self) -> str:
-        """The rule of any value."""
         if not self._any:
             self._any = self.rules.recursive(self._any_of)
         return self._any
 
     def value(self, schema: Any, depth: int = 0) -> str:
-        """A value that a schema allows."""
         types = kinds(schema, depth)
         if not types:
             return self.any_value()
@@ -61,7 +58,7 @@ class InlineValues(ABC):
         return f"({' | '.join(self._of_kind(kind, schema, depth) for kind in types)})"
 
     def members(self, schema: Schema, depth: int = 0) -> str:
-        """The properties of an object, between its brackets."""
+        """Returns the properties of an object, between its brackets."""
         found = properties(schema)
         if found is None or not all(self.key(key) for key, _, _ in found):
             pair = self.rules.rule(joined(self.any_key, self.any_value()))
@@ -71,7 +68,7 @@ class InlineValues(ABC):
         return self._sequence([(self.rules.rule(body), entry[2]) for body, entry in zip(bodies, ordered, strict=True)])
 
     def ordered(self, found: list[tuple[str, Any, bool]]) -> list[tuple[str, Any, bool]]:
-        """Properties in the order in which they are written."""
+        """Returns properties in the order in which they are written."""
         return found
 
     def _of_kind(self, kind: str, schema: Schema, depth: int) -> str:
@@ -92,7 +89,7 @@ class InlineValues(ABC):
                 return self.any_value()
 
     def _any_of(self, name: str) -> str:
-        """The body of that rule, by its name."""
+        """Returns the body of the rule `any_value`, whose name is `name`."""
         pair = self.rules.rule(joined(self.any_key, name))
         words = " | ".join(map(self.constant, (True, False, None)))
         whole_number = self.rules.rule(number("number", {}))
@@ -100,7 +97,7 @@ class InlineValues(ABC):
         return f"{self.text} | {whole_number} | {words} | {_list_of(name)} | {members}"
 
     def _sequence(self, members: Sequence[tuple[str, bool]]) -> str:
-        """Members with commas between them; those that are not needed may be left out."""
+        """Returns members with commas between them; those that are not needed may be omitted."""
         first, behind = "", ""  # the rules of the members from one on: of those that begin, and that follow others
         for member, is_needed in reversed(members):
             alone, following = joined(member, behind), f"{_COMMA} {member}"
@@ -114,7 +111,7 @@ class InlineValues(ABC):
 
 
 class PythonValues(InlineValues):
-    """Texts in either quotes, 1, True, None, ["text"], {"key": 1}; JSON's words, too."""
+    """Values such as "text" in either quotes, 1, True, None, ["text"], {"key": 1}, and JSON's words."""
 
     @property
     def text(self) -> str:
@@ -133,7 +130,7 @@ class PythonValues(InlineValues):
 
 
 class PythonArguments(PythonValues):
-    """key="text", other=1: the arguments of a call."""
+    """Arguments of a call such as key="text", other=1."""
 
     def __init__(self, rules: LarkRules) -> None:
         super().__init__(rules)
@@ -154,7 +151,8 @@ class PythonArguments(PythonValues):
 
 
 class GemmaValues(InlineValues):
-    """<|"|>text<|"|>, 1, true, null, [1,2], {key:1}. Objects have their keys by name, as Gemma's template has them."""
+    """Values such as <|"|>text<|"|>, 1, true, null, [1,2], {key:1}. Objects have sorted keys, as in Gemma's
+    template."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         super().__init__(rules)

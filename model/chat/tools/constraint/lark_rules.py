@@ -1,4 +1,4 @@
-"""Rules of a grammar in llguidance's dialect of Lark, as they are made one after the other."""
+"""Rules of a grammar in llguidance's dialect of Lark, made one after the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from llamaclust.model.grammars.definitions import quoted
 
 Split = Callable[[str], Sequence[str | int]]
-"""A text as pieces of text and ids of control tokens."""
+"""A function that cuts a text into pieces of text and ids of control tokens."""
 
 SPACE: Final = r"/[ \n]{0,2}/"
 _TEXT: Final = "/(?s:.*)/"
@@ -17,19 +17,17 @@ _TEXT: Final = "/(?s:.*)/"
 
 @dataclass
 class LarkRules:
-    """Collects rules by name."""
-
     split: Split
     rules: list[str] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)  # of rules, by attributes and body
 
     def literal(self, text: str) -> str:
-        """A text with its control tokens."""
+        """Returns a text with its control tokens."""
         pieces = (quoted(piece) if isinstance(piece, str) else f"<[{piece}]>" for piece in self.split(text) if piece)
         return " ".join(pieces)
 
     def text_until(self, end: str) -> str:
-        """Any text, and its end."""
+        """Returns any text, and its end."""
         first, *rest = [piece for piece in self.split(end) if piece != ""]
         if isinstance(first, int):
             return f"{self.rule(_TEXT)} {self.literal(end)}"
@@ -37,7 +35,7 @@ class LarkRules:
         return self.rule(_TEXT, f"suffix={quoted(first)}") + parts
 
     def rule(self, body: str, attributes: str = "") -> str:
-        """The name of the rule with this body."""
+        """Returns the name of the rule with this body."""
         text = f"{f'[{attributes}]' if attributes else ''}: {body}"
         if text not in self.names:
             self.names[text] = f"r{len(self.rules)}"
@@ -45,7 +43,7 @@ class LarkRules:
         return self.names[text]
 
     def recursive(self, body: Callable[[str], str]) -> str:
-        """The name of a new rule, whose body has that name."""
+        """Returns the name of a new rule, whose body has that name."""
         name = f"n{len(self.rules)}"
         self.rules.append("")
         place = len(self.rules) - 1

@@ -1,4 +1,4 @@
-"""The grammar of calls in notations of their own: Python's, Gemma's, and nested elements."""
+"""The grammar of calls in other notations: Python's, Gemma's, and nested elements."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from llamaclust.model.grammars.definitions import quoted
 
 
 def notated_section(rules: LarkRules, calls: NotatedCalls, tools: Tools, *, is_parallel: bool) -> str:
-    """Calls and what stands around them."""
     frame, comma = calls.frame, f'"," {SPACE}'
     begin = joined(*(f"{rules.literal(line)} {SPACE}" for line in frame.section_begin.splitlines() if line))
     end = joined(*(f"{SPACE} {rules.literal(line)}" for line in frame.section_end.splitlines() if line))
@@ -35,7 +34,7 @@ def notated_section(rules: LarkRules, calls: NotatedCalls, tools: Tools, *, is_p
 
 
 def _call(rules: LarkRules, tools: Tools, opening: str, arguments: Callable[[Schema], str]) -> str:
-    """A call of any of the tools; `arguments`: with what ends them."""
+    """Returns a call of any of the tools; `arguments` includes their end."""
     bodies = [rules.rule(f"{quoted(name + opening)} {arguments(schema)}") for name, schema in tools.items()]
     return rules.rule(" | ".join(bodies))
 

@@ -1,5 +1,5 @@
-"""What notations of values that are not JSON read of a schema. Bounds of numbers and enumerations hold; patterns and
-lengths of texts, and numbers of items, are free."""
+"""The parts of a schema that notations other than JSON obey: bounds of numbers and enumerations, but not patterns and
+lengths of texts, or numbers of items."""
 
 from __future__ import annotations
 
@@ -11,39 +11,38 @@ from llamaclust.model.chat.tools.argument_values import types_of
 from llamaclust.model.chat.tools.call_sink import Schema
 
 MAX_DEPTH: Final = 16
-"""Of schemas; what is deeper is free."""
+"""The depth of schemas beyond which values are free."""
 _BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _COMBINED: Final = frozenset(("$ref", "allOf", "not", "if"))
 
 
 def constants(schema: Schema) -> Sequence[Any]:
-    """The values that are allowed; empty where they are not listed, or some are lists or objects."""
+    """Returns the allowed values; empty if they are not listed, or some are lists or objects."""
     values = schema.get("enum", [schema["const"]] if "const" in schema else ())
     is_flat = isinstance(values, list) and not any(isinstance(value, list | dict) for value in values)
     return values if is_flat else ()
 
 
 def alternatives(schema: Schema) -> Sequence[Any]:
-    """Schemas, one of which holds; empty where there are none."""
     found = schema.get("anyOf", schema.get("oneOf"))
     return found if isinstance(found, list) else ()
 
 
 def kinds(schema: Any, depth: int) -> list[str]:
-    """The types of a value; empty where any value is taken."""
+    """Returns the types of a value; empty if any value is taken."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH or not _COMBINED.isdisjoint(schema):
         return []
     return sorted(types_of(schema))
 
 
 def number(kind: str, schema: Schema) -> str:
-    """The rule of a number: the same in all notations."""
+    """Returns the rule of a number, the same in all notations."""
     bounds = {key: schema[key] for key in _BOUNDS if isinstance(schema.get(key), int | float)}
     return f"%json {json.dumps({'type': kind, **bounds})}"
 
 
 def properties(schema: Schema) -> list[tuple[str, Any, bool]] | None:
-    """Name, schema and whether it is needed of each property, the needed ones first; None where others are allowed."""
+    """Returns name, schema and need of each property, the needed ones first; None if others are allowed."""
     named, required = schema.get("properties"), schema.get("required")
     if not isinstance(named, Mapping) or schema.get("additionalProperties") is not False:
         return None

@@ -106,7 +106,6 @@ def _largest(tensor: Tensor, start: int, end: int) -> float:
 
 
 def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
-    """Checks the kind and architecture of an adapter; returns its alpha."""
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         if (value := found.metadata_str(key, "none")) != wanted:
             raise found.error(
@@ -166,7 +165,6 @@ def _adapted(steps: Sequence[Step], model: ModelFile, numbers: Sequence[int]) ->
 
 
 def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
-    """Returns the step that adapter `number` adds to a product, if it has tensors for it."""
     down, up = (model.tensors.get(f"{_PREFIX}{number}.{product.weight}.lora_{half}") for half in "ab")
     if down is None and up is None:
         return None

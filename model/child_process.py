@@ -70,7 +70,6 @@ class BoundedChild:
 
     @property
     def load(self) -> int:
-        """The number of calls in progress and waiting."""
         return len(self._work)
 
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:

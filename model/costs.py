@@ -52,7 +52,6 @@ def weight_bytes(
 
 
 def idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Callable[[Tensor], int]) -> int:
-    """Returns the bytes of the experts that a token does not choose."""
     idle = 0
     for step in _of_mixtures(steps):
         held = sum(size(tensors[weight.name]) for weight in _weights([step], WeightKind.EXPERTS))
@@ -124,7 +123,6 @@ class LayerCost:
         return self.expert_bytes - self._idle_bytes(rows)
 
     def touched_share(self, rows: int) -> float:
-        """Returns the share of the experts' weights that a step reads."""
         return 1 - self.idle_share**rows
 
     def _idle_bytes(self, rows: int) -> float:
@@ -156,7 +154,6 @@ class ModelCosts:
 
     @property
     def quant_types(self) -> tuple[QuantType, ...]:
-        """The types of all matrices."""
         of_layers = (weights for layer in self.layers for weights in (*layer.weights, *layer.expert_weights))
         return tuple(sorted({weights.quant_type for weights in (*of_layers, *self.head_weights)}))
 
@@ -176,12 +173,10 @@ class ModelCosts:
 
     @property
     def state_bytes(self) -> int:
-        """The bytes of one sequence's state in all layers."""
         return sum(layer.state_bytes for layer in self.layers)
 
     @property
     def window(self) -> int | None:
-        """The largest window of the layers, if any has one."""
         return max((layer.window for layer in self.layers if layer.window is not None), default=None)
 
 

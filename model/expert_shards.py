@@ -98,7 +98,6 @@ class _Cut:
         return *steps[: steps.index(self.mixture)], ExpertChoice(self.mixture, self.choice), computed
 
     def inside(self, numbers: range) -> tuple[Step, ...]:
-        """Returns steps of shards neither first nor last."""
         computed = replace(self._shards(numbers), given=self.given, out=self.handed_on, carried=self.carried)
         return *self._taken(), computed
 
@@ -113,7 +112,6 @@ class _Cut:
         return ExpertShards(self.mixture, self.choice, self.results, held)
 
     def _taken(self) -> list[Step]:
-        """Returns the steps that unpack all received buffers except the results."""
         taken: list[Step] = []
         for buffer in (*self.carried, self.choice):
             taken.append(Slice(self.given, buffer, sum(step.out.width for step in taken if isinstance(step, Slice))))

@@ -55,8 +55,6 @@ NEXTN_KEY = "nextn_predict_layers"
 
 
 class RopeScaling(StrEnum):
-    """Methods for positions past the trained context."""
-
     NONE = "none"
     LINEAR = "linear"
     LONGROPE = "longrope"  # linear, beside factors that are tensors
@@ -111,12 +109,10 @@ class Hyperparameters:
 
     @property
     def head_count_kv(self) -> int:
-        """The maximum over the layers."""
         return max(self.head_counts_kv)
 
     @property
     def feed_forward_length(self) -> int:
-        """The maximum over the layers."""
         return max(self.feed_forward_lengths)
 
 
@@ -187,7 +183,6 @@ class ModelKeys:
     def counts(
         self, key: str, layers: int, default: int | None = None, *, minimum: int = 1, maximum: int
     ) -> tuple[int, ...]:
-        """Reads a whole number for each of the first `layers`: from an array, or one for all."""
         value: Any = self.model.metadata.get(self._recorded(key))
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
             return (self.count(key, default, minimum=minimum, maximum=maximum),) * layers
@@ -262,7 +257,6 @@ class ModelKeys:
         return [period == 0 or layer % period != full for layer in range(layers)]
 
     def _recorded(self, key: str) -> str:
-        """Records a key as read; returns its full name."""
         self._read.add(key)
         return self._full(key)
 

@@ -45,8 +45,6 @@ class Importance:
 
 @dataclass(frozen=True, slots=True)
 class ImportanceMatrix:
-    """The entries by name of the weight tensor, made of `chunks` of `chunk_tokens` tokens of `datasets`."""
-
     entries: Mapping[str, Importance]
     chunks: int
     chunk_tokens: int

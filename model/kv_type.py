@@ -30,7 +30,6 @@ class KvType(StrEnum):
         return -(-channels // together) * together + 2 * -(-channels // KV_GROUP_CHANNELS)
 
     def pair_bytes(self, channels: int) -> int:
-        """Returns the KV memory of one head's key and value at one position, with padding and scales."""
         value = -(-channels // KV_VALUE_CHANNELS) * KV_VALUE_CHANNELS
         if self is KvType.F16:
             return self.key_bytes(channels) + 2 * value

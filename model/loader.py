@@ -77,7 +77,6 @@ class Model:
         return cls(plain, chat_template, numbered)
 
     def adapted_by(self, adapters: Mapping[int, ModelFile]) -> Model:
-        """Returns the model with these adapters and no others."""
         return self if adapters == self.adapters else Model(self.plain, adapters=adapters)
 
     def __enter__(self) -> Self:
@@ -140,12 +139,10 @@ class Model:
 
     @property
     def window(self) -> int | None:
-        """The largest window of the layers, if any has one."""
         return self._whole.window
 
     @property
     def quant_types(self) -> tuple[QuantType, ...]:
-        """The types of all matrices."""
         return self.costs(KvType.F16).quant_types
 
     @property
@@ -223,7 +220,6 @@ class Model:
         return self._group_costs[key]
 
     def _parts(self, layer: Program, shards: int) -> Iterator[Program]:
-        """Divides a program of one layer; yields the program itself if it cannot be divided."""
         if shards == 1 or not self.is_divisible(layer.start, shards):
             yield layer
             return
@@ -231,7 +227,6 @@ class Model:
         yield from (divided_program(lambda *_: layer, part, part + 1, shards) for part in range(first, first + shards))
 
     def _part_costs(self, layer: Program, parts: Sequence[Program], shards: int) -> list[LayerCost]:
-        """Returns a cost for each shard."""
         costs = [layer_cost(self.tensors_for(part), part) for part in parts]
         if len(parts) == 1:
             return [*costs, *[JOINED] * (shards - 1)]

@@ -82,7 +82,6 @@ class RuleEffect:
 
 
 def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffect, ...]:
-    """Returns the effect of each rule. UsageError for a rule that matches no tensor."""
     if not rules:
         return ()
     found: dict[int, list[str]] = {index: [] for index in range(len(rules))}
@@ -106,7 +105,6 @@ def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | No
 
 
 def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
-    """Returns the number of the deciding rule for each tensor that has one."""
     decided: dict[str, int] = {}
     names = model.program(0, model.layer_count).weights
     for index, rule in enumerate(rules):
@@ -124,8 +122,6 @@ def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Tensors that must be on one device."""
-
     what: str
     deciding: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)  # small ones, which are where those are

@@ -28,12 +28,10 @@ class Pooling(StrEnum):
                 return 0, tokens
 
     def vectors(self, tokens: int) -> int:
-        """Returns the number of vectors in the embedding of a prompt."""
         return tokens if self is Pooling.NONE else 1
 
 
 _BY_NUMBER = (Pooling.NONE, Pooling.MEAN, Pooling.CLS, Pooling.LAST, Pooling.RANK)
-"""The values by their numbers in GGUF files."""
 
 DEFAULT = Pooling.LAST
 """The pooling of models that name none: with causal attention, only the last token has seen the whole prompt."""

@@ -113,7 +113,6 @@ RowStep = (
 """Steps that compute a row of the out buffer from the same row of others, its position and weights of one row."""
 
 StateStep = Convolution | DeltaRule | Scan
-"""Steps that keep a state of each sequence."""
 
 MixtureStep = ExpertChoice | ExpertInner | ExpertDown | ExpertShards | ExpertSum
 """Steps of a mixture whose experts are on several stages, or divided among the members of a group."""
@@ -148,7 +147,6 @@ class Program:
 
     @property
     def layer_range(self) -> range:
-        """The layers that the program has parts of."""
         return range(self.start // self.shards, -(-self.end // self.shards))
 
     @property
@@ -165,12 +163,10 @@ class Program:
 
     @property
     def kv_layers(self) -> tuple[Attention, ...]:
-        """The attention steps that store keys and values, one a layer."""
         return tuple(step for step in self.steps if isinstance(step, Attention) and not step.shares_kv)
 
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
-        """The attention steps and states that KV memory is laid out for, in the order of steps."""
         kept = (step if isinstance(step, Attention) else getattr(step, "state", None) for step in self.steps)
         return tuple(k for k in kept if isinstance(k, SequenceState) or (isinstance(k, Attention) and not k.shares_kv))
 

@@ -24,8 +24,6 @@ _EACH_ONCE: Final = sorted(f"{{{field}}}" for field in _FIELDS)
 
 @dataclass(frozen=True, slots=True)
 class PairTemplate:
-    """The text of a prompt with places `{query}` and `{document}`."""
-
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
@@ -50,7 +48,6 @@ class Ranking:
         return Pooling.LAST if self.of_last else Pooling.CLS
 
     def score(self, classes: Sequence[float]) -> float:
-        """Returns the score of a document from the scores of the classes."""
         if not self.of_last:
             return classes[0]
         greatest = max(classes)

@@ -24,7 +24,6 @@ def rows_name(name: str, rows: range) -> str:
 
 
 def whole_name(name: str) -> str:
-    """Returns the name of the tensor that a name is a part of, or the name itself."""
     found = _SHARD.fullmatch(name)
     return name if found is None else found["whole"]
 

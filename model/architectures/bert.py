@@ -17,7 +17,6 @@ _ACTIVATIONS = {
     "silu": ActivationFunction.SILU,
     "swish": ActivationFunction.SILU,
 }
-"""Activation functions by their names in files."""
 
 
 def bert(builder: EncoderBuilder) -> None:

@@ -16,8 +16,6 @@ _TYPES = "token_types.weight"
 
 
 class EncoderBuilder(ProgramBuilder):
-    """A builder for all architectures, including encoders."""
-
     def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
         """Yields the layers of an encoder. The first sentence's type and learned `positions`, if there are any, are
         added to the embedding, which is normed; `last_norm`: the last layer's result is normed too."""
@@ -81,7 +79,6 @@ class EncoderBuilder(ProgramBuilder):
         self._norm(name, summed, self._hidden)
 
     def _end(self, last_norm: bool) -> None:
-        """Emits no head: results are embeddings or scores of every row."""
         if self.stage.stop < self.hyperparameters.block_count:
             return
         rows = self._hidden
@@ -104,7 +101,6 @@ class EncoderBuilder(ProgramBuilder):
         return scores
 
     def _activate_classifier(self, scores: Buffer) -> None:
-        """Emits tanh, or ModernBERT's GELU and norm."""
         if self.hyperparameters.architecture != "modern-bert":
             self._steps.append(steps.SoftCap(scores, scores, 1.0))
             return

@@ -11,7 +11,6 @@ from llamaclust.model.steps.options import USUAL_EXPERTS, ActivationFunction, Ex
 
 _GATING_KEY = "expert_gating_func"
 _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
-"""Gating functions by their numbers in GGUF."""
 
 
 @dataclass(frozen=True, slots=True)

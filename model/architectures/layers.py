@@ -158,7 +158,6 @@ class ProgramBuilder(CheckedTensors):
             self._steps.append(steps.SoftCap(self.out, self.out, soft_cap))
 
     def _ranking_head(self) -> None:
-        """Emits the scores [rows, classes] of every row."""
         name = "cls.output.weight"
         scores = Buffer("scores", self.model.tensor(name).shape[0])
         if scores.width < 2:
@@ -251,7 +250,6 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.attn_output", out, self._projected)
 
     def _place(self, prefix: str, variant: AttentionVariant, query: Buffer, key: Buffer) -> None:
-        """Emits norms and rotations of queries and keys."""
         hp, norms = self.hyperparameters, variant.head_norms
         parts = (("q", query, hp.head_count), ("k", key, key.width // hp.key_length))
         if norms in (HeadNorms.PER_HEAD, HeadNorms.WHOLE):
@@ -341,7 +339,6 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.Add(self._projected, out, self._projected))
 
     def rope_table(self, rope: RopeParameters | None = None) -> RopeTable:
-        """Returns the table of `rope`, or of the model's rotation."""
         trained = self.hyperparameters.rope
         return rope_table(rope or trained, self.rope_factors(trained, self._context_tokens))
 
@@ -382,7 +379,6 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.Add(self._hidden, self._projected, self._hidden))
 
     def _project(self, prefix: str, query: Buffer, key: Buffer, value: Buffer) -> None:
-        """Emits queries, keys and values of the normed hidden state, from three tensors or from one."""
         if f"{prefix}.attn_qkv.weight" in self.model.tensors:
             self._matmul_parts(f"{prefix}.attn_qkv", query, key, value)
             return

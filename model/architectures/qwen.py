@@ -59,6 +59,5 @@ def qwen3vl(builder: ProgramBuilder) -> None:
 
 
 def qwen3vlmoe(builder: ProgramBuilder) -> None:
-    """Qwen 3 VL with experts, text only."""
     check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     qwen3moe(builder)

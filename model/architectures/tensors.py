@@ -41,7 +41,6 @@ class CheckedTensors:
         return self.floats(name, (width,))
 
     def floats(self, name: str, shape: tuple[int, ...]) -> str:
-        """Returns `name` after the check of its shape and of its type, F32."""
         self.weight(name, shape)
         found = self.model.tensor(name).quant_type
         if found is not QuantType.F32:

@@ -72,7 +72,6 @@ def _merged(same: Messages) -> dict[str, Any]:
 
 
 def _with_a_user_first(messages: Messages) -> Messages:
-    """Inserts an empty user's turn before an assistant's."""
     begin = len([*takewhile(_is_system, messages)])
     begins = any(message["role"] == "user" for message in messages[begin : begin + 1])
     return messages if begins else [*messages[:begin], _user(), *messages[begin:]]

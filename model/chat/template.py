@@ -112,7 +112,6 @@ class ChatTemplate:
             raise self._waited_too_long() from None
 
     async def render_async(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Renders as `render` does, without blocking the event loop."""
         future = asyncio.wrap_future(self._submit(messages, add_generation_prompt, extra))
         try:
             return await asyncio.wait_for(future, self._limits.wait_s)

@@ -46,7 +46,6 @@ class _TooLong(Exception):
 
 
 def environment() -> jinja2.Environment:
-    """Returns Jinja as the templates of published models expect it."""
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
@@ -70,7 +69,6 @@ def tojson(
 
 
 def _as_list(value: Any) -> list[Any]:
-    """Returns the list of an iterator, such as the results of `map`."""
     if isinstance(value, Iterator):
         return list(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
@@ -86,7 +84,6 @@ def strftime_now(form: str) -> str:
 
 
 def _clock(now_s: float) -> Callable[[str], str]:
-    """Returns `strftime_now` for this Unix time."""
     return lambda form: datetime.fromtimestamp(now_s).astimezone().strftime(form)
 
 

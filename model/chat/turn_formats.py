@@ -76,7 +76,6 @@ def _of(system: Around, user: Around, assistant: Around, prompt: str = "", *, tr
 def _inst(
     turn: str, system: Around, user_end: str, assistant: Around, trimmed: frozenset[str] = frozenset()
 ) -> TurnFormat:
-    """Returns an [INST] format: a system message stands in the turn of the first user."""
     around = {"system": system, "user": ("", user_end), "assistant": assistant}
     return TurnFormat(around, turn=turn, trimmed=trimmed)
 

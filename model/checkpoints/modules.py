@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Final
 
 QKV: Final = MappingProxyType({"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"})
-"""The modules of `attn_q`, `attn_k` and `attn_v`."""
 _ATTENTION: Final = {**{module: f"attn_{part}" for part, module in QKV.items()}, "self_attn.o_proj": "attn_output"}
 _FUSED: Final = {"mlp.gate_up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 _DECODER: Final = {

@@ -42,8 +42,6 @@ def factor_name(name: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """The scaling of W + `factor` * B @ A."""
-
     rank: int
     alpha: float
     is_rank_stabilized: bool
@@ -60,8 +58,6 @@ class Scaling:
 
 @dataclass(frozen=True, slots=True)
 class PeftSettings:
-    """The settings in adapter_config.json."""
-
     settings: Settings
 
     @classmethod

@@ -31,7 +31,6 @@ def is_peft(path: Path) -> bool:
 
 
 def peft_files(path: Path) -> tuple[Path, Path]:
-    """Returns the paths of settings and weights."""
     folder = path.parent if path.name == WEIGHTS else path
     return folder / CONFIG, folder / WEIGHTS
 

@@ -65,7 +65,6 @@ def _stored(file: SourceFile, name: str, said: Any, first: int) -> StoredTensor:
 
 
 def _check_places(file: SourceFile, first: int, tensors: Iterable[StoredTensor]) -> None:
-    """Checks that the tensors are contiguous and end with the file."""
     at = first
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
         if tensor.offset != at:

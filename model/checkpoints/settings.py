@@ -40,7 +40,6 @@ class Settings:
     def real(
         self, *names: str, default: float | None = None, minimum: float = 0.0, maximum: float = _MAX_REAL
     ) -> float:
-        """Returns a finite number in [minimum, maximum]."""
         value = self._find(names, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise self.error(names[0], f"{_shown(value)}, a number expected")
@@ -61,7 +60,6 @@ class Settings:
         return value
 
     def reals(self, name: str, count: int) -> list[float]:
-        """Returns a list of `count` positive finite numbers."""
         value = self.values.get(name)
         if not isinstance(value, list) or len(value) != count:
             there = f"{len(value)} entries" if isinstance(value, list) else _shown(value)

@@ -58,7 +58,6 @@ def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Itera
 
 
 def part_paths(out: Path, count: int) -> list[Path]:
-    """Returns the names of the files of a model in parts, or `out` alone."""
     if count == 1:
         return [out]
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", out.stem)

@@ -154,7 +154,6 @@ class _Cursor:
         self.position = at
 
     def value(self, key: str) -> MetadataValue:
-        """Reads a metadata value with its type before it."""
         value_type = self.u32()
         return self._array(key, 1) if value_type == ARRAY_TYPE else self._scalar(value_type)
 
@@ -261,7 +260,6 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
 
 
 def _read_tensors(cursor: _Cursor, count: int, path: Path, identity: FileIdentity) -> dict[str, Tensor]:
-    """Reads tensors by name; offsets are from the start of the data section."""
     tensors: dict[str, Tensor] = {}
     for number in range(count):
         cursor.place = f"tensor {number}"
@@ -307,7 +305,6 @@ def _alignment(path: Path, metadata: dict[str, MetadataValue]) -> int:
 
 
 def _placed(tensor: Tensor, data_start: int) -> Tensor:
-    """Returns the tensor with its offset in the file."""
     offset, size_bytes = data_start + tensor.offset, tensor.file_identity.size_bytes
     if offset + tensor.n_bytes > size_bytes:
         what = f"ends at byte {offset + tensor.n_bytes}, the file at byte {size_bytes}"

@@ -131,7 +131,6 @@ class Tensor:
 
     @property
     def rows(self) -> int:
-        """Rows of `shape[-1]` weights, over all slower dimensions."""
         return prod(self.shape[:-1])
 
     @property
@@ -203,7 +202,6 @@ class Tensor:
             view, start = view[count:], start + count
 
     def _read_paired(self, descriptor: int, view: memoryview, start: int) -> None:
-        """Reads whole heads, and interleaves the rows of their halves."""
         head_bytes = self.n_bytes // self.paired_heads
         first, last = start // head_bytes, -(-(start + len(view)) // head_bytes)
         halves = np.empty((last - first, 2, head_bytes // 2 // self.row_bytes, self.row_bytes), np.uint8)

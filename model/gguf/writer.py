@@ -53,8 +53,6 @@ class TensorSource:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The contents of a model file to be written."""
-
     header: bytes
     tensors: tuple[TensorSource, ...]
     alignment: int
@@ -94,7 +92,6 @@ def write_gguf_parts(parts: Mapping[Path, Contents]) -> None:
 def header_bytes(
     metadata: Mapping[str, WritableValue], sources: Sequence[TensorSource] = (), alignment: int = DEFAULT_ALIGNMENT
 ) -> bytes:
-    """Returns the bytes before the tensors. Equal arguments give equal bytes."""
     header = bytearray(MAGIC + pack("<IQQ", _VERSION, len(sources), len(metadata)))
     for key, value in metadata.items():
         header += _text(key) + _value(value)
@@ -116,7 +113,6 @@ def _text(text: str) -> bytes:
 
 
 def _value(value: WritableValue) -> bytes:
-    """Writes a value with its type before it."""
     if isinstance(value, RawValue):
         return value.data
     if isinstance(value, str):

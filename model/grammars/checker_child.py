@@ -60,7 +60,6 @@ def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
 
 
 def _schemas(definition: str) -> Iterator[Any]:
-    """Yields the schemas that a grammar consists of or has among its rules."""
     decoder = json.JSONDecoder()
     for part in json.loads(definition)["grammars"]:
         if "json_schema" in part:

@@ -54,7 +54,6 @@ def of_regex(pattern: str, origin: str) -> Grammar:
 
 
 def of_lark(text: str, origin: str) -> Grammar:
-    """Allows the texts of a grammar in llguidance's dialect of Lark."""
     return _grammar({"lark_grammar": text}, origin)
 
 

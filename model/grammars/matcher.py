@@ -57,7 +57,6 @@ def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
 
 
 def one_line(message: str, most: int = 400) -> str:
-    """Shortens a message of llguidance for users."""
     folded = " ".join(message.split())
     return folded if len(folded) <= most else f"{folded[: most - 3]}..."
 
@@ -98,11 +97,9 @@ class GrammarMatcher:
 
     @property
     def is_complete(self) -> bool:
-        """True if only the answer's end is allowed."""
         return self._waiting is None and (self._ended or self._native.is_stopped())
 
     def take(self, tokens: Iterable[int]) -> None:
-        """Takes in the next tokens of the answer, sampled and forced ones."""
         for token in tokens:
             if self._waiting is not None:
                 self._await_trigger(token)
@@ -148,7 +145,6 @@ class GrammarMatcher:
         return tokens
 
     def next_forced(self) -> int | None:
-        """Returns the token that must come next; None if there is a choice."""
         if self._waiting is not None or self._ended:
             return None
         following = self._computed(self._must_follow)
@@ -173,7 +169,6 @@ class GrammarMatcher:
         self._following, self._allowed = None, None
 
     def _allows(self, token: int) -> bool:
-        """Takes in a token if it may come next."""
         if self._ended:
             return token in self._vocabulary.end_ids
         following = self._must_follow()
@@ -233,8 +228,6 @@ def _end_only(vocabulary: GrammarVocabulary) -> AllowedTokens:
 
 
 class _Triggers:
-    """A search for the first trigger in an answer's bytes."""
-
     def __init__(self, texts: tuple[str, ...], vocabulary: GrammarVocabulary) -> None:
         self._texts = [text.encode() for text in texts]
         self._longest = max(map(len, self._texts))

@@ -59,7 +59,6 @@ class _Reader:
         self._waiting: list[tuple[str, Any]] = []  # definitions that are still to be read
 
     def definitions(self) -> dict[str, Any]:
-        """Returns all definitions that were referred to, by name."""
         made: dict[str, Any] = {}
         while self._waiting:
             name, schema = self._waiting.pop()

@@ -14,16 +14,12 @@ _CHARACTER_BYTES: Final = 4
 
 
 class Place(Enum):
-    """The place of an answer's next token."""
-
     BEFORE = auto()  # reasoning may begin
     INSIDE = auto()
     BEHIND = auto()  # none follows
 
 
 class ReasoningScanner:
-    """A search for the tags of reasoning in bytes that come in pieces."""
-
     def __init__(self, reasoning: Reasoning) -> None:
         self.place = Place.INSIDE if reasoning.is_open else Place.BEFORE
         self.begun = int(reasoning.is_open)  # how often it began
@@ -67,7 +63,6 @@ class ReasoningScanner:
         return None if end is None else tail[end:]
 
     def _found(self) -> int | None:
-        """Returns the end of the next tag."""
         if self.place is Place.INSIDE:
             return _first_end(self._tail, self.ends)
         if self.place is Place.BEHIND or self._repeats:
@@ -97,7 +92,6 @@ class ReasoningState:
 
     @property
     def is_inside(self) -> bool:
-        """True if the next token is one of the reasoning, or of its forced end."""
         return self._tags.place is Place.INSIDE
 
     @property

@@ -43,7 +43,6 @@ class ReasoningMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes in a sampled token if it is allowed, else returns the tokens that are."""
         forced, grammar = self._forced(), self._ruling
         if forced is not None and token != forced:
             return _only(forced, self._vocabulary)
@@ -61,7 +60,6 @@ class ReasoningMatcher:
         return None if self._ruling is None else self._ruling.allowed()
 
     def forced(self) -> list[int]:
-        """Takes in and returns the tokens that must come next."""
         tokens: list[int] = []
         while len(tokens) < MAX_FORCED_TOKENS:
             following, grammar = self._forced(), self._ruling
@@ -74,7 +72,6 @@ class ReasoningMatcher:
         return tokens
 
     def peek_forced(self) -> list[int]:
-        """Returns tokens that must come next, as far as one look tells, and does not take them in."""
         if self._forced() is not None:
             return self._state.forced_end[:MAX_FORCED_TOKENS]
         return [] if self._ruling is None else self._ruling.peek_forced()
@@ -88,7 +85,6 @@ class ReasoningMatcher:
         return grammar if grammar.position and not grammar.is_free else None
 
     def _forced(self) -> int | None:
-        """Returns the next token of the reasoning's forced end."""
         forced, grammar = self._state.forced, self._ruling
         if forced is None or grammar is None or grammar.may_follow(forced):
             return forced
@@ -119,7 +115,6 @@ class ReasoningMatcher:
 def answer_matcher(
     start: MatcherStart, vocabulary: GrammarVocabulary, *, is_costly: bool = False
 ) -> GrammarMatcher | ReasoningMatcher:
-    """Returns the matcher of an answer's beginning. RequestError for a grammar that cannot be used."""
     grammar = None if start.grammar is None else GrammarMatcher(start.grammar, vocabulary, is_costly=is_costly)
     if start.reasoning is not None:
         return ReasoningMatcher(start.reasoning, grammar, vocabulary)

@@ -77,7 +77,6 @@ class _Conditions:
                     true.append(user)
 
     def ends(self, reference: str) -> bool:
-        """True if a finite value obeys the reference."""
         return self._of(self._targets[reference]).missing <= 0
 
     def _of(self, schema: Any) -> _Condition:
@@ -119,14 +118,12 @@ class _Conditions:
 
 
 def _object_parts(schema: Mapping[str, Any]) -> list[Any]:
-    """Returns the schemas of properties that an object must have."""
     named = schema.get("properties")
     named, others = named if isinstance(named, Mapping) else {}, schema.get("additionalProperties")
     return [named.get(name, others) for name in _list(schema.get("required")) if isinstance(name, str)]
 
 
 def _array_parts(schema: Mapping[str, Any]) -> list[Any]:
-    """Returns the schemas of items that an array must have."""
     least, first = schema.get("minItems"), _list(schema.get("prefixItems"))
     least = least if isinstance(least, int) else 0
     return [*first[: max(0, least)], *([schema.get("items")] if least > len(first) else ())]

@@ -20,7 +20,6 @@ def parts(schema: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def property_names(schema: Any) -> Iterator[str]:
-    """Yields the names of properties of all objects in a schema, in its order."""
     pending = [schema]
     while pending:
         part = pending.pop()

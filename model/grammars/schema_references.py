@@ -11,7 +11,6 @@ from llamaclust.model.grammars.schema_parts import parts
 
 _IDS: Final = ("$id", "id")
 MISSING: Final = object()
-"""A mark for references without a target."""
 
 
 class SchemaReferences:
@@ -50,7 +49,6 @@ class SchemaReferences:
 
     @cached_property
     def _identified(self) -> dict[str, Any]:
-        """Schemas by identifier, and by "#" and anchor."""
         found: dict[str, Any] = {}
         waiting = [self._root]
         while waiting:

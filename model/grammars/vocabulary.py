@@ -44,8 +44,6 @@ class GrammarVocabulary:
 
 
 class _Words:
-    """The interface that LLTokenizer expects of a tokenizer."""
-
     is_tokenizer_wrapper = True
     bos_token_id = None
     special_token_ids: Sequence[int] = ()
@@ -60,7 +58,6 @@ class _Words:
 
 
 def read_vocabulary(tokenizer: Tokenizer, size: int) -> GrammarVocabulary:
-    """Reads the vocabulary of a model with logits of `size` tokens and an end-of-generation token."""
     known = min(size, tokenizer.vocabulary_size)
     words = grammar_words(tokenizer)[:known] + [b""] * (size - known)
 

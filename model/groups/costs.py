@@ -29,7 +29,6 @@ _SUMS = (
     *("weight_bytes", "macs_per_token", "kv_bytes_per_token", "idle_bytes", "float_macs_per_token", "used_file_bytes"),
     *("state_bytes", "window_bytes_per_token", "expert_bytes", "expert_macs_per_token", "state_macs_per_token"),
 )
-"""Fields of a layer's costs that are sums over its steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,6 @@ class GatherCost:
     from_leader: bool = False
 
     def sent_bytes(self, shares: Sequence[float]) -> tuple[int, ...]:
-        """Returns the bytes of one row that each member sends to each receiver."""
         if self.from_leader:
             return self.lines * _bytes(self.width, None), *(0 for _ in shares[1:])
         places = [self.width // self.units * place for place in borders(self.units, shares)]
@@ -88,7 +86,6 @@ class DividedLayer:
 
     @property
     def divided_share(self) -> float:
-        """The divided share of the weights that one row reads."""
         divided = sum(portion.cost.touched_bytes(1) for portion in self.portions)
         return divided / (divided + self.whole.touched_bytes(1)) if divided else 0.0
 
@@ -128,7 +125,6 @@ class GroupCosts:
         return cls(members, model, kinds, divided[-1].head_cost(), divided[0].embedding_cost())
 
     def member(self, shares: Sequence[float], member: int) -> ModelCosts:
-        """Returns the costs of a member, as if it held a model of its own."""
         assert len(shares) == self.members
         kinds = {layer: layer.member(shares, member) for layer in dict.fromkeys(self.layers)}
         head = self.head.member(shares, member)

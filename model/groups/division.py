@@ -66,7 +66,6 @@ class _Member:
 
 
 def _portion(step: Step, units: Units) -> Step:
-    """Returns the step with the member's units of all that is divided."""
     rule, own = step.division, dict[str, Any]()
     for field in fields(step):
         value = getattr(step, field.name)

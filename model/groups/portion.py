@@ -14,5 +14,4 @@ class Portion:
 
     @property
     def leads(self) -> bool:
-        """True for the member at which the stage's streams begin and end."""
         return self.member == 0

@@ -67,8 +67,6 @@ class _Portion:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Divided rows that members gather."""
-
     buffer: Buffer
     units: int
     lines: int  # of each row, divided in the same way

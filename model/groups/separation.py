@@ -65,7 +65,6 @@ def _parts_of(mixture: Moe) -> Iterator[Step]:
 
 
 def _slices(product: MatMul, steps: Sequence[Step]) -> list[Slice]:
-    """Returns the first steps that cut the product's result, each into one piece and into another buffer."""
     found: list[Slice] = []
     for step in steps:
         if not isinstance(step, Slice) or step.x != product.out or step.heads > 1:

@@ -26,7 +26,6 @@ FAMILIES: Final = ("deepseek2", "glm4moe", "qwen35", "qwen35moe")
 
 
 def has_nextn(model: Model) -> bool:
-    """True if the file has a head of one of `FAMILIES`."""
     return model.hyperparameters.architecture in FAMILIES and _projection(model.layer_count) in model.file.tensors
 
 

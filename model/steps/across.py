@@ -38,5 +38,4 @@ class Gather(StepFacts):
 
     @property
     def is_of_one(self) -> bool:
-        """True if one member has all columns, which it sends to the others."""
         return self.borders[-1] in (end - begin for begin, end in pairwise(self.borders))

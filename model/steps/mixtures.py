@@ -50,7 +50,6 @@ class Moe(StepFacts):
 
     @property
     def mixture(self) -> Moe:
-        """The mixture itself; its parts have the same property."""
         return self
 
     @property
@@ -63,7 +62,6 @@ class Moe(StepFacts):
 
     @property
     def inner(self) -> tuple[str, ...]:
-        """The experts' matrices that multiply x."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
     @property
@@ -101,7 +99,6 @@ class Moe(StepFacts):
         return StepWeight(name, (self.experts, rows, columns), WeightKind.EXPERTS, self.used, self.experts)
 
     def portion_of_inner(self, own: Units) -> Moe:
-        """Returns the mixture with a member's rows of gate and up."""
         rows, ffn_width = own.of(self.ffn_width), self.ffn_width
         up, gate = rows, None if self.gate is None else rows_name(self.gate, rows)
         if self.fused:
@@ -118,7 +115,6 @@ class Moe(StepFacts):
         )
 
     def portion_of_down(self, own: Units) -> Moe:
-        """Returns the mixture with a member's rows of down."""
         rows = own.of(self.out.width)
         bias = _rows_of(self.down_bias, rows)
         return replace(self, out=own.own(self.out), down=rows_name(self.down, rows), down_bias=bias)
@@ -137,7 +133,6 @@ class ExpertChoice(StepFacts):
 
     @property
     def x(self) -> Buffer:
-        """The router's input."""
         return self.mixture.routed or self.mixture.x
 
     @property
@@ -168,7 +163,6 @@ class ExpertShards(StepFacts):
 
     @property
     def experts(self) -> range:
-        """All experts of the shards."""
         return range(self.shards[0].start, self.shards[-1].stop)
 
     @property

@@ -56,7 +56,6 @@ class ExpertOptions:
 
 
 USUAL_EXPERTS = ExpertOptions()
-"""Mixtral's options."""
 
 SWIGLU_LIMIT = 7.0
 """The limit of clamped_swiglu; its 1.702 is part of the kernels."""

@@ -48,7 +48,6 @@ class HeadMatMul(UnaryStep):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """The weight's shape: [heads, rows, columns]."""
         return self.heads, self.out.width // self.heads, self.x.width // self.heads
 
     @property
@@ -92,5 +91,4 @@ class Adapt(UnaryStep):
         return self.of_rows(own.of(self.out.width))
 
     def of_rows(self, rows: range) -> Self:
-        """Returns the step for some rows of the product's weight; `out` stays whole."""
         return replace(self, up=shard_name(self.up, rows))

@@ -10,7 +10,6 @@ from llamaclust.model.steps.step import Buffer, StepFacts, StepWeight, UnaryStep
 
 MAX_TAPS = 16
 MAX_KEY_CHANNELS = 256
-"""The most channels of a delta rule's key, for each head."""
 MAX_STATE_FLOATS = 1 << 26
 """The most numbers of one state of a layer. Kernels have no room for more, as with the other limits."""
 VALUE_CHANNELS = 16
@@ -65,7 +64,6 @@ class Convolution(UnaryStep):
 
 
 def excess_of_heads(heads: int, channels: int) -> str | None:
-    """Returns an error text if the state of these heads is too large."""
     floats = heads * channels * channels
     if floats <= MAX_STATE_FLOATS:
         return None
@@ -112,7 +110,6 @@ class DeltaRule(StepFacts):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Heads, key channels and value channels of the state."""
         return self.heads, self.k.width // self.key_heads, self.v.width // self.heads
 
     @property
@@ -159,7 +156,6 @@ class Scan(StepFacts):
 
     @property
     def state_size(self) -> int:
-        """Numbers for each channel."""
         return (self.x.width - self.out.width) // (2 * self.groups)
 
     @property

@@ -63,7 +63,6 @@ class BytePairTokenizer(Tokenizer):
 
 
 def encode_with(tokenizer: Any, text: str) -> list[int]:
-    """Returns token ids of the library's tokenizer."""
     if len(text) > _HOLDING_CHARACTERS:
         (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
     else:
@@ -73,7 +72,6 @@ def encode_with(tokenizer: Any, text: str) -> list[int]:
 
 
 def splitter(kind: PreTokenizer) -> Any:
-    """Returns the library's pre-tokenizer: words in the letters that stand for bytes."""
     splits = [pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated") for regex in kind.expressions]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 

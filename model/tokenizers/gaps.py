@@ -22,8 +22,6 @@ class OtherFile:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """The place of an answer between two texts."""
-
     prefix: str
     suffix: str
     begun: str = ""  # of the answer; control words in it become their tokens
@@ -66,7 +64,6 @@ def _files(tokenizer: Tokenizer, tokens: FillInTokens, files: tuple[OtherFile, .
 
 
 def _file_parts(tokens: FillInTokens, files: tuple[OtherFile, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Yields tokens and the text behind them, the last ones first."""
     if tokens.file is not None:
         yield (tokens.file,), _THIS_FILE
     for file in reversed(files):

@@ -106,7 +106,6 @@ _BY_NAME: Final = {name: kind for names, kind in _FAMILIES for name in names.spl
 
 
 def known_pre_tokenizers() -> Mapping[str, PreTokenizer]:
-    """Returns one name of each kind: the first that files were written with."""
     return {names.split()[0]: kind for names, kind in _FAMILIES}
 
 

@@ -30,7 +30,6 @@ class TokenIndex:
         return found
 
     def ending_with(self, text: bytes) -> list[int]:
-        """Returns the tokens that end with these bytes (at least one)."""
         wanted = text[::-1]
         start = bisect_left(self._reversed, wanted)
         end = bisect_right(self._reversed, wanted, lo=start, key=lambda word: word[: len(wanted)])

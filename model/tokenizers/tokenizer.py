@@ -66,7 +66,6 @@ class Tokenizer(ABC):
         return _split(_without_surrogates(text), self._special if parse_special else self._user_defined)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
-        """Returns the token ids of `split_special`'s parts."""
         ids: list[int] = []
         after_special = True
         for part in parts:
@@ -84,14 +83,12 @@ class Tokenizer(ABC):
         return data[1:] if self.add_space_prefix and data.startswith(b" ") else data
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns the bytes that a token stands for; a control token's own name."""
         data = self._bytes.get(token_id)
         if data is None:
             data = self._bytes[token_id] = self._bytes_of(token_id)
         return data
 
     def all_bytes(self) -> list[bytes]:
-        """Returns `token_bytes` of each token."""
         words, types = self.vocabulary.words, self.vocabulary.types
         return [
             self._bytes_of(token_id) if kind in _NOT_SPELLED else self.word_bytes(word)
@@ -159,7 +156,6 @@ class Detokenizer:
 
 
 def _texts_of(vocabulary: Vocabulary, *kinds: TokenType) -> list[tuple[str, int]]:
-    """Returns words of these types with their ids, the longest first."""
     wanted = bytes(kinds)
     found = [(vocabulary.words[i], i) for i, kind in enumerate(vocabulary.types) if kind in wanted]
     return sorted(found, key=lambda pair: (-len(pair[0].encode()), pair[1]))

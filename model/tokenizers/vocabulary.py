@@ -30,8 +30,6 @@ _END_KEYS: Final = tuple(f"{name}_token_id" for name in ("eos", "eot", "eom", "f
 
 
 class TokenType(IntEnum):
-    """GGUF's numbers."""
-
     UNDEFINED = 0
     NORMAL = 1
     UNKNOWN = 2

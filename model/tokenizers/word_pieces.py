@@ -12,7 +12,6 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import Vocabulary, key, read_flag, read_token_id
 
 _BEGIN: Final = "▁"
-"""The mark of pieces that begin a word."""
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
 """BERT's ids, for files that name none."""
 _LONGEST_WORD: Final = 256
@@ -54,7 +53,6 @@ class WordPieceTokenizer(Tokenizer):
         self._strips = read_flag(metadata, "normalizer.strip_accents", True)
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """RequestError for a text that is too long."""
         if len(text) > _MOST_CHARACTERS:
             raise RequestError(f"a text of {len(text)} characters, at most {_MOST_CHARACTERS} are taken: shorten it")
         return super().encode(text, add_special, parse_special)
@@ -66,7 +64,6 @@ class WordPieceTokenizer(Tokenizer):
         return word.replace(_BEGIN, " ").encode()
 
     def _words(self, text: str) -> Iterator[str]:
-        """Yields words, and punctuation marks one by one, without accents and control characters."""
         word: list[str] = []
         for character in unicodedata.normalize("NFD", text) if self._strips else text:
             kind = unicodedata.category(character)
@@ -87,7 +84,6 @@ class WordPieceTokenizer(Tokenizer):
         return lower if len(lower) == 1 else character
 
     def _pieces(self, word: str) -> list[int]:
-        """Returns the pieces from the beginning, each the longest possible."""
         ids, found, at = self.vocabulary.ids, list[int](), 0
         while at < len(word):
             ends = range(min(len(word), at + self._longest_piece), at, -1)

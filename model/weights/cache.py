@@ -131,7 +131,6 @@ class WeightCache(DiskCache):
             raise LlamaclustError(f"{self.path}: weights cannot be kept there: {error.strerror}") from error
 
     def _needed_since_ns(self) -> int:
-        """Returns the start of the oldest load that is under way."""
         begun = [NEVER_NS]
         for lease in self.files(_LEASE):
             with suppress(OSError):

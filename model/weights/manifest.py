@@ -80,7 +80,6 @@ def make_manifest(
 
 
 def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes: None) -> str:
-    """Returns the SHA-256 of the tensor's bytes, in hex."""
     hashed = sha256()
     buffer = memoryview(bytearray(min(_READ_BYTES, tensor.n_bytes)))
     for start in range(0, tensor.n_bytes, _READ_BYTES):
@@ -132,7 +131,6 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _manifest(metadata: Mapping[str, MetadataValue], own: Mapping[str, MetadataValue]) -> Manifest:
-    """ValueError for columns that do not fit together."""
 
     def column(name: str, kind: type) -> Any:
         value = metadata.get(_PREFIX + name)

@@ -15,8 +15,6 @@ from llamaclust.model.steps.options import RopeStyle
 
 @dataclass(frozen=True, slots=True)
 class LayerKind:
-    """The head width, rotation and window of one of the two kinds of layers."""
-
     head_dim: int
     table: RopeTable
     window: int | None = None

@@ -58,7 +58,6 @@ def gemma_embedding(builder: EncoderBuilder) -> None:
 
 
 def _windowed_variants(builder: ProgramBuilder, scale: float) -> list[AttentionVariant]:
-    """Returns the variant of each layer of Gemma 3."""
     hp = builder.hyperparameters
     windowed = builder.keys.windowed_layers(hp.block_count, 6) if hp.sliding_window else [False] * hp.block_count
     whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), scale=scale, head_norms=HeadNorms.PER_HEAD)

@@ -117,8 +117,6 @@ class _Copies:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """The steps of one layer, in the order of computation."""
-
     builder: ProgramBuilder
     layer: int
     kind: LayerKind
@@ -131,7 +129,6 @@ class _Layer:
         return Buffer(name, self.copies.width)
 
     def steps(self) -> Iterator[ir.Step]:
-        """Yields all steps: the prediction of the active copy is computed, and the result corrects all predictions."""
         predicted = Buffer("predicted", self.copies.all.width)
         active, result = self._buffer("active"), self._buffer("result")
         yield from self._predict(predicted, active)

@@ -73,8 +73,6 @@ def _experts(builder: ProgramBuilder) -> ExpertsVariant:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """The steps of one layer, in the order of computation."""
-
     builder: ProgramBuilder
     layer: int
     kind: LayerKind

@@ -53,7 +53,6 @@ class LayerInputs:
         return Buffer("sent", self.carried.width + (self._layers - self.end) * self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """Yields the steps before the first layer of a stage."""
         if self.first:
             yield ir.Slice(self.given, self.carried, 0)
             yield ir.Slice(self.given, self._all, self.carried.width)
@@ -82,7 +81,6 @@ class LayerInputs:
         yield ir.RmsNorm(projected, projected, weight, builder.rms_epsilon)
 
     def join(self) -> Iterator[ir.Step]:
-        """Yields the steps behind the last layer of a stage that is not the last one."""
         rest = Buffer("further inputs", self.sent.width - self.carried.width)
         yield ir.Slice(self._all, rest, (self.end - self.first) * self.width)
         yield ir.Join(self.carried, rest, self.sent)

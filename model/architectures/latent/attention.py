@@ -48,7 +48,6 @@ class LatentAttention:
     kv_type: KvType
 
     def steps(self, width: int) -> Iterator[ir.Step]:
-        """Yields the steps; `width` is the hidden state's."""
         hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
         variant, heads = self.variant, self.heads
         query, key = Buffer("query", heads * variant.key), Buffer("key", variant.key)

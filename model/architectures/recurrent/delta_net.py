@@ -16,8 +16,6 @@ from llamaclust.model.steps.states import MAX_HEADS, MAX_KEY_CHANNELS, MAX_TAPS,
 
 @dataclass(frozen=True, slots=True)
 class DeltaNet:
-    """The shape of a layer: `head_dim` channels of keys and of values in each head; `heads` are those of values."""
-
     heads: int
     key_heads: int
     head_dim: int

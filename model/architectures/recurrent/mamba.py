@@ -33,7 +33,6 @@ class MambaShape:
 
     @property
     def fault(self) -> tuple[str, str] | None:
-        """The key and the fault of a block that does not divide or is too large."""
         if self.inner % self.heads:
             return "ssm.inner_size", f"{self.inner}, which {self.heads} heads do not divide"
         if self.heads % self.groups:
@@ -91,6 +90,5 @@ def _scan(
 
 
 def _group_norm(builder: ProgramBuilder, name: str, shape: MambaShape, x: Buffer) -> ir.RmsNorm:
-    """Returns the norm of each group's channels, which has a weight for each group."""
     weight = builder.floats(name, (shape.groups, shape.inner // shape.groups))
     return ir.RmsNorm(x, x, weight, builder.rms_epsilon, shape.groups, own_weights=True)

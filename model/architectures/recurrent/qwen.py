@@ -24,7 +24,6 @@ def qwen3next(builder: ProgramBuilder) -> None:
 
 
 def qwen35(builder: ProgramBuilder) -> None:
-    """Qwen 3.5 without experts."""
     check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     _layers(builder, lambda layer: builder.feed_forward(layer, norm=_FEED_FORWARD_NORM), tiled=True)
 

@@ -58,12 +58,10 @@ class AnswerParser:
         self._sink.drop_begun()
 
     def feed(self, text: str) -> list[AnswerEvent]:
-        """Returns the events that a piece of text completes."""
         self._source.feed(text)
         return self._advance()
 
     def end(self) -> list[AnswerEvent]:
-        """Ends the text; returns the remaining events."""
         if self._sink.calls and not self._sink.is_open and self._content.is_cut:
             self._source.drop_beginning(self._triggers)  # of a further call that the answer's limit cut
         self._source.end()

@@ -29,7 +29,6 @@ def arguments_object(text: str) -> dict[str, Any] | None:
 
 
 def property_schema(schema: Schema, key: str) -> Schema:
-    """Returns the schema of one argument; empty if the tool does not declare it."""
     properties = schema.get("properties")
     found = properties.get(key) if isinstance(properties, Mapping) else None
     return found if isinstance(found, Mapping) else {}
@@ -98,7 +97,6 @@ def string_inside(text: str) -> str:
 
 
 def json_of_python(text: str) -> str:
-    """Returns a Python literal as JSON, JSON as it is, and anything else as a string."""
     text = text.strip()
     readers = (json.loads, ast.literal_eval) if len(text) <= _MAX_LITERAL_CHARACTERS else (json.loads,)
     for read in readers:
@@ -110,7 +108,6 @@ def json_of_python(text: str) -> str:
 
 
 def _refuse(constant: str) -> Any:
-    """Refuses `NaN` and the infinities, which Python reads though they are not JSON."""
     raise ValueError(f"{constant} is no JSON")
 
 

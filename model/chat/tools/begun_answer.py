@@ -14,7 +14,6 @@ def opened_reasoning(form: ToolFormat, prompt: str) -> str:
 
 
 def ended_reasoning(form: ToolFormat, prompt: str) -> str:
-    """Returns the end of the reasoning that a prompt has opened; empty if there is none."""
     tags = form.reasoning
     return f"{tags.end}\n\n" if tags is not None and opened_reasoning(form, prompt) else ""
 

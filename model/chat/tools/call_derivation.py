@@ -114,7 +114,6 @@ def _tagged_frame(probe: Probe, head: str, tail: str, value_end: str) -> Frame:
 
 
 def _around_key(probe: Probe, gap: str) -> tuple[str, str, str]:
-    """Returns the text behind a key, an attribute of strings, and the text before the value."""
     text = probe.call_text({KEYS[0]: NUMBER, KEYS[1]: VALUES[1]})
     key, value = text.find(KEYS[0]), text.find(str(NUMBER))
     other = text[key + len(KEYS[0]) : value] if -1 < key < value else gap
@@ -126,7 +125,6 @@ def _around_key(probe: Probe, gap: str) -> tuple[str, str, str]:
 
 
 def _frame(head: str, gap: str, tail: str) -> Frame:
-    """Derives the frame from the texts before the first call, between two calls, and behind the last one."""
     if not gap:
         return Frame(call_begin=head.strip(), call_end=tail.strip())
     call_begin = common_end(head, gap)
@@ -141,7 +139,6 @@ def _frame(head: str, gap: str, tail: str) -> Frame:
 
 
 def _json_with(text: str, part: str, start: int) -> tuple[Any, int, int] | None:
-    """Returns the first object or list from `start` on that holds a text, with its begin and end."""
     decoder = json.JSONDecoder()
     for place in range(start, max(text.find(part, start), start)):
         if text[place] in "{[":

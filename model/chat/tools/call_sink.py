@@ -20,7 +20,6 @@ class CallSink:
     time."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
-        """Calls beyond `most_calls` are read and omitted."""
         self.tools = tools
         self._most_calls = most_calls
         self._events: list[AnswerEvent] = []

@@ -82,7 +82,6 @@ def _shown_calls(source: str) -> Calls | None:
 
 
 def _derived_reasoning(probe: Probe) -> ReasoningTags | None:
-    """Derives tags from a message with reasoning in all the fields that templates know."""
     fields = {"reasoning_content": REASONING, "reasoning": REASONING, "thinking": REASONING, "thought": REASONING}
     parts = [{"type": "thinking", "thinking": REASONING}, {"type": "text", "text": CONTENT}]
     header = probe.content_text().partition(CONTENT)[0].rpartition(QUESTION)[2]

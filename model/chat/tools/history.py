@@ -22,7 +22,6 @@ _INSTRUCTIONS: Final = (
 
 
 def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequence[Message]) -> list[dict[str, Any]]:
-    """Converts messages of OpenAI's shape."""
     if form.call_id_length:
         messages = _with_ids(messages, form.call_id_length)
     adapted: list[dict[str, Any]] = []

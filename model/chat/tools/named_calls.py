@@ -17,8 +17,6 @@ _CDATA: Final = ("<![CDATA[", "]]>")
 
 
 class NamedReader:
-    """A reader of calls of NAME and a JSON object."""
-
     def __init__(self, source: TextSource, sink: CallSink, calls: NamedCalls) -> None:
         self._source = source
         self._sink = sink
@@ -28,7 +26,6 @@ class NamedReader:
         self._name_markers = Markers((calls.id_begin, first_end, "{", *calls.frame.ends))
 
     def read(self) -> Reading[bool]:
-        """Returns True if there was a call."""
         name = yield from self._source.word(self._name_markers, MAX_NAME_CHARACTERS)
         name = (name or "").strip()
         if not _NAME.fullmatch(name):
@@ -51,8 +48,6 @@ class NamedReader:
 
 
 class TaggedReader:
-    """A reader of calls of NAME and arguments between markers."""
-
     def __init__(self, source: TextSource, sink: CallSink, calls: TaggedCalls) -> None:
         self._source = source
         self._sink = sink
@@ -67,7 +62,6 @@ class TaggedReader:
         self._value_end = Markers((calls.value_end.strip(),))
 
     def read(self) -> Reading[bool]:
-        """Returns True if there was a call."""
         name = yield from self._source.word(self._name_markers, MAX_NAME_CHARACTERS)
         name = (name or "").strip()
         if not _NAME.fullmatch(name):

@@ -33,11 +33,9 @@ class NotatedReader:
         }[calls.notation]
 
     def read(self) -> Reading[bool]:
-        """Returns True if there was a call."""
         return (yield from self._read())
 
     def _name(self, end: str) -> Reading[str]:
-        """Takes the name and `end`; empty if there is no name."""
         name = yield from self._source.word(Markers((end,)), MAX_NAME_CHARACTERS)
         if name is None or not _NAME.fullmatch(name.strip()):
             return ""
@@ -185,7 +183,6 @@ class _Elements:
 
 
 def _alternative(schema: Schema, kind: str) -> Schema:
-    """Returns the schema itself, or its first alternative of a type."""
     if schema.get("type") == kind:
         return schema
     alternatives: list[Any] = [member for key in ("anyOf", "oneOf") for member in schema.get(key) or ()]

@@ -18,8 +18,6 @@ _OTHER_KEYS: Final = ("type", "function", "index")
 
 @dataclass(slots=True)
 class _Call:
-    """The state of a call before and while its events are sent."""
-
     name: str = ""
     call_id: str = ""
     held: list[str] = field(default_factory=list)  # arguments before the name
@@ -72,7 +70,6 @@ class ObjectReader:
         return True
 
     def _members(self, call: _Call, depth: int) -> Reading[bool]:
-        """Returns True if the object was read to its end."""
         self._source.take(1)
         while True:
             yield from self._source.skip_space()

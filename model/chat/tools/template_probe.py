@@ -44,14 +44,12 @@ class Probe:
     reasoning: ReasoningTags | None = None
 
     def text(self, *messages: Message, prompt: bool = False, **variables: Any) -> str:
-        """Returns the rendered text; empty if the template refuses."""
         try:
             return self.render([_USER, *messages], prompt, {"tools": tools(), "enable_thinking": True, **variables})
         except RequestError:
             return ""
 
     def with_system(self, text: str) -> str:
-        """Returns a chat with a system message; empty if the template refuses it."""
         try:
             return self.render([{"role": "system", "content": text}, _USER], True, {"enable_thinking": True})
         except RequestError:
@@ -94,19 +92,16 @@ def call_message(
 
 
 def difference(text: str, other: str) -> str:
-    """Returns the part of a text between the begin and the end that it shares with another one."""
     before = len(common_begin(text, other))
     behind = common_end(text[before:], other[before:])
     return text[before : len(text) - len(behind)]
 
 
 def common_begin(text: str, other: str) -> str:
-    """Returns the begin that both texts share, without incomplete markup."""
     return _CUT_AT_END.sub("", shared_begin(text, other))
 
 
 def common_end(text: str, other: str) -> str:
-    """Returns the end that both texts share, without incomplete markup."""
     return _CUT_AT_BEGIN.sub("", shared_end(text, other))
 
 
@@ -120,7 +115,6 @@ def shared_end(text: str, other: str) -> str:
 
 
 def last_markup(text: str) -> str:
-    """Returns the tag at the end of a text, white space aside; empty if there is none."""
     found = _LAST_MARKUP.search(text)
     return found[1] if found else ""
 

@@ -37,8 +37,6 @@ class Markers:
 
 
 class TextSource:
-    """The text of an answer that was fed and not taken yet."""
-
     def __init__(self) -> None:
         self._text = ""
         self._at = 0
@@ -50,11 +48,9 @@ class TextSource:
         self._at = 0
 
     def end(self) -> None:
-        """Ends the text: no reading waits any longer."""
         self._is_ended = True
 
     def drop_beginning(self, markers: Sequence[str]) -> None:
-        """Drops the rest of the text if it is only the beginning of a marker."""
         rest = self._text[self._at :].strip()
         if rest and any(marker.startswith(rest) for marker in markers):
             self._at = len(self._text)
@@ -63,13 +59,11 @@ class TextSource:
         self._recorded = []
 
     def recorded(self) -> str:
-        """Returns the text taken since `record`; ends the recording."""
         text = "".join(self._recorded or ())
         self._recorded = None
         return text
 
     def give_back(self, text: str) -> None:
-        """Puts taken text before the rest."""
         self._text, self._at = text + self._text[self._at :], 0
 
     def take(self, count: int) -> str:

@@ -37,7 +37,6 @@ class Frame:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The markers before a call, in order."""
         parts = (*self.section_begin.split("\n"), *self.call_begin.split("\n"))
         return tuple(part for part in map(str.strip, parts) if part)
 
@@ -150,7 +149,6 @@ class ToolFormat:
 
     @property
     def knows_reasoning(self) -> bool:
-        """True if answers have reasoning apart from their content."""
         return self.reasoning is not None or isinstance(self.calls, ChannelCalls)
 
     @property
@@ -160,7 +158,6 @@ class ToolFormat:
 
 
 def _texts_in(value: object) -> tuple[str, ...]:
-    """Returns the texts in the fields of a value, and in those of its parts."""
     if isinstance(value, str):
         return (value,)
     if isinstance(value, tuple):

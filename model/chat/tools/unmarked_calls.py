@@ -121,7 +121,6 @@ class UnmarkedReader:
         return arguments
 
     def _text(self, allowed: Iterable[str]) -> Reading[str]:
-        """Reads a string that is one of some texts."""
         _require((yield from self._source.ahead()) == '"')
         pieces: list[str] = []
 
@@ -135,7 +134,6 @@ class UnmarkedReader:
         return "".join(pieces)
 
     def _take(self, character: str) -> Reading[None]:
-        """Takes a character and the space behind it."""
         _require((yield from self._source.ahead()) == character)
         self._source.take(1)
         yield from self._source.skip_space()

@@ -170,7 +170,6 @@ def _argument(rules: LarkRules, calls: TaggedCalls, key: str, schema: Schema) ->
 
 
 def _channel_call(rules: LarkRules, calls: ChannelCalls, tools: Tools, *, reasons: bool) -> str:
-    """Returns the rule of one call, perhaps behind a message of reasoning."""
     bodies = []
     for name, schema in tools.items():
         header = rules.literal(calls.call_header.format(name=name) + calls.header_end)

@@ -28,7 +28,6 @@ class ElementValues:
         self._mark = mark
 
     def arguments(self, schema: Schema, closing: str) -> str:
-        """Returns the elements of a call, and the tag that closes it."""
         try:
             return joined(self._members(schema, 0), self._literal(closing))
         except _FreeValue:

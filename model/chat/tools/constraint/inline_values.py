@@ -58,7 +58,6 @@ class InlineValues(ABC):
         return f"({' | '.join(self._of_kind(kind, schema, depth) for kind in types)})"
 
     def members(self, schema: Schema, depth: int = 0) -> str:
-        """Returns the properties of an object, between its brackets."""
         found = properties(schema)
         if found is None or not all(self.key(key) for key, _, _ in found):
             pair = self.rules.rule(joined(self.any_key, self.any_value()))
@@ -68,7 +67,6 @@ class InlineValues(ABC):
         return self._sequence([(self.rules.rule(body), entry[2]) for body, entry in zip(bodies, ordered, strict=True)])
 
     def ordered(self, found: list[tuple[str, Any, bool]]) -> list[tuple[str, Any, bool]]:
-        """Returns properties in the order in which they are written."""
         return found
 
     def _of_kind(self, kind: str, schema: Schema, depth: int) -> str:
@@ -89,7 +87,6 @@ class InlineValues(ABC):
                 return self.any_value()
 
     def _any_of(self, name: str) -> str:
-        """Returns the body of the rule `any_value`, whose name is `name`."""
         pair = self.rules.rule(joined(self.any_key, name))
         words = " | ".join(map(self.constant, (True, False, None)))
         whole_number = self.rules.rule(number("number", {}))

@@ -22,7 +22,6 @@ class LarkRules:
     names: dict[str, str] = field(default_factory=dict)  # of rules, by attributes and body
 
     def literal(self, text: str) -> str:
-        """Returns a text with its control tokens."""
         pieces = (quoted(piece) if isinstance(piece, str) else f"<[{piece}]>" for piece in self.split(text) if piece)
         return " ".join(pieces)
 
@@ -35,7 +34,6 @@ class LarkRules:
         return self.rule(_TEXT, f"suffix={quoted(first)}") + parts
 
     def rule(self, body: str, attributes: str = "") -> str:
-        """Returns the name of the rule with this body."""
         text = f"{f'[{attributes}]' if attributes else ''}: {body}"
         if text not in self.names:
             self.names[text] = f"r{len(self.rules)}"

@@ -34,7 +34,6 @@ def notated_section(rules: LarkRules, calls: NotatedCalls, tools: Tools, *, is_p
 
 
 def _call(rules: LarkRules, tools: Tools, opening: str, arguments: Callable[[Schema], str]) -> str:
-    """Returns a call of any of the tools; `arguments` includes their end."""
     bodies = [rules.rule(f"{quoted(name + opening)} {arguments(schema)}") for name, schema in tools.items()]
     return rules.rule(" | ".join(bodies))
 

@@ -29,14 +29,12 @@ def alternatives(schema: Schema) -> Sequence[Any]:
 
 
 def kinds(schema: Any, depth: int) -> list[str]:
-    """Returns the types of a value; empty if any value is taken."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH or not _COMBINED.isdisjoint(schema):
         return []
     return sorted(types_of(schema))
 
 
 def number(kind: str, schema: Schema) -> str:
-    """Returns the rule of a number, the same in all notations."""
     bounds = {key: schema[key] for key in _BOUNDS if isinstance(schema.get(key), int | float)}
     return f"%json {json.dumps({'type': kind, **bounds})}"
 

@@ -46,9 +46,8 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
 
 
 def read_adapter(path: Path, model: ModelFile) -> ModelFile:
-    """Reads an adapter of the model: a GGUF file, or a PEFT folder as its GGUF file would be. Its identity includes
-    samples of each tensor, because two checkpoints of a training may differ in some layers only. ModelFileError as for
-    `read_header` and `read_peft`."""
+    """Reads an adapter of the model. Its identity includes samples of each tensor, because two checkpoints of a
+    training may differ in some layers only. ModelFileError as for `read_header` and `read_peft`."""
     header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
@@ -81,8 +80,7 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
 
 
 def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
-    """Reads the files whole, which only the coordinator does. ModelFileError for weights that are not finite or too
-    large."""
+    """Reads the files whole, which only the coordinator does. ModelFileError for weights not finite or too large."""
     for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
@@ -92,8 +90,7 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
 
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """Returns the largest absolute weight of a range of bytes, or NaN. Floats without their sign compare as integers,
-    at the speed of memory, and NaN is the largest."""
+    """Returns the largest absolute weight, or NaN. Floats without signs compare as integers; NaN is the largest."""
     data = tensor.read_range(start, end)
     match tensor.quant_type:
         case QuantType.F32:

@@ -1,5 +1,4 @@
-"""Frames between a process and a child that computes with untrusted input, lines of JSON; and the child's end of
-them."""
+"""Frames, lines of JSON, between a process and a child that computes with untrusted input; and the child's end."""
 
 from __future__ import annotations
 

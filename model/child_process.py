@@ -1,5 +1,4 @@
-"""A child process that computes with untrusted input, from its parent's side: requests with deadlines, starts and ends.
-The child bounds its own memory and processor time."""
+"""A child process that computes with untrusted input: requests with deadlines, starts and ends. It bounds itself."""
 
 from __future__ import annotations
 
@@ -45,8 +44,8 @@ class ChildUnusableError(ChildEndedError):
 
 @dataclass(frozen=True, slots=True)
 class ChildProgram:
-    """The module that a child runs, and its limits. The child answers the first frame with "error" if it cannot
-    work."""
+    """The module that a child runs, and its limits. The child answers the first frame with "error" if it is
+    unusable."""
 
     module: str
     first: Callable[[], Mapping[str, Any]]

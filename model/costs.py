@@ -1,5 +1,4 @@
-"""Costs of steps, layers and a model: bytes of weights, idle weights, KV memory and states, and
-multiply-accumulates."""
+"""Costs of steps, layers and a model: bytes of weights, KV memory and states, and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -159,8 +158,8 @@ class ModelCosts:
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """The layers before which a stage may begin, and the model's end. No border lies between a layer and the one
-        whose keys and values it reads, or inside a layer that is not divided."""
+        """The layers before which a stage may begin, and the model's end: not between a layer and the one whose keys
+        and values it reads, or inside a layer that is not divided."""
         shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
         sources = ((source * self.expert_shards, number) for source, number in shared)
         between = {border for source, number in sources for border in range(source + 1, number + 1)}

@@ -1,5 +1,4 @@
-"""Importance matrices in llama.cpp's two formats: for each weight matrix, the squares of its inputs summed by
-column."""
+"""Importance matrices in llama.cpp's two formats: squares of a weight matrix's inputs, summed by column."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ _NUMBER = Struct("<i")
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """The importance of one matrix, or of several experts': squares summed [experts, columns] over `counts` [experts]
+    """The importance of one matrix, or several experts': squares summed [experts, columns] over `counts` [experts]
     inputs."""
 
     sums: Float32

@@ -1,5 +1,4 @@
-"""A model that can be run, as upper layers hold it: programs, the tensors they name, costs, its tokenizer and
-template."""
+"""A model that can be run, as upper layers hold it: programs, their tensors, costs, tokenizer and template."""
 
 from __future__ import annotations
 
@@ -253,8 +252,7 @@ class Model:
             self.chat_template.close()
 
     def _refuse_other_uses(self) -> None:
-        """Refuses models without attention or state, decoders with rank pooling, and causality unlike the
-        architecture's."""
+        """Refuses models without attention or state, decoders with rank pooling, and unlike causality."""
         keys = ModelKeys(self.file)
         if not self._whole.kv_memory:
             what = f"none of its {self.layer_count} layers has attention or a state of the sequence"

@@ -1,5 +1,5 @@
-"""Rules that put tensors in RAM or on GPUs, as llama.cpp's `-ot PATTERN=DEVICE`. A worker places whole layers, and
-experts apart from the rest of their layer: rules are reduced to these, or refused."""
+"""Rules that put tensors in RAM or on GPUs, as llama.cpp's `-ot PATTERN=DEVICE`, reduced to whole layers and the
+experts of layers, or refused."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ _POSSIBLE = r"whole layers ('blk\.3\.'), or all experts of a layer ('ffn_.*_exps
 
 @dataclass(frozen=True, slots=True)
 class PlacementRule:
-    """A rule that puts tensors whose names match the pattern anywhere on a device: "ram", "gpu" (any one) or
-    "cuda:N"."""
+    """Tensors whose names match the pattern anywhere are on the device: "ram", "gpu" (any one) or "cuda:N"."""
 
     pattern: str
     device: str
@@ -95,8 +94,8 @@ def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffe
 
 
 def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | None) -> Placement:
-    """Returns the devices that the rules give layers; `cpu_moe` decides on experts without a rule. The first rule that
-    matches a tensor decides. UsageError for a rule that matches no tensor, and for rules that cannot be obeyed."""
+    """Returns the devices of layers; `cpu_moe` decides on experts without a rule. The first matching rule decides.
+    UsageError for a rule that matches no tensor or cannot be obeyed."""
     if not rules:
         return Placement(cpu_moe=cpu_moe)
     decided = {name: rules[index] for name, index in _decided(model, rules).items()}
@@ -163,8 +162,7 @@ class _Layer:
         return rest[1].device, False
 
     def _following_vectors(self, decided: Mapping[str, PlacementRule]) -> set[str]:
-        """Returns vectors that go with the rest, because a rule for experts names them by the way, as 'ffn_.*' does
-        ffn_norm."""
+        """Returns vectors that a rule for experts names by the way, as 'ffn_.*' does ffn_norm."""
         of_rest = {decided[name] for name in self.rest.deciding if name in decided and name not in self.vectors}
         if any(rule.device == RAM for rule in of_rest):
             return set()

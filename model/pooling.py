@@ -42,8 +42,8 @@ _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
 
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
-    """Returns the pooling that the file names, else RANK for a file with a classifier, else the default. ModelFileError
-    for an unknown number."""
+    """Returns the file's pooling, else RANK with a classifier, else the default. ModelFileError for an unknown
+    number."""
     keys = ModelKeys(model)
     if not keys.has("pooling_type") and not _CLASSIFIER.isdisjoint(model.tensors):
         return Pooling.RANK

@@ -200,8 +200,7 @@ def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
 
 
 def read_before_written(steps: Iterable[Step], *results: Buffer | None) -> tuple[Buffer, ...]:
-    """Returns the buffers that must be filled before these steps, in the order of use; `results` are read behind
-    them."""
+    """Returns the buffers that must be filled before these steps, in order; `results` are read behind them."""
     found: dict[str, Buffer] = {}
     written: set[str] = set()
     for step in steps:

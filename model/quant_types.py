@@ -100,5 +100,4 @@ WIDER_TILES: Final[Mapping[QuantType, QuantType]] = {
     QuantType.IQ2_XS: QuantType.IQ2_S,
     QuantType.TQ1_0: QuantType.TQ2_0,
 }
-"""Types whose blocks may also be packed as tiles of another type: the same weights and scales, and products with the
-same bits, in more bytes and less time."""
+"""Types that may also be packed as tiles of another: equal weights and bits of products, more bytes, less time."""

@@ -27,8 +27,7 @@ class PairTemplate:
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
-        """Control words of the template become tokens, those of the texts stay text. RequestError for a text with the
-        code point that keeps them apart."""
+        """Makes tokens of control words in the template, not in the texts. RequestError for GUARD in a text."""
         (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
         rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
         parts = tokenizer.split_special(rendered, parse_special=True)
@@ -37,8 +36,8 @@ class PairTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The prompts and score of a reranker. `of_last`, in causal models: the score is the softmax of the first class at
-    the last token; otherwise it is the first class's score at the first token."""
+    """The prompts and score of a reranker: of causal models (`of_last`) the softmax of the first class at the last
+    token, else the first class's score at the first token."""
 
     prompts: PairForm | PairTemplate
     of_last: bool
@@ -55,8 +54,7 @@ class Ranking:
 
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
-    """Reads the file's template of pairs, else the form of its special tokens. ModelFileError if the template is not a
-    text with each place once, or a token is missing."""
+    """Reads the file's template of pairs, else the form of its special tokens. ModelFileError for an invalid one."""
     text = metadata.get(_KEY)
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)

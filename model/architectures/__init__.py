@@ -98,7 +98,7 @@ def build_program(
     model: ModelFile, start: int, end: int, kv_type: KvType = KvType.F16, context_tokens: int | None = None
 ) -> Program:
     """Returns the program of layers [start, end), for sequences of at most `context_tokens` (None: the model's
-    context). ModelFileError names an architecture, a key or a tensor that is missing or does not fit."""
+    context). ModelFileError names a fault in an architecture, a key or a tensor."""
     keys = ModelKeys(as_programs_read(model))
     builder = EncoderBuilder(keys, hyperparameters_of(keys), start, end, kv_type, context_tokens)
     ARCHITECTURES[keys.architecture](builder)
@@ -107,8 +107,7 @@ def build_program(
 
 
 def as_programs_read(model: ModelFile) -> ModelFile:
-    """Returns the model with tensors in the shapes that its architecture's programs have. ModelFileError for an
-    unsupported architecture."""
+    """Gives tensors the shapes that programs have. ModelFileError for an unsupported architecture."""
     check_architecture(model)
     reshape = _RESHAPES.get(read_architecture(model))
     return model if reshape is None else reshape(model)

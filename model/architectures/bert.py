@@ -1,5 +1,4 @@
-"""Encoders, which only make embeddings: bert, nomic-bert, nomic-bert-moe, jina-bert-v2 and jina-bert-v3, whose norms
-stand behind the sums, and modern-bert."""
+"""Encoders for embeddings: norms behind the sums (bert, nomic-bert*, jina-bert-v*), or before blocks (modern-bert)."""
 
 from __future__ import annotations
 
@@ -38,8 +37,7 @@ def nomic_bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert_moe(builder: EncoderBuilder) -> None:
-    """Nomic Embed 2: XLM-RoBERTa with rotations; the second of every `moe_every_n_layers` has experts without a
-    gate."""
+    """Nomic Embed 2: XLM-RoBERTa with rotations; the second of every n layers has experts without a gate."""
     table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -67,8 +65,8 @@ def jina_bert_v3(builder: EncoderBuilder) -> None:
 
 
 def modern_bert(builder: EncoderBuilder) -> None:
-    """ModernBERT: norms without biases before both blocks, except the first attention; gate and up in one tensor; the
-    first of every three layers sees everything, the others have a window and a rotation of their own."""
+    """ModernBERT: gate and up in one tensor, no first norm before attention; the first of every three layers sees
+    everything, the others have a window and a rotation of their own."""
     hp, activation = builder.hyperparameters, _activation(builder)
     windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)
     whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), causal=False)

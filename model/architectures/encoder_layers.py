@@ -1,5 +1,4 @@
-"""The parts of encoders that `layers` does not have: the embedding of a sentence, norms behind sums, and a classifier
-or dense layers instead of a head."""
+"""The steps of encoders: the embedding of a sentence, norms behind sums, and a classifier or dense layers."""
 
 from __future__ import annotations
 
@@ -17,8 +16,8 @@ _TYPES = "token_types.weight"
 
 class EncoderBuilder(ProgramBuilder):
     def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
-        """Yields the layers of an encoder. The first sentence's type and learned `positions`, if there are any, are
-        added to the embedding, which is normed; `last_norm`: the last layer's result is normed too."""
+        """Yields the layers. The first sentence's type and learned `positions` are added to the embedding, which is
+        normed; `last_norm`: the last layer's result is normed too."""
         if self.stage.start == 0:
             self._embed_sentence(positions)
         yield from self.stage

@@ -16,8 +16,7 @@ def gpt2(builder: ProgramBuilder) -> None:
 
 
 def starcoder2(builder: ProgramBuilder) -> None:
-    """StarCoder 2: biases, rotations of pairs half a head apart. A window in the file is obeyed: the models were
-    trained with it."""
+    """StarCoder 2: biases, rotations of pairs half a head apart. A window in the file is obeyed, as in training."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():

@@ -21,8 +21,7 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k: none, per head before or after rotation (unit: without a weight), or over the whole width
-    before it."""
+    """Norms of q and k: none, per head before or after rotation (unit: without a weight), or over the whole width."""
 
     NONE = "none"
     PER_HEAD = "per head"
@@ -112,10 +111,9 @@ class ProgramBuilder(CheckedTensors):
         may_rank: bool = False,
         logit_factor: float = 1.0,
     ) -> Iterator[int]:
-        """Yields the layers, after the embedding of a first stage and before the head of a last one.
-
-        `positions`: learned ones are added to the embedding; `soft_cap` is of the logits; `may_rank`: with pooling by
-        rank, the head is a classifier."""
+        """Yields the layers, after the embedding of a first stage and before the head of a last one. With `positions`,
+        learned ones are added; `soft_cap` is of the logits; `may_rank`: with pooling by rank, the head is a
+        classifier."""
         self._embed(embedding_factor, positions)
         yield from self.stage
         if self.stage.stop == self.hyperparameters.block_count:
@@ -186,8 +184,8 @@ class ProgramBuilder(CheckedTensors):
     def parallel(
         self, layer: int, variant: AttentionVariant, activation: ActivationFunction, *, gated: bool = False
     ) -> None:
-        """hidden += attention + inner layer, both of the hidden state before, with one or two norms. The inner layer is
-        gated, or down(activation(up))."""
+        """hidden += attention + inner layer (gated, or down(activation(up))), both of the normed hidden state
+        before."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(self.has(f"{second}.{part}") for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
@@ -212,8 +210,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, which `mixer` makes of the normed hidden state; `beside` attention, it reads
-        attention's."""
+        """hidden += projected, which `mixer` makes of the normed hidden state, of attention's if `beside` it."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)

@@ -13,8 +13,7 @@ from llamaclust.model.steps.states import MAX_TAPS
 
 
 def lfm2(builder: ProgramBuilder) -> None:
-    """LFM2: layers from `leading_dense_block_count` on have experts, if the file has any, with sigmoid gates and a bias
-    for the choice. The norm before the head has a name of its own."""
+    """LFM2: layers from `leading_dense_block_count` on have experts, if the file has any, with sigmoid gates."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     taps = keys.count("shortconv.l_cache", minimum=2, maximum=MAX_TAPS)
     if hp.embedding_length % KV_BLOCK_TOKENS:

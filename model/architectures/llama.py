@@ -15,10 +15,8 @@ _MAX_SCALE = 1e3
 
 
 def llama(builder: ProgramBuilder) -> None:
-    """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and everything else that GGUF files call llama.
-
-    GGUF files have the rows of Q and K permuted for neighbouring pairs. A window is obeyed: Mistral 7B v0.1 was trained
-    with one, and no key of its configuration turns it off."""
+    """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and everything else that GGUF files call llama. Rows of Q and K are
+    permuted for neighbouring pairs. A window is obeyed: Mistral 7B v0.1 was trained with one that no key turns off."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, builder.hyperparameters.sliding_window))

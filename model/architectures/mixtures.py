@@ -1,5 +1,4 @@
-"""Mixtures of experts with leading dense layers or shared experts: ernie4_5-moe, hunyuan-moe, bailingmoe2, minimax-m2,
-glm4moe, llama4."""
+"""Mixtures of experts: ernie4_5-moe, hunyuan-moe, bailingmoe2, minimax-m2, glm4moe, llama4."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ _LLAMA4_EXPERTS = ExpertOptions(gating=Gating.SIGMOID, normalized=False, weighs_
 
 
 def ernie4_5_moe(builder: ProgramBuilder) -> None:
-    """ERNIE 4.5 with experts: a bias for the choice, shared experts in one network; behind leading dense layers, every
-    n-th layer has experts."""
+    """ERNIE 4.5 with experts in every n-th layer behind dense ones; a bias for the choice, shared experts in one
+    network."""
     keys = builder.keys
     step = keys.count("interleave_moe_layer_step", 1, maximum=_MAX_COUNT)
     experts = read_experts(keys, builder.hyperparameters, gating=Gating.SOFTMAX, shared_width=_shared_width(builder))
@@ -85,11 +84,9 @@ def glm4moe(builder: ProgramBuilder) -> None:
 
 
 def llama4(builder: ProgramBuilder) -> None:
-    """Llama 4: three of four layers see only their chunk and norm q and k, without a weight, after the rotation
-    (Maverick does not norm); the others have no rotation, and queries scaled by position. Sigmoid gates weight the
-    inputs of experts.
-
-    Public files name no length of a chunk: it is 8192. A sliding window in the file replaces it."""
+    """Llama 4: three of four layers see only their chunk and norm q and k after the rotation (Maverick does not norm);
+    the others have no rotation, and queries scaled by position. Sigmoid gates weight the inputs of experts. Chunks have
+    8192 positions, or the file's sliding window."""
     hp, keys = builder.hyperparameters, builder.keys
     if not hp.expert_count:
         raise keys.error("expert_count", "0 or missing, and the architecture has experts")

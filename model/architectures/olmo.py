@@ -13,8 +13,7 @@ _EXAONE4_32B_LAYERS, _EXAONE4_32B_WINDOW = 64, 4096
 
 
 def olmo2(builder: ProgramBuilder) -> None:
-    """OLMo 2 and 3: q and k are normed in their whole width. In OLMo 3 three of four layers have a window and an
-    unscaled rotation."""
+    """OLMo 2 and 3: q and k are normed whole. In OLMo 3 three of four layers have a window and an unscaled rotation."""
     hp = builder.hyperparameters
     windowed = builder.keys.windowed_layers(hp.block_count, _PERIOD) if hp.sliding_window else [False] * hp.block_count
     unscaled = replace(hp.rope, scaling=RopeScaling.NONE, factor=1.0, attention_factor=1.0)
@@ -27,7 +26,7 @@ def olmo2(builder: ProgramBuilder) -> None:
 
 
 def exaone4(builder: ProgramBuilder) -> None:
-    """EXAONE 4: q and k are normed per head. In the 32B model three of four layers have a window, the others no
+    """EXAONE 4: q and k are normed per head. In the 32B model three of four layers have a window, others no
     rotation."""
     hp = builder.hyperparameters
     window = hp.sliding_window or (_EXAONE4_32B_WINDOW if hp.block_count == _EXAONE4_32B_LAYERS else None)

@@ -36,8 +36,7 @@ def qwen2moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3(builder: ProgramBuilder) -> None:
-    """Qwen 3: q and k are normed per head before the rotation. A reranker's head has only the rows of `yes` and
-    `no`."""
+    """Qwen 3: q and k are normed per head before the rotation. A reranker's head has two rows, `yes` and `no`."""
     table = builder.rope_table()
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD))

@@ -15,9 +15,8 @@ _SHOWN: Final = 64
 
 
 def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
-    """Yields further forms of messages that a template refused, each with one more change: a later system message joins
-    the user's turn beside it; successive messages of one role are merged; a user begins; the first system message joins
-    the user's turn too. Changes without effect are omitted."""
+    """Yields forms of messages that a template refused, each with one more change: a later system message joins the
+    user's turn beside it; messages of one role are merged; a user begins; the first system message joins the user."""
     before = [dict(message) for message in messages]
     for change in _CHANGES:
         changed = change(before)
@@ -33,8 +32,7 @@ def lacks_system(messages: Sequence[Message], rendered: str) -> bool:
 
 
 def _with_late_systems_joined(messages: Messages) -> Messages:
-    """Joins a late system message with the user's turn before it, else behind it; results of tools stay behind their
-    calls."""
+    """Joins a late system message with the user's turn before it, else behind it, but not between calls and results."""
     begin = len([*takewhile(_is_system, messages)])
     joined, waiting = messages[:begin], list[str]()
     for message in messages[begin:]:

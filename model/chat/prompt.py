@@ -14,8 +14,8 @@ GUARD: Final = "\ufdd0"
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Returns messages for a template, with GUARD in every control word of their text; `encode_chat` and `unguarded`
-    remove it. RequestError for a text that holds GUARD itself."""
+    """Puts GUARD in every control word of messages; `encode_chat` and `unguarded` remove it. RequestError for GUARD in
+    a text."""
     words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
     starts = _starts_of(words)
     longest = max(map(len, words), default=1) - 1
@@ -33,8 +33,7 @@ def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) 
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Returns token ids of a rendered template, with control words as their tokens. BOS comes first once if the model
-    wants it, whether or not the template wrote it."""
+    """Returns token ids, with control words as their tokens, and one BOS if the model wants it."""
     parts = tokenizer.split_special(rendered, parse_special=True)
     ids = tokenizer.encode_parts([unguarded(part) if isinstance(part, str) else part for part in parts])
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:

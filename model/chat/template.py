@@ -59,8 +59,8 @@ class TemplateLimits:
 
 
 class ChatTemplate:
-    """A model's chat template and the processes that render it: the first starts at the first render, others when
-    several renders wait. Safe for many threads."""
+    """A model's chat template and the processes that render it, which start when they are needed. Safe for many
+    threads."""
 
     def __init__(
         self,
@@ -70,8 +70,7 @@ class ChatTemplate:
         limits: TemplateLimits | None = None,
         named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Every render is refused if `source` is None. `named`: the model's templates for chats with tools and
-        documents, `tool_use` and `rag`."""
+        """Every render is refused if `source` is None. `named`: templates for chats with tools and documents."""
         self.source = source
         self.named = {name: ChatTemplate(text, bos_token, eos_token, limits) for name, text in named.items()}
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
@@ -98,12 +97,11 @@ class ChatTemplate:
         return next((self.named[name] for name in names if name in self.named), self)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Returns the prompt for messages. `extra` are further variables of the template (`tools`, `documents`, ...),
-        and `now_s`, the Unix time that it sees, by default the present.
+        """Returns the prompt for messages. `extra` are variables of the template (`tools`, `documents`, ...), and
+        `now_s`, the Unix time that it sees, by default the present.
 
-        RequestError, always for the same messages, if there is no template, or it fails or exceeds its limits;
-        TemplateRefusalError if it refuses the messages; DeadlineError if the render waited or took too long, or its
-        process was killed or closed."""
+        RequestError, always for the same messages, if the template is missing, fails or exceeds its limits;
+        TemplateRefusalError if it refuses the messages; DeadlineError for a late, killed or closed render."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)
@@ -175,8 +173,8 @@ class _Renderer:
 def load_chat_template(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, limits: TemplateLimits | None = None, chosen: str | None = None
 ) -> ChatTemplate:
-    """Returns the template that a user chose, else the file's templates, else one that vocabulary or name suggest.
-    ModelFileError for a template that is not text. A model without a template refuses each render."""
+    """Returns the template that a user chose, else the file's, else one that vocabulary or name suggest. ModelFileError
+    for a template that is not text."""
     source = _source(metadata, _KEY)
     found = {name: _source(metadata, f"{_KEY}.{name}") for name in (TOOL_USE, RAG)}
     named = {name: text for name, text in found.items() if text} if chosen is None else {}

@@ -1,6 +1,5 @@
-"""The process that renders chat templates. A template is a program from an untrusted file: it runs sandboxed, with
-little memory and CPU time and few system calls, in a process that can be killed. Requests on stdin and replies on
-stdout are lines of JSON."""
+"""The process that renders chat templates, programs from untrusted files: sandboxed, with little memory, CPU time and
+few system calls. Requests on stdin and replies on stdout are lines of JSON."""
 
 from __future__ import annotations
 
@@ -88,8 +87,7 @@ def _clock(now_s: float) -> Callable[[str], str]:
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """Returns `functions` of old templates: the definitions as one text. A small template may make a long text of them,
-    so this runs where memory and time are bounded."""
+    """Returns old templates' variable `functions`, which may be long, so that memory and time must be bounded."""
     return json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False, indent=4) if tools else ""
 
 

@@ -55,8 +55,7 @@ def built_in(name: str) -> str:
 
 
 def chosen_template(choice: str) -> str:
-    """Returns the Jinja text that a user names, or has in a file. UsageError, with the known names, for anything
-    else."""
+    """Returns the Jinja text that a user names, or has in a file. UsageError, with the known names, for others."""
     names = built_in_names()
     if choice in names:
         return built_in(choice)

@@ -62,8 +62,8 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
 )
 """Matrices, by architecture, whose rows are the module's; only Q and K of `PAIRED` architectures have another order."""
 PAIRED: Final = frozenset({"granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3"})
-"""Architectures whose files have the rows of each head of Q and K in the order of a rotation of neighbouring pairs: the
-checkpoint's first and second half of a head in turns."""
+"""Architectures whose files have the rows of a head of Q and K in the order of a rotation of neighbouring pairs: the
+first and second half of the checkpoint's head in turns."""
 _MODULE: Final = re.compile(
     r"(model\.|transformer\.|language_model\.model\.|model\.language_model\.)?(layers|h)\.(?P<layer>\d{1,4})\.(?P<module>.+)"
 )

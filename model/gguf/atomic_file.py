@@ -30,11 +30,9 @@ def new_file(path: Path, size_bytes: int, advice: str = "") -> Iterator[BinaryIO
 
 @contextmanager
 def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Iterator[Opened]:
-    """Yields a function that opens files of one folder. They get their names, replacing older files, when the block
-    ends without an error, the first one last; else nothing is left.
-
-    Files that a killed process left are used again, and its parts of the same model in another division are deleted.
-    UsageError, before anything is written, if there is no room (`advice` says what to do) or another process writes."""
+    """Yields a function that opens files of one folder, which get their names, the first one last, when the block ends
+    without an error; else nothing is left. Remains of killed processes are reused or deleted. UsageError, before
+    anything is written, if there is no room (`advice` says what to do) or another process writes."""
     first = paths[0]
     for path in paths:
         _check_place(path)
@@ -86,8 +84,7 @@ def _check_room(path: Path, size_bytes: int, advice: str) -> None:
 
 
 def _no_links(path: str, flags: int) -> int:
-    """Opens without following links: in a folder that others write to, the hidden name may be a link to another
-    file."""
+    """Opens without following links: others may put a link at the hidden name."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 

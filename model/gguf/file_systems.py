@@ -10,8 +10,7 @@ _REMOTE = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "vboxsf", "fuse", "afs", "coda", "ncpfs"}
     | {"ceph", "lustre", "glusterfs", "beegfs", "gpfs", "gfs2", "ocfs2", "orangefs", "pvfs2"}
 )
-"""Types of remote file systems. FUSE is among them, because its process may do anything with a file; `fuseblk` is
-not."""
+"""Types of remote file systems. FUSE is among them, because its process may do anything; `fuseblk` is not."""
 
 
 def is_remote(path: Path) -> bool:
@@ -25,8 +24,7 @@ def is_remote(path: Path) -> bool:
 
 
 def file_system(path: Path, mounts: Iterable[str]) -> str:
-    """Returns the type of the file system of a path without links, such as "fuse.sshfs", from lines of
-    /proc/PID/mountinfo."""
+    """Returns the type of a path's file system, such as "fuse.sshfs", from lines of /proc/PID/mountinfo."""
     depth, kind = 0, ""
     for line in mounts:
         before, _, after = line.partition(" - ")

@@ -122,8 +122,7 @@ class _Cursor:
         return self.take(length)
 
     def text(self, max_bytes: int) -> str:
-        """Reads a length and that many bytes; invalid UTF-8 becomes U+FFFD, because an author's name damages no
-        file."""
+        """Reads a length and that many bytes; invalid UTF-8, as in an author's name, becomes U+FFFD."""
         return str(self._string_bytes(max_bytes), "utf-8", "replace")
 
     def string(self, max_bytes: int) -> str:

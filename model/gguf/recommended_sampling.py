@@ -18,8 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 def recommended_sampling(file: ModelFile) -> dict[str, Any]:
-    """Returns the recommended values, by the names of llama.cpp's request fields. Values that no request could have are
-    logged and omitted."""
+    """Returns values by the names of llama.cpp's request fields; invalid ones are logged and omitted."""
     found: dict[str, Any] = {}
     for key, (field, row) in _ROWS.items():
         value = file.metadata.get(_PREFIX + key)

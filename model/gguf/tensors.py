@@ -26,8 +26,8 @@ _READ_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """The identity of a file whose header was read. `changed_ns` also tells changes whose time of modification was set
-    back; links and permissions move it, so it is not compared."""
+    """The identity of a file whose header was read. `changed_ns` also tells changes with a faked time of modification;
+    links and permissions move it, so it is not compared."""
 
     device: int
     inode: int

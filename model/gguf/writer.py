@@ -74,8 +74,7 @@ class Contents:
 
 
 def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> None:
-    """Writes a model file, which appears when it is complete, or not at all. UsageError if the disk has too little
-    room."""
+    """Writes a model file, which appears when it is complete, or not at all. UsageError if the disk has no room."""
     contents = Contents.of(metadata, tensors)
     with new_file(Path(path), contents.n_bytes) as file:
         contents.write(file)

@@ -1,5 +1,4 @@
-"""Checks of grammars before requests are admitted, in child processes that are bounded in time and memory: a hostile
-grammar can only end its process."""
+"""Checks of grammars before admission, in bounded child processes, the most that a hostile grammar can end."""
 
 from __future__ import annotations
 
@@ -34,9 +33,8 @@ class GrammarChecker:
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # the newest used last, by the definition's digest
 
     async def check(self, grammar: Grammar, owner: str = "") -> Grammar:
-        """Returns the grammar as workers compile it; checks of an owner take turns with those of others.
-        ParameterError, with the reason, for a grammar that cannot be obeyed; DeadlineError if the machine is too busy
-        for the check."""
+        """Returns the grammar as workers compile it; owners take turns. ParameterError for a grammar that cannot be
+        obeyed; DeadlineError if the machine is too busy."""
         if not self._has_end:
             raise ParameterError(grammar.origin, "the model has no end-of-generation token, which grammars need")
         try:

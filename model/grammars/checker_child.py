@@ -1,5 +1,4 @@
-"""The process that compiles grammars of requests, with little memory. Requests on stdin and replies on stdout are lines
-of JSON."""
+"""The process that compiles grammars of requests. Requests on stdin and replies on stdout are lines of JSON."""
 
 from __future__ import annotations
 
@@ -75,8 +74,7 @@ def _reply(message: str, converted: str = "") -> dict[str, str]:
 
 
 def main() -> None:
-    """Prepares the vocabulary, which no grammar is charged for, then checks grammars until stdin ends. Stacks of its
-    threads are smaller than those of workers."""
+    """Prepares the vocabulary at no grammar's cost, then checks grammars, with smaller stacks than workers have."""
     threading.stack_size(_STACK_BYTES)
     end_with_parent()
     first = read_frame()

@@ -42,8 +42,7 @@ class CheckGuardError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The reason why a grammar is refused ("": it is not), and a definition that replaces the given one, if not
-    empty."""
+    """The reason why a grammar is refused ("": it is not), and a definition that replaces the given one, if any."""
 
     reason: str
     definition: str = ""

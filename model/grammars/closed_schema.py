@@ -1,5 +1,5 @@
-"""JSON schemas of a call's arguments, closed: an object has only the properties that its schema names, unless the
-schema allows others, as in OpenAI's strict mode and llama.cpp."""
+"""Closed JSON schemas: objects have only named properties unless the schema allows others, as in OpenAI's strict
+mode."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects; none if the schema combines several for one object, because each would refuse the properties
-    of the others."""
+    """Closes all objects; none if the schema combines several for one object, which would refuse each other's
+    properties."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # too deep for llguidance, too

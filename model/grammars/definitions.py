@@ -1,5 +1,4 @@
-"""Grammars in the forms of requests: JSON Schema, regular expressions, Lark, llama.cpp's GBNF, choices. The details of
-a form are checked by its compilation (model/grammars/checker.py)."""
+"""Grammars in the forms of requests: JSON Schema, regular expressions, Lark, llama.cpp's GBNF, choices."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from llamaclust.model.grammars.normal_schema import normal_schema
 GUIDANCE = "x-guidance"
 """The keyword of a schema that has llguidance's options."""
 JSON_TEXT = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
-"""Options for white space between the parts of a JSON text, as in llama.cpp: a small model could write it without
-end."""
+"""Options for white space in JSON text, as in llama.cpp: a small model could write it without end."""
 _MOST_PLACES = 8
 _MAX_GBNF_BYTES = 1 << 17
 """The largest grammar in GBNF: the converter takes about a second for one rule of this size."""
@@ -30,8 +28,7 @@ OWN_RULES = "own_rules"
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
-    """Allows the JSON texts of a schema; `closes_objects` as in OpenAI's strict mode. ParameterError for a keyword that
-    cannot be obeyed, with its place."""
+    """Allows the JSON texts of a schema. ParameterError for a keyword that cannot be obeyed, with its place."""
     try:
         normal = normal_schema(schema, closes_objects=closes_objects)
     except RecursionError:
@@ -93,8 +90,7 @@ def has_schemas_only(definition: str) -> bool:
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """Returns a grammar that rules from the first trigger on; a trigger is the beginning of a text that the grammar
-    allows."""
+    """Lets a grammar rule from the first trigger on; a trigger is the beginning of a text that it allows."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):

@@ -1,5 +1,4 @@
-"""The state of one answer in a grammar, which tells the tokens that may come next: a function of grammar and tokens
-only."""
+"""The state of one answer in a grammar: the tokens that may come next, a function of grammar and tokens only."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ _TOO_COMPLEX = "the grammar became too complex: "
 _NOT_VERBOSE = "<non-verbose/>"
 """The end of llguidance's messages without `verbose_errors`."""
 _MAX_FORCED_BYTES = 1 << 13
-"""The longest text that may have to come next: each look at it, for forced tokens or for a mask, takes 5 ms for so
-much."""
+"""The longest text that may have to come next: each look at so much takes 5 ms."""
 
 
 def _limits(definition: str) -> LLParserLimits:
@@ -49,8 +47,7 @@ def _limits(definition: str) -> LLParserLimits:
 
 
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-    """Returns the state before the first token; `is_error` if the grammar cannot be used. Each answer compiles its own
-    state, because copies share a lexer and its limits."""
+    """Returns the state before the first token; each answer compiles its own, because copies share a lexer's limits."""
     from llguidance import LLMatcher
 
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits(definition))
@@ -62,8 +59,7 @@ def one_line(message: str, most: int = 400) -> str:
 
 
 class TokenRefusedError(RequestError):
-    """A token that the grammar does not allow here. The state may be at fault: after recomputation the answer may go
-    on."""
+    """A token that the grammar does not allow here. After recomputation of the state the answer may go on."""
 
 
 class LexerUsedUpError(RequestError):
@@ -75,8 +71,7 @@ class GrammarMatcher:
     they work. One thread at a time.
 
     llguidance limits the work of its lexer between two sets of allowed tokens, which are seldom computed. A matcher
-    that exceeds the limit raises LexerUsedUpError; a costly matcher, which computes them at each token, does not exceed
-    it."""
+    that exceeds the limit raises LexerUsedUpError; a costly matcher, which computes them at each token, can go on."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # tokens taken in
@@ -113,8 +108,7 @@ class GrammarMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes in a sampled token if it is allowed, else returns the tokens that are. The check of one token takes a
-        fraction of the time for all."""
+        """Takes in a sampled token if it is allowed, which is quick to check, else returns the tokens that are."""
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):
@@ -180,8 +174,7 @@ class GrammarMatcher:
         return self._consumes(token)
 
     def _must_follow(self) -> list[int]:
-        """Computes forced tokens once a token: a second look would use up more of the lexer. RequestError if their text
-        is too long."""
+        """Computes forced tokens once a token, to spare the lexer. RequestError if their text is too long."""
         if self._following is None:
             self._following = self._native.compute_ff_tokens()
             size = sum(len(self._vocabulary.words[token]) for token in self._following)

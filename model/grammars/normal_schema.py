@@ -1,5 +1,4 @@
-"""JSON schemas of any draft, library and dialect, in the keywords that llguidance obeys, and the places of all keywords
-that it cannot obey. Annotations, and keywords that allow everything, are omitted."""
+"""JSON schemas of any dialect in the keywords that llguidance obeys, and the places of keywords that it cannot obey."""
 
 from __future__ import annotations
 
@@ -30,16 +29,14 @@ _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "depend
 
 @dataclass(frozen=True, slots=True)
 class NormalSchema:
-    """A schema that allows all that the given one allows; `unobeyed`: places of omitted keywords, such as
-    `properties.a.not`."""
+    """A schema that allows all that the given one allows; `unobeyed`: places such as `properties.a.not`."""
 
     schema: dict[str, Any]
     unobeyed: tuple[str, ...] = ()
 
 
 def normal_schema(schema: Any, *, closes_objects: bool = False) -> NormalSchema:
-    """Normalizes a schema; with `closes_objects`, objects have only the named properties, unless the schema allows
-    others. RecursionError for a schema that is nested too deeply."""
+    """Normalizes a schema; `closes_objects`: as in `closed_schema`. RecursionError for a schema nested too deeply."""
     reader = _Reader(schema)
     read = reader.read(schema, "")
     made = {"allOf": [read]} if isinstance(read, bool) else read

@@ -1,5 +1,5 @@
-"""The state of reasoning in an answer: its begin and end, and the tokens that must end it after its budget. A function
-of settings and tokens only; tags are found in the answer's bytes, however tokens divide them."""
+"""The state of reasoning in an answer, and the tokens that must end it after its budget. A function of settings and
+tokens only; tags are found in the answer's bytes, however tokens divide them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The state of one answer whose reasoning has a budget or delays its grammar, which tells the tokens that may come
-next."""
+"""The state of one answer whose reasoning has a budget or delays its grammar."""
 
 from __future__ import annotations
 

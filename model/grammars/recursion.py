@@ -1,5 +1,4 @@
-"""References of JSON schemas that lead back to themselves on every way: no finite text obeys them, which llguidance
-finds only when an answer has reached them."""
+"""References of JSON schemas that always lead back to themselves, which llguidance finds only during an answer."""
 
 from __future__ import annotations
 
@@ -56,8 +55,7 @@ class _Condition:
 
 
 class _Conditions:
-    """The parts of a schema that some finite value obeys, as far as references decide: the least fixed point, in linear
-    time."""
+    """The parts of a schema that some finite value obeys, as far as references decide: the least fixed point."""
 
     def __init__(self, targets: Mapping[str, Any]) -> None:
         self._targets = targets

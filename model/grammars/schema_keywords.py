@@ -75,8 +75,8 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """Returns `pattern` and `format`, and True if they are complete. A pattern with look-around is omitted; a format
-    replaces it, as in zod's schemas. Unknown formats are annotations, as in JSON Schema."""
+    """Returns `pattern` and `format`, and True if they are complete: look-around is omitted, or replaced by a
+    format."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:
@@ -89,8 +89,7 @@ def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
 
 
 def bounds(schema: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
-    """Returns bounds of numbers: draft 4's truth values as numbers, and integers of sixteen digits at most. `types`:
-    normal."""
+    """Returns bounds: draft 4's truth values as numbers, and integers of sixteen digits at most. `types`: normal."""
     made: dict[str, Any] = {}
     for limit, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
         value, other = schema.get(limit), schema.get(exclusive)

@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 _SPECIAL: Final = b"\xff"
 """llguidance's mark before the name of a token that stands for no text."""
 _SLICES: Final = [r'[^"\\\x00-\x1F\x7F]{1,30}', r'[^"\\\x00-\x1F\x7F]+']
-"""Texts of JSON's strings, whose tokens llguidance finds together. Each takes time and memory to prepare; its four
-default ones, for white space and strings of few letters, take half more of both."""
+"""Texts of JSON's strings, whose tokens llguidance finds together. Its four default ones take half more time and
+memory."""
 _KEPT_TEXTS: Final = 1024
 _KEPT_TAGS: Final = 16
 
 
 class GrammarVocabulary:
-    """A vocabulary: `words` are the bytes of each token, `end_ids` end an answer, `encode` returns token ids of plain
-    text."""
+    """The bytes of each token in `words`, tokens that end an answer, and `encode` of plain text to token ids."""
 
     def __init__(self, words: Sequence[bytes], end_ids: Sequence[int], encode: Callable[[str], list[int]]) -> None:
         self.words = words
@@ -35,8 +34,7 @@ class GrammarVocabulary:
 
     @cached_property
     def native(self) -> LLTokenizer:
-        """llguidance's tokenizer. Building takes a quarter of a second for 256 Ki tokens, and other threads wait for
-        it."""
+        """llguidance's tokenizer. Building takes a quarter of a second for 256 Ki tokens and blocks other threads."""
         from llguidance import LLTokenizer  # only here: its import is a fifteenth of a worker's start
 
         words = _Words(self.words, self.end_ids, self._encode)

@@ -1,5 +1,4 @@
-"""A walk through a grammar for some tokens, as a worker follows it, before a request is admitted: a failure there is
-found here."""
+"""A walk through a grammar for some tokens before admission, as a worker follows it, to find its failures early."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ class GrammarWalk:
         self._ends = np.array(vocabulary.end_ids)
 
     def run(self, definition: str, names: Sequence[str] = ()) -> None:
-        """RequestError for a grammar that cannot be used, or not followed on this walk, which prefers the given
+        """RequestError for a grammar that cannot be used, or not followed on this walk, which prefers these
         properties."""
         matcher = GrammarMatcher(Grammar(definition), self._vocabulary, is_costly=True)
         keys = deque(self._vocabulary.native.tokenize_bytes(_key(name)) for name in names[:_NAMES])

@@ -1,5 +1,4 @@
-"""The format in which members of a group send each other rows: that of the products that read them, if all have the
-same."""
+"""The format in which members of a group send each other rows: that of their readers, if these have the same."""
 
 from __future__ import annotations
 
@@ -12,8 +11,8 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 def format_of_readers(
     steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
 ) -> ActivationFormat | None:
-    """Returns the format to which all steps that read the buffer quantize it, or None. `results` are read behind the
-    steps; `type_of` returns the type of a tensor."""
+    """Returns the format to which all readers of the buffer quantize it, or None. `results` are read behind the
+    steps."""
     formats = set[ActivationFormat | None]()
     for step in steps:
         if buffer in step.reads:

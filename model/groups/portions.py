@@ -25,8 +25,8 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
-"""The least units of each member for units of a format's whole segments: its portion then differs from its share by a
-thirtieth, or a sixteenth, at most."""
+"""The least segments of a member for units of whole segments: portions then differ from shares by a thirtieth, or a
+sixteenth, at most."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
@@ -122,8 +122,8 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the numbers of the products that make the only KV head of an attention. Every member needs it whole, and
-    computes it in less time than a gather takes."""
+    """Returns the products that make the only KV head of an attention, which every member computes whole, because that
+    takes less time than a gather."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name
@@ -140,8 +140,8 @@ def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
 
 @dataclass(slots=True)
 class _Rows:
-    """The state of a walk over steps: divided values, and which of them are gathered already. `normed`: a result that
-    must be whole when rows are selected."""
+    """The divided values behind the steps so far, and which are gathered. `normed`: a result that `SelectRows` needs
+    whole."""
 
     normed: Buffer | None
     _divided: dict[str, Gathered] = field(default_factory=dict)
@@ -166,8 +166,8 @@ class _Rows:
 
 
 def _product_units(width: int, members: int) -> int:
-    """Returns whole tiles of weights, or in a wide product whole segments of the next product's format, so that rows
-    are quantized before they are gathered."""
+    """Returns tiles of weights, or segments of the next product's format, so that rows are quantized before a
+    gather."""
     for segment, least in _LEAST_UNITS.items():
         if width % segment == 0 and width // segment >= least * members:
             return width // segment

@@ -1,5 +1,4 @@
-"""Steps whose parts are divided separately: fused products, which become one for each slice, and mixtures of
-experts."""
+"""Steps whose parts are divided separately: fused products become one for each slice, mixtures steps of their parts."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ from llamaclust.model.program import (
 
 
 def separated(steps: Sequence[Step]) -> Iterator[Step]:
-    """Makes one product for each slice of a product's result, such as queries, keys and values, and steps of its parts
-    for each mixture."""
+    """Makes one product for each slice of a product's result, as of q, k and v, and steps of its parts of a mixture."""
     at = 0
     while at < len(steps):
         step, at = steps[at], at + 1

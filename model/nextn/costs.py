@@ -12,8 +12,8 @@ from llamaclust.model.nextn.program import nextn_program
 
 
 def with_nextn(model: Model, costs: ModelCosts, kv_type: KvType) -> ModelCosts:
-    """Adds a head, whose layer is computed behind the last one for each row, to `costs` of whole layers. Its logits are
-    not counted: drafts are made only if they gain more than they take."""
+    """Adds a head, whose layer is computed for each row, to `costs` of whole layers. Logits of drafts are not
+    counted."""
     program = nextn_program(model, kv_type)
     own = layer_cost(model.file.tensors, program)
     held = {*model.program(model.layer_count - 1, model.layer_count).weights}

@@ -36,8 +36,8 @@ def check_nextn(model: Model) -> None:
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
-    """Returns the program of the first head, for sequences of at most `context_tokens`. UsageError if there is none,
-    ModelFileError for a tensor that does not fit."""
+    """Returns the program of the first head. UsageError if there is none, ModelFileError for a tensor that does not
+    fit."""
     check_nextn(model)
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)

@@ -16,8 +16,7 @@ SPAN_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """Rotation angles: angle(position, i) = position * frequencies[i], both factors float64; cos and sin times
-    `scale`."""
+    """Rotation: angle(position, i) = position * frequencies[i], both factors float64; cos and sin times `scale`."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0

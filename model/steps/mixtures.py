@@ -18,8 +18,8 @@ class Moe(StepFacts):
     up_e(x))) with the experts' biases; without a gate, the activation is a function of up_e(x) only.
 
     The choice is by weights + `selection_bias`, and with several `groups` only among experts of the `used_groups`
-    groups whose two best sums are the greatest (ties to the lower group). With `routed`, the router reads it instead of
-    x.
+    groups whose two best have the greatest sums (ties to the lower group). With `routed`, the router reads it instead
+    of x.
 
     router [experts, width of x or routed]; gate, up [experts, ffn, x.width]; down [experts, out.width, ffn]; biases
     [experts] and [experts, ffn or out.width]. `fused`: up [experts, 2 * ffn, x.width] has the rows of gate, then its

@@ -169,8 +169,7 @@ class SoftCap(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Slice(UnaryStep):
-    """out = the channels [start, start + out.width) of x, or the same channels of each of several `heads`, equal
-    parts."""
+    """out = the channels [start, start + out.width) of x, or of each of its `heads` equal parts."""
 
     start: int
     heads: int = 1
@@ -182,8 +181,7 @@ class Slice(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Join(BinaryStep):
-    """out = the channels of x, then those of y, for each of the `heads` that all three are equal parts of; out is a
-    third buffer."""
+    """out = the channels of x, then those of y, for each of `heads` equal parts; out is a third buffer."""
 
     heads: int = 1
 

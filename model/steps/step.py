@@ -120,8 +120,7 @@ class StepFacts(ABC):
         return DivisionRule(self.reads) if self.is_elementwise else WHOLE
 
     def portion(self, own: Units) -> Self:
-        """Returns the step with a member's part of the weights, if its result is divided. Its buffers and heads stay
-        whole."""
+        """Returns the step with a member's part of the weights, if it is divided. Its buffers and heads stay whole."""
         return self
 
 

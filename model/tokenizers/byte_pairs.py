@@ -20,7 +20,7 @@ _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, Token
 
 
 def stand_ins() -> dict[str, bytes]:
-    """Returns GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes follow from U+0100
+    """Returns GPT-2's alphabet: printable Latin-1 characters stand for themselves, other bytes follow from U+0100
     on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -32,8 +32,7 @@ _BYTE_OF: Final = stand_ins()
 _LATIN_1: Final = dict.fromkeys(range(0x80, 0x100), "\uffff") | {
     ord(letter): byte.decode("latin-1") for letter, byte in _BYTE_OF.items()
 }
-"""A map from a word to the text that Latin-1 encodes as its bytes; other letters of Latin-1 to one that it cannot
-encode."""
+"""A map from letters of words to Latin-1 characters of their bytes; others to one that Latin-1 cannot encode."""
 
 
 class BytePairTokenizer(Tokenizer):
@@ -77,8 +76,8 @@ def splitter(kind: PreTokenizer) -> Any:
 
 
 def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> models.BPE:
-    """Returns the library's model. Control tokens are omitted, because no plain text may become one, and so are merges
-    of missing words."""
+    """Returns the library's model without control tokens, which no plain text may become, and merges of missing
+    words."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
     return models.BPE(vocab=words, merges=_known_pairs(merges, words), **options)

@@ -1,5 +1,5 @@
-"""The cuts of text into words before byte-pair merges, by the name in `tokenizer.ggml.pre`. The expressions are those
-of the models' own tokenizers; each is applied to the pieces that the one before it left."""
+"""The cuts of text into words before byte-pair merges, by the name in `tokenizer.ggml.pre`. Expressions are those of
+the models' tokenizers; each is applied to the pieces that the one before it left."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ _DEEPSEEK_MARKS: Final = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u30
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """Expressions to cut by, and assumptions of the file's writers: whole words of the vocabulary are not merged
-    (`ignore_merges`), BOS comes first unless the file says otherwise (`add_bos`)."""
+    """Expressions to cut by; `ignore_merges`: whole words of the vocabulary stay whole; `add_bos`: the file's
+    default."""
 
     expressions: tuple[str, ...]
     ignore_merges: bool = False

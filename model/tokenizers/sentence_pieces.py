@@ -1,5 +1,4 @@
-"""SentencePiece vocabularies, `tokenizer.ggml.model` = llama (BPE) or t5 (unigrams): a model proto built from the
-fields of the file."""
+"""SentencePiece vocabularies, `tokenizer.ggml.model` = llama (BPE) or t5 (unigrams), as a model proto."""
 
 from __future__ import annotations
 
@@ -23,8 +22,8 @@ _BLOCK: Final = 256
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A tokenizer by BPE: merges by score, bytes for text outside the vocabulary, no normalization; or by unigrams: the
-    spelling with the greatest sum of scores, after the file's normalization."""
+    """BPE by score without normalization, with bytes for text outside the vocabulary; or unigrams, the spelling with
+    the greatest sum of scores, after the file's normalization."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any], *, is_unigram: bool = False) -> None:
         super().__init__(
@@ -64,8 +63,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:
-    """Returns the map of characters for normalization, checked here because older versions of the library do not check
-    it."""
+    """Returns the map for normalization, checked because older versions of the library do not check it."""
     value = metadata.get(_CHARSMAP)
     if value is None:
         return b""
@@ -87,8 +85,8 @@ def _processor(model: Any) -> Any:
 
 
 def _model_proto(vocabulary: Vocabulary) -> Any:
-    """Returns a ModelProto that merges by score, with the vocabulary's words in their order, and behind them a piece
-    for unknown text if the file names none."""
+    """Returns a ModelProto that merges by score, with the vocabulary's words, and a piece for unknown text at the end
+    if the file names none."""
     model = _PROTO.ModelProto()
     model.trainer_spec.model_type = _PROTO.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = vocabulary.types.count(TokenType.BYTE) == 256
@@ -108,8 +106,7 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """Returns SentencePiece's types, which are GGUF's numbers; only one unknown piece is allowed, so a second one never
-    matches."""
+    """Returns SentencePiece's types, GGUF's numbers; a second unknown piece, which is not allowed, never matches."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL
@@ -121,8 +118,7 @@ def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> b
 
 def check_charsmap(data: bytes, origin: str) -> None:
     """Checks SentencePiece's precompiled map of characters: the length of a trie, the trie as a double array
-    (darts-clone), and the texts that its leaves point to, each ended by a zero byte. ModelFileError if any text could
-    lead outside of them."""
+    (darts-clone), and texts of its leaves, each ended by a zero byte. ModelFileError if any text could lead outside."""
     if not data:
         return
     length = int.from_bytes(data[:4], "little")

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 
 
 class TokenIndex:
-    """An index of `words`, the bytes of each token. Building takes about a second for 256 Ki tokens, a search a few
-    milliseconds at most."""
+    """An index of tokens' bytes. Building takes about a second for 256 Ki tokens, a search a few milliseconds."""
 
     def __init__(self, words: Sequence[bytes]) -> None:
         self._bytes: NDArray[np.uint8] = np.frombuffer(b"".join(words), np.uint8)

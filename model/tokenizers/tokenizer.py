@@ -54,8 +54,8 @@ class Tokenizer(ABC):
         return self.vocabulary.words[token_id]
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Returns token ids. `add_special` adds BOS and EOS if the model wants them; `parse_special` turns control
-        words into their tokens, so it must never be set for text from a user."""
+        """Returns token ids. `add_special` adds BOS and EOS if the model wants them; `parse_special` makes tokens of
+        control words, so it must never be set for text from a user."""
         parts = self.split_special(text, parse_special)
         first = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         last = [self.eos_id] if add_special and self.add_eos and self.eos_id is not None else []

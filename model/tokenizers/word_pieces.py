@@ -15,8 +15,7 @@ _BEGIN: Final = "▁"
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
 """BERT's ids, for files that name none."""
 _LONGEST_WORD: Final = 256
-"""Characters that a token of a prompt has at most, on average. The unknown token stands for any word, but longer words,
-or so many blanks, are data and not text."""
+"""Characters of a token in a prompt, on average, at most: longer words, or so many blanks, are data and not text."""
 _MOST_CHARACTERS: Final = 1 << 18
 """The longest text, because Python takes about 25 microseconds for each character of a long word."""
 _HAN: Final = (
@@ -33,8 +32,7 @@ _HAN: Final = (
 
 
 class WordPieceTokenizer(Tokenizer):
-    """A tokenizer that lowers case and strips accents unless the file says otherwise. A word without pieces is one
-    unknown token."""
+    """Lowers case and strips accents unless the file says otherwise. A word without pieces is one unknown token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         size = len(vocabulary)
@@ -102,8 +100,8 @@ def _stands_alone(character: str, kind: str) -> bool:
 
 
 def _named(metadata: Mapping[str, Any], names: tuple[str, ...], size: int, default: int) -> int:
-    """Returns the first of these ids that the file has, or the default. ModelFileError if the vocabulary is too small
-    for it."""
+    """Returns the first id that the file has, else the default. ModelFileError if the vocabulary is too small for
+    it."""
     for name in names:
         if (found := read_token_id(metadata, name, size)) is not None:
             return found

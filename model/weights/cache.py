@@ -53,8 +53,7 @@ class WeightCache(DiskCache):
         return self.place(content).with_suffix(UNFINISHED)
 
     def part_bytes(self, content: str) -> int:
-        """Returns the size of an unfinished tensor and marks it as used, unless a process is writing it: then it may
-        just have become whole, with the times that say so."""
+        """Returns the size of an unfinished tensor and marks it as used, unless a process is writing it."""
         try:
             with open_own(self.part_path(content), os.O_RDWR) as file:
                 if take_lock(file.fileno()):
@@ -64,8 +63,7 @@ class WeightCache(DiskCache):
             return 0
 
     def find(self, content: str) -> FileIdentity | None:
-        """Returns the file's identity and marks it as used; None if it is missing. A file that was changed since it was
-        written is deleted."""
+        """Returns the file's identity and marks it as used; None if it is missing. A changed file is deleted."""
         with suppress(OSError):
             file = self.open(self.place(content).name)
             if file is not None:
@@ -83,8 +81,7 @@ class WeightCache(DiskCache):
         return content if _HASH.fullmatch(content) and self.find(content) is not None else None
 
     def keep_manifest(self, key: str, data: bytes) -> str:
-        """Writes a manifest and remembers it by that name; returns its SHA-256. LlamaclustError if it cannot be
-        written."""
+        """Writes a manifest and remembers it by `key`; returns its SHA-256. LlamaclustError if that fails."""
         content = sha256(data).hexdigest()
         self._write(self.place(content).name, data)
         self.remember_manifest(key, content)
@@ -116,8 +113,7 @@ class WeightCache(DiskCache):
             yield
 
     def make_room(self, n_bytes: int) -> None:
-        """Deletes files that are in no load, least recently used first, until there is room for `n_bytes` more.
-        LlamaclustError if there cannot be."""
+        """Deletes files in no load, least recently used first, to make room. LlamaclustError if there cannot be."""
         with self._errors(), self.locked():
             self._make_room(n_bytes)
 
@@ -151,9 +147,8 @@ class WeightCache(DiskCache):
 
 class WeightPart:
     """One tensor on its way into the cache: written piece by piece, resumed, and checked before it gets its name. Only
-    one process at a time has it open. Every method blocks, and may be called from any thread.
-
-    `done_bytes` are there; `resumed`: some of them were there before it was opened."""
+    one process at a time has it open. Methods block, and any thread may call them. `resumed`: some of `done_bytes` were
+    there before."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache
@@ -169,7 +164,7 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process writes the tensor, or has finished it. LlamaclustError if it cannot be
+        """Returns None if another process writes or has finished the tensor. LlamaclustError if it cannot be
         written."""
         path = cache.part_path(content)
         try:

@@ -39,8 +39,8 @@ class FileManifests:
         begin: Callable[[int], None] = lambda total: None,
         add: Callable[[int], None] = lambda n: None,
     ) -> FileManifest:
-        """Reads all bytes of a file that is not known yet: `begin` is called with their number, and `add` with the size
-        of each piece, from several threads. ModelFileError for a file that changes meanwhile."""
+        """Reads all bytes of an unknown file: `begin` gets their number, `add` the size of each piece, from several
+        threads. ModelFileError for a file that changes meanwhile."""
         version = file.version
         if (known := self._known.get(version)) is None:
             known = self._known[version] = self._made(file, begin, add)

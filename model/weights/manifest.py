@@ -57,8 +57,7 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
 
     def file(self, path: Path, held: Mapping[str, tuple[Path, FileIdentity]]) -> ModelFile:
-        """Returns the model as its file would be. `path`: the name in errors; `held`: places of bytes, by their
-        SHA-256."""
+        """Returns the model as its file would be. `path`: the name in errors; `held`: places of bytes by SHA-256."""
         tensors = {}
         for record in self.tensors:
             place, identity = held.get(record.content, (path, _NOWHERE))

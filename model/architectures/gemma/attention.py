@@ -1,5 +1,4 @@
-"""Attention of Gemma 3n and Gemma 4: two kinds of layers, unscaled scores, normed values, and last layers that read the
-keys and values of others."""
+"""Attention of Gemma 3n and 4: unscaled scores, normed values, last layers with the keys and values of others."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """Returns the layer whose keys and values each layer reads: itself, or for the last layers the last earlier layer
-    of the same kind."""
+    """Returns the layer whose keys and values each layer reads: itself, or the last layer of its kind that has some."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}

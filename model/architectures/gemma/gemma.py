@@ -23,8 +23,8 @@ def gemma(builder: ProgramBuilder) -> None:
 
 
 def gemma2(builder: ProgramBuilder) -> None:
-    """Gemma 2: norms behind both blocks too, soft caps, a window in every other layer. Defaults are those of the
-    published models."""
+    """Gemma 2: norms behind blocks too, soft caps, a window in every other layer. Defaults are the published
+    models'."""
     hp, keys = builder.hyperparameters, builder.keys
     scale = _scale(hp, _GEMMA2_27B_LAYERS)
     cap = keys.real("attn_logit_softcapping", 50.0, minimum=1e-3, maximum=_MAX_CAP)
@@ -71,7 +71,6 @@ def _normed_layer(builder: ProgramBuilder, layer: int, variant: AttentionVariant
 
 
 def _scale(hp: Hyperparameters, layers_27b: int) -> float:
-    """Returns the scale of scores. The 27B models use width / heads instead of the head's channels, which no key
-    says."""
+    """Returns the scale of scores. The 27B models use width / heads for a head's channels, which no key says."""
     channels = hp.embedding_length // hp.head_count if hp.block_count == layers_27b else hp.key_length
     return 1 / math.sqrt(channels)

@@ -1,5 +1,5 @@
-"""Gemma 3n: several copies of the hidden state, of which each layer computes one and corrects the others (AltUp); a
-low-rank branch beside attention (Laurel), sparse activations, inputs per layer, shared keys and values."""
+"""Gemma 3n: copies of the hidden state, of which each layer computes one and corrects the others (AltUp); a low-rank
+branch beside attention (Laurel), sparse activations, inputs per layer, shared keys and values."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ def gemma3n(builder: ProgramBuilder) -> None:
 
 
 def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
-    """Returns for each layer the standard deviations above the mean below which activations are zeroed; None: no
-    activation is."""
+    """Returns the standard deviations above the mean below which a layer's activations are zeroed; None: none is."""
     key = "activation_sparsity_scale"
     numbers = keys.reals(key, layers)
     for number in numbers:

@@ -86,8 +86,7 @@ def _log_multiplier(builder: ProgramBuilder) -> float:
 
 
 def _gating(builder: ProgramBuilder) -> Gating:
-    """Returns the default for files without the key: GLM-4.7-Flash is known by its layers and words, as in
-    llama.cpp."""
+    """Returns the default for files without the key; GLM-4.7-Flash is recognized as in llama.cpp."""
     hp = builder.hyperparameters
     is_glm = hp.block_count in _GLM_FLASH_LAYERS and hp.vocabulary_size == _GLM_FLASH_VOCABULARY
     return Gating.SIGMOID if is_glm else Gating.SOFTMAX

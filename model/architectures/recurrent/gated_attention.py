@@ -1,5 +1,4 @@
-"""Attention whose result is weighted channel by channel with a sigmoid: gates are products of the hidden state, each
-head's beside its queries."""
+"""Attention whose result is weighted channel by channel with a sigmoid of gates, which are products beside queries."""
 
 from __future__ import annotations
 

@@ -46,8 +46,7 @@ def without_ones(file: ModelFile) -> ModelFile:
 
 
 def kimi_linear(builder: ProgramBuilder) -> None:
-    """Kimi Linear: layers with KV heads have latent attention. Leading dense layers, then experts of sigmoid gates,
-    with a bias for the choice, beside shared ones."""
+    """Kimi Linear: layers with KV heads have latent attention. Dense layers, then sigmoid gates and shared experts."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = latent_variant(builder, 0.0, 0.0)
     latent = replace(latent, table=None, scale=1 / math.sqrt(latent.query))

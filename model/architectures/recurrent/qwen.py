@@ -44,8 +44,7 @@ def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, til
 
 
 def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
-    """Returns the file's flag for each layer, else True for all but the last of each period, and False for an MTP
-    head."""
+    """Returns the file's flags, else True for all but the last of each period, and False for an MTP head."""
     keys, layers = builder.keys, read_block_count(builder.keys)
     period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
     flags = keys.flags("attention.recurrent_layers", layers)

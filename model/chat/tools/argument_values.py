@@ -19,8 +19,7 @@ _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
-    """Reads the arguments of a whole call; None if the text is not a JSON object, or has numbers that JSON cannot
-    show."""
+    """Reads the arguments of a whole call; None if the text is not a JSON object, or has numbers beyond float64."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -70,8 +69,7 @@ def type_name(value: Any) -> str:
 
 
 def json_of(text: str, types: frozenset[str]) -> str:
-    """Returns a text that is JSON of one of the types, other than a string, as it is, and all other texts as a
-    string."""
+    """Returns JSON text of one of the types as it is, or of any type if strings are not allowed; else a string."""
     if types == STRING:
         return string(text)
     bare = text.strip()

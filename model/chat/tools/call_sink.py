@@ -16,8 +16,7 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Numbers calls, except those that the prompt has completed, and collects their events. One call is open at a
-    time."""
+    """Numbers calls, except those that the prompt has completed, and collects their events. One is open at a time."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
         self.tools = tools
@@ -39,8 +38,7 @@ class CallSink:
         self._events.append(event)
 
     def drop_begun(self) -> None:
-        """Drops the events of the prompt's text, except those of a call that it leaves open: the answer begins that
-        call."""
+        """Drops the events of the prompt's text, except those of an open call, which the answer begins."""
         of_call = (event for event in self.take_events() if isinstance(event, CallBegun | ArgumentText))
         self._prompt_calls = self._calls
         if self.is_open:

@@ -109,8 +109,7 @@ def _shown_reasoning(source: str, probe: Probe) -> ReasoningTags | None:
 
 
 def _wrappers(probe: Probe) -> tuple[str, ...]:
-    """Returns tags that only stand around content, behind the beginning that it shares with a prompt, or a message with
-    calls."""
+    """Returns tags that only stand around content, and not in a prompt or before calls."""
     before, has_content, behind = probe.content_text().partition(CONTENT)
     call = probe.text(call_message([_ARGUMENTS], text_arguments=probe.text_arguments))
     prompt = probe.text(prompt=True)

@@ -39,8 +39,8 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
 
 
 def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
-    """Returns the messages with ids of `length` letters and digits. A result without an id belongs to the first call
-    that has no result, by the function's name if it is given."""
+    """Gives calls ids of `length` letters and digits. A result without an id belongs to the first open call, by name if
+    given."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # ids and names of calls without results
     calls = 0

@@ -1,5 +1,4 @@
-"""Probes of a chat template for its forms of reasoning and calls: it is rendered with sentinels, and texts are
-compared."""
+"""Probes of a chat template for its forms of reasoning and calls: texts rendered with sentinels are compared."""
 
 from __future__ import annotations
 
@@ -14,8 +13,7 @@ from llamaclust.model.chat.tools.tool_format import ReasoningTags
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool, Mapping[str, Any]], str]
-"""A function that renders messages, a generation prompt if True, and variables. RequestError if the template
-refuses."""
+"""A function of messages, generation prompt or not, and variables. RequestError if the template refuses."""
 
 NAMES: Final = ("zqfirsttool", "zqsecondtool")
 KEYS: Final = ("zqfirstkey", "zqsecondkey")
@@ -56,8 +54,7 @@ class Probe:
             return ""
 
     def call_text(self, *arguments: Mapping[str, Any]) -> str:
-        """Returns the text that calls with these arguments add to a message with content; empty if the template shows
-        no calls."""
+        """Returns the text that calls with these arguments add to a message; empty if the template shows no calls."""
         text = difference(self.text(call_message(arguments, text_arguments=self.text_arguments)), self.content_text())
         tags = self.reasoning
         if tags is None:

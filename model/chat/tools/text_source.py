@@ -1,5 +1,4 @@
-"""Text that comes piece by piece, read by generators that wait for more: they depend on the text only, never on the
-ends of its pieces."""
+"""Text that comes piece by piece, read by generators that wait for more, and do not depend on its pieces."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The form in which a model writes reasoning and tool calls: values that the parser, the constraint and the probe
-share."""
+"""The form in which a model writes reasoning and tool calls: values of the parser, the constraint and the probe."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ _BETWEEN_TAGS: Final = re.compile(r"\n|(?<=[>`])(?=<)")
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """The tags of reasoning, which stands between `begin` and the first of `ends` that comes; `ends[0]` is the usual
-    one."""
+    """The tags of reasoning, which stands between `begin` and the first of `ends`; `ends[0]` is the usual one."""
 
     begin: str
     ends: tuple[str, ...]
@@ -55,8 +53,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class ObjectCalls:
-    """Calls that are JSON objects with name and arguments, single or in a list. Without any marker in the frame, calls
-    stand at the beginning of the answer."""
+    """Calls that are JSON objects, single or in a list. Without markers in the frame they begin the answer."""
 
     frame: Frame
     name_key: str = "name"

@@ -1,5 +1,4 @@
-"""A reader of answers that are only calls of offered tools, as JSON objects without the markers of the model's form:
-one or several, or a list of them, in a code fence or not."""
+"""A reader of answers that are only calls as JSON objects, without the form's markers, perhaps in a code fence."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ class _NoCallError(Exception):
 
 
 class UnmarkedReader:
-    """A reader that holds an answer back as long as it may be calls, because nothing of it can be shown before its
-    end."""
+    """A reader that holds an answer back as long as it may be only calls, and no longer."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
         """The keys of the model's form, `calls`, are known beside the usual ones. `dropped` markers are not text."""

@@ -30,8 +30,7 @@ _ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'
 _JSON_PART: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\s+|.')
 _ANY_KEY: Final = r'/[^<>"=\s]{1,64}/'
 _OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
-"""Options for schemas. `oneOf` is read as `anyOf`, as in llama.cpp: most alternatives of tools exclude each other
-anyway."""
+"""Options for schemas: `oneOf` is read as `anyOf`, as in llama.cpp, because most alternatives exclude each other."""
 
 
 class CallStart(Enum):

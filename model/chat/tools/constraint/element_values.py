@@ -1,5 +1,4 @@
-"""Values of arguments as elements, nested for objects and lists: bodies of rules for the values that a schema
-allows."""
+"""Values of arguments as elements, nested for objects and lists: bodies of rules for a schema's values."""
 
 from __future__ import annotations
 
@@ -20,8 +19,7 @@ class _FreeValue(Exception):
 
 
 class ElementValues:
-    """A maker of rules for elements; `mark` stands before each tag. A call with a value that may be anything is free as
-    a whole."""
+    """A maker of rules; `mark` stands before each tag. A call with a value that may be anything is free as a whole."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         self._rules = rules

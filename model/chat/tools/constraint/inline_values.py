@@ -1,5 +1,4 @@
-"""Values of arguments within a line, in Python's and Gemma's notation: bodies of rules for the values that a schema
-allows."""
+"""Values of arguments within a line, in Python's and Gemma's notation: bodies of rules for a schema's values."""
 
 from __future__ import annotations
 
@@ -148,8 +147,7 @@ class PythonArguments(PythonValues):
 
 
 class GemmaValues(InlineValues):
-    """Values such as <|"|>text<|"|>, 1, true, null, [1,2], {key:1}. Objects have sorted keys, as in Gemma's
-    template."""
+    """Values such as <|"|>text<|"|>, 1, true, null, [1,2], {key:1}. Objects have sorted keys, as in the template."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         super().__init__(rules)

@@ -1,5 +1,4 @@
-"""The parts of a schema that notations other than JSON obey: bounds of numbers and enumerations, but not patterns and
-lengths of texts, or numbers of items."""
+"""The parts of a schema that notations other than JSON obey: types, bounds of numbers, enumerations, properties."""
 
 from __future__ import annotations
 

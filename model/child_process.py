@@ -183,7 +183,6 @@ def _decoded(line: bytes) -> dict[str, Any]:
 
 
 def _ending(process: subprocess.Popen[bytes]) -> ChildEndedError:
-    """Explains the end of a child that has closed its pipes."""
     try:
         code = process.wait(_END_S)
     except subprocess.TimeoutExpired:

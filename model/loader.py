@@ -252,7 +252,8 @@ class Model:
             self.chat_template.close()
 
     def _refuse_other_uses(self) -> None:
-        """Refuses models without attention or state, decoders with rank pooling, and unlike causality."""
+        """Refuses models without attention or state, decoders that rank, and causality that is not the
+        architecture's."""
         keys = ModelKeys(self.file)
         if not self._whole.kv_memory:
             what = f"none of its {self.layer_count} layers has attention or a state of the sequence"
@@ -275,7 +276,6 @@ class Model:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Prefixes ModelFileError with the file's path."""
     try:
         yield
     except ModelFileError as error:

@@ -89,7 +89,6 @@ class EncoderBuilder(ProgramBuilder):
         self._steps.append(steps.SelectRows(self._hidden, self.out))
 
     def _scores(self, rows: Buffer) -> Buffer:
-        """Emits a reranker's classifier; returns the scores [rows, classes]."""
         self._refuse_mean_of_classifier()
         scores = rows
         for name in [name for name in ("cls", "cls.output") if f"{name}.weight" in self.model.tensors] or ["cls"]:

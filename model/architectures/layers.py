@@ -217,7 +217,6 @@ class ProgramBuilder(CheckedTensors):
         self._add_projected()
 
     def _attend(self, layer: int, variant: AttentionVariant) -> None:
-        """projected = output(attention(rope(q), rope(k), v)) of the normed hidden state."""
         hp, prefix = self.hyperparameters, f"blk.{layer}"
         kv_heads = self.kv_heads(layer)
         query, out = Buffer("query", hp.query_width), Buffer("attended", hp.query_width)
@@ -282,7 +281,6 @@ class ProgramBuilder(CheckedTensors):
         self._add_projected(None if norms is Norms.BEFORE else f"{prefix}.post_ffw_norm")
 
     def _gated_inner(self, layer: int, activation: ActivationFunction, *, fused: bool = False) -> None:
-        """projected = down(activation(gate) * up) of the normed hidden state."""
         prefix, width = f"blk.{layer}", self.hyperparameters.feed_forward_lengths[layer]
         gate, up = Buffer("gate", width), Buffer("up", width)
         if fused:
@@ -316,7 +314,6 @@ class ProgramBuilder(CheckedTensors):
         self._add_projected()
 
     def _mix_experts(self, prefix: str, variant: ExpertsVariant) -> None:
-        """projected = the weighted best experts, and the shared one, of the normed hidden state."""
         buffers = self._normed, self._projected
         self._steps.append(expert_step(self, prefix, self.hyperparameters, variant, buffers))
         if variant.shared_width:

@@ -164,7 +164,6 @@ class _Renderer:
         return str(reply["text"])
 
     def _report(self, unconfined: str | None) -> None:
-        """Logs the reason once, because a child may be started again and again."""
         if unconfined is not None and not self._is_reported:
             self._is_reported = True
             _log.warning("chat templates are rendered with Jinja's sandbox alone: %s", unconfined)
@@ -194,7 +193,6 @@ def _source(metadata: Mapping[str, Any], key: str) -> str | None:
 
 
 def _line(text: object) -> str:
-    """Makes a template's message safe in any terminal and log."""
     return "".join(character for character in " ".join(str(text).split()) if character.isprintable())
 
 

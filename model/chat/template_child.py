@@ -92,7 +92,6 @@ def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> str:
 
 
 def _render(template: jinja2.Template, variables: dict[str, Any], max_bytes: int, *, with_functions: bool) -> str:
-    """Renders a template, which sees the time `now_s` if it is given."""
     if with_functions:
         variables = {"functions": functions_of(variables.get("tools")), **variables}
     if (now_s := variables.pop("now_s", None)) is not None:
@@ -129,7 +128,7 @@ def _limit_resources(memory_bytes: int) -> None:
 
 
 def _limit_cpu(seconds: int) -> None:
-    """Moves the limit, which counts from the start of the process, before each render."""
+    """Moves the limit, which counts from the start of the process, ahead for a render."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
 

@@ -63,7 +63,6 @@ _ALL: Final = frozenset(_ROLES)
 def _named(
     before: str, after: str, roles: tuple[str, ...] = _ROLES, trimmed: frozenset[str] = frozenset()
 ) -> TurnFormat:
-    """Returns a format that writes the role's own name, `{role}`, before each message."""
     around = {role: (before.replace("{role}", role), after) for role in roles}
     return TurnFormat(around, around["assistant"][0], trimmed=trimmed)
 

@@ -1,4 +1,4 @@
-"""Checks of grammars before admission, in bounded child processes, the most that a hostile grammar can end."""
+"""Checks of grammars before admission, in bounded child processes: a hostile grammar ends one of them at worst."""
 
 from __future__ import annotations
 

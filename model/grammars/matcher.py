@@ -251,7 +251,6 @@ class _Triggers:
 
 
 def _places(data: bytes, text: bytes, before: int) -> list[int]:
-    """Returns the places of `text` in `data` that end behind the first `before` bytes."""
     places, place = [], data.find(text, max(0, before - len(text) + 1))
     while place >= 0:
         places.append(place)

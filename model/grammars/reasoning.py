@@ -148,6 +148,5 @@ def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
 
 
 def _first_end(data: bytes, tags: Sequence[bytes]) -> int | None:
-    """Returns the end of the first tag, of the longest one at the first place."""
     found = [(place, -len(tag)) for tag in tags if (place := data.find(tag)) >= 0]
     return None if not found else min(found)[0] - min(found)[1]

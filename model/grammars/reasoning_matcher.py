@@ -99,12 +99,10 @@ class ReasoningMatcher:
             self._grammar.take((token,))
 
     def _runs_over(self, token: int) -> bool:
-        """True if a delayed grammar would miss the beginning of its text."""
         grammar = self._grammar
         return grammar is not None and not grammar.is_free and self._state.runs_over(token)
 
     def _ends_within(self) -> AllowedTokens:
-        """Returns all tokens but those that run over the end of the reasoning."""
         bits = np.full(self._vocabulary.mask_words, (1 << 32) - 1, np.uint32)
         for token in filter(self._state.runs_over, chain.from_iterable(self._may_run_over)):
             bits[token // 32] &= ~np.uint32(1 << token % 32)

@@ -205,7 +205,6 @@ class _DividedProgram:
 
 
 def _bytes(channels: int, form: ActivationFormat | None) -> int:
-    """Returns the bytes of float32 channels, or of int8 channels with a float32 scale for each segment."""
     return 4 * channels if form is None else channels + 4 * (channels // form)
 
 

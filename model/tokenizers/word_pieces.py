@@ -100,8 +100,7 @@ def _stands_alone(character: str, kind: str) -> bool:
 
 
 def _named(metadata: Mapping[str, Any], names: tuple[str, ...], size: int, default: int) -> int:
-    """Returns the first id that the file has, else the default. ModelFileError if the vocabulary is too small for
-    it."""
+    """ModelFileError if the file has none of these ids and the vocabulary is too small for the default."""
     for name in names:
         if (found := read_token_id(metadata, name, size)) is not None:
             return found

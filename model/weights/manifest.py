@@ -90,8 +90,7 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """Returns the architecture's own keys, with the size of the vocabulary, and the tokenizer's, which grammars need;
-    for an adapter the keys that `with_adapters` reads."""
+    """Returns the keys of programs and of the tokenizer, or those of an adapter that `with_adapters` reads."""
     architecture, is_adapter = read_architecture(file), "adapter.type" in file.metadata
     kept = ("adapter.", "general.type") if is_adapter else (f"{architecture}.", _TOKENIZER)
     own: dict[str, WritableValue] = {"general.architecture": architecture}

@@ -107,7 +107,6 @@ class _Layer:
             yield ir.ScaleByWeight(hidden, hidden, self.builder.vector(scale, 1))
 
     def _feed_forward(self, hidden: Buffer, projected: Buffer) -> Iterator[ir.Step]:
-        """projected = down(gelu(gate) * up) of the normed hidden state."""
         normed, width = self._buffer("normed"), self.builder.hyperparameters.feed_forward_lengths[self.layer]
         gate, up = Buffer("gate", width), Buffer("up", width)
         yield self._norm("ffn_norm", hidden, normed)

@@ -75,7 +75,6 @@ def latent_variant(builder: ProgramBuilder, multiplier: float, table_multiplier:
 
 
 def _query_rank(builder: ProgramBuilder) -> int:
-    """Returns 0 for small models, whose queries are one product."""
     return builder.keys.count("attention.q_lora_rank", 0, minimum=0, maximum=1 << 16)
 
 

@@ -109,7 +109,6 @@ class AnswerParser:
         return True
 
     def _unmarked_calls(self) -> Reading[bool]:
-        """Reads calls to the end of the answer; True if there is nothing else."""
         if self._unmarked is None or self._content.has_begun or self._sink.calls:
             return False
         calls = yield from self._unmarked.read()
@@ -157,7 +156,6 @@ class AnswerParser:
         yield from self._call_ends()
 
     def _bare_calls(self) -> Reading[None]:
-        """Reads calls without a marker, which stand at the beginning of the answer."""
         assert self._form.calls is not None
         is_first = True
         while True:

@@ -80,7 +80,6 @@ _TEXTS: Final = (ReasoningText, ContentText, ArgumentText)
 
 
 def _kind_of_text(event: AnswerEvent) -> tuple[type[AnswerEvent], int]:
-    """Returns equal keys for texts that may be joined."""
     return type(event), event.index if isinstance(event, ArgumentText) else 0
 
 

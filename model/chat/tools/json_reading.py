@@ -70,7 +70,6 @@ def decoded_string(source: TextSource, sink: Sink) -> Reading[None]:
 
 
 def _escaped(source: TextSource) -> Reading[str]:
-    """Returns the character of an escape sequence; a pair of surrogates is one character."""
     is_code = (yield from source.ahead(2))[1:] == "u"
     length = _ESCAPE_CHARACTERS if is_code else 2
     text = yield from source.ahead(length)

@@ -78,7 +78,6 @@ class UnmarkedReader:
         return calls
 
     def _call(self) -> Reading[ToolCall]:
-        """Reads an object with a name and arguments, or one that has it as its `function`, and the space behind it."""
         found: dict[str, str] = {}
         yield from self._members(found, depth=0)
         _require(found.keys() >= {"name", "arguments"})

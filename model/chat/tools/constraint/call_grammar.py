@@ -149,7 +149,6 @@ def _tagged(rules: LarkRules, calls: TaggedCalls, name: str, schema: Schema) -> 
 
 
 def _argument(rules: LarkRules, calls: TaggedCalls, key: str, schema: Schema) -> str:
-    """Returns the rule of an argument; `key` is the rule of its name."""
     types = types_of(schema)
     is_text = not types or "string" in types
     head = [_marker(rules, calls.argument_begin), key, _marker(rules, calls.key_end.rstrip())]

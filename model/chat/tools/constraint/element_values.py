@@ -42,7 +42,6 @@ class ElementValues:
         return self._rules.rule(joined(self._literal(f"<{tag}>"), self._value(schema, f"</{tag}>", depth + 1)))
 
     def _value(self, schema: Any, closing: str, depth: int) -> str:
-        """Returns a value and its closing tag. A value that may be a text is a text."""
         types, end = kinds(schema, depth), self._literal(closing)
         if not types:
             raise _FreeValue

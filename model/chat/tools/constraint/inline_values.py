@@ -93,7 +93,6 @@ class InlineValues(ABC):
         return f"{self.text} | {whole_number} | {words} | {_list_of(name)} | {members}"
 
     def _sequence(self, members: Sequence[tuple[str, bool]]) -> str:
-        """Returns members with commas between them; those that are not needed may be omitted."""
         first, behind = "", ""  # the rules of the members from one on: of those that begin, and that follow others
         for member, is_needed in reversed(members):
             alone, following = joined(member, behind), f"{_COMMA} {member}"

@@ -44,8 +44,7 @@ class ChildUnusableError(ChildEndedError):
 
 @dataclass(frozen=True, slots=True)
 class ChildProgram:
-    """The module that a child runs, and its limits. The child answers the first frame with "error" if it is
-    unusable."""
+    """The module that a child runs, and its limits. A reply "error" to the first frame means that it is unusable."""
 
     module: str
     first: Callable[[], Mapping[str, Any]]

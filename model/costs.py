@@ -118,7 +118,6 @@ class LayerCost:
         return self.weight_bytes - self._idle_bytes(rows)
 
     def touched_expert_bytes(self, rows: int) -> float:
-        """Returns the part of `touched_bytes` that is routers and experts."""
         return self.expert_bytes - self._idle_bytes(rows)
 
     def touched_share(self, rows: int) -> float:
@@ -186,7 +185,6 @@ def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
-    """Returns the cost of all steps, including a head."""
     steps = program.steps
     mixtures = list(_of_mixtures(steps))
     return LayerCost(

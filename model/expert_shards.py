@@ -24,7 +24,6 @@ from llamaclust.model.program import (
 )
 
 Build = Callable[[int, int], Program]
-"""A function that returns the program of whole layers [start, end)."""
 
 
 def divided_program(build: Build, start: int, end: int, shards: int) -> Program:

@@ -29,8 +29,7 @@ _NUMBER = Struct("<i")
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """The importance of one matrix, or several experts': squares summed [experts, columns] over `counts` [experts]
-    inputs."""
+    """Importance of a matrix, or of experts': squares summed [experts, columns] over `counts` [experts] inputs."""
 
     sums: Float32
     counts: Float32

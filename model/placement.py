@@ -38,7 +38,6 @@ class PlacementRule:
 
     @classmethod
     def of(cls, pattern: str, device: str) -> Self:
-        """ValueError for an invalid pattern or device."""
         found = _DEVICES.fullmatch(device)
         if found is None:
             raise ValueError(f"{device[:60]!r} is no device; write CPU or ram, gpu, or CUDA0 for one of several GPUs")
@@ -73,8 +72,6 @@ def _matcher(pattern: str) -> SchemaValidator:
 
 @dataclass(frozen=True, slots=True)
 class RuleEffect:
-    """The tensors that a rule decides on: those that no rule before it matches."""
-
     rule: PlacementRule
     tensors: int
     n_bytes: int

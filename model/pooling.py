@@ -18,7 +18,6 @@ class Pooling(StrEnum):
     RANK = "rank"
 
     def rows(self, tokens: int) -> tuple[int, int]:
-        """Returns the range of tokens of a prompt whose hidden states are read."""
         match self:
             case Pooling.CLS | Pooling.RANK:
                 return 0, 1
@@ -42,8 +41,7 @@ _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
 
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
-    """Returns the file's pooling, else RANK with a classifier, else the default. ModelFileError for an unknown
-    number."""
+    """Returns the file's pooling, RANK with a classifier, or the default. ModelFileError for an unknown number."""
     keys = ModelKeys(model)
     if not keys.has("pooling_type") and not _CLASSIFIER.isdisjoint(model.tensors):
         return Pooling.RANK

@@ -115,7 +115,6 @@ RowStep = (
 StateStep = Convolution | DeltaRule | Scan
 
 MixtureStep = ExpertChoice | ExpertInner | ExpertDown | ExpertShards | ExpertSum
-"""Steps of a mixture whose experts are on several stages, or divided among the members of a group."""
 
 Across = Exchange | Gather
 """Steps that another device, or another member of a group, computes a part of."""

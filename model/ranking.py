@@ -27,7 +27,7 @@ class PairTemplate:
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
-        """Makes tokens of control words in the template, not in the texts. RequestError for GUARD in a text."""
+        """Makes tokens of control words in the template, not in the texts. RequestError for U+FDD0 in a text."""
         (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
         rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
         parts = tokenizer.split_special(rendered, parse_special=True)

@@ -15,8 +15,7 @@ _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture of experts. `shared_width`: of an expert that every token uses; `shared_gate` weights it by
-    a sigmoid."""
+    """Options of a mixture. `shared_width`: of an expert for all tokens, weighted by a sigmoid with `shared_gate`."""
 
     options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0

@@ -8,7 +8,6 @@ from llamaclust.model.steps.options import RopeStyle
 
 
 def chatglm(builder: ProgramBuilder, *, norms: Norms = Norms.BEFORE) -> None:
-    """ChatGLM 2 and 3, GLM 4."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table), norms=norms)

@@ -14,8 +14,7 @@ GUARD: Final = "\ufdd0"
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Puts GUARD in every control word of messages; `encode_chat` and `unguarded` remove it. RequestError for GUARD in
-    a text."""
+    """Puts GUARD in every control word; `encode_chat` and `unguarded` remove it. RequestError for GUARD in a text."""
     words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
     starts = _starts_of(words)
     longest = max(map(len, words), default=1) - 1

@@ -59,8 +59,7 @@ class TemplateLimits:
 
 
 class ChatTemplate:
-    """A model's chat template and the processes that render it, which start when they are needed. Safe for many
-    threads."""
+    """A model's chat template and its child processes, which start when they are needed. Safe for many threads."""
 
     def __init__(
         self,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 Around = tuple[str, str]
-"""The texts before and behind a message's content."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,6 +103,5 @@ def _pattern(settings: Settings, name: str, module: str, default: float) -> floa
 
 
 def check_rank(scaling: Scaling, rank: int, origin: str) -> None:
-    """ModelFileError if a factor has another rank than the settings."""
     if rank != scaling.rank:
         raise ModelFileError(f"{origin}: rank {rank}, {CONFIG} says {scaling.rank}")

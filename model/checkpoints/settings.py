@@ -69,7 +69,6 @@ class Settings:
         return [float(number) for number in value]
 
     def inner(self, *names: str) -> Settings:
-        """Returns the object of that name, empty if missing."""
         value = self._find(names, {})
         if not isinstance(value, dict):
             raise self.error(names[0], f"{_shown(value)}, an object expected")

@@ -63,7 +63,6 @@ def part_paths(out: Path, count: int) -> list[Path]:
 
 
 def hidden_name(path: Path) -> Path:
-    """Returns the path of an incomplete file."""
     return path.with_name(f".{path.name}.part")
 
 

@@ -134,7 +134,6 @@ class _Cursor:
             raise self.error(f"a string that is not UTF-8 ({error.reason})") from error
 
     def strings(self, count: int, key: str) -> LazyStrings:
-        """Reads `count` strings, but only their lengths."""
         if count > min(_MAX_STRINGS, self.remaining_bytes // 8):
             raise self.error(f"an array of {count} strings")
         start = self.position

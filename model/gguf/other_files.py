@@ -26,7 +26,6 @@ _KINDS: Final = (
         for magic in (b"lmgg", b"fmgg", b"tjgg")
     ),
 )
-"""First bytes, kind of file, and advice."""
 _PAGES: Final = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 

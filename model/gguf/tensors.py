@@ -100,7 +100,6 @@ class Tensor:
 
     @property
     def tile_type(self) -> QuantType:
-        """The type of its tiles in memory."""
         return self.quant_type if self.packed_as is None else self.packed_as
 
     @property
@@ -146,7 +145,6 @@ class Tensor:
         return prod(count) * -(-rows // TILE_ROWS) * self.tile_type.info.tile_bytes(width)
 
     def shard(self, name: str) -> Tensor:
-        """Returns the part of the tensor that has this name, or the tensor itself."""
         if (found := named_range(name)) is None:
             return self
         dimension, part = found
@@ -173,7 +171,6 @@ class Tensor:
         return self.read_range(0, self.n_bytes)
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Returns bytes [start, end) of the tensor; errors as for `read`."""
         buffer = bytearray(end - start)
         self.read_into(buffer, start)
         return bytes(buffer)

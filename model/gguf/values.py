@@ -58,7 +58,6 @@ class LazyStrings(Sequence[str]):
 
 
 MetadataValue = int | float | bool | str | NDArray[Any] | LazyStrings | tuple["MetadataValue", ...]
-"""A scalar, a read-only array of numbers, an array of strings, or an array of arrays."""
 
 
 def shown(text: str) -> str:

@@ -33,7 +33,6 @@ NumPy scalar or array keeps its type; a sequence of text becomes an array of str
 
 Bytes = bytes | bytearray | memoryview
 Produce = Callable[[], Bytes | Iterator[Bytes]]
-"""A function that returns a tensor's bytes, whole or in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,6 @@ class Contents:
 
     @classmethod
     def of(cls, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> Self:
-        """Obeys the metadata's `general.alignment`."""
         alignment, sources = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT)), tuple(tensors)  # type: ignore[arg-type]
         return cls(header_bytes(metadata, sources, alignment), sources, alignment)
 

@@ -64,7 +64,6 @@ class GrammarChecker:
         return verdict
 
     def close(self) -> None:
-        """Ends the processes; checks in progress fail."""
         for process in self._processes:
             process.child.stop()
         for process in self._processes:

@@ -1,5 +1,4 @@
-"""Closed JSON schemas: objects have only named properties unless the schema allows others, as in OpenAI's strict
-mode."""
+"""Closed JSON schemas: objects have only named properties unless the schema says so, as in OpenAI's strict mode."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects; none if the schema combines several for one object, which would refuse each other's
-    properties."""
+    """Closes all objects; none if several schemas are combined for one object, which would refuse each other's."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # too deep for llguidance, too

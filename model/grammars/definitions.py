@@ -12,7 +12,6 @@ from llamaclust.core.sampling_bounds import MAX_GRAMMAR_BYTES, MAX_TRIGGER_BYTES
 from llamaclust.model.grammars.normal_schema import normal_schema
 
 GUIDANCE = "x-guidance"
-"""The keyword of a schema that has llguidance's options."""
 JSON_TEXT = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
 """Options for white space in JSON text, as in llama.cpp: a small model could write it without end."""
 _MOST_PLACES = 8
@@ -20,7 +19,6 @@ _MAX_GBNF_BYTES = 1 << 17
 """The largest grammar in GBNF: the converter takes about a second for one rule of this size."""
 GBNF = "gbnf"
 GBNF_START = f'{{"{GBNF}"'
-"""The beginning of a definition in GBNF, until the check converts it."""
 
 
 OWN_RULES = "own_rules"
@@ -73,7 +71,6 @@ def of_choice(texts: Sequence[str], origin: str) -> Grammar:
 
 
 def either(calls: str, other: Grammar) -> Grammar:
-    """Allows the texts of our own rules of calls, or of a grammar that was checked."""
     (part,) = json.loads(other.definition)["grammars"]
     lark = calls.replace("start:", "calls:", 1)
     both = [{"name": OWN_RULES, "lark_grammar": f"start: calls | @other\n{lark}"}, {**part, "name": "other"}]

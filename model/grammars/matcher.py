@@ -20,10 +20,8 @@ _Computed = TypeVar("_Computed")
 
 CANNOT_BE_USED = "the grammar cannot be used: "
 _DEAD_END = "NoExtensionBias"
-"""The beginning of llguidance's message if no token is allowed."""
 _TOO_COMPLEX = "the grammar became too complex: "
 _NOT_VERBOSE = "<non-verbose/>"
-"""The end of llguidance's messages without `verbose_errors`."""
 _MAX_FORCED_BYTES = 1 << 13
 """The longest text that may have to come next: each look at so much takes 5 ms."""
 
@@ -155,7 +153,6 @@ class GrammarMatcher:
         return allowed is None or bool(allowed[token // 32] >> token % 32 & 1)
 
     def may_follow_all(self, tokens: Sequence[int]) -> bool:
-        """True if the tokens may come next, one after another."""
         return self._native.validate_tokens([*tokens]) == len(tokens)
 
     def _add(self, token: int) -> None:

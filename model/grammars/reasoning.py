@@ -53,7 +53,6 @@ class ReasoningScanner:
         self._tail = self._tail[-self._kept :]
 
     def end(self) -> None:
-        """Marks the end of the reasoning by forced tokens."""
         self.place, self._tail = Place.BEFORE, b""
 
     def rest_behind_end(self, data: bytes) -> bytes | None:

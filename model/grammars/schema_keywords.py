@@ -21,7 +21,6 @@ _OTHER_TYPES: Final = {
     **dict.fromkeys(("none", "nil"), "null"),
     "bool": "boolean",
 }
-"""Names of types that programs write instead of JSON Schema's."""
 _ANY_TYPE: Final = frozenset(("any", "mixed", "unknown"))
 SIZES: Final = ("minLength", "maxLength", "minItems", "maxItems")
 _NUMBERS: Final = (
@@ -75,8 +74,7 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """Returns `pattern` and `format`, and True if they are complete: look-around is omitted, or replaced by a
-    format."""
+    """Returns `pattern` and `format`, and True if complete: look-around is omitted, or replaced by a format."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 _SPECIAL: Final = b"\xff"
 """llguidance's mark before the name of a token that stands for no text."""
 _SLICES: Final = [r'[^"\\\x00-\x1F\x7F]{1,30}', r'[^"\\\x00-\x1F\x7F]+']
-"""Texts of JSON's strings, whose tokens llguidance finds together. Its four default ones take half more time and
-memory."""
+"""Texts in JSON's strings, whose tokens are found together. llguidance's default needs half more time and memory."""
 _KEPT_TEXTS: Final = 1024
 _KEPT_TAGS: Final = 16
 
@@ -66,7 +65,6 @@ def read_vocabulary(tokenizer: Tokenizer, size: int) -> GrammarVocabulary:
 
 
 def grammar_words(tokenizer: Tokenizer) -> list[bytes]:
-    """Returns the bytes that a grammar sees of each token."""
     words = tokenizer.all_bytes()
     for token in tokenizer.control_ids:
         words[token] = _SPECIAL + words[token]

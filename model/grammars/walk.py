@@ -36,8 +36,7 @@ class GrammarWalk:
         self._ends = np.array(vocabulary.end_ids)
 
     def run(self, definition: str, names: Sequence[str] = ()) -> None:
-        """RequestError for a grammar that cannot be used, or not followed on this walk, which prefers these
-        properties."""
+        """RequestError for a grammar that cannot be used or followed. The walk prefers properties of these names."""
         matcher = GrammarMatcher(Grammar(definition), self._vocabulary, is_costly=True)
         keys = deque(self._vocabulary.native.tokenize_bytes(_key(name)) for name in names[:_NAMES])
         taken: list[int] = []

@@ -41,8 +41,7 @@ def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Portion:
-    """Values that are divided alike in `units`, whatever their widths. `joined`: the portion that has replaced this
-    one."""
+    """Values that are divided alike in `units`. `joined`: the portion that has replaced this one."""
 
     units: int = 0
     has_heads: bool = False
@@ -122,8 +121,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products that make the only KV head of an attention, which every member computes whole, because that
-    takes less time than a gather."""
+    """Returns the products that make an attention's only KV head, which each member computes faster than a gather."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name
@@ -140,8 +138,7 @@ def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
 
 @dataclass(slots=True)
 class _Rows:
-    """The divided values behind the steps so far, and which are gathered. `normed`: a result that `SelectRows` needs
-    whole."""
+    """The divided values behind the steps so far. `normed`: a result that `SelectRows` needs whole."""
 
     normed: Buffer | None
     _divided: dict[str, Gathered] = field(default_factory=dict)
@@ -166,8 +163,7 @@ class _Rows:
 
 
 def _product_units(width: int, members: int) -> int:
-    """Returns tiles of weights, or segments of the next product's format, so that rows are quantized before a
-    gather."""
+    """Returns tiles of weights, or the next product's segments, which are quantized before a gather."""
     for segment, least in _LEAST_UNITS.items():
         if width % segment == 0 and width // segment >= least * members:
             return width // segment

@@ -12,8 +12,7 @@ from llamaclust.model.nextn.program import nextn_program
 
 
 def with_nextn(model: Model, costs: ModelCosts, kv_type: KvType) -> ModelCosts:
-    """Adds a head, whose layer is computed for each row, to `costs` of whole layers. Logits of drafts are not
-    counted."""
+    """Adds a head, whose layer is computed for each row, to `costs` of whole layers. Logits are not counted."""
     program = nextn_program(model, kv_type)
     own = layer_cost(model.file.tensors, program)
     held = {*model.program(model.layer_count - 1, model.layer_count).weights}

@@ -36,8 +36,7 @@ def check_nextn(model: Model) -> None:
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
-    """Returns the program of the first head. UsageError if there is none, ModelFileError for a tensor that does not
-    fit."""
+    """Returns the first head's program. UsageError if there is none, ModelFileError for a tensor that does not fit."""
     check_nextn(model)
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)
@@ -49,8 +48,6 @@ def _projection(layer: int) -> str:
 
 
 class _NextnBuilder(EncoderBuilder):
-    """A builder of a head's steps, to which the architecture appends the layer."""
-
     def __init__(self, keys: ModelKeys, kv_type: KvType, context_tokens: int | None) -> None:
         of_layers = hyperparameters_of(keys)
         layer = of_layers.block_count

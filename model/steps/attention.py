@@ -84,7 +84,6 @@ class Attention(StepFacts):
 
     @property
     def kv_token_bytes(self) -> int:
-        """The KV memory of one position, in bytes."""
         bytes_of = self.kv_type.key_bytes if self.v is None else self.kv_type.pair_bytes
         return self.kv_heads * bytes_of(self.head_dim)
 

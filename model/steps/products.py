@@ -33,7 +33,6 @@ class MatMul(UnaryStep):
         return self.of_rows(own.of(self.out.width))
 
     def of_rows(self, rows: range) -> Self:
-        """Returns the product with some rows of the weight; `out` stays whole."""
         bias = None if self.bias is None else shard_name(self.bias, rows)
         return replace(self, weight=shard_name(self.weight, rows), bias=bias)
 

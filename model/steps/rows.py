@@ -220,16 +220,14 @@ class Mix(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class MatchMagnitude(BinaryStep):
-    """out_i = x_i * sqrt(mean(y^2)) / sqrt(max(mean(x_i^2), epsilon)) for each part x_i of x, as wide as y; out may be
-    x."""
+    """out_i = x_i * sqrt(mean(y^2)) / sqrt(max(mean(x_i^2), epsilon)), parts x_i as wide as y; out may be x."""
 
     epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
 class GaussianTopK(UnaryStep):
-    """out = max(x - (mean(x) + factor * standard deviation of x), 0) for a row: of normally distributed numbers, those
-    above a quantile stay; out may be x."""
+    """out = max(x - (mean(x) + factor * standard deviation of x), 0) for a row; out may be x."""
 
     factor: float
 

@@ -61,7 +61,6 @@ class DivisionRule:
 
 
 WHOLE = DivisionRule()
-"""The rule of a step whose whole result every member has."""
 
 
 def by_heads(reads: tuple[Buffer, ...], heads: int) -> DivisionRule:

@@ -20,8 +20,7 @@ _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, Token
 
 
 def stand_ins() -> dict[str, bytes]:
-    """Returns GPT-2's alphabet: printable Latin-1 characters stand for themselves, other bytes follow from U+0100
-    on."""
+    """Returns GPT-2's alphabet: printable Latin-1 characters are themselves, other bytes follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [(chr(byte), byte) for byte in printable] + [(chr(256 + i), byte) for i, byte in enumerate(others)]
@@ -76,8 +75,7 @@ def splitter(kind: PreTokenizer) -> Any:
 
 
 def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> models.BPE:
-    """Returns the library's model without control tokens, which no plain text may become, and merges of missing
-    words."""
+    """Returns the library's model without control tokens, which text may not become, and merges of missing words."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
     return models.BPE(vocab=words, merges=_known_pairs(merges, words), **options)

@@ -85,8 +85,7 @@ def _processor(model: Any) -> Any:
 
 
 def _model_proto(vocabulary: Vocabulary) -> Any:
-    """Returns a ModelProto that merges by score, with the vocabulary's words, and a piece for unknown text at the end
-    if the file names none."""
+    """Returns a ModelProto that merges by score, with a last piece for unknown text if the file names none."""
     model = _PROTO.ModelProto()
     model.trainer_spec.model_type = _PROTO.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = vocabulary.types.count(TokenType.BYTE) == 256

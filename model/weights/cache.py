@@ -164,8 +164,7 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process writes or has finished the tensor. LlamaclustError if it cannot be
-        written."""
+        """Returns None if another process writes or has finished it. LlamaclustError if it cannot be written."""
         path = cache.part_path(content)
         try:
             file = open_own(path, os.O_RDWR | os.O_CREAT)

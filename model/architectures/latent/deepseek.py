@@ -46,7 +46,6 @@ def _latent_layers(builder: ProgramBuilder, multiplier: float, table_multiplier:
 
 
 def latent_variant(builder: ProgramBuilder, multiplier: float, table_multiplier: float) -> LatentVariant:
-    """Reads the variant from the file's keys; see `yarn_score_scale` for the multipliers."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = keys.count("attention.kv_lora_rank", maximum=_MAX_WIDTH)
     query, value = (keys.count(key, maximum=_MAX_WIDTH) for key in LATENT_KEYS)

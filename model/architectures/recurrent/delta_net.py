@@ -36,7 +36,6 @@ class DeltaNet:
 
 
 def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
-    """ModelFileError for widths that do not fit together, or that kernels do not have."""
     heads = keys.count("ssm.time_step_rank", maximum=MAX_HEADS)
     net = DeltaNet(
         heads,

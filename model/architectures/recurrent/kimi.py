@@ -33,8 +33,7 @@ _CONVOLUTIONS = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.
 
 
 def without_ones(file: ModelFile) -> ModelFile:
-    """Reshapes convolutions of [1, channels, 1, taps] or [channels, 1, taps] to [channels, taps], and decays of [1, 1,
-    heads, 1] or [heads, 1] to [heads]."""
+    """Reshapes convolutions to [channels, taps] and decays to [heads] by removal of dimensions of 1."""
     reshaped = {}
     for name, tensor in file.tensors.items():
         if name.endswith((*_CONVOLUTIONS, ".ssm_a")):

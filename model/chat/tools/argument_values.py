@@ -90,7 +90,6 @@ def string(text: str) -> str:
 
 
 def string_inside(text: str) -> str:
-    """Returns a piece of a JSON string, without the quotes."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 

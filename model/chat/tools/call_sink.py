@@ -12,7 +12,6 @@ MAX_NAME_CHARACTERS: Final = 256
 
 Schema = Mapping[str, Any]
 Tools = Mapping[str, Schema]
-"""The JSON schema of the parameters of each tool, by name."""
 
 
 class CallSink:

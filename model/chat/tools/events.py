@@ -20,7 +20,7 @@ class ContentText:
 
 @dataclass(frozen=True, slots=True)
 class CallBegun:
-    """The begin of a tool call; calls are numbered from 0. `call_id` is empty if the model has written none so far."""
+    """The start of a tool call; calls are numbered from 0. `call_id` is empty if the model has written none so far."""
 
     index: int
     name: str

@@ -39,8 +39,7 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
 
 
 def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
-    """Gives calls ids of `length` characters. A result without an id belongs to the first open call, by name if
-    given."""
+    """Gives calls ids of `length` characters. A result without an id belongs to the first open call of its name."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # ids and names of calls without results
     calls = 0

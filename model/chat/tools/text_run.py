@@ -34,7 +34,6 @@ class TextRun:
 
     @property
     def is_cut(self) -> bool:
-        """True if only white space came behind the last marker."""
         return self._skips_space
 
     def cut(self) -> None:

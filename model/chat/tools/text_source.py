@@ -8,7 +8,6 @@ from typing import Final, TypeVar
 
 Result = TypeVar("Result")
 Reading = Generator[None, None, Result]
-"""A generator that yields if more text is needed."""
 
 _SPACE: Final = re.compile(r"\s+")
 

@@ -46,7 +46,6 @@ class Frame:
 
     @property
     def ends(self) -> tuple[str, ...]:
-        """Markers behind a call, each tag separately."""
         parts = _BETWEEN_TAGS.split(f"{self.call_end}\n{self.section_end}")
         return tuple(dict.fromkeys(part for part in map(str.strip, parts) if part))
 
@@ -92,8 +91,6 @@ class TaggedCalls:
 
 
 class Notation(Enum):
-    """Notations of names and arguments that are neither JSON nor tagged."""
-
     PYTHON = auto()  # NAME(key="text", other=1), also in a list
     GEMMA = auto()  # NAME{key:<|"|>text<|"|>,other:1}
     ELEMENTS = auto()  # an element for each key, nested for objects and lists

@@ -9,7 +9,6 @@ from llamaclust.model.chat.tools.call_sink import Schema
 from llamaclust.model.grammars.normal_schema import NormalSchema, normal_schema
 
 ANY_ARGUMENTS: Final[Schema] = {"type": "object"}
-"""The schema of a tool with free arguments: any JSON object."""
 
 
 def arguments_schema(schema: Any) -> NormalSchema:

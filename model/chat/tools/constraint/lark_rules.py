@@ -26,7 +26,6 @@ class LarkRules:
         return " ".join(pieces)
 
     def text_until(self, end: str) -> str:
-        """Returns any text, and its end."""
         first, *rest = [piece for piece in self.split(end) if piece != ""]
         if isinstance(first, int):
             return f"{self.rule(_TEXT)} {self.literal(end)}"

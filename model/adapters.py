@@ -1,7 +1,5 @@
-"""LoRA adapters as parts of a model: GGUF files or PEFT folders, read and checked, and their steps in programs.
-
-An adapter is a `ModelFile` with an identity of its own. A model with adapters has the tensors of adapter number i under
-names that begin with `adapter.i.`, and the identity of the model alone."""
+"""LoRA adapters as parts of a model: GGUF files or PEFT folders, read and checked, and their steps in programs. A model
+with adapters has the tensors of adapter i under names `adapter.i.*`, and the identity of the model alone."""
 
 from __future__ import annotations
 
@@ -46,8 +44,8 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
 
 
 def read_adapter(path: Path, model: ModelFile) -> ModelFile:
-    """Reads an adapter of the model. Its identity includes samples of each tensor, because two checkpoints of a
-    training may differ in some layers only. ModelFileError as for `read_header` and `read_peft`."""
+    """Reads an adapter, whose identity includes samples of each tensor. ModelFileError as for `read_header`,
+    `read_peft`."""
     header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
@@ -58,8 +56,8 @@ def read_adapter(path: Path, model: ModelFile) -> ModelFile:
 
 
 def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
-    """Returns the model with adapters, by their numbers. ModelFileError for an adapter that is not LoRA or is of
-    another architecture; shapes are checked by `adapted`, weights by `check_adapter_weights`."""
+    """Returns the model with adapters, by their numbers. ModelFileError for other adapters than LoRA of the
+    architecture; shapes are checked by `adapted`, weights by `check_adapter_weights`."""
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:

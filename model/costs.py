@@ -157,8 +157,8 @@ class ModelCosts:
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """The layers before which a stage may begin, and the model's end: not between a layer and the one whose keys
-        and values it reads, or inside a layer that is not divided."""
+        """The layers before which a stage may begin, and the end: not where keys and values are shared or a layer is
+        not divided."""
         shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
         sources = ((source * self.expert_shards, number) for source, number in shared)
         between = {border for source, number in sources for border in range(source + 1, number + 1)}

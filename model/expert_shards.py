@@ -27,8 +27,8 @@ Build = Callable[[int, int], Program]
 
 
 def divided_program(build: Build, start: int, end: int, shards: int) -> Program:
-    """Returns the program of parts [start, end), `shards` of them for each layer. UsageError if a stage would begin or
-    end in a layer without a mixture, or with fewer experts than shards."""
+    """Returns the program of parts [start, end). UsageError if a stage would begin or end in a layer with too few
+    experts."""
     (first, skipped), (last, before) = divmod(start, shards), divmod(end - 1, shards)
     kept, program = before + 1, build(first, last + 1)
     steps, hidden, out, normed = program.steps, program.hidden, program.out, program.normed

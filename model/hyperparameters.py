@@ -63,11 +63,9 @@ class RopeScaling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RopeParameters:
-    """The rotary embedding of the first `dimension_count` channels of a head. Frequency factors are a tensor.
-
-    `extrapolation_factor`, `beta_fast`, `beta_slow` and `log_multiplier` matter to YaRN only; `factor` is 1 without
-    scaling. With a `log_multiplier`, cos and sin are divided by 1 + 0.1 * log_multiplier * ln(factor). `truncated`: the
-    ramp of YaRN begins and ends at whole pairs."""
+    """The rotary embedding of the first `dimension_count` channels of a head. `extrapolation_factor`, `beta_fast`,
+    `beta_slow` and `log_multiplier` are YaRN's: with the latter, cos and sin are divided by 1 + 0.1 * log_multiplier *
+    ln(factor). `truncated`: the ramp of YaRN begins and ends at whole pairs."""
 
     dimension_count: int
     frequency_base: float

@@ -1,5 +1,4 @@
-"""Rules that put tensors in RAM or on GPUs, as llama.cpp's `-ot PATTERN=DEVICE`, reduced to whole layers and the
-experts of layers, or refused."""
+"""Rules that put whole layers, or all experts of layers, in RAM or on GPUs, as llama.cpp's `-ot PATTERN=DEVICE`."""
 
 from __future__ import annotations
 
@@ -91,7 +90,7 @@ def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffe
 
 
 def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | None) -> Placement:
-    """Returns the devices of layers; `cpu_moe` decides on experts without a rule. The first matching rule decides.
+    """Returns the devices of layers by the first matching rule of a tensor; `cpu_moe` decides on other experts.
     UsageError for a rule that matches no tensor or cannot be obeyed."""
     if not rules:
         return Placement(cpu_moe=cpu_moe)

@@ -127,8 +127,8 @@ KvLayer = Attention | SequenceState
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The steps of layers [start, end) of a model; if experts are divided into several `shards`, of parts of layers
-    [start, end), see `expert_shards`.
+    """The steps of layers [start, end) of a model, or of parts [start, end) if layers are divided into `shards` (see
+    `expert_shards`).
 
     The first stage begins with `Embed`, others receive `hidden`; the last stage ends with the logits in `out` [output
     rows, vocabulary], others with the hidden state [rows, embedding]. On the last stage, `normed` [rows, embedding] is
@@ -188,8 +188,7 @@ class Program:
 
     @property
     def window(self) -> int | None:
-        """The largest window of the causal layers, if any has one: KV memory behind it is released. Other layers need
-        their whole prompt in one microbatch."""
+        """The largest window of the causal layers, if any has one: KV memory behind it is released."""
         return max((kept.window for kept in self.kv_layers if kept.causal and kept.window is not None), default=None)
 
 

@@ -23,9 +23,8 @@ _CACHE_LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class TypeInfo:
-    """One row of the table; `activation` is None if no dot product is defined (integers, ggml's internal types).
-
-    `tile_extra_bytes`: bytes of a block in memory beyond those in a file, spent on quick decoding."""
+    """One row of the table; `activation` is None without a dot product (integers, ggml's internal types).
+    `tile_extra_bytes`: of a block in memory, spent on quick decoding."""
 
     block_size: int
     block_bytes: int

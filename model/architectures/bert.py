@@ -65,7 +65,7 @@ def jina_bert_v3(builder: EncoderBuilder) -> None:
 
 
 def modern_bert(builder: EncoderBuilder) -> None:
-    """ModernBERT: gate and up in one tensor, no first norm before attention; the first of every three layers sees
+    """ModernBERT: gate and up in one tensor; no norm before the first attention; the first of every three layers sees
     everything, the others have a window and a rotation of their own."""
     hp, activation = builder.hyperparameters, _activation(builder)
     windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)

@@ -1,5 +1,4 @@
-"""GLM: chatglm, glm4. One tensor for q, k and v, with a bias, one for gate and up. `rope.dimension_count` is the number
-of channels of a head that turn, half of them, in neighbouring pairs."""
+"""GLM: chatglm, glm4. One tensor for q, k and v, one for gate and up; half of a head's channels turn, in pairs."""
 
 from __future__ import annotations
 

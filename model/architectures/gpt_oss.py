@@ -13,8 +13,8 @@ _BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gat
 
 
 def gpt_oss(builder: ProgramBuilder) -> None:
-    """gpt-oss: biases everywhere; sinks; a window in every other layer; experts chosen by logits, with a clamped SwiGLU
-    gate. The norm before the experts is named after attention."""
+    """gpt-oss: biases and sinks; a window in every other layer; experts chosen by logits, with a clamped SwiGLU
+    gate."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")

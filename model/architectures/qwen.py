@@ -1,7 +1,5 @@
-"""Qwen: qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. LLaMA with pairs half a head apart.
-
-A window in the file is ignored: configurations name one and switch it off (`use_sliding_window`), and GGUF has no key
-for the switch."""
+"""Qwen: qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. LLaMA with pairs half a head apart. A window in the file
+is ignored: configurations switch it off (`use_sliding_window`), for which GGUF has no key."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A tensor in a model file, and the place of its bytes. Bytes are read with pread, never mapped, so that a file that is
-truncated meanwhile is an error with a name and not a crash."""
+"""A tensor in a model file. Bytes are read with pread, never mapped: truncation is an error and not a crash."""
 
 from __future__ import annotations
 

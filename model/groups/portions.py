@@ -25,8 +25,7 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
-"""The least segments of a member for units of whole segments: portions then differ from shares by a thirtieth, or a
-sixteenth, at most."""
+"""The least segments of a member for units of whole segments, which bound the difference of portions from shares."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:

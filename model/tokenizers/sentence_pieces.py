@@ -22,8 +22,7 @@ _BLOCK: Final = 256
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """BPE by score without normalization, with bytes for text outside the vocabulary; or unigrams, the spelling with
-    the greatest sum of scores, after the file's normalization."""
+    """BPE by score, or unigrams: the spelling with the greatest sum of scores, after the file's normalization."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any], *, is_unigram: bool = False) -> None:
         super().__init__(

@@ -18,8 +18,8 @@ _LINES: Final = r"[^\n]+|\n+"
 
 
 class SpacedBytePairTokenizer(Tokenizer):
-    """Merges by rank in lines and in runs of line ends, with bytes for text outside the vocabulary. BOS stands first
-    even if the file denies it, as early files do."""
+    """Merges by rank in lines and in runs of line ends. BOS stands first even if the file denies it, as early files
+    do."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         super().__init__(

@@ -15,10 +15,9 @@ _NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
 
 
 class Tokenizer(ABC):
-    """A model's tokenizer; safe to use from several threads. Ids outside the vocabulary raise RequestError.
-
-    `longest_word`: characters of a token at most; a prompt with more for each token of the context is refused.
-    `end_of_generation`: the file's eos, eot and eom, and words known to mean the same."""
+    """A model's tokenizer, safe for several threads. Ids outside the vocabulary raise RequestError. `longest_word`:
+    characters of a token at most; `end_of_generation`: the file's eos, eot and eom, and words known to mean the
+    same."""
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
         self.vocabulary = vocabulary
@@ -119,10 +118,8 @@ class Tokenizer(ABC):
 
 
 class Detokenizer:
-    """The text of one stream of tokens, without incomplete characters.
-
-    By default the stream continues a text (a prompt), so a leading space stays; with `text_start` it is a whole text
-    and reads as in `Tokenizer.decode`. Control tokens in `shown` are not skipped."""
+    """The text of one stream of tokens, without incomplete characters. The stream continues a text, or with
+    `text_start` is a whole one, without the leading space. Control tokens in `shown` are not skipped."""
 
     def __init__(
         self,

@@ -1,6 +1,5 @@
-"""The folder of fetched weights: tensors by the SHA-256 of their bytes, and manifests of models. Knows no network.
-
-A file gets its name only when it is whole, checked and on disk. Processes of one machine share the folder."""
+"""The folder of fetched weights: tensors by SHA-256, and manifests of models. A file gets its name only when it is
+whole, checked and on disk. Processes of one machine share the folder, without network."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""A model without its weights: the numbers that a stage needs, and each tensor's type, shape and SHA-256.
-
-It is a GGUF file without tensors, so that the reader of model files reads it with all its checks."""
+"""A model without its weights: the numbers that a stage needs, and each tensor's type, shape and SHA-256, as a GGUF
+file without tensors."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ _MAX_HEAD = 1 << 12
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Gemma 4. Values are normed without a weight, and are the keys in layers without a weight for values; each layer's
-    result is multiplied by a number of the file."""
+    """Gemma 4: values are normed without a weight, or are the keys; a number of the file multiplies each layer's
+    result."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")

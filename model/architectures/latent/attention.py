@@ -1,7 +1,6 @@
-"""Latent attention: keys and values of all heads are products of one short vector, the only content of KV memory.
-
-The products are applied to queries and results instead (the absorbed form), in prefill as in decode, so that bits do
-not depend on chunks. (DeepSeek-V2, arXiv 2405.04434, section 2.1.)"""
+"""Latent attention: keys and values are products of one short vector, the only content of KV memory. The products are
+applied to queries and results (the absorbed form), in prefill too, so that bits do not depend on chunks. (DeepSeek-V2,
+arXiv 2405.04434, section 2.1.)"""
 
 from __future__ import annotations
 

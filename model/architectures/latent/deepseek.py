@@ -18,8 +18,8 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCABULARY = (47, 48), 154880
 
 
 def deepseek2(builder: ProgramBuilder) -> None:
-    """DeepSeek 2: leading dense layers, then grouped experts of softmax or sigmoid gates beside shared ones. Scaled
-    rotations have the magnitude of the model's own code, which depends on `yarn_log_multiplier` only."""
+    """DeepSeek 2: dense layers, then grouped and shared experts. Scaled rotations have the magnitude of the model's own
+    code, which depends on `yarn_log_multiplier` only."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, 1.0 if multiplier else 0.0)
 

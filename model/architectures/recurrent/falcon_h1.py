@@ -1,5 +1,4 @@
-"""Falcon H1: falcon-h1. Each layer has attention and Mamba 2 side by side, both of the normed hidden state; files have
-the multipliers of the published models in their weights."""
+"""Falcon H1: falcon-h1. Each layer has attention and Mamba 2 side by side, both of the normed hidden state."""
 
 from __future__ import annotations
 

@@ -12,8 +12,7 @@ ANY_ARGUMENTS: Final[Schema] = {"type": "object"}
 
 
 def arguments_schema(schema: Any) -> NormalSchema:
-    """Returns a tool's schema of an object that has only the named properties, unless the schema allows others. A
-    schema that is nested too deeply, or not of an object, leaves the arguments free."""
+    """Returns the closed schema of a tool; one nested too deeply, or not of an object, leaves arguments free."""
     try:
         normal = normal_schema(schema, closes_objects=True)
     except RecursionError:

@@ -1,5 +1,4 @@
-"""The grammar of an answer's calls, in llguidance's dialect of Lark: markers as the model's own tokens, names of the
-offered tools, arguments that their schemas allow."""
+"""The grammar of calls in llguidance's dialect of Lark: the model's markers, names of tools, allowed arguments."""
 
 from __future__ import annotations
 

@@ -109,7 +109,6 @@ class LayerCost:
     expert_weights: tuple[TypedWeights, ...] = ()
 
     def moved_bytes(self, rows: int, sequences: int) -> float:
-        """Returns the bytes that a step reads or writes: weights, and each sequence's state twice."""
         return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
 
     def touched_bytes(self, rows: int) -> float:
@@ -208,6 +207,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """True if the step is not of the head, which begins with the norm of all rows where the program has one."""
+    """True if the step is not of the head, which begins with the norm of all rows if there is one."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

@@ -133,7 +133,6 @@ class Model:
 
     @property
     def adapter_digests(self) -> dict[int, str]:
-        """The identities of the LoRA adapters that requests may use, by their numbers."""
         return {number: adapter.identity for number, adapter in self.adapters.items()}
 
     @property
@@ -179,7 +178,6 @@ class Model:
         return {name: self.file.tensor(whole_name(name)).shard(name) for name in program.weights}
 
     def costs(self, kv_type: KvType, expert_shards: int = 1) -> ModelCosts:
-        """Returns the costs of layers, or of the parts that `expert_shards` divide them into."""
         key = kv_type, expert_shards
         if key not in self._costs:
             self._costs[key] = self._computed_costs(*key)

@@ -209,7 +209,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, which `mixer` makes of the normed hidden state, of attention's if `beside` it."""
+        """hidden += projected, which `mixer` makes of the normed hidden state; `beside`: of the one that attention
+        read."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)

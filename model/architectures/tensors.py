@@ -53,7 +53,6 @@ class CheckedTensors:
         return MatMul(x, out, weight, self.optional_vector(f"{name}.bias", out.width))
 
     def product_parts(self, name: str, x: Buffer, parts: Sequence[Buffer]) -> Iterator[MatMul | Slice]:
-        """Yields one product whose channels are those of `parts`, one after the other."""
         whole = Buffer("+".join(part.name for part in parts), sum(part.width for part in parts))
         yield self.product(name, x, whole)
         start = 0

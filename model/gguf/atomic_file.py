@@ -1,4 +1,4 @@
-"""Files that appear when they are complete, one alone or several together; until then they have hidden names beside."""
+"""Files that appear when they are complete, one alone or several together; until then their names are hidden."""
 
 from __future__ import annotations
 

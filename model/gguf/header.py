@@ -104,7 +104,6 @@ class _Cursor:
         return bytes(memoryview(self._buffer)[start : self.position])
 
     def peek(self, count: int) -> bytes:
-        """Returns the next bytes, fewer at the end of the file, and does not consume them."""
         count = min(count, self.remaining_bytes)
         self.need(count)
         return bytes(self._buffer[self.position : self.position + count])

@@ -82,7 +82,6 @@ def kind_of(value: MetadataValue) -> str:
 def fail_at(
     path: Path, place: str, what: str, advice: str = "the file is damaged, download it again"
 ) -> ModelFileError:
-    """Returns the error for a bad file on one line: place, fault and advice."""
     return ModelFileError(f"{path}: {place}: {what}; {advice}")
 
 

@@ -49,8 +49,6 @@ class Verdict:
 
 
 class CheckerProcess:
-    """A child process that is started at the first check and lives until `close`."""
-
     def __init__(self, tokenizer: Tokenizer, limits: CheckLimits) -> None:
         self._tokenizer = tokenizer
         self._limits = limits

@@ -102,7 +102,6 @@ class ReasoningState:
         return [] if self._at is None else [*self._forced[self._at :]]
 
     def take(self, token: int) -> None:
-        """Takes in the next token of the answer, which is the forced one if there is one."""
         if self._at is not None:
             self._at = self._at + 1 if self._at + 1 < len(self._forced) else None
             if self._at is None:

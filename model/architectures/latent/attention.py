@@ -38,8 +38,6 @@ class LatentVariant:
 
 @dataclass(frozen=True, slots=True)
 class LatentAttention:
-    """The steps of one layer: hidden += output(latent attention) of the normed hidden state."""
-
     tensors: CheckedTensors
     layer: int
     heads: int

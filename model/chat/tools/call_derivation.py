@@ -24,7 +24,6 @@ _BOTH = dict(zip(KEYS, VALUES, strict=True))
 
 
 def derived_calls(probe: Probe) -> Calls | None:
-    """Returns None if the template does not show calls, or not in a known form."""
     text = probe.call_text(_BOTH)
     if NAMES[0] not in text:
         return None

@@ -1,1 +1,1 @@
-"""Values that every layer speaks, without I/O: errors, logs, sizes, limits, sampling parameters, GPUs."""
+"""Values that every layer uses, without I/O: errors, logs, sizes, limits, sampling parameters, GPUs."""

@@ -22,8 +22,7 @@ class AddressError(UsageError, ValueError):
 
 
 def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") -> tuple[str, int]:
-    """(host, port) of 'HOST:PORT' or '[IPV6]:PORT'. Raises AddressError, with the example; also for a link-local
-    address of IPv6, which means something else on each machine that is told of it."""
+    """Raises AddressError, with the example; also for a link-local address, which differs from machine to machine."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[2]) > 65535:
         shown = "an empty value" if value is None else repr(value)[:_MOST_SHOWN]
@@ -35,13 +34,11 @@ def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") 
 
 
 def joined_address(host: str, port: int) -> str:
-    """The inverse of `split_address`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def bounded_host(host: str) -> str:
-    """The unit in which connections of one host are counted: its IPv4 address, or the /64 network of IPv6 of which a
-    host may take any address."""
+    """The IPv4 address or the IPv6 /64 network (a host may take any address in it) by which connections are counted."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -52,7 +49,7 @@ def bounded_host(host: str) -> str:
 
 
 def is_link_local(host: str) -> bool:
-    """Returns whether it is an address of IPv6 that is valid within one link only, with or without its interface."""
+    """True for an IPv6 address that is valid within one link only, with or without its interface."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -61,7 +58,6 @@ def is_link_local(host: str) -> bool:
 
 
 def is_address(host: str) -> bool:
-    """Returns whether a host is an IP address, not a name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -70,7 +66,7 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to an address of this host. Names other than localhost are not trusted."""
+    """Names other than localhost are not trusted."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -24,18 +24,17 @@ UINT64 = (1 << 64) - 1
 _GREATEST = sys.float_info.max
 
 NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-"""Of a worker or a cluster: safe as a file name."""
+"""A name of a worker or a cluster, safe as a file name."""
 
 
 def bounded(what: str, value: int, low: int, high: int) -> int:
-    """`value` within [low, high]."""
     if not low <= value <= high:
         raise ProtocolError(f"{what} is {value}, must be within {low}..{high}")
     return value
 
 
 def finite(what: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
-    """A number that is neither NaN nor infinite, within [low, high]."""
+    """Raises ProtocolError for NaN, infinity and numbers outside [low, high]."""
     if not max(low, -_GREATEST) <= value <= min(high, _GREATEST):  # an int may be larger; NaN is within no bounds
         raise ProtocolError(f"{what} is {value}, must be a finite number within {low}..{high}")
     return value
@@ -50,7 +49,7 @@ def line(what: str, value: str, most: int = MAX_TEXT) -> str:
 
 
 def path(what: str, value: str) -> str:
-    """A possible file name."""
+    """Raises ProtocolError for a text that cannot be a file name."""
     if "\0" in value or not value:
         raise ProtocolError(f"{what} is empty or holds a zero byte")
     return value
@@ -63,7 +62,7 @@ def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
 
 
 def worker_name(_: str, value: str) -> str:
-    """A name that is safe as a file name."""
+    """Raises ProtocolError unless the name is safe as a file name."""
     if not re.fullmatch(NAME, value):
         raise ProtocolError(
             f"worker name {value[:80]!r} must be 1 to 63 letters, digits, '_', '.' or '-', no sign at either end"
@@ -106,8 +105,7 @@ def _sha256(what: str, value: str) -> str:
 
 
 class Bound:
-    """The bound of one field: `check(what, value, *limits)` on what is decoded; `fit(value, *limits)` before it is
-    encoded, where local text is shortened."""
+    """The bound of one field: `check` after decoding; `fit` before encoding, where local text is shortened."""
 
     def __init__(self, check: Callable[..., Any], *limits: Any, fit: Callable[..., Any] | None = None) -> None:
         self._check = check
@@ -125,19 +123,17 @@ Integer = partial(Bound, bounded)
 Real = partial(Bound, finite)
 Size = partial(Bound, _size)
 Text = partial(Bound, _text)
-"""Each of (low, high); `Size`: of items or bytes; `Text`: of a text's bytes."""
+"""Bounds (low, high): `Size` counts items or bytes, `Text` counts the text's bytes."""
 Line = partial(Bound, line)
 LogLine = partial(Bound, log_line, fit=fitted_log_line)
-"""Of (most characters)."""
+"""A bound (most characters)."""
 Choice = partial(Bound, _choice)
 
 Address = Annotated[str, Line(512)]
-"""gRPC target."""
 DeviceName = Annotated[str, Line(64)]
 Digest = Annotated[str, Bound(_sha256)]
-"""64 hexadecimal digits."""
 MemoryBytes = Annotated[int, Integer(0, 1 << 50)]
-"""Few enough that sums are exact in any type."""
+"""A size bounded so that sums are exact in any type."""
 ModelId = Annotated[str, Line(128)]
 ModelPath = Annotated[str, Bound(path)]
 Rate = Annotated[float, Real(1.0, 1e18)]

@@ -11,13 +11,13 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60
-"""Version 1 has a number near 2^63 where there is no limit."""
+"""A bound below the number near 2^63 that version 1 has where there is no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A control group with a limit. `used_bytes`: without page cache, which the kernel frees on demand; mapped files
-    count as used."""
+    """A control group with a limit. `used_bytes` omits page cache, which the kernel frees on demand, but not mapped
+    files."""
 
     path: Path
     limit_bytes: int
@@ -29,7 +29,7 @@ class MemoryGroup:
 
 
 def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
-    """The groups with a limit, innermost first. `root`: of the file system with /proc and /sys."""
+    """Returns the groups with a limit, innermost first. `root` has /proc and /sys."""
     version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file", "total_mapped_file")
     version_2 = ("memory.max", "memory.current", "{}_file", "file_mapped")
     groups = []
@@ -46,7 +46,7 @@ def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:
-    """How many CPUs' time the groups leave to this process; None without a limit."""
+    """Returns the number of CPUs whose time the groups grant this process; None without a limit."""
     quotas = []
     for folder, version in _folders(root, "cpu"):
         files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version == 1 else ("cpu.max",)
@@ -57,8 +57,8 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """Folders of the groups with this controller, innermost first, each with its version. A container often sees its
-    own group as the mount's root, whatever its path: folders that are not there have no limit."""
+    """Yields folders of the groups with this controller, innermost first, each with its version. A container often sees
+    its own group as the mount's root, whatever its path: absent folders have no limit."""
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -71,19 +71,19 @@ def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
 
 @cache
 def is_memory_limited() -> bool:
-    """Whether a control group limited this process when this was first called."""
+    """The first result is cached."""
     return bool(memory_groups())
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """In a limited group, drops what is read or written once from the page cache, which else fills the group; 0 bytes:
-    to the end of the file. Dirty and mapped pages stay."""
+    """Drops pages that are used once from the page cache of a limited group, which would fill it. 0 bytes: to the end
+    of the file. Dirty and mapped pages stay."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 
 
 def read_text(path: Path) -> str:
-    """The file's text; "" where it cannot be read."""
+    """Returns "" where the file cannot be read."""
     try:
         return path.read_text()
     except OSError:

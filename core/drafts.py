@@ -1,4 +1,4 @@
-"""What a draft model is asked for, and what it answers: its tokens are drafts for the answers of a larger model."""
+"""Orders to a draft model, and its replies: its tokens are drafts for sequences of a larger model."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from llamaclust.core.sampling import SampleTask
 
 MOST_ORDERS = 8
-"""That are given together. A model computes more sequences' tokens with the weights it reads for one anyhow."""
+"""The most orders of one call. The weights that are read for one sequence serve further ones too."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftOrder:
-    """A draft of what follows the first `length` tokens of a sequence."""
-
     key: int  # of the sequence
     tokens: Sequence[int]  # they may grow meanwhile, and do not change
     length: int
@@ -24,8 +22,6 @@ class DraftOrder:
 
 @dataclass(frozen=True, slots=True)
 class DraftReply:
-    """To one order."""
-
     key: int
     length: int  # as in the order
     is_draft: bool  # else tokens were only to be taken in
@@ -35,7 +31,7 @@ class DraftReply:
 
 @dataclass(frozen=True, slots=True)
 class DraftReplies:
-    """To orders that were given together, in their order, and how long the model took."""
+    """Replies in the order of a call's orders, and the time that the model took."""
 
     replies: tuple[DraftReply, ...]
     rows: int = 0  # that only took in tokens

@@ -7,7 +7,7 @@ MAX_TERM = (1 << 32) - 1
 
 
 def epoch_number(term: int, count: int) -> int:
-    """The `count`th epoch of a term, as messages carry it (64 bits): larger than those of all smaller terms."""
+    """Returns the 64-bit number of the `count`th epoch of a term, above those of all smaller terms."""
     return term << _TERM_SHIFT | count
 
 
@@ -16,11 +16,11 @@ def term_of(epoch: int) -> int:
 
 
 def epoch_text(epoch: int) -> str:
-    """As people read it: TERM.COUNT."""
+    """Returns TERM.COUNT."""
     return f"{term_of(epoch)}.{epoch & MAX_TERM}"
 
 
 def place_text(place: tuple[int, int]) -> str:
-    """Of a microbatch: (epoch, number)."""
+    """Formats a microbatch's (epoch, number)."""
     epoch, number = place
     return f"{number} of epoch {epoch_text(epoch)}"

@@ -1,4 +1,4 @@
-"""Every error a user can cause, each with the numbers in its message and the exit code or HTTP status it maps to."""
+"""Every error a user can cause, each with the numbers in its message and its exit code or HTTP status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class LlamaclustError(Exception):
     code = "internal_error"
 
     def __init__(self, *message: str, worker: str | None = None) -> None:
-        """`worker`: name of the worker that is the root cause, where that is known."""
+        """`worker`: the worker that is the root cause, if known."""
         super().__init__(*message)
         self.worker = worker
 
@@ -25,7 +25,7 @@ class UsageError(LlamaclustError):
 
 
 class RefusedError(UsageError):
-    """A worker that the coordinator of its cluster refuses: another attempt gives the same."""
+    """A refusal of a worker by its coordinator: another attempt gives the same."""
 
 
 class ModelFileError(UsageError):
@@ -35,17 +35,17 @@ class ModelFileError(UsageError):
 
 
 class InsufficientMemoryError(LlamaclustError):
-    """A plan or a load that needs more memory than there is; the message carries the missing MiB."""
+    """A plan or a load that needs more memory than there is; the message names the missing MiB."""
 
     exit_code = 3
     http_status = 507
     code = "insufficient_memory"
     missing_bytes: float | None = None
-    """Of a plan for all workers, where that is known."""
+    """The missing memory of a plan for all workers, if known."""
     problem: str | None = None
-    """Of such a plan, the message without its advice."""
+    """The message of a plan's error without its advice."""
     fitting_context: int | None = None
-    """Of such a plan, the longest context that fits; None where none does."""
+    """The longest context that fits in a plan; None if none does."""
 
 
 class RequestError(LlamaclustError):
@@ -57,8 +57,6 @@ class RequestError(LlamaclustError):
 
 
 class ParameterError(RequestError):
-    """A request refused because of one of its parameters, which `param` names."""
-
     def __init__(self, param: str, reason: str, code: str = RequestError.code) -> None:
         super().__init__(f"{param}: {reason}")
         self.param = param
@@ -66,10 +64,10 @@ class ParameterError(RequestError):
 
 
 class ContextLengthError(ParameterError):
-    """A prompt that does not fit into the context. Clients recognize the words of OpenAI's message."""
+    """A prompt that does not fit into the context. Clients recognize the wording of OpenAI's message."""
 
     def __init__(self, has: str, prompt_tokens: int, context_length: int, param: str = "prompt") -> None:
-        """`prompt_tokens`: at least so many, where the prompt was not tokenized."""
+        """`prompt_tokens` is a lower bound if the prompt was not tokenized."""
         reason = f"{has}, but this model's maximum context length is {context_length} tokens; shorten it"
         super().__init__(param, reason, "context_length_exceeded")
         self.prompt_tokens = prompt_tokens
@@ -77,7 +75,7 @@ class ContextLengthError(ParameterError):
 
 
 class RequestFailedError(LlamaclustError):
-    """A request that breaks what computes it, again and again and at last alone: to send it again is of no use."""
+    """A request that fails its computation again and again, at last alone: sending it again is of no use."""
 
     http_status = 422
     code = "request_failed"
@@ -112,14 +110,14 @@ class ProtocolError(LlamaclustError):
 
 
 class WorkerError(LlamaclustError):
-    """A worker that failed, was lost or cannot be reached; the message names it, its layers and its last error."""
+    """A worker that failed, was lost or cannot be reached; the message names the worker, its layers and its last error."""
 
     http_status = 503
     code = "worker_failed"
 
 
 class ClusterStartingError(LlamaclustError):
-    """A cluster that answers and does not serve yet. `awaited`: what its start waits for, if that is known."""
+    """A cluster that does not serve yet. `awaited`: what its start waits for, if known."""
 
     http_status = 503
     code = "cluster_starting"
@@ -130,25 +128,25 @@ class ClusterStartingError(LlamaclustError):
 
 
 class ClusterStoppingError(WorkerError):
-    """This coordinator ends; a request that it accepted goes on with the next one, if that comes in time."""
+    """This coordinator ends; the next one continues an accepted request if it comes in time."""
 
     code = "cluster_stopping"
 
 
 class SupersededError(ClusterStoppingError):
-    """This coordinator has a successor, with which its clients go on."""
+    """A successor took over from this coordinator; clients continue with it."""
 
 
 class DeviceLostError(WorkerError):
-    """A device that computes no more, such as a GPU that fell off its bus; the worker that has it ends."""
+    """A device that computes no more, such as a GPU that fell off its bus; its worker ends."""
 
 
 class NetworkPartitionError(WorkerError):
-    """Workers cannot reach each other, and no plan does without that."""
+    """Workers cannot reach each other, and every plan needs them to."""
 
 
 class DeadlineError(LlamaclustError):
-    """An await that ran past its own, named deadline."""
+    """An await that ran past its deadline, which the message names."""
 
     http_status = 504
     code = "deadline_exceeded"
@@ -159,8 +157,8 @@ class LoadCancelledError(WorkerError):
 
 
 class StalledError(DeadlineError):
-    """A worker that lives and gets no further with what it was told to do."""
+    """A worker that lives but makes no progress with its task."""
 
 
 class DownloadError(LlamaclustError):
-    """A download that failed; the message says what was fetched from where, and what to do."""
+    """A failed download; the message says what was fetched from where, and what to do."""

@@ -1,4 +1,4 @@
-"""GPUs of workers: facts, and which layers of a stage they hold."""
+"""GPUs of workers, and the layers of a stage on them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from llamaclust.core.errors import ProtocolError, UsageError
 CUDA = "cuda:"
 
 _UNIT_BYTES = 2 << 20
-"""Drivers of GPUs give out memory in units of it."""
+"""The unit in which GPU drivers allocate memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A GPU of a worker."""
-
     device: DeviceName  # "cuda:N"
     name: Annotated[str, Line(255)]  # as its driver reports it
     total_bytes: MemoryBytes
@@ -48,20 +46,20 @@ class DeviceLayers:
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """'[0, 4), [7, 8)' of ascending numbers."""
+    """Formats ascending numbers: '[0, 4), [7, 8)'."""
     numbers = enumerate(layers)
     runs = (list(run) for _, run in groupby(numbers, lambda pair: pair[1] - pair[0]))
     return ", ".join(f"[{run[0][1]}, {run[-1][1] + 1})" for run in runs)
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Memory of a GPU for a cache of experts, where all else leaves so much; `limit_bytes` None: all of that."""
+    """Returns the bytes of a GPU for an expert cache, given the bytes that all else leaves; None: no limit."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
 
 def placed(devices: Sequence[DeviceLayers]) -> str:
-    """'16 of 32 layers on GPUs: [0, 16) cpu, [16, 32) cuda:0, experts of [16, 20) cpu'."""
+    """Formats '16 of 32 layers on GPUs: [0, 16) cpu, [16, 32) cuda:0, experts of [16, 20) cpu'."""
     counts = {part.device: part.end - part.start for part in devices}
     on_gpus = sum(count for device, count in counts.items() if device != "cpu")
     where = ", ".join(f"[{part.start}, {part.end}) {part.device}" for part in devices)
@@ -70,11 +68,11 @@ def placed(devices: Sequence[DeviceLayers]) -> str:
 
 
 UNUSED_BY_PARTS = "layers are divided by their experts, and parts of layers are computed on processors only"
-"""Why all GPUs of a cluster are unused where whole layers do not fit."""
+"""The reason that all GPUs of a cluster are unused if whole layers do not fit."""
 
 
 def gpu_names(device: str) -> Sequence[str]:
-    """The GPUs of a device as settings name it: "cuda:0,cuda:1"."""
+    """Splits a device as settings name it, "cuda:0,cuda:1"."""
     return device.split(",") if device.startswith(CUDA) else ()
 
 
@@ -83,23 +81,23 @@ RAM, ANY_GPU = "ram", "gpu"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What the user says of where a worker with GPUs holds layers; the rest follows from memory. By layer of the model;
-    () says nothing of any."""
+    """The user's rules for layers of a worker with GPUs; memory decides the rest. One entry per layer of the model; ()
+    sets none."""
 
     layers: tuple[str | None, ...] = ()  # "ram", "gpu": any one, "cuda:N"; None: open
     experts: tuple[bool | None, ...] = ()  # of layers on a GPU, whether in RAM; None: by `cpu_moe`
     cpu_moe: int | None = 0  # so many first layers have their experts in RAM, others on the GPU; None: open
 
     def experts_in_ram(self, layer: int) -> bool | None:
-        """Whether they are, where the rest of the layer is on a GPU. None: open."""
+        """The rule for the experts of a layer that is on a GPU; None: open."""
         said = self.experts[layer] if self.experts else None
         if said is not None or self.cpu_moe is None:
             return said
         return layer < self.cpu_moe
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
-        """Numbers of the devices that may hold the layer: 0 is RAM, others are the GPUs in order. All of them where the
-        rules name a GPU of another worker: no stage of this one has the layer (`check`)."""
+        """Returns numbers of the devices that may hold the layer: 0 is RAM, the others are the GPUs in order. All
+        devices if the rule names another worker's GPU: `check` keeps the layer from this worker."""
         said = self.layers[layer] if self.layers else None
         if said is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
@@ -108,13 +106,13 @@ class Placement:
         return range((at := gpus.index(said) + 1), at + 1)
 
     def missing(self, gpus: Sequence[str], start: int, end: int) -> str | None:
-        """A GPU that the rules name for layers [start, end), and that is not among these."""
+        """Returns a GPU that the rules name for layers [start, end) and that is not in `gpus`."""
         known = (None, RAM, ANY_GPU, *gpus)
         return next((said for said in self.layers[start:end] if said not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
-        """UsageError for what the devices of a stage of layers [start, end) cannot be: they hold layers in order, first
-        RAM, then the GPUs. Without GPUs, all is in RAM."""
+        """Raises UsageError for rules that devices of a stage [start, end) cannot obey: they hold layers in order,
+        first RAM, then the GPUs. Without GPUs, all is in RAM."""
         if not gpus:
             return
         missing = self.missing(gpus, start, end)
@@ -135,7 +133,8 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """UsageError where devices hold layers elsewhere, since layers that share keys and values are on one device."""
+        """Raises UsageError for layers on other devices than the rules say: layers that share keys and values are on
+        one device."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):

@@ -9,7 +9,7 @@ from llamaclust.core.bounds import Choice, Integer
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 
 NUMERICS_VERSION = 6
-"""Version of the arithmetic rules of docs/numerics.md: workers that compute by others are refused at the handshake."""
+"""The version of the rules in docs/numerics.md; the handshake refuses workers with another version."""
 
 MAX_SEQUENCES = 1024
 MAX_BATCH_TOKENS = 8192
@@ -25,23 +25,20 @@ MAX_ADAPTER_RANK = 1024
 MAX_ADAPTER_SCALE = 1000.0  # positive or negative
 
 AdapterScales = tuple[tuple[int, float], ...]
-"""(number, scale) of each adapter of LoRA that a sequence is computed with, ascending; no scale is 0."""
+"""(number, scale) of each LoRA adapter of a sequence, by ascending number; no scale is 0."""
 
 KV_TYPES = ("f16", "q8_0", "int8")
-"""How keys and values may lie in KV memory: `model.kv_type.KvType`, which is not imported here."""
+"""Names of `model.kv_type.KvType`, which this layer cannot import."""
 
 
 def max_embedded_rows(width: int) -> int:
-    """Hidden states of so many channels in the result of one microbatch."""
+    """Returns the most hidden states of so many channels in one microbatch's result."""
     return MAX_EMBEDDING_BYTES // (4 * width)
 
 
 @dataclass(frozen=True, slots=True)
 class StageLimits:
-    """What a stage's buffers are planned for, fixed at load; nothing larger is sent to it.
-
-    Exceeding one in a stage's `run` is a mistake of the caller (assert).
-    """
+    """Bounds of a stage's buffers, fixed at load; exceeding one in a stage's `run` is the caller's mistake (assert)."""
 
     max_batch_tokens: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
     max_outputs: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
@@ -59,24 +56,23 @@ class StageLimits:
     wide_tiles: bool = False  # weights of some types lie in tiles of another, which are larger and quicker to decode
 
     def places(self, start: int, end: int) -> tuple[float, float]:
-        """Of a stage in layers, with fractions inside one whose experts are divided."""
+        """Returns a stage's start and end in layers, with fractions if it divides experts."""
         return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """Whether a layer with this window, or none, gives up its blocks behind it: then its blocks are others."""
+        """True if a layer with this window frees KV blocks behind it: its blocks are then separate from the others."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:
-        """KV blocks of such a layer."""
         return self.window_blocks if self.gives_up(window) else self.kv_blocks
 
 
 def layer_place(part: int, expert_shards: int) -> int | float:
-    """Where a part begins, `expert_shards` of which are a layer: 4, or 4.5 behind half of the experts of layer 4. Exact
-    where the number of shards is a power of two."""
+    """Returns a part's start in layers: 4, or 4.5 behind half of the experts of layer 4. Exact if the number of shards
+    is a power of two."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 
 def layer_span(start: int, end: int, expert_shards: int) -> str:
-    """'[0, 4.5)' of parts [start, end)."""
+    """Formats parts [start, end) as '[0, 4.5)'."""
     return f"[{layer_place(start, expert_shards)}, {layer_place(end, expert_shards)})"

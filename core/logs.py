@@ -1,4 +1,4 @@
-"""Log lines: for people, or with named fields for programs that gather them; and how to read them back."""
+"""Log lines, for people or with named fields for programs, and the parser of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KEPT_LINES = 1000
 _KEPT_CHARACTERS = 2000  # of each
 
 FIELDS = ("request", "reason", "prompt_tokens", "tokens", "ttft_ms", "seconds")
-"""What a record may say besides, by `extra=`."""
+"""Fields that a record may have by `extra=`."""
 
 
 class LogFormat(StrEnum):
@@ -33,7 +33,7 @@ class LogFormat(StrEnum):
 
 
 class _Fields(logging.Formatter):
-    """A record as one line, whatever is in it: time, level, what is known of where, message, what else it says."""
+    """Formats a record as one line: time, level, cluster and worker if known, message, further fields."""
 
     def __init__(self, form: LogFormat, where: Mapping[str, str]) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def _quoted(value: object) -> str:
 
 
 class _Memory(logging.Handler):
-    """Keeps the last lines, and the last warning or error; of loggers of other programs, the last error."""
+    """Keeps the last lines, and the last warning or error; of other programs' loggers, the last error."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """Counts errors that mean that no more files may be open, and logs a line for all of `wait_s`: asyncio has a
-    traceback for each connection that it cannot accept."""
+    """Counts errors of exhausted file descriptors and logs one line per `wait_s`: asyncio has a traceback for each
+    connection that it cannot accept."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ _memory = _Memory()
 
 
 def start_logging(form: LogFormat, **where: str) -> None:
-    """Everything from INFO on goes to standard error. `where` names the cluster and the worker, as far as known."""
+    """Logs to standard error from INFO on. `where` names the cluster and the worker, as far as known."""
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(plain if form is LogFormat.TEXT else _Fields(form, where))
@@ -126,7 +126,7 @@ def start_logging(form: LogFormat, **where: str) -> None:
 
 
 def count_file_shortages() -> None:
-    """Replaces asyncio's tracebacks of connections for which no file is left by a line for each few seconds."""
+    """Replaces asyncio's tracebacks of connections for which no file descriptor is left by a line every few seconds."""
     logging.getLogger("asyncio").addFilter(FileShortage(logging.getLogger(_OWN)))
 
 
@@ -139,18 +139,18 @@ def name_cluster(name: str) -> None:
 
 
 def last_trouble() -> str:
-    """The last warning or error since `name_cluster`."""
+    """Returns the last warning or error since `name_cluster`."""
     return _memory.trouble
 
 
 def last_lines() -> tuple[tuple[str, ...], int]:
-    """(the last lines of this process's log, as it wrote them; how many were before)."""
+    """Returns the last lines of this process's log, and the number of lines before them."""
     with _memory.lock or nullcontext():
         return tuple(_memory.lines), _memory.count - len(_memory.lines)
 
 
 def read_line(line: str) -> tuple[str, str] | None:
-    """(level, message) of a line in any of the formats, the level in capitals; None of a line that no logger wrote."""
+    """Returns (level in capitals, message) of a line in any format; None for a line that no logger wrote."""
     text = _TEXT.fullmatch(line)
     if text is not None:
         return text["level"], text["message"]
@@ -164,7 +164,7 @@ def read_line(line: str) -> tuple[str, str] | None:
 
 
 def _fields_of(line: str) -> dict[str, object]:
-    """Of a line in JSON or logfmt; none of any other."""
+    """Returns {} for a line that is neither JSON nor logfmt."""
     fields: dict[str, object] = {}
     at = 0
     try:

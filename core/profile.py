@@ -16,8 +16,8 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """A step of `rows` rows takes stage_s + layers_byte_s * bytes of layer weights that it touches (of experts, those
-    that rows choose) and of states + head_s on the last stage."""
+    """The time of a step: stage_s + layers_byte_s * bytes of layer weights that it touches (of experts, the chosen
+    ones) and of states + head_s on the last stage."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
@@ -25,18 +25,17 @@ class StepTime:
     head_s: _Seconds
 
     def interpolate(self, other: StepTime, rows: int) -> StepTime:
-        """The point at `rows` on the line through both."""
         share = (rows - self.rows) / (other.rows - self.rows)
         values = (max(0.0, a + share * (b - a)) for a, b in zip(_values(self), _values(other), strict=True))
         return StepTime(rows, *values)
 
 
 StepTimes = Annotated[tuple[StepTime, ...], Size(0, 16)]
-"""By ascending rows; empty where no steps were measured."""
+"""Step times by ascending rows; empty if no steps were measured."""
 
 
 def at_rows(times: StepTimes, rows: int) -> StepTime:
-    """Interpolated between points, extrapolated beyond the last one. `times` is not empty."""
+    """Interpolates between points, extrapolates beyond the last one. `times` is not empty."""
     if len(times) == 1:
         return times[0]
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)
@@ -45,7 +44,7 @@ def at_rows(times: StepTimes, rows: int) -> StepTime:
 
 @dataclass(frozen=True, slots=True)
 class ProductTime:
-    """A product of `rows` rows with weights of a quant type takes byte_s for each byte of weights in memory."""
+    """The time of a product with weights of a quant type, for each byte of weights in memory."""
 
     quant_type: Annotated[int, Integer(0, 255)]  # ggml's number
     rows: Annotated[int, Integer(1, 1 << 16)]
@@ -53,12 +52,12 @@ class ProductTime:
 
 
 ProductTimes = Annotated[tuple[ProductTime, ...], Size(0, 1 << 10)]
-"""By quant type, then by ascending rows."""
+"""Product times by quant type, then by ascending rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a device reaches at best."""
+    """The best rates of a device."""
 
     read_bytes_s: Rate  # of weights
     int8_macs_s: Rate
@@ -66,8 +65,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """Speed of one device: its limits, and measured steps of the model and products with its quant types. Measured
-    while the other workers of the machine compute too, and while they are idle (`isolated`; empty: the same)."""
+    """Speed of one device: its limits, measured steps of the model, products with its quant types. Measured while the
+    machine's other workers compute, and while they are idle (`isolated`; empty: the same)."""
 
     read_bytes_s: Rate  # of weights
     int8_macs_s: Rate
@@ -91,7 +90,7 @@ class DeviceProfile:
         return measured if concurrent else self.isolated_limits or measured
 
     def beside(self, isolated: DeviceProfile) -> DeviceProfile:
-        """With what the same device measured while the machine's other workers were idle."""
+        """Adds what the same device measured while the machine's other workers were idle."""
         return replace(
             self,
             isolated=isolated.concurrent,
@@ -100,7 +99,7 @@ class DeviceProfile:
         )
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        """Where other workers were idle and only products could be measured, these tell more than steps beside them."""
+        """Returns no concurrent steps for an idle machine with isolated products: these predict better."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent
@@ -112,7 +111,7 @@ class DeviceProfile:
         return replace(self, concurrent=(), isolated=())
 
     def with_other_products(self, known: DeviceProfile) -> DeviceProfile:
-        """Also with what is known of quant types that were not measured now."""
+        """Adds known times of quant types that were not measured now."""
         return replace(
             self,
             products=_joined(self.products, known.products),
@@ -122,13 +121,10 @@ class DeviceProfile:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What a worker measured."""
-
     cpu: DeviceProfile
     gpus: Annotated[tuple[DeviceProfile, ...], Size(0, MAX_GPUS)] = ()  # in the order of its registration
 
     def with_other_products(self, known: Profile) -> Profile:
-        """As `DeviceProfile.with_other_products`, of the processor."""
         return replace(self, cpu=self.cpu.with_other_products(known.cpu))
 
     def map(self, change: Callable[[DeviceProfile], DeviceProfile]) -> Profile:
@@ -136,7 +132,7 @@ class Profile:
 
 
 def mean_profile(profiles: Sequence[Profile]) -> Profile:
-    """Of workers with equal hardware."""
+    """Returns the means of workers with equal hardware."""
     gpus = zip(*(profile.gpus for profile in profiles), strict=True)
     return Profile(_mean_device([profile.cpu for profile in profiles]), tuple(map(_mean_device, gpus)))
 
@@ -160,13 +156,13 @@ def _mean_limits(limits: Sequence[Limits]) -> Limits | None:
 
 
 def mean_step_times(series: Sequence[StepTimes]) -> StepTimes:
-    """Of measurements at the same rows; empty ones do not count."""
+    """Averages measurements at the same rows; empty series do not count."""
     points = zip(*filter(None, series), strict=False)
     return tuple(StepTime(group[0].rows, *map(fmean, zip(*map(_values, group), strict=True))) for group in points)
 
 
 def _mean_product_times(series: Sequence[ProductTimes]) -> ProductTimes:
-    """Each of the measurements at the same type and rows."""
+    """Averages measurements at the same type and rows."""
     groups: dict[tuple[int, int], list[float]] = {}
     for time in chain.from_iterable(series):
         groups.setdefault(_place(time), []).append(time.byte_s)
@@ -174,7 +170,7 @@ def _mean_product_times(series: Sequence[ProductTimes]) -> ProductTimes:
 
 
 def _joined(new: ProductTimes, known: ProductTimes) -> ProductTimes:
-    """All of the new ones, and those of types that are not among them."""
+    """Returns all new times, and the known ones of other types."""
     types = {time.quant_type for time in new}
     return tuple(sorted((*new, *(time for time in known if time.quant_type not in types)), key=_place))
 

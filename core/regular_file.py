@@ -1,5 +1,5 @@
-"""Single files, read and written with care: a pipe would block for ever, text has several encodings, and a reader sees
-no part of what is written."""
+"""Single files, read and written safely: opens do not block on pipes, texts have several encodings, and readers see no
+part of a write."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _JSON_BYTES = 16 << 20
-"""Of a file of JSON; measured profiles take a few KiB a machine."""
+"""The largest JSON file; measured profiles take a few KiB a machine."""
 _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
 
 
 def decode_text(data: bytes) -> str:
-    """The text in a user's file: UTF-8, or UTF-16 with a byte-order mark, which is no part of it. ValueError with the
+    """Decodes a user's file: UTF-8, or UTF-16 with a byte-order mark, which is removed. Raises ValueError with the
     place of what is no text."""
     mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
@@ -36,8 +36,7 @@ def decode_text(data: bytes) -> str:
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
-    """The first bytes of a file, or of a pipe such as a shell's `<(...)`, that a user names. OSError, also for a pipe
-    that no process writes to."""
+    """Reads the start of a file or a pipe such as a shell's `<(...)`. Raises OSError, also for a pipe without a writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         first = b""
@@ -54,8 +53,8 @@ class NotRegularError(OSError):
 
 
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Opens a regular file, without waiting for a writer of a pipe; a file that is made has mode 0600.
-    NotRegularError, or the OSError of the system."""
+    """Opens a regular file, never waiting for a pipe's writer; a new file has mode 0600. Raises NotRegularError or
+    OSError."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -67,15 +66,14 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = False) -> BinaryIO:
-    """Opens a file for reading, and for writing if `is_writable`. OSError, also if it is no regular file, or a link
-    that is not followed."""
+    """Raises OSError, also for what is no regular file, or for a link if `follows_links` is False."""
     flags = (os.O_RDWR if is_writable else os.O_RDONLY) | (0 if follows_links else os.O_NOFOLLOW)
     file: BinaryIO = os.fdopen(open_descriptor(path, flags), "r+b" if is_writable else "rb")
     return file
 
 
 def read_bytes(path: Path, most_bytes: int, *, follows_links: bool = True) -> bytes:
-    """OSError where the file cannot be read, ValueError where it is larger than so many bytes."""
+    """Raises OSError if the file cannot be read, ValueError if it is larger than `most_bytes`."""
     with open_regular(path, follows_links=follows_links) as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
@@ -84,7 +82,7 @@ def read_bytes(path: Path, most_bytes: int, *, follows_links: bool = True) -> by
 
 
 def file_version(path: Path) -> tuple[int, ...]:
-    """Returns numbers that change when the file does; none if there is no file."""
+    """Returns numbers that change when the file does; () if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -93,12 +91,12 @@ def file_version(path: Path) -> tuple[int, ...]:
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """As `read_bytes`. ValueError also for what is no text."""
+    """Raises as `read_bytes` does, and ValueError for what is no text."""
     return decode_text(read_bytes(path, most_bytes))
 
 
 def read_json(path: Path) -> Any:
-    """OSError where the file cannot be read, ValueError where it holds no JSON."""
+    """Raises OSError if the file cannot be read, ValueError if it holds no JSON."""
     try:
         return json.loads(read_text(path, _JSON_BYTES))
     except RecursionError:
@@ -106,12 +104,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 so that a reader sees the old data or the new, never a part; `is_synced`: also after a
-    power failure, and the new data once this returns. Processes of several machines may write it at once: in containers
-    all of them have the same id.
-
-    OSError where it cannot be written, as on a full disk; nothing new stays then.
-    """
+    """Writes a file of mode 0600; readers see the old data or the new, never a part. With `is_synced` this holds after
+    a power failure, and the new data is on the disk on return. Raises OSError, as on a full disk, and leaves nothing
+    new then."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
@@ -130,12 +125,11 @@ def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
 
 
 def write_text(path: Path, text: str, *, is_synced: bool = True) -> None:
-    """As `write_bytes`."""
     write_bytes(path, text.encode(), is_synced=is_synced)
 
 
 def sync_folder(folder: Path) -> None:
-    """The names in it are on the disk afterwards."""
+    """Syncs the names in the folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -144,7 +138,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def take_lock(file: BinaryIO | int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks a file at once. False where another process, or another descriptor of this one, has it locked."""
+    """Never waits: False if another process, or another descriptor of this one, has the file locked."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""Samplers beyond the plain ones, and the order of all of them (rules: docs/numerics.md)."""
+"""Samplers beyond the plain ones, and the order of all (rules: docs/numerics.md)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_PENALTY, num
 
 
 class SamplerName(StrEnum):
-    """A sampler by llama.cpp's name. The order here is the default one."""
-
     PENALTIES = "penalties"
     DRY = "dry"
     TOP_N_SIGMA = "top_n_sigma"
@@ -25,15 +23,15 @@ class SamplerName(StrEnum):
 
 
 SAMPLERS = tuple(SamplerName)
-"""By the number that they have on the wire and in kernels."""
+"""Samplers, by their numbers on the wire and in kernels."""
 
 PLAIN_ORDER = (SamplerName.PENALTIES, SamplerName.TOP_K, SamplerName.TOP_P, SamplerName.MIN_P, SamplerName.TEMPERATURE)
-"""What is done without a chain. The same as a chain gives the same tokens."""
+"""The order without a chain. A chain with this order gives the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerChain:
-    """What is done to logits, step after step; settings of a step that is not in `order` mean nothing."""
+    """Steps that change logits, in order; settings of samplers outside `order` have no effect."""
 
     order: tuple[SamplerName, ...] = PLAIN_ORDER  # each once at most
     top_n_sigma: float = number(
@@ -95,9 +93,9 @@ class SamplerChain:
 
     @property
     def first_mu(self) -> float:
-        """What Mirostat takes for the surprise to allow before its first token."""
+        """Mirostat's allowed surprise before its first token."""
         return 2 * self.mirostat_tau
 
 
 CHAIN: Final = rows_of(SamplerChain)
-"""The table's rows of a chain, which has the samplers beyond the plain ones."""
+"""The sampling table's rows of the samplers beyond the plain ones."""

@@ -1,4 +1,4 @@
-"""How a token is sampled or scored, the grammar that an answer obeys, and the result of one row."""
+"""Parameters of sampling and scoring, the grammar that an answer obeys, and the result of one row."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:  # clients do not wait for it
     from numpy.typing import NDArray
 
 NOT_FINITE = "the logits are not finite numbers"
-"""How the failure of such a row begins."""
+"""The first words of a row's failure for logits that are not finite."""
 
 AllowedTokens: TypeAlias = "NDArray[np.uint32]"
-"""What a grammar allows: a bit for each token, lowest first, [vocabulary / 32 rounded up]."""
+"""A bit for each token that a grammar allows, lowest first, [vocabulary / 32 rounded up]."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a token is sampled. Defaults are greedy. Order of work: docs/numerics.md."""
+    """Parameters of sampling; the defaults are greedy. Order of the steps: docs/numerics.md."""
 
     temperature: float = number(
         (0.0, 100.0),
@@ -92,17 +92,17 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """Whether there are penalties, which count the tokens so far."""
+        """True if penalties count the tokens so far."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     @property
     def needs_state(self) -> bool:
-        """Whether a choice depends on more than tokens: Mirostat's mu, which comes with the token before."""
+        """True if a choice depends on more than tokens: Mirostat's mu comes with the token before."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property
     def for_drafts(self) -> SamplingParams:
-        """The same draws without what depends on the tokens so far."""
+        """The same parameters without those that depend on the tokens so far."""
         return replace(self, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, chain=None)
 
 
@@ -112,7 +112,7 @@ PARAMS: Final = rows_of(SamplingParams)
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """Newest tokens that count, as requests give them: -1 for all."""
+    """Numbers of newest tokens that count; -1 for all."""
 
     repeat_last_n: int = number(
         (-1, MAX_CONTEXT_TOKENS),
@@ -127,19 +127,17 @@ class _Windows:
 
 
 SAMPLING_TABLE: Final[Mapping[str, SamplingField]] = {**PARAMS, **rows_of(_Windows), **CHAIN}
-"""All numbers that a request may set, by OpenAI's or, where it has none, by vLLM's or llama.cpp's name."""
+"""All numbers that a request may set, by OpenAI's name, else by vLLM's or llama.cpp's."""
 
 MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
-"""What a chat shows of them, and chooses by llama.cpp's defaults."""
+"""The numbers that a chat shows, with llama.cpp's defaults."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """`definition` is llguidance's own form, a JSON object of grammars (model/grammars/definitions.py makes it).
-
-    Without `triggers` the whole answer obeys it. With them the answer is free until its text contains one of these
-    texts; the grammar then rules from the trigger's first byte on.
-    """
+    """A grammar in llguidance's form, a JSON object of grammars (model/grammars/definitions.py makes it). Without
+    `triggers` the whole answer obeys it. With them it applies from the first byte of the first trigger in the answer's
+    text."""
 
     definition: str
     triggers: tuple[str, ...] = ()
@@ -152,8 +150,8 @@ Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """Where an answer reasons, and for how long: between one of `begins` and the first of `ends`. After `budget` tokens
-    in there, `forced` are the next ones, whose text ends the reasoning."""
+    """The reasoning of an answer, between one of `begins` and the first of `ends`. After `budget` tokens of it,
+    `forced` are the next ones, whose text ends the reasoning."""
 
     begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
     ends: Annotated[Tags, Size(1, MAX_TRIGGERS)]
@@ -168,7 +166,7 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class MatcherStart:
-    """What the last stage needs to follow an answer: the state of its matcher is a function of all of it."""
+    """The start of an answer's matcher at the last stage, whose state is a function of these fields."""
 
     key: int  # of the answer, within an epoch
     grammar: Grammar | None
@@ -189,7 +187,7 @@ class MatcherRow:
 
 @dataclass(frozen=True, slots=True)
 class SampleTask:
-    """Sample the token after an output row. The draw is keyed by (seed, choice) and counted by `position`."""
+    """A token to sample after an output row. The draw is keyed by (seed, choice) and counted by `position`."""
 
     params: SamplingParams
     seed: int  # 64 bits, unsigned
@@ -206,7 +204,7 @@ class SampleTask:
     matcher: MatcherRow | None = None  # of an answer with a grammar or a budget of reasoning
 
     def next(self) -> SampleTask:
-        """The same for the row after it in its chunk, whose token is drafted."""
+        """The task of the next row of its chunk, whose token is drafted."""
         matcher = None if self.matcher is None else replace(self.matcher, position=self.matcher.position + 1)
         return SampleTask(
             self.params,
@@ -241,23 +239,23 @@ RowTask = SampleTask | ScoreTask
 
 
 _SECOND_DRAW = 1 << 31
-"""Added to a choice's index, which is far below."""
+"""An addend to a choice's index, which is always smaller."""
 
 
 def second_draw(task: RowTask) -> RowTask:
-    """The same task where its token was not allowed: another draw, independent of the first one."""
+    """The same task with an independent draw, for a token that was not allowed."""
     return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task
 
 
 class TopLogprobs(Sequence[tuple[int, float]]):
-    """Tokens with float32 logprobs, best first, in eight bytes each: a long answer has a million of them. Equal to a
-    tuple of the same pairs."""
+    """Tokens with float32 logprobs, best first, eight bytes each: a long answer has a million. Equal to a tuple of the
+    same pairs."""
 
     __slots__ = ("packed",)
     _PAIR: Final = struct.Struct("=if")
 
     def __init__(self, packed: bytes | bytearray) -> None:
-        """`packed`: int32 and float32 in turns."""
+        """`packed`: int32 token and float32 logprob, alternating."""
         self.packed = packed
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The type of the sampling table's rows, and bounds of what else a request says of sampling."""
+"""The type of the sampling table's rows, and bounds of further sampling parameters."""
 
 from __future__ import annotations
 
@@ -31,8 +31,6 @@ _ROW: Final = "row"
 
 
 class Dialect(Enum):
-    """A family of APIs with its own names and defaults."""
-
     OPENAI = auto()  # Anthropic's API too
     LLAMACPP = auto()
     OLLAMA = auto()
@@ -40,7 +38,7 @@ class Dialect(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingField:
-    """One number of a request: a row of the sampling table."""
+    """A row of the sampling table: one number of a request."""
 
     low: float
     high: float
@@ -75,18 +73,17 @@ def number(
     llamacpp_name: str = "",
     gguf: str = "",
 ) -> Any:
-    """Declares an attribute of a dataclass with its row; its default is `neutral`, else that of requests. Defaults of
-    APIs that are None equal `default`."""
+    """Declares a dataclass attribute with its row; it defaults to `neutral`, else to `default`, as do APIs' defaults
+    that are None."""
     own = [default if value is None else value for value in (llamacpp, ollama)]
     row = SamplingField(*bounds, default, doc, placeholder, own[0], own[1], llamacpp_name, gguf)
     return field(default=default if neutral is None else neutral, metadata={_ROW: row})
 
 
 def rows_of(kind: Any) -> dict[str, SamplingField]:
-    """The rows of a dataclass by the attribute's name, in their order."""
     return {part.name: part.metadata[_ROW] for part in fields(kind) if _ROW in part.metadata}
 
 
 def numbers_of(source: object, names: Iterable[str]) -> dict[str, Any]:
-    """Attributes of the source by name, as arguments of what has parameters of these names."""
+    """Returns the source's attributes of these names, as keyword arguments."""
     return {name: getattr(source, name) for name in names}

@@ -1,4 +1,4 @@
-"""Sizes as messages show them: whole MiB, needs rounded up, what there is rounded down."""
+"""Sizes in messages: whole MiB, needs rounded up, free room rounded down."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ MIB = 1 << 20
 
 
 def mib(size_bytes: float) -> int:
-    """MiB that hold so many bytes."""
+    """Rounds up."""
     return -int(-size_bytes // MIB)
 
 
 def gigabytes(size_bytes: int) -> str:
-    """Of a file, as hubs show it: '4.9 GB', '98 MB'."""
+    """Formats a file's size as hubs show it: '4.9 GB', '98 MB'."""
     return f"{size_bytes / 1e9:.1f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.0f} MB"
 
 
 def needed(parts: Mapping[str, int]) -> str:
-    """'12 MiB (weights 8, KV memory 4)' of named sizes in bytes."""
+    """Formats named sizes in bytes: '12 MiB (weights 8, KV memory 4)'."""
     return f"{mib(sum(parts.values()))} MiB ({', '.join(f'{name} {mib(size)}' for name, size in parts.items())})"
 
 
 def missing(parts: Mapping[str, int], room_bytes: int, room: str = "{} MiB are free") -> str:
-    """'12 MiB (weights 8, KV memory 4), 10 MiB are free: 2 MiB are missing'; `room` says what the room is."""
+    """Formats '12 MiB (weights 8, KV memory 4), 10 MiB are free: 2 MiB are missing'; `room` words the room."""
     there = room.format(room_bytes // MIB)
     return f"{needed(parts)}, {there}: {mib(sum(parts.values()) - room_bytes)} MiB are missing"
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 fault`, `2 faults`."""
+    """Formats `1 fault`, `2 faults`."""
     return f"{number} {noun if number == 1 else f'{noun}s'}"

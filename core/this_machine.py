@@ -1,4 +1,4 @@
-"""This machine: the addresses of its network interfaces, identity, processes and the clock that is never set."""
+"""This machine: addresses of its network interfaces, identity, processes, and the clock since boot."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pathlib import Path
 from llamaclust.core.addresses import ANYWHERE, is_link_local, is_loopback
 
 _START = 19
-"""Field 22 of /proc/PID/stat, counted from the third."""
+"""The index of field 22 of /proc/PID/stat, counted from the third."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 _PASSING = 0x01 | 0x08 | 0x20 | 0x40
 """Flags of an IPv6 address that does not last: temporary, duplicate, deprecated, tentative (Linux, if_addr.h)."""
 _ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
-"""Addresses of documentation (RFC 5737, RFC 3849), which lie behind the default route."""
+"""Documentation addresses (RFC 5737, RFC 3849), which lie behind the default route."""
 _ADDR_PREFERENCES, _PREFER_PUBLIC = 72, 0x2
 """IPV6_ADDR_PREFERENCES and IPV6_PREFER_SRC_PUBLIC (Linux, RFC 5014)."""
 _VIRTUAL = re.compile(
     r"(docker|podman|virbr|lxcbr|lxdbr|incusbr|vnet|veth|cni|flannel|cali|vxlan|kube|tun|tap|utun|wg|tailscale|zt"
     r"|nebula|ipsec|gre|sit|ip6tnl|vmnet|vboxnet|dummy)[0-9a-z._-]*|br-[0-9a-f]{12}"
 )
-"""Names of bridges to containers and of tunnels: other machines of the network do not reach this one there."""
+"""Names of container bridges and tunnels, where other machines do not reach this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +38,16 @@ class InterfaceAddress:
 
     @property
     def is_virtual(self) -> bool:
-        """True if its interface is a bridge to containers or a tunnel, by its name."""
         return _VIRTUAL.fullmatch(self.interface) is not None
 
     @property
     def rank(self) -> tuple[bool, bool, bool, bool]:
-        """Smaller for an address that other machines more probably reach."""
+        """A sort key: smaller for addresses that other machines more probably reach."""
         return is_loopback(self.host), self.is_virtual, not self.is_default, ":" in self.host
 
 
 def interface_addresses() -> list[InterfaceAddress]:
-    """All that last, without those of links (fe80::/10); first those that other machines probably reach."""
+    """Returns lasting addresses, without link-local ones (fe80::/10), first those that others probably reach."""
     import ifaddr  # only here: its import takes as long as a command's own
 
     default, passing = {source_host(host, family) for host, family in _ELSEWHERE}, _passing_hosts()
@@ -62,17 +61,17 @@ def interface_addresses() -> list[InterfaceAddress]:
 
 
 def own_addresses() -> list[str]:
-    """Hosts of all interfaces, in the order of `interface_addresses`."""
+    """Returns the hosts of all interfaces, in the order of `interface_addresses`."""
     return list(dict.fromkeys(address.host for address in interface_addresses()))
 
 
 def network_addresses() -> list[str]:
-    """Hosts by which other machines probably reach this one; on a machine without a network, those that it has."""
+    """Returns the hosts by which other machines probably reach this one; without a network, all of the best kind."""
     return list(dict.fromkeys(address.host for address in _of_networks(interface_addresses())))
 
 
 def one_of_each_interface() -> list[str]:
-    """The best of `network_addresses` for each interface."""
+    """Returns the best of `network_addresses` for each interface."""
     by_interface: dict[str, str] = {}
     for address in _of_networks(interface_addresses()):
         by_interface.setdefault(address.interface, address.host)
@@ -80,18 +79,18 @@ def one_of_each_interface() -> list[str]:
 
 
 def _of_networks(addresses: list[InterfaceAddress]) -> list[InterfaceAddress]:
-    """Returns the addresses without loopback and virtual interfaces, or the best kind that is there."""
+    """Returns the addresses of the best kind: neither loopback nor virtual, if there are any."""
     best = addresses[0].rank[:2] if addresses else None
     return [address for address in addresses if address.rank[:2] == best]
 
 
 def reachable_host(host: str) -> str:
-    """The host by which other machines reach a listener at `host`: for one at all addresses, the best of these."""
+    """Returns the host by which other machines reach a listener at `host`; a wildcard becomes the best own address."""
     return next(iter(own_addresses()), host) if host in ANYWHERE else host
 
 
 def source_host(host: str, family: socket.AddressFamily, port: int = 9) -> str | None:
-    """The address of this machine from which packets to a host leave it, a lasting one; None without a route."""
+    """Returns this machine's lasting source address for packets to a host; None without a route."""
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         if family == socket.AF_INET6:
             with suppress(OSError):  # not Linux
@@ -102,7 +101,7 @@ def source_host(host: str, family: socket.AddressFamily, port: int = 9) -> str |
 
 
 def _passing_hosts() -> set[str]:
-    """IPv6 addresses that the system replaces, such as those of privacy extensions."""
+    """Returns IPv6 addresses that the system replaces, such as those of privacy extensions."""
     return {host for host, flags in _ipv6_flags() if flags & _PASSING}
 
 
@@ -115,7 +114,7 @@ def _ipv6_flags() -> Iterator[tuple[str, int]]:
 
 @cache
 def machine_id() -> str:
-    """Equal in all processes of a running kernel; host names may be equal on several machines."""
+    """Returns an id that is equal in all processes of a running kernel; host names may be equal on several machines."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -123,12 +122,12 @@ def machine_id() -> str:
 
 
 def boot_s() -> float:
-    """Seconds since the machine started; goes on while it sleeps."""
+    """Returns seconds since boot, sleep included."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def process_fields(pid: int | str) -> list[str]:
-    """The fields of /proc/PID/stat after the second, the name, which may hold anything; none if there is no process."""
+    """Returns the fields of /proc/PID/stat after the second (the name may hold any character); [] without a process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -136,7 +135,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When a process started, in clock ticks after the boot; None where there is none. The kernel gives the pid of one
-    that has ended to another."""
+    """Returns a process's start in clock ticks after boot; None without a process. The kernel reuses pids."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

@@ -1,4 +1,4 @@
-"""Runs work in a daemon thread: a native call cannot be interrupted, and Ctrl-C must not wait for it."""
+"""Work in a daemon thread: a native call cannot be interrupted, and Ctrl-C must not wait for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ _Result = TypeVar("_Result")
 
 
 def in_background(work: Callable[[], _Result]) -> Future[_Result]:
-    """The result or the error of `work`."""
     done: Future[_Result] = Future()
     done.set_running_or_notify_cancel()
     Thread(target=_run, args=(work, done), daemon=True).start()

@@ -1,1 +1,1 @@
-"""Which workers are connected, and how they are admitted."""
+"""The workers that are connected, and their admission."""

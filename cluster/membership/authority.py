@@ -1,4 +1,4 @@
-"""A cluster's certificate authority: made at the first start, kept in the state directory, signs for a day."""
+"""A cluster's certificate authority: made at the first start and kept in the state directory; it signs for a day."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from llamaclust.wire.security.credentials import COORDINATOR, MAX_SKEW_S, Identi
 from llamaclust.wire.security.token import JoinToken
 
 LIFE = timedelta(hours=24)
-"""Of a worker's certificate, and of the coordinator's own; both are renewed after two thirds of it."""
+"""The life of a worker's certificate and of the coordinator's own; both are renewed after two thirds of it."""
 _MOST_BYTES = 1 << 20
 _CA_LIFE = timedelta(days=3650)
 _SKEW = timedelta(seconds=MAX_SKEW_S)
 _CA_BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
-"""Before any clock that is set: an authority that was made while the clock was ahead stays valid."""
+"""A time before any clock that is set: a CA that was made while the clock was ahead stays valid."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,15 +40,13 @@ _BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 def trust_folder(cluster: Path) -> Path:
-    """The folder for the authority of a static cluster whose file names none: its own, where there is one, else the one
-    that all static clusters of the state directory share, so that workers need one token."""
+    """Returns the authority's folder of a static cluster whose file names none: its own if it exists, else the one that
+    all static clusters of the state directory share, so that workers need one token."""
     own = cluster / "trust"
     return own if own.exists() else cluster.parent / _SHARED
 
 
 class Authority:
-    """Signs certificates for the principals of one cluster."""
-
     def __init__(self, folder: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
         self._key = key
         self._certificate = certificate
@@ -57,10 +55,8 @@ class Authority:
 
     @classmethod
     def open(cls, folder: Path) -> Authority:
-        """The authority that `folder` keeps, a new one where there is none.
-
-        UsageError where it is damaged or others may read it; LlamaclustError where it cannot be written.
-        """
+        """Opens the authority in `folder`, and makes it if there is none. Raises UsageError if it is damaged or others
+        may read it, LlamaclustError if it cannot be written."""
         try:
             if not folder.exists():
                 _create(folder)
@@ -88,7 +84,7 @@ class Authority:
 
     @property
     def token(self) -> JoinToken:
-        """As its file has it now: there may be another one since the start. The last one that could be read."""
+        """The token in its file now, which may have been rotated since the start; else the last one that could be read."""
         try:
             self._token = self._read_token()
         except UsageError as error:
@@ -96,12 +92,12 @@ class Authority:
         return self._token
 
     def rotate_token(self) -> None:
-        """Replaces it: the old token enrols no more, members stay."""
+        """Replaces the token: the old one enrols no more, members stay."""
         write_private(self.token_file, JoinToken.create(self._token.ca_hash).text + "\n")
 
     @property
     def certificate(self) -> bytes:
-        """The CA's own (DER)."""
+        """The CA's own certificate (DER)."""
         return self._certificate.public_bytes(Encoding.DER)
 
     @property
@@ -109,7 +105,7 @@ class Authority:
         return cluster_id(self._token.ca_hash)
 
     def identity(self, principal: Principal = COORDINATOR, life: timedelta = LIFE) -> Identity:
-        """With a new key that is nowhere on disk."""
+        """Makes an identity with a new key that is nowhere on disk."""
         ca = self._certificate.public_bytes(Encoding.PEM)
         return Identity(ca, self.cluster, principal, self.new_pair(principal, life))
 
@@ -118,7 +114,8 @@ class Authority:
         return key.with_certificate(self.certify(key.request, principal, life))
 
     def certify(self, request: bytes, principal: Principal, life: timedelta = LIFE) -> bytes:
-        """A certificate (DER) for the key of a certificate request. ProtocolError for a request that is none."""
+        """Returns a certificate (DER) for the key of a certificate request. Raises ProtocolError for an invalid
+        request."""
         now = datetime.now(UTC)
         builder = (
             x509.CertificateBuilder()
@@ -137,7 +134,7 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
-        """As the CA's certificate calls its key: other programs, such as Helm, may number keys in another way."""
+        """Returns the CA certificate's own id of its key: other programs, such as Helm, may derive ids in another way."""
         try:
             named = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         except x509.ExtensionNotFound:
@@ -146,7 +143,7 @@ class Authority:
 
 
 def new_ca(life: timedelta = _CA_LIFE) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """A key, and the certificate that it signs for itself."""
+    """Makes a key and its self-signed certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "llamaclust cluster CA")])
     builder = (
@@ -173,7 +170,7 @@ def _check_time(folder: Path, certificate: x509.Certificate) -> None:
 
 
 def _usage(*, signs: bool) -> x509.KeyUsage:
-    """Of a key that signs handshakes, or of one that signs certificates."""
+    """Returns the usage of a key that signs handshakes, else of one that signs certificates."""
     return x509.KeyUsage(
         digital_signature=signs,
         key_cert_sign=not signs,
@@ -188,7 +185,7 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 
 def _create(folder: Path) -> None:
-    """All at once: a start that is cut short leaves no half of it; of two clusters that start at once, one makes it."""
+    """Creates the folder atomically: an interrupted start leaves no part of it; of two starts at once, one makes it."""
     key, certificate = new_ca()
     token = JoinToken.create(ca_hash(certificate.public_bytes(Encoding.DER)))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +204,7 @@ def _create(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Among processes that make something in this folder."""
+    """Locks the folder against other processes that create something in it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

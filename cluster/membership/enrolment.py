@@ -1,4 +1,4 @@
-"""The enrolment port: TLS with the coordinator's certificate, a challenge, a request, an answer, the end."""
+"""The enrolment port: TLS with the coordinator's certificate, then challenge, request and answer."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from llamaclust.wire.security.credentials import Identity, Principal
 from llamaclust.wire.security.server_context import server_context
 
 MAX_CONNECTIONS = 64
-"""At a time; more are closed at once."""
+"""The most connections at once; further ones are closed immediately."""
 MAX_OF_HOST = 32
-"""Of one address, so that it cannot keep others out."""
+"""The most connections of one address, so that it cannot keep others out."""
 _HANDSHAKE_S = 5.0
 _EXCHANGE_S = 10.0
 _REST_S = 0.2
-"""After the system had no room for a connection."""
+"""The pause after the system had no room for a connection."""
 _log = logging.getLogger(__name__)
 
 
 class EnrolmentServer:
-    """Serves while it is entered."""
+    """The server of the enrolment port; it serves while it is entered."""
 
     def __init__(
         self, listen: str, authority: Authority, identity: Identity, refusal: RefusalReason | None, port: int
@@ -55,7 +55,7 @@ class EnrolmentServer:
 
     @property
     def address(self) -> str:
-        """Where it listens, with the port that it has."""
+        """The listener's address with its actual port."""
         assert self._socket is not None
         return f"{self._listen.rpartition(':')[0]}:{self._socket.getsockname()[1]}"
 
@@ -133,7 +133,7 @@ class EnrolmentServer:
         return protocol.Grant(certificate, self._port).proven(token, challenge, request)
 
     def _context(self) -> ssl.SSLContext:
-        """Of the present certificate."""
+        """Returns a TLS context with the present certificate, which is renewed."""
         pair = self._identity.pair
         if self._tls is None or self._tls[0] != pair.certificate:
             context = server_context(pair.private_key + pair.certificate, ssl.TLSVersion.TLSv1_3)

@@ -1,4 +1,4 @@
-"""Which workers may join: the rules that a registration must meet."""
+"""The rules that a worker's registration must meet."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from llamaclust.wire.security.credentials import Credentials, Principal, check_a
 HANDSHAKE_S = 10.0
 
 RefusalReason = Callable[[str], str | None]
-"""Why a worker of a name is refused; None where it is not."""
+"""A function that returns why a worker of a name is refused; None: it is not."""
 Certify = Callable[[bytes, Principal], bytes]
-"""A certificate (DER) for a certificate request (DER) of a principal; ProtocolError for a wrong request."""
+"""A function that returns a certificate (DER) for a principal's certificate request (DER); ProtocolError for an invalid
+request."""
 
 
 @dataclass(frozen=True, slots=True)
 class JoinSettings:
     heartbeat_timeout_s: float = 5.0
-    """A worker that is silent for so long is lost."""
     deadlines: Deadlines = field(default_factory=Deadlines)
     cluster: str = ""  # its name, for workers' logs
     refusal: RefusalReason | None = None
@@ -37,7 +37,7 @@ class JoinSettings:
 
 
 class JoinRules:
-    """Of one cluster, whose members decide what others need. `credentials`: its own."""
+    """The rules of one cluster; its members decide what versions others need. `credentials`: the cluster's."""
 
     def __init__(self, members: Members, settings: JoinSettings, credentials: Credentials) -> None:
         self._members = members
@@ -45,7 +45,7 @@ class JoinRules:
         self._credentials = credentials
 
     async def refusal(self, register: Register, peer: Principal | None) -> str | None:
-        """Why a worker is refused. A member of the same name is probed first: it may hang."""
+        """Returns why a worker is refused. A member of the same name is probed first: it may hang."""
         if mismatch := self._mismatch(register, peer):
             return mismatch
         if duplicate := self._duplicate(register):
@@ -77,25 +77,24 @@ class JoinRules:
         return None
 
     def _surplus(self, register: Register) -> str | None:
-        """Beyond what one plan can use."""
         present = self._members.present
         if register.name in present or len(present) < MAX_WORKERS:
             return None
         return f"the cluster has {len(present)} workers, as many as are possible"
 
     def _duplicate(self, register: Register) -> WorkerHandle | None:
-        """Another process that is a member of that name."""
+        """Returns a member of that name that is another process."""
         present = self._members.present.get(register.name)
         return present if present is not None and _process(present.registration) != _process(register) else None
 
     async def _probe(self, member: WorkerHandle) -> None:
-        """Waits for its next message, or its loss."""
+        """Waits for the member's next message, or its loss."""
         with contextlib.suppress(DeadlineError):
             async with deadline("a heartbeat", self._settings.heartbeat_timeout_s + HANDSHAKE_S):
                 await member.is_responsive()
 
     def _numerics_version(self, register: Register) -> int:
-        """The first member's; of a first member, the one of this version."""
+        """Returns the first member's version; without members, this program's."""
         members = (handle.registration.numerics_version for handle in self._members.present.values())
         return next(members, 0 if register.device == "reference" else NUMERICS_VERSION)
 

@@ -1,4 +1,4 @@
-"""What a worker's log says last of what went wrong."""
+"""The last error in a worker's log."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _OTHER_LOGGERS = (
     ),
 )
 """Lines of glog and Abseil; of Ray's processes; of Ray in Python, and plain `WARNING: ...`. The first letter of the
-level says which it is."""
+level decides."""
 _OF_ERRORS = "EFC"
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """The last line that tells of trouble: a warning or an error of the worker, an error of a library, or what a
-    traceback or the C library ends with. Empty where there is none from byte `start` on, or from the beginning of a log
-    that was emptied and is shorter."""
+    """Returns the last line about trouble: a warning or an error of the worker, an error of a library, or the end of a
+    traceback or of a C library's abort. "" if there is none from byte `start` on; a log shorter than `start` was
+    emptied and is read from its beginning."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size
@@ -45,7 +45,7 @@ def last_error(log: Path, start: int = 0) -> str:
 
 
 def _trouble(text: str) -> str:
-    """What a line tells of trouble. Lines that no logger has written do; indented ones belong to those around them."""
+    """Returns a line's message of trouble, or "". Unindented lines that no logger wrote count as trouble."""
     record = read_line(text)
     if record is not None:
         level, message = record
@@ -56,7 +56,7 @@ def _trouble(text: str) -> str:
 
 
 def _without_warnings(lines: list[str]) -> Iterator[str]:
-    """All lines but Python's warnings: a line with the place, perhaps more lines of the text, the line of source."""
+    """Yields all lines except Python's warnings: the place, perhaps more lines of text, the line of source."""
     at = 0
     while at < len(lines):
         if _PYTHON_WARNING.match(lines[at]):
@@ -67,7 +67,7 @@ def _without_warnings(lines: list[str]) -> Iterator[str]:
 
 
 def _end_of_warning(lines: list[str], start: int) -> int:
-    """Returns the line after its line of source, which is indented; if it has none, after its first line."""
+    """Returns the number of the line after the warning's indented line of source, else after its first line."""
     for at in range(start + 1, min(start + 1 + _MOST_WARNING_LINES, len(lines))):
         if lines[at].startswith((" ", "\t")):
             return at + 1

@@ -1,4 +1,4 @@
-"""The connected workers: which are present, which were lost and why."""
+"""The connected workers: those present, and those lost, with the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _EXIT_REPORT_S = 0.5
-"""A stream breaks a moment before the launcher reports how the process ended."""
+"""The wait for the launcher's report of a process's end, which comes a moment after its stream breaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class MemberLost:
 
 @dataclass(frozen=True, slots=True)
 class PeerReported:
-    """A member reports that it cannot reach another one."""
+    """A member's report that it cannot reach another one."""
 
     worker: WorkerHandle
     report: PeerUnreachable
@@ -39,7 +39,7 @@ class PeerReported:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatReceived:
-    """A member is alive; its `heartbeat` says how far it is."""
+    """A member's sign of life; its `heartbeat` has its progress."""
 
     worker: WorkerHandle
 
@@ -48,13 +48,13 @@ MembershipEvent = MemberJoined | MemberLost | PeerReported | HeartbeatReceived
 
 
 class Members:
-    """By name; a lost one stays until another of its name joins."""
+    """The workers by name; a lost one stays until another of its name joins."""
 
     def __init__(self, read_last_error: Callable[[str], str]) -> None:
-        """`read_last_error`: the last error in a worker's log, by name."""
+        """`read_last_error` returns the last error in the log of a worker of that name."""
         self.read_last_error = read_last_error
         self.joins: dict[str, int] = {}
-        """By name, the number of the newest join, in the order of all joins."""
+        """The number of each worker's newest join, by name."""
         self._workers: dict[str, WorkerHandle] = {}
         self._numbers = count(1)
         self._exits: dict[str, str] = {}
@@ -68,11 +68,11 @@ class Members:
 
     @property
     def present(self) -> dict[str, WorkerHandle]:
-        """Those that are not lost, in the order in which they joined."""
+        """Workers that are not lost, by name."""
         return {name: handle for name, handle in self._workers.items() if handle.loss is None}
 
     def subscribe(self, subscriber: Callable[[MembershipEvent], None]) -> None:
-        """It gets every event from now on, at once."""
+        """Calls the subscriber with every later event, synchronously."""
         self._subscribers.append(subscriber)
 
     def publish(self, event: MembershipEvent) -> None:
@@ -80,11 +80,12 @@ class Members:
             subscriber(event)
 
     async def changed(self) -> None:
-        """Returns at the next join or loss. The caller has a deadline."""
+        """Returns at the next join or loss. The caller sets a deadline."""
         await self._changed.wait()
 
     async def wait_for(self, names: Collection[str], deadline_s: float) -> None:
-        """Returns when all have joined. DeadlineError names those that have not, WorkerError one that ended before."""
+        """Returns when all have joined. Raises DeadlineError that names missing ones, WorkerError for one that ended
+        before."""
         missing = sorted(names)
         try:
             async with deadline("workers joining", deadline_s):
@@ -95,7 +96,7 @@ class Members:
             raise DeadlineError(f"workers {', '.join(missing)} have not joined within {deadline_s:g} s") from error
 
     def check_exits(self, names: Collection[str]) -> None:
-        """WorkerError for one of these whose process ended before it joined."""
+        """Raises WorkerError for a worker whose process ended before it joined."""
         for name in names:
             if name in self._exits:
                 raise _start_failed(name, self._exits[name], self.read_last_error(name))
@@ -105,7 +106,7 @@ class Members:
         self._changed = asyncio.Event()
 
     def process_exited(self, name: str, how: str) -> None:
-        """The launcher's report that a worker's process has ended."""
+        """Takes the launcher's report that a worker's process has ended."""
         if name in self._workers:
             self.fence(self._workers[name], how)
         else:
@@ -118,7 +119,7 @@ class Members:
         self._exits.pop(handle.name, None)
 
     def announce(self, handle: WorkerHandle) -> None:
-        """It knows that it is a member, unless it is lost meanwhile."""
+        """Publishes the join of a worker that knows of its admission, unless it is lost meanwhile."""
         if handle.loss is not None:
             return
         self._set_changed()
@@ -132,7 +133,8 @@ class Members:
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Its connection ended. The launcher's report, which knows of signals and exit codes, takes precedence."""
+        """Counts a worker as lost whose connection ended. The launcher's report, which knows signals and exit codes,
+        takes precedence."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""The registry: the service that workers join, with the handshake of a connection, its messages and its end."""
+"""The service that workers join, with each connection's handshake, messages and end."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from llamaclust.worker.weights.giver import WeightGiver
 _LISTEN_S = 0.1
 _GOODBYE_S = 0.5
 _LOOK_S = 1.0
-"""Between two looks at the record on disk."""
+"""The pause between two reads of the record on disk."""
 
 _log = logging.getLogger(__name__)
 
 
 class Registry(Members):
-    """Serves the Coordinator service while it is entered."""
+    """The members, and the Coordinator service, which runs while this is entered."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Registry(Members):
         settings: JoinSettings,
         giver: WeightGiver | None = None,
     ) -> None:
-        """`giver`: of weights of the coordinator's files."""
+        """`giver` serves weights of the coordinator's files."""
         super().__init__(read_last_error)
         self._listen = listen
         self._credentials = credentials
@@ -56,7 +56,7 @@ class Registry(Members):
 
     @property
     def address(self) -> str:
-        """gRPC target that workers join."""
+        """The gRPC target that workers join."""
         assert self._server is not None
         return self._server.address
 
@@ -69,8 +69,8 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends every worker, unless they are another coordinator's, or others did not join in time: the next start may
-        use them."""
+        """Ends every worker, unless another coordinator has them or others joined too late: the next start may use
+        them."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
         for handle in present:
@@ -104,8 +104,8 @@ class Registry(Members):
         await self._serve(register, stream)
 
     async def _newer_coordinator(self, register: Register) -> str | None:
-        """The cluster's end, where a worker that held its layers was another coordinator's meanwhile, which has signed
-        its term: no member's word alone ends a cluster, nor does a worker that never held layers."""
+        """Returns a refusal if the worker has seen a newer coordinator. This cluster ends only if the newer term is
+        signed and the worker held its layers: no member's word alone ends a cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
             here = f"this is one of {self._settings.cluster!r}"
@@ -130,7 +130,7 @@ class Registry(Members):
             self._superseded.set_exception(SupersededError(f"superseded by a newer coordinator: {newer}"))
 
     async def superseded(self) -> None:
-        """SupersededError once a newer coordinator of the same cluster is known: to a worker, or by its record."""
+        """Raises SupersededError once a worker or the record on disk knows a newer coordinator of the cluster."""
         record = self._settings.record
         while not self._superseded.done():
             if newer := await asyncio.to_thread(record.newer_term):
@@ -139,7 +139,7 @@ class Registry(Members):
         await self._superseded
 
     def leave_workers(self) -> None:
-        """To the next coordinator: they are not ended with this one."""
+        """Leaves the workers running at the end, for the next coordinator."""
         self._is_left = True
 
     async def _serve(self, register: Register, stream: ServerStream) -> None:
@@ -163,7 +163,7 @@ class Registry(Members):
                 self.report_loss(handle, reason)
 
     async def _prove_term(self) -> None:
-        """To the members that were admitted with a smaller one: they may have to prove it to another coordinator."""
+        """Sends members the grown term with its proof, which they may have to show to another coordinator."""
         with contextlib.suppress(DeadlineError):
             async with deadline("proving a term", HANDSHAKE_S):
                 sends = (handle.channel.send(self._admitted()) for handle in self.present.values())
@@ -175,7 +175,7 @@ class Registry(Members):
         return messages.Admitted(settings.deadlines, cluster=settings.cluster, term=term, term_proof=proof)
 
     async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:
-        """Until the connection ends; returns why."""
+        """Takes messages until the connection ends; returns the reason."""
         reading, lost = asyncio.create_task(stream.read()), asyncio.create_task(handle.lost.wait())
         try:
             while await self._has_message(reading, lost):
@@ -203,7 +203,7 @@ class Registry(Members):
             lost.cancel()
 
     def _renewal(self, request: messages.RenewCertificate, peer: Principal | None) -> CoordinatorMessage:
-        """For the name of the present certificate."""
+        """Renews the certificate for its present name."""
         if self._settings.certify is None or peer is None:
             raise ProtocolError("a certificate is to be renewed where there are none")
         try:
@@ -212,7 +212,8 @@ class Registry(Members):
             return messages.RenewalFailed(messages.Failure(ProtocolError.__name__, str(error)))
 
     async def _has_message(self, reading: asyncio.Task[bytes | None], lost: asyncio.Task[bool]) -> bool:
-        """False after the heartbeat timeout, in which this loop had time to read: while it is busy, messages wait."""
+        """Returns False after the heartbeat timeout, provided that this loop had time to read: messages wait while it
+        is busy."""
         tasks = (reading, lost)
         done, _ = await asyncio.wait(
             tasks, timeout=self._settings.heartbeat_timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -226,7 +227,7 @@ class Registry(Members):
 
 
 def _serial_sender(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:
-    """Writes messages one at a time, as gRPC wants it."""
+    """Returns a sender that writes one message at a time, as gRPC requires."""
     writing = asyncio.Lock()
 
     async def write(message: CoordinatorMessage) -> None:

@@ -1,4 +1,4 @@
-"""Requests to one worker, the answers that are awaited, and deadlines that progress extends."""
+"""Requests to one worker, their answers, and deadlines that progress extends."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Send = Callable[[CoordinatorMessage], Awaitable[None]]
 Progress = LoadProgress | FindWeightsProgress
 OnProgress = Callable[[Any], None] | None
 Key = str | int
-"""Of an answer: the epoch's order, or the request id."""
+"""The key of an answer: an epoch's order, or the request id."""
 Request = Callable[[deadline], Awaitable[Any]]
-"""Awaits an answer until a limit."""
+"""A function that awaits an answer until a limit."""
 
 
 class ProgressDeadline:
-    """A deadline that each progress report extends; its error says how far the worker was."""
+    """A deadline that each progress report extends; its error names the worker's progress."""
 
     def __init__(self, what: str, timeout_s: float) -> None:
         self._what = what
@@ -56,7 +56,7 @@ class ProgressDeadline:
             self._limit.move(asyncio.get_running_loop().time() + self._timeout_s)
 
     async def wait(self, request: Request) -> Any:
-        """The answer. StalledError where there is no progress for the timeout."""
+        """Returns the answer. Raises StalledError after the timeout without progress."""
         try:
             return await request(self._limit)
         except DeadlineError as error:
@@ -79,7 +79,7 @@ class WorkerChannel:
         return self._locks.setdefault(what, asyncio.Lock())
 
     async def request(self, request: WorkerRequest, limit: deadline) -> Any:
-        """The answer. Raises the worker's own error, WorkerError where it is lost, and what `limit` raises."""
+        """Returns the answer. Raises the worker's own error, WorkerError if it is lost, and what `limit` raises."""
         request_id = next(self._ids)
         self._expected[request_id] = _ANSWERS[type(request)]
         try:
@@ -100,7 +100,7 @@ class WorkerChannel:
             del self._pending[key]
 
     def answer(self, key: Key, answer: object) -> None:
-        """Answers that come after their deadline are dropped. ProtocolError for one to another kind of request."""
+        """Resolves a request; late answers are dropped. Raises ProtocolError for an answer of the wrong type."""
         pending = self._pending.get(key)
         if pending is None or pending.done():
             return
@@ -114,7 +114,7 @@ class WorkerChannel:
     async def with_progress(
         self, kind: type[Progress], request: Request, limit: ProgressDeadline, on_progress: OnProgress
     ) -> Any:
-        """The answer to a request whose progress messages are of that kind, and extend its limit."""
+        """Returns the answer to a request whose progress messages are of that kind, and extend its limit."""
 
         def observe(progress: Progress) -> None:
             limit.report(progress.done_bytes, progress.total_bytes)
@@ -132,7 +132,7 @@ class WorkerChannel:
             observer(progress)
 
     def fail(self, error: LlamaclustError) -> None:
-        """The worker is lost."""
+        """Fails all pending and later requests."""
         self._error = error
         for pending in self._pending.values():
             if not pending.done():

@@ -34,7 +34,7 @@ from llamaclust.wire.security.credentials import Credentials
 from llamaclust.wire.security.permits import permit
 
 PROGRESS_TIMEOUT_S = 60.0
-"""Without progress for so long, a load is taken to hang."""
+"""The time without progress after which a load counts as hung."""
 _UNLOAD_S = 60.0
 _REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
     kind.__name__: kind
@@ -49,7 +49,7 @@ _REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
         LoadCancelledError,
     )
 }
-"""What a worker may report of itself, by name; all else is a WorkerError."""
+"""Errors that a worker may report, by name; all others become WorkerError."""
 _loss_numbers = count()
 
 
@@ -67,7 +67,7 @@ class WorkerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """`number`: in the order of losses. `last_error`: in the worker's log, if any."""
+    """The loss of a worker. `number`: in the order of losses. `last_error`: in the worker's log, if any."""
 
     reason: str
     number: int
@@ -79,7 +79,7 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class FreshMemory:
-    """What a worker that holds nothing may take, where its registration was out of date."""
+    """Free memory of a worker without stages, newer than its registration."""
 
     free_bytes: int
     gpus: tuple[Gpu, ...]
@@ -98,7 +98,7 @@ class UnreachablePeer:
 
 
 class GroupFaults:
-    """The first report of an epoch's member of a group that it gives the epoch up."""
+    """The first report of a group's member that it gives up the epoch."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()
@@ -110,7 +110,7 @@ class GroupFaults:
 
 
 class WorkerHandle:
-    """One member. `lost` is set once it is lost for any reason but the cluster's end; then `loss` says why."""
+    """One member. `lost` is set once it is lost for any reason but the cluster's end; then `loss` has the reason."""
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class WorkerHandle:
         self._faults: dict[int, GroupFaults] = {}  # by epoch
 
     def forget_files(self) -> None:
-        """Forgets which files the worker has: they may have been changed since."""
+        """Forgets which files the worker has: they may have changed since."""
         self.weights_found = {key: found for key, found in self.weights_found.items() if not found.has_file}
 
     @property
@@ -167,11 +167,9 @@ class WorkerHandle:
         return None if order is None else order.limits.places(order.start, order.end)
 
     def epochs_of(self, model_id: str) -> list[int]:
-        """Of its stages of a model."""
         return [epoch for epoch, (order, _) in self.stages.items() if order.model_id == model_id]
 
     def holds_others(self, model_id: str) -> bool:
-        """Whether it has stages of other models than this one."""
         return any(order.model_id != model_id for order, _ in self.stages.values())
 
     def layers_of(self, epoch: int) -> tuple[float, float]:
@@ -186,12 +184,11 @@ class WorkerHandle:
         return tuple(part for model_id in sorted(models) for part in self.devices_of(self.order_of(model_id)))
 
     def devices_of(self, order: Load | None) -> tuple[DeviceLayers, ...]:
-        """The layers of a stage on each of its devices."""
         kind = "cpu" if self.registration.gpus else self.registration.device
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
 
     def order_of(self, model_id: str) -> Load | None:
-        """Of its newest stage of a model, loaded or being loaded; None of a worker that is gone."""
+        """Returns the order of its newest stage of a model, loaded or being loaded; None for a worker that is gone."""
         if self.state.is_gone:
             return None
         if self.loading is not None and self.loading.model_id == model_id:
@@ -201,7 +198,7 @@ class WorkerHandle:
 
     @property
     def held_bytes(self) -> int:
-        """Of all its stages together; 0 of a worker that is gone."""
+        """The memory of all its stages; 0 for a worker that is gone."""
         stages = (loaded for _, loaded in self.stages.values() if not self.state.is_gone)
         return sum(stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes for stage in stages)
 
@@ -228,12 +225,11 @@ class WorkerHandle:
 
     @property
     def _layers_text(self) -> str:
-        """Of what it holds."""
         models = {order.model_id for order, _ in self.stages.values()}
         return f"layers of {len(models)} models" if len(models) > 1 else "layers [{}, {})".format(*self.layers or ())
 
     def progress(self, epoch: int) -> StageProgress | None:
-        """Returns the progress of its stage in its last heartbeat; None if that has none."""
+        """Returns the progress of its stage in its last heartbeat; None without one."""
         stages = () if self.heartbeat is None else self.heartbeat.stages
         return next((stage for stage in stages if stage.epoch == epoch), None)
 
@@ -244,7 +240,7 @@ class WorkerHandle:
         return self._faults.setdefault(epoch, GroupFaults())
 
     async def is_responsive(self) -> bool:
-        """Returns at the next message; False where it is lost instead."""
+        """Returns True at the next message, False if the worker is lost before."""
         signs = [asyncio.create_task(sign.wait()) for sign in (self._message, self.lost)]
         try:
             await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
@@ -259,8 +255,8 @@ class WorkerHandle:
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> Loaded:
-        """Loads a stage. Raises the worker's own error where it fails, WorkerError where the worker is lost,
-        StalledError where it makes no progress for `progress_timeout_s`."""
+        """Loads a stage. Raises the worker's own error, WorkerError if it is lost, StalledError after
+        `progress_timeout_s` without progress."""
         assert self.loading is None, "one load at a time"
         what = f"worker {self.name} gets no further with layers [{order.start}, {order.end})"
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
@@ -281,14 +277,13 @@ class WorkerHandle:
         return loaded
 
     def cancel_load(self, model_id: str) -> None:
-        """The load of a model under way, if any, fails with LoadCancelledError once it has ended on the worker."""
+        """Makes a model's load under way, if any, fail with LoadCancelledError; `load` then unloads it."""
         if self.loading is not None and self.loading.model_id == model_id:
             error = LoadCancelledError(f"worker {self.name}: its load is not needed any more")
             self.channel.answer(f"load of epoch {epoch_text(self.loading.epoch)}", error)
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
-        """Frees the stage of an epoch. Raises the worker's own error where it fails, WorkerError where the worker is
-        lost, DeadlineError."""
+        """Frees the stage of an epoch. Raises the worker's own error, WorkerError if it is lost, DeadlineError."""
         what = f"unload of epoch {epoch_text(epoch)}"
         await self.channel.order(what, messages.Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self._forget(epoch)
@@ -299,7 +294,7 @@ class WorkerHandle:
         self._faults.pop(epoch, None)
 
     def receive(self, message: messages.WorkerMessage) -> None:
-        """Takes in a message of the worker. ProtocolError for one that has no place after its registration."""
+        """Takes in a message. Raises ProtocolError for one that must not follow the registration."""
         self._message.set()
         self._message = asyncio.Event()
         match message:
@@ -338,8 +333,8 @@ class WorkerHandle:
                 raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 
     def _check_fault(self, fault: GroupFault) -> None:
-        """ProtocolError for a report that this worker cannot make: of a worker that is not in its group, or that
-        another one has failed by itself."""
+        """Raises ProtocolError for a fault that this worker cannot report: of a worker outside its group, or a failure
+        of another member."""
         group = self.stages[fault.epoch][0].group
         members = () if group is None else tuple(member.worker for member in group.members)
         if fault.worker not in members or (fault.kind == "failed" and fault.worker != self.name):
@@ -347,7 +342,7 @@ class WorkerHandle:
             raise ProtocolError(f"worker {self.name}, {whose}, reports worker {fault.worker} as {fault.kind}")
 
     def lose(self, reason: str) -> None:
-        """The worker is lost; every pending request fails. The first reason stays."""
+        """Marks the worker lost and fails every pending request. The first reason stays."""
         if self.loss is not None or self.left:
             return
         last_error = self._read_last_error() or (self.heartbeat.last_error if self.heartbeat else "")
@@ -357,5 +352,4 @@ class WorkerHandle:
 
 
 def _error(worker: str, failure: messages.Failure) -> LlamaclustError:
-    """The error that a worker reports."""
     return _REPORTED.get(failure.kind, WorkerError)(f"worker {worker}: {failure.message}")

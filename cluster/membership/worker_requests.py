@@ -24,7 +24,7 @@ from llamaclust.wire.control.weights import (
 from llamaclust.wire.rpc.deadlines import deadline
 
 _PROFILE_S = 300.0
-"""It includes layers of a large model that are read from a slow disk."""
+"""The measurement's limit includes reading layers of a large model from a slow disk."""
 _LINK_S = 30.0
 _LOG_S = 5.0
 _ADAPTERS_S = 600.0
@@ -32,8 +32,8 @@ _HEARTBEAT_S = 10.0
 
 
 async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_s: float = _PROFILE_S) -> Profile:
-    """Measures the worker's machine; it should be idle otherwise. ProtocolError for an answer about other GPUs than it
-    has."""
+    """Measures the worker's machine, which should be idle. Raises ProtocolError for an answer with another number of
+    GPUs."""
     limit = deadline(f"worker {worker.name}: measurement", deadline_s)
     measured: profiles.WorkerProfile = await worker.channel.request(request, limit)
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
@@ -45,7 +45,7 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
 
 
 async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkProfile:
-    """Measures the worker's link to another one. Raises the error that it met."""
+    """Measures the worker's link to another one. Raises the worker's own error."""
     limit = deadline(f"worker {worker.name}: measuring the link to worker {other.name}", deadline_s)
     own = other.registration
     end = profiles.LinkEnd(other.name, own.address, worker.permit(other.name), own.link_address)
@@ -57,8 +57,8 @@ async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: fl
 
 
 async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[AdapterFile, ...]) -> None:
-    """The worker's stage of the epoch has these adapters, and no others. Raises its own error, WorkerError where it is
-    lost, DeadlineError."""
+    """Replaces the adapters of the epoch's stage. Raises the worker's own error, WorkerError if it is lost,
+    DeadlineError."""
     limit = deadline(f"worker {worker.name}: its adapters", _ADAPTERS_S)
     done: AdaptersSet = await worker.channel.request(SetAdapters(epoch, adapters), limit)
     order, loaded = worker.stages[epoch]
@@ -67,8 +67,7 @@ async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[Adapter
 
 
 async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) -> str:
-    """Why the worker cannot reach another one; "" where it can. WorkerError where it is lost, DeadlineError where it
-    does not answer."""
+    """Returns why the worker cannot reach another one; "" if it can. Raises WorkerError if it is lost, DeadlineError."""
     what = f"way to {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)
@@ -78,7 +77,7 @@ async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) ->
 
 
 async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
-    """The last lines of the worker's log. WorkerError where it is lost, DeadlineError."""
+    """Returns the last lines of the worker's log. Raises WorkerError if it is lost, DeadlineError."""
     async with worker.channel.one_at_a_time("log"):
         limit = deadline(f"worker {worker.name}: its log", deadline_s)
         tail: LogTail = await worker.channel.request(logs.GetLog(), limit)
@@ -86,8 +85,8 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """After a load that memory did not suffice for: it holds nothing but stages of other models, which take `held` of
-    its devices, and its next heartbeat says what is free beside them. DeadlineError."""
+    """Takes the free memory from the next heartbeat after a load that did not fit. The worker holds only stages of
+    other models, which take `held` bytes of its devices and count as free. Raises DeadlineError."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
@@ -103,8 +102,8 @@ async def find_weights(
     on_reading: Callable[[FindWeightsProgress], None] | None = None,
     progress_timeout_s: float = PROGRESS_TIMEOUT_S,
 ) -> WeightsFound:
-    """The worker's weights of a model; requested once, and again only with their manifest, for which it may read its
-    file. StalledError where it makes no progress for `progress_timeout_s`."""
+    """Returns the worker's weights of a model, cached; with `describe` it may read its file for the manifest. Raises
+    StalledError after `progress_timeout_s` without progress."""
     async with worker.channel.one_at_a_time("weights"):
         key = request.file_id, request.describe
         if key not in worker.weights_found:

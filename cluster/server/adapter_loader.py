@@ -1,4 +1,4 @@
-"""Adapters that clients load and unload while a model is served: allowed files, their numbers, their record."""
+"""Adapters that clients load and unload while a model is served: allowed files, numbers, record."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """`config`: the cluster as this model has it. `model`: with the adapters of the cluster file alone; `adapted`: also
-    with those that clients loaded before the start, all of which are `adapters`."""
+    """A model of the cluster, with its own `config`. `model` has the adapters of the cluster file alone; `adapted` also
+    has those that clients loaded before the start. `adapters` lists all of them."""
 
     config: ClusterConfig
     model: Model
@@ -39,8 +39,8 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """With the adapters of the record that are there and unchanged, if their names are not among `names`, which get
-        them; a notice names the others."""
+        """Opens the record's adapters that are unchanged and whose names are not among `names`, to which theirs are
+        added; notices name the others."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder
@@ -65,7 +65,7 @@ class OpenedModel:
 
 @dataclass(eq=False, slots=True)
 class AdapterLoader:
-    """Of one model. `_turn`: of the loaders of all models, one change at a time."""
+    """The loader of one model. The loaders of all models share `_turn`: one change at a time."""
 
     opened: OpenedModel
     _runner: ActionRunner
@@ -87,9 +87,9 @@ class AdapterLoader:
         return self.opened.adapters
 
     async def load(self, name: str, path: str) -> None:
-        """Returns when requests may use the adapter. ParameterError for a name or a path that is not allowed, HttpError
-        404 where there is no adapter, 503 while the model sleeps; ModelFileError, InsufficientMemoryError and what else
-        makes a load fail: then everything is as before."""
+        """Returns when requests may use the adapter. Raises ParameterError for a forbidden name or path, HttpError 404
+        without an adapter there, 503 while the model sleeps, and ModelFileError, InsufficientMemoryError and other
+        errors of a load, which changes nothing then."""
         folder, adapters = self.opened.config.api.adapter_folder, self.adapters
         assert folder is not None
         async with self._turn:
@@ -106,8 +106,8 @@ class AdapterLoader:
         self._report(Notice(f"a client loaded adapter {number} {name!r}: {adapter.path}"))
 
     async def unload(self, name: str) -> None:
-        """Returns when the model serves without the adapter, and no start loads it again. HttpError 404 for a name of
-        none, 409 while it is used; ParameterError for one of the cluster file; else as `load`."""
+        """Returns when the model serves without the adapter and no start loads it again. Raises HttpError 404 for an
+        unknown name, 409 while it is used, ParameterError for one of the cluster file, else as `load`."""
         adapters = self.adapters
         async with self._turn:
             if name not in adapters.names and await self._record.remove(self.name, name):
@@ -126,7 +126,7 @@ class AdapterLoader:
         self._report(Notice(f"a client unloaded adapter {number} {name!r}"))
 
     async def _replace(self, model: Model, loaded: Sequence[tuple[int, ServedAdapter]]) -> None:
-        """Returns when all stages have the adapters of this model and the record has them; else all is as before."""
+        """Returns when all stages and the record have the model's adapters; after an error nothing is changed."""
         await self._runner.set_adapters(model)
         try:
             await self._record.write(self.name, loaded)
@@ -136,7 +136,7 @@ class AdapterLoader:
         self.model = model
 
     def _unloadable(self, name: str) -> int:
-        """The number of an adapter that a client loaded and no request uses."""
+        """Returns the number of an adapter that a client loaded and no request uses."""
         adapters = self.adapters
         number = adapters.number_of(name)
         if number is None:
@@ -159,7 +159,7 @@ class AdapterLoader:
             raise HttpError(503, "model_not_loaded", f"{what}: load it by POST /models/load, then try again")
 
     def _check_name(self, name: str) -> None:
-        """Clients of Ollama write names with a tag: one that differs by it alone would be taken for the other."""
+        """Raises ParameterError for a taken name. Ollama's clients append a tag: names that differ by it alone collide."""
         if name in self.adapters.names:
             raise ParameterError("lora_name", f"adapter {name!r} is loaded already: unload it first, or choose another")
         taken = fixed_names([other.opened.config for other in self.others])
@@ -169,13 +169,13 @@ class AdapterLoader:
 
 
 def fixed_names(configs: Iterable[ClusterConfig]) -> set[str]:
-    """Of models and adapters in the cluster file."""
+    """Returns the names of models and adapters in the cluster file."""
     named = ((own.model_name, *own.api.aliases, *(adapter.name for adapter in own.adapters)) for own in configs)
     return set(chain.from_iterable(named))
 
 
 def _free_number(adapters: ServedAdapters) -> int:
-    """ParameterError where there is none."""
+    """Raises ParameterError if all numbers are taken."""
     free = next((number for number in range(MAX_ADAPTERS) if number not in adapters.numbers), None)
     if free is None:
         raise ParameterError(
@@ -185,8 +185,7 @@ def _free_number(adapters: ServedAdapters) -> int:
 
 
 def _opened(model: Model, folder: Path, number: int, wanted: ServedAdapter) -> tuple[ServedAdapter, Model]:
-    """An adapter with its place and its digest, and the model with it beside the others. Reads all of its weights.
-    Raises as `AdapterLoader.load`."""
+    """Opens an adapter, reads all of its weights, and adds it to the model's others. Raises as `AdapterLoader.load`."""
     path = _allowed(folder, wanted.path)
     file = read_adapter(path, model.plain)
     check_adapter_weights([file])
@@ -195,7 +194,8 @@ def _opened(model: Model, folder: Path, number: int, wanted: ServedAdapter) -> t
 
 
 def _allowed(folder: Path, given: str) -> Path:
-    """Where an adapter is, links followed. ParameterError outside the folder, HttpError 404 where there is none."""
+    """Returns the adapter's path with links resolved. Raises ParameterError outside the folder, HttpError 404 without
+    one."""
     shown = repr(given[:_MOST_SHOWN])
     try:
         root, path = folder.resolve(), (folder / given).resolve()

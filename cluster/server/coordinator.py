@@ -47,7 +47,7 @@ from llamaclust.wire.rpc.sched_slice import short_slices
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """`config`: the cluster as this model has it."""
+    """A model that is served, with its own `config`."""
 
     config: ClusterConfig
     model: Model
@@ -65,13 +65,13 @@ class ServedModel:
 
     @property
     def plan(self) -> Plan | None:
-        """Of the epoch that serves, or served last; None: it was never loaded."""
+        """The plan of the epoch that serves, or served last; None: it was never loaded."""
         return self.supervisor.plan
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What runs while `open_cluster` is entered."""
+    """The parts of a cluster, valid while `open_cluster` is entered."""
 
     config: ClusterConfig
     registry: Registry
@@ -84,7 +84,6 @@ class Cluster:
 
     @property
     def model(self) -> Model:
-        """The first one; likewise `supervisor`, `engine` and `plan`."""
         return self.models[0].model
 
     @property
@@ -97,7 +96,7 @@ class Cluster:
 
     @property
     def plan(self) -> Plan:
-        """Of the epoch that serves, or served last."""
+        """The plan of the epoch that serves, or served last."""
         assert self.supervisor.plan is not None
         return self.supervisor.plan
 
@@ -110,11 +109,9 @@ async def open_cluster(
     report: Report = lambda event: None,
     make_planner: type[ClusterPlanner] = ClusterPlanner,
 ) -> AsyncIterator[Cluster]:
-    """A cluster that is ready for requests. The caller holds `folder`'s lock. On the way out every worker ends.
-    `model_paths`: the file of each model.
-
-    Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left
-    running."""
+    """Yields a cluster that is ready for requests; on the way out every worker ends. The caller holds `folder`'s lock.
+    `model_paths`: the file of each model. Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError
+    if the start fails; nothing is left running."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
@@ -166,8 +163,8 @@ async def _measured(
     report: Report,
     unused_bytes: int,
 ) -> MeasureLinks | None:
-    """Planners know the workers and their links from now on. Returns how to measure links again. So many bytes of this
-    machine's memory count as free and are not."""
+    """Gives planners the workers' speeds and links. Returns the function that measures links again. `unused_bytes` of
+    this machine's memory count as free but are reserved."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -192,7 +189,7 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """The first model is loaded unless requests load none, the others sleep; memory must suffice for each alone."""
+    """Loads the first model unless the cluster loads on demand; the others sleep. Memory must suffice for each alone."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())
@@ -220,7 +217,7 @@ async def _served(
 
 
 def _cluster_metrics(models: Sequence[ServedModel], registry: Registry) -> CollectorRegistry:
-    """In one registry, which `GET /metrics` of each model shows."""
+    """Makes one registry, which `GET /metrics` of each model shows."""
     metrics = CollectorRegistry()
 
     def names() -> dict[str, str]:
@@ -240,8 +237,7 @@ def _resident(served: ServedModel, entry: ModelEntry | None) -> Resident:
 async def _shortfall(
     planners: Sequence[ClusterPlanner], registry: Registry, drained: frozenset[str]
 ) -> LlamaclustError | None:
-    """Why the present workers that are not drained cannot hold a model, by what they report; None where they can hold
-    each."""
+    """Returns why the present undrained workers cannot hold a model, by what they report; None if they can hold each."""
     try:
         for planner in planners:
             present = {name: worker for name, worker in registry.present.items() if name not in drained}
@@ -258,7 +254,7 @@ async def _planned(planner: ClusterPlanner, workers: Mapping[str, WorkerHandle])
 
 @asynccontextmanager
 async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report: Report) -> AsyncIterator[WorkerPool]:
-    """Lost workers are restarted where the launcher does that."""
+    """Restarts lost workers if the launcher does so."""
     pool = WorkerPool(config, workers, report)
     with workers.launcher.restarting(pool.not_restarted), pool.partitions:
         async with aclosing(pool):
@@ -269,8 +265,8 @@ async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report:
 async def _engine(
     config: ClusterConfig, supervisor: Supervisor, sleeping: SchedulerSettings | None
 ) -> AsyncIterator[Engine]:
-    """An engine whose pipeline the supervisor replaces when it is lost. `sleeping`: its settings, where the model is
-    not loaded yet."""
+    """An engine whose pipeline the supervisor replaces when it is lost. `sleeping`: its settings if the model is not
+    loaded yet."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
         with named_errors(config):

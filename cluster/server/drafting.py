@@ -1,4 +1,4 @@
-"""What drafts for the models of a cluster: one draft model for all that have its tokens."""
+"""The draft model of a cluster, shared by all models with its tokens."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from llamaclust.model.loader import Model
 
 Models = Sequence[tuple[ClusterConfig, Model]]
 _SMALL = 2
-"""A draft model that is not so many times smaller than the model takes nearly as long for a token."""
+"""The least factor between the sizes of model and draft model: a larger draft model takes nearly as long for a token.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftModelMemory:
-    """What a draft model takes of the coordinator's machine, and for which models it drafts."""
+    """The memory of a draft model on the coordinator's machine, and the models that it drafts for."""
 
     name: str  # of its file
     bytes: int
@@ -46,21 +47,21 @@ class DraftModelMemory:
 
 
 def draft_model_memory(models: Models) -> DraftModelMemory | None:
-    """None where the cluster names no draft model. Raises as `plan_draft_model`."""
+    """Returns None if the cluster names no draft model. Raises as `plan_draft_model`."""
     plan = _planned(models)
     return None if plan is None else _memory(plan, models)
 
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """How the models of a cluster are drafted for."""
+    """The drafting settings of a cluster's models."""
 
     settings: Sequence[SpeculationSettings | None]  # of each
     unused_bytes: int = 0  # of this machine's memory: of a draft model that has not written to them yet
 
 
 async def drafting(stack: AsyncExitStack, models: Models, report: Report) -> Drafting:
-    """The draft model is loaded, and closed with the stack. Raises as `plan_draft_model` and `open_draft_model`."""
+    """Loads the draft model, which closes with the stack. Raises as `plan_draft_model` and `open_draft_model`."""
     for line in filter(None, (unused_mtp(*of) for of in models)):
         report(Notice(line))
     plan = await asyncio.to_thread(_planned, models)

@@ -1,5 +1,5 @@
-"""The public side of a cluster: settings of its API, port, certificate and record, what a user is told of them, and the
-served models with their text services and replies, on one journal."""
+"""The public side of a cluster: its API's settings, port, certificate, record and notices, and the served models with
+their text services and replies on one journal."""
 
 from __future__ import annotations
 
@@ -44,13 +44,11 @@ if TYPE_CHECKING:
 
 
 _MORE_REQUESTS = 64
-"""Requests of a model beside those that run and wait: they are read, refused, or their replies are written."""
+"""Requests of a model beside running and waiting ones: those being read or refused, or whose replies are written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Front:
-    """The public side of a cluster: its port, its record, its API settings, telemetry, the receiver of its events."""
-
     port: ApiPort
     record: ClusterRecord
     settings: ApiSettings
@@ -59,7 +57,7 @@ class Front:
 
 
 def api_settings(config: ClusterConfig) -> ApiSettings:
-    """UsageError for API keys or defaults that cannot be used."""
+    """Raises UsageError for API keys or defaults that cannot be used."""
     check_defaults(config.api.defaults)
     return ApiSettings(
         listen_host=config.host,
@@ -86,7 +84,7 @@ def api_settings(config: ClusterConfig) -> ApiSettings:
 
 
 def _existing(folder: Path | None, key: str) -> Path | None:
-    """UsageError where a folder of the cluster file does not exist."""
+    """Raises UsageError if the folder does not exist."""
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: the folder of {key} does not exist; make it first")
     return folder
@@ -104,7 +102,7 @@ def open_port(config: ClusterConfig, folder: ClusterDir) -> Iterator[ApiPort]:
 
 
 def _certificate(config: ClusterConfig, folder: ClusterDir) -> ServerCertificate | None:
-    """UsageError for files that cannot be used."""
+    """Raises UsageError for files that cannot be used."""
     if config.listen_tls is None:
         return None
     from llamaclust.cluster.front.http.certificate import (
@@ -154,7 +152,7 @@ def ready_event(cluster: Cluster, front: Front) -> Ready:
 
 
 def _collector(telemetry: TelemetrySettings | None) -> str | None:
-    """Scheme, host and port of its URL, which may hold a secret besides."""
+    """Returns scheme, host and port of the collector's URL, whose other parts may hold a secret."""
     target = None if telemetry is None else telemetry.traces or telemetry.metrics
     if target is None:
         return None
@@ -177,7 +175,7 @@ BODIES: Final[tuple[type[Body], ...]] = (
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:
-    """UsageError for a name that no endpoint has, and for a value that none of those with the name takes."""
+    """Raises UsageError for a name that no endpoint has, and for a value that no endpoint with the name takes."""
     objects = [part for kind in BODIES for part in (kind, *parts_of(kind).values())]
     for given, value in defaults.items():
         having = [(kind, name) for kind in objects if (name := kind.foreign.name(given)) in kind.model_fields]
@@ -194,7 +192,8 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 async def api_models(
     cluster: Cluster, settings: ApiSettings, journal: Journal, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> AsyncIterator[list[ApiModel]]:
-    """All models, the first one first. `show`: the JSON of `GET /cluster`. The owner of the journal closes it."""
+    """Yields all models, the first one first. `show` returns the JSON of `GET /cluster`. The owner of the journal
+    closes it."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
         services = [await stack.enter_async_context(aclosing(_text_service(served))) for served in cluster.models]
@@ -232,7 +231,6 @@ def _text_service(served: ServedModel) -> TextService:
 
 
 def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[ServedModel]) -> ApiSettings:
-    """The settings of one of the models: of `models` in the cluster file, requests name one."""
     return replace(
         settings,
         aliases=served.config.api.aliases,
@@ -249,8 +247,8 @@ KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type",
 
 
 def answer_digest(config: ClusterConfig, files: str, chat_template: str | None, context_length: int) -> str:
-    """`files`: identities of the model and of its adapters; `chat_template`: its source, from which the format of
-    answers follows in one version; `context_length`: of the plan."""
+    """Hashes what determines answers. `files`: identities of the model and its adapters; `chat_template`: its source,
+    which fixes the format of answers in one version; `context_length`: the plan's."""
     defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
     adapters = tuple((adapter.name, adapter.scale) for adapter in config.adapters)
     keys = (files, chat_template, context_length, config.wire, config.kv_type.value, defaults, adapters)

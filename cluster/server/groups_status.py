@@ -1,4 +1,4 @@
-"""The groups that hold a model's stages, in `llamaclust status --json`: their members, and the time in gathers."""
+"""The groups that hold a model's stages, in `llamaclust status --json`: their members and time in gathers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from llamaclust.wire.control.messages import Load
 def groups_json(
     workers: Collection[WorkerHandle], model_id: str, predicted: Mapping[str, StagePrediction]
 ) -> list[dict[str, Any]]:
-    """A group for each stage of the model that several workers hold, the first layers first. `predicted`: by worker."""
+    """Returns a group for each stage of the model that several workers hold, the first layers first. `predicted`: by
+    worker."""
     orders = {handle.name: order for handle in workers if (order := handle.order_of(model_id)) is not None}
     counters = {handle.name: counters_of(handle, model_id) for handle in workers}
     led = [(name, order) for name, order in orders.items() if order.group is not None and order.group.member == 0]
@@ -23,7 +24,7 @@ def groups_json(
 
 
 def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
-    """What the worker's last heartbeat says of its newest stage of a model; None where no group holds that."""
+    """Returns the counters of the worker's newest stage of a model in its last heartbeat; None without a group."""
     order = handle.order_of(model_id)
     progress = None if order is None else handle.progress(order.epoch)
     return None if progress is None else progress.group
@@ -32,9 +33,9 @@ def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
 def _group(
     order: Load, counters: Mapping[str, GroupCounters | None], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Times are the leader's, which is the stage's. `waited_for_s`: what the gathers of all others waited for a member.
-    A gather's wait counts as a whole for the member that was ready last, so of two late members only the later one has
-    it: that one is to be looked at first."""
+    """Formats a group; its times are the leader's. `waited_for_s`: the time that the others' gathers waited for a
+    member. A gather's wait counts as a whole for the last member to be ready, so look first at the member with the
+    most."""
     assert order.group is not None, "the order of a leader"
     members = order.group.members
     all_counters = [counted for member in members if (counted := counters.get(member.worker)) is not None]

@@ -1,4 +1,4 @@
-"""Which of several coordinators serves: the holder of the Lease. The others wait, and say so on their API's port."""
+"""The Lease, whose holder is the coordinator that serves. The others wait, and their API's port says so."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def leading(lease: Lease, port: ApiPort, settings: ApiSettings, report: Report) -> Iterator[bool]:
-    """Waits for the lease, and holds it meanwhile; gives False where a signal ended the wait. Where it cannot be
-    renewed, this process ends at once, as by a kill: another one may have it."""
+    """Waits for the lease and holds it while entered; yields False if a signal ended the wait. If the lease cannot be
+    renewed, this process ends at once, as by a kill: another one may hold it."""
 
     def lost(reason: str) -> None:
         _log.error("this coordinator ends: it does not hold the Lease %s any more: %s", lease.name, reason)

@@ -1,4 +1,4 @@
-"""`llamaclust measure`: what is known of this machine's local workers and their links is measured again."""
+"""`llamaclust measure`: new measurements of this machine's local workers and their links."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ class Figure:
 
     @property
     def ratio(self) -> float | None:
-        """The measured value divided by the stored one."""
         return self.measured / self.stored if self.stored else None
 
 
@@ -72,8 +71,8 @@ class Measurements:
 async def measure_workers(
     config: ClusterConfig, paths: Sequence[Path], folder: ClusterDir, report: Report
 ) -> Measurements:
-    """Starts the workers as a cluster does, and replaces what is stored of them. The caller holds `folder`'s lock.
-    Raises as `open_cluster`; nothing is left running."""
+    """Starts the workers as a cluster does, and replaces their stored values. The caller holds `folder`'s lock. Raises
+    as `open_cluster`; nothing is left running."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
@@ -94,7 +93,7 @@ async def measure_workers(
 
 
 async def _no_shortfall() -> None:
-    """Local workers are all awaited."""
+    """Returns None: all local workers are awaited."""
 
 
 async def _measured(
@@ -128,7 +127,7 @@ def _devices(
 
 
 def _values(profile: DeviceProfile | None, costs: StageCosts) -> _Values:
-    """Limits, and the time of all layers where steps of the model were timed."""
+    """Returns the limits, and the times of all layers if steps of the model were timed."""
     if profile is None:
         return {}
     values = {

@@ -57,14 +57,11 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> int:
-    """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them.
-    A standby first waits for the end of the coordinator that has the name, and ends with one that is stopped in order.
-    With a Lease, all coordinators wait for that, and what one leaves is the next one's. `model_paths`: of each model.
-    Returns the exit code: a shell's for SIGINT where that ended the start.
-
-    Raises UsageError for a name or port that is taken and for API keys that cannot be used, and what `open_cluster`
-    raises.
-    """
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them. A
+    standby first waits for the end of the coordinator that has the name, and ends with one that was stopped in order.
+    With a Lease, all coordinators wait for it and continue the requests of the one before. `model_paths`: one for each
+    model. Returns the exit code: 128 + SIGINT if SIGINT ended the start. Raises UsageError for a taken name or port or
+    unusable API keys, else as `open_cluster`."""
     folder = ClusterDir(config.state_dir / config.name)
     settings, telemetry = api_settings(config), resolve_telemetry(config)
     if config.lease is not None:
@@ -102,7 +99,7 @@ def _report_line(front: Front, line: str) -> None:
 
 
 async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: Front) -> bool:
-    """Whether Ctrl-C ended the start."""
+    """Returns True if Ctrl-C ended the start."""
     signals = Signals()
     try:
         if front.port.certificate is not None:
@@ -126,20 +123,20 @@ async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], fold
 
 
 def _starting_replies(config: ClusterConfig, front: Front) -> StartingReplies:
-    """Who waits for a lease was alive before, and stays so."""
+    """A coordinator that waits for a lease reports itself live, and stays live while it starts."""
     is_live = config.lease is not None
     return StartingReplies(front.port, front.settings, front.report, is_live=is_live)
 
 
 def _settle_memory() -> None:
-    """What is there now stays: looking through it for garbage again and again would hold up every request."""
+    """Exempts present objects from garbage collection: scanning them would hold up every request."""
     gc.collect()
     gc.freeze()
     collect_rarely()
 
 
 async def _answer(cluster: Cluster, folder: ClusterDir, front: Front, signals: Signals) -> None:
-    """Serves the API of a cluster until it is asked to stop."""
+    """Serves the API of a cluster until a signal or a newer coordinator ends it."""
     config, admission = cluster.config, Admission(front.settings)
     allow_many_files()
     async with (
@@ -180,7 +177,7 @@ async def _telemetry(cluster: Cluster, front: Front) -> AsyncIterator[Telemetry 
 
 @contextmanager
 def _left_to_the_next(journal: Journal) -> Iterator[None]:
-    """What is in the journal stays there whatever ends this coordinator."""
+    """Seals the journal on any error, so that its requests stay for the next coordinator."""
     try:
         yield
     except BaseException:
@@ -189,7 +186,7 @@ def _left_to_the_next(journal: Journal) -> Iterator[None]:
 
 
 async def _restorable(folder: ClusterDir, models: Sequence[ApiModel], front: Front) -> list[RequestContext]:
-    """What an earlier coordinator left for the same models."""
+    """Returns the requests that an earlier coordinator left for the same models."""
     left = await asyncio.to_thread(_left_requests, folder.journal)
     restorable = [request for request in left if any(model.continues(request) for model in models)]
     _report_line(front, found_unanswered(left, restorable))
@@ -197,7 +194,7 @@ async def _restorable(folder: ClusterDir, models: Sequence[ApiModel], front: Fro
 
 
 def _left_requests(path: Path) -> list[RequestContext]:
-    """Those of an earlier coordinator; none where the journal cannot be read."""
+    """Returns [] if the journal cannot be read."""
     try:
         return read_journal(path, Instant.now())
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -206,7 +203,7 @@ def _left_requests(path: Path) -> list[RequestContext]:
 
 
 async def _report_requests(models: Sequence[ApiModel], report: Report) -> None:
-    """How many requests are left, whenever that changes."""
+    """Reports the number of remaining requests whenever it changes."""
     reported = 0
     while True:
         left = sum(model.service.active_requests for model in models)
@@ -227,14 +224,13 @@ async def _ended(serving: asyncio.Task[None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Inheritance:
-    """What a coordinator that is stopped leaves to the next one: accepted requests, and workers to one that waits for
-    the lease."""
+    """The parts that a stopped coordinator leaves to the next: accepted requests, and with a Lease its workers."""
 
     journal: Journal
     registry: Registry | None
 
     def leave(self) -> LlamaclustError:
-        """Why requests end here."""
+        """Seals the journal; returns the error that ends requests here."""
         self.journal.stop_in_order()
         if self.registry is None:
             self.journal.end_sent()
@@ -246,8 +242,8 @@ class _Inheritance:
 
 
 async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inheritance) -> None:
-    """No new requests; those that were accepted are answered, with all their choices. Requests that remain after that
-    are left to the next coordinator."""
+    """Refuses new requests and finishes accepted ones, with all their choices; the next coordinator gets those that
+    remain after the time limit."""
     admission.stop()
     try:
         with suppress(TimeoutError):
@@ -262,7 +258,7 @@ async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inherit
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to its owner, and says when it answers."""
+    """A server that leaves signals to its owner, and sets `answers` once it serves."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

@@ -27,7 +27,7 @@ class Signals:
         self._received()
 
     def _lose_terminal(self) -> None:
-        """Shell and kernel may both tell of it: that makes no second signal."""
+        """Ignores a repetition: shell and kernel may both send SIGHUP."""
         if not self.asked.is_set():
             self._received()
 

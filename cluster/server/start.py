@@ -1,4 +1,4 @@
-"""Parts of a start up to the workers' membership: files of models, launcher, registry, measurement of links."""
+"""The start up to the workers' membership: model files, launcher, registry, measurement of links."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _HEARTBEATS = 5
 async def open_models(
     stack: AsyncExitStack, config: ClusterConfig, paths: Sequence[Path], launcher: Launcher
 ) -> list[tuple[ClusterConfig, Model]]:
-    """Each model with the cluster as this model has it. UsageError for what no worker can mend."""
+    """Opens each model with its own config. Raises UsageError for faults that no worker can mend."""
     models = []
     for own, path in zip(config.of_each_model(), paths, strict=True):
         adapters = [adapter.path for adapter in own.adapters]
@@ -53,7 +53,7 @@ async def open_models(
 
 @contextmanager
 def named_errors(config: ClusterConfig) -> Iterator[None]:
-    """Errors say which of several models they are about."""
+    """Prefixes errors with the model's name if there are several models."""
     try:
         yield
     except (UsageError, InsufficientMemoryError) as error:
@@ -64,7 +64,7 @@ def named_errors(config: ClusterConfig) -> Iterator[None]:
 
 @contextmanager
 def launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iterator[Launcher]:
-    """The launcher of a cluster file; what it needs on disk is there meanwhile. The caller holds `folder`'s lock."""
+    """Yields the cluster file's launcher, with its files on disk. The caller holds `folder`'s lock."""
     match config.launcher:
         case "local":
             with run_directory(folder.path) as run:
@@ -84,7 +84,7 @@ def launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iter
 
 
 def registry_of(config: ClusterConfig, launcher: Launcher, record: ControlRecord) -> Registry:
-    """Workers send so many heartbeats that a few may be late."""
+    """Sets several heartbeats for each timeout, so that a few may be late."""
     timeout_s = config.timeouts.worker
     heartbeat_s = min(_HEARTBEAT_S, timeout_s / _HEARTBEATS)
     settings = JoinSettings(
@@ -108,7 +108,7 @@ def link_meter(
     *,
     anew: bool = False,
 ) -> MeasureLinks | None:
-    """Returns None if the usual links are assumed. `anew`: known links are measured again."""
+    """Returns None if default links are assumed. `anew`: known links are measured again."""
     if config.launcher_facts.is_local and not hops_matter(measured):
         return None
     return partial(

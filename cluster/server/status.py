@@ -1,4 +1,4 @@
-"""What a cluster says of itself: `llamaclust status --json` and `GET /cluster`."""
+"""The JSON of `llamaclust status --json` and `GET /cluster`."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _MOST_LISTED = 64
 
 
 def cluster_status(cluster: Cluster, record: ClusterRecord, served: ServedModel | None = None) -> dict[str, Any]:
-    """As one of the models has it, by default the first one. `status`: the workers and their layers now; `plan`: what
-    was predicted; null of a model that was never loaded; `stages`: the same figures measured; `links`: the way of a
-    token; `sequences`: requests that run or wait."""
+    """Returns the status for one of the models, the first by default. `status`: the workers and their layers now;
+    `plan`: predictions (null before the first load); `stages`: the same figures measured; `links`: a token's way;
+    `sequences`: running and waiting requests."""
     served = served or cluster.models[0]
     engine, plan = served.engine, served.plan
     sequences = [sequence for scheduler in engine.schedulers for sequence in scheduler.sequences]
@@ -49,7 +49,7 @@ def cluster_status(cluster: Cluster, record: ClusterRecord, served: ServedModel 
 
 
 def sequences_json(sequences: Sequence[ScheduledSequence], now_ns: int) -> list[dict[str, Any]]:
-    """Of requests that run or wait, the first ones. Ids are cut off."""
+    """Lists the first running and waiting requests; ids are cut off."""
     return [
         {
             "id": sequence.request.request_id[:SHOWN_CHARACTERS],
@@ -68,8 +68,7 @@ def sequences_json(sequences: Sequence[ScheduledSequence], now_ns: int) -> list[
 
 
 def links_json(plan: Plan, links: Links) -> list[dict[str, Any]]:
-    """The links of a token's way, from the coordinator (named "") through the stages and back; null where not
-    measured."""
+    """Lists the links from the coordinator (named "") through the stages and back; null if not measured."""
     names = [COORDINATOR, *(stage.worker for stage in plan.leaders), COORDINATOR]
     return [_link(*pair, links.measured.get(frozenset(pair))) for pair in pairwise(names)]
 
@@ -115,7 +114,7 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
 
 
 def _quarantine(supervisor: Supervisor, name: str) -> dict[str, Any] | None:
-    """Why plans exclude a worker where the others suffice, and for how long still; None: they do not."""
+    """Returns why and how long plans exclude a worker if the others suffice; None: they do not."""
     quarantine, now_s = supervisor.observed.state.pool.quarantine, asyncio.get_running_loop().time()
     if name not in quarantine.names(now_s):
         return None
@@ -125,7 +124,7 @@ def _quarantine(supervisor: Supervisor, name: str) -> dict[str, Any] | None:
 
 
 def _model(served: ServedModel, resident: Resident) -> dict[str, Any]:
-    """One of the models. One that requests woke is loading until it serves."""
+    """Formats one model; one that a request woke is loading until it serves."""
     state = served.engine.state
     counts = served.engine.counts
     return {
@@ -144,7 +143,7 @@ def _predicted_stages(plan: Plan | None) -> dict[str, StagePrediction]:
 
 
 def _speed(plan: Plan | None, measured: MeasuredSpeed) -> dict[str, Any]:
-    """Two times the same figures; null where nothing was measured."""
+    """Formats the same figures twice, predicted and measured; null if unknown."""
     known = None if plan is None else plan.prediction
     predicted = {
         "token_ms": None if known is None else 1e3 * known.token_s,
@@ -159,7 +158,8 @@ def _speed(plan: Plan | None, measured: MeasuredSpeed) -> dict[str, Any]:
 def worker_json(
     handle: WorkerHandle, model_id: str, reports: Mapping[str, StageReport], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Layers are those of this model. A group's members have the speed of its leader: they compute the same steps."""
+    """Formats a worker with its layers of this model. A group's members have its leader's speed: they compute the same
+    steps."""
     order = handle.order_of(model_id)
     group = None if order is None else order.group
     report = reports.get(handle.name if group is None else group.members[0].worker)

@@ -1,4 +1,4 @@
-"""Prometheus metrics of workers, from their last heartbeats. Those of stages are the engine's."""
+"""Prometheus metrics of workers, from their last heartbeats; those of stages are the engine's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COUNTERS = {
     "worker_experts_cache_misses": ("experts_cache_misses", "The same without copies on GPUs"),
     "worker_experts_cache_copied_bytes": ("experts_cache_copied_bytes", "Bytes of experts copied to a worker's GPUs"),
 }
-"""Name, field of the heartbeat, help."""
+"""Name: (heartbeat's field, help)."""
 _GAUGES = {
     "worker_busy_ratio": ("busy", "Share of the last heartbeat interval that a worker spent computing"),
     "worker_resident_memory_bytes": ("resident_bytes", "Resident memory of a worker's process"),
@@ -36,16 +36,16 @@ _GROUP_COUNTERS = {
     "group_sent_bytes": ("sent_bytes", "Bytes that a member of a group sent to the others"),
     "group_received_bytes": ("received_bytes", "Bytes that a member of a group received from the others"),
 }
-"""Name, field of the counters of a group's member, help."""
+"""Name: (field of a group member's counters, help)."""
 
 
 class WorkerMetrics(Collector):
-    """Counters begin again with a worker's process, as Prometheus expects."""
+    """A collector whose counters restart with a worker's process, as Prometheus expects."""
 
     def __init__(
         self, workers: Callable[[], Mapping[str, WorkerHandle]], models: Callable[[], Mapping[str, str]]
     ) -> None:
-        """`models`: their names by model id."""
+        """`models`: names by model id."""
         self._workers = workers
         self._models = models
 
@@ -75,7 +75,7 @@ def _of_heartbeats(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
 
 
 def _of_groups(workers: Mapping[str, WorkerHandle], models: Mapping[str, str]) -> Iterator[Metric]:
-    """Counters begin again with each plan."""
+    """Yields counters that restart with each plan."""
     labels = ["worker", "model"]
     families = [
         (field, CounterMetricFamily(f"llamaclust_{name}", text, labels=labels))

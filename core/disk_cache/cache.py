@@ -1,8 +1,6 @@
-"""A folder of files that can be made again: bounded, of this user alone, and shared by all processes of the user.
-
-A file gets its name when it is complete, and is never changed then: maps and open files stay valid when it is deleted.
-One process writes at a time; readers need no lock. The last use of a file is its time of access.
-"""
+"""A bounded folder of files that can be made again, private to this user and shared by all processes of the user. A
+file gets its name when it is complete and never changes: maps and open files stay valid when it is deleted. One process
+writes at a time; readers need no lock. A file's access time is its last use."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from llamaclust.core.sizes import MIB, mib
 _log = logging.getLogger(__name__)
 
 _FREE_SHARE = 20
-"""One part in so many of the disk stays free, at most `free_bytes`."""
+"""The share of the disk that stays free is 1/20, at most `free_bytes`."""
 
 _LOCK = "lock"
 NEVER_NS = 1 << 63
@@ -43,7 +41,7 @@ class CachedFile:
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """The number and size of deleted files, and the errors of those left."""
+    """The number and size of deleted files, and the errors of files that could not be deleted."""
 
     files: int = 0
     size_bytes: int = 0
@@ -52,8 +50,8 @@ class Cleared:
 
 @dataclass(frozen=True, slots=True)
 class DiskCache:
-    """Files with one of `suffixes` in the folder `path`, which hold `most_bytes` together. A subclass is one kind of
-    cache. Other files in the folder, and what folders and links in it lead to, are left alone."""
+    """Files with one of `suffixes` in the folder `path`, at most `most_bytes` together. Other files, subfolders and
+    link targets are not touched."""
 
     path: Path
     most_bytes: int
@@ -68,8 +66,8 @@ class DiskCache:
     modified_ns: ClassVar[int | None] = None  # of all files, if set: one that was changed later is damaged
 
     def create(self) -> None:
-        """Makes the folder. OSError if that fails, PermissionError if it is a link, or others could plant files there,
-        or read secret ones."""
+        """Raises OSError if the folder cannot be made, PermissionError if it is a link or other users could write (or
+        read secret) files there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
@@ -79,8 +77,8 @@ class DiskCache:
             raise PermissionError(errno.EPERM, f"{what} (mode {mode:o})", str(self.path))
 
     def open(self, name: str, *, is_use: bool = True) -> FileIO | None:
-        """The whole file, which counts as used now if `is_use`; None where there is none. What else lies there is
-        deleted. OSError with the name of what cannot be read, or not deleted."""
+        """Returns the whole file and marks it used if `is_use`; None if it is absent. Anything else at its place is
+        deleted. Raises OSError with the name of what cannot be read or deleted."""
         path = self.path / name
         try:
             file = files.open_own(path)
@@ -97,7 +95,6 @@ class DiskCache:
         return None
 
     def read(self, name: str, most_bytes: int, *, is_use: bool = True) -> bytes | None:
-        """The first bytes of a file, as with `open`."""
         file = self.open(name, is_use=is_use)
         if file is None:
             return None
@@ -113,9 +110,9 @@ class DiskCache:
         kept: Container[str] = (),
         writing: Writing | None = None,
     ) -> None:
-        """Writes a file, unless it is there with that size. To make room, files are deleted that were not used since
-        `since_ns`, without those `kept`. NoRoomError, BusyError where others write long, StoppedError soon after
-        `writing` was stopped, or another OSError: no part of the file is there then."""
+        """Writes a file, unless it is there with that size. Files last used before `since_ns` and not in `kept` are
+        deleted to make room. Raises NoRoomError, BusyError (another writer holds the lock long), StoppedError (soon
+        after `writing` was stopped) or another OSError; no part of the file remains then."""
         n_bytes, writing = sum(map(len, parts)), writing or Writing()
         with self.locked(writing):
             if not self._has(name, n_bytes):
@@ -124,19 +121,18 @@ class DiskCache:
 
     @contextmanager
     def locked(self, writing: Writing | None = None) -> Iterator[None]:
-        """The lock between writers. Deletes what killed ones left. Errors as of `files.locked`."""
+        """Holds the lock between writers, and deletes temporary files of killed ones. Raises as `files.locked` does."""
         with files.locked(self.path / _LOCK, writing or Writing()):
             for file in self.files(files.TEMPORARY):
                 files.remove(file.path)
             yield
 
     def drop(self, name: str, why: str) -> None:
-        """Deletes a damaged file, with a line in the log."""
         _log.warning("%s: %s; it is deleted", self.path / name, why)
         files.remove(self.path / name)
 
     def files(self, *suffixes: str) -> list[CachedFile]:
-        """Files with these suffixes, all by default, the longest unused first."""
+        """Returns files with these suffixes (default: the cache's), the longest unused first."""
         found = []
         with suppress(FileNotFoundError), os.scandir(self.path) as entries:
             for entry in entries:
@@ -152,11 +148,11 @@ class DiskCache:
         return sum(file.size_bytes for file in self.files())
 
     def in_the_way(self) -> list[Path]:
-        """Links, directories and the like with the name of a file of this folder."""
+        """Returns links, directories and the like that have the name of a cache file."""
         return sorted(path for path in self._names(_LOCK) if path.is_symlink() or not path.is_file())
 
     def clear(self) -> Cleared:
-        """Deletes what can be deleted. Processes that use the files continue. OSError if no file can be deleted,
+        """Deletes what can be deleted; processes that use the files continue. Raises OSError if no file can be deleted,
         BusyError if another process writes for long."""
         if not os.path.lexists(self.path):
             return Cleared()
@@ -179,12 +175,12 @@ class DiskCache:
         return Cleared(count, size_bytes, tuple(left))
 
     def _needed_since_ns(self) -> int:
-        """Files that were used since then must not be deleted; `NEVER_NS`: all may be. For the holder of the lock."""
+        """Returns the time since when used files must be kept; `NEVER_NS`: all may be deleted. The caller holds the
+        lock."""
         return NEVER_NS
 
     def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:
-        """Deletes files, as in `write`, until there is room for one more of so many bytes, the longest unused first.
-        For the holder of the lock."""
+        """Deletes files, the longest unused first, until `n_bytes` more fit. The caller holds the lock."""
         held, since_ns = self.files(), min(since_ns, self._needed_since_ns())
         held_bytes, count = sum(file.size_bytes for file in held), len(held)
         disk = os.statvfs(self.path)
@@ -205,7 +201,6 @@ class DiskCache:
             raise NoRoomError(f"{self.path}: {what}; make room there, or set LLAMACLUST_HOME to another disk")
 
     def _names(self, *others: str) -> Iterator[Path]:
-        """Paths with a suffix of this folder, or one of these names, whatever is there."""
         for path in self.path.iterdir() if self.path.is_dir() else ():
             if path.name.endswith((*self.suffixes, files.TEMPORARY)) or path.name in others:
                 yield path
@@ -230,7 +225,7 @@ class DiskCache:
 
 
 def _drop_foreign(path: Path, error: ForeignFileError) -> None:
-    """Deletes what lies at the place of a file. The error if that fails."""
+    """Raises the given error if deletion fails."""
     try:
         path.unlink()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Files of a folder that several processes write: of this user alone, opened without blocking or following links,
+"""Files of a folder that several processes write: private to this user, opened without blocking or following links, and
 written whole or not at all."""
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from llamaclust.core.cgroups import drop_cached_pages
 from llamaclust.core.regular_file import NotRegularError, open_descriptor, take_lock
 
 TEMPORARY = ".tmp"
-"""Suffix of a file that is being written, or was left by a process that was killed meanwhile."""
+"""The suffix of a file that is being written, or that a killed process left."""
 
 _WRITE_BYTES = 1 << 21
-"""One write call, at a multiple of it: some file systems then keep the file in huge pages (ext4 of Linux 6.16)."""
+"""A write's size and alignment, with which some file systems use huge pages (ext4 of Linux 6.16)."""
 
 _LOCK_WAIT_S = 10.0
-"""A writer waits so long for another one, which has the lock while it writes one file."""
+"""The longest wait for another writer, which holds the lock while it writes one file."""
 
 _LOCK_RETRY_S = 0.02
 
 _NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
-"""Errors of open for links, sockets, devices without a driver, directories."""
+"""Errors of open for links, sockets, devices without a driver and directories."""
 
 
 class ForeignFileError(OSError):
@@ -43,8 +43,6 @@ class StoppedError(Exception):
 
 
 class Writing:
-    """The state of a writer, and the means to stop it."""
-
     def __init__(self) -> None:
         self.is_stopped = False
         self.waits = False  # for the lock
@@ -52,7 +50,8 @@ class Writing:
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
-    """Opens a file of this user, unbuffered. FileNotFoundError, ForeignFileError, or another OSError with its name."""
+    """Opens a file of this user, unbuffered. Raises FileNotFoundError, ForeignFileError, or another OSError with its
+    name."""
     try:
         descriptor = open_descriptor(path, flags | os.O_NOFOLLOW)
     except OSError as error:
@@ -67,7 +66,7 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
 
 @contextmanager
 def locked(path: Path, writing: Writing) -> Iterator[None]:
-    """BusyError where another process has the lock for long, StoppedError soon after `writing` was stopped."""
+    """Raises BusyError if another process holds the lock for long, StoppedError soon after `writing` was stopped."""
     with open_own(path, os.O_RDWR | os.O_CREAT) as file:
         deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
         while not take_lock(file.fileno()):
@@ -84,8 +83,8 @@ def locked(path: Path, writing: Writing) -> Iterator[None]:
 def write_whole(
     path: Path, parts: Sequence[bytes | memoryview], writing: Writing, modified_ns: int | None, *, is_synced: bool
 ) -> None:
-    """Writes a whole file or none; its time of modification is `modified_ns` or now. The caller has the folder's lock.
-    OSError, StoppedError."""
+    """Writes a whole file or none, with modification time `modified_ns` or now. The caller holds the folder's lock.
+    Raises OSError or StoppedError."""
     made = path.with_name(f"{path.name}{TEMPORARY}")
     try:
         file = open_own(made, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -116,13 +115,12 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 
 def used_ns(status: os.stat_result) -> int:
-    """The last use of a file, or its writing."""
     return max(status.st_atime_ns, status.st_mtime_ns)
 
 
 def mark_used(descriptor: int) -> os.stat_result:
-    """Sets the last use to now, unless the file system is read-only, and returns the status before. The kernel's own
-    stamp would be some milliseconds behind."""
+    """Sets the last use to now, unless the file system is read-only, and returns the earlier status. The kernel's own
+    timestamp would be some milliseconds behind."""
     found = os.fstat(descriptor)
     with suppress(OSError):
         os.utime(descriptor, ns=(time.time_ns(), found.st_mtime_ns))
@@ -135,7 +133,7 @@ def remove(path: Path) -> None:
 
 
 def delete(path: Path) -> int:
-    """Deletes a file or an empty directory; returns the size of a file. OSError with its name."""
+    """Deletes a file or an empty directory; returns the size of a file, 0 for others. Raises OSError with its name."""
     found = path.lstat()
     if stat.S_ISDIR(found.st_mode):
         path.rmdir()
@@ -145,7 +143,7 @@ def delete(path: Path) -> int:
 
 
 def delete_unlocked(path: Path) -> bool:
-    """Deletes a file that no process has locked. OSError if it is gone or cannot be deleted."""
+    """Returns False for a file that a process has locked. Raises OSError if it is gone or cannot be deleted."""
     with open_own(path, os.O_RDWR) as file:
         is_free = take_lock(file.fileno())
         if is_free:
@@ -154,7 +152,7 @@ def delete_unlocked(path: Path) -> bool:
 
 
 def reason(error: OSError) -> str:
-    """The error without its number."""
+    """Returns the error's text without its number."""
     if error.strerror is None:
         return str(error)
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"

@@ -1,1 +1,1 @@
-"""How owners of work share what is scarce: places by turns, room by what is free."""
+"""Scarce resources that owners share: places by turns, room by shares."""

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
-    """Returns whether an owner with `own` of all `held` may have `more`: it then has `room` at most, and no more than
-    stays free of twice `room`, one unit apart. One alone may have all of `room`, all together have at most twice as
-    much, and one without any gets up to half of what is free."""
+    """True if an owner of `own` of all `held` units may have `more`: it then holds at most `room`, and at most what
+    stays free of 2 * `room`, plus one. One owner alone may have all of `room`, all together at most 2 * `room`, and an
+    owner without any gets up to half of the free units."""
     return not more or own + more <= min(room, 2 * room - held - more + 1)
 
 
 class Shares:
-    """Units of one room, and the owners that hold them; `fits` says who may have more."""
+    """The units of one room that each owner holds."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -32,7 +32,6 @@ class Shares:
 
     @contextmanager
     def holding(self, owner: str, units: int) -> Iterator[None]:
-        """The owner has these units meanwhile."""
         self.take(owner, units)
         try:
             yield

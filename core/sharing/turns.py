@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """A free place goes to the owner with the fewest places, among these to another than the one that leaves it. An
-    owner has `most` places at once, or all. Of one event loop."""
+    """A free place goes to the waiting owner with the fewest places, on a tie to another than the one that leaves it.
+    An owner has at most `most` places; None: all. Not thread-safe: one event loop."""
 
     def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places
@@ -20,7 +20,6 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, owner: str) -> AsyncIterator[None]:
-        """A place while it is open."""
         if self._free and self._taken[owner] < self._most:
             self._free -= 1
             self._taken[owner] += 1
@@ -44,7 +43,7 @@ class Turns:
             raise
 
     def _leave(self, owner: str) -> None:
-        """Hands the place on. An owner that has no more places and waits for none is forgotten."""
+        """Hands the place on, and forgets an owner without places and waits."""
         self._taken[owner] -= 1
         self._taken += Counter()
         able = (waiting for waiting in self._waiting if self._taken[waiting] < self._most)

@@ -1,4 +1,4 @@
-"""What would make a model fit described machines, or run faster on them."""
+"""Advice on described machines: changes that make a model fit or run faster."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llamaclust.tools.assume.planning import AssumedCluster, prediction_of, room
 _GIB = 1 << 30
 _SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_M", "IQ2_XXS")
 _FEW_BITS = 3.0
-"""Of a weight: with fewer, answers are clearly worse."""
+"""Bits of a weight below which answers are clearly worse."""
 _FURTHER = 3
-"""So many machines more than memory alone asks for are tried."""
+"""The number of machines tried beyond those that memory requires."""
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
 """(Gbit/s, round trip in ms) of networks that groups may need."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
-"""What makes a token or a prompt take less than this share of its time would help."""
+"""Shares of a token's and a prompt's time: a change helps if it takes less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Alone:
     prediction: Prediction
 
     def is_better(self, together: Prediction) -> bool:
-        """Returns whether one request at a time has at least 0.95 of the speed that the machines have together."""
+        """True if one request at a time has at least 0.95 of the speed of all machines together."""
         return self.prediction.token_s < 1.05 * together.token_s
 
 
 def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
-    """The machine that decodes fastest of those that hold the whole model; None where none does."""
+    """Returns the machine that decodes fastest of those that hold the whole model; None without one."""
     found = list[Alone]()
     for machine in dict.fromkeys(cluster.assumed.machines):
         plan = cluster.with_one(machine).fitting_plan(model)
@@ -49,8 +49,8 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """The largest quantization that fits, one of the catalog if any does, and the fewest further machines like the last
-    one. Each with whole layers: where they do not fit, dividing experts would take many searches."""
+    """Yields the largest quantization that fits, one of the catalog if any does, and the fewest further machines like
+    the last. Each is tried with whole layers: dividing experts would take many searches."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"
@@ -67,7 +67,7 @@ def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientM
 
 
 def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
-    """Changes that would make one request clearly faster than by `plan`."""
+    """Yields changes that would make one request clearly faster than `plan`."""
     now, expert_shards = prediction_of(plan), plan.expert_shards
     for what, changed, instead in _changes(cluster, model):
         other = changed.fitting_plan(instead, max_expert_shards=expert_shards)
@@ -84,7 +84,7 @@ def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iter
 
 
 def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
-    """The slowest network at which the machines would be groups, if they are none by `plan`."""
+    """Yields the slowest network at which the machines would form groups, unless `plan` has some."""
     assumed, now = cluster.assumed, prediction_of(plan)
     is_grouped = any(stage.shares for stage in plan.stages)
     if len(assumed.machines) < 2 or is_grouped or any(text.startswith("groups=") for text in cluster.overrides):
@@ -103,7 +103,7 @@ def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) 
 
 
 def _better_networks(now: Network) -> Iterator[Network]:
-    """The slowest first; `now` is worse than each in something, and better in nothing."""
+    """Yields networks, the slowest first, that are better than `now` in something and worse in nothing."""
     bits_s, round_trip_s = rates.bits_s(now), rates.round_trip_s(now)
     for gbit_s, most_ms in _NETWORKS:
         better = Network(max(bits_s, 1e9 * gbit_s), min(round_trip_s, 1e-3 * most_ms))
@@ -125,8 +125,8 @@ def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str
 
 
 def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
-    """In smaller mixes, those of the catalog first, then the largest first. Experts in MXFP4 have none: as they are
-    published, only little beside them could be smaller."""
+    """Yields smaller mixes, those of the catalog first, then the largest first. MXFP4 experts have none: they are
+    published so, and only little beside them could shrink."""
     if model.has_mxfp4:
         return
     mixes = (model.quantized(mix) for mix in _SMALLER_MIXES)
@@ -135,7 +135,7 @@ def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
 
 
 def _remark(model: AssumedModel) -> str:
-    """Where its file comes from, if not by `model pull`, and what is to be said of its quality."""
+    """Returns a remark on the file's source, if not `model pull`, and on its quality."""
     made = "" if model.is_in_catalog else "by `llamaclust model quantize`"
     bits = model.bits_per_weight
     quality = "" if bits >= _FEW_BITS else f"{bits:.1f} bits a weight: clearly worse answers"

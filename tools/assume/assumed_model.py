@@ -1,7 +1,5 @@
-"""Models without bytes: of a named shape or of a file's tensors, quantized without bytes by the mixes of `quantize`.
-
-They are read and built into programs as any file is, so that weights, KV memory and workspace are what they would be.
-"""
+"""Models without bytes: of a named shape or a file's tensors, in a mix of `quantize`. They become programs as any file
+does, so that weights, KV memory and workspace are what they would be."""
 
 from __future__ import annotations
 
@@ -49,12 +47,12 @@ _MIXES: Final = {
     "Q6": "Q6_K",
     "Q8": "Q8_0",
 }
-"""Further names of mixes."""
+"""Aliases of mixes."""
 
 
 @dataclass(frozen=True)  # without slots: it keeps the model that it opened
 class AssumedModel:
-    """A model of a set of machines. `mix`: None where the types are those of a file."""
+    """A model for a set of machines. `mix`: None if the types are a file's."""
 
     title: str
     file: ModelFile
@@ -63,21 +61,21 @@ class AssumedModel:
 
     @cached_property
     def opened(self) -> Model:
-        """Its programs and their costs, which plans share. ModelFileError where it cannot be run."""
+        """The programs and costs, which plans share. Raises ModelFileError if the model cannot run."""
         return Model(self.file)
 
     def quantized(self, mix: str) -> AssumedModel:
-        """The same model in another mix. UsageError where `quantize` does not know how."""
+        """Raises UsageError for types that `quantize` cannot read."""
         return AssumedModel(self.title, _quantized(self.file, MIXES[mix]), mix, self.catalog_name)
 
     @property
     def shown_mix(self) -> str | None:
-        """As the catalog names it."""
+        """The mix by the catalog's name."""
         return "MXFP4" if self.mix == "MXFP4_MOE" else self.mix
 
     @property
     def is_in_catalog(self) -> bool:
-        """Whether `model pull` has its file."""
+        """True if `model pull` has the file."""
         model = public_models().get(self.catalog_name)
         return model is not None and self.mix in map(_mix, model.quantizations)
 
@@ -91,8 +89,8 @@ class AssumedModel:
 
 
 def assumed_model(spec: str) -> AssumedModel:
-    """SHAPE[:MIX], a model of the catalog, downloaded or of a known shape, or the path of one, also with :MIX.
-    UsageError lists what there is."""
+    """Finds SHAPE[:MIX], a model of the catalog (downloaded or of a known shape), or the path of one, also with :MIX.
+    Raises UsageError that lists the choices."""
     name, mix = _split(spec)
     if (shape := SHAPES.get(name.lower())) is not None:
         return shape_model(name.lower(), shape, mix)
@@ -110,14 +108,14 @@ def assumed_model(spec: str) -> AssumedModel:
 
 
 def shape_model(name: str, shape: ModelShape, mix: str | None = None) -> AssumedModel:
-    """A model of such a shape in a mix of MIXES, or in its usual one."""
+    """`mix`: one of MIXES; None: the shape's usual one."""
     return AssumedModel(shape.title, _file_of(name, shape), None, IN_CATALOG.get(name, name)).quantized(
         mix or shape.mix
     )
 
 
 def with_file_size(entry: CatalogEntry) -> CatalogEntry:
-    """With the size of its file by its shape, as plans have it, where that is known."""
+    """Adds the file's size by its shape, as plans compute it, if that is known."""
     plain, _, quantization = entry.name.partition(":")
     shape, mix = public_shapes().get(plain), _mix(quantization)
     if shape is None or mix is None or entry.size_bytes is not None:
@@ -126,14 +124,15 @@ def with_file_size(entry: CatalogEntry) -> CatalogEntry:
 
 
 def _catalog_entry(spec: str) -> CatalogEntry | None:
-    """Of NAME or NAME:MIX, of whatever mix."""
+    """Returns the catalog's entry of NAME or NAME:MIX, with any mix."""
     name, colon, _ = spec.rpartition(":")
     entry = _quantization_of(spec)
     return find_entry(name) if entry is None and colon and _split(spec)[1] is not None else entry
 
 
 def _quantization_of(spec: str) -> CatalogEntry | None:
-    """Of the catalog, as a whole, with its quantization. UsageError for one that is no mix either."""
+    """Returns the catalog's entry with its own quantization. Raises UsageError for a quantization that is no mix
+    either."""
     try:
         return find_entry(spec)
     except UsageError:
@@ -148,7 +147,7 @@ def _is_downloaded(entry: CatalogEntry) -> bool:
 
 
 def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedModel:
-    """By its shape. UsageError where that is not known."""
+    """Raises UsageError if its shape is not known."""
     plain, _, quantization = entry.name.partition(":")
     shape = public_shapes().get(plain)
     if shape is None:
@@ -159,7 +158,7 @@ def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedMo
 
 
 def _unknown_error(name: str, error: UsageError) -> UsageError:
-    """With the nearest names; for a path or an address, with what is wrong with it."""
+    """Returns an error with the nearest names, or for a path or an address with its fault."""
     if "/" in name or ":" in name or name.endswith(".gguf"):
         return UsageError(f"--model: {error}")
     near = nearest_names(name, _known_names())
@@ -171,13 +170,13 @@ def _known_names() -> list[str]:
 
 
 def _mix(text: str) -> str | None:
-    """The name of a mix in any spelling; None where there is none."""
+    """Returns a mix's name for any spelling; None for other texts."""
     name = _MIXES.get(text.upper(), text.upper())
     return name if name in MIXES else None
 
 
 def _split(spec: str) -> tuple[str, str | None]:
-    """(model, mix): what stands behind the last colon, where that names a mix."""
+    """Returns (model, mix), splitting at the last colon if a mix follows."""
     name, colon, last = spec.rpartition(":")
     if colon and (mix := _mix(last)) is not None:
         return name, mix
@@ -187,7 +186,7 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 
 def _file_of(name: str, shape: ModelShape) -> ModelFile:
-    """With matrices in F16 and everything else in F32, but experts in MXFP4 where they are published so."""
+    """Makes a file with F16 matrices and F32 for everything else, but MXFP4 experts if published so."""
     path = Path(name)
     tensors = {name: _tensor(path, name, _source_type(shape, name, sizes), sizes) for name, sizes in shape.tensors()}
     return ModelFile(
@@ -235,7 +234,7 @@ def _metadata(shape: ModelShape) -> Mapping[str, MetadataValue]:
 
 
 def _quantized(file: ModelFile, mix: Mix) -> ModelFile:
-    """Tensors in MXFP4 stay where they would become larger."""
+    """Keeps MXFP4 tensors that would become larger."""
     types = choose_types(file, Wishes(mix))
     tensors = {name: _retyped(tensor, types[name]) for name, tensor in file.tensors.items()}
     return replace(file, tensors=tensors, size_bytes=sum(tensor.n_bytes for tensor in tensors.values()))

@@ -1,4 +1,4 @@
-"""The plan of a model on described machines: what it would bring, what would help, what lacks; or of all shapes."""
+"""The plan of a model on described machines, with its speed, advice and shortfall; or of all shapes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ _RIGHT = (1, 3, 4)
 
 @dataclass(frozen=True, slots=True)
 class AssumedPlan:
-    """A plan that fits."""
-
     model: AssumedModel
     assumed: AssumedMachines
     plan: Plan
@@ -36,7 +34,6 @@ class AssumedPlan:
     acceptances: tuple[float, ...]  # for which the gain of speculation is predicted
 
     def json(self) -> dict[str, Any]:
-        """The plan's values, beside what it was made from."""
         return plan_json(self.plan, self.acceptances) | {
             "model": self.model.title,
             "quantization": self.model.shown_mix,
@@ -48,7 +45,7 @@ class AssumedPlan:
         }
 
     def lines(self) -> Iterator[str]:
-        """The text of `plan`, between a summary and what was assumed."""
+        """Yields the text of `plan`, between a summary and the assumptions."""
         prediction = prediction_of(self.plan)
         used = len(self.plan.stages)
         yield (
@@ -90,7 +87,7 @@ def _speeds(prediction: Prediction) -> str:
 def plan_assumed(
     machines: str, spec: str, overrides: Sequence[str], acceptances: Sequence[float] = USUAL_ACCEPTANCES
 ) -> AssumedPlan:
-    """UsageError for a wrong description, model or override; InsufficientMemoryError with the MiB that are missing, and
+    """Raises UsageError for a wrong description, model or override; InsufficientMemoryError with the missing MiB and
     what would fit."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     model = assumed_model(spec)
@@ -111,7 +108,7 @@ def plan_assumed(
 
 @dataclass(frozen=True, slots=True)
 class ShapePlan:
-    """Of a shape: its plan, or why there is none, and what would help or fit."""
+    """A shape's plan, or the reason that there is none, with advice."""
 
     name: str
     model: AssumedModel
@@ -122,11 +119,10 @@ class ShapePlan:
 
     @property
     def fits_alone(self) -> bool:
-        """True if one of the machines can hold the model."""
         return self.alone is not None or (self.plan is not None and len(self.plan.stages) == 1)
 
     def cells(self) -> tuple[str, ...]:
-        """By _HEADINGS."""
+        """Returns the row under `_HEADINGS`."""
         title = f"{self.name}: {self.model.title} {self.model.shown_mix}"
         size = gigabytes(self.model.file.size_bytes)
         if self.plan is None:
@@ -137,7 +133,7 @@ class ShapePlan:
         return title, size, f"yes, on {_machines(used)}{alone}", *speeds, self._best_help()
 
     def _best_help(self) -> str:
-        """Names the change that would make tokens of one request faster, if any would."""
+        """Returns the change that speeds up tokens of one request, if any."""
         if self.alone is not None and self.plan is not None and self.alone.is_better(prediction_of(self.plan)):
             return f"use {self.alone.machine} alone: {shown_speed(1 / self.alone.prediction.token_s)} tok/s"
         return next((text for text in self.helps if "tok/s" in text), "".join(self.helps[:1]))
@@ -159,7 +155,7 @@ class ShapePlan:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """Of all named shapes on the same machines."""
+    """The plans of all named shapes on the same machines."""
 
     assumed: AssumedMachines
     plans: tuple[ShapePlan, ...]
@@ -172,7 +168,7 @@ class Survey:
         }
 
     def lines(self) -> Iterator[str]:
-        """A table, and what was assumed."""
+        """Yields a table, then the assumptions."""
         rows = [_HEADINGS, *(plan.cells() for plan in self.plans)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
@@ -186,8 +182,8 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Each named shape in its usual quantization; `planned` is told each name before. UsageError for a wrong
-    description or override."""
+    """Plans each named shape in its usual quantization, and calls `planned` with each name before. Raises UsageError
+    for a wrong description or override."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

@@ -1,4 +1,4 @@
-"""Machines as a user describes them, read: "3x16GB@40GB/s, 1Gbit" or "2 x 16 GB @ DDR3 + 8 GB"."""
+"""The parser of machines as a user describes them: "3x16GB@40GB/s, 1Gbit" or "2 x 16 GB @ DDR3 + 8 GB"."""
 
 from __future__ import annotations
 
@@ -50,22 +50,19 @@ _GPU = _pattern(r"gpus?(?![a-z])")
 _LINK = _pattern(rf"(?P<rate>{_NUMBER})\s*(?P<unit>[MG])(?:bit(?:/s)?|bps|be)(?![a-z])")
 _ROUND_TRIP = _pattern(rf"(?P<time>{_NUMBER})\s*(?P<unit>ms|us|µs)(?![a-z])")
 _TERAOPS_MACS = 0.5e12
-"""A multiply-accumulate is two operations."""
+"""MACs of 10^12 operations: a multiply-accumulate is two."""
 _BANDWIDTH = "the bandwidth of reading memory as @25GB/s, or the kind of memory as @DDR3, @DDR4 or @DDR5"
 _GPU_BANDWIDTH = "the bandwidth of a GPU's memory, as in 12GB@360GB/s gpu (in GB/s), or a GPU's name, as in rtx3060"
 _SHOWN = 30
-"""Characters of a mistake."""
+"""The most characters of a mistake in an error."""
 
 
 class _Reader:
-    """The text and how far it has been read."""
-
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
         self._skip()
 
     def take(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
-        """The match at this place, behind which reading goes on."""
         found = pattern.match(self.text, self.at)
         if found is not None:
             self.at = found.end()
@@ -76,12 +73,12 @@ class _Reader:
         return self.take(re.compile(re.escape(character))) is not None
 
     def is_group(self) -> bool:
-        """Whether machines are described here."""
+        """True if a description of machines begins here."""
         counted = _COUNT.match(self.text, self.at)
         return _MEMORY.match(self.text, self.at if counted is None else counted.end()) is not None
 
     def error(self, wanted: str, at: int | None = None) -> UsageError:
-        """Quotes the part that is wrong, up to the next machines or the network."""
+        """Returns an error that quotes the wrong part, up to the next machines or the network."""
         place = self.at if at is None else at
         rest = re.split(r"[+,]", self.text[place + 1 :], maxsplit=1)[0]
         part = (self.text[place : place + 1] + rest).rstrip()
@@ -96,7 +93,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Equal machines, or GPUs of each of the machines before them."""
+    """Equal machines, or GPUs of each machine before them."""
 
     begun: int  # in the text
     count: int
@@ -105,11 +102,9 @@ class _Group:
 
 
 def parse_machines(text: str) -> AssumedMachines:
-    """`[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS][ gpu]`, joined by +, then `, SPEED[, ROUND TRIP]` of the network.
-
-    A `gpu` group is N GPUs in each machine of the group before it, likewise `[Nx]NAME`. UsageError quotes a
-    mistake and names its place.
-    """
+    """Parses `[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS][ gpu]`, joined by +, then `, SPEED[, ROUND TRIP]` of the
+    network. A `gpu` group, also `[Nx]NAME`, is N GPUs in each machine of the group before it. Raises UsageError with
+    the mistake and its place."""
     reader = _Reader(text)
     groups: list[list[Machine]] = []
     while True:
@@ -151,8 +146,7 @@ def _group(reader: _Reader) -> _Group:
 
 
 def _named_gpus(reader: _Reader, *, is_first: bool) -> _Group | None:
-    """GPUs by the name of their model. None for other groups; an unknown name is one where
-    machines come first."""
+    """Reads GPUs by model name; None for other groups, and for an unknown name in the first group."""
     begun = reader.at
     before, at = reader.take(_COUNT_OF_GPUS), reader.at
     named = reader.take(_GPU_NAME)
@@ -200,7 +194,7 @@ def _integer(digits: str | None) -> int | None:
 
 
 def _computing(reader: _Reader) -> Device:
-    """Threads or operations of a device, whose memory is told elsewhere."""
+    """Reads threads or operations of a device; its memory is set elsewhere."""
     begun = reader.at
     if (threads := reader.take(_THREADS)) is not None:
         count = int(threads["threads"])

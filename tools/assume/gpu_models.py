@@ -1,4 +1,4 @@
-"""GPUs by name: memory, its bandwidth and 8-bit operations as data sheets have them, and compute capability."""
+"""GPUs by name: memory, bandwidth and 8-bit operations by data sheets, and compute capability."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAKERS: Final = re.compile(r"^(?:nvidia|geforce|tesla|quadro)+|gpu$")
 
 @dataclass(frozen=True, slots=True)
 class GpuModel:
-    """One kind of GPU. Operations are dense ones, of which a multiply-accumulate is two."""
+    """One kind of GPU. Operations are dense; a multiply-accumulate is two."""
 
     memory_gib: float  # without what error correction takes where it is on by default
     bandwidth_gb_s: float
@@ -99,18 +99,18 @@ GPU_MODELS: Final[Mapping[str, GpuModel]] = MappingProxyType(
         "rtx5090": GpuModel(32, 1792, 838, 120),
     }
 )
-"""By generation."""
+"""GPUs by name, in order of generation."""
 
 _NAMES: Final = {name.replace("-", ""): name for name in GPU_MODELS}
 
 
 def find_gpu(text: str) -> str | None:
-    """The name in GPU_MODELS, of any spelling: "GeForce RTX 3090" is rtx3090. None: there is no such model."""
+    """Returns the name in GPU_MODELS for any spelling: "GeForce RTX 3090" is rtx3090. None: unknown."""
     return _NAMES.get(_plain(text))
 
 
 def similar_gpus(text: str) -> list[str]:
-    """Names in GPU_MODELS that may have been meant, the nearest first."""
+    """Returns similar names in GPU_MODELS, the nearest first."""
     return [_NAMES[name] for name in get_close_matches(_plain(text), _NAMES, 3, 0.5)]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 Sizes = tuple[str, ...]
-"""Of a tensor, slowest first."""
+"""A tensor's size names, slowest dimension first."""
 Tensors = Mapping[str, Sizes]
 
 _NORMS = {"attn_norm.weight": ("hidden",), "ffn_norm.weight": ("hidden",)}
@@ -101,23 +101,22 @@ LAYERS: Final[Mapping[str, Tensors]] = {
     },
     "qwen35moe": {**_POST_NORMS, **_DELTA_NET, **_EXPERTS, **_GATED_EXPERT},
 }
-"""Tensors of a layer, by architecture."""
 
 LEADING_LAYERS: Final[Mapping[str, Tensors]] = {
     "glm4moe": {**_POST_NORMS, **_ATTENTION, **_QKV_BIASES, **_FEED_FORWARD},
     "ernie4_5-moe": _LLAMA,
     "bailingmoe2": {**_NORMS, **_FUSED_ATTENTION, **_HEAD_NORMS, **_FEED_FORWARD},
 }
-"""Of layers without experts before the others."""
+"""Tensors of the layers without experts that come first."""
 
 LAST_LAYERS: Final[Mapping[str, Tensors]] = {
     "qwen35moe": {**_POST_NORMS, **_GATED_ATTENTION, **_EXPERTS, **_GATED_EXPERT}
 }
-"""Of the last layer of each period."""
+"""Tensors of the last layer of each period."""
 
 OUTSIDE: Final[Tensors] = {"token_embd.weight": ("vocabulary", "hidden"), "output_norm.weight": ("hidden",)}
 HEAD: Final[Tensors] = {"output.weight": ("vocabulary", "hidden")}
-"""Of models whose head is not the embedding."""
+"""The head of models that do not use the embedding for it."""
 
 NEXTN: Final[Tensors] = {
     "nextn.eh_proj.weight": ("hidden", "hidden+embedding"),
@@ -127,4 +126,4 @@ NEXTN: Final[Tensors] = {
     "nextn.shared_head_head.weight": ("vocabulary", "hidden"),
     "nextn.shared_head_norm.weight": ("hidden",),
 }
-"""Of a layer that predicts further tokens."""
+"""Tensors of a layer that predicts further tokens."""

@@ -1,4 +1,4 @@
-"""Machines that are described, not there: values only."""
+"""Described machines: values only."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Final
 MAX_MACHINES: Final = 64
 MAX_GPUS_EACH: Final = 8
 MAX_THREADS: Final = 1024
-"""Of a machine, as of a worker."""
+"""The most threads of a machine, as of a worker."""
 MAX_MEMORY_TIB: Final = 1024
-"""Of a processor or a GPU: bytes of all machines together are far from what 64 bits hold."""
+"""The most memory of a processor or a GPU: the bytes of all machines fit 64 bits by far."""
 MAX_CHANNELS: Final = 24
 EXAMPLE: Final = "3x16GB@40GB/s,1Gbit"
 GPU_EXAMPLE: Final = "64GB@60GB/s + rtx3090"
@@ -27,7 +27,7 @@ class Ddr:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Memory, and what is given of its bandwidth, of 8-bit multiply-accumulates a second, and of threads."""
+    """The memory of a processor or GPU, and its speeds as far as given."""
 
     memory_bytes: int
     bandwidth: float | Ddr | None = None  # bytes a second
@@ -39,15 +39,13 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """A processor with its memory, and GPUs."""
-
     cpu: Device
     gpus: tuple[Device, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """Between all machines; None where it is not given."""
+    """The network between all machines; None: not given."""
 
     bits_s: float | None = None
     round_trip_s: float | None = None
@@ -55,7 +53,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class AssumedMachines:
-    """Machines in the order in which they are written."""
+    """Machines in the order of the text."""
 
     machines: tuple[Machine, ...]
     network: Network = Network()

@@ -1,4 +1,4 @@
-"""Described machines with keys of a cluster file, as the planner takes them: from a model to its plan."""
+"""Described machines with keys of a cluster file, as the planner takes them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ from llamaclust.tools.assume.assumed_model import AssumedModel
 from llamaclust.tools.assume.machines import AssumedMachines, Machine
 
 KEYS = ("context_length", "groups", "kv_memory", "kv_type", "max_sequences", "objective", "plan", "prefill_chunk")
-"""Of a cluster file, those that an assumed plan obeys."""
+"""The keys of a cluster file that an assumed plan obeys."""
 _LOADED = 0.95
-"""Of a file, at least: some have layers more, which predict further tokens and are not loaded."""
+"""The least share of a file that is loaded: some files have layers that predict further tokens and stay unloaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class AssumedCluster:
-    """Machines and overrides of a cluster file (KEYS)."""
-
     assumed: AssumedMachines
     overrides: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, assumed: AssumedMachines, overrides: Sequence[str]) -> AssumedCluster:
-        """UsageError for a key that would be ignored."""
+        """Raises UsageError for a key that would be ignored."""
         for text in overrides:
             key = text.partition("=")[0].strip()
             if key.split(".")[0] not in KEYS:
@@ -44,18 +42,18 @@ class AssumedCluster:
         return replace(self, assumed=assumed)
 
     def with_machines(self, count: int) -> AssumedCluster:
-        """So many more like the last one."""
+        """Adds `count` machines like the last one."""
         machines = self.assumed.machines
         return self.changed(replace(self.assumed, machines=(*machines, *((machines[-1],) * count))))
 
     def with_one(self, machine: Machine) -> AssumedCluster:
-        """Without the others, and without a plan that has layers for them."""
+        """Keeps this machine alone, and drops a `plan` override, which has layers for the others."""
         overrides = tuple(text for text in self.overrides if text.partition("=")[0].strip() != "plan")
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
     def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
-        """UsageError for a wrong override or GPUs that do not compute the model, InsufficientMemoryError with the MiB
-        that are missing."""
+        """Raises UsageError for a wrong override or GPUs that do not compute the model, InsufficientMemoryError with
+        the missing MiB."""
         workers = {f"m{number}": machine for number, machine in enumerate(self.assumed.machines, 1)}
         resources = ClusterResources(
             workers={name: _resources(name, machine) for name, machine in workers.items()},
@@ -78,7 +76,7 @@ class AssumedCluster:
         return sum(max(0, n_bytes) for n_bytes in (*gpus, *map(room_bytes, machines)))
 
     def fitting_plan(self, model: AssumedModel, *, max_expert_shards: int = 1) -> Plan | None:
-        """None where it does not fit, by default with the experts of a layer on one machine."""
+        """Returns None if the model does not fit, by default with the experts of a layer on one machine."""
         if _LOADED * model.file.size_bytes > self.memory_bytes:
             return None
         try:
@@ -97,7 +95,7 @@ def prediction_of(plan: Plan) -> Prediction:
 
 
 def room_bytes(machine: Machine) -> int:
-    """Of its RAM, beside its system."""
+    """Returns the machine's RAM beside its system."""
     return max(0, machine.cpu.memory_bytes - rates.SYSTEM_BYTES)
 
 

@@ -1,4 +1,4 @@
-"""Shapes of models of the catalog (`public_shapes.csv`, from their published configurations), by their names there."""
+"""Shapes of the catalog's models (`public_shapes.csv`, from their published configurations), by catalog name."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LIKE: Final = {
         "qwen3-vl-30b-a3b-instruct",
     ),
 }
-"""Named shapes, and the models of the catalog that have them."""
+"""Named shapes, and the catalog's models that have them."""
 IN_CATALOG: Final = {"8b": "llama-3.1-8b-instruct", "70b": "llama-3.3-70b-instruct"}
 """Named shapes that have another name in the catalog."""
 _AS_LARGE: Final = {**IN_CATALOG, "7b": "mistral-7b-instruct-v0.3"}
@@ -87,7 +87,7 @@ _LONG_CONTEXT: Final = 262144
 
 @lru_cache(maxsize=1)
 def public_shapes() -> Mapping[str, ModelShape]:
-    """By name of the catalog, without its quantization. Models of the catalog whose shape is not known are absent."""
+    """Returns known shapes by catalog name, without quantization."""
     shapes = dict(_MIXTURES)
     for shape, names in _LIKE.items():
         for name in names:
@@ -100,7 +100,7 @@ def public_shapes() -> Mapping[str, ModelShape]:
 
 
 def no_file_hint(name: str) -> str | None:
-    """What to pull instead of a named shape that the catalog does not have; None for other names."""
+    """Returns what to pull instead of a named shape that the catalog lacks; None for other names."""
     plain = name.lower().partition(":")[0]
     if plain not in SHAPES or plain in _LIKE:
         return None

@@ -1,6 +1,6 @@
-"""Assumptions about machines that nobody measured: shares of their limits that kernels reach, and values that are not
-given. Times of products on a processor follow from its limits and quant types (cluster/planner/product_times.py).
-Shares of GPUs are those of docs/gpu.md; costs of a hop beside the network are in benchmarks/notebook.md."""
+"""Assumptions about machines that nobody measured: shares of limits that kernels reach, and defaults. Times of products
+on a processor follow from its limits and quant types (cluster/planner/product_times.py). Shares of GPUs are those of
+docs/gpu.md; costs of a hop beside the network are in benchmarks/notebook.md."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _GIB: Final = 1 << 30
 GPU_DECODE_SHARE: Final = 0.80
 GPU_PREFILL_SHARE: Final = 0.35
 OLD_GPU_PREFILL_SHARE: Final = 0.15
-"""Without matrix units for bytes, where threads exchange operands."""
+"""The share without matrix units for bytes, where threads exchange operands."""
 CHANNEL_BYTES_S: Final = {3: 10e9, 4: 20e9, 5: 30e9}
-"""Of a channel of usual modules, by generation."""
+"""Bytes a second of a channel of usual modules, by DDR generation."""
 CHANNELS: Final = 2
 DEFAULT_MEMORY: Final = Ddr(4)
 SYSTEM_BYTES: Final = 2 * _GIB
-"""Of each machine, for its system and the program itself."""
+"""Memory of each machine for its system and the program."""
 GPU_RESERVED_BYTES: Final = _GIB // 2
 THREADS: Final = 4
 THREAD_MACS_S: Final = 90e9
@@ -33,13 +33,13 @@ GPU_MACS_S: Final = 50e12
 NETWORK_BITS_S: Final = 1e9
 NETWORK_SHARE: Final = 0.94
 ROUND_TRIP_S: Final = 0.1e-3
-"""Through a switch, between threads that poll their sockets while the network is in use: no processor sleeps."""
+"""The round trip through a switch between threads that poll their sockets: no processor sleeps."""
 HOP_S: Final = 0.3e-3
-"""What two processes add to a message between stages: threads that wake up, and Python on both sides."""
+"""The time that two processes add to a message between stages: thread wake-ups, and Python on both sides."""
 
 
 def read_bytes_s(device: Device) -> float:
-    """The bandwidth of its memory: as given, or that of its kind."""
+    """Returns the given bandwidth, or that of the kind of memory."""
     memory = device.bandwidth or DEFAULT_MEMORY
     return memory if isinstance(memory, float) else _modules_bytes_s(memory)
 
@@ -65,17 +65,15 @@ def threads_of(device: Device) -> int:
 
 
 def bits_s(network: Network) -> float:
-    """The network's speed: as given, or that of a usual one."""
     return network.bits_s or NETWORK_BITS_S
 
 
 def round_trip_s(network: Network) -> float:
-    """Likewise, its round trip."""
     return ROUND_TRIP_S if network.round_trip_s is None else network.round_trip_s
 
 
 def links_of(network: Network, names: list[str]) -> Links:
-    """Between all machines, and to the coordinator, which is on the first one."""
+    """Returns links between all machines, and to the coordinator on the first one."""
     one_way_s = round_trip_s(network) / 2
     link = Link(one_way_s + HOP_S, 8 / (NETWORK_SHARE * bits_s(network)), one_way_s)
     pairs = {frozenset((one, other)) for one in names for other in names if one != other}
@@ -83,7 +81,7 @@ def links_of(network: Network, names: list[str]) -> Links:
 
 
 def assumptions(assumed: AssumedMachines) -> Iterator[str]:
-    """What was assumed, a line each."""
+    """Yields a line for each assumption."""
     cpus = [machine.cpu for machine in assumed.machines]
     yield from _memories(cpus)
     gpus = [gpu for machine in assumed.machines for gpu in machine.gpus]
@@ -130,7 +128,7 @@ def _is_old(cpu: Device) -> bool:
 
 
 def _memories(cpus: Sequence[Device]) -> Iterator[str]:
-    """The kinds of memory whose bandwidth is not given."""
+    """Yields the kinds of memory whose bandwidth is not given."""
     for kind in dict.fromkeys(cpu.bandwidth for cpu in cpus if not isinstance(cpu.bandwidth, float)):
         memory = kind or DEFAULT_MEMORY
         channels = {1: "one channel", 2: "two channels"}.get(memory.channels or CHANNELS, f"{memory.channels} channels")

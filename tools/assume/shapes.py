@@ -13,7 +13,7 @@ Scalar = int | float | bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A public model: `ffn` of layers without experts. `mix`: how its files are usually quantized."""
+    """A public model. `ffn`: of layers without experts; `mix`: the usual quantization of its files."""
 
     architecture: str
     title: str
@@ -43,7 +43,7 @@ class ModelShape:
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def size(self, name: str) -> int:
-        """By the names that tables of tensors use."""
+        """Returns a size by the names of `layer_tensors`."""
         queries, delta_values = self.heads * self.head_dim, self.delta_heads * self.delta_dim
         derived = {
             "queries": queries,
@@ -58,7 +58,7 @@ class ModelShape:
         return derived[name] if name in derived else int(getattr(self, name))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of every tensor."""
+        """Yields name and shape of every tensor."""
         for name, sizes in {**OUTSIDE, **({} if self.is_tied else HEAD)}.items():
             yield name, tuple(map(self.size, sizes))
         for layer in range(self.layers + self.has_nextn):
@@ -72,7 +72,6 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Of the file."""
         return sum(prod(sizes) for _, sizes in self.tensors())
 
 

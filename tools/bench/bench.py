@@ -1,4 +1,4 @@
-"""Measures the speed of a model and the limits of this machine, interleaved in one run."""
+"""The speed of a model and the limits of this machine, measured alternately in one run."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from llamaclust.worker.devices.whole_model import load_whole
 from llamaclust.worker.settings import WorkerSettings
 
 OnStep = Callable[[str], None]
-"""Called with the name of the next measurement."""
+"""A callback with the name of the next measurement."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchTask:
-    """What to measure. Prefill and decode are apart, as in llama-bench: decode begins behind `depth` tokens."""
+    """The parameters of a benchmark. Prefill and decode are apart, as in llama-bench: decode begins behind `depth`
+    tokens."""
 
     model: Path
     threads: int | None  # of each worker; None: the cores, shared out
@@ -52,23 +53,19 @@ class BenchTask:
 
     @property
     def context(self) -> int:
-        """Tokens of a sequence, at most."""
         return max(self.prompt, self.depth + self.generate) + 1
 
     @property
     def steps(self) -> int:
-        """How often `OnStep` is called."""
+        """The number of calls of `OnStep`."""
         return 1 + 2 * self.repeats
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one prefill and one decode step cost by count: the weights' multiply-accumulates, bytes that must be read.
-
-    Weights count as the file holds them: tiles that take more get no credit. The embedding is not counted: of it one
-    row a token is read. Nor are experts that a token does not choose, keys and values outside a sliding window. A state
-    is read once.
-    """
+    """Counted work of one prefill and one decode step: multiply-accumulates of weights, bytes that must be read.
+    Weights count as the file holds them: larger tiles get no credit. Omitted are the embedding (one row a token is
+    read), experts that a token does not choose, and KV outside a sliding window. A state is read once."""
 
     prefill_macs: int
     float_share: float  # of them, those by float weights
@@ -92,7 +89,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """What was measured, repeat by repeat; figures of the whole are medians. GB are 10^9 bytes."""
+    """Measurements, repeat by repeat; overall figures are medians. GB are 10^9 bytes."""
 
     task: BenchTask
     quant_type: str
@@ -122,7 +119,7 @@ class BenchReport:
 
     @property
     def decode_roofline(self) -> Spread:
-        """Shares of the read bandwidth; more than 1 where weights stay in a cache."""
+        """Shares of the read bandwidth; more than 1 if weights stay in a cache."""
         return Spread.of(pair.share for pair in self.decodes)
 
     @property
@@ -183,7 +180,7 @@ class _StageRunner:
 
 
 def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
-    """UsageError for more tokens than the model was made for, or workers than it has layers."""
+    """Raises UsageError for more tokens than the model's context, or more workers than layers."""
     with closing(Model.open(task.model)) as model:
         trained = model.hyperparameters.context_length
         if task.context > trained:
@@ -204,7 +201,7 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
 
 
 def _device(task: BenchTask) -> Device:
-    """The processor, or a GPU beside it, without the cache of packed weights."""
+    """Opens the processor, or a GPU beside it, without the cache of packed weights."""
     variables = environment()
     settings = WorkerSettings(
         name="bench",
@@ -235,8 +232,8 @@ async def _cluster_runs(task: BenchTask, on_step: OnStep, measure: _Measure) -> 
 async def _measure(
     task: BenchTask, work: Work, on_step: OnStep, runner: Runner, limits: GpuLimits | Limits | None = None
 ) -> _Runs:
-    """Interleaves decode and prefill, so that a change of the machine's speed affects both. `limits`: None for those of
-    the processor."""
+    """Alternates decode and prefill, so that a change of the machine's speed affects both. `limits`: None: the
+    processor's."""
     on_step("warming up")
     threads = min(task.threads_each * task.workers, physical_cores())
     limits = limits or await Limits.open(threads, work.float_share)

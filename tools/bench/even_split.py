@@ -1,4 +1,4 @@
-"""Splits a model's layers over a given number of equal workers. Pure."""
+"""The cut of a model's layers over a number of equal workers. Pure."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""The work of a sequence that the planner's `throughput` has in mind: answers of 128 tokens, eight together."""
+"""A sequence's work as the planner's `throughput` assumes it: answers of 128 tokens, eight together."""
 _MACS_PER_BYTE = 15.0
-"""How many multiply-adds take as long as a byte that is read, about."""
+"""Multiply-adds that take about as long as one byte that is read."""
 _SHARPNESS = 8
-"""So high a power of the stages' times that the slowest one counts, and of others that are as good the evenest cut."""
+"""A power of stage times, so high that the slowest stage decides, and among equals the evenest cut."""
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
-    """Half-open ranges of layers, one for each of 1 to as many workers as there are layers; the last one also has the
-    head. The slowest stage is as fast as can be."""
+    """Returns half-open ranges of layers, one for each worker (at most one a layer), so that the slowest stage is
+    fastest. The last stage also has the head."""
     times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]
     head = _time(0, costs.head_file_bytes)
     until = np.concatenate(([0.0], np.cumsum(times))) / (sum(times) + head)

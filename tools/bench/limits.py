@@ -1,5 +1,5 @@
-"""The limits of this machine, measured immediately before and after each run. Shares are of such pairs: where a virtual
-machine changes its speed, one pair changes, not all."""
+"""The limits of this machine, measured right before and after each run: if a virtual machine changes its speed, one
+pair changes, not all."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ _PROBE_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median and range of several runs."""
-
     median: float
     least: float
     most: float
@@ -45,7 +43,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The speed of one run, and the machine's limit right before and right after it; all three in one unit."""
+    """The speed of one run, and the machine's limit right before and after it, all in one unit."""
 
     speed: float
     before: float
@@ -53,7 +51,7 @@ class Pair:
 
     @property
     def limit(self) -> float:
-        """The mean: the greater one of two noisy figures would be above what the machine gave meanwhile."""
+        """The mean limit: the greater of two noisy figures would exceed what the machine gave."""
         return (self.before + self.after) / 2
 
     @property
@@ -63,7 +61,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class MachineLimits:
-    """10^9 bytes read from memory, 8-bit and float32 multiply-adds a second: medians over the run."""
+    """Bytes read from memory (10^9 a second), 8-bit and float32 multiply-adds: medians over the run."""
 
     read_gb_s: float
     int8_gmac_s: float
@@ -71,8 +69,8 @@ class MachineLimits:
 
 
 class Limits:
-    """Measures the machine's limits on `threads` threads. `float_share` of a prefill's multiply-adds use float weights.
-    Holds a buffer of up to 1 GiB to read from. Probes run in daemon threads."""
+    """The machine's limits on `threads` threads. `float_share` of a prefill's multiply-adds use float weights. Holds a
+    read buffer of up to 1 GiB; probes run in daemon threads."""
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
         self._probe, self._threads, self._float_share = probe, threads, float_share
@@ -80,7 +78,7 @@ class Limits:
 
     @classmethod
     async def open(cls, threads: int, float_share: float) -> Self:
-        """InsufficientMemoryError where the system refuses the memory to read from."""
+        """Raises InsufficientMemoryError if the system refuses the read buffer."""
         try:
             return cls(await _elsewhere(partial(probes.ReadProbe, threads)), threads, float_share)
         except MemoryError as error:
@@ -94,20 +92,20 @@ class Limits:
         return MachineLimits(median(self._read_gb_s), median(self._int8_gmac_s), median(self._fma_gmac_s))
 
     async def read(self) -> float:
-        """GB/s."""
+        """Returns GB/s."""
         self._read_gb_s.append(await _elsewhere(partial(self._probe.measure, _READ_S)))
         return self._read_gb_s[-1]
 
     async def peak(self) -> float:
-        """10^9 multiply-adds a second, of 8 bits and of float32 in the model's proportion."""
+        """Returns 10^9 multiply-adds a second, 8-bit and float32 in the model's proportion."""
         self._int8_gmac_s.append(await _elsewhere(partial(probes.int8_peak, self._threads, _PEAK_S)))
         self._fma_gmac_s.append(await _elsewhere(partial(probes.fma_peak, self._threads, _PEAK_S)))
         return 1 / ((1 - self._float_share) / self._int8_gmac_s[-1] + self._float_share / self._fma_gmac_s[-1])
 
 
 class GpuLimits:
-    """Limits of a GPU: of its memory's bandwidth, and of 8-bit products, against which float weights are held, too. Its
-    measurements block."""
+    """A GPU's limits: memory bandwidth and 8-bit products, which float weights are compared with, too. Measurements
+    block."""
 
     def __init__(self, gpu: GpuBackend) -> None:
         self._gpu = gpu
@@ -121,18 +119,19 @@ class GpuLimits:
         return MachineLimits(read / 1e9, macs / 1e9, fma_gmac_s=0.0)
 
     async def read(self) -> float:
-        """GB/s."""
+        """Returns GB/s."""
         self._found.append(self._gpu.limits())
         return self._found[-1].read_bytes_s / 1e9
 
     async def peak(self) -> float:
-        """10^9 multiply-adds a second."""
+        """Returns 10^9 multiply-adds a second."""
         self._found.append(self._gpu.limits())
         return self._found[-1].int8_macs_s / 1e9
 
 
 async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:
-    """`run` returns the seconds taken by `work`; `limit` is in 10^9 of its units a second."""
+    """Measures a run between two limits. `run` returns the seconds taken by `work`; `limit` is in 10^9 of its units a
+    second."""
     before = await limit()
     seconds = await run()
     return Pair(work / seconds / 1e9, before, await limit())

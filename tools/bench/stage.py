@@ -26,7 +26,7 @@ _SETTLE_S = 30.0
 
 
 def stage_limits(batch: int, context: int, kv_type: KvType = KvType.F16) -> StageLimits:
-    """Limits of a `BenchStage` with `batch` sequences of at most `context` tokens each."""
+    """Returns limits for `batch` sequences of at most `context` tokens each."""
     return _capacity(batch, context, kv_type).stage_limits(BlockCounts(blocks_of(context) * batch))
 
 
@@ -35,10 +35,10 @@ def _capacity(batch: int, context: int, kv_type: KvType) -> Capacity:
 
 
 class BenchStage:
-    """A loaded stage and sequences of random tokens: as many and as long as `stage_limits` says."""
+    """A loaded stage and sequences of random tokens, as many and as long as `stage_limits` allows."""
 
     def __init__(self, model: Model, runner: StageRunner) -> None:
-        """Owns the stage of the whole model."""
+        """Takes ownership of the runner, which holds the whole model."""
         limits = runner.limits
         batch, context = limits.max_sequences, limits.max_context_tokens
         blocks = limits.kv_blocks // batch
@@ -53,8 +53,8 @@ class BenchStage:
         self._settings = capacity.scheduler_settings(model, BlockCounts(limits.kv_blocks))
 
     def prefill(self, tokens: int, sequences: int | None = None) -> float:
-        """Seconds to compute the first `tokens` of all sequences, or of so many, one after the other, and to choose one
-        after each."""
+        """Returns the seconds to compute the first `tokens` of all (or so many) sequences one by one, each with a
+        sampled token."""
         started_ns = perf_counter_ns()
         for index in range(len(self._tables[:sequences])):
             for start, rows in self._chunks(tokens):
@@ -64,7 +64,7 @@ class BenchStage:
         return (perf_counter_ns() - started_ns) / 1e9
 
     def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
-        """Seconds of `steps` in which all sequences, or so many, get one more token together, the first one behind
+        """Returns the seconds of `steps` in which all (or so many) sequences get a token together, the first behind
         `depth`."""
         last = [tokens[depth] for tokens in self._tokens[:sequences]]
         started_ns = perf_counter_ns()
@@ -75,7 +75,7 @@ class BenchStage:
 
     @property
     def has_copies(self) -> bool:
-        """Whether often used experts are copied to GPUs."""
+        """True if often used experts are copied to GPUs."""
         return any(stage.cache is not None for stage in self._runner.split_stages)
 
     @property
@@ -84,7 +84,7 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Experts in RAM are computed there meanwhile; first, copies that are under way end."""
+        """Computes experts in RAM while entered; copies under way end first."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):
@@ -101,7 +101,7 @@ class BenchStage:
         self._runner.close()
 
     def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """(first token, rows) as the scheduler would cut a prompt that comes alone, by what was measured so far."""
+        """Yields (first token, rows) as the scheduler would cut a lone prompt, by the times measured so far."""
         start = 0
         while start < tokens:
             rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, alone=True), tokens - start)
@@ -109,7 +109,7 @@ class BenchStage:
             start += rows
 
     def _run(self, chunks: list[Chunk], tasks: list[RowTask]) -> list[int]:
-        """The chosen tokens."""
+        """Returns the chosen tokens."""
         started_ns = perf_counter_ns()
         microbatch = Microbatch(self._model_id, _EPOCH, 0, tuple(chunks))
         logits = self._runner.run_to_sample(microbatch)

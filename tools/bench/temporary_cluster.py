@@ -1,4 +1,4 @@
-"""A temporary cluster of local worker processes for one measurement, and its speed, measured at its engine."""
+"""A temporary cluster of local worker processes for one measurement, and its speed at the engine."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 _SEED = 20_240_601
 _ALIKE = {"memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
-"""The workers share one machine: nothing is measured when they start."""
+"""Assumed speeds of the workers, which share one machine: nothing is measured at their start."""
 
 
 @asynccontextmanager
 async def temporary_cluster(
     model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int, kv_type: KvType
 ) -> AsyncIterator[Cluster]:
-    """The model cut over exactly that many workers, each with `threads`. UsageError where it has fewer layers."""
+    """Runs the model on exactly `workers` workers, each with `threads`. Raises UsageError if it has fewer layers."""
     names = [f"w{index}" for index in range(1, workers + 1)]
     with closing(Model.open(model)) as opened:
         if workers > opened.layer_count:
@@ -64,7 +64,7 @@ async def temporary_cluster(
 def cluster_service(
     model: Path, workers: int, threads: int | None, context_length: int, kv_type: KvType
 ) -> OpenService:
-    """What opens such a cluster's text service, for a ServiceClient."""
+    """Returns a function that opens the text service of a temporary cluster, for a ServiceClient."""
 
     @asynccontextmanager
     async def open_service() -> AsyncIterator[TextService]:
@@ -78,7 +78,7 @@ def cluster_service(
 
 
 class ClusterRunner:
-    """A `Runner` of the benchmark. Prompts are random tokens, new ones each time."""
+    """A `Runner` of the benchmark, with new random prompts each time."""
 
     def __init__(self, cluster: Cluster, task: BenchTask) -> None:
         self._engine = cluster.engine
@@ -87,14 +87,14 @@ class ClusterRunner:
         self._random = np.random.default_rng(_SEED)
 
     async def prefill(self) -> float:
-        """Seconds from the requests' arrival until each has its first token."""
+        """Returns the seconds from the requests' arrival until each has its first token."""
         started_ns = perf_counter_ns()
         await asyncio.gather(*(self._token_times(self._task.prompt, 1) for _ in range(self._task.batch)))
         return (perf_counter_ns() - started_ns) / 1e9
 
     async def decode(self) -> float:
-        """Seconds from the moment when all have their first token to the last one's end, for as many tokens as the
-        task requests: those that were early count less."""
+        """Returns the seconds from the last first token to the last token, scaled to all tokens of the task: those
+        before it count less."""
         requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
         times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)
@@ -102,7 +102,7 @@ class ClusterRunner:
         return (end_ns - start_ns) / 1e9 * self._task.generate * self._task.batch / within
 
     async def _token_times(self, prompt: int, generate: int) -> list[int]:
-        """When each token of one request came, in nanoseconds. Nothing ends it early."""
+        """Returns the times of a request's tokens in nanoseconds; the request never ends early."""
         tokens = tuple(map(int, self._random.integers(0, self._vocabulary, prompt)))
         number = int(self._random.integers(1 << 62))
         async with self._engine.submit(GenerationRequest(f"bench-{number:x}", tokens, generate)) as events:

@@ -1,5 +1,5 @@
-"""A table of nftables that belongs to this process: the kernel removes it when the process ends, however that happens,
-and lets no other program change it."""
+"""A table of nftables that belongs to this process: the kernel removes it at the process's end, and no other program
+can change it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _CAP_NET_ADMIN = 12
 
 
 class FirewallError(LlamaclustError):
-    """Why packets cannot be filtered here, in a line."""
+    """The reason that packets cannot be filtered here, in a line."""
 
 
 class Firewall:
-    """Rules in the network namespace of this process. FirewallError where it may not make any."""
+    """Rules in the network namespace of this process. Raises FirewallError if it may not make any."""
 
     def __init__(self) -> None:
         self.table = f"inet llamaclust_chaos_{os.getpid()}"
@@ -34,13 +34,13 @@ class Firewall:
             raise FirewallError(f"{error} (nftables of Linux 5.12 or newer)") from None
 
     def run(self, commands: str) -> None:
-        """All of them, or none and FirewallError."""
+        """Runs all commands, or none and raises FirewallError."""
         if self._library.nft_run_cmd_from_buffer(self._context, commands.encode()) != 0:
             lines = self._library.nft_ctx_get_error_buffer(self._context).decode(errors="replace").splitlines()
             raise FirewallError(f"nftables: {next(iter(lines), 'unknown error')}")
 
     def close(self) -> None:
-        """Removes all rules; it may be called again."""
+        """Removes all rules; repeated calls do nothing."""
         if self._context is not None:
             self.run(f"delete table {self.table}")
             self._free()
@@ -67,7 +67,7 @@ def _load() -> Any:
 
 
 def _may_filter() -> bool:
-    """Whether this process has CAP_NET_ADMIN; nftables would complain on standard error."""
+    """True if this process has CAP_NET_ADMIN; nftables would complain on standard error."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "CapEff":

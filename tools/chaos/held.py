@@ -10,7 +10,7 @@ from llamaclust.tools.chaos.processes import Process
 
 
 class Stops:
-    """Stopped processes by the names of their targets."""
+    """Stopped processes by target."""
 
     def __init__(self) -> None:
         self._processes: dict[str, Process] = {}
@@ -20,7 +20,7 @@ class Stops:
         return frozenset(self._processes)
 
     def begin(self, name: str, process: Process) -> bool:
-        """Whether it was there."""
+        """Returns False if the process is gone."""
         self._processes[name] = process
         if process.send(signal.SIGSTOP):
             return True
@@ -28,14 +28,13 @@ class Stops:
         return False
 
     def end(self, name: str) -> None:
-        """One that was replaced meanwhile has ended."""
+        """Continues the process, unless it was replaced."""
         if process := self._processes.pop(name, None):
             process.send(signal.SIGCONT)
 
 
 class FullDisks:
-    """Coordinators whose writes fail as on a full disk, and those of workers that they start meanwhile, by the names
-    of their targets."""
+    """Coordinators, with the workers that they start, whose writes fail as on a full disk, by target."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # of files, before
@@ -45,14 +44,14 @@ class FullDisks:
         return frozenset(self._limits)
 
     def begin(self, name: str, process: Process) -> bool:
-        """Whether it was there."""
+        """Returns False if the process is gone."""
         before = process.limit_files(0)
         if before is not None:
             self._limits[name] = process, before
         return before is not None
 
     def make_room(self, name: str) -> None:
-        """The target is still held."""
+        """Undoes the limits; the target stays listed."""
         process, before = self._limits[name]
         for writer in (process, *process.children()):
             writer.limit_files(before)
@@ -64,7 +63,7 @@ class FullDisks:
 
 
 class DisturbedLinks:
-    """Of workers, by name. The kernel ends each at its time by itself."""
+    """Disturbed links by worker; the kernel ends each at its time."""
 
     def __init__(self, firewall: Firewall | None) -> None:
         self._firewall = firewall
@@ -76,7 +75,7 @@ class DisturbedLinks:
         return frozenset(self._labels)
 
     def begin(self, name: str, link: WorkerLink, disturbance: Disturbance, hold_s: float) -> None:
-        """FirewallError where it is not possible."""
+        """Raises FirewallError if it is not possible."""
         assert self._firewall is not None, "without a firewall, links are no targets"
         self._serial += 1
         label = f"fault{self._serial}"

@@ -29,13 +29,13 @@ from llamaclust.core.version import VERSION
 
 _SCOPE: Final = InstrumentationScope(name="llamaclust", version=VERSION)
 _FLUSH_S: Final = 3.0
-"""For what is left at the end."""
+"""The most time for the rest at the end."""
 
 _log = logging.getLogger(__name__)
 
 
 class ExportCounts:
-    """What became of spans, and of exports of metrics."""
+    """Counters of exported and dropped spans and metrics."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._exported = Counter(
@@ -59,7 +59,7 @@ class ExportCounts:
 
 
 class Exporter:
-    """A context manager. Records and metrics are taken at once and sent later; what finds no room, or no collector, is
+    """A context manager that queues records and metrics and sends them later; without room or collector they are
     dropped and counted."""
 
     def __init__(self, settings: TelemetrySettings, resource: Mapping[str, str], counts: ExportCounts) -> None:
@@ -82,7 +82,7 @@ class Exporter:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Sends what is left, as long as that does not take long."""
+        """Sends the rest, within `_FLUSH_S`."""
         self._end_s = monotonic() + _FLUSH_S
         self._stopping.set()
         self._put(None)
@@ -169,7 +169,7 @@ class Exporter:
         self._counts.count("metrics", 1, is_taken=self._send(self._metrics, message.SerializeToString()))
 
     def _send(self, client: OtlpClient | None, message: bytes) -> bool:
-        """At the end of the program, only until its deadline."""
+        """Sends until the deadline if the program is ending."""
         left_s = self._end_s - monotonic() if self._stopping.is_set() else None
         if client is None or (left_s is not None and left_s <= 0):
             return False

@@ -1,4 +1,4 @@
-"""Messages to a collector: OTLP over HTTP, repeated where it may help. Blocks: a thread's work."""
+"""Messages to a collector: OTLP over HTTP, with retries. Blocks: a thread's work."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.version import VERSION
 
 _PAUSES_S: Final = (1.0, 2.0, 4.0)
-"""Between attempts for one message. While a collector is known to be absent, there is one attempt only."""
+"""Pauses between attempts for one message; a collector known to be absent gets one attempt."""
 _AGAIN: Final = frozenset({429, 502, 503, 504})
-"""What OTLP says to repeat."""
+"""The statuses that OTLP says to retry."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,10 +32,10 @@ class _Outcome(Enum):
 
 
 class OtlpClient:
-    """Sends the messages of one signal. Use from one thread; `close` it."""
+    """The sender of one signal's messages. Use it from one thread and `close` it."""
 
     def __init__(self, target: Target, stopping: Event) -> None:
-        """`stopping`: nothing is repeated once it is set."""
+        """`stopping`, once set, ends retries."""
         self._target = target
         self._stopping = stopping
         self._is_known_absent = False
@@ -57,7 +57,7 @@ class OtlpClient:
         self._client.close()
 
     def send(self, message: bytes, timeout_s: float | None = None) -> bool:
-        """Whether it was taken. `timeout_s`: of an attempt, at most."""
+        """Returns True if the collector took it. `timeout_s` bounds each attempt."""
         body = gzip.compress(message, 1) if self._target.is_compressed else message
         limit_s = self._target.timeout_s if timeout_s is None else min(timeout_s, self._target.timeout_s)
         outcome = self._post(body, limit_s)
@@ -69,7 +69,7 @@ class OtlpClient:
         return outcome is _Outcome.TAKEN
 
     def _post(self, body: bytes, timeout_s: float) -> _Outcome:
-        """The reply's body is not read: one without end would hold up this thread."""
+        """Leaves the reply's body unread: one without end would block this thread."""
         try:
             with self._client.stream("POST", self._target.url, content=body, timeout=timeout_s) as reply:
                 status = reply.status_code
@@ -84,7 +84,7 @@ class OtlpClient:
         return _Outcome.FAILED if status in _AGAIN else _Outcome.REFUSED
 
     def _note(self, outcome: _Outcome) -> None:
-        """A line for the first message that is not taken, and one when they are taken again."""
+        """Logs the first message that is refused, and the first that is taken again."""
         if (outcome is not _Outcome.TAKEN) == self._is_known_absent:
             return
         self._is_known_absent = not self._is_known_absent

@@ -1,5 +1,5 @@
-"""Prometheus' metrics as those of OTLP: the registries stay the source of both. Histograms that OpenTelemetry's GenAI
-conventions know have their names."""
+"""Prometheus' metrics as those of OTLP; the registries are the source of both. Known histograms get the names of
+OpenTelemetry's GenAI conventions."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _CONVENTIONS: Final = {
     "llamaclust_time_per_output_token_seconds": ("gen_ai.server.time_per_output_token", "s"),
     "llamaclust_request_tokens": ("gen_ai.client.token.usage", "{token}"),
 }
-"""Names and units of the conventions."""
+"""Names and units of the GenAI conventions."""
 _LABELS: Final = {"operation": "gen_ai.operation.name", "type": "gen_ai.token.type"}
-"""Of these metrics."""
+"""Labels of the conventions' metrics."""
 _UNITS: Final = {"_seconds": "s", "_bytes": "By", "_ratio": "1"}
 
 
 @dataclass(frozen=True, slots=True)
 class MetricTimes:
-    """Unix time in nanoseconds: when values began to be counted, and when they were read."""
+    """Unix times in nanoseconds: the start of counting, and the reading."""
 
     start_ns: int
     read_ns: int
@@ -80,7 +80,7 @@ def _point(sample: Sample, model: Mapping[str, str], times: MetricTimes) -> Numb
 
 @dataclass(slots=True)
 class _Buckets:
-    """Of one histogram: upper bounds, and counts that include all lower ones."""
+    """The buckets of one histogram: upper bounds, and counts that include all lower ones."""
 
     bounds: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -113,7 +113,7 @@ def _histogram_points(
 
 
 def _attributes(labels: Mapping[str, str], *, is_known: bool) -> dict[str, str]:
-    """Of a convention's metric by its names."""
+    """Renames labels of a convention's metric."""
     if not is_known:
         return dict(labels)
     named = {_LABELS.get(name, name): value for name, value in labels.items()}

@@ -1,5 +1,5 @@
-"""What is exported, as it is taken on the event loop: requests and sequences that have ended, and metrics. No text, no
-tokens, no keys."""
+"""The exported records, as taken on the event loop: ended requests and sequences, and metrics. They hold no text, no
+tokens and no keys."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ServedRequest:
 
 @dataclass(frozen=True, slots=True)
 class EndedSequence:
-    """A sequence of a traced request. `parameters`: of sampling, by their attributes' names."""
+    """A sequence of a traced request. `parameters`: of sampling, by attribute name."""
 
     trace: TraceContext
     record: RequestRecord
@@ -46,7 +46,7 @@ class EndedSequence:
 
     @property
     def span_count(self) -> int:
-        """With those of phases and stages."""
+        """The number of spans, including phases and stages."""
         return 1 + sum(1 + len(phase.stages) for phase in self.record.waterfall.phases)
 
 
@@ -55,7 +55,7 @@ Record = ServedRequest | EndedSequence
 
 @dataclass(frozen=True, slots=True)
 class MetricFamilies:
-    """The metrics of a model's engine, or of the cluster, as they were at a time."""
+    """A snapshot of the metrics of a model's engine, or of the cluster."""
 
     model: str | None  # None: of the cluster
     families: Sequence[Metric]
@@ -66,7 +66,7 @@ class MetricFamilies:
 
 
 def _parameters(request: GenerationRequest) -> dict[str, int | float]:
-    """Those that conventions name, without the ones that have no effect."""
+    """Returns the parameters that the conventions name, without those that have no effect."""
     if request.operation is Operation.EMBEDDINGS:
         return {}
     params = request.params

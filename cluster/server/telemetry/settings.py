@@ -1,4 +1,4 @@
-"""Where telemetry goes: the cluster file's section, and OpenTelemetry's variables for what it leaves open."""
+"""Settings of telemetry: the cluster file's section, then OpenTelemetry's variables."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _SAMPLERS: Final = {
     "parentbased_always_off": (0.0, True),
     "parentbased_traceidratio": (None, True),
 }
-"""Ratio (None: as OTEL_TRACES_SAMPLER_ARG says), and whether a parent is obeyed."""
+"""(ratio, obeys parent) by sampler; None: the ratio of OTEL_TRACES_SAMPLER_ARG."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where one signal is sent."""
+    """The receiver of one signal."""
 
     url: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold a secret
@@ -46,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetrySettings:
-    """Fixed for the life of a coordinator."""
+    """Telemetry's settings, fixed for the life of a coordinator."""
 
     traces: Target | None  # None: no spans are made
     metrics: Target | None
@@ -59,7 +59,7 @@ class TelemetrySettings:
 
     @classmethod
     def resolve(cls, section: Telemetry | None, variables: Mapping[str, str]) -> TelemetrySettings | None:
-        """None where nothing is exported. UsageError names the key or variable with a bad value."""
+        """Returns None if nothing is exported. Raises UsageError that names the key or variable with a bad value."""
         if section is None or _is_true(variables, "OTEL_SDK_DISABLED"):
             return None
         traces, metrics = (_target(section, variables, signal) for signal in ("traces", "metrics"))
@@ -78,7 +78,7 @@ class TelemetrySettings:
 
 
 def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Target | None:
-    """A variable of the signal itself precedes the one of all signals."""
+    """Prefers a signal's own variable to the common one."""
     exporter = variables.get(f"OTEL_{signal.upper()}_EXPORTER", "otlp")
     if exporter not in ("otlp", "none"):
         raise UsageError(f"OTEL_{signal.upper()}_EXPORTER={exporter}: not otlp or none")
@@ -104,7 +104,7 @@ def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Ta
 
 
 def _check_supported(variables: Mapping[str, str], signal: str) -> None:
-    """UsageError for another protocol, and for certificates of a client."""
+    """Raises UsageError for other protocols and for client certificates."""
     name, protocol = _of_signal(variables, "PROTOCOL", signal)
     if protocol not in ("", _PROTOCOL):
         raise UsageError(f"{name}={protocol}: only {_PROTOCOL} is supported")
@@ -115,13 +115,13 @@ def _check_supported(variables: Mapping[str, str], signal: str) -> None:
 
 
 def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[str, str]:
-    """(name, value) of the variable that counts; "" where neither is set."""
+    """Returns (name, value) of the effective variable; "" if neither is set."""
     own, common = f"OTEL_EXPORTER_OTLP_{signal.upper()}_{what}", f"OTEL_EXPORTER_OTLP_{what}"
     return (own, variables[own]) if own in variables else (common, variables.get(common, ""))
 
 
 def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
-    """Only a variable of the signal is the whole address."""
+    """Takes a signal's own variable as the whole URL, others as its base."""
     base = section.endpoint
     if base is None:
         name, value = _of_signal(variables, "ENDPOINT", signal)
@@ -134,7 +134,7 @@ def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
 
 
 def _headers(name: str, value: str) -> dict[str, str]:
-    """NAME=VALUE with commas between, values encoded as in URLs. Errors do not show them."""
+    """Parses NAME=VALUE, separated by commas, percent-encoded. Errors do not show the values, which may be secret."""
     pairs = [pair.strip() for pair in value.split(",") if pair.strip()]
     return dict(_header(unquote(pair), f"{name}: entry {number}") for number, pair in enumerate(pairs, 1))
 
@@ -176,7 +176,7 @@ def _sampler(section: Telemetry, variables: Mapping[str, str]) -> TraceSampler:
 
 
 def _resource(variables: Mapping[str, str]) -> dict[str, str]:
-    """Attributes of the process; a malformed list is an error, as its reader would lack them."""
+    """Raises UsageError for a malformed list, of which a collector would lack entries."""
     pairs = [pair.partition("=") for pair in variables.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",") if pair.strip()]
     if not all(name.strip() and equals for name, equals, _ in pairs):
         raise UsageError("OTEL_RESOURCE_ATTRIBUTES: not NAME=VALUE with commas between")

@@ -1,10 +1,7 @@
-"""Records as spans of OTLP, with the names of OpenTelemetry's GenAI conventions.
-
-The span of an HTTP request is above those of its sequences; below a sequence's are its phases, and below a phase that
-computes are the stages. The coordinator has all of these times: workers send them with each result, and no trace
-context travels with microbatches. A stage's span is as long as its share of the phase, after those of the stages
-before it: during many microbatches, stages alternate.
-"""
+"""OTLP spans of records, named by OpenTelemetry's GenAI conventions. An HTTP request's span contains those of its
+sequences, these their phases, and computing phases their stages. The coordinator has all of these times: workers send
+them with each result, and no trace context travels with microbatches. A stage's span is as long as its share of the
+phase and begins after the stages before it: during many microbatches, stages alternate."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ def _any_value(value: Value) -> AnyValue:
 
 
 def spans_of(record: Record, unix_ns: int) -> list[Span]:
-    """`unix_ns`: Unix time where the monotonic clock is 0."""
+    """`unix_ns`: the Unix time at which the monotonic clock is 0."""
     if isinstance(record, ServedRequest):
         return [_request_span(record, unix_ns)]
     return list(_sequence_spans(record, unix_ns))
@@ -101,7 +98,7 @@ def _sequence_attributes(ended: EndedSequence) -> dict[str, Value]:
 
 
 def _phase_spans(phase: WaterfallPhase, sequence: Span, unix_ns: int) -> Iterator[Span]:
-    """A phase that was merged with later ones may seem to overlap with those between."""
+    """Makes the spans of a phase and its stages. A phase merged with later ones may overlap with those between."""
     attributes: dict[str, Value] = {}
     if phase.microbatches:
         attributes = {
@@ -133,7 +130,7 @@ def _phase_spans(phase: WaterfallPhase, sequence: Span, unix_ns: int) -> Iterato
 
 
 def _span(name: str, trace: TraceContext, attributes: Mapping[str, Value], *, failed: str | None) -> Span:
-    """A span below that of the context. `failed`: the kind of its error."""
+    """Makes a span below the context's. `failed`: the kind of its error."""
     span = Span(
         trace_id=trace.trace_id,
         span_id=secrets.token_bytes(SPAN_ID_BYTES),

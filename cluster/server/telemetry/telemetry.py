@@ -1,4 +1,4 @@
-"""Telemetry of a coordinator, put together: traced requests, the spans of their sequences, metrics every minute."""
+"""The parts of a coordinator's telemetry: traced requests, spans of sequences, periodic metrics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LIBRARY = "opentelemetry.proto"
 
 
 def _check_installed() -> None:
-    """UsageError where the library that encodes OTLP is absent."""
+    """Raises UsageError without the library that encodes OTLP."""
     try:
         is_found = find_spec(_LIBRARY) is not None
     except ModuleNotFoundError:
@@ -40,7 +40,7 @@ def _check_installed() -> None:
 
 
 def resolve_telemetry(config: ClusterConfig) -> TelemetrySettings | None:
-    """None where nothing is exported. UsageError for values that cannot be, and without the library."""
+    """Returns None if nothing is exported. Raises UsageError for bad values, or without the library."""
     settings = TelemetrySettings.resolve(config.telemetry, otel_variables())
     if settings is not None:
         _check_installed()
@@ -48,21 +48,20 @@ def resolve_telemetry(config: ClusterConfig) -> TelemetrySettings | None:
 
 
 class Telemetry:
-    """While it is open, traced requests have spans."""
+    """The telemetry of a running coordinator."""
 
     def __init__(self, settings: TelemetrySettings, exporter: Exporter) -> None:
         self._settings = settings
         self._exporter = exporter
 
     def traced(self, app: ASGIApp) -> ASGIApp:
-        """The app, with spans of its requests."""
         if self._settings.traces is None:
             return app
         return TracedRequests(app, self._settings.sampler, self._exporter.put_record)
 
 
 class _ModelSpans:
-    """See `SpanSink`: of one model's sequences."""
+    """The `SpanSink` of one model's sequences."""
 
     def __init__(self, model: str, exporter: Exporter) -> None:
         self._model = model
@@ -76,8 +75,8 @@ class _ModelSpans:
 async def open_telemetry(
     settings: TelemetrySettings, cluster: str, engines: Mapping[str, Engine], registry: CollectorRegistry
 ) -> AsyncIterator[Telemetry]:
-    """`cluster`: its name; `engines`: by their models; `registry`: of the cluster's metrics, among them the counts of
-    what became of spans."""
+    """Exports while entered. `cluster`: its name; `engines`: by model; `registry`: the cluster's metrics, which get the
+    counts of exports."""
     from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 
     resource = {"service.version": VERSION, "service.instance.id": cluster, **settings.resource}

@@ -1,4 +1,4 @@
-"""Which requests are traced, and the trace of one that is."""
+"""The choice of traced requests, and their traces."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from llamaclust.cluster.engine.trace_context import TraceContext
 
 _TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
 _COUNTED_BITS = 64
-"""Of a trace id, as other programs count them: these then agree on which traces they keep."""
+"""The bits of a trace id that other programs compare, too, so that all keep the same traces."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTrace:
-    """A traced request: the context of its own span, and that of the client's span above it."""
+    """A traced request: its own span's context, and the context of the client's span above it."""
 
     own: TraceContext
     parent: TraceContext | None
 
     @property
     def parent_span_id(self) -> bytes:
-        """Empty without a parent."""
         return b"" if self.parent is None else self.parent.span_id
 
 
 @dataclass(frozen=True, slots=True)
 class TraceSampler:
-    """`ratio`: the share of traces that are kept. `obeys_parent`: it is for requests without a trace context."""
+    """The rule of traced requests. `ratio`: the share that is kept; with `obeys_parent`, only of requests without a
+    trace context."""
 
     ratio: float = 1.0
     obeys_parent: bool = True
 
     def begin(self, traceparent: Sequence[str], tracestate: Sequence[str]) -> RequestTrace | None:
-        """The trace of a request with these headers; None where it is not traced."""
+        """Returns None if the request is not traced."""
         parent = TraceContext.parse(traceparent, tracestate)
         trace_id = secrets.token_bytes(_TRACE_ID_BYTES) if parent is None else parent.trace_id
         is_sampled = parent.is_sampled if parent is not None and self.obeys_parent else self._keeps(trace_id)

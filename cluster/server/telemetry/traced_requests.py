@@ -14,8 +14,8 @@ from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace, Trac
 
 
 class TracedRequests:
-    """`ended` gets a record of each traced request that has passed all checks of access: others could make any number,
-    with any text."""
+    """An ASGI app that passes `ended` a record of each traced request that passed the access checks: other clients
+    could create any number, with any text."""
 
     def __init__(self, app: ASGIApp, sampler: TraceSampler, ended: Callable[[ServedRequest], None]) -> None:
         self._app = app
@@ -44,7 +44,7 @@ class TracedRequests:
                 self._ended(ServedRequest(trace, scope["method"], names[0], start_ns, monotonic_ns(), status))
 
     def _begin(self, scope: Scope) -> RequestTrace | None:
-        """None of probes, pages and status, which compute nothing."""
+        """Returns None for probes, pages and status, which compute nothing."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return None
         return self._sampler.begin(_values(scope, b"traceparent"), _values(scope, b"tracestate"))

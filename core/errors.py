@@ -110,7 +110,8 @@ class ProtocolError(LlamaclustError):
 
 
 class WorkerError(LlamaclustError):
-    """A worker that failed, was lost or cannot be reached; the message names the worker, its layers and its last error."""
+    """A worker that failed, was lost or cannot be reached; the message names the worker, its layers and its last
+    error."""
 
     http_status = 503
     code = "worker_failed"

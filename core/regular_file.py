@@ -36,7 +36,8 @@ def decode_text(data: bytes) -> str:
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
-    """Reads the start of a file or a pipe such as a shell's `<(...)`. Raises OSError, also for a pipe without a writer."""
+    """Reads the start of a file or a pipe such as a shell's `<(...)`. Raises OSError, also for a pipe without a
+    writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         first = b""

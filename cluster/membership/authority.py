@@ -84,7 +84,8 @@ class Authority:
 
     @property
     def token(self) -> JoinToken:
-        """The token in its file now, which may have been rotated since the start; else the last one that could be read."""
+        """The token in its file now, which may have been rotated since the start; else the last one that could be
+        read."""
         try:
             self._token = self._read_token()
         except UsageError as error:
@@ -134,7 +135,8 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
-        """Returns the CA certificate's own id of its key: other programs, such as Helm, may derive ids in another way."""
+        """Returns the CA certificate's own id of its key: other programs, such as Helm, may derive ids in another
+        way."""
         try:
             named = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         except x509.ExtensionNotFound:

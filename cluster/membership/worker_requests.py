@@ -67,7 +67,8 @@ async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[Adapter
 
 
 async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) -> str:
-    """Returns why the worker cannot reach another one; "" if it can. Raises WorkerError if it is lost, DeadlineError."""
+    """Returns why the worker cannot reach another one; "" if it can. Raises WorkerError if it is lost,
+    DeadlineError."""
     what = f"way to {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)

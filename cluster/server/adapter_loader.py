@@ -159,7 +159,8 @@ class AdapterLoader:
             raise HttpError(503, "model_not_loaded", f"{what}: load it by POST /models/load, then try again")
 
     def _check_name(self, name: str) -> None:
-        """Raises ParameterError for a taken name. Ollama's clients append a tag: names that differ by it alone collide."""
+        """Raises ParameterError for a taken name. Ollama's clients append a tag: names that differ by it alone
+        collide."""
         if name in self.adapters.names:
             raise ParameterError("lora_name", f"adapter {name!r} is loaded already: unload it first, or choose another")
         taken = fixed_names([other.opened.config for other in self.others])

@@ -189,7 +189,8 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """Loads the first model unless the cluster loads on demand; the others sleep. Memory must suffice for each alone."""
+    """Loads the first model unless the cluster loads on demand; the others sleep. Memory must suffice for each
+    alone."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())
@@ -237,7 +238,8 @@ def _resident(served: ServedModel, entry: ModelEntry | None) -> Resident:
 async def _shortfall(
     planners: Sequence[ClusterPlanner], registry: Registry, drained: frozenset[str]
 ) -> LlamaclustError | None:
-    """Returns why the present undrained workers cannot hold a model, by what they report; None if they can hold each."""
+    """Returns why the present undrained workers cannot hold a model, by what they report; None if they can hold
+    each."""
     try:
         for planner in planners:
             present = {name: worker for name, worker in registry.present.items() if name not in drained}

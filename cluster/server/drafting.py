@@ -24,8 +24,8 @@ from llamaclust.model.loader import Model
 
 Models = Sequence[tuple[ClusterConfig, Model]]
 _SMALL = 2
-"""The least factor between the sizes of model and draft model: a larger draft model takes nearly as long for a token.
-"""
+"""The least factor between the sizes of model and draft model: a larger draft model takes nearly as long for a
+token."""
 
 
 @dataclass(frozen=True, slots=True)

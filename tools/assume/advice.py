@@ -28,7 +28,7 @@ _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """What one of the machines would do without the others."""
+    """The speed of one of the machines without the others."""
 
     machine: str
     prediction: Prediction

@@ -1,4 +1,4 @@
-"""Injects faults into a running cluster, and undoes those that are held."""
+"""The injector of faults into a running cluster, which undoes those that are held."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
 _POLL_S = 0.1
 _JOURNAL_S = 6.0
-"""After a full disk, until the journal has all open requests again: before that, a coordinator's end loses some."""
+"""The time after a full disk until the journal has all open requests again; a coordinator's earlier end loses some."""
 
 Show = Callable[[str], None]
 
 
 class Injector:
-    """Of one cluster. `close` undoes everything that is held, however the run ends; it may be called again."""
+    """The faults of one cluster. `close` undoes everything that is held, however the run ends; it may be called
+    again."""
 
     def __init__(
         self, state_dir: Path, name: str, permissions: Permissions, show: Show, firewall: Firewall | None = None
@@ -48,11 +49,11 @@ class Injector:
 
     @property
     def held(self) -> frozenset[str]:
-        """Targets of faults that last now: workers, and the cluster while its coordinator's disk is full."""
+        """Targets of lasting faults: workers, and the cluster while its coordinator's disk is full."""
         return self._stops.names | self._disks.names | self._drains.names | self._links.names | self._failing
 
     def targets(self) -> Targets:
-        """LlamaclustError while no coordinator answers."""
+        """Raises LlamaclustError while no coordinator answers."""
         record, status = self._status()
         return find_targets(record, status, self._permissions, has_standby=self._folder.has_standby)
 
@@ -61,8 +62,8 @@ class Injector:
         return find_running(self._state_dir, self._name)[0]
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
-        """Whether it took place. A fault that is held goes on in the background, except a coordinator's stop; after its
-        loss, returns when another one serves."""
+        """Returns False if the fault did not take place. Lasting faults go on in the background, except a coordinator's
+        stop; after a coordinator's kill, returns once another one serves."""
         match fault.kind:
             case FaultKind.KILL:
                 return targets.workers[fault.target].send(signal.SIGKILL)
@@ -92,7 +93,7 @@ class Injector:
                 return self._fill_disk(fault, process)
 
     def close(self) -> None:
-        """Continues stopped processes, makes room on disks, heals links, then undrains. Blocks, for half a minute where
+        """Continues stopped processes, makes room on disks, heals links, then undrains. Blocks up to half a minute if
         the cluster does not answer."""
         for task in self._tasks:
             task.cancel()
@@ -122,7 +123,7 @@ class Injector:
         return is_stopped
 
     def _begin_within(self, fault: Fault, process: Process, number: signal.Signals) -> bool:
-        """A fault within the process. One that was replaced since it was found may not know it."""
+        """Begins a fault within the process. A process that replaced the target may have no handler of it."""
         if not process.catches(number) or not process.send(number):
             return False
         self._failing.add(fault.target)
@@ -202,7 +203,7 @@ class Injector:
         return True
 
     async def _successor(self, killed: Process) -> ClusterRecord:
-        """The coordinator that serves in its place."""
+        """Returns the coordinator that serves in the killed one's place."""
         end_s = time.monotonic() + _RETURN_S
         while time.monotonic() < end_s:
             with suppress(LlamaclustError):
@@ -214,8 +215,6 @@ class Injector:
 
 
 class Drains:
-    """Drained workers of a cluster. Its methods block."""
-
     def __init__(self, state_dir: Path, cluster: str) -> None:
         self._state_dir, self._cluster = state_dir, cluster
         self._workers: dict[str, threading.Lock] = {}  # of each, held by its request to drain
@@ -225,11 +224,11 @@ class Drains:
         return frozenset(self._workers)
 
     def add(self, name: str) -> None:
-        """It will be drained."""
+        """Lists a worker that will be drained."""
         self._workers[name] = threading.Lock()
 
     def begin(self, name: str) -> None:
-        """Nothing where `end` came first."""
+        """Does nothing if `end` came first."""
         lock = self._workers.get(name)
         if lock is None:
             return
@@ -239,8 +238,8 @@ class Drains:
                     api.drain(name)
 
     def end(self, name: str) -> str:
-        """After `begin` where that runs. Tried again while no coordinator answers. Why the worker stays drained; ""
-        where it does not."""
+        """Undrains, after a running `begin`, with retries while no coordinator answers. Returns why the worker stays
+        drained; "" if it does not."""
         with self._workers.get(name, threading.Lock()):
             return self._undrain(name)
 

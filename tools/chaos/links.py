@@ -1,5 +1,5 @@
-"""The network links of workers, and the rules of nftables that disturb one of them. Packets are known by the addresses
-and ports of the cluster's members, so that no other traffic is concerned."""
+"""The network links of workers, and the nftables rules that disturb one of them. Rules match packets by addresses and
+ports of the cluster's members, so that other traffic is not affected."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 _UNIX = "unix:"
 _PRIORITY = -310
-"""Before connection tracking, and before the rules of others."""
+"""A priority before connection tracking and other programs' rules."""
 
 
 class Disturbance(StrEnum):
-    """What happens to packets, as nftables writes it."""
+    """The verdict on packets, in nftables' syntax."""
 
     CUT = "drop"
     SLOW = "limit rate over 100 kbytes/second burst 100 kbytes drop"
@@ -24,15 +24,15 @@ class Disturbance(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLink:
-    """Of a worker to the members on this machine. `own_ports` are those that it connects to; a worker that is on this
-    machine as well has none: connections that it opens are not told from those of other processes."""
+    """A worker's link to the members on this machine. `own_ports` are those that it connects to; a worker on this
+    machine has none: its outgoing connections look like those of other processes."""
 
     hosts: frozenset[str]  # IP addresses
     ports: frozenset[int]  # for stages, and for links of groups
     own_ports: frozenset[int] = frozenset()
 
     def commands(self, table: str, label: str, disturbance: Disturbance, hold_s: float) -> str:
-        """Of nft, for a disturbance that the kernel ends after this time: rules find the ports in sets that expire."""
+        """Returns nft commands for a disturbance that the kernel ends: rules find the ports in sets that expire."""
         lifetime = f"timeout {max(1, round(hold_s * 1000))}ms"
         lines = []
         for name, ports in (("port", self.ports), ("own", self.own_ports)):
@@ -65,7 +65,7 @@ class WorkerLink:
 
 
 def worker_links(addresses: Mapping[str, Sequence[str]], coordinator_ports: frozenset[int]) -> dict[str, WorkerLink]:
-    """By name, of workers that have network addresses; `coordinator_ports` are those that workers connect to."""
+    """Returns the links of workers with network addresses, by name; workers connect to `coordinator_ports`."""
     in_network = {name: [each for each in own if not each.startswith(_UNIX)] for name, own in addresses.items()}
     found = {name: _resolve(own) for name, own in in_network.items()}
     known = {name: link for name, link in found.items() if link.hosts and coordinator_ports}
@@ -77,7 +77,6 @@ def worker_links(addresses: Mapping[str, Sequence[str]], coordinator_ports: froz
 
 
 def _resolve(addresses: Sequence[str]) -> WorkerLink:
-    """Of one worker."""
     hosts, ports = set[str](), set[int]()
     for host, _, port in (address.rpartition(":") for address in addresses):
         ports.add(int(port))
@@ -88,7 +87,7 @@ def _resolve(addresses: Sequence[str]) -> WorkerLink:
 
 
 def _is_here(host: str) -> bool:
-    """Whether this machine has the address."""
+    """True if this machine has the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:

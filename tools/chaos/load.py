@@ -1,4 +1,4 @@
-"""Streamed requests without end, each answer compared with the undisturbed one."""
+"""Endless streamed requests, each answer compared with the undisturbed one."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _MIXED: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (11, 7, {"mirostat": 2}),
     (13, 8, {"dry_multiplier": 0.8}),
 )
-"""Divisor and remainder of requests' numbers, and the fields of those requests."""
+"""(divisor, remainder) of requests' numbers, and the fields of those requests."""
 _TOP_EVERY, _TOP = 7, 5
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Greedy and sampled, with penalties, several choices and top logprobs, short and long prompts, chats and
-    completions: one a number."""
+    """Numbered requests: greedy and sampled, with penalties, several choices and top logprobs, short and long prompts,
+    chats and completions."""
 
     tokens: int = _TOKENS
     longest: int = max(_LENGTHS)  # prompt, in words
@@ -54,12 +54,12 @@ class Requests:
         return "v1/completions", {**body, "prompt": text, "logprobs": top}
 
     def start(self, client: AsyncClient, number: int) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Its events, with their ids."""
+        """Yields the request's events with their ids."""
         return client.events(*self.path_and_body(number))
 
 
 async def fitting_requests(client: AsyncClient, context_tokens: int) -> Requests:
-    """Requests that the context holds; chats where the model has a template for them."""
+    """Returns requests that fit the context; with chats if the model has a chat template."""
     tokens = max(1, min(_TOKENS, context_tokens // 3))
     word_tokens = max([len(await client.tokenize(f" {word}", add_special=False)) for word in _WORDS])
     longest = max(1, (context_tokens - tokens - _TEMPLATE_TOKENS) // word_tokens)
@@ -72,7 +72,7 @@ async def fitting_requests(client: AsyncClient, context_tokens: int) -> Requests
 
 @dataclass
 class Streams:
-    """`count` requests that run again and again."""
+    """The requests that run again and again."""
 
     client: AsyncClient
     requests: Requests
@@ -87,8 +87,8 @@ class Streams:
         self.expected = dict(enumerate(answers))
 
     async def repeat(self, number: int, until: asyncio.Event) -> None:
-        """An answer that was begun is compared, also one that an error ends. Requests that were not accepted are sent
-        again for two minutes."""
+        """Repeats a request and compares each answer that began, also one that an error ends. Refused requests are
+        retried for two minutes."""
         refused_s: float | None = None
         while not until.is_set():
             received = Received()
@@ -113,7 +113,7 @@ class Streams:
         return received
 
     async def _read(self, number: int, received: Received) -> None:
-        """Adds a request's events as they come. NotAcceptedError before the first one."""
+        """Adds a request's events as they come. Raises NotAcceptedError if it fails before the first one."""
         is_accepted = False
         try:
             async with aclosing(self.requests.start(self.client, number)) as events:
@@ -135,7 +135,7 @@ class NotAcceptedError(LlamaclustError):
 
 @asynccontextmanager
 async def meanwhile(works: Iterable[Coroutine[Any, Any, None]]) -> AsyncIterator[list[asyncio.Task[None]]]:
-    """Tasks that run beside the caller's, and are cancelled after them. An error of one of them is raised then."""
+    """Runs tasks beside the caller's, cancels them after it, and raises an error of one of them."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         yield tasks

@@ -1,4 +1,4 @@
-"""Processes that may be signalled: a cluster's own, known by process id and start time."""
+"""Processes that may be signalled: a cluster's own, identified by process id and start time."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _LISTENING = "0A"
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One of this user; another that gets its id later has another start time."""
+    """A process of this user; a later one with the same id has another start time."""
 
     pid: int
     start_time: int  # in clock ticks since the machine started
 
     @property
     def is_running(self) -> bool:
-        """Neither ended nor waiting to be reaped."""
+        """True if the process has neither ended nor become a zombie."""
         fields = process_fields(self.pid)
         return bool(fields) and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
 
     def send(self, number: signal.Signals) -> bool:
-        """Whether it was there to be signalled: the id cannot change hands between check and signal."""
+        """Returns False if the process is gone. A pidfd keeps the id from changing hands between check and signal."""
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(self.pid)
             try:
@@ -46,7 +46,7 @@ class Process:
         return False
 
     def catches(self, number: signal.Signals) -> bool:
-        """Returns whether it has a handler of the signal: it ends without one."""
+        """True if the process handles the signal, which would otherwise end it."""
         with suppress(OSError):
             lines = (_PROC / str(self.pid) / "status").read_text().splitlines()
             caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
@@ -54,8 +54,8 @@ class Process:
         return False
 
     def limit_files(self, most_bytes: int) -> int | None:
-        """Writes beyond this place of a file fail from now on, or beyond the hard limit where that is less; children
-        that it starts inherit it. Gives the limit so far, None where the process is not there."""
+        """Limits the size of files that the process and its later children write; the hard limit still applies. Returns
+        the limit before; None if the process is gone."""
         if not self.is_running:
             return None
         with suppress(ProcessLookupError):
@@ -72,7 +72,7 @@ class Process:
 
 
 def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | None:
-    """A worker's process that the coordinator started on this machine; `worker` is of `GET /cluster`."""
+    """Returns the process of a worker that the coordinator started on this machine; `worker` is of `GET /cluster`."""
     process = _own_process(worker["pid"])
     if process is None or not _is_command(_command_line(process.pid), ["-m", "llamaclust.worker", "--name"], worker):
         return None
@@ -81,8 +81,8 @@ def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | N
 
 
 def joined_worker(worker: Mapping[str, Any]) -> Process | None:
-    """The process of a worker that joined by itself, if it is on this machine: it listens on the worker's port, at an
-    address of this machine. One elsewhere may have the id and the port of another cluster's worker here."""
+    """Returns the process of a worker that joined by itself, if it listens on the worker's port at an address of this
+    machine. A worker elsewhere may have the id and the port of another cluster's worker here."""
     process = _own_process(worker["pid"])
     if process is None:
         return None
@@ -96,8 +96,7 @@ def joined_worker(worker: Mapping[str, Any]) -> Process | None:
 
 
 def coordinator(pid: int, start_ticks: int) -> Process | None:
-    """The coordinator's process, of a cluster's record. That may be of another container: here its id is another
-    process's, such as another cluster's coordinator."""
+    """Returns the coordinator's process. A record may be of another container: its id is another process's here."""
     process = _own_process(pid)
     if process is None or process.start_time != start_ticks:
         return None
@@ -127,7 +126,7 @@ def _is_command(words: Sequence[str], command: Sequence[str], worker: Mapping[st
 
 
 def _is_here(host: str) -> bool:
-    """Whether an address is one of this machine: others cannot be bound to."""
+    """True if the address is one of this machine: others cannot be bound to."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -138,7 +137,7 @@ def _is_here(host: str) -> bool:
 
 
 def listening_ports(pid: int) -> frozenset[int]:
-    """TCP ports on which a process of this user waits for connections."""
+    """Returns TCP ports on which a process of this user listens."""
     folder, ports = _PROC / str(pid), {}
     with suppress(OSError):
         for name in ("tcp", "tcp6"):
@@ -152,7 +151,7 @@ def listening_ports(pid: int) -> frozenset[int]:
 
 
 def is_in_our_network(pid: int) -> bool:
-    """Whether the process is in the network namespace of this one."""
+    """True if the process shares this one's network namespace."""
     with suppress(OSError):
         return (_PROC / str(pid) / "ns/net").readlink() == (_PROC / "self/ns/net").readlink()
     return False

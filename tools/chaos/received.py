@@ -11,7 +11,7 @@ from typing import Any
 from llamaclust.core.sampling import RowResult
 
 Answer = list[tuple[int, bytes]]
-"""Token ids, each with the bits of its float32 logprob and of those of the likeliest tokens."""
+"""Token ids, each with the bits of its float32 logprob and the top logprobs."""
 
 
 def answer_rows(rows: Iterable[RowResult]) -> Answer:
@@ -20,14 +20,14 @@ def answer_rows(rows: Iterable[RowResult]) -> Answer:
 
 @dataclass(slots=True)
 class Received:
-    """Answers by index of their choice, and the places of the events."""
+    """Answers by choice index, and the number of misplaced events."""
 
     choices: dict[int, Answer] = field(default_factory=dict)
     misplaced: int = 0  # events that were duplicated or skipped
     _events: int = 0
 
     def add(self, event_id: str, event: Mapping[str, Any]) -> int:
-        """The event's number of tokens."""
+        """Returns the event's number of tokens."""
         number = event_number(event_id)
         self.misplaced += abs(number - self._events - 1)
         self._events = number
@@ -40,7 +40,7 @@ class Received:
 
 
 def event_number(event_id: str) -> int:
-    """Events that a client has with this one: ids count those of each choice, as `REQUEST:3-5`."""
+    """Returns the number of events up to this one: ids count each choice's, as `REQUEST:3-5`."""
     return sum(map(int, event_id.rpartition(":")[2].split("-")))
 
 

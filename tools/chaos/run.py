@@ -28,7 +28,7 @@ from llamaclust.tools.chaos.worker_faults import PRELOAD
 
 _SHOW_S = 1.0
 _FINISH_S = 180.0
-"""For the last answers, after the last fault."""
+"""The wait for the last answers after the last fault."""
 _NOT_HERE = "has no coordinator of this user on this machine"
 _NO_LINKS = "has no worker with a network link to this machine (those of `launcher: local` have Unix sockets)"
 _NOT_PRELOADED = (
@@ -62,18 +62,15 @@ class ChaosSettings:
 
 
 class View(Protocol):
-    """Shows a run while it goes on."""
-
     def line(self, text: str) -> None: ...
 
     def progress(self, text: str) -> None:
-        """In the place of the last one."""
+        """Replaces the last progress text."""
 
 
 async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
-    """Fills the tally; faults that are held are undone, also where it is cancelled.
-
-    UsageError where the cluster has nothing that may be disturbed, or serves other clients."""
+    """Fills the tally; lasting faults are undone, also on cancellation. Raises UsageError if the cluster has nothing
+    that may be disturbed, or serves other clients."""
     folder, record = find_running(settings.state_dir, settings.cluster)
     status, context_tokens = _idle_status(settings, record)
     targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)
@@ -101,7 +98,7 @@ async def _disturb_and_compare(settings: ChaosSettings, injector: Injector, stre
 
 
 def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[str, Any], int]:
-    """The cluster's, and the context length. UsageError where it serves requests of other clients."""
+    """Returns the status and the context length. Raises UsageError if the cluster serves other clients."""
     with ClusterApi.of(record) as api:
         status, context_tokens = api.status(), api.context_length()
     busy = status["requests"]["running"] + status["requests"]["waiting"]
@@ -112,7 +109,7 @@ def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[s
 
 @contextmanager
 def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator[Firewall | None]:
-    """None where links are not disturbed; a line says what is missing for it."""
+    """Yields None if links are not disturbed; a line says what is missing for it."""
     kinds = [kind for kind in FaultKind if kind.is_of_link and targets.names[kind]]
     try:
         firewall = Firewall() if kinds else None
@@ -129,7 +126,7 @@ def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator
 
 
 def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: View) -> None:
-    """Shows what will be done. UsageError where nothing can be, or a required kind cannot."""
+    """Shows the faults to come. Raises UsageError if there are none, or a required kind is not possible."""
     kinds = [kind for kind in FaultKind if _suffices(kind, targets)]
     for kind in FaultKind:
         if kind in settings.required and kind not in kinds:
@@ -142,14 +139,14 @@ def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: Vie
 
 
 def _suffices(kind: FaultKind, targets: Targets) -> bool:
-    """The last worker is left alone by some kinds."""
+    """True unless there is no target, or a kind that spares the last worker would hit it."""
     least = 2 if kind.needs_another_worker else 1
     return len(targets.names[kind]) >= 1 and targets.connected >= least
 
 
 @asynccontextmanager
 async def _load(streams: Streams) -> AsyncIterator[None]:
-    """Requests run meanwhile; those that run at the end are finished, unless it ends by an exception."""
+    """Runs requests while entered; running ones are finished then, unless an exception ends it."""
     done = asyncio.Event()
     async with meanwhile(streams.repeat(number, done) for number in streams.expected) as tasks:
         yield

@@ -1,8 +1,5 @@
-"""Which fault comes next, and when: drawn from a seed. Pure: no clock, no processes.
-
-Each fault takes the same number of draws, whatever the cluster looks like: a seed gives the same faults to a cluster in
-the same states.
-"""
+"""The order and times of faults, drawn from a seed. Pure: no clock, no processes. Each fault takes the same number of
+draws, whatever the cluster's state: a seed gives the same faults to clusters in the same states."""
 
 from __future__ import annotations
 
@@ -17,15 +14,16 @@ from llamaclust.tools.chaos.worker_faults import FAILING_S, MUTE_S
 
 _BETWEEN_S = (0.5, 3.0)
 _LOST_S = (0.1, 10.0)
-"""Shorter and longer than `timeouts.worker`, log-uniform: a worker that is late, and one that is lost."""
+"""Times around `timeouts.worker`, drawn log-uniformly: the worker is late, or lost."""
 _DRAINED_S = (0.5, 5.0)
 _COORDINATOR_STOPPED_S = (0.1, 4.0)
-"""Shorter than `timeouts.worker`, and longer than many heartbeats."""
+"""Times below `timeouts.worker`, and longer than many heartbeats."""
 _FULL_S = (0.5, 5.0)
 _SLOW_S = (0.5, 8.0)
 _LOSSES = 5
 _WITHIN_S = 75.0
-"""A launcher restarts a worker six times a minute at most, one that hangs a while after its fault."""
+"""The window of `_LOSSES`: a launcher restarts a worker at most six times a minute, a hanging one some time after its
+fault."""
 
 
 class FaultKind(StrEnum):
@@ -42,7 +40,7 @@ class FaultKind(StrEnum):
 
     @property
     def option(self) -> str:
-        """Its name in `--faults`."""
+        """The kind's name in `--faults`."""
         return self.name.lower().replace("_", "-")
 
     @property
@@ -55,17 +53,17 @@ class FaultKind(StrEnum):
 
     @property
     def needs_another_worker(self) -> bool:
-        """Its worker is left alone while no other one serves."""
+        """True if the fault spares the last worker that serves."""
         return self in (FaultKind.STOP, FaultKind.DRAIN, FaultKind.PARTITION, FaultKind.FAILS, FaultKind.MUTE)
 
     @property
     def is_loss(self) -> bool:
-        """Its worker may be lost."""
+        """True if the fault may lose its worker."""
         return self in (FaultKind.KILL, FaultKind.STOP, FaultKind.PARTITION, FaultKind.MUTE)
 
 
 def fault_kinds(text: str | None = None) -> frozenset[FaultKind]:
-    """Of a list as `kill,stop`; None: all. UsageError that names what there is."""
+    """Parses a list as `kill,stop`; None: all. Raises UsageError that lists the kinds."""
     kinds = {kind.option: kind for kind in FaultKind}
     names = list(kinds) if text is None else [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in kinds]:
@@ -97,7 +95,7 @@ _HOLDS_S = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`target` is a worker's name, or the cluster's for its coordinator; `hold_s` is 0 for a kill."""
+    """A fault of a worker, or of the coordinator (`target` is the cluster's name); `hold_s` is 0 for a kill."""
 
     kind: FaultKind
     target: str
@@ -109,21 +107,19 @@ class Fault:
 
 
 class Schedule:
-    """Faults of one run."""
-
     def __init__(self, seed: int) -> None:
         self._source = Random(seed)
         self._losses_s: dict[str, deque[float]] = {}
 
     def pause_s(self) -> float:
-        """From one fault to the next."""
+        """Returns the seconds to the next fault."""
         return self._source.uniform(*_BETWEEN_S)
 
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """None where no target is left. `held`: targets of faults that last now; they are left alone, and the last
-        worker beside them is neither stopped nor drained nor cut off."""
+        """Returns None if no target is left. Targets in `held` are spared, and the last worker beside them is not
+        stopped, drained or cut off."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

@@ -1,4 +1,4 @@
-"""What a run has seen: answers compared with the undisturbed ones, and pauses after faults. Pure."""
+"""The results of a run: answers compared with the undisturbed ones, and pauses after faults. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.tools.chaos.received import Answer, Received
 from llamaclust.tools.chaos.schedule import FaultKind
 
 _WATCH_S = 30.0
-"""A gap that begins later after a fault is not its pause."""
+"""The time after a fault in which a gap may begin that counts as its pause."""
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Comparison:
         self.changed += sum(row != other for row, other in zip(expected, answer, strict=False))
 
     def add_request(self, expected: Received, received: Received) -> None:
-        """Each of its choices, and its events."""
+        """Compares each choice, and counts misplaced events."""
         for index in sorted(expected.choices.keys() | received.choices.keys()):
             self.add(expected.choices.get(index, []), received.choices.get(index, []))
         self.misplaced += received.misplaced
@@ -50,7 +50,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class Pauses:
-    """The longest time without a token of any request, for each fault: until the next fault, or 30 s later. A gap with
+    """The longest time without a token of any request after each fault, until the next fault or 30 s later. A gap with
     several faults counts for each, from that fault on."""
 
     _last_s: float | None = None
@@ -74,7 +74,7 @@ class Pauses:
         self._last_s = now_s
 
     def by_kind(self) -> dict[FaultKind, list[float]]:
-        """In seconds."""
+        """Returns seconds."""
         found: dict[FaultKind, list[float]] = {}
         for kind, seconds in self._longest:
             found.setdefault(kind, []).append(seconds)
@@ -83,7 +83,7 @@ class Pauses:
 
 @dataclass(slots=True)
 class Tally:
-    """Of one run with this seed."""
+    """The results of one run with this seed."""
 
     seed: int
     faults: Counter[FaultKind] = field(default_factory=Counter)
@@ -93,11 +93,11 @@ class Tally:
 
     @property
     def is_success(self) -> bool:
-        """Whether there were faults, and answers that are all intact."""
+        """True if there were faults and answers, and all answers are intact."""
         return self.compared.is_intact and self.compared.answers > 0 and self.faults.total() > 0
 
     def verdict(self) -> Iterator[str]:
-        """Its lines."""
+        """Yields lines."""
         compared = self.compared
         result = "nothing lost, nothing changed" if self.is_success else "NOTHING TESTED; give more --minutes"
         result = result if compared.is_intact else "LOST OR CHANGED"
@@ -112,7 +112,7 @@ class Tally:
 
 
 def pause_text(seconds: Sequence[float]) -> str:
-    """`; pause: median ..., p99 ..., longest ...`, or nothing."""
+    """Formats `; pause: median ..., p99 ..., longest ...`, or ""."""
     if not seconds:
         return ""
     return f"; pause: median {median(seconds):.2f} s, p99 {p99(seconds):.2f} s, longest {max(seconds):.2f} s"

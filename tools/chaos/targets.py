@@ -1,4 +1,4 @@
-"""What of a running cluster may be disturbed, and how."""
+"""The parts of a running cluster that may be disturbed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GONE = ("left", "lost")
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """Kinds of faults, and what may be killed although this program cannot see that it is started again."""
+    """The allowed kinds of faults, and permissions to kill what this program cannot see restarted."""
 
     coordinator: bool = False
     joined_workers: bool = False
@@ -30,7 +30,7 @@ class Permissions:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Names by kind of fault, the processes of those that would be signalled, and the links that would be disturbed."""
+    """Target names by kind of fault, and the processes and links of targets."""
 
     names: Mapping[FaultKind, tuple[str, ...]] = field(default_factory=dict)
     workers: Mapping[str, Process] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Targets:
 def find_targets(
     record: ClusterRecord, status: Mapping[str, Any], permissions: Permissions, *, has_standby: bool
 ) -> Targets:
-    """Of a cluster's record and its `status`: connected workers that the user has not drained."""
+    """Finds the targets of a cluster from its record and `status`; drained and lost workers are none."""
     workers = [worker for worker in status["workers"] if worker["state"] not in _GONE and not worker["drained"]]
     is_local = record.is_local
     found = {
@@ -71,7 +71,7 @@ def find_targets(
 
 
 def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordinator: Process) -> dict[str, WorkerLink]:
-    """Clients of the API are not disturbed; neither is a cluster in another network namespace."""
+    """Returns {} for a cluster in another network namespace. Links of the API's clients are omitted."""
     if not processes.is_in_our_network(coordinator.pid):
         return {}
     own_ports = processes.listening_ports(coordinator.pid) - {int(record.api.rpartition(":")[2])}

@@ -1,7 +1,5 @@
-"""Faults within a worker's process: its steps fail, or its stages pass nothing on, for a few seconds after a signal.
-
-Workers have them only where they are started with `PRELOAD` in PYTHONPATH.
-"""
+"""Faults within a worker's process after a signal, for a few seconds: its steps fail, or its stages send nothing. Only
+workers that start with `PRELOAD` in PYTHONPATH have them."""
 
 from __future__ import annotations
 
@@ -14,14 +12,14 @@ from typing import Any
 PRELOAD = Path(__file__).parent / "preload"
 FAILING, MUTE = signal.SIGUSR1, signal.SIGUSR2
 FAILING_S, MUTE_S = 2.0, 6.0
-"""Several failures; longer than a step may take before its worker counts as lost."""
+"""Durations: several failures; longer than a step may take before its worker counts as lost."""
 _LOOK_S = 0.01
 
 Active = Callable[[], bool]
 
 
 def break_steps(is_active: Active) -> None:
-    """Steps of this process's stages fail meanwhile, also its portions of groups' steps."""
+    """Makes steps of this process's stages, and its portions of groups' steps, fail while active."""
     from llamaclust.worker.stage.following import FollowingStage  # not where faults are only begun
     from llamaclust.worker.stage.loop import StageLoop
 
@@ -42,7 +40,7 @@ def break_steps(is_active: Active) -> None:
 
 
 def silence(is_active: Active) -> None:
-    """Stages of this process pass nothing on meanwhile, and portions of groups' steps get no further."""
+    """Makes stages of this process send nothing, and portions of groups' steps wait, while active."""
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
 
@@ -62,7 +60,7 @@ def silence(is_active: Active) -> None:
 
 
 def install() -> None:
-    """Each fault begins at its signal and ends by itself, whatever becomes of the program that began it."""
+    """Installs faults that begin at their signal and end by themselves."""
     _at_signal(FAILING, FAILING_S, break_steps)
     _at_signal(MUTE, MUTE_S, silence)
 

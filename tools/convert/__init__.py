@@ -1,1 +1,2 @@
-"""Converts a checkpoint to GGUF: readers of formats, architectures (pages), vocabularies, and a streaming writer."""
+"""The conversion of checkpoints to GGUF: readers of formats, architectures (pages), vocabularies, and a streaming
+writer."""

@@ -1,4 +1,4 @@
-"""Converts a checkpoint to a GGUF file: reader, page, vocabulary, writer."""
+"""The conversion of a checkpoint to a GGUF file: reader, page, vocabulary, writer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _EXACT: Final = re.compile(
     r".*_norm(_2)?\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight|position_embd\.weight|rope_.*|.*\.bias"
     r"|.*\.(ssm_conv1d(_[qkv])?|shortconv\.conv)\.weight|.*\.ssm_[ad]|.*\.altup_.*"
 )
-"""Small tensors with a large effect; they are float32 in every file."""
+"""Small tensors with a large effect, float32 in every file."""
 _MOST_THREADS: Final = 8
 
 
@@ -55,10 +55,8 @@ class Target:
 def convert(
     source: Path, out: Path | None, type_name: str, hints: Hints, on_progress: OnProgress, name: str | None
 ) -> Converted:
-    """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf here.
-
-    ModelFileError for a bad checkpoint, UsageError for bad options or a disk without room; no file is left then.
-    """
+    """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf here. Raises ModelFileError for a bad
+    checkpoint, UsageError for bad options or a disk without room; no file is left then."""
     with SourceFiles() as files:
         return write_converted(
             files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, on_progress
@@ -68,7 +66,7 @@ def convert(
 def write_converted(
     files: SourceFiles, checkpoint: Checkpoint, target: Target, hints: Hints, on_progress: OnProgress
 ) -> Converted:
-    """As `convert`, for an open checkpoint."""
+    """Writes an open checkpoint, and raises as `convert` does."""
     kind = OUTPUT_TYPES.get(target.type_name)
     if kind is None:
         raise UsageError(f"--type {target.type_name}: give one of {', '.join(OUTPUT_TYPES)}")
@@ -98,7 +96,7 @@ def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Only a model file is replaced, never a file of the checkpoint."""
+    """Raises UsageError for any file but a model file, such as one of the checkpoint."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -112,8 +110,8 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Vectors and `_EXACT` tensors are float32; rows that are not a multiple of the block are float16. Blocks stay as
-    they are."""
+    """Returns float32 for vectors and `_EXACT` tensors, float16 for rows that are no whole blocks; packed blocks keep
+    their type."""
     if tensor.packed is not None:
         return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):

@@ -1,5 +1,5 @@
-"""Lazy tensors: a shape, a storage type and a function that reads a range of rows. Transformations (permuted rows,
-concatenation) run when rows are read."""
+"""Lazy tensors: a shape, a storage type and a function that reads rows. Transformations (permuted rows, concatenation)
+run when rows are read."""
 
 from __future__ import annotations
 
@@ -20,18 +20,16 @@ Array = NDArray[Any]
 Rows = Callable[[int, int], Array]
 
 _MAX_LOGARITHM = 88.0
-"""About that of the largest float32."""
+"""About the logarithm of the largest float32."""
 _WASTE = 4
-"""Permuted rows are read as one range if the range has at most this many times their number of rows."""
+"""Permuted rows are read as one range if it has at most this many times their number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """`read(start, end)` gives rows [start, end) of the first dimension, [end - start, *shape[1:]]. Safe for threads.
-
-    `origin` names file and tensor for errors. With `packed`, the last dimension is read as the bytes of that type's
-    blocks, which the GGUF file is to have as they are.
-    """
+    """A tensor whose `read(start, end)` returns rows [start, end) of the first dimension, [end - start, *shape[1:]];
+    thread-safe. `origin` names file and tensor for errors. With `packed`, the last dimension is bytes of that type's
+    blocks, which the GGUF file takes as they are."""
 
     shape: tuple[int, ...]
     storage: Storage
@@ -51,7 +49,6 @@ class Lazy:
         return self.read(0, self.shape[0])
 
     def floats(self) -> NDArray[np.float32]:
-        """The whole tensor as float32."""
         return as_floats(self.all(), self.storage)
 
 
@@ -62,12 +59,10 @@ def as_floats(values: Array, storage: Storage) -> NDArray[np.float32]:
 
 
 def constant(values: NDArray[np.float32], origin: str) -> Lazy:
-    """A tensor in memory."""
     return Lazy(values.shape, Storage.F32, lambda start, end: values[start:end], origin)
 
 
 def rows(tensor: Lazy, start: int, end: int) -> Lazy:
-    """Rows [start, end)."""
     shape = (end - start, *tensor.shape[1:])
     return replace(tensor, shape=shape, read=lambda first, last: tensor.read(start + first, start + last))
 
@@ -139,7 +134,7 @@ def mapped(tensor: Lazy, change: Callable[[NDArray[np.float32]], NDArray[np.floa
 
 
 def decay(logarithms: Lazy) -> Lazy:
-    """Decays of states of their logarithms, both float32. ModelFileError for a logarithm that is too large."""
+    """Computes -exp of logarithms, in float32. Raises ModelFileError for a logarithm that is too large."""
 
     def change(values: NDArray[np.float32]) -> NDArray[np.float32]:
         if (values > _MAX_LOGARITHM).any():
@@ -151,7 +146,7 @@ def decay(logarithms: Lazy) -> Lazy:
 
 
 def scaled(tensor: Lazy, factors: NDArray[np.float32]) -> Lazy:
-    """Row i times factors[i], in float32. ModelFileError for a result that this cannot hold."""
+    """Multiplies row i by factors[i], in float32. Raises ModelFileError on overflow."""
     by_row = factors.reshape(-1, *[1] * (len(tensor.shape) - 1))
 
     def read(start: int, end: int) -> Array:
@@ -167,14 +162,14 @@ def scaled(tensor: Lazy, factors: NDArray[np.float32]) -> Lazy:
 
 
 def squeezed(tensor: Lazy) -> Lazy:
-    """A matrix of one row or one column as a vector."""
+    """Makes a vector of a matrix with one row or one column."""
     return replace(
         tensor, shape=(prod(tensor.shape),), read=lambda start, end: tensor.all().reshape(-1)[start:end].copy()
     )
 
 
 def joined(tensor: Lazy) -> Lazy:
-    """The same rows with all further dimensions as one."""
+    """Flattens all dimensions but the first."""
     width = tensor.row_elements
     return replace(
         tensor,
@@ -184,12 +179,12 @@ def joined(tensor: Lazy) -> Lazy:
 
 
 def reshaped(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
-    """The same numbers in another shape; the tensor is read whole."""
+    """Reads the tensor whole."""
     return replace(tensor, shape=shape, read=lambda first, last: tensor.all().reshape(shape)[first:last])
 
 
 def in_groups(tensor: Lazy, size: int) -> Lazy:
-    """[n * size, ...] as [n, size, ...]."""
+    """Reshapes [n * size, ...] to [n, size, ...]."""
     shape = (tensor.shape[0] // size, size, *tensor.shape[1:])
     return replace(
         tensor,
@@ -205,13 +200,13 @@ def columns_of(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
 
 
 def part_of_each(tensor: Lazy, start: int, end: int) -> Lazy:
-    """Positions [start, end) of the second dimension."""
+    """Takes positions [start, end) of the second dimension."""
     shape = (tensor.shape[0], end - start, *tensor.shape[2:])
     return replace(tensor, shape=shape, read=lambda first, last: tensor.read(first, last)[:, start:end])
 
 
 def strided(tensor: Lazy, axis: int, start: int, step: int) -> Lazy:
-    """Every `step`th of the positions along `axis` (not the first), from `start` on."""
+    """Takes every `step`th position along `axis` (not the first), from `start` on."""
     index = (*[slice(None)] * axis, slice(start, None, step))
     size = len(range(start, tensor.shape[axis], step))
     shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
@@ -219,7 +214,7 @@ def strided(tensor: Lazy, axis: int, start: int, step: int) -> Lazy:
 
 
 def exchanged(tensor: Lazy) -> Lazy:
-    """[n, columns, rows] as [n, rows, columns]."""
+    """Reshapes [n, columns, rows] to [n, rows, columns]."""
     count, columns, height = tensor.shape
     return replace(
         tensor, shape=(count, height, columns), read=lambda first, last: tensor.read(first, last).swapaxes(1, 2)
@@ -227,7 +222,7 @@ def exchanged(tensor: Lazy) -> Lazy:
 
 
 def transposed(tensor: Lazy, recent: Recent) -> Lazy:
-    """The transpose of a matrix, which is read whole."""
+    """Transposes a matrix, which is read whole."""
 
     def read(start: int, end: int) -> Array:
         whole = recent.get(tensor, tensor.all)
@@ -237,7 +232,7 @@ def transposed(tensor: Lazy, recent: Recent) -> Lazy:
 
 
 def _alike(tensors: Sequence[Lazy]) -> Sequence[Lazy]:
-    """The same tensors, as float32 if their storage types differ."""
+    """Returns the tensors, as float32 if their storage types differ."""
     if len({tensor.storage for tensor in tensors}) == 1:
         return tensors
     return [mapped(tensor, lambda values: values) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Merges an adapter of PEFT (LoRA) into its checkpoint: low-rank factors for matrices, and matrices that replace its
+"""The merge of a PEFT adapter (LoRA) into its checkpoint: low-rank factors of matrices, and matrices that replace its
 own. The result is a GGUF file or a Hugging Face folder."""
 
 from __future__ import annotations
@@ -47,10 +47,8 @@ _STORAGE: Final = {"f32": Storage.F32, "f16": Storage.F16, "bf16": Storage.BF16}
 def merge_adapter(
     base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, on_progress: OnProgress
 ) -> Converted:
-    """Writes W + scale * B @ A of every matrix to `out`: a GGUF file where its name ends so, else a folder.
-
-    The tokenizer is the adapter's where it has one. ModelFileError where the two do not fit together.
-    """
+    """Writes W + scale * B @ A of every matrix to `out`: a GGUF file if its name ends so, else a folder. The tokenizer
+    is the adapter's if it has one. Raises ModelFileError if base and adapter do not fit together."""
     if not (base / CONFIG).is_file():
         raise ModelFileError(f"{base}: no {CONFIG}: the base must be a folder of Hugging Face's form, not quantized")
     with SourceFiles() as files:
@@ -66,7 +64,7 @@ def merge_adapter(
 def _write_folder(
     files: SourceFiles, whole: Checkpoint, base: Path, out: Path, type_name: str, on_progress: OnProgress
 ) -> Converted:
-    """config.json, the tokenizer's files and model.safetensors; the latter comes last."""
+    """Writes model.safetensors, the tokenizer's files and config.json, in this order."""
     if type_name not in _STORAGE:
         raise UsageError(f"--type {type_name}: a folder holds one of {', '.join(_STORAGE)}; q8_0 is for .gguf files")
     if whole.settings.inner("quantization_config").values.get("quant_method") == KEPT_METHOD:
@@ -119,7 +117,7 @@ def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, on_p
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """W + scale * left @ right, or its transpose where the layer is stored so. left [rows, rank], right [rank, k]."""
+    """A summand scale * left @ right, transposed if `exchanged`. left [rows, rank], right [rank, k]."""
 
     left: NDArray[np.float32]
     right: NDArray[np.float32]
@@ -132,7 +130,7 @@ class _Factors:
         return shape[::-1] if self.exchanged else shape
 
     def added(self, start: int, end: int) -> NDArray[np.float32]:
-        """Rows [start, end) of the product to add, in float32."""
+        """Returns rows [start, end) of the summand, in float32."""
         if self.exchanged:
             return (self.right[:, start:end].T @ self.left.T) * self.scale
         return (self.left[start:end] @ self.right) * self.scale
@@ -140,7 +138,7 @@ class _Factors:
 
 @dataclass(frozen=True, slots=True)
 class _Adapter:
-    """`factors` by matrix name; `replaced`: tensors that replace those of the base, by name."""
+    """An adapter: `factors` by matrix name; `replaced`: tensors that replace those of the base."""
 
     path: Path
     factors: Mapping[str, _Factors]
@@ -148,7 +146,7 @@ class _Adapter:
 
 
 def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
-    """ModelFileError for a damaged adapter and for any kind other than W + scale * B @ A."""
+    """Raises ModelFileError for a damaged adapter and for any kind other than W + scale * B @ A."""
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: no folder; give the one that has adapter_config.json")
     settings = PeftSettings.read(folder)
@@ -171,7 +169,7 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
 
 
 def _factors(module: str, pair: Mapping[str, Lazy], settings: PeftSettings) -> _Factors:
-    """The factors of an embedding are transposed: W + (B @ A)^T."""
+    """Reads the factors of a module; those of an embedding are transposed: W + (B @ A)^T."""
     kinds = set(pair)
     if kinds not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
         origin = next(iter(pair.values())).origin
@@ -187,7 +185,7 @@ def _factors(module: str, pair: Mapping[str, Lazy], settings: PeftSettings) -> _
 
 
 def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
-    """The tensors of a checkpoint with the adapter merged. ModelFileError if they do not fit."""
+    """Merges the adapter into a checkpoint's tensors. Raises ModelFileError if they do not fit."""
     found = dict(tensors)
     for name, tensor in adapter.replaced.items():
         found[name] = _replacement(tensor, found.get(name), name)
@@ -205,7 +203,7 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
 
 
 def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
-    """A replacement may have more rows than the base, for added tokens; the other dimensions are equal."""
+    """Checks a replacement, which may have more rows than the base, for added tokens."""
     if base is None and not name.startswith("lm_head"):
         raise ModelFileError(f"{tensor.origin}: {shown(name)} is no tensor of the base: the adapter of another model")
     if base is not None and tensor.shape[1:] != base.shape[1:]:
@@ -215,7 +213,7 @@ def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
 
 
 def _added(base: Lazy, factors: _Factors) -> Lazy:
-    """The sum is computed in float32."""
+    """Adds in float32."""
 
     def read(start: int, end: int) -> Array:
         values: Array = as_floats(base.read(start, end), base.storage) + factors.added(start, end)
@@ -225,7 +223,7 @@ def _added(base: Lazy, factors: _Factors) -> Lazy:
 
 
 def _words_of(tensors: Mapping[str, Lazy], settings: Settings) -> Settings:
-    """The settings of the base with the vocabulary size of the merged embedding."""
+    """Sets the vocabulary size of the merged embedding."""
     embedding = tensors.get("model.embed_tokens.weight")
     changed: dict[str, Any] = dict(settings.values)
     if embedding is not None and settings.values.get("vocab_size") != embedding.shape[0]:

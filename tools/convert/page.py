@@ -1,5 +1,5 @@
-"""The interface of the pages of `pages/`: a page takes tensors by their names in the checkpoint, states their shapes
-and assigns GGUF names. A tensor that the page does not take is an error: it may be a scale that the result needs."""
+"""The interface of `pages/`: a page takes tensors by their names in the checkpoint, states their shapes and assigns
+GGUF names. A tensor that the page does not take is an error: the result may need it, such as a scale."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _NOT_NEEDED: Final = re.compile(
 
 
 class Page:
-    """Collects metadata and tensors of one architecture. Keys are given without its name. `vocabulary_rules` names the
-    architecture whose rules hold for the vocabulary."""
+    """The metadata and tensors of one architecture; keys are given without its name. `vocabulary_rules` names the
+    architecture whose vocabulary rules apply."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.settings = checkpoint.settings
@@ -42,19 +42,19 @@ class Page:
         return name in self._left
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of a tensor that was not taken yet, None without one of that name."""
+        """Returns the shape of a tensor that was not taken yet; None without one."""
         tensor = self._left.get(name)
         return None if tensor is None else tensor.shape
 
     def take(self, name: str, *shape: int) -> Lazy:
-        """The tensor of that name, once; ModelFileError where it is missing or has another shape."""
+        """Takes a tensor once. Raises ModelFileError if it is missing or has another shape."""
         tensor = self._taken(name, shape)
         if not tensor.storage.is_real:
             raise self._error(name, f"holds {tensor.storage.name}, decimal numbers expected")
         return tensor
 
     def take_bytes(self, name: str, *shape: int) -> Lazy:
-        """As `take`, for a tensor of bytes."""
+        """Takes a tensor of bytes, as `take` does."""
         tensor = self._taken(name, shape)
         if tensor.storage is not Storage.U8:
             raise self._error(name, f"holds {tensor.storage.name}, bytes expected")
@@ -79,14 +79,14 @@ class Page:
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
 
     def leave(self, *prefixes: str) -> bool:
-        """Takes tensors whose names begin so, and drops them; whether there were any."""
+        """Drops tensors with these prefixes; returns False if there were none."""
         found = [name for name in self._left if name.startswith(prefixes)]
         for name in found:
             del self._left[name]
         return bool(found)
 
     def finish(self) -> None:
-        """ModelFileError if a tensor was not taken."""
+        """Raises ModelFileError if a tensor was not taken."""
         left = [name for name in self._left if not _NOT_NEEDED.fullmatch(name)]
         if left:
             more = f" and {len(left) - 1} others" if len(left) > 1 else ""
@@ -127,7 +127,7 @@ class Page:
         return self.settings.count("vocab_size", "padded_vocab_size", maximum=MAX_WORDS)
 
     def output(self, source: str = "lm_head", *, tied: bool = False) -> None:
-        """The output matrix; omitted if it is the embedding."""
+        """Copies the output matrix, unless it is the embedding."""
         if self.settings.flag("tie_word_embeddings", default=tied) or not self.has(f"{source}.weight"):
             if not self.settings.flag("tie_word_embeddings", default=True):
                 raise self._error(f"{source}.weight", "missing")
@@ -137,14 +137,14 @@ class Page:
 
 
 def neighbours(tensor: Lazy, heads: int) -> Lazy:
-    """Rows of Q or K for rotation of neighbouring pairs, as GGUF's llama wants them, where the checkpoint rotates the
-    first half of a head with its second one."""
+    """Permutes rows of Q or K for rotation of neighbouring pairs, as GGUF's llama needs; the checkpoint rotates the
+    first half of a head with the second."""
     width = tensor.shape[0] // heads
     order = np.arange(tensor.shape[0], dtype=np.int64).reshape(heads, 2, width // 2).swapaxes(1, 2)
     return gathered(tensor, order.reshape(-1))
 
 
 def picked(tensor: Lazy, parts: Sequence[range]) -> Lazy:
-    """The rows of several ranges, in this order."""
+    """Returns the rows of the ranges, in their order."""
     index = np.concatenate([np.arange(part.start, part.stop, dtype=np.int64) for part in parts])
     return gathered(tensor, index)

@@ -141,7 +141,7 @@ class Exporter:
 
     @contextmanager
     def _failure_counted(self, signal: str, count: int) -> Iterator[None]:
-        """A border: the thread goes on behind an error."""
+        """Logs an error of the thread and counts what it drops; the thread goes on."""
         try:
             yield
         except Exception:  # noqa: BLE001  see above

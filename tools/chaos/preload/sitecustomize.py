@@ -1,4 +1,4 @@
-"""Python runs this at the start of each process whose PYTHONPATH has this folder; it concerns workers alone."""
+"""The faults of workers, installed by Python at the start of each process whose PYTHONPATH has this folder."""
 
 import sys
 

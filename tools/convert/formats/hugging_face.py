@@ -24,7 +24,7 @@ _FILE_NAME: Final = re.compile(r"(?!\.\.?$)[^/\\]{1,255}")
 
 
 def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
-    """The checkpoint in a folder; ModelFileError for a shard that is missing, damaged or of another model."""
+    """Reads a folder. Raises ModelFileError for a shard that is missing, damaged or of another model."""
     path = folder / CONFIG
     values = read_json(path)
     settings = Settings(values, str(path))
@@ -41,7 +41,6 @@ def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
 
 
 def read_weights(files: SourceFiles, folder: Path) -> dict[str, Lazy]:
-    """All tensors of a folder by name."""
     for stem, suffix in _STEMS:
         index = folder / f"{stem}.{suffix}.index.json"
         if index.is_file():
@@ -66,7 +65,7 @@ def read_weight_file(files: SourceFiles, path: Path) -> dict[str, Lazy]:
 
 
 def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
-    """The tensors that an index lists, from the files it names."""
+    """Reads the tensors that an index lists, from the files it names."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ModelFileError(f"{index}: no weight_map")
@@ -87,7 +86,7 @@ def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
 
 
 def _all_shards(files: SourceFiles, shards: list[Path]) -> dict[str, Lazy]:
-    """Shards without an index are complete if their numbers run from 1 to the count in their names."""
+    """Reads shards without an index, complete if numbered from 1 to the count in their names."""
     names = [name for path in shards if (name := _SHARD.fullmatch(path.name))]
     first = names[0]
     wanted = [(first["stem"], number, int(first["count"])) for number in range(1, int(first["count"]) + 1)]

@@ -1,4 +1,4 @@
-"""llama2.c files: seven header numbers and weights in a fixed order: float32 in the legacy format and version 1, int8
+"""llama2.c files: seven header numbers and weights in a fixed order; float32 in the legacy format and version 1, int8
 with a scale for each group in version 2."""
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NUMBERS: Final = {
     "vocab_size": MAX_WORDS,
     "max_position_embeddings": MAX_CONTEXT,
 }
-"""The numbers of a header in order, under Hugging Face's names, with their upper bounds."""
+"""The header's numbers in order, under Hugging Face's names, with upper bounds."""
 
 _Place = tuple[str, tuple[int, ...]]
 
@@ -59,7 +59,7 @@ class _Header:
 
 
 def is_llama2c(file: SourceFile) -> bool:
-    """Whether a file begins with a valid header."""
+    """True if the file begins with a valid header."""
     if file.size_bytes < _HEADER:
         return False
     magic, version = unpack("<2I", file.read(0, 8))
@@ -67,7 +67,7 @@ def is_llama2c(file: SourceFile) -> bool:
 
 
 def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
-    """The default tokenizer is tokenizer.bin in the same folder."""
+    """Reads a file; its default tokenizer is tokenizer.bin in the same folder."""
     file = files.open(path)
     header = _read_header(file)
     tensors: dict[str, Lazy] = {}
@@ -107,7 +107,7 @@ def _read_header(file: SourceFile) -> _Header:
 
 
 def _old_header(file: SourceFile) -> _Header | None:
-    """A negative vocabulary size means that the output matrix is not the embedding."""
+    """Reads the legacy header. A negative vocabulary size means that the output matrix is not the embedding."""
     *numbers, words, context = unpack("<7i", file.read(0, _OLD_HEADER))
     return _checked((*numbers, abs(words), context), tied=words > 0)
 
@@ -130,7 +130,7 @@ def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
 def _quantized(
     file: SourceFile, header: _Header, name: str, shape: tuple[int, ...], at: int
 ) -> tuple[dict[str, Lazy], int]:
-    """Matrices of version 2, one for each layer and each followed by its scales, and the offset of their end."""
+    """Reads version 2's matrices, one a layer, each followed by its scales; returns the offset of their end, too."""
     layers = header.layers if "{}" in name else 1
     shape = (shape[0] // layers, shape[1])
     count = prod(shape)
@@ -146,7 +146,7 @@ def _quantized(
 
 
 def _scaled(numbers: Lazy, scales: Lazy, group: int) -> Lazy:
-    """Groups run through the whole matrix and may cross rows."""
+    """Applies scales of groups, which run through the whole matrix and may cross rows."""
     width = numbers.row_elements
 
     def read(start: int, end: int) -> Array:
@@ -181,7 +181,7 @@ def _norms(header: _Header) -> tuple[_Place, _Place, _Place]:
 
 
 def _matrices(header: _Header) -> list[_Place]:
-    """The embedding, then those of attention and of the feed-forward network, each for all layers."""
+    """Returns the embedding, then matrices of attention and feed-forward network, each for all layers."""
     width, inner = header.width, header.feed_forward
     key = width // header.heads * header.kv_heads
     shapes = (

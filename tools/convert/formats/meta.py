@@ -1,5 +1,5 @@
 """Meta's folders: params.json, consolidated.NN.pth (each has a part of every matrix), tokenizer.model. LLaMA saved by
-TencentPretrain is brought to the same names: one PyTorch file, and a JSON configuration with its own key names."""
+TencentPretrain gets the same names; it is one PyTorch file and a JSON configuration with its own keys."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _merged(files: SourceFiles, parts: list[Path], width: int) -> dict[str, Lazy]:
-    """Joins the parts of each tensor. ModelFileError if the parts are not of one model."""
+    """Joins the parts of each tensor. Raises ModelFileError if they are not of one model."""
     shards = [read_torch(files.open(path), files.recent) for path in parts]
     for path, shard in zip(parts, shards, strict=True):
         if shard.keys() != shards[0].keys():
@@ -98,7 +98,7 @@ def _joined(name: str, parts: list[Lazy], width: int) -> Lazy:
 
 
 def _settings(params: Settings, width: int, tensors: dict[str, Lazy], context_length: int | None) -> dict[str, Any]:
-    """The settings under Hugging Face's names. Values missing in params.json come from the tensors' shapes."""
+    """Returns settings under Hugging Face's names; values missing in params.json come from tensor shapes."""
     heads = params.count("n_heads", maximum=MAX_HEADS)
     values: dict[str, Any] = {
         "hidden_size": width,
@@ -124,7 +124,7 @@ def _rows(tensors: dict[str, Lazy], name: str, params: Settings) -> int:
 
 
 def _context(params: Settings, values: dict[str, Any]) -> int:
-    """The trained context length, by the generation (Code Llama, 3.1, 3, 2, 1) that other settings identify."""
+    """Returns the trained context length of the generation (Code Llama, 3.1, 3, 2, 1) that other settings identify."""
     if params.has("max_seq_len"):
         return params.count("max_seq_len", maximum=MAX_CONTEXT)
     if "rope_scaling" in values:
@@ -134,7 +134,7 @@ def _context(params: Settings, values: dict[str, Any]) -> int:
 
 
 def _tokenizer(folder: Path) -> Path:
-    """The tokenizer in the folder of the weights or in its parent, where Meta's download script puts it."""
+    """Returns the tokenizer beside the weights or in the parent folder, where Meta's download script puts it."""
     above = folder.resolve().parent / "tokenizer.model"
     return above if not (folder / "tokenizer.model").is_file() and above.is_file() else folder / "tokenizer.model"
 
@@ -171,7 +171,7 @@ def _meta_name(name: str, path: Path) -> str:
 def _tencent_settings(
     said: Settings, tensors: Mapping[str, Lazy], path: Path, context_length: int | None
 ) -> dict[str, Any]:
-    """The settings under Hugging Face's names. The number of KV heads follows from the rows of K."""
+    """Returns settings under Hugging Face's names. The number of KV heads follows from the rows of K."""
     width, heads = said.count("hidden_size", "emb_size"), said.count("heads_num", maximum=MAX_HEADS)
     key = tensors.get("layers.0.attention.wk.weight")
     if key is None:

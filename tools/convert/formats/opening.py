@@ -1,4 +1,4 @@
-"""Detects the format of a checkpoint by its contents, and reads it."""
+"""The detection of a checkpoint's format by its contents, and its reading."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Hints:
     context_length: int | None = None
 
     def check(self, kind: str, *, config: bool = False, context_length: bool = False) -> None:
-        """UsageError for an option that such a checkpoint does not need."""
+        """Raises UsageError for an option that this kind does not need."""
         if self.config is not None and not config:
             raise UsageError(f"--config {self.config}: is for TencentPretrain's files, this is {kind}")
         if self.context_length is not None and not context_length:
@@ -31,8 +31,8 @@ class Hints:
 
 
 def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
-    """ModelFileError for a path without a checkpoint and for a damaged or unsupported one; UsageError for hints that
-    it does not need."""
+    """Raises ModelFileError for a missing, damaged or unsupported checkpoint, UsageError for hints that it does not
+    need."""
     if not path.exists():
         raise ModelFileError(f"{path}: no such file or folder; check the path")
     if not path.is_dir():

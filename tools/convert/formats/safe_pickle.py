@@ -1,5 +1,5 @@
-"""Reads the pickle of a state dict with a restricted interpreter: it builds numbers, text, lists, dicts and references
-to tensors only; any other name in a pickle is refused, and no code of it runs."""
+"""A restricted interpreter of a state dict's pickle: it builds numbers, text, lists, dicts and references to tensors
+only; it refuses any other name, and runs no code of the pickle."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """A name that a pickle may use, and the function for it."""
+    """A name that a pickle may use, and its function."""
 
     name: str
     call: Callable[[tuple[Any, ...]], Any]
@@ -66,7 +66,7 @@ _STORAGES: Final = {
 
 
 def read_pickle(data: bytes, origin: str) -> Any:
-    """The object in a pickle; ModelFileError for a damaged one and for anything but a state dict."""
+    """Raises ModelFileError for a damaged pickle and for anything but a state dict."""
     machine = _Machine()
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
@@ -84,8 +84,6 @@ def read_pickle(data: bytes, origin: str) -> Any:
 
 
 class _Machine:
-    """The stack and the memo of a pickle."""
-
     def __init__(self) -> None:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
@@ -152,7 +150,7 @@ class _Machine:
         return target.call(arguments)
 
     def set_state(self, argument: Any) -> Any:
-        """Ignored: state dicts carry the versions of their modules this way."""
+        """Drops the state: state dicts carry the versions of their modules this way."""
         target, state = self.last(2)
         if not isinstance(target, dict) or not isinstance(state, dict):
             raise _Refused("the pickle sets the state of something that is no dict")
@@ -220,7 +218,7 @@ def _refuse_call(arguments: tuple[Any, ...]) -> Any:
 
 
 def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
-    """(storage, offset, shape, strides, needs a gradient, hooks, ...)"""
+    """`arguments`: (storage, offset, shape, strides, needs a gradient, hooks, ...)."""
     if len(arguments) < 4 or not isinstance(arguments[0], StorageRef):
         raise _Refused("the pickle makes a tensor of something that is no storage")
     numbers = [arguments[1], *_shape(arguments[2]), *_shape(arguments[3])]
@@ -238,7 +236,7 @@ def _shape(value: Any) -> tuple[Any, ...]:
 
 
 def _parameter(arguments: tuple[Any, ...]) -> TensorRef:
-    """(tensor, needs a gradient, hooks)"""
+    """`arguments`: (tensor, needs a gradient, hooks)."""
     if not arguments or not isinstance(arguments[0], TensorRef):
         raise _Refused("the pickle makes a parameter of something that is no tensor")
     return arguments[0]

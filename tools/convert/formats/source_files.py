@@ -17,7 +17,7 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 
 class SourceFiles:
-    """Opens files and closes them at the end. `recent` caches tensors that are read whole."""
+    """Open files, closed at exit. `recent` caches tensors that are read whole."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -38,14 +38,14 @@ class SourceFiles:
         return self._open[path][0]
 
     def check_unchanged(self) -> None:
-        """ModelFileError if a file was modified since it was opened."""
+        """Raises ModelFileError if a file was modified since it was opened."""
         for file, identity in self._open.values():
             if FileIdentity.of(file.descriptor) != identity:
                 raise file.error("changed while it was read; try again when it is complete")
 
 
 def lazy_tensor(file: SourceFile, name: str, offset: int, shape: tuple[int, ...], storage: Storage) -> Lazy:
-    """A tensor with contiguous rows from `offset` on."""
+    """Makes a tensor of contiguous rows from `offset` on."""
     origin = f"{file.path}: tensor {shown(name)}"
     if not 0 < len(shape) <= MAX_DIMENSIONS or min(shape) < 1:
         raise ModelFileError(f"{origin}: shape {list(shape)}; 1 to {MAX_DIMENSIONS} dimensions expected, none 0")

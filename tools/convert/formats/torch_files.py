@@ -1,5 +1,4 @@
-"""Files of torch.save: a ZIP archive with a pickle and uncompressed members that hold tensor data. Members are read in
-place."""
+"""Files of torch.save: a ZIP archive with a pickle and uncompressed members of tensor data, which are read in place."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ class _Member:
 
 
 def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
-    """All tensors of one file by name; ModelFileError for anything that is damaged, hostile or of another kind."""
+    """Returns all tensors by name. Raises ModelFileError for a file that is damaged, hostile or of another kind."""
     members = _members(file)
     pickled = next((name for name in members if name.endswith("/data.pkl") or name == "data.pkl"), None)
     if pickled is None:
@@ -49,7 +48,7 @@ def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
 
 
 def _named_tensors(found: Any, file: SourceFile) -> dict[str, TensorRef]:
-    """A state dict, or one nested in it under a usual name."""
+    """Returns a state dict, or one nested in it under a usual name."""
     for _ in range(2):
         inner = [found[name] for name in _WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
         if not inner:
@@ -94,7 +93,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _members(file: SourceFile) -> dict[str, _Member]:
-    """Members by name. ModelFileError for compressed ones and for sizes beyond the file."""
+    """Raises ModelFileError for compressed members and for sizes beyond the file."""
     if file.read(0, min(4, file.size_bytes)) != _ZIP:
         raise file.error("no zip file, as torch.save has written since 1.6; save it again with a newer PyTorch")
     try:

@@ -1,5 +1,5 @@
-"""Pages by architecture: the name in a checkpoint, and the page that maps its tensors. Of a multimodal checkpoint the
-text model is taken."""
+"""Pages by architecture: the checkpoint's name, GGUF's name and the page. A multimodal checkpoint's text model is
+taken."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ _NOTE: Final = "only the text model is written, without what sees pictures or he
 
 
 def build_page(checkpoint: Checkpoint) -> Page:
-    """Metadata and tensors of a checkpoint under GGUF's names; ModelFileError for an architecture without a page."""
+    """Raises ModelFileError for an architecture without a page."""
     text = text_part(checkpoint)
     found = PAGES.get(text.family)
     if found is None:

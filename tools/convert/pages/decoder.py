@@ -17,14 +17,14 @@ GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
 
 
 def activation(page: Page, names: Sequence[str], *keys: str) -> None:
-    """ModelFileError if the configuration has an activation that the architecture does not compute."""
+    """Raises ModelFileError for an activation that the architecture does not compute."""
     said = page.settings.text(*keys, default=names[0])
     if said not in names:
         raise page.settings.error(keys[0], f"{shown(said)}: {page.architecture} computes {names[0]}")
 
 
 def usual_keys(page: Page, feed_forward: int) -> None:
-    """Metadata that nearly every architecture has."""
+    """Writes the metadata that nearly every architecture has."""
     context = ("max_position_embeddings", "n_positions", "n_ctx", "model_max_length", "seq_length")
     page.key("block_count", page.layers)
     page.key("context_length", page.settings.count(*context, maximum=MAX_CONTEXT))
@@ -47,7 +47,7 @@ def norm_epsilon(page: Page, *names: str) -> None:
 
 
 def ends(page: Page) -> None:
-    """Embedding, output norm and output matrix."""
+    """Copies embedding, output norm and output matrix."""
     page.copy("token_embd", "model.embed_tokens", page.words, page.width)
     page.copy("output_norm", "model.norm", page.width)
     page.output()
@@ -59,7 +59,7 @@ def norms(page: Page, layer: int) -> None:
 
 
 def attention(page: Page, layer: int, *, bias: bool | None = None) -> None:
-    """Q and K are permuted where the architecture rotates neighbouring channels."""
+    """Copies attention's matrices; Q and K are permuted if the architecture rotates neighbouring channels."""
     place, source = f"blk.{layer}", f"model.layers.{layer}"
     for (part, module), heads in zip(QKV.items(), (page.heads, page.kv_heads, page.kv_heads), strict=True):
         rows = heads * page.head_width
@@ -80,7 +80,7 @@ def feed_forward(page: Page, layer: int, width: int, *, source: str = "mlp", suf
 
 
 def experts(page: Page, place: str, count: int, width: int, names: tuple[str, str, str], prefix: str) -> None:
-    """The matrices of all experts as one tensor a part; `names` of gate, up and down."""
+    """Stacks the matrices of all experts into one tensor a part; `names` of gate, up and down."""
     shapes = ((width, page.width), (width, page.width), (page.width, width))
     for part, name, shape in zip(("gate", "up", "down"), names, shapes, strict=True):
         found = [page.take(f"{prefix}.{number}.{name}.weight", *shape) for number in range(count)]
@@ -88,13 +88,13 @@ def experts(page: Page, place: str, count: int, width: int, names: tuple[str, st
 
 
 def feed_forward_width(page: Page) -> int:
-    """The width of the inner layer; its activation is SiLU."""
+    """Returns the inner width; checks that the activation is SiLU."""
     activation(page, SILU, "hidden_act")
     return page.settings.count("intermediate_size", "n_inner")
 
 
 def windowed_layers(page: Page, period: int) -> list[bool]:
-    """Which layers have the window: by `layer_types`, or all but each `period`th one."""
+    """Returns True for each layer with the window: by `layer_types`, or all but each `period`th one."""
     listed = page.settings.values.get("layer_types")
     if not isinstance(listed, list):
         return [(layer + 1) % period != 0 for layer in range(page.layers)]
@@ -104,7 +104,7 @@ def windowed_layers(page: Page, period: int) -> list[bool]:
 
 
 def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
-    """Of each layer, what `kinds` has for its entry in the list of that name."""
+    """Returns each layer's value in `kinds`, by its entry in the list `name`."""
     listed = page.settings.values.get(name)
     if not isinstance(listed, list) or not all(isinstance(kind, str) and kind in kinds for kind in listed):
         raise page.settings.error(name, f"a list of {', '.join(kinds)} expected")
@@ -114,7 +114,7 @@ def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
 
 
 def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0) -> set[int]:
-    """The numbers in a list of layers, which count from `first`. ModelFileError for what is no number of a layer."""
+    """Returns the numbers in a list of layers, which count from `first`. Raises ModelFileError for others."""
     if len(listed) > page.layers:
         raise page.settings.error(name, f"{len(listed)} entries for {page.layers} layers")
     last = first + page.layers - 1
@@ -124,7 +124,7 @@ def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0
 
 
 def refuse(page: Page, *names: str) -> None:
-    """ModelFileError if one of these flags, which the architecture has no tensor or key for, is set."""
+    """Raises ModelFileError if one of these flags, which the architecture cannot express, is set."""
     for name in names:
         if page.settings.flag(name):
             raise page.settings.error(name, f"true is not what {page.architecture} computes")

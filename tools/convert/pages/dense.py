@@ -33,14 +33,14 @@ def build_seed_oss(page: Page) -> None:
 
 
 def build_ernie4_5(page: Page) -> None:
-    """Without experts. Neighbouring channels turn together, in the checkpoint too."""
+    """ERNIE 4.5 without experts. Neighbouring channels rotate together, in the checkpoint too."""
     if page.settings.flag("use_bias"):
         raise page.settings.error("use_bias", "true is not what ernie4_5 computes")
     _plain(page, base=500000.0)
 
 
 def build_granite(page: Page) -> None:
-    """Granite 3, and dense ones of 4 without states: LLaMA with four scales."""
+    """Granite 3, and dense Granite 4 without states: LLaMA with four scales."""
     settings = page.settings
     if settings.flag("mlp_bias"):
         raise settings.error("mlp_bias", "true is not what granite computes")
@@ -49,7 +49,7 @@ def build_granite(page: Page) -> None:
 
 
 def granite_scales(page: Page) -> None:
-    """Scales of embedding, scores, residuals and logits."""
+    """Writes the scales of embedding, scores, residuals and logits."""
     for key, name in (
         ("embedding_scale", "embedding_multiplier"),
         ("attention.scale", "attention_multiplier"),
@@ -73,8 +73,8 @@ def _plain(page: Page, base: float) -> None:
 
 
 def build_exaone4(page: Page) -> None:
-    """Norms behind attention and feed-forward alone. A model with a window has it in three of four layers, and no
-    rotation in the others."""
+    """Norms behind attention and feed-forward alone. Models with a window have it in three of four layers, and no
+    rotation in the fourth."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)

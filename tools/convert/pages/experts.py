@@ -1,5 +1,5 @@
-"""Parts of mixtures of experts that several pages have: keys, matrices, layers without experts, and layers that predict
-further tokens."""
+"""Parts of mixtures of experts that several pages share: keys, matrices, layers without experts, and layers that
+predict further tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expert_keys(page: Page, count: int, used: int, width: int) -> None:
 
 
 def weight_keys(page: Page, gating: int, *, normalized: bool) -> None:
-    """How the weights of chosen experts are computed. `normalized`: of a configuration that does not say."""
+    """Writes the keys of experts' weights. `normalized`: the default of configurations that do not say."""
     settings = page.settings
     page.key("expert_gating_func", gating)
     page.key("expert_weights_scale", settings.real("routed_scaling_factor", default=1.0, minimum=1e-6, maximum=1e6))
@@ -33,7 +33,7 @@ def weight_keys(page: Page, gating: int, *, normalized: bool) -> None:
 
 
 def group_keys(page: Page, count: int, chosen: int) -> None:
-    """Groups of which some are used, the best by the sum of their two best experts; `chosen` of `count` experts."""
+    """Writes the keys of expert groups, chosen by the sum of their two best experts; `chosen` of `count` experts."""
     settings = page.settings
     groups = settings.count("n_group", "num_expert_group", default=1, maximum=count)
     used = settings.count("topk_group", default=1, maximum=groups)
@@ -48,7 +48,8 @@ def group_keys(page: Page, count: int, chosen: int) -> None:
 
 
 def matrices(page: Page, place: str, source: str, count: int, width: int, names: tuple[str, str, str] = PARTS) -> None:
-    """Of the experts at `source`: a matrix of each expert's own, or all in one tensor, each one's gate above its up."""
+    """Puts matrices of the experts at `source`: one a part and expert, or one tensor of all with each expert's gate
+    above its up."""
     if not page.has(f"{source}.gate_up_proj"):
         decoder.experts(page, place, count, width, names, source)
         return
@@ -59,7 +60,7 @@ def matrices(page: Page, place: str, source: str, count: int, width: int, names:
 
 
 def column_matrices(page: Page, place: str, source: str, count: int, width: int) -> None:
-    """Of the experts at `source`: one tensor of all, with columns before rows, and gate beside up."""
+    """Puts matrices of the experts at `source`: one tensor of all, with columns before rows, and gate beside up."""
     both = exchanged(page.take(f"{source}.gate_up_proj", count, page.width, 2 * width))
     page.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
     page.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))
@@ -67,7 +68,7 @@ def column_matrices(page: Page, place: str, source: str, count: int, width: int)
 
 
 def leading_dense(page: Page) -> int:
-    """The number of layers without experts, which are the first ones. ModelFileError if others have none either."""
+    """Returns the number of first layers, without experts. Raises ModelFileError if later ones have none either."""
     settings, layers = page.settings, page.layers
     listed = settings.values.get("mlp_layer_types")
     if isinstance(listed, list):
@@ -81,13 +82,14 @@ def leading_dense(page: Page) -> int:
 
 
 def further_layers(page: Page) -> int:
-    """Layers behind the others that predict further tokens: all that the configuration names, or none."""
+    """Returns the number of layers behind the others that predict further tokens: as configured, or 0 without
+    tensors."""
     count = page.settings.count("num_nextn_predict_layers", default=0, minimum=0, maximum=MAX_LAYERS)
     return count if count and page.has(f"model.layers.{page.layers}.eh_proj.weight") else 0
 
 
 def leave_further_layers(page: Page) -> None:
-    """Drops them, with a note."""
+    """Drops the layers that predict further tokens, with a note."""
     count = page.settings.count("num_nextn_predict_layers", default=1, minimum=0, maximum=MAX_LAYERS)
     behind = [f"model.layers.{page.layers + number}." for number in range(count)]
     behind = [prefix for prefix in behind if page.has(f"{prefix}eh_proj.weight")]
@@ -96,7 +98,8 @@ def leave_further_layers(page: Page) -> None:
 
 
 def prediction(page: Page, layer: int) -> None:
-    """What such a layer has beside an ordinary one; embedding and head are those of the model in some checkpoints."""
+    """Copies the additional tensors of a layer that predicts further tokens; some checkpoints use the model's embedding
+    and head."""
     place, source, hidden = f"blk.{layer}.nextn", f"model.layers.{layer}", page.width
     page.copy(f"{place}.eh_proj", f"{source}.eh_proj", hidden, 2 * hidden)
     page.copy(f"{place}.enorm", f"{source}.enorm", hidden)

@@ -1,4 +1,4 @@
-"""falcon: Falcon 7B and 40B, whose Q, K and V are one matrix by groups of heads that share K and V."""
+"""Falcon 7B and 40B, whose Q, K and V are one matrix by groups of heads that share K and V."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build(page: Page) -> None:
 
 
 def _kv_heads(page: Page) -> int:
-    """The 7B model has one KV head; with `multi_query`, other keys of newer programs are ignored."""
+    """Returns the number of KV heads; 1 for the 7B model: with `multi_query`, newer programs' keys are ignored."""
     settings = page.settings
     large = settings.flag("new_decoder_architecture", default=settings.has("n_head_kv"))
     if not large and not settings.flag("parallel_attn", default=True):
@@ -42,7 +42,8 @@ def _kv_heads(page: Page) -> int:
 
 
 def _layer(page: Page, place: str, source: str, kv_heads: int, feed_forward: int) -> None:
-    """The 40B model has separate norms for attention and feed-forward; the latter is `attn_norm` in GGUF."""
+    """Copies a layer. The 40B model has separate norms for attention and feed-forward; the latter is `attn_norm` in
+    GGUF."""
     width, attention = page.width, f"{source}.self_attention"
     if page.has(f"{source}.ln_attn.weight"):
         page.copy(f"{place}.attn_norm", f"{source}.ln_mlp", width, bias=True)

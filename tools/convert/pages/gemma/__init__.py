@@ -1,1 +1,1 @@
-"""Gemma, and what its E models have in common."""
+"""Gemma, and the common parts of its E models."""

@@ -17,7 +17,7 @@ _WATCH_S = 30.0
 
 @dataclass(slots=True)
 class Comparison:
-    """Answers beside the undisturbed ones, in tokens."""
+    """Differences of answers from the undisturbed ones, in tokens."""
 
     answers: int = 0
     tokens: int = 0

@@ -45,8 +45,6 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The file to write."""
-
     path: Path | None  # None: NAME-TYPE.gguf in the current folder
     type_name: str  # of OUTPUT_TYPES
     name: str | None = None  # of the model; None: the checkpoint's

@@ -1,5 +1,5 @@
-"""Dequantizes weights of quantized checkpoints while they are read: four-bit ones that GPTQ and AWQ pack eight to an
-int32, and eight-bit floats (E4M3) with separate scales."""
+"""Quantized checkpoints, dequantized while they are read: four-bit weights that GPTQ and AWQ pack eight to an int32,
+and eight-bit floats (E4M3) with separate scales."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 KEPT_METHOD: Final = "mxfp4"
-"""Blocks that GGUF has too: the page takes them as they are."""
+"""The method whose blocks GGUF has too: pages take them as they are."""
 _SCALES: Final = ("_scale_inv", "_scale")
-"""Behind the name of the weights, which despite the first name are multiplied by both."""
+"""Suffixes of scales' names; both multiply the weights, despite the first name."""
 _NOT_NEEDED: Final = ("input_scale", "activation_scale")
 """Scales of activations, which are not quantized here."""
 _ONE: Final = (1, 1)
@@ -31,8 +31,8 @@ _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
-    """The same tensors, and a `.weight` for every `.qweight`, those with a scale as float32; ModelFileError for another
-    kind of quantization."""
+    """Adds a `.weight` for every `.qweight`; scaled tensors become float32. Raises ModelFileError for other
+    quantizations."""
     if not settings.has("quantization_config"):
         return tensors
     said = settings.inner("quantization_config")
@@ -59,10 +59,8 @@ def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq: bool, zero_offset: int) -> Lazy:
-    """[outputs, inputs], as checkpoints that are not packed have it.
-
-    GPTQ packs inputs in weights, outputs in zeros; zeros are one less than they are meant (`zero_offset`), but in
-    version 2. AWQ packs outputs in both, in an order of its own."""
+    """Unpacks to [outputs, inputs]. GPTQ packs inputs in weights, outputs in zeros; zeros are stored minus one
+    (`zero_offset`), except in version 2. AWQ packs outputs in both, in its own order."""
     weight = tensors[f"{stem}.qweight"]
     if len(weight.shape) != 2:
         raise ModelFileError(f"{weight.origin}: shape {list(weight.shape)}, a matrix expected")
@@ -72,7 +70,7 @@ def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq:
     steps = _awq_steps if is_awq else _gptq_steps
 
     def load() -> tuple[NDArray[np.uint32], NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-        """Packed numbers, zeros and scales [groups, outputs], the group of each input."""
+        """Returns packed numbers, zeros and scales [groups, outputs], and the group of each input."""
         packed = _nibbles(zeros.all())
         if is_awq:
             packed = packed[..., _AWQ_ORDER]
@@ -90,7 +88,7 @@ def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq:
 
 
 def _beside(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int) -> tuple[Lazy, Lazy, Lazy | None]:
-    """Zeros and scales of groups of inputs, and, where they are not in order, the group of each input."""
+    """Returns zeros and scales of input groups, and the group of each input if they are not in order."""
     weight = tensors[f"{stem}.qweight"]
     missing = next((part for part in ("qzeros", "scales") if f"{stem}.{part}" not in tensors), None)
     if missing is not None:
@@ -106,7 +104,6 @@ def _beside(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int) -
 
 
 def _groups(order: Lazy | None, inputs: int, count: int) -> NDArray[np.int64]:
-    """The group of each input."""
     if order is None:
         return np.arange(inputs, dtype=np.int64) // (inputs // count)
     groups = order.all().astype(np.int64)
@@ -116,24 +113,24 @@ def _groups(order: Lazy | None, inputs: int, count: int) -> NDArray[np.int64]:
 
 
 def _gptq_steps(packed: NDArray[np.uint32], start: int, end: int) -> NDArray[np.uint8]:
-    """[inputs, end - start]"""
+    """Returns [inputs, end - start]."""
     return _nibbles(packed[:, start:end].T).reshape(end - start, -1).T
 
 
 def _awq_steps(packed: NDArray[np.uint32], start: int, end: int) -> NDArray[np.uint8]:
-    """[inputs, end - start]"""
+    """Returns [inputs, end - start]."""
     first = start // _EIGHT
     steps = _nibbles(packed[:, first : -(-end // _EIGHT)])[..., _AWQ_ORDER].reshape(len(packed), -1)
     return steps[:, start - first * _EIGHT : end - first * _EIGHT]
 
 
 def _nibbles(packed: Array) -> NDArray[np.uint8]:
-    """[..., n] of 32 bits as [..., n, 8] of four, the lowest first."""
+    """Splits [..., n] of 32 bits into [..., n, 8] of four, the lowest first."""
     return ((packed.view(np.uint32)[..., None] >> _SHIFTS) & np.uint32(15)).astype(np.uint8)
 
 
 def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
-    """The same tensors, those with a scale as float32; ModelFileError where a scale does not fit."""
+    """Makes float32 of scaled tensors. Raises ModelFileError for a scale that does not fit."""
     block = _block(said)
     found = {}
     for name, tensor in tensors.items():
@@ -148,7 +145,7 @@ def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
 
 
 def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
-    """Of weights or of activations: beside `weight` of a module, or behind the name of a parameter."""
+    """True for scales of weights or activations, named after a module's `weight` or a parameter."""
     stem, _, part = name.rpartition(".")
     ends = (*_SCALES, *(f"_{end}" for end in _NOT_NEEDED))
     behind = any(name.endswith(end) and name.removesuffix(end) in tensors for end in ends)
@@ -156,7 +153,7 @@ def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _block(said: Settings) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, where a configuration says so."""
+    """Returns the configured rows and columns that share a scale."""
     value = said.values.get("weight_block_size")
     if value is None:
         return None
@@ -167,7 +164,7 @@ def _block(said: Settings) -> tuple[int, int] | None:
 
 
 def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """A scale for each block, for each row, or for the whole matrix, recognized by its shape."""
+    """Applies a scale for each block, each row, or the whole matrix, recognized by its shape."""
     if len(tensor.shape) != 2 or tensor.storage is not Storage.U8 or not scales.storage.is_real:
         kinds = f"{tensor.storage.name} {list(tensor.shape)}, scales {scales.storage.name}"
         raise ModelFileError(f"{tensor.origin}: {kinds}: no matrix of eight-bit floats with its scales")
@@ -192,7 +189,7 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
 
 
 def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """Matrices of experts in one tensor: a scale for each block of each one, for each one, or for all."""
+    """Applies scales to a tensor of all experts: one for each block of an expert, each expert, or all."""
     if tensor.storage is not Storage.U8 or not scales.storage.is_real:
         raise ModelFileError(
             f"{tensor.origin}: {tensor.storage.name}, scales {scales.storage.name}: no eight-bit floats"
@@ -217,7 +214,8 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
 
 
 def _all_numbers() -> Array:
-    """Four bits of exponent, biased by 7, three of fraction; all ones are no number, and there are no infinities."""
+    """Returns all E4M3 numbers: four bits of exponent, biased by 7, three of fraction; all ones are NaN, without
+    infinities."""
     byte = np.arange(256)
     exponent, fraction = byte >> 3 & 15, byte & 7
     size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8.0 + fraction, exponent - 10))
@@ -227,4 +225,4 @@ def _all_numbers() -> Array:
 
 
 E4M3: Final = _all_numbers()
-"""What each byte stands for."""
+"""The number of each byte."""

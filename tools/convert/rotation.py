@@ -16,7 +16,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 _LEAST_TURNS: Final = 1e-3
 _HUNYUAN_ALPHA: Final = 1000
 _HUNYUAN_CONTEXT: Final = 1 << 18
-"""What that alpha is for, by the authors' report; some of their configurations name an eighth of it."""
+"""The context length for alpha 1000, by the authors' report; some of their configurations name an eighth of it."""
 _LLAMA3: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -28,11 +28,9 @@ def rotation(
     says_dimensions: bool = True,
     log_multiplier: bool = False,
 ) -> None:
-    """Keys, and tensors of factors where a model has them, for heads of which `dimensions` channels turn.
-
-    `base`: of a configuration that names none. `log_multiplier`: the architecture has a key of its own for the divisor
-    of YaRN's magnitude. ModelFileError for a kind of stretching that GGUF cannot say.
-    """
+    """Writes keys, and tensors of factors if any, for heads of which `dimensions` channels rotate. `base`: the default.
+    `log_multiplier`: the architecture has a key for the divisor of YaRN's magnitude. Raises ModelFileError for
+    stretching that GGUF cannot express."""
     said = _parameters(page.settings)
     theta = _base(said, base or 10000.0)
     page.key("rope.freq_base", theta)
@@ -55,8 +53,8 @@ def rotation(
 
 
 def latent_rotation(page: Page, dimensions: int) -> None:
-    """The same of latent attention. What multiplies cos and sin follows from `yarn_log_multiplier` alone, which is a
-    tenth of that of other architectures; so the two shares of YaRN's magnitude must be equal."""
+    """Writes the rotation of latent attention. GGUF derives YaRN's magnitude from `yarn_log_multiplier` alone, a tenth
+    of other architectures'; so its two shares must be equal."""
     said = _parameters(page.settings)
     page.key("rope.freq_base", _base(said, 10000.0))
     page.key("rope.dimension_count", dimensions)
@@ -77,8 +75,8 @@ def latent_rotation(page: Page, dimensions: int) -> None:
 
 
 def alpha_rotation(page: Page, dimensions: int) -> bool:
-    """A rotation that `alpha` stretches by its base, the same for texts of all lengths; False where there is none.
-    (The authors call it dynamic.)"""
+    """Writes a rotation whose base `alpha` stretches equally for all lengths (the authors call it dynamic); False
+    without one."""
     said = _parameters(page.settings)
     alpha = said.real("alpha", default=0.0, maximum=1e6)
     if said.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
@@ -97,7 +95,7 @@ def alpha_rotation(page: Page, dimensions: int) -> bool:
 
 
 def rotating_channels(page: Page, default_share: float = 1.0) -> int:
-    """The number of rotated channels of a head; a configuration may give a share."""
+    """Returns the number of rotated channels of a head; a configuration may give a share."""
     said = _parameters(page.settings)
     share = said.real("partial_rotary_factor", default=default_share, maximum=1.0)
     channels = int(share * page.head_width)
@@ -108,8 +106,8 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:
-    """Pairs of channels that turn by each coordinate of a picture, and 0 of a fourth one; by default about a third of
-    `pairs` each. In a text all coordinates are alike."""
+    """Returns the channel pairs that rotate by each picture coordinate, and 0 for a fourth; by default about a third of
+    `pairs` each. All coordinates of text are equal."""
     listed = _parameters(settings).values.get("mrope_section")
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
@@ -123,8 +121,8 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Queries that grow with the logarithm of their position, as `attention.temperature_scale`; the number of positions
-    of each step, 0 without such a scale."""
+    """Writes the growth of queries with the logarithm of their position as `attention.temperature_scale`; returns the
+    positions of each step, 0 without it."""
     said = _parameters(page.settings)
     growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
@@ -136,7 +134,7 @@ def position_scale(page: Page) -> int:
 
 
 def local_base(settings: Settings, default: float = 10000.0) -> float:
-    """The rotation base of layers with a sliding window."""
+    """Returns the rotation base of layers with a sliding window."""
     said = settings.inner("rope_parameters", "rope_scaling").inner("sliding_attention")
     if said.text("rope_type", "type", default="default") != "default":
         raise said.error("rope_type", "layers with a window whose rotation is stretched are not supported")
@@ -144,7 +142,7 @@ def local_base(settings: Settings, default: float = 10000.0) -> float:
 
 
 def _parameters(settings: Settings) -> Settings:
-    """All settings of the rotation; newer configurations have one object for them, older ones several keys."""
+    """Returns all settings of the rotation; newer configurations have one object for them, older ones several keys."""
     inner = settings.inner("rope_parameters", "rope_scaling")
     inner = inner.inner("full_attention") if inner.has("full_attention") else inner
     outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings", "partial_rotary_factor")
@@ -157,8 +155,8 @@ def _base(said: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
-    """GGUF's magnitude factor is multiplied by YaRN's own; a configuration's replaces YaRN's. It is written only if it
-    differs."""
+    """Writes a magnitude factor only if it differs: GGUF's factor multiplies YaRN's magnitude, a configuration's
+    replaces it."""
     factor = _yarn_keys(page, said)
     wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)
@@ -171,7 +169,7 @@ def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
 
 
 def _yarn_keys(page: Page, said: Settings) -> float:
-    """Keys of all but the magnitude; the factor."""
+    """Writes all keys but the magnitude; returns the factor."""
     factor = said.real("factor", minimum=1e-3, maximum=1e6)
     page.key("rope.scaling.type", "yarn")
     page.key("rope.scaling.factor", factor)
@@ -193,7 +191,7 @@ def _yarn_keys(page: Page, said: Settings) -> float:
 
 
 def _magnitude(said: Settings, factor: float) -> float:
-    """DeepSeek's models have two shares of YaRN's magnitude; the result is their ratio."""
+    """Returns YaRN's magnitude, or the ratio of DeepSeek's two shares of it."""
     if not (said.has("mscale") and said.has("mscale_all_dim")):
         return _growth(factor)
     up, down = (said.real(name, maximum=1e3) for name in ("mscale", "mscale_all_dim"))
@@ -205,7 +203,7 @@ def _growth(factor: float, share: float = 1.0) -> float:
 
 
 def _dynamic(page: Page, said: Settings) -> None:
-    """Frequencies change only beyond the trained context length."""
+    """Adds a note: frequencies change only beyond the trained context length."""
     if said.has("alpha"):
         raise said.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]

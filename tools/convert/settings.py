@@ -19,8 +19,8 @@ MAX_CAP: Final = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """`tensors` by their original names. `family` names the page that maps it: a class of Hugging Face's, or one of our
-    own for other formats. `vocabulary` is the file or the folder that its tokenizer is read from."""
+    """A checkpoint with `tensors` by original name. `family` names its page: a class of Hugging Face's, or our own name
+    for other formats. `vocabulary`: the tokenizer's file or folder."""
 
     family: str
     settings: Settings

@@ -1,5 +1,4 @@
-"""Writes a GGUF file as a stream: some rows of a tensor at a time are read and converted by threads and written in
-order."""
+"""The stream of a GGUF file: threads read and convert some rows at a time, which are written in order."""
 
 from __future__ import annotations
 
@@ -32,13 +31,11 @@ _CHUNK_ELEMENTS: Final = 1 << 21
 _FLUSH_BYTES: Final = 1 << 26
 
 OnProgress = Callable[[int, int], None]
-"""Called with the number of bytes written and the total."""
+"""A callback with the bytes written and the total."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A tensor to write."""
-
     name: str
     quant_type: QuantType
     tensor: Lazy
@@ -56,8 +53,8 @@ def write_stream(
     threads: int,
     check: Callable[[], None],
 ) -> None:
-    """UsageError, before anything is written, where the disk has too little room. `check` is called before the file
-    gets its name."""
+    """Raises UsageError, before writing, if the disk has too little room. `check` is called before the file gets its
+    name."""
     header = header_bytes(
         metadata, [TensorSource(output.name, output.quant_type, output.tensor.shape, bytes) for output in outputs]
     )
@@ -95,7 +92,7 @@ def _begin_writing(file: BinaryIO, start: int, count: int) -> None:
 def _pieces(
     outputs: Iterable[Output], pool: ThreadPoolExecutor, threads: int, alignment: int
 ) -> Iterator[memoryview | bytes]:
-    """All tensors' bytes in order, with padding; a few pieces are converted ahead."""
+    """Yields all tensors' bytes in order, with padding; a few pieces are converted ahead."""
     ahead: deque[Future[memoryview | bytes]] = deque()
     try:
         for make in _tasks(outputs, alignment):
@@ -120,7 +117,7 @@ def _tasks(outputs: Iterable[Output], alignment: int) -> Iterator[Callable[[], m
 
 
 def _rows(output: Output, start: int, end: int) -> memoryview:
-    """Rows [start, end) in the output type."""
+    """Returns rows [start, end) in the output type."""
     tensor = output.tensor
     values = tensor.read(start, end)
     if tensor.packed is not None:
@@ -132,7 +129,6 @@ def _rows(output: Output, start: int, end: int) -> memoryview:
 
 
 def _blocks(output: Output, values: Array) -> memoryview:
-    """Blocks of a quant type as they are."""
     shape, kind = output.tensor.shape, output.quant_type
     assert kind is output.tensor.packed and values.dtype == np.uint8, output.name
     assert values.shape[1:] == (*shape[1:-1], kind.info.row_bytes(shape[-1])), (output.name, values.shape)
@@ -140,7 +136,7 @@ def _blocks(output: Output, values: Array) -> memoryview:
 
 
 def encoded(values: Array, storage: Storage, quant_type: QuantType, origin: str) -> memoryview:
-    """The bytes of some rows in a type of `OUTPUT_TYPES`. ModelFileError where float16 cannot hold a number."""
+    """Returns rows in a type of `OUTPUT_TYPES`. Raises ModelFileError for numbers that float16 cannot hold."""
     values = np.ascontiguousarray(values)
     if storage.name == quant_type.name:
         return values.data.cast("B")

@@ -1,5 +1,5 @@
-"""chatglm and glm4. ChatGLM 2 and 3 and GLM-4-9B in the authors' form; GLM-4-9B in Hugging Face's form and GLM-4-0414.
-Gate and up are one matrix; half of each head turns, neighbouring channels together."""
+"""ChatGLM 2 and 3 and GLM-4-9B in the authors' form; GLM-4-9B in Hugging Face's form and GLM-4-0414. Gate and up are
+one matrix; half of each head rotates, neighbouring channels together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""glm4moe: GLM 4.5, 4.6 and Air, whose layers that predict further tokens stand behind the others."""
+"""GLM 4.5, 4.6 and Air; layers that predict further tokens follow the others."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from llamaclust.tools.convert.settings import MAX_LAYERS
 
 
 def build(page: Page) -> None:
-    """Leading dense layers, then experts beside a shared one; layers that predict further tokens if the checkpoint
-    has them."""
+    """Leading dense layers, then experts beside a shared one; layers that predict further tokens if there are any."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.count("n_group", default=1) != 1:
         raise settings.error("n_group", f"{settings.shown('n_group')}, only one group of experts is supported")

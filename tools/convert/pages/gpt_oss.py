@@ -1,4 +1,4 @@
-"""gpt-oss: experts in MXFP4, whose blocks keep their bits, or in floats; gate and up in turns."""
+"""The gpt-oss models: experts in MXFP4, whose blocks keep their bits, or in floats; rows of gate and up alternate."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def build(page: Page) -> None:
 
 
 def _experts(page: Page, layer: int, count: int, width: int) -> None:
-    """Rows of gate and up are in turns, in the matrix and in the bias."""
+    """Copies the experts; rows of gate and up alternate, in the matrix and in the bias."""
     source, hidden = f"model.layers.{layer}.mlp.experts", page.width
     halves = _matrices(page, f"{source}.gate_up_proj", (count, 2 * width, hidden), 2)
     bias = page.take(f"{source}.gate_up_proj_bias", count, 2 * width)
@@ -59,8 +59,8 @@ def _experts(page: Page, layer: int, count: int, width: int) -> None:
 
 
 def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) -> list[Lazy]:
-    """[experts, rows, columns] as `parts` matrices whose rows are in turns: of blocks and their scales, or of floats,
-    which are stored with columns before rows."""
+    """Splits [experts, rows, columns] into `parts` matrices of alternating rows: blocks with scales, or floats stored
+    with columns before rows."""
     count, rows, columns = shape
     if not page.has(f"{source}_blocks"):
         whole = exchanged(page.take(source, count, columns, rows))
@@ -74,8 +74,8 @@ def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) 
 
 
 def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
-    """Blocks [experts, rows, blocks of a row, 16] and their scales in GGUF's layout of MXFP4: the scale, then 16 bytes,
-    each with number i of the block below number i + 16. In the checkpoint each has number 2 i below number 2 i + 1."""
+    """Packs blocks [experts, rows, blocks of a row, 16] and scales into GGUF's MXFP4: the scale, then 16 bytes with
+    number i in the low and i + 16 in the high half. The checkpoint pairs numbers 2 i and 2 i + 1."""
     count, rows, width, _ = blocks.shape
 
     def read(start: int, end: int) -> Array:

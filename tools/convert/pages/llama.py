@@ -1,4 +1,4 @@
-"""LLaMA and models of its layers: llama, smollm3, mistral3, internlm2, baichuan."""
+"""LLaMA and models with its layers: llama, smollm3, mistral3, internlm2, baichuan."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
 _MIXTRAL = ("w1", "w3", "w2")
 _SMOLLM3_PERIOD = 4
 _BAICHUAN_2_WORDS = 125696
-"""Baichuan 2 normalizes the rows of its output matrix to length 1; only its vocabulary size identifies it."""
+"""The vocabulary size of Baichuan 2, which alone identifies it: rows of its output matrix are normalized to length
+1."""
 
 
 def build(page: Page) -> None:
-    """LLaMA in Hugging Face's form, and what has its layers: Mistral, Mixtral, Yi, SmolLM, DeepSeek LLM."""
+    """LLaMA in Hugging Face's form, and models with its layers: Mistral, Mixtral, Yi, SmolLM, DeepSeek LLM."""
     width = decoder.feed_forward_width(page)
     count = page.settings.count("num_local_experts", default=0, minimum=0, maximum=1 << 10)
     decoder.usual_keys(page, width)
@@ -43,7 +44,7 @@ def build(page: Page) -> None:
 
 
 def build_smollm3(page: Page) -> None:
-    """SmolLM 3: every fourth layer has no rotation, which GGUF has no key for. Its window is never used."""
+    """SmolLM 3: every fourth layer has no rotation, for which GGUF has no key. Its window is never used."""
     settings = page.settings
     if settings.flag("use_sliding_window"):
         raise settings.error("use_sliding_window", "true is not supported")
@@ -63,7 +64,7 @@ def build_smollm3(page: Page) -> None:
 
 
 def build_mistral3(page: Page) -> None:
-    """Mistral Small 3.1 and Ministral 3, of which the latter scale queries by their position."""
+    """Mistral Small 3.1, and Ministral 3, which scales queries by their position."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     context = settings.count("max_position_embeddings", maximum=MAX_CONTEXT)
@@ -86,7 +87,7 @@ def _layers(page: Page, width: int) -> None:
 
 
 def build_meta(page: Page) -> None:
-    """LLaMA as Meta names it, which files of llama2.c and TencentPretrain are brought to; Q and K need no change."""
+    """LLaMA under Meta's names, also from llama2.c and TencentPretrain; Q and K need no permutation."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
@@ -132,7 +133,7 @@ def build_internlm2(page: Page) -> None:
 
 
 def _internlm2_attention(page: Page, place: str, source: str) -> None:
-    """A group: the query heads, one of keys, one of values."""
+    """Splits groups of query heads, one key head and one value head."""
     head, shared = page.head_width, page.heads // page.kv_heads
     group = (shared + 2) * head
     packed = page.take(f"{source}.wqkv.weight", page.kv_heads * group, page.width)

@@ -1,5 +1,5 @@
-"""llama4: Scout and Maverick, their text. Three of four layers rotate, in neighbouring pairs in the checkpoint too, and
-see a chunk of the positions; experts in each layer or every second one."""
+"""Llama 4 Scout and Maverick, their text. Three of four layers rotate, in neighbouring pairs in the checkpoint too, and
+see a chunk of the positions; experts are in each layer or every second one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(page: Page) -> None:
 
 
 def _step(page: Page) -> int:
-    """Every how many layers have experts. ModelFileError for a list of layers that no number stands for."""
+    """Returns the distance of layers with experts. Raises ModelFileError for a list with unequal distances."""
     settings = page.settings
     listed = settings.values.get("moe_layers")
     if listed is None:
@@ -56,8 +56,8 @@ def _step(page: Page) -> int:
 
 
 def _check_attention(page: Page, count: int) -> None:
-    """ModelFileError for what files have no keys for: readers know norms of Q and K by the number of experts, and how
-    queries grow with their position without being told."""
+    """Raises ModelFileError for values without a GGUF key: readers infer norms of Q and K from the number of experts,
+    and the growth of queries is fixed."""
     settings = page.settings
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):
@@ -71,7 +71,7 @@ def _check_attention(page: Page, count: int) -> None:
 
 
 def _chunks(page: Page) -> None:
-    """Keys for what differs from Scout and Maverick, of which public files have none."""
+    """Writes keys for differences from Scout and Maverick, whose public files have none."""
     settings, rotated = page.settings, _rotated(page)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:
@@ -84,7 +84,7 @@ def _chunks(page: Page) -> None:
 
 
 def _rotated(page: Page) -> list[bool]:
-    """Which layers rotate: by a list, which some configurations leave empty, or all but one in each interval."""
+    """Returns True for each layer that rotates: by a list, which may be empty, or all but one in each interval."""
     settings = page.settings
     listed = settings.values.get("no_rope_layers")
     if not listed:
@@ -96,7 +96,7 @@ def _rotated(page: Page) -> list[bool]:
 
 
 def _experts(page: Page, layer: int, count: int, width: int) -> None:
-    """And the one that every token uses."""
+    """Copies the experts and the shared one."""
     place, source = f"blk.{layer}", f"model.layers.{layer}.feed_forward"
     page.copy(f"{place}.ffn_gate_inp", f"{source}.router", count, page.width)
     experts.column_matrices(page, place, f"{source}.experts", count, width)

@@ -1,4 +1,4 @@
-"""Mixtures of experts beside what other pages have: granitemoe, ernie4_5-moe, bailingmoe2, minimax-m2."""
+"""Mixtures of experts of their own pages: granitemoe, ernie4_5-moe, bailingmoe2, minimax-m2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PREDICTIONS = ("model.mtp_block.", "model.mtp_emb_norm.", "model.mtp_hidden_nor
 
 
 def build_granite(page: Page) -> None:
-    """Granite 3 with experts, and with a shared one."""
+    """Granite 3 with experts, also with a shared one."""
     settings = page.settings
     width = decoder.feed_forward_width(page)
     shared = settings.count("shared_intermediate_size", default=0, minimum=0)
@@ -32,7 +32,7 @@ def build_granite(page: Page) -> None:
 
 
 def granite_expert_keys(page: Page, shared: int) -> None:
-    """`shared`: the width of an expert that every token uses, 0 without."""
+    """`shared`: the width of the shared expert, 0 without."""
     count = page.settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     page.key("expert_count", count)
     page.key("expert_used_count", page.settings.count("num_experts_per_tok", maximum=count))
@@ -41,7 +41,7 @@ def granite_expert_keys(page: Page, shared: int) -> None:
 
 
 def granite_experts(page: Page, layer: int, shared: int) -> None:
-    """Gate and up are one matrix, one half below the other."""
+    """Copies the experts; gate and up are one matrix, one above the other."""
     place, source, hidden = f"blk.{layer}", f"model.layers.{layer}.block_sparse_moe", page.width
     count = page.settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     width = decoder.feed_forward_width(page)
@@ -55,7 +55,7 @@ def granite_experts(page: Page, layer: int, shared: int) -> None:
 
 
 def granite_feed_forward(page: Page, layer: int, width: int, suffix: str = "") -> None:
-    """What every token uses, in a layer with experts or without."""
+    """Copies the shared expert, or the feed-forward network of a layer without experts."""
     place, source = f"blk.{layer}", f"model.layers.{layer}.shared_mlp"
     whole = page.take(f"{source}.input_linear.weight", 2 * width, page.width)
     page.put(f"{place}.ffn_gate{suffix}.weight", rows(whole, 0, width))
@@ -65,7 +65,7 @@ def granite_feed_forward(page: Page, layer: int, width: int, suffix: str = "") -
 
 def build_ernie(page: Page) -> None:
     """ERNIE 4.5 with experts, from a layer on in each or every few, beside shared ones in one network. Layers that
-    predict further tokens are left out, as by llama.cpp."""
+    predict further tokens are omitted, as by llama.cpp."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.flag("use_bias"):
         raise settings.error("use_bias", "true is not what ernie4_5-moe computes")
@@ -117,8 +117,8 @@ def _ernie_experts(page: Page, layer: int) -> None:
 
 
 def build_bailing(page: Page) -> None:
-    """Ling and Ring 2.0: q, k and v are one matrix, half of a head turns; leading dense layers, then experts of sigmoid
-    gates in groups beside shared ones. Layers that predict further tokens are left out."""
+    """Ling and Ring 2.0: Q, K and V are one matrix, half of a head rotates; leading dense layers, then experts of
+    sigmoid gates in groups beside shared ones. Layers that predict further tokens are omitted."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
         if settings.flag(name, default=wanted) is not wanted:
@@ -149,7 +149,7 @@ def build_bailing(page: Page) -> None:
 
 
 def _bailing_sizes(page: Page) -> tuple[int, int, int]:
-    """Experts, their width, and shared ones."""
+    """Returns the number of experts, their width, and the number of shared ones."""
     settings = page.settings
     shared = settings.count("num_shared_experts", maximum=experts.MAX_EXPERTS)
     return settings.count("num_experts", maximum=experts.MAX_EXPERTS), settings.count("moe_intermediate_size"), shared
@@ -179,8 +179,8 @@ def _bailing_experts(page: Page, layer: int) -> None:
 
 
 def build_minimax(page: Page) -> None:
-    """MiniMax M2: q and k are normed in their whole width, a part of each head turns; experts of sigmoid gates, with a
-    bias for the choice, in every layer."""
+    """MiniMax M2: Q and K are normed in their whole width, a part of each head rotates; every layer has experts of
+    sigmoid gates, with a bias for the choice."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):

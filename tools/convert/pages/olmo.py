@@ -1,4 +1,4 @@
-"""olmo2: OLMo 2 and 3, whose norms stand behind attention and feed-forward alone."""
+"""OLMo 2 and 3, whose norms are behind attention and feed-forward alone."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 _PERIOD = 4
 _BASE = 500000.0
-"""Of configurations of OLMo 3 that name none."""
+"""The base of OLMo 3's configurations that name none."""
 
 
 def build(page: Page) -> None:
-    """OLMo 2."""
     _build(page, None)
 
 
 def build_olmo3(page: Page) -> None:
-    """As OLMo 2, and a window in three of four layers, whose rotation is not stretched but has the same base."""
+    """OLMo 3: OLMo 2 with a window in three of four layers, whose rotation has the same base without stretching."""
     settings = page.settings
     _build(page, _BASE)
     base = page.metadata["olmo2.rope.freq_base"]

@@ -1,4 +1,4 @@
-"""phi3: Phi-3 and Phi-4. Q, K and V are one matrix, gate and up another."""
+"""Phi-3 and Phi-4: Q, K and V are one matrix, gate and up another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 
 def build(page: Page) -> None:
-    """`attention.sliding_window` is 0 for a model without one."""
+    """Writes `attention.sliding_window` as 0 for a model without one."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)

@@ -1,5 +1,4 @@
-"""qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe: Qwen 2, 2.5, 3 and 3 VL (its text), dense and with
-experts."""
+"""Qwen 2, 2.5, 3 and 3 VL (its text), dense and with experts."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from llamaclust.tools.convert.settings import MAX_LAYERS
 
 
 def build(page: Page) -> None:
-    """A sliding window of the configuration is ignored: `use_sliding_window` disables it."""
+    """Ignores the configuration's sliding window, which `use_sliding_window` disables."""
     if page.settings.flag("use_sliding_window"):
         raise page.settings.error("use_sliding_window", "true is not supported")
     width = decoder.feed_forward_width(page)
@@ -39,7 +38,7 @@ def build(page: Page) -> None:
 
 
 def _picture_keys(page: Page) -> None:
-    """Of rotations by sections, and how many layers pictures add something to, for programs that see them."""
+    """Writes rotation sections, and the number of layers that pictures add to, for programs with vision."""
     page.key("rope.dimension_sections", np.array(sections(page.settings, page.head_width // 2), np.int32))
     if page.settings.has("deepstack_layers"):
         page.key("n_deepstack_layers", page.settings.count("deepstack_layers", minimum=0, maximum=MAX_LAYERS))
@@ -77,6 +76,6 @@ def _experts(page: Page, layer: int, count: int) -> None:
 
 
 def _has_columns_first(page: Page, source: str, count: int, width: int) -> bool:
-    """The published form of Qwen 3 VL; transformers has its own and writes that. One of the two may be square."""
+    """True for the published form of Qwen 3 VL; transformers writes another. One of the two matrices may be square."""
     both, down = page.shape(f"{source}.gate_up_proj"), page.shape(f"{source}.down_proj")
     return both == (count, page.width, 2 * width) and down == (count, width, page.width)

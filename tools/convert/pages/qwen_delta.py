@@ -1,5 +1,5 @@
-"""qwen3next, qwen35, qwen35moe: a gated delta net in most layers, gated attention in the others. Norms, other than the
-delta net's, multiply by one more than what is stored."""
+"""Qwen3-Next and Qwen 3.5: a gated delta net in most layers, gated attention in the others. Norms, except the delta
+net's, multiply by one more than the stored weight."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PREDICTION = (
 
 @dataclass(frozen=True, slots=True)
 class _DeltaNet:
-    """Heads of keys and values, channels of a head, taps of the convolution. `tiled`: value head j belongs to key
-    head j modulo their number in GGUF, to j divided by the quotient in checkpoints."""
+    """Heads of keys and values, channels of a head, taps of the convolution. `tiled`: GGUF pairs value head j with key
+    head j modulo their number, checkpoints with j divided by the quotient."""
 
     key_heads: int
     heads: int
@@ -47,11 +47,11 @@ class _DeltaNet:
 
     @property
     def channels(self) -> int:
-        """Of q, k and v, which are convolved."""
+        """The channels of q, k and v, which are convolved."""
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Of the rows of value heads of `width` rows each, the number in the checkpoint."""
+        """Returns the checkpoint's row for each row of value heads, `width` rows each."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers
@@ -106,7 +106,7 @@ def _recurrent(page: Page) -> list[bool]:
 
 
 def _further_layers(page: Page) -> int:
-    """Layers that predict further tokens; the configuration of Qwen 3 Next does not tell of its one."""
+    """Returns the number of layers that predict further tokens; the configuration of Qwen3-Next omits its one."""
     if not page.has("mtp.fc.weight"):
         return 0
     return page.settings.count("mtp_num_hidden_layers", default=1, maximum=MAX_LAYERS)
@@ -163,7 +163,7 @@ def _layer(page: Page, place: str, source: str, net: _DeltaNet | None, has_exper
 
 
 def _attention(page: Page, place: str, source: str) -> None:
-    """Queries and their gates are one matrix, head by head, in GGUF too."""
+    """Copies attention; queries and their gates are one matrix, head by head, in GGUF too."""
     query, key = page.heads * page.head_width, page.kv_heads * page.head_width
     for part, rows in (("q", 2 * query), ("k", key), ("v", key)):
         page.copy(f"{place}.attn_{part}", f"{source}.{part}_proj", rows, page.width, bias=None)
@@ -194,7 +194,8 @@ def _delta_net(page: Page, place: str, source: str, net: _DeltaNet) -> None:
 
 
 def _grouped_products(page: Page, place: str, source: str, net: _DeltaNet) -> None:
-    """Of each key head: q, k, its value heads, their gates; in GGUF all of q, of k, of v, and the gates apart."""
+    """Regroups rows: the checkpoint has q, k, values and gates of each key head together, GGUF all q, all k, all v, and
+    the gates apart."""
     shared = net.values // net.key_heads
     group = 2 * net.width + 2 * shared
     whole = page.take(f"{source}.in_proj_qkvz.weight", net.key_heads * group, page.width)

@@ -1,4 +1,4 @@
-"""The text model of a multimodal checkpoint: its settings, and its tensors under the names of a model of text alone."""
+"""The text model of a multimodal checkpoint: settings, and tensors under the names of a text-only model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
         ),
     }
 )
-"""Classes of multimodal models."""
+"""Text models by the class of the multimodal model."""
 _PREFIXES: Final = (
     ("language_model.model.", "model."),
     ("language_model.", ""),
@@ -92,8 +92,8 @@ _PICTURES: Final = tuple(
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """The text model of a multimodal checkpoint; any other checkpoint unchanged. ModelFileError for an unknown kind of
-    text model."""
+    """Returns a multimodal checkpoint's text model, or the checkpoint itself. Raises ModelFileError for an unknown kind
+    of text model."""
     part = MULTIMODAL.get(checkpoint.family)
     if part is None:
         return checkpoint
@@ -113,7 +113,7 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _sources(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Names in a model of text alone, and those in the checkpoint. ModelFileError for two that become one."""
+    """Maps names in a text-only model to those in the checkpoint. Raises ModelFileError for two that become one."""
     sources: dict[str, str] = {}
     for source in checkpoint.tensors:
         if source.startswith(_PICTURES):

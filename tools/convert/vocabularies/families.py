@@ -1,4 +1,4 @@
-"""What the vocabularies of some architectures need beside their files: roles of tokens, kinds, flags."""
+"""Vocabulary data of some architectures that their files lack: token roles, kinds, flags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GLM_PARTS: Final = {
 }
 """Roles of tokens that the models' own files do not tell."""
 _HUNYUAN_BOS: Final = {"hunyuan-dense": "<|startoftext|>", "hunyuan-moe": "<|bos|>"}
-"""Of vocabularies of ranks; configurations beside them name other ids."""
+"""BOS of vocabularies of ranks; configurations beside them name other ids."""
 _GEMMA4: Final = "gemma4"
 _GEMMA4_VISIBLE: Final = frozenset(
     {
@@ -56,7 +56,7 @@ def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int)
 
 
 def _become_gemma4(words: Words) -> None:
-    """BPE by the merges of tokenizer.json, which SentencePiece's scores would not keep."""
+    """Makes it BPE by the merges of tokenizer.json, which SentencePiece's scores would not keep."""
     if not words.merges:
         raise ModelFileError(f"{words.origin}: without merges; gemma4 needs those of {_LIBRARY_FILE}")
     if words.flags["add_space_prefix"]:

@@ -1,4 +1,4 @@
-"""Recognizes the pre-tokenizer of a tokenizer.json by its output for a text, not by its name."""
+"""The recognition of a tokenizer.json's pre-tokenizer by its output for a text, not by its name."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ PROBE: Final = (
     "function(x){return x*2;}//comment\n\n\n    indented\n\tmore\n if(a&&b||!c) <tag attr='v'/> http://a.b/c?d=e&f=1 "
     "x\n/y \n//z !\n/a (\n) .\r\n/ end  "
 )
-"""Scripts with and without spaces and case, digits alone and in rows, marks, spaces of all kinds, ends of lines."""
+"""Scripts with and without spaces and case, digits alone and in rows, marks, all kinds of spaces, line ends."""
 
 Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """The name of the pre-tokenizer, or None if no known one splits the text in this way.
-
-    Names that cut alike differ in what else they stand for: words that are not merged, BOS where a file is silent.
-    """
+    """Returns the name of a pre-tokenizer that splits the probe alike, or None. Among equals it prefers one with the
+    same `ignore_merges`, then the same BOS default."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()
@@ -40,7 +38,7 @@ def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str |
 
 
 def cut(pre_tokenizer: Any) -> Pieces:
-    """The pieces of the probe, in the alphabet of byte-level BPE."""
+    """Returns the pieces of the probe, in the alphabet of byte-level BPE."""
     return tuple(piece for piece, _ in pre_tokenizer.pre_tokenize_str(PROBE))
 
 

@@ -1,5 +1,5 @@
-"""gemma3n: E2B and E4B. Copies of the hidden state, a low-rank branch beside attention, sparse activations, inputs per
-layer, and last layers that read the keys and values of others."""
+"""Gemma 3n E2B and E4B: copies of the hidden state, a low-rank branch beside attention, sparse activations, inputs per
+layer, and last layers that read other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def build(page: Page) -> None:
 
 
 def _widths(page: Page) -> list[int]:
-    """Of the feed-forward network of each layer."""
+    """Returns the feed-forward width of each layer."""
     listed = page.settings.values.get("intermediate_size")
     if not isinstance(listed, list):
         return [page.settings.count("intermediate_size")] * page.layers
@@ -59,7 +59,7 @@ def _widths(page: Page) -> list[int]:
 
 
 def _keys(page: Page, widths: list[int], copies: int, inputs: int) -> int:
-    """How many layers read the keys and values of others."""
+    """Writes the keys; returns the number of layers that read other layers' keys and values."""
     settings = page.settings
     decoder.usual_keys(page, widths[0])
     if len({*widths}) > 1:
@@ -87,7 +87,7 @@ def _keys(page: Page, widths: list[int], copies: int, inputs: int) -> int:
 
 
 def _sparsity(page: Page) -> list[float]:
-    """Standard deviations above the mean from which on the rest of the activations lies; -inf: all of them."""
+    """Returns each layer's threshold of activations, in standard deviations above their mean; -inf: all pass."""
     name, sparse = "activation_sparsity_pattern", _SPARSE_LAYERS if page.layers > _SPARSE_LAYERS else 0
     shares = page.settings.values.get(name)
     if shares is None:
@@ -100,7 +100,7 @@ def _sparsity(page: Page) -> list[float]:
 
 
 def _table(page: Page, width: int) -> None:
-    """Inputs per layer of each token. Tokens that the table lacks have those of token 0."""
+    """Writes the inputs per layer of each token; tokens beyond the table use those of token 0."""
     words = page.settings.count("vocab_size_per_layer_input", default=_TABLE_WORDS, maximum=MAX_WORDS)
     table = page.take("model.embed_tokens_per_layer.weight", words, width)
     tokens = np.arange(page.words, dtype=np.int64)
@@ -111,7 +111,7 @@ def _table(page: Page, width: int) -> None:
 
 
 def _attention(page: Page, layer: int, *, is_idle: bool) -> None:
-    """`is_idle`: it has no keys and values of its own, though checkpoints may have weights for them."""
+    """`is_idle`: the layer reads another's keys and values; checkpoints may have weights for its own."""
     place, source = f"blk.{layer}", f"model.layers.{layer}"
     attention, query, key = f"{source}.self_attn", page.heads * page.head_width, page.kv_heads * page.head_width
     page.copy(f"{place}.attn_norm", f"{source}.input_layernorm", page.width)

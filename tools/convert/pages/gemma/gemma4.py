@@ -1,5 +1,5 @@
-"""gemma4: 31B, 26B-A4B, E2B and E4B. Layers with a window and others differ in their heads; experts beside the
-feed-forward network; inputs per layer, and last layers that read the keys and values of others."""
+"""Gemma 4 31B, 26B-A4B, E2B and E4B: layers with a window and others differ in their heads; experts beside the
+feed-forward network; inputs per layer, and last layers that read other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -23,20 +23,18 @@ _MAX_HEAD = 1 << 12
 _MAX_INPUT = 1 << 12
 _MAX_EXPERTS = 1 << 10
 _NOT_ROTATED = np.float32(1e30)
-"""A factor that leaves a pair of channels where it is."""
+"""A factor that leaves a pair of channels unrotated."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Heads:
-    """Of the layers of a kind."""
-
     width: int
     kv_heads: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """What differs from layer to layer. `own`: layers with keys and values of their own, all before the others."""
+    """The differences between layers. `own`: layers with their own keys and values, before all others."""
 
     windowed: list[bool]
     part: _Heads
@@ -87,7 +85,8 @@ def _read_form(page: Page) -> _Form:
 
 
 def _heads(page: Page, windowed: list[bool], alike: bool) -> tuple[_Heads, _Heads]:
-    """Heads of layers with a window, and of others: by two keys for the latter, or by an object for each layer."""
+    """Returns the heads of layers with a window and of others, from two keys for the latter or an object for each
+    layer."""
     settings = page.settings
     part = _Heads(page.head_width, page.kv_heads)
     if not settings.has("per_layer_config"):
@@ -112,7 +111,7 @@ def _layer_heads(said: Settings, usual: _Heads) -> _Heads:
 
 
 def _widths(page: Page, form: _Form) -> list[int]:
-    """Of the feed-forward network of each layer."""
+    """Returns the feed-forward width of each layer."""
     width = page.settings.count("intermediate_size")
     last = 2 * width if page.settings.flag("use_double_wide_mlp") else width
     return [width] * form.own + [last] * (page.layers - form.own)
@@ -139,7 +138,7 @@ def _keys(page: Page, form: _Form, widths: list[int]) -> None:
 
 
 def _rotation(page: Page, form: _Form) -> None:
-    """Layers without a window rotate some of the pairs of a whole head; factors keep the others where they are."""
+    """Writes the rotation of layers without a window: factors keep some pairs of a whole head unrotated."""
     settings = page.settings
     said = settings.inner("rope_parameters").inner("full_attention")
     usual = 1.0 if settings.inner("rope_parameters").has("full_attention") else _SHARE
@@ -196,7 +195,7 @@ def _expert_keys(page: Page) -> int:
 
 
 def _experts(page: Page, layer: int, count: int) -> None:
-    """Gate and up of an expert are one matrix, in GGUF too. The scale of an expert is that of its result."""
+    """Copies the experts. Gate and up of an expert are one matrix, in GGUF too; its scale applies to its result."""
     place, source, hidden = f"blk.{layer}", f"model.layers.{layer}", page.width
     width = page.settings.count("moe_intermediate_size", "expert_intermediate_size")
     for name, norm in (
@@ -213,7 +212,7 @@ def _experts(page: Page, layer: int, count: int) -> None:
 
 
 def _inputs(page: Page, form: _Form) -> None:
-    """The table and the projection that the inputs of all layers are made from."""
+    """Copies the table and the projection from which the inputs of all layers are made."""
     words, width = page.settings.count("vocab_size_per_layer_input", default=page.words), page.layers * form.inputs
     if words != page.words:
         raise page.settings.error("vocab_size_per_layer_input", f"{words}, the vocabulary has {page.words}")

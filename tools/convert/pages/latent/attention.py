@@ -1,5 +1,5 @@
-"""Latent attention: widths, keys and tensors. The matrix that makes keys and values of the latent vector is cut in two,
-head by head, as GGUF has it: `attn_k_b`, with rows and columns exchanged, and `attn_v_b`."""
+"""Latent attention: widths, keys and tensors. GGUF splits the matrix from the latent vector to keys and values by head:
+`attn_k_b`, with rows and columns exchanged, and `attn_v_b`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _MAX_RANK: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Channels of the latent vector, of the rotated part of keys and queries, of their plain part, of values;
-    `query_rank` is 0 where queries are products of the hidden state."""
+    """Channels of the latent vector, of the rotated and plain parts of keys and queries, and of values; `query_rank` is
+    0 if queries are products of the hidden state."""
 
     rank: int
     rotated: int
@@ -26,7 +26,7 @@ class Latent:
 
 
 def read_latent(page: Page) -> Latent:
-    """ModelFileError for attention that GGUF's latent attention is not."""
+    """Raises ModelFileError for attention that GGUF's latent attention cannot express."""
     settings = page.settings
     if settings.flag("attention_bias"):
         raise settings.error("attention_bias", f"true is not what {page.architecture} computes")
@@ -49,7 +49,7 @@ def read_latent(page: Page) -> Latent:
 
 
 def latent_keys(page: Page, latent: Latent) -> None:
-    """In place of other attention's: one head of keys, whose values are its latent part."""
+    """Writes the keys that replace usual attention's: one KV head, whose values are the latent part of its keys."""
     page.key("attention.head_count_kv", 1)
     page.key("attention.key_length", latent.rank + latent.rotated)
     page.key("attention.value_length", latent.rank)

@@ -1,4 +1,4 @@
-"""deepseek2: DeepSeek V2 and V3 (also Kimi K2), GLM-4.7-Flash; mistral4: Mistral Small 4."""
+"""DeepSeek V2 and V3 (also Kimi K2) and GLM-4.7-Flash as deepseek2; Mistral Small 4 as mistral4."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """Gating function, by the name in configurations and GGUF's number; whether a bias joins the choice; whether there
-    are groups of experts, and weights are normalized."""
+    """A gating function, by configurations' name and GGUF's number. `has_bias`: a bias joins the choice. `has_groups`:
+    experts are in groups, and weights are normalized."""
 
     name: str
     number: int
@@ -30,7 +30,7 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(page: Page) -> None:
-    """DeepSeek V2 and V2.5. The full models choose groups of experts by their best one, which GGUF has no key for."""
+    """DeepSeek V2 and V2.5. GGUF has no key for the full models' choice of groups by their best expert."""
     settings = page.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:
@@ -43,13 +43,13 @@ def build_v2(page: Page) -> None:
 
 
 def build_v3(page: Page) -> None:
-    """DeepSeek V3, V3.1 and R1, Kimi K2. Layers that predict further tokens are left out, as by llama.cpp."""
+    """DeepSeek V3, V3.1 and R1, Kimi K2. Layers that predict further tokens are omitted, as by llama.cpp."""
     _build(page, _V3)
     experts.leave_further_layers(page)
 
 
 def build_glm_flash(page: Page) -> None:
-    """GLM-4.7-Flash, whose layers that predict further tokens stand behind the others."""
+    """GLM-4.7-Flash; layers that predict further tokens follow the others."""
     page.vocabulary_rules = _GLM
     _build(page, _V3, further=experts.further_layers(page))
 
@@ -102,7 +102,7 @@ def _expert_keys(page: Page, mixture: _Mixture) -> None:
 
 
 def _sizes(page: Page) -> tuple[int, int, int]:
-    """Experts, their width, and shared ones."""
+    """Returns the number of experts, their width, and the number of shared ones."""
     settings = page.settings
     count = settings.count("n_routed_experts", "num_local_experts", maximum=experts.MAX_EXPERTS)
     shared = settings.count("n_shared_experts", default=0, minimum=0, maximum=experts.MAX_EXPERTS)

@@ -1,4 +1,4 @@
-"""falcon-h1: attention and Mamba 2 beside each other in each layer. Files have the configuration's multipliers in their
+"""Falcon-H1: attention and Mamba 2 side by side in each layer. GGUF has the configuration's multipliers in its
 weights."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def build(page: Page) -> None:
 
 
 def _ends(page: Page) -> None:
-    """The output matrix is written even if it is the embedding, since the two have a multiplier each."""
+    """Copies embedding and output matrix, which have different multipliers, even if they are one in the checkpoint."""
     embedding = page.take("model.embed_tokens.weight", page.words, page.width)
     head = embedding
     if not page.settings.flag("tie_word_embeddings"):
@@ -74,7 +74,7 @@ def _multiply(page: Page, mamba: Mamba) -> None:
 
 
 def _product_factors(page: Page, mamba: Mamba) -> NDArray[np.float32]:
-    """Of the rows of gate, x, input and output matrices and time steps."""
+    """Returns the factors of the rows of gate, x, input and output matrices and time steps."""
     parts = (mamba.inner, mamba.inner, mamba.matrices, mamba.matrices, mamba.heads)
     factors = _factors(page, "ssm_multipliers", len(parts))
     return np.repeat(np.array(factors, np.float32) * np.float32(_factor(page, "ssm_in_multiplier")), parts)

@@ -1,5 +1,5 @@
-"""granitehybrid: Granite 4.0 with Mamba 2 in most layers. A model of this class whose layers all have attention is a
-granite or granitemoe, with other names of tensors."""
+"""Granite 4.0 with Mamba 2 in most layers. A model of this class whose layers all have attention becomes granite or
+granitemoe; its tensors have other names."""
 
 from __future__ import annotations
 

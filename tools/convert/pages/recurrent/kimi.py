@@ -1,4 +1,4 @@
-"""kimi-linear: delta nets whose states decay channel by channel, and latent attention without a rotation."""
+"""Kimi Linear: delta nets whose states decay by channel, and latent attention without a rotation."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ def build(page: Page) -> None:
 
 
 def _dense_module(page: Page, layer: int) -> str:
-    """The published name, or that of mixtures, which transformers writes for every feed-forward network."""
+    """Returns the published module name, or the mixtures' one, which transformers writes for every feed-forward
+    network."""
     return _MIXTURE if page.has(f"model.layers.{layer}.{_MIXTURE}.gate_proj.weight") else "mlp"
 
 
 def _net(page: Page) -> Settings:
-    """Settings of delta nets under the names of the authors' configuration, checked. ModelFileError for ones that GGUF
-    has no key for."""
+    """Returns checked settings of delta nets under the authors' names. Raises ModelFileError for ones without a GGUF
+    key."""
     settings = page.settings
     said = settings.inner("linear_attn_config")
     if not settings.has("linear_attn_config"):
@@ -67,7 +68,7 @@ def _net(page: Page) -> Settings:
 
 
 def _attends(page: Page) -> list[bool]:
-    """Which layers have attention: by the authors' list, which counts from 1, or by the kinds of all layers."""
+    """Returns True for each layer with attention: by the authors' list, which counts from 1, or by layer kinds."""
     settings = page.settings
     listed: Any = settings.inner("linear_attn_config").values.get("full_attn_layers")
     if isinstance(listed, list):
@@ -97,7 +98,7 @@ def _keys(page: Page, latent: Latent, attends: list[bool], dense: int) -> None:
 
 
 def _sizes(page: Page) -> tuple[int, int, int]:
-    """Experts, their width, and shared ones."""
+    """Returns the number of experts, their width, and the number of shared ones."""
     settings = page.settings
     count = settings.count("num_experts", "num_local_experts", maximum=experts.MAX_EXPERTS)
     shared = settings.count("num_shared_experts", "n_shared_experts", default=1, maximum=experts.MAX_EXPERTS)

@@ -1,4 +1,4 @@
-"""Mamba 2's block, as falcon-h1, granitehybrid and nemotron_h have it."""
+"""The Mamba 2 block of falcon-h1, granitehybrid and nemotron_h."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _NAMES = MappingProxyType(
     {"ssm.inner_size": "mamba_d_head", "ssm.state_size": "mamba_d_state", "ssm.group_count": "mamba_n_groups"}
 )
 _ALL_STEPS = ([0, math.inf], [0, {"__float__": "Infinity"}])
-"""The second is how transformers writes the first."""
+"""Time step limits without effect; transformers writes the first as the second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mamba:
-    """`groups` of heads share their input and output matrices, of `state_size` numbers a row."""
+    """Sizes of a Mamba 2 block; `groups` of heads share input and output matrices of `state_size` numbers a row."""
 
     heads: int
     head_width: int
@@ -44,12 +44,12 @@ class Mamba:
 
     @property
     def products(self) -> int:
-        """Rows of the first matrix: gate, what is convolved, time steps."""
+        """Rows of the first matrix: gate, convolved channels, time steps."""
         return self.inner + self.convolved + self.heads
 
 
 def read_mamba(page: Page, inner: int | None) -> Mamba:
-    """`inner`: the width that all heads have together, where the configuration has one besides."""
+    """`inner`: the width of all heads together, if configured separately."""
     settings = page.settings
     heads = settings.count("mamba_n_heads", "mamba_num_heads", maximum=_MAX_HEADS)
     width = None if inner is None else max(1, inner // heads)
@@ -76,7 +76,7 @@ def mamba_keys(page: Page, mamba: Mamba) -> None:
 
 
 def write_mamba(page: Page, place: str, source: str, mamba: Mamba, *, has_norm: bool = True) -> None:
-    """All tensors; decays are stored as logarithms of their amount."""
+    """Copies all tensors; decays are stored as logarithms of their amount."""
     page.copy(f"{place}.ssm_in", f"{source}.in_proj", mamba.products, page.width)
     page.put(f"{place}.ssm_conv1d.weight", joined(page.take(f"{source}.conv1d.weight", mamba.convolved, 1, mamba.taps)))
     if page.has(f"{source}.conv1d.bias"):
@@ -95,7 +95,7 @@ def _column(page: Page, name: str, mamba: Mamba) -> Lazy:
 
 
 def _check_time_steps(page: Page) -> None:
-    """ModelFileError for bounds of the time steps, which no key has."""
+    """Raises ModelFileError for bounds of the time steps, for which GGUF has no key."""
     for name in ("time_step_limit", "mamba_dt_limit"):
         said = page.settings.values.get(name)
         if said is not None and said not in _ALL_STEPS:

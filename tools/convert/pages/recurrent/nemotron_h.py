@@ -1,5 +1,4 @@
-"""nemotron_h, nemotron_h_moe: Nemotron H, Nemotron Nano 2 and Nemotron 3. Each layer is Mamba 2, attention, a
-feed-forward network or experts."""
+"""Nemotron H, Nemotron Nano 2 and Nemotron 3: each layer is Mamba 2, attention, a feed-forward network or experts."""
 
 from __future__ import annotations
 
@@ -53,7 +52,8 @@ def build(page: Page) -> None:
 
 
 def _kinds(page: Page) -> list[str]:
-    """By a name, or a letter, for each layer; newer configurations have no number of layers besides."""
+    """Returns the kinds of layers, from names or letters; sets the number of layers, which newer configurations
+    omit."""
     settings = page.settings
     values = dict(settings.values)
     listed = next((values[name] for name in ("layers_block_type", "layer_types") if settings.has(name)), None)
@@ -106,7 +106,7 @@ def _layer(page: Page, place: str, source: str, kind: str, mamba: Mamba) -> None
 
 
 def _attention(page: Page, place: str, source: str) -> None:
-    """Nothing is rotated, and yet llama.cpp's conversion has the rows of Q and K in pairs."""
+    """Copies attention; rows of Q and K are paired as llama.cpp's conversion has them, although nothing rotates."""
     query, key = page.heads * page.head_width, page.kv_heads * page.head_width
     for part, heads in (("q", page.heads), ("k", page.kv_heads)):
         found = page.take(f"{source}.{part}_proj.weight", heads * page.head_width, page.width)
@@ -121,7 +121,7 @@ def _feed_forward(page: Page, place: str, source: str, width: int, suffix: str =
 
 
 def _experts(page: Page, place: str, source: str) -> None:
-    """Of the hidden state, or of a product of fewer channels."""
+    """Copies the experts of the hidden state, or of its product with fewer channels."""
     settings, hidden = page.settings, page.width
     count, width = (
         settings.count("n_routed_experts", maximum=experts.MAX_EXPERTS),

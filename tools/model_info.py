@@ -34,7 +34,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model's weights by quant type, by layer, and those outside all layers (embedding, norm, output) one by one."""
+    """A model's weights by quant type, by layer, and outside all layers (embedding, norm, output) one by one."""
 
     total: Share
     by_type: tuple[Share, ...]
@@ -55,12 +55,11 @@ def describe(model: ModelFile) -> ModelInfo:
 
 
 def shown_metadata(model: ModelFile, shown_items: int = 8) -> dict[str, Any]:
-    """Metadata as JSON has it; an array longer than `shown_items` only as its kind and length."""
+    """Returns metadata for JSON; of an array longer than `shown_items` only type and length."""
     return {key: _shown_value(value, shown_items) for key, value in model.metadata.items()}
 
 
 def as_json(model: ModelFile, info: ModelInfo) -> Mapping[str, Any]:
-    """The figures and the metadata as one JSON object."""
     return {
         "path": str(model.path),
         "parts": [str(part) for part in model.parts],

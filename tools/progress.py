@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with the step, what is done of it, in bytes or pieces, and the total (None: unknown)."""
+"""A callback with the step, the amount done, in bytes or pieces, and the total (None: unknown)."""
 
 
 def silent(what: str, done: int, total: int | None) -> None:
@@ -13,7 +13,7 @@ def silent(what: str, done: int, total: int | None) -> None:
 
 
 class ByteProgress:
-    """Adds up the bytes that are done of a known total."""
+    """A sum of done bytes, of a known total."""
 
     def __init__(self, progress: Progress, total_bytes: int) -> None:
         self._progress, self._total_bytes, self._done_bytes = progress, total_bytes, 0

@@ -1,4 +1,4 @@
-"""Splits a model file into parts and merges parts: tensors byte for byte, metadata unchanged. Names and keys are
+"""The split of a model file into parts and their merge: tensors byte for byte, metadata unchanged. Names and keys are
 llama.cpp's; files are compatible in both directions."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SPLIT_KEYS: Final = re.compile(r"split\.(no|count|tensors\.count)")
 
 @dataclass(frozen=True, slots=True)
 class SplitRules:
-    """Where one part ends and the next begins: by bytes of tensors, or else by their number."""
+    """The limits of a part: bytes of tensors, or else their number."""
 
     most_bytes: int | None = None
     most_tensors: int = DEFAULT_TENSORS
@@ -36,8 +36,6 @@ class SplitRules:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A file to be written."""
-
     path: Path
     metadata: dict[str, WritableValue]
     tensors: tuple[Tensor, ...]
@@ -45,15 +43,14 @@ class Part:
 
     @property
     def n_bytes(self) -> int:
-        """Of the whole file."""
         sources = [TensorSource(tensor.name, tensor.quant_type, tensor.shape, bytes) for tensor in self.tensors]
         tensors = sum(-(-tensor.n_bytes // self.alignment) * self.alignment for tensor in self.tensors)
         return len(header_bytes(self.metadata, sources, self.alignment)) + tensors
 
 
 def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
-    """The parts PREFIX-00001-of-0000N.gguf of a model. UsageError where it is in parts already, where a tensor alone is
-    too large, or where there would be too many parts."""
+    """Returns the parts PREFIX-00001-of-0000N.gguf of a model. Raises UsageError if it is in parts already, a tensor
+    alone is too large, or there would be too many parts."""
     if len(model.parts) > 1:
         raise UsageError(f"{model.path}: is split already; merge it first")
     alignment = _alignment(model)
@@ -76,15 +73,15 @@ def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
 
 
 def plan_merge(model: ModelFile, out: Path) -> Part:
-    """The one file of a model in parts. UsageError where it is one already."""
+    """Returns the one file of a model in parts. Raises UsageError if it is one already."""
     if len(model.parts) == 1:
         raise UsageError(f"{model.path}: is one file already")
     return Part(out, _whole_metadata(model), tuple(model.tensors.values()), _alignment(model))
 
 
 def write_parts(parts: Sequence[Part], progress: Progress) -> None:
-    """Writes all files, or none: they get their names when the last is complete, the first one last. UsageError where
-    one is there already, or the disk has too little room. `progress` gets the name of the file and bytes of tensors."""
+    """Writes all files, or none: they get their names when the last is complete, the first one last. Raises UsageError
+    if one exists, or the disk has too little room. `progress` gets the name of the file and bytes of tensors."""
     for part in parts:
         if part.path.exists():
             raise UsageError(f"{part.path}: is there already; delete it or choose another name")
@@ -107,7 +104,7 @@ def _source(tensor: Tensor, on_read: Callable[[int], None]) -> TensorSource:
 
 
 def _whole_metadata(model: ModelFile) -> dict[str, WritableValue]:
-    """All but what a split adds; the alignment as a number, for the writer."""
+    """Returns all metadata but a split's keys; the alignment as a number, for the writer."""
     raw: dict[str, WritableValue] = {
         key: RawValue(data) for key, data in raw_metadata(model.path).items() if not _SPLIT_KEYS.fullmatch(key)
     }

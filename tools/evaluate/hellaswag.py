@@ -16,7 +16,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.tools.evaluate.perplexity import read_text
 
 AT_ONCE: Final = 8
-"""Endings computed concurrently."""
+"""The number of endings computed concurrently."""
 
 _LINES: Final = 6
 _NORMAL_95: Final = 1.95996398454
@@ -24,7 +24,7 @@ _NORMAL_95: Final = 1.95996398454
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The tokens of a context with each of its endings; those [0, `shared`) are the same in all."""
+    """The tokens of a context with each of its endings; tokens [0, `shared`) are equal in all."""
 
     endings: tuple[tuple[int, ...], ...]
     shared: int
@@ -33,8 +33,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Tasks whose right ending was the likeliest: as a whole (`right`), and by the mean of its tokens' logprobs
-    (`right_norm`, what llama.cpp counts)."""
+    """Counts of tasks whose right ending was likeliest: by its total logprob (`right`), and by its tokens' mean
+    (`right_norm`, llama.cpp's)."""
 
     tasks: int = 0
     right: int = 0
@@ -56,7 +56,7 @@ class Accuracy:
         return (share + z / 2 - half) / (1 + z), (share + z / 2 + half) / (1 + z)
 
     def plus(self, task: Task, logprobs: Sequence[Sequence[float]]) -> Accuracy:
-        """With one more task, given each ending's logprobs; the first of equals counts as the likeliest."""
+        """Adds a task, given each ending's logprobs; the first of equals counts as the likeliest."""
         sums = [math.fsum(ending) for ending in logprobs]
         means = [total / len(ending) for total, ending in zip(sums, logprobs, strict=True)]
         right, norm = sums.index(max(sums)) == task.right, means.index(max(means)) == task.right
@@ -72,7 +72,7 @@ class Accuracy:
 
 
 def read_tasks(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Task]:
-    """The first `most` tasks of a file: six lines each, context, the right ending's number from 0, four endings.
+    """Reads the first `most` tasks: six lines each, context, the right ending's number from 0, four endings. Raises
     UsageError for any other file."""
     lines = read_text(path).split("\n")
     if len(lines) % _LINES:
@@ -94,7 +94,8 @@ def _task(path: Path, tokenizer: Tokenizer, lines: Sequence[str], line: int) -> 
 
 
 def measure_hellaswag(client: TextClient, tasks: Sequence[Task], on_task: Callable[[Accuracy], None]) -> Accuracy:
-    """`on_task` sees the value so far. The same logprobs, and so the same value, wherever the model runs."""
+    """Scores the tasks; `on_task` gets the value so far. Logprobs, and so the value, are the same wherever the model
+    runs."""
     value = Accuracy()
     with ThreadPoolExecutor(AT_ONCE, "hellaswag") as pool:
         try:

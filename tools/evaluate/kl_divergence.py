@@ -1,4 +1,4 @@
-"""Compares two models' predictions token by token, with the statistics of llama.cpp's `llama-perplexity
+"""The comparison of two models' predictions token by token, with the statistics of llama.cpp's `llama-perplexity
 --kl-divergence`. Runs no model."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llamaclust.tools.evaluate.perplexity import MOST_NLL
 Float64 = NDArray[np.float64]
 
 _ROWS_AT_ONCE: Final = 16
-"""Logits of that many positions and what is made of them stay in a core's cache."""
+"""The number of positions whose logits and intermediate values fit in a core's cache."""
 _LEAST_LOGPROB: Final = -16.0
 _FEW: Final = 10
 _QUANTILES: Final = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0.0)
@@ -38,7 +38,7 @@ class Estimate:
         return cls(mean, math.sqrt(spread / (values.size - 1)) if spread > 0 and values.size > _FEW else 0.0)
 
     def exp(self) -> Estimate:
-        """Of e to that power."""
+        """Returns the estimate of e to that power. Raises LlamaclustError if it is too large."""
         if self.value > MOST_NLL:
             raise LlamaclustError(
                 f"a model gives this text no chance: {self.value:.4g} nats a token; is it the right one?"
@@ -57,12 +57,12 @@ class Scores:
 
     @property
     def p_difference(self) -> Float64:
-        """How much more probable the model thinks the token than the base does."""
+        """The model's probability of each token less the base's."""
         return np.exp(-self.nll) - np.exp(-self.base_nll)
 
 
 def compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
-    """One model's logits and another's logprobs, [rows, vocabulary], for the actual tokens, [rows]."""
+    """Compares one model's logits with another's logprobs, [rows, vocabulary], for the actual tokens, [rows]."""
     parts = [
         _compare(logits[at : at + _ROWS_AT_ONCE], base[at : at + _ROWS_AT_ONCE], tokens[at : at + _ROWS_AT_ONCE])
         for at in range(0, len(tokens), _ROWS_AT_ONCE)
@@ -71,7 +71,6 @@ def compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
 
 
 def joined(parts: Sequence[Scores]) -> Scores:
-    """Those of several pieces of text, in order."""
     return Scores(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Scores)))
 
 
@@ -89,7 +88,7 @@ def _compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Figures over all tokens compared. A `ratio` above 1 means that the model predicts worse than the base."""
+    """Figures over all compared tokens. A `ratio` above 1: the model predicts worse than the base."""
 
     scores: Scores
     chunks: int
@@ -108,21 +107,20 @@ class Divergence:
 
     @property
     def log_ratio(self) -> Estimate:
-        """Of the logarithm of perplexity over base perplexity; token by token, since both read the same text."""
+        """The logarithm of perplexity over base perplexity; token by token, since both read the same text."""
         mine, base = Estimate.of(self.scores.nll), Estimate.of(self.scores.base_nll)
         variance = mine.stderr**2 + base.stderr**2 - 2 * self._covariance
         return Estimate(mine.value - base.value, math.sqrt(max(0.0, variance)))
 
     @property
     def difference(self) -> Estimate:
-        """Of perplexity less base perplexity."""
         mine, base = self.perplexity, self.base_perplexity
         variance = mine.stderr**2 + base.stderr**2 - 2 * mine.value * base.value * self._covariance
         return Estimate(mine.value - base.value, math.sqrt(max(0.0, variance)))
 
     @property
     def correlation(self) -> float:
-        """Of the two models' negative logprobs; 0 where there are too few tokens."""
+        """The correlation of the two models' negative logprobs; 0 for too few tokens."""
         errors = Estimate.of(self.scores.nll).stderr * Estimate.of(self.scores.base_nll).stderr
         return self._covariance / errors if errors else 0.0
 
@@ -161,7 +159,7 @@ class Divergence:
         return float(np.mean(mine * base) - mine.mean() * base.mean()) / (self.tokens - 1)
 
     def as_json(self) -> dict[str, Any]:
-        """Shares in [0, 1]; each estimate as a pair of value and standard error."""
+        """Shares are in [0, 1]; each estimate is a pair of value and standard error."""
         names = ("base_perplexity", "log_ratio", "difference", "kld", "p_difference", "p_difference_rms", "same_top")
         mine, ratio = self.perplexity, self.log_ratio.exp()
         return {
@@ -182,7 +180,7 @@ def _pair(estimate: Estimate) -> list[float]:
 
 
 def _quantiles(values: Float64) -> dict[str, float]:
-    """By their names: maximum, 99.9%, ..., median, ..., minimum; between two values in proportion."""
+    """Returns interpolated quantiles by name: maximum, 99.9%, ..., median, ..., minimum."""
     names = {1.0: "maximum", 0.5: "median", 0.0: "minimum"}
     found = np.quantile(values, _QUANTILES)
     return {names.get(part, f"{100 * part:.1f}%"): float(value) for part, value in zip(_QUANTILES, found, strict=True)}

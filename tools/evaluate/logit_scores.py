@@ -1,4 +1,4 @@
-"""Runs a model in this process and writes its logits to a file, or compares them with those of a file."""
+"""Scores from a model in this process: its logits, written to a file or compared with those of a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.tools.evaluate.perplexity import Accumulator, OnChunk, Perplexit
 
 
 def keep_logits(client: LocalClient, chunks: Sequence[tuple[int, ...]], file: Path, on_chunk: OnChunk) -> Perplexity:
-    """Writes the logits of each chunk's second half; gives the perplexity that they mean."""
+    """Writes the logits of each chunk's second half; returns their perplexity."""
     shape = LogitsShape(len(chunks[0]), client.vocabulary_size, len(chunks))
     sums = Accumulator()
     with writing(file, shape, chunks) as out:
@@ -61,7 +61,7 @@ def measure_divergence(
 
 
 def _logprobs(logits: Float32, tokens: Sequence[int]) -> list[float]:
-    """Logprobs of the actual tokens, [rows]."""
+    """Returns logprobs of the actual tokens, [rows]."""
     most = logits.max(axis=1)
     total = np.log(np.exp(logits - most[:, None]).sum(axis=1, dtype=np.float64))
     chosen: list[float] = (logits[np.arange(len(tokens)), list(tokens)] - most - total).tolist()

@@ -1,10 +1,8 @@
-"""A file of one model's logits over a text, for comparison with another model. The format is that of llama.cpp's
+"""A file of one model's logits over a text, for comparison with another model, in the format of llama.cpp's
 `llama-perplexity --kl-divergence-base`: both programs read each other's files.
-
 Little-endian: `_logits_`; uint32 tokens of a chunk; int32 vocabulary; int32 chunks; int32 tokens [chunks, context];
 then for each chunk and each position in [context // 2, context - 1) float32 step, float32 least and uint16 [vocabulary,
-made even]. A token's logprob is its number times `step` plus `least`; what is 16 below the likeliest has `least`.
-"""
+made even]. A token's logprob is its number times `step` plus `least`; logprobs 16 below the likeliest have `least`."""
 
 from __future__ import annotations
 
@@ -30,14 +28,12 @@ _SPREAD: Final = 16.0
 _LEVELS: Final = 65535
 _LEAST: Final = -100.0
 _MOST: Final = 0.1
-"""Beyond what such files hold: 16 below the likeliest, which is no less than one over the vocabulary."""
+"""Bounds beyond the logprobs of such files, which reach 16 below the likeliest, itself at least 1 / vocabulary."""
 _MOST_TOKENS: Final = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsShape:
-    """The dimensions of a file of logits."""
-
     context: int  # tokens of a chunk
     vocabulary: int
     chunks: int
@@ -49,7 +45,7 @@ class LogitsShape:
 
     @property
     def rows(self) -> int:
-        """Positions of a chunk whose logits are kept: each is followed by a token."""
+        """The number of positions of a chunk whose logits are kept: each is followed by a token."""
         return self.context - 1 - self.first
 
     @property
@@ -66,7 +62,7 @@ class LogitsShape:
 
 
 class LogitsWriter:
-    """Writes the logits of all chunks in order, some rows at a time."""
+    """The writer of all chunks' logits in order, some rows at a time."""
 
     def __init__(self, file: BinaryIO, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> None:
         self._file = file
@@ -75,7 +71,7 @@ class LogitsWriter:
         file.write(np.array(chunks, "<i4").tobytes())
 
     def add(self, logits: Float32) -> None:
-        """[rows, vocabulary]."""
+        """`logits`: [rows, vocabulary]."""
         rows, vocabulary = logits.shape
         packed = np.zeros((rows, self._row_numbers), "<u2")
         step, least, numbers = _coded(logits)
@@ -86,14 +82,14 @@ class LogitsWriter:
 
 @contextmanager
 def writing(path: Path, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> Iterator[LogitsWriter]:
-    """The file appears under its name when it is complete, or not at all. UsageError where there is no room."""
+    """The file gets its name when it is complete. Raises UsageError if there is no room."""
     with new_file(path, shape.total_bytes, advice="; take fewer --chunks") as file:
         yield LogitsWriter(file, shape, chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsFile:
-    """An open file of logits: its tokens are read, its logprobs are read on demand."""
+    """A file of logits: its tokens are read at once, its logprobs on demand."""
 
     path: Path
     shape: LogitsShape
@@ -101,7 +97,7 @@ class LogitsFile:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """UsageError for a file that cannot be read, is another thing or is not complete."""
+        """Raises UsageError for a file that cannot be read, is of another kind or incomplete."""
         try:
             with path.open("rb") as file:
                 shape = _read_shape(path, file)
@@ -113,7 +109,7 @@ class LogitsFile:
         return cls(path, shape, tuple(tuple(chunk) for chunk in tokens.reshape(shape.chunks, -1).tolist()))
 
     def logprobs(self, chunk: int, start: int, end: int) -> Float32:
-        """[end - start, vocabulary]: rows [start, end) of those kept of a chunk."""
+        """Returns rows [start, end) of a chunk's kept ones, [end - start, vocabulary]."""
         shape = self.shape
         with self.path.open("rb") as file:
             file.seek(shape.head_bytes + (chunk * shape.rows + start) * shape.row_bytes)
@@ -145,7 +141,7 @@ def _read_shape(path: Path, file: BinaryIO) -> LogitsShape:
 
 
 def _coded(logits: Float32) -> tuple[Float32, Float32, NDArray[np.uint16]]:
-    """`step` and `least` [rows] and a number for each logit."""
+    """Returns `step` and `least` [rows], and a number for each logit."""
     most = logits.max(axis=1)
     least = np.maximum(logits.min(axis=1), most - np.float32(_SPREAD))
     step = (most - least) / np.float32(_LEVELS)

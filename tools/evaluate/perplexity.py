@@ -41,7 +41,7 @@ class Accumulator:
         self._squares = 0.0
 
     def add(self, logprobs: Iterable[float]) -> None:
-        """One chunk's scored tokens."""
+        """Adds one chunk's scored tokens."""
         for logprob in logprobs:
             self._sum -= logprob
             self._squares += logprob * logprob
@@ -50,7 +50,7 @@ class Accumulator:
 
     @property
     def result(self) -> Perplexity:
-        """LlamaclustError where the text is all but impossible to the model."""
+        """The perplexity so far. Raises LlamaclustError if the text is all but impossible to the model."""
         mean = self._sum / self._tokens
         if mean > MOST_NLL:
             raise LlamaclustError(f"the model gives this text no chance: {mean:.4g} nats a token; is it the right one?")
@@ -60,7 +60,7 @@ class Accumulator:
 
 
 def read_text(path: Path) -> str:
-    """A text file without its last line break. UsageError where it cannot be read."""
+    """Reads a text without its last line break. Raises UsageError if it cannot be read."""
     if path.exists() and not (path.is_file() or path.is_fifo()):
         raise UsageError(f"{path}: no file of text; give the name of one")
     try:
@@ -72,8 +72,8 @@ def read_text(path: Path) -> str:
 
 
 def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list[tuple[int, ...]]:
-    """The text's tokens in whole chunks of `context`, the first `most`, each as `begun`. UsageError for a text shorter
-    than a chunk."""
+    """Returns the first `most` whole chunks of `context` tokens, each as of `begun`. Raises UsageError for a text
+    shorter than a chunk."""
     ids = tokenizer.encode(text)
     if len(ids) < context:
         raise UsageError(f"the text has {len(ids)} tokens, a chunk {context}: take a longer text or a smaller -c")
@@ -82,12 +82,12 @@ def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list
 
 
 def begun(tokenizer: Tokenizer, chunk: tuple[int, ...]) -> tuple[int, ...]:
-    """A chunk that begins with BOS where the model wants it, in place of its first token."""
+    """Replaces the first token by BOS if the model needs BOS."""
     return (tokenizer.bos_id, *chunk[1:]) if tokenizer.add_bos and tokenizer.bos_id is not None else chunk
 
 
 def measure(client: TextClient, chunks: Sequence[tuple[int, ...]], on_chunk: OnChunk) -> Perplexity:
-    """Scores tokens [context / 2 + 1, context) of each chunk; `on_chunk` sees the value so far."""
+    """Scores tokens [context / 2 + 1, context) of each chunk; `on_chunk` gets the value so far."""
     sums = Accumulator()
     for chunk in chunks:
         reply = client.generate(chunk, max_tokens=0, score_from=len(chunk) // 2 + 1)
@@ -97,7 +97,7 @@ def measure(client: TextClient, chunks: Sequence[tuple[int, ...]], on_chunk: OnC
 
 
 def check_same_model(client: TextClient, tokenizer: Tokenizer, text: str) -> None:
-    """UsageError where the server reads a text as other tokens than the model file does."""
+    """Raises UsageError if the server tokenizes the text otherwise than the model file does."""
     sample = text[:_CHECKED_CHARACTERS]
     if client.tokenize(sample, add_special=False) != tokenizer.encode(sample, add_special=False, parse_special=True):
         raise UsageError("the server serves another model than the file: its tokens are different")

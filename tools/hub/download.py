@@ -1,4 +1,5 @@
-"""Fetches one file over HTTP into a partial file that survives interruptions: resumes, retries, never runs for ever."""
+"""The download of one file over HTTP into a partial file, which survives interruptions; with resumption, retries and a
+deadline."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from llamaclust.tools.progress import Progress
 _COUNT = re.compile("[0-9]{1,18}")
 _DISK_RESERVE_BYTES = 1 << 26
 _LARGE_BYTES = 1 << 26
-"""From here on several connections are worth their set-up."""
+"""The least rest of a file for which several connections are worth their set-up."""
 _CONNECTIONS = 4
 _PIECE_BYTES = 8 << 20
 _AHEAD = 6
@@ -34,8 +35,8 @@ RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a download may take: tries without any progress, seconds before the first and longest pause between
-    tries, seconds in all."""
+    """Limits of a download: tries without progress, seconds of the first and longest pause between tries, seconds in
+    all."""
 
     tries: int = 6
     first_pause_s: float = 0.5
@@ -56,7 +57,7 @@ class _TryAgain(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A file to fetch, and what its bytes must be."""
+    """A file to fetch, and the hash of its bytes."""
 
     url: str
     sha256: str | None  # checked at the end; None: unknown
@@ -67,12 +68,9 @@ class Download:
 def fetch(
     client: httpx.Client, wanted: Download, partial: Path, progress: Progress, patience: Patience = PATIENCE
 ) -> None:
-    """Downloads a file into `partial`, resuming an earlier attempt. A large file uses several connections where the
-    server supports ranges.
-
-    DownloadError if the server refuses, the disk is too small, `patience` ends or the hash is wrong; a file with a
-    wrong hash is deleted, an incomplete one stays for the next attempt.
-    """
+    """Downloads a file into `partial`, resuming an earlier attempt. A large file uses several connections if the server
+    supports ranges. Raises DownloadError if the server refuses, the disk is too small, `patience` ends or the hash is
+    wrong; a file with a wrong hash is deleted, an incomplete one stays for the next attempt."""
     transfer = _Transfer(client, wanted, partial, progress, time.monotonic() + patience.deadline_s)
     resumed = transfer.size_bytes > 0
     transfer.run(patience)
@@ -86,18 +84,18 @@ def fetch(
 
 
 def hash_of(path: Path) -> str:
-    """SHA-256 of a file in hex."""
+    """Returns a file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def byte_count(text: str) -> int | None:
-    """A size in a header; None where that is missing or no number."""
+    """Parses a size in a header; None if it is missing or no number."""
     return int(text) if _COUNT.fullmatch(text) else None
 
 
 def check_room(directory: Path, needed_bytes: int, what: str) -> None:
-    """DownloadError where the disk has not `needed_bytes` and a reserve."""
+    """Raises DownloadError unless the disk has `needed_bytes` and a reserve."""
     free = shutil.disk_usage(directory).free
     if free < needed_bytes + _DISK_RESERVE_BYTES:
         needed = (needed_bytes + _DISK_RESERVE_BYTES) >> 20
@@ -106,7 +104,7 @@ def check_room(directory: Path, needed_bytes: int, what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some bytes, and why there are no more of them where the connection was lost."""
+    """Some bytes, and the failure that ended them, if any."""
 
     data: bytes
     failure: str | None
@@ -114,8 +112,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RangeSource:
-    """A large file over several connections at a time: ranges of it, handed on in their order. `headers` are those of
-    every request; a validator among them keeps pieces of one file."""
+    """A large file over several connections at once: its ranges, in order. `headers` are sent with every request; a
+    validator among them keeps the pieces to one version of the file."""
 
     client: httpx.Client
     url: str
@@ -123,7 +121,7 @@ class RangeSource:
     deadline: float  # of time.monotonic()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Bytes [start, end) in order. After a piece with a failure there is no other."""
+        """Yields bytes [start, end) in order; a piece with a failure is the last."""
         stop = Event()
         ranges = iter([(at, min(at + _PIECE_BYTES, end)) for at in range(start, end, _PIECE_BYTES)])
         with ThreadPoolExecutor(_CONNECTIONS, "download") as pool:
@@ -167,7 +165,7 @@ class RangeSource:
 
 @dataclass(frozen=True, slots=True)
 class _Transfer:
-    """A download under way: the bytes that are here already, and what the server said of the file they belong to."""
+    """A download under way: the bytes already here, and the server's validator of their file."""
 
     client: httpx.Client
     wanted: Download
@@ -192,7 +190,7 @@ class _Transfer:
         self.note.unlink(missing_ok=True)
 
     def run(self, patience: Patience) -> None:
-        """To the last byte, in as many attempts as `patience` allows."""
+        """Downloads to the last byte, in as many attempts as `patience` allows."""
         failures, best, url = 0, self.size_bytes, self.wanted.url
         while True:
             try:
@@ -233,7 +231,7 @@ class _Transfer:
         return self._append_ranges(start, total)
 
     def _validator(self) -> str | None:
-        """The ETag or date to resume with; without one, a partial file cannot be trusted to be of the same file."""
+        """Returns the ETag or date to resume with; without one, a partial file may be of another version."""
         try:
             said = json.loads(self.note.read_text(encoding="utf-8"))
             return str(said["validator"]) if said["url"] == self.wanted.url else None
@@ -249,13 +247,13 @@ class _Transfer:
             self.note.write_text(json.dumps({"url": self.wanted.url, "validator": validator}), encoding="utf-8")
 
     def _range_headers(self) -> dict[str, str]:
-        """Of every request for a part of the file."""
+        """Returns the headers of every request for a part of the file."""
         validator = self._validator()
         headers = {**self.wanted.headers, "Accept-Encoding": "identity"}
         return headers | ({"If-Range": validator} if validator else {})
 
     def _resume_headers(self) -> dict[str, str]:
-        """A range where the bytes already here are known to be of the same file, or are checked afterwards."""
+        """Returns headers with a range if the bytes already here are of the same file, or are checked afterwards."""
         headers = self._range_headers()
         if self.size_bytes and ("If-Range" in headers or self.is_checked):
             return headers | {"Range": f"bytes={self.size_bytes}-"}
@@ -263,7 +261,7 @@ class _Transfer:
         return headers
 
     def _is_for_ranges(self, response: httpx.Response, rest: int) -> bool:
-        """Whether the rest is worth several connections, and its pieces are known to be of the same file."""
+        """True if the rest is worth several connections and all pieces are sure to be of one file."""
         gives = response.status_code == httpx.codes.PARTIAL_CONTENT or response.headers.get("accept-ranges") == "bytes"
         return rest >= _LARGE_BYTES and gives and (self.is_checked or self._validator() is not None)
 

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, or of a mirror: what it says of one before it is fetched, and the token it wants."""
+"""Files of the Hugging Face hub, or of a mirror: a file's size and hash before it is fetched, and the access token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _REDIRECTS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """Where a file's bytes come from, and what is known of them. `headers` go to that server and no other."""
+    """The address of a file's bytes, and known facts of them. `headers` go to that server and no other."""
 
     url: str
     sha256: str | None = None
@@ -37,8 +37,8 @@ class RemoteFile:
 
 
 def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, patience: Patience) -> RemoteFile:
-    """Asks the hub for the file's size and SHA-256, and pins the commit that the revision means now. DownloadError
-    where it refuses, UsageError for a token file that others may read or a mirror to which no token may go."""
+    """Requests the file's size and SHA-256 from the hub, and pins the commit of the revision. Raises DownloadError if
+    the hub refuses, UsageError for a token file that others may read or a mirror to which no token may go."""
     headers = _headers(settings)
     url = source.url(settings.endpoint)
     response = _head(client, url, headers, patience)
@@ -81,7 +81,8 @@ def _token_of_file(settings: HubSettings) -> str | None:
 
 
 def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: Patience) -> httpx.Response:
-    """The hub's own answer: redirects within it, as of a renamed repository, are followed; one away from it is not."""
+    """Returns the hub's own reply: follows redirects within the hub, as of a renamed repository, but none away from
+    it."""
     place = url
     for failures in range(patience.tries):
         tries_left = patience.tries - failures - 1

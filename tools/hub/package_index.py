@@ -1,4 +1,5 @@
-"""Finds a package's wheel on the index that pip is set up for on this machine: its own settings, no address of ours."""
+"""The wheel of a package on the index that pip is configured for on this machine: pip's settings, no address of
+ours."""
 
 from __future__ import annotations
 
@@ -30,20 +31,20 @@ _PAGE_LIMIT_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class PipSettings:
-    """What pip uses on this machine: simple-index addresses, extra places with wheels, a certificate bundle."""
+    """pip's settings on this machine: simple-index addresses, extra places with wheels, a certificate bundle."""
 
     index_urls: tuple[str, ...]
     find_links: tuple[str, ...]
     certificates: str | None
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Trusts pip's bundle where one is set. UsageError where it cannot be read."""
+        """Trusts pip's bundle if one is set. Raises UsageError if it cannot be read."""
         return authorities(Path(self.certificates)) if self.certificates else None
 
 
 @dataclass(frozen=True, slots=True)
 class WheelLink:
-    """A wheel's address and, where the index has it, its SHA-256 in lower-case hex."""
+    """A wheel's address and, if the index has it, its SHA-256 in lower-case hex."""
 
     url: str
     sha256: str | None
@@ -54,7 +55,7 @@ class WheelLink:
 
 
 def pip_settings() -> PipSettings:
-    """Asks pip, so that mirrors, proxies' certificates and offline wheel folders are obeyed."""
+    """Runs pip, so that mirrors, proxies' certificates and offline wheel folders are obeyed."""
     listed = _run_pip("config", "list")
     settings = _effective_settings(listed.splitlines())
     indexes = [] if settings.get("no-index", "").lower() in ("1", "true", "yes", "on") else [_index_url()]
@@ -64,8 +65,8 @@ def pip_settings() -> PipSettings:
 
 
 def find_wheel(client: httpx.Client, settings: PipSettings, wanted: PackageFile) -> WheelLink:
-    """The wheel of that package and version, one for every platform before others; DownloadError where none is
-    offered."""
+    """Returns a wheel of the package and version, preferably one for every platform. Raises DownloadError without
+    one."""
     problems: list[str] = []
     pages = (f"{url.rstrip('/')}/{_normalized(wanted.package)}/" for url in settings.index_urls)
     for place in (*settings.find_links, *pages):
@@ -94,7 +95,7 @@ def _run_pip(*arguments: str) -> str:
 
 
 def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
-    """`pip config list` as one mapping: the command's section overrides the general one, the environment both."""
+    """Parses `pip config list`: the command's section overrides the general one, the environment both."""
     rank = {"global": 0, "download": 1, ":env:": 2}
     found: list[tuple[int, str, str]] = []
     for line in lines:
@@ -106,7 +107,7 @@ def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
 
 
 def _index_url() -> str:
-    """pip's help shows the index it would use, after files, environment and its own default."""
+    """Returns the index in pip's help, which reflects files, environment and pip's own default."""
     match = _DEFAULT_INDEX.search(" ".join(_run_pip("download", "--help").split()))
     if match is None:
         raise DownloadError("pip's help names no package index; set one: pip config set global.index-url URL")
@@ -118,7 +119,7 @@ def _normalized(name: str) -> str:
 
 
 def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
-    """All links of a place; a busy or unreachable server is retried."""
+    """Returns all links of a place; a busy or unreachable server is retried."""
     for pause_s in _PAUSES_S:
         try:
             return list(_links_at(client, place))
@@ -130,7 +131,8 @@ def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
 
 
 def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
-    """The links on an index page or wheel folder: an address, a `file:` address or a path. A missing page has none."""
+    """Yields the links on an index page or in a wheel folder: an address, a `file:` address or a path. A missing page
+    has none."""
     path = local_path(place)
     if path is None:
         yield from _web_links(client, place)
@@ -142,7 +144,7 @@ def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
 
 
 def local_path(place: str) -> Path | None:
-    """The path of a `file:` address or of a plain path; None for an address on the network."""
+    """Returns the path of a `file:` address or a plain path; None for an address on the network."""
     parts = urlsplit(place)
     if parts.scheme == "file":
         return Path(unquote(parts.path))
@@ -190,7 +192,7 @@ def _html_links(page: str, base_url: str) -> Iterator[WheelLink]:
 
 
 class _References(HTMLParser):
-    """Collects the targets of all links of a page."""
+    """The targets of all links of a page."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,6 +209,6 @@ def _is_wheel_of(file_name: str, wanted: PackageFile) -> bool:
 
 
 def _shown(url: str) -> str:
-    """An address without the user name and password it may carry."""
+    """Removes user name and password from an address."""
     parts = urlsplit(url)
     return url if "@" not in parts.netloc else url.replace(parts.netloc, parts.netloc.rpartition("@")[2])

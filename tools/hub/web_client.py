@@ -18,7 +18,7 @@ _CONNECTED: Final = ("connect_tcp", "start_tls")
 
 
 def failure(error: Exception) -> str:
-    """What went wrong, and what that may mean where a host's name has no address."""
+    """Returns the error's text, with advice if a host's name has no address."""
     text, cause = str(error) or type(error).__name__, error.__cause__ or error.__context__
     while cause is not None and not isinstance(cause, socket.gaierror):
         cause = cause.__cause__ or cause.__context__
@@ -26,10 +26,8 @@ def failure(error: Exception) -> str:
 
 
 class WebClient(httpx.Client):
-    """httpx's client with deadlines for an answer's headers, and for its body, each as a whole.
-
-    What takes longer is cut off: all connections of the client end with a TransportError, of which callers try again.
-    """
+    """An httpx client with deadlines for a reply's headers and for its body, each as a whole. Past a deadline all
+    connections of the client end with a TransportError, upon which callers retry."""
 
     def __init__(self, *, headers_s: float = HEADERS_S, body_s: float = BODY_S, **options: Any) -> None:
         super().__init__(**options)
@@ -49,7 +47,7 @@ class WebClient(httpx.Client):
 
 
 class _Connections:
-    """Sockets of a client. httpcore does not report which of them a request reuses."""
+    """Sockets of a client; httpcore does not report which of them a request reuses."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -69,7 +67,7 @@ class _Connections:
 
 
 class _Watch:
-    """Receives httpcore's trace events; each phase of a request has a timer."""
+    """A receiver of httpcore's trace events, with a timer for each phase of a request."""
 
     def __init__(self, connections: _Connections, deadlines_s: Mapping[str, float]) -> None:
         self._connections, self._deadlines_s = connections, deadlines_s

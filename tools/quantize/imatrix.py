@@ -1,5 +1,5 @@
-"""Computes an importance matrix: runs the model over a text and sums the squares of each matrix's inputs by column, as
-llama-imatrix does."""
+"""The importance matrix of a model: sums of squares of each matrix's inputs by column over a text, as of
+llama-imatrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.tools.progress import Progress
 
 _ROWS = 64
-"""At a time: every input of every matrix is kept for so many."""
+"""Rows of a microbatch, whose inputs of every matrix are kept."""
 
 _OUTPUT = "output.weight"
 
@@ -28,8 +28,8 @@ _OUTPUT = "output.weight"
 def collect(
     model: Model, chunks: Sequence[tuple[int, ...]], threads: int, text: str, with_output: bool, progress: Progress
 ) -> ImportanceMatrix:
-    """Of the layers' matrices, and `with_output` of the output matrix, over independent chunks of
-    tokens. LlamaclustError where a sum is no finite number."""
+    """Collects the layers' matrices, and `with_output` the output matrix, over independent chunks of tokens. Raises
+    LlamaclustError for sums that are not finite."""
     context = len(chunks[0])
     blocks = -(-context // KV_BLOCK_TOKENS)
     rows = min(_ROWS, context)
@@ -48,7 +48,7 @@ def collect(
 
 
 def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Iterator[int]:
-    """Rows of each microbatch, once it is computed. All rows are wanted: else the last layer would not see them."""
+    """Yields the row count of each computed microbatch. All rows are outputs: else the last layer would skip some."""
     for start in range(0, len(chunk), rows):
         tokens = np.array(chunk[start : start + rows], np.int32)
         count = len(tokens)
@@ -66,7 +66,7 @@ def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Ite
 
 
 class _Sums:
-    """In float64 and in the order of tokens: the same text gives the same digits, on however many threads."""
+    """Float64 sums in the order of tokens: the same text gives the same digits, with any number of threads."""
 
     def __init__(self, model: Model, with_output: bool) -> None:
         self._model, self._with_output = model, with_output

@@ -1,5 +1,5 @@
-"""Quantization mixes by name, and the tensors that get another type than the rest. Mixes equal those of llama-quantize,
-so that files of the same name have the same size."""
+"""Quantization mixes by name, and tensors with other types than the rest. Mixes equal llama-quantize's, so that files
+of the same name have the same size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.model.quant_types import QuantType as Q
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """`file_type`: its number in `general.file_type`. `base`: what tensors are that no rule names."""
+    """A mix. `file_type`: its number in `general.file_type`; `base`: the type of tensors that no rule names."""
 
     name: str
     file_type: int
@@ -70,12 +70,10 @@ NARROW_TYPES = {
     Q.Q5_K: Q.Q5_1,
     Q.Q6_K: Q.Q8_0,
 }
-"""What stands in for a type where rows are no whole blocks of 256."""
+"""Substitutes of types for rows that are no whole blocks of 256."""
 
 
 class Part(Enum):
-    """The purpose of a tensor."""
-
     OUTPUT = auto()
     EMBEDDING = auto()
     QKV = auto()
@@ -96,8 +94,8 @@ VALUES = frozenset({Part.V, Part.QKV, Part.KV_B})
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor stands: the `index`-th of `count` of its part, in a model of that many experts (0 without) and
-    query heads for each pair of key and value."""
+    """The place of a tensor: the `index`-th of `count` of its part, in a model with `experts` (0: none) and
+    `query_share` query heads for each KV head."""
 
     index: int
     count: int
@@ -115,7 +113,7 @@ class Place:
         return self.count // 8 <= self.index < 7 * self.count // 8
 
     def wants_more_bits(self) -> bool:
-        """The first and the last eighth, and every third between them."""
+        """True in the first and the last eighth, and for every third between them."""
         return not self.in_middle() or (self.index - self.count // 8) % 3 == 2
 
     def shares_values(self) -> bool:
@@ -139,7 +137,7 @@ When = Callable[[Place], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """In these mixes, where `when` holds, a tensor becomes `quant_type`."""
+    """A rule of some mixes: a tensor whose place satisfies `when` gets `quant_type`."""
 
     mixes: str
     quant_type: Q
@@ -150,7 +148,7 @@ class Rule:
 
 
 LOWEST = "IQ2_XXS IQ2_XS IQ2_S IQ2_M IQ1_S IQ1_M"
-"""Mixes with rules of their own: all that these do not name is the base type."""
+"""Mixes with their own rules; tensors that these do not name get the base type."""
 
 _IQ2_SM = "IQ2_S IQ2_M"
 _OTHER_LOWEST = "IQ2_XXS IQ2_XS IQ1_S IQ1_M"
@@ -232,4 +230,4 @@ FALCON_RULES: dict[Part, tuple[Rule, ...]] = RULES | {
     ),
     Part.ATTENTION_OUTPUT: (Rule("Q3_K_L", Q.Q4_K),),
 }
-"""Falcon's, whose output is always Q8_0."""
+"""Rules of Falcon, whose output is always Q8_0."""

@@ -1,4 +1,5 @@
-"""Quantizes a model file: tensor by tensor, rows in chunks over threads, into a file that appears when complete."""
+"""The quantization of a model file: tensor by tensor, rows in chunks over threads, into a file that appears when
+complete."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One tensor: as it is, as it will be, and which of its columns matter [experts, columns], where that is known."""
+    """A tensor with its new type, and the importance of its columns [experts, columns], if known."""
 
     tensor: Tensor
     quant_type: QuantType
@@ -44,7 +45,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Quantizing:
-    """What becomes of each tensor of a model, in its order."""
+    """The changes of a model's tensors, in their order."""
 
     model: ModelFile
     wishes: Wishes
@@ -52,7 +53,7 @@ class Quantizing:
 
     @property
     def needing_importance(self) -> Change | None:
-        """A tensor that is of no use in its type without an importance matrix that covers it."""
+        """A tensor whose type is of no use without an importance matrix that covers it; None: there is none."""
         return next((change for change in self.changes if change.importance is None and self._needs(change)), None)
 
     def _needs(self, change: Change) -> bool:
@@ -63,7 +64,7 @@ class Quantizing:
 def plan_quantizing(
     model: ModelFile, wishes: Wishes, importance: ImportanceMatrix | None, allow_requantize: bool
 ) -> Quantizing:
-    """UsageError, before anything is written, for what cannot be done."""
+    """Raises UsageError, before anything is written, for impossible changes."""
     types = choose_types(model, replace(wishes, has_importance=importance is not None))
     changes = []
     for tensor in model.tensors.values():
@@ -105,8 +106,8 @@ def _importance(matrix: ImportanceMatrix, tensor: Tensor) -> NDArray[np.float32]
 
 
 def write_quantized(job: Quantizing, out: Path, threads: int, keep_split: bool, progress: Progress) -> None:
-    """Writes `out`, or its parts where `keep_split` and the model has several. UsageError, with nothing written, where
-    the disk has too little room and for weights that are no finite numbers."""
+    """Writes `out`, or its parts if `keep_split` and the model has several. Raises UsageError, with nothing written, if
+    the disk has too little room or weights are not finite."""
     done = ByteProgress(progress, sum(change.n_bytes for change in job.changes))
     count = len(job.model.parts) if keep_split else 1
     files = {}
@@ -150,7 +151,7 @@ def _source(change: Change, pool: ThreadPoolExecutor, progress: ByteProgress) ->
 
 
 def _row_ranges(tensor: Tensor) -> list[range]:
-    """All rows, in ranges of one expert each."""
+    """Returns all rows, in ranges of one expert each."""
     rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
     step = max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
     starts = range(0, tensor.rows, rows)
@@ -160,7 +161,7 @@ def _row_ranges(tensor: Tensor) -> list[range]:
 
 
 def _quantized(change: Change, rows: range) -> NDArray[np.uint8]:
-    """Some rows of one expert in the new type."""
+    """Returns rows of one expert in the new type."""
     tensor = change.tensor
     data = bytearray(len(rows) * tensor.row_bytes)
     tensor.read_into(data, rows.start * tensor.row_bytes)
@@ -181,7 +182,7 @@ def _quantized(change: Change, rows: range) -> NDArray[np.uint8]:
 
 
 def sizes_by_type(job: Quantizing) -> Mapping[tuple[QuantType, QuantType], tuple[int, int, int]]:
-    """(was, becomes) -> tensors, bytes before, bytes after; the largest first."""
+    """Maps (old type, new type) to (tensors, bytes before, bytes after), the largest first."""
     sums: dict[tuple[QuantType, QuantType], tuple[int, int, int]] = {}
     for change in job.changes:
         key = (change.tensor.quant_type, change.quant_type)

@@ -36,8 +36,8 @@ _LIBRARY_FILE: Final = "tokenizer.json"
 
 
 def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int) -> Words:
-    """The vocabulary at `place` for an embedding of `rows` rows, as the architecture needs it. ModelFileError for one
-    that is not usable."""
+    """Reads the vocabulary at `place` for an embedding of `rows` rows, as the architecture needs it. Raises
+    ModelFileError for an unusable one."""
     behind = _CHATGLM_WORDS if architecture == "chatglm" else ()
     names = (_LIBRARY_FILE,) if architecture == _GEMMA4 else NAMES
     words = read_words(files, place, rows, behind, names)

@@ -1,6 +1,5 @@
-"""Lists of byte strings with ranks, as tiktoken keeps them (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and tekken.json,
-Mistral's form of them: an expression to cut by, byte strings by rank, special tokens before them. The merges follow
-from the ranks."""
+"""Lists of byte strings with ranks, as of tiktoken (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and tekken.json, Mistral's
+form: a splitting pattern, byte strings by rank, special tokens before them. Merges follow from ranks."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ _LLAMA3_SPECIAL: Final = (
     *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
     *(f"<|reserved_special_token_{number}|>" for number in range(2, 247)),
 )
-"""256 in all, the rest reserved."""
+"""Llama 3's 256 special tokens."""
 _LETTERS: Final = {byte[0]: letter for letter, byte in stand_ins().items()}
 _EXTRA: Final = tuple(f"<|extra_{number}|>" for number in range(205))
 _QWEN_SPECIAL: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *_EXTRA)
@@ -47,18 +46,18 @@ _BEHIND: Final = {
     "qwen2": (_QWEN_SPECIAL, {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
     "hunyuan": (_HUNYUAN_SPECIAL, {"bos": "<|startoftext|>", "eos": "<|eos|>", "padding": "<|pad|>"}),
 }
-"""Control tokens behind the words, and their roles; tokenizer_config.json has those of the others."""
+"""Control tokens behind the words, and their roles; for other models tokenizer_config.json has them."""
 _OLD_SPECIAL: Final = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
     *("[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
 )
-"""Files before version 7 do not list these."""
+"""Special tokens of files before version 7, which do not list them."""
 _PARTS: Final = {"unknown": "<unk>", "bos": "<s>", "eos": "</s>", "padding": "<pad>"}
 
 
 def is_ranks(data: bytes) -> bool:
-    """Whether a file begins with a line of base64 and a number."""
+    """True if the file begins with a line of base64 and a number."""
     word, _, rank = data[:512].split(b"\n", 1)[0].partition(b" ")
     try:
         return bool(word) and rank.strip().isdigit() and bool(base64.b64decode(word, validate=True))
@@ -67,7 +66,7 @@ def is_ranks(data: bytes) -> bool:
 
 
 def read_ranks(path: Path, data: bytes) -> Words:
-    """Words, merges, and the control tokens that the model's own program appends."""
+    """Reads words and merges, and adds the control tokens that the model's own program appends."""
     ranks = _parse(path, data)
     texts = spelled(ranks)
     pre = _model_of(path, len(texts))
@@ -82,12 +81,12 @@ def read_ranks(path: Path, data: bytes) -> Words:
 
 
 def spelled(ranks: Mapping[bytes, int]) -> list[str]:
-    """Words by rank, in the alphabet of byte-level BPE."""
+    """Returns words by rank, in the alphabet of byte-level BPE."""
     return [_spell(word) for word in sorted(ranks, key=ranks.__getitem__)]
 
 
 def merges_of(ranks: Mapping[bytes, int], path: Path) -> list[str]:
-    """The merges that produce the words, by rank; ModelFileError for a word that no merges produce."""
+    """Returns the merges that produce the words, by rank. Raises ModelFileError for a word that no merges produce."""
     pairs = (_split(word, ranks, path) for word in sorted(ranks, key=ranks.__getitem__) if len(word) > 1)
     return [f"{_spell(left)} {_spell(right)}" for left, right in pairs]
 
@@ -97,7 +96,7 @@ def _spell(word: bytes) -> str:
 
 
 def _model_of(path: Path, count: int) -> str:
-    """The pre-tokenizer, which such files do not contain."""
+    """Returns the pre-tokenizer's name, which the file lacks, by file name or number of ranks."""
     if path.suffix == ".tiktoken":
         return "hunyuan" if path.name == _HUNYUAN_FILE else "qwen2"
     known = {_LLAMA3_WORDS: "llama-bpe", _GLM4_WORDS: "chatglm-bpe", _KIMI_WORDS: "kimi-k2"}
@@ -120,7 +119,7 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """ModelFileError if ranks are not consecutive from 0 on or a byte is missing."""
+    """Raises ModelFileError unless ranks run from 0 on, all bytes are words, and sizes are within bounds."""
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
         raise ModelFileError(f"{path}: its {len(ranks)} ranks are not the numbers from 0 on, each once")
     if max(map(len, ranks)) > _MOST_BYTES:
@@ -132,7 +131,7 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
 
 
 def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, bytes]:
-    """The two parts of a word before its last merge."""
+    """Returns the two parts of a word before its last merge."""
     parts = [word[place : place + 1] for place in range(len(word))]
     own = ranks[word]
     while len(parts) > 2:
@@ -146,7 +145,7 @@ def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, 
 
 
 def read_tekken(path: Path) -> Words:
-    """ModelFileError for a damaged file or an unknown pre-tokenizer."""
+    """Raises ModelFileError for a damaged file or an unknown pre-tokenizer."""
     said = read_json(path)
     config = Settings(said, str(path)).inner("config")
     count = config.count("default_num_special_tokens", minimum=0, maximum=MAX_WORDS)
@@ -167,7 +166,7 @@ def read_tekken(path: Path) -> Words:
 
 
 def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
-    """Special tokens by id; their ids come before all others. Those without a text are numbered."""
+    """Returns special tokens by id, which come before all others; those without a text are numbered."""
     texts = [f"<SPECIAL_{number}>" for number in range(count)]
     listed = said.get("special_tokens")
     if listed is None:
@@ -181,7 +180,7 @@ def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
 
 
 def _ranks(said: dict[str, Any], path: Path, count: int) -> dict[bytes, int]:
-    """The first `count` words; the file may have more than the model."""
+    """Returns the first `count` words; the file may have more than the model."""
     ranks: dict[bytes, int] = {}
     for entry in _objects(said.get("vocab"), path, "vocab"):
         rank, word = entry.get("rank"), entry.get("token_bytes")

@@ -1,5 +1,5 @@
-"""Finds and reads the tokenizer of a checkpoint, whichever kind it is, and the files beside it: added tokens, which of
-them begin and end a text, and the chat template."""
+"""The tokenizer of a checkpoint, of whichever kind, and the files beside it: added tokens, BOS and EOS, chat
+template."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _RANKS: Final = ("qwen.tiktoken", "hy.tiktoken", "tiktoken.model")
 NAMES: Final = ("tokenizer.model", "tokenizer.json", *_RANKS, _TEKKEN, "tokenizer.bin")
 _MAX_BYTES: Final = 1 << 28
 _PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
-"""Names of roles in Hugging Face's files and in GGUF, whose spelling of "separator" differs."""
+"""Names of roles in Hugging Face's files and in GGUF, which spells "separator" otherwise."""
 _ENDS: Final = ("eot", "eom")
 _NUMBER: Final = re.compile("[0-9]{1,9}")
 _MAX_TEMPLATE_BYTES: Final = 1 << 22
@@ -32,11 +32,9 @@ _MAX_TEMPLATE_BYTES: Final = 1 << 22
 def read_words(
     files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = (), names: Sequence[str] = NAMES
 ) -> Words:
-    """The vocabulary in a file, or in a folder of Hugging Face's form, for an embedding of `rows` rows.
-
-    `behind`: control words that the model's own program adds behind those of SentencePiece. `names`: of files to look
-    for, the best first.
-    """
+    """Reads the vocabulary in a file, or a folder of Hugging Face's form, for an embedding of `rows` rows. `behind`:
+    control words that the model's own program adds after SentencePiece's. `names`: files to look for, the best
+    first."""
     path = _find(place, names) if place.is_dir() else place
     words = _read(files.open(path))
     if words.kind == "llama":
@@ -97,7 +95,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
 
 
 def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
-    """The tokenizer's own files take precedence over the model's configuration."""
+    """Reads ids of roles; the tokenizer's own files take precedence over the model's configuration."""
     places = {text: token_id for token_id, text in enumerate(words.texts)}
     for short, name in _PARTS.items():
         text = _content(said.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
@@ -110,7 +108,7 @@ def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], confi
 
 
 def _read_ends(words: Words, config: dict[str, Any], rows: int) -> None:
-    """Tokens that end an answer besides EOS, for the roles that are free: the last ones, which are those of chats."""
+    """Gives free roles to tokens that end an answer besides EOS: the last ones, which are those of chats."""
     listed = config.get("eos_token_id")
     said = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
     ends = dict.fromkeys(end for end in reversed(said) if type(end) is int and 0 <= end < rows)
@@ -127,7 +125,8 @@ def _content(entry: Any) -> str | None:
 
 
 def _template(folder: Path, said: dict[str, Any]) -> str | None:
-    """The chat template: of its own file in newer folders, else of the settings (of several the default one)."""
+    """Returns the chat template: from its own file in newer folders, else from the settings (the default one of
+    several)."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:

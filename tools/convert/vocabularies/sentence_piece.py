@@ -1,4 +1,4 @@
-"""SentencePiece's own files, pieces with scores and types, and tokenizer.bin of llama2.c, which holds LLaMA's."""
+"""SentencePiece's own files, pieces with scores and types, and llama2.c's tokenizer.bin, which holds LLaMA's."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PROTO: Any = sentencepiece_model_pb2
 _ENTRY: Final = Struct("<fI")
 _LONGEST: Final = 1 << 16
 _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
-"""Files of 2023 have the character with this code instead."""
+"""The name of a byte token; files of 2023 have the character with its code instead."""
 _FIRST: Final = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
-"""The file spells these differently."""
+"""The first tokens, which the file spells otherwise."""
 
 
 def read_sentence_piece(path: Path, data: bytes) -> Words:
-    """ModelFileError if the file is damaged or of a kind that GGUF does not have."""
+    """Raises ModelFileError if the file is damaged or of a kind that GGUF does not have."""
     model = _PROTO.ModelProto()
     try:
         model.ParseFromString(data)
@@ -51,7 +51,7 @@ def read_sentence_piece(path: Path, data: bytes) -> Words:
 
 
 def _kind(path: Path, model: Any) -> str:
-    """`tokenizer.ggml.model` of the algorithm."""
+    """Returns `tokenizer.ggml.model` of the algorithm."""
     kinds = {_PROTO.TrainerSpec.BPE: "llama", _PROTO.TrainerSpec.UNIGRAM: "t5"}
     found = kinds.get(model.trainer_spec.model_type)
     if found is None:
@@ -65,7 +65,7 @@ def _kind(path: Path, model: Any) -> str:
 
 
 def _normalization(words: Words, model: Any) -> None:
-    """Settings that BPE files do not have. Other files may override the flags for BOS and EOS."""
+    """Reads settings that BPE files lack. Other files may override the flags for BOS and EOS."""
     words.flags |= {
         "remove_extra_whitespaces": model.normalizer_spec.remove_extra_whitespaces,
         "add_bos_token": 0 <= model.trainer_spec.bos_id < len(words.texts),
@@ -76,7 +76,7 @@ def _normalization(words: Words, model: Any) -> None:
 
 
 def read_llama2c_words(path: Path, data: bytes) -> Words:
-    """Format: a number, then the score, the length and the bytes of each word."""
+    """Reads a number, then the score, length and bytes of each word."""
     texts: list[str] = []
     types: list[TokenType] = []
     scores: list[float] = []

@@ -1,4 +1,4 @@
-"""tokenizer.json of Hugging Face's library: byte-level BPE, or SentencePiece's kinds as that library writes them."""
+"""Hugging Face's tokenizer.json: byte-level BPE, or SentencePiece's kinds as the library writes them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BYTES: Final = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def read_tokenizer_json(path: Path) -> Words:
-    """ModelFileError for an unknown kind or pre-tokenizer."""
+    """Raises ModelFileError for an unknown kind or pre-tokenizer."""
     said = read_json(path)
     model = _object(said.get("model"), path, "model")
     is_unigram = model.get("type") == "Unigram"
@@ -48,7 +48,7 @@ def _merged(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
 
 
 def _texts(model: dict[str, Any], path: Path) -> list[str]:
-    """Words by id; ids without a word are for added tokens."""
+    """Returns words by id; ids without a word are for added tokens."""
     if model.get("type", "BPE") != "BPE":
         raise ModelFileError(
             f"{path}: a tokenizer of kind {shown(str(model.get('type')))}; only BPE and Unigram are supported"
@@ -98,8 +98,8 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
 
 
 def _pre_tokenizer_name(library: Any, said: dict[str, Any]) -> str | None:
-    """The name of the pre-tokenizer; where it differs only in whether words are merged at all, if that changes nothing:
-    the merges of each word lead to the word."""
+    """Returns the pre-tokenizer's name. One that differs only in whether words are merged counts if merges lead to
+    every word."""
     ignores_merges, has_bos = said["model"].get("ignore_merges") is True, _template_ends(said)[0] is not None
     name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
     if name is not None:
@@ -126,7 +126,7 @@ def _library(path: Path) -> Any:
 
 
 def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]], said: dict[str, Any]) -> Words:
-    """The merges are ordered by the scores of SentencePiece's file, the best first."""
+    """Makes scores from merges, which are in the order of SentencePiece's scores, the best first."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -163,7 +163,7 @@ def _add(words: Words, entry: dict[str, Any]) -> None:
 
 
 def _read_ends(words: Words, said: dict[str, Any]) -> None:
-    """BOS and EOS of the template for a single text."""
+    """Reads BOS and EOS from the template for a single text."""
     first, last = _template_ends(said)
     if first in words.texts:
         words.ids.setdefault("bos", words.texts.index(first))
@@ -188,7 +188,7 @@ def _special(item: Any) -> str | None:
 
 
 def _parts(said: Any, inner: str) -> list[dict[str, Any]]:
-    """A component, or the components of a sequence."""
+    """Returns a component, or the components of a sequence."""
     if not isinstance(said, dict):
         return []
     parts = said.get(inner) if said.get("type") == "Sequence" else [said]
@@ -208,8 +208,8 @@ def _object(value: Any, path: Path, name: str) -> dict[str, Any]:
 
 
 def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
-    """SentencePiece's pieces and map of characters, with the treatment of spaces as steps of the library.
-    ModelFileError for entries that are none, and without a piece for unknown text."""
+    """Reads SentencePiece's pieces, map of characters and treatment of spaces from the library's steps. Raises
+    ModelFileError for malformed entries, and without a piece for unknown text."""
     steps = _parts(said.get("normalizer"), "normalizers")
     cutters = _parts(said.get("pre_tokenizer"), "pretokenizers")
     spaces = next((cutter for cutter in cutters if cutter.get("type") == "Metaspace"), {"prepend_scheme": "never"})
@@ -244,7 +244,7 @@ def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
 
 
 def _check_alike(words: Words, library: tokenizers.Tokenizer) -> None:
-    """ModelFileError if SentencePiece's algorithm gives other tokens than the library."""
+    """Raises ModelFileError if SentencePiece's algorithm gives other tokens than the library."""
     own = load_tokenizer(words.metadata())
     for text in _TEXTS:
         if own.encode(text, add_special=False) != library.encode(text, add_special_tokens=False).ids:

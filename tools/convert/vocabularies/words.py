@@ -24,8 +24,8 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 @dataclass(slots=True)
 class Words:
-    """`kind` is `tokenizer.ggml.model`; `scores` are of SentencePiece vocabularies, `merges` of BPE: of SentencePiece's
-    only where a tokenizer.json lists them, and in files only of kind gemma4."""
+    """A vocabulary of `kind` (`tokenizer.ggml.model`). `scores` are of SentencePiece; `merges` are of BPE, or of a
+    SentencePiece vocabulary from tokenizer.json, which only kind gemma4 writes."""
 
     kind: str
     pre: str
@@ -38,14 +38,13 @@ class Words:
     """Ids of special tokens by role: bos, eos, eot, unknown, padding, ..."""
     flags: dict[str, bool] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
-    """Tokens besides EOS that end an answer, as the checkpoint says; not all of them may have a role."""
+    """The checkpoint's tokens besides EOS that end an answer; some may have no role."""
     template: str | None = None
     charsmap: bytes = b""
     """SentencePiece's precompiled normalization of characters."""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
-        """A token that was added to the tokenizer, or one of its own that is more than a word. The one for unknown text
-        stays that."""
+        """Adds a token, or marks one as more than a word; the token for unknown text stays as it is."""
         if token_id == self.ids.get("unknown"):
             return
         if not 0 <= token_id < MAX_WORDS:
@@ -59,7 +58,8 @@ class Words:
             self.scores[token_id] = ADDED_SCORE
 
     def fit(self, rows: int) -> None:
-        """Adds or drops unused words to match the embedding. ModelFileError for the vocabulary of another model."""
+        """Adds or drops unused words to match the embedding. Raises ModelFileError for the vocabulary of another
+        model."""
         while len(self.texts) > rows and self.types[-1] is TokenType.UNUSED:
             self._drop()
         count = len(self.texts)
@@ -75,7 +75,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the file cannot say: GGUF has keys for three ends, and some texts are known to be ends without one."""
+        """Ends of an answer that are lost: GGUF has keys for three, and readers know some others by their text."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:
@@ -123,6 +123,6 @@ class Words:
 
 
 def _looks_special(text: str) -> bool:
-    """Some tokenizers do not mark their control tokens."""
+    """True for control tokens by their form: some tokenizers do not mark them."""
     marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return text in _MARKED_CONTROL or any(text.startswith(left) and text.endswith(right) for left, right in marks)

@@ -49,7 +49,6 @@ def bounded_host(host: str) -> str:
 
 
 def is_link_local(host: str) -> bool:
-    """True for an IPv6 address that is valid within one link only, with or without its interface."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

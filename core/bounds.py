@@ -1,7 +1,5 @@
-"""Bounds on fields from a peer: each check returns its value or raises a ProtocolError that names field and bound.
-
-Dataclasses carry them in `Annotated`; wire/codec.py applies them to every field of a message that it decodes.
-"""
+"""Bounds on fields from a peer: checks return the value or raise a ProtocolError that names field and bound.
+Dataclasses carry them in `Annotated`; wire/codec.py applies them to every field that it decodes."""
 
 from __future__ import annotations
 
@@ -49,7 +47,6 @@ def line(what: str, value: str, most: int = MAX_TEXT) -> str:
 
 
 def path(what: str, value: str) -> str:
-    """Raises ProtocolError for a text that cannot be a file name."""
     if "\0" in value or not value:
         raise ProtocolError(f"{what} is empty or holds a zero byte")
     return value
@@ -62,7 +59,6 @@ def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
 
 
 def worker_name(_: str, value: str) -> str:
-    """Raises ProtocolError unless the name is safe as a file name."""
     if not re.fullmatch(NAME, value):
         raise ProtocolError(
             f"worker name {value[:80]!r} must be 1 to 63 letters, digits, '_', '.' or '-', no sign at either end"
@@ -126,7 +122,7 @@ Text = partial(Bound, _text)
 """Bounds (low, high): `Size` counts items or bytes, `Text` counts the text's bytes."""
 Line = partial(Bound, line)
 LogLine = partial(Bound, log_line, fit=fitted_log_line)
-"""A bound (most characters)."""
+"""The most characters of a `Line` or `LogLine`."""
 Choice = partial(Bound, _choice)
 
 Address = Annotated[str, Line(512)]

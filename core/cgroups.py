@@ -16,8 +16,7 @@ _UNLIMITED_BYTES = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A control group with a limit. `used_bytes` omits page cache, which the kernel frees on demand, but not mapped
-    files."""
+    """A control group with a limit. `used_bytes` counts mapped files, but no page cache, which the kernel frees."""
 
     path: Path
     limit_bytes: int
@@ -57,8 +56,8 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """Yields folders of the groups with this controller, innermost first, each with its version. A container often sees
-    its own group as the mount's root, whatever its path: absent folders have no limit."""
+    """Yields folders of the controller's groups, innermost first, each with its version. A container often sees its own
+    group as the mount's root, whatever its path; folders that do not exist have no limit."""
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -71,13 +70,11 @@ def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
 
 @cache
 def is_memory_limited() -> bool:
-    """The first result is cached."""
     return bool(memory_groups())
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """Drops pages that are used once from the page cache of a limited group, which would fill it. 0 bytes: to the end
-    of the file. Dirty and mapped pages stay."""
+    """Drops pages that are used once from the page cache if a group is limited. 0 bytes: to the end of the file."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 

@@ -31,8 +31,6 @@ class DraftReply:
 
 @dataclass(frozen=True, slots=True)
 class DraftReplies:
-    """Replies in the order of a call's orders, and the time that the model took."""
-
     replies: tuple[DraftReply, ...]
     rows: int = 0  # that only took in tokens
     rows_ns: int = 0

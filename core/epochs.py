@@ -16,11 +16,9 @@ def term_of(epoch: int) -> int:
 
 
 def epoch_text(epoch: int) -> str:
-    """Returns TERM.COUNT."""
     return f"{term_of(epoch)}.{epoch & MAX_TERM}"
 
 
 def place_text(place: tuple[int, int]) -> str:
-    """Formats a microbatch's (epoch, number)."""
     epoch, number = place
     return f"{number} of epoch {epoch_text(epoch)}"

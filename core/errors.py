@@ -41,7 +41,7 @@ class InsufficientMemoryError(LlamaclustError):
     http_status = 507
     code = "insufficient_memory"
     missing_bytes: float | None = None
-    """The missing memory of a plan for all workers, if known."""
+    """The missing memory of all workers, if known."""
     problem: str | None = None
     """The message of a plan's error without its advice."""
     fitting_context: int | None = None
@@ -110,8 +110,7 @@ class ProtocolError(LlamaclustError):
 
 
 class WorkerError(LlamaclustError):
-    """A worker that failed, was lost or cannot be reached; the message names the worker, its layers and its last
-    error."""
+    """A worker that failed, was lost or cannot be reached; the message names it, its layers and its last error."""
 
     http_status = 503
     code = "worker_failed"

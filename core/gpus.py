@@ -81,8 +81,7 @@ RAM, ANY_GPU = "ram", "gpu"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The user's rules for layers of a worker with GPUs; memory decides the rest. One entry per layer of the model; ()
-    sets none."""
+    """The user's rules for layers of a worker with GPUs, one entry per layer; () sets none. Memory decides the rest."""
 
     layers: tuple[str | None, ...] = ()  # "ram", "gpu": any one, "cuda:N"; None: open
     experts: tuple[bool | None, ...] = ()  # of layers on a GPU, whether in RAM; None: by `cpu_moe`
@@ -96,8 +95,8 @@ class Placement:
         return layer < self.cpu_moe
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
-        """Returns numbers of the devices that may hold the layer: 0 is RAM, the others are the GPUs in order. All
-        devices if the rule names another worker's GPU: `check` keeps the layer from this worker."""
+        """Returns the devices that may hold the layer: 0 is RAM, the others are the GPUs in order. All devices if the
+        rule names another worker's GPU: `check` keeps the layer from this worker."""
         said = self.layers[layer] if self.layers else None
         if said is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
@@ -111,8 +110,8 @@ class Placement:
         return next((said for said in self.layers[start:end] if said not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
-        """Raises UsageError for rules that devices of a stage [start, end) cannot obey: they hold layers in order,
-        first RAM, then the GPUs. Without GPUs, all is in RAM."""
+        """Raises UsageError for rules that a stage [start, end) cannot obey: RAM holds its first layers, the GPUs the
+        next."""
         if not gpus:
             return
         missing = self.missing(gpus, start, end)
@@ -133,8 +132,7 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """Raises UsageError for layers on other devices than the rules say: layers that share keys and values are on
-        one device."""
+        """Raises UsageError for misplaced layers: layers that share keys and values are on one device."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):

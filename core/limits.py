@@ -32,7 +32,6 @@ KV_TYPES = ("f16", "q8_0", "int8")
 
 
 def max_embedded_rows(width: int) -> int:
-    """Returns the most hidden states of so many channels in one microbatch's result."""
     return MAX_EMBEDDING_BYTES // (4 * width)
 
 
@@ -68,8 +67,7 @@ class StageLimits:
 
 
 def layer_place(part: int, expert_shards: int) -> int | float:
-    """Returns a part's start in layers: 4, or 4.5 behind half of the experts of layer 4. Exact if the number of shards
-    is a power of two."""
+    """Returns a part's start in layers: 4, or 4.5 behind half of layer 4's experts. Exact for powers of two."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 

@@ -23,7 +23,6 @@ _KEPT_LINES = 1000
 _KEPT_CHARACTERS = 2000  # of each
 
 FIELDS = ("request", "reason", "prompt_tokens", "tokens", "ttft_ms", "seconds")
-"""Fields that a record may have by `extra=`."""
 
 
 class LogFormat(StrEnum):
@@ -82,8 +81,7 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """Counts errors of exhausted file descriptors and logs one line per `wait_s`: asyncio has a traceback for each
-    connection that it cannot accept."""
+    """A filter that logs errors of exhausted file descriptors once per `wait_s`, in place of asyncio's tracebacks."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()
@@ -126,7 +124,6 @@ def start_logging(form: LogFormat, **where: str) -> None:
 
 
 def count_file_shortages() -> None:
-    """Replaces asyncio's tracebacks of connections for which no file descriptor is left by a line every few seconds."""
     logging.getLogger("asyncio").addFilter(FileShortage(logging.getLogger(_OWN)))
 
 
@@ -139,7 +136,6 @@ def name_cluster(name: str) -> None:
 
 
 def last_trouble() -> str:
-    """Returns the last warning or error since `name_cluster`."""
     return _memory.trouble
 
 

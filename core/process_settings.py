@@ -1,5 +1,4 @@
-"""Process-wide settings that a main function makes once: standard streams, open files, thread switching, garbage
-collection."""
+"""Process-wide settings that a main function makes once: streams, open files, thread switching, garbage collection."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ _COLLECT_EVERY = 20_000
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null for each closed stream. Otherwise the next opened file gets its descriptor, and printed text is
-    written into that file."""
+    """Opens /dev/null for each closed stream: otherwise printed text goes to the next opened file."""
     for descriptor, (name, mode) in enumerate(_STREAMS):
         try:
             os.fstat(descriptor)
@@ -39,15 +37,13 @@ def allow_many_files() -> None:
 
 
 def connections_of_server() -> int:
-    """Returns the bound on connections of each server: together they leave a quarter of the process's files to models,
-    pipes and outgoing connections."""
+    """Returns the bound on connections of each server: all together leave a quarter of the open files to others."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (_MANY_FILES if files == resource.RLIM_INFINITY else files) * 3 // 4 // _SERVERS
 
 
 def share_interpreter() -> None:
-    """Lets a waiting thread have the interpreter within 0.5 ms, not Python's 5: the event loop beside threads that
-    parse, the compute thread after a native call."""
+    """Lets a waiting thread have the interpreter within 0.5 ms, not 5: the event loop, or the compute thread."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 

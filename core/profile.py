@@ -16,8 +16,8 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The time of a step: stage_s + layers_byte_s * bytes of layer weights that it touches (of experts, the chosen
-    ones) and of states + head_s on the last stage."""
+    """The time of a step: stage_s + layers_byte_s * bytes of states and of layer weights that it touches (of experts,
+    the chosen ones) + head_s on the last stage."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
@@ -57,16 +57,14 @@ ProductTimes = Annotated[tuple[ProductTime, ...], Size(0, 1 << 10)]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The best rates of a device."""
-
     read_bytes_s: Rate  # of weights
     int8_macs_s: Rate
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """Speed of one device: its limits, measured steps of the model, products with its quant types. Measured while the
-    machine's other workers compute, and while they are idle (`isolated`; empty: the same)."""
+    """The speed of one device: limits, measured steps of the model, products with its quant types; all measured while
+    the machine's other workers compute, and while they are idle (`isolated`; empty: the same)."""
 
     read_bytes_s: Rate  # of weights
     int8_macs_s: Rate
@@ -77,7 +75,7 @@ class DeviceProfile:
     isolated_limits: Limits | None = None
 
     def check(self) -> None:
-        """ProtocolError where rows do not ascend."""
+        """Raises ProtocolError unless rows ascend."""
         for times in (self.concurrent, self.isolated):
             if any(time.rows >= later.rows for time, later in pairwise(times)):
                 raise ProtocolError("step times: their rows must ascend")
@@ -90,7 +88,6 @@ class DeviceProfile:
         return measured if concurrent else self.isolated_limits or measured
 
     def beside(self, isolated: DeviceProfile) -> DeviceProfile:
-        """Adds what the same device measured while the machine's other workers were idle."""
         return replace(
             self,
             isolated=isolated.concurrent,
@@ -111,7 +108,6 @@ class DeviceProfile:
         return replace(self, concurrent=(), isolated=())
 
     def with_other_products(self, known: DeviceProfile) -> DeviceProfile:
-        """Adds known times of quant types that were not measured now."""
         return replace(
             self,
             products=_joined(self.products, known.products),
@@ -132,7 +128,6 @@ class Profile:
 
 
 def mean_profile(profiles: Sequence[Profile]) -> Profile:
-    """Returns the means of workers with equal hardware."""
     gpus = zip(*(profile.gpus for profile in profiles), strict=True)
     return Profile(_mean_device([profile.cpu for profile in profiles]), tuple(map(_mean_device, gpus)))
 
@@ -162,7 +157,6 @@ def mean_step_times(series: Sequence[StepTimes]) -> StepTimes:
 
 
 def _mean_product_times(series: Sequence[ProductTimes]) -> ProductTimes:
-    """Averages measurements at the same type and rows."""
     groups: dict[tuple[int, int], list[float]] = {}
     for time in chain.from_iterable(series):
         groups.setdefault(_place(time), []).append(time.byte_s)

@@ -1,5 +1,5 @@
-"""Single files, read and written safely: opens do not block on pipes, texts have several encodings, and readers see no
-part of a write."""
+"""Single files, read and written safely: opens never block on pipes, texts have several encodings, writes are
+atomic."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codec
 
 
 def decode_text(data: bytes) -> str:
-    """Decodes a user's file: UTF-8, or UTF-16 with a byte-order mark, which is removed. Raises ValueError with the
-    place of what is no text."""
+    """Decodes UTF-8, or UTF-16 with a byte-order mark, which is removed. Raises ValueError with the place."""
     mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)
@@ -36,7 +35,7 @@ def decode_text(data: bytes) -> str:
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
-    """Reads the start of a file or a pipe such as a shell's `<(...)`. Raises OSError, also for a pipe without a
+    """Reads the start of a file or a pipe such as a shell's `<(...)`. Raises OSError, also for a pipe with no
     writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
@@ -54,8 +53,7 @@ class NotRegularError(OSError):
 
 
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Opens a regular file, never waiting for a pipe's writer; a new file has mode 0600. Raises NotRegularError or
-    OSError."""
+    """Opens a regular file, never waiting for a pipe's writer; new files have mode 0600. NotRegularError or OSError."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -105,9 +103,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600; readers see the old data or the new, never a part. With `is_synced` this holds after
-    a power failure, and the new data is on the disk on return. Raises OSError, as on a full disk, and leaves nothing
-    new then."""
+    """Writes a file of mode 0600 atomically; with `is_synced` also across a power failure, and the data is on the disk
+    on return. Raises OSError, as on a full disk, and leaves nothing new then."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
@@ -130,7 +127,6 @@ def write_text(path: Path, text: str, *, is_synced: bool = True) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Syncs the names in the folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -93,7 +93,6 @@ class SamplerChain:
 
     @property
     def first_mu(self) -> float:
-        """Mirostat's allowed surprise before its first token."""
         return 2 * self.mirostat_tau
 
 

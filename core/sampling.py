@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # clients do not wait for it
     from numpy.typing import NDArray
 
 NOT_FINITE = "the logits are not finite numbers"
-"""The first words of a row's failure for logits that are not finite."""
 
 AllowedTokens: TypeAlias = "NDArray[np.uint32]"
 """A bit for each token that a grammar allows, lowest first, [vocabulary / 32 rounded up]."""
@@ -135,9 +134,8 @@ MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar in llguidance's form, a JSON object of grammars (model/grammars/definitions.py makes it). Without
-    `triggers` the whole answer obeys it. With them it applies from the first byte of the first trigger in the answer's
-    text."""
+    """A grammar in llguidance's form, a JSON object of grammars (model/grammars/definitions.py makes it). The whole
+    answer obeys it, or with `triggers` the answer from the first byte of its first trigger on."""
 
     definition: str
     triggers: tuple[str, ...] = ()
@@ -145,13 +143,12 @@ class Grammar:
 
 
 Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
-"""Texts that an answer is searched for."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """The reasoning of an answer, between one of `begins` and the first of `ends`. After `budget` tokens of it,
-    `forced` are the next ones, whose text ends the reasoning."""
+    """The reasoning of an answer, between one of `begins` and the first of `ends`. After `budget` tokens of it, the
+    tokens `forced` follow, which end it."""
 
     begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
     ends: Annotated[Tags, Size(1, MAX_TRIGGERS)]
@@ -178,8 +175,6 @@ class MatcherStart:
 
 @dataclass(frozen=True, slots=True)
 class MatcherRow:
-    """An output row of an answer that has a matcher."""
-
     key: int  # of the answer, within an epoch
     position: int  # tokens of the answer before the one to be sampled
     drafted: int | None = None  # the last of these, where the row counts only if that is the one before; set by a stage
@@ -248,8 +243,8 @@ def second_draw(task: RowTask) -> RowTask:
 
 
 class TopLogprobs(Sequence[tuple[int, float]]):
-    """Tokens with float32 logprobs, best first, eight bytes each: a long answer has a million. Equal to a tuple of the
-    same pairs."""
+    """Tokens with float32 logprobs, best first, eight bytes each: a long answer has a million. Equals a tuple of
+    pairs."""
 
     __slots__ = ("packed",)
     _PAIR: Final = struct.Struct("=if")

@@ -73,8 +73,7 @@ def number(
     llamacpp_name: str = "",
     gguf: str = "",
 ) -> Any:
-    """Declares a dataclass attribute with its row; it defaults to `neutral`, else to `default`, as do APIs' defaults
-    that are None."""
+    """Declares a dataclass attribute with its row. Defaults: `neutral`, else `default`, also for APIs' None."""
     own = [default if value is None else value for value in (llamacpp, ollama)]
     row = SamplingField(*bounds, default, doc, placeholder, own[0], own[1], llamacpp_name, gguf)
     return field(default=default if neutral is None else neutral, metadata={_ROW: row})

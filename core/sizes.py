@@ -8,7 +8,6 @@ MIB = 1 << 20
 
 
 def mib(size_bytes: float) -> int:
-    """Rounds up."""
     return -int(-size_bytes // MIB)
 
 

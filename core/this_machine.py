@@ -71,7 +71,6 @@ def network_addresses() -> list[str]:
 
 
 def one_of_each_interface() -> list[str]:
-    """Returns the best of `network_addresses` for each interface."""
     by_interface: dict[str, str] = {}
     for address in _of_networks(interface_addresses()):
         by_interface.setdefault(address.interface, address.host)
@@ -79,7 +78,6 @@ def one_of_each_interface() -> list[str]:
 
 
 def _of_networks(addresses: list[InterfaceAddress]) -> list[InterfaceAddress]:
-    """Returns the addresses of the best kind: neither loopback nor virtual, if there are any."""
     best = addresses[0].rank[:2] if addresses else None
     return [address for address in addresses if address.rank[:2] == best]
 

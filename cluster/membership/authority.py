@@ -41,7 +41,7 @@ _BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 def trust_folder(cluster: Path) -> Path:
     """Returns the authority's folder of a static cluster whose file names none: its own if it exists, else the one that
-    all static clusters of the state directory share, so that workers need one token."""
+    the state directory's static clusters share, so that workers need one token."""
     own = cluster / "trust"
     return own if own.exists() else cluster.parent / _SHARED
 
@@ -55,8 +55,8 @@ class Authority:
 
     @classmethod
     def open(cls, folder: Path) -> Authority:
-        """Opens the authority in `folder`, and makes it if there is none. Raises UsageError if it is damaged or others
-        may read it, LlamaclustError if it cannot be written."""
+        """Opens the authority in `folder`, or makes one. Raises UsageError if it is damaged or others may read it,
+        LlamaclustError if it cannot be written."""
         try:
             if not folder.exists():
                 _create(folder)
@@ -84,8 +84,7 @@ class Authority:
 
     @property
     def token(self) -> JoinToken:
-        """The token in its file now, which may have been rotated since the start; else the last one that could be
-        read."""
+        """The token in its file, which may have been rotated; else the last one that could be read."""
         try:
             self._token = self._read_token()
         except UsageError as error:
@@ -98,7 +97,6 @@ class Authority:
 
     @property
     def certificate(self) -> bytes:
-        """The CA's own certificate (DER)."""
         return self._certificate.public_bytes(Encoding.DER)
 
     @property
@@ -115,8 +113,7 @@ class Authority:
         return key.with_certificate(self.certify(key.request, principal, life))
 
     def certify(self, request: bytes, principal: Principal, life: timedelta = LIFE) -> bytes:
-        """Returns a certificate (DER) for the key of a certificate request. Raises ProtocolError for an invalid
-        request."""
+        """Returns a certificate (DER) for the key of a certificate request. ProtocolError: the request is invalid."""
         now = datetime.now(UTC)
         builder = (
             x509.CertificateBuilder()
@@ -135,8 +132,7 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
-        """Returns the CA certificate's own id of its key: other programs, such as Helm, may derive ids in another
-        way."""
+        """Returns the CA certificate's own id of its key, which other programs, such as Helm, may derive otherwise."""
         try:
             named = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         except x509.ExtensionNotFound:
@@ -145,7 +141,6 @@ class Authority:
 
 
 def new_ca(life: timedelta = _CA_LIFE) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
-    """Makes a key and its self-signed certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "llamaclust cluster CA")])
     builder = (
@@ -172,7 +167,6 @@ def _check_time(folder: Path, certificate: x509.Certificate) -> None:
 
 
 def _usage(*, signs: bool) -> x509.KeyUsage:
-    """Returns the usage of a key that signs handshakes, else of one that signs certificates."""
     return x509.KeyUsage(
         digital_signature=signs,
         key_cert_sign=not signs,

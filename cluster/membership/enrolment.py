@@ -55,7 +55,6 @@ class EnrolmentServer:
 
     @property
     def address(self) -> str:
-        """The listener's address with its actual port."""
         assert self._socket is not None
         return f"{self._listen.rpartition(':')[0]}:{self._socket.getsockname()[1]}"
 

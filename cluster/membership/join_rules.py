@@ -22,8 +22,7 @@ HANDSHAKE_S = 10.0
 RefusalReason = Callable[[str], str | None]
 """A function that returns why a worker of a name is refused; None: it is not."""
 Certify = Callable[[bytes, Principal], bytes]
-"""A function that returns a certificate (DER) for a principal's certificate request (DER); ProtocolError for an invalid
-request."""
+"""A function from a principal's certificate request to a certificate (both DER); ProtocolError if invalid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,6 @@ class JoinRules:
         return f"the cluster has {len(present)} workers, as many as are possible"
 
     def _duplicate(self, register: Register) -> WorkerHandle | None:
-        """Returns a member of that name that is another process."""
         present = self._members.present.get(register.name)
         return present if present is not None and _process(present.registration) != _process(register) else None
 

@@ -24,15 +24,13 @@ _OTHER_LOGGERS = (
         r"(?: \S+:\d+ -- |: )(?P<message>.*)"
     ),
 )
-"""Lines of glog and Abseil; of Ray's processes; of Ray in Python, and plain `WARNING: ...`. The first letter of the
-level decides."""
+"""Lines of glog and Abseil; of Ray's processes; of Ray in Python, and plain `WARNING: ...`. A letter is the level."""
 _OF_ERRORS = "EFC"
 
 
 def last_error(log: Path, start: int = 0) -> str:
     """Returns the last line about trouble: a warning or an error of the worker, an error of a library, or the end of a
-    traceback or of a C library's abort. "" if there is none from byte `start` on; a log shorter than `start` was
-    emptied and is read from its beginning."""
+    traceback. "" if there is none from byte `start` on; a log shorter than `start` was emptied."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size

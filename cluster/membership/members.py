@@ -68,7 +68,6 @@ class Members:
 
     @property
     def present(self) -> dict[str, WorkerHandle]:
-        """Workers that are not lost, by name."""
         return {name: handle for name, handle in self._workers.items() if handle.loss is None}
 
     def subscribe(self, subscriber: Callable[[MembershipEvent], None]) -> None:
@@ -84,8 +83,7 @@ class Members:
         await self._changed.wait()
 
     async def wait_for(self, names: Collection[str], deadline_s: float) -> None:
-        """Returns when all have joined. Raises DeadlineError that names missing ones, WorkerError for one that ended
-        before."""
+        """Returns when all have joined. Raises DeadlineError with missing names, WorkerError for one that ended."""
         missing = sorted(names)
         try:
             async with deadline("workers joining", deadline_s):
@@ -96,7 +94,6 @@ class Members:
             raise DeadlineError(f"workers {', '.join(missing)} have not joined within {deadline_s:g} s") from error
 
     def check_exits(self, names: Collection[str]) -> None:
-        """Raises WorkerError for a worker whose process ended before it joined."""
         for name in names:
             if name in self._exits:
                 raise _start_failed(name, self._exits[name], self.read_last_error(name))
@@ -106,7 +103,6 @@ class Members:
         self._changed = asyncio.Event()
 
     def process_exited(self, name: str, how: str) -> None:
-        """Takes the launcher's report that a worker's process has ended."""
         if name in self._workers:
             self.fence(self._workers[name], how)
         else:
@@ -133,8 +129,8 @@ class Members:
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Counts a worker as lost whose connection ended. The launcher's report, which knows signals and exit codes,
-        takes precedence."""
+        """Counts a worker without a connection as lost. The launcher's report, with signal or exit code, has
+        precedence."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

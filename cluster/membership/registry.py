@@ -41,7 +41,6 @@ class Registry(Members):
         settings: JoinSettings,
         giver: WeightGiver | None = None,
     ) -> None:
-        """`giver` serves weights of the coordinator's files."""
         super().__init__(read_last_error)
         self._listen = listen
         self._credentials = credentials
@@ -56,7 +55,6 @@ class Registry(Members):
 
     @property
     def address(self) -> str:
-        """The gRPC target that workers join."""
         assert self._server is not None
         return self._server.address
 
@@ -69,7 +67,7 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends every worker, unless another coordinator has them or others joined too late: the next start may use
+        """Ends the workers, unless another coordinator has them or others joined too late: the next start may use
         them."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
@@ -175,7 +173,6 @@ class Registry(Members):
         return messages.Admitted(settings.deadlines, cluster=settings.cluster, term=term, term_proof=proof)
 
     async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:
-        """Takes messages until the connection ends; returns the reason."""
         reading, lost = asyncio.create_task(stream.read()), asyncio.create_task(handle.lost.wait())
         try:
             while await self._has_message(reading, lost):
@@ -212,8 +209,7 @@ class Registry(Members):
             return messages.RenewalFailed(messages.Failure(ProtocolError.__name__, str(error)))
 
     async def _has_message(self, reading: asyncio.Task[bytes | None], lost: asyncio.Task[bool]) -> bool:
-        """Returns False after the heartbeat timeout, provided that this loop had time to read: messages wait while it
-        is busy."""
+        """Returns False after the heartbeat timeout, if this loop had time to read: messages wait while it is busy."""
         tasks = (reading, lost)
         done, _ = await asyncio.wait(
             tasks, timeout=self._settings.heartbeat_timeout_s, return_when=asyncio.FIRST_COMPLETED

@@ -56,7 +56,6 @@ class ProgressDeadline:
             self._limit.move(asyncio.get_running_loop().time() + self._timeout_s)
 
     async def wait(self, request: Request) -> Any:
-        """Returns the answer. Raises StalledError after the timeout without progress."""
         try:
             return await request(self._limit)
         except DeadlineError as error:

@@ -119,7 +119,6 @@ class WorkerHandle:
         read_last_error: Callable[[], str],
         credentials: Credentials,
     ) -> None:
-        """`credentials`: the coordinator's."""
         self.registration = registration
         self._credentials = credentials
         self.channel = WorkerChannel(send)
@@ -147,7 +146,6 @@ class WorkerHandle:
         return self.registration.name
 
     def permit(self, other: str) -> str:
-        """Returns a permit for this worker to measure its link to another one."""
         return permit(self._credentials, self.name, other)
 
     @property
@@ -162,7 +160,6 @@ class WorkerHandle:
 
     @property
     def layers(self) -> tuple[float, float] | None:
-        """The layers of its newest stage, loaded or being loaded."""
         order = self.loading or (self.stages[max(self.stages)][0] if self.stages else None)
         return None if order is None else order.limits.places(order.start, order.end)
 
@@ -178,7 +175,6 @@ class WorkerHandle:
 
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
-        """The layers of its newest stage of each model on each of its devices."""
         orders = [order for order, _ in self.stages.values()]
         models = {order.model_id for order in (*orders, self.loading) if order is not None}
         return tuple(part for model_id in sorted(models) for part in self.devices_of(self.order_of(model_id)))
@@ -213,7 +209,6 @@ class WorkerHandle:
 
     @property
     def error(self) -> WorkerError:
-        """The error of requests that were lost with this worker."""
         layers = f" ({self._layers_text})" if self.layers else ""
         last_error = "" if self.loss is None else self.loss.last_error
         text = f"; its last error: {last_error}" if last_error else ""
@@ -255,8 +250,7 @@ class WorkerHandle:
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> Loaded:
-        """Loads a stage. Raises the worker's own error, WorkerError if it is lost, StalledError after
-        `progress_timeout_s` without progress."""
+        """Loads a stage. Raises the worker's own error, WorkerError if it is lost, StalledError without progress."""
         assert self.loading is None, "one load at a time"
         what = f"worker {self.name} gets no further with layers [{order.start}, {order.end})"
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
@@ -333,8 +327,7 @@ class WorkerHandle:
                 raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 
     def _check_fault(self, fault: GroupFault) -> None:
-        """Raises ProtocolError for a fault that this worker cannot report: of a worker outside its group, or a failure
-        of another member."""
+        """Raises ProtocolError for a fault outside its group, or of another member that failed by itself."""
         group = self.stages[fault.epoch][0].group
         members = () if group is None else tuple(member.worker for member in group.members)
         if fault.worker not in members or (fault.kind == "failed" and fault.worker != self.name):

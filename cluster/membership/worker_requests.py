@@ -32,8 +32,7 @@ _HEARTBEAT_S = 10.0
 
 
 async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_s: float = _PROFILE_S) -> Profile:
-    """Measures the worker's machine, which should be idle. Raises ProtocolError for an answer with another number of
-    GPUs."""
+    """Measures the worker's machine, which should be idle. Raises ProtocolError for a wrong number of GPUs."""
     limit = deadline(f"worker {worker.name}: measurement", deadline_s)
     measured: profiles.WorkerProfile = await worker.channel.request(request, limit)
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
@@ -45,7 +44,6 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
 
 
 async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkProfile:
-    """Measures the worker's link to another one. Raises the worker's own error."""
     limit = deadline(f"worker {worker.name}: measuring the link to worker {other.name}", deadline_s)
     own = other.registration
     end = profiles.LinkEnd(other.name, own.address, worker.permit(other.name), own.link_address)
@@ -57,8 +55,7 @@ async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: fl
 
 
 async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[AdapterFile, ...]) -> None:
-    """Replaces the adapters of the epoch's stage. Raises the worker's own error, WorkerError if it is lost,
-    DeadlineError."""
+    """Replaces the stage's adapters. Raises the worker's own error, WorkerError if it is lost, DeadlineError."""
     limit = deadline(f"worker {worker.name}: its adapters", _ADAPTERS_S)
     done: AdaptersSet = await worker.channel.request(SetAdapters(epoch, adapters), limit)
     order, loaded = worker.stages[epoch]
@@ -67,8 +64,7 @@ async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[Adapter
 
 
 async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) -> str:
-    """Returns why the worker cannot reach another one; "" if it can. Raises WorkerError if it is lost,
-    DeadlineError."""
+    """Returns why the worker cannot reach another; "" if it can. Raises WorkerError if it is lost, DeadlineError."""
     what = f"way to {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)
@@ -86,8 +82,8 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """Takes the free memory from the next heartbeat after a load that did not fit. The worker holds only stages of
-    other models, which take `held` bytes of its devices and count as free. Raises DeadlineError."""
+    """Takes the free memory from the next heartbeat after a load that did not fit. Stages of other models, which take
+    `held` bytes of the devices, count as free. Raises DeadlineError."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
@@ -103,8 +99,8 @@ async def find_weights(
     on_reading: Callable[[FindWeightsProgress], None] | None = None,
     progress_timeout_s: float = PROGRESS_TIMEOUT_S,
 ) -> WeightsFound:
-    """Returns the worker's weights of a model, cached; with `describe` it may read its file for the manifest. Raises
-    StalledError after `progress_timeout_s` without progress."""
+    """Returns the worker's weights of a model, cached; `describe` adds the manifest, for which it may read its file.
+    Raises StalledError after `progress_timeout_s` without progress."""
     async with worker.channel.one_at_a_time("weights"):
         key = request.file_id, request.describe
         if key not in worker.weights_found:

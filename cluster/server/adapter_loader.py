@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model of the cluster, with its own `config`. `model` has the adapters of the cluster file alone; `adapted` also
-    has those that clients loaded before the start. `adapters` lists all of them."""
+    """A model with its own `config`. `model` has the cluster file's adapters alone, `adapted` also those that clients
+    loaded before the start; `adapters` lists all."""
 
     config: ClusterConfig
     model: Model
@@ -39,8 +39,8 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the record's adapters that are unchanged and whose names are not among `names`, to which theirs are
-        added; notices name the others."""
+        """Opens the record's adapters that are unchanged and whose names are free in `names`; notices name the
+        others."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder
@@ -88,8 +88,8 @@ class AdapterLoader:
 
     async def load(self, name: str, path: str) -> None:
         """Returns when requests may use the adapter. Raises ParameterError for a forbidden name or path, HttpError 404
-        without an adapter there, 503 while the model sleeps, and ModelFileError, InsufficientMemoryError and other
-        errors of a load, which changes nothing then."""
+        or, while the model sleeps, 503, and errors of a load (ModelFileError, InsufficientMemoryError), which changes
+        nothing then."""
         folder, adapters = self.opened.config.api.adapter_folder, self.adapters
         assert folder is not None
         async with self._turn:
@@ -106,8 +106,8 @@ class AdapterLoader:
         self._report(Notice(f"a client loaded adapter {number} {name!r}: {adapter.path}"))
 
     async def unload(self, name: str) -> None:
-        """Returns when the model serves without the adapter and no start loads it again. Raises HttpError 404 for an
-        unknown name, 409 while it is used, ParameterError for one of the cluster file, else as `load`."""
+        """Returns when the model serves without the adapter and no start loads it again. Raises HttpError 404, or 409
+        while it is used, ParameterError for one of the cluster file, else as `load`."""
         adapters = self.adapters
         async with self._turn:
             if name not in adapters.names and await self._record.remove(self.name, name):
@@ -136,7 +136,6 @@ class AdapterLoader:
         self.model = model
 
     def _unloadable(self, name: str) -> int:
-        """Returns the number of an adapter that a client loaded and no request uses."""
         adapters = self.adapters
         number = adapters.number_of(name)
         if number is None:
@@ -159,8 +158,7 @@ class AdapterLoader:
             raise HttpError(503, "model_not_loaded", f"{what}: load it by POST /models/load, then try again")
 
     def _check_name(self, name: str) -> None:
-        """Raises ParameterError for a taken name. Ollama's clients append a tag: names that differ by it alone
-        collide."""
+        """Raises ParameterError for a taken name; names that differ by Ollama's tag alone collide."""
         if name in self.adapters.names:
             raise ParameterError("lora_name", f"adapter {name!r} is loaded already: unload it first, or choose another")
         taken = fixed_names([other.opened.config for other in self.others])
@@ -170,13 +168,11 @@ class AdapterLoader:
 
 
 def fixed_names(configs: Iterable[ClusterConfig]) -> set[str]:
-    """Returns the names of models and adapters in the cluster file."""
     named = ((own.model_name, *own.api.aliases, *(adapter.name for adapter in own.adapters)) for own in configs)
     return set(chain.from_iterable(named))
 
 
 def _free_number(adapters: ServedAdapters) -> int:
-    """Raises ParameterError if all numbers are taken."""
     free = next((number for number in range(MAX_ADAPTERS) if number not in adapters.numbers), None)
     if free is None:
         raise ParameterError(
@@ -195,8 +191,7 @@ def _opened(model: Model, folder: Path, number: int, wanted: ServedAdapter) -> t
 
 
 def _allowed(folder: Path, given: str) -> Path:
-    """Returns the adapter's path with links resolved. Raises ParameterError outside the folder, HttpError 404 without
-    one."""
+    """Returns the resolved path. Raises ParameterError outside the folder, HttpError 404 if there is no adapter."""
     shown = repr(given[:_MOST_SHOWN])
     try:
         root, path = folder.resolve(), (folder / given).resolve()

@@ -47,8 +47,6 @@ from llamaclust.wire.rpc.sched_slice import short_slices
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model that is served, with its own `config`."""
-
     config: ClusterConfig
     model: Model
     supervisor: Supervisor
@@ -96,7 +94,6 @@ class Cluster:
 
     @property
     def plan(self) -> Plan:
-        """The plan of the epoch that serves, or served last."""
         assert self.supervisor.plan is not None
         return self.supervisor.plan
 
@@ -110,8 +107,7 @@ async def open_cluster(
     make_planner: type[ClusterPlanner] = ClusterPlanner,
 ) -> AsyncIterator[Cluster]:
     """Yields a cluster that is ready for requests; on the way out every worker ends. The caller holds `folder`'s lock.
-    `model_paths`: the file of each model. Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError
-    if the start fails; nothing is left running."""
+    Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError; nothing is left running then."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
@@ -150,7 +146,6 @@ async def open_cluster(
 async def _joined(
     planners: Sequence[ClusterPlanner], registry: Registry, launcher: Launcher, record: ControlRecord
 ) -> None:
-    """Returns when there are enough workers for each model."""
     shortfall = partial(_shortfall, planners, registry, record.drained)
     await launcher.joined(registry, shortfall)
 
@@ -163,8 +158,8 @@ async def _measured(
     report: Report,
     unused_bytes: int,
 ) -> MeasureLinks | None:
-    """Gives planners the workers' speeds and links. Returns the function that measures links again. `unused_bytes` of
-    this machine's memory count as free but are reserved."""
+    """Gives planners speeds and links; returns the function that measures links again. `unused_bytes` of this machine's
+    memory count as free but are reserved."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -189,8 +184,7 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """Loads the first model unless the cluster loads on demand; the others sleep. Memory must suffice for each
-    alone."""
+    """Loads the first model, unless on demand; the others sleep. Memory must suffice for each alone."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())
@@ -218,7 +212,6 @@ async def _served(
 
 
 def _cluster_metrics(models: Sequence[ServedModel], registry: Registry) -> CollectorRegistry:
-    """Makes one registry, which `GET /metrics` of each model shows."""
     metrics = CollectorRegistry()
 
     def names() -> dict[str, str]:
@@ -238,8 +231,7 @@ def _resident(served: ServedModel, entry: ModelEntry | None) -> Resident:
 async def _shortfall(
     planners: Sequence[ClusterPlanner], registry: Registry, drained: frozenset[str]
 ) -> LlamaclustError | None:
-    """Returns why the present undrained workers cannot hold a model, by what they report; None if they can hold
-    each."""
+    """Returns why the undrained workers cannot hold each model, by what they report; None if they can."""
     try:
         for planner in planners:
             present = {name: worker for name, worker in registry.present.items() if name not in drained}
@@ -256,7 +248,6 @@ async def _planned(planner: ClusterPlanner, workers: Mapping[str, WorkerHandle])
 
 @asynccontextmanager
 async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report: Report) -> AsyncIterator[WorkerPool]:
-    """Restarts lost workers if the launcher does so."""
     pool = WorkerPool(config, workers, report)
     with workers.launcher.restarting(pool.not_restarted), pool.partitions:
         async with aclosing(pool):
@@ -267,8 +258,7 @@ async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report:
 async def _engine(
     config: ClusterConfig, supervisor: Supervisor, sleeping: SchedulerSettings | None
 ) -> AsyncIterator[Engine]:
-    """An engine whose pipeline the supervisor replaces when it is lost. `sleeping`: its settings if the model is not
-    loaded yet."""
+    """An engine whose pipeline the supervisor replaces when it is lost. `sleeping`: settings of an unloaded model."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
         with named_errors(config):

@@ -24,8 +24,7 @@ from llamaclust.model.loader import Model
 
 Models = Sequence[tuple[ClusterConfig, Model]]
 _SMALL = 2
-"""The least factor between the sizes of model and draft model: a larger draft model takes nearly as long for a
-token."""
+"""The least ratio of model to draft model: a larger draft model takes nearly as long for a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,6 @@ def draft_model_memory(models: Models) -> DraftModelMemory | None:
 
 @dataclass(frozen=True, slots=True)
 class Drafting:
-    """The drafting settings of a cluster's models."""
-
     settings: Sequence[SpeculationSettings | None]  # of each
     unused_bytes: int = 0  # of this machine's memory: of a draft model that has not written to them yet
 

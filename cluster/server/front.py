@@ -1,5 +1,4 @@
-"""The public side of a cluster: its API's settings, port, certificate, record and notices, and the served models with
-their text services and replies on one journal."""
+"""The public side of a cluster: its API's settings, port, certificate, record and notices, and the served models."""
 
 from __future__ import annotations
 
@@ -57,7 +56,6 @@ class Front:
 
 
 def api_settings(config: ClusterConfig) -> ApiSettings:
-    """Raises UsageError for API keys or defaults that cannot be used."""
     check_defaults(config.api.defaults)
     return ApiSettings(
         listen_host=config.host,
@@ -84,7 +82,6 @@ def api_settings(config: ClusterConfig) -> ApiSettings:
 
 
 def _existing(folder: Path | None, key: str) -> Path | None:
-    """Raises UsageError if the folder does not exist."""
     if folder is not None and not folder.is_dir():
         raise UsageError(f"{folder}: the folder of {key} does not exist; make it first")
     return folder
@@ -102,7 +99,6 @@ def open_port(config: ClusterConfig, folder: ClusterDir) -> Iterator[ApiPort]:
 
 
 def _certificate(config: ClusterConfig, folder: ClusterDir) -> ServerCertificate | None:
-    """Raises UsageError for files that cannot be used."""
     if config.listen_tls is None:
         return None
     from llamaclust.cluster.front.http.certificate import (
@@ -171,7 +167,6 @@ BODIES: Final[tuple[type[Body], ...]] = (
     *(ChatBody, CompletionBody, ResponsesBody, CompactionBody),
     *(TokenizeBody, DetokenizeBody, TemplateBody),
 )
-"""The bodies whose fields may have defaults."""
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:
@@ -192,8 +187,8 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 async def api_models(
     cluster: Cluster, settings: ApiSettings, journal: Journal, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> AsyncIterator[list[ApiModel]]:
-    """Yields all models, the first one first. `show` returns the JSON of `GET /cluster`. The owner of the journal
-    closes it."""
+    """Yields all models, the first one first. `show` returns the JSON of `GET /cluster`. The caller closes the
+    journal."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
         services = [await stack.enter_async_context(aclosing(_text_service(served))) for served in cluster.models]
@@ -248,7 +243,7 @@ KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type",
 
 def answer_digest(config: ClusterConfig, files: str, chat_template: str | None, context_length: int) -> str:
     """Hashes what determines answers. `files`: identities of the model and its adapters; `chat_template`: its source,
-    which fixes the format of answers in one version; `context_length`: the plan's."""
+    which fixes the answers' format; `context_length`: the plan's."""
     defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
     adapters = tuple((adapter.name, adapter.scale) for adapter in config.adapters)
     keys = (files, chat_template, context_length, config.wire, config.kv_type.value, defaults, adapters)

@@ -14,8 +14,7 @@ from llamaclust.wire.control.messages import Load
 def groups_json(
     workers: Collection[WorkerHandle], model_id: str, predicted: Mapping[str, StagePrediction]
 ) -> list[dict[str, Any]]:
-    """Returns a group for each stage of the model that several workers hold, the first layers first. `predicted`: by
-    worker."""
+    """Returns a group for each stage that several workers hold, the first layers first. `predicted`: by worker."""
     orders = {handle.name: order for handle in workers if (order := handle.order_of(model_id)) is not None}
     counters = {handle.name: counters_of(handle, model_id) for handle in workers}
     led = [(name, order) for name, order in orders.items() if order.group is not None and order.group.member == 0]
@@ -33,9 +32,8 @@ def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
 def _group(
     order: Load, counters: Mapping[str, GroupCounters | None], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Formats a group; its times are the leader's. `waited_for_s`: the time that the others' gathers waited for a
-    member. A gather's wait counts as a whole for the last member to be ready, so look first at the member with the
-    most."""
+    """Formats a group; times are its leader's. `waited_for_s`: the time that others' gathers waited for a member. A
+    wait counts whole for the last member to be ready, so look first at the member with the most."""
     assert order.group is not None, "the order of a leader"
     members = order.group.members
     all_counters = [counted for member in members if (counted := counters.get(member.worker)) is not None]

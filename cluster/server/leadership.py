@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def leading(lease: Lease, port: ApiPort, settings: ApiSettings, report: Report) -> Iterator[bool]:
-    """Waits for the lease and holds it while entered; yields False if a signal ended the wait. If the lease cannot be
-    renewed, this process ends at once, as by a kill: another one may hold it."""
+    """Waits for the lease and holds it while entered; yields False if a signal ended the wait. A lost lease ends this
+    process at once, as by a kill: another one may hold it."""
 
     def lost(reason: str) -> None:
         _log.error("this coordinator ends: it does not hold the Lease %s any more: %s", lease.name, reason)

@@ -71,8 +71,8 @@ class Measurements:
 async def measure_workers(
     config: ClusterConfig, paths: Sequence[Path], folder: ClusterDir, report: Report
 ) -> Measurements:
-    """Starts the workers as a cluster does, and replaces their stored values. The caller holds `folder`'s lock. Raises
-    as `open_cluster`; nothing is left running."""
+    """Starts the workers as a cluster does and replaces their stored values. The caller holds `folder`'s lock. Raises
+    as `open_cluster`."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
@@ -127,7 +127,6 @@ def _devices(
 
 
 def _values(profile: DeviceProfile | None, costs: StageCosts) -> _Values:
-    """Returns the limits, and the times of all layers if steps of the model were timed."""
     if profile is None:
         return {}
     values = {

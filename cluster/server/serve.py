@@ -58,10 +58,9 @@ _log = logging.getLogger(__name__)
 
 def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> int:
     """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them. A
-    standby first waits for the end of the coordinator that has the name, and ends with one that was stopped in order.
-    With a Lease, all coordinators wait for it and continue the requests of the one before. `model_paths`: one for each
-    model. Returns the exit code: 128 + SIGINT if SIGINT ended the start. Raises UsageError for a taken name or port or
-    unusable API keys, else as `open_cluster`."""
+    standby waits for the end of the coordinator with the name, and ends with one that was stopped in order. With a
+    Lease, all coordinators wait for it and continue the requests of the one before. Returns 128 + SIGINT if SIGINT
+    ended the start, else 0. Raises UsageError for a taken name or port or unusable API keys, else as `open_cluster`."""
     folder = ClusterDir(config.state_dir / config.name)
     settings, telemetry = api_settings(config), resolve_telemetry(config)
     if config.lease is not None:
@@ -99,7 +98,6 @@ def _report_line(front: Front, line: str) -> None:
 
 
 async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], folder: ClusterDir, front: Front) -> bool:
-    """Returns True if Ctrl-C ended the start."""
     signals = Signals()
     try:
         if front.port.certificate is not None:
@@ -136,7 +134,6 @@ def _settle_memory() -> None:
 
 
 async def _answer(cluster: Cluster, folder: ClusterDir, front: Front, signals: Signals) -> None:
-    """Serves the API of a cluster until a signal or a newer coordinator ends it."""
     config, admission = cluster.config, Admission(front.settings)
     allow_many_files()
     async with (
@@ -186,7 +183,6 @@ def _left_to_the_next(journal: Journal) -> Iterator[None]:
 
 
 async def _restorable(folder: ClusterDir, models: Sequence[ApiModel], front: Front) -> list[RequestContext]:
-    """Returns the requests that an earlier coordinator left for the same models."""
     left = await asyncio.to_thread(_left_requests, folder.journal)
     restorable = [request for request in left if any(model.continues(request) for model in models)]
     _report_line(front, found_unanswered(left, restorable))
@@ -194,7 +190,6 @@ async def _restorable(folder: ClusterDir, models: Sequence[ApiModel], front: Fro
 
 
 def _left_requests(path: Path) -> list[RequestContext]:
-    """Returns [] if the journal cannot be read."""
     try:
         return read_journal(path, Instant.now())
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -203,7 +198,6 @@ def _left_requests(path: Path) -> list[RequestContext]:
 
 
 async def _report_requests(models: Sequence[ApiModel], report: Report) -> None:
-    """Reports the number of remaining requests whenever it changes."""
     reported = 0
     while True:
         left = sum(model.service.active_requests for model in models)
@@ -242,8 +236,7 @@ class _Inheritance:
 
 
 async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inheritance) -> None:
-    """Refuses new requests and finishes accepted ones, with all their choices; the next coordinator gets those that
-    remain after the time limit."""
+    """Refuses new requests and finishes accepted ones; the next coordinator gets those left at the time limit."""
     admission.stop()
     try:
         with suppress(TimeoutError):

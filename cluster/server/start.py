@@ -30,7 +30,6 @@ from llamaclust.worker.weights.giver import WeightGiver
 
 _HEARTBEAT_S = 1.0
 _HEARTBEATS = 5
-"""The number of heartbeats in the heartbeat timeout."""
 
 
 async def open_models(

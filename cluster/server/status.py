@@ -33,9 +33,8 @@ _MOST_LISTED = 64
 
 
 def cluster_status(cluster: Cluster, record: ClusterRecord, served: ServedModel | None = None) -> dict[str, Any]:
-    """Returns the status for one of the models, the first by default. `status`: the workers and their layers now;
-    `plan`: predictions (null before the first load); `stages`: the same figures measured; `links`: a token's way;
-    `sequences`: running and waiting requests."""
+    """Returns the status of a model, the first by default. `status`: the workers now; `plan`: predictions (null before
+    the first load); `stages`: the same measured; `links`: a token's way; `sequences`: running and waiting ones."""
     served = served or cluster.models[0]
     engine, plan = served.engine, served.plan
     sequences = [sequence for scheduler in engine.schedulers for sequence in scheduler.sequences]
@@ -143,7 +142,6 @@ def _predicted_stages(plan: Plan | None) -> dict[str, StagePrediction]:
 
 
 def _speed(plan: Plan | None, measured: MeasuredSpeed) -> dict[str, Any]:
-    """Formats the same figures twice, predicted and measured; null if unknown."""
     known = None if plan is None else plan.prediction
     predicted = {
         "token_ms": None if known is None else 1e3 * known.token_s,
@@ -158,8 +156,7 @@ def _speed(plan: Plan | None, measured: MeasuredSpeed) -> dict[str, Any]:
 def worker_json(
     handle: WorkerHandle, model_id: str, reports: Mapping[str, StageReport], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Formats a worker with its layers of this model. A group's members have its leader's speed: they compute the same
-    steps."""
+    """Formats a worker with its layers of this model; members of a group have their leader's speed."""
     order = handle.order_of(model_id)
     group = None if order is None else order.group
     report = reports.get(handle.name if group is None else group.members[0].worker)

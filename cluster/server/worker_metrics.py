@@ -45,7 +45,6 @@ class WorkerMetrics(Collector):
     def __init__(
         self, workers: Callable[[], Mapping[str, WorkerHandle]], models: Callable[[], Mapping[str, str]]
     ) -> None:
-        """`models`: names by model id."""
         self._workers = workers
         self._models = models
 

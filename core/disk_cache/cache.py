@@ -1,6 +1,6 @@
-"""A bounded folder of files that can be made again, private to this user and shared by all processes of the user. A
-file gets its name when it is complete and never changes: maps and open files stay valid when it is deleted. One process
-writes at a time; readers need no lock. A file's access time is its last use."""
+"""A bounded folder of files that can be made again, private to this user and shared by the user's processes. A file
+gets its name when it is complete and never changes: open files stay valid when it is deleted. One process writes at a
+time; readers need no lock. A file's access time is its last use."""
 
 from __future__ import annotations
 
@@ -50,8 +50,7 @@ class Cleared:
 
 @dataclass(frozen=True, slots=True)
 class DiskCache:
-    """Files with one of `suffixes` in the folder `path`, at most `most_bytes` together. Other files, subfolders and
-    link targets are not touched."""
+    """Files with one of `suffixes` in the folder `path`, `most_bytes` at most; other files in it are not touched."""
 
     path: Path
     most_bytes: int
@@ -66,8 +65,8 @@ class DiskCache:
     modified_ns: ClassVar[int | None] = None  # of all files, if set: one that was changed later is damaged
 
     def create(self) -> None:
-        """Raises OSError if the folder cannot be made, PermissionError if it is a link or other users could write (or
-        read secret) files there."""
+        """Raises OSError, or PermissionError if the folder is a link or others could write, or read secret files,
+        there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
@@ -110,9 +109,9 @@ class DiskCache:
         kept: Container[str] = (),
         writing: Writing | None = None,
     ) -> None:
-        """Writes a file, unless it is there with that size. Files last used before `since_ns` and not in `kept` are
-        deleted to make room. Raises NoRoomError, BusyError (another writer holds the lock long), StoppedError (soon
-        after `writing` was stopped) or another OSError; no part of the file remains then."""
+        """Writes a file, unless it is there with that size; deletes files last used before `since_ns` and not in `kept`
+        to make room. Raises NoRoomError, BusyError (another writer is slow), StoppedError or another OSError; no part
+        of the file remains then."""
         n_bytes, writing = sum(map(len, parts)), writing or Writing()
         with self.locked(writing):
             if not self._has(name, n_bytes):
@@ -148,7 +147,6 @@ class DiskCache:
         return sum(file.size_bytes for file in self.files())
 
     def in_the_way(self) -> list[Path]:
-        """Returns links, directories and the like that have the name of a cache file."""
         return sorted(path for path in self._names(_LOCK) if path.is_symlink() or not path.is_file())
 
     def clear(self) -> Cleared:
@@ -175,8 +173,7 @@ class DiskCache:
         return Cleared(count, size_bytes, tuple(left))
 
     def _needed_since_ns(self) -> int:
-        """Returns the time since when used files must be kept; `NEVER_NS`: all may be deleted. The caller holds the
-        lock."""
+        """Returns the time from which on used files must be kept; `NEVER_NS`: none. The caller holds the lock."""
         return NEVER_NS
 
     def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:

@@ -50,8 +50,7 @@ class Writing:
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
-    """Opens a file of this user, unbuffered. Raises FileNotFoundError, ForeignFileError, or another OSError with its
-    name."""
+    """Opens a file unbuffered. Raises FileNotFoundError, ForeignFileError, or another OSError with its name."""
     try:
         descriptor = open_descriptor(path, flags | os.O_NOFOLLOW)
     except OSError as error:
@@ -83,8 +82,7 @@ def locked(path: Path, writing: Writing) -> Iterator[None]:
 def write_whole(
     path: Path, parts: Sequence[bytes | memoryview], writing: Writing, modified_ns: int | None, *, is_synced: bool
 ) -> None:
-    """Writes a whole file or none, with modification time `modified_ns` or now. The caller holds the folder's lock.
-    Raises OSError or StoppedError."""
+    """Writes a whole file or none; the caller holds the folder's lock. Raises OSError or StoppedError."""
     made = path.with_name(f"{path.name}{TEMPORARY}")
     try:
         file = open_own(made, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -119,8 +117,7 @@ def used_ns(status: os.stat_result) -> int:
 
 
 def mark_used(descriptor: int) -> os.stat_result:
-    """Sets the last use to now, unless the file system is read-only, and returns the earlier status. The kernel's own
-    timestamp would be some milliseconds behind."""
+    """Sets the last use to now and returns the earlier status. The kernel's timestamp would be milliseconds behind."""
     found = os.fstat(descriptor)
     with suppress(OSError):
         os.utime(descriptor, ns=(time.time_ns(), found.st_mtime_ns))
@@ -152,7 +149,6 @@ def delete_unlocked(path: Path) -> bool:
 
 
 def reason(error: OSError) -> str:
-    """Returns the error's text without its number."""
     if error.strerror is None:
         return str(error)
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"

@@ -8,15 +8,12 @@ from contextlib import contextmanager
 
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
-    """True if an owner of `own` of all `held` units may have `more`: it then holds at most `room`, and at most what
-    stays free of 2 * `room`, plus one. One owner alone may have all of `room`, all together at most 2 * `room`, and an
-    owner without any gets up to half of the free units."""
+    """True if an owner of `own` of all `held` units may have `more`: it then has at most `room`, and at most one more
+    than stays free of 2 * `room`. One owner alone may have all of `room`, a new one up to half of the free units."""
     return not more or own + more <= min(room, 2 * room - held - more + 1)
 
 
 class Shares:
-    """The units of one room that each owner holds."""
-
     def __init__(self, room: int) -> None:
         self.room = room
         self.held = Counter[str]()  # by owner

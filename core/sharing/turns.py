@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """A free place goes to the waiting owner with the fewest places, on a tie to another than the one that leaves it.
-    An owner has at most `most` places; None: all. Not thread-safe: one event loop."""
+    """Places that go to the waiting owner with the fewest, on a tie not to the one that leaves. An owner has at most
+    `most` places; None: all. Not thread-safe: one event loop."""
 
     def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places

@@ -35,8 +35,6 @@ _log = logging.getLogger(__name__)
 
 
 class ExportCounts:
-    """Counters of exported and dropped spans and metrics."""
-
     def __init__(self, registry: CollectorRegistry) -> None:
         self._exported = Counter(
             "llamaclust_telemetry_exported",
@@ -59,8 +57,7 @@ class ExportCounts:
 
 
 class Exporter:
-    """A context manager that queues records and metrics and sends them later; without room or collector they are
-    dropped and counted."""
+    """A queue of records and metrics, sent later; without room or collector they are dropped and counted."""
 
     def __init__(self, settings: TelemetrySettings, resource: Mapping[str, str], counts: ExportCounts) -> None:
         self._settings = settings
@@ -82,7 +79,6 @@ class Exporter:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        """Sends the rest, within `_FLUSH_S`."""
         self._end_s = monotonic() + _FLUSH_S
         self._stopping.set()
         self._put(None)
@@ -169,7 +165,6 @@ class Exporter:
         self._counts.count("metrics", 1, is_taken=self._send(self._metrics, message.SerializeToString()))
 
     def _send(self, client: OtlpClient | None, message: bytes) -> bool:
-        """Sends until the deadline if the program is ending."""
         left_s = self._end_s - monotonic() if self._stopping.is_set() else None
         if client is None or (left_s is not None and left_s <= 0):
             return False

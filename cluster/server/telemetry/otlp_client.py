@@ -57,7 +57,6 @@ class OtlpClient:
         self._client.close()
 
     def send(self, message: bytes, timeout_s: float | None = None) -> bool:
-        """Returns True if the collector took it. `timeout_s` bounds each attempt."""
         body = gzip.compress(message, 1) if self._target.is_compressed else message
         limit_s = self._target.timeout_s if timeout_s is None else min(timeout_s, self._target.timeout_s)
         outcome = self._post(body, limit_s)
@@ -84,7 +83,6 @@ class OtlpClient:
         return _Outcome.FAILED if status in _AGAIN else _Outcome.REFUSED
 
     def _note(self, outcome: _Outcome) -> None:
-        """Logs the first message that is refused, and the first that is taken again."""
         if (outcome is not _Outcome.TAKEN) == self._is_known_absent:
             return
         self._is_known_absent = not self._is_known_absent

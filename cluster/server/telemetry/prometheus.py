@@ -1,5 +1,4 @@
-"""Prometheus' metrics as those of OTLP; the registries are the source of both. Known histograms get the names of
-OpenTelemetry's GenAI conventions."""
+"""Prometheus' metrics as those of OTLP; known histograms get the names of OpenTelemetry's GenAI conventions."""
 
 from __future__ import annotations
 
@@ -29,9 +28,7 @@ _CONVENTIONS: Final = {
     "llamaclust_time_per_output_token_seconds": ("gen_ai.server.time_per_output_token", "s"),
     "llamaclust_request_tokens": ("gen_ai.client.token.usage", "{token}"),
 }
-"""Names and units of the GenAI conventions."""
 _LABELS: Final = {"operation": "gen_ai.operation.name", "type": "gen_ai.token.type"}
-"""Labels of the conventions' metrics."""
 _UNITS: Final = {"_seconds": "s", "_bytes": "By", "_ratio": "1"}
 
 

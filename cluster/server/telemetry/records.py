@@ -1,5 +1,4 @@
-"""The exported records, as taken on the event loop: ended requests and sequences, and metrics. They hold no text, no
-tokens and no keys."""
+"""The exported records, taken on the event loop: ended requests and sequences, metrics; no text, tokens or keys."""
 
 from __future__ import annotations
 
@@ -46,7 +45,6 @@ class EndedSequence:
 
     @property
     def span_count(self) -> int:
-        """The number of spans, including phases and stages."""
         return 1 + sum(1 + len(phase.stages) for phase in self.record.waterfall.phases)
 
 
@@ -55,8 +53,6 @@ Record = ServedRequest | EndedSequence
 
 @dataclass(frozen=True, slots=True)
 class MetricFamilies:
-    """A snapshot of the metrics of a model's engine, or of the cluster."""
-
     model: str | None  # None: of the cluster
     families: Sequence[Metric]
 

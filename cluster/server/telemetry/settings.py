@@ -35,8 +35,6 @@ _SAMPLERS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The receiver of one signal."""
-
     url: str
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold a secret
     timeout_s: float = 10.0
@@ -46,8 +44,6 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelemetrySettings:
-    """Telemetry's settings, fixed for the life of a coordinator."""
-
     traces: Target | None  # None: no spans are made
     metrics: Target | None
     resource: Mapping[str, str] = field(default_factory=dict)
@@ -104,7 +100,6 @@ def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Ta
 
 
 def _check_supported(variables: Mapping[str, str], signal: str) -> None:
-    """Raises UsageError for other protocols and for client certificates."""
     name, protocol = _of_signal(variables, "PROTOCOL", signal)
     if protocol not in ("", _PROTOCOL):
         raise UsageError(f"{name}={protocol}: only {_PROTOCOL} is supported")

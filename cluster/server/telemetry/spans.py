@@ -1,7 +1,7 @@
 """OTLP spans of records, named by OpenTelemetry's GenAI conventions. An HTTP request's span contains those of its
-sequences, these their phases, and computing phases their stages. The coordinator has all of these times: workers send
-them with each result, and no trace context travels with microbatches. A stage's span is as long as its share of the
-phase and begins after the stages before it: during many microbatches, stages alternate."""
+sequences, these their phases, and computing phases their stages. The coordinator has all times, which come with
+results: microbatches carry no trace context. A stage's span is as long as its share of the phase and begins after the
+stages before it: during many microbatches, stages alternate."""
 
 from __future__ import annotations
 

@@ -30,7 +30,6 @@ _LIBRARY = "opentelemetry.proto"
 
 
 def _check_installed() -> None:
-    """Raises UsageError without the library that encodes OTLP."""
     try:
         is_found = find_spec(_LIBRARY) is not None
     except ModuleNotFoundError:
@@ -48,8 +47,6 @@ def resolve_telemetry(config: ClusterConfig) -> TelemetrySettings | None:
 
 
 class Telemetry:
-    """The telemetry of a running coordinator."""
-
     def __init__(self, settings: TelemetrySettings, exporter: Exporter) -> None:
         self._settings = settings
         self._exporter = exporter
@@ -61,8 +58,6 @@ class Telemetry:
 
 
 class _ModelSpans:
-    """The `SpanSink` of one model's sequences."""
-
     def __init__(self, model: str, exporter: Exporter) -> None:
         self._model = model
         self._exporter = exporter
@@ -75,8 +70,7 @@ class _ModelSpans:
 async def open_telemetry(
     settings: TelemetrySettings, cluster: str, engines: Mapping[str, Engine], registry: CollectorRegistry
 ) -> AsyncIterator[Telemetry]:
-    """Exports while entered. `cluster`: its name; `engines`: by model; `registry`: the cluster's metrics, which get the
-    counts of exports."""
+    """Exports while entered. `engines`: by model; `registry`: the cluster's metrics, which get counts of exports."""
     from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 
     resource = {"service.version": VERSION, "service.instance.id": cluster, **settings.resource}

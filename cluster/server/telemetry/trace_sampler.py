@@ -27,14 +27,12 @@ class RequestTrace:
 
 @dataclass(frozen=True, slots=True)
 class TraceSampler:
-    """The rule of traced requests. `ratio`: the share that is kept; with `obeys_parent`, only of requests without a
-    trace context."""
+    """The rule of traced requests. `ratio`: the kept share; with `obeys_parent`, only of those without a context."""
 
     ratio: float = 1.0
     obeys_parent: bool = True
 
     def begin(self, traceparent: Sequence[str], tracestate: Sequence[str]) -> RequestTrace | None:
-        """Returns None if the request is not traced."""
         parent = TraceContext.parse(traceparent, tracestate)
         trace_id = secrets.token_bytes(_TRACE_ID_BYTES) if parent is None else parent.trace_id
         is_sampled = parent.is_sampled if parent is not None and self.obeys_parent else self._keeps(trace_id)

@@ -48,8 +48,8 @@ class Fit:
 
 
 def fit(path: Path, available_bytes: int, threads: int, context_length: int | None = None) -> Fit:
-    """Plans one worker with all defaults of a cluster file, from headers alone. `context_length` replaces the default,
-    at most the model's. Raises ModelFileError for a model that cannot run here."""
+    """Plans one worker with all defaults of a cluster file, from headers alone. `context_length` is at most the
+    model's. Raises ModelFileError for a model that cannot run here."""
     with closing(Model.open(path)) as model:
         config = ClusterConfig.model_validate({"model": str(path), "workers": [{"name": "a"}]})
         trained, count = model.hyperparameters.context_length, model.layer_count
@@ -99,5 +99,4 @@ def _kv_bytes(config: ClusterConfig, costs: ModelCosts, layers: int, context: in
 
 
 def _most(count: int, exceeds: Callable[[int], bool]) -> int:
-    """Returns the greatest number up to `count` that does not exceed the memory."""
     return bisect_left(range(1, count + 1), True, key=exceeds)

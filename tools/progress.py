@@ -13,8 +13,6 @@ def silent(what: str, done: int, total: int | None) -> None:
 
 
 class ByteProgress:
-    """A sum of done bytes, of a known total."""
-
     def __init__(self, progress: Progress, total_bytes: int) -> None:
         self._progress, self._total_bytes, self._done_bytes = progress, total_bytes, 0
 

@@ -1,5 +1,5 @@
-"""The split of a model file into parts and their merge: tensors byte for byte, metadata unchanged. Names and keys are
-llama.cpp's; files are compatible in both directions."""
+"""The split of a model file into parts and their merge: tensors byte for byte, metadata unchanged; files are compatible
+with llama.cpp's in both directions."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class Part:
 
 
 def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
-    """Returns the parts PREFIX-00001-of-0000N.gguf of a model. Raises UsageError if it is in parts already, a tensor
-    alone is too large, or there would be too many parts."""
+    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if the model is in parts already, a tensor is too
+    large, or there would be too many parts."""
     if len(model.parts) > 1:
         raise UsageError(f"{model.path}: is split already; merge it first")
     alignment = _alignment(model)
@@ -80,8 +80,8 @@ def plan_merge(model: ModelFile, out: Path) -> Part:
 
 
 def write_parts(parts: Sequence[Part], progress: Progress) -> None:
-    """Writes all files, or none: they get their names when the last is complete, the first one last. Raises UsageError
-    if one exists, or the disk has too little room. `progress` gets the name of the file and bytes of tensors."""
+    """Writes all files, or none: they get their names when all are complete, the first one last. Raises UsageError if
+    one exists, or the disk has too little room. `progress` gets file names and bytes of tensors."""
     for part in parts:
         if part.path.exists():
             raise UsageError(f"{part.path}: is there already; delete it or choose another name")

@@ -28,8 +28,6 @@ _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
 
 @dataclass(frozen=True, slots=True)
 class Alone:
-    """The speed of one of the machines without the others."""
-
     machine: str
     prediction: Prediction
 
@@ -49,8 +47,8 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """Yields the largest quantization that fits, one of the catalog if any does, and the fewest further machines like
-    the last. Each is tried with whole layers: dividing experts would take many searches."""
+    """Yields the largest quantization that fits, preferably of the catalog, and the fewest further machines like the
+    last. Layers stay whole: dividing experts would take many searches."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"
@@ -125,8 +123,8 @@ def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str
 
 
 def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
-    """Yields smaller mixes, those of the catalog first, then the largest first. MXFP4 experts have none: they are
-    published so, and only little beside them could shrink."""
+    """Yields smaller mixes, those of the catalog first, then the largest first; none of MXFP4, which is published
+    so."""
     if model.has_mxfp4:
         return
     mixes = (model.quantized(mix) for mix in _SMALLER_MIXES)

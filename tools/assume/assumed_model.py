@@ -1,5 +1,5 @@
 """Models without bytes: of a named shape or a file's tensors, in a mix of `quantize`. They become programs as any file
-does, so that weights, KV memory and workspace are what they would be."""
+does, so that weights, KV memory and workspace are exact."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ _MIXES: Final = {
     "Q6": "Q6_K",
     "Q8": "Q8_0",
 }
-"""Aliases of mixes."""
 
 
 @dataclass(frozen=True)  # without slots: it keeps the model that it opened
@@ -65,7 +64,7 @@ class AssumedModel:
         return Model(self.file)
 
     def quantized(self, mix: str) -> AssumedModel:
-        """Raises UsageError for types that `quantize` cannot read."""
+        """Raises UsageError for an architecture with unknown rules."""
         return AssumedModel(self.title, _quantized(self.file, MIXES[mix]), mix, self.catalog_name)
 
     @property
@@ -75,7 +74,6 @@ class AssumedModel:
 
     @property
     def is_in_catalog(self) -> bool:
-        """True if `model pull` has the file."""
         model = public_models().get(self.catalog_name)
         return model is not None and self.mix in map(_mix, model.quantizations)
 
@@ -89,8 +87,7 @@ class AssumedModel:
 
 
 def assumed_model(spec: str) -> AssumedModel:
-    """Finds SHAPE[:MIX], a model of the catalog (downloaded or of a known shape), or the path of one, also with :MIX.
-    Raises UsageError that lists the choices."""
+    """Finds SHAPE[:MIX], a model of the catalog or the path of one, also with :MIX. UsageError lists the choices."""
     name, mix = _split(spec)
     if (shape := SHAPES.get(name.lower())) is not None:
         return shape_model(name.lower(), shape, mix)
@@ -131,8 +128,7 @@ def _catalog_entry(spec: str) -> CatalogEntry | None:
 
 
 def _quantization_of(spec: str) -> CatalogEntry | None:
-    """Returns the catalog's entry with its own quantization. Raises UsageError for a quantization that is no mix
-    either."""
+    """Returns the catalog's entry with its own quantization. Raises UsageError for an unknown quantization."""
     try:
         return find_entry(spec)
     except UsageError:

@@ -21,7 +21,6 @@ from llamaclust.tools.assume.shapes import SHAPES
 
 _HEADINGS = ("model", "file", "fits", "tok/s", "first token", "what would help")
 _RIGHT = (1, 3, 4)
-"""Columns of numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,7 @@ def _speeds(prediction: Prediction) -> str:
 def plan_assumed(
     machines: str, spec: str, overrides: Sequence[str], acceptances: Sequence[float] = USUAL_ACCEPTANCES
 ) -> AssumedPlan:
-    """Raises UsageError for a wrong description, model or override; InsufficientMemoryError with the missing MiB and
-    what would fit."""
+    """Raises UsageError for wrong arguments, InsufficientMemoryError with the missing MiB and what would fit."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     model = assumed_model(spec)
     try:
@@ -122,7 +120,6 @@ class ShapePlan:
         return self.alone is not None or (self.plan is not None and len(self.plan.stages) == 1)
 
     def cells(self) -> tuple[str, ...]:
-        """Returns the row under `_HEADINGS`."""
         title = f"{self.name}: {self.model.title} {self.model.shown_mix}"
         size = gigabytes(self.model.file.size_bytes)
         if self.plan is None:
@@ -182,8 +179,7 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Plans each named shape in its usual quantization, and calls `planned` with each name before. Raises UsageError
-    for a wrong description or override."""
+    """Plans each shape in its usual quantization; `planned` gets each name before. UsageError for wrong arguments."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

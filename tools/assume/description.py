@@ -54,7 +54,6 @@ _TERAOPS_MACS = 0.5e12
 _BANDWIDTH = "the bandwidth of reading memory as @25GB/s, or the kind of memory as @DDR3, @DDR4 or @DDR5"
 _GPU_BANDWIDTH = "the bandwidth of a GPU's memory, as in 12GB@360GB/s gpu (in GB/s), or a GPU's name, as in rtx3060"
 _SHOWN = 30
-"""The most characters of a mistake in an error."""
 
 
 class _Reader:
@@ -73,7 +72,6 @@ class _Reader:
         return self.take(re.compile(re.escape(character))) is not None
 
     def is_group(self) -> bool:
-        """True if a description of machines begins here."""
         counted = _COUNT.match(self.text, self.at)
         return _MEMORY.match(self.text, self.at if counted is None else counted.end()) is not None
 
@@ -103,8 +101,8 @@ class _Group:
 
 def parse_machines(text: str) -> AssumedMachines:
     """Parses `[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS][ gpu]`, joined by +, then `, SPEED[, ROUND TRIP]` of the
-    network. A `gpu` group, also `[Nx]NAME`, is N GPUs in each machine of the group before it. Raises UsageError with
-    the mistake and its place."""
+    network. A `gpu` group, also `[Nx]NAME`, is N GPUs in each machine before it. Raises UsageError with the mistake's
+    place."""
     reader = _Reader(text)
     groups: list[list[Machine]] = []
     while True:

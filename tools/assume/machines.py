@@ -53,7 +53,5 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class AssumedMachines:
-    """Machines in the order of the text."""
-
     machines: tuple[Machine, ...]
     network: Network = Network()

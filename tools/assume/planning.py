@@ -42,7 +42,6 @@ class AssumedCluster:
         return replace(self, assumed=assumed)
 
     def with_machines(self, count: int) -> AssumedCluster:
-        """Adds `count` machines like the last one."""
         machines = self.assumed.machines
         return self.changed(replace(self.assumed, machines=(*machines, *((machines[-1],) * count))))
 
@@ -52,8 +51,7 @@ class AssumedCluster:
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
     def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
-        """Raises UsageError for a wrong override or GPUs that do not compute the model, InsufficientMemoryError with
-        the missing MiB."""
+        """Raises UsageError for a wrong override or unusable GPUs, InsufficientMemoryError with the missing MiB."""
         workers = {f"m{number}": machine for number, machine in enumerate(self.assumed.machines, 1)}
         resources = ClusterResources(
             workers={name: _resources(name, machine) for name, machine in workers.items()},

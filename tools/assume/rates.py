@@ -1,6 +1,6 @@
 """Assumptions about machines that nobody measured: shares of limits that kernels reach, and defaults. Times of products
-on a processor follow from its limits and quant types (cluster/planner/product_times.py). Shares of GPUs are those of
-docs/gpu.md; costs of a hop beside the network are in benchmarks/notebook.md."""
+on a processor: cluster/planner/product_times.py; shares of GPUs: docs/gpu.md; costs of a hop:
+benchmarks/notebook.md."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ HOP_S: Final = 0.3e-3
 
 
 def read_bytes_s(device: Device) -> float:
-    """Returns the given bandwidth, or that of the kind of memory."""
     memory = device.bandwidth or DEFAULT_MEMORY
     return memory if isinstance(memory, float) else _modules_bytes_s(memory)
 
@@ -81,7 +80,6 @@ def links_of(network: Network, names: list[str]) -> Links:
 
 
 def assumptions(assumed: AssumedMachines) -> Iterator[str]:
-    """Yields a line for each assumption."""
     cpus = [machine.cpu for machine in assumed.machines]
     yield from _memories(cpus)
     gpus = [gpu for machine in assumed.machines for gpu in machine.gpus]
@@ -128,7 +126,6 @@ def _is_old(cpu: Device) -> bool:
 
 
 def _memories(cpus: Sequence[Device]) -> Iterator[str]:
-    """Yields the kinds of memory whose bandwidth is not given."""
     for kind in dict.fromkeys(cpu.bandwidth for cpu in cpus if not isinstance(cpu.bandwidth, float)):
         memory = kind or DEFAULT_MEMORY
         channels = {1: "one channel", 2: "two channels"}.get(memory.channels or CHANNELS, f"{memory.channels} channels")

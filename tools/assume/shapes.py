@@ -58,7 +58,6 @@ class ModelShape:
         return derived[name] if name in derived else int(getattr(self, name))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yields name and shape of every tensor."""
         for name, sizes in {**OUTSIDE, **({} if self.is_tied else HEAD)}.items():
             yield name, tuple(map(self.size, sizes))
         for layer in range(self.layers + self.has_nextn):

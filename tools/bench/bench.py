@@ -33,8 +33,7 @@ OnStep = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class BenchTask:
-    """The parameters of a benchmark. Prefill and decode are apart, as in llama-bench: decode begins behind `depth`
-    tokens."""
+    """The parameters of a benchmark. Prefill and decode are apart, as in llama-bench; decode begins behind `depth`."""
 
     model: Path
     threads: int | None  # of each worker; None: the cores, shared out
@@ -63,9 +62,9 @@ class BenchTask:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Counted work of one prefill and one decode step: multiply-accumulates of weights, bytes that must be read.
-    Weights count as the file holds them: larger tiles get no credit. Omitted are the embedding (one row a token is
-    read), experts that a token does not choose, and KV outside a sliding window. A state is read once."""
+    """Counted work of a prefill and a decode step: MACs of weights, bytes read. Weights count as the file holds them:
+    larger tiles get no credit. Omitted are the embedding, unchosen experts, and KV outside a sliding window. A state is
+    read once."""
 
     prefill_macs: int
     float_share: float  # of them, those by float weights
@@ -232,8 +231,7 @@ async def _cluster_runs(task: BenchTask, on_step: OnStep, measure: _Measure) -> 
 async def _measure(
     task: BenchTask, work: Work, on_step: OnStep, runner: Runner, limits: GpuLimits | Limits | None = None
 ) -> _Runs:
-    """Alternates decode and prefill, so that a change of the machine's speed affects both. `limits`: None: the
-    processor's."""
+    """Alternates decode and prefill, so that the machine's changes affect both. `limits` None: the processor's."""
     on_step("warming up")
     threads = min(task.threads_each * task.workers, physical_cores())
     limits = limits or await Limits.open(threads, work.float_share)

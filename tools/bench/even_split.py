@@ -16,8 +16,7 @@ _SHARPNESS = 8
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
-    """Returns half-open ranges of layers, one for each worker (at most one a layer), so that the slowest stage is
-    fastest. The last stage also has the head."""
+    """Returns half-open ranges of layers, one a worker, so that the slowest stage is fastest; the last has the head."""
     times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]
     head = _time(0, costs.head_file_bytes)
     until = np.concatenate(([0.0], np.cumsum(times))) / (sum(times) + head)

@@ -1,5 +1,4 @@
-"""The limits of this machine, measured right before and after each run: if a virtual machine changes its speed, one
-pair changes, not all."""
+"""The limits of this machine, measured right before and after each run: its speed may change during a benchmark."""
 
 from __future__ import annotations
 
@@ -69,8 +68,8 @@ class MachineLimits:
 
 
 class Limits:
-    """The machine's limits on `threads` threads. `float_share` of a prefill's multiply-adds use float weights. Holds a
-    read buffer of up to 1 GiB; probes run in daemon threads."""
+    """The machine's limits on `threads` threads; holds a read buffer of up to 1 GiB, and probes in daemon threads.
+    `float_share` of a prefill's multiply-adds use float weights."""
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
         self._probe, self._threads, self._float_share = probe, threads, float_share
@@ -104,8 +103,7 @@ class Limits:
 
 
 class GpuLimits:
-    """A GPU's limits: memory bandwidth and 8-bit products, which float weights are compared with, too. Measurements
-    block."""
+    """A GPU's memory bandwidth and 8-bit products, the limits of float weights, too. Measurements block."""
 
     def __init__(self, gpu: GpuBackend) -> None:
         self._gpu = gpu
@@ -130,8 +128,7 @@ class GpuLimits:
 
 
 async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:
-    """Measures a run between two limits. `run` returns the seconds taken by `work`; `limit` is in 10^9 of its units a
-    second."""
+    """Measures a run of `work` between two limits. `run` returns seconds; `limit` is in 10^9 units of work a second."""
     before = await limit()
     seconds = await run()
     return Pair(work / seconds / 1e9, before, await limit())

@@ -53,8 +53,8 @@ class BenchStage:
         self._settings = capacity.scheduler_settings(model, BlockCounts(limits.kv_blocks))
 
     def prefill(self, tokens: int, sequences: int | None = None) -> float:
-        """Returns the seconds to compute the first `tokens` of all (or so many) sequences one by one, each with a
-        sampled token."""
+        """Returns the seconds of prefills of `tokens` for all (or so many) sequences, one by one, each with a
+        sample."""
         started_ns = perf_counter_ns()
         for index in range(len(self._tables[:sequences])):
             for start, rows in self._chunks(tokens):
@@ -64,8 +64,7 @@ class BenchStage:
         return (perf_counter_ns() - started_ns) / 1e9
 
     def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
-        """Returns the seconds of `steps` in which all (or so many) sequences get a token together, the first behind
-        `depth`."""
+        """Returns the seconds of `steps` that decode all (or so many) sequences together, the first behind `depth`."""
         last = [tokens[depth] for tokens in self._tokens[:sequences]]
         started_ns = perf_counter_ns()
         for position in range(depth, depth + steps):

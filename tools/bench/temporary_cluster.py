@@ -93,8 +93,7 @@ class ClusterRunner:
         return (perf_counter_ns() - started_ns) / 1e9
 
     async def decode(self) -> float:
-        """Returns the seconds from the last first token to the last token, scaled to all tokens of the task: those
-        before it count less."""
+        """Returns the seconds from the last sequence's first token to the end, scaled to all tokens of the task."""
         requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
         times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)

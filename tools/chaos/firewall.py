@@ -1,5 +1,4 @@
-"""A table of nftables that belongs to this process: the kernel removes it at the process's end, and no other program
-can change it."""
+"""An nftables table of this process: the kernel removes it at the process's end, and no other may change it."""
 
 from __future__ import annotations
 

@@ -33,8 +33,7 @@ Show = Callable[[str], None]
 
 
 class Injector:
-    """The faults of one cluster. `close` undoes everything that is held, however the run ends; it may be called
-    again."""
+    """The faults of one cluster. `close` undoes everything that is held; it may be called again."""
 
     def __init__(
         self, state_dir: Path, name: str, permissions: Permissions, show: Show, firewall: Firewall | None = None
@@ -63,7 +62,7 @@ class Injector:
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
         """Returns False if the fault did not take place. Lasting faults go on in the background, except a coordinator's
-        stop; after a coordinator's kill, returns once another one serves."""
+        stop; a coordinator's kill returns once another one serves."""
         match fault.kind:
             case FaultKind.KILL:
                 return targets.workers[fault.target].send(signal.SIGKILL)
@@ -93,8 +92,7 @@ class Injector:
                 return self._fill_disk(fault, process)
 
     def close(self) -> None:
-        """Continues stopped processes, makes room on disks, heals links, then undrains. Blocks up to half a minute if
-        the cluster does not answer."""
+        """Undoes everything that is held. Blocks up to half a minute if the cluster does not answer."""
         for task in self._tasks:
             task.cancel()
         for name in self._stops.names:
@@ -238,8 +236,7 @@ class Drains:
                     api.drain(name)
 
     def end(self, name: str) -> str:
-        """Undrains, after a running `begin`, with retries while no coordinator answers. Returns why the worker stays
-        drained; "" if it does not."""
+        """Undrains, with retries while no coordinator answers. Returns why the worker stays drained, or ""."""
         with self._workers.get(name, threading.Lock()):
             return self._undrain(name)
 

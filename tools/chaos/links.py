@@ -1,5 +1,5 @@
-"""The network links of workers, and the nftables rules that disturb one of them. Rules match packets by addresses and
-ports of the cluster's members, so that other traffic is not affected."""
+"""The network links of workers, and the nftables rules that disturb one of them. Rules match addresses and ports of the
+cluster's members alone."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Disturbance(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLink:
-    """A worker's link to the members on this machine. `own_ports` are those that it connects to; a worker on this
-    machine has none: its outgoing connections look like those of other processes."""
+    """A worker's link to the members on this machine. `own_ports` are those that it connects to; () for a worker on
+    this machine: its outgoing connections look like those of other processes."""
 
     hosts: frozenset[str]  # IP addresses
     ports: frozenset[int]  # for stages, and for links of groups
@@ -87,7 +87,6 @@ def _resolve(addresses: Sequence[str]) -> WorkerLink:
 
 
 def _is_here(host: str) -> bool:
-    """True if this machine has the address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:

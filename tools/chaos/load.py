@@ -34,8 +34,8 @@ _TOP_EVERY, _TOP = 7, 5
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Numbered requests: greedy and sampled, with penalties, several choices and top logprobs, short and long prompts,
-    chats and completions."""
+    """Numbered requests of all kinds: greedy and sampled, choices, logprobs, lengths of prompts, chats and
+    completions."""
 
     tokens: int = _TOKENS
     longest: int = max(_LENGTHS)  # prompt, in words
@@ -72,8 +72,6 @@ async def fitting_requests(client: AsyncClient, context_tokens: int) -> Requests
 
 @dataclass
 class Streams:
-    """The requests that run again and again."""
-
     client: AsyncClient
     requests: Requests
     tally: Tally
@@ -87,8 +85,7 @@ class Streams:
         self.expected = dict(enumerate(answers))
 
     async def repeat(self, number: int, until: asyncio.Event) -> None:
-        """Repeats a request and compares each answer that began, also one that an error ends. Refused requests are
-        retried for two minutes."""
+        """Repeats a request and compares each answer that began. Refused requests are retried for two minutes."""
         refused_s: float | None = None
         while not until.is_set():
             received = Received()

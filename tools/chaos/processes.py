@@ -54,8 +54,8 @@ class Process:
         return False
 
     def limit_files(self, most_bytes: int) -> int | None:
-        """Limits the size of files that the process and its later children write; the hard limit still applies. Returns
-        the limit before; None if the process is gone."""
+        """Limits files that the process and its later children write, at most to the hard limit. Returns the limit
+        before; None if the process is gone."""
         if not self.is_running:
             return None
         with suppress(ProcessLookupError):
@@ -82,7 +82,7 @@ def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | N
 
 def joined_worker(worker: Mapping[str, Any]) -> Process | None:
     """Returns the process of a worker that joined by itself, if it listens on the worker's port at an address of this
-    machine. A worker elsewhere may have the id and the port of another cluster's worker here."""
+    machine: a worker elsewhere may have the same id and port as another one here."""
     process = _own_process(worker["pid"])
     if process is None:
         return None
@@ -126,7 +126,6 @@ def _is_command(words: Sequence[str], command: Sequence[str], worker: Mapping[st
 
 
 def _is_here(host: str) -> bool:
-    """True if the address is one of this machine: others cannot be bound to."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
@@ -151,7 +150,6 @@ def listening_ports(pid: int) -> frozenset[int]:
 
 
 def is_in_our_network(pid: int) -> bool:
-    """True if the process shares this one's network namespace."""
     with suppress(OSError):
         return (_PROC / str(pid) / "ns/net").readlink() == (_PROC / "self/ns/net").readlink()
     return False

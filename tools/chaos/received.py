@@ -27,7 +27,6 @@ class Received:
     _events: int = 0
 
     def add(self, event_id: str, event: Mapping[str, Any]) -> int:
-        """Returns the event's number of tokens."""
         number = event_number(event_id)
         self.misplaced += abs(number - self._events - 1)
         self._events = number

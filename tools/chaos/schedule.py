@@ -1,5 +1,5 @@
 """The order and times of faults, drawn from a seed. Pure: no clock, no processes. Each fault takes the same number of
-draws, whatever the cluster's state: a seed gives the same faults to clusters in the same states."""
+draws, so that a seed gives the same faults to clusters in the same states."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ _FULL_S = (0.5, 5.0)
 _SLOW_S = (0.5, 8.0)
 _LOSSES = 5
 _WITHIN_S = 75.0
-"""The window of `_LOSSES`: a launcher restarts a worker at most six times a minute, a hanging one some time after its
-fault."""
+"""The window of `_LOSSES`: a launcher restarts a worker at most six times a minute, a hanging one later."""
 
 
 class FaultKind(StrEnum):
@@ -58,7 +57,6 @@ class FaultKind(StrEnum):
 
     @property
     def is_loss(self) -> bool:
-        """True if the fault may lose its worker."""
         return self in (FaultKind.KILL, FaultKind.STOP, FaultKind.PARTITION, FaultKind.MUTE)
 
 
@@ -112,14 +110,12 @@ class Schedule:
         self._losses_s: dict[str, deque[float]] = {}
 
     def pause_s(self) -> float:
-        """Returns the seconds to the next fault."""
         return self._source.uniform(*_BETWEEN_S)
 
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """Returns None if no target is left. Targets in `held` are spared, and the last worker beside them is not
-        stopped, drained or cut off."""
+        """Returns None if no target is left. Spares targets in `held`, and mostly the last worker beside them."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

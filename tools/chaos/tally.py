@@ -50,8 +50,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class Pauses:
-    """The longest time without a token of any request after each fault, until the next fault or 30 s later. A gap with
-    several faults counts for each, from that fault on."""
+    """The longest time without a token of any request after each fault, until the next fault or 30 s later."""
 
     _last_s: float | None = None
     _open: list[tuple[float, FaultKind]] = field(default_factory=list)  # since the last token, and the fault before it
@@ -74,7 +73,6 @@ class Pauses:
         self._last_s = now_s
 
     def by_kind(self) -> dict[FaultKind, list[float]]:
-        """Returns seconds."""
         found: dict[FaultKind, list[float]] = {}
         for kind, seconds in self._longest:
             found.setdefault(kind, []).append(seconds)
@@ -83,8 +81,6 @@ class Pauses:
 
 @dataclass(slots=True)
 class Tally:
-    """The results of one run with this seed."""
-
     seed: int
     faults: Counter[FaultKind] = field(default_factory=Counter)
     compared: Comparison = field(default_factory=Comparison)
@@ -97,7 +93,6 @@ class Tally:
         return self.compared.is_intact and self.compared.answers > 0 and self.faults.total() > 0
 
     def verdict(self) -> Iterator[str]:
-        """Yields lines."""
         compared = self.compared
         result = "nothing lost, nothing changed" if self.is_success else "NOTHING TESTED; give more --minutes"
         result = result if compared.is_intact else "LOST OR CHANGED"

@@ -60,7 +60,6 @@ def silence(is_active: Active) -> None:
 
 
 def install() -> None:
-    """Installs faults that begin at their signal and end by themselves."""
     _at_signal(FAILING, FAILING_S, break_steps)
     _at_signal(MUTE, MUTE_S, silence)
 

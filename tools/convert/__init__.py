@@ -1,2 +1,1 @@
-"""The conversion of checkpoints to GGUF: readers of formats, architectures (pages), vocabularies, and a streaming
-writer."""
+"""The conversion of checkpoints to GGUF: formats, architectures (pages), vocabularies, and a streaming writer."""

@@ -53,8 +53,8 @@ class Target:
 def convert(
     source: Path, out: Path | None, type_name: str, hints: Hints, on_progress: OnProgress, name: str | None
 ) -> Converted:
-    """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf here. Raises ModelFileError for a bad
-    checkpoint, UsageError for bad options or a disk without room; no file is left then."""
+    """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf here. Raises ModelFileError, or UsageError
+    for bad options or a disk without room; no file is left then."""
     with SourceFiles() as files:
         return write_converted(
             files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, on_progress
@@ -108,8 +108,7 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Returns float32 for vectors and `_EXACT` tensors, float16 for rows that are no whole blocks; packed blocks keep
-    their type."""
+    """Returns float32 for vectors and `_EXACT` tensors, float16 for rows of partial blocks; packed blocks stay."""
     if tensor.packed is not None:
         return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):

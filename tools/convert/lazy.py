@@ -1,5 +1,4 @@
-"""Lazy tensors: a shape, a storage type and a function that reads rows. Transformations (permuted rows, concatenation)
-run when rows are read."""
+"""Lazy tensors: a shape, a storage type and a function that reads rows and transforms them."""
 
 from __future__ import annotations
 
@@ -27,9 +26,8 @@ _WASTE = 4
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """A tensor whose `read(start, end)` returns rows [start, end) of the first dimension, [end - start, *shape[1:]];
-    thread-safe. `origin` names file and tensor for errors. With `packed`, the last dimension is bytes of that type's
-    blocks, which the GGUF file takes as they are."""
+    """A tensor whose `read(start, end)` returns rows [start, end), [end - start, *shape[1:]]; thread-safe. `origin`
+    names file and tensor for errors. With `packed`, the last dimension is bytes of that type's blocks."""
 
     shape: tuple[int, ...]
     storage: Storage
@@ -200,7 +198,6 @@ def columns_of(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
 
 
 def part_of_each(tensor: Lazy, start: int, end: int) -> Lazy:
-    """Takes positions [start, end) of the second dimension."""
     shape = (tensor.shape[0], end - start, *tensor.shape[2:])
     return replace(tensor, shape=shape, read=lambda first, last: tensor.read(first, last)[:, start:end])
 
@@ -214,7 +211,7 @@ def strided(tensor: Lazy, axis: int, start: int, step: int) -> Lazy:
 
 
 def exchanged(tensor: Lazy) -> Lazy:
-    """Reshapes [n, columns, rows] to [n, rows, columns]."""
+    """Transposes [n, columns, rows] to [n, rows, columns]."""
     count, columns, height = tensor.shape
     return replace(
         tensor, shape=(count, height, columns), read=lambda first, last: tensor.read(first, last).swapaxes(1, 2)

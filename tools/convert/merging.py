@@ -48,7 +48,7 @@ def merge_adapter(
     base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, on_progress: OnProgress
 ) -> Converted:
     """Writes W + scale * B @ A of every matrix to `out`: a GGUF file if its name ends so, else a folder. The tokenizer
-    is the adapter's if it has one. Raises ModelFileError if base and adapter do not fit together."""
+    is the adapter's if it has one. Raises ModelFileError if the two do not fit."""
     if not (base / CONFIG).is_file():
         raise ModelFileError(f"{base}: no {CONFIG}: the base must be a folder of Hugging Face's form, not quantized")
     with SourceFiles() as files:
@@ -185,7 +185,6 @@ def _factors(module: str, pair: Mapping[str, Lazy], settings: PeftSettings) -> _
 
 
 def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
-    """Merges the adapter into a checkpoint's tensors. Raises ModelFileError if they do not fit."""
     found = dict(tensors)
     for name, tensor in adapter.replaced.items():
         found[name] = _replacement(tensor, found.get(name), name)
@@ -223,7 +222,6 @@ def _added(base: Lazy, factors: _Factors) -> Lazy:
 
 
 def _words_of(tensors: Mapping[str, Lazy], settings: Settings) -> Settings:
-    """Sets the vocabulary size of the merged embedding."""
     embedding = tensors.get("model.embed_tokens.weight")
     changed: dict[str, Any] = dict(settings.values)
     if embedding is not None and settings.values.get("vocab_size") != embedding.shape[0]:

@@ -1,5 +1,5 @@
 """The interface of `pages/`: a page takes tensors by their names in the checkpoint, states their shapes and assigns
-GGUF names. A tensor that the page does not take is an error: the result may need it, such as a scale."""
+GGUF names. A tensor that is not taken is an error: it may be a scale that the result needs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _NOT_NEEDED: Final = re.compile(
 
 
 class Page:
-    """The metadata and tensors of one architecture; keys are given without its name. `vocabulary_rules` names the
-    architecture whose vocabulary rules apply."""
+    """The metadata and tensors of one architecture. `vocabulary_rules` names the architecture of the vocabulary's
+    rules."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.settings = checkpoint.settings
@@ -54,7 +54,6 @@ class Page:
         return tensor
 
     def take_bytes(self, name: str, *shape: int) -> Lazy:
-        """Takes a tensor of bytes, as `take` does."""
         tensor = self._taken(name, shape)
         if tensor.storage is not Storage.U8:
             raise self._error(name, f"holds {tensor.storage.name}, bytes expected")
@@ -137,8 +136,7 @@ class Page:
 
 
 def neighbours(tensor: Lazy, heads: int) -> Lazy:
-    """Permutes rows of Q or K for rotation of neighbouring pairs, as GGUF's llama needs; the checkpoint rotates the
-    first half of a head with the second."""
+    """Permutes rows of Q or K from rotation of a head's halves, as in the checkpoint, to neighbouring pairs."""
     width = tensor.shape[0] // heads
     order = np.arange(tensor.shape[0], dtype=np.int64).reshape(heads, 2, width // 2).swapaxes(1, 2)
     return gathered(tensor, order.reshape(-1))

@@ -1,5 +1,4 @@
-"""Quantized checkpoints, dequantized while they are read: four-bit weights that GPTQ and AWQ pack eight to an int32,
-and eight-bit floats (E4M3) with separate scales."""
+"""Quantized checkpoints, dequantized as they are read: GPTQ's and AWQ's four-bit weights, and eight-bit floats."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
-    """Adds a `.weight` for every `.qweight`; scaled tensors become float32. Raises ModelFileError for other
-    quantizations."""
+    """Adds a `.weight` for every `.qweight`; makes float32 of scaled tensors. ModelFileError for other methods."""
     if not settings.has("quantization_config"):
         return tensors
     said = settings.inner("quantization_config")
@@ -214,8 +212,7 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
 
 
 def _all_numbers() -> Array:
-    """Returns all E4M3 numbers: four bits of exponent, biased by 7, three of fraction; all ones are NaN, without
-    infinities."""
+    """Returns all E4M3 numbers: four bits of exponent, biased by 7, three of fraction; all ones are NaN."""
     byte = np.arange(256)
     exponent, fraction = byte >> 3 & 15, byte & 7
     size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8.0 + fraction, exponent - 10))

@@ -28,9 +28,8 @@ def rotation(
     says_dimensions: bool = True,
     log_multiplier: bool = False,
 ) -> None:
-    """Writes keys, and tensors of factors if any, for heads of which `dimensions` channels rotate. `base`: the default.
-    `log_multiplier`: the architecture has a key for the divisor of YaRN's magnitude. Raises ModelFileError for
-    stretching that GGUF cannot express."""
+    """Writes keys and tensors of factors, for heads with `dimensions` rotating channels. `base`: the default.
+    `log_multiplier`: there is a key for the divisor of YaRN's magnitude. ModelFileError: GGUF cannot express it."""
     said = _parameters(page.settings)
     theta = _base(said, base or 10000.0)
     page.key("rope.freq_base", theta)
@@ -75,8 +74,7 @@ def latent_rotation(page: Page, dimensions: int) -> None:
 
 
 def alpha_rotation(page: Page, dimensions: int) -> bool:
-    """Writes a rotation whose base `alpha` stretches equally for all lengths (the authors call it dynamic); False
-    without one."""
+    """Writes a rotation whose base `alpha` stretches for all lengths (called dynamic); False without one."""
     said = _parameters(page.settings)
     alpha = said.real("alpha", default=0.0, maximum=1e6)
     if said.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
@@ -106,8 +104,7 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:
-    """Returns the channel pairs that rotate by each picture coordinate, and 0 for a fourth; by default about a third of
-    `pairs` each. All coordinates of text are equal."""
+    """Returns the channel pairs that rotate by each of four picture coordinates, which are equal in text."""
     listed = _parameters(settings).values.get("mrope_section")
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
@@ -121,8 +118,7 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes the growth of queries with the logarithm of their position as `attention.temperature_scale`; returns the
-    positions of each step, 0 without it."""
+    """Writes the growth of queries with the logarithm of position; returns the positions of a step, 0 without it."""
     said = _parameters(page.settings)
     growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
@@ -134,7 +130,6 @@ def position_scale(page: Page) -> int:
 
 
 def local_base(settings: Settings, default: float = 10000.0) -> float:
-    """Returns the rotation base of layers with a sliding window."""
     said = settings.inner("rope_parameters", "rope_scaling").inner("sliding_attention")
     if said.text("rope_type", "type", default="default") != "default":
         raise said.error("rope_type", "layers with a window whose rotation is stretched are not supported")
@@ -155,8 +150,7 @@ def _base(said: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
-    """Writes a magnitude factor only if it differs: GGUF's factor multiplies YaRN's magnitude, a configuration's
-    replaces it."""
+    """Writes a magnitude factor if it differs: GGUF's multiplies YaRN's magnitude, a configuration's replaces it."""
     factor = _yarn_keys(page, said)
     wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)

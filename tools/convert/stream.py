@@ -53,8 +53,7 @@ def write_stream(
     threads: int,
     check: Callable[[], None],
 ) -> None:
-    """Raises UsageError, before writing, if the disk has too little room. `check` is called before the file gets its
-    name."""
+    """Raises UsageError, before writing, if the disk is too small. `check` runs before the file gets its name."""
     header = header_bytes(
         metadata, [TensorSource(output.name, output.quant_type, output.tensor.shape, bytes) for output in outputs]
     )
@@ -68,7 +67,6 @@ def write_stream(
 def write_pieces(
     file: BinaryIO, outputs: Sequence[Output], on_progress: OnProgress, threads: int, alignment: int = DEFAULT_ALIGNMENT
 ) -> None:
-    """Writes all tensors at the current position of the file, each aligned to `alignment` bytes."""
     total = sum(padded(output.n_bytes, alignment) for output in outputs)
     start = file.tell()
     done = flushed = 0
@@ -117,7 +115,6 @@ def _tasks(outputs: Iterable[Output], alignment: int) -> Iterator[Callable[[], m
 
 
 def _rows(output: Output, start: int, end: int) -> memoryview:
-    """Returns rows [start, end) in the output type."""
     tensor = output.tensor
     values = tensor.read(start, end)
     if tensor.packed is not None:

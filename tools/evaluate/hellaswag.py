@@ -16,7 +16,6 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.tools.evaluate.perplexity import read_text
 
 AT_ONCE: Final = 8
-"""The number of endings computed concurrently."""
 
 _LINES: Final = 6
 _NORMAL_95: Final = 1.95996398454
@@ -33,8 +32,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Counts of tasks whose right ending was likeliest: by its total logprob (`right`), and by its tokens' mean
-    (`right_norm`, llama.cpp's)."""
+    """Counts of likeliest right endings: by total logprob (`right`), by tokens' mean (`right_norm`, llama.cpp's)."""
 
     tasks: int = 0
     right: int = 0
@@ -72,8 +70,8 @@ class Accuracy:
 
 
 def read_tasks(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Task]:
-    """Reads the first `most` tasks: six lines each, context, the right ending's number from 0, four endings. Raises
-    UsageError for any other file."""
+    """Reads the first `most` tasks of six lines: context, right ending's number, four endings. UsageError for
+    others."""
     lines = read_text(path).split("\n")
     if len(lines) % _LINES:
         raise UsageError(f"{path}: {len(lines)} lines, not six for each task: context, number, four endings")
@@ -94,8 +92,7 @@ def _task(path: Path, tokenizer: Tokenizer, lines: Sequence[str], line: int) -> 
 
 
 def measure_hellaswag(client: TextClient, tasks: Sequence[Task], on_task: Callable[[Accuracy], None]) -> Accuracy:
-    """Scores the tasks; `on_task` gets the value so far. Logprobs, and so the value, are the same wherever the model
-    runs."""
+    """Scores the tasks; `on_task` gets the value so far. The value does not depend on where the model runs."""
     value = Accuracy()
     with ThreadPoolExecutor(AT_ONCE, "hellaswag") as pool:
         try:

@@ -1,5 +1,4 @@
-"""The comparison of two models' predictions token by token, with the statistics of llama.cpp's `llama-perplexity
---kl-divergence`. Runs no model."""
+"""The comparison of two models' predictions, with the statistics of llama.cpp's `llama-perplexity --kl-divergence`."""
 
 from __future__ import annotations
 

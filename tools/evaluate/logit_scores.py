@@ -37,8 +37,8 @@ def keep_logits(client: LocalClient, chunks: Sequence[tuple[int, ...]], file: Pa
 def measure_divergence(
     client: LocalClient, tokenizer: Tokenizer, base: LogitsFile, chunks: int, on_chunk: Callable[[int, float], None]
 ) -> Divergence:
-    """Compares the model with the first `chunks` of a file of logits; `on_chunk` gets the number done and the mean
-    divergence so far. UsageError where the file is of another vocabulary."""
+    """Compares the model with the first `chunks` of a file; `on_chunk` gets the number done and the mean divergence so
+    far. Raises UsageError if the file has another vocabulary."""
     shape = base.shape
     if shape.vocabulary != client.vocabulary_size:
         raise UsageError(
@@ -61,7 +61,6 @@ def measure_divergence(
 
 
 def _logprobs(logits: Float32, tokens: Sequence[int]) -> list[float]:
-    """Returns logprobs of the actual tokens, [rows]."""
     most = logits.max(axis=1)
     total = np.log(np.exp(logits - most[:, None]).sum(axis=1, dtype=np.float64))
     chosen: list[float] = (logits[np.arange(len(tokens)), list(tokens)] - most - total).tolist()

@@ -20,7 +20,7 @@ _CHECKED_CHARACTERS = 500
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood of `tokens` scored tokens, and its standard error."""
+    """The exponential of the mean negative log-likelihood of `tokens` scored tokens, and its standard error."""
 
     perplexity: float
     stderr: float
@@ -41,7 +41,6 @@ class Accumulator:
         self._squares = 0.0
 
     def add(self, logprobs: Iterable[float]) -> None:
-        """Adds one chunk's scored tokens."""
         for logprob in logprobs:
             self._sum -= logprob
             self._squares += logprob * logprob
@@ -72,8 +71,7 @@ def read_text(path: Path) -> str:
 
 
 def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list[tuple[int, ...]]:
-    """Returns the first `most` whole chunks of `context` tokens, each as of `begun`. Raises UsageError for a text
-    shorter than a chunk."""
+    """Returns the first `most` whole chunks of `context` tokens, as of `begun`. UsageError for a short text."""
     ids = tokenizer.encode(text)
     if len(ids) < context:
         raise UsageError(f"the text has {len(ids)} tokens, a chunk {context}: take a longer text or a smaller -c")

@@ -1,5 +1,4 @@
-"""The download of one file over HTTP into a partial file, which survives interruptions; with resumption, retries and a
-deadline."""
+"""The download of one file over HTTP into a partial file, with resumption, retries and a deadline."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Limits of a download: tries without progress, seconds of the first and longest pause between tries, seconds in
-    all."""
+    """Limits of a download: tries without progress, seconds of the first and longest pause, seconds in all."""
 
     tries: int = 6
     first_pause_s: float = 0.5
@@ -68,9 +66,9 @@ class Download:
 def fetch(
     client: httpx.Client, wanted: Download, partial: Path, progress: Progress, patience: Patience = PATIENCE
 ) -> None:
-    """Downloads a file into `partial`, resuming an earlier attempt. A large file uses several connections if the server
-    supports ranges. Raises DownloadError if the server refuses, the disk is too small, `patience` ends or the hash is
-    wrong; a file with a wrong hash is deleted, an incomplete one stays for the next attempt."""
+    """Downloads a file into `partial`, resuming an earlier attempt, over several connections if the server supports
+    ranges. Raises DownloadError if the server refuses, the disk is too small, `patience` ends or the hash is wrong; a
+    file with a wrong hash is deleted, an incomplete one stays."""
     transfer = _Transfer(client, wanted, partial, progress, time.monotonic() + patience.deadline_s)
     resumed = transfer.size_bytes > 0
     transfer.run(patience)
@@ -84,7 +82,6 @@ def fetch(
 
 
 def hash_of(path: Path) -> str:
-    """Returns a file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -112,8 +109,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RangeSource:
-    """A large file over several connections at once: its ranges, in order. `headers` are sent with every request; a
-    validator among them keeps the pieces to one version of the file."""
+    """A large file over several connections at once: its ranges, in order. A validator among `headers` keeps the pieces
+    to one version of the file."""
 
     client: httpx.Client
     url: str
@@ -190,7 +187,6 @@ class _Transfer:
         self.note.unlink(missing_ok=True)
 
     def run(self, patience: Patience) -> None:
-        """Downloads to the last byte, in as many attempts as `patience` allows."""
         failures, best, url = 0, self.size_bytes, self.wanted.url
         while True:
             try:
@@ -247,7 +243,6 @@ class _Transfer:
             self.note.write_text(json.dumps({"url": self.wanted.url, "validator": validator}), encoding="utf-8")
 
     def _range_headers(self) -> dict[str, str]:
-        """Returns the headers of every request for a part of the file."""
         validator = self._validator()
         headers = {**self.wanted.headers, "Accept-Encoding": "identity"}
         return headers | ({"If-Range": validator} if validator else {})

@@ -37,8 +37,8 @@ class RemoteFile:
 
 
 def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, patience: Patience) -> RemoteFile:
-    """Requests the file's size and SHA-256 from the hub, and pins the commit of the revision. Raises DownloadError if
-    the hub refuses, UsageError for a token file that others may read or a mirror to which no token may go."""
+    """Requests the file's size and SHA-256 from the hub, and pins its commit. Raises DownloadError if the hub refuses,
+    UsageError for a token file that others may read or a mirror to which no token may go."""
     headers = _headers(settings)
     url = source.url(settings.endpoint)
     response = _head(client, url, headers, patience)
@@ -81,8 +81,7 @@ def _token_of_file(settings: HubSettings) -> str | None:
 
 
 def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: Patience) -> httpx.Response:
-    """Returns the hub's own reply: follows redirects within the hub, as of a renamed repository, but none away from
-    it."""
+    """Returns the hub's own reply: follows redirects within the hub, as of renamed repositories, but none away."""
     place = url
     for failures in range(patience.tries):
         tries_left = patience.tries - failures - 1

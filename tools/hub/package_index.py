@@ -1,5 +1,4 @@
-"""The wheel of a package on the index that pip is configured for on this machine: pip's settings, no address of
-ours."""
+"""The wheel of a package on the index that pip is configured for on this machine; no address is our own."""
 
 from __future__ import annotations
 
@@ -65,8 +64,7 @@ def pip_settings() -> PipSettings:
 
 
 def find_wheel(client: httpx.Client, settings: PipSettings, wanted: PackageFile) -> WheelLink:
-    """Returns a wheel of the package and version, preferably one for every platform. Raises DownloadError without
-    one."""
+    """Returns a wheel of the package, preferably one for every platform. Raises DownloadError without one."""
     problems: list[str] = []
     pages = (f"{url.rstrip('/')}/{_normalized(wanted.package)}/" for url in settings.index_urls)
     for place in (*settings.find_links, *pages):
@@ -131,8 +129,7 @@ def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
 
 
 def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
-    """Yields the links on an index page or in a wheel folder: an address, a `file:` address or a path. A missing page
-    has none."""
+    """Yields links on an index page or in a wheel folder: an address or a path. A missing page has none."""
     path = local_path(place)
     if path is None:
         yield from _web_links(client, place)
@@ -192,8 +189,6 @@ def _html_links(page: str, base_url: str) -> Iterator[WheelLink]:
 
 
 class _References(HTMLParser):
-    """The targets of all links of a page."""
-
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []

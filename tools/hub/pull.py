@@ -47,9 +47,8 @@ def check_known(spec: str, models_dir: Path | None = None) -> None:
 def pull_model(
     spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience = PATIENCE
 ) -> Path:
-    """Returns the path of a model, downloaded first if need be; resumes an earlier call's partial download. Raises
-    UsageError for an unknown model, DownloadError for a failed download, ModelFileError for bytes that are no model.
-    Calls in other processes wait for each other."""
+    """Returns the path of a model, downloaded or resumed if need be; other processes wait. Raises UsageError for an
+    unknown model, DownloadError, ModelFileError for bytes that are no model."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
@@ -66,8 +65,7 @@ def pull_model(
 
 @contextmanager
 def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
-    """Holds the directory's lock, waiting for another process that downloads the same model. Removes a directory that
-    stays empty."""
+    """Holds the directory's lock, waiting for other downloads of the model; removes it if it stays empty."""
     deadline = time.monotonic() + _LOCK_WAIT_S
     lock = FileLock(directory / _LOCK)
     while not _taken(lock, directory):
@@ -127,7 +125,6 @@ def _remote(client: httpx.Client, wanted: WantedFile, is_part: bool, patience: P
 
 
 def _reported_size(client: httpx.Client, url: str) -> int | None:
-    """Returns the server's size of a file, if any."""
     try:
         response = client.head(url, headers={"Accept-Encoding": "identity"})
     except (httpx.HTTPError, httpx.InvalidURL):

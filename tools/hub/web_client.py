@@ -26,8 +26,8 @@ def failure(error: Exception) -> str:
 
 
 class WebClient(httpx.Client):
-    """An httpx client with deadlines for a reply's headers and for its body, each as a whole. Past a deadline all
-    connections of the client end with a TransportError, upon which callers retry."""
+    """An httpx client with deadlines for a reply's headers and for its body, each as a whole. Past a deadline all of
+    its connections end with a TransportError, upon which callers retry."""
 
     def __init__(self, *, headers_s: float = HEADERS_S, body_s: float = BODY_S, **options: Any) -> None:
         super().__init__(**options)

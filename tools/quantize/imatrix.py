@@ -1,5 +1,4 @@
-"""The importance matrix of a model: sums of squares of each matrix's inputs by column over a text, as of
-llama-imatrix."""
+"""The importance matrix of a model: sums of squares of matrices' inputs by column, as of llama-imatrix."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ _OUTPUT = "output.weight"
 def collect(
     model: Model, chunks: Sequence[tuple[int, ...]], threads: int, text: str, with_output: bool, progress: Progress
 ) -> ImportanceMatrix:
-    """Collects the layers' matrices, and `with_output` the output matrix, over independent chunks of tokens. Raises
-    LlamaclustError for sums that are not finite."""
+    """Collects the layers' matrices, and `with_output` the output's. LlamaclustError for sums that are not finite."""
     context = len(chunks[0])
     blocks = -(-context // KV_BLOCK_TOKENS)
     rows = min(_ROWS, context)

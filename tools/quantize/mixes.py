@@ -1,5 +1,4 @@
-"""Quantization mixes by name, and tensors with other types than the rest. Mixes equal llama-quantize's, so that files
-of the same name have the same size."""
+"""Quantization mixes by name, equal to llama-quantize's, so that files of the same name have the same size."""
 
 from __future__ import annotations
 
@@ -94,8 +93,7 @@ VALUES = frozenset({Part.V, Part.QKV, Part.KV_B})
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of a tensor: the `index`-th of `count` of its part, in a model with `experts` (0: none) and
-    `query_share` query heads for each KV head."""
+    """The place of a tensor: the `index`-th of `count` of its part; `query_share`: query heads for each KV head."""
 
     index: int
     count: int

@@ -1,5 +1,4 @@
-"""The quantization of a model file: tensor by tensor, rows in chunks over threads, into a file that appears when
-complete."""
+"""The quantization of a model file, tensor by tensor, into a file that appears when complete."""
 
 from __future__ import annotations
 
@@ -45,8 +44,6 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Quantizing:
-    """The changes of a model's tensors, in their order."""
-
     model: ModelFile
     wishes: Wishes
     changes: tuple[Change, ...]
@@ -161,7 +158,6 @@ def _row_ranges(tensor: Tensor) -> list[range]:
 
 
 def _quantized(change: Change, rows: range) -> NDArray[np.uint8]:
-    """Returns rows of one expert in the new type."""
     tensor = change.tensor
     data = bytearray(len(rows) * tensor.row_bytes)
     tensor.read_into(data, rows.start * tensor.row_bytes)

@@ -65,7 +65,6 @@ def read_weight_file(files: SourceFiles, path: Path) -> dict[str, Lazy]:
 
 
 def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
-    """Reads the tensors that an index lists, from the files it names."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ModelFileError(f"{index}: no weight_map")

@@ -1,5 +1,4 @@
-"""llama2.c files: seven header numbers and weights in a fixed order; float32 in the legacy format and version 1, int8
-with a scale for each group in version 2."""
+"""llama2.c files: seven header numbers and weights in a fixed order: float32, or in version 2 int8 with scales."""
 
 from __future__ import annotations
 
@@ -53,7 +52,6 @@ class _Header:
 
     @property
     def values(self) -> dict[str, object]:
-        """The settings under Hugging Face's names."""
         numbers = dict(zip(_NUMBERS, astuple(self), strict=False))
         return {**numbers, "rms_norm_eps": _EPSILON, "tie_word_embeddings": self.tied}
 
@@ -122,7 +120,6 @@ def _checked(numbers: tuple[int, ...], *, tied: bool) -> _Header | None:
 
 
 def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
-    """Splits a tensor of all layers into one for each layer."""
     count = whole.shape[0] // layers
     return {name.format(layer): rows(whole, layer * count, (layer + 1) * count) for layer in range(layers)}
 

@@ -1,5 +1,5 @@
-"""Meta's folders: params.json, consolidated.NN.pth (each has a part of every matrix), tokenizer.model. LLaMA saved by
-TencentPretrain gets the same names; it is one PyTorch file and a JSON configuration with its own keys."""
+"""Meta's folders: params.json, consolidated.NN.pth (each has a part of every matrix), tokenizer.model. LLaMA of
+TencentPretrain, a PyTorch file and a JSON configuration, gets the same names."""
 
 from __future__ import annotations
 

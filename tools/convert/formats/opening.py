@@ -31,8 +31,7 @@ class Hints:
 
 
 def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
-    """Raises ModelFileError for a missing, damaged or unsupported checkpoint, UsageError for hints that it does not
-    need."""
+    """Raises ModelFileError for a missing or bad checkpoint, UsageError for hints that it does not need."""
     if not path.exists():
         raise ModelFileError(f"{path}: no such file or folder; check the path")
     if not path.is_dir():

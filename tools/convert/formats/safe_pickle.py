@@ -1,5 +1,5 @@
-"""A restricted interpreter of a state dict's pickle: it builds numbers, text, lists, dicts and references to tensors
-only; it refuses any other name, and runs no code of the pickle."""
+"""A restricted interpreter of a state dict's pickle: it builds numbers, text, lists, dicts and references to tensors;
+it refuses any other name, and runs no code of the pickle."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class _Named:
-    """A name that a pickle may use, and its function."""
-
     name: str
     call: Callable[[tuple[Any, ...]], Any]
 

@@ -1,5 +1,4 @@
-"""Pages by architecture: the checkpoint's name, GGUF's name and the page. A multimodal checkpoint's text model is
-taken."""
+"""Pages by architecture: checkpoint's name, GGUF's name, page. Multimodal checkpoints yield their text model."""
 
 from __future__ import annotations
 

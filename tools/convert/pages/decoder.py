@@ -24,7 +24,6 @@ def activation(page: Page, names: Sequence[str], *keys: str) -> None:
 
 
 def usual_keys(page: Page, feed_forward: int) -> None:
-    """Writes the metadata that nearly every architecture has."""
     context = ("max_position_embeddings", "n_positions", "n_ctx", "model_max_length", "seq_length")
     page.key("block_count", page.layers)
     page.key("context_length", page.settings.count(*context, maximum=MAX_CONTEXT))
@@ -47,7 +46,6 @@ def norm_epsilon(page: Page, *names: str) -> None:
 
 
 def ends(page: Page) -> None:
-    """Copies embedding, output norm and output matrix."""
     page.copy("token_embd", "model.embed_tokens", page.words, page.width)
     page.copy("output_norm", "model.norm", page.width)
     page.output()

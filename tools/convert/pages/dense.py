@@ -49,7 +49,6 @@ def build_granite(page: Page) -> None:
 
 
 def granite_scales(page: Page) -> None:
-    """Writes the scales of embedding, scores, residuals and logits."""
     for key, name in (
         ("embedding_scale", "embedding_multiplier"),
         ("attention.scale", "attention_multiplier"),
@@ -73,8 +72,7 @@ def _plain(page: Page, base: float) -> None:
 
 
 def build_exaone4(page: Page) -> None:
-    """Norms behind attention and feed-forward alone. Models with a window have it in three of four layers, and no
-    rotation in the fourth."""
+    """Norms behind attention and feed-forward alone. With a window, every fourth layer has neither it nor rotation."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)

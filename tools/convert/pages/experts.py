@@ -1,5 +1,4 @@
-"""Parts of mixtures of experts that several pages share: keys, matrices, layers without experts, and layers that
-predict further tokens."""
+"""Parts of mixtures of experts that several pages share: keys, matrices, dense layers, and prediction layers."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ def group_keys(page: Page, count: int, chosen: int) -> None:
 
 
 def matrices(page: Page, place: str, source: str, count: int, width: int, names: tuple[str, str, str] = PARTS) -> None:
-    """Puts matrices of the experts at `source`: one a part and expert, or one tensor of all with each expert's gate
-    above its up."""
+    """Puts matrices of the experts at `source`: one a part and expert, or one tensor with gate above up."""
     if not page.has(f"{source}.gate_up_proj"):
         decoder.experts(page, place, count, width, names, source)
         return
@@ -82,14 +80,12 @@ def leading_dense(page: Page) -> int:
 
 
 def further_layers(page: Page) -> int:
-    """Returns the number of layers behind the others that predict further tokens: as configured, or 0 without
-    tensors."""
+    """Returns the number of layers that predict further tokens: as configured, or 0 without tensors."""
     count = page.settings.count("num_nextn_predict_layers", default=0, minimum=0, maximum=MAX_LAYERS)
     return count if count and page.has(f"model.layers.{page.layers}.eh_proj.weight") else 0
 
 
 def leave_further_layers(page: Page) -> None:
-    """Drops the layers that predict further tokens, with a note."""
     count = page.settings.count("num_nextn_predict_layers", default=1, minimum=0, maximum=MAX_LAYERS)
     behind = [f"model.layers.{page.layers + number}." for number in range(count)]
     behind = [prefix for prefix in behind if page.has(f"{prefix}eh_proj.weight")]
@@ -98,8 +94,7 @@ def leave_further_layers(page: Page) -> None:
 
 
 def prediction(page: Page, layer: int) -> None:
-    """Copies the additional tensors of a layer that predicts further tokens; some checkpoints use the model's embedding
-    and head."""
+    """Copies additional tensors of a prediction layer; some checkpoints use the model's embedding and head."""
     place, source, hidden = f"blk.{layer}.nextn", f"model.layers.{layer}", page.width
     page.copy(f"{place}.eh_proj", f"{source}.eh_proj", hidden, 2 * hidden)
     page.copy(f"{place}.enorm", f"{source}.enorm", hidden)

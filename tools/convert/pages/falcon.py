@@ -42,8 +42,7 @@ def _kv_heads(page: Page) -> int:
 
 
 def _layer(page: Page, place: str, source: str, kv_heads: int, feed_forward: int) -> None:
-    """Copies a layer. The 40B model has separate norms for attention and feed-forward; the latter is `attn_norm` in
-    GGUF."""
+    """Copies a layer. The 40B model has separate norms, of which the feed-forward's is `attn_norm` in GGUF."""
     width, attention = page.width, f"{source}.self_attention"
     if page.has(f"{source}.ln_attn.weight"):
         page.copy(f"{place}.attn_norm", f"{source}.ln_mlp", width, bias=True)

@@ -59,8 +59,7 @@ def _experts(page: Page, layer: int, count: int, width: int) -> None:
 
 
 def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) -> list[Lazy]:
-    """Splits [experts, rows, columns] into `parts` matrices of alternating rows: blocks with scales, or floats stored
-    with columns before rows."""
+    """Splits [experts, rows, columns] into `parts` of alternating rows: blocks, or floats with columns before rows."""
     count, rows, columns = shape
     if not page.has(f"{source}_blocks"):
         whole = exchanged(page.take(source, count, columns, rows))

@@ -14,8 +14,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
 _MIXTRAL = ("w1", "w3", "w2")
 _SMOLLM3_PERIOD = 4
 _BAICHUAN_2_WORDS = 125696
-"""The vocabulary size of Baichuan 2, which alone identifies it: rows of its output matrix are normalized to length
-1."""
+"""The vocabulary size by which Baichuan 2 is known; rows of its output matrix are normalized to length 1."""
 
 
 def build(page: Page) -> None:

@@ -1,5 +1,5 @@
-"""Llama 4 Scout and Maverick, their text. Three of four layers rotate, in neighbouring pairs in the checkpoint too, and
-see a chunk of the positions; experts are in each layer or every second one."""
+"""Llama 4, its text. Three of four layers rotate, in neighbouring pairs in the checkpoint too, and see a chunk of the
+positions; experts are in each layer or every second one."""
 
 from __future__ import annotations
 
@@ -56,8 +56,7 @@ def _step(page: Page) -> int:
 
 
 def _check_attention(page: Page, count: int) -> None:
-    """Raises ModelFileError for values without a GGUF key: readers infer norms of Q and K from the number of experts,
-    and the growth of queries is fixed."""
+    """Raises ModelFileError for values without a GGUF key, which readers infer: norms of Q and K, growth of queries."""
     settings = page.settings
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):
@@ -96,7 +95,6 @@ def _rotated(page: Page) -> list[bool]:
 
 
 def _experts(page: Page, layer: int, count: int, width: int) -> None:
-    """Copies the experts and the shared one."""
     place, source = f"blk.{layer}", f"model.layers.{layer}.feed_forward"
     page.copy(f"{place}.ffn_gate_inp", f"{source}.router", count, page.width)
     experts.column_matrices(page, place, f"{source}.experts", count, width)

@@ -117,8 +117,8 @@ def _ernie_experts(page: Page, layer: int) -> None:
 
 
 def build_bailing(page: Page) -> None:
-    """Ling and Ring 2.0: Q, K and V are one matrix, half of a head rotates; leading dense layers, then experts of
-    sigmoid gates in groups beside shared ones. Layers that predict further tokens are omitted."""
+    """Ling and Ring 2.0: one matrix of Q, K and V, half of a head rotates; leading dense layers, then sigmoid experts
+    in groups beside shared ones. Layers that predict further tokens are omitted."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
         if settings.flag(name, default=wanted) is not wanted:
@@ -149,7 +149,6 @@ def build_bailing(page: Page) -> None:
 
 
 def _bailing_sizes(page: Page) -> tuple[int, int, int]:
-    """Returns the number of experts, their width, and the number of shared ones."""
     settings = page.settings
     shared = settings.count("num_shared_experts", maximum=experts.MAX_EXPERTS)
     return settings.count("num_experts", maximum=experts.MAX_EXPERTS), settings.count("moe_intermediate_size"), shared
@@ -179,8 +178,8 @@ def _bailing_experts(page: Page, layer: int) -> None:
 
 
 def build_minimax(page: Page) -> None:
-    """MiniMax M2: Q and K are normed in their whole width, a part of each head rotates; every layer has experts of
-    sigmoid gates, with a bias for the choice."""
+    """MiniMax M2: Q and K are normed whole, a part of each head rotates; all layers have sigmoid experts with a
+    bias."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):

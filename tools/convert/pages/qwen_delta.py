@@ -28,8 +28,8 @@ _PREDICTION = (
 
 @dataclass(frozen=True, slots=True)
 class _DeltaNet:
-    """Heads of keys and values, channels of a head, taps of the convolution. `tiled`: GGUF pairs value head j with key
-    head j modulo their number, checkpoints with j divided by the quotient."""
+    """Sizes of a delta net. `tiled`: GGUF pairs value head j with key head j modulo their number, checkpoints with j
+    divided by the quotient."""
 
     key_heads: int
     heads: int
@@ -194,8 +194,7 @@ def _delta_net(page: Page, place: str, source: str, net: _DeltaNet) -> None:
 
 
 def _grouped_products(page: Page, place: str, source: str, net: _DeltaNet) -> None:
-    """Regroups rows: the checkpoint has q, k, values and gates of each key head together, GGUF all q, all k, all v, and
-    the gates apart."""
+    """Regroups rows from q, k, values and gates of each key head to all q, all k, all v, and the gates apart."""
     shared = net.values // net.key_heads
     group = 2 * net.width + 2 * shared
     whole = page.take(f"{source}.in_proj_qkvz.weight", net.key_heads * group, page.width)

@@ -92,8 +92,7 @@ _PICTURES: Final = tuple(
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns a multimodal checkpoint's text model, or the checkpoint itself. Raises ModelFileError for an unknown kind
-    of text model."""
+    """Returns a multimodal checkpoint's text model, others unchanged. ModelFileError for an unknown kind of it."""
     part = MULTIMODAL.get(checkpoint.family)
     if part is None:
         return checkpoint

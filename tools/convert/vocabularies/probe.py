@@ -27,8 +27,7 @@ Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """Returns the name of a pre-tokenizer that splits the probe alike, or None. Among equals it prefers one with the
-    same `ignore_merges`, then the same BOS default."""
+    """Returns the name of a pre-tokenizer that splits the probe alike, with `ignore_merges`, and best with this BOS."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()

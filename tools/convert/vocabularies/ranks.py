@@ -1,5 +1,5 @@
 """Lists of byte strings with ranks, as of tiktoken (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and tekken.json, Mistral's
-form: a splitting pattern, byte strings by rank, special tokens before them. Merges follow from ranks."""
+form of them. Merges follow from ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ _LLAMA3_SPECIAL: Final = (
     *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
     *(f"<|reserved_special_token_{number}|>" for number in range(2, 247)),
 )
-"""Llama 3's 256 special tokens."""
 _LETTERS: Final = {byte[0]: letter for letter, byte in stand_ins().items()}
 _EXTRA: Final = tuple(f"<|extra_{number}|>" for number in range(205))
 _QWEN_SPECIAL: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *_EXTRA)

@@ -1,5 +1,4 @@
-"""The tokenizer of a checkpoint, of whichever kind, and the files beside it: added tokens, BOS and EOS, chat
-template."""
+"""The tokenizer of a checkpoint, and the files beside it: added tokens, BOS and EOS, chat template."""
 
 from __future__ import annotations
 
@@ -33,8 +32,7 @@ def read_words(
     files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = (), names: Sequence[str] = NAMES
 ) -> Words:
     """Reads the vocabulary in a file, or a folder of Hugging Face's form, for an embedding of `rows` rows. `behind`:
-    control words that the model's own program adds after SentencePiece's. `names`: files to look for, the best
-    first."""
+    control words after SentencePiece's. `names`: files to look for, the best first."""
     path = _find(place, names) if place.is_dir() else place
     words = _read(files.open(path))
     if words.kind == "llama":
@@ -125,8 +123,7 @@ def _content(entry: Any) -> str | None:
 
 
 def _template(folder: Path, said: dict[str, Any]) -> str | None:
-    """Returns the chat template: from its own file in newer folders, else from the settings (the default one of
-    several)."""
+    """Returns the chat template: from its own file in newer folders, else the settings' default one."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:

@@ -51,7 +51,6 @@ def read_sentence_piece(path: Path, data: bytes) -> Words:
 
 
 def _kind(path: Path, model: Any) -> str:
-    """Returns `tokenizer.ggml.model` of the algorithm."""
     kinds = {_PROTO.TrainerSpec.BPE: "llama", _PROTO.TrainerSpec.UNIGRAM: "t5"}
     found = kinds.get(model.trainer_spec.model_type)
     if found is None:

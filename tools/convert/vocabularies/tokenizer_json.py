@@ -98,8 +98,7 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
 
 
 def _pre_tokenizer_name(library: Any, said: dict[str, Any]) -> str | None:
-    """Returns the pre-tokenizer's name. One that differs only in whether words are merged counts if merges lead to
-    every word."""
+    """Returns the pre-tokenizer's name. `ignore_merges` may differ if merges lead to every word."""
     ignores_merges, has_bos = said["model"].get("ignore_merges") is True, _template_ends(said)[0] is not None
     name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
     if name is not None:
@@ -163,7 +162,6 @@ def _add(words: Words, entry: dict[str, Any]) -> None:
 
 
 def _read_ends(words: Words, said: dict[str, Any]) -> None:
-    """Reads BOS and EOS from the template for a single text."""
     first, last = _template_ends(said)
     if first in words.texts:
         words.ids.setdefault("bos", words.texts.index(first))

@@ -58,8 +58,7 @@ class Words:
             self.scores[token_id] = ADDED_SCORE
 
     def fit(self, rows: int) -> None:
-        """Adds or drops unused words to match the embedding. Raises ModelFileError for the vocabulary of another
-        model."""
+        """Adds or drops unused words to match the embedding. Raises ModelFileError for another model's vocabulary."""
         while len(self.texts) > rows and self.types[-1] is TokenType.UNUSED:
             self._drop()
         count = len(self.texts)

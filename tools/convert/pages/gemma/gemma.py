@@ -71,8 +71,7 @@ def _caps(page: Page) -> None:
 
 
 def _check_scale(page: Page) -> None:
-    """Raises ModelFileError for an unusual scale of scores: GGUF has no key for it, and readers derive it from the
-    number of layers."""
+    """Raises ModelFileError for an unusual scale of scores: GGUF has no key, readers infer it from the layers."""
     settings, name = page.settings, "query_pre_attn_scalar"
     whole = page.layers == _LAYERS_27B[page.architecture]
     wanted = page.width // page.heads if whole else page.head_width

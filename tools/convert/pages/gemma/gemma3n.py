@@ -1,5 +1,5 @@
-"""Gemma 3n E2B and E4B: copies of the hidden state, a low-rank branch beside attention, sparse activations, inputs per
-layer, and last layers that read other layers' keys and values."""
+"""Gemma 3n: copies of the hidden state, a low-rank branch beside attention, sparse activations, inputs per layer, and
+last layers that read other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -49,7 +49,6 @@ def build(page: Page) -> None:
 
 
 def _widths(page: Page) -> list[int]:
-    """Returns the feed-forward width of each layer."""
     listed = page.settings.values.get("intermediate_size")
     if not isinstance(listed, list):
         return [page.settings.count("intermediate_size")] * page.layers

@@ -1,5 +1,5 @@
-"""Gemma 4 31B, 26B-A4B, E2B and E4B: layers with a window and others differ in their heads; experts beside the
-feed-forward network; inputs per layer, and last layers that read other layers' keys and values."""
+"""Gemma 4: layers with a window and others differ in their heads; experts beside the feed-forward network; inputs per
+layer, and last layers that read other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -85,8 +85,7 @@ def _read_form(page: Page) -> _Form:
 
 
 def _heads(page: Page, windowed: list[bool], alike: bool) -> tuple[_Heads, _Heads]:
-    """Returns the heads of layers with a window and of others, from two keys for the latter or an object for each
-    layer."""
+    """Returns heads of layers with a window and of others, from two keys or an object for each layer."""
     settings = page.settings
     part = _Heads(page.head_width, page.kv_heads)
     if not settings.has("per_layer_config"):
@@ -111,7 +110,6 @@ def _layer_heads(said: Settings, usual: _Heads) -> _Heads:
 
 
 def _widths(page: Page, form: _Form) -> list[int]:
-    """Returns the feed-forward width of each layer."""
     width = page.settings.count("intermediate_size")
     last = 2 * width if page.settings.flag("use_double_wide_mlp") else width
     return [width] * form.own + [last] * (page.layers - form.own)

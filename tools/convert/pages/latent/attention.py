@@ -1,4 +1,4 @@
-"""Latent attention: widths, keys and tensors. GGUF splits the matrix from the latent vector to keys and values by head:
+"""Latent attention: widths, keys and tensors. GGUF splits the matrix from latent vector to keys and values by head:
 `attn_k_b`, with rows and columns exchanged, and `attn_v_b`."""
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ _MAX_RANK: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Channels of the latent vector, of the rotated and plain parts of keys and queries, and of values; `query_rank` is
-    0 if queries are products of the hidden state."""
+    """Channels of the latent vector, of rotated and plain parts of keys, and of values; `query_rank` may be 0."""
 
     rank: int
     rotated: int

@@ -15,8 +15,7 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """A gating function, by configurations' name and GGUF's number. `has_bias`: a bias joins the choice. `has_groups`:
-    experts are in groups, and weights are normalized."""
+    """A gating function; `has_bias`: a bias joins the choice; `has_groups`: also normalizes the weights."""
 
     name: str
     number: int
@@ -102,7 +101,6 @@ def _expert_keys(page: Page, mixture: _Mixture) -> None:
 
 
 def _sizes(page: Page) -> tuple[int, int, int]:
-    """Returns the number of experts, their width, and the number of shared ones."""
     settings = page.settings
     count = settings.count("n_routed_experts", "num_local_experts", maximum=experts.MAX_EXPERTS)
     shared = settings.count("n_shared_experts", default=0, minimum=0, maximum=experts.MAX_EXPERTS)

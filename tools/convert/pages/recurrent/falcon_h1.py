@@ -1,5 +1,4 @@
-"""Falcon-H1: attention and Mamba 2 side by side in each layer. GGUF has the configuration's multipliers in its
-weights."""
+"""Falcon-H1: attention and Mamba 2 side by side in each layer. GGUF's weights include the multipliers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Granite 4.0 with Mamba 2 in most layers. A model of this class whose layers all have attention becomes granite or
-granitemoe; its tensors have other names."""
+"""Granite 4.0 with Mamba 2 in most layers; without it, a model becomes granite or granitemoe."""
 
 from __future__ import annotations
 

@@ -45,14 +45,12 @@ def build(page: Page) -> None:
 
 
 def _dense_module(page: Page, layer: int) -> str:
-    """Returns the published module name, or the mixtures' one, which transformers writes for every feed-forward
-    network."""
+    """Returns the published module name, or mixtures' one, which transformers writes for every network."""
     return _MIXTURE if page.has(f"model.layers.{layer}.{_MIXTURE}.gate_proj.weight") else "mlp"
 
 
 def _net(page: Page) -> Settings:
-    """Returns checked settings of delta nets under the authors' names. Raises ModelFileError for ones without a GGUF
-    key."""
+    """Returns checked settings of delta nets under the authors' names. ModelFileError: GGUF lacks a key."""
     settings = page.settings
     said = settings.inner("linear_attn_config")
     if not settings.has("linear_attn_config"):
@@ -98,7 +96,6 @@ def _keys(page: Page, latent: Latent, attends: list[bool], dense: int) -> None:
 
 
 def _sizes(page: Page) -> tuple[int, int, int]:
-    """Returns the number of experts, their width, and the number of shared ones."""
     settings = page.settings
     count = settings.count("num_experts", "num_local_experts", maximum=experts.MAX_EXPERTS)
     shared = settings.count("num_shared_experts", "n_shared_experts", default=1, maximum=experts.MAX_EXPERTS)

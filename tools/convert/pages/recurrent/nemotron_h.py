@@ -52,8 +52,7 @@ def build(page: Page) -> None:
 
 
 def _kinds(page: Page) -> list[str]:
-    """Returns the kinds of layers, from names or letters; sets the number of layers, which newer configurations
-    omit."""
+    """Returns the kinds of layers, from names or letters; sets the number of layers, which some files omit."""
     settings = page.settings
     values = dict(settings.values)
     listed = next((values[name] for name in ("layers_block_type", "layer_types") if settings.has(name)), None)

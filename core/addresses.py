@@ -13,7 +13,6 @@ ANYWHERE = ("0.0.0.0", "::")
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,60}(?:%[^\]\s]{1,32})?\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", re.ASCII)
 _MOST_SHOWN = 64
 JOIN_PORT = 7100
-"""The port where workers enrol, unless another one is given."""
 LASTING = "give a host name, an address of IPv4, or one of IPv6 that does not begin with fe80"
 
 

@@ -41,7 +41,6 @@ class InsufficientMemoryError(LlamaclustError):
     http_status = 507
     code = "insufficient_memory"
     missing_bytes: float | None = None
-    """The missing memory of all workers, if known."""
     problem: str | None = None
     """The message of a plan's error without its advice."""
     fitting_context: int | None = None

@@ -72,7 +72,6 @@ UNUSED_BY_PARTS = "layers are divided by their experts, and parts of layers are 
 
 
 def gpu_names(device: str) -> Sequence[str]:
-    """Splits a device as settings name it, "cuda:0,cuda:1"."""
     return device.split(",") if device.startswith(CUDA) else ()
 
 
@@ -110,8 +109,7 @@ class Placement:
         return next((said for said in self.layers[start:end] if said not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
-        """Raises UsageError for rules that a stage [start, end) cannot obey: RAM holds its first layers, the GPUs the
-        next."""
+        """Raises UsageError for rules that a stage cannot obey: RAM holds its first layers, the GPUs the next."""
         if not gpus:
             return
         missing = self.missing(gpus, start, end)

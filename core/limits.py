@@ -72,5 +72,4 @@ def layer_place(part: int, expert_shards: int) -> int | float:
 
 
 def layer_span(start: int, end: int, expert_shards: int) -> str:
-    """Formats parts [start, end) as '[0, 4.5)'."""
     return f"[{layer_place(start, expert_shards)}, {layer_place(end, expert_shards)})"

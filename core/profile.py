@@ -52,7 +52,6 @@ class ProductTime:
 
 
 ProductTimes = Annotated[tuple[ProductTime, ...], Size(0, 1 << 10)]
-"""Product times by quant type, then by ascending rows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,4 @@
-"""Single files, read and written safely: opens never block on pipes, texts have several encodings, writes are
-atomic."""
+"""Single files, read and written safely: opens never block on pipes, texts are decoded, writes are atomic."""
 
 from __future__ import annotations
 
@@ -35,8 +34,7 @@ def decode_text(data: bytes) -> str:
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
-    """Reads the start of a file or a pipe such as a shell's `<(...)`. Raises OSError, also for a pipe with no
-    writer."""
+    """Reads the start of a file or a pipe such as a shell's `<(...)`. Raises OSError for a pipe with no writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         first = b""
@@ -53,7 +51,7 @@ class NotRegularError(OSError):
 
 
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Opens a regular file, never waiting for a pipe's writer; new files have mode 0600. NotRegularError or OSError."""
+    """Opens a regular file, never waiting for a pipe's writer; new files have mode 0600. Raises an OSError."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):

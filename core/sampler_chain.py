@@ -97,4 +97,3 @@ class SamplerChain:
 
 
 CHAIN: Final = rows_of(SamplerChain)
-"""The sampling table's rows of the samplers beyond the plain ones."""

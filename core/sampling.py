@@ -91,7 +91,6 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """True if penalties count the tokens so far."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
     @property
@@ -243,7 +242,7 @@ def second_draw(task: RowTask) -> RowTask:
 
 
 class TopLogprobs(Sequence[tuple[int, float]]):
-    """Tokens with float32 logprobs, best first, eight bytes each: a long answer has a million. Equals a tuple of
+    """Tokens with float32 logprobs, best first, in eight bytes: a long answer has a million. Equals a tuple of
     pairs."""
 
     __slots__ = ("packed",)

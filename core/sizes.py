@@ -28,5 +28,4 @@ def missing(parts: Mapping[str, int], room_bytes: int, room: str = "{} MiB are f
 
 
 def counted(number: int, noun: str) -> str:
-    """Formats `1 fault`, `2 faults`."""
     return f"{number} {noun if number == 1 else f'{noun}s'}"

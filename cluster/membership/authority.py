@@ -113,7 +113,7 @@ class Authority:
         return key.with_certificate(self.certify(key.request, principal, life))
 
     def certify(self, request: bytes, principal: Principal, life: timedelta = LIFE) -> bytes:
-        """Returns a certificate (DER) for the key of a certificate request. ProtocolError: the request is invalid."""
+        """Certifies the key of a certificate request (DER). Raises ProtocolError for an invalid request."""
         now = datetime.now(UTC)
         builder = (
             x509.CertificateBuilder()

@@ -22,7 +22,7 @@ HANDSHAKE_S = 10.0
 RefusalReason = Callable[[str], str | None]
 """A function that returns why a worker of a name is refused; None: it is not."""
 Certify = Callable[[bytes, Principal], bytes]
-"""A function from a principal's certificate request to a certificate (both DER); ProtocolError if invalid."""
+"""A function that certifies a principal's certificate request (DER), or raises ProtocolError."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ _OTHER_LOGGERS = (
         r"(?: \S+:\d+ -- |: )(?P<message>.*)"
     ),
 )
-"""Lines of glog and Abseil; of Ray's processes; of Ray in Python, and plain `WARNING: ...`. A letter is the level."""
+"""Lines of glog and Abseil; of Ray's processes; of Ray in Python, and plain `WARNING: ...`."""
 _OF_ERRORS = "EFC"
 
 

@@ -129,8 +129,7 @@ class Members:
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Counts a worker without a connection as lost. The launcher's report, with signal or exit code, has
-        precedence."""
+        """Counts a worker without a connection as lost. The launcher's report, with an exit code, has precedence."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

@@ -67,7 +67,7 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends the workers, unless another coordinator has them or others joined too late: the next start may use
+        """Ends the workers, unless another coordinator has them or some joined too late: the next start may use
         them."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())

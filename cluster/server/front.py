@@ -56,6 +56,7 @@ class Front:
 
 
 def api_settings(config: ClusterConfig) -> ApiSettings:
+    """Raises UsageError for API keys or defaults that cannot be used."""
     check_defaults(config.api.defaults)
     return ApiSettings(
         listen_host=config.host,
@@ -187,8 +188,8 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 async def api_models(
     cluster: Cluster, settings: ApiSettings, journal: Journal, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> AsyncIterator[list[ApiModel]]:
-    """Yields all models, the first one first. `show` returns the JSON of `GET /cluster`. The caller closes the
-    journal."""
+    """Yields all models, the first one first. `show` returns the JSON of `GET /cluster`. The caller closes
+    `journal`."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
         services = [await stack.enter_async_context(aclosing(_text_service(served))) for served in cluster.models]

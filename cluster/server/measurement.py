@@ -71,8 +71,7 @@ class Measurements:
 async def measure_workers(
     config: ClusterConfig, paths: Sequence[Path], folder: ClusterDir, report: Report
 ) -> Measurements:
-    """Starts the workers as a cluster does and replaces their stored values. The caller holds `folder`'s lock. Raises
-    as `open_cluster`."""
+    """Starts the workers as a cluster does and replaces stored values. The caller holds `folder`'s lock."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))

@@ -65,8 +65,7 @@ class DiskCache:
     modified_ns: ClassVar[int | None] = None  # of all files, if set: one that was changed later is damaged
 
     def create(self) -> None:
-        """Raises OSError, or PermissionError if the folder is a link or others could write, or read secret files,
-        there."""
+        """Makes the folder. Raises OSError, such as PermissionError if it is a link or others could write there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)

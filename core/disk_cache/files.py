@@ -1,5 +1,4 @@
-"""Files of a folder that several processes write: private to this user, opened without blocking or following links, and
-written whole or not at all."""
+"""Files of a folder for several processes: private to this user, opened without blocking, written whole."""
 
 from __future__ import annotations
 

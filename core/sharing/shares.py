@@ -22,7 +22,6 @@ class Shares:
         return fits(self.held[owner], self.held.total(), self.room, more)
 
     def take(self, owner: str, units: int) -> None:
-        """Adds units to an owner's share; negative ones are given back."""
         self.held[owner] += units
         if not self.held[owner]:
             del self.held[owner]

@@ -123,8 +123,7 @@ def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str
 
 
 def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
-    """Yields smaller mixes, those of the catalog first, then the largest first; none of MXFP4, which is published
-    so."""
+    """Yields smaller mixes, those of the catalog first, then the largest first; none for published MXFP4."""
     if model.has_mxfp4:
         return
     mixes = (model.quantized(mix) for mix in _SMALLER_MIXES)

@@ -87,7 +87,7 @@ class AssumedModel:
 
 
 def assumed_model(spec: str) -> AssumedModel:
-    """Finds SHAPE[:MIX], a model of the catalog or the path of one, also with :MIX. UsageError lists the choices."""
+    """Finds SHAPE[:MIX], a model of the catalog or the path of one. Raises UsageError that lists the choices."""
     name, mix = _split(spec)
     if (shape := SHAPES.get(name.lower())) is not None:
         return shape_model(name.lower(), shape, mix)

@@ -179,7 +179,7 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Plans each shape in its usual quantization; `planned` gets each name before. UsageError for wrong arguments."""
+    """Plans each shape in its usual quantization; `planned` gets each name before. Raises UsageError."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

@@ -53,8 +53,8 @@ class BenchStage:
         self._settings = capacity.scheduler_settings(model, BlockCounts(limits.kv_blocks))
 
     def prefill(self, tokens: int, sequences: int | None = None) -> float:
-        """Returns the seconds of prefills of `tokens` for all (or so many) sequences, one by one, each with a
-        sample."""
+        """Returns the seconds of prefills of `tokens` for all (or so many) sequences, one by one, with a sample
+        each."""
         started_ns = perf_counter_ns()
         for index in range(len(self._tables[:sequences])):
             for start, rows in self._chunks(tokens):

@@ -24,7 +24,7 @@ class Disturbance(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLink:
-    """A worker's link to the members on this machine. `own_ports` are those that it connects to; () for a worker on
+    """A worker's link to the members on this machine. `own_ports` are those that it connects to; none for a worker on
     this machine: its outgoing connections look like those of other processes."""
 
     hosts: frozenset[str]  # IP addresses

@@ -34,8 +34,7 @@ _TOP_EVERY, _TOP = 7, 5
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Numbered requests of all kinds: greedy and sampled, choices, logprobs, lengths of prompts, chats and
-    completions."""
+    """Numbered requests of all kinds: greedy, sampled, choices, logprobs, lengths of prompts, chats, completions."""
 
     tokens: int = _TOKENS
     longest: int = max(_LENGTHS)  # prompt, in words

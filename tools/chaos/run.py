@@ -69,7 +69,7 @@ class View(Protocol):
 
 
 async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
-    """Fills the tally; undoes lasting faults, also on cancellation. UsageError if nothing may be disturbed."""
+    """Fills the tally; undoes lasting faults, also on cancellation. Raises UsageError if nothing may be disturbed."""
     folder, record = find_running(settings.state_dir, settings.cluster)
     status, context_tokens = _idle_status(settings, record)
     targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)

@@ -23,8 +23,7 @@ _NOT_NEEDED: Final = re.compile(
 
 
 class Page:
-    """The metadata and tensors of one architecture. `vocabulary_rules` names the architecture of the vocabulary's
-    rules."""
+    """The metadata and tensors of one architecture. `vocabulary_rules` names that of the vocabulary's rules."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.settings = checkpoint.settings

@@ -30,7 +30,7 @@ _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
-    """Adds a `.weight` for every `.qweight`; makes float32 of scaled tensors. ModelFileError for other methods."""
+    """Adds a `.weight` for every `.qweight`; makes float32 of scaled tensors. Raises ModelFileError."""
     if not settings.has("quantization_config"):
         return tensors
     said = settings.inner("quantization_config")

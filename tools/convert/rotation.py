@@ -28,8 +28,8 @@ def rotation(
     says_dimensions: bool = True,
     log_multiplier: bool = False,
 ) -> None:
-    """Writes keys and tensors of factors, for heads with `dimensions` rotating channels. `base`: the default.
-    `log_multiplier`: there is a key for the divisor of YaRN's magnitude. ModelFileError: GGUF cannot express it."""
+    """Writes keys and tensors of factors for heads with `dimensions` rotating channels. `base`: the default.
+    `log_multiplier`: GGUF has a key for the divisor of YaRN's magnitude. Raises ModelFileError for unknown kinds."""
     said = _parameters(page.settings)
     theta = _base(said, base or 10000.0)
     page.key("rope.freq_base", theta)

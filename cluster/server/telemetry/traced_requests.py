@@ -14,7 +14,7 @@ from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace, Trac
 
 
 class TracedRequests:
-    """An ASGI app that passes `ended` records of traced requests that passed the access checks, which bound them."""
+    """An ASGI app that passes `ended` a record of each traced request with access: others could send any number."""
 
     def __init__(self, app: ASGIApp, sampler: TraceSampler, ended: Callable[[ServedRequest], None]) -> None:
         self._app = app

@@ -178,8 +178,7 @@ def _bailing_experts(page: Page, layer: int) -> None:
 
 
 def build_minimax(page: Page) -> None:
-    """MiniMax M2: Q and K are normed whole, a part of each head rotates; all layers have sigmoid experts with a
-    bias."""
+    """MiniMax M2: Q and K are normed whole, a part of each head rotates; all layers have sigmoid experts."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):

@@ -92,7 +92,7 @@ _PICTURES: Final = tuple(
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns a multimodal checkpoint's text model, others unchanged. ModelFileError for an unknown kind of it."""
+    """Returns a multimodal checkpoint's text model, others unchanged. Raises ModelFileError for an unknown kind."""
     part = MULTIMODAL.get(checkpoint.family)
     if part is None:
         return checkpoint

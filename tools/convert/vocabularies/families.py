@@ -36,7 +36,7 @@ _LIBRARY_FILE: Final = "tokenizer.json"
 
 
 def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int) -> Words:
-    """Reads the vocabulary at `place` for `rows` rows, as the architecture needs it. ModelFileError: unusable."""
+    """Reads the vocabulary at `place` for `rows` rows, as the architecture needs it. Raises ModelFileError."""
     behind = _CHATGLM_WORDS if architecture == "chatglm" else ()
     names = (_LIBRARY_FILE,) if architecture == _GEMMA4 else NAMES
     words = read_words(files, place, rows, behind, names)

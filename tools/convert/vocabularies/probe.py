@@ -27,7 +27,7 @@ Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """Returns the name of a pre-tokenizer that splits the probe alike, with `ignore_merges`, and best with this BOS."""
+    """Returns a pre-tokenizer with the same pieces and `ignore_merges`, preferably the same BOS; None: unknown."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()

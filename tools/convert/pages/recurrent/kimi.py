@@ -50,7 +50,7 @@ def _dense_module(page: Page, layer: int) -> str:
 
 
 def _net(page: Page) -> Settings:
-    """Returns checked settings of delta nets under the authors' names. ModelFileError: GGUF lacks a key."""
+    """Returns checked settings of delta nets. Raises ModelFileError for ones without a GGUF key."""
     settings = page.settings
     said = settings.inner("linear_attn_config")
     if not settings.has("linear_attn_config"):

@@ -39,7 +39,7 @@ def finite(what: str, value: float, low: float = -math.inf, high: float = math.i
 
 
 def line(what: str, value: str, most: int = MAX_TEXT) -> str:
-    """Printable text: white space folded, control characters dropped, so that it is safe in any terminal."""
+    """Folds white space and drops control characters, so that the text is safe in any terminal."""
     if value.isalnum() and len(value) <= most:
         return value
     bounded(f"length of {what}", len(value), 0, most)
@@ -53,7 +53,7 @@ def path(what: str, value: str) -> str:
 
 
 def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
-    """Local text in the form that `line` accepts on the other side."""
+    """Shortens local text to a form that `line` accepts."""
     folded = " ".join(text.split())
     return folded if len(folded) <= most else folded[: most - 3] + "..."
 
@@ -67,13 +67,13 @@ def worker_name(_: str, value: str) -> str:
 
 
 def log_line(what: str, value: str, most: int) -> str:
-    """A line of a log, indented as it was, without characters that move a terminal's cursor."""
+    """Drops characters that move a terminal's cursor; indentation stays."""
     bounded(f"length of {what}", len(value), 0, most)
     return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in value)
 
 
 def fitted_log_line(text: str, most: int) -> str:
-    """Local text in the form that `log_line` accepts on the other side."""
+    """Shortens local text to a form that `log_line` accepts."""
     text = text.encode("utf-8", "backslashreplace").decode()  # protobuf refuses lone surrogates
     return text if len(text) <= most else text[: most - 3] + "..."
 

@@ -74,7 +74,7 @@ class ContextLengthError(ParameterError):
 
 
 class RequestFailedError(LlamaclustError):
-    """A request that fails its computation again and again, at last alone: sending it again is of no use."""
+    """A request whose computation fails repeatedly, at last alone in its batch: sending it again is of no use."""
 
     http_status = 422
     code = "request_failed"

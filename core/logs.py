@@ -128,7 +128,7 @@ def count_file_shortages() -> None:
 
 
 def name_cluster(name: str) -> None:
-    """Later log lines carry the cluster name; errors from before it are not reported as the last error."""
+    """Adds the cluster's name to later log lines, and forgets earlier errors."""
     _memory.trouble = ""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, _Fields):
@@ -160,7 +160,6 @@ def read_line(line: str) -> tuple[str, str] | None:
 
 
 def _fields_of(line: str) -> dict[str, object]:
-    """Returns {} for a line that is neither JSON nor logfmt."""
     fields: dict[str, object] = {}
     at = 0
     try:

@@ -163,7 +163,6 @@ def _mean_product_times(series: Sequence[ProductTimes]) -> ProductTimes:
 
 
 def _joined(new: ProductTimes, known: ProductTimes) -> ProductTimes:
-    """Returns all new times, and the known ones of other types."""
     types = {time.quant_type for time in new}
     return tuple(sorted((*new, *(time for time in known if time.quant_type not in types)), key=_place))
 

@@ -105,7 +105,6 @@ class SamplingParams:
 
 
 PARAMS: Final = rows_of(SamplingParams)
-"""The sampling table's rows of the plain samplers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +241,7 @@ def second_draw(task: RowTask) -> RowTask:
 
 
 class TopLogprobs(Sequence[tuple[int, float]]):
-    """Tokens with float32 logprobs, best first, in eight bytes: a long answer has a million. Equals a tuple of
-    pairs."""
+    """Tokens with float32 logprobs, best first, packed: a long answer has a million. Equals a tuple of pairs."""
 
     __slots__ = ("packed",)
     _PAIR: Final = struct.Struct("=if")

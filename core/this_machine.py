@@ -61,7 +61,6 @@ def interface_addresses() -> list[InterfaceAddress]:
 
 
 def own_addresses() -> list[str]:
-    """Returns the hosts of all interfaces, in the order of `interface_addresses`."""
     return list(dict.fromkeys(address.host for address in interface_addresses()))
 
 

@@ -86,7 +86,6 @@ class JoinRules:
         return present if present is not None and _process(present.registration) != _process(register) else None
 
     async def _probe(self, member: WorkerHandle) -> None:
-        """Waits for the member's next message, or its loss."""
         with contextlib.suppress(DeadlineError):
             async with deadline("a heartbeat", self._settings.heartbeat_timeout_s + HANDSHAKE_S):
                 await member.is_responsive()

@@ -54,7 +54,6 @@ class Members:
         """`read_last_error` returns the last error in the log of a worker of that name."""
         self.read_last_error = read_last_error
         self.joins: dict[str, int] = {}
-        """The number of each worker's newest join, by name."""
         self._workers: dict[str, WorkerHandle] = {}
         self._numbers = count(1)
         self._exits: dict[str, str] = {}

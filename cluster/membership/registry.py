@@ -67,8 +67,7 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends the workers, unless another coordinator has them or some joined too late: the next start may use
-        them."""
+        """Ends the workers, unless another coordinator has them or some were late: the next start may use them."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
         for handle in present:
@@ -200,7 +199,6 @@ class Registry(Members):
             lost.cancel()
 
     def _renewal(self, request: messages.RenewCertificate, peer: Principal | None) -> CoordinatorMessage:
-        """Renews the certificate for its present name."""
         if self._settings.certify is None or peer is None:
             raise ProtocolError("a certificate is to be renewed where there are none")
         try:

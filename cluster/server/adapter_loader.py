@@ -39,8 +39,7 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the record's adapters that are unchanged and whose names are not in `names`; notices name the
-        others."""
+        """Opens the record's unchanged adapters whose names are not in `names`; notices name the others."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder

@@ -188,8 +188,7 @@ def check_defaults(defaults: Mapping[str, Any]) -> None:
 async def api_models(
     cluster: Cluster, settings: ApiSettings, journal: Journal, show: Callable[[ServedModel], Mapping[str, Any]]
 ) -> AsyncIterator[list[ApiModel]]:
-    """Yields all models, the first one first. `show` returns the JSON of `GET /cluster`. The caller closes
-    `journal`."""
+    """Yields all models in order. `show` returns the JSON of `GET /cluster`. The caller closes the journal."""
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
         services = [await stack.enter_async_context(aclosing(_text_service(served))) for served in cluster.models]

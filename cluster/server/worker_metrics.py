@@ -22,7 +22,7 @@ _COUNTERS = {
     "worker_experts_cache_misses": ("experts_cache_misses", "The same without copies on GPUs"),
     "worker_experts_cache_copied_bytes": ("experts_cache_copied_bytes", "Bytes of experts copied to a worker's GPUs"),
 }
-"""Name: (heartbeat's field, help)."""
+"""Counters by name: the heartbeat's field, and the help text."""
 _GAUGES = {
     "worker_busy_ratio": ("busy", "Share of the last heartbeat interval that a worker spent computing"),
     "worker_resident_memory_bytes": ("resident_bytes", "Resident memory of a worker's process"),
@@ -36,7 +36,7 @@ _GROUP_COUNTERS = {
     "group_sent_bytes": ("sent_bytes", "Bytes that a member of a group sent to the others"),
     "group_received_bytes": ("received_bytes", "Bytes that a member of a group received from the others"),
 }
-"""Name: (field of a group member's counters, help)."""
+"""Counters of groups by name: the field of a member's counters, and the help text."""
 
 
 class WorkerMetrics(Collector):

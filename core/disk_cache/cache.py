@@ -41,8 +41,6 @@ class CachedFile:
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """The number and size of deleted files, and the errors of files that could not be deleted."""
-
     files: int = 0
     size_bytes: int = 0
     left: tuple[OSError, ...] = ()

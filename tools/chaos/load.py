@@ -79,7 +79,6 @@ class Streams:
     received: int = 0  # tokens
 
     async def undisturbed(self, count: int) -> None:
-        """Takes the answers that later ones are compared with."""
         answers = await asyncio.gather(*(self._answer(number) for number in range(count)))
         self.expected = dict(enumerate(answers))
 

@@ -115,8 +115,7 @@ class Schedule:
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """Returns None if no target is left; spares targets in `held`. The last other worker is only killed or
-        slowed."""
+        """Returns None without a target; spares targets in `held`. The last other worker is only killed or slowed."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

@@ -33,7 +33,6 @@ class Comparison:
         self.changed += sum(row != other for row, other in zip(expected, answer, strict=False))
 
     def add_request(self, expected: Received, received: Received) -> None:
-        """Compares each choice, and counts misplaced events."""
         for index in sorted(expected.choices.keys() | received.choices.keys()):
             self.add(expected.choices.get(index, []), received.choices.get(index, []))
         self.misplaced += received.misplaced

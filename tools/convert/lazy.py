@@ -66,7 +66,7 @@ def rows(tensor: Lazy, start: int, end: int) -> Lazy:
 
 
 def gathered(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
-    """Row i is row index[i] of `tensor`."""
+    """Gathers rows: row i is row index[i] of `tensor`."""
 
     def read(start: int, end: int) -> Array:
         wanted = index[start:end]
@@ -192,7 +192,7 @@ def in_groups(tensor: Lazy, size: int) -> Lazy:
 
 
 def columns_of(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
-    """Column i is column index[i] of a matrix."""
+    """Gathers columns: column i is column index[i] of a matrix."""
     shape = (tensor.shape[0], len(index))
     return replace(tensor, shape=shape, read=lambda first, last: tensor.read(first, last)[:, index])
 

@@ -142,6 +142,5 @@ def neighbours(tensor: Lazy, heads: int) -> Lazy:
 
 
 def picked(tensor: Lazy, parts: Sequence[range]) -> Lazy:
-    """Returns the rows of the ranges, in their order."""
     index = np.concatenate([np.arange(part.start, part.stop, dtype=np.int64) for part in parts])
     return gathered(tensor, index)

@@ -70,7 +70,7 @@ class Accuracy:
 
 
 def read_tasks(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Task]:
-    """Reads the first `most` tasks, six lines each: context, right ending's number, four endings."""
+    """Reads the first `most` tasks of six lines: context, right number, four endings. Raises UsageError for others."""
     lines = read_text(path).split("\n")
     if len(lines) % _LINES:
         raise UsageError(f"{path}: {len(lines)} lines, not six for each task: context, number, four endings")

@@ -27,7 +27,7 @@ _OUTPUT = "output.weight"
 def collect(
     model: Model, chunks: Sequence[tuple[int, ...]], threads: int, text: str, with_output: bool, progress: Progress
 ) -> ImportanceMatrix:
-    """Collects the layers' matrices, and `with_output` the output's. Raises LlamaclustError for infinite sums."""
+    """Collects the layers' matrices, and `with_output` the output's. Raises LlamaclustError for non-finite sums."""
     context = len(chunks[0])
     blocks = -(-context // KV_BLOCK_TOKENS)
     rows = min(_ROWS, context)

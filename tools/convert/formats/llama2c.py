@@ -178,7 +178,6 @@ def _norms(header: _Header) -> tuple[_Place, _Place, _Place]:
 
 
 def _matrices(header: _Header) -> list[_Place]:
-    """Returns the embedding, then matrices of attention and feed-forward network, each for all layers."""
     width, inner = header.width, header.feed_forward
     key = width // header.heads * header.kv_heads
     shapes = (

@@ -47,7 +47,6 @@ class _DeltaNet:
 
     @property
     def channels(self) -> int:
-        """The channels of q, k and v, which are convolved."""
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:

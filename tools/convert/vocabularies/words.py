@@ -41,7 +41,6 @@ class Words:
     """The checkpoint's tokens besides EOS that end an answer; some may have no role."""
     template: str | None = None
     charsmap: bytes = b""
-    """SentencePiece's precompiled normalization of characters."""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
         """Adds a token, or marks one as more than a word; the token for unknown text stays as it is."""
@@ -74,7 +73,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Ends of an answer that are lost: GGUF has keys for three, and readers know some others by their text."""
+        """A note on tokens that end an answer but have no GGUF key; readers know some of them by their text."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:

@@ -101,8 +101,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 atomically; with `is_synced` also across a power failure, and the data is on the disk
-    on return. Raises OSError, as on a full disk, and leaves nothing new then."""
+    """Writes a file of mode 0600 atomically, even if several machines write it at once. With `is_synced` it survives a
+    power failure once this returns. Raises OSError, as on a full disk, and leaves nothing new then."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:

@@ -53,8 +53,7 @@ class BenchStage:
         self._settings = capacity.scheduler_settings(model, BlockCounts(limits.kv_blocks))
 
     def prefill(self, tokens: int, sequences: int | None = None) -> float:
-        """Returns the seconds of prefills of `tokens`, one by one, for all (or so many) sequences, with a sample
-        each."""
+        """Returns the seconds of prefills of `tokens`, one by one, for all (or so many) sequences, with a sample."""
         started_ns = perf_counter_ns()
         for index in range(len(self._tables[:sequences])):
             for start, rows in self._chunks(tokens):

@@ -74,7 +74,7 @@ class ContextLengthError(ParameterError):
 
 
 class RequestFailedError(LlamaclustError):
-    """A request whose computation fails repeatedly, at last alone in its batch: sending it again is of no use."""
+    """A request whose computation fails repeatedly, at last alone in its microbatch: do not send it again."""
 
     http_status = 422
     code = "request_failed"

@@ -39,7 +39,7 @@ class PeerReported:
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatReceived:
-    """A member's sign of life; its `heartbeat` has its progress."""
+    """A member's heartbeat; `worker.heartbeat` has its progress."""
 
     worker: WorkerHandle
 

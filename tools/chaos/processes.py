@@ -54,8 +54,8 @@ class Process:
         return False
 
     def limit_files(self, most_bytes: int) -> int | None:
-        """Limits files that the process and its later children write, at most to the hard limit. Returns the limit
-        before; None if the process is gone."""
+        """Limits the size of files that the process and its later children write; the hard limit still applies. Returns
+        the limit before; None if the process is gone."""
         if not self.is_running:
             return None
         with suppress(ProcessLookupError):

@@ -1,0 +1,54 @@
+"""Docstrings are sentences that stand alone: none begins with a word that needs the name above it."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+FOLDERS = ("core", "kernels", "model", "tools", "wire", "worker")
+FOLDERS_OF_CLUSTER = (
+    "client",
+    "control",
+    "engine",
+    "launchers",
+    "membership",
+    "planner",
+    "scheduler",
+    "server",
+    "state",
+)
+FRAGMENTS = re.compile(
+    r"(after|also|although|as|at|because|before|between|by|for|from|how|if|in|like|likewise|not|of|on|only|since|than|that"
+    r"|to|unless|until|what|when|where|whether|which|while|whose|why|with|within|without)\b(?!-)",
+    re.IGNORECASE,
+)
+"""First words of fragments."""
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, str]]:
+    """Docstrings of modules, classes, functions, constants and attributes, by line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
+
+
+def is_fragment(text: str) -> bool:
+    return FRAGMENTS.match(text) is not None
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, *(f"cluster/{name}" for name in FOLDERS_OF_CLUSTER)])
+def test_docstrings_are_sentences(folder: str) -> None:
+    found = [(path, *each) for path in sorted((ROOT / folder).rglob("*.py")) for each in docstrings(path)]
+    assert len(found) > 40
+    assert [f"{path}:{line}: {text}" for path, line, text in found if is_fragment(text)] == []
+
+
+def test_fragments_are_found() -> None:
+    assert is_fragment("Of each of `inner`.") and is_fragment("Whether it was there.")
+    assert not is_fragment("Bias names, one per inner matrix.") and not is_fragment("")

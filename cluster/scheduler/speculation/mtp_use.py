@@ -26,6 +26,8 @@ class MtpUse:
             self._left, self._wait = _DRAFTS, min(2 * self._wait, _AGAIN_MOST)
         elif self._left:
             self._left -= 1
+        else:  # drafts pay again
+            self._wait = _AGAIN
         self.asked, self._asked_at = count, tokens
 
     def take(self) -> int:

@@ -127,6 +127,10 @@ def test_a_head_that_gets_better_is_noticed() -> None:
     assert asked[0] == PROMPT and 15 < len(asked) < 60
     pauses = [later - earlier for earlier, later in pairwise(asked) if later - earlier > 1]
     assert pauses == sorted(pauses) and pauses[-1] == 1024
+    while use.is_due(asked[-1] + 1):
+        use.order(asked[-1] + 1, 1)
+    use.order(asked[-1] + 1, 1)  # not due: its drafts pay now
+    assert not use.is_due(asked[-1] + 64) and use.is_due(asked[-1] + 65)
 
 
 def test_times_are_those_of_the_nearest_number_of_sequences() -> None:

@@ -255,8 +255,9 @@ class AdaptersSet(_message.Message):
     WORKSPACE_BYTES_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     weight_bytes: _builtins.int
-    """Of the stage with its adapters."""
+    """The stage's weights with its adapters."""
     workspace_bytes: _builtins.int
+    """The stage's workspace with its adapters."""
     request_id: _builtins.int
     """Of the request."""
     def __init__(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from llamaclust.core.errors import UsageError
 from support.clusters.forking.forked_workers import fork_workers
@@ -32,6 +33,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as workers have it: more w
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (FOLDER, os.environ.get("PYTHONPATH"))))
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the program anew
 sys.dont_write_bytecode = False
+settings.register_profile("no clock decides", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no clock decides")
 _GENERATED_CODE = GeneratedCode()  # of all that tests import
 fork_workers()
 

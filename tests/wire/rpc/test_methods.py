@@ -69,7 +69,7 @@ async def test_every_method_that_is_served_has_a_row(trust: Authority) -> None:
 
 
 def test_servers_take_no_larger_messages_than_their_methods() -> None:
-    assert served_bytes({JOIN: None}) == 256 << 10
+    assert served_bytes({JOIN: None}) == 1 << 20
     assert served_bytes(StageService("a").handlers) == PIECE_BYTES
 
 

@@ -76,7 +76,11 @@ class Model:
         return cls(plain, chat_template, numbered)
 
     def adapted_by(self, adapters: Mapping[int, ModelFile]) -> Model:
-        return self if adapters == self.adapters else Model(self.plain, adapters=adapters)
+        if adapters == self.adapters:
+            return self
+        adapted = Model(self.plain, adapters=adapters)
+        adapted._chosen_template = self._chosen_template
+        return adapted
 
     def __enter__(self) -> Self:
         return self

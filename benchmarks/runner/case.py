@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -40,15 +41,15 @@ class Group:
         return [name for name, value in self.turns[0][variant].items() if isinstance(value, float | int)]
 
 
-class Case:
+class Case(ABC):
     """The base of all cases. A case is a frozen dataclass; its docstring is its help."""
 
     rounds: ClassVar[int] = 5
     warm: ClassVar[int] = 0  # turns that do not count, before the others
 
+    @abstractmethod
     def groups(self) -> AsyncIterator[Group]:
         """Yields each group while what its variants need is there. Afterwards the group has its turns."""
-        raise NotImplementedError
 
 
 def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:

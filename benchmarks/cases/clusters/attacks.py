@@ -133,7 +133,7 @@ _KNOWN = (*BODIES, *FLOODS)
 
 @dataclass(frozen=True)
 class Attacks(Case):
-    """What a hostile client costs others: gaps in their streams, `/live`, first tokens, memory.
+    """The cost of a hostile client to others: gaps in their streams, `/live`, first tokens, memory.
 
     Two API keys: the attacker's requests come with one, streams and short requests of others with the other. Bodies
     are of 15 MB with as many elements as fit, --at-once of each together. `background`: 300 background responses;
@@ -175,7 +175,7 @@ class Attacks(Case):
 
 
 async def _bound_s(api: str) -> float:
-    """How long another key's answer takes that has a form, when the attack has run for a moment."""
+    """Times an answer of another key that obeys a schema, a moment after the attack has begun."""
     await asyncio.sleep(_SETTLE_S)
     begun_s = time.monotonic()
     body = {"prompt": "a", "max_tokens": 2, "json_schema": {"enum": [f"yes {begun_s}", "no"]}}

@@ -29,7 +29,7 @@ _PARTS = ("logprobs", "breakers")
 
 @dataclass(frozen=True)
 class Gaps(Case):
-    """What one costly request costs the streams beside it: gaps between their tokens, first tokens, memory.
+    """The cost of one costly request to the streams beside it: gaps between their tokens, first tokens, memory.
 
     `logprobs`: a POST of 8 prompts of 2,000 tokens with 128 logprobs each, and one of 64 prompts that fill the context.
     `breakers`: 8 requests at once with 64 new DRY breakers each, alone and with a worker that is killed meanwhile.

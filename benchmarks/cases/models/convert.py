@@ -31,7 +31,7 @@ CODE = "import sys; sys.argv[0] = 'llamaclust'; from llamaclust.cli.main import 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a LLaMA."""
+    """The settings of a LLaMA."""
 
     layers: int
     hidden: int

@@ -79,7 +79,7 @@ class Divergence(Case):
 
 
 def divergences(model: Path, logits: Path) -> Float64:
-    """Of every scored token from the model whose logits are in the file."""
+    """Divergences of all scored tokens from the model whose logits are in the file."""
     base = LogitsFile.open(logits)
     with closing(Model.open(model)) as opened:
         tokenizer = opened.tokenizer
@@ -90,7 +90,7 @@ def divergences(model: Path, logits: Path) -> Float64:
 
 
 def ratio(ours: Float64, theirs: Float64) -> tuple[float, float]:
-    """Of the two means, and its standard error: both read the same tokens."""
+    """Returns the difference of two means over the same tokens, and its standard error."""
     value = float(ours.mean() / theirs.mean())
     apart = ours - value * theirs
     return value, float(apart.std() / theirs.mean() / np.sqrt(apart.size))
@@ -106,6 +106,6 @@ def _check_same_types(ours: Path, theirs: Path) -> None:
 
 
 def _goes_without(model: Path, mix: str) -> bool:
-    """Whether the mix needs no importance matrix."""
+    """True if the mix needs no importance matrix."""
     types = choose_types(open_model(model), Wishes(MIXES[mix]))
     return not any(needs_importance(name, kind, MIXES[mix]) for name, kind in types.items())

@@ -69,7 +69,7 @@ class PlanTypes(Case):
 
 
 async def _predicted(cluster: Cluster) -> dict[str, dict[str, float]]:
-    """By each kind, by what the worker measures now."""
+    """Predicts each kind from the worker's present measurements."""
     model, workers = cluster.model, cluster.registry.present
     types = tuple(map(int, model.quant_types))
     order = ProfileWorker(str(model.file.path), model.model_id, 0, types)
@@ -84,7 +84,7 @@ def _limits(profile: DeviceProfile) -> DeviceProfile:
 
 
 def _times(cluster: Cluster, profiles: Mapping[str, Profile]) -> dict[str, float]:
-    """Of the plan that serves, as of workers with these profiles."""
+    """Predicts the serving plan for workers with these profiles."""
     workers = {name: WorkerResources.of(worker) for name, worker in cluster.registry.present.items()}
     planner = cluster.supervisor.planner
     assert isinstance(planner, ClusterPlanner)
@@ -96,7 +96,7 @@ def _times(cluster: Cluster, profiles: Mapping[str, Profile]) -> dict[str, float
 
 
 async def _measured(cluster: Cluster, source: random.Random) -> dict[str, float]:
-    """As the worker's own figures, medians of steps."""
+    """Measures medians of steps, like the worker's own figures."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     finished = await run(cluster, prompts(source, 1, _PROMPT, vocabulary)[0], 1)
     prompt = prompts(source, 1, _SHORT_PROMPT, vocabulary)[0]

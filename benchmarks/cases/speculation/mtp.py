@@ -27,7 +27,7 @@ from llamaclust.tools.assume.shapes import SHAPES, ModelShape
 HEADS = {"right": 1, "wrong": -1}
 """The sign of what a head hands on."""
 _OWN = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
-"""Of a head, in place of those of the model: left out, so that it has the model's."""
+"""Tensors that a head omits, since it uses the model's."""
 
 
 def shape_of(layers: int, hidden: int, vocabulary: int) -> ModelShape:

@@ -20,7 +20,7 @@ from llamaclust.core.errors import UsageError
 
 _PROMPT = 64
 _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
-"""Of gains beside those that row costs allow."""
+"""The wanted ratio of gains to those that row costs allow."""
 
 
 @dataclass(frozen=True)

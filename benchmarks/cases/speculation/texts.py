@@ -20,7 +20,7 @@ from llamaclust.core.sampling import SamplingParams
 
 _GOALS = {"copy": ">= 3", "edit": ">= 3", "quote": ">= 1.3", "prose": ">= 0.97"}
 _LEAST_TOKENS = 32
-"""Of an answer: of a shorter one no rate can be told."""
+"""The fewest tokens of an answer from which a rate is computed."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Texts(Case):
                     yield Group(f"{stages} stages, {kind}", ways, {"tok/s": _GOALS[kind]})
 
     async def _measure(self, model: Served, kind: str, plain: bool, turn: int) -> Measures:
-        """With the first prompt from that of this turn on that fits in the context."""
+        """Runs the first prompt, from this turn's on, that fits in the context."""
         for seed in count(1000 * self.seed + turn, 1_000_000):
             (prompt,) = prompts(model.model, (kind,), 1, self.characters, seed)
             request = self._request(model, prompt, turn)

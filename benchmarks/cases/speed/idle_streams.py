@@ -27,7 +27,7 @@ _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "
 
 @dataclass(frozen=True)
 class IdleStreams(Case):
-    """What streams cost that wait: one answer while a thousand other streams are open, and alone.
+    """The cost of waiting streams: one answer while a thousand other streams are open, and alone.
 
     The cluster computes one request at a time, so the others wait for their turn, with signs of life. Compared are
     tokens a second of the same tokens of the answer, and processor time of the coordinator for each; `KiB a stream` is

@@ -116,7 +116,7 @@ class Kernel:
 def matrices_of(
     tile_type: QuantType, rows: int, cols: int, quant_type: QuantType, least_bytes: int = MEMORY_BYTES
 ) -> list[_native.PackedMatrix]:
-    """As many matrices as memory and not a cache must serve; they hold the same weights, each in its own place."""
+    """Makes enough matrices that no cache serves them; they hold the same weights, each in its own place."""
     data = np.frombuffer(random_matrix(np.random.default_rng(0), quant_type, (rows, cols)), np.uint8)
     matrices = []
     for _ in range(max(1, least_bytes // len(data))):

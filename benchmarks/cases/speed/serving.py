@@ -28,7 +28,7 @@ _WORDS = ("sea", "wind", "stone", "river", "house", "light", "road", "bird", "ni
 
 @dataclass(slots=True)
 class Served:
-    """What one server did under one load."""
+    """The results of one server under one load."""
 
     tokens: int = 0
     errors: int = 0

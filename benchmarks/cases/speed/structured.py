@@ -35,7 +35,7 @@ PERSON = definitions.of_schema(
 
 @dataclass(frozen=True)
 class Structured(Case):
-    """What grammars cost and save: one model in this process, with and without a grammar.
+    """The cost and the savings of grammars: one model in this process, with and without a grammar.
 
     A token under grammars that any text or any list obeys beside a free one, at 1 and at 16 streams; a JSON object by
     a schema beside free text, whose forced tokens are computed together.

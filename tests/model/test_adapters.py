@@ -84,6 +84,13 @@ def test_adapters_keep_their_numbers_where_others_are_not_there(model: Path, tmp
     assert list(alone.program(0, 1).steps) == of_second
 
 
+def test_a_chosen_chat_template_stays(model: Path, tmp_path: Path) -> None:
+    chosen, plain = (Model.open(model, name) for name in ("chatml", None))
+    adapter = Model.open(model, adapters=[build_adapter(tmp_path / "a.gguf", model, seed=1)]).adapters[0]
+    kept = chosen.adapted_by({0: adapter}).chat_template.source
+    assert kept == chosen.chat_template.source != plain.chat_template.source
+
+
 def test_a_change_of_any_tensor_changes_the_digest(model: Path, tmp_path: Path) -> None:
     """Equal names, shapes and sizes: two states of a training that changed one layer alone."""
     path, plain = build_adapter(tmp_path / "a.gguf", model, rank=64, quant_type=QuantType.F16), open_model(model)

@@ -90,7 +90,7 @@ def divergences(model: Path, logits: Path) -> Float64:
 
 
 def ratio(ours: Float64, theirs: Float64) -> tuple[float, float]:
-    """Returns the difference of two means over the same tokens, and its standard error."""
+    """Returns the ratio of two means over the same tokens, and its standard error."""
     value = float(ours.mean() / theirs.mean())
     apart = ours - value * theirs
     return value, float(apart.std() / theirs.mean() / np.sqrt(apart.size))

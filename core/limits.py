@@ -9,7 +9,7 @@ from llamaclust.core.bounds import Choice, Integer
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 
 NUMERICS_VERSION = 6
-"""The version of the rules in docs/numerics.md; the handshake refuses workers with another version."""
+"""The version of the rules in docs/internals/numerics.md; the handshake refuses workers with another version."""
 
 MAX_SEQUENCES = 1024
 MAX_BATCH_TOKENS = 8192

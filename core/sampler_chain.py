@@ -1,4 +1,4 @@
-"""Samplers beyond the plain ones, and the order of all (rules: docs/numerics.md)."""
+"""Samplers beyond the plain ones, and the order of all (rules: docs/internals/numerics.md)."""
 
 from __future__ import annotations
 

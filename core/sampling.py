@@ -35,7 +35,7 @@ AllowedTokens: TypeAlias = "NDArray[np.uint32]"
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Parameters of sampling; the defaults are greedy. Order of the steps: docs/numerics.md."""
+    """Parameters of sampling; the defaults are greedy. Order of the steps: docs/internals/numerics.md."""
 
     temperature: float = number(
         (0.0, 100.0),

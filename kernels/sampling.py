@@ -1,4 +1,4 @@
-"""Chooses and scores tokens: the last stage's sampler, on the CPU for every backend (rules: docs/numerics.md)."""
+"""Chooses and scores tokens: the last stage's sampler, on the CPU for every backend (rules: internals/numerics.md)."""
 
 from __future__ import annotations
 

@@ -320,7 +320,7 @@ class Register(_message.Message):
     protocol_version: _builtins.int
     """Another version is refused."""
     numerics_version: _builtins.int
-    """Version of the arithmetic rules (docs/numerics.md): another is refused."""
+    """Version of the arithmetic rules (docs/internals/numerics.md): another is refused."""
     device: _builtins.str
     """"cpu" or "cuda:N"."""
     threads: _builtins.int

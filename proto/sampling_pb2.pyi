@@ -20,7 +20,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How a token is chosen; the order of work is in docs/numerics.md."""
+    """How a token is chosen; the order of work is in docs/internals/numerics.md."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

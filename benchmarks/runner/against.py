@@ -41,10 +41,13 @@ class Against(Case):
                     yield Group(f"{head['name']} {variant}".strip(), measured)
                 for process in (there, here):
                     _tell(process, None)
-        finally:
+        except BaseException:
             for process in (there, here):
                 if process.returncode is None:
                     process.terminate()
+            raise
+        finally:
+            for process in (there, here):
                 await process.wait()
 
 

@@ -15,7 +15,7 @@ from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
 GATHER_S = 35e-6
 """The time of a gather beside the network: members that are not ready together, encryption, system calls, copied rows.
-Members of served groups of two wait 30 to 40 us on loopback (docs/groups-internals.md)."""
+Members of served groups of two wait 30 to 40 us on loopback (docs/internals/groups.md)."""
 HIDDEN_SHARE = 0.5
 """The largest share of a prompt's bytes that travels while members compute other rows."""
 

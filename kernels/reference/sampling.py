@@ -1,7 +1,7 @@
 """The sampler's rules in NumPy, slow and obvious, which kernels/sampling.py is tested against.
 
-Python integers, float32 steps and exp follow docs/numerics.md bit for bit; logprobs are NumPy's, so one may differ by a
-unit in the last place.
+Python integers, float32 steps and exp follow docs/internals/numerics.md bit for bit; logprobs are NumPy's, so one may
+differ by a unit in the last place.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ README = ROOT / "README.md"
 PAGES = (
     README,
     *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 )
 PRESENT = tuple(page for page in PAGES if page.name != "roadmap.md")  # that one is about what is not there yet
 PACKAGES = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "core", "proto")
@@ -128,7 +128,7 @@ def test_named_methods_exist() -> None:
         if isinstance(node, ast.ClassDef)
         for member in members(node)
     }
-    named = set(re.findall(r"`([A-Z]\w+)\.(\w+)`", (ROOT / "docs/architecture.md").read_text()))
+    named = set(re.findall(r"`([A-Z]\w+)\.(\w+)`", (ROOT / "docs/internals/architecture.md").read_text()))
     assert len(named) >= 20 and named - known == set()
 
 
@@ -137,7 +137,7 @@ def test_every_dependency_has_a_line() -> None:
     groups = {"Runtime": project["project"]["dependencies"]}
     groups |= {name.capitalize(): group for name, group in project["dependency-groups"].items()}
     for heading, wanted in groups.items():
-        found = [row[0] for row in rows(section(ROOT / "docs/dependencies.md", heading))]
+        found = [row[0] for row in rows(section(ROOT / "docs/internals/dependencies.md", heading))]
         assert sorted(found) == sorted(re.split(r"[<>=,]", one)[0] for one in wanted), heading
 
 
@@ -315,7 +315,7 @@ def test_reserved_values_are_refused(minimal: Path) -> None:
 def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
     pages = (
         README,
-        *(ROOT / "docs" / name for name in ("cluster-file.md", "several-machines.md", "gpu.md", "speculation.md")),
+        *(ROOT / f"docs/{name}.md" for name in ("cluster-file", "several-machines", "gpu", "internals/speculation")),
     )
     written = [text for page in pages for text in fences(page, "yaml")]
     assert len(written) >= 4

@@ -1,4 +1,4 @@
-"""The forms of a request that docs/architecture.md lists are what the functions make that it names."""
+"""The forms of a request that docs/internals/architecture.md lists are what the functions make that it names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.paths import ROOT
 
 MOST_FORMS = 18
 ROW = re.compile(r"^\| (\d+) \| `(\w+)` \| `([\w/]+\.py)` `([\w.]+)` \|$", re.MULTILINE)
-PAGE = (ROOT / "docs" / "architecture.md").read_text()
+PAGE = (ROOT / "docs/internals/architecture.md").read_text()
 FORMS = ROW.findall(PAGE[PAGE.index("## Forms of a chat request") : PAGE.index("## Life of a request")])
 
 

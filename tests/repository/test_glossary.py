@@ -1,4 +1,4 @@
-"""Identifiers use the terms of docs/glossary.md and none of the words in its columns *not*."""
+"""Identifiers use the terms of docs/internals/glossary.md and none of the words in its columns *not*."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from support.paths import ROOT
 
-GLOSSARY = ROOT / "docs/glossary.md"
+GLOSSARY = ROOT / "docs/internals/glossary.md"
 C_LIKE = {".cpp", ".h", ".cu", ".cuh"}
 COMMENTS_AND_STRINGS = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:[^"\\\n]|\\.)*"', re.DOTALL)
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")

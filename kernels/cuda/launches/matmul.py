@@ -1,5 +1,5 @@
 """Matrix products as launches: which kernel, with how many blocks. Activations are quantized once for all products that
-read them; results have the bits of kernels/cpu (docs/numerics.md)."""
+read them; results have the bits of kernels/cpu (docs/internals/numerics.md)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Products of every weight type at every level against float64: each element is within the bound that docs/numerics.md
-proves ("How far from exact")."""
+"""Products of every weight type at every level against float64: each element is within the bound that
+docs/internals/numerics.md proves ("How far from exact")."""
 
 from __future__ import annotations
 

@@ -356,7 +356,7 @@ def test_which_norms_of_heads_are_not() -> None:
 def test_launches_of_a_layer_in_decode(
     tmp_path: Path, kv_heads: int, other_types: dict[str, QuantType], context_tokens: int, count: int
 ) -> None:
-    """As docs/gpu-kernels.md lists them."""
+    """As docs/internals/gpu-kernels.md lists them."""
     types: dict[str, Any] = {"quant_type": QuantType.Q4_K, "other_types": other_types}
     build_tiny_model(tmp_path / "m.gguf", layers=4, heads=4, kv_heads=kv_heads, ffn=256, **types)
     assert launches_of_a_layer(tmp_path / "m.gguf", context_tokens) == count

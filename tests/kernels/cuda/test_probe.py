@@ -16,9 +16,8 @@ from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.bench import bench
 from llamaclust.tools.bench.bench import BenchTask, run_bench
-from llamaclust.worker.devices import profiler
+from llamaclust.worker.devices import backends, profiler
 from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.cuda.shim_build import build
@@ -80,7 +79,7 @@ def test_a_model_on_a_gpu_is_measured(device: Device, tmp_path: Path, monkeypatc
     path = build_tiny_model(tmp_path / "m.gguf", layers=1, hidden=64, heads=2, ffn=96, quant_type=QuantType.Q8_0)
     gpu = CudaBackend("cuda:0", device, 1)
     monkeypatch.setattr(gpu, "close", lambda: None)  # the device is the session's
-    monkeypatch.setattr(bench, "open_gpu", lambda name, threads, cap, kernels_dir: gpu)
+    monkeypatch.setattr(backends, "open_gpu", lambda name, threads, *_: gpu)
     task = BenchTask(path, 1, prompt=3, generate=2, repeats=1, device="cuda:0")
     report = run_bench(task, lambda what: None)
     assert report.feature_level == gpu.feature_level and report.decode_tok_s > 0 < report.prefill_tok_s

@@ -1,5 +1,5 @@
-"""Products of quantized weights as docs/numerics.md orders them, to the bit, in NumPy: integers exact in a segment,
-then fused multiply-adds in k order."""
+"""Products of quantized weights as docs/internals/numerics.md orders them, to the bit, in NumPy: integers exact in a
+segment, then fused multiply-adds in k order."""
 
 from __future__ import annotations
 

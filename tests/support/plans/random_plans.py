@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations, pairwise, permutations
 
 from hypothesis import strategies as st
@@ -78,21 +79,26 @@ class Every:
     costs: ModelCosts
     workers: Sequence[WorkerFacts]
 
+    @cached_property
+    def _by_contexts(self) -> dict[int, list[Score]]:
+        """Scores of all plans that fit with the KV memory of so many contexts."""
+        splits = [*self._splits()]
+        return {count: [self.score(split) for split in splits if self._fits(split, count)] for count in (4, 1)}
+
+    @cached_property
+    def _stages(self) -> StageCosts:
+        return StageCosts.of(self.costs)
+
     def scores(self) -> list[Score]:
-        """Of all that fit, with the KV memory that plans try for first."""
-        for contexts in (4, 1):
-            found = [self.score(split) for split in self._splits() if self._fits(split, contexts)]
-            if found:
-                return found
-        return []
+        """Scores of all that fit, with the KV memory that plans try for first."""
+        return self._by_contexts[4] or self._by_contexts[1]
 
     def scores_beside(self, plan: Plan) -> list[Score]:
-        """Of all with as much KV memory as the plan has: it may have less where that makes it much faster."""
-        contexts = 4 if self._fits(self._split_of(plan), 4) else 1
-        return [self.score(split) for split in self._splits() if self._fits(split, contexts)]
+        """Scores of all with as much KV memory as the plan has: it may have less where that makes it much faster."""
+        return self._by_contexts[4 if self._fits(self._split_of(plan), 4) else 1]
 
     def score(self, split: Split) -> Score:
-        stages = StageCosts.of(self.costs)
+        stages = self._stages
         linked = len(split) > 1  # each stage has a link in and one out
         mixes = (
             max(

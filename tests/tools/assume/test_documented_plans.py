@@ -23,7 +23,7 @@ from llamaclust.tools.assume.shapes import SHAPES
 from support.paths import ROOT
 
 PAGE = (ROOT / "docs/models.md").read_text()
-GAINS_PAGE = (ROOT / "docs/speculation.md").read_text()
+GAINS_PAGE = (ROOT / "docs/internals/speculation.md").read_text()
 EXAMPLE = re.compile(r"^```console\n\$ llamaclust (plan --assume [^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXAMPLES = [*EXAMPLE.findall(PAGE), *EXAMPLE.findall(GAINS_PAGE)]
 GAINS = re.findall(r"^\| `(.*?)`[^|]* \| `(.*?)` \| (\S+)x \| (\S+)x \| (\S+)x \|$", GAINS_PAGE, re.MULTILINE)

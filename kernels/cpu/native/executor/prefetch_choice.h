@@ -1,4 +1,4 @@
-// Which way of prefetching weights reads them faster: that is the processor's (docs/kernels.md), so it is measured.
+// Which way of prefetching weights reads them faster: that is the processor's (internals/kernels.md), so it is measured.
 // Results do not depend on it.
 #pragma once
 

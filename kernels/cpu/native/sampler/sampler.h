@@ -1,4 +1,4 @@
-// Chooses or scores the token after a row of logits. docs/numerics.md says in which order and why the answer cannot vary.
+// Chooses or scores the token after a row of logits. internals/numerics.md says in which order and why the answer cannot vary.
 #pragma once
 
 #include <cstddef>

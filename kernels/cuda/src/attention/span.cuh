@@ -1,5 +1,5 @@
 // One span of positions for the queries of one KV head: what is done around the scores. The order of every sum is that of
-// docs/numerics.md: a warp weighs a query's scores, a thread owns a channel of some queries.
+// docs/internals/numerics.md: a warp weighs a query's scores, a thread owns a channel of some queries.
 #pragma once
 
 #include "rounding.cuh"

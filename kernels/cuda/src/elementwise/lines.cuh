@@ -26,7 +26,7 @@ DEVICE void each(int width, const int32_t* rows, float* out, F f, const Matrix*.
   }
 }
 
-// A sum in 64 interleaved lanes (docs/numerics.md): a thread of a warp has lanes `lane` and `lane` + 32.
+// A sum in 64 interleaved lanes (docs/internals/numerics.md): a thread of a warp has lanes `lane` and `lane` + 32.
 struct Lanes {
   float low = 0.0f, high = 0.0f;
 

@@ -1,4 +1,4 @@
-// The order of operations of every product with quantized weights, in one place (docs/numerics.md): integers exact in a
+// The order of operations of every product with quantized weights, in one place (internals/numerics.md): integers exact in a
 // segment, then, in k order, total = fma(scale_w * scale_a, sum, total), and a second fma for types with a min.
 #pragma once
 

@@ -138,8 +138,14 @@ class WeightCache(DiskCache):
     def making(self, key: str) -> Iterator[None]:
         """Locks one key; other processes wait without a limit."""
         path = self.path / f"{key}{MAKING}"
-        with open_own(path, os.O_RDWR | os.O_CREAT) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with ExitStack() as stack:
+            while True:
+                file = stack.enter_context(open_own(path, os.O_RDWR | os.O_CREAT))
+                fcntl.flock(file, fcntl.LOCK_EX)
+                with suppress(FileNotFoundError):  # else its last holder has deleted it
+                    if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                        break
+                file.close()
             yield
             path.unlink(missing_ok=True)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -49,6 +51,23 @@ def test_room_is_made_from_what_was_not_used_for_longest_and_is_in_no_load(tmp_p
             cache.make_room(2500)
     cache.make_room(2500)
     assert cache.find(held) is None
+
+
+def test_one_at_a_time_makes_the_manifest_of_a_key(tmp_path: Path) -> None:
+    cache, key, inside = WeightCache(tmp_path / "w", 3000), "a" * 64, Lock()
+    cache.prepare()
+
+    def make() -> None:
+        for _ in range(30):
+            with cache.making(key):
+                assert inside.acquire(blocking=False)
+                time.sleep(1e-4)  # others wait meanwhile
+                inside.release()
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(make) for _ in range(8)]:
+            done.result()
+    assert [*(tmp_path / "w").iterdir()] == []
 
 
 def test_a_part_that_is_being_written_is_not_deleted(tmp_path: Path) -> None:

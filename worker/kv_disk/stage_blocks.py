@@ -106,10 +106,10 @@ class StageBlocks:
         """Returns places that together hold all layers of a block; none if some layer is missing."""
         layer, end = self._start, self._start + len(kv)
         chosen: list[_Place] = []
-        places = self._places.get(key, ())
+        places = [place for place in self._places.get(key, ()) if _fits(place[0], self._start, kv)]
         while layer < end:
             best = max((place for place in places if place[0].start <= layer), key=lambda p: p[0].end, default=None)
-            if best is None or best[0].end <= layer or not _fits(best[0], self._start, kv):
+            if best is None or best[0].end <= layer:
                 return []
             chosen.append(best)
             layer = best[0].end

@@ -215,3 +215,15 @@ def test_a_block_that_is_in_a_file_twice_is_forgotten_once(tmp_path: Path) -> No
     assert one.find(KEYS[:1], kv) == 1
     file.unlink()
     assert one.find(KEYS[:1], kv) == 0
+
+
+def test_a_file_of_other_sizes_hides_no_other(tmp_path: Path) -> None:
+    """It reaches further than the right one."""
+    wrong = [[np.zeros((BLOCKS, n + 8), np.uint8) for n in parts] for parts in SIZES]
+    assert stage(tmp_path).save(KEYS[:1], [0], wrong) == 1
+    kv = memory(7)
+    assert stage(tmp_path).save(KEYS[:1], [2], kv[:2]) == 1
+    assert stage(tmp_path, 2).save(KEYS[:1], [2], kv[2:]) == 1
+    whole, restored = stage(tmp_path), blank()
+    assert whole.find(KEYS[:1], restored) == whole.restore(KEYS[:1], [1], restored) == 1
+    assert_same(restored, kv, [(1, 2)])

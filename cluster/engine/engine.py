@@ -176,9 +176,11 @@ class Engine:
 
     def completed(self, lane: Lane, results: Sequence[Result]) -> None:
         now_ns, drafts, completed = monotonic_ns(), lane.scheduler.drafts, list[Completed]()
+        failed: Result | None = None
         try:
             for result, done_ns in zip(results, _done_ns(results, now_ns), strict=True):
                 if result.failure is not None:
+                    failed = result
                     break
                 completed.append(self._complete(lane, result, done_ns))
             else:
@@ -187,8 +189,8 @@ class Engine:
             tokens = sum(self.requests.deliver(key, updates) for each in completed for key, updates in each.updated)
             self.metrics.sampled(tokens, now_ns)
             self.metrics.drafted(lane.scheduler.drafts - drafts, now_ns)
-        if result.failure is not None:
-            self._lose(lane, stage_error(result, lane.pipeline.stages), result.number)
+        if failed is not None:
+            self._lose(lane, stage_error(failed, lane.pipeline.stages), failed.number)
         elif faults := [fault for each in completed for fault in each.faults]:
             failure = row_failure(faults, lane.pipeline.stages)
             if lane is self._lane:

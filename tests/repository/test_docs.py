@@ -315,7 +315,10 @@ def test_reserved_values_are_refused(minimal: Path) -> None:
 def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
     pages = (
         README,
-        *(ROOT / f"docs/{name}.md" for name in ("cluster-file", "several-machines", "gpu", "internals/speculation")),
+        *(
+            ROOT / f"docs/{name}.md"
+            for name in ("cluster-file", "several-machines", "gpu", "operations", "internals/speculation")
+        ),
     )
     written = [text for page in pages for text in fences(page, "yaml")]
     assert len(written) >= 4

@@ -139,7 +139,7 @@ def test_predictions_for_gpus_by_name_are_those_of_the_program(row: tuple[str, .
 
 
 def test_the_page_of_gpus_names_every_gpu() -> None:
-    (listed,) = re.findall(r"^Names: (.*)\.$", GPU_PAGE, re.MULTILINE)
+    (listed,) = re.findall(r"^Names: ([^.]*)\.$", GPU_PAGE, re.MULTILINE)
     assert re.findall(r"`([^`]+)`", listed) == list(GPU_MODELS)
 
 

@@ -1,4 +1,4 @@
-"""Relative paths in a cluster file, which are relative to its folder."""
+"""Relative paths in a cluster file, which are relative to the file's folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATHS = (
 
 
 def anchored(document: Document, folder: Path) -> Document:
-    """The document with its relative paths made absolute."""
+    """Returns the document with its relative paths made absolute."""
     values = dict(document.values)
     _anchor_model(values, folder)
     if isinstance(models := values.get("models"), list):
@@ -44,7 +44,7 @@ def anchored(document: Document, folder: Path) -> Document:
 
 
 def _anchor_model(values: dict[str, Any], folder: Path) -> None:
-    """Its file, its template and its adapters, where they are files."""
+    """Anchors the model's file, chat template and adapters."""
     _anchor_file(values, folder)
     if values.get("chat_template") not in built_in_names():
         _anchor(values, "chat_template", folder)
@@ -55,7 +55,7 @@ def _anchor_model(values: dict[str, Any], folder: Path) -> None:
 
 
 def _anchor_file(values: dict[str, Any], folder: Path) -> None:
-    """Its model, where that is a file."""
+    """Anchors `model` if it is a file."""
     model = values.get("model")
     if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(REMOTE_PREFIXES):
         _anchor(values, "model", folder)

@@ -1,4 +1,4 @@
-"""Models that are known by name, and what lies in the models directory. Resolving a model never downloads it."""
+"""Models that are known by name, and files in the models directory. Resolving a model never downloads it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from llamaclust.model.gguf.model_file import PART_NAME
 _NEAREST = 3
 _LISTED = 10
 _ENCODER = "mmproj"
-"""The word in names of files of vision encoders."""
+"""A word in file names of vision encoders."""
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model that is known by name, and where it comes from. Of the bundled ones the bytes are known, too; of others
-    `about_bytes` is an estimate, and the hub says which bytes they are."""
+    """A model that is known by name, with its source. Size and hash are known for bundled models; for others
+    `about_bytes` is an estimate, and the hub gives the size."""
 
     name: str
     source: str
@@ -43,7 +43,7 @@ class CatalogEntry:
 
     @property
     def directory(self) -> str:
-        """In the models directory."""
+        """The folder's name in the models directory."""
         return self.name.replace(":", "-")
 
     @property
@@ -53,7 +53,7 @@ class CatalogEntry:
 
     @property
     def terms(self) -> str | None:
-        """Where the terms of its licence are, if using the model means accepting them."""
+        """Address of the licence's terms, if using the model means accepting them."""
         return terms_of(self.licence)
 
 
@@ -74,7 +74,7 @@ CATALOG: Final = {
 
 @dataclass(frozen=True, slots=True)
 class WantedFile:
-    """A file that has to be fetched: from where, to where, and what is known of its bytes."""
+    """A file to fetch; its size and hash are None if they are not known."""
 
     spec: str
     source: RemoteSource
@@ -84,11 +84,11 @@ class WantedFile:
 
     @property
     def is_there(self) -> bool:
-        """Whether it has been fetched: a file appears under its name only after its hash was checked."""
+        """True if it has been fetched: a file appears under its name after its hash was checked."""
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
 
     def parts(self) -> list[WantedFile]:
-        """All files of a model that is split, this one first; UsageError where this one is not its first part."""
+        """Returns all files of a split model, this one first; UsageError if this one is not the first part."""
         match = PART_NAME.fullmatch(self.source.file_name)
         if match is None:
             return [self]
@@ -102,7 +102,7 @@ class WantedFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A model in the models directory. `name` is what `model rm` and other commands take."""
+    """A model in the models directory; `name` is the argument of `model rm` and other commands."""
 
     name: str
     path: Path
@@ -110,8 +110,8 @@ class StoredModel:
 
 
 def find_entry(name: str) -> CatalogEntry | None:
-    """A model of the catalog: NAME, of public ones also NAME:QUANTIZATION, in capital or small letters. UsageError for
-    a quantization that the catalog does not have."""
+    """Finds a model of the catalog, in any case: NAME, or NAME:QUANTIZATION of a public model. UsageError for an
+    unknown quantization."""
     if name.lower() in CATALOG:
         return CATALOG[name.lower()]
     plain, _, wanted = name.lower().partition(":")
@@ -131,18 +131,18 @@ def find_entry(name: str) -> CatalogEntry | None:
 
 
 def catalog_names() -> list[str]:
-    """Of all models that are known by name, without quantizations."""
+    """Returns all names without quantizations."""
     return [*CATALOG, *public_models()]
 
 
 def nearest_names(name: str, names: Iterable[str]) -> str:
-    """A question with the nearest of the names, those that begin with `name` first; empty if none is near."""
+    """Returns a question with the nearest names; empty if none is near."""
     near = near_names(name, names)
     return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 def near_names(name: str, names: Iterable[str]) -> list[str]:
-    """Three of the names at most, those that begin with `name` or else similar ones."""
+    """Returns at most three names: those that begin with `name`, else similar ones."""
     known, text = list(dict.fromkeys(names)), name[:_LONGEST_NAME].lower().replace(":", "-")
     near = [each for each in known if text and each.startswith(text)][:_NEAREST]
     return near or difflib.get_close_matches(text, known, n=_NEAREST, cutoff=0.5)
@@ -153,7 +153,7 @@ def _billions(count: float) -> str:
 
 
 def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
-    """The path of a model that needs no fetching, or what would have to be fetched; UsageError for anything else."""
+    """Returns the path of a model that needs no fetching, or the file to fetch; UsageError for anything else."""
     entry = find_entry(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
     source = parse_source(entry.source if entry else spec)
     if isinstance(source, Path):
@@ -170,8 +170,8 @@ def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
 
 
 def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
-    """The file of a model given as catalog name, path, `pypi:` or web address; UsageError where it is unknown, or not
-    downloaded (the message says how)."""
+    """Returns the file of a model given as catalog name, path, `pypi:` or web address; UsageError if it is unknown or
+    not downloaded (the message says how)."""
     path = stored_model(spec, models_dir)
     if path is None:
         raise UsageError(f"{spec}: not downloaded yet; run: llamaclust model pull {spec}")
@@ -179,7 +179,7 @@ def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
 
 
 def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
-    """The file of a model; None where it is not downloaded. UsageError where it is unknown."""
+    """Returns the file of a model; None if it is not downloaded. UsageError if it is unknown."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
@@ -187,21 +187,21 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def made_beside(source: Path, name: str) -> Path:
-    """Where a file that is made from a model goes by default: beside it, or into the current folder where it lies among
-    the downloaded ones, which `model rm` deletes with all that is there."""
+    """Returns the default path of a file made from a model: beside the model, or in the current folder if the model is
+    among the downloaded ones, because `model rm` deletes their whole folder."""
     return Path(name) if environment().models_dir in source.parents else source.with_name(name)
 
 
 def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
-    """Every complete model in the models directory, by name."""
+    """Returns the complete models in the models directory."""
     root = models_dir or environment().models_dir
     directories = sorted(root.iterdir()) if root.is_dir() else []
     return [StoredModel(path.parent.name, path, _size_of(path)) for each in directories for path in _models(each)]
 
 
 def remove_model(spec: str, models_dir: Path | None = None) -> Path:
-    """Deletes a downloaded model with everything fetched for it and returns its directory; UsageError if there is none.
-    A file outside the models directory is never touched."""
+    """Deletes a downloaded model with everything fetched for it, and returns its directory; UsageError if there is
+    none. A file outside the models directory is never touched."""
     root = models_dir or environment().models_dir
     directory = _stored_directory(spec, root)
     if not directory.is_dir():
@@ -231,7 +231,7 @@ def _models(directory: Path) -> Iterator[Path]:
 
 
 def _size_of(first: Path) -> int:
-    """Of a model in one file or in parts."""
+    """Returns the bytes of a model, all its parts together."""
     part = PART_NAME.fullmatch(first.name)
     paths = part_paths(first, int(part["count"]) if part else 1)
     return sum(path.stat().st_size for path in paths if path.is_file())
@@ -263,7 +263,7 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
 
 
 def _only_model(name: str, folder: Path) -> Path:
-    """The model in a folder that has one, in one file or in parts."""
+    """Returns the first file of the folder's only model; UsageError if there is none or several."""
     try:
         models = list(_models(folder))
         has_checkpoint = any(folder.glob("*.safetensors"))
@@ -282,8 +282,7 @@ def _only_model(name: str, folder: Path) -> Path:
 
 
 def _is_beside_a_model(path: Path) -> bool:
-    """Returns whether a GGUF file is one that repositories have beside models: a vision encoder, an adapter, an
-    importance matrix."""
+    """Returns True for GGUF files that lie beside models: vision encoders, adapters, importance matrices."""
     from llamaclust.model.gguf.header import read_header
 
     if _ENCODER in path.name.lower():
@@ -296,7 +295,7 @@ def _is_beside_a_model(path: Path) -> bool:
 
 
 def _repository_hint(spec: str) -> str:
-    """For a repository of the hub that is given as other programs take it."""
+    """Returns a hint if `spec` is a hub repository without a file, as other programs take it; else ""."""
     if not _REPOSITORY.fullmatch(spec) or spec.endswith(".gguf"):
         return ""
     near = nearest_names(spec.rpartition("/")[2], catalog_names())

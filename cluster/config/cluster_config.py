@@ -71,21 +71,21 @@ class ClusterConfig(Section):
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
     """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
     models: Annotated[tuple[ModelEntry, ...], Field(max_length=MAX_MODELS, strict=False)] = ()
-    """In place of `model`: several, which requests name; the first is loaded at the start, others on demand."""
+    """Several models in place of `model`, which requests name; the first is loaded at the start, others on demand."""
     max_loaded_models: Annotated[int | None, Field(ge=1, le=MAX_MODELS), OrAuto()] = None
-    """Of `models`, those that are loaded at once, at most; auto: as many as memory allows."""
+    """Number of `models` that are loaded at the same time, at most; auto: as many as fit in memory."""
     load_on_demand: bool = True
-    """Whether requests load those of `models` that sleep; else `POST /models/load` alone does, none at the start."""
+    """false: requests load none of `models`, none is loaded at the start, and `POST /models/load` alone loads them."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    """How chats are written: the name of a template that is built in, or a Jinja file; else the model's own."""
+    """Name of a built-in chat template, or a Jinja file; by default the model's own template."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
     """Adapters of LoRA that requests may use, numbered in this order; for workers without GPUs."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Tokens per sequence, prompt and answer together."""
     launcher: LauncherName = "local"
-    """What starts the workers: local, this program on this machine; static, you; ray and mpi, Ray and mpirun."""
+    """local: processes on this machine; static: `llamaclust worker` on each machine; ray, mpi: by Ray, or by mpirun."""
     join: Join = Join()
-    """Where workers that are not local come in."""
+    """Addresses where remote workers join."""
     ray: Ray = Ray()
     """The Ray cluster that starts the workers."""
     insecure: bool = False
@@ -101,54 +101,54 @@ class ClusterConfig(Section):
         Field(min_length=1, max_length=MAX_WORKERS, strict=False),
         OrCount(AnyWorker, MAX_WORKERS),
     ]
-    """The workers, in the order in which layers go to them; of a static cluster also how many to wait for."""
+    """The workers, in the order in which layers go to them; of a static cluster also their number."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
     """auto, or the layers of each worker."""
     objective: Literal["latency", "throughput"] = "latency"
-    """What an automatic plan is good at: one request's speed, or many requests' together."""
+    """Objective of an automatic plan: latency of one request, or throughput of many."""
     groups: LargestGroup = None
-    """auto: workers of an automatic plan hold stages together where that is faster; off; or so many at most."""
+    """auto: groups hold stages of an automatic plan where that is faster; off; or the most workers of a group."""
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
     """Type of activations between workers; f32 is exact."""
     cpu_moe: CpuMoe = None
-    """So many first layers, or all, have their experts in RAM beside a GPU; auto: as the plan is fastest."""
+    """Number of first layers, or all, whose experts are in RAM beside a GPU; auto: as the plan is fastest."""
     experts_cache: Annotated[Size | Literal[0] | None, OrAuto()] = None
     """Memory of each GPU for copies of often used experts that are in RAM, at most; auto: all that is left; 0: none."""
     placement: Placements = ()
-    """Rules for tensors that are in RAM or on GPUs, as `-ot` of llama.cpp; the first that matches a tensor decides."""
+    """Rules for tensors in RAM or on GPUs, as `-ot` of llama.cpp; the first that matches a tensor decides."""
     kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
-    """Type of keys and values in KV memory; q8_0 takes about half of f16's, and gives slightly other answers; int8 is
-    as q8_0, with attention in 8-bit integers, which is faster after long prompts."""
+    """Type of keys and values in KV memory; q8_0 takes about half of f16's memory and gives slightly different answers;
+    int8 is as q8_0, with attention in 8-bit integers, which is faster after long prompts."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """KV memory per worker, at most; auto: up to half of what weights and workspace leave."""
+    """KV memory per worker, at most; auto: up to half of the memory that weights and workspace leave."""
     max_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 32
     """Sequences decoded together; more wait."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
-    """Requests that may wait; more are answered 429."""
+    """Requests that may wait; others are answered 429."""
     prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH_TOKENS // 2)] | None, OrAuto()] = None
-    """Prompt tokens in one microbatch, at most; auto: as many as the measured stage times advise."""
+    """Prompt tokens in one microbatch, at most; auto: by measured stage times."""
     prefix_cache: bool = True
-    """Whether requests share the KV memory of equal beginnings."""
+    """true: requests with equal beginnings share KV memory."""
     wide_tiles: bool = True
-    """Whether weights of some types may take more memory where that makes them clearly faster to decode."""
+    """true: weights of some types take more memory where that makes decoding clearly faster."""
     speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
-    """Whether drafted tokens are computed with known ones where that pays: auto, off, or keys; answers are the same."""
+    """Speculative decoding where it is faster: auto, off, or keys; answers are the same."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
-    """Names by which clients may call the API, beside this machine's own; another Host header is refused."""
+    """Names by which clients may call the API, in addition to this machine's own; another Host header is refused."""
     allowed_origins: tuple[Origin, ...] = Field(default=(), max_length=64, strict=False)
     """Web pages that may use the API, such as https://chat.example; none by default."""
     api_keys_file: FilePath | None = None
     """File of API keys, one a line, mode 0600; needed when `listen` is not a loopback address."""
     api: Api = Api()
-    """What the HTTP API accepts."""
+    """Paths, model names and fields of the HTTP API."""
     state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)
-    """Records, measurements, credentials, logs. By default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
+    """Folder of records and credentials; by default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
     lease: Lease | None = None
     """Kubernetes's lock of coordinators that share `state_dir`; by default a file in that directory is the lock."""
     telemetry: Annotated[Telemetry | None, OrWord("otlp")] = None
-    """OpenTelemetry: otlp, to where the variables OTEL_* say, or keys; by default nothing is exported."""
+    """otlp: OpenTelemetry as the variables OTEL_* say; or keys; by default nothing is exported."""
     timeouts: Timeouts = Timeouts()
-    """After how long to give up."""
+    """Time limits."""
 
     @property
     def launcher_facts(self) -> LauncherFacts:
@@ -156,12 +156,12 @@ class ClusterConfig(Section):
 
     @property
     def awaits_any(self) -> bool:
-        """Whether the file says how many workers there are, and not which."""
+        """True if the file gives a number of workers, not their names."""
         return isinstance(self.workers[0], AnyWorker)
 
     @property
     def model_name(self) -> str:
-        """What clients call the model: by default its catalog name, or its file's name without the ending."""
+        """The model's name for clients: by default its catalog name, or its file's name without the ending."""
         return self.api.model_name or (Path(self.model).stem if self.model.endswith(".gguf") else self.model)
 
     @property
@@ -174,11 +174,10 @@ class ClusterConfig(Section):
 
     @property
     def addresses(self) -> tuple[tuple[str, int], ...]:
-        """Hosts and ports of the HTTP API."""
         return tuple(map(split_address, (self.listen, *self.listen_also)))
 
     def of_each_model(self) -> tuple[ClusterConfig, ...]:
-        """The cluster as each of its models has it."""
+        """Returns one configuration per model: the cluster with the model's own keys in place of the cluster's."""
         return tuple(map(self._of_model, self.models)) or (self,)
 
     def _of_model(self, entry: ModelEntry) -> ClusterConfig:
@@ -187,13 +186,13 @@ class ClusterConfig(Section):
         return self.model_copy(update={"model": entry.model, "api": api, **own})
 
     def _places_of_models(self) -> list[tuple[tuple[str | int, ...], ClusterConfig]]:
-        """Each with the place of its keys in the file."""
+        """Returns the configuration of each model, with the place of its keys in the file."""
         return [(("models", index) if self.models else (), each) for index, each in enumerate(self.of_each_model())]
 
     @model_validator(mode="before")
     @classmethod
     def _first_model(cls, values: Any) -> Any:
-        """The first of several stands for `model`."""
+        """Sets `model` to the first of `models`."""
         if not isinstance(values, dict) or not isinstance(models := values.get("models"), list | tuple) or not models:
             return values
         if "model" in values:
@@ -360,17 +359,14 @@ def _as_option(worker: WorkerConfig, key: str) -> str:
 
 
 def cluster_document(path: Path | None, overrides: Sequence[str] = ()) -> Document:
-    """Reads the document that `load_config` checks. UsageError if the file cannot be read or an override cannot be
-    applied."""
+    """Reads the document that `load_config` checks. UsageError for an unreadable file or a wrong override."""
     document = _demo() if path is None else anchored(read_document(path), path.absolute().parent)
     return override(document, overrides)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """The cluster that a file and KEY=VALUE overrides describe; without a file, the demo's.
-
-    Relative paths in the file are relative to its folder. UsageError names the place, what is wrong and what to do.
-    """
+    """Returns the cluster that a file and KEY=VALUE overrides describe; without a file, the demo's. Relative paths in
+    the file are relative to its folder. UsageError names place, mistake and remedy."""
     document = cluster_document(path, overrides)
     try:
         return ClusterConfig.model_validate(document.values)
@@ -382,7 +378,7 @@ _schema = cache(ClusterConfig.model_json_schema)  # for messages
 
 
 def json_schema() -> str:
-    """What deploy/cluster.schema.json holds."""
+    """Returns the text of deploy/cluster.schema.json."""
     schema = {"$schema": SCHEMA_ADDRESS, **ClusterConfig.model_json_schema()}
     schema["required"].remove("model")
     schema["anyOf"] = [{"required": ["model"]}, {"required": ["models"]}]

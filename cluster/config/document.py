@@ -16,33 +16,33 @@ from llamaclust.core.regular_file import decode_text, read_given
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
 MAX_NODES = 20_000
-"""Keys and values; a file of 256 workers has fewer, and more would take seconds to read."""
+"""Most keys and values: a file of 256 workers has fewer, and more would take seconds to read."""
 _MOST_SHOWN = 100
 _TEXT = "tag:yaml.org,2002:str"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _DECIMAL = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.ASCII | re.IGNORECASE)
 
 Place = tuple[str | int, ...]
-"""Where a value stands: ('workers', 1, 'threads')."""
+"""The path of a value: ('workers', 1, 'threads')."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A mapping as it was read, with a name for messages and, for each key and item, 'FILE:LINE' or its option."""
+    """A mapping as read; `origins` gives 'FILE:LINE' or the option of each key and item."""
 
     name: str
     values: dict[str, Any]
     origins: dict[Place, str]
 
     def where(self, place: Place) -> str:
-        """Where the value comes from, or the nearest around it."""
+        """Returns the origin of a value, else that of the nearest value around it."""
         while place and place not in self.origins:
             place = place[:-1]
         return self.origins[place] if place else self.name
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
-"""How JSON escapes a character above U+FFFF; YAML makes two characters of it."""
+"""JSON's escapes of a character above U+FFFF; YAML makes two characters of each."""
 
 
 def _joined(pair: re.Match[str]) -> str:
@@ -93,8 +93,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """Refuses numbers that YAML 1.1 alone knows (0777, 0x1F, 10:20, 1_000); adds the line to numbers and dates that
-        only look like some."""
+        """Refuses numbers that YAML 1.1 alone knows (0777, 0x1F, 10:20, 1_000); adds the line to the error for text
+        that merely looks like a number or date."""
         if node.tag in _NUMBERS and not _DECIMAL.fullmatch(node.value):
             what = f"{node.value[:60]!r} is no decimal number; write it in decimal digits, or put it in quotes"
             raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
@@ -106,7 +106,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, dict[Place, int]]:
-    """The value of a YAML text and the lines of its parts. Raises UsageError with the line of a mistake."""
+    """Returns the value of a YAML text and the lines of its parts. UsageError gives the line of a mistake."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -134,7 +134,7 @@ def _lines(node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:
 
 
 def read_document(path: Path) -> Document:
-    """Reads a cluster file. Raises UsageError where it is missing, too large or not a YAML mapping."""
+    """Reads a cluster file. UsageError if it is missing, too large or not a YAML mapping."""
     try:
         data = read_given(path, MAX_FILE_BYTES + 1)
     except OSError as error:
@@ -152,7 +152,7 @@ def read_document(path: Path) -> Document:
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:
-    """The document with each KEY=VALUE set: dotted keys, list items by number or by name."""
+    """Returns the document with each KEY=VALUE set: dotted keys, list items by number or by name."""
     for text in overrides:
         key, separator, value = text.partition("=")
         option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"
@@ -167,7 +167,7 @@ def override(document: Document, overrides: Sequence[str]) -> Document:
 
 
 def _place(values: Any, keys: Sequence[str], text: str) -> Place:
-    """Where the keys lead: items of lists go by number or by name."""
+    """Returns the place that the keys lead to; keys of list items are numbers or names."""
     if not keys:
         return ()
     if isinstance(values, list):
@@ -179,7 +179,7 @@ def _place(values: Any, keys: Sequence[str], text: str) -> Place:
 
 
 def _replaced(values: Any, place: Place, value: Any) -> Any:
-    """A copy of values with the value at place."""
+    """Returns a copy of `values` with `value` at `place`."""
     if not place:
         return value
     if isinstance(values, list):

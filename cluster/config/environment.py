@@ -22,7 +22,7 @@ _TRUST_VARIABLES = ("SSLKEYLOGFILE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What LLAMACLUST_* variables say. Empty ones count as not set."""
+    """Values of the LLAMACLUST_* variables; an empty variable counts as not set."""
 
     state_dir: Path  # LLAMACLUST_STATE_DIR; else $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust
     home: Path  # LLAMACLUST_HOME: models and caches; else $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust
@@ -35,32 +35,31 @@ class Environment:
 
     @property
     def models_dir(self) -> Path:
-        """Where downloaded models are."""
         return self.home / "models"
 
     @property
     def packed_cache_dir(self) -> Path:
-        """Where layers that were packed once are kept for the next start."""
+        """The folder of packed layers, kept for the next start."""
         return self.home / "packed"
 
     @property
     def weights_dir(self) -> Path:
-        """Where weights that were fetched from other workers are kept."""
+        """The folder of weights that were fetched from other workers."""
         return self.home / "weights"
 
     @property
     def kv_disk_dir(self) -> Path:
-        """Where KV memory is kept for workers with `kv_disk`."""
+        """The folder of KV memory of workers with `kv_disk`."""
         return self.home / "kv"
 
     @property
     def kernels_dir(self) -> Path:
-        """Where kernels that were compiled for GPUs are kept."""
+        """The folder of compiled GPU kernels."""
         return self.home / "kernels"
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Reads the variables (those of this process by default). UsageError names the one with a bad value."""
+    """Reads the variables (by default those of this process). UsageError names the one with a bad value."""
     variables = os.environ if variables is None else variables
     level = variables.get("LLAMACLUST_FEATURE_LEVEL") or None
     if level is not None and level not in FEATURE_LEVELS:
@@ -82,7 +81,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
 
 @dataclass(frozen=True, slots=True)
 class HubSettings:
-    """Where `hf:` models come from: what the HF_* variables say, which the hub's own programs read too."""
+    """Values of the HF_* variables, which the hub's own programs read too."""
 
     endpoint: str  # HF_ENDPOINT: the hub or a mirror, without a slash at its end
     token: str | None  # HF_TOKEN
@@ -91,7 +90,7 @@ class HubSettings:
 
 
 def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
-    """Reads the variables (those of this process by default). UsageError names the one with a bad value."""
+    """Reads the variables (by default those of this process). UsageError names the one with a bad value."""
     variables = os.environ if variables is None else variables
     endpoint = (variables.get("HF_ENDPOINT") or _HUB).rstrip("/")
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", endpoint):
@@ -106,8 +105,8 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
 
 
 def proxy_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns the variables that set proxies, or hosts without one, and have an effect: lower case wins over upper
-    case."""
+    """Returns the variables that set proxies, or hosts without one: lower case wins over upper case, empty ones are
+    omitted."""
     variables = os.environ if variables is None else variables
     by_effect = {name.lower(): name for name in sorted(variables) if name.lower() in _PROXY_VARIABLES}
     return {name: variables[name] for name in by_effect.values() if variables[name]}
@@ -120,7 +119,7 @@ def trust_variables(variables: Mapping[str, str] | None = None) -> dict[str, str
 
 
 def otel_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """OpenTelemetry's OTEL_*, as they are, without empty ones."""
+    """Returns OpenTelemetry's variables, without empty ones."""
     variables = os.environ if variables is None else variables
     return {name: value.strip() for name, value in variables.items() if name.startswith("OTEL_") and value.strip()}
 

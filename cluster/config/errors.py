@@ -1,4 +1,4 @@
-"""What is wrong in a cluster file, in one line: where, what stands there, what may stand there."""
+"""Messages about a cluster file, one line each: the place, the value there and the values that are possible."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from llamaclust.cluster.config.document import Document, Place
 from llamaclust.cluster.config.values import shown
 
 Schema = Mapping[str, Any]
-"""A JSON schema as pydantic writes it."""
 
 
 class PlaceError(ValueError):
-    """A mistake that shows only beside other values: `place` is where to mend it, seen from the section at hand."""
+    """A mistake that shows only beside other values: `place` is where to mend it, relative to the section."""
 
     def __init__(self, place: Place, message: str) -> None:
         super().__init__(message)
@@ -24,7 +23,7 @@ class PlaceError(ValueError):
 
 
 def explain(error: ValidationError, document: Document, schema: Schema) -> str:
-    """One line about the first mistake; a key that is unknown comes before a value that is missing because of it."""
+    """Returns one line about the first mistake; an unknown key comes before a value that is missing because of it."""
     details = error.errors(include_url=False)
     first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     reason = first.get("ctx", {}).get("error")
@@ -49,7 +48,7 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
 
 
 def _deeper(key: str, schema: Schema) -> str:
-    """Where a key belongs that only one section has; "" for others."""
+    """Returns a hint at the section of a key that only one section has; "" for others."""
     within = []
     for name, section in schema["properties"].items():
         for option in _alternatives(section, schema):
@@ -64,7 +63,7 @@ def _deeper(key: str, schema: Schema) -> str:
 
 
 def hint(word: str, known: Sequence[str]) -> str:
-    """What may have been meant."""
+    """Returns a question with the nearest word, or all known words."""
     near = get_close_matches(word[:100], known, 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
@@ -78,7 +77,7 @@ def _within(place: Place) -> str:
 
 
 def _schema_at(root: Schema, place: Place) -> Schema:
-    """What may stand at a place that is known."""
+    """Returns the schema of a known place."""
     schema = root
     for part in place:
         key = "items" if isinstance(part, int) else "properties"
@@ -98,7 +97,7 @@ def _alternatives(schema: Schema, root: Schema) -> Iterator[Schema]:
 
 
 def _allowed(schema: Schema, root: Schema) -> str:
-    """In plain words."""
+    """Describes the values that a schema allows."""
     ways = [_way(option) for option in _alternatives(schema, root) if option.get("type") != "null"]
     return " or ".join(ways)
 

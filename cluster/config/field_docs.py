@@ -1,5 +1,5 @@
-"""Docstrings of fields as their descriptions in JSON schemas, read from the source when a schema is made: pydantic's
-own `use_attribute_docstrings` reads it whenever a class is imported, a tenth of a coordinator's start."""
+"""Docstrings of fields as descriptions in JSON schemas, read from the source when a schema is made: pydantic's own
+`use_attribute_docstrings` reads it whenever a class is imported, a tenth of a coordinator's start."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DocumentedModel(BaseModel):
 
 @cache
 def _docs(module: str) -> dict[str, dict[str, str]]:
-    """By class and field; nothing where the source is not installed."""
+    """Returns docstrings by class and field; empty where the source is not installed."""
     try:
         source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError):

@@ -11,7 +11,7 @@ LauncherName = Literal["local", "static", "ray", "mpi"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LauncherFacts:
-    """A launcher starts the workers itself, elsewhere or on this machine, or waits for those that users start."""
+    """Properties of a launcher, which starts the workers itself or waits for those that users start."""
 
     is_local: bool = False  # workers are processes of the coordinator on its machine
     starts_workers: bool = True  # else users start them, with settings of their own

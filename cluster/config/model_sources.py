@@ -1,4 +1,4 @@
-"""Where a model comes from, as a user writes it: a path, an address, or a file inside a package or repository."""
+"""Sources of models, as users write them: a path, an address, or a file inside a package or repository."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _HUB_FILE = re.compile(
     re.ASCII,
 )
 REMOTE_PREFIXES = ("hf:", "pypi:", "http:", "https:")
-"""How models begin that are neither paths nor names."""
+"""Prefixes of models that are neither paths nor names."""
 _MAX_NAME_BYTES = 200
-"""File systems take 255; a file that is not complete has a longer name."""
+"""File systems take 255 bytes; a file that is not complete has a longer name."""
 _MAX_SLUG = 100
 _OTHER_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SHOWN = 120
@@ -28,7 +28,7 @@ _HASH_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 @dataclass(frozen=True, slots=True)
 class WebFile:
-    """A file behind an http or https address, without its fragment; `sha256` in lower-case hex where that gave it."""
+    """A file behind an http or https address; `sha256` in lower-case hex if the address's fragment gave it."""
 
     url: str
     sha256: str | None
@@ -38,13 +38,13 @@ class WebFile:
         return _safe_file_name(unquote(PurePosixPath(urlsplit(self.url).path).name), self.url)
 
     def named(self, name: str) -> WebFile:
-        """Another file beside it, of which nothing is known."""
+        """Returns another file beside it, without a hash."""
         parts = urlsplit(self.url)
         return WebFile(parts._replace(path=_beside(parts.path, quote(name))).geturl(), None)
 
     @property
     def directory(self) -> str:
-        """A directory name of its own for every address."""
+        """A directory name that is unique per address."""
         parts = urlsplit(self.url)
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
         return f"web-{_slug(parts.hostname or '')}-{digest}"
@@ -63,7 +63,6 @@ class PackageFile:
         return _safe_file_name(PurePosixPath(self.member).name, self.member)
 
     def named(self, name: str) -> PackageFile:
-        """Another file beside it."""
         return replace(self, member=_beside(self.member, name))
 
     @property
@@ -92,11 +91,9 @@ class HubFile:
         return f"hf-{_slug(self.repository)}-{digest}"
 
     def url(self, endpoint: str, commit: str | None = None) -> str:
-        """Where the hub gives it away."""
         return f"{endpoint}/{self.repository}/resolve/{quote(commit or self.revision, safe='')}/{quote(self.file)}"
 
     def named(self, name: str) -> HubFile:
-        """Another file beside it."""
         return replace(self, file=_beside(self.file, name))
 
 
@@ -105,7 +102,7 @@ RemoteSource = WebFile | PackageFile | HubFile
 
 def parse_source(spec: str) -> Path | RemoteSource:
     """Reads `hf:REPO/FILE[@REVISION]`, `pypi:PACKAGE==VERSION/FILE`, an http(s) address, or the path of a local file;
-    UsageError for the rest, also for addresses of other schemes."""
+    UsageError for the rest, including addresses of other schemes."""
     scheme = spec.partition(":")[0].lower() if ":" in spec else ""
     if scheme == "pypi":
         return _package_file(spec)
@@ -119,7 +116,7 @@ def parse_source(spec: str) -> Path | RemoteSource:
 
 
 def shortened(spec: str) -> str:
-    """For a message, which a name of thousands of characters would bury."""
+    """Shortens a name of thousands of characters, which would bury a message."""
     return spec if len(spec) <= _SHOWN else f"{spec[:_SHOWN]}... ({len(spec)} characters)"
 
 

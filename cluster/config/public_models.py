@@ -1,5 +1,5 @@
-"""Well-known public models by name (`public_models.csv`): the GGUF files on the Hugging Face hub that hold them, and
-their licences."""
+"""Well-known public models by name (`public_models.csv`): their GGUF files on the Hugging Face hub, and their
+licences."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BITS_PER_WEIGHT: Final = {
     "q6_k": 6.6,
     "q8_0": 8.5,
 }
-"""Of whole files: most types of a file differ from the one that it is named after."""
+"""Bits per weight of whole files: most types of a file differ from the one that it is named after."""
 _ACCEPTED_AT: Final = {
     "EXAONE AI Model License 1.2 - NC": "https://huggingface.co/LGAI-EXAONE/EXAONE-4.0-32B",
     "Gemma Terms of Use": "https://ai.google.dev/gemma/terms",
@@ -34,7 +34,7 @@ _ACCEPTED_AT: Final = {
     "Llama 4 Community License": "https://www.llama.com/llama4/license/",
     "Tencent Hunyuan Community License": "https://huggingface.co/tencent/Hunyuan-0.5B-Instruct",
 }
-"""Licences that are no usual ones of open source: their terms, which whoever uses the model accepts."""
+"""Addresses of terms by licence, for licences that users have to accept, unlike those of open source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ class PublicModel:
     summary: str
 
     def quantization(self, wanted: str) -> str:
-        """As the table has it, the default for an empty text; UsageError for one that the catalog does not have."""
+        """Returns the quantization as the table has it, the default for an empty text. UsageError for an unknown
+        one."""
         name = wanted.lower() or self.quantizations[0]
         if name not in self.quantizations:
             known = ", ".join(self.quantizations)
@@ -58,17 +59,16 @@ class PublicModel:
         return name
 
     def source(self, quantization: str) -> str:
-        """The address of the file, or of the first of several."""
+        """Returns the address of the file, or of the first of several."""
         return f"hf:{self.file.format(Q=quantization.upper(), q=quantization)}"
 
     def about_bytes(self, quantization: str) -> int:
-        """An estimate of the file's size."""
+        """Estimates the file's size."""
         return round(self.billions * 1e9 * _BITS_PER_WEIGHT[quantization] / 8)
 
 
 @lru_cache(maxsize=1)
 def public_models() -> Mapping[str, PublicModel]:
-    """The table, by name."""
     with _TABLE.open(encoding="utf-8", newline="") as file:
         return MappingProxyType({row["name"]: _model(row) for row in csv.DictReader(file)})
 
@@ -85,5 +85,5 @@ def _model(row: dict[str, str]) -> PublicModel:
 
 
 def terms_of(licence: str) -> str | None:
-    """Where the terms are that a user of such a model accepts; None for usual open-source licences."""
+    """Returns the address of terms that a user has to accept; None for usual open-source licences."""
     return _ACCEPTED_AT.get(licence)

@@ -35,19 +35,17 @@ _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
 _LEAST_LEASE_S = 1.0
 CpuMoe = Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)]
-"""How many first layers have their experts in RAM beside a GPU; None: as is fastest."""
+"""Number of first layers whose experts are in RAM beside a GPU; None: as the plan is fastest."""
 LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | None, OrAuto(), OrOff(1)]
-"""How many workers may hold a stage together; None: as many as make it faster."""
+"""Number of workers that may hold a stage together; None: as many as make it faster."""
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
 _LEAST_SHARED = 1024
 _MOST_SHARED = 1 << 24
-"""About 17 bytes each."""
+"""A shared token takes about 17 bytes."""
 _KUBERNETES = "https://kubernetes.default.svc"
 
 
 class Section(DocumentedModel):
-    """A part of the cluster file with keys of its own."""
-
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
@@ -55,29 +53,29 @@ class WorkerConfig(Section):
     """One worker process."""
 
     name: Name
-    """How plans, logs and errors call it."""
+    """Name of the worker in plans, logs and errors."""
     device: Device = "cpu"
-    """What it computes on: cpu, or GPUs beside it: cuda:N, or a list of these."""
+    """cpu, or GPUs in addition: cuda:N, or a list of these."""
     gpu_layers: Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto()] = None
-    """Layers on its GPUs, counted from its last one, the others on its processor; auto: as many as VRAM takes."""
+    """Last layers of the stage that are on GPUs; the others are on the CPU; auto: as many as VRAM takes."""
     gpu_memory: Size | None = None
-    """Cap on what it takes of each GPU's memory; by default what is free there."""
+    """Memory of each GPU that the worker takes, at most; by default the free memory."""
     cpu_moe: CpuMoe = None
-    """As the key `cpu_moe` of the cluster, for this worker; by default the cluster's."""
+    """The worker's own `cpu_moe`; by default the cluster's."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Threads that compute; by default the machine's cores, shared out among its workers."""
+    """Compute threads; by default an equal share of the machine's cores."""
     numa_node: Annotated[int, Field(ge=0, le=1023)] | None = None
-    """The NUMA node whose cores and memory it uses; by default one of its own if each node can have equally many."""
+    """The NUMA node whose cores and memory are used; by default one per worker if nodes can hold equally many."""
     memory: Size | None = None
-    """Cap on weights, KV memory and workspace in RAM; by default what is free, shared out among its workers."""
+    """Weights, KV memory and workspace in RAM, at most; by default a share of the free memory."""
     mlock: bool = False
-    """Whether its weights in RAM are locked there, so that they are never swapped out."""
+    """true: weights are locked in RAM, so that they are never swapped out."""
     kv_disk: Size | None = None
-    """KV memory on its machine's disk, at most, for use after restarts, on all workers or none; default: none."""
+    """KV memory on the machine's disk, at most, for use after restarts; on all workers or none; by default none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
-    """Memory read bandwidth in GB/s, for plans; measured when the worker starts where it is not given."""
+    """Memory read bandwidth in GB/s, for plans; by default measured when the worker starts."""
     int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
-    """Integer multiply-accumulates in GMAC/s, for plans; measured when the worker starts where it is not given."""
+    """Integer multiply-accumulates in GMAC/s, for plans; by default measured when the worker starts."""
 
     @model_validator(mode="after")
     def _check_speeds(self) -> Self:
@@ -92,22 +90,22 @@ class WorkerConfig(Section):
 
 
 class AnyWorker(WorkerConfig):
-    """A worker that may have any name: `workers: 3` stands for three of them."""
+    """A worker of any name: `workers: 3` stands for three of them."""
 
 
 class Join(Section):
-    """Where the workers of a cluster over machines come in."""
+    """Addresses where workers of a cluster over machines join."""
 
     listen: Address = f"0.0.0.0:{JOIN_PORT}"
-    """HOST:PORT that workers are told to join: there they get their certificates, and nothing else is spoken."""
+    """HOST:PORT of the enrolment port, where workers get certificates and nothing else is spoken."""
     members: Address = "0.0.0.0:7101"
-    """HOST:PORT of the coordinator for workers that have certificates; these are told of it."""
+    """HOST:PORT for workers that have certificates; announced to them at enrolment."""
     addresses: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
-    """HOST:PORT by which workers reach the coordinator and its standbys, for the command that `up` prints."""
+    """HOST:PORT of the coordinator and its standbys, for the command that `up` prints."""
     discover: bool = False
-    """Whether `listen` is announced by multicast DNS, so that `llamaclust worker --discover` needs no address."""
+    """true: `listen` is announced by multicast DNS, so that `llamaclust worker --discover` needs no address."""
     wait: Duration = 600.0
-    """How long `up` waits for its workers."""
+    """Time that `up` waits for its workers."""
     trust_dir: FilePath | None = None
     """Folder of the certificate authority and the join token; by default `trust` in the cluster's state directory."""
 
@@ -118,22 +116,22 @@ class Ray(Section):
     address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
     """auto: the Ray cluster that this machine is part of, else a new one; HOST:PORT of a head; none: a new one."""
     strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
-    """How the workers are placed over Ray's nodes; Ray's own words."""
+    """Ray's placement strategy of the workers."""
     allow_unauthenticated: bool = False
-    """Whether a Ray cluster may be used that requires no token: every client that reaches it can run programs on it."""
+    """true: the Ray cluster may lack token authentication: every client that reaches it can run programs on it."""
 
 
 class Lease(Section):
-    """The Lease of Kubernetes that one of several coordinators holds: that one serves, the others wait."""
+    """The Kubernetes Lease that one of several coordinators holds: the holder serves, the others wait."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$", examples=["llamaclust"])]
-    """Name of the object, which must be there."""
+    """Name of the Lease, which must exist."""
     namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", examples=["default"])] = "default"
-    """Its namespace."""
+    """Namespace of the Lease."""
     duration: Duration = 15.0
-    """Without renewal for so long, another coordinator takes it; its holder ends after two thirds; 1 s at least."""
+    """Age of the Lease at which another coordinator takes it; its holder ends after two thirds; 1 s at least."""
     api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$", examples=[_KUBERNETES])] = _KUBERNETES
-    """The API server."""
+    """URL of the API server."""
     account: FilePath = Path("/var/run/secrets/kubernetes.io/serviceaccount")
     """Folder of the service account's `token` and the API server's `ca.crt`."""
 
@@ -145,12 +143,12 @@ class Lease(Section):
 
 
 class ListenTls(Section):
-    """TLS of the HTTP API's port. Without keys, with a certificate that is made at the first start."""
+    """TLS of the HTTP API's port; without keys, a certificate is made at the first start."""
 
     certificate: FilePath | None = None
     """PEM file of the certificate and those of its authorities; read again when it changes."""
     key: FilePath | None = None
-    """PEM file of its private key, without a password, which other users cannot read."""
+    """PEM file of the certificate's private key, without a password, which other users cannot read."""
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:
@@ -161,54 +159,54 @@ class ListenTls(Section):
 
 
 class Api(Section):
-    """What the HTTP API accepts."""
+    """Paths, model names and fields of the HTTP API."""
 
     prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]{1,63}){0,8}$", examples=["/llm"])] = ""
-    """Of all paths, such as /llm; paths without it are served too."""
+    """Prefix of all paths, such as /llm; paths without it are served too."""
     strict: bool = False
-    """Whether fields that are unknown or have no effect are refused; by default a header of the reply names them."""
+    """true: fields that are unknown or have no effect are refused; by default a header of the reply names them."""
     strict_model: Annotated[bool | None, OrAuto()] = None
-    """Whether a request must name the served model; auto: on OpenAI's paths."""
+    """true: a request must name the served model; auto: on OpenAI's paths."""
     model_name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
     """Name of the served model; by default its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Further names of the served model."""
     tags: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
-    """Words that `/v1/models` shows with the model."""
+    """Tags of the model in `/v1/models`."""
     pull: bool = False
-    """Whether clients may download models of the catalog by `/api/pull`; with API keys, those with the first one."""
+    """true: clients may download models of the catalog by `/api/pull`; with API keys, clients with the first key."""
     adapter_folder: FilePath | None = None
-    """Folder of adapters that clients may load by `/v1/load_lora_adapter`; with API keys, those with the first one."""
+    """Folder of adapters for `/v1/load_lora_adapter`; with API keys, clients with the first key may load them."""
     slot_folder: FilePath | None = None
-    """Folder that clients save slots in; without it, `POST /slots` is refused."""
+    """Folder of saved slots; without it, `POST /slots` is refused."""
     disabled: Annotated[
         tuple[Literal["docs", "metrics", "props", "slots"], ...], Field(max_length=4, strict=False)
     ] = ()
-    """Endpoints that are answered with 501."""
+    """Endpoints that are answered 501."""
     defaults: dict[str, Any] = Field(default_factory=dict)
-    """Values of request fields for requests without them, such as temperature; each endpoint takes those it has."""
+    """Default values of request fields, such as temperature; each endpoint takes those it has."""
 
 
 class AdapterConfig(Section):
-    """An adapter of LoRA for the model."""
+    """A LoRA adapter of the model."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$", examples=["poet"])]
-    """How requests name it, as their model."""
+    """Name of the adapter, which requests give as their model."""
     path: FilePath
     """The adapter's GGUF file; a worker without it at this path, or in its folder of models, fetches its layers."""
     scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE, allow_inf_nan=False)] = 1.0
-    """Factor of what it adds in requests that name it."""
+    """Scale of the adapter in requests that name it."""
 
 
 class Telemetry(Section):
-    """OpenTelemetry: where traces and metrics go. The variables OTEL_* say what the keys leave open."""
+    """Export of traces and metrics by OpenTelemetry; the variables OTEL_* stand in for keys that are not set."""
 
     endpoint: Annotated[str, Field(pattern=_URL, max_length=2048, examples=["http://localhost:4318"])] | None = None
     """URL of a collector that speaks OTLP over HTTP; `/v1/traces` and `/v1/metrics` are added to it."""
     headers_file: FilePath | None = None
     """File of headers for the collector, NAME=VALUE, one a line, mode 0600."""
     sample_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    """Share of requests that are traced; where a client's trace context says whether to, it is obeyed."""
+    """Share of requests that are traced; a client's trace context overrides it."""
 
 
 class PlanEntry(Section):
@@ -217,7 +215,7 @@ class PlanEntry(Section):
     worker: Name | None = None
     """Name of the worker that holds these layers."""
     workers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MAX_GROUP_MEMBERS, strict=False)] | None = None
-    """In place of `worker`, names of several that hold these layers together, as a group; the first one leads it."""
+    """Names of several workers that hold these layers as a group, in place of `worker`; the first one leads it."""
     shares: (
         Annotated[
             tuple[Annotated[int, Field(ge=1, le=MAX_SHARE)], ...],
@@ -225,13 +223,13 @@ class PlanEntry(Section):
         ]
         | None
     ) = None
-    """How much each of `workers` holds of every layer, relative to the others; by default equally much."""
+    """Share of every layer's rows for each of `workers`, relative to the others; by default equal."""
     layers: Layers
     """Half-open range [start, end); 4.5 divides layer 4 after half of its experts."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the worker, or of all members of the group."""
+        """The name of the worker, or the names of the group's members."""
         return self.workers or (() if self.worker is None else (self.worker,))
 
     @property
@@ -252,18 +250,18 @@ class PlanEntry(Section):
 
 
 class Speculative(Section):
-    """Tokens that are drafted and computed with the last one of an answer, so that several are chosen at once."""
+    """Speculative decoding: drafted tokens are computed with an answer's last token, for several tokens a step."""
 
     max_window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] = MAX_WINDOW
-    """Drafted tokens of one sequence in a step, at most; how many there are follows from what they gain."""
+    """Drafted tokens of one sequence in a step, at most; their number follows from the predicted gain."""
     shared_answers: Annotated[int, Field(ge=0, le=_MOST_SHARED)] = 0
-    """Tokens of recent answers to draft from in others with the same `cache_salt`, 0 or 1024 and more; 0: none."""
+    """Tokens of recent answers that others with the same `cache_salt` draft from: 1024 or more, or 0 for none."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
-    """Draft model: a small one with the same tokens, as `model` of the cluster; it runs beside the coordinator."""
+    """Draft model: a small one with the same tokens, given like the key `model`; it runs beside the coordinator."""
     mtp: bool = False
-    """Whether the model's own head for multi-token prediction (MTP) drafts; it is loaded with the last stage."""
+    """true: the model's own head for multi-token prediction (MTP) drafts; it is loaded with the last stage."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Threads of the draft model; by default one a core."""
+    """Threads of the draft model; by default one per core."""
 
     @model_validator(mode="after")
     def _check_draft_model(self) -> Self:
@@ -282,7 +280,7 @@ class Speculative(Section):
 
 
 class PlacementEntry(Section):
-    """A rule for tensors that are in RAM or on GPUs, where their layers are on a worker with GPUs."""
+    """A rule for tensors in RAM or on GPUs; it applies to layers of workers with GPUs."""
 
     tensors: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
     """Regular expression that matches anywhere in names of tensors, such as ffn_.*_exps."""
@@ -291,7 +289,7 @@ class PlacementEntry(Section):
     workers: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=63)], ...], Field(max_length=64, strict=False)
     ] = ()
-    """Names of workers that it is for, or patterns such as gpu-*; by default all."""
+    """Names of workers that the rule applies to, or patterns such as gpu-*; by default all."""
 
     @property
     def rule(self) -> PlacementRule:
@@ -314,7 +312,7 @@ class PlacementEntry(Section):
 
 
 def _read_placement(value: Any) -> Any:
-    """Items may be rules as `-ot` has them."""
+    """Reads items that are texts as rules of `-ot`."""
     if not isinstance(value, list):
         return value
     return [_entry(item) if isinstance(item, str) else item for item in value]
@@ -339,44 +337,44 @@ class ModelEntry(Section):
     """One of several models."""
 
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
-    """As the key `model` of the cluster."""
+    """Catalog name or file, as the key `model` of the cluster."""
     name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
-    """What clients call it; by default its catalog name or its file's name."""
+    """Name of the model for clients; by default its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
-    """Further names of it."""
+    """Further names of the model."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    """As the key `chat_template` of the cluster."""
+    """Name of a built-in chat template, or a Jinja file, as the key `chat_template` of the cluster."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None = None
     """Tokens per sequence; by default the cluster's."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """KV memory per worker, at most; auto: as the cluster's."""
+    """KV memory per worker, at most; auto: the cluster's `kv_memory`."""
     keep_alive: Annotated[Duration | None, OrAuto()] = None
-    """How long it stays loaded without requests; auto: until another model needs its memory."""
+    """Time that the model stays loaded without requests; auto: until another model needs its memory."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
-    """As the key `adapters` of the cluster."""
+    """LoRA adapters of this model, as the key `adapters` of the cluster."""
     placement: Placements = ()
-    """As the key `placement` of the cluster."""
+    """Rules for tensors of this model, as the key `placement` of the cluster."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
-    """As the key `plan` of the cluster."""
+    """Plan of this model, as the key `plan` of the cluster."""
 
 
 class Timeouts(Section):
-    """Durations, in seconds once read."""
+    """Time limits, in seconds once read."""
 
     request: Duration = 600.0
-    """From a request's arrival to its last token."""
+    """Time between a request's arrival and its last token."""
     worker: Duration = 5.0
     """Silence after which a worker counts as lost; 500 ms at least."""
     load: Duration = 60.0
-    """Without getting further for so long, a worker that loads layers counts as lost; 1 s at least."""
+    """Time without progress after which a worker that loads layers counts as lost; 1 s at least."""
     recovery: Duration = 120.0
-    """How long requests wait for a worker where those that are left cannot hold the model; then they fail."""
+    """Time that requests wait for a worker if those that are left cannot hold the model; then the requests fail."""
     resume: Duration = 30.0
-    """How long the reply to a request waits for a client that was cut off."""
+    """Time that the reply to a request waits for a client that was cut off."""
     idle: Duration = 75.0
-    """How long a client's connection is kept without a request; longer than a proxy in front of it keeps it."""
+    """Time that a client's connection is kept without a request; it should exceed that of a proxy in front."""
     coordinator: Duration = 600.0
-    """How long workers that are not local wait for a coordinator that is gone, their weights kept."""
+    """Time that remote workers wait for a lost coordinator, with their weights kept."""
 
     @model_validator(mode="after")
     def _check_worker(self) -> Self:

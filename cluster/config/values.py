@@ -1,4 +1,4 @@
-"""The kinds of values a cluster file has: sizes, durations, addresses, layer ranges."""
+"""Kinds of values in a cluster file: sizes, durations, addresses, layer ranges."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 _ORIGIN = r"([a-z][a-z0-9+.-]*)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?"
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
-"""That browsers leave out."""
+"""Ports that browsers omit from origins."""
 _GPU = r"cuda(:\d{1,3})?"
 _MOST_GPUS = 16
 _DEVICES = "give cpu, cuda:0, or several as cuda:0,cuda:1"
@@ -39,7 +39,7 @@ _MOST_SHOWN = 60
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: as in the file where that is short and plain."""
+    """Returns a value for a message: as in the file if it is short and plain."""
     match value:
         case None:
             return "an empty value"
@@ -54,12 +54,12 @@ def shown(value: object) -> str:
 
 
 def tagged(name: str) -> str:
-    """The name of a model as Ollama's clients write it: two that are equal with their tags are one name."""
+    """Returns a model's name with its tag, as Ollama's clients write it; names that are equal with tags are one."""
     return name if ":" in name.rpartition("/")[2] else name + TAG
 
 
 def parse_name(value: object) -> str:
-    """A name that can be a file's and stand in any message. Raises ValueError."""
+    """Checks a name, which may become a file's name and appears in messages. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"{shown(value)} is not a name; put it in quotes")
     if not re.fullmatch(NAME, value):
@@ -71,7 +71,7 @@ def parse_name(value: object) -> str:
 
 
 def parse_size(value: object) -> int:
-    """Bytes of '8GiB', '512 MiB', '1.5TB', or a whole number of bytes from 1 MiB. Without a B as with one, as in
+    """Returns bytes of '8GiB', '512 MiB', '1.5TB', or a whole number of bytes from 1 MiB. The B may be omitted, as in
     Kubernetes: '24G' is 24GB, '24Gi' is 24GiB. Raises ValueError."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value):
         value = int(value)
@@ -95,7 +95,7 @@ def _with_unit(value: object) -> int:
 
 
 def parse_duration(value: object) -> float:
-    """Seconds of '600s', '10min', '250ms' or a number of seconds. Raises ValueError."""
+    """Returns seconds of '600s', '10min', '250ms' or a number of seconds. Raises ValueError."""
     seconds: float
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = value
@@ -131,7 +131,7 @@ def _parse_layers(value: object) -> tuple[float, float]:
 
 
 def expand_home(path: str) -> str:
-    """The path with `~` replaced. Raises ValueError for one that no file can have."""
+    """Replaces `~` in a path. Raises ValueError for a path that no file can have."""
     if "\0" in path:
         raise ValueError("no path has a zero byte in it; write the place of a file or folder")
     try:
@@ -145,14 +145,14 @@ def _parse_path(value: object) -> object:
 
 
 def check_wire_type(value: object) -> object:
-    """Refuses types that may come. Raises ValueError."""
+    """Refuses types that are planned but not built. Raises ValueError."""
     if value in ("f16", "q8_0"):
         raise ValueError(f"this build has no wire_type {value} yet")
     return value
 
 
 def parse_device(value: object) -> str:
-    """`cpu`, or GPUs as `cuda:N` with commas between; `cuda` is the first one. Raises ValueError."""
+    """Reads `cpu`, or GPUs as `cuda:N` with commas between; `cuda` is the first one. Raises ValueError."""
     if value == "cpu":
         return "cpu"
     given = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",") if isinstance(value, str) else value
@@ -171,7 +171,7 @@ def parse_device(value: object) -> str:
 
 
 def parse_gpu_layers(value: str) -> int | None:
-    """A number of layers, or `auto`. Raises ValueError."""
+    """Reads a number of layers; None for `auto`. Raises ValueError."""
     if value == "auto":
         return None
     if not re.fullmatch(r"[0-9]{1,5}", value):
@@ -180,8 +180,8 @@ def parse_gpu_layers(value: str) -> int | None:
 
 
 def parse_origin(value: object) -> str:
-    """The origin of web pages, as browsers send it; `*`: any, `null`: of files and pages in a sandbox,
-    `localhost`: of servers on the browser's machine. Raises ValueError."""
+    """Reads an origin of web pages, as browsers send it; `*`: any, `null`: local files and sandboxed pages,
+    `localhost`: servers on the browser's machine. Raises ValueError."""
     given = value.lower().removesuffix("/") if isinstance(value, str) else ""
     if given in ("*", "null", "localhost"):
         return given
@@ -192,7 +192,7 @@ def parse_origin(value: object) -> str:
 
 
 def parse_ray_address(value: object) -> object:
-    """`auto`, `none` or HOST:PORT. Raises ValueError."""
+    """Checks `auto`, `none` or HOST:PORT. Raises ValueError."""
     if value not in ("auto", "none"):
         try:
             split_address(value)
@@ -234,12 +234,12 @@ _SWITCHED = {"auto": True, "on": True, "true": True, "off": False, "false": Fals
 
 
 def switched(value: object) -> bool | None:
-    """Whether a word or a boolean turns something on; None for other values."""
+    """Returns True or False if the value switches something on or off; None for other values."""
     return value if isinstance(value, bool) else _SWITCHED.get(value) if isinstance(value, str) else None
 
 
 class OrOff:
-    """Marks a field that `off` or false may stand for a value of."""
+    """Marks a field with a value that `off` or false may stand for."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -280,7 +280,7 @@ class OrText:
 
 
 class OrCount:
-    """Marks a list of sections for which a number may stand: so many of `kind`, whose names say nothing."""
+    """Marks a list of sections for which a number may stand: so many of `kind`, with names that mean nothing."""
 
     def __init__(self, kind: type[BaseModel], most: int) -> None:
         self._kind = kind

@@ -1,1 +1,1 @@
-"""Requests of clients: read in the form of any API, computed into logs of answers, shown as each client asked."""
+"""Requests of clients: read in the form of any API, computed into logs of answers, shown in the client's form."""

@@ -58,9 +58,9 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
     Embed,
     Embeddings,
 )
-"""The endpoints of each model. One that needs more than its model is made in `_model_routes`."""
+"""The endpoints of each model. An endpoint that needs more than its model is made in `_model_routes`."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
-"""Headers of replies that scripts of web pages may read beside those that they always may."""
+"""Headers of replies that scripts of web pages may read beside those that are always readable."""
 
 
 _AFTER: Final = QueryParameter(
@@ -73,8 +73,8 @@ _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's n
 def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
-    """The app of one model or several, all with the same settings of the server. `admission` lets its owner drain the
-    app; `workers`: of a model without any, there are no endpoints. The owner of the models closes their replies."""
+    """Makes the app of one model or several, all with the same server settings. `admission` lets its owner drain the
+    app; `workers`: None omits the endpoints of workers. The owner of the models closes their replies."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
     app.router.redirect_slashes = False  # see `Paths`
@@ -83,7 +83,7 @@ def create_app(
 
 
 def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middleware]:
-    """The middlewares, the outermost first. CORS is outside all that refuses requests of allowed pages: they may read
+    """Returns the middlewares, the outermost first. CORS is outside of all that refuse requests: allowed pages may read
     why."""
     cors = Middleware(
         CORSMiddleware,
@@ -122,7 +122,7 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
-    """The endpoints of one model, in an order that is the same for all."""
+    """Yields the endpoints of one model, in an order that is the same for all models."""
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
             yield from endpoint(model, path).routes()
@@ -133,7 +133,7 @@ def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
 
 
 def _stream_routes(replies: Replies) -> Iterator[Route]:
-    """Replies that are read again, or stopped."""
+    """Yields routes that read replies again, or stop them."""
     by_id, by_place = "/v1/streams/{id:path}", "/v1/stream/{id:path}"
     yield Route("GET", by_id, replies.resume, query=(_AFTER,), types=(JSON, EVENTS))
     yield Route("GET", by_place, replies.replay, query=(_FROM,), types=(EVENTS,))

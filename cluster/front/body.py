@@ -34,21 +34,21 @@ LARGE_BYTES = 1 << 16
 _MOST_OF_A_PLACE = 200
 
 _MOST_VALUES = (1 << 20) + (1 << 16)
-"""JSON values of a body: a prompt of token ids that fills the longest context, and the other fields. To make so many
-holds up the process for a fifth of a second."""
+"""Most JSON values of a body: token ids for the longest context, and the other fields. Making them holds up the process
+for a fifth of a second."""
 _PROMPT_FIELDS = {
     *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
     *("messages", "system", "input", "instructions", "query", "documents", "texts"),
 }
-"""Hold what the model reads: as much as a body may."""
+"""Fields that hold what the model reads: they may be as large as the body."""
 _MOST_FIELD_BYTES = 1 << 22
 _MOST_FIELD_VALUES = {"tools": 1 << 17}
 _MOST_FIELDS = 1024
 
 _reading = Threads(1, "read-body")
-"""One: Python parses one body at a time anyway, and streams go on beside it."""
+"""A single thread: Python parses one body at a time anyway, and streams go on beside it."""
 _converting = Threads(1, "convert-body")
-"""Bodies that were read go on before others are read: fewer of them are held at once."""
+"""A thread for bodies that were read: they go on before others are read, so that fewer are held at once."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -88,7 +88,7 @@ def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Returns whether a body has a field that is not null. Raises what `parse_object` raises, unless the body is
+    """Returns True if a body has a field that is not null. Raises what `parse_object` raises, unless the body is
     large."""
     if len(data) <= LARGE_BYTES:
         return parse_object(data).get(name) is not None

@@ -1,4 +1,4 @@
-"""Errors of requests, and their JSON in the forms of APIs. A dialect may have a form of its own."""
+"""Errors of requests, and their JSON in the forms of APIs; a dialect may have a form of its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class HttpError(LlamaclustError):
 
 
 def internal_error() -> LlamaclustError:
-    """The error that replies show for a mistake of ours, which is logged."""
+    """Returns the error that replies show for a mistake of ours, which is logged."""
     return LlamaclustError("internal error; the coordinator's log says more")
 
 
@@ -47,7 +47,6 @@ class Failure:
 
 
 def failure_of(error: LlamaclustError) -> Failure:
-    """The parts of an error that replies show."""
     param = error.param if isinstance(error, ParameterError | HttpError) else None
     numbers = {}
     if isinstance(error, ContextLengthError):
@@ -83,14 +82,14 @@ class ErrorShape:
     body: Callable[[Failure], dict[str, Any]]
     """The JSON of a reply."""
     event_name: str = ""
-    """Name of the event that ends a stream, and its `type`; "": it has none."""
+    """Name of the event that ends a stream, and its `type`; "": no event."""
     schema_name: str = "Error"
     """The name of the schema in openapi.json."""
     schema: Mapping[str, Any] = field(default_factory=lambda: _SCHEMA)
 
 
 def error_type(failure: Failure, types: Mapping[int, str], of_server: str = "server_error") -> str:
-    """The type of an error by its status: by default `of_server`, or that of a client's mistake."""
+    """Returns the type of an error by its status: by default `of_server`, or that of a client's mistake."""
     return types.get(failure.status, "invalid_request_error" if failure.status < 500 else of_server)
 
 
@@ -104,7 +103,7 @@ def _ollama(failure: Failure) -> dict[str, Any]:
 
 
 def _llamacpp(failure: Failure) -> dict[str, Any]:
-    """OpenAI's, with llama.cpp's types, and numbers where it has them."""
+    """Returns OpenAI's form with llama.cpp's types, and its numbers."""
     kind = "exceed_context_size_error" if failure.numbers else error_type(failure, _LLAMACPP_TYPES)
     return {"error": {**openai_error(failure)["error"], "type": kind, **failure.numbers}}
 
@@ -115,7 +114,7 @@ OLLAMA: Final = ErrorShape(_ollama, schema_name="OllamaError", schema=_OLLAMA_SC
 
 
 def usual_shape(path: str) -> ErrorShape:
-    """The shape of errors of paths whose routes have none of their own, as the client wrote the path behind the
+    """Returns the shape of errors of paths whose routes have none of their own; `path` is the client's, without the
     prefix."""
     if path.startswith("/api/"):
         return OLLAMA

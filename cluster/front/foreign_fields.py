@@ -1,5 +1,5 @@
-"""Fields of other servers that are not built here, for each family of endpoints, and the values at which they ask for
-nothing. `refused` ones would change the answer; hints may be left undone."""
+"""Fields of other servers that are not built here, for each family of endpoints, and the values at which they have no
+effect. `refused` fields would change the answer; hints may be ignored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def anything(value: Any) -> bool:
 
 
 def negative(value: Any) -> bool:
-    """Returns whether a field is negative; it asks for something from 0 on."""
+    """Returns True for negative numbers; numbers from 0 on request something."""
     return type(value) is int and value < 0
 
 
@@ -71,15 +71,15 @@ _BUDGETS: Final = dict.fromkeys(
     ("reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget", "thinking_token_budget"),
     "reasoning_budget",
 )
-"""Its names in llama.cpp, DashScope and vLLM."""
+"""Names of `reasoning_budget` in llama.cpp, DashScope and vLLM."""
 
 _OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
 
 SLOTS_NOT_KEPT: Final = _names("id_slot slot_id", negative)
-"""Without a folder for slots."""
+"""Fields without effect if there is no folder for slots."""
 
 ALWAYS_LOADED: Final = _names("keep_alive", negative)
-"""A model that is served alone."""
+"""Fields without effect for a model that is served alone."""
 
 CHAT: Final = ForeignFields(
     refused={
@@ -103,7 +103,7 @@ MESSAGE: Final = ForeignFields(
     refused=_names("audio function_call", only()),
     hints=_names("id refusal annotations cache_control", anything),
 )
-"""An answer of this API, or of another, may be sent back as a message."""
+"""Fields of messages: an answer of this API, or of another, may be sent back."""
 
 COMPLETION: Final = ForeignFields(
     refused={**_REFUSED, **_names("suffix prompt_embeds", only()), "n_cmpl": number(1)},
@@ -132,10 +132,10 @@ RERANK: Final = ForeignFields(
     | _names("truncate", only(False)),
     hints={**_HINTS, **_SLOTS, **_NOT_DRAFTED, **_names("raw_scores truncation_direction", anything)},
 )
-"""Scores are the model's own, as llama.cpp has them."""
+"""Fields of reranking: scores are the model's own, as in llama.cpp."""
 
 TEXT_ONLY: Final = ForeignFields(hints={"model": anything})
-"""Nothing is computed."""
+"""Fields of endpoints that compute nothing."""
 
 _CHAT_ONLY: Final = {
     **_REFUSED,
@@ -177,7 +177,8 @@ MESSAGES: Final = ForeignFields(
     ),
     other_names={**_OPENAI_NAMES, **_BUDGETS, "stop": "stop_sequences"},
 )
-"""Anthropic's hints are about costs, caches and places; `context_management` would only shorten chats."""
+"""Fields of Anthropic's API: its hints are about costs, caches and places; `context_management` would only shorten
+chats."""
 
 THINKING: Final = ForeignFields(hints={"display": only("summarized")})
 
@@ -196,13 +197,13 @@ OLLAMA_OPTIONS: Final = ForeignFields(
     | _OTHER_NAMES
     | _BUDGETS,
 )
-"""The cluster file decides where and how the model is computed. A smaller context would truncate prompts."""
+"""Options of Ollama: the cluster file decides how the model is computed. A smaller context would truncate prompts."""
 
 OLLAMA: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template images adapters lora", only())},
     hints=_names("truncate shift", anything),
 )
-"""A prompt is never truncated, and a context never shifted."""
+"""Fields of Ollama: a prompt is never truncated, and a context never shifted."""
 
 OLLAMA_MESSAGE: Final = ForeignFields(
     refused=_names("images", only()), other_names={"name": "tool_name", "reasoning_content": "thinking"}

@@ -34,7 +34,7 @@ class DeferredValue(ABC):
     @property
     @abstractmethod
     def held_bytes(self) -> int:
-        """The memory that it takes."""
+        """Bytes of memory that it takes."""
 
     @abstractmethod
     def made(self) -> Any:
@@ -62,7 +62,7 @@ MAX_FIELD_VALUES: Final = 1 << 15
 """JSON values of a field that holds no prompt: a grammar, a list of texts or ids."""
 
 _BLOCK_BYTES: Final = 1 << 18
-"""Counted in one go, mostly with the interpreter free for other threads."""
+"""Bytes that are counted in one go, mostly with the interpreter free for other threads."""
 _MOST_MEMBERS: Final = 1024
 _MOST_NAME_BYTES: Final = 1024
 _IS_MARK: Final = np.isin(np.arange(256), [*b"[]{},"])
@@ -72,7 +72,7 @@ _NAME: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:', re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the outermost object, whose commas and brackets are its number of values or a few more."""
+    """A member of the outermost object; its commas and brackets estimate its number of values, or a few more."""
 
     name: str
     size_bytes: int
@@ -82,7 +82,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The members of the outermost object, of which `members` has the first thousand, and the number of all values."""
+    """The first thousand members of the outermost object, and the number of all values."""
 
     members: tuple[Member, ...]
     member_count: int
@@ -135,7 +135,7 @@ def _name(text: bytes) -> str:
 
 
 _LARGE_ENTRIES = 1024
-"""A part of a reply that has more tokens and logprobs is rendered on a thread."""
+"""Tokens and logprobs above which a part of a reply is rendered on a thread."""
 _GROUP = 16
 """Items of an array that are encoded in one go; no other thread runs meanwhile."""
 _PART_BYTES = 1 << 16
@@ -144,7 +144,7 @@ _ENTRY_CHARACTERS = 64
 """Characters of a text that take about as long as a number."""
 
 _threads = Threads(2, "json")
-"""Few: each waits for the interpreter beside the event loop, and more render no faster."""
+"""Two threads: each waits for the interpreter beside the event loop, and more render no faster."""
 
 _Value = TypeVar("_Value")
 
@@ -158,7 +158,7 @@ async def off_loop_if(is_large: bool, work: Callable[[], _Value]) -> _Value:
 
 
 def has_many_values(value: Any) -> bool:
-    """Returns whether rendering a value takes long; no more of it is counted than needed."""
+    """Returns True if rendering a value takes long; counts no further than needed."""
     left, count = [value], 0
     while left:
         part = left.pop()
@@ -179,8 +179,8 @@ def has_many_values(value: Any) -> bool:
 
 
 def json_parts(value: Any) -> Generator[bytes, None, None]:
-    """Yields the text of `to_json` in parts. They are rendered as they are taken, and so are the items of iterators
-    (arrays in JSON)."""
+    """Yields the text of `to_json` in parts, rendered as they are taken, like the items of iterators (arrays in
+    JSON)."""
     held = bytearray()
     for piece in _pieces(value):
         held += piece
@@ -195,8 +195,8 @@ JsonBody: TypeAlias = AsyncGenerator[bytes, None]
 
 
 async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
-    """Makes a value and renders each part of its JSON when it is taken, on a thread where it is large. A body that is
-    cancelled ends after the part that is being rendered."""
+    """Makes a value and renders each part of its JSON when it is taken, on a thread if it is large. A cancelled body
+    ends after the part that is being rendered."""
     rendering, parts = Lock(), _made_parts(make)
 
     def locked(step: Callable[[], _Value]) -> _Value:
@@ -219,8 +219,8 @@ async def one_part(data: bytes) -> JsonBody:
 
 
 def json_size(value: Any) -> int:
-    """Estimates the bytes of a value's JSON without rendering it: its texts, and some for each value. For deferred ones
-    it is the memory that they take."""
+    """Estimates the bytes of a value's JSON without rendering it: its texts, and some for each value. Deferred values
+    count as the memory that they take."""
     if isinstance(value, str):
         return len(value) + _VALUE_BYTES
     if isinstance(value, Mapping):
@@ -280,7 +280,7 @@ def shown_progress(progress: PromptProgress, *, with_timings: bool) -> dict[str,
 
 
 def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str, float]:
-    """Shows a phase's tokens, of which `measured` were computed within the time that the rate is of."""
+    """Shows a phase's tokens; `measured` of them were computed in the time of the rate."""
     ms = measured / per_second * 1e3 if per_second else 0.0
     return {
         f"{name}_n": tokens,

@@ -1,5 +1,5 @@
-"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as vLLM has them: adapters of LoRA come and go while the model
-is served."""
+"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as in vLLM: LoRA adapters come and go while the model is
+served."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ class LoadAdapterBody(Body, foreign=OF_ADAPTERS):
     """The body of `POST /v1/load_lora_adapter`."""
 
     lora_name: _Name
-    """How requests name the adapter, as their model."""
+    """Name of the adapter, which requests give as their model."""
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     """A GGUF file or a folder of PEFT in `api.adapter_folder`, relative to it or absolute."""
     model: str | None = None
-    """The model that the adapter is for; of several, without it the first one."""
+    """Model of the adapter; by default the first of several."""
 
 
 class UnloadAdapterBody(Body, foreign=OF_ADAPTERS):
     """The body of `POST /v1/unload_lora_adapter`."""
 
     lora_name: Annotated[str, Field(min_length=1, max_length=255)]
-    """Of an adapter that a client loaded."""
+    """Name of an adapter that a client loaded."""
     model: str | None = None
-    """The model that the adapter is of; of several, without it the first one."""
+    """Model of the adapter; by default the first of several."""
 
 
 def adapter_routes(model: ApiModel) -> Iterator[Route]:
@@ -135,7 +135,7 @@ class ApiModel:
 @dataclass(frozen=True, slots=True)
 class _Addressed:
     """The model of a request. `keep`: the seconds that it stays awake afterwards; `unloads`: the request has no input,
-    and the model is not to stay awake."""
+    and the model goes to sleep."""
 
     model: ApiModel
     keep: float | None = None
@@ -144,14 +144,14 @@ class _Addressed:
 
 class ModelRouter:
     """Finds the models of requests. A single model that is never unloaded gets all of them: its endpoints check the
-    names that they get."""
+    names."""
 
     def __init__(self, models: Sequence[ApiModel]) -> None:
         self.models = models
         self.settings = models[0].settings
 
     def route(self, routes: Sequence[Route]) -> Route:
-        """One route for those of all models that have the same method and path."""
+        """Makes one route of those of all models with the same method and path."""
         first = routes[0]
         if self.settings.can_unload:
             apps = {model.name: route.app for model, route in zip(self.models, routes, strict=True)}
@@ -159,12 +159,12 @@ class ModelRouter:
         return first
 
     def find(self, name: str) -> ApiModel | None:
-        """The model that has a name as a whole, or with its tag; None for an unknown name."""
+        """Finds the model that has a name as a whole, or with its tag; None for an unknown name."""
         whole = (model for model in self.models if name in model.names.all)
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
     def named(self, name: object) -> ApiModel:
-        """The model with a name; the first one without a name. HttpError 404 for an unknown name."""
+        """Returns the model with a name; the first one without a name. HttpError 404 for an unknown name."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
         if (model := self.find(name)) is not None:
@@ -173,14 +173,14 @@ class ModelRouter:
         raise not_served(name, chain.from_iterable(shown))
 
     def queried(self, request: Request) -> ApiModel:
-        """The model of `?model=`."""
+        """Returns the model of `?model=`."""
         return self.named(request.query_params.get("model"))
 
     async def _serve(
         self, route: Route, apps: Mapping[str, ASGIApp], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Passes a request to its model, which stays awake for as long as Ollama's field `keep_alive` says, from the
-        end of the reply on unless that is a refusal."""
+        """Passes a request to its model, which stays awake as Ollama's field `keep_alive` says, counted from the end of
+        the reply unless that is a refusal."""
         addressed = await self._addressed(route, Request(scope, receive))
         app, resident = apps[addressed.model.name], addressed.model.resident
         status = HTTPStatus.INTERNAL_SERVER_ERROR  # until there is a reply
@@ -204,8 +204,8 @@ class ModelRouter:
                 resident.keep(None if addressed.keep == inf else addressed.keep)
 
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
-        """Hands the bytes of a body on, and holds nothing of it. HttpError of `read_bytes` and `named`, for a wrong
-        `keep_alive`, and for a model that is to be loaded first."""
+        """Finds the model of a request and hands its body on. HttpError of `read_bytes` and `named`, for a wrong
+        `keep_alive`, and for a model that has to be loaded first."""
         if route.method == "GET":
             return _Addressed(self.queried(request))
         data = await read_bytes(request, self.settings)
@@ -219,8 +219,8 @@ class ModelRouter:
         return _Addressed(model, keep, unloads)
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
-        """HttpError 400 for a model that sleeps. One that gave way to another one's requests has some itself, and a
-        reply that is kept needs none."""
+        """Raises HttpError 400 for a model that sleeps, unless it has requests itself, as one that gave way to another,
+        or the reply is kept."""
         if not (model.resident.is_asleep and model.resident.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")
@@ -235,7 +235,7 @@ def _keeps_awake(route: Route) -> bool:
 
 
 async def _fields(data: bytes) -> dict[str, Any]:
-    """No fields where the body is no JSON object, which the endpoint says. ParameterError for NaN."""
+    """Returns the fields; none if the body is no JSON object, which the endpoint reports. ParameterError for NaN."""
     try:
         return await parse_object_in_time(data)
     except HttpError:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 _DRAIN_S = 600.0
-"""Layers are loaded elsewhere meanwhile; a repeated request waits on."""
+"""Deadline of a drain, in which layers are loaded elsewhere; a repeated request waits on."""
 _MOST_SEQUENCES = 32
 """Sequences of one request that are shown."""
 
@@ -54,14 +54,14 @@ class Workers:
             yield Route(method, f"/cluster/workers/{{worker}}/{endpoint.__name__}", endpoint)
 
     async def drain(self, request: Request) -> Response:
-        """Answers once the worker holds no layers; a client that disconnects does not cancel it."""
+        """Drains a worker: answers once it holds no layers; a client that disconnects does not cancel it."""
         name = request.path_params["worker"]
         async with deadline(f"moving the layers of worker {name} to others", _DRAIN_S):
             await self._pool.drain(name)
         return JsonResponse({"worker": name, "drained": True})
 
     async def undrain(self, request: Request) -> Response:
-        """Answers at once; layers come back when that is worth it."""
+        """Undrains a worker: answers at once; layers come back when that is worth it."""
         name = request.path_params["worker"]
         self._pool.undrain(name)
         return JsonResponse({"worker": name, "drained": False})
@@ -90,7 +90,7 @@ class Operations:
         yield Route("GET", "/cluster/requests/{request}", self.waterfall)
 
     async def health(self, request: Request) -> Response:
-        """Answers 200 while requests are taken, even if they have to wait; else 503, and why not for those with a
+        """Answers 200 while requests are taken, even if they have to wait; else 503, with the reason for clients with a
         key."""
         state = self._router.queried(request).engine.state
         if state in (EngineState.READY, EngineState.ASLEEP):
@@ -124,11 +124,11 @@ class Operations:
         return JsonResponse(self._router.queried(request).status())
 
     async def requests(self, request: Request) -> Response:
-        """Returns the requests that are open, and the last ones that ended, the oldest first."""
+        """Returns the open requests, and the last ones that ended, the oldest first."""
         return _listed(sorted(self._records(request), key=_order), summary_json)
 
     async def waterfall(self, request: Request) -> Response:
-        """Returns where the time of a request went: each of its sequences, without any of its text."""
+        """Returns the waterfall of a request: the time of each of its sequences, without any of its text."""
         name, known = request.path_params["request"], self._records(request)
         found = [(model, record) for model, record in known if matching([record], name)]
         if not found:

@@ -53,7 +53,8 @@ class SlotFields(Body):
     """The slot that remembers the tokens of a request."""
 
     id_slot: int = -1
-    """The slot that remembers the tokens, for `POST /slots`; below 0: none. Without `api.slot_folder` no slot does."""
+    """The slot that remembers the tokens, for `POST /slots`; below 0: none. It has no effect unless `api.slot_folder`
+    is set."""
 
     @property
     def slot(self) -> int | None:
@@ -61,7 +62,7 @@ class SlotFields(Body):
 
 
 def read_scales(value: Any) -> AdapterScales:
-    """Reads [{"id": number, "scale": scale}, ...]; the result is in ascending order."""
+    """Reads [{"id": number, "scale": scale}, ...] and sorts it."""
     if not isinstance(value, list) or len(value) > MAX_ADAPTERS:
         raise ValueError(f"must be a list of {MAX_ADAPTERS} objects with 'id' and 'scale' at most")
     scales = dict(map(_lora_entry, value))
@@ -126,8 +127,8 @@ _FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WI
 
 
 def _most_drafted(value: Any, info: ValidationInfo) -> int | None:
-    """Reads a number of drafted tokens; None: as many as the server likes. llama.cpp's other keys choose between
-    drafts, which the server does by itself."""
+    """Reads a number of drafted tokens; None: the server decides. llama.cpp's other keys choose between drafts, which
+    the server does by itself."""
     if isinstance(value, dict):
         for name in filter("n_max".__ne__, value):
             if not isinstance(info.context, Leniency):
@@ -220,7 +221,7 @@ _TOP_K = {
     Dialect.LLAMACPP: Annotated[int, AfterValidator(partial(max, 0))],
     Dialect.OLLAMA: Annotated[int, AfterValidator(partial(max, 0))],
 }
-"""Some APIs write negative numbers where all tokens are kept."""
+"""Types of top_k by dialect: some APIs write negative numbers if all tokens are kept."""
 
 
 def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
@@ -283,7 +284,8 @@ class SamplerFields(Body):
         return {name: getattr(self, own_names[name]) for name in names}
 
     def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
-        """Raises ParameterError for a number of a chain that is out of bounds; the scheduler checks the others."""
+        """Makes the parameters. ParameterError for a number of a chain that is out of bounds; the scheduler checks the
+        others."""
         return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
 
     def _chain(self) -> SamplerChain | None:
@@ -318,7 +320,7 @@ class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields):
     seed: Annotated[SeedField, Requested()] = None
     """The same seed gives the same answer; drawn where it is absent or -1."""
     cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """Only requests with the same share their prompts' beginnings in the prefix cache."""
+    """Salt of the prefix cache: requests share beginnings of prompts if their salts are equal."""
 
 
 def _effective_order(chain: SamplerChain) -> tuple[SamplerName, ...]:

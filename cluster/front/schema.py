@@ -40,7 +40,7 @@ _building = Lock()
 Prompt = str | tuple[int, ...]
 
 Neutral = Callable[[Any], bool]
-"""Returns whether a value of a field asks for nothing that is not done anyway."""
+"""Returns True if a value of a field has no effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +73,10 @@ class Body(DocumentedModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     takes_recommended: ClassVar[bool] = False
-    """True where the model file's recommended sampling comes before the endpoint's own defaults."""
+    """True if the model file's recommended sampling precedes the endpoint's own defaults."""
     foreign: ClassVar[ForeignFields] = ForeignFields()
 
     def __init_subclass__(cls, foreign: ForeignFields | None = None, **settings: Any) -> None:
-        """Sets the fields that other servers have in its place."""
         super().__init_subclass__(**settings)
         cls.foreign = foreign or cls.foreign
 
@@ -150,8 +149,8 @@ def read_fields(
     leniency: Leniency | None = None,
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
-    """Makes a body of fields. Raises ParameterError for one that is wrong or asks for what is not supported; without
-    `leniency` also for those that are unknown or have no effect. `idle`: fields that have none with these settings."""
+    """Makes a body of fields. ParameterError for a field that is wrong or not supported; without `leniency` also for
+    fields that are unknown or have no effect. `idle`: fields without effect with these settings."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):
@@ -171,16 +170,16 @@ def read_fields(
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:
-    """Makes its validator for its first body: those of all kinds take a tenth of a coordinator's start. A lock is held,
-    since bodies are read on several threads and not every pydantic has one."""
+    """Builds the validator of a kind for its first body: those of all kinds take a tenth of a coordinator's start. A
+    lock is held, since bodies are read on several threads and not every pydantic has one."""
     with _building:
         kind.model_rebuild()  # nothing where it is there
     return kind
 
 
 def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:
-    """Returns an error, first of all of an unknown field: it may be one of those that are missing, misspelt.
-    `as_sent`: other names that the body has for fields."""
+    """Returns the first error; an unknown field comes first, because it may be a misspelt missing one. `as_sent`: other
+    names that the body has for fields."""
     details = error.errors(include_url=False, include_input=False)
     return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN), as_sent)
 
@@ -218,7 +217,7 @@ def _limit(value: Any) -> Any:
 
 
 def _without_end(value: Any) -> Any:
-    """Returns -1 for a limit that no context reaches, which programs write for none (2147483647)."""
+    """Returns -1 for a limit that no context reaches, with which programs mean no limit (2147483647)."""
     return -1 if is_int(value) and MAX_CONTEXT_TOKENS < value <= _LARGEST_NUMBER else value
 
 
@@ -270,7 +269,7 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def is_token_id(text: str) -> bool:
-    """Returns whether a text is a number that may be a token's."""
+    """Returns True if a text is a number that may be a token's."""
     return text.isascii() and text.isdigit() and len(text) <= 9
 
 
@@ -295,7 +294,7 @@ LimitField = Annotated[int | None, BeforeValidator(_limit), WithJsonSchema({"typ
 WholeLimitField = Annotated[int, BeforeValidator(_without_end), Field(ge=-2)]
 """Tokens of an answer, where the default is -1."""
 SeedField = Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type": "integer"})]
-"""None: drawn, which llama.cpp writes -1."""
+"""A seed; None: drawn, which llama.cpp writes -1."""
 StopField = Annotated[tuple[str, ...], BeforeValidator(strings), WithJsonSchema(_STRINGS)]
 PromptsField = Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
 BiasField = Annotated[

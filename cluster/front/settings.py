@@ -1,4 +1,4 @@
-"""Settings of the HTTP API, and what requests may say of models by them: names, and how long one stays loaded."""
+"""Settings of the HTTP API, names of models in requests, and durations of `keep_alive`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """The settings of an app, fixed for its life but for its adapters and copies. Durations are in seconds."""
+    """The settings of an app, fixed for its life except its adapters and copies. Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
     further_hosts: tuple[str, ...] = ()  # of the other addresses
@@ -80,7 +80,7 @@ class ModelNames:
     as this process."""
 
     def __init__(self, served: str, settings: ApiSettings, *, any_by_default: bool = False) -> None:
-        """`any_by_default`: unless the settings say otherwise, a request may name any model."""
+        """Makes the names; `any_by_default`: unless the settings say otherwise, a request may name any model."""
         self._served = served
         self._settings = settings
         self._adapters = settings.adapters
@@ -88,22 +88,23 @@ class ModelNames:
 
     @property
     def all(self) -> dict[str, str]:
-        """The served model's or an adapter's name by each name."""
+        """The served model's or an adapter's name, by each name."""
         adapters, settings = self._adapters.names, self._settings
         known = (self._served, *settings.aliases, *adapters, *settings.copies)
         return dict.fromkeys(known, self._served) | {name: name for name in adapters}
 
     def find(self, name: str) -> str | None:
-        """The served model's or an adapter's name by a name with or without its tag; None for another model's."""
+        """Returns the served model's or an adapter's name, by a name with or without its tag; None for another
+        model's."""
         names = self.all
         return names.get(name) or {tagged(known): own for known, own in names.items()}.get(tagged(name))
 
     def adapters(
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
     ) -> AdapterScales:
-        """The adapters of a request for a model: one that it names as the model, those of its field
-        `lora`, or `default`. HttpError 404 for another model's name; ParameterError for both of the former, and for an
-        adapter that is none."""
+        """Returns the adapters of a request: the one that it names as the model, those of its field `lora`, or
+        `default`. HttpError 404 for another model's name; ParameterError for both of the former, and for an unknown
+        adapter."""
         if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:
                 raise ParameterError("lora", f"model names the adapter {name!r} already: leave one of them out")
@@ -116,12 +117,12 @@ class ModelNames:
         return tuple((adapter, scale) for adapter, scale in lora if scale)
 
     def shown(self, name: str | None) -> str:
-        """The name of the model in replies."""
+        """Returns the name of the model in replies."""
         return (name and self.find(name)) or self._served
 
     def check(self, name: str | None) -> None:
-        """Another model's name is refused, lest its answers seem to be this model's, and an adapter's where none is
-        taken. HttpError."""
+        """Raises HttpError for another model's name, lest its answers seem to be this model's, and for an adapter's if
+        adapters are not taken."""
         if self.shown(name) in self._adapters.names:
             message = f"model: {name!r} is an adapter; here only {self._served!r} itself is computed with"
             raise HttpError(400, "unsupported_parameter", message, param="model")
@@ -134,9 +135,8 @@ class ModelNames:
             raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
 
     def copy(self, source: str, destination: str) -> None:
-        """Adds a name of the served model. Raises HttpError where it is none, where the cluster file decides about
-        names, and for adapters: a copy lasts no longer than this process, and an unknown name means the model without
-        adapters."""
+        """Adds a name of the served model. HttpError for an invalid name, if the cluster file decides about names, and
+        for adapters: a copy lasts no longer than this process, and an unknown name means the model without adapters."""
         self.check_known(source)
         if not _NAME.fullmatch(destination):
             message = f"{destination[:200]!r} is not a model's name: letters, digits and ._:/@- are"
@@ -156,8 +156,7 @@ class ModelNames:
         self._settings.copies.append(name)
 
     def delete(self, name: str) -> None:
-        """Removes a copy. Raises HttpError for the served model and the cluster file's aliases, and for a name that is
-        none."""
+        """Removes a copy. HttpError for the served model, the cluster file's aliases and unknown names."""
         self.check_known(name)
         plain = name.removesuffix(TAG)
         if plain not in self._settings.copies:
@@ -170,7 +169,7 @@ _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0
 _PART = r"\d{1,12}(?:\.\d{0,9})?(?:ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(rf"(-?)((?:{_PART})+)")
 _MOST_S = 1_000_000_000
-"""More is for ever, as Ollama's largest duration is: no calendar has the end of it."""
+"""Most seconds; more is for ever, as Ollama's largest duration is: no calendar has its end."""
 
 
 def read_keep_alive(value: Any) -> float | None:

@@ -29,7 +29,7 @@ _Any = Annotated[Any, WithJsonSchema({})]
 
 
 class GrammarFields(Body):
-    """Constraints on the form of an answer. Several in one request must ask for the same form."""
+    """Constraints on the form of an answer. Several in one request must mean the same form."""
 
     response_format: _Object | None = None
     """`{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"schema": ...}}`; `text`: as it comes."""
@@ -158,4 +158,4 @@ _FIELDS: dict[str, tuple[_Make, tuple[Any, ...]]] = {
     "ebnf": (_VLLM_FORMS["grammar"], _UNSET),
     "guided_json_object": (lambda value, origin: definitions.of_object(origin), (False,)),
 }
-"""The function that makes a grammar of each field, and the field's values that ask for none."""
+"""The function that makes a grammar of each field, and the field's values that mean none."""

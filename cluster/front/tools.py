@@ -15,7 +15,7 @@ from llamaclust.model.chat.tools.argument_values import arguments_object
 _MEDIA: Final = ("image", "audio", "video", "screenshot", "document", "file", "container")
 """Words in the types of parts that are no text."""
 _OF_ITEMS: Final = frozenset(("type", "id", "call_id", "tool_use_id", "status", "cache_control", "caller", "signature"))
-"""Fields of an item that say nothing to a model. What a tool was asked or found may have fields of the same names."""
+"""Fields of an item that say nothing to a model. Arguments and results of tools may have fields of the same names."""
 _ENCRYPTED: Final = "encrypted_"
 _BYTES: Final = ("data", "result", "image_url", "file_data")
 _BASE64: Final = re.compile(r"(data:[^,]*,)?[A-Za-z0-9+/_=\s-]*")
@@ -23,7 +23,7 @@ _MOST_CHARACTERS: Final = 4000
 
 
 def is_media(kind: str) -> bool:
-    """Returns whether parts of this type are pictures, sound or files."""
+    """Returns True if parts of this type are pictures, sound or files."""
     return any(word in kind for word in _MEDIA)
 
 
@@ -44,7 +44,8 @@ def leave_out(place: str, kind: str, context: object) -> None:
 
 
 def tool_text(kind: str, fields: Mapping[str, Any]) -> str:
-    """Returns a text of what another server's tool was asked or found, without what only that server can read."""
+    """Returns a text of the arguments or results of another server's tool, without parts that only that server can
+    read."""
     return f"[{kind}: {item_text(fields)}]"
 
 
@@ -107,7 +108,7 @@ class ClientTool:
         return str(self.function["function"]["name"])
 
     def is_named_by(self, choice: Mapping[str, Any]) -> bool:
-        """Returns whether `tool_choice` names this tool."""
+        """Returns True if `tool_choice` names this tool."""
         named = choice["type"], choice.get("name", choice["type"]), choice.get("namespace")
         return named == (self.kind, self.name, self.namespace)
 
@@ -142,7 +143,7 @@ def with_objects(schema: Any) -> Any:
 
 
 def present(tools: list[Any]) -> list[Any]:
-    """Returns the tools that were not left out; None stands for one that was."""
+    """Returns the tools that were not omitted; None stands for an omitted one."""
     return [tool for tool in tools if tool is not None]
 
 

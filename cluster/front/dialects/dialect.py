@@ -1,4 +1,4 @@
-"""Generating endpoints of an API: what all of them do between the bytes of a body and the description of its reply."""
+"""Generating endpoints of an API: the common steps between the bytes of a body and the description of its reply."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Asked(Generic[AnyBody]):
     async def chat(
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
-        """The chat that `make` makes of the body, as this request has it."""
+        """Returns the chat that `make` makes of the body, with this request's time and adapters."""
         chat = await converted(self.body, make, *given, **named)
         return chat.admitted(self.context.created, self.adapters)
 
@@ -62,7 +62,7 @@ class Endpoint(ABC, Generic[AnyBody]):
         self.models = ModelNames(model.name, self.settings, any_by_default=takes_any)
 
     def routes(self) -> Iterator[Route]:
-        """The operation, and others that belong to it."""
+        """Yields the operation's routes."""
         form = self.form.value
         yield Route("POST", self.path, self.answer, self.body, computes=True, errors=self.errors, form=form)
 
@@ -70,7 +70,7 @@ class Endpoint(ABC, Generic[AnyBody]):
     async def answer(self, request: Request) -> Response: ...
 
     async def read(self, request: Request) -> AnyBody:
-        """The body of a request. Raises what `read_body` raises, and what refuses its model and adapters."""
+        """Reads the body of a request. Raises what `read_body` raises, and errors of its model and adapters."""
         body = await read_body(request, self.body, self.settings)
         self.check_model(body)
         return body
@@ -80,14 +80,14 @@ class Endpoint(ABC, Generic[AnyBody]):
         self.models.check(self.named(body))
 
     def named(self, body: AnyBody) -> str | None:
-        """The model that a body names."""
+        """Returns the model that a body names."""
         name: str | None = getattr(body, "model", None)
         return name
 
 
 class Dialect(Endpoint[AnyBody]):
-    """A generating endpoint, whose subclass describes the reply to a body. One that refuses requests before it reads
-    their bodies, or leaves some to another dialect, overrides `make`; one with further operations, `routes`."""
+    """A generating endpoint, whose subclass describes the reply to a body. A subclass overrides `make` to refuse
+    requests before their bodies are read or to leave some to another dialect, and `routes` for further operations."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         super().__init__(model, path)
@@ -98,7 +98,7 @@ class Dialect(Endpoint[AnyBody]):
         """Describes the reply to a request. Raises what refuses its body."""
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
-        """The reply to the bytes of a body."""
+        """Makes the reply to the bytes of a body."""
         body = await parse_body(data, self.body, self.settings)
         adapters = self._adapters(body, context.scales)
         return await self.reply(Asked(body, context, adapters, self.models.shown(self.named(body))))
@@ -107,7 +107,7 @@ class Dialect(Endpoint[AnyBody]):
         return await self._answer(request)
 
     async def counted(self, request: Request, chat: ChatRequest, **fields: str) -> Response:
-        """The reply with the number of tokens of a chat's prompt, and further fields before it."""
+        """Returns the reply with the number of tokens of a chat's prompt, and further fields before it."""
         answer = await unless_disconnected(request, self.service.chat_prompt(chat))
         return JsonResponse({**fields, "input_tokens": len(answer.prompt)})
 

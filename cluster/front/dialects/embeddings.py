@@ -27,7 +27,7 @@ from llamaclust.core.errors import ParameterError
 from llamaclust.model.pooling import Pooling
 
 MAX_INPUTS = 2048
-"""Prompts of one request, as OpenAI has it."""
+"""Most prompts of one request, as in OpenAI's API."""
 
 _MAX_DIMENSIONS = 1 << 20
 _MAX_NORM = 1000
@@ -37,7 +37,7 @@ Input = tuple[str | int, ...]
 
 
 def _inputs(value: Any) -> tuple[Input, ...]:
-    """Reads one prompt, or a list of them; a list with token ids among its items is one."""
+    """Reads one prompt, or a list of prompts; a list with token ids among its items is one prompt."""
     if isinstance(value, list) and not any(is_int(item) for item in value):
         if not 1 <= len(value) <= MAX_INPUTS:
             raise ValueError(f"{len(value)} prompts in one request; give 1 to {MAX_INPUTS}")
@@ -84,12 +84,12 @@ class EmbeddingFields(Body, foreign=EMBEDDING):
     dimensions: int | None = Field(default=None, ge=1, le=_MAX_DIMENSIONS)
     """Leading channels to keep; by default all."""
     pooling: Literal["none", "mean", "cls", "last"] | None = None
-    """Which tokens' hidden states make the embedding; by default as the model file says, else the last one's."""
+    """Pooling of the tokens' hidden states; by default as the model file says, else the last token's."""
     cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
     """KV blocks are shared with requests that have the same."""
 
     def options(self, default: Pooling, norm: int = EUCLIDEAN) -> EmbeddingOptions:
-        """`default`: the pooling of requests without one."""
+        """Returns the options; `default` is the pooling of requests without one."""
         pooling = default if self.pooling is None else Pooling(self.pooling)
         return EmbeddingOptions(pooling, norm, self.dimensions, self.cache_salt)
 
@@ -119,7 +119,7 @@ class LlamaCppEmbeddingBody(EmbeddingFields):
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """ParameterError where there are none, or two."""
+        """Returns the prompts of `input` or `content`. ParameterError if there are none, or both."""
         given = [inputs for inputs in (self.input, self.content) if inputs is not None]
         if len(given) != 1:
             raise ParameterError("input", "give one of input and content")
@@ -133,7 +133,8 @@ async def embedded(
     options: EmbeddingOptions,
     shape: Callable[[list[Embedding]], Any],
 ) -> JsonParts:
-    """The embeddings of prompts in the shape of an API. They count for the budget until the client has taken them."""
+    """Embeds prompts and shows them in the shape of an API. They count for the budget until the client has taken
+    them."""
     async with AsyncExitStack() as held:
         embedding = held.enter_async_context(service.embed(prompts, options))
         embeddings = await unless_disconnected(request, embedding)
@@ -144,16 +145,16 @@ async def embedded(
 
 
 def check_single(pooling: Pooling) -> None:
-    """ParameterError where a reply of one vector for each prompt cannot have this pooling."""
+    """Raises ParameterError for a pooling that gives several vectors for a prompt."""
     if pooling is Pooling.NONE:
         raise ParameterError("pooling", "'none' gives a vector for each token: use POST /embedding, or set another")
 
 
 _RERANKER: Final = "hf:gpustack/bge-reranker-v2-m3-GGUF/bge-reranker-v2-m3-Q8_0.gguf"
-"""A public one."""
+"""A public model that ranks."""
 _COHERE_PATH: Final = "/v2/rerank"
 _PAIRS_OF_A_UNIT: Final = 100
-"""Documents that Cohere bills as one search."""
+"""Number of documents that Cohere bills as one search."""
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -175,7 +176,7 @@ _Texts = Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_SCH
 
 
 class RerankBody(Body, foreign=RERANK):
-    """`POST /v1/rerank`. With `texts` the reply is a list, as of Text Embeddings Inference."""
+    """The body of `POST /v1/rerank`. A request with `texts` gets a list, as of Text Embeddings Inference."""
 
     model: str | None = None
     """Name of the served model; any is taken."""
@@ -184,17 +185,17 @@ class RerankBody(Body, foreign=RERANK):
     documents: _Texts | None = None
     """Texts, or objects with the field `text`."""
     texts: _Texts | None = None
-    """The same for a reply in the other form."""
+    """The same as `documents`; the reply has the form of Text Embeddings Inference."""
     top_n: int | None = Field(default=None, ge=1)
-    """The best so many; by default all."""
+    """Number of best documents to return; by default all."""
     return_documents: bool = False
     """Adds the documents to the results."""
     return_text: bool = False
-    """The same in the other form."""
+    """The same as `return_documents`, with `texts`."""
 
     @property
     def given(self) -> tuple[str, ...]:
-        """ParameterError where there are none, or two lists."""
+        """Returns the documents. ParameterError if there are none, or two lists."""
         lists = [texts for texts in (self.documents, self.texts) if texts is not None]
         if len(lists) != 1:
             raise ParameterError("documents", "give one of documents and texts")

@@ -35,11 +35,11 @@ from llamaclust.wire.security.server_context import server_context
 _LOOK_S: Final = 1.0
 """The pause between two checks of the files."""
 _RETRY_S: Final = 60.0
-"""The pause after a failure that may pass: a certificate of a clock that is ahead, a full disk, a file server."""
+"""The pause after a failure that may pass: a clock that is ahead, a full disk, a lost file server."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
-"""The time before a certificate's end from which on the log warns."""
+"""Remaining life of a certificate below which the log warns."""
 _log = logging.getLogger(__name__)
 
 
@@ -68,7 +68,7 @@ class LoadedCertificate:
 
     @classmethod
     def of(cls, files: CertificateFiles) -> LoadedCertificate:
-        """Raises UsageError that names the file if one cannot be used, or they do not belong together."""
+        """Raises UsageError that names the file if one cannot be used, or if they do not belong together."""
         version = files.version
         is_one_file = files.key == files.certificate
         chain = _read(files.certificate, is_private=is_one_file)
@@ -92,10 +92,10 @@ class LoadedCertificate:
 
 
 class ServerCertificate:
-    """The certificate as its files have it now; where they cannot be used, as they last could be."""
+    """The certificate of the files; if they cannot be used, the last one that could."""
 
     def __init__(self, files: CertificateFiles) -> None:
-        """Raises UsageError if they cannot be used."""
+        """Raises UsageError if the files cannot be used."""
         self._files = files
         self._loaded = LoadedCertificate.of(files)
         self._seen = self._done = self._loaded.version
@@ -114,14 +114,14 @@ class ServerCertificate:
         return self._loaded.fingerprint
 
     def publish(self, path: Path) -> None:
-        """Writes the certificate, now and whenever it changes, where this user's programs look which one to trust.
+        """Writes the certificate, now and whenever it changes, to the place where this user's programs look for it.
         Raises LlamaclustError if it cannot be written."""
         self._published = path
         self._publish()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Looks at the files again and again, on a thread of its own: a file server that is away stops no request."""
+        """Checks the files again and again, on a thread of its own: a lost file server stops no request."""
         end = threading.Event()
 
         def watch() -> None:
@@ -137,7 +137,7 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads files that have changed since, and did not between this look and the last: both are written."""
+        """Reads files that changed before the last look and not since: both are written then."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s
@@ -209,9 +209,9 @@ def _shown(time: datetime) -> str:
 
 
 _LIFE = timedelta(days=820)
-"""Some clients refuse certificates of more than 825 days."""
+"""Life of a self-signed certificate: some clients refuse more than 825 days."""
 _REST = timedelta(days=30)
-"""A start makes a new one where less is left."""
+"""Remaining life below which a start makes a new certificate."""
 _SKEW = timedelta(days=1)
 _MOST_NAMES = 256
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
@@ -225,10 +225,9 @@ def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str])
 
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:
-    """Writes a file of mode 0600 with a private key and a certificate for these names, in PEM. One that is there stays
-    while it is good for them; a new one has its names as well, since several machines may share the folder.
-
-    Raises LlamaclustError if the file cannot be written."""
+    """Writes a file of mode 0600 with a private key and a certificate for these names, in PEM. An existing file stays
+    while it is valid for them; a new one has its names as well, since several machines may share the folder.
+    LlamaclustError if the file cannot be written."""
     former = _former(path)
     now = datetime.now(UTC)
     if former is not None:

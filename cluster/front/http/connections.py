@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.http.certificate import ServerCertificate
 
 MAX_HEADERS = 200
-"""Lines of a request's head. Each header becomes objects of some hundred bytes, however short it is."""
+"""Most lines of a request's head. Each header becomes objects of some hundred bytes, however short it is."""
 EVENTS_A_TURN = 64
-"""Pieces of bodies that one connection has parsed before others get their turn."""
+"""Pieces of bodies that one connection parses before others get their turn."""
 _FEW_CHUNKS, _LEAST_CHUNK_BYTES = 4096, 16
-"""Beyond so many chunks, those of a body must have so many bytes in the mean: parsing takes as long for each."""
+"""Most chunks of a body that may be of any size; more chunks must have so many bytes in the mean, because parsing takes
+as long for each."""
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 
@@ -40,8 +41,9 @@ def canonical_name(name: bytes) -> bytes:
 
 
 class HttpConnection(h11.Connection):
-    """Takes targets with a host, and writes canonical header names, and pieces of a streamed body without a look at the
-    protocol's states. Bounds the headers of a request, the chunks of its body, and what is parsed in one turn."""
+    """A connection that accepts targets with a host, writes canonical header names, and writes pieces of a streamed
+    body without a look at the protocol's states. It bounds the headers of a request, the chunks of its body, and the
+    work of one turn."""
 
     def __init__(self, our_role: type[h11.SERVER], max_incomplete_event_size: int) -> None:
         super().__init__(our_role, max_incomplete_event_size)
@@ -53,7 +55,7 @@ class HttpConnection(h11.Connection):
 
     @property
     def ended_turn(self) -> bool:
-        """True if `next_event` gave no more because the turn is over: what was received may hold further events."""
+        """True if `next_event` gave no more because the turn is over; received data may hold further events."""
         return self._events_left == 0
 
     @property
@@ -62,7 +64,7 @@ class HttpConnection(h11.Connection):
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Raises RemoteProtocolError for too many headers or too small chunks, as for what is no HTTP."""
+        """Raises RemoteProtocolError for invalid HTTP, too many headers or too small chunks."""
         if self.ended_turn:
             return h11.NEED_DATA
         if self.their_state is h11.IDLE:
@@ -99,7 +101,7 @@ class HttpConnection(h11.Connection):
 
 
 def _in_origin_form(request: h11.Request) -> h11.Request:
-    """Moves the host of a target, as clients of a proxy write it, into the header (RFC 9112, 3.2.2)."""
+    """Moves the host of a target, which clients of a proxy write, into the header (RFC 9112, 3.2.2)."""
     match = _ABSOLUTE.fullmatch(request.target)
     if match is None:
         return request
@@ -109,7 +111,6 @@ def _in_origin_form(request: h11.Request) -> h11.Request:
 
 
 def chunk(data: bytes) -> bytes:
-    """Returns a piece of a streamed body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
 
@@ -125,10 +126,10 @@ class _Phase(Enum):
 class TlsProtocol(asyncio.Protocol):
     """Carries the bytes of another protocol in TLS.
 
-    In asyncio's own TLS a protocol begins after the handshake, and a connection ends when the other side agrees: both
-    could be delayed by any client, unseen by the bounds on connections. Here the carried protocol begins with the
-    connection, so that its bounds on places and on silence hold for handshakes, and the end waits only for what is
-    written. What it writes before the handshake is complete is lost.
+    In asyncio's own TLS a protocol begins after the handshake, and a connection ends when the other side agrees: any
+    client could delay both, unseen by the bounds on connections. Here the carried protocol begins with the connection,
+    so that its bounds on places and silence hold for handshakes, and the end waits only for written data. Data written
+    before the handshake is complete is lost.
     """
 
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
@@ -166,7 +167,7 @@ class TlsProtocol(asyncio.Protocol):
             self._fail(error)
 
     def _read(self) -> None:
-        """Hands all data on that is complete, then raises ssl.SSLWantReadError."""
+        """Passes on all data that is complete, then raises ssl.SSLWantReadError."""
         while self._phase is _Phase.OPEN and not self._transport.is_closing():
             try:
                 data = self._tls.read(_READ_BYTES)
@@ -200,7 +201,7 @@ class TlsProtocol(asyncio.Protocol):
             self._send()
 
     def close(self) -> None:
-        """Ends the connection once all is sent that was written."""
+        """Ends the connection once all written data is sent."""
         if self._phase is _Phase.OPEN:
             with suppress(ssl.SSLError):  # the other side has not said so
                 self._tls.unwrap()
@@ -210,7 +211,7 @@ class TlsProtocol(asyncio.Protocol):
 
 
 class _TlsTransport:
-    """A connection as the carried protocol uses it: what is not of TLS is the transport's."""
+    """A connection for the carried protocol, which passes everything but TLS to the transport."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
         self._tls = tls

@@ -1,5 +1,5 @@
-"""Which requests the API takes: API keys, Host headers (DNS rebinding), origins of web pages, and bounds on those that
-it holds at once and on the bytes of their bodies. A stopping server accepts no more, and answers all that it has."""
+"""Admission of requests: API keys, Host headers (DNS rebinding), origins of web pages, and bounds on open requests and
+the bytes of their bodies. A stopping server accepts no more, and answers all that it has."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
-"""Need no key; `request.state.is_trusted` says whether a request may see more than the state."""
+"""Paths that need no key; `request.state.is_trusted` says if a request may see more than the state."""
 
 LOCALHOST = "localhost"
 """An origin of the settings that stands for all pages of this machine."""
@@ -38,7 +38,7 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})
 
 
 def key_error(headers: Mapping[str, str], api_keys: Sequence[str]) -> HttpError | None:
-    """Returns the error of a request's key. Keys may change; without any, none is asked for."""
+    """Returns the error of a request's key. Keys may change; without any, no key is needed."""
     digests, key = _digests(tuple(api_keys)), sent_key(headers)
     if not digests:
         return None
@@ -68,8 +68,8 @@ def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
 
 
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
-    """Raises HttpError 403 for a key that is not the first one of the settings, if they have any: `action` is for all
-    clients, and only the first key may do it."""
+    """Raises HttpError 403 for a key that is not the first one of the settings, if they have any: `action` affects all
+    clients."""
     keys = settings.api_keys
     if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
         raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
@@ -83,8 +83,8 @@ def page_origins(settings: ApiSettings) -> re.Pattern[str]:
 
 
 class KeyGate:
-    """Sends the page, and refuses requests without a key before the app sees them. Notes whose requests the others are,
-    and names their routes for traces: others could make any number of names."""
+    """Sends the page, and refuses requests without a key before the app sees them. Notes the owners of the others, and
+    names their routes for traces: a client without a key could make any number of names."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -196,7 +196,7 @@ class Admission:
         self._body_bytes = Shares(settings.max_held_bytes)
 
     def stop(self) -> None:
-        """Refuses requests from now on, also those whose bodies are still to come."""
+        """Refuses requests from now on, including those whose bodies are still to come."""
         self.is_stopping = True
         self._refuse(self._unfinished, _stopping())
 
@@ -221,8 +221,8 @@ class Admission:
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
-        """Keeps a request of the current task open. Bodies that do not come keep no others out: the oldest unfinished
-        request of the owner with the most gives way."""
+        """Keeps a request of the current task open. Unfinished bodies keep no others out: the oldest unfinished request
+        of the owner with the most gives way."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get(), has_body)

@@ -62,13 +62,13 @@ class Document:
         return JSONResponse(describe(request.app.routes, is_strict=self._is_strict))
 
     async def show_page(self, request: Request) -> Response:
-        """A page that lists all operations and the fields of their bodies; it needs no scripts and no other host."""
+        """Shows all operations and the fields of their bodies on a page that needs no scripts and no other host."""
         return HTMLResponse(_page(describe(request.app.routes, is_strict=self._is_strict)), headers=_HEADERS)
 
 
 @cache
 def _request_body(body: type[BaseModel]) -> dict[str, Any]:
-    """Null is the same as a field that is absent."""
+    """Describes a body; null is the same as an absent field."""
     schema = _inlined(body.model_json_schema())
     required, fields = schema.get("required", ()), schema.get("properties", {})
     if fields:
@@ -77,7 +77,7 @@ def _request_body(body: type[BaseModel]) -> dict[str, Any]:
 
 
 def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
-    """The document, of OpenAPI 3.1. Unknown fields are accepted unless `is_strict`."""
+    """Returns the document, of OpenAPI 3.1. Unknown fields are accepted unless `is_strict`."""
     paths: dict[str, dict[str, Any]] = {}
     errors: dict[str, Any] = {}
     for route in routes:
@@ -133,7 +133,6 @@ def _parameters(route: Route, path: str) -> Iterator[dict[str, Any]]:
 
 
 def _reply(text: str, schemas: Mapping[str, Any]) -> dict[str, Any]:
-    """A reply by its media types."""
     return {"description": text, "content": {kind: {"schema": schema} for kind, schema in schemas.items()}}
 
 
@@ -163,7 +162,7 @@ def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mapped(schema: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
-    """A schema whose objects are changed, the inner ones first."""
+    """Returns a schema whose objects are changed, the inner ones first."""
     if isinstance(schema, list):
         return [_mapped(item, change) for item in schema]
     if not isinstance(schema, dict):
@@ -172,12 +171,12 @@ def _mapped(schema: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
 
 
 def _open(schema: Any) -> Any:
-    """A schema whose objects may have other fields."""
+    """Returns a schema whose objects may have other fields."""
     return _mapped(schema, lambda part: part | {_OTHERS: True} if part.get(_OTHERS) is False else part)
 
 
 def _inlined(schema: dict[str, Any]) -> Any:
-    """A JSON schema without references, which would point outside of it once it is a part of the document."""
+    """Returns a JSON schema without references, which would point outside of it once it is a part of the document."""
     definitions = schema.pop("$defs", {})
 
     def inline(part: dict[str, Any]) -> Any:

@@ -26,7 +26,7 @@ JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
 CLIENT_GONE = 499
 BODY_WRITER: Final = "llamaclust.body"
-"""The extension of the scope by which streams are written, where this program's own server has the connection."""
+"""The extension of the scope by which streams are written if this program's own server has the connection."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -41,7 +41,7 @@ class JsonResponse(Response):
 
 
 def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint of a path that clients of other servers know and this one refuses."""
+    """Makes the endpoint of a path that clients of other servers know and this server refuses."""
 
     async def refuse(request: Request) -> Response:
         raise HttpError(status, "not_supported", f"{given_path(request.scope)}: {what}")
@@ -51,7 +51,7 @@ def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[R
 
 
 def error_response(error: LlamaclustError, scope: Scope) -> Response:
-    """The reply in the shape of the request's API."""
+    """Returns the reply in the shape of the request's API."""
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -59,7 +59,7 @@ def error_response(error: LlamaclustError, scope: Scope) -> Response:
 
 
 def add_error_handlers(app: Starlette) -> None:
-    """Every error leaves the app in the shape of the request's API."""
+    """Registers handlers so that every error leaves the app in the shape of the request's API."""
     for kind in (LlamaclustError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _on_error)
 
@@ -69,7 +69,7 @@ def _response(failure: Failure, scope: Scope, headers: Mapping[str, str] | None 
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    """The server logs errors of other kinds itself, once they are re-raised."""
+    """Shows an error; the server logs errors of other kinds itself, once they are re-raised."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     if isinstance(error, HTTPException):
@@ -89,7 +89,7 @@ def _routing_error(request: Request, error: HTTPException) -> Response:
 
 
 def _methods(request: Request) -> str:
-    """The methods of all routes with the path of the request. HEAD is served as GET."""
+    """Returns the methods of all routes with the path of the request. HEAD is served as GET."""
     path = request.scope["path"]
     routes = (route for route in request.app.routes if isinstance(route, PathRoute) and route.path_regex.match(path))
     methods = {method for route in routes for method in route.methods or ()}
@@ -97,18 +97,18 @@ def _methods(request: Request) -> str:
 
 
 _DISCARD_S = 0.9
-"""The time for the rest of a body, of which nothing is kept. A server that ends waits a little longer."""
+"""Seconds for the rest of a body, which is discarded. A server that ends waits a little longer."""
 
 
 def has_body(scope: Scope) -> bool:
-    """Returns whether a request has a body, by its head."""
+    """Returns True if the request's head announces a body."""
     headers = Headers(scope=scope)
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 class EarlyReplies:
-    """Sends a reply at once, but ends it only behind the request's body, or a while later: a connection that is closed
-    while the client sends is reset, and the reply on its way is lost."""
+    """Sends a reply at once, but ends it behind the request's body, or a while later: if a connection is closed while
+    the client sends, it is reset and the reply is lost."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -174,9 +174,9 @@ class Route(PathRoute):
         types: Sequence[str] | None = None,
         status: int = 200,
     ) -> None:
-        """`body`: the class of its fields; the endpoint reads its body itself. `computes`: the model must be loaded.
-        `errors`: the shape of errors of this path and of those that begin with it; None: as usual. `types`: media types
-        of the reply; None: JSON, and `form` if the body may ask for a stream."""
+        """Makes a route. `body`: the class of its fields; the endpoint reads its body itself. `computes`: the model
+        must be loaded. `errors`: the shape of errors of this path and of those that begin with it; None: as usual.
+        `types`: media types of the reply; None: JSON, and `form` if the body may request a stream."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
@@ -189,10 +189,11 @@ class Route(PathRoute):
 
 
 class Paths:
-    """Passes requests on with the path and the method by which the app knows them."""
+    """Passes requests on with the app's names of their path and method."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """`prefix`: "" or "/..."; paths without it are served too, for probes and this program's own clients."""
+        """Makes the middleware. `prefix`: "" or "/..."; paths without it are served too, for probes and this program's
+        own clients."""
         self._app = app
         self._prefix = prefix
 
@@ -208,26 +209,26 @@ class Paths:
 
 
 def given_path(scope: Scope) -> str:
-    """The path as the client wrote it, without the prefix."""
+    """Returns the path as the client wrote it, without the prefix."""
     path: str = scope.get("state", {}).get(_GIVEN, scope["path"])
     return path
 
 
 def shape_of(scope: Scope) -> ErrorShape:
-    """The shape of a request's errors, also before its route is found."""
+    """Returns the shape of a request's errors, also before its route is found."""
     given, routes = given_path(scope), (route for route in scope["app"].routes if isinstance(route, Route))
     own = (route.errors for route in routes if route.errors is not None and given.startswith(route.path))
     return next(own, usual_shape(given))
 
 
 def template(path: str) -> str:
-    """A route's path as clients know it, with `{name}` for each of its parameters."""
+    """Returns a route's path as clients know it, with `{name}` for each parameter."""
     return _PARAMETER.sub(r"{\1}", path)
 
 
 def traced_names(scope: Scope) -> list[str]:
-    """The names of the route of a request that the app is about to get, for what is around it: none until the key was
-    checked, and no text of the client."""
+    """Returns a list that gets the route's name, for middlewares around the app: empty until the key was checked, and
+    never text of the client."""
     names: list[str] = []
     scope["state"] = {**scope.get("state", {}), _STATE: names}
     return names

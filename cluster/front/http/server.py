@@ -31,22 +31,22 @@ from llamaclust.core.errors import ClusterStartingError
 from llamaclust.core.process_settings import connections_of_server
 
 _BACKLOG = 128
-"""The event loop accepts so many connections before it looks at the first."""
+"""Connections that the event loop accepts before it looks at the first."""
 _GRACE_S = 1
-"""The time for what is still being written to clients at the end; the server takes whole seconds."""
+"""Seconds for data that is still being written to clients at the end; the server takes whole seconds."""
 _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
 _NO_HTTP = {431: "head_too_large", 501: "not_supported"}
-"""Codes of requests that cannot be parsed, by their statuses."""
+"""Error codes of requests that cannot be parsed, by status."""
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
-    """Returns the server of an app at a port, with so many connections at most. Warnings are not logged: any client can
-    cause them without end. Idle connections are the room's to close, later than clients and proxies do (nginx keeps
-    them for 60 s): a request that meets the end of its connection on the way is lost."""
+    """Returns the server of an app at a port, with at most `places` connections. Warnings are not logged: any client
+    can cause them without end. The room closes idle connections, later than clients and proxies do (nginx keeps them
+    for 60 s): a request that meets the end of its connection on the way is lost."""
 
     class Connection(_Connection):
-        """A connection in the room of this server, which makes connections of a class."""
+        """A connection in this server's room: the server makes connections from a class."""
 
         room = _Room(settings, settings.max_connections if places is None else places)
 
@@ -71,7 +71,7 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: in
 
 
 class _Room:
-    """The places for connections of one server, and those that are idle, the longest first."""
+    """The places for connections of one server, and its idle connections, the longest first."""
 
     def __init__(self, settings: ApiSettings, most: int) -> None:
         self.places = min(most, connections_of_server())
@@ -79,8 +79,8 @@ class _Room:
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
     def wait(self, connection: _Connection, wait_s: float) -> None:
-        """Closes the connection unless the whole head of a request is there in time. One that is idle already keeps its
-        place."""
+        """Closes the connection unless the whole head of a request is there in time. A connection that is idle already
+        keeps its place."""
         timer = self._idle.get(connection)
         if timer is not None:
             timer.cancel()
@@ -92,7 +92,7 @@ class _Room:
             timer.cancel()
 
     def make_place(self) -> bool:
-        """Closes the connection that was idle longest. Returns False if none is."""
+        """Closes the connection that was idle longest. Returns False if none is idle."""
         if not self._idle:
             return False
         self._close(next(iter(self._idle)))
@@ -106,7 +106,7 @@ class _Room:
 
 class _Connection(H11Protocol):
     """A connection that is idle until the whole head of a request is there, and again when its reply is written. A new
-    one has as long for its first head, TLS handshake included, as others have from the first byte of a head."""
+    connection has as long for its first head, TLS handshake included, as others from the first byte of a head."""
 
     room: ClassVar[_Room]
 
@@ -148,7 +148,7 @@ class _Connection(H11Protocol):
             self.room.leave(self)
 
     def send_400_response(self, msg: str) -> None:
-        """Answers a request that is no HTTP, if no reply has begun; the app's reply to its head is not sent."""
+        """Answers invalid HTTP if no reply has begun; the app's reply to its head is not sent."""
         if self._is_idle or not self.cycle.response_started:
             failure = _no_http(sys.exception())
             self.transport.write(whole(JsonResponse(OPENAI.body(failure), failure.status)))
@@ -158,7 +158,7 @@ class _Connection(H11Protocol):
             self.cycle.message_event.set()
 
     def _go_on(self) -> None:
-        """Parses what an ended turn left."""
+        """Parses the data that an ended turn left."""
         if self.transport.is_closing():
             return
         if not self.flow.read_paused:
@@ -173,7 +173,7 @@ class _Connection(H11Protocol):
             self.room.wait(self, settings.idle_s if self._awaits_head else settings.head_s)
 
     def takes_body(self, cycle: RequestResponseCycle) -> bool:
-        """Returns whether pieces of this reply's body may be written now."""
+        """Returns True if pieces of this reply's body may be written now."""
         is_sending = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
         is_paused = self.flow.write_paused or cycle.scope["method"] == "HEAD"
         return is_sending and self._http.is_chunked and not is_paused
@@ -191,7 +191,7 @@ def _no_http(error: BaseException | None) -> Failure:
 
 class _Body:
     """The body of a reply that has begun. Pieces that come together are written together, at the end of the loop's
-    turn: a call of the system for each event of a stream takes longer than all else that is done for it."""
+    turn: a system call for each event of a stream takes longer than all other work for it."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
         self._connection = connection
@@ -199,7 +199,7 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Returns False for a piece that is to be sent in the manner of ASGI, behind all that was taken."""
+        """Returns False for a piece that has to be sent by ASGI, behind the pieces that were taken."""
         if not self._connection.takes_body(self._cycle):
             self.flush()
             return False
@@ -215,7 +215,7 @@ class _Body:
 
 
 def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
-    """Lets the system end a connection whose other side takes nothing of what is sent for so long."""
+    """Lets the system end a connection whose other side takes no data for so long."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         connection = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_s * 1000))
@@ -225,7 +225,7 @@ class StartingReplies:
     """Answers on a port, whose socket stays open, while it is entered; `close` it when the API itself answers."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """Tells only clients with a key what the start waits for. `is_live`: /live is answered 200."""
+        """Makes the replies; only clients with a key see what the start waits for. `is_live`: /live is answered 200."""
         self._settings = settings
         self._is_live = is_live
         self._report = report
@@ -247,7 +247,7 @@ class StartingReplies:
         self.close()
 
     def close(self) -> None:
-        """Accepts no more; connections that are accepted get replies, of which a closed server would deprive them."""
+        """Accepts no more; accepted connections get replies, which a closed server would not send."""
         loop = asyncio.get_running_loop()
         while self._servers:
             server = self._servers.pop()

@@ -35,12 +35,12 @@ class StreamFormat(Enum):
 
     @property
     def has_ids(self) -> bool:
-        """True where a part tells its client where the reply is found again."""
+        """True if a part tells its client where to find the reply again."""
         return self is StreamFormat.EVENTS
 
     @property
     def keepalive(self) -> bytes:
-        """The bytes that are sent when nothing came for a while; clients that read lines would take them for a part."""
+        """The bytes that are sent after a silence; empty for lines, whose readers would take them for a part."""
         return b": waiting\n\n" if self is StreamFormat.EVENTS else b""
 
     def part(self, data: bytes, name: str = "", event_id: str = "") -> bytes:
@@ -58,8 +58,8 @@ class StreamFormat(Enum):
 
 
 class PartsResponse(Response):
-    """Sends the parts of a body as they come. However it ends, the parts' generator and then `close` are run to their
-    ends; `close` gets whether the connection took all that its client will get."""
+    """Sends the parts of a body as they come. The parts' generator and then `close` always run to their ends; `close`
+    gets True if the connection took all that its client will get."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class EventResponse(PartsResponse):
         form: StreamFormat,
         error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`error_fields`: further fields of an error, which may change until there is one."""
+        """Makes the response; `error_fields`: further fields of an error, which may change until there is one."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form
@@ -150,8 +150,8 @@ def rendered(value: Any) -> JsonParts:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Does the work; cancels it and raises ClientDisconnect if the client goes away meanwhile. The request's body must
-    have been read. What the work leaves to be closed must be its caller's before it ends: a cancelled caller gets no
+    """Awaits the work; cancels it and raises ClientDisconnect if the client goes away meanwhile. The request's body
+    must have been read. Resources of the work must be its caller's before it ends: a cancelled caller gets no
     result."""
     results: list[_Value] = []
 
@@ -165,7 +165,7 @@ async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Val
 
 
 async def first_of(*works: Awaitable[None]) -> None:
-    """Waits until one is done, cancels the others and waits for their ends. Raises what the done ones raised."""
+    """Waits until one is done, cancels the others and waits for their ends. Raises errors of those that are done."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,9 +1,8 @@
 """The HTTP handlers of generating endpoints: replies are begun, kept for clients that are cut off, and read again.
 
-What an earlier coordinator did not complete is computed again for clients that come back. A request may be what ended
-that coordinator. It is counted how many times a request was begun again without a token that was not known before; what
-came no further once is begun behind the others, alone until it has progressed, so that requests beside it are not taken
-for the cause; and it fails after some times.
+Replies that an earlier coordinator did not complete are computed again for clients that come back. A request may have
+ended that coordinator, so restarts of a request without a new token are counted: such a request begins behind the
+others, alone until it has progressed, so that requests beside it are not blamed; after some restarts it fails.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _MOST_RESTORES = 4
 _ALONE_S = 10.0
-"""Seconds until the next one begins, where a request does not progress."""
+"""Seconds until the next request begins if one does not progress."""
 
 _log = logging.getLogger(__name__)
 
 
 class Replies:
-    """Use from one event loop; `aclose` it, which ends what is kept."""
+    """The replies of an app. Use from one event loop; `aclose` it, which ends kept replies."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
-        """Without a journal, nothing survives this process."""
+        """Makes the replies; if there is no journal, nothing survives this process."""
         self.settings = settings
         self.cache = ReplyCache(settings, journal)
         self._endpoints: dict[tuple[str, str], MakeReply] = {}  # by digest of the model's settings, and path
@@ -56,8 +55,8 @@ class Replies:
     def endpoint(
         self, path: str, make: MakeReply, settings: ApiSettings, form: StreamFormat = StreamFormat.EVENTS
     ) -> Callable[[Request], Awaitable[Response]]:
-        """The handler of a path of the model with `settings`, whose replies `make` makes; `form`: of those that are
-        streamed."""
+        """Returns the handler of a path of the model with `settings`; `make` makes its replies; `form` is that of
+        streams."""
         self._endpoints[settings.digest, path], self._forms[path] = make, form
 
         async def answer(request: Request) -> Response:
@@ -66,7 +65,8 @@ class Replies:
         return answer
 
     async def _answer(self, request: Request, path: str, make: MakeReply, settings: ApiSettings) -> Response:
-        """A reply that its client could ask for later goes on without the connection, any other ends with it."""
+        """Answers a request. A reply that its client could request later goes on without the connection, any other ends
+        with it."""
         body = await read_bytes(request, self.settings)
         context = new_context(request.headers, path, settings)
         if (same := self.cache.same(context, body)) is not None:
@@ -88,8 +88,8 @@ class Replies:
 
     async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
         """Returns once the admission is on disk, which is written while the prompt is computed: nothing is sent before.
-        It is journalled where its client could ask for the rest. A moment is waited for the first part of a stream that
-        ends with its connection, so that what fails before gets a status of its own."""
+        Requests whose clients could fetch the rest are journalled. A stream that ends with its connection waits a
+        moment for its first part, so that earlier failures get a status of their own."""
         is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None
         try:
@@ -103,13 +103,13 @@ class Replies:
             raise
 
     async def _begun(self, request: Request, kept: KeptReply, given: Position) -> Response:
-        """The reply to the request that begins it, or repeats that."""
+        """Returns the reply to a request that begins it, or that repeats an earlier one."""
         if kept.context.is_background and not kept.context.is_streamed:
             return JsonParts(one_part(await unless_disconnected(request, kept.acknowledged())))
         return await self.respond(request, kept, given)
 
     async def respond(self, request: Request, kept: KeptReply, given: Position) -> Response:
-        """The part of a reply that its client lacks."""
+        """Returns the part of a reply that its client lacks."""
         if not kept.context.is_streamed:
             return await self._whole(request, kept)
         framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, given)
@@ -133,15 +133,15 @@ class Replies:
     # -- clients that come back ----------------------------------------------------------------------------------------
 
     async def resume(self, request: Request) -> Response:
-        """`GET /v1/streams/ID`: the events after the one of `Last-Event-ID` or `?after=`; a reply that is not streamed
-        as a whole."""
+        """Answers `GET /v1/streams/ID`: the events after that of `Last-Event-ID` or `?after=`; all of a reply that is
+        not streamed."""
         kept = self._find(request)
         return await self.respond(request, kept, _given(request, kept.context))
 
     async def replay(self, request: Request) -> Response:
-        """`GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`, llama.cpp's forms: the bytes of a
-        conversation's newest stream from N on, or a reply that is not streamed as a whole. N other than 0 is refused
-        for the latter, and for a stream computed again with other measurements, as after a restart."""
+        """Answers llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`: the bytes of a
+        conversation's newest stream from N on, or all of a reply that is not streamed. N other than 0 is refused for
+        the latter, and for a stream computed again with other measurements, as after a restart."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
@@ -159,7 +159,7 @@ class Replies:
         return self._stream(kept, framing)
 
     async def stop(self, request: Request) -> Response:
-        """`DELETE` of either: ends the reply. 204 also where there is none."""
+        """Ends the reply (`DELETE` of either path). 204 also if there is none."""
         with suppress(HttpError):
             await self.cache.forget(self._find(request))
         return Response(status_code=204)
@@ -179,8 +179,8 @@ class Replies:
     # -- after a coordinator's end -------------------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Journals and lists the requests of an earlier coordinator. Their computation begins in the order of their
-        admission; replies that were sent are computed where a client has not read them to the end."""
+        """Journals and lists the requests of an earlier coordinator. Their computation begins in the order of
+        admission; replies that were sent are computed if a client has not read them to the end."""
         assert self.cache.journal is not None
         await self.cache.journal.restore(requests)
         begun: list[KeptReply] = []
@@ -219,8 +219,8 @@ class Replies:
                 await asyncio.wait_for(kept.progressed.wait(), _ALONE_S)
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """Waits for the beginning of a request, not for long: one that is tried again, because the machine is busy,
-        does not hold up the others."""
+        """Waits for the beginning of a request, up to a limit: a request that waits for a busy machine does not hold up
+        others."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:
@@ -232,7 +232,8 @@ class Replies:
         await self.cache.journal.begin_restored(times)
 
     async def _begin_again(self, kept: KeptReply) -> None:
-        """Runs in a task of its own: its sequences belong to the trace of the request that was admitted."""
+        """Begins a restored request, in a task of its own: its sequences belong to the trace of the admitted
+        request."""
         context = kept.context
         current_owner.set(context.client)
         current_trace.set(TraceContext.parse([context.traceparent], [context.tracestate]))
@@ -257,8 +258,8 @@ class Replies:
 
 
 def _given(request: Request, context: RequestContext) -> Position:
-    """The position that the client has reached in the reply: the id of an event, or what follows its colon. HttpError
-    for a text that is neither, and for an event of another request."""
+    """Returns the client's position in the reply, from the id of an event or the part after its colon. HttpError for
+    another text, and for an event of another request."""
     param = "after" if "after" in request.query_params else "Last-Event-ID"
     last = request.query_params.get("after", request.headers.get("last-event-id", ""))
     if not last:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 
 _TURN_ENTRIES = 256
-"""Entries that one reader renders before others get their turn, where so many are there."""
+"""Most entries that one reader renders before others get their turn."""
 _FRAME_BYTES: Final = 250
-"""About the bytes of an event beside its text and logprobs, and of a token in JSON."""
+"""Bytes of an event beside its text and logprobs, and of a token in JSON, approximately."""
 _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
@@ -40,9 +40,9 @@ _log = logging.getLogger(__name__)
 
 
 class KeptReply:
-    """A reply whose log is appended from `begin` until it ends or is `aclose`d. One that is not kept lets go of the
-    rows that its connection takes, which closes it; others expire when no client has read them for a while, one that
-    its client does not wait for not before it has ended."""
+    """A reply whose log is appended from `begin` until it ends or is `aclose`d. A reply that is not kept drops rows
+    that its connection has taken, which closes it; others expire when no client has read them for a while. A reply in
+    the background expires after its end."""
 
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.context = context
@@ -61,7 +61,6 @@ class KeptReply:
 
     @property
     def is_read(self) -> bool:
-        """True while a client reads it."""
         return bool(self.log.readers)
 
     @property
@@ -83,12 +82,12 @@ class KeptReply:
     # -- its computation -----------------------------------------------------------------------------------------------
 
     def postpone(self, begin: Callable[[], None]) -> None:
-        """`begin` is called when a client reads it, or with `resume`."""
+        """Calls `begin` when a client reads the reply, or at `resume`."""
         self._postponed = begin
         self._expire_later()
 
     def resume(self) -> None:
-        """Begins what was postponed."""
+        """Begins a postponed computation."""
         begin, self._postponed = self._postponed, None
         if begin is not None:
             begin()
@@ -96,10 +95,10 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request; raises what refuses it, also that the reply was closed before. `admitted`: the body, if
-        it is journalled; returns what is done once that is on disk, before which readers of a kept reply get nothing.
-        `until_s`, in the event loop's time: where the machine is busy, it is tried again until then, and then the reply
-        ends."""
+        """Submits the request; raises its refusal, or RequestCancelledError if the reply was closed before. `admitted`:
+        the body, if it is journalled; returns a future that is done once that is on disk, before which readers of a
+        kept reply get nothing. `until_s`, in the event loop's time: while the machine is busy, retries until then;
+        afterwards the reply ends."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             on_disk = None if admitted is None else self._owner.admit(self, admitted)
@@ -134,7 +133,7 @@ class KeptReply:
         self._hold(_PROMPT_TOKEN_BYTES * _prompt_tokens(self.log))
 
     async def _compute(self, reply: Reply, *, is_recorded: bool) -> None:
-        """Submits all prompts, with one seed; where one is refused, none runs."""
+        """Submits all prompts, with one seed; if one is refused, none runs."""
         service, computing = reply.service, self._computing
         try:
             requests = [identified(each, self.context, at) for at, each in enumerate(await reply.requests())]
@@ -153,8 +152,8 @@ class KeptReply:
             raise
 
     def _take_adapters(self, used: tuple[str, ...]) -> None:
-        """Notes the marks of adapters for later computations. A restored request may name a model that is an adapter
-        only now. AdapterUnloadedError for one that it did not use before."""
+        """Notes the marks of adapters for later computations. AdapterUnloadedError for an adapter that a restored
+        request did not use before: its model may be an adapter's name only now."""
         if not self.context.is_restored:
             self.context.adapters = used
         elif not {*used} <= {*self.context.adapters}:
@@ -185,20 +184,20 @@ class KeptReply:
         self._expire_later()
 
     def end(self, error: LlamaclustError) -> None:
-        """Gives readers an error where it has not ended before."""
+        """Gives readers an error unless the reply has ended before."""
         self.log.fail(error)
         self.progressed.set()
 
     def fail(self, error: LlamaclustError) -> None:
-        """Ends it and its computation with an error; frees what it holds."""
+        """Ends the reply and its computation with an error; frees its memory."""
         self.end(error)
         self.log.clear()
         self._hold(-self.held_bytes)
         self._expire_later()
 
     async def aclose(self) -> None:
-        """Readers of a reply that has not ended get an error. Nothing of it runs afterwards, except that `begin` gives
-        up first where it is under way."""
+        """Ends the reply; readers of an unfinished one get an error. Nothing of it runs afterwards, except that a
+        running `begin` gives up first."""
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
@@ -215,8 +214,8 @@ class KeptReply:
         self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     def _grow(self, prompt: int, chunk: TextChunk) -> None:
-        """Counts a chunk of the log. HttpError where the reply has too many, LlamaclustError where it was ended for
-        those of all."""
+        """Counts a chunk of the log. HttpError if the reply has too many, LlamaclustError if it was ended for the sum
+        of all."""
         packed = self.log.content.storage is RowStorage.PACKED
         rows = len(chunk.rows) + len(chunk.prompt_rows)
         data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)
@@ -236,7 +235,7 @@ class KeptReply:
 
     @contextmanager
     def reading(self) -> Iterator[LogReader]:
-        """A reader of the log from its beginning; the reply does not expire meanwhile."""
+        """Yields a reader of the log from its beginning; the reply does not expire meanwhile."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -248,7 +247,7 @@ class KeptReply:
             self._expire_later()
 
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
-        """The bytes that a client lacks of a stream, and those that come; raises the error that ended the log."""
+        """Yields the bytes of a stream that a client lacks, and further ones; raises the error that ended the log."""
         view: View | None = None
         sizes = _Sizes(self.log)
         with self.reading() as reader:
@@ -276,7 +275,8 @@ class KeptReply:
                 yield part
 
     async def acknowledged(self) -> bytes:
-        """The acknowledgement of a reply in the background, once it has begun. Raises what ended it before."""
+        """Returns the acknowledgement of a reply in the background, once it has begun. Raises the error that ended it
+        before."""
         with self.reading() as reader:
             while self.acknowledgement is None:
                 self.log.raise_error()
@@ -284,8 +284,8 @@ class KeptReply:
         return self.acknowledgement
 
     async def whole(self) -> JsonBody:
-        """The JSON of a reply that is not streamed, once it has ended. Raises the error that ended it. A kept one is
-        rendered at once, so that it need not be read to its end."""
+        """Returns the JSON of a reply that is not streamed, once it has ended. Raises the error that ended it. A kept
+        reply is rendered at once, so that it need not be read to its end."""
         with self.reading():
             await self.log.wait_over()
             parts = self.log.parts()
@@ -296,23 +296,23 @@ class KeptReply:
                 return one_part(b"".join([part async for part in body]))
 
     async def value(self) -> Any:
-        """The JSON of a complete one as a value, also of one that is streamed."""
+        """Returns the JSON of a complete reply as a value, even if it is streamed."""
         parts = self.log.parts()
         return await off_loop_if(is_large(self._entries(parts)), partial(self._new_view().whole, parts))
 
     def _entries(self, parts: Sequence[Sequence[TextChunk]]) -> int:
-        """Tokens and logprobs of whole answers, and tokens of the prompts, which some APIs show."""
+        """Counts tokens and logprobs of whole answers, and tokens of the prompts, which some APIs show."""
         return _prompt_tokens(self.log) + sum(chunk.entries for chunks in parts for chunk in chunks)
 
     def _new_view(self) -> View:
-        """A new reader's view of the log, which has begun."""
+        """Makes a new reader's view of the log, which has begun."""
         assert self._view is not None
         return self._view(self.log)
 
 
 class _Sizes:
-    """The most that the next entry of a log may show: chunks that begin or end an answer, or begin a call, may show all
-    prompts and what came so far."""
+    """An upper bound of what the next entry of a log shows: chunks that begin or end an answer, or begin a call, may
+    show all prompts and all earlier text."""
 
     def __init__(self, log: AnswerLog) -> None:
         self.taken = 0
@@ -321,7 +321,7 @@ class _Sizes:
         self._entries = 0  # so far
 
     def next(self, prompt: int, item: LogItem) -> int:
-        """Tokens and logprobs that the events of the next entry may have."""
+        """Returns the most tokens and logprobs in the events of the next entry."""
         self.taken += 1
         if not isinstance(item, TextChunk):
             return 0

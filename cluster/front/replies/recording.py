@@ -14,16 +14,17 @@ from llamaclust.core.sampling import RowResult
 
 _RECORDED_ROWS = 64
 _RECORDED_S = 1.0
-"""The oldest row that is not recorded waits no longer, once another one comes: of slow streams, too, a successor
-computes little again."""
+"""Longest wait of a row before it is recorded, once another one comes: a successor computes little again of slow
+streams too."""
 
 
 class Recording:
-    """The tokens of a request's choices. The first ones of a restored request are recorded sooner, so that it gets
-    further in a coordinator's short life."""
+    """The tokens of a request's choices. The first ones of a restored request are recorded sooner, so that it
+    progresses even in a coordinator's short life."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
-        """`progressed` is set at the first token of a restored request that is not recorded already."""
+        """Makes the recording; `progressed` is set at the first token of a restored request that is not recorded
+        already."""
         self._journal = journal
         self._id = context.id
         self._is_restored = context.is_restored
@@ -35,7 +36,7 @@ class Recording:
         self._oldest_s = 0.0  # of these rows
 
     def follow(self, log: AnswerLog) -> None:
-        """Records the tokens of answers that need nothing else to go on; of others, that there are some."""
+        """Records the tokens of answers that need nothing else to go on; of others, only that there are some."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )
@@ -65,7 +66,7 @@ class Recording:
             self._write()
 
     def progress(self, _: int, chunk: TextChunk) -> None:
-        """Notes a chunk of a restored request with tokens that were not known."""
+        """Notes a chunk of a restored request with new tokens."""
         if chunk.rows and not self._progressed.is_set():
             self._progressed.set()
             self._journal.progressed(self._id)

@@ -1,4 +1,4 @@
-"""The description of a reply: what is computed for a request, and how a client reads it."""
+"""The description of a reply: the computation of a request, and the form that a client reads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MAX_SLOTS = 130
 
 
 def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> RequestContext:
-    """The context of a new request; `settings`: of its model. HttpError for a header that cannot be a name."""
+    """Makes the context of a new request; `settings`: of its model. HttpError for a header that cannot be a name."""
     trace = current_trace.get()
     return RequestContext(
         id=secrets.token_hex(12),
@@ -51,9 +51,9 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """The completion of one prompt of a request, with its seed and the tokens that are known. The first computation
-    decides whether a grammar is obeyed, for the calls of a chat by the processor time that the grammar takes; later
-    ones have no choice. WorkerError where the grammar could not be made again."""
+    """Returns the completion of one prompt with its seed and known tokens. The first computation decides if a grammar
+    is obeyed (for calls of a chat by the processor time that it takes); later ones have no choice. WorkerError if the
+    grammar could not be made again."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -85,8 +85,8 @@ def _name(headers: Headers, header: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A part of a stream. The events of one slot come in the same order whenever the reply is read or computed; those
-    of different slots mix as they come."""
+    """A part of a stream. Events of one slot come in the same order whenever the reply is read or computed; those of
+    different slots mix as they come."""
 
     slot: int  # index of a choice; one past the last for what belongs to none
     value: Any  # rendered as JSON; bytes are the text itself
@@ -94,26 +94,26 @@ class Event:
 
 
 class View(ABC):
-    """Folds the entries of an answer's log to what one client reads. Made anew for each reader; called on a thread
-    where much may be shown."""
+    """Folds the entries of an answer's log to one client's form. Made anew for each reader; called on a thread for
+    large entries."""
 
     @abstractmethod
     def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
-        """The events that the next entry adds, with those that begin a stream before the first, and those that end an
-        answer behind its last. Each is rendered before the next one is made."""
+        """Yields the events that the next entry adds, with those that begin a stream before the first, and those that
+        end an answer behind its last. Each is rendered before the next one is made."""
 
     @property
     def error_fields(self) -> Mapping[str, Any]:
-        """Further fields of an error that ends the stream now."""
+        """Returns further fields of an error that ends the stream now."""
         return {}
 
     def closing(self) -> Iterable[Event]:
-        """The events behind those of all entries."""
+        """Yields the events behind those of all entries."""
         return ()
 
     @abstractmethod
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> Any:
-        """The JSON of a reply that is not streamed, of what `AnswerLog.parts` gives."""
+        """Returns the JSON of a reply that is not streamed, from the result of `AnswerLog.parts`."""
 
 
 MakeView = Callable[[AnswerLog], View]
@@ -134,10 +134,10 @@ class Reply:
     with_progress: bool = False
     keeps_chunks: bool = False  # a reply needs the chunks of its answer until it ends, since it shows logprobs by them
     has_measurements: bool = False
-    """True if its stream shows times, or what the prefix cache had: computed again, it has other bytes. Those of its
+    """True if its stream shows times, or the prefix cache's tokens: computed again, it has other bytes. Those of its
     last event do not count."""
     acknowledgement: bytes | None = None
-    """The JSON of a client that does not wait for its reply; None: it waits. The reply is kept for it."""
+    """The JSON for a client that does not wait for its reply, which is kept; None: the client waits."""
     is_stored: bool = False  # a view has an effect once its answer is complete, so that it is made without a client too
 
     @property
@@ -152,14 +152,14 @@ class Reply:
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """The content of its log: all chunks of a stream that is kept."""
+        """Returns the content of its log: all chunks of a stream that is kept."""
         if not self.is_streamed:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
 
     def sizes(self, asked: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
-        """The most that each prompt's answer takes. If the reply is streamed, the first one is read while it runs, the
-        others wait for their turn."""
+        """Returns the most that each prompt's answer takes. If the reply is streamed, the first one is read while it
+        runs, the others wait for their turn."""
         first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         return [
             ReplySize.of(generation, request.n, self._storage, None if prompt else first)
@@ -168,15 +168,15 @@ class Reply:
 
 
 MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
-"""An endpoint: the reply to a body. Raises what refuses the body."""
+"""An endpoint, which makes the reply to a body or raises its refusal."""
 
 
 Position = Counter[int]
-"""The number of events of each slot that a client has. As text in event ids: `3`, or `3-5-0` for several slots."""
+"""The number of events of each slot that a client has. The text in event ids is `3`, or `3-5-0` for several slots."""
 
 
 def read_position(text: str, param: str) -> Position:
-    """HttpError for a text that is none."""
+    """Reads the text of a position. HttpError for another text."""
     parts = text.split("-", _MAX_SLOTS)
     if not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts) or len(parts) > _MAX_SLOTS:
         raise HttpError(400, "bad_event_id", f"{param}: {text[:60]!r} is not the id of an event", param=param)
@@ -198,11 +198,12 @@ class Framing:
     _numbers: Position = field(default_factory=Counter)
 
     def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:
-        """The events that the next entry adds, as `parts`. Other threads go on while large ones are rendered."""
+        """Renders the events that the next entry adds, as `parts`. Other threads go on while large ones are
+        rendered."""
         return self.parts(view.frames(prompt, item), is_large=is_large)
 
     def parts(self, events: Iterable[Event], *, is_large: bool = False) -> list[bytes]:
-        """The bytes of the next events that the client lacks."""
+        """Returns the bytes of the next events that the client lacks."""
         return [part for event in events if (part := self._part(event, is_large=is_large))]
 
     def _part(self, event: Event, *, is_large: bool) -> bytes:

@@ -1,4 +1,4 @@
-"""The replies that are kept, by their ids and their clients' names, within bounds; their requests in the journal."""
+"""The kept replies, by their ids and their clients' names, within bounds; their requests in the journal."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class _Entry:
 
     @property
     def client(self) -> str:
-        """The client whose share it takes."""
+        """The client whose share the reply takes."""
         return self.kept.context.client
 
     @property
     def held_bytes(self) -> int:
-        """The bytes of the reply and, for the journal, of the request."""
+        """Bytes of the reply and, for the journal, of the request."""
         return self.kept.held_bytes + self.body_bytes
 
 
 class ReplyCache:
-    """Use from one event loop; `aclose` it, which ends them."""
+    """The kept replies of an app. Use from one event loop; `aclose` it, which ends them."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
-        """Without a journal, nothing survives this process."""
+        """Makes the cache; if there is no journal, nothing survives this process."""
         self.settings = settings
         self.journal = journal
         self._entries: dict[str, _Entry] = {}  # by id, the oldest first
@@ -53,7 +53,7 @@ class ReplyCache:
         self._ending = TaskSet()
 
     def add(self, kept: KeptReply, body: bytes) -> None:
-        """HttpError where the client has no room."""
+        """Adds a reply. HttpError if the client has no room."""
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + (json_size(context.earlier) if context.earlier else 0)
         self._make_room(client, body_bytes)
@@ -79,15 +79,16 @@ class ReplyCache:
         await kept.aclose()
 
     async def left(self, kept: KeptReply, has_all: bool) -> None:
-        """A connection has ended. A later coordinator computes a reply that it took all of only for a client that comes
-        back, as one that ended with it. A reply in the background lasts as long for any reader."""
+        """Notes that a connection has ended. If it took the whole reply, a later coordinator computes the reply only
+        for a client that comes back, like one that ended with its connection. A reply in the background lasts as long
+        for any reader."""
         if self.journal is not None and (has_all or not kept.is_kept) and not kept.context.is_background:
             self.journal.sent(kept.context.id)
         if not kept.is_kept:
             await kept.aclose()
 
     def stop(self) -> None:
-        """The coordinator ends, and what is not complete goes on with the next one."""
+        """Ends all replies with the coordinator; the next one continues incomplete ones."""
         for entry in self._entries.values():
             entry.kept.end(ClusterStoppingError("the cluster is stopping"))
 
@@ -99,8 +100,8 @@ class ReplyCache:
     # -- called by replies ---------------------------------------------------------------------------------------------
 
     def admit(self, kept: KeptReply, body: bytes) -> asyncio.Future[None]:
-        """Journals a request whose completions were just submitted, so that no token came before; done once that is on
-        disk, or cannot be."""
+        """Journals a request whose completions were just submitted, so that no token came before; the future is done
+        once that is on disk, or has failed."""
         assert self.journal is not None
         context, limit_s = kept.context, self.settings.request_s
         return self.journal.admit(replace(context, body=body, admitted=Instant.now(), limit_s=limit_s))
@@ -110,9 +111,9 @@ class ReplyCache:
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """Counts so many bytes more, or less, of a reply. Where a client's replies, or those of all, are too much,
-        complete ones that are not read are evicted; then the largest fail of those that run, maybe this one, first
-        those that are not read. Of all clients' replies, those of the client with the most go first."""
+        """Counts the bytes that a reply grew or shrank by. If a client's replies, or those of all, are too large,
+        complete ones that are not read are evicted; then running ones fail, first those that are not read, the largest
+        first. The client with the most bytes is first."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -123,7 +124,7 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """The replies of which some have to go: the client's, or all."""
+        """Returns the replies of which some have to go: the client's, or all."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)
@@ -134,7 +135,7 @@ class ReplyCache:
         return [entry for entry in self._of(clients) if entry.held_bytes]
 
     def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
-        """Removes the first evictable one of the client for which most is held; False where there is none."""
+        """Removes the first evictable reply of the client that holds most; False if there is none."""
         evictable = (entry for entry in entries if entry.kept.is_evictable)
         entry = max(evictable, key=lambda entry: held[entry.client], default=None)
         if entry is not None:
@@ -143,7 +144,7 @@ class ReplyCache:
         return entry is not None
 
     def _fail(self, entries: Iterable[_Entry]) -> bool:
-        """Ends one that runs; False where none does."""
+        """Ends a running reply; False if there is none."""
         running = [entry for entry in entries if entry.kept.is_running and entry.kept.held_bytes]
         largest = max(running, key=self._failure_rank, default=None)
         if largest is not None:
@@ -154,7 +155,7 @@ class ReplyCache:
         return largest is not None
 
     def _failure_rank(self, entry: _Entry) -> tuple[int, bool, int]:
-        """The highest fails first."""
+        """Ranks a reply; the highest fails first."""
         return self._held_bytes.held[entry.client], not entry.kept.is_read, entry.kept.held_bytes
 
     # -- those of clients ----------------------------------------------------------------------------------------------
@@ -170,13 +171,14 @@ class ReplyCache:
         return None
 
     def in_conversation(self, context: RequestContext) -> KeptReply | None:
-        """The conversation's newest."""
+        """Returns the newest reply of the conversation."""
         name = (context.owner, _CONVERSATION, context.conversation)
         entry = self._entries.get(self._ids.get(name, ""))
         return None if entry is None else entry.kept
 
     def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
-        """The reply to the same request, sent before. HttpError where its idempotency key was another request's."""
+        """Returns the reply to the same request, sent before. HttpError if its idempotency key was another
+        request's."""
         key = context.idempotency_key
         entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:
@@ -199,7 +201,7 @@ class ReplyCache:
                     raise HttpError(503, "server_busy", busy, {"Retry-After": "5"})
 
     def _of(self, clients: Collection[str]) -> list[_Entry]:
-        """The oldest first."""
+        """Returns the replies of the clients, the oldest first."""
         return [entry for entry in self._entries.values() if entry.client in clients]
 
 

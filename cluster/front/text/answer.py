@@ -39,7 +39,7 @@ class PackedRows(Sequence[RowResult]):
 
     @property
     def entries(self) -> int:
-        """Tokens and top logprobs."""
+        """Number of tokens and top logprobs."""
         return len(self._tokens) + len(TopLogprobs(self._tops))
 
     def __len__(self) -> int:
@@ -68,7 +68,8 @@ _MOST_EVENTS = 1024
 
 
 def json_logprob(value: float) -> float:
-    """A float32 logprob, whole: reading it gives the same float32. Minus infinity, which JSON lacks, as -9999."""
+    """Returns a float32 logprob, whole: reading it gives the same float32. Minus infinity, which JSON lacks, is
+    -9999."""
     return value if math.isfinite(value) else _LEAST_LOGPROB
 
 
@@ -77,8 +78,8 @@ class TextChunk:
     """The part of choice `index` that one event adds. Text may come later than its tokens (half characters, stop
     strings).
 
-    `rows` holds every sampled token with its logprob, also the end token or those of a stop string, whose text is not
-    shown; offsets[i] is where rows[i]'s text begins in the answer, in characters, where the server counts them.
+    `rows` holds every sampled token with its logprob, including the end token or those of a stop string, whose text is
+    not shown; offsets[i] is the place of rows[i]'s text in the answer, in characters, if the server counts them.
     """
 
     index: int = 0
@@ -101,7 +102,7 @@ class TextChunk:
 
     @property
     def entries(self) -> int:
-        """Tokens and top logprobs of all rows."""
+        """Number of tokens and top logprobs of all rows."""
         return _entries(self.rows) + _entries(self.prompt_rows)
 
     @property
@@ -128,7 +129,7 @@ class Answer(TextChunk):
 
 
 def join(chunks: Iterable[TextChunk]) -> Answer:
-    """The answer that a choice's chunks, from first to last, make."""
+    """Returns the answer of a choice's chunks, from first to last."""
     collected = Collected()
     for chunk in chunks:
         collected.add(chunk)

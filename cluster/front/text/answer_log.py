@@ -1,4 +1,4 @@
-"""An answer as a log: what came of a request's prompts, in order, with its end; read while it grows, or again."""
+"""An answer as a log: the items of a request's prompts, in order, with its end; read while it grows, or again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]
 """The index of a prompt, and an item of its answer."""
 Subscriber = Callable[[int, TextChunk], None]
-"""Gets each chunk as it is appended, with the index of its prompt. What it raises ends the log."""
+"""A function that gets each chunk as it is appended, with the index of its prompt; its error ends the log."""
 
 
 class Timed(Enum):
@@ -49,15 +49,15 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """Append-only. The entries of a prompt follow those of the prompts before it, whichever is computed first, so that
-    the log of a request that is computed again is the same.
+    """An append-only log. The entries of a prompt follow those of the prompts before it, whichever is computed first,
+    so that the log of a request that is computed again is the same.
 
-    A log of streamed rows lets go of what its only reader has taken; one of chunks retains all; one of packed rows
-    has no entries, but the answers in the end.
+    A log of streamed rows drops what its only reader has taken; one of chunks retains all; one of packed rows has no
+    entries, but the answers in the end.
     """
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
-        """`is_held`: readers get nothing before `release`."""
+        """Makes a log; `is_held`: readers get nothing before `release`."""
         self.generations: Sequence[GenerationRequest] = ()  # one a prompt
         self.content = LogContent(RowStorage.CHUNKS)
         self.error: BaseException | None = None
@@ -82,7 +82,7 @@ class AnswerLog:
         return self.ended_s is not None
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
-        """The prompts whose answers are about to come, nothing of an attempt before. A log of none has its end at
+        """Begins the answers of these prompts, and drops those of an attempt before. A log of none has its end at
         once."""
         self.clear()
         self.generations, self.content = generations, content
@@ -98,7 +98,7 @@ class AnswerLog:
         self._subscribers.append(subscriber)
 
     def append(self, prompt: int, item: LogItem) -> None:
-        """DeadlineError where too much waits for the reader; raises what a subscriber raises."""
+        """Appends an item. DeadlineError if too much waits for the reader; raises errors of subscribers."""
         if self.ended_s is not None:
             return
         if isinstance(item, TextChunk):
@@ -110,12 +110,12 @@ class AnswerLog:
         self._put(prompt, item)
 
     def end(self, prompt: int, error: BaseException | None = None) -> None:
-        """No more of the prompt comes. `error` ends the log behind the prompt's entries, and those before them."""
+        """Ends the prompt's answer. `error` ends the log behind the entries of this prompt and those before it."""
         if self.ended_s is None:
             self._put(prompt, _PromptEnd(error))
 
     def fail(self, error: BaseException) -> None:
-        """Ends the log at once, for readers that wait for its release as well."""
+        """Ends the log at once, even for readers that wait for its release."""
         self.release()
         self._finish(error)
 
@@ -124,7 +124,7 @@ class AnswerLog:
         self._wake()
 
     def clear(self) -> None:
-        """Frees what it holds: readers get what comes after that."""
+        """Frees its entries: readers get those that come afterwards."""
         self.generations = ()
         self._first += len(self._entries)
         self._entries.clear()
@@ -132,7 +132,8 @@ class AnswerLog:
         self._packed.clear()
 
     def parts(self) -> list[list[TextChunk]]:
-        """The answers of each prompt where they are packed, or its chunks, once the log is over. Raises the error."""
+        """Returns the answers of each prompt if they are packed, or its chunks, once the log is over. Raises the
+        error."""
         self.raise_error()
         parts: list[list[TextChunk]] = [[] for _ in self.generations]
         for (prompt, _), collected in sorted(self._packed.items(), key=itemgetter(0)):
@@ -143,7 +144,7 @@ class AnswerLog:
         return parts
 
     async def chunks(self) -> AsyncGenerator[TextChunk, None]:
-        """The chunks as they come; raises the error that ended the log."""
+        """Yields the chunks as they come; raises the error that ended the log."""
         with LogReader(self) as reader:
             while not reader.is_at_end:
                 if (entry := reader.take()) is None:
@@ -160,7 +161,7 @@ class AnswerLog:
         await self._over.wait()
 
     async def first(self, timeout_s: float) -> None:
-        """Waits until there is a chunk, that long at most. Raises the error of a log that ended without one."""
+        """Waits for a chunk, for at most `timeout_s`. Raises the error of a log that ended without one."""
         with LogReader(self) as reader:
             end_s = asyncio.get_running_loop().time() + timeout_s
             while not self.is_over and not any(isinstance(item, TextChunk) for _, item in self._entries):
@@ -186,7 +187,7 @@ class AnswerLog:
             reader.wake()
 
     def _end_prompt(self, end: _PromptEnd) -> None:
-        """Takes the items that wait of the next prompt."""
+        """Ends the current prompt and takes the waiting items of the next one."""
         self._prompt += 1
         if end.error is not None or self._prompt == len(self.generations):
             self._finish(end.error)
@@ -198,7 +199,7 @@ class AnswerLog:
             self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
 
     def _finish(self, error: BaseException | None) -> None:
-        """Ends it once; what comes later is of no interest."""
+        """Ends the log once; later errors are ignored."""
         if self.ended_s is None:
             self.error, self.ended_s = error, time.time()
             self._over.set()
@@ -212,7 +213,7 @@ class AnswerLog:
             self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
 
     def entry(self, number: int) -> Entry | None:
-        """The entry of that number; None where it is not there. One that is streamed is let go of."""
+        """Returns the entry of that number; None if it is not there. A streamed entry is dropped."""
         place = number - self._first
         if not 0 <= place < len(self._entries) or self._is_held:
             return None
@@ -233,8 +234,8 @@ class AnswerLog:
 
 
 class LogReader:
-    """Reads a log from its beginning; a context manager. Waits are shorter than a silence that matters as a rule: one
-    timer serves many, for to set and cancel one for each takes longer than what is awaited."""
+    """Reads a log from its beginning; a context manager. One timer serves many waits, which are mostly shorter than a
+    silence that matters: setting and cancelling a timer for each takes longer than the wait."""
 
     def __init__(self, log: AnswerLog) -> None:
         self._log = log
@@ -259,13 +260,13 @@ class LogReader:
         return self._log.is_end(self._place)
 
     def take(self) -> Entry | None:
-        """The next entry; None where it is not there yet."""
+        """Returns the next entry; None if it is not there yet."""
         entry = self._log.entry(self._place)
         self._place += entry is not None
         return entry
 
     async def wait(self, idle_s: float | None = None) -> bool:
-        """Returns when something came; False where nothing came for so long. May be cancelled and called again."""
+        """Returns True when something came, False if nothing came for so long. May be cancelled and called again."""
         loop = asyncio.get_running_loop()
         self._is_silent = False
         if idle_s is not None:

@@ -1,4 +1,5 @@
-"""Binds a chat's answer: calls to the schemas of their tools, anything else to the form that the request asks for."""
+"""Constraints of a chat's answer: calls to the schemas of their tools, anything else to the form that the request
+names."""
 
 from __future__ import annotations
 
@@ -30,9 +31,9 @@ _log = logging.getLogger(__name__)
 async def answer_grammar(
     chat: ChatRequest, reading: AnswerReading | None, tokenizer: Tokenizer, checker: GrammarChecker
 ) -> Grammar | None:
-    """The grammar of a chat's answer: of calls, where one is required; otherwise of calls or the form that the request
-    asks for. A tool whose schema cannot be obeyed is free in its arguments: any JSON object. The reply names what is
-    not obeyed. ParameterError for a form that cannot be obeyed, DeadlineError for a check that was late."""
+    """Returns the grammar of a chat's answer: of calls, if one is required; otherwise of calls or the request's form. A
+    tool whose schema cannot be obeyed is free in its arguments: any JSON object. The reply names what is not obeyed.
+    ParameterError for a form that cannot be obeyed, DeadlineError for a late check."""
     is_required, other = chat.tool_use.mode is ToolMode.REQUIRED, chat.answer.grammar
     if reading is None or not reading.tools:
         return other
@@ -56,7 +57,7 @@ def _normal(tools: Tools) -> dict[str, NormalSchema]:
 
 
 def _unobeyed(schemas: Mapping[str, NormalSchema], free: Iterable[str]) -> list[str]:
-    """Names of tools that are free in their arguments, and places in the schemas of others."""
+    """Names tools that are free in their arguments, and places in the schemas of others."""
     free = frozenset(free)
     names = []
     for name, normal in schemas.items():
@@ -76,7 +77,7 @@ class _Calls:
         tokenizer: Tokenizer,
         checker: GrammarChecker,
     ) -> None:
-        """`other`: what the answer may be in place of calls."""
+        """Makes the finder; `other`: the form of an answer without calls."""
         self._use = chat.tool_use
         self._reading = reading
         self._other = other
@@ -86,7 +87,7 @@ class _Calls:
         self._is_over = False  # a check met the guard against hostile grammars: further ones could take as long
 
     async def find(self, tools: Tools) -> tuple[Grammar | None, set[str]]:
-        """The grammar of calls of all tools, and the names of those that are free in their arguments."""
+        """Finds the grammar of calls of all tools, and the names of those that are free in their arguments."""
         try:
             return await self._check(tools), set()
         except ParameterError:
@@ -101,7 +102,7 @@ class _Calls:
                 free |= {*bound} if self._is_over else _largest_half(bound)
 
     async def _refused(self, tools: Tools) -> set[str]:
-        """The tools that no grammar obeys alone; halves are checked, then halves of these."""
+        """Finds the tools that no grammar obeys alone; halves are checked, then halves of these."""
         if self._checks >= _MOST_CHECKS or self._is_over:
             return {*tools}
         try:
@@ -125,7 +126,8 @@ class _Calls:
             raise
 
     def _grammar(self, tools: Tools) -> Grammar | None:
-        """None where calls are the model's choice and have no marker. ParameterError where it is too long."""
+        """Makes the grammar; None if calls are the model's choice and have no marker. ParameterError if it is too
+        long."""
         if self._use.mode is ToolMode.REQUIRED:
             start = CallStart.THOUGHT if self._reading.is_thinking else CallStart.ANSWER
         else:
@@ -141,13 +143,13 @@ class _Calls:
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
-    """The half of the tools with the longest schemas: together they are too much for a grammar."""
+    """Returns the half of the tools with the longest schemas: together they are too much for a grammar."""
     names = sorted(tools, key=lambda name: -len(str(tools[name])))
     return {*names[: -(-len(names) // 2)]}
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> list[str | int]:
-    """Control tokens stand for themselves; other tokens are text."""
+    """Splits a text: control tokens stand for themselves; other tokens are text."""
     pieces: list[str | int] = []
     for piece in tokenizer.split_special(text, parse_special=True):
         shown = piece if isinstance(piece, str) or tokenizer.is_control(piece) else tokenizer.token_text(piece)

@@ -1,4 +1,4 @@
-"""Chats as prompts: rendered by the model's template, from which the form of its answers is derived."""
+"""Chats as prompts, rendered by the model's template; the form of its answers is derived from the template."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "t
 
 
 _HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
-"""A template without any of these texts knows neither calls nor reasoning: rendering it would tell nothing."""
+"""Texts of templates that know calls or reasoning: rendering a template without any of them would tell nothing."""
 _MAX_DERIVATION_S: Final = 60.0
 """Deadline of a slow template, or on a busy machine; the next chat tries again."""
 _MAX_WAIT_S: Final = 120.0
@@ -58,7 +58,8 @@ class ChatFormat:
         self._control_ids: frozenset[int] = frozenset()
 
     async def get(self) -> ToolFormat:
-        """DeadlineError where the template takes too long: what it does then tells nothing of its form."""
+        """Returns the form of answers. DeadlineError if the template takes too long, after which its form stays
+        unknown."""
         async with deadline("the chat template's form", _MAX_WAIT_S), self._lock:
             if self._form is None:
                 form = await run_on(RENDERING, self._derived)
@@ -74,7 +75,7 @@ class ChatFormat:
         return unguarded((await self._rendered(chat))[0])
 
     async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
-        """The completion that answers a chat, without the grammar of its calls. `check` refuses a text by its
+        """Returns the completion that answers a chat, without the grammar of its calls. `check` refuses a text by its
         characters."""
         check(await run_on(TOKENIZING, chat.count_characters))
         text, reading = await self._rendered(chat)
@@ -84,8 +85,8 @@ class ChatFormat:
         return replace(chat.answer, prompt=tuple(prompt), reading=reading, operation=Operation.CHAT)
 
     async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerReading | None]:
-        """The prompt, guarded (`model.chat.prompt`), and how the answer is read. RequestError where the template
-        refuses the messages in every form; where it refuses calls, they are text."""
+        """Returns the prompt, guarded (`model.chat.prompt`), and the reading of the answer. RequestError if the
+        template refuses the messages in every form; if it refuses calls, they are text."""
         form = await self.get()
         taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
         if taken:
@@ -104,7 +105,7 @@ class ChatFormat:
     async def _render(
         self, chat: ChatRequest, form: ToolFormat, history: ToolFormat
     ) -> tuple[str, AnswerReading | None]:
-        """`history`: the format of the calls before the answer."""
+        """Renders a chat; `history`: the format of the calls before the answer."""
         *messages, more = await run_on(TOKENIZING, self._guarded, chat, history)
         more |= {"now_s": chat.created}
         if chat.end is not PromptEnd.LAST_MESSAGE:
@@ -119,8 +120,8 @@ class ChatFormat:
         return text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun))
 
     async def _accepted_text(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
-        """The text of the first form that the template renders whole, else of the first one that it renders.
-        TemplateRefusalError where it refuses all, with what it says of the messages as they are."""
+        """Returns the text of the first form that the template renders whole, else of the first one that it renders.
+        TemplateRefusalError, about the messages as they are, if it refuses all."""
         refusal, shortened = None, None
         for accepted in chain([messages], accepted_forms(messages)):
             try:
@@ -138,8 +139,8 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """The messages for the template, and its variables behind them: also those that llama.cpp gives to templates,
-        since some publishers' templates need them."""
+        """Returns the messages for the template, and its variables behind them, including those that llama.cpp gives to
+        templates, since some publishers' templates need them."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),
@@ -167,8 +168,8 @@ class ChatFormat:
 def answer_reasoning(
     reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """None where the answer has no reasoning apart, or there is nothing to follow. `grammar`: one that the reasoning is
-    no part of. ParameterError for a message that would end the reasoning itself."""
+    """Returns the answer's reasoning; None if it has none apart, or there is nothing to follow. `grammar`: one that the
+    reasoning is no part of. ParameterError for a message that would end the reasoning itself."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:
@@ -186,7 +187,7 @@ def answer_reasoning(
 
 
 def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
-    """The tags, and whether the prompt has begun reasoning. None where none can follow."""
+    """Returns the tags, with the state that the prompt leaves reasoning in. None if the tags cannot be followed."""
     found = _tags(reading.form)
     if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):
         return None

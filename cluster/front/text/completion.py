@@ -36,25 +36,26 @@ _PROGRESS_S = 0.1
 _QUEUE_S = 120.0
 """Seconds that a later choice waits for a place in a full queue."""
 SCORED_TOKENS = 256
-"""Scored prompt tokens of one chunk: it ends where as many tokens, or a multiple, are before its end in the prompt."""
+"""Scored prompt tokens of one chunk, which ends where this number of tokens, or a multiple, precedes its end in the
+prompt."""
 
 
 Choice = tuple[GenerationRequest, "ChoiceText"]
-"""A choice to run, and what makes text of its events."""
+"""A choice to run, and the object that makes text of its events."""
 
 
 class Completion:
-    """All choices of one prompt, appended to a log in the order in which they come. `aclose` ends what still runs.
+    """All choices of one prompt, appended to a log in the order in which they come. `aclose` ends those that still run.
 
     Choices behind the first are submitted once the first has computed the prompt, so that they find it in the prefix
-    cache; the request counts as accepted by then, so they wait where the queue is full, though not for ever. An error
-    ends all choices.
+    cache; the request counts as accepted by then, so they wait if the queue is full, though not for ever. An error ends
+    all choices.
     """
 
     def __init__(
         self, engine: Engine, choices: Sequence[Choice], log: AnswerLog, prompt: int, on_close: Callable[[], None]
     ) -> None:
-        """Submits the first choice; raises what the engine raises. The log has begun; `prompt`: the index in it."""
+        """Submits the first choice; raises the engine's errors. The log has begun; `prompt`: the index in it."""
         self.generation = choices[0][0]
         self._engine = engine
         self._on_close = on_close
@@ -100,7 +101,7 @@ class Completion:
             await asyncio.sleep(_PROGRESS_S)
 
     def _show_progress(self) -> None:
-        """First what the prefix cache had, then what is computed, as that grows."""
+        """Shows the prefix cache's tokens first, then the growing number of computed ones."""
         request = self._choices[0].request
         now = None if request is None else request.progress
         if now is None:
@@ -120,11 +121,11 @@ class Completion:
     # -- called by its choices -------------------------------------------------------------------------------------
 
     def primed(self) -> None:
-        """The first choice has computed the prompt, or has ended."""
+        """Notes that the first choice has computed the prompt, or has ended."""
         self._is_primed.set()
 
     def put(self, chunk: TextChunk) -> None:
-        """Appends a chunk; raises what `AnswerLog.append` raises."""
+        """Appends a chunk; raises errors of `AnswerLog.append`."""
         if self._shows_progress:  # until the first chunk
             self._shows_progress = False
             self._show_progress()
@@ -189,7 +190,7 @@ class _Running:
             self._owner.failed(error or WorkerError("the request was ended before its answer was complete"))
 
     def abort_soon(self) -> None:
-        """Ends it outside of the engine's work."""
+        """Ends the choice outside of the engine's work."""
         self._is_over = True
         if self.request is not None:
             asyncio.get_running_loop().call_soon(self.request.abort)
@@ -201,8 +202,8 @@ class _Running:
 
 
 class ChoiceText:
-    """Turns the events of one choice into chunks, which depend on the request alone: not on how many prompt tokens the
-    engine computes at a time."""
+    """Turns the events of one choice into chunks, which depend on the request alone: not on the number of prompt tokens
+    that the engine computes at a time."""
 
     def __init__(
         self,
@@ -213,7 +214,7 @@ class ChoiceText:
         min_tokens: int,
         reading: AnswerReading | None = None,
     ) -> None:
-        """`reading`: of a chat's answer, whose text is its content then."""
+        """Makes the text; `reading` is that of a chat's answer, whose text is its content then."""
         self._index = index
         self._detokenizer = Detokenizer(tokenizer, shown=frozenset() if reading is None else reading.shown_control_ids)
         self._parser = None if reading is None else reading.parser()
@@ -228,11 +229,11 @@ class ChoiceText:
 
     @property
     def is_stopped(self) -> bool:
-        """A stop string was found: the engine need not go on."""
+        """True if a stop string was found: the engine need not go on."""
         return self._stop.matched is not None
 
     def take(self, event: Event) -> Sequence[TextChunk]:
-        """The chunks that are complete with the event, the last one of the choice among them when it has finished."""
+        """Returns the chunks that the event completes; when the choice has finished, the last one too."""
         if isinstance(event, TokenSampled):
             return (*self._rest_of_scores(), self._sampled(event.row))
         if isinstance(event, Finished):
@@ -271,7 +272,7 @@ class ChoiceText:
         return text if self._tokens <= self._min_tokens else self._stop.push(text)
 
     def finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
-        """The last chunk of a choice; a stop string is the reason before others."""
+        """Returns the last chunk of a choice; a stop string is the reason before others."""
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         text, events = self._read(text, is_last=True)
         stop = self._stop.matched
@@ -285,7 +286,7 @@ class ChoiceText:
         )
 
     def _read(self, text: str, *, is_last: bool = False) -> tuple[str, tuple[AnswerEvent, ...]]:
-        """The content in a piece of text, and all events."""
+        """Returns the content in a piece of text, and all events."""
         if self._parser is None:
             return text, ()
         events = self._parser.feed(text) if text else []
@@ -295,10 +296,8 @@ class ChoiceText:
 
 
 class StopStrings:
-    """Finds stop strings in a text that comes piece by piece, and holds back what may be the beginning of one.
-
-    Each character costs a few steps a stop string, however long the strings are.
-    """
+    """Finds stop strings in a text that comes piece by piece, and holds back a possible beginning of one. Each
+    character costs a few steps per stop string, however long the strings are."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._patterns = [_Pattern(string) for string in strings]
@@ -306,7 +305,7 @@ class StopStrings:
         self.matched: str | None = None  # the stop string that was found; the stream has ended then
 
     def push(self, text: str) -> str:
-        """The text that is certain to stand before any stop string. Ends with the first stop string completed; of
+        """Returns the text that is certain to precede any stop string. Ends with the first stop string completed; of
         several completed by one character, the one that begins first."""
         if not self._patterns or self.matched is not None:
             return "" if self.matched is not None else text
@@ -321,7 +320,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """The text that was held back, once all has come without a stop string."""
+        """Returns the text that was held back, once all has come without a stop string."""
         rest, self._held = self._held, ""
         return rest if self.matched is None else ""
 
@@ -341,7 +340,7 @@ class _Pattern:
             self._fallback[i] = length
 
     def step(self, character: str) -> bool:
-        """True if the string is complete with this character; no more steps after that."""
+        """Returns True if the string is complete with this character; no more steps after that."""
         state = self.state
         while state and character != self.text[state]:
             state = self._fallback[state - 1]

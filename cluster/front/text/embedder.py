@@ -50,20 +50,20 @@ class Pooler:
                 self._rows.append(row)
 
     def vectors(self) -> list[Float64]:
-        """One vector [embedding], or one of each token without pooling."""
+        """Returns one vector [embedding], or one for each token without pooling."""
         if self._pooling is Pooling.MEAN:
             return [self._rows[0] / self.count]
         return self._rows
 
 
 def normalized(vector: Float64, norm: int = EUCLIDEAN) -> Vector:
-    """llama.cpp's norms: -1 none, 0 the greatest absolute value to 32760, otherwise the p-norm to 1."""
+    """Scales by llama.cpp's norms: -1 none, 0 the greatest absolute value to 32760, otherwise the p-norm to 1."""
     length = _length(vector, norm)
     return np.asarray(vector / length if length > 0 else vector * 0, np.float32)
 
 
 def _length(vector: Float64, norm: int) -> float:
-    """Sums are exact before they are rounded, so that no instruction set has a say."""
+    """Returns the norm; sums are exact before they are rounded, so that all instruction sets agree."""
     if norm < 0:
         return 1.0
     magnitudes: Sequence[float] = np.abs(vector).tolist()
@@ -78,13 +78,13 @@ def _length(vector: Float64, norm: int) -> float:
 
 
 _MOST_SUBMITTED = 16
-"""Prompts of one request that wait or run together."""
+"""Most prompts of one request that wait or run together."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
-    """`norm`: of each vector, see `normalized`; without pooling, vectors have the norm of the hidden states.
-    `dimensions`: leading channels to keep; None: all."""
+    """Options of embeddings. `norm`: of each vector, see `normalized`; without pooling, vectors have the norm of the
+    hidden states. `dimensions`: leading channels to keep; None: all."""
 
     pooling: Pooling
     norm: int = EUCLIDEAN
@@ -94,7 +94,7 @@ class EmbeddingOptions:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The embedding of one prompt: a vector, or one of each token without pooling."""
+    """The embedding of one prompt: a vector, or one for each token without pooling."""
 
     vectors: tuple[Vector, ...]
     prompt_tokens: int
@@ -102,7 +102,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """The score of a document for a query: the greater, the more it says about it."""
+    """The score of a document for a query; a greater score is a better match."""
 
     score: float
     prompt_tokens: int
@@ -115,10 +115,10 @@ class Embedder:
         self._engine = engine
 
     async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
-        """Embeddings in the order of the prompts. Cancellation and the first error end all of them.
+        """Returns embeddings in the order of the prompts. Cancellation and the first error end all of them.
 
-        Raises ParameterError for a prompt that is empty, too long or has unknown ids; QueueFullError where the first
-        prompt has no place; WorkerError; DeadlineError where all together take longer than a request may.
+        ParameterError for a prompt that is empty, too long or has unknown ids; QueueFullError if the first prompt has
+        no place; WorkerError; DeadlineError if all together take longer than a request may.
         """
         group = secrets.token_hex(12)
         requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
@@ -133,7 +133,7 @@ class Embedder:
         return [head.result(), *(task.result() for task in later)]
 
     async def rank(self, pairs: Sequence[tuple[int, ...]], ranking: Ranking) -> list[Rank]:
-        """Scores of prompts that are a query and a document, in their order."""
+        """Returns scores of prompts that are a query and a document, in their order."""
         found = await self.embed(pairs, EmbeddingOptions(ranking.pooling, norm=-1))
         return [Rank(ranking.score(embedding.vectors[0].tolist()), embedding.prompt_tokens) for embedding in found]
 
@@ -168,7 +168,7 @@ async def _pooled(stream: RequestStream, request: GenerationRequest, options: Em
 
 
 def _finished(vector: Float64, options: EmbeddingOptions) -> Vector:
-    """The channels are cut before the norm, as OpenAI does."""
+    """Cuts the channels before the norm, as OpenAI does."""
     norm = -1 if options.pooling is Pooling.NONE else options.norm
     return normalized(vector[: options.dimensions], norm)
 

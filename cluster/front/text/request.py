@@ -1,4 +1,4 @@
-"""Requests as text: a prompt or a chat, how it is answered, and the bounds of the fields that only text has."""
+"""Requests as text: a prompt or a chat, the options of its answer, and the bounds of the fields that only text has."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_SALT_CHARACTERS = 256
 SEEDS = 1 << 64
 
 _DRAWN_SEED_BITS = 53
-"""A drawn seed survives JSON readers that know only doubles."""
+"""Bits of a drawn seed, which survives JSON readers that know only doubles."""
 
 Answered = Mapping[int, tuple[RowResult, ...]]
 """First tokens of a request's choices."""
@@ -74,7 +74,7 @@ class AnswerReading:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest(AnswerOptions):
-    """A prompt and how to complete it. Texts are tokenized as the model file says."""
+    """A prompt and the options of its completion. Texts are tokenized as the model file says."""
 
     prompt: str | tuple[int, ...]
     max_new_tokens: int | None = None  # None: until the context is full; 0: the prompt is computed, nothing generated
@@ -99,11 +99,11 @@ class CompletionRequest(AnswerOptions):
 
     @property
     def begun_characters(self) -> int:
-        """The characters that all answers read of what the prompt has written of them."""
+        """The characters of the answers that the prompt has begun, for all choices."""
         return 0 if self.reading is None else len(self.reading.begun) * self.n
 
     def check_text(self) -> None:
-        """Checks the fields that tokens no longer show, as `validate` does the others. Raises ParameterError."""
+        """Checks fields that are lost in tokens, as `validate` does the others. Raises ParameterError."""
         if self.max_new_tokens is not None:
             check_integer("max_tokens", self.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
             check_integer("min_tokens", self.min_tokens, 0, MAX_CONTEXT_TOKENS)
@@ -121,7 +121,6 @@ class CompletionRequest(AnswerOptions):
 
 
 def draw_seed() -> int:
-    """A seed for a request that has none."""
     return secrets.randbits(_DRAWN_SEED_BITS)
 
 
@@ -136,7 +135,7 @@ class ToolMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """Which tools an answer calls."""
+    """The calls that an answer may or must have."""
 
     mode: ToolMode = ToolMode.AUTO
     name: str | None = None  # of the only one that may be called
@@ -144,11 +143,11 @@ class ToolUse:
 
     @classmethod
     def of(cls, mode: ToolMode, name: str | None, is_parallel: bool | None) -> ToolUse:
-        """`is_parallel` None: one call where one is asked for, otherwise as many as the model makes."""
+        """Makes the rule; `is_parallel` None: one call if a call is required, otherwise as many as the model makes."""
         return cls(mode, name, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
 
     def check(self, tools: Sequence[Variables]) -> None:
-        """ParameterError for tools that contradict each other or this choice among them."""
+        """Raises ParameterError for tools that contradict each other or this rule."""
         names = [tool["function"]["name"] for tool in tools]
         if len(set(names)) < len(names):
             raise ParameterError("tools", "two functions have the same name")
@@ -168,7 +167,7 @@ class PromptEnd(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A chat and how it is answered."""
+    """A chat and the options of its answer."""
 
     messages: tuple[Variables, ...]  # as chat templates know them: role, content, ...
     answer: CompletionRequest = field(default_factory=lambda: CompletionRequest(()))  # its prompt is the rendered chat
@@ -182,7 +181,7 @@ class ChatRequest:
     created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
 
     def admitted(self, created: float, adapters: AdapterScales) -> ChatRequest:
-        """The same one of that time, answered with these adapters."""
+        """Returns the request with its time of admission and its adapters."""
         return replace(self, created=created, answer=replace(self.answer, adapters=adapters))
 
     @property
@@ -205,7 +204,7 @@ class ChatRequest:
         return bool(self.variables.get("documents"))
 
     def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
-        """The reading of the answer; None: it is content as it stands."""
+        """Returns the reading of the answer; None: the text is the content."""
         schemas = {
             str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
         }
@@ -218,8 +217,8 @@ class ChatRequest:
         )
 
     def count_characters(self) -> int:
-        """The characters of all contents, reasoning, calls' arguments and tools: the prompt has about as many at least,
-        unless its template leaves reasoning out. Large tools take long."""
+        """Counts the characters of all contents, reasoning, calls' arguments and tools: the prompt has about as many at
+        least, unless its template omits reasoning. Large tools take long."""
         contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
         calls = (call for message in self.messages for call in message.get("tool_calls") or ())
         texts = [*contents, *(call["function"].get("arguments") for call in calls)]
@@ -230,14 +229,15 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningBudget:
-    """`tokens` of reasoning at most; then `message` and the tag that ends it follow."""
+    """A budget of `tokens` of reasoning; then `message` and the tag that ends it follow."""
 
     tokens: int
     message: str = ""
 
 
 def effort_variables(effort: str | None) -> dict[str, Any]:
-    """Variables of a template for an effort of reasoning. As in llama.cpp, the template decides what it means."""
+    """Returns variables of a template for an effort of reasoning. The template decides what it means, as in
+    llama.cpp."""
     if effort is None:
         return {}
     return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
@@ -246,9 +246,9 @@ def effort_variables(effort: str | None) -> dict[str, Any]:
 def prompt_end(
     roles: Sequence[str], continue_final_message: bool | None, add_generation_prompt: bool | None
 ) -> PromptEnd:
-    """The end that the roles of the messages and the fields of vLLM and Transformers ask for. Without
-    `continue_final_message` as llama.cpp: a last message of an assistant is continued unless a generation prompt is
-    requested. ParameterError where they contradict each other."""
+    """Returns the end that the roles of the messages and the fields of vLLM and Transformers select. If
+    `continue_final_message` is absent, llama.cpp's rule holds: a last message of an assistant is continued unless a
+    generation prompt is requested. ParameterError if they contradict each other."""
     is_answered = roles[-1:] == ["assistant"]
     if continue_final_message is None:
         continue_final_message = is_answered and not add_generation_prompt

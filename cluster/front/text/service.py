@@ -47,18 +47,19 @@ if TYPE_CHECKING:
     from llamaclust.cluster.engine.engine import Engine
 
 _BLOCKING_CHARACTERS = 2048
-"""Texts longer than this are tokenized on a thread."""
+"""Characters above which texts are tokenized on a thread."""
 _TOO_MANY_NUMBERS = "embeddings of {count} numbers, at most {most} are given in one reply: send less at once"
 _TOO_MANY_PAIRS = "with the query before each these are {count} tokens, at most {most} are ranked: send fewer at once"
 _ANSWER_SHARE = 4
-"""One in so many tokens of the context is left to an answer without a limit, where other files fill the rest."""
+"""Share of the context that is left to an answer without a limit, if other files fill the rest: one token in so
+many."""
 _MAX_BEGUN_CHARACTERS = 1 << 18
 """Most characters of a continued message, for all choices together: about two seconds of parsing."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
-    """The name of a served model, and the sizes that it takes."""
+    """The name of a served model, and its sizes."""
 
     model_name: str
     context_length: int  # tokens of a sequence, prompt and answer together
@@ -93,7 +94,7 @@ class TextService:
         self._formats = {template: ChatFormat(template, tokenizer) for template in chat_template.named.values()}
         self._breaker_tokens = BreakerTokens(tokenizer)
         self.active_requests = 0
-        """Requests that were accepted and have not ended; those in preparation too."""
+        """Requests that were accepted and have not ended, including those in preparation."""
 
     async def aclose(self) -> None:
         """Ends the process that checks grammars."""
@@ -106,8 +107,7 @@ class TextService:
         return await self.submit(request, generation, log)
 
     async def prepare(self, request: CompletionRequest) -> GenerationRequest:
-        """The request in tokens, with its first choice. Raises ParameterError for a field that tokens no longer
-        show."""
+        """Returns the request in tokens, with its first choice. ParameterError for a field that is lost in tokens."""
         request.check_text()
         self.slots.check(request.slot)
         with self._counted():
@@ -127,11 +127,11 @@ class TextService:
     async def submit(
         self, request: CompletionRequest, generation: GenerationRequest, log: AnswerLog, prompt: int = 0
     ) -> Completion:
-        """Submits a request that was prepared; the caller must close the completion. What comes goes to the log, which
-        has begun, as that of its prompt `prompt`.
+        """Submits a prepared request; the caller must close the completion. Its items go to the log, which has begun,
+        as those of its prompt `prompt`.
 
-        Raises ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, WorkerError. Later errors
-        come from the log.
+        ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, WorkerError. Later errors come
+        from the log.
         """
         held = ExitStack()
         try:
@@ -150,7 +150,7 @@ class TextService:
         return completion
 
     def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """The choices of a prompt; each reads what the prompt has written of its answer."""
+        """Makes the choices of a prompt; each reads the beginning of its answer in the prompt."""
         name, ends = generation.request_id, generation.stop_token_ids
         return [
             (
@@ -169,8 +169,8 @@ class TextService:
     async def embed(
         self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
     ) -> AsyncIterator[list[Embedding]]:
-        """Embeddings of prompts of texts and token ids, in their order; they count for the budget inside. RequestError
-        for a prompt that is empty or too long, or too many numbers; errors of `Embedder.embed`."""
+        """Embeds prompts of texts and token ids, in their order; they count for the budget inside. RequestError for a
+        prompt that is empty or too long, or too many numbers; errors of `Embedder.embed`."""
         length = self.settings.embedding_length
         if self.settings.ranking is not None:
             raise ParameterError("model", "ranks documents and makes no embeddings: use /v1/rerank")
@@ -183,8 +183,9 @@ class TextService:
                 yield await self._embedder.embed(ids, options)
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
-        """The documents' scores for a query, in their order. ParameterError where the model ranks none, or for a text
-        that is too long, before any after it is read; errors of `ReplyBudget.reserve_numbers` and `Embedder.embed`."""
+        """Returns the documents' scores for a query, in their order. ParameterError if the model ranks none, or for a
+        text that is too long, before any after it is read; errors of `ReplyBudget.reserve_numbers` and
+        `Embedder.embed`."""
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
             raise ParameterError("model", "does not rank documents")
@@ -199,8 +200,8 @@ class TextService:
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
-        """Returns what reads a document of the request's field to the prompt of the query and it; control words stay
-        text. Each text has a turn of its own on the threads. A template's words may have tokens in common with the
+        """Returns a function that makes the prompt of the query and a document of the request's field; control words
+        stay text. Each text has a turn of its own on the threads. A template's words may have tokens in common with the
         texts, so that each of its prompts is read whole."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
@@ -234,8 +235,8 @@ class TextService:
         return ids
 
     async def fill_in(self, gap: Gap, max_new_tokens: int | None) -> tuple[int, ...]:
-        """Token ids of a prompt whose answer goes into a gap, for a model that fills text in. ContextLengthError for
-        texts around it that are too long in any case."""
+        """Returns token ids of a prompt whose answer goes into a gap, for a model that fills text in.
+        ContextLengthError for texts around it that are too long in any case."""
         tokens, context = self.tokenizer.vocabulary.fill_in, self.settings.context_length
         assert tokens is not None, "asked before"
         self._check_characters(gap.characters, "input_prefix")
@@ -244,7 +245,6 @@ class TextService:
         return tuple(await run_on(threads, fill_in_prompt, self.tokenizer, tokens, gap, room))
 
     async def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of a text."""
         if len(text) <= _BLOCKING_CHARACTERS:
             return self.tokenizer.encode(text, add_special, parse_special)
         return await run_on(tokenizing(len(text)), self.tokenizer.encode, text, add_special, parse_special)
@@ -252,17 +252,17 @@ class TextService:
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
-        """Token ids of each part of a request's field `param`; an id stands for itself, `add_special` is for the first
-        part. ParameterError, before any work, where the parts are more than so many tokens, by default the context's,
-        can hold."""
+        """Returns token ids of each part of a request's field `param`; an id stands for itself, `add_special` is for
+        the first part. ParameterError, before any work, if the parts are more than `most_tokens` can hold (by default
+        the context's)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)
         return await run_on(tokenizing(characters), self._encode_all, parts, add_special)
 
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
-        """The completion that answers a chat. Control words in the messages stay text. RequestError where the template
-        refuses the messages, and of a model that generates nothing."""
+        """Returns the completion that answers a chat. Control words in the messages stay text. RequestError if the
+        template refuses the messages, or if the model generates nothing."""
         if not self.settings.generates:
             raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)
@@ -275,16 +275,16 @@ class TextService:
         return replace(unconstrained, grammar=grammar, reasoning=reasoning)
 
     async def chat_prompt(self, chat: ChatRequest) -> CompletionRequest:
-        """The same without the grammar of its calls."""
+        """Returns the completion without the grammar of its calls."""
         with self._counted():
             return await self._format_of(chat).completion(chat, self._check_characters)
 
     async def chat_text(self, chat: ChatRequest) -> str:
-        """A chat as the model will see it."""
+        """Renders a chat as the model will see it."""
         return await self._format_of(chat).text(chat)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:
-        """Returns the format of the template for such a chat. ParameterError for documents that it would not show."""
+        """Returns the format of the template that suits a chat. ParameterError for documents that it would not show."""
         template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
         if chat.has_documents and "documents" not in (template.source or ""):
             raise ParameterError("documents", "the model's chat template shows none; write them into a message")
@@ -312,13 +312,13 @@ class TextService:
         ]
 
     def _check_characters(self, characters: int, param: str = "prompt", most_tokens: int | None = None) -> None:
-        """Refuses without work what is surely too long."""
+        """Refuses too long texts without work."""
         self._check_room(
             f"has {characters} characters", -(-characters // self.tokenizer.longest_word), param, most_tokens
         )
 
     def _check_room(self, has: str, tokens: int, param: str, most_tokens: int | None) -> None:
-        """`tokens`: at least so many."""
+        """Raises an error if `tokens`, a lower bound, are too many."""
         context = self.settings.context_length
         if most_tokens is None and tokens > context:
             raise ContextLengthError(f"{has}, more than {context} tokens can hold", tokens, context, param)
@@ -326,14 +326,14 @@ class TextService:
             raise ParameterError(param, f"{has}, more than {most_tokens} tokens can hold; shorten it")
 
     async def _breakers(self, request: CompletionRequest) -> Breakers:
-        """The breakers of DRY, where the sampling looks for them."""
+        """Returns the breakers of DRY, if the sampling looks for them."""
         chain = request.params.chain
         if chain is None or not chain.needs_history:
             return {}
         return await run_on(BREAKERS, self._breaker_tokens.of, request.dry_breakers)
 
     def _params(self, request: CompletionRequest) -> SamplingParams:
-        """The sampling parameters, with the line break spared where it is to be."""
+        """Returns the sampling parameters, without penalties of the line break if requested."""
         params = request.params
         if request.penalize_nl or not params.needs_history:
             return params

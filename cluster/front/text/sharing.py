@@ -22,23 +22,22 @@ from llamaclust.core.sharing.turns import Turns
 from llamaclust.wire.rpc.deadlines import deadline
 
 current_owner: Final[ContextVar[str]] = ContextVar("owner", default="")
-"""The owner of the request that a task works for: its API key's digest, or its client's address where keys are not
-needed."""
+"""The owner of the current task's request: its API key's digest, or its client's address if keys are not needed."""
 
 
 ignored_parts: Final[ContextVar[list[str] | None]] = ContextVar("ignored_parts", default=None)
-"""Their names, of the request that a task answers."""
+"""Names of fields without effect, of the current task's request."""
 
 
 def report_ignored(names: Iterable[str]) -> None:
-    """The reply will name them."""
+    """Adds names for the reply."""
     parts = ignored_parts.get()
     if parts is not None:
         parts += names
 
 
 _WORK_S = 120.0
-"""Deadline of any work, its wait for a thread included: what takes seconds at most takes longer on a busy machine."""
+"""Deadline of any work, its wait for a thread included: work of seconds takes longer on a busy machine."""
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
@@ -52,7 +51,7 @@ class Places:
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
 
     def turn(self) -> AbstractAsyncContextManager[None]:
-        """A place for the current owner while it is open."""
+        """Returns a context that holds a place for the current owner."""
         loop = asyncio.get_running_loop()
         if loop not in self._turns:
             self._turns[loop] = Turns(self._count)
@@ -72,14 +71,14 @@ _LONG_TEXTS = Threads(1, "tokenize-long")
 _LONG_CHARACTERS = 1 << 16
 RENDERING = Threads(1, "derive-format")
 BREAKERS = Threads(1, "breakers")
-"""Few: they compute in Python, one at a time, and the event loop waits for its turn beside them."""
+"""A single thread: breakers are computed in Python, and the event loop waits for its turn beside them."""
 TEMPLATES = Places(2)
-"""Processes that render a chat template."""
+"""Places of processes that render a chat template."""
 
 
 def tokenizing(characters: int) -> Threads:
-    """The threads that tokenize texts of so many characters: long ones one after another, since a tokenizer uses up to
-    150 bytes for a character, and short ones beside them."""
+    """Returns the threads that tokenize texts of so many characters: long ones one after another, since a tokenizer
+    uses up to 150 bytes per character, and short ones beside them."""
     return _LONG_TEXTS if characters > _LONG_CHARACTERS else TOKENIZING
 
 
@@ -89,15 +88,15 @@ async def run_on(
     *arguments: _Arguments.args,
     **named: _Arguments.kwargs,
 ) -> _Result:
-    """Runs a function on a thread and returns its result. DeadlineError where it is late: work that no thread has taken
-    until then does not run."""
+    """Runs a function on a thread and returns its result. DeadlineError if it is late: work that no thread has taken by
+    then does not run."""
     async with deadline("work on the request's text, on a busy machine", _WORK_S), threads.turn():
         work = partial(function, *arguments, **named)
         return await asyncio.get_running_loop().run_in_executor(threads.executor, work)
 
 
 MAX_REPLY_ENTRIES = 1 << 21
-"""One reply has at most so many tokens and top logprobs."""
+"""Most tokens and top logprobs of one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
 """The most that an owner's replies with logprobs or embeddings take, and prompts that are ranked; all owners together
@@ -122,7 +121,7 @@ async def when_free(submit: Callable[[], _Result], limit_s: float = inf) -> _Res
 
 
 class RowStorage(Enum):
-    """A reply holds rows in one of these ways."""
+    """The ways in which a reply holds rows."""
 
     STREAMED = auto()  # the first prompt's are dropped as they come, the others wait
     CHUNKS = auto()
@@ -147,7 +146,7 @@ class ReplySize:
     def of(
         cls, generation: GenerationRequest, choices: int, storage: RowStorage, unread_rows: int | None = None
     ) -> ReplySize:
-        """`unread_rows`: sampled ones that are held at most, where the answer is read while it runs."""
+        """Makes the size; `unread_rows`: most sampled rows that are held, if the answer is read while it runs."""
         first = generation.score_from
         scored = 0 if first is None else max(0, len(generation.prompt) - max(first, 1))
         sampled = choices * generation.max_new_tokens
@@ -173,8 +172,8 @@ class ReplyBudget:
         self.shares = Shares(MAX_HELD_UNITS)
 
     def reserve(self, sizes: Sequence[ReplySize]) -> AbstractContextManager[None]:
-        """Holds what a request needs while it is open. ParameterError where it is more than any request may have,
-        QueueFullError where the current owner's other requests, or those of all, hold too much at present."""
+        """Holds a request's memory while the context is open. ParameterError for more than any request may have,
+        QueueFullError if the current owner's other requests, or those of all, hold too much at present."""
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
         if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:
@@ -188,8 +187,8 @@ class ReplyBudget:
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
     def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
-        """Holds the room of numbers of embeddings, or of tokens of prompts that are ranked, while it is open. Errors as
-        of `reserve`; `refusal`: the text of the ParameterError, with {count} and {most}."""
+        """Holds the room of numbers of embeddings, or of tokens of prompts that are ranked, while the context is open.
+        Errors as of `reserve`; `refusal`: the text of the ParameterError, with {count} and {most}."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")

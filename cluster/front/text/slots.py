@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SlotTokens:
-    """Tokens from position 0 on, and which requests share their KV memory."""
+    """Tokens from position 0 on; the salt and adapters select requests that share their KV memory."""
 
     tokens: array[int] = field(default_factory=lambda: array("I"))
     cache_salt: str = ""
@@ -30,7 +30,7 @@ class Slots:
     """The slots of one served model."""
 
     def __init__(self, engine: Engine, count: int) -> None:
-        """`count`: 0 where none remembers anything."""
+        """Makes the slots; `count` is 0 if none remembers anything."""
         self.count = count
         self._engine = engine
         self._tokens: dict[int, SlotTokens] = {}
@@ -40,13 +40,13 @@ class Slots:
         return self._engine.scheduler.settings.model_id
 
     def check(self, slot: int | None) -> None:
-        """ParameterError for the number of none, where slots are kept."""
+        """Raises ParameterError for an unknown slot, if slots are kept."""
         if slot is not None and self.count and not 0 <= slot < self.count:
             raise ParameterError("id_slot", f"{slot}, but there are {self.count} slots, numbered from 0")
 
     def recording(self, slot: int, request: GenerationRequest, prompt: int) -> Subscriber:
-        """The slot has the request's prompt now, and gets the tokens of its first answer, which the result takes from
-        the chunks of a log's prompt `prompt`."""
+        """Gives the slot the request's prompt now, and returns a subscriber that adds the tokens of its first answer
+        from the chunks of a log's prompt `prompt`."""
         tokens = array("I", request.prompt)
         self._tokens[slot] = SlotTokens(tokens, request.cache_salt, request.adapters)
         last: int | None = None
@@ -62,7 +62,7 @@ class Slots:
         return take
 
     def tokens(self, slot: int) -> SlotTokens:
-        """The tokens of a slot whose keys and values are computed, or are to be."""
+        """Returns the tokens of a slot whose keys and values are computed, or will be."""
         kept = self._tokens.get(slot, SlotTokens())
         return replace(kept, tokens=kept.tokens[:])  # a request may go on
 
@@ -70,5 +70,5 @@ class Slots:
         self._tokens[slot] = tokens
 
     def erase(self, slot: int) -> int:
-        """Forgets a slot's tokens; how many these were. Their KV memory stays: other requests may share it."""
+        """Forgets a slot's tokens and returns their number. Their KV memory stays: other requests may share it."""
         return len(self._tokens.pop(slot, SlotTokens()).tokens)

@@ -73,7 +73,7 @@ class MessageView(View):
             yield {"type": "message_stop"}
 
     def _usage(self, timings: Timings | None, tokens: int) -> dict[str, int]:
-        """Anthropic counts the tokens of the prompt that the cache held apart from the others."""
+        """Counts cached tokens of the prompt apart from the others, as Anthropic does."""
         cached = 0 if timings is None else timings.cached_tokens
         return {
             "input_tokens": self._prompt_tokens - cached,
@@ -104,7 +104,7 @@ class MessageView(View):
 
 
 class _Blocks:
-    """The events of an answer's blocks. One block is open at a time."""
+    """The events of an answer's blocks; one block is open at a time."""
 
     def __init__(self, reply_id: str) -> None:
         self.has_calls = False
@@ -113,7 +113,7 @@ class _Blocks:
         self._open: str | None = None  # its type
 
     def take(self, chunk: TextChunk) -> Iterator[Shown]:
-        """The last chunk closes the last block. An empty answer has an empty one, as readers expect one."""
+        """Closes the last block with the last chunk. An empty answer has an empty block, as readers expect one."""
         for event in chunk.events or (ContentText(chunk.text),):
             yield from self._take(event)
         if chunk.finish_reason is not None:
@@ -148,7 +148,7 @@ class _Blocks:
         yield self._event("content_block_start", content_block=block)
 
     def _close(self) -> Iterator[Shown]:
-        """Thinking ends with its signature, which is empty: nothing checks it here."""
+        """Closes the open block. Thinking ends with its signature, which is empty: nothing checks it here."""
         if self._open == "thinking":
             yield self._delta("signature_delta", signature="")
         if self._open is not None:
@@ -163,7 +163,7 @@ class _Blocks:
 
 
 def _put_together(events: Iterable[Shown]) -> list[Block]:
-    """The blocks that a reader makes of their events."""
+    """Returns the blocks that a reader puts together from their events."""
     blocks: list[Block] = []
     pieces: list[str] = []
     for event in events:
@@ -181,7 +181,8 @@ def _put_together(events: Iterable[Shown]) -> list[Block]:
 
 
 def _input(text: str) -> dict[str, Any]:
-    """The arguments of a call. Those of an answer that was cut are not JSON; Anthropic's convention for them."""
+    """Returns the arguments of a call. Arguments of an answer that was cut are no JSON; Anthropic's convention shows
+    them."""
     arguments = arguments_object(text or "{}")
     return {"INVALID_JSON": text} if arguments is None else arguments
 
@@ -199,7 +200,7 @@ _ERROR_TYPES: Final = {
 
 
 def _error(failure: Failure) -> dict[str, Any]:
-    """Clients shorten a chat upon the words "prompt is too long"."""
+    """Writes "prompt is too long", upon which clients shorten a chat."""
     kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
     if failure.numbers:
         tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]

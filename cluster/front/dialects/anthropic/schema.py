@@ -65,7 +65,7 @@ _CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
     "text_editor_": _file_tool("Shows, creates and changes files.", *_EDITS),
     "memory_": _file_tool("Keeps notes in files below /memories.", *_EDITS, "delete", "rename"),
 }
-"""Tools that the client runs and knows by their type alone: what a type begins with, before its date."""
+"""Tools that the client runs and knows by their type alone: the type's beginning, before its date."""
 
 
 class Tool(Body, foreign=ANTHROPIC_TOOL):
@@ -84,7 +84,7 @@ class ToolChoice(Body):
     """`any`: at least one; `tool`: the one of that `name`."""
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
-    """At most one call; by default where `type` asks for a call."""
+    """true: at most one call; by default so if `type` requires a call."""
 
     @property
     def use(self) -> ToolUse:
@@ -151,8 +151,8 @@ ThinkingField = Annotated[Thinking, BeforeValidator(_thinking), _THINKING_SCHEMA
 
 
 _BILLING: Final = re.compile(r"x-anthropic-billing-header:(?:[ \t]*\w+=[^;\s]*(?:;|(?=\n)|\Z))*[ \t]*\n?")
-"""What Claude Code puts before its system prompt. It differs from request to request, so no prompt behind it would be
-found in the prefix cache; it says nothing to the model."""
+"""The header that Claude Code puts before its system prompt. It differs from request to request, so that no prompt
+behind it would be found in the prefix cache; it says nothing to the model."""
 _ROLES: Final = ("user", "assistant", "system")
 _ERROR: Final = "Error: "
 
@@ -169,7 +169,6 @@ class Turn:
 
     @classmethod
     def of(cls, role: str, parts: Iterable[Turn]) -> Turn:
-        """The parts as one."""
         parts = [*parts]
         return cls(
             role,
@@ -180,7 +179,7 @@ class Turn:
         )
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Results come first: they answer the calls of the turn before."""
+        """Yields the results first: they answer the calls of the turn before."""
         yield from self.results
         text = "\n".join(self.texts)
         if self.role == "assistant":
@@ -191,8 +190,8 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """The turn of one message. ValueError for one that is wrong. Texts stand in place of blocks that are not supported;
-    unless the context is a `Leniency`, these are a ValueError too."""
+    """Reads the turn of one message. ValueError for a wrong message. Texts replace unsupported blocks; unless the
+    context is a `Leniency`, these are a ValueError too."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")
@@ -210,12 +209,12 @@ def read_turn(message: Any, info: ValidationInfo) -> Turn:
 
 
 def merged_turns(turns: Iterable[Turn]) -> list[Turn]:
-    """As Anthropic's API: successive messages of one role are one turn."""
+    """Joins successive messages of one role, as Anthropic's API does."""
     return [Turn.of(role, parts) for role, parts in groupby(turns, lambda turn: turn.role)]
 
 
 def read_system(value: Any, info: ValidationInfo) -> str:
-    """The text of a system prompt, without billing headers. ValueError for another form."""
+    """Returns the text of a system prompt, without billing headers. ValueError for another form."""
     blocks = [{"type": "text", "text": value}] if isinstance(value, str) else value
     if not isinstance(blocks, list):
         raise ValueError("must be a string or a list of text blocks")
@@ -250,7 +249,7 @@ def _block(role: str, block: Any, context: object) -> Turn:
 
 
 def _text_of(block: Any, context: object) -> str:
-    """The text of a block outside an assistant's answer, or what stands in its place."""
+    """Returns the text of a block outside an assistant's answer, or its replacement."""
     kind = block.get("type") if isinstance(block, dict) else None
     if kind == "text":
         return _text(block, "text")
@@ -311,7 +310,7 @@ _SystemField = Annotated[str, BeforeValidator(read_system), WithJsonSchema(_CONT
 
 
 class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
-    """`POST /v1/messages`; `max_tokens` may be left out, for counting too."""
+    """The body of `POST /v1/messages`; `max_tokens` may be absent, for counting too."""
 
     model: str | None = None
     """Any name, unless `strict_model` is set."""
@@ -320,13 +319,13 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     documents and blocks of tools that other servers ran; successive messages of one role are one. A last message of
     role assistant is continued."""
     system: _SystemField = ""
-    """The system prompt: text, or blocks of text. A billing header at its beginning is left out."""
+    """The system prompt: text, or blocks of text. A billing header at its beginning is omitted."""
     max_tokens: LimitField = None
     """Tokens of the answer, at most; by default what the context leaves."""
     stop_sequences: StopField = ()
     """The answer ends before the first of these."""
     tools: ToolsField = Field(default_factory=list)
-    """Functions that the model may call, and bash_*, text_editor_* and memory_*; other tools are left out."""
+    """Functions that the model may call, and bash_*, text_editor_* and memory_*; other tools are omitted."""
     tool_choice: ToolChoice | None = None
     """The calls that the answer may or must have."""
     thinking: ThinkingField | None = None
@@ -341,7 +340,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
         return ToolUse() if self.tool_choice is None else self.tool_choice.use
 
     def request(self) -> ChatRequest:
-        """The chat of the body. ParameterError for fields that contradict each other."""
+        """Makes the chat of the body. ParameterError for fields that contradict each other."""
         self.tool_use.check(self.tools)
         turns = merged_turns(self.messages)
         if turns[-1].calls:
@@ -361,7 +360,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
 
     @property
     def _budget(self) -> ReasoningBudget | None:
-        """The budget of `thinking` if it has one, else that of `reasoning_budget`."""
+        """Returns the budget of `thinking` if it has one, else that of `reasoning_budget`."""
         tokens = None if self.thinking is None else self.thinking.budget_tokens
         return self.answer_budget if tokens is None else self.budget_of(tokens)
 

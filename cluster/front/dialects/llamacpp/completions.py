@@ -124,7 +124,7 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     ignore_eos: Annotated[bool, Requested()] = False
     """The model may not end its answer."""
     n_probs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Requested("top_logprobs")] = 0
-    """Logprobs of the chosen tokens and of that many of the likeliest."""
+    """Number of likeliest tokens whose logprobs are shown beside the chosen token's."""
     return_tokens: bool = False
     """Token ids in the reply; a stream always has them."""
     timings_per_token: bool = False
@@ -139,7 +139,7 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
 
     @property
     def max_new_tokens(self) -> int | None:
-        """None: what the context leaves, which llama.cpp writes -1 or -2."""
+        """The limit of tokens; None: what the context leaves, which llama.cpp writes -1 or -2."""
         return None if self.n_predict < 0 else self.n_predict
 
     def request(
@@ -197,9 +197,9 @@ class InfillBody(LlamaCppBody):
     input_prefix: str
     """The text before the answer."""
     input_suffix: str
-    """The text behind it."""
+    """The text behind the answer."""
     input_extra: Annotated[tuple[Any, ...], BeforeValidator(_files), WithJsonSchema(_FILES)] = ()
-    """Texts of other files; where room is short, the first ones are left out."""
+    """Texts of other files; if room is short, the first ones are omitted."""
 
     async def prompts(self, service: TextService) -> list[Prompt]:
         gap = Gap(self.input_prefix, self.input_suffix, self.prompt[0], self.input_extra)
@@ -254,7 +254,8 @@ class Infill(LlamaCppCompletion):
 
 
 class Completions(TextCompletions):
-    """Replies in OpenAI's form to bodies that name a model, as its clients must, and in llama.cpp's to others."""
+    """The endpoint with replies in OpenAI's form to bodies that name a model, as its clients must, and in llama.cpp's
+    to others."""
 
     paths = ("/completions",)
 

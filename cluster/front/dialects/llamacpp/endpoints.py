@@ -1,4 +1,4 @@
-"""llama.cpp's other endpoints: token ids, chat templates, adapters; what its server says of itself; its metrics."""
+"""llama.cpp's other endpoints: token ids, chat templates, adapters, server properties, metrics."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def llamacpp_routes(service: TextService, settings: ApiSettings) -> Iterator[Rou
 
 
 def _text(value: Any) -> Any:
-    """Refuses a text of more bytes, which may have as many tokens."""
+    """Refuses a text of too many bytes, because it may have as many tokens."""
     if isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) > _MAX_TOKENIZED_BYTES:
         raise ValueError(f"more than {_MAX_TOKENIZED_BYTES} bytes of text; send less at once")
     return value
@@ -100,7 +100,7 @@ class TemplateBody(ChatFields, foreign=TEXT_ONLY):
 
 
 class TextEndpoints:
-    """The text of one served model as tokens, and the other way."""
+    """The endpoints that turn text of one served model into tokens, and back."""
 
     def __init__(self, service: TextService, settings: ApiSettings) -> None:
         self._service = service
@@ -134,7 +134,7 @@ class TextEndpoints:
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> dict[str, Any]:
-    """Returns a token with its text, or with its bytes where they are only a part of a character."""
+    """Returns a token with its text, or with its bytes if they are only a part of a character."""
     data = tokenizer.token_bytes(token)
     try:
         return {"id": token, "piece": data.decode()}
@@ -179,7 +179,7 @@ class AdapterList:
 
 
 def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, Any]:
-    """Returns the JSON of `GET /props` for one of the models, with the fields of llama.cpp's router where they are
+    """Returns the JSON of `GET /props` for one of the models, with the fields of llama.cpp's router if models can be
     unloaded."""
     settings, tokenizer, template = model.service.settings, model.service.tokenizer, model.service.chat_template
     api = models[0].settings
@@ -221,14 +221,13 @@ _Metric = tuple[str, str, str, float]
 
 def llamacpp_metrics(engines: Mapping[str, Engine]) -> bytes:
     """Writes Prometheus' text format by hand: two of the counters have names that its library refuses. `engines`: by
-    model, which is a label where there are several."""
+    model, which is a label if there are several."""
     labels = [f'{{model="{_escaped(model)}"}}' if len(engines) > 1 else "" for model in engines]
     families = zip(*map(_metrics, engines.values()), strict=True)
     return "".join(_family(metrics, labels) for metrics in families).encode()
 
 
 def _family(metrics: Sequence[_Metric], labels: Sequence[str]) -> str:
-    """Writes one metric of all models."""
     kind, name, text, _ = metrics[0]
     lines = [f"llamacpp:{name}{label} {value}\n" for label, (*_, value) in zip(labels, metrics, strict=True)]
     return f"# HELP llamacpp:{name} {text}\n# TYPE llamacpp:{name} {kind}\n{''.join(lines)}"

@@ -38,7 +38,7 @@ class SlotBody(Body):
     filename: str = Field(min_length=1, max_length=128)
     """A name in the folder `api.slot_folder` of the cluster file."""
     model: str | None = None
-    """The model whose slot it is, where several are served."""
+    """The model of the slot, if several are served."""
 
 
 class SlotActions:
@@ -50,7 +50,7 @@ class SlotActions:
         self._folder = SlotFolder(folder)
 
     async def act(self, request: Request) -> Response:
-        """Does what the query's `action` names."""
+        """Saves, restores or erases, as the query's `action` says."""
         slot, action = self._slot(request.path_params["slot"]), request.query_params.get("action")
         begin = time.monotonic()
         if action == "erase":
@@ -84,7 +84,7 @@ class SlotActions:
         return {"n_restored": len(tokens.tokens), "n_read": size_bytes}
 
     async def _compute(self, tokens: SlotTokens) -> None:
-        """Computes the tokens as a prompt with an answer of one token: one without an answer is not computed."""
+        """Computes the tokens as a prompt with an answer of one token: a prompt without an answer is not computed."""
         completion = CompletionRequest(
             tuple(tokens.tokens),
             1,
@@ -112,7 +112,7 @@ _DIGEST_BYTES: Final = 32
 _TOKEN: Final = np.dtype("<u4")
 _FIELDS: Final = frozenset({"format", "model", "cache_salt", "adapters", "tokens"})
 _MOST_FILES: Final = 1024
-"""The limit of files in the folder: a client that saves under ever new names does not fill the disk."""
+"""Most files in the folder: a client that saves under ever new names does not fill the disk."""
 
 
 class SlotFolder:
@@ -122,8 +122,8 @@ class SlotFolder:
         self._folder = folder
 
     def write(self, name: str, tokens: SlotTokens, model_id: str) -> int:
-        """Writes or replaces a slot file; returns its bytes. Raises ParameterError for a name that is none or that
-        something else has, and where there are too many files; OSError."""
+        """Writes or replaces a slot file; returns its bytes. Raises ParameterError for an invalid name, a name that
+        another kind of file has, and too many files; OSError."""
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):
@@ -135,8 +135,8 @@ class SlotFolder:
         return len(data)
 
     def read(self, name: str, model_id: str) -> tuple[SlotTokens, int]:
-        """Returns the tokens and the bytes of a slot file. Raises ParameterError where there is no file of this name
-        that this model can use; OSError."""
+        """Returns the tokens and the bytes of a slot file. Raises ParameterError if no file of this name can be used by
+        this model; OSError."""
         path = self._path(name)
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ParameterError("filename", f"{name!r} cannot be restored: it is no regular file")
@@ -156,7 +156,7 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """Looks at the beginning alone: the rest may be damaged. Raises OSError."""
+    """Reads the beginning alone: the rest may be damaged. Raises OSError."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:

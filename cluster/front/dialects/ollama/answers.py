@@ -1,5 +1,5 @@
-"""`/api/generate`, `/api/chat` and embeddings: answers as Ollama's lines of JSON, which have text, reasoning and whole
-calls."""
+"""Answers of `/api/generate`, `/api/chat` and embeddings as Ollama's lines of JSON, which have text, reasoning and
+whole calls."""
 
 from __future__ import annotations
 
@@ -65,8 +65,7 @@ class Piece:
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, index: int, call: ToolCall) -> None:
-        """Adds a call; what is no complete one, since the answer was cut off, as content: arguments are objects
-        here."""
+        """Adds a call; an incomplete one, since the answer was cut off, as content: arguments are objects here."""
         arguments = arguments_object(call.arguments)
         if arguments is None:
             self.content += f"{call.name}({call.arguments}"
@@ -110,7 +109,8 @@ Show = Callable[[Piece], dict[str, Any]]
 
 @dataclass(eq=False)
 class OllamaView(View):
-    """Shows one answer; or the end of a request without a prompt, which loads a model, or unloads one of several."""
+    """A view of one answer, or of the end of a request without a prompt, which loads a model or unloads one of
+    several."""
 
     tokenizer: Tokenizer
     begin: dict[str, Any]  # of each line
@@ -162,8 +162,8 @@ class OllamaView(View):
 
 
 def durations(timings: Timings) -> dict[str, int]:
-    """Returns nanoseconds and numbers of tokens; those that were in the prefix cache are counted, and cost nothing. A
-    request waits where Ollama loads the model."""
+    """Returns nanoseconds and numbers of tokens. Tokens of the prefix cache are counted, and cost nothing. The wait of
+    a request is Ollama's `load_duration`."""
     shown = shown_timings(timings)
     answer_ms = shown["predicted_ms"]
     return {
@@ -195,10 +195,11 @@ class OllamaDialect(Dialect[AnyAnswer]):
 
     @abstractmethod
     async def request(self, asked: Asked[AnyAnswer]) -> CompletionRequest:
-        """Makes the completion that a body asks for."""
+        """Makes the completion of a body."""
 
     async def reply(self, asked: Asked[AnyAnswer]) -> Reply:
-        """Describes the reply. Its time is that of the admission: a reply that is computed again is the same."""
+        """Describes the reply. Its time is that of the admission, so that a reply that is computed again is the
+        same."""
         body, end = asked.body, None
         if body.is_load:
             unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0
@@ -212,7 +213,7 @@ class OllamaDialect(Dialect[AnyAnswer]):
         )
 
     async def _requests(self, asked: Asked[AnyAnswer]) -> list[CompletionRequest]:
-        """Makes no request where a model is only loaded, and refuses reasoning of a model that knows none, as Ollama
+        """Makes no request if a model is only loaded, and refuses reasoning of a model that knows none, as Ollama
         does."""
         if asked.body.is_load:
             return []

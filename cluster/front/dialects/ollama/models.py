@@ -1,4 +1,4 @@
-"""Models as Ollama's clients see them: their names, lists and files, and the requests that change names or download."""
+"""Names, lists and files of models in Ollama's form, and the requests that change names or download."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ API_VERSION: Final = "0.12.11"
 _NEVER: Final = "2318-12-31T00:00:00Z"
 _UNITS: Final = ((1_000_000_000_000, "T"), (1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K"))
 _MOST_ITEMS: Final = 1 << 10
-"""Longer arrays, such as vocabularies, are left out."""
+"""Most items of an array that is shown: vocabularies are longer."""
 
 
 def shown_time(seconds: float) -> str:
@@ -43,7 +43,7 @@ def shown_time(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModelDetails:
-    """The parts of replies that a model's file makes; fixed for the life of an app."""
+    """The parts of replies that come from a model's file; fixed for the life of an app."""
 
     listed: dict[str, Any]  # in lists of models
     info: dict[str, Any]  # the metadata
@@ -51,7 +51,7 @@ class ModelDetails:
 
     @classmethod
     def of(cls, settings: TextSettings) -> ModelDetails:
-        """Reads the model's file. Of a model without one only the name is known."""
+        """Reads the model's file; without a file, only the name is known."""
         file = settings.file
         if file is None:
             return cls(_listed(hashlib.sha256(settings.model_name.encode()).hexdigest()), {}, shown_time(0))
@@ -176,7 +176,8 @@ def _names(model: ApiModel) -> list[str]:
 
 
 def _expiry(model: ApiModel) -> str:
-    """Returns when the model is unloaded unless a request comes; while it has requests, counted from now."""
+    """Returns the time at which the model is unloaded unless a request comes; while it has requests, counted from
+    now."""
     resident = model.resident
     if resident.expires_in_s is None:
         return _NEVER
@@ -186,8 +187,8 @@ def _expiry(model: ApiModel) -> str:
 
 
 async def _capabilities(model: ApiModel) -> list[str]:
-    """Returns the capabilities by Ollama's names. Every template takes tools: their definitions are written into the
-    chat otherwise."""
+    """Returns the capabilities by Ollama's names. Every template takes tools: some get their definitions in a
+    message."""
     has_reasoning = (await model.service.chat_format.get()).knows_reasoning
     further = {"thinking": has_reasoning, "insert": model.service.tokenizer.vocabulary.fill_in is not None}
     return ["completion", "tools", "embedding", *(name for name, is_there in further.items() if is_there)]

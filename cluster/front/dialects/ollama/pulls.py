@@ -24,7 +24,7 @@ _MOST_OF_A_MESSAGE: Final = 500
 
 
 class CatalogPulls:
-    """Downloads models for requests, which choose an entry of the catalog: their texts never become part of an
+    """Downloads of models for requests, which choose an entry of the catalog: their texts never become part of an
     address."""
 
     def __init__(self, settings: ApiSettings) -> None:
@@ -32,7 +32,8 @@ class CatalogPulls:
         self._running: str | None = None  # the model that is downloaded
 
     def wanted(self, request: Request, name: str) -> CatalogEntry:
-        """Raises HttpError 403 where the cluster file, the key or the catalog does not allow it."""
+        """Returns the entry to download. HttpError 403 if the cluster file, the key or the catalog does not allow
+        it."""
         if not self._settings.allows_pull:
             cure = "the API downloads no models; use `llamaclust model pull`, or set api.pull in the cluster file"
             raise _not_allowed(f"model {name[:200]!r} not found; {cure}")
@@ -48,7 +49,7 @@ class CatalogPulls:
 
     async def progress(self, entry: CatalogEntry) -> AsyncGenerator[dict[str, Any], None]:
         """Yields the download's steps, the last one "success". Raises HttpError 409 while another one runs, 502 for one
-        that failed. Its process ends with this generator; a later download of the model goes on with what it left."""
+        that failed. Its process ends with this generator; a later download of the model continues its file."""
         if self._running is not None:
             message = f"model {self._running!r} is being downloaded; try again when that is done"
             raise HttpError(409, "pull_in_progress", message, {"Retry-After": "10"}, param="model")

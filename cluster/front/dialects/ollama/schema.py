@@ -34,7 +34,7 @@ _MESSAGES: Final = 16_384
 
 @sampled(Dialect.OLLAMA)
 class Options(SamplerFields, ReasoningFields, SpeculativeFields, foreign=OLLAMA_OPTIONS):
-    """The field that says how an answer is sampled."""
+    """The field `options`: sampling settings of an answer."""
 
     takes_recommended: ClassVar = True
 
@@ -78,7 +78,7 @@ class AnswerFields(Body):
     model: str
     """The served model, with or without `:latest`; any name unless `api.strict_model` is true."""
     keep_alive: Any = None
-    """How long one of several models stays loaded after the reply: seconds, or a text like "5m"."""
+    """Time that one of several models stays loaded after the reply: seconds, or a text like "5m"."""
     stream: bool = True
     """Lines of JSON; false: one object."""
     format: _FormatField = None
@@ -90,7 +90,7 @@ class AnswerFields(Body):
     logprobs: bool = False
     """Logprobs of the chosen tokens."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    """Also those of that many of the likeliest tokens; needs `logprobs`."""
+    """Number of likeliest tokens whose logprobs are shown too; needs `logprobs`."""
 
     def completion(self, prompt: str | tuple[int, ...] = ()) -> CompletionRequest:
         """Raises ParameterError for fields that contradict each other."""
@@ -109,16 +109,16 @@ class AnswerFields(Body):
     @property
     @abstractmethod
     def is_load(self) -> bool:
-        """True where there is no prompt: the model is only loaded."""
+        """True if there is no prompt: the model is only loaded."""
 
     @property
     def has_context(self) -> bool:
-        """True where the reply has the token ids of prompt and answer, which the next request may continue."""
+        """True if the reply has the token ids of prompt and answer, which the next request may continue."""
         return False
 
     @property
     def wants_reasoning(self) -> bool:
-        """True where it makes sense only with a model that reasons."""
+        """True if the request requires a model that reasons."""
         return self.think not in (None, False)
 
     def _grammar(self) -> Grammar | None:
@@ -176,7 +176,7 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
     content: str = ""
     """The text."""
     thinking: str = ""
-    """What a model thought before its answer, sent back; passed to the chat template."""
+    """Reasoning of an earlier answer, sent back; passed to the chat template."""
     tool_calls: list[CallField] = Field(default_factory=list)
     """An assistant's calls, sent back."""
     tool_name: str = ""
@@ -269,7 +269,7 @@ class CopyBody(Body):
 
 
 def _with_from(schema: dict[str, Any]) -> None:
-    """Gives the field Ollama's name, which is a keyword of Python."""
+    """Gives the field `source` Ollama's name `from`, which is a keyword of Python."""
     schema["properties"]["from"] = schema["properties"].pop("source")
     schema["required"] = ["model", "from"]
 

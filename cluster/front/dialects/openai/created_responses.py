@@ -54,8 +54,8 @@ class CreatedResponses:
             yield Route("DELETE", one, self.delete)
 
     async def retrieve(self, request: Request) -> Response:
-        """A response as it is; `?stream=true`: the events of one that was streamed in the background, after the one of
-        number `starting_after`."""
+        """Returns a response as it is; `?stream=true`: the events of a response that was streamed in the background,
+        after event number `starting_after`."""
         if request.query_params.get("stream", "false").lower() not in ("true", "1"):
             return rendered(await self._shown(request))
         kept = self._kept(request)
@@ -92,7 +92,7 @@ class CreatedResponses:
         return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
-        """The input of a response; the newest item first unless `order=asc`."""
+        """Returns the input of a response; the newest item first unless `order=asc`."""
         stored = self._store.get(*self._key(request))
         if stored is None:
             raise _not_found(request)
@@ -111,7 +111,7 @@ class CreatedResponses:
         return rendered({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
 
     async def _shown(self, request: Request) -> dict[str, Any]:
-        """Returns a response as it is now. Raises HttpError where there is none."""
+        """Returns a response as it is now. Raises HttpError if there is none."""
         stored = self._store.get(*self._key(request))
         if stored is not None and stored.response["status"] not in _RUNNING:
             return stored.response
@@ -125,18 +125,18 @@ class CreatedResponses:
         return _unended(kept, request.path_params["id"])
 
     def _kept(self, request: Request) -> KeptReply | None:
-        """The reply of a response in the background; others are kept too."""
+        """Returns the kept reply of a response in the background; None for other kept replies."""
         kept = self._named(request)
         return kept if kept is not None and kept.context.is_background else None
 
     def _named(self, request: Request) -> KeptReply | None:
-        """The kept reply of a response or a compaction."""
+        """Returns the kept reply of a response or a compaction."""
         key = self._key(request)
         kept = self.replies.cache.named(*key) if key[1].startswith(ID_PREFIX) else None
         return kept if kept is not None and kept.context.endpoint.startswith(Responses.paths) else None
 
     def _key(self, request: Request) -> tuple[str, str]:
-        """The owner and the id of a response."""
+        """Returns the owner and the id of a response."""
         return owner(request.headers, self.replies.settings.api_keys), request.path_params["id"]
 
 
@@ -145,7 +145,7 @@ def _not_found(request: Request) -> HttpError:
 
 
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
-    """A response that is not stored yet. One that waits for its turn after a restart is known by its id alone."""
+    """Shows a response that is not stored yet. A response that waits for its turn after a restart has its id alone."""
     known = kept.acknowledgement
     shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.context.created}
     shown |= {"background": True, "output": []} if known is None else json.loads(known)

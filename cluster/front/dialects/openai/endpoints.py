@@ -75,7 +75,7 @@ class ChatCompletions(_Generating[ChatBody]):
     body, view = ChatBody, ChatView
 
     def routes(self) -> Iterator[Route]:
-        """The tokens of a chat are counted, as llama.cpp does, whatever model it names."""
+        """Adds llama.cpp's endpoint that counts the tokens of a chat, whatever model it names."""
         yield from super().routes()
         if self.path == "/chat/completions":
             for path in self.paths:
@@ -85,7 +85,7 @@ class ChatCompletions(_Generating[ChatBody]):
         return [await self.service.chat(await asked.chat(asked.body.request))]
 
     async def count(self, request: Request) -> Response:
-        """The tokens of a chat's prompt (llama.cpp's `.../input_tokens`)."""
+        """Returns the number of tokens of a chat's prompt (llama.cpp's `.../input_tokens`)."""
         body = await self.read(request)
         return await self.counted(request, await converted(body, body.request), object=_COUNT)
 
@@ -107,8 +107,8 @@ class _Continuing(Dialect[_AnyResponse]):
         return [completion]
 
     def _chat(self, body: _AnyResponse, context: RequestContext) -> tuple[list[Item], Messages]:
-        """The input's items, and all messages of the chat. What is in the store now, a later computation has from the
-        context: earlier messages, or all where the input has references."""
+        """Returns the input's items, and all messages of the chat. The context keeps those of the store for a later
+        computation: earlier messages, or all messages if the input has references."""
         if not has_references(body.input):
             context.earlier = context.earlier or self._earlier(body, context.owner)
             return body.input, (*context.earlier, *messages_of(body.input))
@@ -118,12 +118,12 @@ class _Continuing(Dialect[_AnyResponse]):
         return items, context.earlier
 
     def _resolved(self, body: _AnyResponse, owner: str) -> tuple[list[Item], Messages]:
-        """Resolves the input and the earlier messages by what the store has."""
+        """Resolves references of the input, and returns its items and all messages of the chat."""
         items = self._store.resolved(owner, body.input, self.settings.max_body_bytes)
         return items, (*self._earlier(body, owner), *messages_of(items))
 
     def _earlier(self, body: _AnyResponse, owner: str) -> Messages:
-        """The messages of the chat that the input continues."""
+        """Returns the messages of the chat that the input continues."""
         followed = body.previous_response_id
         return () if followed is None else self._store.followed(owner, followed).messages
 
@@ -174,7 +174,7 @@ class Responses(_Continuing[ResponsesBody]):
         )
 
     async def count(self, request: Request) -> Response:
-        """The tokens of a response's prompt."""
+        """Returns the number of tokens of a response's prompt."""
         body = await self.read(request)
         _, messages = self._resolved(body, owner(request.headers, self.settings.api_keys))
         return await self.counted(request, await converted(body, body.request, messages), object=_COUNT)

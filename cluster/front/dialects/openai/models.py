@@ -20,7 +20,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 
 _ONE_MODEL: Final = "one model is served, which stays loaded; list several as `models` in the cluster file"
 _UNLOAD_S: Final = 60.0
-"""A reply waits so long for the end of a load, which is not cancelled."""
+"""Deadline of a reply that waits for the end of a load, which is not cancelled."""
 
 
 class ModelEndpoints:
@@ -58,8 +58,8 @@ class ModelEndpoints:
         return JsonResponse({"success": True})
 
     async def unload(self, request: Request) -> Response:
-        """Unloads the named model; answers once it sleeps. HttpError 409 where it has requests; DeadlineError where a
-        load takes long, after which it sleeps none the less."""
+        """Unloads the named model; answers once it sleeps. HttpError 409 if it has requests; DeadlineError if a load
+        takes long, after which it sleeps nevertheless."""
         model = await self._named(request)
         async with deadline(f"the end of a load of {model.name!r}, which is unloaded then", _UNLOAD_S):
             await model.resident.sleep()
@@ -75,7 +75,7 @@ class ModelEndpoints:
         return self._router.named(name)
 
     def _entry(self, model: ApiModel, adapter: ServedAdapter | None) -> dict[str, Any]:
-        """The model under its own name, or an adapter as vLLM shows it."""
+        """Shows the model under its own name, or an adapter as vLLM shows it."""
         settings = model.settings
         entry = {
             "id": model.name,
@@ -93,7 +93,7 @@ class ModelEndpoints:
 
 
 def _status(model: ApiModel) -> str:
-    """The words of llama.cpp's router."""
+    """Returns the status in words of llama.cpp's router."""
     if model.resident.is_asleep:
         return "unloaded"
     return "loading" if model.resident.is_loading else "loaded"

@@ -1,4 +1,4 @@
-"""Items of the Responses API: as clients send them, and as messages of a chat."""
+"""Items of the Responses API, in the form of clients and as messages of a chat."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Item = dict[str, Any]
 
 MAX_ITEMS: Final = 16_384
 REFERENCE: Final = "item_reference"
-"""The type of an item that stands for one of a stored response, by its id."""
+"""The type of an item that refers to an item of a stored response, by its id."""
 CALL_TEXTS: Final = {"function_call": "arguments", "custom_tool_call": "input"}
-"""Calls of named tools, and their member that the model writes."""
+"""Types of calls of named tools, with the field that the model writes."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _SUMMARY_FORMAT: Final = "llamaclust summary 1:"
 _SUMMARY: Final = "Summary of the conversation so far:"
@@ -44,8 +44,8 @@ _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 
 def read_items(value: Any, context: object) -> list[Item]:
-    """The input of a request, in full form. ValueError for one that is wrong. Texts stand in place of parts that are
-    not supported; unless `context` is a `Leniency`, these are a ValueError too."""
+    """Reads the input of a request into full items. ValueError for a wrong input. Texts replace unsupported parts;
+    unless `context` is a `Leniency`, these are a ValueError too."""
     if isinstance(value, str):
         return [_message({"role": "user", "content": value}, context)]
     if not isinstance(value, list):
@@ -62,23 +62,24 @@ def read_items(value: Any, context: object) -> list[Item]:
 
 
 def has_references(items: Iterable[Item]) -> bool:
-    """Returns true if some stand for items of stored responses."""
+    """Returns True if some items refer to those of stored responses."""
     return any(item["type"] == REFERENCE for item in items)
 
 
 def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
-    """The items as a client lists them: those without an id get one."""
+    """Returns the items as a client lists them: those without an id get one."""
     return [{**item, "id": item.get("id") or f"item_{response_id}{place}"} for place, item in enumerate(items)]
 
 
 def summary_item(item_id: str, summary: str) -> Item:
-    """Stands for all messages before it. Its client may read it: it is base64, in the field's name of the API."""
+    """Makes the item that stands for all messages before it. Its client may read it: it is base64, in the API's
+    field."""
     content = _SUMMARY_FORMAT + b64encode(summary.encode()).decode()
     return {"type": "compaction", "id": item_id, "encrypted_content": content}
 
 
 def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """Successive items of an assistant (reasoning, text, calls) are one message."""
+    """Makes messages; successive items of an assistant (reasoning, text, calls) are one message."""
     messages: list[dict[str, Any]] = []
     for is_answer, group in groupby(items, _is_answer):
         run = [*group]
@@ -108,7 +109,7 @@ def _answer(items: Iterable[Item]) -> dict[str, Any]:
 
 
 def _function(item: Item) -> dict[str, str]:
-    """A call as the model made it, or would have."""
+    """Returns the function of a call in the model's form."""
     kind = str(item["type"])
     if kind in CALL_TEXTS:
         text = item[CALL_TEXTS[kind]]
@@ -160,13 +161,14 @@ def _items(value: Any, context: object) -> list[Item]:
 
 
 def _item(kind: str, value: Item, **more: Any) -> Item:
-    """The fields of an item that its type has, its id where there is one, and more."""
+    """Makes an item with the fields of its type, its id if there is one, and `more`."""
     item_id = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
     return {"type": kind, **item_id, **{name: _string(value, name) for name in _STRINGS.get(kind, ())}, **more}
 
 
 def _call(kind: str, value: Item, context: object) -> Item:
-    """Calls of the client's tools by their fields, others as they are: they belong to tools of other servers."""
+    """Reads a call: a call of the client's tools by its fields, another one as it is, because it belongs to another
+    server's tool."""
     if kind in CALL_TEXTS:
         space = {"namespace": _string(value, "namespace")} if value.get("namespace") is not None else {}
         return _item(kind, value, **space, status="completed")
@@ -179,7 +181,7 @@ def _call(kind: str, value: Item, context: object) -> Item:
 
 
 def _output(kind: str, value: Item, context: object) -> str | list[Item]:
-    """The result of a call: text, or parts of which those that are no text are replaced."""
+    """Reads the result of a call: text, or parts, of which those without text are replaced."""
     is_text = kind.removesuffix(_OUTPUT) in CALL_TEXTS
     output = value.get("output") or ("" if is_text else None)
     if isinstance(output, str):
@@ -199,7 +201,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """A text stands in place of a summary that another server made."""
+    """Reads a summary; a text replaces one that another server made."""
     try:
         _summary(item)
     except ValueError:
@@ -211,7 +213,7 @@ def _compaction(item: Item, context: object) -> Item:
 
 
 def _summary(item: Item) -> str:
-    """ValueError where another server made it, and for an empty one."""
+    """Returns the summary's text. ValueError if another server made it, or if it is empty."""
     kind, summary_format, encoded = item["encrypted_content"].rpartition(_SUMMARY_FORMAT)
     try:
         summary = b64decode(encoded, validate=True).decode()

@@ -127,12 +127,12 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     """The answer ends before the first of these."""
     tools: _ToolsField = Field(default_factory=ToolSet)
     """Tools that the model may call and the client runs: function, custom, local_shell, shell, apply_patch, and
-    namespaces of them. Hosted tools are left out."""
+    namespaces of them. Hosted tools are omitted."""
     tool_choice: _ChoiceField = "auto"
     """`auto`, `none`, `required`, the one tool to be called, or `{"type": "allowed_tools", "mode": "auto" or
     "required", "tools": [{"type": "function", "name": ...}]}`: only these of the tools are offered."""
     parallel_tool_calls: bool | None = None
-    """Whether an answer may have several calls; by default true, but one call where `tool_choice` asks for one."""
+    """true: an answer may have several calls, the default unless `tool_choice` requires a call."""
     reasoning: Reasoning = Field(default_factory=Reasoning)
     """Settings of reasoning."""
     text: TextConfig = Field(default_factory=TextConfig)
@@ -142,7 +142,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     include: _IncludeField = ()
     """`message.output_text.logprobs`: logprobs of the message's tokens. Other names have no effect."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Requested()] = 0
-    """With the logprobs: also those of that many of the likeliest tokens."""
+    """Number of likeliest tokens whose logprobs are shown too."""
     timings_per_token: bool = False
     """llama.cpp's `timings` in each event of a stream that adds to the answer, and in the last one."""
     return_progress: bool = False
@@ -157,7 +157,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
         return _LOGPROBS in self.include
 
     def shown(self) -> dict[str, Any]:
-        """The fields of the request that a response repeats."""
+        """Returns the fields of the request that a response repeats."""
         return {name: getattr(self, name) for name in _REPEATED.split()} | {
             "parallel_tool_calls": self.choice.use.is_parallel,
             "reasoning": {"effort": self.reasoning.effort, "summary": None},
@@ -177,7 +177,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
             raise ParameterError("input", "is missing")
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """The chat that the messages of the input, and those before them, make."""
+        """Makes the chat of the input's messages and those before them."""
         answer = self.completion(
             (),
             self.max_output_tokens,
@@ -196,7 +196,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
 
 def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Instructions and the developer's first messages are one: many templates take no second one."""
+    """Joins the instructions and the developer's first messages: many templates take no second system message."""
     systems = [*takewhile(lambda message: message["role"] == "system", messages)]
     texts = [*([] if instructions is None else [instructions]), *(message["content"] for message in systems)]
     prompt = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
@@ -225,17 +225,17 @@ class ResponseHead:
 
     @property
     def begun(self) -> dict[str, Any]:
-        """The response before its computation."""
+        """Shows the response before its computation."""
         return self.shown(Status.QUEUED if self.body.background else Status.IN_PROGRESS)
 
     @property
     def first_events(self) -> list[dict[str, Any]]:
-        """The events that a stream begins with."""
+        """Returns the events that a stream begins with."""
         statuses = [Status.QUEUED, Status.IN_PROGRESS] if self.body.background else [Status.IN_PROGRESS]
         return [{"type": "response.created", "response": self.begun}, *map(self.event, statuses)]
 
     def event(self, status: Status) -> dict[str, Any]:
-        """The event that the response gets this status."""
+        """Returns the event of a new status."""
         return {"type": f"response.{status}", "response": self.shown(status)}
 
     def shown(
@@ -246,7 +246,7 @@ class ResponseHead:
         *,
         ended_s: float | None = None,
     ) -> dict[str, Any]:
-        """The whole object. `ended_s`: Unix time of the answer's end."""
+        """Shows the whole response. `ended_s`: Unix time of the answer's end."""
         return {
             "id": ID_PREFIX + self.reply_id,
             "object": "response",
@@ -278,12 +278,12 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
     input: InputField = Field(default_factory=list)
     """Text, or items, as of `POST /v1/responses`."""
     previous_response_id: str | None = Field(default=None, max_length=256)
-    """A stored response: the chat that it ends comes before the input."""
+    """A stored response: the chat that it ends precedes the input."""
     instructions: str | None = None
     """The chat's system prompt, which is not summarized."""
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """The chat, with the task at its end; greedy, without reasoning."""
+        """Makes the chat with the task of a summary at its end; greedy, without reasoning."""
         if not messages:
             raise ParameterError("input", "is missing")
         answer = CompletionRequest((), MAX_SUMMARY_TOKENS)
@@ -292,7 +292,7 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
 
 
 def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The task is in a last message of the user that is there already: many templates want turns to alternate."""
+    """Adds the task to a last message of the user if there is one: many templates want turns to alternate."""
     last = messages[-1]
     if last["role"] == "user":
         return [*messages[:-1], {**last, "content": f"{last['content']}\n\n{_TASK}"}]

@@ -21,7 +21,7 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
-    """One response with what it answers. Those with many numbers are made on a thread: their bytes are counted."""
+    """One response with its input. Responses with many numbers are made on a thread: their bytes are counted."""
 
     response: dict[str, Any]  # as it is shown
     input_items: list[Item]
@@ -33,7 +33,8 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The oldest response of the owner who has most gives way. Use from one event loop."""
+    """Stored responses within bounds: the oldest response of the owner with the most gives way. Use from one event
+    loop."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -41,7 +42,8 @@ class ResponseStore:
         self._stored: dict[tuple[str, str], StoredResponse] = {}  # by owner and id, the oldest first
 
     def put(self, owner: str, stored: StoredResponse) -> None:
-        """Replaces one of the same id, and makes room. One that is too large alone is not stored."""
+        """Stores a response in place of one with the same id, and makes room. A response that is too large alone is not
+        stored."""
         self.delete(owner, stored.response["id"])
         if stored.held_bytes <= self._max_bytes:
             self._make_room(stored.held_bytes)
@@ -51,11 +53,11 @@ class ResponseStore:
         return self._stored.get((owner, response_id))
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Returns true if it was there."""
+        """Returns True if the response was there."""
         return self._stored.pop((owner, response_id), None) is not None
 
     def followed(self, owner: str, response_id: str) -> StoredResponse:
-        """The complete one that a request follows. HttpError where there is none."""
+        """Returns the complete response that a request follows. HttpError if there is none."""
         stored = self.get(owner, response_id)
         if stored is None or stored.response["status"] not in ("completed", "incomplete"):
             why = "is not stored here" if stored is None else f"is {stored.response['status']}"
@@ -64,8 +66,8 @@ class ResponseStore:
         return stored
 
     def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
-        """The items, in place of references those that they name. HttpError for a reference to none, ParameterError
-        where they name more than `most_bytes`."""
+        """Replaces references by the items that they name. HttpError for a reference to nothing, ParameterError for
+        more than `most_bytes` of items."""
         references = Counter(item["id"] for item in items if item["type"] == REFERENCE)
         if not references:
             return items
@@ -79,7 +81,7 @@ class ResponseStore:
         return [named[item["id"]] if item["type"] == REFERENCE else item for item in items]
 
     def _named(self, owner: str, wanted: Collection[str]) -> dict[str, Item]:
-        """The items of these ids, each of the newest response that has it."""
+        """Finds the items of these ids, each in the newest response that has it."""
         found = dict[str, Item]()
         for stored in [stored for (of, _), stored in reversed(self._stored.items()) if of == owner]:
             for item in reversed((*stored.input_items, *stored.response["output"])):
@@ -104,8 +106,8 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False)
 class Storing:
-    """Stores a response once it is complete, with the items that it answers. Made on the event loop of the store; all
-    readers of a reply share one."""
+    """Stores a response once it is complete, with its input items. Made on the event loop of the store; all readers of
+    a reply share one."""
 
     store: ResponseStore
     owner: str

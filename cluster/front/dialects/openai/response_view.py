@@ -70,7 +70,7 @@ class ShownRow(DeferredValue):
 
 
 class OutputItems:
-    """Puts an answer's items together and gives the events of each step. One item is open at a time."""
+    """Puts an answer's items together and yields the events of each step; one item is open at a time."""
 
     def __init__(self, reply_id: str, tools: Iterable[ClientTool]) -> None:
         self._tools = {tool.function_name: tool for tool in tools}
@@ -82,7 +82,7 @@ class OutputItems:
         self._pending: list[ShownRow] = []  # of tokens whose text is still to come
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
-        """`logprobs`: of the tokens that came with the events; those whose text is no message's are left out."""
+        """Takes events and the logprobs of their tokens; logprobs of text outside messages are dropped."""
         self._pending += logprobs
         for event in events:
             if not isinstance(event, ContentText):  # a token may have the end of its markup, and text
@@ -103,7 +103,7 @@ class OutputItems:
                     yield from self._close(Status.COMPLETED)
 
     def end(self, status: Status) -> Iterator[Shown]:
-        """The last item has the status of the response. An empty answer has an empty message."""
+        """Ends the last item with the status of the response. An empty answer has an empty message."""
         if not self.items:
             yield from self._begin_text("message")
         yield from self._close(status)
@@ -164,7 +164,7 @@ class OutputItems:
 
 
 def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
-    """The type of a call's item, and its first fields."""
+    """Returns the type of a call's item, and its first fields."""
     if tool is not None and tool.kind in BUILT_IN:
         built_in = BUILT_IN[tool.kind]
         return f"{tool.kind}_call", {built_in.field: dict(built_in.fixed)}
@@ -176,8 +176,8 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
 
 
 def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
-    """The entries of a piece of text, and those of text that is still to come. Before the first piece of a message,
-    markup may stand that is not shown."""
+    """Returns the entries of a piece of text, and those of text that is still to come. Before the first piece of a
+    message, there may be markup that is not shown."""
     ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
     data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)
@@ -198,7 +198,7 @@ class ResponseView(View):
     def __init__(
         self, head: ResponseHead, tokenizer: Tokenizer, store: Callable[[dict[str, Any]], None] | None, log: AnswerLog
     ) -> None:
-        """`store` takes the complete response; None for one that is not stored."""
+        """Makes the view; `store` takes the complete response; None: it is not stored."""
         self._body = head.body
         self._tokenizer = tokenizer
         self._head = head
@@ -210,7 +210,8 @@ class ResponseView(View):
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """The answer is in chunks where logprobs are shown: in a joined one, no token has a place in the text."""
+        """Shows the answer, which is in chunks if logprobs are shown: in a joined one, no token has a place in the
+        text."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -218,7 +219,7 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Progress is in a slot of its own, with the number of the event before: a reply that is computed again has
+        """Shows progress in a slot of its own, with the number of the event before: a reply that is computed again has
         other progress."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
@@ -257,7 +258,7 @@ class ResponseView(View):
             yield from self._items.end(_end_status(part))
 
     def _ended(self, last: TextChunk) -> dict[str, Any]:
-        """The response, which is to be stored."""
+        """Shows the response and stores it."""
         usage = _usage(self._log, last.timings, self._tokens, min(self._reasoning.total(), self._tokens))
         response = self._head.shown(_end_status(last), self._items.items, usage, ended_s=self._log.ended_s)
         if self._store is not None:
@@ -271,8 +272,8 @@ class ResponseView(View):
 
 
 class ReasoningCount:
-    """About the tokens of an answer's reasoning: some characters at a time, so that the last event of a stream does not
-    wait for all. The same for any pieces of a text."""
+    """An estimate of the tokens of an answer's reasoning, counted some characters at a time, so that the last event of
+    a stream does not wait. It is the same for any pieces of a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -287,7 +288,7 @@ class ReasoningCount:
         self._text = self._text[whole:]
 
     def total(self) -> int:
-        """No more text comes."""
+        """Returns the estimate, once no more text comes."""
         return self._tokens + self._count(self._text)
 
     def _count(self, text: str) -> int:
@@ -295,14 +296,14 @@ class ReasoningCount:
 
 
 class CompactionView(View):
-    """One summary; what exceeds the limit of its tokens is cut off."""
+    """A view of one summary; text beyond its limit of tokens is cut off."""
 
     def __init__(self, context: RequestContext, log: AnswerLog) -> None:
         self._context = context
         self._log = log
 
     def frames(self, prompt: int, item: LogItem) -> list[Event]:
-        """Summaries are not streamed."""
+        """Returns nothing: summaries are not streamed."""
         return []
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
@@ -321,7 +322,6 @@ class CompactionView(View):
 
 
 def _end_status(part: TextChunk) -> Status:
-    """The status at the last part of an answer."""
     return Status.INCOMPLETE if part.finish_reason is FinishReason.LENGTH else Status.COMPLETED
 
 

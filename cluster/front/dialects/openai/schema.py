@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's endpoints, with vLLM's and llama.cpp's names for what goes beyond them."""
+"""Bodies of OpenAI's endpoints, with vLLM's and llama.cpp's names for further fields."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Message(Body, foreign=MESSAGE):
     name: str | None = None
     """Passed to the chat template."""
     reasoning_content: str | None = None
-    """What a model thought before its answer, sent back; passed to the chat template."""
+    """Reasoning of an earlier answer, sent back; passed to the chat template."""
 
     tool_calls: list[CallField] | None = None
     """An assistant's calls, sent back."""
@@ -116,13 +116,12 @@ class ChatFields(ToolFields):
     reasoning_effort: str | None = None
     """Passed to the chat template; none sets its `enable_thinking` to false."""
     add_generation_prompt: bool | None = None
-    """Whether the prompt ends with the beginning of an answer; by default true unless the last message is continued."""
+    """true: the prompt ends with the beginning of an answer; the default unless the last message is continued."""
     continue_final_message: bool | None = None
-    """Whether the answer continues the last message; by default an assistant's message is continued."""
+    """true: the answer continues the last message; the default for an assistant's message."""
 
     @property
     def variables(self) -> tuple[dict[str, Any], ...]:
-        """The messages as chat templates know them."""
         return tuple(message.as_variables() for message in self.messages)
 
     @property
@@ -149,7 +148,7 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
     stop_token_ids: Annotated[list[int], FailFast(), Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
     """More tokens that end an answer."""
     min_tokens: Annotated[int, Requested()] = 0
-    """Nothing ends the answer before."""
+    """Number of tokens before which nothing ends the answer."""
     ignore_eos: Annotated[bool, Requested()] = False
     """The model may not end its answer."""
     n: Annotated[int, Requested()] = 1
@@ -165,7 +164,7 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
     stream_options: StreamOptions | None = None
     """Additions to the stream; needs `stream`."""
     cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """Only requests with the same share their prompts' beginnings in the prefix cache."""
+    """Salt of the prefix cache: requests share beginnings of prompts if their salts are equal."""
     return_token_ids: bool = False
     """Adds `token_ids` and `prompt_token_ids` to each choice."""
 
@@ -176,14 +175,14 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
 
     @property
     def has_measurements(self) -> bool:
-        """True if a stream shows times, or what the prefix cache had."""
+        """True if a stream shows times, or the prefix cache's tokens."""
         options = self.stream_options or StreamOptions()
         return (
             self.timings_per_token or self.return_progress or (options.include_usage and options.continuous_usage_stats)
         )
 
     def _request(self, prompt: Prompt, max_new_tokens: int | None, **more: Any) -> CompletionRequest:
-        """The completion of one prompt. `more` are further fields of CompletionRequest."""
+        """Makes the completion of one prompt; `more` are further fields of CompletionRequest."""
         return self.completion(
             prompt,
             max_new_tokens,
@@ -210,7 +209,7 @@ class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
     logprobs: bool = False
     """Logprobs of the chosen tokens."""
     top_logprobs: int | None = None
-    """Also those of that many of the likeliest tokens; needs `logprobs`."""
+    """Number of likeliest tokens whose logprobs are shown too; needs `logprobs`."""
 
     @property
     def with_logprobs(self) -> bool:
@@ -227,7 +226,6 @@ class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
             raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
 
     def request(self) -> ChatRequest:
-        """The chat of the body."""
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         return ChatRequest(
             self.variables,
@@ -250,13 +248,13 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     max_tokens: LimitField = DEFAULT_COMPLETION_TOKENS
     """Tokens of an answer, at most; -1: what the context leaves; 0: `echo` and `logprobs` give the prompt's alone."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    """Logprobs of the chosen tokens and of that many of the likeliest."""
+    """Number of likeliest tokens whose logprobs are shown beside the chosen token's."""
     echo: bool = False
-    """The prompt stands before the answer, its logprobs too where they are asked for."""
+    """The prompt precedes the answer, with its logprobs if they are requested."""
     score_from: Annotated[int, documented(0, MAX_CONTEXT_TOKENS)] | None = None
-    """With `echo` and `logprobs`: only the prompt's tokens from this one on get logprobs; saves work."""
+    """First prompt token that gets logprobs, for `echo` and `logprobs`; saves work."""
     best_of: int | None = None
-    """Only n is supported."""
+    """Must equal n."""
     add_special_tokens: Annotated[bool, Requested("add_special")] = True
     """BOS where the model wants it."""
     parse_special: Annotated[bool, Requested()] = True
@@ -278,7 +276,7 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
             raise ParameterError("n", f"asks for {shown(answers)} answers{prompts}, at most {MAX_CHOICES} are given")
 
     def requests(self) -> list[CompletionRequest]:
-        """A completion for each prompt."""
+        """Makes a completion for each prompt."""
         more = {
             "top_logprobs": self.logprobs or 0,
             "score_from": (self.score_from or 0) if self.echo and self.logprobs is not None else None,

@@ -29,7 +29,7 @@ _PARTS: Final = {"type": "array", "items": {"type": "object", "required": ["type
 
 
 def _content(value: Any, info: ValidationInfo) -> str:
-    """Parts are put on lines of their own."""
+    """Joins parts of a message, each on lines of its own."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -76,7 +76,7 @@ def _tool(value: Any, info: ValidationInfo) -> Any:
 
 
 def _call(value: Any) -> Any:
-    """A call as the model made it, or would have."""
+    """Reads a call in the model's form."""
     if not isinstance(value, dict):
         raise ValueError("a call must be an object")
     call_id = value.get("id") or ""
@@ -117,7 +117,7 @@ def _choice(value: Any) -> Any:
 
 
 def _flat(choice: Any) -> Any:
-    """A tool that is named in the form of the Responses API. One without a type is a function."""
+    """Returns a named tool in the form of the Responses API. A tool without a type is a function."""
     if not isinstance(choice, dict):
         return choice
     kind = "custom" if choice.get("type") == "custom" else "function"
@@ -139,16 +139,16 @@ _ChoiceField = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE)]
 
 
 class ToolFields(ReasoningFields):
-    """Which tools a chat offers, and how the answer shows reasoning."""
+    """Fields of the tools that a chat offers, and of how the answer shows reasoning."""
 
     tools: _ToolsField = Field(default_factory=list)
-    """Tools that the model may call, of type `function` or `custom`; those of other types are left out."""
+    """Tools that the model may call, of type `function` or `custom`; those of other types are omitted."""
     tool_choice: _ChoiceField = "auto"
     """`auto`, `none`, `required`, the one tool to be called, or `{"type": "allowed_tools", "allowed_tools": {"mode":
     "auto" or "required", "tools": [{"type": "function", "function": {"name": ...}}]}}`: only these of the tools are
     offered."""
     parallel_tool_calls: bool | None = None
-    """Whether an answer may have several calls; by default true, but one call where `tool_choice` asks for one."""
+    """true: an answer may have several calls, the default unless `tool_choice` requires a call."""
     reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "none"] = "auto"
     """`none`: reasoning stays in the content, as the model writes it; otherwise it is in `reasoning_content`."""
 
@@ -161,7 +161,7 @@ ALLOWED: Final = "allowed_tools"
 
 
 def read_choice(value: Any, example: str = '{"type": "function", "name": ...}') -> Any:
-    """A mode, or an object in the form of the Responses API. ValueError, with an example of a named tool, for one of
+    """Reads a mode, or an object in the form of the Responses API. ValueError, with an example of a named tool, for
     another form."""
     if isinstance(value, str) and value in MODES:
         return value
@@ -177,7 +177,7 @@ def read_choice(value: Any, example: str = '{"type": "function", "name": ...}') 
 
 
 def _named_tool(value: Any, message: str) -> dict[str, str]:
-    """The fields of a choice that name a tool."""
+    """Reads the fields of a choice that name a tool."""
     kind = value.get("type") if isinstance(value, dict) else None
     names = {key: value[key] for key in ("type", "name", "namespace") if value.get(key) is not None} if kind else {}
     needs_name = kind in ("function", "custom")
@@ -212,7 +212,7 @@ class ToolChoice:
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """ParameterError for tools that contradict each other or the choice. A tool that is demanded must be there; of
+        """Raises ParameterError for tools that contradict each other or the choice. A demanded tool must be there; of
         those that are only allowed, hosted ones may be missing."""
         if isinstance(self.choice, dict):
             self._check_names()
@@ -236,7 +236,7 @@ _HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
 
 @dataclass(frozen=True, slots=True)
 class BuiltInTool:
-    """A tool that clients know by its type alone. Its calls have the arguments in an object of their own."""
+    """A tool that clients know by its type alone; its calls have the arguments in an object of their own."""
 
     field: str
     fixed: Mapping[str, Any]  # in that object
@@ -279,7 +279,7 @@ class ToolSet:
 
 
 def read_tools(value: Any, context: object) -> ToolSet:
-    """ValueError for a tool of a wrong form, and without a `Leniency` for a hosted one."""
+    """Reads the tools. ValueError for a tool of a wrong form, and without a `Leniency` for a hosted one."""
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
         raise ValueError(f"must be a list of at most {MAX_TOOLS} tools")
     client, shown = list[ClientTool](), list[dict[str, Any]]()
@@ -322,7 +322,7 @@ def _client_tools(tool: Any, namespace: str | None, context: object) -> Iterator
 
 
 def _is_hosted(tool: Mapping[str, Any]) -> bool:
-    """A shell may be in a container of OpenAI's."""
+    """Returns True for a tool that runs on OpenAI's servers, such as a shell in a container."""
     environment = tool.get("environment")
     return isinstance(environment, dict) and environment.get("type") in _HOSTED_ENVIRONMENTS
 
@@ -334,7 +334,7 @@ def _named(kind: str, fields: Mapping[str, Any], namespace: str | None) -> Clien
 
 
 def _shown_tool(tool: dict[str, Any], own: list[ClientTool]) -> dict[str, Any]:
-    """A function in full, in the flat form of this API; another tool as it was sent."""
+    """Shows a function in full, in the flat form of this API; another tool as it was sent."""
     if tool["type"] != "function":
         return tool
     function = own[0].function["function"]

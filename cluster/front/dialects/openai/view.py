@@ -40,18 +40,18 @@ Choice = dict[str, Any]
 
 
 class OpenAiView(View, Generic[AnyGeneration]):
-    """One reader's view; each endpoint shows choices in its own form."""
+    """A view of one reader; each endpoint shows choices in its own form."""
 
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
     text_member: ClassVar[str]
-    """The member of a choice, or of its delta, that a piece of text adds."""
+    """The field of a choice, or of its delta, that a piece of text adds."""
 
     def __init__(
         self, body: AnyGeneration, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
     ) -> None:
-        """`model`: the name that is shown."""
+        """Makes the view; `model` is the name that is shown."""
         self._body = body
         self._context = context
         self._model = model
@@ -75,7 +75,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         """Returns the content and the logprobs that a chunk adds to a choice, or those of a whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Progress is in a slot of its own: a reply that is computed again has other progress."""
+        """Shows progress in a slot of its own: a reply that is computed again has other progress."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)
@@ -138,7 +138,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**self._reply(self.chunk_object, choices), **more}
 
     def _choice(self, prompt: int, part: TextChunk, *, is_whole: bool = False) -> Choice | None:
-        """A chunk's addition to a choice, or a whole one; None where a client would see nothing."""
+        """Shows a chunk's addition to a choice, or a whole choice; None if a client would see nothing."""
         content = self._content(prompt, part, is_whole=is_whole)
         with_ids = self._body.return_token_ids
         is_shown = is_whole or part.finish_reason is not None or (with_ids and bool(part.rows))
@@ -150,8 +150,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**content, **ids, **self._ending(prompt, part)}
 
     def _ending(self, prompt: int, part: TextChunk) -> dict[str, Any]:
-        """The end of a choice, null while it goes on. `stop_reason` (vLLM's) is the stop string or the end token's id.
-        A complete answer with calls waits for their results."""
+        """Shows the end of a choice, null while it goes on. `stop_reason` (vLLM's) is the stop string or the end
+        token's id. A complete answer with calls waits for their results."""
         if part.finish_reason is None or part.timings is None:
             return {"finish_reason": None}
         waits = part.finish_reason is FinishReason.STOP and (prompt, part.index) in self._calling
@@ -162,7 +162,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         }
 
     def _text(self, chunk: TextChunk) -> str | None:
-        """The text of a chunk that adds nothing else to its choice."""
+        """Returns the text of a chunk that adds nothing else to its choice; else None."""
         has_more = self._body.with_logprobs or self._body.return_token_ids or chunk.finish_reason is not None
         if has_more or not all(isinstance(event, ContentText) for event in chunk.events):
             return None
@@ -172,13 +172,13 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {} if timings is None or not self._body.timings_per_token else {"timings": shown_timings(timings)}
 
     def _verbose(self, prompt: int) -> dict[str, Any]:
-        """The prompt's text as the model sees it, where it is asked for."""
+        """Shows the prompt's text as the model sees it, if it is requested."""
         if not self._body.verbose:
             return {}
         return {"__verbose": {"prompt": self._tokenizer.decode(self._generations[prompt].prompt)}}
 
     def _usage(self) -> dict[str, Any]:
-        """Counts of the tokens so far; cached ones are those of each prompt's first choice."""
+        """Counts the tokens so far; cached ones are those of each prompt's first choice."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._tokens,
@@ -188,25 +188,25 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """An event before and behind the text that it adds. The bytes of the member stand nowhere else in it: quotes in
-    strings are escaped."""
+    """Returns an event's slot, and its bytes before and behind the text that it adds. The field's bytes occur once:
+    quotes in strings are escaped."""
     key = to_json(name) + b":"
     begin, _, end = to_json(event.value).partition(key + to_json(text))
     return event.slot, begin + key, end
 
 
 def _opens(choice: Choice) -> bool:
-    """Returns true if the choice begins a message of a chat, before any token."""
+    """Returns True if the choice begins a message of a chat, before any token."""
     return "role" in choice.get("delta", ())
 
 
 ShownToken = tuple[int, int, RowResult | None]
-"""A token, the place of its text in a choice's, and its row; None where nothing stands before it."""
+"""A token, the place of its text in the choice's text, and its row; None: it has no logprob."""
 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that stands before its answers: its text, where each of its tokens begins, those without a logprob."""
+    """A prompt that precedes its answers: its text, the offsets of its tokens, those without a logprob."""
 
     text: str = ""
     offsets: Sequence[int] = ()
@@ -214,7 +214,7 @@ class Echo:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int], score_from: int) -> Echo:
-        """The prompt as it was given, or the text of its token ids. Its first token never has a logprob."""
+        """Makes it of the prompt as given, or of the text of its token ids. The first token never has a logprob."""
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special=True)
         detokenizer = Detokenizer(tokenizer, text_start=True)
         offsets, length = [], 0
@@ -226,7 +226,7 @@ class Echo:
 
 
 class CompletionView(OpenAiView[CompletionBody]):
-    """Choices as text."""
+    """A view with choices as text."""
 
     id_prefix, whole_object, chunk_object, text_member = "cmpl-", "text_completion", "text_completion", "text"
 
@@ -258,7 +258,7 @@ class CompletionView(OpenAiView[CompletionBody]):
         return {"text": text, "logprobs": self._logprobs(tokens)}
 
     def _echo(self, prompt: int) -> Echo:
-        """Made once a prompt."""
+        """Makes the echo once per prompt."""
         if (echo := self._echoes.get(prompt)) is None:
             given, ids = self._body.prompt[prompt], self._generations[prompt].prompt
             made = Echo.of(self._tokenizer, given, ids, self._body.score_from or 0) if self._body.echo else Echo()
@@ -270,7 +270,7 @@ class CompletionView(OpenAiView[CompletionBody]):
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:
-    """Iterators, for many tokens."""
+    """Returns iterators, since there may be many tokens."""
     return {
         "tokens": (_label(tokenizer, token) for token, _, _ in tokens),
         "token_logprobs": (None if row is None else json_logprob(row.logprob) for _, _, row in tokens),
@@ -280,7 +280,7 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> d
 
 
 def _label(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text, or its bytes where they are only a part of a character."""
+    """Returns a token's text, or its bytes if they are only a part of a character."""
     data = tokenizer.token_bytes(token)
     try:
         return data.decode()
@@ -289,7 +289,7 @@ def _label(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _top(tokenizer: Tokenizer, row: RowResult) -> dict[str, float]:
-    """The likeliest tokens by label, best first, and the chosen one; of tokens that look alike, the best."""
+    """Returns the likeliest tokens by label, best first, and the chosen one; of tokens that look alike, the best."""
     labels: dict[str, float] = {}
     for token, logprob in (*row.top_logprobs, (row.token, row.logprob)):
         labels.setdefault(_label(tokenizer, token), json_logprob(logprob))
@@ -297,7 +297,7 @@ def _top(tokenizer: Tokenizer, row: RowResult) -> dict[str, float]:
 
 
 class ChatView(OpenAiView[ChatBody]):
-    """Choices as messages of a chat."""
+    """A view with choices as messages of a chat."""
 
     id_prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     text_member = "content"
@@ -327,7 +327,7 @@ class ChatView(OpenAiView[ChatBody]):
 
 
 class Message:
-    """The message of a choice. In a stream, the text of a custom tool's call is known, and comes, at its end."""
+    """The message of a choice. In a stream, the text of a custom tool's call comes at its end."""
 
     def __init__(self, choice_id: str, tools: Iterable[ClientTool]) -> None:
         self._choice_id = choice_id
@@ -335,7 +335,7 @@ class Message:
         self._texts: dict[int, list[str]] = {}  # arguments so far of open calls of custom tools
 
     def whole(self, events: Iterable[AnswerEvent]) -> dict[str, Any]:
-        """Returns the fields that all events make: content is null beside calls where there is none."""
+        """Returns the fields that all events make: content is null beside calls if there is none."""
         answer = ParsedAnswer()
         answer.add(events)
         message: dict[str, Any] = {"content": answer.content or (None if answer.calls else "")}

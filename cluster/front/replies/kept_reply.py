@@ -95,7 +95,7 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request; raises its refusal, or RequestCancelledError if the reply was closed before. `admitted`:
+        """Submits the request; raises its refusal, or the error of a reply that was closed before. `admitted`:
         the body, if it is journalled; returns a future that is done once that is on disk, before which readers of a
         kept reply get nothing. `until_s`, in the event loop's time: while the machine is busy, retries until then;
         afterwards the reply ends."""

@@ -32,11 +32,11 @@ from llamaclust.tools.assume.shapes import SHAPES
 from llamaclust.tools.quantize.mixes import ALIASES, MIXES
 
 SIZES = ("layers", "experts", "vocabulary")
-"""Of a shape, that may be chosen."""
+"""Sizes of a shape that may be chosen."""
 
 
 def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:
-    """A model without bytes of NAME[:MIX], with these SIZES instead of its own; UsageError for unknown ones."""
+    """Makes a model without bytes of NAME[:MIX], with these SIZES instead of its own; UsageError for unknown ones."""
     name, _, mix = spec.lower().partition(":")
     known = {**public_shapes(), **SHAPES}
     if name not in known:
@@ -51,7 +51,7 @@ def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:
 
 
 def write_public_shape(path: Path, file: ModelFile, seed: int = 1) -> None:
-    """Writes it with random matrices and neutral vectors."""
+    """Writes a model with random matrices and neutral vectors."""
     vocabulary = file.metadata[f"{file.metadata['general.architecture']}.vocab_size"]
     assert isinstance(vocabulary, int)
     metadata: dict[str, WritableValue] = {
@@ -63,7 +63,7 @@ def write_public_shape(path: Path, file: ModelFile, seed: int = 1) -> None:
 
 
 def sources_of(file: ModelFile, seed: int) -> Iterator[TensorSource]:
-    """Its tensors, made when they are written."""
+    """Yields the model's tensors, made when they are written."""
     generator, made = np.random.default_rng(seed), dict[tuple[str, QuantType], memoryview]()
 
     def content(tensor: Tensor) -> memoryview:
@@ -77,7 +77,7 @@ def sources_of(file: ModelFile, seed: int) -> Iterator[TensorSource]:
 
 
 def _values(generator: np.random.Generator, tensor: Tensor) -> memoryview:
-    """Norms are 1, biases and other vectors 0; routers choose among all experts."""
+    """Returns values: norms are 1, biases and other vectors 0; routers choose among all experts."""
     if tensor.name.endswith("ffn_gate_inp.weight"):
         router = generator.standard_normal(tensor.shape, np.float32) / np.float32(tensor.shape[-1] ** 0.5)
         return router.data

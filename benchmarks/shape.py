@@ -57,9 +57,8 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How random bytes become sane blocks: each of `scales` is the byte offset of a float16 in the block, and its size
-    relative to the first one. `deviation` is that of the weights where the first scale is 1.
-    """
+    """The layout of random blocks that are sane: each of `scales` is the byte offset of a float16 in the block, and its
+    size relative to the first one. `deviation` is that of the weights if the first scale is 1."""
 
     file_type: int
     scales: tuple[tuple[int, float], ...]
@@ -99,13 +98,13 @@ _FLOATS: dict[QuantType, tuple[np.dtype[np.uint16 | np.uint32], int]] = {
     QuantType.F16: (np.dtype(np.uint16), 0x83FF),
     QuantType.BF16: (np.dtype(np.uint16), 0x807F),
 }
-"""How wide, and which bits are sign and mantissa."""
+"""Word types of floats, with the bits of sign and mantissa."""
 
 
 def random_matrix(
     generator: np.random.Generator, quant_type: QuantType, shape: tuple[int, ...], strength: float = 1.0
 ) -> memoryview:
-    """The bytes of a matrix whose weights have a deviation near `strength` / sqrt(width)."""
+    """Returns the bytes of a matrix whose weights have a deviation near `strength` / sqrt(width)."""
     layout, info = LAYOUTS[quant_type], quant_type.info
     deviation = strength * shape[-1] ** -0.5
     words = -(-prod(shape) // info.block_size * info.block_bytes // 8)
@@ -128,14 +127,14 @@ def random_matrix(
 
 
 def _set_quarters(blocks: NDArray[np.uint8], scale: np.float16) -> None:
-    """The float16 of IQ1_M: four bits in each of the last four words of a block."""
+    """Sets the float16 of IQ1_M: four bits in each of the last four words of a block."""
     for quarter in range(4):
         place = blocks[:, 49 + 2 * quarter]
         place[:] = place & 15 | (int(scale.view(np.uint16)) >> 4 * quarter & 15) << 4
 
 
 def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: float) -> None:
-    """Random bits are made to stand for +-[1, 2) times a power of two near `size`."""
+    """Makes random bits stand for +-[1, 2) times a power of two near `size`."""
     word, kept = _FLOATS[quant_type]
     bits, least = data.view(word), np.array([size / 1.08], np.float32)
     if quant_type is QuantType.F16:
@@ -148,7 +147,7 @@ def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: floa
 
 
 def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False) -> Iterator[TensorSource]:
-    """Every tensor of the model, in file order, made when it is written; where layers are `alike`, once for all."""
+    """Yields every tensor of the model, in file order, made when it is written; if layers are `alike`, once for all."""
     generator, made = np.random.default_rng(seed), dict[str, memoryview]()
 
     def random(name: str, size: tuple[int, ...]) -> memoryview:
@@ -191,7 +190,7 @@ def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False)
 
 
 def metadata(name: str, shape: Shape, quant_type: QuantType) -> dict[str, WritableValue]:
-    """What both our engine and llama.cpp want to know."""
+    """Returns the metadata that both our engine and llama.cpp read."""
     experts: dict[str, WritableValue] = {
         "llama.expert_count": shape.experts,
         "llama.expert_used_count": shape.experts_used,
@@ -217,7 +216,8 @@ def metadata(name: str, shape: Shape, quant_type: QuantType) -> dict[str, Writab
 
 
 def tokenizer(vocabulary: int) -> dict[str, WritableValue]:
-    """A SentencePiece vocabulary: three special words, 256 bytes, letters, and words that only fill the table."""
+    """Returns a SentencePiece vocabulary: three special words, 256 bytes, letters, and words that only fill the
+    table."""
     special = ["<unk>", "<s>", "</s>"]
     pieces = ["▁", *"etaoinshrdlucmfwgypbvkxqjz"]
     fixed = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
@@ -237,7 +237,7 @@ def tokenizer(vocabulary: int) -> dict[str, WritableValue]:
 
 
 def check(shape: Shape, quant_type: QuantType) -> None:
-    """UsageError where a model of that shape and type cannot be."""
+    """Raises UsageError for an impossible model."""
     sizes = [getattr(shape, field.name) for field in fields(shape) if field.name not in ("experts", "tied")]
     if min(sizes) < 1 or shape.vocabulary < 286:
         raise UsageError("sizes must be at least 1, the vocabulary at least 286")
@@ -251,7 +251,7 @@ def check(shape: Shape, quant_type: QuantType) -> None:
 
 
 def write_shape(path: Path, name: str, shape: Shape, quant_type: QuantType, seed: int = 1, alike: bool = False) -> None:
-    """Writes the model; see `check` for the errors."""
+    """Writes the model. Errors are those of `check`."""
     check(shape, quant_type)
     write_gguf(path, metadata(name, shape, quant_type), tensors(shape, quant_type, seed, alike))
 

@@ -35,7 +35,7 @@ _FIRST_STEPS = (
 
 
 def _group(name: str, text: str, commands: dict[str, Callable[..., None]], epilog: str | None = None) -> typer.Typer:
-    """Commands by name."""
+    """Makes a group of commands from functions by name."""
     group = typer.Typer(
         name=name,
         help=text,

@@ -1,4 +1,4 @@
-"""`chaos`: faults in a running cluster of one's own, under load."""
+"""`chaos` injects faults into a running cluster of one's own, under load."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def chaos(
 
 
 def _run(settings: ChaosSettings) -> bool:
-    """Prints the verdict once faults may have happened, also after Ctrl-C. Whether there were any, and
-    every answer was intact."""
+    """Prints the verdict once faults may have happened, also after Ctrl-C. Returns True if there were faults and every
+    answer was intact."""
     from llamaclust.tools.chaos.run import run_chaos
     from llamaclust.tools.chaos.tally import Tally
 
@@ -87,7 +87,7 @@ def _run(settings: ChaosSettings) -> bool:
 
 
 class ChaosView:
-    """On standard error: lines, and the state in their last place; where that is no terminal, every five seconds."""
+    """Shows lines and the state below them on standard error; without a terminal, the state every five seconds."""
 
     def __init__(self) -> None:
         from rich.console import Console

@@ -40,7 +40,7 @@ _KILL_S = 10.0
 _STOP_S = 60.0
 _IDLE_S = 1.5
 _FILE_S, _TAIL_S = 0.05, 0.5
-"""Between two looks at a log that is followed."""
+"""Seconds between two looks at a log that is followed."""
 _PIECE = 1 << 16
 """Characters of a log that are read at a time."""
 _COORDINATOR = "coordinator"
@@ -190,7 +190,7 @@ def logs(
 
 
 def _opened(log: Path) -> TextIO:
-    """UsageError for what is no plain file."""
+    """Opens a log. UsageError for anything but a plain file."""
     try:
         return TextIOWrapper(open_regular(log), "utf-8", "replace")
     except OSError as error:
@@ -198,13 +198,14 @@ def _opened(log: Path) -> TextIO:
 
 
 def _print_rest(file: TextIO) -> None:
-    """In pieces: a log may be larger than the memory."""
+    """Prints a log in pieces: it may be larger than the memory."""
     while piece := file.read(_PIECE):
         terminal.write(piece)
 
 
 def _print_tail(record: ClusterRecord, worker: str, follow: bool) -> None:
-    """The last lines that the worker reports. Printed ones are not printed again, unless they are another process's."""
+    """Prints the last lines that the worker reports. Printed lines are not printed again, unless another process wrote
+    them."""
     printed = 0
     with _api(record) as api:
         while True:
@@ -254,7 +255,7 @@ def plan(
 
 
 def _acceptances(given: Sequence[str]) -> tuple[float, ...] | None:
-    """None: the usual ones."""
+    """Returns None for the usual ones."""
     return tuple(map(_share, given)) or None
 
 
@@ -277,7 +278,7 @@ def _running(name: str | None) -> tuple[ClusterDir, ClusterRecord]:
 
 
 def _all_running() -> list[tuple[ClusterDir, ClusterRecord]]:
-    """UsageError where none runs."""
+    """Returns the running clusters. UsageError if there is none."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.state.clusters import running_clusters
 
@@ -285,7 +286,7 @@ def _all_running() -> list[tuple[ClusterDir, ClusterRecord]]:
 
 
 def _running_or_last(name: str | None) -> tuple[ClusterDir, ClusterRecord | None]:
-    """A running cluster with its record, or one that has ended."""
+    """Returns a running cluster with its record, or one that has ended."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.state.clusters import running_clusters
     from llamaclust.cluster.state.directory import ClusterDir

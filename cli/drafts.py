@@ -1,4 +1,4 @@
-"""How commands show drafted tokens."""
+"""Texts about drafted tokens."""
 
 from __future__ import annotations
 

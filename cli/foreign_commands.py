@@ -1,5 +1,5 @@
-"""Commands and arguments of other programs (Ollama, Docker, llama.cpp, package managers), and those of this one in
-their place."""
+"""Commands and arguments of other programs (Ollama, Docker, llama.cpp, package managers), and their equivalents
+here."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ _MOST_SHOWN = 100
 
 
 def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object]) -> str | None:
-    """The commands in place of `group` with these words; None where nothing is known. `commands`: of the group, those
-    of its own groups among them are found by their last word."""
+    """Returns the commands that replace `group` with these words; None if nothing is known. `commands`: of the group;
+    those of its own groups among them are found by their last word."""
     word, *more = words
     known = _COMMANDS.get(group, {}).get(word)
     if known is None:
@@ -77,7 +77,7 @@ def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object])
 
 
 def without_argument(command: str, word: str) -> str:
-    """Returns the command to type in place of one of `WITHOUT_ARGUMENT` with this argument."""
+    """Returns the command that replaces one of `WITHOUT_ARGUMENT` with this argument."""
     shown = _shown(word)
     return f"{command} does not take {shown}: {WITHOUT_ARGUMENT[command].format(shown)}"
 

@@ -1,4 +1,4 @@
-"""`generate` and `chat`: options, where the text is computed, and the text of `generate`."""
+"""`generate` and `chat`: options, the choice of model or cluster, and the text of `generate`."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def _system_message(text: str | None, file: Path | None) -> str | None:
 
 
 def given_or_piped(prompt: str | None) -> str:
-    """The prompt, or standard input without its last line break. UsageError where there is neither."""
+    """Returns the prompt, or standard input without its last line break. UsageError if there is neither."""
     if prompt is not None and prompt != "-":
         return terminal.argument(prompt)
     if prompt is None and sys.stdin.isatty():
@@ -190,7 +190,7 @@ def given_or_piped(prompt: str | None) -> str:
 
 
 def _print_stream(client: TextClient, prompt: str, options: CompletionOptions) -> None:
-    """Prints the text as it comes, and a line break where it does not end with one."""
+    """Prints the text as it comes, and a line break if it does not end with one."""
     last = "\n"
     with client.generate(prompt, stream=True, **options) as chunks:
         for chunk in chunks:
@@ -200,7 +200,7 @@ def _print_stream(client: TextClient, prompt: str, options: CompletionOptions) -
 
 
 def reply_json(reply: Answer) -> dict[str, object]:
-    """Logprobs with nine significant digits, from which float32 is read back exactly."""
+    """Returns logprobs with nine significant digits, from which float32 is read back exactly."""
     timings = reply.timings
     return {
         "text": reply.text,
@@ -221,7 +221,7 @@ def reply_json(reply: Answer) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the command line names; nothing: the cluster that runs on this machine."""
+    """The model or cluster that the command line names; by default the cluster that runs on this machine."""
 
     cluster: str | None = None
     endpoint: str | None = None
@@ -236,15 +236,15 @@ class Target:
     mtp: bool = False  # its own head for multi-token prediction drafts
 
     def check_drafts(self, most: int | None) -> None:
-        """UsageError where something is to draft, and no tokens: `most` at a time; None: as many as pay."""
+        """Raises UsageError if an option drafts tokens and `most` at a time is 0; None: as many as pay."""
         given = [option for option, value in (("--model-draft", self.draft), ("--mtp", self.mtp)) if value]
         if given and most is not None and not most:
             none = "--speculative off" if most is False else "--draft-max 0"
             raise UsageError(f"{given[0]} drafts tokens and {none} none: give one of them")
 
     def open(self) -> TextClient:
-        """A client of it. UsageError where the options contradict each other or no cluster runs, RequestError for a
-        model that is not served."""
+        """Opens a client. UsageError if the options contradict each other or no cluster runs, RequestError for a model
+        that is not served."""
         from llamaclust.cluster.client.http import Client
 
         self._check()
@@ -316,7 +316,7 @@ class Target:
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
-    """A client of an address, with the first key of a file. UsageError where there is none in it."""
+    """Returns a client of an address, with the first key of a file. UsageError if the file has none."""
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.state.api_keys import first_key
 

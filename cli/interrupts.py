@@ -1,4 +1,4 @@
-"""How Ctrl-C and other signals end a command. A running cluster handles its signals itself."""
+"""Handling of Ctrl-C and other signals by commands. A running cluster handles its signals itself."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""After a discarded exception: the destructor has returned by then."""
+"""Delay after a discarded exception: the destructor has returned by then."""
 
 
 _FIRST_PROCESS = 1
 
 
 def unhandled() -> Callable[[int, FrameType | None], None] | signal.Handlers:
-    """The handler of signals that end the process. The kernel ignores signals without one to the first process of a
-    container."""
+    """Returns the handler of signals that end the process. The kernel ignores signals without a handler for the first
+    process of a container."""
     return _end_by_signal if os.getpid() == _FIRST_PROCESS else signal.SIG_DFL
 
 
@@ -39,8 +39,8 @@ def obey_signals() -> None:
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """For imports and the like: Ctrl-C ends the process, where the exception that it usually is would be a traceback,
-    or be lost in a library that catches everything."""
+    """Lets Ctrl-C end the process during imports and the like, where KeyboardInterrupt would be a traceback, or lost in
+    a library that catches everything."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in a shell's background
         yield
         return
@@ -52,7 +52,8 @@ def ends_at_once() -> Iterator[None]:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """Not by the interpreter's own end, which would wait for threads that compute, or break them off half-way."""
+    """Ends the process without the interpreter's own end, which would wait for threads that compute, or break them off
+    half-way."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -60,14 +61,13 @@ def end_at_once(code: int) -> NoReturn:
 
 
 Held = Callable[[], AbstractContextManager[None]]
-"""In this context a signal waits for its end."""
+"""A context in which a signal waits for the context's end."""
 
 
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles the first of these signals and ignores later ones. A signal that was ignored, as by nohup, stays so.
-
-    A handler that raises is repeated where its exception was discarded, as within a destructor."""
+    """Handles the first of these signals and ignores later ones. A signal that was ignored, as by nohup, stays so. A
+    handler that raises is repeated if its exception was discarded, as within a destructor."""
     handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook
@@ -99,7 +99,7 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
 
 @contextmanager
 def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
-    """For what has to be tidied up: the first of these signals is SystemExit with a shell's exit code for it."""
+    """Turns the first of these signals into SystemExit with a shell's exit code for it, so that cleanup runs."""
     holds = False
     received: list[int] = []
 
@@ -125,8 +125,8 @@ def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
 
 @contextmanager
 def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
-    """The first of these signals does what Ctrl-C does, so that what runs tidies up; then the process ends with the
-    code that a shell shows for it."""
+    """Turns the first of these signals into Ctrl-C, so that cleanup runs; then the process ends with a shell's exit
+    code for the signal."""
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -147,7 +147,7 @@ def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def ends_in_one_line() -> Iterator[None]:
-    """For a script: Ctrl-C, SIGTERM and SIGHUP tidy up and end it with their codes, other errors are a line."""
+    """Ends a script: Ctrl-C, SIGTERM and SIGHUP run cleanup and give their exit codes, other errors become one line."""
     try:
         with signals_as_interrupts(signal.SIGTERM, signal.SIGHUP):
             yield
@@ -162,5 +162,5 @@ def ends_in_one_line() -> Iterator[None]:
 
 
 def ends_workers_cleanly(workers: int) -> AbstractContextManager[None]:
-    """A cluster's folders and processes are tidied up, whichever signal ends it."""
+    """Returns a context in which any signal that ends a cluster cleans up its folders and processes."""
     return signals_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()

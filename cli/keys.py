@@ -54,7 +54,7 @@ def remove(name: Annotated[str, Argument(metavar="NAME", help="As `list` shows i
 
 
 def key_file(given: Path | None = None) -> Path:
-    """The file that is given, or that of the state directory."""
+    """Returns the given file, or that of the state directory."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.state.api_keys import FILE_NAME
 

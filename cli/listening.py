@@ -1,4 +1,4 @@
-"""`up --port` and `up --lan`: where the API listens, and the key for phones and other computers of the network."""
+"""`up --port` and `up --lan`: the addresses of the API, and the key for phones and other computers of the network."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _OWNER, _KEY_NAME = "owner", "lan"
 
 
 def listen_overrides(file: Path | None, overrides: list[str], port: int | None, *, lan: bool) -> list[str]:
-    """`--port` and `--lan` as overrides of a cluster file: another port; all addresses in place of one at loopback, and
-    where the cluster has none, the file of keys of the state directory and the names of this machine."""
+    """Returns `--port` and `--lan` as overrides of a cluster file: another port; all addresses in place of one at
+    loopback, and unless the cluster has them, the file of keys of the state directory and the names of this machine."""
     values = cluster_document(file, overrides).values
     listen = values.get("listen", ClusterConfig.model_fields["listen"].default)
     more = []
@@ -37,14 +37,14 @@ def listen_overrides(file: Path | None, overrides: list[str], port: int | None, 
 
 
 def _own_names() -> list[str]:
-    """The names by which other machines may find this one: that of the system, and that of multicast DNS."""
+    """Returns the names by which other machines may find this one: that of the system, and that of multicast DNS."""
     name = socket.gethostname().partition(".")[0].lower()
     return [name, f"{name}.local"] if _HOST_NAME.fullmatch(name) else []
 
 
 def lan_key(path: Path) -> str:
-    """The key named lan, made where the file has no key at all: on a terminal the key itself, else its place. It comes
-    behind a key of the owner, since the first key of a file may do more than the others."""
+    """Returns the key named lan, made if the file has no key at all: on a terminal the key itself, else its place. It
+    follows a key of the owner, since the first key of a file may do more than the others."""
     keys = named_keys(path) or [add_key(path, name) for name in (_OWNER, _KEY_NAME)]
     own = next((each for each in keys if each.name == _KEY_NAME), None)
     if own is None:

@@ -1,4 +1,4 @@
-"""The entry of the `llamaclust` command: turns errors into one line and an exit code."""
+"""The entry of the `llamaclust` command, which turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 from llamaclust.core.process_settings import collect_rarely, open_standard_streams
 
 _INTERRUPTED = 130
-"""What typer, too, makes of a KeyboardInterrupt."""
+"""The exit code that typer, too, gives a KeyboardInterrupt."""
 
 
 def main() -> None:
@@ -48,12 +48,12 @@ def main() -> None:
 
 
 def _end_output() -> None:
-    """What is still buffered goes nowhere: to write it at the end of the process might fail again."""
+    """Discards buffered output: writing it at the end of the process might fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Any) -> None:
-    """One line for a mistake on the command line, unless the help was printed instead."""
+    """Prints one line for a mistake on the command line, unless the help was printed instead."""
     words = " ".join(error.format_message().split())
     if words:
         command = error.ctx.command_path if error.ctx else "llamaclust"

@@ -28,7 +28,7 @@ BadUsage: type[Any] = BadParameter.__mro__[1]
 
 
 class PlainCommand(TyperCommand):
-    """A command whose flags have no value in its help, and whose arguments have their name alone."""
+    """A command whose help shows flags without values and arguments by name alone."""
 
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
@@ -49,13 +49,13 @@ class PlainCommand(TyperCommand):
 
 
 class PlainGroup(TyperGroup):
-    """The same for a command that has commands."""
+    """A group of commands with the help of `PlainCommand`."""
 
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """UsageError for a command of another program that has one here in its place."""
+        """Raises UsageError for a command of another program that has an equivalent here."""
         is_known = args[0] in self.commands or ctx.resilient_parsing
         if not is_known and (told := instead_of(ctx.command_path, args, self.commands)) is not None:
             raise UsageError(told)
@@ -88,7 +88,7 @@ class FileCommand(PlainCommand):
     """A command that reads a cluster file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """UsageError for a worker's option."""
+        """Raises UsageError for a worker's option."""
         for word, following in zip_longest(args, args[1:], fillvalue=""):
             option, _, value = word.partition("=")
             if option in ("--cpu-moe", "-cmoe", "--n-cpu-moe", "-ncmoe"):
@@ -115,7 +115,7 @@ Json = Annotated[bool, Option("--json", help="One JSON object on standard output
 
 
 def model_file(spec: str) -> Path:
-    """UsageError where the model is unknown, or not downloaded."""
+    """Finds a model's file. UsageError if the model is unknown, or not downloaded."""
     from llamaclust.cluster.config.catalog import resolve_model
 
     return resolve_model(spec)
@@ -155,7 +155,7 @@ Workers = Annotated[
 
 
 def kv_type(text: str) -> KvType:
-    """UsageError for an unknown type."""
+    """Reads a type. UsageError for an unknown type."""
     from llamaclust.model.kv_type import KvType
 
     if text not in set(KvType):
@@ -195,7 +195,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """What it computes on, as options."""
+    """Options of devices: the processor or GPUs, and the placement of layers and tensors on them."""
 
     devices: Sequence[str] = ()  # none: the processor
     gpu_layers: str = "auto"
@@ -206,7 +206,7 @@ class Gpus:
 
     @property
     def placement(self) -> tuple[PlacementRule, ...]:
-        """Rules for tensors. UsageError for what is none, and for rules without GPUs."""
+        """Reads rules for tensors. UsageError for an invalid rule, and for rules without GPUs."""
         from llamaclust.model.placement import MAX_RULES, read_rules
 
         name = "--override-tensor"
@@ -219,8 +219,8 @@ class Gpus:
 
     @property
     def cpu_moe(self) -> int | None:
-        """So many first layers are to have their experts in RAM; None: as the memory of GPUs allows. UsageError for
-        both options, or either without GPUs."""
+        """The number of first layers whose experts are in RAM; None: as the memory of GPUs allows. UsageError for both
+        options, or either without GPUs."""
         name = "--cpu-moe" if self.all_cpu_moe else "--n-cpu-moe"
         if self.all_cpu_moe and self.n_cpu_moe is not None:
             raise UsageError("--cpu-moe and --n-cpu-moe: give one of them")
@@ -247,7 +247,7 @@ NO_GPUS = Gpus()
 
 
 def option_value(option: str, read: Callable[[_Given], _Value], given: _Given) -> _Value:
-    """UsageError that names the option with a bad value."""
+    """Reads a value. UsageError names the option with a bad value."""
     try:
         return read(given)
     except ValueError as error:
@@ -258,7 +258,7 @@ _MOST_TEXT_BYTES = 64 << 20
 
 
 def text_of(path: Path) -> str:
-    """ValueError for a file that cannot be read as text."""
+    """Reads a file. ValueError if it cannot be read as text."""
     try:
         data = read_given(path, _MOST_TEXT_BYTES + 1)
         if len(data) > _MOST_TEXT_BYTES:

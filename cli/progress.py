@@ -45,7 +45,7 @@ _JSON_LINE_S = 0.1
 
 
 def announce(spec: str) -> None:
-    """What is known of a model of the catalog, its licence above all, on standard error before it is downloaded."""
+    """Prints a catalog model's description and licence on standard error before it is downloaded."""
     from llamaclust.tools.assume.assumed_model import with_file_size
 
     found = locate(spec)
@@ -84,7 +84,7 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
 
 
 class ProgressLines:
-    """A line for each new step, then one for every tenth of it, and one after ten seconds."""
+    """Prints a line for each new step, then one for every tenth of it, and one after ten seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, counts_bytes: bool = True) -> None:
         self._clock = clock
@@ -103,7 +103,7 @@ class ProgressLines:
 
 
 class JsonLines:
-    """A line of JSON on standard output for each new step, for the end of its bytes, and every tenth of a second."""
+    """Prints a line of JSON for each new step, for the end of its bytes, and every tenth of a second."""
 
     def __init__(self) -> None:
         self._step = ""
@@ -125,14 +125,12 @@ def _line(what: str, done_bytes: int, total_bytes: int | None) -> str:
 
 _log = logging.getLogger(__name__)
 _UNNAMED = ("default", "demo")
-"""Names of clusters whose user chose none: their commands do without."""
+"""Names of clusters whose user chose none: commands do not need them."""
 
 
 class ClusterView:
-    """Shows the events of a cluster on stderr; a context manager that leaves the terminal as it was.
-
-    Where stderr is no terminal there are lines instead of bars. `lan_key`: see `ready_text`.
-    """
+    """Shows the events of a cluster on stderr; a context manager that leaves the terminal as it was. Without a terminal
+    there are lines instead of bars. `lan_key`: see `ready_text`."""
 
     def __init__(self, lan_key: str | None = None) -> None:
         self._lan_key = lan_key
@@ -158,7 +156,7 @@ class ClusterView:
             self._clear()
 
     def show(self, event: events.Event) -> None:
-        """A terminal that is gone is no reason to end."""
+        """Shows an event; a lost terminal is no reason to end."""
         with suppress(OSError):
             self._show(event)
 
@@ -217,7 +215,7 @@ class ClusterView:
 
 
 def _log_event(event: events.Event) -> None:
-    """A log record an event, none while weights load."""
+    """Logs a record per event, none while weights load."""
     match event:
         case (
             events.WorkerLoading() | events.WorkerReading() | events.StartFailed()
@@ -242,8 +240,8 @@ def _log_event(event: events.Event) -> None:
 
 @contextmanager
 def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Report]:
-    """Shows a cluster's events on standard error: for people, or where LLAMACLUST_LOG asks for fields, as log lines.
-    `lan_key`: see `ready_text`."""
+    """Shows a cluster's events on standard error as text, or as log lines if LLAMACLUST_LOG selects them. `lan_key`:
+    see `ready_text`."""
     form = environment().log_format
     if form is LogFormat.TEXT:
         count_file_shortages()
@@ -256,8 +254,8 @@ def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Re
 
 @contextmanager
 def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
-    """Shows events on a thread of its own: a terminal that was stopped stops no event loop. Of the events that come
-    while it is, only the first are kept."""
+    """Shows events on a thread of its own, so that a stopped terminal stops no event loop. Of the events that come
+    meanwhile, the first are kept."""
     waiting: Queue[events.Event | None] = Queue(_MOST_WAITING)
 
     def show_all() -> None:
@@ -280,7 +278,7 @@ def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
 
 
 def joined_text(joined: events.WorkerJoined) -> str:
-    """The workers that have joined, and those that have not."""
+    """Names the worker that has joined, and those that are missing."""
     missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all are there"
     return f"worker {joined.worker} on {printable(joined.host)} has joined{missing}"
 
@@ -301,7 +299,7 @@ def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
 
 
 def _lan_text(api: str, lan_key: str | None) -> str:
-    """Returns the lines that tell a phone's user what to type, where `--lan` was given."""
+    """Returns the lines that a phone's user types, if `--lan` was given."""
     if lan_key is None:
         return ""
     host = split_address(api.partition("://")[2])[0]
@@ -316,13 +314,13 @@ def _others_text(ready: events.Ready) -> str:
 
 
 def _load_text(ready: events.Ready) -> str:
-    """What comes before the first request, where requests load no model."""
+    """Returns the request that loads a model, if requests load none."""
     body = '{"model": NAME}'
     return "" if ready.loads_on_demand else f"  no model is loaded: POST /models/load {body}\n"
 
 
 def _first_request_text(ready: events.Ready, api: str, name: str) -> str:
-    """A first request to the model."""
+    """Returns commands with a first request to the model."""
     match ready.use:
         case events.ModelUse.TEXT:
             return f'  llamaclust chat{name}\n  llamaclust generate "Once upon a time"{name}\n  browser: {api}/'
@@ -347,14 +345,14 @@ def _certificate_text(ready: events.Ready) -> str:
 
 
 def own_address(url: str) -> str:
-    """A URL that other machines can use, of an API that listens at one or all addresses of this machine."""
+    """Returns a URL that other machines can use, for an API that listens at one or all addresses of this machine."""
     scheme, _, address = url.partition("://")
     host, port = split_address(address)
     return f"{scheme}://{joined_address(reachable_host(host), port)}"
 
 
 def draining_text(draining: events.Draining) -> str:
-    """What a cluster that was told to end waits for."""
+    """Describes the requests that a stopping cluster waits for."""
     what = f"{_requests(draining)} finished first, for {draining.limit_s:.0f} s at most"
     return f"stopping: {what}; Ctrl-C again stops at once"
 
@@ -369,7 +367,7 @@ def _requests(draining: events.Draining) -> str:
 
 @contextmanager
 def step_bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields a function of (steps done, description). The bar is on standard error, where that is a terminal."""
+    """Yields a function of (steps done, description). The bar is on standard error, if that is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -50,7 +50,7 @@ class Watched:
     def find(
         cls, name: str | None, endpoint: str | None, api_key_file: Path | None, ca_file: Path | None = None
     ) -> Watched:
-        """UsageError where no such cluster runs here, or the options contradict each other."""
+        """Finds a cluster. UsageError if it does not run here, or if the options contradict each other."""
         if endpoint is None:
             if ca_file is not None:
                 raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
@@ -99,7 +99,7 @@ def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
 
 
 def show_clusters(clusters: list[tuple[ClusterDir, ClusterRecord]], as_json: bool) -> None:
-    """Prints a line for each of several clusters; one that does not answer has its error there."""
+    """Prints a line for each of several clusters; a cluster that does not answer has its error there."""
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
         states = [*pool.map(_state_or_error, (record for _, record in clusters))]
     if as_json:
@@ -127,7 +127,7 @@ def _state_or_error(record: ClusterRecord) -> State:
 
 
 def _starting(name: str, record: ClusterRecord | None, start: ClusterStartingError) -> State:
-    """Those fields of a state that are known; at an address, `name` is the address."""
+    """Returns the known fields of a state; at an address, `name` is the address."""
     known = {"api": name} if record is None else {"api": record.api, "pid": record.pid, "model": record.model}
     requests = {"running": 0, "waiting": 0}
     return {"name": name, "state": _STARTING, "reason": start.awaited, **known, "workers": [], "requests": requests}
@@ -139,7 +139,7 @@ def _starting_line(state: State) -> str:
 
 
 def _line(state: State) -> str:
-    """A cluster in one line."""
+    """Shows a cluster in one line."""
     if state["state"] == _STARTING:
         return f"{time.strftime('%H:%M:%S')} {_starting_line(state)}"
     requests, speed = state["requests"], state["speed"]["measured"]
@@ -175,7 +175,7 @@ def _view(state: State) -> Group:
 
 
 def _head(state: State) -> Iterator[str]:
-    """All but the workers."""
+    """Yields all lines but those of workers."""
     model, models = state["model"], state.get("models", ())
     is_ready = state["state"] == "asleep" and any(each["state"] == "ready" for each in models)
     yield f"{state['name']}: {'ready' if is_ready else state['state']}, {model} at {state['api']} (pid {state['pid']})"
@@ -202,14 +202,14 @@ def _head(state: State) -> Iterator[str]:
 
 
 def _requests_text(state: State) -> str:
-    """Requests of all models together."""
+    """Counts the requests of all models together."""
     requests = [each["requests"] for each in state.get("models", ())] or [state["requests"]]
     running, waiting = (sum(counts[what] for counts in requests) for what in ("running", "waiting"))
     return f"{running} running, {waiting} waiting"
 
 
 def _model(model: State) -> str:
-    """Its state, and the requests that it has."""
+    """Shows a model's state and its requests."""
     counts = ", ".join(f"{count} {what}" for what, count in model["requests"].items() if count)
     return f"{model['name']} {model['state']}{f' ({counts})' if counts else ''}"
 
@@ -231,7 +231,7 @@ def closed_port_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each group that holds a stage: what a token waits in its gathers, and the slowest member."""
+    """Yields a line for each group that holds a stage: a token's time in its gathers, and the slowest member."""
     for group in groups:
         shares = shares_text([member["share"] for member in group["members"]])
         layers, time = "[{}, {})".format(*group["layers"]), _number(group["gathers_ms"])
@@ -242,12 +242,12 @@ def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def group_name(group: dict[str, Any]) -> str:
-    """All members, as a+b, the leader first."""
+    """Names all members, as a+b, the leader first."""
     return "+".join(member["worker"] for member in group["members"])
 
 
 def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """One for what of a worker's layers lies where, one for each GPU."""
+    """Yields a line on the places of a worker's layers, and one for each GPU."""
     for worker in workers:
         if worker.get("gpus") and worker["layers"] is not None:
             held = [_device_layers(part) for part in worker["device_layers"]]
@@ -266,7 +266,7 @@ def _device_layers(part: dict[str, Any]) -> DeviceLayers:
 
 
 def _kv_disk_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """One for each worker that keeps KV memory on disk."""
+    """Yields a line for each worker that keeps KV memory on disk."""
     for worker in workers:
         heartbeat = worker["heartbeat"]
         if worker.get("kv_disk_bytes") and heartbeat is not None:
@@ -310,7 +310,7 @@ def _number(value: float | None) -> str:
 
 
 def _drafts(measured: dict[str, Any]) -> Iterator[str]:
-    """Drafted tokens: lately, if there were any, and by kind since the start."""
+    """Yields drafted tokens of the last seconds, if there were any, and by kind since the start."""
     if drafted := measured.get("drafted_tokens"):
         yield f"{accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
     if drafts := measured.get("drafts"):

@@ -1,4 +1,4 @@
-"""Text that comes from the user and text that reaches a terminal, which it must not control."""
+"""Text from the user, and text for a terminal, which the text must not control."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llamaclust.core.regular_file import decode_text
 
 _CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
 _LONG_WORD = re.compile(r"(\S{100})\S{100,}(\S{50})")
-"""A path or the like of which the ends are enough to know it by."""
+"""A path or the like that its ends suffice to recognize."""
 
 
 class Color(StrEnum):
-    """When there are colors; `auto`: on a terminal that has them, unless NO_COLOR is set."""
+    """The use of colors; `auto`: on a terminal that has them, unless NO_COLOR is set."""
 
     AUTO = "auto"
     ON = "on"
@@ -24,24 +24,24 @@ class Color(StrEnum):
 
 
 def write(text: str) -> None:
-    """To standard output, at once: as it is, but on a terminal without control characters other than \\n and \\t."""
+    r"""Writes to standard output at once; a terminal gets no control characters other than \n and \t."""
     sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
 def harmless(text: str) -> str:
-    """The text without control characters other than \\n and \\t."""
+    r"""Removes control characters other than \n and \t."""
     return text.translate(_CONTROLS)
 
 
 def printable(text: str) -> str:
-    """One line, in which whatever cannot be printed stands as its escape."""
+    """Returns one line, in which escapes replace whatever cannot be printed."""
     line = " ".join(text.splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def printable_values(value: Any) -> Any:
-    """JSON's value with all of its texts `printable`, keys as well."""
+    """Makes all texts of a JSON value `printable`, keys as well."""
     if isinstance(value, dict):
         return {printable(key): printable_values(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -50,13 +50,13 @@ def printable_values(value: Any) -> Any:
 
 
 def print_error(message: object) -> None:
-    """One line on standard error, short where a name in it is long."""
+    """Prints one line on standard error, in which long names are shortened."""
     short = _LONG_WORD.sub(r"\1...\2", printable(str(message)))
     print(f"error: {short}", file=sys.stderr)
 
 
 def argument(text: str) -> str:
-    """The argument. UsageError where its bytes are not UTF-8, which Python hides in lone surrogates."""
+    """Returns the argument. UsageError if its bytes are not UTF-8, which Python hides in lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -65,7 +65,7 @@ def argument(text: str) -> str:
 
 
 def piped() -> str:
-    """Standard input to its end. UsageError where it is no text."""
+    """Reads standard input to its end. UsageError if it is no text."""
     try:
         return decode_text(sys.stdin.buffer.read())
     except ValueError as error:

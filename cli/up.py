@@ -1,4 +1,4 @@
-"""`up`: in the foreground, or as a detached process that reports its start to this one."""
+"""`up`, in the foreground or as a detached process that reports its start to this one."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run_cluster(
 
 
 def _model(spec: str, progress: Progress) -> Path:
-    """A model's file, downloaded first if need be."""
+    """Returns a model's file, downloaded first if need be."""
     path = stored_model(spec)
     if path is None:
         from llamaclust.tools.hub.pull import pull_model  # only here: what it imports is a twentieth of a start
@@ -82,14 +82,16 @@ def _model(spec: str, progress: Progress) -> Path:
 
 
 def _tune_grpc() -> None:
-    """Before gRPC is imported: without it the coordinator's hops are slower and gRPC writes to the terminal."""
+    """Sets gRPC's variables before it is imported: otherwise the coordinator's hops are slower and gRPC writes to the
+    terminal."""
     from llamaclust.wire.rpc.grpc_options import tune_grpc
 
     tune_grpc()
 
 
 def template_of(choice: str) -> str:
-    """As the cluster file has it: a name, or a path that is the same from any folder. UsageError for neither."""
+    """Returns a template as the cluster file has it: a name, or a path that is the same from any folder. UsageError for
+    neither."""
     from llamaclust.model.chat.template_choice import built_in_names, chosen_template
 
     chosen_template(choice)
@@ -125,10 +127,8 @@ _END_S = 10.0
 
 
 class Starter:
-    """The command that waits for this process, at the other end of a pipe, until the event `Ready` or `StartFailed`.
-
-    If it ends before, in whatever way, this process ends as by SIGTERM.
-    """
+    """The command that waits for this process, at the other end of a pipe, until the event `Ready` or `StartFailed`. If
+    the command ends before, in whatever way, this process ends as by SIGTERM."""
 
     def __init__(self, descriptor: int) -> None:
         self.waits = True
@@ -152,9 +152,7 @@ class Starter:
 
 def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | None = None) -> None:
     """Runs `up` with these arguments as a process of its own and returns when its cluster is ready; see `ready_text`.
-
-    LlamaclustError where it is not to be; then, and where this process is told to end, nothing is left running.
-    """
+    LlamaclustError if the start fails; then, and if this process is told to end, nothing is left running."""
     folder = ClusterDir(config.state_dir / config.name)
     with folder.locked():  # refuses a name that is taken before its log is begun anew
         pass
@@ -171,7 +169,7 @@ def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | Non
 
 
 def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes]]:
-    """The process, and the end of a pipe to read its events from."""
+    """Starts the process and returns it with the end of a pipe that gives its events."""
     reading, writing = os.pipe()
     to_log = open_log(log, anew=True)
     try:
@@ -200,7 +198,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _watch_start(events: Iterator[Event], view: ClusterView, log: Path) -> None:
-    """Shows the events; returns when the cluster is ready. LlamaclustError where it is not to be."""
+    """Shows the events; returns when the cluster is ready. LlamaclustError if the start fails."""
     for event in events:
         view.show(event)
         if isinstance(event, Ready):

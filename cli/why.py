@@ -1,4 +1,4 @@
-"""`why`: where the time of a request went, in lines of 80 columns."""
+"""`why`: the time of a request by phases, in lines of 80 columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LABEL, _BAR = 44, 19
 _SHOWN = 20
 """Requests in the list."""
 _LEAST = 0.005
-"""Of a phase: smaller parts of it have no line."""
+"""Share of a phase below which its parts have no line."""
 
 
 def why(
@@ -86,7 +86,7 @@ def _adapters(record: Record) -> str:
 
 
 def waterfall_lines(record: Record) -> Iterator[str]:
-    """The phases one below the other, each with its parts."""
+    """Yields the phases one below the other, each with its parts."""
     yield _head(record, with_model=False)
     if record["adapters"]:
         yield f"adapters: {_adapters(record)}"
@@ -101,14 +101,14 @@ def waterfall_lines(record: Record) -> Iterator[str]:
 
 
 def _of_stages(groups: list[Record], records: list[Record]) -> list[Record]:
-    """The groups that hold stages which computed these requests."""
+    """Returns the groups that hold stages which computed these requests."""
     phases = [phase for record in records for phase in record["phases"]]
     leaders = {stage["worker"] for phase in phases for stage in phase.get("stages", ())}
     return [group for group in groups if group["members"][0]["worker"] in leaders]
 
 
 def _gather_lines(lines: Iterator[str]) -> Iterator[str]:
-    """Gathers are not measured by request."""
+    """Yields lines on gathers, which are not measured by request."""
     for index, line in enumerate(lines):
         if index == 0:
             yield "compute includes time in gathers; since the plan, over all requests:"
@@ -133,7 +133,7 @@ def _row(label: str, seconds: float, whole: float) -> str:
 
 
 def _bar(start: float, share: float) -> str:
-    """At least one mark, so that each phase is seen."""
+    """Draws at least one mark, so that each phase is seen."""
     begin = min(round(start * _BAR), _BAR - 1)
     length = max(1, min(round(share * _BAR), _BAR - begin))
     return f"{' ' * begin}{'#' * length}".ljust(_BAR)

@@ -1,4 +1,4 @@
-"""`worker` joins a static cluster; `token` is the secret with which it does."""
+"""`worker` joins a static cluster; `token` is its secret for that."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def _run(settings: WorkerSettings) -> NoReturn:
 
 
 def _addresses(given: list[str], variables: Environment, *, discover: bool) -> tuple[str, ...]:
-    """Of the coordinator and its standbys, each once; none are needed by a worker that discovers."""
+    """Returns the addresses of the coordinator and its standbys, each once; a worker that discovers needs none."""
     name, values = ("--join", given) if given else ("LLAMACLUST_JOIN", list(variables.join))
     if not values and not discover:
         what = "the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well"
@@ -154,7 +154,7 @@ def _addresses(given: list[str], variables: Environment, *, discover: bool) -> t
 
 
 def _with_port(value: str) -> str:
-    """HOST alone means the usual enrolment port there; an address of IPv6 may be without brackets then."""
+    """Adds the usual enrolment port to HOST alone; an address of IPv6 may lack brackets then."""
     if value.count(":") > 1 and not value.startswith("["):
         value = f"[{value}]"
     return value if ":" in value.rpartition("]")[2] or not value else f"{value}:{JOIN_PORT}"
@@ -166,7 +166,7 @@ def _address(value: str) -> str:
 
 
 def _advertised(value: str) -> str:
-    """HOST or HOST:PORT."""
+    """Checks HOST or HOST:PORT."""
     _address(value if ":" in value.rpartition("]")[2] else f"{value}:0")
     return value
 
@@ -208,7 +208,7 @@ def rotate(
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
-    """Of the cluster of that name; without one, of the only one that runs, or of `default`."""
+    """Returns the folder of the named cluster; without a name, that of the only running one, or of `default`."""
     from llamaclust.cluster.config.values import parse_name
     from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import find_running, running_clusters

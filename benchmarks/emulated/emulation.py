@@ -19,7 +19,8 @@ _CALLER = "_native"
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Half of the round trip is added to each way; `gbit_s` is the rate at which a worker receives, 0: no limit."""
+    """Settings of links: half of the round trip is added to each way; `gbit_s` is the rate at which a worker receives,
+    0: no limit."""
 
     round_trip_ms: float = 0.0
     gbit_s: float = 0.0
@@ -38,7 +39,7 @@ class Emulation:
 
     @classmethod
     def build(cls, folder: Path) -> Self:
-        """UsageError where it cannot be built."""
+        """Builds the library. UsageError if that fails."""
         made = cls(folder)
         made.library = compiled("emulated.cpp", folder)
         made._path.write_bytes(LinkSpeed().encode())
@@ -54,23 +55,24 @@ class Emulation:
         self._settings[:] = speed.encode()
 
     def prefix(self, core: int, speed: float = 1.0) -> tuple[str, ...]:
-        """Words before a command that runs it on a core. A `speed` below 1 is that of a slower core."""
+        """Returns words before a command that runs it on a core; a `speed` below 1 emulates a slower core."""
         words = [f"{name}={value}" for name, value in self.variables(speed).items()]
         return ("taskset", "-c", str(core), "env", *words)
 
     def variables(self, speed: float = 1.0, caller: str = _CALLER) -> dict[str, str]:
-        """The environment of a process that has such links, by calls of the library of that name."""
+        """Returns the environment of a process with emulated links; `caller` names the library whose calls are
+        emulated."""
         places = {"LD_PRELOAD": str(self.library), "EMULATED_LINK": str(self._path), "EMULATED_CALLER": caller}
         return {**places, "EMULATED_SPEED": str(speed)}
 
 
 def compiler() -> str | None:
-    """Returns the command of $CXX, g++ or clang++, whichever is there first; none if there is none."""
+    """Returns the command of $CXX, g++ or clang++, whichever is there first; None if there is none."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
 
 
 def compiled(name: str, folder: Path) -> Path:
-    """The library of a C++ source beside this file. UsageError where it cannot be built."""
+    """Compiles a C++ source beside this file to a library. UsageError if that fails."""
     source, library = Path(__file__).with_name(name), (folder / name).with_suffix(".so")
     if library.exists():
         return library

@@ -1,4 +1,4 @@
-"""Figures of rounds of measurements beside what GPU and processor can do at best, and what is wanted of them. Only
+"""Figures of rounds of measurements relative to the best rates of GPU and processor, and their goals. Only
 arithmetic."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from gpu_support.work import Rates, Work
 from llamaclust.tools.bench.limits import Spread
 
 DECODE_SHARE, MIXED_SHARE, PREFILL_SHARE, TIMES_ONE, RATIO = 0.80, 0.85, 0.35, 6.0, 1.0
-"""What is wanted: decode on a GPU alone, and with layers or experts in RAM; prefill; eight sequences beside one;
-llama.cpp, and copies of experts beside none."""
+"""Goals: decode on a GPU alone, and with layers or experts in RAM; prefill; eight sequences relative to one; llama.cpp,
+and copies of experts relative to none."""
 _TOGETHER = 8
 """Sequences for which there are goals."""
 
@@ -34,8 +34,8 @@ class CopiedSteps:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One of each, one right after the other, in seconds: a prefill, a decode step of one sequence and of several, all
-    without copies of experts; `copied` has steps with them."""
+    """One of each measurement in seconds, one right after the other: a prefill, a decode step of one sequence and of
+    several, all without copies of experts; `copied` has steps with them."""
 
     rates: Rates
     prefill_s: float
@@ -50,7 +50,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of all rounds."""
+    """The figures of all rounds."""
 
     work: Work
     rounds: Sequence[Round]
@@ -60,7 +60,7 @@ class Figures:
 
     @property
     def decode_share(self) -> Spread:
-        """The time in which the memories can be read, of the time that a token took."""
+        """Share of a token's time in which the memories could be read."""
         step = self.work.step_bytes(1)
         return self.spread(lambda round_: step.seconds(round_.rates.read) / round_.step_s)
 
@@ -75,11 +75,11 @@ class Figures:
 
     @property
     def times_one(self) -> Spread:
-        """Tokens a second of all sequences, of those of one."""
+        """Tokens a second of all sequences, relative to one."""
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The time in which the memories can be read, where hits are read on the GPU, of that of a step with copies."""
+        """Share of the time of a step with copies in which the memories could be read, hits on the GPU."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -87,12 +87,12 @@ class Figures:
         return self.spread(lambda round_: best_s(round_) / round_.copied[sequences].step_s)
 
     def copies_gain(self, sequences: int) -> Spread:
-        """The time of a step without copies, of that of one with them."""
+        """Time of a step without copies, relative to one with them."""
         return self.spread(lambda round_: round_.steps_s(sequences) / round_.copied[sequences].step_s)
 
     @property
     def decode_ratio(self) -> Spread:
-        """Above 1 where llama.cpp is slower."""
+        """Speed relative to llama.cpp: above 1 where llama.cpp is slower."""
         return self.spread(lambda round_: 1 / round_.step_s / _theirs(round_).decode)
 
     @property
@@ -112,7 +112,7 @@ class Figures:
         return all(round_.copied for round_ in self.rounds)
 
     def as_json(self) -> dict[str, Any]:
-        """GB are 10^9 bytes; spreads are median, least and most."""
+        """Returns all figures; GB are 10^9 bytes; spreads are median, least and most."""
         work, step = self.work, self.work.step_bytes(1)
         found: dict[str, Any] = {
             "rates": self._rates(),
@@ -149,7 +149,7 @@ class Figures:
         return _plain(found) | {"wanted": [asdict(target) | {"met": target.is_met} for target in self.wanted()]}
 
     def _rates(self) -> dict[str, Spread]:
-        """Of the processor only where it has weights."""
+        """Returns the devices' rates; the processor's only if it has weights."""
         found = {
             "vram_read_gb_s": self.spread(lambda round_: round_.rates.read.gpu / 1e9),
             "gpu_int8_gmac_s": self.spread(lambda round_: round_.rates.int8.gpu / 1e9),
@@ -160,7 +160,7 @@ class Figures:
         return found
 
     def _copies(self, sequences: int) -> dict[str, Any]:
-        """Hits and misses are those of all rounds."""
+        """Returns figures of copies; hits and misses are those of all rounds."""
         steps = [round_.copied[sequences] for round_ in self.rounds]
         return {
             "tok_s": self.spread(lambda round_: sequences / round_.copied[sequences].step_s),
@@ -171,7 +171,7 @@ class Figures:
         }
 
     def wanted(self) -> list[Wanted]:
-        """Medians beside what is wanted of them."""
+        """Returns medians with their goals."""
         found = self._wanted_of_both() if self.is_mixed else self._wanted_of_gpu()
         if self.has_copies:
             for count, what in ((1, "decode"), (self.work.sequences, f"{self.work.sequences} sequences")):
@@ -194,8 +194,8 @@ class Figures:
         ]
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
-        """Sequences of a mixture read more than one of them does: of reading that, the share to which TIMES_ONE comes
-        where a dense model decodes at `decode_share`."""
+        """Returns the goal of several sequences. Sequences of a mixture read more than one of them does: the goal is
+        the share of that reading to which TIMES_ONE comes where a dense model decodes at `decode_share`."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one
@@ -205,7 +205,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A figure, and the least that it shall be, if anything."""
+    """A figure with its goal, the least value, if it has one."""
 
     what: str
     found: float
@@ -226,7 +226,7 @@ def _theirs(round_: Round) -> Speed:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Spreads as JSON has them."""
+    """Returns values with spreads as JSON."""
     return {
         name: _plain(value) if isinstance(value, dict) else asdict(value) if isinstance(value, Spread) else value
         for name, value in values.items()

@@ -42,7 +42,7 @@ from llamaclust.core.errors import UsageError
 _TESTS = "tests/kernels/cuda"
 _BENCHMARKS = "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"
 _PROCESSES = 8
-"""Tests run in so many processes: each takes some hundred MiB of the GPU, and waits for the CPU's results."""
+"""Test processes: each takes some hundred MiB of the GPU, and waits for the CPU's results."""
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
 _GRACE_S, _POLL_S = 5.0, 0.05
@@ -50,7 +50,7 @@ _GRACE_S, _POLL_S = 5.0, 0.05
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`command` with {models}, {results} and {llama}; `needs`: the command that writes the model it reads."""
+    """A step: `command` with {models}, {results} and {llama}; `needs`: the command that writes the model it reads."""
 
     name: str
     limit_s: int
@@ -101,7 +101,7 @@ LLAMA_STEPS = (_benchmark("7b-llama", 400, *_7B, "--llama-bench {llama} --repeat
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a step; 124 stands for a time limit."""
+    """The exit status and time of a step; 124 stands for a time limit."""
 
     status: int
     seconds: float
@@ -128,7 +128,7 @@ class Record:
             raise UsageError(f"{self._path}: no outcomes of steps; remove it to run all of them again") from None
 
     def outcome(self, step: Step) -> Outcome | None:
-        """None if it was not run with these sources."""
+        """Returns None if the step was not run with these sources."""
         found = self._outcomes.get(step.name)
         return found if found is not None and found.sources == self._sources else None
 
@@ -143,7 +143,7 @@ class Record:
 
 
 def _outcomes(data: bytes) -> dict[str, Outcome]:
-    """By the names of steps. ValueError, or RecursionError, for what is none."""
+    """Reads outcomes by the names of steps. ValueError, or RecursionError, for other data."""
     found = json.loads(data)
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
         raise ValueError("no objects by names")
@@ -162,7 +162,8 @@ def _outcome(status: object, seconds: object, sources: object, tail: object) -> 
 def run_steps(
     steps: Sequence[Step], record: Record, places: dict[str, str], budget_s: float, now_s: Callable[[], float]
 ) -> int:
-    """The exit status. Vital ones come first, then those that were not run, then those that failed before."""
+    """Runs steps and returns the exit status. Vital ones come first, then those that were not run, then those that
+    failed."""
     begun_s = now_s()
     outcomes = {step: record.outcome(step) for step in steps}
     due = [step for step, outcome in outcomes.items() if outcome is None or not outcome.passed]
@@ -188,7 +189,7 @@ def run_steps(
 
 
 def _run(step: Step, log: Path, places: dict[str, str]) -> int:
-    """The exit status; 124 for one that was ended at its limit, with all processes of its session."""
+    """Runs a step and returns its exit status; 124 if it was ended at its limit, with all processes of its session."""
     model = Path(places["models"]) / step.model
     commands = [step.needs] if step.model and not model.is_file() else []
     script = " && ".join(_filled(command, places) for command in (*commands, step.command))
@@ -218,13 +219,13 @@ def _run(step: Step, log: Path, places: dict[str, str]) -> int:
 
 
 def _signals(how: int) -> None:
-    """Blocks those that end this program, or lets them through."""
+    """Blocks the signals that end this program, or lets them through."""
     signal.pthread_sigmask(how, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM first: writers of models then remove gigabytes of partial files, which may lie in RAM. SIGKILL for what
-    is left of the group after some seconds, or at another Ctrl-C."""
+    """Ends a step: SIGTERM first, so that writers of models remove gigabytes of partial files, which may lie in RAM;
+    SIGKILL for the rest of the group after some seconds, or at another Ctrl-C."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         end_s = time.monotonic() + _GRACE_S
@@ -236,7 +237,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _is_running(group: int) -> bool:
-    """Whether any process of it is: those that ended and are not reaped do not count."""
+    """Returns True if any process of the group runs; ended ones that are not reaped do not count."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it is gone meanwhile
             state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]

@@ -14,7 +14,7 @@ _LOCK = ".lock"
 
 
 def ready_folder(folder: Path) -> None:
-    """It is there, or made. UsageError where it is none, or nothing can be written to it."""
+    """Makes the folder if it is missing. UsageError if it is no folder, or nothing can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # modes alone do not say so: root, or a medium that is only read
@@ -28,7 +28,7 @@ def ready_folder(folder: Path) -> None:
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which ends with the process, however that ends. UsageError where another run has it."""
+    """Holds the folder's lock, which ends with the process, however that ends. UsageError if another run has it."""
     lock = FileLock(folder / _LOCK)
     if not lock.take():
         raise UsageError(f"another run uses {folder}")

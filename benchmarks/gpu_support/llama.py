@@ -15,7 +15,7 @@ _ALL_LAYERS = 999
 
 @dataclass(slots=True)
 class LlamaCpp:
-    """Prefill and decode apart, as llama-bench measures them, without sampling; with flash attention and without, of
+    """Measures prefill and decode apart, as llama-bench does, without sampling; with and without flash attention, of
     which the quicker one counts."""
 
     program: Path
@@ -26,7 +26,7 @@ class LlamaCpp:
     build: dict[str, Any] = field(default_factory=dict)  # filled by the first run
 
     def measure(self, model: Path) -> Speed:
-        """UsageError where it fails, or does not compute on a GPU."""
+        """Returns the speed. UsageError if llama-bench fails, or does not compute on a GPU."""
         ways = {"-ngl": _ALL_LAYERS, "-sm": "none", "-mg": self.gpu, "-fa": "0,1"}
         sizes = {"-p": self.prompt, "-n": self.generate, "-r": self.runs}
         options = [str(word) for option in (ways | sizes).items() for word in option]

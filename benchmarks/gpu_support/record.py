@@ -1,4 +1,4 @@
-"""The record of a run on a GPU: on what, with what and how it was measured, and every figure."""
+"""The record of a run on a GPU: hardware, software, method, and every figure."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _QUERY_S = 30.0
 
 
 def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
-    """All but the figures. What is not to be found out is null. `kernels` is what products reach on the GPU by
-    themselves, as workers measure it: of one row and of many."""
+    """Returns all but the figures; unknown values are null. `kernels` has the rates of products alone on the GPU, as
+    workers measure them: of one row and of many."""
     reached = loaded.kernels()
     task, layout, gpu = loaded.task, loaded.layout, loaded.gpu.gpu()
     quant_type = max(describe(loaded.model.file).by_type, key=lambda share: share.bytes).name
@@ -72,8 +72,8 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
 
 
 def record_name(record: dict[str, Any]) -> str:
-    """`<gpu>-<model>.json`; with the cap, the number of layers with experts in RAM and the size of copies where there
-    are any, so that runs with and without stand side by side."""
+    """Returns `<gpu>-<model>.json`; with the cap, the number of layers with experts in RAM and the size of copies if
+    there are any, so that runs with and without stand side by side."""
     placement, cap = record["placement"], record["settings"]["gpu_memory_bytes"]
     layers, copies = len(placement["cpu_moe"]), placement["experts_cache_bytes"]
     parts = [record["gpu"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]
@@ -82,7 +82,8 @@ def record_name(record: dict[str, Any]) -> str:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> Path:
-    """The file appears when it is complete. OSError, or UsageError, where the folder cannot be written to."""
+    """Writes the file, which appears when it is complete. OSError, or UsageError, if the folder cannot be written
+    to."""
     folder.mkdir(parents=True, exist_ok=True)
     path, data = folder / record_name(record), json.dumps(record, indent=2, allow_nan=False).encode() + b"\n"
     with new_file(path, len(data)) as file:
@@ -92,8 +93,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> Path:
 
 @dataclass
 class RecordFile:
-    """A record in a folder, written anew after each round. One that cannot be written does not end the measurement, of
-    which it would be the only trace: `error` says why."""
+    """A record in a folder, written anew after each round. A failed write does not end the measurement, of which the
+    record would be the only trace: `error` says why."""
 
     folder: Path
     error: OSError | UsageError | None = None
@@ -109,7 +110,7 @@ class RecordFile:
 
 
 def software() -> dict[str, str | None]:
-    """Versions of all that a kernel is compiled and launched by."""
+    """Returns versions of all software that compiles and launches kernels."""
     driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     found: dict[str, str | None] = {"driver": driver, "cuda": None, "cupy": None, "nvrtc": None}
     try:
@@ -123,7 +124,7 @@ def software() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """Of the checkout, if this is one."""
+    """Returns the commit of the checkout; None if this is no checkout."""
     here = str(Path(__file__).parent)
     return _first_line("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 

@@ -1,5 +1,5 @@
-"""A whole model on a GPU, or on a GPU and the processor, in the chain of executors that a worker has: which layers and
-experts go where, and rounds of measurements."""
+"""A whole model on a GPU, or on a GPU and the processor, in a worker's chain of executors: the places of layers and
+experts, and rounds of measurements."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from llamaclust.worker.devices.whole_model import held_layers, load_whole
 from llamaclust.worker.stage.stage_runner import plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
-"""What is left of VRAM so that its bandwidth can be measured beside the model, or so large a part of a small GPU's."""
+"""VRAM that is kept free to measure its bandwidth beside the model; on a small GPU one part in so many."""
 _REPORT_S = 5.0
 _READ_S, _PEAK_S = 0.3, 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is measured."""
+    """The options of a measurement."""
 
     model: Path
     device: str = "cuda:0"
@@ -51,14 +51,14 @@ class Task:
 
     @property
     def context(self) -> int:
-        """Tokens of a sequence, at most."""
+        """Most tokens of a sequence."""
         return max(self.prompt, self.generate) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The last layers and the head are on the GPU, layers before them and experts of some in RAM; with all that they
-    need."""
+    """The places of layers: the last layers and the head on the GPU, layers before them and experts of some in RAM;
+    with all memory that they need."""
 
     parts: tuple[DeviceLayers, ...]
     vram_bytes: int
@@ -66,8 +66,8 @@ class Layout:
 
     @classmethod
     def of(cls, device: Device, model: Model, task: Task) -> Self:
-        """As in a model in one process (docs/gpu.md). InsufficientMemoryError where memory is short; UsageError where
-        the model has no experts to place."""
+        """Places layers as in a model in one process (docs/gpu.md). InsufficientMemoryError if memory is short;
+        UsageError if the model has no experts to place."""
         if not model.hyperparameters.expert_count and (task.cpu_moe is not None or task.experts_cache_bytes):
             raise UsageError(f"{model.file.path} has no experts; leave out --cpu-moe, --n-cpu-moe and --experts-cache")
         limits, end = stage_limits(task.sequences, task.context), model.layer_count
@@ -97,8 +97,8 @@ class Loaded:
     """A model that can be measured; holds its memory until it is closed."""
 
     def __init__(self, task: Task, whole: bool = False) -> None:
-        """UsageError without the model or the GPU, where the GPU is to hold the `whole` and cannot, or where copies of
-        experts are wanted and cannot be; InsufficientMemoryError where memory is short."""
+        """Loads a model. UsageError without the model or the GPU, if the GPU cannot hold the `whole`, or if copies of
+        experts are impossible; InsufficientMemoryError if memory is short."""
         self.task = task
         with ExitStack() as held:
             self.model = held.enter_context(closing(Model.open(task.model)))
@@ -131,7 +131,7 @@ class Loaded:
             raise UsageError(f"--experts-cache: there are no copies of experts: {why}; leave it out")
 
     def _device(self, held: ExitStack) -> Device:
-        """The processor and the GPU, which leaves room for its own measurements."""
+        """Opens the processor and the GPU, which leaves room for its own measurements."""
         task, kernels = self.task, environment().kernels_dir
 
         def opened(threads: int, cap_bytes: int | None) -> GpuBackend:
@@ -146,7 +146,8 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """The first prefill teaches the scheduler how to cut prompts; what then comes a second time is captured."""
+        """Warms up: the first prefill teaches the scheduler how to cut prompts; CUDA graphs are captured the second
+        time."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):
@@ -155,7 +156,8 @@ class Loaded:
             self._stage.decode(0, self.task.generate, self.task.sequences)
 
     def measure(self) -> Round:
-        """One of each between two looks at what the devices can do; decode again with copies of experts, if any."""
+        """Measures one of each between two measurements of the devices' best rates; decode again with copies of
+        experts, if any."""
         task, stage, counts = self.task, self._stage, (1, self.task.sequences)
         before = self.rates()
         with stage.without_copies():
@@ -178,7 +180,7 @@ class Loaded:
         return Rates(Amount(gpu.read_bytes_s, read), Amount(gpu.int8_macs_s, int8))
 
     def kernels(self) -> DeviceProfile:
-        """What products reach on the GPU by themselves."""
+        """Measures the rates of products alone on the GPU."""
         return self._probed.measure()
 
     def close(self) -> None:
@@ -186,7 +188,7 @@ class Loaded:
 
 
 class _Progress:
-    """Of loading: a line now and then."""
+    """Prints a line on loading now and then."""
 
     def __init__(self, now_s: Callable[[], float] = time.perf_counter) -> None:
         self.done_bytes = 0

@@ -19,7 +19,7 @@ _TEST_TOOLS = ("pytest", "hypothesis", "psutil")
 
 
 def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
-    """Replaces what an earlier kit has left, and its state."""
+    """Replaces an earlier kit and its state."""
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
         content.extractall(unpacked, filter="data")  # this user's, not writable by others: else no kernel is used
@@ -41,7 +41,7 @@ def required(tree: Path) -> Iterator[str]:
 
 
 def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
-    """A line for each requirement, also of a package in the kit, that neither this Python nor the kit fulfils."""
+    """Yields a line for each requirement, of packages in the kit too, that neither this Python nor the kit fulfils."""
     travelled = list(distributions(path=[str(packages)]))
     versions = {canonicalize_name(one.name): one.version for one in travelled}
     theirs = (text for one in travelled for text in one.requires or ())

@@ -1,5 +1,5 @@
-"""What a model on a GPU, or on a GPU and the processor beside it, reads and multiplies, and what their memories and
-multipliers would take for it at best. Only arithmetic."""
+"""Bytes and products of a model on a GPU, or on a GPU and the processor beside it, and the least time that they would
+take. Only arithmetic."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from llamaclust.tools.bench.stage import stage_limits
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """Bytes, or multiply-accumulates: on the GPU and on the processor. Where they are rates, they are a second's."""
+    """Bytes, or multiply-accumulates, on the GPU and on the processor; rates are per second."""
 
     gpu: float
     cpu: float
 
     def each_s(self, rates: Amount) -> tuple[float, float]:
-        """At best, by device."""
+        """Returns the least seconds, by device."""
         return self.gpu / rates.gpu, self.cpu / rates.cpu if self.cpu else 0.0
 
     def seconds(self, rates: Amount) -> float:
-        """At best: one device behind the other."""
+        """Returns the least seconds, one device after the other."""
         return sum(self.each_s(rates))
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What the devices can do at best in a second; 0 for a processor that has no weights."""
+    """The best rates of the devices per second; 0 for a processor that has no weights."""
 
     read: Amount  # bytes
     int8: Amount  # multiply-accumulates
 
     def best(self, other: Rates) -> Rates:
-        """Each the greater one: other work on the machine can only make a rate look smaller than it is."""
+        """Returns the greater of each: other work on the machine can only make a rate look smaller than it is."""
         read, int8 = (
             Amount(*map(max, astuple(mine), astuple(its)))
             for mine, its in ((self.read, other.read), (self.int8, other.int8))
@@ -50,7 +50,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What is done where the last layers and the head are on the GPU, experts of some of these in RAM. Weights count as
+    """The work of a model whose last layers and head are on the GPU, experts of some of these in RAM. Weights count as
     the file holds them; of a mixture, more rows use more experts (`LayerCost.touched_bytes`)."""
 
     prompt: int
@@ -63,7 +63,7 @@ class Work:
 
     @classmethod
     def of(cls, model: Model, gpu: DeviceLayers, prompt: int, generate: int, sequences: int) -> Self:
-        """`gpu`: what it holds; layers before these are in RAM."""
+        """Counts the work; `gpu`: the GPU's layers; layers before these are in RAM."""
         costs, moved = model.costs(KvType.F16), _experts_in_ram(model, gpu.cpu_moe)
         in_ram, on_gpu = costs.layers[: gpu.start], costs.layers[gpu.start :]
 
@@ -80,7 +80,7 @@ class Work:
 
     @property
     def is_mixed(self) -> bool:
-        """Whether some of the weights are in RAM."""
+        """True if some of the weights are in RAM."""
         return self.weight_bytes[1].cpu > 0
 
     @property
@@ -89,24 +89,25 @@ class Work:
 
     @property
     def prompt_rows(self) -> int:
-        """Of a prompt, what a stage computes at once."""
+        """Rows of a prompt that a stage computes at once."""
         return _prompt_rows(self.prompt, self.sequences)
 
     def step_bytes(self, sequences: int) -> Amount:
-        """Read by a decode step of one sequence, or of all."""
+        """Returns the bytes that a decode step of one sequence, or of all, reads."""
         assert sequences in (1, self.sequences)
         weights, kv = self.weight_bytes[sequences], self.kv_bytes
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
 
     def copied_step_s(self, sequences: int, hits: float, read: Amount) -> float:
-        """At best, of such a step: the GPU reads a share `hits` of the experts while the processor reads the others."""
+        """Returns the least seconds of a decode step with copies: the GPU reads a share `hits` of the experts while the
+        processor reads the others."""
         step, experts = self.step_bytes(sequences), self.expert_bytes[sequences]
         both = Amount(hits * experts, (1 - hits) * experts)
         return Amount(step.gpu, step.cpu - experts).seconds(read) + max(both.each_s(read))
 
     def prefill_s(self, rates: Rates) -> float:
-        """At best: each device reads its weights for all rows that it computes at once, or multiplies, whichever takes
-        longer."""
+        """Returns the least seconds of a prefill: each device reads its weights for all rows that it computes at once,
+        or multiplies, whichever takes longer."""
         read, times = self.weight_bytes[self.prompt_rows], self.prompt / self.prompt_rows
         read_s = Amount(times * read.gpu, times * read.cpu).each_s(rates.read)
         return sum(map(max, read_s, self.prefill_macs.each_s(rates.int8)))
@@ -121,7 +122,7 @@ def _read_bytes(cost: LayerCost, rows: int) -> float:
 
 
 def _experts_in_ram(model: Model, layers: Sequence[int]) -> Sequence[LayerCost]:
-    """Of each of these layers, its experts with their router."""
+    """Returns the costs of each layer's experts with their router."""
     program = model.program(0, model.layer_count)
     parts = (experts_of(program, (layer,)) for layer in layers)
     return [layer_cost(model.tensors_for(part), part) for part in parts if part is not None]

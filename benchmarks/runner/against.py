@@ -23,7 +23,7 @@ _MOST_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Against(Case):
-    """A group for each variant of a case: the other tree's figures, then this one's."""
+    """The groups of a case, with the other tree's figures before this one's for each variant."""
 
     tree: Path
     arguments: Sequence[str]
@@ -70,7 +70,7 @@ def _tell(process: asyncio.subprocess.Process, what: object) -> None:
 
 
 async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
-    """None behind the last group. LlamaclustError where the process has failed."""
+    """Returns None after the last group. LlamaclustError if the process has failed."""
     assert process.stdout is not None
     line = await process.stdout.readline()
     if not line and await process.wait():
@@ -79,7 +79,7 @@ async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
 
 
 async def serve(case: Case) -> None:
-    """Measures what lines on standard input name; whatever else is printed goes to standard error."""
+    """Measures the turns that lines on standard input name; other output goes to standard error."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         async with aclosing(case.groups()) as groups:  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""Streams, short requests and looks at memory that go on beside what is measured."""
+"""Streams, short requests and looks at memory that go on beside a measurement."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ for connection in connections:
     except OSError as error:
         print(0, 0, type(error).__name__, flush=True)
 """
-"""Clients of their own processes, which do not hold up the others; the second one sends bytes as they are."""
+"""Clients in processes of their own, which do not hold up the others; the second one sends bytes as they are."""
 
 
 @dataclass(slots=True)
 class Others:
-    """Streams that run beside, and short requests that come one after the other."""
+    """Streams that run beside a measurement, and short requests one after the other."""
 
     client: AsyncClient
     bench: Bench
@@ -124,8 +124,8 @@ async def others(client: AsyncClient, bench: Bench, streams: int) -> AsyncIterat
 
 
 async def posted(api: str, path: str, body: bytes, count: int = 1, key: str = "") -> str:
-    """How `count` requests were answered; without a path, the bytes are sent as they are. `@NUMBER@` in a body is
-    replaced by the number of the request."""
+    """Sends `count` requests and describes the replies; without a path, the bytes are sent as they are. `@NUMBER@` in a
+    body is replaced by the number of the request."""
     pipe = asyncio.subprocess.PIPE
     words = (sys.executable, "-c", _POST, f"{api}/{path}") if path else (sys.executable, "-c", _RAW, api[7:])
     process = await asyncio.create_subprocess_exec(*words, key, str(count), stdin=pipe, stdout=pipe)

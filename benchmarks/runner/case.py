@@ -16,8 +16,8 @@ Variant = Callable[[int], Awaitable[Measures]]
 
 @dataclass(slots=True)
 class Group:
-    """Variants that are compared with the first one. `goals`: of ratios, or of the figures of a single variant; where
-    there are some, the spread of these figures alone is printed."""
+    """Variants that are compared with the first one. `goals`: of ratios, or of the figures of a single variant; if
+    there are some, only the spread of these figures is printed."""
 
     name: str
     variants: Mapping[str, Variant]
@@ -30,7 +30,6 @@ class Group:
         return [float(turn[variant][name]) for turn in self.turns]
 
     def ratios(self, variant: str, name: str) -> list[float]:
-        """Ratios of turns to the first variant."""
         first = next(iter(self.variants))
         if name not in self.figures(first):
             return []
@@ -53,11 +52,11 @@ class Case(ABC):
 
 
 def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:
-    """A field that is a positional argument."""
+    """Makes a field that is a positional argument."""
     return field(default=default, metadata={"help": what, "type": read, "nargs": nargs})
 
 
 def option(default: Any, what: str, read: Callable[[str], Any] | None = None) -> Any:
-    """A field that is an option: a switch where the default is False, and a list where it is a tuple."""
+    """Makes a field that is an option: a switch if the default is False, a list if it is a tuple."""
     read = read or (str if default is None else type(default))
     return field(default=default, metadata={"help": what, "type": read, "option": True})

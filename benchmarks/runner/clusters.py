@@ -42,8 +42,8 @@ def free_port() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What a cluster is made of. `keys` are further ones of its file, `prefixes` words that run a worker's command in
-    another place, by its name. `is_secure`: static workers speak mutual TLS."""
+    """The parts of a cluster. `keys`: further keys of its file; `prefixes`: words, by worker, that run its command in
+    another place; `is_secure`: static workers speak mutual TLS."""
 
     launcher: str = "local"
     workers: int = 3
@@ -98,7 +98,7 @@ class Bench:
         return (self._folder / "coordinator.log").read_text(errors="replace")
 
     def up(self, *options: str) -> subprocess.Popen[bytes]:
-        """A coordinator, or a standby."""
+        """Starts a coordinator, or a standby."""
         with (self._folder / "coordinator.log").open("ab") as log:
             words = [*self._command, "up", str(self.file), *options]
             process = subprocess.Popen(
@@ -108,7 +108,7 @@ class Bench:
         return process
 
     async def standby(self) -> subprocess.Popen[bytes]:
-        """One that waits."""
+        """Starts a standby, and returns when it waits."""
         process = self.up("--standby")
         await self._until(lambda: self.directory.has_standby, process, "a standby")
         return process
@@ -137,14 +137,14 @@ class Bench:
         return state
 
     async def cluster(self) -> dict[str, Any]:
-        """The output of `llamaclust status --json`."""
+        """Returns the output of `llamaclust status --json`."""
         async with httpx.AsyncClient(base_url=self.api, trust_env=False, timeout=60.0) as client:
             found: dict[str, Any] = (await client.get("/cluster")).json()
             return found
 
     @asynccontextmanager
     async def static_workers(self) -> AsyncIterator[None]:
-        """Workers that are not the coordinator's, as on other machines: started again whenever they end."""
+        """Runs workers that are not the coordinator's, as on other machines: started again whenever they end."""
         names = self._layout.names if self._layout.launcher == "static" else ""
         tasks = [asyncio.create_task(self._keep_up(name)) for name in names]
         try:
@@ -173,7 +173,7 @@ class Bench:
                         await process.wait()
 
     def close(self) -> None:
-        """The standbys first: none is to take over."""
+        """Ends the standbys first, so that none takes over."""
         for process in reversed(self.started):
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -187,7 +187,7 @@ class Bench:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM cancels the task that is here, so that it leaves nothing, and ends the process."""
+    """Cancels the current task at SIGTERM, so that it cleans up, and ends the process."""
     loop, task, received = asyncio.get_running_loop(), asyncio.current_task(), False
     assert task is not None
 
@@ -212,7 +212,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 async def running(
     model: Path, layout: Layout, command: Sequence[str] = _COMMAND
 ) -> AsyncIterator[tuple[Bench, subprocess.Popen[bytes]]]:
-    """A cluster that is ready, and its coordinator; at the end all of it ends, and its folder is removed."""
+    """Yields a cluster that is ready, and its coordinator; at the end all of it ends, and its folder is removed."""
     with _ended_by_sigterm(), TemporaryDirectory(prefix="llamaclust-bench-") as folder:
         bench = Bench(model, layout, Path(folder), command)
         async with bench.static_workers():

@@ -28,19 +28,20 @@ _CONFIDENCE = 0
 
 
 def chosen_right(count: int, acceptance: float, draw: random.Random) -> list[bool]:
-    """Which tokens are drafted right: this share of them, rounded, wherever they are."""
+    """Chooses the tokens that are drafted right: this share of them, rounded, in random places."""
     wrong = set(draw.sample(range(count), round((1 - acceptance) * count)))
     return [place not in wrong for place in range(count)]
 
 
 class RecordedDrafters:
-    """Sequences whose prompt has a recorded answer draft from that, others from their own n-grams."""
+    """Drafts from recorded answers for sequences with their prompts, and from n-grams for others."""
 
     def __init__(self) -> None:
         self._drafts: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def record(self, prompt: tuple[int, ...], answer: Sequence[int], is_right: Sequence[bool], vocabulary: int) -> None:
-        """From now on. A token that is drafted wrong is the one after it in the vocabulary."""
+        """Records an answer for later drafts. A token that is drafted wrong is replaced by the next one in the
+        vocabulary."""
         pairs = zip(answer, is_right, strict=True)
         self._drafts[prompt] = tuple(token if right else (token + 1) % vocabulary for token, right in pairs)
 
@@ -48,11 +49,11 @@ class RecordedDrafters:
         return _RecordedDrafter(self._drafts)
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Nothing more is recorded."""
+        """Does nothing: nothing more is recorded."""
 
 
 class NoDrafters:
-    """Nothing is drafted without a model."""
+    """Drafts nothing without a model."""
 
     def of(self, key: Hashable) -> Drafter:
         return self
@@ -61,11 +62,11 @@ class NoDrafters:
         return NO_DRAFT
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Nothing is kept."""
+        """Does nothing: nothing is kept."""
 
 
 class _RecordedDrafter:
-    """Of one sequence."""
+    """The drafter of one sequence."""
 
     def __init__(self, drafts: dict[tuple[int, ...], tuple[int, ...]]) -> None:
         self._drafts = drafts
@@ -104,8 +105,8 @@ class Served:
 async def served(
     path: Path, stages: int, threads: int, drafters: Drafters, *, mtp: bool = False
 ) -> AsyncIterator[Served]:
-    """One stage is in this process, with so many threads; several are workers of one thread each on this machine.
-    `mtp`: the model's own head drafts too."""
+    """Serves a model: one stage in this process, with so many threads, or several as workers of one thread each on this
+    machine. `mtp`: the model's own head drafts too."""
     if stages == 1:
         with Model.open(path) as model:
             context = min(CONTEXT, model.hyperparameters.context_length)
@@ -122,7 +123,7 @@ async def served(
 
 
 async def measured(engine: Engine, *requests: GenerationRequest, plain: bool) -> Measures:
-    """Requests that run at the same time; tokens a second of one are those behind its first."""
+    """Measures simultaneous requests; tokens a second of one request exclude its first token."""
     chosen = [replace(each, max_drafted=0) if plain else each for each in requests]
     begun_s = asyncio.get_running_loop().time()
     found = await asyncio.gather(*(_answer(engine, each) for each in chosen))

@@ -23,7 +23,7 @@ _DEADLINE_S = 1800
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second; of ours also the shares of the machine's limits. Prefill is None where it is not compared."""
+    """Tokens per second; of ours also the shares of the machine's limits. Prefill is None if it is not compared."""
 
     prefill: float | None
     decode: float
@@ -32,7 +32,7 @@ class Speed:
 
 
 def check_program(path: Path, how: str = "the docstring of benchmarks/runner/llama.py") -> Path:
-    """An absolute path. UsageError where no program is there; `how` says how it is built."""
+    """Returns an absolute path. UsageError if no program is there; `how` says how it is built."""
     if path.is_dir():
         raise UsageError(f"--llama-bench {path}: a folder; give the program in it, such as {path}/bin/llama-bench")
     if not path.exists():
@@ -43,13 +43,13 @@ def check_program(path: Path, how: str = "the docstring of benchmarks/runner/lla
 
 
 def their_answers(program: Path, model: Path, options: Sequence[str]) -> list[Any]:
-    """What llama-bench prints, one object a test. UsageError where it cannot."""
+    """Returns the output of llama-bench, one object per test. UsageError if llama-bench fails."""
     answers = json_of([str(program), "-m", str(model), "-o", "json", *options])
     return answers if isinstance(answers, list) else [answers]
 
 
 def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
-    """The best of the tests of each kind. UsageError where llama-bench does not answer so."""
+    """Returns the best of the tests of each kind. UsageError for another output of llama-bench."""
     try:
         prefills = [float(answer["avg_ts"]) for answer in answers if answer["n_gen"] == 0]
         decodes = [float(answer["avg_ts"]) for answer in answers if answer["n_prompt"] == 0]
@@ -59,7 +59,7 @@ def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
 
 
 def json_of(command: Sequence[str]) -> Any:
-    """The JSON that a program prints. UsageError where it cannot be run, fails, or prints something else."""
+    """Returns the JSON that a program prints. UsageError if it cannot be run, fails, or prints something else."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
     except OSError as error:

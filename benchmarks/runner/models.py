@@ -29,7 +29,7 @@ ADDING = ("attn_output.weight", "ffn_down.weight")
 
 @contextmanager
 def model_of(quant_type: QuantType, shape: str, models: Path | None = None) -> Iterator[Path]:
-    """A file of that type, made for the time it is needed where `models` has none."""
+    """Yields a file of that type, made temporarily if `models` has none."""
     if models is not None and (models / f"{quant_type.name}.gguf").exists():
         yield models / f"{quant_type.name}.gguf"
         return
@@ -40,8 +40,8 @@ def model_of(quant_type: QuantType, shape: str, models: Path | None = None) -> I
 
 
 def write_weakened(path: Path, shape: Shape, quant_type: QuantType, first: int = 0, strength: float = 0.0) -> None:
-    """Layers from `first` on add so many times less than usual to the hidden state. With nothing, each token follows
-    from the one before, and answers repeat themselves; such layers take as long as others."""
+    """Writes a model whose layers from `first` on add so many times less than usual to the hidden state. With 0, each
+    token follows from the one before, and answers repeat themselves; such layers take as long as others."""
     sources = tensors(shape, quant_type, 1, alike=True)
     write_gguf(path, metadata("random", shape, quant_type), (_weakened(each, first, strength) for each in sources))
 

@@ -43,7 +43,7 @@ def listed(one: Callable[[str], _Value]) -> Callable[[str], tuple[_Value, ...]]:
 
 
 def chosen(what: str, choices: Mapping[str, _Value]) -> Callable[[str], _Value]:
-    """Returns a reader of one of the choices, which names them where it is another word."""
+    """Returns a reader of one of the choices, which lists them for another word."""
 
     def read(text: str) -> _Value:
         if text not in choices:
@@ -54,7 +54,7 @@ def chosen(what: str, choices: Mapping[str, _Value]) -> Callable[[str], _Value]:
 
 
 def existing(text: str) -> Path:
-    """Reads the path of a file. UsageError where there is none."""
+    """Reads the path of a file. UsageError if there is none."""
     if not Path(text).is_file():
         raise UsageError(f"{text}: no such file")
     return Path(text)

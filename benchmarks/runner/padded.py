@@ -37,7 +37,7 @@ def told(*arguments: str | Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class PaddedModels:
-    """A padded model in F16, what it makes of a text, and which of its weights matter."""
+    """A padded model in F16, its logits on a text, and its importance matrix."""
 
     narrow: Path
     padded: Path
@@ -47,7 +47,8 @@ class PaddedModels:
 
     @classmethod
     def of(cls, name: str, hidden: int, text: Path, chunks: int, folder: Path) -> PaddedModels:
-        """The importance matrix comes from the second half of the text; the first chunks are what is predicted."""
+        """Makes the model; the importance matrix comes from the second half of the text, and the first chunks are
+        predicted."""
         narrow, padded = resolve_model(name), folder / "padded.gguf"
         write_padded(narrow, padded, hidden)
         words = text.read_text()
@@ -61,8 +62,8 @@ class PaddedModels:
 
 
 def write_padded(source: Path, out: Path, hidden: int) -> None:
-    """The hidden state is `hidden` wide, with so many more heads of the same width. Norms divide by the root of the
-    mean square, which zeros make smaller: their weights and epsilon make up for that."""
+    """Writes a model `hidden` wide, with so many more heads of the same width. Norms divide by the root of the mean
+    square, which zeros make smaller: their weights and epsilon make up for that."""
     model = open_model(source)
     key = model.metadata_str("general.architecture")
     was = model.metadata_int(f"{key}.embedding_length")

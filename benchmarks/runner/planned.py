@@ -1,4 +1,4 @@
-"""Clusters of a shape, started with nothing measured before, and what their plans predict beside what is measured."""
+"""Clusters of a shape, started with nothing measured before, and their plans' predictions beside measured times."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _END_S = 10.0
 PROMPT, TOKENS = 224, 48
 """Attention looks at as many keys as in the trials of workers."""
 NEAR = "0.85 .. 1.15"
-"""How near predictions are wanted to measurements, as a ratio."""
+"""The goal for ratios of prediction and measurement."""
 
 Times = Mapping[str, float]
-"""Milliseconds by what they are of: a token, a prompt."""
+"""Milliseconds of a token and of a prompt, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Workers a, b, ...: threads, and what each may take; links to hosts of their own where there are some."""
+    """Workers a, b, ... with their threads and memory, and links to hosts of their own, if any."""
 
     name: str
     what: str
@@ -44,19 +44,19 @@ class Shape:
 
     @property
     def workers(self) -> dict[str, tuple[int, int | None]]:
-        """(threads, memory) by name."""
+        """Threads and memory by worker."""
         memory = self.memory_mib or (None,) * len(self.threads)
         return {chr(97 + index): both for index, both in enumerate(zip(self.threads, memory, strict=True))}
 
 
 def at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
-    """Links add up, and each host delays what it sends."""
+    """Makes a link; links add up, and each host delays what it sends."""
     return Link(round_trip_ms / 2e3, None if rate_mbit is None else rate_mbit * 10**6)
 
 
 @contextmanager
 def network(shape: Shape) -> Iterator[Box | None]:
-    """This process is on the coordinator's host meanwhile."""
+    """Makes the network; this process is on the coordinator's host meanwhile."""
     if not shape.links:
         yield None
         return
@@ -69,7 +69,7 @@ def network(shape: Shape) -> Iterator[Box | None]:
 
 @asynccontextmanager
 async def opened(shape: Shape, model: Path, box: Box | None, context_length: int = 512) -> AsyncIterator[Cluster]:
-    """With nothing measured before."""
+    """Opens a cluster with nothing measured before."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as hosts:
         directory = ClusterDir(Path(folder) / shape.name)
         directory.create()
@@ -93,7 +93,7 @@ def _worker(name: str, threads: int, memory_mib: int | None) -> str:
 
 
 def _starter(shape: Shape, box: Box, token: Path, hosts: ExitStack) -> Report:
-    """Workers that end with `hosts`."""
+    """Returns a report that starts workers, which end with `hosts`."""
 
     def report(event: Event) -> None:
         if not isinstance(event, AwaitingWorkers):
@@ -126,8 +126,8 @@ def predicted(cluster: Cluster) -> Times:
 async def compared(
     opening: Callable[[], AbstractAsyncContextManager[Cluster]], times: Callable[[Cluster], Awaitable[Times]]
 ) -> Measures:
-    """Times of a cluster, beside the mean of two predictions: its own, and that of the same cluster started right
-    behind it, since machines change their speed."""
+    """Measures times of a cluster, beside the mean of two predictions: its own, and that of the same cluster started
+    right behind it, since machines change their speed."""
     async with opening() as cluster:
         said, layers = [predicted(cluster)], layers_of(cluster)
         await times(cluster)  # warms up

@@ -10,8 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def before_other_programs(pids: Iterable[int], *, priority: int = 1) -> Iterator[None]:
-    """All threads that they have now are of the real-time class, with this priority among those of it. PermissionError
-    where this process may not do that."""
+    """Makes the present threads real-time, with this priority among real-time threads. PermissionError if this process
+    may not do that."""
     threads = [int(each.name) for pid in pids for each in Path(f"/proc/{pid}/task").iterdir()]
     try:
         _schedule(threads, os.SCHED_RR, priority)

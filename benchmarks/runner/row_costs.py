@@ -1,4 +1,5 @@
-"""What a microbatch of one sequence takes by its rows, all of which choose a token, and the gain that this allows."""
+"""Times of a microbatch of one sequence by its rows, all of which choose a token, and the gain of drafts that they
+allow."""
 
 from __future__ import annotations
 
@@ -38,12 +39,12 @@ class RowCosts:
 
     @property
     def prefill_to_decode(self) -> float:
-        """How many prompt tokens are computed in the time of one token of an answer."""
+        """Number of prompt tokens that are computed in the time of one token of an answer."""
         return self.ns[0] / self.prefill_row_ns
 
     def allowed_gain(self, acceptance: float) -> float:
-        """With the best fixed number of drafted tokens, none included, each accepted with this probability where those
-        before it are."""
+        """Returns the gain of the best fixed number of drafted tokens, none included, each accepted with this
+        probability if those before it are."""
         return max(
             sum(acceptance**depth for depth in range(window + 1)) * self.at(1) / self.at(window + 1)
             for window in range(_MOST_WINDOW + 1)
@@ -57,8 +58,8 @@ class RowCosts:
 
 
 def measured(path: Path, threads: int, position: int, seed: int = 1) -> RowCosts:
-    """Behind so many tokens, of the whole model in this process. UsageError for a model whose KV memory is not that of
-    all tokens."""
+    """Measures the whole model in this process behind `position` tokens. UsageError for a model whose KV memory is not
+    that of all tokens."""
     with Model.open(path) as model:
         if model.window is not None or model.has_states:
             raise UsageError(f"{path}: has windows or states; give a model whose layers see all tokens")
@@ -93,7 +94,7 @@ def _bound(run: Callable[[int, int, int], None], place: int, rows: int) -> Calla
 
 
 def _times(works: Sequence[Callable[[], None]]) -> list[float]:
-    """Medians, measured in turns after one that does not count."""
+    """Returns medians, measured in turns after a turn that does not count."""
     taken: list[list[int]] = [[] for _ in works]
     for _ in range(_REPEATS + 1):
         for work, times in zip(works, taken, strict=True):

@@ -1,4 +1,4 @@
-"""Answers that a client streams by HTTP and that takes little time itself."""
+"""Answers that a client streams by HTTP with little processor time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 async def requested(
     api: str, body: dict[str, Any], path: str = "/v1/completions", connection: Connection | None = None
 ) -> Connection:
-    """A connection, or the given one, on which a streamed answer has been requested."""
+    """Sends a request for a streamed answer on the given connection, or on a new one, and returns it."""
     where, content = urlsplit(api), json.dumps({**body, "stream": True}).encode()
     if connection is None:
         connection = await asyncio.open_connection(where.hostname, where.port, limit=1 << 22)
@@ -30,7 +30,8 @@ async def requested(
 
 
 async def event(reader: asyncio.StreamReader) -> bytes:
-    """The data of the next event; nothing at the end. LlamaclustError for an error or a connection that ends."""
+    """Returns the data of the next event; nothing at the end. LlamaclustError for an error or a connection that
+    ends."""
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
             return b""
@@ -45,7 +46,7 @@ async def event(reader: asyncio.StreamReader) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`arrivals`: time and tokens of each event that had some."""
+    """An answer; `arrivals`: time and tokens of each event that had some."""
 
     begun_s: float
     arrivals: tuple[tuple[float, int], ...]
@@ -54,12 +55,12 @@ class Answer:
 
     @property
     def first_s(self) -> float:
-        """Seconds from the request to its first token."""
+        """Seconds between the request and its first token."""
         return self.arrivals[0][0] - self.begun_s
 
     @property
     def token_s(self) -> float:
-        """Mean of the tokens behind the first event."""
+        """Mean seconds of the tokens behind the first event."""
         (first_s, first), (last_s, _) = self.arrivals[0], self.arrivals[-1]
         return (last_s - first_s) / (len(self.ids) - first) if len(self.ids) > first else 0.0
 
@@ -69,7 +70,7 @@ class Answer:
 
 
 async def answer(api: str, prompt: Sequence[int], tokens: int, **more: Any) -> Answer:
-    """A greedy answer of so many tokens. LlamaclustError where it has others."""
+    """Requests a greedy answer of so many tokens. LlamaclustError for another number."""
     body = {"prompt": [*prompt], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, **more}
     begun_s, lines = perf_counter(), list[tuple[float, bytes]]()
     reader, writer = await requested(api, {**body, "return_token_ids": True})

@@ -1,4 +1,4 @@
-"""Measures the variants of groups in turns, prints each turn and what follows from all of them."""
+"""Measures the variants of groups in turns, prints each turn and the results of all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MANY = 8
 
 @dataclass(slots=True)
 class Turns:
-    """Runs a case. `rounds`: instead of the case's own number."""
+    """A run of a case; `rounds` replaces the case's own number."""
 
     case: Case
     rounds: int | None = None
@@ -99,7 +99,7 @@ class Turns:
 
 
 def check_same(name: str, found: Mapping[str, Measures]) -> None:
-    """LlamaclustError where bytes of variants differ."""
+    """Raises LlamaclustError if bytes of variants differ."""
     (first, base), *others = found.items()
     for variant, measures in others:
         for key, value in measures.items():
@@ -125,7 +125,7 @@ def text_of(value: float | str | bytes) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """The median, the least and the most, and quartiles of many."""
+    """Describes the median, the least and the most, and quartiles of many."""
     text = f"{median(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
     if len(values) < _MANY:
         return text
@@ -139,7 +139,7 @@ def _machine_s() -> float:
 
 
 def _own_s() -> float:
-    """Processor time of this process and of those that it has started."""
+    """Returns processor time of this process and of those that it has started."""
     total = 0.0
     for process in (me := psutil.Process(), *me.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):

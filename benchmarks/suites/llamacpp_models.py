@@ -17,14 +17,14 @@ ROUTED = {
     "ggml-org/test-model-stories260K:F32": "routed-1",
     "ggml-org/test-model-stories260K-infill:F32": "routed-2",
 }
-"""The models behind a server that is started without one, and their stand-ins; without one: MODEL."""
+"""Models behind a server that is started without one, with their stand-ins; "": MODEL."""
 _ADAPTED, _ADAPTER = "adapted", "adapter"
 _FILL_IN = ("ggml-org/test-model-stories260K-infill", "fill-in")
 """A repository, and the stand-in for its model, which has the tokens of `/infill`."""
 
 
 def build_stand_ins(folder: Path) -> None:
-    """Writes those that are missing."""
+    """Writes the missing stand-ins."""
     from support.arithmetic.scale_words import build_scale_words
     from support.models.tiny_encoders import RANK, build_encoder
     from support.models.tiny_model import build_tiny_model
@@ -40,7 +40,7 @@ def build_stand_ins(folder: Path) -> None:
 
 
 def model_of(flags: Mapping[str, str]) -> Path | None:
-    """The file for the model that a command line names; None where it names none, as a router's does."""
+    """Returns the file for the model that a command line names; None if it names none, like a router's."""
     if not any(flag in flags for flag in MODEL_FLAGS):
         return None
     if "--lora" in flags:
@@ -52,17 +52,17 @@ def model_of(flags: Mapping[str, str]) -> Path | None:
 
 
 def adapter() -> Path:
-    """The file for every adapter."""
+    """Returns the file for every adapter."""
     return _stand_in(_ADAPTER)
 
 
 def routed_models() -> dict[str, Path]:
-    """The files behind a router, by name."""
+    """Returns the files behind a router, by name."""
     return {name: _stand_in(file) if file else _model() for name, file in ROUTED.items()}
 
 
 def preset(folder: Path) -> Path:
-    """llama-server's list of them, written to a file."""
+    """Writes llama-server's list of the models to a file."""
     path = folder / "router.ini"
     path.write_text("".join(f"[{name}]\nmodel = {model}\n\n" for name, model in routed_models().items()))
     return path

@@ -14,7 +14,7 @@ from llamacpp_models import adapter, model_of
 
 
 def _download(url: str, out: str) -> None:
-    """In place of wget's: adapters and models of drafts."""
+    """Replaces wget's download of adapters and draft models."""
     model = model_of({"--hf-file": url})
     source = adapter() if "lora" in url.lower() or "shakespeare" in url or model is None else model
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,7 @@ def _download(url: str, out: str) -> None:
 
 sys.modules.setdefault("wget", types.SimpleNamespace(download=_download))  # type: ignore[arg-type]
 _KEPT: dict[str, Any] = {}
-"""The server that runs: `server`, an instance of the tests' ServerProcess, its `flags` and its own `stop`."""
+"""The running server: `server`, an instance of the tests' ServerProcess, its `flags` and its own `stop`."""
 
 
 def pytest_collection_finish(session: object) -> None:

@@ -14,7 +14,7 @@ Outcomes = dict[str, dict[str, str]]
 
 
 def count(report: Path) -> dict[str, Counter[str]]:
-    """Passed, failed and skipped cases by file; the reason of each failure is printed."""
+    """Counts passed, failed and skipped cases by file; the reason of each failure is printed."""
     counts: dict[str, Counter[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name, kind = _file_of(case), _kind_of(case)
@@ -26,7 +26,7 @@ def count(report: Path) -> dict[str, Counter[str]]:
 
 
 def outcomes(folder: Path) -> Outcomes:
-    """Of all results in a folder; empty where there is none."""
+    """Reads all results of a folder; empty if there is none."""
     found: Outcomes = {}
     for report in sorted(folder.glob("*.xml")):
         for case in ElementTree.parse(report).iter("testcase"):
@@ -44,7 +44,7 @@ def _kind_of(case: ElementTree.Element) -> str:
 
 
 def print_comparison(servers: Mapping[str, Outcomes]) -> None:
-    """What each server passes of each file, in Markdown, and the tests that one fails and another passes."""
+    """Prints each server's passed tests by file, in Markdown, and the tests that one fails and another passes."""
     names = sorted({name for found in servers.values() for name in found})
     print(f"\n| file | {' | '.join(servers)} |\n|---|{'---|' * len(servers)}")
     for name in names:
@@ -63,7 +63,7 @@ def _passed(tests: Mapping[str, str]) -> set[str]:
 
 
 def _share(tests: Mapping[str, str]) -> str:
-    """The tests that passed of those that ran."""
+    """Describes the passed tests among those that ran."""
     kinds = Counter(tests.values())
     return f"{kinds['passed']} of {kinds['passed'] + kinds['failed']}" if tests else ""
 

@@ -41,7 +41,7 @@ def source_package(folder: Path) -> Path:
 
 
 def groups(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each schema of the suite with its instances, and the file that has it; optional ones too."""
+    """Yields each schema of the suite with its instances, and the file that has it; optional ones too."""
     with tarfile.open(source) as archive:
         for member in sorted(archive.getmembers(), key=lambda entry: entry.name):
             if _SUITE in member.name and (file := archive.extractfile(member)) is not None:
@@ -50,7 +50,7 @@ def groups(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def ordered(instance: Any, schema: Any) -> Any:
-    """The instance with properties in the schema's order."""
+    """Returns the instance with properties in the schema's order."""
     if isinstance(instance, list):
         items = schema.get("items") if isinstance(schema, dict) else None
         return [ordered(item, items) for item in instance]
@@ -63,7 +63,7 @@ def ordered(instance: Any, schema: Any) -> Any:
 
 
 def ends_here(grammar: Grammar, text: str) -> bool:
-    """Whether the text is allowed, and may be all."""
+    """Returns True if the text is allowed and may end there."""
     matcher = GrammarMatcher(grammar, BYTES)
     try:
         matcher.take(text.encode())
@@ -78,7 +78,7 @@ def allows(grammar: Grammar, instance: Any) -> bool:
 
 
 def judge(group: dict[str, Any], counts: Counter[str]) -> Iterator[str]:
-    """Counts a schema and its instances; yields what is judged otherwise than the suite does."""
+    """Counts a schema and its instances; yields judgements that differ from the suite's."""
     schema = group["schema"]
     schema = {key: value for key, value in schema.items() if key != "$schema"} if isinstance(schema, dict) else schema
     counts["schemas"] += 1

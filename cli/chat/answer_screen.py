@@ -1,4 +1,4 @@
-"""An answer on the screen as it comes, and whether there are colors."""
+"""An answer on the screen as it comes, with or without colors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ _RESET: Final = "\033[0m"
 
 
 def uses_color(color: Color) -> bool:
-    """Whether standard output gets colors."""
     return color is Color.ON or (color is Color.AUTO and sys.stdout.isatty() and environment().has_colors)
 
 
 class AnswerScreen:
-    """One answer on standard output. Reasoning is shown on a terminal alone: dimmed, or without colors under a line."""
+    """One answer on standard output. Reasoning is shown only on a terminal: dimmed, or without colors under a line."""
 
     def __init__(self, *, is_colored: bool, renders_markdown: bool = False) -> None:
         self._is_colored = is_colored
@@ -35,11 +34,10 @@ class AnswerScreen:
 
     @property
     def hides_all(self) -> bool:
-        """Whether all of the answer is reasoning that is not shown."""
+        """True if all of the answer is reasoning that is not shown."""
         return self._is_empty and self._has_hidden_reasoning
 
     def show(self, chunk: TextChunk) -> None:
-        """Writes a part of the answer."""
         self._has_hidden_reasoning |= bool(chunk.reasoning) and not self._shows_reasoning
         if self._shows_reasoning and chunk.reasoning:
             if not self._is_reasoning:
@@ -68,7 +66,7 @@ class AnswerScreen:
         print(flush=True)
 
     def fail(self) -> None:
-        """The same for an answer that failed, if any of it is shown."""
+        """Ends the line of an answer that failed, if any of it is shown."""
         if not self._is_empty:
             self.end()
 
@@ -79,7 +77,7 @@ class AnswerScreen:
 
 
 def _markdown_screen() -> MarkdownScreen | None:
-    """Returns None where standard output is no terminal that can render."""
+    """Returns None if standard output is no terminal that can render."""
     from llamaclust.cli.chat.markdown import MarkdownScreen  # only here: rich's parser takes a part of the start
 
     screen = MarkdownScreen()

@@ -41,12 +41,12 @@ _ALL_REASONING: Final = (
 )
 _EXITS: Final = ("/exit", "/quit", "/bye")
 _HISTORY: Final = ".chat_history"
-"""In the state directory."""
+"""A file in the state directory."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """How a chat looks, and where its conversation is kept."""
+    """The display of a chat, and the file of its conversation."""
 
     is_colored: bool = False
     renders_markdown: bool = False  # on a terminal with colors
@@ -56,7 +56,7 @@ class ChatSettings:
 
 
 class Chat:
-    """A session and its commands. What is not part of an answer goes to standard error."""
+    """A session and its commands. Everything but answers goes to standard error."""
 
     def __init__(self, session: ChatSession, settings: ChatSettings) -> None:
         self._session = session
@@ -76,7 +76,7 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Until the end of the input or /exit. On a terminal an error ends a turn, else the chat."""
+        """Runs until the end of the input or /exit. An error ends a turn on a terminal, else the chat."""
         is_terminal = sys.stdin.isatty()
         settings = self._settings
         history = environment().state_dir / _HISTORY
@@ -103,7 +103,7 @@ class Chat:
                 terminal.print_error(error)
 
     def take(self, entry: Entry) -> None:
-        """Answers a message, runs a command. UsageError for a command that is not known."""
+        """Answers a message or runs a command. UsageError for an unknown command."""
         name, _, rest = entry.text.partition(" ")
         if not entry.text:
             return

@@ -1,4 +1,4 @@
-"""What is typed or piped: messages and commands of one line or several."""
+"""Typed or piped input: messages and commands of one line or several."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ _QUOTES: Final = '"""'
 _FIRST_PROMPT: Final = "> "
 _NEXT_PROMPT: Final = ". "
 _BRIGHT: Final = ("\001\033[1;32m\002", "\001\033[0m\002")
-"""With the marks by which readline knows what takes no room on the screen."""
+"""Colors between marks that tell readline what takes no room on the screen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A message, or a command. A literal one is a message without anything to replace in it."""
+    """A message or a command; a literal one is a message in which nothing is replaced."""
 
     text: str
     is_literal: bool = False
 
 
 class Entries:
-    """Entries from standard input. On a terminal, keys edit a line and bring back those of earlier chats."""
+    """Entries from standard input; on a terminal, keys edit a line and bring back those of earlier chats."""
 
     def __init__(self, history: Path, *, is_colored: bool, takes_commands: bool) -> None:
-        """`history`: the file of earlier lines. Without `takes_commands`, those of a pipe are literal: others' text is
-        often piped."""
+        """Opens the input; `history` is the file of earlier lines. Without `takes_commands`, piped lines are literal,
+        because others' text is often piped."""
         self._is_terminal = sys.stdin.isatty()
         self._is_literal = not (self._is_terminal or takes_commands)
         self._edits = self._is_terminal and sys.stdout.isatty()
@@ -42,7 +42,7 @@ class Entries:
         self._color = _BRIGHT if is_colored and self._history is not None else ("", "")
 
     def read(self) -> Entry:
-        """The next one. EOFError at the end of the input, UsageError where it ends within an entry."""
+        """Returns the next entry. EOFError at the end of the input, UsageError if it ends within an entry."""
         line = self._line(_FIRST_PROMPT)
         if line.startswith(" "):
             return Entry(line.strip(), is_literal=True)

@@ -1,4 +1,4 @@
-"""`@FILE` in a message: the text of the file in its place."""
+"""`@FILE` in a message is replaced by the text of the file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PLACE: Final = re.compile(rf'(?<!\S)@(?:"(?P<quoted>[^"\n]+)"|(?P<plain>[^\s"]*
 
 
 def with_files(text: str) -> str:
-    """UsageError for a file that cannot be read, is larger than 1 MiB or no text."""
+    """Inserts files. UsageError for a file that cannot be read, is larger than 1 MiB or no text."""
     return _PLACE.sub(lambda found: _text(found["quoted"] or found["plain"]), text)
 
 

@@ -1,4 +1,4 @@
-"""The lines that were typed in this chat and in earlier ones: readline's keys bring them back, a file keeps them."""
+"""The lines typed in this chat and earlier ones: readline's keys bring them back, a file keeps them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _MOST_BYTES: Final = 64 << 20
 
 
 class LineHistory:
-    """Gives input() keys to edit a line with. Chats at the same time add to one file; one that cannot be read or
-    written is done without."""
+    """Gives input() keys to edit a line with. Concurrent chats add to one file; a file that cannot be read or written
+    is ignored."""
 
     def __init__(self, path: Path) -> None:
-        """ImportError on a machine without readline."""
+        """Raises ImportError on a machine without readline."""
         import readline
 
         self._path = path
@@ -30,7 +30,7 @@ class LineHistory:
             self._add(line)
 
     def add(self, line: str) -> None:
-        """Keeps it at once, since a closed terminal ends the process."""
+        """Keeps a line at once, since a closed terminal ends the process."""
         if not line.strip() or len(line) > _CHARACTERS:
             return
         self._add(line)

@@ -15,7 +15,7 @@ from rich.text import Text
 
 _FENCE: Final = re.compile(r" {0,3}(`{3,}|~{3,})")
 _PARSER: Final = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
-"""The parser knows no HTML, which rich would leave out: tags of an answer stay text."""
+"""A parser without HTML, which rich would omit: tags of an answer stay text."""
 _CODE_THEME: Final = "ansi_dark"  # the terminal's own colours
 
 
@@ -34,7 +34,6 @@ class MarkdownScreen:
         return not self._console.is_dumb_terminal
 
     def write(self, text: str) -> None:
-        """Shows a part of the answer."""
         whole, self._open = split_blocks(self._open + text)
         if whole.strip():
             self._render(whole)
@@ -42,13 +41,13 @@ class MarkdownScreen:
             self._show(self._open)
 
     def end(self) -> None:
-        """Renders what is left of the answer."""
+        """Renders the rest of the answer."""
         if self._open.strip():
             self._render(self._open)
         self._open = ""
 
     def _show(self, text: str) -> None:
-        """The last lines that the terminal has room for."""
+        """Shows the last lines that the terminal has room for."""
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -67,14 +66,15 @@ class MarkdownScreen:
 
 
 def _without_padding(line: list[Segment]) -> list[Segment]:
-    """The line without the spaces that would fill the terminal's width, and be copied with it."""
+    """Returns the line without the spaces that would fill the terminal's width, and be copied with it."""
     while line and not line[-1].text.strip():
         line = line[:-1]
     return [*line[:-1], Segment(line[-1].text.rstrip(), line[-1].style)] if line else []
 
 
 def split_blocks(text: str) -> tuple[str, str]:
-    """The complete blocks of a text, and the rest. A block ends with an empty line, or with its closing fence."""
+    """Returns the complete blocks of a text, and the rest. A block ends with an empty line, or with its closing
+    fence."""
     fence, end, at = "", 0, 0
     for line in text.splitlines(keepends=True):
         at += len(line)
@@ -92,7 +92,7 @@ def split_blocks(text: str) -> tuple[str, str]:
 
 
 def rendered(text: str) -> Markdown:
-    """Markdown in which each line break of a paragraph is kept, as chats mean them."""
+    """Renders Markdown; each line break of a paragraph is kept, as chats mean them."""
     markdown = Markdown(text, code_theme=_CODE_THEME, hyperlinks=False)
     markdown.parsed = _PARSER.parse(text)
     for token in markdown.parsed:

@@ -1,4 +1,4 @@
-"""Options of `generate` and `chat` that say how to answer, made from the sampling table where they are numbers."""
+"""Options of `generate` and `chat` for answers, made from the sampling table if they are numbers."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NAMES = {
     "dry_sequence_breakers": ("--dry-sequence-breaker",),
     "draft_max": ("--draft-max", "--spec-draft-n-max"),
 }
-"""Those that are not named as their field."""
+"""Option names that differ from their field."""
 
 
 def _json_of(path: Path) -> Any:
-    """ValueError for a file that holds no JSON."""
+    """Reads JSON from a file. ValueError for a file without JSON."""
     text = text_of(path)
     try:
         return json.loads(text)
@@ -45,12 +45,12 @@ def _json_of(path: Path) -> Any:
 
 
 _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": text_of}
-"""Their values are files."""
+"""Options whose values are files."""
 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds options for sampling to a command. Values that are given reach it in its argument `more`, by field; so do
-    the main numbers' defaults, unless they are what is `recommended` for a chat."""
+    """Adds options for sampling to a command. Given values reach it in its argument `more`, by field, and the main
+    numbers' defaults too, unless they are those `recommended` for a chat."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,7 +78,7 @@ def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Calla
 
 
 def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
-    """Both options as the field `speculative`. UsageError for values that cannot be, or contradict each other."""
+    """Joins both options to the field `speculative`. UsageError for invalid or contradictory values."""
     from llamaclust.cluster.config.values import switched
     from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 

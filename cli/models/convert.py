@@ -79,7 +79,7 @@ def merge_lora(
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress on standard error; a signal to end lets the work tidy up first."""
+    """Shows progress on standard error; cleanup of the work runs before a signal ends it."""
     from llamaclust.cli.interrupts import signals_as_interrupts
     from llamaclust.cli.progress import shown_progress
 

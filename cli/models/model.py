@@ -69,7 +69,7 @@ def pull(
 
 
 def _check_known(model: str) -> None:
-    """UsageError for what cannot be pulled, with a hint where it is a name of `plan --assume`."""
+    """Raises UsageError for a model that cannot be pulled, with a hint for names of `plan --assume`."""
     from llamaclust.tools.assume.public_shapes import no_file_hint
     from llamaclust.tools.hub.pull import check_known
 
@@ -199,7 +199,7 @@ def _print_info(model: ModelFile, info: ModelInfo) -> None:
 
 
 def _alike(layers: tuple[Share, ...]) -> Iterator[Share]:
-    """Neighbours of the same size as one row."""
+    """Joins neighbours of the same size in one row."""
     for _, equal in groupby(layers, key=lambda layer: replace(layer, name="")):
         first, *others = equal
         yield replace(first, name=f"{first.name}-{others[-1].name}, each") if others else first

@@ -1,4 +1,4 @@
-"""What `model perplexity` does and prints: progress on standard error, figures on standard output."""
+"""Work and output of `model perplexity`: progress on standard error, figures on standard output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CONTEXT: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What to measure."""
+    """The options that choose the measurement."""
 
     text: Path | None
     context: int | None
@@ -42,7 +42,7 @@ class Evaluation:
     tasks: int | None
 
     def check(self) -> None:
-        """UsageError where the options contradict each other."""
+        """Raises UsageError if the options contradict each other."""
         if self.tasks is not None and self.hellaswag is None:
             raise UsageError("--tasks is for --hellaswag")
         if self.compare and self.base is None:
@@ -63,7 +63,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What computes: this process, workers of this machine, or a cluster that runs already."""
+    """The model's place: this process, workers of this machine, or a cluster that runs already."""
 
     model: Path
     threads: int | None
@@ -80,14 +80,14 @@ class Source:
 
     @contextmanager
     def opened(self, tokenizer: Tokenizer, sample: str, context: int, sequences: int = 1) -> Iterator[TextClient]:
-        """UsageError where the options contradict each other, or a server serves another model."""
+        """Opens a client. UsageError if the options contradict each other, or a server serves another model."""
         with ends_workers_cleanly(self.workers), self._open(context, sequences) as client:
             if self.endpoint is not None:
                 check_same_model(client, tokenizer, sample)
             yield client
 
     def local(self, context: int, sequences: int = 1) -> LocalClient:
-        """The model in this process. UsageError where it is to run elsewhere."""
+        """Loads the model in this process. UsageError if options place it elsewhere."""
         if self.endpoint is not None or self.workers > 1:
             raise UsageError("logits are those of a model in this process: --endpoint and --workers are not for them")
         self._check_no_endpoint()

@@ -1,4 +1,4 @@
-"""`plan --assume`: what machines would do that are described, not there."""
+"""`plan --assume`: plans for machines that are described, not there."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def show_assumed_plan(
     as_json: bool,
     acceptances: Sequence[float] | None = None,
 ) -> None:
-    """Prints the plan, or without a model a table of those of all named shapes. Raises what `plan_assumed` does, and
-    UsageError where there are no machines. `acceptances`: for which the gain of speculation is predicted."""
+    """Prints the plan, or without a model a table of the plans of all named shapes. Raises errors of `plan_assumed`,
+    and UsageError without machines. `acceptances`: shares for which the gain of speculation is predicted."""
     if machines is None:
         raise UsageError(f"--model: is for --assume MACHINES, for example --assume {EXAMPLE!r}")
     if acceptances is not None and model is None:
@@ -33,7 +33,7 @@ def show_assumed_plan(
 def _planned(
     machines: str, model: str | None, overrides: list[str], acceptances: Sequence[float]
 ) -> AssumedPlan | Survey:
-    """A terminal shows meanwhile what is planned."""
+    """Plans, while a terminal shows the progress."""
     with Console(stderr=True, highlight=False).status("planning") as status:
         if model is not None:
             return plan_assumed(machines, model, overrides, acceptances)

@@ -1,4 +1,4 @@
-"""`plan`: what a start would do, from measurements that are there."""
+"""`plan`: the plan of a start, from stored measurements."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from llamaclust.worker.devices.system_info import LOADING_BYTES, available_memor
 def show_plan(
     file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
 ) -> None:
-    """Prints the plan of a cluster file, of several models each alone; raises what `planned` does. `acceptances`: for
-    which the gain of speculation is predicted; UsageError where it is off."""
+    """Prints the plan of a cluster file, of several models each alone; raises errors of `planned`. `acceptances`:
+    shares for which the gain of speculation is predicted; UsageError if it is off."""
     config = load_config(file, overrides)
     models = config.of_each_model()
     if acceptances is not None and any(own.speculative is None for own in models):
@@ -57,12 +57,12 @@ def show_plan(
 
 @dataclass(frozen=True, slots=True)
 class PlannedStart:
-    """What a start on this machine would do."""
+    """The plan of a start on this machine, with the values that its text shows."""
 
     plan: Plan
     own_bytes: int
-    """That a worker's process takes by itself: it is taken to be as large as this one, which has loaded the kernels too
-    and holds nothing of the model yet."""
+    """Bytes that a worker's process takes by itself, estimated by this process, which has loaded the kernels too and
+    holds nothing of the model yet."""
     draft_model: DraftModelMemory | None
     unused_mtp: str | None
     """A line on an MTP head that could draft."""
@@ -83,7 +83,7 @@ def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, obje
 
 
 def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
-    """What the rules of `placement` decide on."""
+    """Counts the tensors that each rule of `placement` decides on."""
     if not config.placement:
         return ()
     with _opened(config) as model:
@@ -91,7 +91,7 @@ def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
 
 
 def _on_disk(config: ClusterConfig) -> dict[str, int]:
-    """Limits of KV memory on disk, by worker."""
+    """Returns limits of KV memory on disk, by worker."""
     return {worker.name: worker.kv_disk for worker in config.workers if worker.kv_disk is not None}
 
 
@@ -110,7 +110,7 @@ def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
 
 
 def _cores(config: ClusterConfig) -> str:
-    """Threads of workers, and the cores that they are for."""
+    """Describes the threads of workers and the cores of the machine."""
     threads, cores, nodes = thread_shares(config), read_cores(), numa_nodes(config)
     on_node = {name: "" if node is None else f" on NUMA node {node}" for name, node in nodes.items()}
     text = f"  threads: {', '.join(f'{name} {count}{on_node[name]}' for name, count in threads.items())}, for {cores}"
@@ -122,7 +122,8 @@ def _cores(config: ClusterConfig) -> str:
 
 
 def planned(config: ClusterConfig) -> PlannedStart:
-    """UsageError for a wrong file, API keys or chat template, InsufficientMemoryError with the missing MiB."""
+    """Plans a start. UsageError for a wrong file, API keys or chat template, InsufficientMemoryError with the missing
+    MiB."""
     facts = config.launcher_facts
     if not (facts.is_local or (facts.uses_ray and config.ray.address == "none")):
         why = "what its machines have is known once their workers have joined"
@@ -185,7 +186,7 @@ def _draft_model(config: ClusterConfig) -> DraftModelMemory | None:
 
 
 def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory | None) -> Iterator[str]:
-    """Lines on what else takes memory: a draft model, and processes of workers with `memory`, which have less for
+    """Yields lines on other memory: a draft model, and processes of workers with `memory`, which have less for
     layers."""
     if draft_model is not None:
         yield f"  {draft_model.text}, which workers do not have"
@@ -195,8 +196,8 @@ def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory
 
 
 def _measurement_keys(model_id: str, fingerprints: Mapping[str, str], threads: int) -> dict[str, list[str]]:
-    """Keys of measurements by worker, the best ones first: with this model, or else with another. `threads`: of all
-    workers."""
+    """Returns keys of measurements by worker, the best ones first: with this model, or else with another. `threads`: of
+    all workers."""
     return {
         name: [measurement_key(text, len(fingerprints), threads, profiled) for profiled in (model_id, "")]
         for name, text in fingerprints.items()

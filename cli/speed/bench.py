@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def known_device(devices: list[str], workers: int) -> str:
-    """UsageError for an unknown device, or several."""
+    """Checks a device. UsageError for an unknown device, or several."""
     from llamaclust.cluster.config.values import parse_device
 
     known = option_value("--device", parse_device, ",".join(devices) or "cpu")
@@ -65,7 +65,7 @@ _WIDE_COLUMNS = 400
 
 
 def print_bench(task: BenchTask, as_json: bool) -> None:
-    """Prints a table, or one JSON object; on standard error what makes the figures doubtful."""
+    """Prints a table, or one JSON object; remarks on doubtful figures go to standard error."""
     from llamaclust.cli.progress import step_bar
     from llamaclust.tools.bench.bench import run_bench
     from llamaclust.wire.rpc.grpc_options import tune_grpc
@@ -93,7 +93,7 @@ def _note(text: str) -> None:
 
 
 def _print_table(table: Table) -> None:
-    """As wide as it is, without blanks at the ends of lines, where no terminal would break them."""
+    """Prints a table at its full width, without trailing blanks, unless a terminal would break the lines."""
     from rich.console import Console
 
     console = Console(highlight=False)

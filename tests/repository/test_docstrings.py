@@ -11,18 +11,7 @@ import pytest
 
 from support.paths import ROOT
 
-FOLDERS = ("core", "kernels", "model", "tools", "wire", "worker")
-FOLDERS_OF_CLUSTER = (
-    "client",
-    "control",
-    "engine",
-    "launchers",
-    "membership",
-    "planner",
-    "scheduler",
-    "server",
-    "state",
-)
+FOLDERS = ("benchmarks", "cli", "cluster", "core", "kernels", "model", "tools", "wire", "worker")
 FRAGMENTS = re.compile(
     r"(after|also|although|as|at|because|before|between|by|for|from|how|if|in|like|likewise|not|of|on|only|since|than|that"
     r"|to|unless|until|what|when|where|whether|which|while|whose|why|with|within|without)\b(?!-)",
@@ -42,7 +31,7 @@ def is_fragment(text: str) -> bool:
     return FRAGMENTS.match(text) is not None
 
 
-@pytest.mark.parametrize("folder", [*FOLDERS, *(f"cluster/{name}" for name in FOLDERS_OF_CLUSTER)])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_docstrings_are_sentences(folder: str) -> None:
     found = [(path, *each) for path in sorted((ROOT / folder).rglob("*.py")) for each in docstrings(path)]
     assert len(found) > 40

@@ -87,7 +87,7 @@ BODIES: Final[Mapping[str, tuple[str, str, str, str, int]]] = {
     )
 }
 """Path, beginning, item and end of a body of so many bytes, with as many items as fit; items that begin with a colon
-are values of names. The bodies named `..._most` are as large as is taken."""
+are values of names. The bodies named `..._most` are as large as the limit."""
 
 
 def filled(before: str, item: str, after: str, size: int) -> bytes:
@@ -127,7 +127,7 @@ FLOODS: Final[Mapping[str, tuple[str, Callable[[], bytes], int]]] = {
     "headers": ("", lambda: b"GET /live " + _HEAD + 10_000 * b"a: b\r\n" + b"\r\n", 900),
     "chunks": ("", lambda: _BEGUN + 100_000 * b"1\r\na\r\n" + b"0\r\n\r\n", 40),
 }
-"""Bodies, or bytes without a path, and how many come at once."""
+"""Paths, bodies (bytes without a path), and numbers of simultaneous requests."""
 _KNOWN = (*BODIES, *FLOODS)
 
 

@@ -112,4 +112,4 @@ class _View:
         print(text, file=sys.stderr, flush=True)
 
     def progress(self, text: str) -> None:
-        """Nothing: a terminal has the lines."""
+        """Does nothing: a terminal has the lines."""

@@ -79,14 +79,14 @@ def _scored(source: Random, prompts: int, tokens: int) -> bytes:
 
 
 async def _breakers(client: AsyncClient, source: Random) -> str:
-    """Eight requests."""
+    """Sends eight requests."""
     begun_s = time.monotonic()
     await asyncio.gather(*(_with_breakers(client, source) for _ in range(8)))
     return f"8 read in {time.monotonic() - begun_s:.1f} s"
 
 
 async def _killed(bench: Bench, client: AsyncClient, source: Random) -> str:
-    """Eight of them, and a worker killed when they have run for a moment."""
+    """Sends eight requests, and kills a worker when they have run for a moment."""
     work = asyncio.gather(*(_with_breakers(client, source) for _ in range(8)))
     await asyncio.sleep(_SETTLE_S)
     before = await bench.status()

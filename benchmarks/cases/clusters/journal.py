@@ -31,7 +31,7 @@ class Replies(front.Replies):
 front.Replies = Replies
 main()
 """
-"""The program, whose replies are not journalled."""
+"""A program whose replies are not journalled."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Journal(Case):
         return {"requests/s": self.requests / took_s, "coordinator ms": 1e3 * used_s / self.requests}
 
     async def _connection(self, api: str, numbers: Iterator[int]) -> None:
-        """Requests one after the other."""
+        """Sends requests one after the other."""
         connection = None
         for number in numbers:
             body = {"prompt": f"{number} words", "max_tokens": self.tokens, "ignore_eos": True}

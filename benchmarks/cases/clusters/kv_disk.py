@@ -23,7 +23,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 
 _OWN_TOKENS, _TOKENS = 8, 8
 _QUIET_S = 2.5
-"""Nothing more is written for so long: two heartbeats."""
+"""Seconds without a write after which all is written: two heartbeats."""
 _WRITTEN = "llamaclust_worker_kv_disk_written_bytes_total{"
 
 
@@ -68,7 +68,7 @@ class KvDisk(Case):
 
     @asynccontextmanager
     async def _cluster(self, home: Path) -> AsyncIterator[Bench]:
-        """Its first request, which also pays for what is made once, has been answered."""
+        """Yields a cluster whose first request, which also pays for one-time work, has been answered."""
         names = Layout(workers=self.workers).names
         workers = [{"name": name, "threads": self.threads, "kv_disk": "4GiB"} for name in names]
         keys = {"workers": workers, "context_length": self.prefix + 64}
@@ -85,7 +85,7 @@ class KvDisk(Case):
 
 
 async def _written(api: str) -> None:
-    """Returns when what is to be written is written."""
+    """Returns when all KV memory is written."""
     before, since_s = -1.0, time.monotonic()
     async with httpx.AsyncClient(base_url=api, trust_env=False, timeout=60.0) as client:
         while time.monotonic() - since_s < _QUIET_S:
@@ -97,7 +97,7 @@ async def _written(api: str) -> None:
 
 
 def flip_bytes(folder: Path) -> None:
-    """One of each file."""
+    """Flips a bit in each file."""
     for path in sorted(folder.glob("*.kv")):
         with path.open("r+b") as file:
             file.seek(-1 - path.stat().st_size // 3, os.SEEK_END)

@@ -62,7 +62,7 @@ class Memory(Case):
     def _stages(
         self, path: Path, model: Model, cut: tuple[int, ...]
     ) -> list[tuple[str, dict[str, int], dict[str, Any]]]:
-        """Its name, planned bytes, and what a process is told to load, of each stage."""
+        """Returns each stage's name, planned bytes, and the order for the process that loads it."""
         names = [f"w{number}" for number in range(len(cut) - 1)]
         entries = [{"worker": name, "layers": [*cut[at : at + 2]]} for at, name in enumerate(names)]
         values = {"model": str(path), "workers": [{"name": name} for name in names], "plan": entries}

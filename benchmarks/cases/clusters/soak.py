@@ -49,7 +49,7 @@ class Soak:
     errors: Counter[str] = field(default_factory=Counter)
 
     async def stream(self, source: Random, end_s: float) -> None:
-        """One request after the other."""
+        """Sends one request after the other."""
         limits = httpx.Limits(max_connections=1)
         options: dict[str, Any] = {"base_url": self.api, "timeout": _TIMEOUT_S, "trust_env": False, "limits": limits}
         async with httpx.AsyncClient(**options) as client:
@@ -85,7 +85,7 @@ class Exchange:
     received: Received = field(default_factory=Received)
 
     async def read(self, most: int | None, *, with_name: bool) -> None:
-        """One connection, which is cut after `most` events."""
+        """Reads one connection, which is cut after `most` events."""
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         headers |= self.stream.headers if with_name else {}
         events = 0

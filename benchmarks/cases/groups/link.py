@@ -32,7 +32,7 @@ _GREETING = b"benchmark"
 _NAMES = ("first", "second")
 
 Way = Callable[[int], list[int]]
-"""A way does so many exchanges and returns the nanoseconds of each."""
+"""A function that does so many exchanges and returns the nanoseconds of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ class LinkCase(Case):
 
 
 def serve(side: Side, ends: list[socket.socket], orders: Connection) -> None:
-    """The second member: a way and a number of gathers at a time, each of them late."""
+    """Runs the second member: it gets a way and a number of gathers at a time, and is late in each if requested."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     ways = side.ways(ends)
     while (order := orders.recv()) is not None:

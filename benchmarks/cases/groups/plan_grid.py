@@ -43,7 +43,7 @@ Entry = dict[str, object]
 
 
 def _grid() -> list[_Case]:
-    """Machines are as large as the model needs them; unequal ones differ in speed and memory."""
+    """Draws machines that are as large as the model needs them; unequal ones differ in speed and memory."""
     cases = []
     for number, (model, count, (gbit, ms)) in enumerate(itertools.product(_MODELS, _COUNTS, _NETWORKS)):
         if number % 3:  # a third of all, in turns of everything
@@ -129,7 +129,7 @@ class _Alternatives:
 
 
 def _divided(order: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
-    """Into groups and single machines."""
+    """Yields all divisions into groups and single machines."""
     for ends in itertools.product((False, True), repeat=len(order) - 1):
         places = [0, *(place for place, is_end in enumerate(ends, 1) if is_end), len(order)]
         yield [tuple(order[start:end]) for start, end in itertools.pairwise(places)]
@@ -146,7 +146,7 @@ class _Planned:
 
 
 def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _Planned | None:
-    """None where it does not fit."""
+    """Returns None if it does not fit."""
     try:
         plan = AssumedCluster(cluster.assumed, overrides).plan(model)
     except InsufficientMemoryError:
@@ -161,7 +161,7 @@ def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _
 
 
 def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
-    """None where the model does not fit. Others count if they have as much KV memory."""
+    """Returns None if the model does not fit. Other plans count if they have as much KV memory."""
     cluster, model = AssumedCluster(parse_machines(case.machines)), assumed_model(case.model)
     model.opened.costs  # noqa: B018
     begun_s = process_time()

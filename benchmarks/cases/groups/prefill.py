@@ -45,7 +45,7 @@ _NAMES = ("first", "second")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A member's, or with `end` None that of the process that computes alone."""
+    """Settings of a member; with `end` None, of the process that computes alone."""
 
     model: Path
     layers: int
@@ -74,7 +74,7 @@ class Setting:
 
 
 def serve(setting: Setting, orders: Connection) -> None:
-    """Runs the prompt each time it is told to."""
+    """Runs the prompt at each order."""
     os.sched_setaffinity(0, {setting.core})
     if setting.is_realtime:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))

@@ -34,7 +34,7 @@ from llamaclust.model.quant_types import QuantType
 _SHALLOW = 2
 _SHORT_PROMPT, _REPEATED_PROMPT = 16, 512
 _PLAIN_WORDS = 300
-"""Ids before are special tokens, bytes and letters."""
+"""The first ids are special tokens, bytes and letters."""
 _LOOKS, _LOOK_S = 600, 0.1
 _COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 ONE, STAGES, GROUP = "one worker", "stages", "group"
@@ -53,7 +53,7 @@ _GOALS = {
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """`cores` and `speeds` are those of the workers, the first one first."""
+    """A kind of cluster; `cores` and `speeds` are those of the workers, the first one first."""
 
     name: str
     cores: tuple[int, ...]
@@ -69,7 +69,7 @@ class Way:
 
 
 def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]) -> list[Way]:
-    """One worker as fast as the fastest one, a stage on each core, unless they differ, and a group."""
+    """Returns one worker as fast as the fastest one, a stage on each core if all are equally fast, and a group."""
     found = [Way(ONE, (cores[0],), speeds=(max(speeds),))]
     if len(set(speeds)) == 1:
         found.append(Way(STAGES, tuple(cores), speeds=tuple(speeds)))
@@ -78,14 +78,15 @@ def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """`layers` of the model were measured, and `shallow` ones beside; the whole has `whole` of them."""
+    """Numbers of layers: `layers` of the model were measured, and `shallow` ones beside; the whole has `whole` of
+    them."""
 
     layers: int
     shallow: int
     whole: int
 
     def whole_ms(self, deep: Sequence[float], few: Sequence[float]) -> list[float]:
-        """Times of the whole model: what does not depend on layers counts once."""
+        """Returns times of the whole model: time that does not depend on layers counts once."""
         if self.layers == self.whole or not few:
             return [*deep]
         most, least = median(deep), median(few)
@@ -103,8 +104,8 @@ class ServedWay:
     pids: tuple[int, ...]
 
     async def reading(self) -> tuple[float, ...]:
-        """Milliseconds that stages computed and that the leader waited in gathers, and processor time of each process,
-        since the start; when heartbeats have brought the counters of all steps."""
+        """Returns the milliseconds that stages computed and that the leader waited in gathers, and processor time of
+        each process, since the start. Waits for heartbeats with the counters of all steps."""
         used = tuple(map(_processor_ms, self.pids))  # first: waiting for the rest takes some
         for _ in range(_LOOKS):
             found = await self.bench.cluster()
@@ -118,7 +119,7 @@ class ServedWay:
 
 
 def _processor_ms(pid: int) -> float:
-    """Processor time of the threads that the process has now, to the nanosecond."""
+    """Returns the processor time of the process's present threads, to the nanosecond."""
     times = (each.read_text().split()[0] for each in Path(f"/proc/{pid}/task").glob("*/schedstat"))
     return sum(map(int, times)) / 1e6
 
@@ -275,7 +276,7 @@ class Served(Case):
         return {**figures, "processors": " ".join(f"{ms:.2f}" for ms in used), "tokens or logprobs": bits}
 
     def _priority(self, served: ServedWay) -> ExitStack:
-        """The coordinator and this client go before workers, as tasks that were asleep do."""
+        """Puts the coordinator and this client before workers, like tasks that were asleep."""
         stack = ExitStack()
         if self.realtime:
             coordinator, *workers = served.pids
@@ -292,7 +293,7 @@ class Served(Case):
         return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
 
     async def _repeated(self, served: ServedWay) -> list[int]:
-        """A prompt that its greedy answer goes on to repeat, by weights that add nothing."""
+        """Returns a prompt that its greedy answer goes on to repeat, by weights that add nothing."""
         for turn in range(1_000):
             begin = self._prompts_begin(turn)
             ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids

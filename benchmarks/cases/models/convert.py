@@ -54,7 +54,7 @@ def tensors_of(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(folder: Path, shape: Shape, stored: str) -> int:
-    """Writes it; its bytes."""
+    """Writes a checkpoint; returns its bytes."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -86,7 +86,7 @@ def make_checkpoint(folder: Path, shape: Shape, stored: str) -> int:
 
 
 def vocabulary() -> dict[str, object]:
-    """Words that are bytes, spelled as SentencePiece's, and fillers."""
+    """Returns words that are bytes, spelled as SentencePiece's, and fillers."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words += [f"w{number}" for number in range(WORDS - len(words))]
     ids = {word: number for number, word in enumerate(words)}
@@ -94,7 +94,7 @@ def vocabulary() -> dict[str, object]:
 
 
 def converted(folder: Path, out: Path, kind: str) -> tuple[float, float]:
-    """Seconds, and the highest resident memory in MiB, of the command."""
+    """Returns seconds, and the highest resident memory in MiB, of the command."""
     began = time.monotonic()
     command = [sys.executable, "-c", CODE, "model", "convert", str(folder), "-o", str(out), "--type", kind]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -106,7 +106,7 @@ def converted(folder: Path, out: Path, kind: str) -> tuple[float, float]:
 
 
 def moved(out: Path, size_bytes: int, source: Path | None) -> float:
-    """Seconds that dd needs to write as many bytes, while another one reads `source`."""
+    """Returns the seconds that dd needs to write as many bytes, while another one reads `source`."""
     count = -(-size_bytes // DD_BLOCK)
     commands = [[f"of={out}", "if=/dev/zero", f"count={count}", "conv=fsync"]]
     if source is not None:
@@ -120,7 +120,7 @@ def moved(out: Path, size_bytes: int, source: Path | None) -> float:
 
 
 def forget(path: Path) -> None:
-    """Takes a file that is on the disk out of memory."""
+    """Removes a file that is on the disk from the page cache."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -165,7 +165,7 @@ class Convert(Case):
         return await asyncio.to_thread(self._run, way, kind)
 
     def _run(self, way: str, kind: str) -> Measures:
-        """The converted file stays for the others, which need its size."""
+        """Measures a command; the converted file stays for the others, which need its size."""
         converts, out, weights = self.folder / f"{kind}.gguf", self.folder / "out", self.folder / WEIGHTS
         if self.cold and way != "dd":
             forget(weights)

@@ -29,7 +29,7 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, needs_im
 _DEADLINE_S = 1800
 Float64 = NDArray[np.float64]
 _SAME = {"F32", "F16", "BF16"}
-"""Written alike by both: nothing is chosen."""
+"""Types that both write alike: nothing is chosen."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Divergence(Case):
 
 
 def divergences(model: Path, logits: Path) -> Float64:
-    """Divergences of all scored tokens from the model whose logits are in the file."""
+    """Returns divergences of all scored tokens from the model whose logits are in the file."""
     base = LogitsFile.open(logits)
     with closing(Model.open(model)) as opened:
         tokenizer = opened.tokenizer

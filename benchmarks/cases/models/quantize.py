@@ -52,7 +52,7 @@ class Ggml:
 
 
 def rows_of(path: Path, most: int) -> Float32:
-    """Rows of WIDTH out of the matrices of every fourth layer, as many of each."""
+    """Returns rows of WIDTH out of the matrices of every fourth layer, as many of each."""
     model = open_model(path)
     tensors = [tensor for tensor in model.tensors.values() if len(tensor.shape) > 1 and tensor.layer is not None]
     chosen = tensors[:: max(1, len(tensors) // 28)]

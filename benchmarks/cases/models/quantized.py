@@ -63,7 +63,7 @@ class Quantized(Case):
 
 
 def fall_back(narrow: ModelFile, wide: ModelFile, mix: str) -> float:
-    """Share of matrices whose type depends on how wide the model is."""
+    """Returns the share of matrices whose type depends on the model's width."""
     matrices = [name for name, tensor in narrow.tensors.items() if not is_kept(name, tensor.shape)]
     here, there = (choose_types(model, Wishes(MIXES[mix], has_importance=True)) for model in (narrow, wide))
     return sum(here[name] != there[name] for name in matrices) / len(matrices)

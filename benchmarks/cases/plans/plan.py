@@ -76,7 +76,7 @@ class Plan(Case):
 
 
 async def _times(source: random.Random, cluster: Cluster) -> Times:
-    """`throughput`: of eight requests together, from the time when all of them decode."""
+    """Measures; with `throughput`, a token of eight requests together, from the time when all of them decode."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     if cluster.config.objective == "latency":
         finished = await run(cluster, prompts(source, 1, PROMPT, vocabulary)[0], TOKENS)

@@ -25,7 +25,7 @@ from llamaclust.tools.assume.assumed_model import shape_model
 from llamaclust.tools.assume.shapes import SHAPES, ModelShape
 
 HEADS = {"right": 1, "wrong": -1}
-"""The sign of what a head hands on."""
+"""The sign of a head's output."""
 _OWN = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
 """Tensors that a head omits, since it uses the model's."""
 
@@ -58,7 +58,7 @@ def _constructed(source: TensorSource, sign: int) -> TensorSource:
 
 
 def _first_inputs(rows: int, columns: int, sign: int) -> memoryview:
-    """A matrix in Q8_0 whose products are its first inputs: [rows, columns]."""
+    """Returns a matrix in Q8_0 whose products are its first inputs: [rows, columns]."""
     blocks = np.zeros((rows, columns // 32, 34), np.uint8)
     row = np.arange(rows)
     blocks[row, row // 32, :2] = np.array([sign / 127], np.float16).view(np.uint8)

@@ -74,7 +74,7 @@ class Compare(Case):
 
 
 def facts(quant_type: QuantType) -> str:
-    """Bits a weight in the file, and resident bytes beside the file's."""
+    """Describes bits per weight in the file, and resident bytes relative to the file's."""
     info, rows, cols = quant_type.info, 16, 2048
     tiles = _native.PackedMatrix(quant_type, rows, cols).bytes / (rows * info.row_bytes(cols))
     return f"{8 * info.block_bytes / info.block_size:.4g} bits, tiles of {tiles:.2f} of its bytes"

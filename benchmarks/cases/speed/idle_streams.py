@@ -19,7 +19,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.core.errors import LlamaclustError
 
 _FIRST, _LAST = 2000, 2400
-"""Tokens between which time is measured: the others are open by then."""
+"""Tokens between which time is measured: the other streams are open by then."""
 _AT_ONCE = 250
 _DEADLINE_S = 120.0
 _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "ignore_eos": True}
@@ -77,7 +77,7 @@ async def _events(reader: asyncio.StreamReader, count: int) -> None:
 
 @asynccontextmanager
 async def _waiting(api: str, streams: int) -> AsyncIterator[None]:
-    """Streams that are open meanwhile."""
+    """Keeps streams open meanwhile."""
     room = asyncio.Semaphore(_AT_ONCE)
 
     async def one() -> Connection:

@@ -46,7 +46,7 @@ class ProductRates(Case):
 
 
 def _weight_s(matrix: _native.PackedMatrix, weights: int, rows: int) -> float:
-    """Seconds of a weight and a row."""
+    """Returns seconds per weight and row."""
     level, x = _native.available_levels()[-1], np.random.default_rng(1).standard_normal((rows, _COLUMNS))
     once = _native.matmul_seconds(level, [matrix], x.astype(np.float32), 1)
     times = max(1, min(1000, round(_RUN_S / max(once, 1e-6))))

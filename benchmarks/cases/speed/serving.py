@@ -68,7 +68,7 @@ class Serving(Case):
                 yield Group(f"{streams} streams", {name: partial(self._offer, apis[name], streams) for name in apis})
 
     async def _offer(self, api: str, streams: int, turn: int) -> Measures:
-        """Streams until the time is up; those that run then are cut off and their events so far count as tokens."""
+        """Runs streams until the time is up; running ones are cut off then, and their events so far count as tokens."""
         found, begun_s = Served(), time.monotonic()
         tasks = [asyncio.create_task(self._stream(api, Random(f"{turn} {n}"), found)) for n in range(streams)]
         await asyncio.sleep(self.seconds)
@@ -117,7 +117,7 @@ class Serving(Case):
 
 @asynccontextmanager
 async def _llama_server(program: Path, model: Path, threads: int, slots: int, context: int) -> AsyncIterator[str]:
-    """Its address, when it is ready."""
+    """Yields the server's address, when it is ready."""
     port = free_port()
     words = ["-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-np", str(slots)]
     words += ["-c", str(context * slots), "--no-webui"]

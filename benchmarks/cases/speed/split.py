@@ -73,12 +73,12 @@ async def _together_s(cluster: Cluster, requested: Sequence[tuple[int, ...]], to
 
 
 def _workers_s(cluster: Cluster) -> float:
-    """Processor time of all workers, which have one thread each that computes."""
+    """Returns processor time of all workers, which have one compute thread each."""
     return sum(processor_s(psutil.Process(worker.registration.pid)) for worker in cluster.registry.present.values())
 
 
 def _difference(before: Sequence[StageReport], after: Sequence[StageReport]) -> tuple[float, tuple[float, ...]]:
-    """(mean rows of a microbatch, mean computing time on each stage) between two reports."""
+    """Returns mean rows of a microbatch and mean compute times by stage between two reports."""
     count = after[0].microbatches - before[0].microbatches
     pairs = zip(before, after, strict=True)
     times = (b.compute_ms * b.microbatches - a.compute_ms * a.microbatches for a, b in pairs)

@@ -20,5 +20,5 @@ def model() -> str:
 
 @pytest.fixture(scope="session")
 def checkout() -> Path:
-    """Of the repository that the tests come from, where they are in no package."""
+    """The repository that the tests come from, if they are in no package."""
     return Path(os.environ["SUITE_CHECKOUT"])

@@ -101,7 +101,7 @@ class ClusterConfig(Section):
         Field(min_length=1, max_length=MAX_WORKERS, strict=False),
         OrCount(AnyWorker, MAX_WORKERS),
     ]
-    """The workers, in the order in which layers go to them; of a static cluster also their number."""
+    """The workers, in the order of their layers; of a static cluster also a number of workers to wait for."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
     """auto, or the layers of each worker."""
     objective: Literal["latency", "throughput"] = "latency"

@@ -223,7 +223,7 @@ class PlanEntry(Section):
         ]
         | None
     ) = None
-    """Share of every layer's rows for each of `workers`, relative to the others; by default equal."""
+    """Share of every layer that each of `workers` holds, relative to the others; by default equal."""
     layers: Layers
     """Half-open range [start, end); 4.5 divides layer 4 after half of its experts."""
 

@@ -52,7 +52,6 @@ class ForeignFields:
     other_names: Mapping[str, str] = field(default_factory=dict)  # of fields that the endpoint has
 
     def name(self, given: str) -> str:
-        """Returns the endpoint's name of a field."""
         return self.other_names.get(given, given)
 
 

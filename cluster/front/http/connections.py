@@ -250,7 +250,6 @@ class ApiPort:
 
     @property
     def listeners(self) -> list[socket.socket]:
-        """The sockets of all addresses."""
         return [self.listener, *self.further]
 
     @property

@@ -70,7 +70,6 @@ class KeptReply:
 
     @property
     def error(self) -> LlamaclustError | None:
-        """The error that ended it."""
         error = self.log.error
         return error if error is None or isinstance(error, LlamaclustError) else internal_error()
 

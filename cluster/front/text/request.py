@@ -186,7 +186,6 @@ class ChatRequest:
 
     @property
     def offered_tools(self) -> tuple[Variables, ...]:
-        """The tools that the model may call."""
         named = self.tool_use.name
         if self.tool_use.mode is ToolMode.NONE:
             return ()

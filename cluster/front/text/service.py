@@ -280,7 +280,6 @@ class TextService:
             return await self._format_of(chat).completion(chat, self._check_characters)
 
     async def chat_text(self, chat: ChatRequest) -> str:
-        """Renders a chat as the model will see it."""
         return await self._format_of(chat).text(chat)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:

@@ -171,7 +171,6 @@ class OllamaModels:
 
 
 def _names(model: ApiModel) -> list[str]:
-    """Returns all names of a model with their tags."""
     return [*dict.fromkeys(map(tagged, model.names.all))]
 
 

@@ -163,7 +163,6 @@ class GenerateBody(AnswerFields, foreign=OLLAMA):
         return not self.raw
 
     def chat(self) -> ChatRequest:
-        """Makes a chat of the prompt."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return self._chat((*system, {"role": "user", "content": self.prompt}))
 

@@ -216,8 +216,7 @@ def metadata(name: str, shape: Shape, quant_type: QuantType) -> dict[str, Writab
 
 
 def tokenizer(vocabulary: int) -> dict[str, WritableValue]:
-    """Returns a SentencePiece vocabulary: three special words, 256 bytes, letters, and words that only fill the
-    table."""
+    """Returns a SentencePiece vocabulary: three special words, 256 bytes, letters, and words that fill the table."""
     special = ["<unk>", "<s>", "</s>"]
     pieces = ["▁", *"etaoinshrdlucmfwgypbvkxqjz"]
     fixed = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]

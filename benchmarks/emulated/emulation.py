@@ -19,8 +19,7 @@ _CALLER = "_native"
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Settings of links: half of the round trip is added to each way; `gbit_s` is the rate at which a worker receives,
-    0: no limit."""
+    """Settings of links: each way gets half of the round trip; `gbit_s` is a worker's receiving rate, 0: no limit."""
 
     round_trip_ms: float = 0.0
     gbit_s: float = 0.0
@@ -60,8 +59,7 @@ class Emulation:
         return ("taskset", "-c", str(core), "env", *words)
 
     def variables(self, speed: float = 1.0, caller: str = _CALLER) -> dict[str, str]:
-        """Returns the environment of a process with emulated links; `caller` names the library whose calls are
-        emulated."""
+        """Returns the environment that emulates links; `caller`: the library whose calls are emulated."""
         places = {"LD_PRELOAD": str(self.library), "EMULATED_LINK": str(self._path), "EMULATED_CALLER": caller}
         return {**places, "EMULATED_SPEED": str(speed)}
 

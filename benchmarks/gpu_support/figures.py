@@ -1,5 +1,4 @@
-"""Figures of rounds of measurements relative to the best rates of GPU and processor, and their goals. Only
-arithmetic."""
+"""Figures of measured rounds relative to the best rates of GPU and processor, and their goals. Only arithmetic."""
 
 from __future__ import annotations
 

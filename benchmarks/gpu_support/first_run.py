@@ -162,8 +162,7 @@ def _outcome(status: object, seconds: object, sources: object, tail: object) -> 
 def run_steps(
     steps: Sequence[Step], record: Record, places: dict[str, str], budget_s: float, now_s: Callable[[], float]
 ) -> int:
-    """Runs steps and returns the exit status. Vital ones come first, then those that were not run, then those that
-    failed."""
+    """Runs steps, vital ones first, then new ones, then those that failed; returns the exit status."""
     begun_s = now_s()
     outcomes = {step: record.outcome(step) for step in steps}
     due = [step for step, outcome in outcomes.items() if outcome is None or not outcome.passed]

@@ -34,8 +34,7 @@ _LAUNCHES, _REPEATS = 32, 7
 
 
 def product_s(device: Device, kind: QuantType, shape: tuple[int, int], rows: int) -> tuple[float, int]:
-    """Returns seconds of one product and bytes of its weights. Values are random bytes: products take as long with
-    any."""
+    """Returns seconds of one product and bytes of its weights, which are random: products take as long with any."""
     one = matmul.Weights(kind, shape)
     count = max(1, min(_LAUNCHES, _CACHE_BYTES // one.n_bytes + 1))
     source = np.random.default_rng(7)

@@ -15,8 +15,8 @@ _ALL_LAYERS = 999
 
 @dataclass(slots=True)
 class LlamaCpp:
-    """Measures prefill and decode apart, as llama-bench does, without sampling; with and without flash attention, of
-    which the quicker one counts."""
+    """Measures prefill and decode as llama-bench does, without sampling, with the faster of flash attention and
+    none."""
 
     program: Path
     gpu: int  # as CUDA numbers it

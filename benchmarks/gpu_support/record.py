@@ -82,8 +82,7 @@ def record_name(record: dict[str, Any]) -> str:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> Path:
-    """Writes the file, which appears when it is complete. OSError, or UsageError, if the folder cannot be written
-    to."""
+    """Writes the file, which appears when it is complete. OSError, or UsageError, if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     path, data = folder / record_name(record), json.dumps(record, indent=2, allow_nan=False).encode() + b"\n"
     with new_file(path, len(data)) as file:

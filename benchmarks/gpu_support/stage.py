@@ -146,7 +146,7 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Warms up: the first prefill teaches the scheduler how to cut prompts; CUDA graphs are captured the second
+        """Warms up: the first prefill teaches the scheduler to cut prompts; CUDA graphs are captured the second
         time."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
@@ -156,8 +156,7 @@ class Loaded:
             self._stage.decode(0, self.task.generate, self.task.sequences)
 
     def measure(self) -> Round:
-        """Measures one of each between two measurements of the devices' best rates; decode again with copies of
-        experts, if any."""
+        """Measures one of each between two looks at the best rates; decode again with copies of experts, if any."""
         task, stage, counts = self.task, self._stage, (1, self.task.sequences)
         before = self.rates()
         with stage.without_copies():

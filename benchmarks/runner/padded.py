@@ -47,8 +47,8 @@ class PaddedModels:
 
     @classmethod
     def of(cls, name: str, hidden: int, text: Path, chunks: int, folder: Path) -> PaddedModels:
-        """Makes the model; the importance matrix comes from the second half of the text, and the first chunks are
-        predicted."""
+        """Makes the model; the importance matrix is from the second half of the text, predictions from the first
+        chunks."""
         narrow, padded = resolve_model(name), folder / "padded.gguf"
         write_padded(narrow, padded, hidden)
         words = text.read_text()

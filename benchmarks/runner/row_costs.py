@@ -1,5 +1,4 @@
-"""Times of a microbatch of one sequence by its rows, all of which choose a token, and the gain of drafts that they
-allow."""
+"""Times of a microbatch of one sequence by its rows, all of which choose a token, and the gain that they allow."""
 
 from __future__ import annotations
 

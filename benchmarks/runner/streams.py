@@ -30,8 +30,7 @@ async def requested(
 
 
 async def event(reader: asyncio.StreamReader) -> bytes:
-    """Returns the data of the next event; nothing at the end. LlamaclustError for an error or a connection that
-    ends."""
+    """Returns the data of the next event; nothing at the end. LlamaclustError for an error or a lost connection."""
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
             return b""

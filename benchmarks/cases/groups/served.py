@@ -78,8 +78,7 @@ def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Numbers of layers: `layers` of the model were measured, and `shallow` ones beside; the whole has `whole` of
-    them."""
+    """Numbers of layers: `layers` and `shallow` of the model were measured; the whole has `whole` of them."""
 
     layers: int
     shallow: int
@@ -104,8 +103,8 @@ class ServedWay:
     pids: tuple[int, ...]
 
     async def reading(self) -> tuple[float, ...]:
-        """Returns the milliseconds that stages computed and that the leader waited in gathers, and processor time of
-        each process, since the start. Waits for heartbeats with the counters of all steps."""
+        """Returns the milliseconds since the start that stages computed and that the leader waited in gathers, and
+        processor time of each process. Waits for heartbeats with the counters of all steps."""
         used = tuple(map(_processor_ms, self.pids))  # first: waiting for the rest takes some
         for _ in range(_LOOKS):
             found = await self.bench.cluster()

@@ -162,6 +162,27 @@ def options(command: Any) -> dict[str, Any]:
     return {name: one for one in shown for name in one.opts if name != "--help"}
 
 
+def documented_options(page: Path, words: tuple[str, ...]) -> dict[str, str]:
+    """Every option that a command's section has, with its default: in its table, in that of common options, or in that
+    of another command."""
+    heading = re.search(rf"^## (llamaclust {' '.join(words)}\b(?!-).*)$", page.read_text(), re.MULTILINE)
+    assert heading is not None
+    text = section(page, heading[1])
+    found: dict[str, str] = {}
+    for other, but in re.findall(r"has the options of `(\w+)` but `(--[\w-]+)`", text):
+        found |= {name: default for name, default in documented_options(page, (other,)).items() if name != but}
+    common = rows(section(page, "Common options"))
+    for paragraph in re.findall(r"^Common options: (.*?)\.$", text, re.MULTILINE | re.DOTALL):
+        for wanted in re.findall(r"`(--[\w-]+)`", paragraph):
+            (row,) = (row for row in common if first_words(row[0])[0] == wanted)
+            found |= dict.fromkeys(first_words(row[0]), row[1])
+    return found | {name: row[1] for row in rows(text) for name in first_words(row[0])}
+
+
+def first_words(cell: str) -> list[str]:
+    return [name.split()[0] for name in names(cell)]
+
+
 def is_placeholder(word: str) -> bool:
     return word.strip("[]").isupper()
 
@@ -179,12 +200,9 @@ def test_every_command_has_a_section() -> None:
 def test_every_option_has_a_row_with_its_default() -> None:
     page = ROOT / "docs/command-line.md"
     for words, command in commands().items():
-        heading = re.search(rf"^## (llamaclust {' '.join(words)}\b(?!-).*)$", page.read_text(), re.MULTILINE)
-        assert heading is not None
-        listed = rows(section(page, heading[1]))
-        named = {name.split()[0]: row[1] for row in listed for name in names(row[0])}
-        assert named.keys() == options(command).keys(), words
-        for name, default in named.items():
+        documented = documented_options(page, words)
+        assert documented.keys() == options(command).keys(), words
+        for name, default in documented.items():
             actual = options(command)[name].default
             is_number = isinstance(actual, int | float) and not isinstance(actual, bool)
             assert default == (str(actual) if is_number else default), (words, name)
@@ -194,7 +212,7 @@ def test_exit_codes_and_variables_are_those_of_the_program() -> None:
     page = ROOT / "docs/command-line.md"
     kinds: list[type[LlamaclustError]] = [LlamaclustError, *LlamaclustError.__subclasses__()]
     codes = {kind.exit_code for kind in kinds}
-    listed = re.findall(r"^\| (\d+) \|", section(page, "The command line"), re.MULTILINE)
+    listed = re.findall(r"^\| (\d+) \|", section(page, "Exit codes"), re.MULTILINE)
     assert {int(one) for one in listed} == codes | {0, 130}
     read = set(re.findall(r"\b(?:LLAMACLUST|HF)_[A-Z_]*", (ROOT / "cluster/config/environment.py").read_text()))
     assert {name for row in rows(section(page, "Environment")) for name in names(row[0])} == read - {

@@ -24,23 +24,27 @@ _LINE_S = 5.0
 
 def chaos(
     minutes: Annotated[float, Option(metavar="M", min=0.01, max=10_000.0, help="How long faults are injected.")] = 1.0,
-    seed: Annotated[int | None, Option(metavar="N", min=0, help="Of the faults. Default: random.")] = None,
+    seed: Annotated[
+        int | None, Option(metavar="N", min=0, help="Seed of the faults and their times. Default: random.")
+    ] = None,
     faults: Annotated[
         str | None,
         Option(
             metavar="KIND,...",
-            help="Of kill, stop, drain, coordinator-kill, coordinator-stop, disk-full, partition, slow-link, fails, "
-            "mute.",
+            help="Kinds of faults: kill, stop, drain, coordinator-kill, coordinator-stop, disk-full, partition, "
+            "slow-link, fails, mute. Default: all that are possible.",
         ),
     ] = None,
-    streams: Annotated[int, Option(metavar="K", min=1, max=64, help="Requests at a time.")] = 8,
+    streams: Annotated[int, Option(metavar="K", min=1, max=64, help="Number of concurrent requests.")] = 8,
     coordinator: Annotated[
-        bool, Option("--coordinator", help="Kill the coordinator also without a standby: something else restarts it.")
+        bool,
+        Option("--coordinator", help="Kill the coordinator even without a standby. Something else must restart it."),
     ] = False,
     kill_joined: Annotated[
-        bool, Option("--kill-joined", help="Kill workers that joined by themselves too: something else restarts them.")
+        bool,
+        Option("--kill-joined", help="Kill workers that joined by themselves, too. Something else must restart them."),
     ] = False,
-    yes: Annotated[bool, Option("--yes", "-y", help="Although other clients' requests run.")] = False,
+    yes: Annotated[bool, Option("--yes", "-y", help="Run even if other clients have active requests.")] = False,
     cluster: Cluster = None,
 ) -> None:
     """Test a running cluster of your own: disturb its workers and coordinator under load, and check every answer."""

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from llamaclust.cluster.client.operations import ClusterApi
     from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 
-Worker = Annotated[str, Argument(metavar="WORKER", help="A worker's name.")]
+Worker = Annotated[str, Argument(metavar="WORKER", help="Name of a worker.")]
 
 _KILL_S = 10.0
 _STOP_S = 60.0
@@ -51,16 +51,22 @@ def up(
     overrides: Overrides = [],  # noqa: B006  typer reads the default
     workers: LocalWorkers = None,
     port: Annotated[
-        int | None, Option(min=0, max=65535, metavar="N", help="Port of the HTTP API; 0: any free one.")
+        int | None, Option(min=0, max=65535, metavar="N", help="Port of the HTTP API. 0: any free port.")
     ] = None,
     lan: Annotated[
-        bool, Option("--lan", help="Serve phones and computers of this network too, which need the printed API key.")
+        bool,
+        Option("--lan", help="Serve phones and computers of the local network, too. They need the printed API key."),
     ] = False,
     chat_template: Annotated[
-        str | None, Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's template.")
+        str | None,
+        Option(
+            "--chat-template",
+            metavar="NAME",
+            help="Built-in chat template or Jinja file, instead of the model's template.",
+        ),
     ] = None,
     discover: Annotated[
-        bool, Option("--discover", help="Wait for workers of this network, which find the cluster by multicast DNS.")
+        bool, Option("--discover", help="Let workers of the local network find the cluster by multicast DNS.")
     ] = False,
     detach: Annotated[bool, Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
     standby: Annotated[
@@ -126,15 +132,15 @@ def _await_end(folder: ClusterDir, record: ClusterRecord) -> None:
 
 def status(
     cluster: Cluster = None,
-    every: Annotated[bool, Option("--all", help="All clusters that run on this machine, a line each.")] = False,
+    every: Annotated[bool, Option("--all", help="Show one line for each cluster on this machine.")] = False,
     as_json: Json = False,
     watch: Annotated[bool, Option("--watch", "-w", help="Repeat every second until Ctrl-C.")] = False,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     ca_file: CaFile = None,
 ) -> None:
-    """Show a running cluster: workers, layers, memory, requests, measured and predicted speed; of several, or
-    with --all, a line each."""
+    """Show a running cluster: workers, layers, memory, requests, measured and predicted speed. Several clusters have
+    a line each."""
     from llamaclust.cli.status import Watched, show_clusters, show_status
 
     one = cluster or endpoint or api_key_file or ca_file or watch
@@ -163,11 +169,11 @@ def undrain(worker: Worker, cluster: Cluster = None) -> None:
 
 
 def logs(
-    worker: Annotated[str, Argument(metavar="WORKER", help="A worker's name, or `coordinator` for a detached one.")],
+    worker: Annotated[str, Argument(metavar="WORKER", help="Name of a worker, or `coordinator` for a detached one.")],
     follow: Annotated[bool, Option("-f", "--follow", help="Follow the log.")] = False,
     cluster: Cluster = None,
 ) -> None:
-    """Print a worker's log, of a cluster that runs or of the one that ran last under that name."""
+    """Print the log of a worker, of a running cluster or of the last one with that name."""
     folder, record = _running_or_last(cluster)
     if record is not None and not record.is_local and worker != _COORDINATOR:
         _print_tail(record, _worker_name(worker), follow)
@@ -225,17 +231,22 @@ def plan(
     as_json: Json = False,
     assume: Annotated[
         str | None,
-        Option("--assume", metavar="MACHINES", help="Of machines that are not there: '3x16GB', '3x16GB@40GB/s,1Gbit'."),
+        Option(
+            "--assume",
+            metavar="MACHINES",
+            help="Plan for hypothetical machines, e.g. '3x16GB' or '3x16GB@40GB/s,1Gbit'.",
+        ),
     ] = None,
     model: Annotated[
-        str | None, Option("--model", metavar="MODEL", help="For --assume: a shape, a model of the catalog or a file.")
+        str | None,
+        Option("--model", metavar="MODEL", help="Model for --assume: a named shape, a catalog name or a model file."),
     ] = None,
     acceptance: Annotated[
         list[str],
         Option(
             "--acceptance",
             metavar="SHARE",
-            help="Of drafted tokens that are right, 0.8 or 80%: the gain of speculation; repeatable.",
+            help="Share of drafted tokens that are right, e.g. 0.8 or 80%, to predict the gain of drafts; repeatable.",
         ),
     ] = [],  # noqa: B006  typer reads the default
 ) -> None:

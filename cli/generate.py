@@ -45,19 +45,21 @@ ModelFile = Annotated[
 ]
 ServedModel = Annotated[
     str | None,
-    Option("--served-model", metavar="NAME", help="A model or adapter that the cluster serves; default: the first."),
+    Option(
+        "--served-model", metavar="NAME", help="Model or adapter that the cluster serves. Default: the first model."
+    ),
 ]
 Seed = Annotated[
-    int | None, Option("--seed", metavar="N", help="The same seed gives the same answer; default: random.")
+    int | None, Option("--seed", metavar="N", help="The same seed gives the same answer. Default: random.")
 ]
 
 
 @with_samplers(recommended=False)
 def generate(
-    prompt: Annotated[str | None, Argument(metavar="PROMPT", help="The text to complete; `-`: standard input.")] = None,
+    prompt: Annotated[str | None, Argument(metavar="PROMPT", help="Text to complete. Default: standard input.")] = None,
     max_tokens: Annotated[int, Option("-n", "--max-tokens", metavar="N", help="Maximum number of tokens.")] = 128,
     seed: Seed = None,
-    stop: Annotated[list[str], Option("--stop", metavar="TEXT", help="End before this text.")] = [],  # noqa: B006
+    stop: Annotated[list[str], Option("--stop", metavar="TEXT", help="Stop before this text; repeatable.")] = [],  # noqa: B006
     as_json: Json = False,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
@@ -108,23 +110,36 @@ def chat(
         Path | None, Option("--system-file", "-f", metavar="FILE", help="File of the system message.")
     ] = None,
     session: Annotated[
-        Path | None, Option("--session", metavar="FILE", help="Continue FILE's conversation, and keep it there.")
+        Path | None, Option("--session", metavar="FILE", help="Continue the conversation of FILE, and keep it there.")
     ] = None,
     stop: Annotated[
         list[str],
         Option("--stop", "-r", "--reverse-prompt", metavar="TEXT", help="End an answer before this text; repeatable."),
     ] = [],  # noqa: B006  typer reads the default
-    stats: Annotated[bool, Option("--stats", help="Tokens and speed after each answer.")] = False,
-    color: Annotated[terminal.Color, Option("--color", metavar="WHEN", help="auto, on or off.")] = terminal.Color.AUTO,
+    stats: Annotated[bool, Option("--stats", help="Show tokens and speed after each answer.")] = False,
+    color: Annotated[
+        terminal.Color, Option("--color", metavar="WHEN", help="Colors: on, off, or auto: on a terminal.")
+    ] = terminal.Color.AUTO,
     plain: Annotated[
         bool, Option("--plain", help="Show answers as they come, without rendering their Markdown.")
     ] = False,
-    commands: Annotated[bool, Option("--commands", help="Commands and @FILE in piped input, too.")] = False,
+    commands: Annotated[
+        bool, Option("--commands", help="Read commands and @FILE in piped input, too. Not for text of others.")
+    ] = False,
     max_tokens: Annotated[
-        int | None, Option("-n", "--max-tokens", metavar="N", help="Maximum number of tokens of an answer.")
+        int | None,
+        Option(
+            "-n",
+            "--max-tokens",
+            metavar="N",
+            help="Maximum number of tokens of an answer. Default: the rest of the context.",
+        ),
     ] = None,
     reasoning_budget: Annotated[
-        int | None, Option("--reasoning-budget", metavar="N", help="Maximum number of tokens of reasoning; 0: none.")
+        int | None,
+        Option(
+            "--reasoning-budget", metavar="N", help="Maximum number of tokens of reasoning. 0: none. Default: no limit."
+        ),
     ] = None,
     seed: Seed = None,
     endpoint: Endpoint = None,
@@ -134,7 +149,11 @@ def chat(
     model: ModelFile = None,
     chat_template: Annotated[
         str | None,
-        Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's template, for --model."),
+        Option(
+            "--chat-template",
+            metavar="NAME",
+            help="Built-in chat template or Jinja file, instead of the template of --model.",
+        ),
     ] = None,
     threads: Threads = None,
     model_draft: ModelDraft = None,

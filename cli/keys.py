@@ -19,7 +19,9 @@ _AT_ONCE = "clusters that run with this file know it at once"
 
 
 def add(
-    name: Annotated[str | None, Argument(metavar="NAME", help="Of whom or what the key is for.")] = None,
+    name: Annotated[
+        str | None, Argument(metavar="NAME", help="Name of the key's owner or purpose. Default: key-1, key-2, ...")
+    ] = None,
     file: File = None,
 ) -> None:
     """Make an API key and print it."""
@@ -44,7 +46,9 @@ def list_keys(file: File = None) -> None:
         print(f"no API keys in {path}; `llamaclust keys add` makes one")
 
 
-def remove(name: Annotated[str, Argument(metavar="NAME", help="As `list` shows it.")], file: File = None) -> None:
+def remove(
+    name: Annotated[str, Argument(metavar="NAME", help="Name of the key, as `keys list` shows it.")], file: File = None
+) -> None:
     """Remove an API key."""
     from llamaclust.cluster.state.api_keys import remove_key
 

@@ -111,7 +111,7 @@ class FileCommand(PlainCommand):
         return rest
 
 
-Json = Annotated[bool, Option("--json", help="One JSON object on standard output.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 
 def model_file(spec: str) -> Path:
@@ -130,25 +130,34 @@ Source = Annotated[
 ]
 LocalWorkers = Annotated[
     int | None,
-    Option("--workers", min=1, max=MAX_WORKERS, metavar="N", help="Workers that share the model; 1 by default."),
+    Option(
+        "--workers",
+        min=1,
+        max=MAX_WORKERS,
+        metavar="N",
+        help="Number of workers that share the model. Default: 1; the demo: 2.",
+    ),
 ]
-Overrides = Annotated[list[str], Option("--set", metavar="KEY=VALUE", help="Override a key of the file; repeatable.")]
+Overrides = Annotated[
+    list[str],
+    Option("--set", metavar="KEY=VALUE", help="Override a key of the file, e.g. context_length=8192; repeatable."),
+]
 Cluster = Annotated[str | None, Option("--cluster", metavar="NAME", help="Name of the cluster, if several run.")]
-Endpoint = Annotated[str | None, Option("--endpoint", metavar="URL", help="Address of a running cluster's API.")]
+Endpoint = Annotated[
+    str | None,
+    Option("--endpoint", metavar="URL", help="Address of a running cluster's API, e.g. http://10.0.0.1:8080."),
+]
 CaFile = Annotated[Path | None, Option("--ca-file", metavar="FILE", help="Certificates (PEM) to trust at --endpoint.")]
 KeyFile = Annotated[Path | None, Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")]
 Threads = Annotated[
-    int | None, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Compute threads; all cores by default.")
+    int | None,
+    Option("--threads", "-t", metavar="N", min=1, max=1024, help="Compute threads. Default: one per physical core."),
 ]
 ModelDraft = Annotated[
     str | None,
-    Option(
-        "--model-draft", "-md", metavar="DRAFT", help="Small model with the same tokens that drafts; needs --model."
-    ),
+    Option("--model-draft", "-md", metavar="DRAFT", help="Small model with the same tokens that drafts for --model."),
 ]
-Mtp = Annotated[
-    bool, Option("--mtp", help="Draft with the model's own head for multi-token prediction; needs --model.")
-]
+Mtp = Annotated[bool, Option("--mtp", help="Draft with the own head of --model for multi-token prediction.")]
 Workers = Annotated[
     int, Option("--workers", min=1, max=64, metavar="K", help="Split the model over K local processes.")
 ]
@@ -167,18 +176,26 @@ KvTypeOption = Annotated[
     Any,
     Option("--kv-type", metavar="TYPE", parser=kv_type, help="Type of keys and values: f16 (default), q8_0 or int8."),
 ]
-Chunks = Annotated[int | None, Option("--chunks", min=1, metavar="N", help="Only the first N.")]
+Chunks = Annotated[int | None, Option("--chunks", min=1, metavar="N", help="Use only the first N chunks.")]
 Devices = Annotated[
     list[str],
     Option("--device", metavar="DEVICE", help="cpu (default), or GPUs in addition: cuda:0, or cuda:0,cuda:1."),
 ]
 GpuLayers = Annotated[
-    str, Option("--gpu-layers", "-ngl", metavar="N", help="Layers on GPUs, or auto: as many as fit in VRAM.")
+    str,
+    Option("--gpu-layers", "-ngl", metavar="N", help="Put the last N layers on GPUs; auto: as many as fit."),
 ]
-CpuMoe = Annotated[bool, Option("--cpu-moe", "-cmoe", help="Experts of all layers in RAM, the rest on GPUs.")]
+CpuMoe = Annotated[bool, Option("--cpu-moe", "-cmoe", help="Keep the experts of all layers in RAM, the rest on GPUs.")]
 NCpuMoe = Annotated[
     int | None,
-    Option("--n-cpu-moe", "-ncmoe", metavar="N", min=0, max=MAX_LAYERS, help="Experts of the first N layers in RAM."),
+    Option(
+        "--n-cpu-moe",
+        "-ncmoe",
+        metavar="N",
+        min=0,
+        max=MAX_LAYERS,
+        help="Keep the experts of the first N layers in RAM.",
+    ),
 ]
 OverrideTensors = Annotated[
     list[str],
@@ -186,7 +203,7 @@ OverrideTensors = Annotated[
         "--override-tensor",
         "-ot",
         metavar="PATTERN=DEVICE,...",
-        help="Tensors in RAM (CPU) or on GPUs (gpu, CUDA0) by name, such as exps=CPU; repeatable.",
+        help="Put tensors into RAM (CPU) or on GPUs (gpu, CUDA0) by name, e.g. exps=CPU; repeatable.",
     ),
 ]
 _Given = TypeVar("_Given")

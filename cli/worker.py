@@ -37,10 +37,16 @@ def worker(
     ] = None,
     name: Annotated[str | None, Option(metavar="NAME", help="Name of the worker. Default: the host name.")] = None,
     listen: Annotated[
-        str, Option(metavar="HOST:PORT", help="Address to listen on. Default: any port of the one that reaches --join.")
+        str,
+        Option(
+            metavar="HOST:PORT", help="Address for other members. Default: any port of the address that reaches --join."
+        ),
     ] = "",
     advertise: Annotated[
-        str, Option(metavar="HOST[:PORT]", help="Address announced to other members, for address translation.")
+        str,
+        Option(
+            metavar="HOST[:PORT]", help="Address announced to other members, for machines behind address translation."
+        ),
     ] = "",
     link_port: Annotated[
         int | None,
@@ -56,36 +62,40 @@ def worker(
     gpu_layers: GpuLayers = "auto",
     gpu_memory: Annotated[
         str | None,
-        Option("--gpu-memory", metavar="SIZE", help="Limit for the memory of each GPU. Default: what is free."),
+        Option("--gpu-memory", metavar="SIZE", help="Limit for the memory of each GPU. Default: free memory."),
     ] = None,
-    threads: Annotated[int | None, Option(min=1, max=1024, metavar="N", help="Default: one per core.")] = None,
+    threads: Annotated[
+        int | None, Option(min=1, max=1024, metavar="N", help="Compute threads. Default: one per physical core.")
+    ] = None,
     numa_node: Annotated[
         int | None,
         Option("--numa-node", min=0, max=1023, metavar="N", help="Use cores and memory of this NUMA node only."),
     ] = None,
     memory: Annotated[
-        str | None, Option(metavar="SIZE", help="Limit for the process's RAM, as 8GiB. Default: what is free.")
+        str | None, Option(metavar="SIZE", help="Limit for the RAM of the process, e.g. 8GiB. Default: free memory.")
     ] = None,
     mlock: Annotated[bool, Option("--mlock", help="Lock weights in RAM, so that they are never swapped out.")] = False,
     kv_disk: Annotated[
         str | None,
-        Option("--kv-disk", metavar="SIZE", help="Limit for KV memory on disk. Default: none is kept."),
+        Option(
+            "--kv-disk", metavar="SIZE", help="Limit for KV memory on disk, for all workers or none. Default: none."
+        ),
     ] = None,
     model_dir: Annotated[
         Path | None,
-        Option(
-            "--model-dir", metavar="DIR", help="Folder of the model's file, if it is not at the coordinator's path."
-        ),
+        Option("--model-dir", metavar="DIR", help="Folder of the model file, if it is not at the coordinator's path."),
     ] = None,
-    stay: Annotated[
-        bool, Option("--stay", help="After the end of a cluster, wait for the next one, at the same address or token.")
-    ] = False,
+    stay: Annotated[bool, Option("--stay", help="Wait for the next cluster after the end of one.")] = False,
     ready_file: Annotated[
         Path | None,
-        Option("--ready-file", metavar="FILE", help="File that exists while the worker holds layers or is idle."),
+        Option(
+            "--ready-file",
+            metavar="FILE",
+            help="File for probes, which exists while the worker has loaded its layers or is idle.",
+        ),
     ] = None,
     insecure: Annotated[
-        bool, Option("--insecure", help="No encryption and no authentication, for a cluster with `insecure: true`.")
+        bool, Option("--insecure", help="Use no encryption and no authentication, for a cluster with `insecure: true`.")
     ] = False,
 ) -> None:
     """Join a static cluster with one worker on this machine, until the cluster ends."""
@@ -183,12 +193,12 @@ def rotate(
         str | None, Option(metavar="NAME", help="`name` of the cluster file. Default: the one that runs.")
     ] = None,
     trust_dir: Annotated[
-        Path | None, Option(metavar="DIR", help="`join.trust_dir` of the cluster file, where it has one.")
+        Path | None, Option(metavar="DIR", help="`join.trust_dir` of the cluster file, if set.")
     ] = None,
 ) -> None:
     """Replace the join token, while the cluster runs or not, and print its file.
 
-    The old token admits no worker any more. Members stay, and need the new one to rejoin."""
+    The old token no longer admits workers. Connected workers stay, and need the new token to rejoin."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.membership.authority import Authority
 

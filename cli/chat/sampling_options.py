@@ -17,10 +17,10 @@ from llamaclust.core.sampling import MAIN_NUMBERS, SAMPLING_TABLE, SamplingParam
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY
 _MORE: dict[str, tuple[Any, str, str]] = {
-    "samplers": (str, "A;B", "Order: penalties, dry, top_n_sigma, top_k, tfs_z, typ_p, top_p, min_p, ..."),
+    "samplers": (str, "A;B", "Order of the samplers, e.g. 'top_k;xtc;temperature'."),
     "dry_sequence_breakers": (list[str], "TEXT", "No repetition continues across this text; repeatable."),
-    "speculative": (str, "WHEN", "auto or on (default): tokens are drafted where that is faster; off: never."),
-    "draft_max": (int, "N", "Drafted tokens in a step, at most; 0: none."),
+    "speculative": (str, "WHEN", "Draft tokens: auto or on (default): if that is faster; off: never."),
+    "draft_max": (int, "N", "Maximum number of drafted tokens in a step. 0: none."),
     "json_schema": (Path, "FILE", "Answer in JSON that the schema in this file allows."),
     "grammar": (Path, "FILE", "Answer by the grammar in this file, in GBNF or Lark."),
 }

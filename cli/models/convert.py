@@ -33,22 +33,29 @@ def convert(
         ),
     ],
     out: Annotated[
-        Path | None, Option("--out", "-o", metavar="FILE", help="The file; NAME-TYPE.gguf here by default.")
+        Path | None, Option("--out", "-o", metavar="FILE", help="Output file. Default: NAME-TYPE.gguf in this folder.")
     ] = None,
     kind: TypeOption = "f16",
     tokenizer: Annotated[
-        Path | None, Option("--tokenizer", metavar="PATH", help="Its tokenizer, where it is not beside it.")
+        Path | None,
+        Option("--tokenizer", metavar="PATH", help="Tokenizer file or its folder, if it is not beside SRC."),
     ] = None,
     config: Annotated[
         Path | None, Option("--config", metavar="FILE", help="TencentPretrain's configuration in JSON.")
     ] = None,
     context_length: Annotated[
         int | None,
-        Option("--context-length", metavar="N", min=1, max=1 << 30, help="Tokens, where the checkpoint does not say."),
+        Option(
+            "--context-length",
+            metavar="N",
+            min=1,
+            max=1 << 30,
+            help="Context length in tokens, for checkpoints that do not have it.",
+        ),
     ] = None,
-    name: Annotated[str | None, Option("--name", metavar="NAME", help="The model's name in the file.")] = None,
+    name: Annotated[str | None, Option("--name", metavar="NAME", help="Model name in the file.")] = None,
 ) -> None:
-    """Write a checkpoint as a GGUF file. Needs no PyTorch and little memory, and runs nothing that a file holds."""
+    """Convert a checkpoint to a GGUF file, without PyTorch and without running code of the checkpoint."""
     from llamaclust.tools.convert.conversion import convert as run
     from llamaclust.tools.convert.formats.opening import Hints
 
@@ -60,15 +67,18 @@ def convert(
 
 
 def merge_lora(
-    base: Annotated[Path, Argument(metavar="BASE", help="The model: a folder of Hugging Face's form.")],
-    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="The folder that has adapter_config.json.")],
-    out: Annotated[Path, Option("--out", "-o", metavar="OUT", help="A name that ends in .gguf, or a folder to make.")],
+    base: Annotated[Path, Argument(metavar="BASE", help="Folder of the model, in Hugging Face's format.")],
+    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="Folder of the adapter, with adapter_config.json.")],
+    out: Annotated[
+        Path, Option("--out", "-o", metavar="OUT", help="Output: a GGUF file if the name ends in .gguf, else a folder.")
+    ],
     kind: TypeOption = "f16",
     tokenizer: Annotated[
-        Path | None, Option("--tokenizer", metavar="PATH", help="Its tokenizer, where neither folder has it.")
+        Path | None,
+        Option("--tokenizer", metavar="PATH", help="Tokenizer file or its folder, if neither folder has it."),
     ] = None,
 ) -> None:
-    """Add an adapter (LoRA, as PEFT saves it) to the weights of its model. Sums are computed in float32."""
+    """Merge a LoRA adapter of PEFT into its model. Sums are computed in float32."""
     from llamaclust.tools.convert.formats.opening import Hints
     from llamaclust.tools.convert.merging import merge_adapter
 
@@ -90,16 +100,18 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
 def split(
     model: LocalModel,
     prefix: Annotated[
-        Path | None, Argument(metavar="PREFIX", help="PREFIX-00001-of-0000N.gguf; default: MODEL without .gguf.")
+        Path | None, Argument(metavar="PREFIX", help="Beginning of the parts' names. Default: MODEL without .gguf.")
     ] = None,
     max_size: Annotated[
-        str | None, Option("--split-max-size", metavar="SIZE", help="Bytes of tensors a part, like 2GiB or 2G.")
+        str | None,
+        Option("--split-max-size", metavar="SIZE", help="Maximum bytes of tensors per part, e.g. 2GiB or 2G."),
     ] = None,
     max_tensors: Annotated[
-        int | None, Option("--split-max-tensors", metavar="N", min=1, help="Tensors a part; 128 by default.")
+        int | None,
+        Option("--split-max-tensors", metavar="N", min=1, help="Maximum number of tensors per part. Default: 128."),
     ] = None,
     no_tensor_first: Annotated[
-        bool, Option("--no-tensor-first-split", help="Metadata alone in the first part.")
+        bool, Option("--no-tensor-first-split", help="Write only metadata to the first part.")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -119,7 +131,7 @@ def split(
 def merge(
     model: Annotated[Path, Argument(metavar="FIRST", parser=model_file, help="First part, NAME-00001-of-0000N.gguf.")],
     out: Annotated[
-        Path | None, Argument(metavar="OUT", help="The new file; NAME.gguf beside the parts by default.")
+        Path | None, Argument(metavar="OUT", help="Output file. Default: NAME.gguf beside the parts.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:

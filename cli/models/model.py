@@ -49,7 +49,7 @@ def pull(
     models: Annotated[list[str], Argument(metavar="MODEL...", help=MODEL_HELP)],
     as_lines: Annotated[
         bool,
-        Option("--json-lines", help="Progress as JSON: a line for each step and for every tenth of a second of it."),
+        Option("--json-lines", help="Print progress in lines of JSON instead of the path."),
     ] = False,
 ) -> None:
     """Download models. An interrupted download is resumed, and the bytes are checked before use."""
@@ -81,10 +81,10 @@ def _check_known(model: str) -> None:
 
 
 def list_models(
-    wanted: Annotated[str, Argument(metavar="FILTER", help="Only names that contain this text.")] = "",
+    wanted: Annotated[str, Argument(metavar="FILTER", help="Show only names that contain this text.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Show the models that are downloaded, and the catalog."""
+    """List downloaded models and the catalog."""
     from llamaclust.cluster.config.catalog import catalog_names, find_entry, stored_models
     from llamaclust.tools.assume.assumed_model import with_file_size
     from llamaclust.tools.assume.public_shapes import no_file_hint
@@ -126,14 +126,15 @@ def remove(model: ModelArgument) -> None:
 def info(
     model: LocalModel,
     memory: Annotated[
-        str | None, Option("--memory", metavar="SIZE", help="Available memory, like 8GiB. Default: what is free.")
+        str | None,
+        Option("--memory", metavar="SIZE", help="Memory for the calculation, e.g. 8GiB. Default: free memory."),
     ] = None,
     threads: Annotated[int, Option("--threads", "-t", metavar="N", min=1, max=1024, help="Compute threads.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Show what a model file holds: metadata, parameters, bits a weight, bytes a type and a layer; what fits in memory.
+    """Show metadata, parameters, bits per weight, bytes per type and layer, and what fits in memory.
 
-    Only reads: a file that is shown may still be one that cannot be run."""
+    Files that cannot be run are shown, too."""
     from llamaclust.cluster.config.values import parse_size
     from llamaclust.model.gguf.model_file import open_model
     from llamaclust.tools.model_fit import fit
@@ -160,7 +161,7 @@ def info(
 
 def tokenize(
     model: LocalModel,
-    text: Annotated[str | None, Argument(metavar="TEXT", help="The text; default: standard input.")] = None,
+    text: Annotated[str | None, Argument(metavar="TEXT", help="Text to tokenize. Default: standard input.")] = None,
     no_special: Annotated[bool, Option("--no-special", help="Add no BOS or EOS token.")] = False,
     parse_special: Annotated[
         bool, Option("--parse-special", help="Read control words in the text as their tokens.")
@@ -243,23 +244,30 @@ def _mib(size_bytes: int) -> str:
 
 def perplexity(
     model: LocalModel,
-    text: Annotated[Path | None, Option("-f", "--file", metavar="TEXT", help="UTF-8 text to predict.")] = None,
+    text: Annotated[Path | None, Option("-f", "--file", metavar="TEXT", help="Text to evaluate (UTF-8).")] = None,
     context: Annotated[
-        int | None, Option("-c", "--context", metavar="N", min=4, help="Tokens of a chunk; 512 by default.")
+        int | None, Option("-c", "--context", metavar="N", min=4, help="Tokens per chunk. Default: 512.")
     ] = None,
     chunks: Chunks = None,
     base: Annotated[
         Path | None,
-        Option("--kl-divergence-base", metavar="FILE", help="Write MODEL's logits there, or compare with them."),
+        Option("--kl-divergence-base", metavar="FILE", help="File of logits: written, or read with --kl-divergence."),
     ] = None,
     compare: Annotated[
-        bool, Option("--kl-divergence", help="Compare MODEL with the logits in that FILE, on their text.")
+        bool,
+        Option(
+            "--kl-divergence", help="Compare MODEL with the file of --kl-divergence-base, on the text of that file."
+        ),
     ] = False,
     hellaswag: Annotated[
         Path | None,
-        Option("--hellaswag", metavar="FILE", help="Choose endings: six lines a task, as llama.cpp has them."),
+        Option(
+            "--hellaswag",
+            metavar="FILE",
+            help="Evaluate HellaSwag tasks instead: six lines each, in llama.cpp's format.",
+        ),
     ] = None,
-    tasks: Annotated[int | None, Option("--tasks", min=1, metavar="N", help="Only the first N of those.")] = None,
+    tasks: Annotated[int | None, Option("--tasks", min=1, metavar="N", help="Use only the first N tasks.")] = None,
     threads: Threads = None,
     workers: Workers = 1,
     kv_type: KvTypeOption = None,

@@ -1,4 +1,4 @@
-"""`model quantize` and `model imatrix`: a model file in smaller types, and the importance of its weights."""
+"""`model quantize` and `model imatrix`: a model file in smaller types, and which of its weights matter most."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Out = Annotated[
         metavar="OUT",
         default_factory=list,
         show_default=False,
-        help="The new file; MODEL-TYPE.gguf beside the old one by default (here, where that was pulled).",
+        help="Output file. Default: MODEL-TYPE.gguf beside MODEL, or in this folder for a downloaded model.",
     ),
 ]
-Type = Annotated[str, Argument(metavar="TYPE", help="Q4_K_M, Q8_0, ...: docs/quantize.md lists them.")]
+Type = Annotated[str, Argument(metavar="TYPE", help="Type of the output, e.g. Q4_K_M or Q8_0.")]
 
 
 def quantize(
@@ -34,25 +34,32 @@ def quantize(
     type_name: Type,
     imatrix_file: Annotated[
         Path | None,
-        Option("--imatrix", metavar="FILE", help="Which weights matter, of `model imatrix` or llama-imatrix."),
+        Option("--imatrix", metavar="FILE", help="Importance matrix, written by `model imatrix` or llama-imatrix."),
     ] = None,
     tensor_type: Annotated[
         list[str] | None,
-        Option("--tensor-type", metavar="PATTERN=TYPE", help="A type for tensors whose name the pattern matches."),
+        Option(
+            "--tensor-type", metavar="PATTERN=TYPE", help="Type of tensors whose name matches the pattern; repeatable."
+        ),
     ] = None,
     output_tensor_type: Annotated[
-        str | None, Option("--output-tensor-type", metavar="TYPE", help="A type for output.weight.")
+        str | None, Option("--output-tensor-type", metavar="TYPE", help="Type of output.weight.")
     ] = None,
     token_embedding_type: Annotated[
-        str | None, Option("--token-embedding-type", metavar="TYPE", help="A type for token_embd.weight.")
+        str | None, Option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight.")
     ] = None,
-    leave_output_tensor: Annotated[bool, Option("--leave-output-tensor", help="Keep output.weight as it is.")] = False,
-    pure: Annotated[bool, Option("--pure", help="One type for all matrices, no mix.")] = False,
-    allow_requantize: Annotated[
-        bool, Option("--allow-requantize", help="Take quantized weights, too; quality suffers twice.")
+    leave_output_tensor: Annotated[
+        bool, Option("--leave-output-tensor", help="Keep the type of output.weight.")
     ] = False,
-    keep_split: Annotated[bool, Option("--keep-split", help="As many files as the model has.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only show the new types and sizes.")] = False,
+    pure: Annotated[bool, Option("--pure", help="Use one type for all matrices.")] = False,
+    allow_requantize: Annotated[
+        bool,
+        Option("--allow-requantize", help="Accept weights that are already quantized, which lowers the quality twice."),
+    ] = False,
+    keep_split: Annotated[
+        bool, Option("--keep-split", help="Write as many files as the model has. Default: one.")
+    ] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show types and sizes.")] = False,
     threads: Threads = None,
 ) -> None:
     """Write a model file in a smaller type. Each tensor gets the type that llama-quantize gives it."""
@@ -96,16 +103,17 @@ def quantize(
 
 def imatrix(
     model: LocalModel,
-    text: Annotated[Path, Option("-f", "--file", metavar="TEXT", help="UTF-8 text like what is to come.")],
+    text: Annotated[Path, Option("-f", "--file", metavar="TEXT", help="Calibration text (UTF-8).")],
     out: Annotated[
-        Path, Option("-o", "--output", metavar="FILE", help="The matrix: GGUF, or the old format for .dat.")
+        Path,
+        Option("-o", "--output", metavar="FILE", help="Output file: GGUF, or the old format if the name ends in .dat."),
     ],
-    context: Annotated[int, Option("-c", "--context", metavar="N", min=4, help="Tokens of a chunk.")] = 512,
+    context: Annotated[int, Option("-c", "--context", metavar="N", min=4, help="Tokens per chunk.")] = 512,
     chunks: Chunks = None,
-    process_output: Annotated[bool, Option("--process-output", help="Of output.weight, too.")] = False,
+    process_output: Annotated[bool, Option("--process-output", help="Include output.weight.")] = False,
     threads: Threads = None,
 ) -> None:
-    """Compute an importance matrix: run MODEL over a text and sum the squares of each matrix's inputs."""
+    """Run MODEL over a text and write an importance matrix."""
     from llamaclust.cli.progress import shown_progress
     from llamaclust.model.imatrix import write_imatrix
     from llamaclust.model.loader import Model

@@ -37,18 +37,18 @@ def bench(
     threads: Threads = None,
     prompt: Annotated[int, Option("--prompt", "-p", metavar="N", min=1, help="Prompt tokens of a prefill.")] = 512,
     generate: Annotated[int, Option("--generate", "-n", metavar="N", min=1, help="Tokens to decode.")] = 128,
-    batch: Annotated[int, Option("--batch", "-b", metavar="N", min=1, max=256, help="Sequences at a time.")] = 1,
+    batch: Annotated[int, Option("--batch", "-b", metavar="N", min=1, max=256, help="Concurrent sequences.")] = 1,
     depth: Annotated[
         int, Option("--depth", "-d", metavar="N", min=0, help="Tokens in KV memory before decode begins.")
     ] = 0,
     repeats: Annotated[
-        int, Option("--repeats", "-r", metavar="N", min=1, max=100, help="Runs; medians are shown.")
+        int, Option("--repeats", "-r", metavar="N", min=1, max=100, help="Number of runs; medians are shown.")
     ] = 5,
     workers: Workers = 1,
     kv_type: KvTypeOption = None,
     device: Annotated[
         list[str],
-        Option("--device", metavar="DEVICE", help="cpu (default), or a GPU as cuda:0, with all layers on it."),
+        Option("--device", metavar="DEVICE", help="cpu (default), or a GPU such as cuda:0, with all layers on it."),
     ] = [],  # noqa: B006  typer reads the default
     as_json: Json = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`model quantize` and `model imatrix`: a model file in smaller types, and which of its weights matter most."""
+"""`model quantize` and `model imatrix`: a model file in smaller types, and the importance of its weights."""
 
 from __future__ import annotations
 

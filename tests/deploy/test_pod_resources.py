@@ -82,7 +82,7 @@ def test_several_models_are_fetched_and_served() -> None:
 
 
 def test_the_defaults_are_for_a_small_cluster() -> None:
-    """That of docs/kubernetes.md: it starts on a laptop's cluster."""
+    """That of docs/several-machines.md#kubernetes: it starts on a laptop's cluster."""
     cpu_m = memory = storage = 0
     for each in render():
         spec, copies = each.get("spec", {}), 1

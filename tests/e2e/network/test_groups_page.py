@@ -1,10 +1,9 @@
-"""The commands of docs/groups.md as they stand, on one machine that has the addresses of all: groups give the bits of
-one worker, and `status` shows them."""
+"""The commands of docs/several-machines.md#groups as they stand, on one machine that has the addresses of all: groups
+give the bits of one worker, and `status` shows them."""
 
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,9 +23,10 @@ pytestmark = needs_tls
 
 GENERATIONS = eight(TOKENS)[:4]
 LAYERS = 32  # of the page's plan by hand
-FENCES = re.findall(r"^( *)```(yaml|sh)\n(.*?)^ *```$", (ROOT / "docs/groups.md").read_text(), re.MULTILINE | re.DOTALL)
-FILE, _, BY_HAND = (textwrap.dedent(text) for _, kind, text in FENCES if kind == "yaml")
-(UP,), WORKERS = (textwrap.dedent(text).splitlines() for _, kind, text in FENCES if kind == "sh")
+SECTION = (ROOT / "docs/several-machines.md").read_text().split("\n## Groups\n")[1].split("\n## ")[0]
+FENCES = re.findall(r"^```(yaml|sh)\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)
+FILE, BY_HAND = (text for kind, text in FENCES if kind == "yaml")
+_, (UP,), WORKERS = (text.splitlines() for kind, text in FENCES if kind == "sh")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_the_plan_by_hand_of_the_page_serves(model: Path, answers: list[Answer])
         WORKERS[0].replace("--name a", f"--name {name}").replace("192.168.1.11", f"192.168.1.1{number}")
         for number, name in enumerate(names, 1)
     ]
-    with typed(model, FILE.replace("workers: 2", f"workers: {len(names)}") + BY_HAND, commands) as cluster:
+    with typed(model, BY_HAND, commands) as cluster:
         assert cluster.answers(GENERATIONS) == answers
         eventually(lambda: cluster.status["groups"][0]["gathers"] > 0, 60.0, "a heartbeat after the answers")
         status = cluster.status

@@ -33,7 +33,7 @@ _GEMMA4 = "Gemma4ForCausalLM experts"
         ({"num_hidden_layers": 3}, "'model.layers.2.input_layernorm.weight': missing"),
         ({"num_hidden_layers": 1}, "no part of llama and 8 others"),
         ({"architectures": ["LlamaForCausalM"]}, "did you mean LlamaForCausalLM"),
-        ({"architectures": ["Nobody"]}, r"'Nobody' cannot be converted; \d+ architectures can: docs/convert.md$"),
+        ({"architectures": ["Nobody"]}, r"'Nobody' cannot be converted; \d+ architectures can: docs/models.md$"),
         ({"architectures": None}, "'architectures': missing"),
         ({"rms_norm_eps": "small"}, "'small', a number expected"),
     ],

@@ -110,7 +110,7 @@ def build_page(checkpoint: Checkpoint) -> Page:
         names = [name for name in (*PAGES, *MULTIMODAL) if name != "Meta"]
         near = difflib.get_close_matches(checkpoint.family[:_LONGEST_NAME], names, 3)
         hint = f", did you mean {' or '.join(near)}?" if near else ""
-        known = f"{len(names)} architectures can: docs/convert.md"
+        known = f"{len(names)} architectures can: docs/models.md"
         what = f"{shown(checkpoint.family)} cannot be converted{hint}; {known}"
         raise checkpoint.settings.error("architectures", what)
     architecture, build = found

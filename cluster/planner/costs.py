@@ -3,8 +3,8 @@ the bytes that a step touches, which are fewer than held in a mixture of experts
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -19,6 +19,7 @@ from llamaclust.model.costs import LayerCost, ModelCosts
 Counts = NDArray[np.int64]
 Table = NDArray[np.float64]
 Flags = NDArray[np.bool_]
+_Compute = Callable[[DeviceProfile, str, int, bool], Table]
 
 
 EXCHANGE_S = 50e-6
@@ -68,6 +69,7 @@ class StageCosts:
     _kind_of: Counts  # kind of each layer
     _head: Counts  # 1 where a stage has the head; prefill does not need it
     head_share: float = 1.0  # the part of the head that is here: steps are measured with all of it
+    _tables: dict[Hashable, Table] = field(default_factory=dict, repr=False)  # computed so far
 
     @classmethod
     def of(cls, costs: ModelCosts, head_share: float = 1.0) -> StageCosts:
@@ -120,22 +122,35 @@ class StageCosts:
         return float(self.prefill_table(worker, rows, concurrent=concurrent)[start, end])
 
     def decode_table(self, worker: WorkerFacts, rows: int = 1, *, concurrent: bool = False) -> Table:
+        return self._table(self._decode_table, worker, rows, concurrent)
+
+    def prefill_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
+        return self._table(self._prefill_table, worker, rows, concurrent)
+
+    def _table(self, compute: _Compute, worker: WorkerFacts, rows: int, concurrent: bool) -> Table:
         profile = worker.profile
         assert profile is not None
+        key = compute.__name__, profile, worker.device, rows, concurrent
+        table = self._tables.get(key)
+        if table is None:
+            table = self._tables[key] = compute(profile, worker.device, rows, concurrent)
+            table.flags.writeable = False
+        return table
+
+    def _decode_table(self, profile: DeviceProfile, device: str, rows: int, concurrent: bool) -> Table:
         if times := profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
             ends_s = point.stage_s + (np.arange(self.layers + 1) == self.layers) * self.head_share * point.head_s
             decode: Table = self._moved(rows, rows) * point.layers_byte_s + ends_s
             return decode
-        roofline = self._roofline(worker, concurrent=concurrent)
+        roofline = Roofline.of(profile, device, self.hidden_bytes, concurrent=concurrent)
         return self._roofline_s(roofline, rows, rows) + self._head * roofline.head_s(self.model, rows)
 
-    def prefill_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
-        assert worker.profile is not None
-        if times := worker.profile.step_times(concurrent=concurrent):
+    def _prefill_table(self, profile: DeviceProfile, device: str, rows: int, concurrent: bool) -> Table:
+        if times := profile.step_times(concurrent=concurrent):
             point = at_rows(times, rows)
             return self._prefilled(rows) * point.layers_byte_s + point.stage_s
-        return self._roofline_s(self._roofline(worker, concurrent=concurrent), rows, 1)
+        return self._roofline_s(Roofline.of(profile, device, self.hidden_bytes, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
         """Seconds of the routers and experts of `layers` in a step of `rows` rows, by stage."""
@@ -144,7 +159,7 @@ class StageCosts:
         if times := profile.step_times(concurrent=concurrent):
             each = [layer.touched_expert_bytes(rows) for layer in self.model.layers]
             return _float_sums(np.where(layers, each, 0.0)) * at_rows(times, rows).layers_byte_s
-        roofline = self._roofline(worker, concurrent=concurrent)
+        roofline = Roofline.of(profile, worker.device, self.hidden_bytes, concurrent=concurrent)
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
@@ -158,10 +173,6 @@ class StageCosts:
 
     def _moved(self, rows: int, sequences: int) -> Table:
         return self._sums(lambda layer: layer.moved_bytes(rows, sequences))
-
-    def _roofline(self, worker: WorkerFacts, *, concurrent: bool) -> Roofline:
-        assert worker.profile is not None
-        return Roofline.of(worker.profile, worker.device, self.hidden_bytes, concurrent=concurrent)
 
     def _roofline_s(self, roofline: Roofline, rows: int, sequences: int) -> Table:
         return self._sums(lambda layer: roofline.layer_s(layer, rows, sequences))

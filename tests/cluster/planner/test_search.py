@@ -37,14 +37,15 @@ def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], objective: str) -
     costs=MODELS,
     workers=st.lists(WORKERS, min_size=1, max_size=4),
     objective=st.sampled_from(["latency", "throughput"]),
+    draw=st.randoms(use_true_random=False),
 )
 def test_no_plan_is_clearly_better_in_whatever_order_workers_stand(
-    costs: ModelCosts, workers: list[WorkerFacts], objective: str
+    costs: ModelCosts, workers: list[WorkerFacts], objective: str, draw: random.Random
 ) -> None:
     workers = named(workers)
     every = Every(costs, workers)
     scores = every.scores()
-    for order in permutations(workers):
+    for order in (workers, workers[::-1], draw.sample(workers, len(workers))):
         plan = planned(costs, order, objective)
         assert (plan is not None) == bool(scores)
         if plan is None:

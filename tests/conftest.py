@@ -18,7 +18,6 @@ from llamaclust.core.errors import UsageError
 from support.clusters.forking.forked_workers import fork_workers
 from support.clusters.quick_start.sitecustomize import FOLDER, GeneratedCode
 from support.paths import TESTS
-from support.sample import sampled
 from support.seed import SEED
 
 if TYPE_CHECKING:
@@ -141,16 +140,7 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    told = "of each test, one case in N, and one at least: which ones, the run's seed says"
-    parser.addoption("--sample", type=int, default=1, metavar="N", help=told)
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if (one_in := config.option.sample) != 1:
-        kept = sampled([item.nodeid for item in items], one_in, SEED)
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
-        items[:] = [item for item in items if item.nodeid in kept]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _turn(item.path))
     for item in items:
         if _is_unit(item.path) and item.get_closest_marker("alone") is None:

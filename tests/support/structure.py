@@ -97,14 +97,15 @@ class Modules:
         }
 
     def _known(self, tree: ast.Module, lazy: bool) -> Iterator[str]:
-        for module, name in _imports(tree, lazy):
+        for module, name in imports_of(tree, lazy):
             full = f"{module}.{name}"
             known = full if full in self.paths or full == _NATIVE else module
             if known in self.paths or known == _NATIVE:
                 yield known
 
 
-def _imports(node: ast.AST, lazy: bool) -> Iterator[tuple[str, str]]:
+def imports_of(node: ast.AST, lazy: bool) -> Iterator[tuple[str, str]]:
+    """Yields modules and the names that are imported from them; with `lazy` those inside of functions as well."""
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.ImportFrom(module=str(module), names=names):
@@ -116,7 +117,7 @@ def _imports(node: ast.AST, lazy: bool) -> Iterator[tuple[str, str]]:
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda() if not lazy:
                 continue
             case _:
-                yield from _imports(child, lazy)
+                yield from imports_of(child, lazy)
 
 
 def circle(graph: Graph) -> list[str]:

@@ -1,0 +1,86 @@
+"""The cases that a run of the suite takes: a fixed core, and all of the test files that a change reaches.
+
+`seconds.json` has what a case of each test took in the last run with `--record`, where that was worth a line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from support.paths import TESTS
+
+RECORD = TESTS / "seconds.json"
+_WORTH_A_LINE_S = 0.1
+_OTHERS_S = 0.03
+"""Seconds of a case of a test without a line."""
+
+Seconds = Mapping[str, float]
+"""Seconds of a case, by the test's node without its parameters."""
+
+
+def recorded() -> Seconds:
+    files: dict[str, dict[str, float]] = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return {f"{file}::{name}": seconds for file, names in files.items() for name, seconds in names.items()}
+
+
+def record(took: Mapping[str, float]) -> None:
+    """Replaces the lines of tests that ran. `took`: seconds of each case."""
+    cases = defaultdict[str, list[float]](list)
+    for node, seconds in took.items():
+        cases[test_of(node)].append(seconds)
+    means = {test: sum(each) / len(each) for test, each in cases.items()}
+    files = defaultdict[str, dict[str, float]](dict)
+    for test, seconds in sorted((recorded() | means).items()):
+        file, _, name = test.partition("::")
+        if seconds >= _WORTH_A_LINE_S and (TESTS.parent / file).exists():
+            files[file][name] = round(seconds, 1)
+    RECORD.write_text(json.dumps(files, indent=1) + "\n")
+
+
+def test_of(node: str) -> str:
+    return node.partition("[")[0]
+
+
+@dataclass(frozen=True)
+class Cases:
+    """The collected cases in their order, with the seconds that a case of each test takes."""
+
+    nodes: tuple[str, ...]
+    seconds: Seconds
+
+    def took_s(self, nodes: Iterable[str]) -> float:
+        return sum(self.seconds.get(test_of(node), _OTHERS_S) for node in nodes)
+
+    def core(self, most_s: float, kept: Iterable[str] = ()) -> set[str]:
+        """Takes a case of each test, the same one each time: first of `kept`, then the quickest, up to `most_s`."""
+        cases = defaultdict[str, list[str]](list)
+        for node in self.nodes:
+            cases[test_of(node)].append(node)
+        first = {*kept}
+        order = sorted(cases, key=lambda test: (test not in first, self.took_s([test]), test))
+        chosen = set[str]()
+        left_s = most_s
+        for test in order:
+            left_s -= self.took_s([test])
+            if left_s < 0 and test not in first:
+                break
+            chosen.add(min(cases[test], key=lambda node: sha256(node.encode()).digest()))
+        return chosen
+
+    def whole_files(self, files: Iterable[Path], most_s: float) -> list[Path]:
+        """Takes the first of `files` whose cases last no longer than `most_s` together."""
+        cases = defaultdict[Path, list[str]](list)
+        for node in self.nodes:
+            cases[Path(node.partition("::")[0])].append(node)
+        taken = list[Path]()
+        for file in files:
+            most_s -= self.took_s(cases[file])
+            if most_s < 0:
+                break
+            taken.append(file)
+        return taken

@@ -1,0 +1,144 @@
+"""Test files that a change reaches, by the import graph of program and tests."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from support.paths import ROOT
+from support.structure import PACKAGES, imports_of
+
+_CONFTEST = "conftest.py"
+_NATIVE = Path("kernels/_native.pyi")
+_NATIVE_SOURCES = ("kernels/cpu/native/", "cmake/", "CMakeLists.txt")
+_EVERYTHING = ("pyproject.toml", "constraints.txt")
+
+Reached = Mapping[Path, tuple[Path, ...]]
+"""Test files, nearest first, each with the imports that lead from it to a changed file."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The Python files of program, tests and benchmarks, relative to the root, with the names of modules."""
+
+    files: tuple[Path, ...]
+
+    @classmethod
+    def read(cls) -> Sources:
+        return cls(tuple(path for path in map(Path, _git("ls-files")) if path.suffix in (".py", ".pyi")))
+
+    @cached_property
+    def by_module(self) -> dict[str, Path]:
+        return {name: path for path in self.files if (name := _module_name(path))}
+
+    @cached_property
+    def trees(self) -> dict[Path, ast.Module]:
+        return {path: ast.parse((ROOT / path).read_text()) for path in self.files if (ROOT / path).is_file()}
+
+    @cached_property
+    def words(self) -> dict[Path, frozenset[str]]:
+        """Constants that are strings, by file, apart at slashes."""
+        return {path: frozenset(_words(tree)) for path, tree in self.trees.items()}
+
+    @cached_property
+    def importers(self) -> Mapping[Path, list[Path]]:
+        """Files by those that each of them needs: imports, modules that it starts by name, and conftest files.
+
+        A conftest file needs nothing: tests that use a fixture of the program import parts of it themselves.
+        """
+        found = defaultdict[Path, list[Path]](list)
+        conftests = {path.parent: path for path in self.files if path.name == _CONFTEST}
+        for path, tree in self.trees.items():
+            if path.name != _CONFTEST:
+                needed = {*self._imported(tree), *(conftests[parent] for parent in path.parents if parent in conftests)}
+                for each in needed - {path}:
+                    found[each].append(path)
+        return found
+
+    def _imported(self, tree: ast.Module) -> Iterator[Path]:
+        for module, name in imports_of(tree, lazy=True):
+            path = self.by_module.get(f"{module}.{name}") or self.by_module.get(module)
+            if path is not None:
+                yield path
+        for word in _constants(tree):
+            if word.startswith("llamaclust"):
+                started = self.by_module.get(f"{word}.__main__") or self.by_module.get(word)
+                if started is not None:
+                    yield started
+
+    def of_change(self, changed: Path) -> Iterator[Path]:
+        """Yields the Python files that a changed file of any kind belongs to."""
+        text = changed.as_posix()
+        if changed in self.trees or changed.suffix in (".py", ".pyi"):
+            yield changed
+        elif text in _EVERYTHING:
+            yield Path("tests", _CONFTEST)
+        elif text.startswith(_NATIVE_SOURCES):
+            yield _NATIVE
+        else:
+            folder = next((parent for parent in changed.parents if parent.parts[:1] != ("tests",)), None)
+            yield from (path for path in self.files if folder in path.parents and folder != Path())
+            names = {changed.name, *(part for part in changed.parent.parts[2:] if changed.parts[0] == "tests")}
+            yield from (path for path, words in self.words.items() if names & words)
+
+
+def reached(changed: Iterable[Path], sources: Sources) -> Reached:
+    """Finds the test files that need a changed file. Imports among tests are no distance."""
+    starts = dict.fromkeys(path for one in changed for path in sources.of_change(one))
+    chains: dict[Path, tuple[Path, ...]] = {path: (path,) for path in starts}
+    distance = dict.fromkeys(chains, 0)
+    waiting = deque(chains)
+    while waiting:
+        path = waiting.popleft()
+        for importer in sources.importers.get(path, ()):
+            step = path.parts[0] != "tests"
+            if distance[path] + step < distance.get(importer, 1 << 30):
+                distance[importer], chains[importer] = distance[path] + step, (importer, *chains[path])
+                (waiting.append if step else waiting.appendleft)(importer)
+    tests = (path for path in chains if path.parts[0] == "tests" and path.name.startswith("test_"))
+    return {path: chains[path] for path in sorted(tests, key=lambda path: (distance[path], path))}
+
+
+def changed_since(commit: str) -> list[Path] | None:
+    """Lists the files that differ from a commit, those of the working tree included; None if it is unknown."""
+    try:
+        return [
+            *map(Path, _git("diff", "--name-only", commit)),
+            *map(Path, _git("ls-files", "--others", "--exclude-standard")),
+        ]
+    except subprocess.CalledProcessError:
+        return None
+
+
+def _git(*words: str) -> list[str]:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def _module_name(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    match parts[0]:
+        case "src":
+            parts = parts[1:]
+        case "tests" | "benchmarks":
+            parts = parts[1:]
+        case first if first in (*PACKAGES, "proto"):
+            parts = ("llamaclust", *parts)
+        case _:
+            return ""
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def _constants(tree: ast.Module) -> Iterator[str]:
+    return (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def _words(tree: ast.Module) -> Iterator[str]:
+    for text in _constants(tree):
+        if len(text) < 200:
+            yield from text.split("/")

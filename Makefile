@@ -5,12 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find kernels/cpu cmake -name '*.cpp' -o -name '*.h' -o -name '*.cmake' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?= smollm2-135m-instruct
-# Of each test's cases, one in so many.
-SAMPLE ?= 1
+# Recorded seconds of `make test`, three processes together; and a commit since which the reached test files run whole.
+CORE ?= 1800
+SINCE ?=
 IMAGE ?= llamaclust:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
-
-# Deadlines of tests can pass on a busy machine: what fails gets a second run, one after the other.
-OR_AGAIN := || $(BIN)/python -m pytest --last-failed --last-failed-no-failures none --maxfail 3
 
 # What is missing is said in a line each, before anything is fetched or compiled.
 define need_python
@@ -24,7 +22,7 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo model check test test-unit test-gpu cuda-matrix lint structure format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
+.PHONY: demo model check test test-all test-unit test-gpu cuda-matrix lint structure format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
 
 demo: build ## a real model on two worker processes answers a question
 	$(BIN)/python examples/demo.py
@@ -38,9 +36,10 @@ check: build $(VENV)/.lint $(VENV)/.test ## format, style, types, imports and un
 test-unit:
 	$(BIN)/python -m pytest -n 2 -m unit
 
-test: build $(VENV)/.test $(VENV)/.helm model ## every test; downloads the demo model once
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" --sample $(SAMPLE) $(OR_AGAIN)
-	$(BIN)/python -m pytest -m alone --sample $(SAMPLE) $(OR_AGAIN)
+test: CHOICE = --core $(CORE) $(if $(SINCE),--since $(SINCE))
+test test-all: build $(VENV)/.test $(VENV)/.helm model ## every package and promise once; test-all: every case
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" $(CHOICE)
+	$(BIN)/python -m pytest -m alone $(CHOICE)
 
 test-gpu: build $(VENV)/.test ## tests of the GPU's kernels on the first NVIDIA card
 	$(BIN)/python -m pytest tests/kernels/cuda --gpu

@@ -24,13 +24,14 @@ Reached = Mapping[Path, tuple[Path, ...]]
 
 @dataclass(frozen=True)
 class Sources:
-    """The Python files of program, tests and benchmarks, relative to the root, with the names of modules."""
+    """The Python files of program, tests and benchmarks, relative to `root`, with the names of modules."""
 
+    root: Path
     files: tuple[Path, ...]
 
     @classmethod
     def read(cls) -> Sources:
-        return cls(tuple(path for path in map(Path, _git("ls-files")) if path.suffix in (".py", ".pyi")))
+        return cls(ROOT, tuple(path for path in map(Path, _git("ls-files")) if path.suffix in (".py", ".pyi")))
 
     @cached_property
     def by_module(self) -> dict[str, Path]:
@@ -38,7 +39,7 @@ class Sources:
 
     @cached_property
     def trees(self) -> dict[Path, ast.Module]:
-        return {path: ast.parse((ROOT / path).read_text()) for path in self.files if (ROOT / path).is_file()}
+        return {path: ast.parse((self.root / path).read_text()) for path in self.files if (self.root / path).is_file()}
 
     @cached_property
     def words(self) -> dict[Path, frozenset[str]]:
@@ -81,8 +82,9 @@ class Sources:
         elif text.startswith(_NATIVE_SOURCES):
             yield _NATIVE
         else:
-            folder = next((parent for parent in changed.parents if parent.parts[:1] != ("tests",)), None)
-            yield from (path for path in self.files if folder in path.parents and folder != Path())
+            folders = {path.parent for path in self.files} - {Path()}
+            nearest = next((folder for folder in changed.parents if folder in folders), None)
+            yield from (path for path in self.files if path.parent == nearest and changed.parts[0] != "tests")
             names = {changed.name, *(part for part in changed.parent.parts[2:] if changed.parts[0] == "tests")}
             yield from (path for path, words in self.words.items() if names & words)
 

@@ -35,7 +35,7 @@ def record(took: Mapping[str, float]) -> None:
         cases[test_of(node)].append(seconds)
     means = {test: sum(each) / len(each) for test, each in cases.items()}
     files = defaultdict[str, dict[str, float]](dict)
-    for test, seconds in sorted((recorded() | means).items()):
+    for test, seconds in sorted({**recorded(), **means}.items()):
         file, _, name = test.partition("::")
         if seconds >= _WORTH_A_LINE_S and (TESTS.parent / file).exists():
             files[file][name] = round(seconds, 1)

@@ -36,10 +36,16 @@ check: build $(VENV)/.lint $(VENV)/.test ## format, style, types, imports and un
 test-unit:
 	$(BIN)/python -m pytest -n 2 -m unit
 
-test: CHOICE = --core $(CORE) $(if $(SINCE),--since $(SINCE))
-test test-all: build $(VENV)/.test $(VENV)/.helm model ## every package and promise once; test-all: every case
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" $(CHOICE)
-	$(BIN)/python -m pytest -m alone $(CHOICE)
+define run_tests
+$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not alone" $(1)
+$(BIN)/python -m pytest -m alone $(1)
+endef
+
+test: build $(VENV)/.test $(VENV)/.helm model ## every package and promise; downloads the demo model once
+	$(call run_tests,--core $(CORE) $(if $(SINCE),--since $(SINCE)))
+
+test-all: build $(VENV)/.test $(VENV)/.helm model ## every case of every test
+	$(call run_tests)
 
 test-gpu: build $(VENV)/.test ## tests of the GPU's kernels on the first NVIDIA card
 	$(BIN)/python -m pytest tests/kernels/cuda --gpu

@@ -243,8 +243,17 @@ def test_architectures_are_counted(page: Path) -> None:
     assert re.findall(r"(\d+) architectures", page.read_text()) == [str(len(ARCHITECTURES))]
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_and_the_docs_are_short() -> None:
     assert len(README.read_text().split()) <= 1000
+    words = (word for page in PAGES if "docs" in page.parts for word in page.read_text().split())
+    assert sum(any(map(str.isalnum, word)) for word in words) <= 45_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_cells_of_tables_are_short(page: Path) -> None:
+    lines = (line for line in page.read_text().splitlines() if line.startswith("|"))
+    cells = (cell.strip() for line in lines for cell in re.split(r"(?<!\\)\|", line))
+    assert [cell for cell in cells if len(cell) > 120] == []
 
 
 @pytest.mark.parametrize("page", PRESENT, ids=page_id)

@@ -18,6 +18,7 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.retirement import Retirement
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import ADAPTERS_S
 from llamaclust.cluster.planner.format import plan_lines
 from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.cluster.state.events import Notice, PlanMade, Report, Waiting, WorkerLoading
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from llamaclust.model.loader import Model
 
 _ENDING_S = 30.0
-_ADAPTERS_S = 600.0
-"""The limit covers an epoch that is loaded meanwhile, and the fetch of adapter weights."""
 
 
 @dataclass(eq=False)
@@ -63,7 +62,7 @@ class ActionRunner:
 
     async def set_adapters(self, model: Model) -> None:
         """Returns when an epoch serves with exactly this model's adapters; raises if it keeps the former ones."""
-        async with deadline(f"the change of adapters of {self.planner.config.model_name}", _ADAPTERS_S):
+        async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)
         self.planner.model = model

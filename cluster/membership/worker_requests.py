@@ -27,7 +27,8 @@ _PROFILE_S = 300.0
 """The measurement's limit includes reading layers of a large model from a slow disk."""
 _LINK_S = 30.0
 _LOG_S = 5.0
-_ADAPTERS_S = 600.0
+ADAPTERS_S = 600.0
+"""The limit of a change of adapters includes an epoch that is loaded meanwhile, and the fetch of their weights."""
 _HEARTBEAT_S = 10.0
 
 
@@ -56,7 +57,7 @@ async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: fl
 
 async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[AdapterFile, ...]) -> None:
     """Replaces the stage's adapters. Raises the worker's own error, WorkerError if it is lost, DeadlineError."""
-    limit = deadline(f"worker {worker.name}: its adapters", _ADAPTERS_S)
+    limit = deadline(f"worker {worker.name}: its adapters", ADAPTERS_S)
     done: AdaptersSet = await worker.channel.request(SetAdapters(epoch, adapters), limit)
     order, loaded = worker.stages[epoch]
     memory = replace(loaded, weight_bytes=done.weight_bytes, workspace_bytes=done.workspace_bytes)

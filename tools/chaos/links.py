@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from llamaclust.tools.chaos.processes import is_here
+
 _UNIX = "unix:"
 _PRIORITY = -310
 """A priority before connection tracking and other programs' rules."""
@@ -69,7 +71,7 @@ def worker_links(addresses: Mapping[str, Sequence[str]], coordinator_ports: froz
     in_network = {name: [each for each in own if not each.startswith(_UNIX)] for name, own in addresses.items()}
     found = {name: _resolve(own) for name, own in in_network.items()}
     known = {name: link for name, link in found.items() if link.hosts and coordinator_ports}
-    here = {name for name, link in known.items() if any(map(_is_here, link.hosts))}
+    here = {name for name, link in known.items() if any(map(is_here, link.hosts))}
     own_ports = coordinator_ports.union(*(known[name].ports for name in here))
     return {
         name: link if name in here else WorkerLink(link.hosts, link.ports, own_ports) for name, link in known.items()
@@ -84,13 +86,3 @@ def _resolve(addresses: Sequence[str]) -> WorkerLink:
             found: list[Any] = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
             hosts |= {entry[4][0].partition("%")[0] for entry in found}
     return WorkerLink(frozenset(hosts), frozenset(ports))
-
-
-def _is_here(host: str) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            return False
-    return True

@@ -90,7 +90,7 @@ def joined_worker(worker: Mapping[str, Any]) -> Process | None:
     is_worker = "worker" in words and any(Path(word).name == "llamaclust" for word in words[: words.index("worker")])
     with suppress(AddressError):  # such as a Unix socket
         host, port = split_address(worker["address"])
-        if is_worker and port in listening_ports(process.pid) and _is_here(host):
+        if is_worker and port in listening_ports(process.pid) and is_here(host):
             return process
     return None
 
@@ -125,7 +125,7 @@ def _is_command(words: Sequence[str], command: Sequence[str], worker: Mapping[st
     return any(list(words[i : i + len(wanted)]) == wanted for i in range(len(words)))
 
 
-def _is_here(host: str) -> bool:
+def is_here(host: str) -> bool:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:

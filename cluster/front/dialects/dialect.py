@@ -26,7 +26,7 @@ _Arguments = ParamSpec("_Arguments")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked(Generic[AnyBody]):
+class ParsedRequest(Generic[AnyBody]):
     """A request whose body is read and whose model is known."""
 
     body: AnyBody
@@ -94,14 +94,14 @@ class Dialect(Endpoint[AnyBody]):
         self._answer = model.replies.endpoint(path, self.make, self.settings, self.form)
 
     @abstractmethod
-    async def reply(self, asked: Asked[AnyBody]) -> Reply:
+    async def reply(self, parsed: ParsedRequest[AnyBody]) -> Reply:
         """Describes the reply to a request. Raises what refuses its body."""
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
         """Makes the reply to the bytes of a body."""
         body = await parse_body(data, self.body, self.settings)
         adapters = self._adapters(body, context.scales)
-        return await self.reply(Asked(body, context, adapters, self.models.shown(self.named(body))))
+        return await self.reply(ParsedRequest(body, context, adapters, self.models.shown(self.named(body))))
 
     async def answer(self, request: Request) -> Response:
         return await self._answer(request)

@@ -19,10 +19,10 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
     """Raises ValueError if the batch exceeds limits. `window`: the largest of layers that release blocks out of it."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
-    _check_range("rows", rows, 1, limits.max_batch_tokens + 1)
+    check_range("rows", rows, 1, limits.max_batch_tokens + 1)
     _check_starts("sequence_starts", starts, rows, 1)
-    _check_range("sequences", len(starts) - 1, 1, limits.max_sequences + 1)
-    _check_range("outputs", len(outputs), 0, limits.max_outputs + 1)
+    check_range("sequences", len(starts) - 1, 1, limits.max_sequences + 1)
+    check_range("outputs", len(outputs), 0, limits.max_outputs + 1)
     _check_starts("table_starts", table_starts, blocks, 0)
     if len(table_starts) != len(starts):
         raise ValueError(f"batch: table_starts {len(table_starts)} against {len(starts)}")
@@ -30,7 +30,7 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
         raise ValueError(f"batch: tokens {len(batch.tokens)} against {rows}")
     least = 0
     for row in outputs:
-        _check_range("output row", row, least, rows)
+        check_range("output row", row, least, rows)
         least = row + 1
     if blocks:
         _check_blocks("KV block", batch.block_tables, limits.kv_blocks)
@@ -58,7 +58,7 @@ def _check_starts(what: str, starts: Sequence[int], end: int, least: int) -> Non
 
 def _check_positions(positions: Sequence[int], context_tokens: int, room: int) -> None:
     end = positions[0] + len(positions)
-    _check_range("position", positions[0], 0, context_tokens - len(positions) + 1)
+    check_range("position", positions[0], 0, context_tokens - len(positions) + 1)
     for wanted, position in zip(range(positions[0], end), positions, strict=True):
         if position != wanted:
             raise ValueError(f"batch: position {position} against {wanted}")
@@ -68,9 +68,9 @@ def _check_positions(positions: Sequence[int], context_tokens: int, room: int) -
 
 def _check_blocks(what: str, blocks: NDArray[np.int32], end: int) -> None:
     for block in (int(blocks.min()), int(blocks.max())):
-        _check_range(what, block, 0, end)
+        check_range(what, block, 0, end)
 
 
-def _check_range(what: str, value: int, begin: int, end: int) -> None:
+def check_range(what: str, value: int, begin: int, end: int) -> None:
     if not begin <= value < end:
         raise ValueError(f"batch: {what} {value} against [{begin}, {end})")

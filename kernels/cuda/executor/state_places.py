@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.cuda.executor.batch_checks import check_range
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
@@ -49,13 +50,13 @@ def _own_places(batch: Batch, blocks: int) -> StatePlaces:
     _check_counts(StatePlaces(before, starts, rows, written), sequences)
     for sequence, (begin, end) in enumerate(pairwise(batch.sequence_starts.tolist())):
         if batch.positions[begin] > 0:
-            _check_range("state block", before[sequence], 0, blocks)
+            check_range("state block", before[sequence], 0, blocks)
         else:
             before[sequence] = -1
         least = begin
         for entry in range(starts[sequence], starts[sequence + 1]):
-            _check_range("row of a state", rows[entry], least, end)
-            _check_range("state block", written[entry], 0, blocks)
+            check_range("row of a state", rows[entry], least, end)
+            check_range("state block", written[entry], 0, blocks)
             least = rows[entry] + 1
         if least != end:
             raise ValueError(f"batch: last state behind row {least - 1} against {end - 1}")
@@ -76,8 +77,3 @@ def _check_counts(places: StatePlaces, sequences: int) -> None:
     for start, end in pairwise(starts):
         if end <= start:
             raise ValueError(f"batch: states of sequences {end} against {start}")
-
-
-def _check_range(what: str, value: int, begin: int, end: int) -> None:
-    if not begin <= value < end:
-        raise ValueError(f"batch: {what} {value} against [{begin}, {end})")

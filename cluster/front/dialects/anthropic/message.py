@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from llamaclust.cluster.front.body import converted
 from llamaclust.cluster.front.dialects.anthropic.schema import MessagesBody
-from llamaclust.cluster.front.dialects.dialect import Asked, Dialect
+from llamaclust.cluster.front.dialects.dialect import Dialect, ParsedRequest
 from llamaclust.cluster.front.errors import ERROR_TYPES, ErrorShape, Failure, error_type
 from llamaclust.cluster.front.http.responses import Route
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
@@ -221,8 +221,8 @@ class Messages(Dialect[MessagesBody]):
         yield from super().routes()
         yield Route("POST", f"{self.path}/count_tokens", self.count, self.body)
 
-    async def reply(self, asked: Asked[MessagesBody]) -> Reply:
-        chat = await asked.chat(asked.body.request)
+    async def reply(self, parsed: ParsedRequest[MessagesBody]) -> Reply:
+        chat = await parsed.chat(parsed.body.request)
 
         async def requests() -> list[CompletionRequest]:
             return [await self.service.chat(chat)]
@@ -230,8 +230,8 @@ class Messages(Dialect[MessagesBody]):
         return Reply(
             service=self.service,
             requests=requests,
-            view=partial(MessageView, asked.model, asked.context.id),
-            is_streamed=asked.body.stream,
+            view=partial(MessageView, parsed.model, parsed.context.id),
+            is_streamed=parsed.body.stream,
             timed=Timed.FIRST,
             has_measurements=True,  # the first event has counts of the prefix cache
         )

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Final
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaclust.cluster.front.body import converted, has_field
-from llamaclust.cluster.front.dialects.dialect import Asked, Dialect
+from llamaclust.cluster.front.dialects.dialect import Dialect, ParsedRequest
 from llamaclust.cluster.front.dialects.openai.endpoints import TextCompletions
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import LLAMACPP
@@ -212,11 +212,11 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
     paths = ("/completion",)
     body: type[LlamaCppBody] = LlamaCppBody
 
-    async def reply(self, asked: Asked[LlamaCppBody]) -> Reply:
-        body = asked.body
+    async def reply(self, parsed: ParsedRequest[LlamaCppBody]) -> Reply:
+        body = parsed.body
         return Reply(
             service=self.service,
-            requests=partial(self._requests, body, asked.adapters),
+            requests=partial(self._requests, body, parsed.adapters),
             view=partial(LlamaCppView, self.service, body),
             is_streamed=body.stream,
             timed=Timed.ALWAYS if body.timings_per_token else Timed.NEVER,

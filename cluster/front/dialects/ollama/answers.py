@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.front.body import converted
-from llamaclust.cluster.front.dialects.dialect import Asked, Dialect, Endpoint
+from llamaclust.cluster.front.dialects.dialect import Dialect, Endpoint, ParsedRequest
 from llamaclust.cluster.front.dialects.embeddings import check_single, embedded
 from llamaclust.cluster.front.dialects.ollama.models import shown_time
 from llamaclust.cluster.front.dialects.ollama.schema import (
@@ -194,33 +194,33 @@ class OllamaDialect(Dialect[AnyAnswer]):
         """Returns the part of a line that shows a piece."""
 
     @abstractmethod
-    async def request(self, asked: Asked[AnyAnswer]) -> CompletionRequest:
+    async def request(self, parsed: ParsedRequest[AnyAnswer]) -> CompletionRequest:
         """Makes the completion of a body."""
 
-    async def reply(self, asked: Asked[AnyAnswer]) -> Reply:
+    async def reply(self, parsed: ParsedRequest[AnyAnswer]) -> Reply:
         """Describes the reply. Its time is that of the admission, so that a reply that is computed again is the
         same."""
-        body, end = asked.body, None
+        body, end = parsed.body, None
         if body.is_load:
             unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0
             end = "unload" if unloads else "load"
-        begin = {"model": asked.model, "created_at": shown_time(asked.context.created)}
+        begin = {"model": parsed.model, "created_at": shown_time(parsed.context.created)}
         return Reply(
             service=self.service,
-            requests=partial(self._requests, asked),
+            requests=partial(self._requests, parsed),
             view=partial(OllamaView, self.service.tokenizer, begin, self.show, body.logprobs, body.has_context, end),
             is_streamed=body.stream,
         )
 
-    async def _requests(self, asked: Asked[AnyAnswer]) -> list[CompletionRequest]:
+    async def _requests(self, parsed: ParsedRequest[AnyAnswer]) -> list[CompletionRequest]:
         """Makes no request if a model is only loaded, and refuses reasoning of a model that knows none, as Ollama
         does."""
-        if asked.body.is_load:
+        if parsed.body.is_load:
             return []
-        if asked.body.wants_reasoning and not (await self.service.chat_format.get()).knows_reasoning:
+        if parsed.body.wants_reasoning and not (await self.service.chat_format.get()).knows_reasoning:
             message = f"{self.service.settings.model_name!r} does not support thinking; leave think out"
             raise HttpError(400, "unsupported_parameter", message, param="think")
-        return [replace(await self.request(asked), adapters=asked.adapters)]
+        return [replace(await self.request(parsed), adapters=parsed.adapters)]
 
 
 class Chat(OllamaDialect[OllamaChatBody]):
@@ -234,8 +234,8 @@ class Chat(OllamaDialect[OllamaChatBody]):
         shown = {name: value for name, value in more.items() if value}
         return {"message": {"role": "assistant", "content": piece.content, **shown}}
 
-    async def request(self, asked: Asked[OllamaChatBody]) -> CompletionRequest:
-        return await self.service.chat(await asked.chat(asked.body.chat))
+    async def request(self, parsed: ParsedRequest[OllamaChatBody]) -> CompletionRequest:
+        return await self.service.chat(await parsed.chat(parsed.body.chat))
 
 
 class Generate(OllamaDialect[GenerateBody]):
@@ -248,9 +248,9 @@ class Generate(OllamaDialect[GenerateBody]):
         thinking = {"thinking": piece.thinking} if piece.thinking else {}
         return {"response": piece.content, **thinking}
 
-    async def request(self, asked: Asked[GenerateBody]) -> CompletionRequest:
+    async def request(self, parsed: ParsedRequest[GenerateBody]) -> CompletionRequest:
         """Makes the completion with the context of an earlier reply before the prompt, whose BOS it has."""
-        body, earlier = asked.body, tuple(asked.body.context)
+        body, earlier = parsed.body, tuple(parsed.body.context)
         if body.suffix:
             return await self._fill_in(body)
         if body.raw:
@@ -258,7 +258,7 @@ class Generate(OllamaDialect[GenerateBody]):
                 return await converted(body, body.completion, body.prompt)
             (prompt,) = await self.service.tokenize_all([body.prompt], "prompt")
             return await converted(body, body.completion, (*earlier, *prompt))
-        request = await self.service.chat(await asked.chat(body.chat))
+        request = await self.service.chat(await parsed.chat(body.chat))
         assert not isinstance(request.prompt, str)
         bos = self.service.tokenizer.bos_id
         own = request.prompt[1:] if earlier and request.prompt[:1] == (bos,) else request.prompt

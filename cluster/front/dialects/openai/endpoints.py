@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.front.body import converted
-from llamaclust.cluster.front.dialects.dialect import Asked, Dialect
+from llamaclust.cluster.front.dialects.dialect import Dialect, ParsedRequest
 from llamaclust.cluster.front.dialects.openai.response_items import REFERENCE, Item, has_references, messages_of
 from llamaclust.cluster.front.dialects.openai.response_schema import (
     CompactionBody,
@@ -41,12 +41,12 @@ class _Generating(Dialect[AnyGeneration]):
 
     view: type[OpenAiView[AnyGeneration]]
 
-    async def reply(self, asked: Asked[AnyGeneration]) -> Reply:
-        body = asked.body
+    async def reply(self, parsed: ParsedRequest[AnyGeneration]) -> Reply:
+        body = parsed.body
         return Reply(
             service=self.service,
-            requests=partial(self._requests, asked),
-            view=partial(self.view, body, asked.context, asked.model, self.service.tokenizer),
+            requests=partial(self._requests, parsed),
+            view=partial(self.view, body, parsed.context, parsed.model, self.service.tokenizer),
             is_streamed=body.stream,
             timed=Timed.ALWAYS if body.timings_per_token else Timed.NEVER,
             with_progress=body.return_progress,
@@ -54,7 +54,7 @@ class _Generating(Dialect[AnyGeneration]):
         )
 
     @abstractmethod
-    async def _requests(self, asked: Asked[AnyGeneration]) -> list[CompletionRequest]: ...
+    async def _requests(self, parsed: ParsedRequest[AnyGeneration]) -> list[CompletionRequest]: ...
 
 
 class TextCompletions(_Generating[CompletionBody]):
@@ -63,9 +63,9 @@ class TextCompletions(_Generating[CompletionBody]):
     paths = ("/v1/completions",)
     body, view = CompletionBody, CompletionView
 
-    async def _requests(self, asked: Asked[CompletionBody]) -> list[CompletionRequest]:
-        requests = await converted(asked.body, asked.body.requests)
-        return [replace(request, adapters=asked.adapters) for request in requests]
+    async def _requests(self, parsed: ParsedRequest[CompletionBody]) -> list[CompletionRequest]:
+        requests = await converted(parsed.body, parsed.body.requests)
+        return [replace(request, adapters=parsed.adapters) for request in requests]
 
 
 class ChatCompletions(_Generating[ChatBody]):
@@ -81,8 +81,8 @@ class ChatCompletions(_Generating[ChatBody]):
             for path in self.paths:
                 yield Route("POST", f"{path}/input_tokens", self.count, self.body)
 
-    async def _requests(self, asked: Asked[ChatBody]) -> list[CompletionRequest]:
-        return [await self.service.chat(await asked.chat(asked.body.request))]
+    async def _requests(self, parsed: ParsedRequest[ChatBody]) -> list[CompletionRequest]:
+        return [await self.service.chat(await parsed.chat(parsed.body.request))]
 
     async def count(self, request: Request) -> Response:
         """Returns the number of tokens of a chat's prompt (llama.cpp's `.../input_tokens`)."""
@@ -133,10 +133,10 @@ class Compaction(_Continuing[CompactionBody]):
 
     body = CompactionBody
 
-    async def reply(self, asked: Asked[CompactionBody]) -> Reply:
-        _, messages = self._chat(asked.body, asked.context)
-        chat = await asked.chat(asked.body.request, messages)
-        view = partial(CompactionView, asked.context)
+    async def reply(self, parsed: ParsedRequest[CompactionBody]) -> Reply:
+        _, messages = self._chat(parsed.body, parsed.context)
+        chat = await parsed.chat(parsed.body.request, messages)
+        view = partial(CompactionView, parsed.context)
         return Reply(service=self.service, requests=partial(self._requests, chat), view=view, is_streamed=False)
 
 
@@ -152,11 +152,11 @@ class Responses(_Continuing[ResponsesBody]):
         yield from Compaction(self.model, f"{self.path}/compact", self._store).routes()
         yield Route("POST", f"{self.path}/input_tokens", self.count, self.body)
 
-    async def reply(self, asked: Asked[ResponsesBody]) -> Reply:
-        body, context = asked.body, asked.context
+    async def reply(self, parsed: ParsedRequest[ResponsesBody]) -> Reply:
+        body, context = parsed.body, parsed.context
         items, messages = self._chat(body, context)
-        chat = await asked.chat(body.request, messages)
-        head = ResponseHead(context.id, context.created, asked.model, body)
+        chat = await parsed.chat(body.request, messages)
+        head = ResponseHead(context.id, context.created, parsed.model, body)
         storing = Storing(self._store, context.owner, items, messages) if body.store else None
         begin = partial(storing.begin, head.begun) if storing is not None and body.background else None
         complete = None if storing is None else storing.complete

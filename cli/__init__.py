@@ -1,1 +1,1 @@
-"""The `llamaclust` command, one file a command group."""
+"""The `llamaclust` command. Each group of commands has a file or a folder."""

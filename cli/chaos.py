@@ -1,4 +1,4 @@
-"""`chaos` injects faults into a running cluster of one's own, under load."""
+"""The `chaos` command: injects faults into the user's own running cluster while it serves requests."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def chaos(
 
 
 def _run(settings: ChaosSettings) -> bool:
-    """Prints the verdict once faults may have happened, also after Ctrl-C. Returns True if there were faults and every
-    answer was intact."""
+    """Runs the test. Once there were faults or answers, prints the verdict even after Ctrl-C or an error. Returns True
+    if there were faults and every answer was intact."""
     from llamaclust.tools.chaos.run import run_chaos
     from llamaclust.tools.chaos.tally import Tally
 
@@ -91,7 +91,8 @@ def _run(settings: ChaosSettings) -> bool:
 
 
 class ChaosView:
-    """Shows lines and the state below them on standard error; without a terminal, the state every five seconds."""
+    """Prints lines on standard error. A terminal shows the progress below them; other outputs get it every five
+    seconds."""
 
     def __init__(self) -> None:
         from rich.console import Console

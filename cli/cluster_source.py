@@ -1,4 +1,5 @@
-"""Descriptions of a cluster on the command line: a cluster file, a model for workers on this machine, or the demo."""
+"""Reads the source of a cluster from the command line: a cluster file, a model for workers on this machine, or the
+demo."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ _MAX_NAME = 63
 def cluster_source(
     source: str | None, workers: int | None, overrides: Sequence[str], *, discover: bool = False
 ) -> tuple[Path | None, list[str]]:
-    """Returns the cluster file, if there is one, and the KEY=VALUE overrides; for a model, a cluster named after it,
-    whose workers are processes of this machine, or those that discover it. UsageError for a model that is neither a
-    file nor known by name, and for `--workers` beside a cluster file."""
+    """Returns the path of the cluster file, if there is one, and the KEY=VALUE overrides. A model needs no file: its
+    cluster is named after it, and the workers are processes of this machine or, with `discover`, find it. Raises
+    UsageError for a model that is neither a file nor a known name, and for `--workers` with a cluster file."""
     if source is not None and not _is_model(source):
         if workers is not None:
             raise UsageError(f"--workers: {source} lists its workers; give a model in place of the file")
@@ -49,7 +50,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _has_model_form(source: str) -> bool:
-    """Returns True for a path or an address of a model, False for a name."""
+    """Returns True for the path or address of a model, False for a name."""
     from llamaclust.cluster.config.model_sources import REMOTE_PREFIXES
 
     return source.startswith(REMOTE_PREFIXES) or source.lower().endswith(".gguf")
@@ -66,13 +67,14 @@ def _served(spec: str) -> list[str]:
 
 
 def _cluster_name(text: str) -> str:
-    """Makes a name of the letters that names may have."""
+    """Makes a valid cluster name from a text, quoted as JSON."""
     name = re.sub(r"[^a-z0-9_.-]+", "-", text.lower(), flags=re.ASCII)[:_MAX_NAME].strip("_.-")
     return json.dumps(name or "default")
 
 
 def _local_workers(count: int) -> list[str]:
-    """Describes the workers; one serves a single request fastest, more share the model for many."""
+    """Returns overrides for workers on this machine. One worker is fastest for a single request, so its objective is
+    latency; several share the model for many requests, so theirs is throughput."""
     names = [{"name": name} for name in string.ascii_lowercase[:count]]
     objective = "latency" if count == 1 else "throughput"
     return [f"workers={json.dumps(names)}", f"objective={objective}"]

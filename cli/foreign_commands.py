@@ -1,5 +1,5 @@
-"""Commands and arguments of other programs (Ollama, Docker, llama.cpp, package managers), and their equivalents
-here."""
+"""Maps commands and arguments of other programs (Ollama, Docker, llama.cpp, package managers) to llamaclust's
+commands."""
 
 from __future__ import annotations
 
@@ -58,13 +58,14 @@ WITHOUT_ARGUMENT = {
     "down": "`llamaclust down --cluster {0}`",
     "worker": "`llamaclust worker --join {0}`",
 }
-"""Advice for an argument too many, by the command's name."""
+"""Advice for a command that got an argument that it does not take, by the name of the command."""
 _MOST_SHOWN = 100
 
 
 def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object]) -> str | None:
-    """Returns the commands that replace `group` with these words; None if nothing is known. `commands`: of the group;
-    those of its own groups among them are found by their last word."""
+    """Returns advice on what to use in place of `group` followed by `words`: the equivalent of another program's
+    command, or a command of a subgroup. Returns None if nothing is known. `commands` are those of the group, subgroups
+    included."""
     word, *more = words
     known = _COMMANDS.get(group, {}).get(word)
     if known is None:
@@ -77,7 +78,7 @@ def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object])
 
 
 def without_argument(command: str, word: str) -> str:
-    """Returns the command that replaces one of `WITHOUT_ARGUMENT` with this argument."""
+    """Returns advice for one of the commands of `WITHOUT_ARGUMENT` that got the argument `word`."""
     shown = _shown(word)
     return f"{command} does not take {shown}: {WITHOUT_ARGUMENT[command].format(shown)}"
 

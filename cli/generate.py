@@ -1,4 +1,4 @@
-"""`generate` and `chat`: options, the choice of model or cluster, and the text of `generate`."""
+"""The commands `generate` and `chat`: their options, the choice of a model or cluster, and the output of `generate`."""
 
 from __future__ import annotations
 
@@ -200,7 +200,8 @@ def _system_message(text: str | None, file: Path | None) -> str | None:
 
 
 def given_or_piped(prompt: str | None) -> str:
-    """Returns the prompt, or standard input without its last line break. UsageError if there is neither."""
+    """Returns the prompt, or standard input without its last line break. Raises UsageError if there is no prompt and
+    standard input is a terminal."""
     if prompt is not None and prompt != "-":
         return terminal.argument(prompt)
     if prompt is None and sys.stdin.isatty():
@@ -209,7 +210,7 @@ def given_or_piped(prompt: str | None) -> str:
 
 
 def _print_stream(client: TextClient, prompt: str, options: CompletionOptions) -> None:
-    """Prints the text as it comes, and a line break if it does not end with one."""
+    """Prints the text as it is generated. Adds a line break if the text does not end with one."""
     last = "\n"
     with client.generate(prompt, stream=True, **options) as chunks:
         for chunk in chunks:
@@ -219,7 +220,7 @@ def _print_stream(client: TextClient, prompt: str, options: CompletionOptions) -
 
 
 def reply_json(reply: Answer) -> dict[str, object]:
-    """Returns logprobs with nine significant digits, from which float32 is read back exactly."""
+    """Converts a reply to JSON. Logprobs have nine significant digits, which restore the float32 exactly."""
     timings = reply.timings
     return {
         "text": reply.text,
@@ -240,7 +241,7 @@ def reply_json(reply: Answer) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The model or cluster that the command line names; by default the cluster that runs on this machine."""
+    """The model or cluster that the options select. The default is the cluster that runs on this machine."""
 
     cluster: str | None = None
     endpoint: str | None = None
@@ -255,15 +256,16 @@ class Target:
     mtp: bool = False  # its own head for multi-token prediction drafts
 
     def check_drafts(self, most: int | None) -> None:
-        """Raises UsageError if an option drafts tokens and `most` at a time is 0; None: as many as pay."""
+        """Raises UsageError if --model-draft or --mtp is given but `most` forbids drafts. `most` limits the drafted
+        tokens of a step: 0 and False forbid them, None sets no limit."""
         given = [option for option, value in (("--model-draft", self.draft), ("--mtp", self.mtp)) if value]
         if given and most is not None and not most:
             none = "--speculative off" if most is False else "--draft-max 0"
             raise UsageError(f"{given[0]} drafts tokens and {none} none: give one of them")
 
     def open(self) -> TextClient:
-        """Opens a client. UsageError if the options contradict each other or no cluster runs, RequestError for a model
-        that is not served."""
+        """Opens a client. Raises UsageError if the options contradict each other or no cluster runs, RequestError if
+        the cluster does not serve the model."""
         from llamaclust.cluster.client.http import Client
 
         self._check()
@@ -335,7 +337,8 @@ class Target:
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
-    """Returns a client of an address, with the first key of a file. UsageError if the file has none."""
+    """Returns a client for an endpoint. Its API key is the first one in the file; raises UsageError if the file has
+    none."""
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.state.api_keys import first_key
 

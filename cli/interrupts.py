@@ -14,15 +14,16 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""Delay after a discarded exception: the destructor has returned by then."""
+"""Delay before a signal's handler runs again after Python discarded its exception in a destructor. By then the
+destructor has returned."""
 
 
 _FIRST_PROCESS = 1
 
 
 def unhandled() -> Callable[[int, FrameType | None], None] | signal.Handlers:
-    """Returns the handler of signals that end the process. The kernel ignores signals without a handler for the first
-    process of a container."""
+    """Returns the handler of signals that shall end the process. The first process of a container needs a handler of
+    its own, because the kernel drops signals that this process does not handle."""
     return _end_by_signal if os.getpid() == _FIRST_PROCESS else signal.SIG_DFL
 
 
@@ -31,7 +32,7 @@ def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def obey_signals() -> None:
-    """Lets SIGTERM and SIGHUP end the first process of a container, before anything slow is imported."""
+    """Lets SIGTERM and SIGHUP end this process if it is the first of a container. Call it before slow imports."""
     for number in (signal.SIGTERM, signal.SIGHUP) if os.getpid() == _FIRST_PROCESS else ():
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end_by_signal)
@@ -39,8 +40,8 @@ def obey_signals() -> None:
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """Lets Ctrl-C end the process during imports and the like, where KeyboardInterrupt would be a traceback, or lost in
-    a library that catches everything."""
+    """Lets Ctrl-C end the process without KeyboardInterrupt. Use it around imports and similar work, where the
+    exception would print a traceback or be swallowed by a library that catches everything."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in a shell's background
         yield
         return
@@ -52,7 +53,7 @@ def ends_at_once() -> Iterator[None]:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """Ends the process without the interpreter's own end, which would wait for threads that compute, or break them off
+    """Ends the process without the interpreter's shutdown, which would wait for computing threads or stop them
     half-way."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
@@ -61,13 +62,13 @@ def end_at_once(code: int) -> NoReturn:
 
 
 Held = Callable[[], AbstractContextManager[None]]
-"""A context in which a signal waits for the context's end."""
+"""Makes a context that defers a signal until the context ends."""
 
 
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles the first of these signals and ignores later ones. A signal that was ignored, as by nohup, stays so. A
-    handler that raises is repeated if its exception was discarded, as within a destructor."""
+    """Handles the first of these signals and ignores later ones. A signal that was ignored before, as under nohup,
+    stays ignored. The handler runs again if Python discarded its exception, as it does in destructors."""
     handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook
@@ -99,7 +100,8 @@ def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameTy
 
 @contextmanager
 def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
-    """Turns the first of these signals into SystemExit with a shell's exit code for it, so that cleanup runs."""
+    """Turns the first of these signals into SystemExit, so that cleanup runs. The exit code is 128 plus the signal's
+    number, as in a shell. Yields a `Held`, which defers the exit."""
     holds = False
     received: list[int] = []
 
@@ -125,8 +127,8 @@ def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
 
 @contextmanager
 def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
-    """Turns the first of these signals into Ctrl-C, so that cleanup runs; then the process ends with a shell's exit
-    code for the signal."""
+    """Treats the first of these signals like Ctrl-C, so that cleanup runs. Then the process ends with the exit code of
+    a shell, which is 128 plus the signal's number."""
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -147,7 +149,8 @@ def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def ends_in_one_line() -> Iterator[None]:
-    """Ends a script: Ctrl-C, SIGTERM and SIGHUP run cleanup and give their exit codes, other errors become one line."""
+    """Wraps the main function of a script. Ctrl-C, SIGTERM and SIGHUP run cleanup and end with a shell's exit code.
+    LlamaclustError and OSError are printed as one line."""
     try:
         with signals_as_interrupts(signal.SIGTERM, signal.SIGHUP):
             yield
@@ -162,5 +165,6 @@ def ends_in_one_line() -> Iterator[None]:
 
 
 def ends_workers_cleanly(workers: int) -> AbstractContextManager[None]:
-    """Returns a context in which any signal that ends a cluster cleans up its folders and processes."""
+    """Returns a context in which SIGTERM and SIGHUP clean up the folders and processes of a cluster of several
+    workers."""
     return signals_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()

@@ -1,4 +1,4 @@
-"""`keys`: the file of API keys."""
+"""The `keys` commands, which edit the file of API keys."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def remove(
 
 
 def key_file(given: Path | None = None) -> Path:
-    """Returns the given file, or that of the state directory."""
+    """Returns the absolute path of the given file, or of the default file in the state directory."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.state.api_keys import FILE_NAME
 

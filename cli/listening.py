@@ -1,4 +1,5 @@
-"""`up --port` and `up --lan`: the addresses of the API, and the key for phones and other computers of the network."""
+"""The options --port and --lan of `up`: addresses of the API, and the API key for other devices on the local
+network."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ _OWNER, _KEY_NAME = "owner", "lan"
 
 
 def listen_overrides(file: Path | None, overrides: list[str], port: int | None, *, lan: bool) -> list[str]:
-    """Returns `--port` and `--lan` as overrides of a cluster file: another port; all addresses in place of one at
-    loopback, and unless the cluster has them, the file of keys of the state directory and the names of this machine."""
+    """Returns --port and --lan as overrides of the cluster file. --port replaces the port. --lan makes an API that
+    listens on loopback listen on all addresses. If the cluster file lacks them, --lan also adds the default file of API
+    keys, and the names of this machine as allowed hosts."""
     values = cluster_document(file, overrides).values
     listen = values.get("listen", ClusterConfig.model_fields["listen"].default)
     more = []
@@ -37,14 +39,14 @@ def listen_overrides(file: Path | None, overrides: list[str], port: int | None, 
 
 
 def _own_names() -> list[str]:
-    """Returns the names by which other machines may find this one: that of the system, and that of multicast DNS."""
+    """Returns the names by which other machines may find this one: the host name, and the name in multicast DNS."""
     name = socket.gethostname().partition(".")[0].lower()
     return [name, f"{name}.local"] if _HOST_NAME.fullmatch(name) else []
 
 
 def lan_key(path: Path) -> str:
-    """Returns the key named lan, made if the file has no key at all: on a terminal the key itself, else its place. It
-    follows a key of the owner, since the first key of a file may do more than the others."""
+    """Returns the API key named `lan`: on a terminal the key itself, otherwise the place of the key. A file without
+    keys gets a key `owner` and then a key `lan`, because the first key of a file may do more than the others."""
     keys = named_keys(path) or [add_key(path, name) for name in (_OWNER, _KEY_NAME)]
     own = next((each for each in keys if each.name == _KEY_NAME), None)
     if own is None:

@@ -12,11 +12,12 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 from llamaclust.core.process_settings import collect_rarely, open_standard_streams
 
 _INTERRUPTED = 130
-"""The exit code that typer, too, gives a KeyboardInterrupt."""
+"""The exit code after KeyboardInterrupt, the same that typer returns."""
 
 
 def main() -> None:
-    """Runs the command line; exits 0 done, 1 failed, 2 bad usage or file, 3 does not fit, 130 interrupted."""
+    """Runs the command line. Exit codes: 0 success, 1 failure, 2 bad usage or file, 3 too little memory, 130
+    interrupted."""
     obey_signals()
     open_standard_streams()
     collect_rarely()
@@ -48,12 +49,12 @@ def main() -> None:
 
 
 def _end_output() -> None:
-    """Discards buffered output: writing it at the end of the process might fail again."""
+    """Discards buffered output, because writing it at exit might fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Any) -> None:
-    """Prints one line for a mistake on the command line, unless the help was printed instead."""
+    """Prints one line about a mistake on the command line. Prints nothing if the help was printed instead."""
     words = " ".join(error.format_message().split())
     if words:
         command = error.ctx.command_path if error.ctx else "llamaclust"

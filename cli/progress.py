@@ -1,4 +1,4 @@
-"""Progress of downloads, of a cluster's start and of other long work."""
+"""Shows the progress of downloads, of a cluster's start and of other long work."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _JSON_LINE_S = 0.1
 
 
 def announce(spec: str) -> None:
-    """Prints a catalog model's description and licence on standard error before it is downloaded."""
+    """Prints the description and licence of a catalog model on standard error, unless it is downloaded already."""
     from llamaclust.tools.assume.assumed_model import with_file_size
 
     found = locate(spec)
@@ -60,7 +60,7 @@ def announce(spec: str) -> None:
 
 @contextmanager
 def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
-    """Shows progress on standard error; nothing before the first call."""
+    """Yields a function that shows progress on standard error: as a bar on a terminal, as lines elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield ProgressLines(counts_bytes=counts_bytes)
@@ -84,7 +84,8 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
 
 
 class ProgressLines:
-    """Prints a line for each new step, then one for every tenth of it, and one after ten seconds."""
+    """Prints a line for each new step, for each tenth of a step, and when ten seconds have passed since the last
+    line."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, counts_bytes: bool = True) -> None:
         self._clock = clock
@@ -103,7 +104,7 @@ class ProgressLines:
 
 
 class JsonLines:
-    """Prints a line of JSON for each new step, for the end of its bytes, and every tenth of a second."""
+    """Prints a line of JSON for each new step, for the end of a step, and otherwise at most every tenth of a second."""
 
     def __init__(self) -> None:
         self._step = ""
@@ -125,12 +126,12 @@ def _line(what: str, done_bytes: int, total_bytes: int | None) -> str:
 
 _log = logging.getLogger(__name__)
 _UNNAMED = ("default", "demo")
-"""Names of clusters whose user chose none: commands do not need them."""
+"""Names that clusters have by default. Printed commands omit them."""
 
 
 class ClusterView:
-    """Shows the events of a cluster on stderr; a context manager that leaves the terminal as it was. Without a terminal
-    there are lines instead of bars. `lan_key`: see `ready_text`."""
+    """Shows the events of a cluster on standard error, with bars on a terminal and lines elsewhere. Leaving the context
+    restores the terminal. `lan_key`: see `ready_text`."""
 
     def __init__(self, lan_key: str | None = None) -> None:
         self._lan_key = lan_key
@@ -156,7 +157,7 @@ class ClusterView:
             self._clear()
 
     def show(self, event: events.Event) -> None:
-        """Shows an event; a lost terminal is no reason to end."""
+        """Shows an event. Ignores OSError, because a closed terminal must not end the cluster."""
         with suppress(OSError):
             self._show(event)
 
@@ -195,7 +196,7 @@ class ClusterView:
         self._progress.stop()
 
     def _measure(self, event: events.Measuring) -> None:
-        """Replaces the line before on a terminal."""
+        """Shows the current measurement. On a terminal it replaces the one before."""
         if self._console.is_terminal:
             self._measuring.update(f"measuring {', '.join(event.workers)}: {event.what}")
             self._measuring.start()
@@ -215,7 +216,7 @@ class ClusterView:
 
 
 def _log_event(event: events.Event) -> None:
-    """Logs a record per event, none while weights load."""
+    """Logs an event. Progress of loading and failed starts are not logged."""
     match event:
         case (
             events.WorkerLoading() | events.WorkerReading() | events.StartFailed()
@@ -240,8 +241,8 @@ def _log_event(event: events.Event) -> None:
 
 @contextmanager
 def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Report]:
-    """Shows a cluster's events on standard error as text, or as log lines if LLAMACLUST_LOG selects them. `lan_key`:
-    see `ready_text`."""
+    """Yields a function that shows a cluster's events on standard error: as text, or as log lines if LLAMACLUST_LOG
+    selects them. `lan_key`: see `ready_text`."""
     form = environment().log_format
     if form is LogFormat.TEXT:
         count_file_shortages()
@@ -254,8 +255,8 @@ def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Re
 
 @contextmanager
 def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
-    """Shows events on a thread of its own, so that a stopped terminal stops no event loop. Of the events that come
-    meanwhile, the first are kept."""
+    """Yields a function that has events shown by another thread, so that a blocked terminal cannot block the event
+    loop. If too many events wait, new ones are dropped."""
     waiting: Queue[events.Event | None] = Queue(_MOST_WAITING)
 
     def show_all() -> None:
@@ -278,14 +279,14 @@ def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
 
 
 def joined_text(joined: events.WorkerJoined) -> str:
-    """Names the worker that has joined, and those that are missing."""
+    """Names the worker that has joined, and the workers that are still missing."""
     missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all are there"
     return f"worker {joined.worker} on {printable(joined.host)} has joined{missing}"
 
 
 def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
-    """Lists commands that try a cluster which is ready, one a line, to be copied. `lan_key` is the API key for other
-    machines, or its place, if `--lan` was given."""
+    """Returns the message of a cluster that is ready, with commands to copy, one on each line. `lan_key` is the API key
+    for other machines, or the place of the key; None without --lan."""
     name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
     api = own_address(ready.api)
     key = "" if ready.api_keys_file is None else f", api_key=a line of {printable(ready.api_keys_file)}"
@@ -299,7 +300,7 @@ def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
 
 
 def _lan_text(api: str, lan_key: str | None) -> str:
-    """Returns the lines that a phone's user types, if `--lan` was given."""
+    """Returns the address and the API key for phones and other computers; empty without --lan."""
     if lan_key is None:
         return ""
     host = split_address(api.partition("://")[2])[0]
@@ -314,13 +315,13 @@ def _others_text(ready: events.Ready) -> str:
 
 
 def _load_text(ready: events.Ready) -> str:
-    """Returns the request that loads a model, if requests load none."""
+    """Returns the request that loads a model; empty if the cluster loads models on demand."""
     body = '{"model": NAME}'
     return "" if ready.loads_on_demand else f"  no model is loaded: POST /models/load {body}\n"
 
 
 def _first_request_text(ready: events.Ready, api: str, name: str) -> str:
-    """Returns commands with a first request to the model."""
+    """Returns commands that send a first request to the model."""
     match ready.use:
         case events.ModelUse.TEXT:
             return f'  llamaclust chat{name}\n  llamaclust generate "Once upon a time"{name}\n  browser: {api}/'
@@ -352,7 +353,7 @@ def own_address(url: str) -> str:
 
 
 def draining_text(draining: events.Draining) -> str:
-    """Describes the requests that a stopping cluster waits for."""
+    """Describes the requests that must finish before the cluster stops."""
     what = f"{_requests(draining)} finished first, for {draining.limit_s:.0f} s at most"
     return f"stopping: {what}; Ctrl-C again stops at once"
 
@@ -367,7 +368,8 @@ def _requests(draining: events.Draining) -> str:
 
 @contextmanager
 def step_bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields a function of (steps done, description). The bar is on standard error, if that is a terminal."""
+    """Yields a function that updates a progress bar, from the number of steps done and a description. The bar is shown
+    only if standard error is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -1,4 +1,4 @@
-"""`status`: a running cluster, once or again and again."""
+"""The `status` command: shows running clusters, once or repeatedly."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A cluster of this machine, or one at an address."""
+    """A cluster on this machine, or one at an endpoint."""
 
     name: str
     api: ClusterApi
@@ -50,7 +50,8 @@ class Watched:
     def find(
         cls, name: str | None, endpoint: str | None, api_key_file: Path | None, ca_file: Path | None = None
     ) -> Watched:
-        """Finds a cluster. UsageError if it does not run here, or if the options contradict each other."""
+        """Finds a cluster. Raises UsageError if it does not run on this machine, or if the options contradict each
+        other."""
         if endpoint is None:
             if ca_file is not None:
                 raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
@@ -67,8 +68,8 @@ class Watched:
 
 
 def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
-    """Prints a cluster's state, once or every second until Ctrl-C or the cluster's end: on a terminal in its place, cut
-    to the height, elsewhere a line each."""
+    """Prints a cluster's state once; with `watch`, every second until Ctrl-C or the cluster's end. A terminal shows
+    repeated states in the same place, cut to its height. Elsewhere each repeated state is one line."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:  # in a file or a pipe, lines are as long as they are
         console = Console(highlight=False, markup=False, width=_WIDE)
@@ -99,7 +100,7 @@ def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
 
 
 def show_clusters(clusters: list[tuple[ClusterDir, ClusterRecord]], as_json: bool) -> None:
-    """Prints a line for each of several clusters; a cluster that does not answer has its error there."""
+    """Prints a line for each cluster. If a cluster does not answer, its line is the error."""
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
         states = [*pool.map(_state_or_error, (record for _, record in clusters))]
     if as_json:
@@ -127,7 +128,7 @@ def _state_or_error(record: ClusterRecord) -> State:
 
 
 def _starting(name: str, record: ClusterRecord | None, start: ClusterStartingError) -> State:
-    """Returns the known fields of a state; at an address, `name` is the address."""
+    """Returns the state of a cluster that is still starting. Without a record, `name` is the cluster's endpoint."""
     known = {"api": name} if record is None else {"api": record.api, "pid": record.pid, "model": record.model}
     requests = {"running": 0, "waiting": 0}
     return {"name": name, "state": _STARTING, "reason": start.awaited, **known, "workers": [], "requests": requests}
@@ -139,7 +140,6 @@ def _starting_line(state: State) -> str:
 
 
 def _line(state: State) -> str:
-    """Shows a cluster in one line."""
     if state["state"] == _STARTING:
         return f"{time.strftime('%H:%M:%S')} {_starting_line(state)}"
     requests, speed = state["requests"], state["speed"]["measured"]
@@ -175,7 +175,7 @@ def _view(state: State) -> Group:
 
 
 def _head(state: State) -> Iterator[str]:
-    """Yields all lines but those of workers."""
+    """Yields the lines above the table of workers."""
     model, models = state["model"], state.get("models", ())
     is_ready = state["state"] == "asleep" and any(each["state"] == "ready" for each in models)
     yield f"{state['name']}: {'ready' if is_ready else state['state']}, {model} at {state['api']} (pid {state['pid']})"
@@ -202,20 +202,19 @@ def _head(state: State) -> Iterator[str]:
 
 
 def _requests_text(state: State) -> str:
-    """Counts the requests of all models together."""
+    """Counts the requests of all models."""
     requests = [each["requests"] for each in state.get("models", ())] or [state["requests"]]
     running, waiting = (sum(counts[what] for counts in requests) for what in ("running", "waiting"))
     return f"{running} running, {waiting} waiting"
 
 
 def _model(model: State) -> str:
-    """Shows a model's state and its requests."""
     counts = ", ".join(f"{count} {what}" for what, count in model["requests"].items() if count)
     return f"{model['name']} {model['state']}{f' ({counts})' if counts else ''}"
 
 
 def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each worker that plans exclude because it failed."""
+    """Yields a line for each quarantined worker. Plans avoid it because it failed."""
     for worker in workers:
         if quarantine := worker.get("quarantine"):
             pause = f"no layers for {quarantine['left_s']:.0f} s where the others suffice"
@@ -224,14 +223,14 @@ def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def closed_port_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each worker whose port for links others cannot connect to."""
+    """Yields a line for each worker whose link port other workers cannot connect to."""
     for worker in workers:
         if why := worker.get("closed_port"):
             yield f"{worker['name']}: in no group of an automatic plan: {why}"
 
 
 def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each group that holds a stage: a token's time in its gathers, and the slowest member."""
+    """Yields a line for each group that holds a stage: layers, shares, the time of gathers, and the slowest member."""
     for group in groups:
         shares = shares_text([member["share"] for member in group["members"]])
         layers, time = "[{}, {})".format(*group["layers"]), _number(group["gathers_ms"])
@@ -242,12 +241,12 @@ def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def group_name(group: dict[str, Any]) -> str:
-    """Names all members, as a+b, the leader first."""
+    """Joins the names of the members, the leader first, as in a+b."""
     return "+".join(member["worker"] for member in group["members"])
 
 
 def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line on the places of a worker's layers, and one for each GPU."""
+    """Yields lines for each worker with GPUs: one on the devices of its layers, and one for each GPU."""
     for worker in workers:
         if worker.get("gpus") and worker["layers"] is not None:
             held = [_device_layers(part) for part in worker["device_layers"]]
@@ -310,7 +309,8 @@ def _number(value: float | None) -> str:
 
 
 def _drafts(measured: dict[str, Any]) -> Iterator[str]:
-    """Yields drafted tokens of the last seconds, if there were any, and by kind since the start."""
+    """Yields a line on drafted tokens of the last 10 seconds, and one on drafted tokens by kind since the start. A line
+    without tokens is omitted."""
     if drafted := measured.get("drafted_tokens"):
         yield f"{accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
     if drafts := measured.get("drafts"):

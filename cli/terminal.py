@@ -1,4 +1,4 @@
-"""Text from the user, and text for a terminal, which the text must not control."""
+"""Checks text from the user, and makes text safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llamaclust.core.regular_file import decode_text
 
 _CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
 _LONG_WORD = re.compile(r"(\S{100})\S{100,}(\S{50})")
-"""A path or the like that its ends suffice to recognize."""
+"""Matches a long word, such as a path, whose ends suffice to recognize it."""
 
 
 class Color(StrEnum):
-    """The use of colors; `auto`: on a terminal that has them, unless NO_COLOR is set."""
+    """The use of colors. `auto` uses them on a terminal that has them, unless NO_COLOR is set."""
 
     AUTO = "auto"
     ON = "on"
@@ -24,7 +24,7 @@ class Color(StrEnum):
 
 
 def write(text: str) -> None:
-    r"""Writes to standard output at once; a terminal gets no control characters other than \n and \t."""
+    r"""Writes to standard output and flushes it. A terminal gets no control characters other than \n and \t."""
     sys.stdout.write(harmless(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
@@ -35,13 +35,13 @@ def harmless(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns one line, in which escapes replace whatever cannot be printed."""
+    """Returns the text as one line. Escapes replace characters that cannot be printed."""
     line = " ".join(text.splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def printable_values(value: Any) -> Any:
-    """Makes all texts of a JSON value `printable`, keys as well."""
+    """Applies `printable` to all texts of a JSON value, including keys."""
     if isinstance(value, dict):
         return {printable(key): printable_values(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -50,13 +50,14 @@ def printable_values(value: Any) -> Any:
 
 
 def print_error(message: object) -> None:
-    """Prints one line on standard error, in which long names are shortened."""
+    """Prints one line on standard error. Long words, such as paths, are shortened."""
     short = _LONG_WORD.sub(r"\1...\2", printable(str(message)))
     print(f"error: {short}", file=sys.stderr)
 
 
 def argument(text: str) -> str:
-    """Returns the argument. UsageError if its bytes are not UTF-8, which Python hides in lone surrogates."""
+    """Returns the text unchanged. Raises UsageError if the user's bytes were not UTF-8: Python turns such bytes into
+    lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -65,7 +66,7 @@ def argument(text: str) -> str:
 
 
 def piped() -> str:
-    """Reads standard input to its end. UsageError if it is no text."""
+    """Reads standard input to its end. Raises UsageError if it is not text."""
     try:
         return decode_text(sys.stdin.buffer.read())
     except ValueError as error:

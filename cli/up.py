@@ -1,4 +1,4 @@
-"""`up`, in the foreground or as a detached process that reports its start to this one."""
+"""The `up` command: runs a cluster in the foreground, or in a detached process that reports its start to this one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run_cluster(
     notify: int | None,
     ranked: bool,
 ) -> None:
-    """Runs a cluster to its end, or returns when a detached one is ready."""
+    """Runs a cluster until it ends. With `detach`, returns as soon as the cluster is ready."""
     if port is not None or lan:
         overrides = [*overrides, *listen_overrides(file, overrides, port, lan=lan)]
     config = load_config(file, overrides)
@@ -72,7 +72,7 @@ def run_cluster(
 
 
 def _model(spec: str, progress: Progress) -> Path:
-    """Returns a model's file, downloaded first if need be."""
+    """Returns a model's file. Downloads it if it is missing."""
     path = stored_model(spec)
     if path is None:
         from llamaclust.tools.hub.pull import pull_model  # only here: what it imports is a twentieth of a start
@@ -82,16 +82,16 @@ def _model(spec: str, progress: Progress) -> Path:
 
 
 def _tune_grpc() -> None:
-    """Sets gRPC's variables before it is imported: otherwise the coordinator's hops are slower and gRPC writes to the
-    terminal."""
+    """Sets gRPC's environment variables. This must happen before gRPC is imported; otherwise the coordinator's hops are
+    slower and gRPC writes to the terminal."""
     from llamaclust.wire.rpc.grpc_options import tune_grpc
 
     tune_grpc()
 
 
 def template_of(choice: str) -> str:
-    """Returns a template as the cluster file has it: a name, or a path that is the same from any folder. UsageError for
-    neither."""
+    """Returns a chat template in the form for the cluster file: a built-in name or an absolute path. Raises UsageError
+    if it is neither."""
     from llamaclust.model.chat.template_choice import built_in_names, chosen_template
 
     chosen_template(choice)
@@ -106,7 +106,8 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
-    """Serves as the detached process: events go to the command that waits, later ones to the log."""
+    """Serves the cluster in the detached process. Events go to the waiting command; when that has returned, they go to
+    the log."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
     from llamaclust.tools.progress import silent
@@ -127,8 +128,8 @@ _END_S = 10.0
 
 
 class Starter:
-    """The command that waits for this process, at the other end of a pipe, until the event `Ready` or `StartFailed`. If
-    the command ends before, in whatever way, this process ends as by SIGTERM."""
+    """The command that started this process and waits for the event `Ready` or `StartFailed` at the other end of a
+    pipe. If the command ends earlier, for whatever reason, this process gets SIGTERM."""
 
     def __init__(self, descriptor: int) -> None:
         self.waits = True
@@ -151,8 +152,9 @@ class Starter:
 
 
 def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | None = None) -> None:
-    """Runs `up` with these arguments as a process of its own and returns when its cluster is ready; see `ready_text`.
-    LlamaclustError if the start fails; then, and if this process is told to end, nothing is left running."""
+    """Runs `up` with these arguments as a separate process, and returns when its cluster is ready. Raises
+    LlamaclustError if the start fails. After a failure or a signal, no process is left running. `lan_key`: see
+    `ready_text`."""
     folder = ClusterDir(config.state_dir / config.name)
     with folder.locked():  # refuses a name that is taken before its log is begun anew
         pass
@@ -169,7 +171,7 @@ def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | Non
 
 
 def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes]]:
-    """Starts the process and returns it with the end of a pipe that gives its events."""
+    """Starts the process. Returns the reading end of the pipe that carries its events, and the process."""
     reading, writing = os.pipe()
     to_log = open_log(log, anew=True)
     try:
@@ -188,7 +190,7 @@ def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Returns when the process is gone; its workers end with it."""
+    """Ends the process together with its workers, and waits until it is gone."""
     process.terminate()
     try:
         process.wait(_END_S)
@@ -198,7 +200,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _watch_start(events: Iterator[Event], view: ClusterView, log: Path) -> None:
-    """Shows the events; returns when the cluster is ready. LlamaclustError if the start fails."""
+    """Shows the events until the cluster is ready. Raises LlamaclustError if the start fails."""
     for event in events:
         view.show(event)
         if isinstance(event, Ready):

@@ -1,4 +1,4 @@
-"""`why`: the time of a request by phases, in lines of 80 columns."""
+"""The `why` command: shows the phases of a request and their times, in lines of 80 columns."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Record = dict[str, Any]
 _LEAST_CHARACTERS = 4
 _LABEL, _BAR = 44, 19
 _SHOWN = 20
-"""Requests in the list."""
+"""The maximum number of requests in the list."""
 _LEAST = 0.005
-"""Share of a phase below which its parts have no line."""
+"""A part that takes a smaller share of its phase has no line."""
 
 
 def why(
@@ -86,7 +86,7 @@ def _adapters(record: Record) -> str:
 
 
 def waterfall_lines(record: Record) -> Iterator[str]:
-    """Yields the phases one below the other, each with its parts."""
+    """Yields a line for each phase of a request, followed by a line for each part of the phase."""
     yield _head(record, with_model=False)
     if record["adapters"]:
         yield f"adapters: {_adapters(record)}"
@@ -101,14 +101,14 @@ def waterfall_lines(record: Record) -> Iterator[str]:
 
 
 def _of_stages(groups: list[Record], records: list[Record]) -> list[Record]:
-    """Returns the groups that hold stages which computed these requests."""
+    """Returns the groups whose stage computed a part of these requests."""
     phases = [phase for record in records for phase in record["phases"]]
     leaders = {stage["worker"] for phase in phases for stage in phase.get("stages", ())}
     return [group for group in groups if group["members"][0]["worker"] in leaders]
 
 
 def _gather_lines(lines: Iterator[str]) -> Iterator[str]:
-    """Yields lines on gathers, which are not measured by request."""
+    """Indents the lines on gathers below a heading, which says that gathers are not measured by request."""
     for index, line in enumerate(lines):
         if index == 0:
             yield "compute includes time in gathers; since the plan, over all requests:"
@@ -133,7 +133,7 @@ def _row(label: str, seconds: float, whole: float) -> str:
 
 
 def _bar(start: float, share: float) -> str:
-    """Draws at least one mark, so that each phase is seen."""
+    """Draws at least one mark, so that each phase is visible."""
     begin = min(round(start * _BAR), _BAR - 1)
     length = max(1, min(round(share * _BAR), _BAR - begin))
     return f"{' ' * begin}{'#' * length}".ljust(_BAR)

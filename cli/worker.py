@@ -1,4 +1,5 @@
-"""`worker` joins a static cluster; `token` is its secret for that."""
+"""The command `worker`, which joins a static cluster, and the command `token rotate` for the secret that joining
+needs."""
 
 from __future__ import annotations
 
@@ -144,7 +145,7 @@ def worker(
 
 
 def _run(settings: WorkerSettings) -> NoReturn:
-    """Ends this process with the worker."""
+    """Runs the worker, then ends this process."""
     from llamaclust.worker.main import end_process, run_worker
 
     try:
@@ -155,7 +156,8 @@ def _run(settings: WorkerSettings) -> NoReturn:
 
 
 def _addresses(given: list[str], variables: Environment, *, discover: bool) -> tuple[str, ...]:
-    """Returns the addresses of the coordinator and its standbys, each once; a worker that discovers needs none."""
+    """Returns the addresses of the coordinator and its standbys, without duplicates. Raises UsageError if there is none
+    and the worker does not discover the cluster."""
     name, values = ("--join", given) if given else ("LLAMACLUST_JOIN", list(variables.join))
     if not values and not discover:
         what = "the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well"
@@ -164,7 +166,8 @@ def _addresses(given: list[str], variables: Environment, *, discover: bool) -> t
 
 
 def _with_port(value: str) -> str:
-    """Adds the usual enrolment port to HOST alone; an address of IPv6 may lack brackets then."""
+    """Adds the default enrolment port to a value without a port. An IPv6 address without brackets is taken as a host
+    alone."""
     if value.count(":") > 1 and not value.startswith("["):
         value = f"[{value}]"
     return value if ":" in value.rpartition("]")[2] or not value else f"{value}:{JOIN_PORT}"
@@ -176,7 +179,7 @@ def _address(value: str) -> str:
 
 
 def _advertised(value: str) -> str:
-    """Checks HOST or HOST:PORT."""
+    """Returns the value if it is HOST or HOST:PORT. Raises ValueError otherwise."""
     _address(value if ":" in value.rpartition("]")[2] else f"{value}:0")
     return value
 
@@ -218,7 +221,8 @@ def rotate(
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
-    """Returns the folder of the named cluster; without a name, that of the only running one, or of `default`."""
+    """Returns the trust folder of the named cluster. Without a name, it belongs to the running cluster, or to `default`
+    if none runs."""
     from llamaclust.cluster.config.values import parse_name
     from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import find_running, running_clusters

@@ -1,4 +1,4 @@
-"""An answer on the screen as it comes, with or without colors."""
+"""The display of an answer while it is generated, with or without colors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def uses_color(color: Color) -> bool:
 
 
 class AnswerScreen:
-    """One answer on standard output. Reasoning is shown only on a terminal: dimmed, or without colors under a line."""
+    """One answer on standard output. Reasoning is shown only on a terminal: dimmed, or below a heading if there are no
+    colors."""
 
     def __init__(self, *, is_colored: bool, renders_markdown: bool = False) -> None:
         self._is_colored = is_colored
@@ -34,7 +35,7 @@ class AnswerScreen:
 
     @property
     def hides_all(self) -> bool:
-        """True if all of the answer is reasoning that is not shown."""
+        """True if the answer consists only of reasoning that is not shown."""
         return self._is_empty and self._has_hidden_reasoning
 
     def show(self, chunk: TextChunk) -> None:
@@ -58,7 +59,7 @@ class AnswerScreen:
             self._markdown.write(terminal.harmless(text))
 
     def end(self) -> None:
-        """Ends the line of an answer that is complete, or that was interrupted."""
+        """Ends the last line of a complete or interrupted answer."""
         if self._markdown is not None and not (self._is_empty or self._is_reasoning):
             self._markdown.end()
             return
@@ -66,7 +67,7 @@ class AnswerScreen:
         print(flush=True)
 
     def fail(self) -> None:
-        """Ends the line of an answer that failed, if any of it is shown."""
+        """Ends the last line of a failed answer. Does nothing if no text of the answer was shown."""
         if not self._is_empty:
             self.end()
 
@@ -77,7 +78,7 @@ class AnswerScreen:
 
 
 def _markdown_screen() -> MarkdownScreen | None:
-    """Returns None if standard output is no terminal that can render."""
+    """Returns None if standard output is not a terminal, or a terminal that cannot render."""
     from llamaclust.cli.chat.markdown import MarkdownScreen  # only here: rich's parser takes a part of the start
 
     screen = MarkdownScreen()

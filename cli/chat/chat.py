@@ -1,4 +1,4 @@
-"""`chat`: a session on a terminal or through a pipe."""
+"""The `chat` command: a session on a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _ALL_REASONING: Final = (
 )
 _EXITS: Final = ("/exit", "/quit", "/bye")
 _HISTORY: Final = ".chat_history"
-"""A file in the state directory."""
+"""The name of the file in the state directory that keeps typed lines."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """The display of a chat, and the file of its conversation."""
+    """Settings of the display, and the file that keeps the conversation."""
 
     is_colored: bool = False
     renders_markdown: bool = False  # on a terminal with colors
@@ -56,7 +56,7 @@ class ChatSettings:
 
 
 class Chat:
-    """A session and its commands. Everything but answers goes to standard error."""
+    """A session and its commands. Answers go to standard output, notices to standard error."""
 
     def __init__(self, session: ChatSession, settings: ChatSettings) -> None:
         self._session = session
@@ -76,7 +76,8 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Runs until the end of the input or /exit. An error ends a turn on a terminal, else the chat."""
+        """Runs until the end of the input or /exit. On a terminal an error ends only the turn; otherwise it ends the
+        chat."""
         is_terminal = sys.stdin.isatty()
         settings = self._settings
         history = environment().state_dir / _HISTORY
@@ -103,7 +104,7 @@ class Chat:
                 terminal.print_error(error)
 
     def take(self, entry: Entry) -> None:
-        """Answers a message or runs a command. UsageError for an unknown command."""
+        """Answers a message or runs a command. Raises UsageError for an unknown command."""
         name, _, rest = entry.text.partition(" ")
         if not entry.text:
             return

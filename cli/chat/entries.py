@@ -1,4 +1,4 @@
-"""Typed or piped input: messages and commands of one line or several."""
+"""Reads typed or piped input: messages and commands of one or more lines."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ _QUOTES: Final = '"""'
 _FIRST_PROMPT: Final = "> "
 _NEXT_PROMPT: Final = ". "
 _BRIGHT: Final = ("\001\033[1;32m\002", "\001\033[0m\002")
-"""Colors between marks that tell readline what takes no room on the screen."""
+"""Codes that start and end the color of the prompt. The marks around them tell readline that they take no space on the
+screen."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A message or a command; a literal one is a message in which nothing is replaced."""
+    """A message or a command. A literal entry is always a message, and its text is sent unchanged."""
 
     text: str
     is_literal: bool = False
 
 
 class Entries:
-    """Entries from standard input; on a terminal, keys edit a line and bring back those of earlier chats."""
+    """Reads entries from standard input. On a terminal, readline's keys edit a line and bring back lines of earlier
+    chats."""
 
     def __init__(self, history: Path, *, is_colored: bool, takes_commands: bool) -> None:
-        """Opens the input; `history` is the file of earlier lines. Without `takes_commands`, piped lines are literal,
-        because others' text is often piped."""
+        """Opens the input. `history` is the file of earlier lines. Without `takes_commands`, piped lines are literal,
+        because piped text is often written by others."""
         self._is_terminal = sys.stdin.isatty()
         self._is_literal = not (self._is_terminal or takes_commands)
         self._edits = self._is_terminal and sys.stdout.isatty()
@@ -42,7 +44,8 @@ class Entries:
         self._color = _BRIGHT if is_colored and self._history is not None else ("", "")
 
     def read(self) -> Entry:
-        """Returns the next entry. EOFError at the end of the input, UsageError if it ends within an entry."""
+        """Returns the next entry. Raises EOFError at the end of the input, UsageError if the input ends within an
+        entry."""
         line = self._line(_FIRST_PROMPT)
         if line.startswith(" "):
             return Entry(line.strip(), is_literal=True)

@@ -1,4 +1,4 @@
-"""`@FILE` in a message is replaced by the text of the file."""
+"""Replaces `@FILE` in a message with the text of the file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from llamaclust.core.regular_file import read_text
 _MOST_BYTES: Final = 1 << 20
 _PUNCTUATION: Final = ".,;:!?)'"
 _PLACE: Final = re.compile(rf'(?<!\S)@(?:"(?P<quoted>[^"\n]+)"|(?P<plain>[^\s"]*[^\s"{_PUNCTUATION}]))')
-"""Punctuation behind a name without quotes is part of the message."""
+"""Matches `@FILE` and `@"MY FILE"`. Punctuation after a name without quotes belongs to the message."""
 
 
 def with_files(text: str) -> str:
-    """Inserts files. UsageError for a file that cannot be read, is larger than 1 MiB or no text."""
+    """Inserts the text of each file. Raises UsageError if a file cannot be read, is larger than 1 MiB or is not
+    text."""
     return _PLACE.sub(lambda found: _text(found["quoted"] or found["plain"]), text)
 
 

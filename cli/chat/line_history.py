@@ -1,4 +1,4 @@
-"""The lines typed in this chat and earlier ones: readline's keys bring them back, a file keeps them."""
+"""The lines typed in this chat and in earlier ones. A file keeps them, and readline's keys bring them back."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from llamaclust.core.regular_file import read_text, write_text
 
 _LINES: Final = 1000
 _CHARACTERS: Final = 4096
-"""Longer lines, which were pasted, are not kept."""
+"""Longer lines are not kept, because they were pasted and not typed."""
 _MOST_BYTES: Final = 64 << 20
 
 
 class LineHistory:
-    """Gives input() keys to edit a line with. Concurrent chats add to one file; a file that cannot be read or written
-    is ignored."""
+    """Enables readline's keys in input() and keeps the typed lines. Concurrent chats append to the same file. A file
+    that cannot be read or written is ignored."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ImportError on a machine without readline."""
+        """Raises ImportError if Python was built without readline."""
         import readline
 
         self._path = path
@@ -30,7 +30,7 @@ class LineHistory:
             self._add(line)
 
     def add(self, line: str) -> None:
-        """Keeps a line at once, since a closed terminal ends the process."""
+        """Writes the line to the file at once, because closing the terminal ends the process."""
         if not line.strip() or len(line) > _CHARACTERS:
             return
         self._add(line)

@@ -1,4 +1,4 @@
-"""Markdown of an answer on a terminal: the block that is being written is shown as it comes, and rendered once it is
+"""Renders the Markdown of an answer on a terminal. The current block is shown as plain text and rendered when it is
 complete."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rich.text import Text
 
 _FENCE: Final = re.compile(r" {0,3}(`{3,}|~{3,})")
 _PARSER: Final = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
-"""A parser without HTML, which rich would omit: tags of an answer stay text."""
+"""A parser that treats HTML tags as text, because rich would omit them."""
 _CODE_THEME: Final = "ansi_dark"  # the terminal's own colours
 
 
@@ -30,7 +30,7 @@ class MarkdownScreen:
 
     @property
     def can_render(self) -> bool:
-        """True unless the terminal cannot move its cursor."""
+        """True if the terminal can move its cursor."""
         return not self._console.is_dumb_terminal
 
     def write(self, text: str) -> None:
@@ -47,7 +47,7 @@ class MarkdownScreen:
         self._open = ""
 
     def _show(self, text: str) -> None:
-        """Shows the last lines that the terminal has room for."""
+        """Shows the end of the text: as many lines as fit on the terminal."""
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -66,15 +66,15 @@ class MarkdownScreen:
 
 
 def _without_padding(line: list[Segment]) -> list[Segment]:
-    """Returns the line without the spaces that would fill the terminal's width, and be copied with it."""
+    """Removes the spaces that fill the line to the terminal's width: they would be copied with the text."""
     while line and not line[-1].text.strip():
         line = line[:-1]
     return [*line[:-1], Segment(line[-1].text.rstrip(), line[-1].style)] if line else []
 
 
 def split_blocks(text: str) -> tuple[str, str]:
-    """Returns the complete blocks of a text, and the rest. A block ends with an empty line, or with its closing
-    fence."""
+    """Splits a text into its complete blocks and the rest. A block ends with an empty line, a fenced block with its
+    closing fence."""
     fence, end, at = "", 0, 0
     for line in text.splitlines(keepends=True):
         at += len(line)
@@ -92,7 +92,7 @@ def split_blocks(text: str) -> tuple[str, str]:
 
 
 def rendered(text: str) -> Markdown:
-    """Renders Markdown; each line break of a paragraph is kept, as chats mean them."""
+    """Parses Markdown for rich. Line breaks within a paragraph are kept, as is usual in chats."""
     markdown = Markdown(text, code_theme=_CODE_THEME, hyperlinks=False)
     markdown.parsed = _PARSER.parse(text)
     for token in markdown.parsed:

@@ -1,4 +1,4 @@
-"""Options of `generate` and `chat` for answers, made from the sampling table if they are numbers."""
+"""Options of `generate` and `chat` that control answers. Most numeric options are made from the sampling table."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ _MORE: dict[str, tuple[Any, str, str]] = {
     "json_schema": (Path, "FILE", "Answer in JSON that the schema in this file allows."),
     "grammar": (Path, "FILE", "Answer by the grammar in this file, in GBNF or Lark."),
 }
-"""Request fields beside the numbers of the sampling table, with type, placeholder and help."""
+"""Type, placeholder and help of each request field that is not in the sampling table."""
 _NUMBERS = [name for name in SAMPLING_TABLE if name != "repeat_last_n"]
 _NAMES = {
     "dry_sequence_breakers": ("--dry-sequence-breaker",),
     "draft_max": ("--draft-max", "--spec-draft-n-max"),
 }
-"""Option names that differ from their field."""
+"""Option names that do not follow from the name of the field, and aliases."""
 
 
 def _json_of(path: Path) -> Any:
-    """Reads JSON from a file. ValueError for a file without JSON."""
+    """Reads JSON from a file. Raises ValueError if the file cannot be read or is not JSON."""
     text = text_of(path)
     try:
         return json.loads(text)
@@ -45,12 +45,13 @@ def _json_of(path: Path) -> Any:
 
 
 _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": text_of}
-"""Options whose values are files."""
+"""Readers for options whose value is the path of a file."""
 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Adds options for sampling to a command. Given values reach it in its argument `more`, by field, and the main
-    numbers' defaults too, unless they are those `recommended` for a chat."""
+    """Returns a decorator that adds sampling options to a command. The command gets the given values in its argument
+    `more`, by request field. Without `recommended`, `more` also has the defaults of the main numbers; with it, the
+    model recommends them."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -78,7 +79,8 @@ def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Calla
 
 
 def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
-    """Joins both options to the field `speculative`. UsageError for invalid or contradictory values."""
+    """Merges --speculative and --draft-max into the request field `speculative`. Raises UsageError for invalid or
+    contradictory values."""
     from llamaclust.cluster.config.values import switched
     from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 

@@ -1,4 +1,4 @@
-"""`model convert`, `merge-lora`, `split` and `merge`: model files from other files."""
+"""The commands `model convert`, `merge-lora`, `split` and `merge`, which make model files from other files."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def merge_lora(
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows progress on standard error; cleanup of the work runs before a signal ends it."""
+    """Shows progress on standard error. SIGTERM and SIGHUP end the process only after cleanup."""
     from llamaclust.cli.interrupts import signals_as_interrupts
     from llamaclust.cli.progress import shown_progress
 

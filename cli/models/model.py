@@ -1,4 +1,4 @@
-"""`llamaclust model ...`: fetch, list, remove and inspect model files; perplexity."""
+"""The `llamaclust model` commands that fetch, list, remove, inspect and evaluate model files."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def pull(
 
 
 def _check_known(model: str) -> None:
-    """Raises UsageError for a model that cannot be pulled, with a hint for names of `plan --assume`."""
+    """Raises UsageError if the model cannot be pulled. The message explains names that only `plan --assume` knows."""
     from llamaclust.tools.assume.public_shapes import no_file_hint
     from llamaclust.tools.hub.pull import check_known
 
@@ -200,7 +200,7 @@ def _print_info(model: ModelFile, info: ModelInfo) -> None:
 
 
 def _alike(layers: tuple[Share, ...]) -> Iterator[Share]:
-    """Joins neighbours of the same size in one row."""
+    """Joins consecutive layers of the same size in one row."""
     for _, equal in groupby(layers, key=lambda layer: replace(layer, name="")):
         first, *others = equal
         yield replace(first, name=f"{first.name}-{others[-1].name}, each") if others else first

@@ -1,4 +1,4 @@
-"""Work and output of `model perplexity`: progress on standard error, figures on standard output."""
+"""Runs `model perplexity`. Progress goes to standard error, figures go to standard output."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The model's place: this process, workers of this machine, or a cluster that runs already."""
+    """The place where the model runs: this process, worker processes of this machine, or a running cluster."""
 
     model: Path
     threads: int | None
@@ -80,14 +80,15 @@ class Source:
 
     @contextmanager
     def opened(self, tokenizer: Tokenizer, sample: str, context: int, sequences: int = 1) -> Iterator[TextClient]:
-        """Opens a client. UsageError if the options contradict each other, or a server serves another model."""
+        """Opens a client. Raises UsageError if the options contradict each other, or if the cluster serves another
+        model."""
         with ends_workers_cleanly(self.workers), self._open(context, sequences) as client:
             if self.endpoint is not None:
                 check_same_model(client, tokenizer, sample)
             yield client
 
     def local(self, context: int, sequences: int = 1) -> LocalClient:
-        """Loads the model in this process. UsageError if options place it elsewhere."""
+        """Loads the model in this process. Raises UsageError if options place the model elsewhere."""
         if self.endpoint is not None or self.workers > 1:
             raise UsageError("logits are those of a model in this process: --endpoint and --workers are not for them")
         self._check_no_endpoint()
@@ -134,7 +135,7 @@ class Source:
 
 
 def evaluate(source: Source, evaluation: Evaluation, as_json: bool) -> None:
-    """Prints the figures, or one JSON object."""
+    """Measures, and prints the figures as text or as one JSON object."""
     if evaluation.hellaswag is not None:
         accuracy = _hellaswag(source, evaluation.hellaswag, evaluation.tasks)
         _print(accuracy.as_json(), [_shown_accuracy(accuracy)], as_json)

@@ -1,4 +1,5 @@
-"""`model quantize` and `model imatrix`: a model file in smaller types, and the importance of its weights."""
+"""The commands `model quantize` and `model imatrix`: they write a smaller model file, and the importance matrix of
+weights."""
 
 from __future__ import annotations
 

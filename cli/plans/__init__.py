@@ -1,1 +1,1 @@
-"""`llamaclust plan`: plans of clusters and of assumed machines."""
+"""The `plan` command, for configured clusters and for assumed machines."""

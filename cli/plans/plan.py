@@ -1,4 +1,4 @@
-"""`plan`: the plan of a start, from stored measurements."""
+"""The `plan` command: predicts the plan of a cluster's start from stored measurements."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ from llamaclust.worker.devices.system_info import LOADING_BYTES, available_memor
 def show_plan(
     file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
 ) -> None:
-    """Prints the plan of a cluster file, of several models each alone; raises errors of `planned`. `acceptances`:
-    shares for which the gain of speculation is predicted; UsageError if it is off."""
+    """Prints the plan of a cluster. Each of several models is planned as if it ran alone. `acceptances` are the shares
+    of accepted drafts for which the gain of speculation is predicted. Raises UsageError if they are given but
+    speculation is off, and the errors of `planned`."""
     config = load_config(file, overrides)
     models = config.of_each_model()
     if acceptances is not None and any(own.speculative is None for own in models):
@@ -57,17 +58,17 @@ def show_plan(
 
 @dataclass(frozen=True, slots=True)
 class PlannedStart:
-    """The plan of a start on this machine, with the values that its text shows."""
+    """The plan of a cluster's start on this machine, with further values that are shown."""
 
     plan: Plan
     own_bytes: int
-    """Bytes that a worker's process takes by itself, estimated by this process, which has loaded the kernels too and
-    holds nothing of the model yet."""
+    """Bytes that a worker process takes without a model. They are estimated from this process, which has loaded the
+    kernels but no model."""
     draft_model: DraftModelMemory | None
     unused_mtp: str | None
-    """A line on an MTP head that could draft."""
+    """A hint at an MTP head that could draft but is not used; None if there is none."""
     other_loads: Mapping[str, OtherLoad]
-    """The load of other programs while each worker was measured, by worker."""
+    """The load of other programs during the measurement of each worker, by worker name."""
 
 
 def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, object]:
@@ -83,7 +84,7 @@ def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, obje
 
 
 def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
-    """Counts the tensors that each rule of `placement` decides on."""
+    """Counts, for each rule of `placement`, the tensors whose device the rule decides."""
     if not config.placement:
         return ()
     with _opened(config) as model:
@@ -91,7 +92,7 @@ def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
 
 
 def _on_disk(config: ClusterConfig) -> dict[str, int]:
-    """Returns limits of KV memory on disk, by worker."""
+    """Returns the limit of KV memory on disk for each worker that has one, by worker name."""
     return {worker.name: worker.kv_disk for worker in config.workers if worker.kv_disk is not None}
 
 
@@ -122,8 +123,8 @@ def _cores(config: ClusterConfig) -> str:
 
 
 def planned(config: ClusterConfig) -> PlannedStart:
-    """Plans a start. UsageError for a wrong file, API keys or chat template, InsufficientMemoryError with the missing
-    MiB."""
+    """Plans the start of a cluster. Raises UsageError for an invalid cluster file, API keys or chat template. Raises
+    InsufficientMemoryError with the missing MiB."""
     facts = config.launcher_facts
     if not (facts.is_local or (facts.uses_ray and config.ray.address == "none")):
         why = "what its machines have is known once their workers have joined"
@@ -186,8 +187,8 @@ def _draft_model(config: ClusterConfig) -> DraftModelMemory | None:
 
 
 def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory | None) -> Iterator[str]:
-    """Yields lines on other memory: a draft model, and processes of workers with `memory`, which have less for
-    layers."""
+    """Yields lines about memory that layers cannot use: the draft model's, and that of worker processes with a `memory`
+    limit."""
     if draft_model is not None:
         yield f"  {draft_model.text}, which workers do not have"
         yield from (f"  {remark}" for remark in draft_model.remarks)
@@ -196,8 +197,8 @@ def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory
 
 
 def _measurement_keys(model_id: str, fingerprints: Mapping[str, str], threads: int) -> dict[str, list[str]]:
-    """Returns keys of measurements by worker, the best ones first: with this model, or else with another. `threads`: of
-    all workers."""
+    """Returns the keys of stored measurements by worker name, the best first: measured with this model, then with
+    another. `threads` is the sum over all workers."""
     return {
         name: [measurement_key(text, len(fingerprints), threads, profiled) for profiled in (model_id, "")]
         for name, text in fingerprints.items()

@@ -1,4 +1,4 @@
-"""`bench`: prefill and decode speed, beside the machine's limits."""
+"""The `bench` command: compares the speed of prefill and decode with the limits of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def known_device(devices: list[str], workers: int) -> str:
-    """Checks a device. UsageError for an unknown device, or several."""
+    """Parses the value of --device. Raises UsageError for an unknown device, several GPUs, or a GPU for several
+    workers."""
     from llamaclust.cluster.config.values import parse_device
 
     known = option_value("--device", parse_device, ",".join(devices) or "cpu")
@@ -65,7 +66,7 @@ _WIDE_COLUMNS = 400
 
 
 def print_bench(task: BenchTask, as_json: bool) -> None:
-    """Prints a table, or one JSON object; remarks on doubtful figures go to standard error."""
+    """Runs the benchmark and prints a table or one JSON object. Notes on doubtful figures go to standard error."""
     from llamaclust.cli.progress import step_bar
     from llamaclust.tools.bench.bench import run_bench
     from llamaclust.wire.rpc.grpc_options import tune_grpc
@@ -93,7 +94,7 @@ def _note(text: str) -> None:
 
 
 def _print_table(table: Table) -> None:
-    """Prints a table at its full width, without trailing blanks, unless a terminal would break the lines."""
+    """Prints a table. Outside a terminal the table has its full width and no trailing blanks."""
     from rich.console import Console
 
     console = Console(highlight=False)

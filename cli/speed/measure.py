@@ -1,4 +1,4 @@
-"""`measure`: the stored measurements of this machine, made again."""
+"""The `measure` command: repeats the stored measurements of this machine."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import re
 from llamaclust.core.errors import UsageError
 
 ANYWHERE = ("0.0.0.0", "::")
-"""Hosts of a listener that takes connections to any address of its machine."""
+"""Wildcard hosts: a listener there accepts connections to any address of its machine."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,60}(?:%[^\]\s]{1,32})?\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", re.ASCII)
 _MOST_SHOWN = 64
@@ -21,7 +21,8 @@ class AddressError(UsageError, ValueError):
 
 
 def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") -> tuple[str, int]:
-    """Raises AddressError, with the example; also for a link-local address, which differs from machine to machine."""
+    """Raises AddressError, whose message shows the example. A link-local address is an error too, because it means
+    nothing on another machine."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[2]) > 65535:
         shown = "an empty value" if value is None else repr(value)[:_MOST_SHOWN]
@@ -37,7 +38,8 @@ def joined_address(host: str, port: int) -> str:
 
 
 def bounded_host(host: str) -> str:
-    """The IPv4 address or the IPv6 /64 network (a host may take any address in it) by which connections are counted."""
+    """Returns the key by which connections are counted: an IPv4 address, or an IPv6 /64 network, because a host may use
+    any address in its network."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -64,7 +66,7 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Names other than localhost are not trusted."""
+    """Resolves no names: `localhost` is the only name that counts as loopback."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

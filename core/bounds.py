@@ -1,5 +1,5 @@
-"""Bounds on fields from a peer: checks return the value or raise a ProtocolError that names field and bound.
-Dataclasses carry them in `Annotated`; wire/codec.py applies them to every field that it decodes."""
+"""Bounds on the fields of messages from peers. A check returns the value or raises a ProtocolError that names the field
+and the bound. Dataclasses declare bounds in `Annotated`; wire/codec.py applies them to every field that it decodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UINT64 = (1 << 64) - 1
 _GREATEST = sys.float_info.max
 
 NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-"""A name of a worker or a cluster, safe as a file name."""
+"""The pattern of a worker's or cluster's name, which is safe as a file name."""
 
 
 def bounded(what: str, value: int, low: int, high: int) -> int:
@@ -53,7 +53,7 @@ def path(what: str, value: str) -> str:
 
 
 def one_line(text: str, most: int = MAX_ONE_LINE) -> str:
-    """Shortens local text to a form that `line` accepts."""
+    """Shortens text of this process so that a receiver's `line` accepts it."""
     folded = " ".join(text.split())
     return folded if len(folded) <= most else folded[: most - 3] + "..."
 
@@ -67,13 +67,13 @@ def worker_name(_: str, value: str) -> str:
 
 
 def log_line(what: str, value: str, most: int) -> str:
-    """Drops characters that move a terminal's cursor; indentation stays."""
+    """Drops control characters, which could move a terminal's cursor, but keeps indentation."""
     bounded(f"length of {what}", len(value), 0, most)
     return "".join(c if c.isprintable() else " " if c.isspace() else "" for c in value)
 
 
 def fitted_log_line(text: str, most: int) -> str:
-    """Shortens local text to a form that `log_line` accepts."""
+    """Shortens text of this process so that a receiver's `log_line` accepts it."""
     text = text.encode("utf-8", "backslashreplace").decode()  # protobuf refuses lone surrogates
     return text if len(text) <= most else text[: most - 3] + "..."
 
@@ -101,7 +101,8 @@ def _sha256(what: str, value: str) -> str:
 
 
 class Bound:
-    """The bound of one field: `check` after decoding; `fit` before encoding, where local text is shortened."""
+    """The bound of one field. `check` is called after decoding. `fit` is called before encoding and shortens text that
+    is too long."""
 
     def __init__(self, check: Callable[..., Any], *limits: Any, fit: Callable[..., Any] | None = None) -> None:
         self._check = check
@@ -119,17 +120,17 @@ Integer = partial(Bound, bounded)
 Real = partial(Bound, finite)
 Size = partial(Bound, _size)
 Text = partial(Bound, _text)
-"""Bounds (low, high): `Size` counts items or bytes, `Text` counts the text's bytes."""
+"""Bounds with the arguments (low, high). `Size` counts items or bytes, `Text` counts UTF-8 bytes."""
 Line = partial(Bound, line)
 LogLine = partial(Bound, log_line, fit=fitted_log_line)
-"""The most characters of a `Line` or `LogLine`."""
+"""`Line` and `LogLine` take the greatest number of characters."""
 Choice = partial(Bound, _choice)
 
 Address = Annotated[str, Line(512)]
 DeviceName = Annotated[str, Line(64)]
 Digest = Annotated[str, Bound(_sha256)]
 MemoryBytes = Annotated[int, Integer(0, 1 << 50)]
-"""A size bounded so that sums are exact in any type."""
+"""A size in bytes, bounded so that sums are exact in floats too."""
 ModelId = Annotated[str, Line(128)]
 ModelPath = Annotated[str, Bound(path)]
 Rate = Annotated[float, Real(1.0, 1e18)]

@@ -11,12 +11,13 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60
-"""A bound below the number near 2^63 that version 1 has where there is no limit."""
+"""The limit from which on a group counts as unlimited: version 1 then states a number near 2^63."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A control group with a limit. `used_bytes` counts mapped files, but no page cache, which the kernel frees."""
+    """A control group with a memory limit. `used_bytes` includes mapped files, but not the rest of the page cache,
+    which the kernel can free."""
 
     path: Path
     limit_bytes: int
@@ -28,7 +29,7 @@ class MemoryGroup:
 
 
 def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
-    """Returns the groups with a limit, innermost first. `root` has /proc and /sys."""
+    """Returns the groups with a memory limit, innermost first. `root` is the folder that contains proc and sys."""
     version_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_{}_file", "total_mapped_file")
     version_2 = ("memory.max", "memory.current", "{}_file", "file_mapped")
     groups = []
@@ -56,8 +57,8 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """Yields folders of the controller's groups, innermost first, each with its version. A container often sees its own
-    group as the mount's root, whatever its path; folders that do not exist have no limit."""
+    """Yields (folder, version) of this process's group and its ancestors, innermost first. In a container, /proc may
+    state a path that the mount lacks, so some of the folders may not exist."""
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -74,7 +75,8 @@ def is_memory_limited() -> bool:
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """Drops pages that are used once from the page cache if a group is limited. 0 bytes: to the end of the file."""
+    """Drops a part of a file from the page cache if a control group limits memory. `n_bytes` of 0 means up to the
+    end."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 

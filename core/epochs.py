@@ -1,4 +1,4 @@
-"""Numbers of epochs: the term of the coordinator that opened one, and which of its epochs it is."""
+"""Epoch numbers. Each contains the term of the coordinator that opened the epoch and a count within that term."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ MAX_TERM = (1 << 32) - 1
 
 
 def epoch_number(term: int, count: int) -> int:
-    """Returns the 64-bit number of the `count`th epoch of a term, above those of all smaller terms."""
+    """Returns the 64-bit number of epoch `count` in a term. It is greater than all numbers of smaller terms."""
     return term << _TERM_SHIFT | count
 
 

@@ -1,17 +1,17 @@
-"""Every error a user can cause, each with the numbers in its message and its exit code or HTTP status."""
+"""Errors with a message for the user; each class has an exit code and an HTTP status."""
 
 from __future__ import annotations
 
 
 class LlamaclustError(Exception):
-    """Base of all errors with a message meant for a user: one line, what is wrong, where, what to do."""
+    """Base of all errors whose message is for the user: one line that says what is wrong, where, and what to do."""
 
     exit_code = 1
     http_status = 500
     code = "internal_error"
 
     def __init__(self, *message: str, worker: str | None = None) -> None:
-        """`worker`: the worker that is the root cause, if known."""
+        """`worker` names the worker that is the root cause, if known."""
         super().__init__(*message)
         self.worker = worker
 
@@ -25,7 +25,7 @@ class UsageError(LlamaclustError):
 
 
 class RefusedError(UsageError):
-    """A refusal of a worker by its coordinator: another attempt gives the same."""
+    """The coordinator refused a worker, and would refuse another attempt too."""
 
 
 class ModelFileError(UsageError):
@@ -42,9 +42,9 @@ class InsufficientMemoryError(LlamaclustError):
     code = "insufficient_memory"
     missing_bytes: float | None = None
     problem: str | None = None
-    """The message of a plan's error without its advice."""
+    """The message of a planning error without the advice that follows it; None for other errors."""
     fitting_context: int | None = None
-    """The longest context that fits in a plan; None if none does."""
+    """The longest context in tokens for which a plan would fit; None if there is none."""
 
 
 class RequestError(LlamaclustError):
@@ -63,7 +63,7 @@ class ParameterError(RequestError):
 
 
 class ContextLengthError(ParameterError):
-    """A prompt that does not fit into the context. Clients recognize the wording of OpenAI's message."""
+    """A prompt that does not fit into the context. The message has OpenAI's wording, which clients recognize."""
 
     def __init__(self, has: str, prompt_tokens: int, context_length: int, param: str = "prompt") -> None:
         """`prompt_tokens` is a lower bound if the prompt was not tokenized."""
@@ -74,14 +74,14 @@ class ContextLengthError(ParameterError):
 
 
 class RequestFailedError(LlamaclustError):
-    """A request whose computation fails repeatedly, at last alone in its microbatch: do not send it again."""
+    """A request whose computation failed repeatedly, finally alone in its microbatch. It should not be sent again."""
 
     http_status = 422
     code = "request_failed"
 
 
 class RequestCancelledError(LlamaclustError):
-    """A request that its client ended, or whose client stayed away."""
+    """A request that its client cancelled, or whose client did not come back in time."""
 
     http_status = 410
     code = "request_cancelled"
@@ -116,7 +116,7 @@ class WorkerError(LlamaclustError):
 
 
 class ClusterStartingError(LlamaclustError):
-    """A cluster that does not serve yet. `awaited`: what its start waits for, if known."""
+    """The cluster does not serve yet. `awaited` is the thing that its start waits for, if known."""
 
     http_status = 503
     code = "cluster_starting"
@@ -127,32 +127,32 @@ class ClusterStartingError(LlamaclustError):
 
 
 class ClusterStoppingError(WorkerError):
-    """This coordinator ends; the next one continues an accepted request if it comes in time."""
+    """This coordinator is stopping. The next coordinator continues accepted requests if it starts in time."""
 
     code = "cluster_stopping"
 
 
 class SupersededError(ClusterStoppingError):
-    """A successor took over from this coordinator; clients continue with it."""
+    """Another coordinator has taken over from this one; clients continue with the new one."""
 
 
 class DeviceLostError(WorkerError):
-    """A device that computes no more, such as a GPU that fell off its bus; its worker ends."""
+    """A device stopped working, such as a GPU that fell off its bus. Its worker ends."""
 
 
 class NetworkPartitionError(WorkerError):
-    """Workers cannot reach each other, and every plan needs them to."""
+    """Workers cannot reach each other, and every plan needs a link between them."""
 
 
 class DeadlineError(LlamaclustError):
-    """An await that ran past its deadline, which the message names."""
+    """An operation did not finish within its deadline; the message names the operation."""
 
     http_status = 504
     code = "deadline_exceeded"
 
 
 class LoadCancelledError(WorkerError):
-    """A load that is not needed any more."""
+    """A load was cancelled because it is not needed any more."""
 
 
 class StalledError(DeadlineError):

@@ -1,4 +1,4 @@
-"""GPUs of workers, and the layers of a stage on them."""
+"""The GPUs of workers, the layers of a stage on each device, and the user's rules for their placement."""
 
 from __future__ import annotations
 
@@ -46,14 +46,15 @@ class DeviceLayers:
 
 
 def ranges(layers: Sequence[int]) -> str:
-    """Formats ascending numbers: '[0, 4), [7, 8)'."""
+    """Formats ascending layer numbers as half-open ranges: '[0, 4), [7, 8)'."""
     numbers = enumerate(layers)
     runs = (list(run) for _, run in groupby(numbers, lambda pair: pair[1] - pair[0]))
     return ", ".join(f"[{run[0][1]}, {run[-1][1] + 1})" for run in runs)
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns the bytes of a GPU for an expert cache, given the bytes that all else leaves; None: no limit."""
+    """Returns the size of a GPU's expert cache: the `left_bytes` that nothing else uses, at most `limit_bytes` (None:
+    no limit), in whole allocation units."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
@@ -68,7 +69,7 @@ def placed(devices: Sequence[DeviceLayers]) -> str:
 
 
 UNUSED_BY_PARTS = "layers are divided by their experts, and parts of layers are computed on processors only"
-"""The reason that all GPUs of a cluster are unused if whole layers do not fit."""
+"""The reason, in messages, that no GPU of a cluster is used when whole layers do not fit."""
 
 
 def gpu_names(device: str) -> Sequence[str]:
@@ -80,22 +81,23 @@ RAM, ANY_GPU = "ram", "gpu"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The user's rules for layers of a worker with GPUs, one entry per layer; () sets none. Memory decides the rest."""
+    """The user's rules for placing layers on a worker with GPUs. Each tuple has one entry per layer; an empty tuple has
+    no rules. Layers without a rule go where memory allows."""
 
     layers: tuple[str | None, ...] = ()  # "ram", "gpu": any one, "cuda:N"; None: open
     experts: tuple[bool | None, ...] = ()  # of layers on a GPU, whether in RAM; None: by `cpu_moe`
     cpu_moe: int | None = 0  # so many first layers have their experts in RAM, others on the GPU; None: open
 
     def experts_in_ram(self, layer: int) -> bool | None:
-        """The rule for the experts of a layer that is on a GPU; None: open."""
+        """Returns the rule for the experts of a layer on a GPU, True for RAM; None if there is no rule."""
         said = self.experts[layer] if self.experts else None
         if said is not None or self.cpu_moe is None:
             return said
         return layer < self.cpu_moe
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
-        """Returns the devices that may hold the layer: 0 is RAM, the others are the GPUs in order. All devices if the
-        rule names another worker's GPU: `check` keeps the layer from this worker."""
+        """Returns the devices that may hold the layer: 0 is RAM, 1 the first GPU, and so on. Returns all devices if the
+        rule names another worker's GPU; `check` rejects the layer in that case."""
         said = self.layers[layer] if self.layers else None
         if said is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
@@ -104,12 +106,13 @@ class Placement:
         return range((at := gpus.index(said) + 1), at + 1)
 
     def missing(self, gpus: Sequence[str], start: int, end: int) -> str | None:
-        """Returns a GPU that the rules name for layers [start, end) and that is not in `gpus`."""
+        """Returns the first GPU that a rule for layers [start, end) names and that is not in `gpus`, or None."""
         known = (None, RAM, ANY_GPU, *gpus)
         return next((said for said in self.layers[start:end] if said not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
-        """Raises UsageError for rules that a stage cannot obey: RAM holds its first layers, the GPUs the next."""
+        """Raises UsageError for rules that a stage cannot obey: RAM must hold its first layers, and the GPUs, in order,
+        the next."""
         if not gpus:
             return
         missing = self.missing(gpus, start, end)
@@ -130,7 +133,8 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """Raises UsageError for misplaced layers: layers that share keys and values are on one device."""
+        """Raises UsageError if a layer is on another device than its rule says: layers that share keys and values must
+        be on one device."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):

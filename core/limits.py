@@ -1,4 +1,4 @@
-"""Limits that every layer keeps: versions of the arithmetic, sizes of batches and contexts, a stage's capacity."""
+"""Limits for the whole program: the version of the arithmetic, sizes of batches and contexts, a stage's capacity."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ MAX_ADAPTER_RANK = 1024
 MAX_ADAPTER_SCALE = 1000.0  # positive or negative
 
 AdapterScales = tuple[tuple[int, float], ...]
-"""(number, scale) of each LoRA adapter of a sequence, by ascending number; no scale is 0."""
+"""Pairs (adapter number, scale) of a sequence's LoRA adapters, in ascending order of number. No scale is 0."""
 
 KV_TYPES = ("f16", "q8_0", "int8")
-"""Names of `model.kv_type.KvType`, which this layer cannot import."""
+"""The names of `model.kv_type.KvType`, which `core` may not import."""
 
 
 def max_embedded_rows(width: int) -> int:
@@ -37,7 +37,8 @@ def max_embedded_rows(width: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StageLimits:
-    """Bounds of a stage's buffers, fixed at load; exceeding one in a stage's `run` is the caller's mistake (assert)."""
+    """Bounds of a stage's buffers, fixed when it is loaded. A call of `run` that exceeds one is a bug in the caller and
+    fails an assertion."""
 
     max_batch_tokens: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
     max_outputs: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
@@ -55,11 +56,12 @@ class StageLimits:
     wide_tiles: bool = False  # weights of some types lie in tiles of another, which are larger and quicker to decode
 
     def places(self, start: int, end: int) -> tuple[float, float]:
-        """Returns a stage's start and end in layers, with fractions if it divides experts."""
+        """Converts a stage's start and end to layer numbers, which have fractions if experts of a layer are divided."""
         return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """True if a layer with this window frees KV blocks behind it: its blocks are then separate from the others."""
+        """True if layers with this attention window free KV blocks that have left it. They then have KV blocks of their
+        own."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:
@@ -67,7 +69,8 @@ class StageLimits:
 
 
 def layer_place(part: int, expert_shards: int) -> int | float:
-    """Returns a part's start in layers: 4, or 4.5 behind half of layer 4's experts. Exact for powers of two."""
+    """Converts the number of a part to a layer number: 4, or 4.5 for the second half of layer 4's experts. The result
+    is exact if `expert_shards` is a power of two."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 

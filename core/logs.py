@@ -1,4 +1,4 @@
-"""Log lines, for people or with named fields for programs, and the parser of them."""
+"""Log lines as text for people, or as logfmt or JSON for programs, and their parser."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def _quoted(value: object) -> str:
 
 
 class _Memory(logging.Handler):
-    """Keeps the last lines, and the last warning or error; of other programs' loggers, the last error."""
+    """Keeps the last lines, and the last message that is at least a warning, or an error if another package logged
+    it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +82,8 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """A filter that logs errors of exhausted file descriptors once per `wait_s`, in place of asyncio's tracebacks."""
+    """A filter that counts errors of exhausted file descriptors and logs the count once per `wait_s`, instead of
+    asyncio's traceback of each."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()
@@ -113,7 +115,7 @@ _memory = _Memory()
 
 
 def start_logging(form: LogFormat, **where: str) -> None:
-    """Logs to standard error from INFO on. `where` names the cluster and the worker, as far as known."""
+    """Starts logging at level INFO to standard error. `where` names the cluster and the worker, if known."""
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(plain if form is LogFormat.TEXT else _Fields(form, where))

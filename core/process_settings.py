@@ -10,14 +10,15 @@ import sys
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 _MANY_FILES = 1 << 16
 _SERVERS = 2
-"""The most servers of a process: the API's and the members'."""
+"""The most servers in a process: one for the API, one for members of the cluster."""
 _SWITCH_INTERVAL_S = 0.0005
 _COLLECT_EVERY = 20_000
 """Allocations between two garbage collections; Python's default is 700."""
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null for each closed stream: otherwise printed text goes to the next opened file."""
+    """Opens /dev/null in place of each closed stream. Otherwise the next opened file would take its descriptor and
+    receive printed text."""
     for descriptor, (name, mode) in enumerate(_STREAMS):
         try:
             os.fstat(descriptor)
@@ -37,16 +38,19 @@ def allow_many_files() -> None:
 
 
 def connections_of_server() -> int:
-    """Returns the bound on connections of each server: all together leave a quarter of the open files to others."""
+    """Returns the most connections of one server. All servers together leave a quarter of the open files for other
+    uses."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (_MANY_FILES if files == resource.RLIM_INFINITY else files) * 3 // 4 // _SERVERS
 
 
 def share_interpreter() -> None:
-    """Lets a waiting thread have the interpreter within 0.5 ms, not 5: the event loop, or the compute thread."""
+    """Hands the interpreter to a waiting thread after 0.5 ms instead of 5 ms: the event loop and the compute thread
+    share it."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 def collect_rarely() -> None:
-    """Collects rarely: few of the many objects are in cycles, and collection takes a tenth of a start."""
+    """Makes garbage collection rare: few of the many objects are in cycles, and collection takes a tenth of the
+    start-up time."""
     gc.set_threshold(_COLLECT_EVERY)

@@ -16,8 +16,8 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The time of a step: stage_s + layers_byte_s * bytes of states and of layer weights that it touches (of experts,
-    the chosen ones) + head_s on the last stage."""
+    """The time of a step: stage_s + layers_byte_s * bytes + head_s, the last only on the last stage. The bytes are the
+    states and layer weights that the step touches, of experts only the chosen ones."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
@@ -35,7 +35,7 @@ StepTimes = Annotated[tuple[StepTime, ...], Size(0, 16)]
 
 
 def at_rows(times: StepTimes, rows: int) -> StepTime:
-    """Interpolates between points, extrapolates beyond the last one. `times` is not empty."""
+    """Interpolates between measured row counts, or extrapolates outside them. `times` must not be empty."""
     if len(times) == 1:
         return times[0]
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)
@@ -44,7 +44,7 @@ def at_rows(times: StepTimes, rows: int) -> StepTime:
 
 @dataclass(frozen=True, slots=True)
 class ProductTime:
-    """The time of a product with weights of a quant type, for each byte of weights in memory."""
+    """The time of a matrix product with weights of one quant type, per byte of the weights in memory."""
 
     quant_type: Annotated[int, Integer(0, 255)]  # ggml's number
     rows: Annotated[int, Integer(1, 1 << 16)]
@@ -62,8 +62,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """The speed of one device: limits, measured steps of the model, products with its quant types; all measured while
-    the machine's other workers compute, and while they are idle (`isolated`; empty: the same)."""
+    """The speed of one device: limits, measured steps of the model, and products by quant type. Fields named `isolated`
+    were measured while the machine's other workers were idle, the others while these computed. Empty `isolated` fields
+    mean equal speeds."""
 
     read_bytes_s: Rate  # of weights
     int8_macs_s: Rate
@@ -74,7 +75,7 @@ class DeviceProfile:
     isolated_limits: Limits | None = None
 
     def check(self) -> None:
-        """Raises ProtocolError unless rows ascend."""
+        """Raises ProtocolError if row counts or quant types do not ascend."""
         for times in (self.concurrent, self.isolated):
             if any(time.rows >= later.rows for time, later in pairwise(times)):
                 raise ProtocolError("step times: their rows must ascend")
@@ -95,7 +96,8 @@ class DeviceProfile:
         )
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        """Returns no concurrent steps for an idle machine with isolated products: these predict better."""
+        """Returns the measured step times. Without isolated ones, returns () for an idle machine that has isolated
+        products, because these predict better than concurrent steps."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent

@@ -19,7 +19,8 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codec
 
 
 def decode_text(data: bytes) -> str:
-    """Decodes UTF-8, or UTF-16 with a byte-order mark, which is removed. Raises ValueError with the place."""
+    """Decodes UTF-8, or UTF-16 with a byte-order mark, and removes the mark. Raises ValueError with the place of the
+    first fault."""
     mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)
@@ -34,7 +35,8 @@ def decode_text(data: bytes) -> str:
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
-    """Reads the start of a file or a pipe such as a shell's `<(...)`. Raises OSError for a pipe with no writer."""
+    """Reads at most `most_bytes` of a file, or of a pipe such as a shell's `<(...)`. Raises OSError for a pipe without
+    a writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         first = b""
@@ -51,7 +53,7 @@ class NotRegularError(OSError):
 
 
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Opens a regular file, never waiting for a pipe's writer; new files have mode 0600. Raises an OSError."""
+    """Opens a regular file, with mode 0600 if it is created. Raises OSError; never waits for a pipe's writer."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -63,7 +65,8 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = False) -> BinaryIO:
-    """Raises OSError, also for what is no regular file, or for a link if `follows_links` is False."""
+    """Raises OSError if the file cannot be opened or is not regular, or if it is a link and `follows_links` is
+    False."""
     flags = (os.O_RDWR if is_writable else os.O_RDONLY) | (0 if follows_links else os.O_NOFOLLOW)
     file: BinaryIO = os.fdopen(open_descriptor(path, flags), "r+b" if is_writable else "rb")
     return file
@@ -88,7 +91,7 @@ def file_version(path: Path) -> tuple[int, ...]:
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """Raises as `read_bytes` does, and ValueError for what is no text."""
+    """Raises the errors of `read_bytes`, and ValueError if the file is not text."""
     return decode_text(read_bytes(path, most_bytes))
 
 
@@ -101,8 +104,9 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 atomically, even if several machines write it at once. With `is_synced` it survives a
-    power failure once this returns. Raises OSError, as on a full disk, and leaves nothing new then."""
+    """Writes a file of mode 0600 atomically, even if several machines write it at once. If `is_synced`, the file
+    survives a power failure after the return. Raises OSError, for example on a full disk, and leaves no temporary
+    file."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
@@ -133,7 +137,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def take_lock(file: BinaryIO | int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Never waits: False if another process, or another descriptor of this one, has the file locked."""
+    """Locks a file without waiting. Returns False if another process, or another descriptor of this process, holds a
+    lock."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

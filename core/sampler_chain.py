@@ -1,4 +1,5 @@
-"""Samplers beyond the plain ones, and the order of all (rules: docs/internals/numerics.md)."""
+"""Samplers that the plain sampling parameters lack, and the order of all samplers (rules:
+docs/internals/numerics.md)."""
 
 from __future__ import annotations
 
@@ -23,15 +24,16 @@ class SamplerName(StrEnum):
 
 
 SAMPLERS = tuple(SamplerName)
-"""Samplers, by their numbers on the wire and in kernels."""
+"""All samplers; a sampler's index is its number on the wire and in kernels."""
 
 PLAIN_ORDER = (SamplerName.PENALTIES, SamplerName.TOP_K, SamplerName.TOP_P, SamplerName.MIN_P, SamplerName.TEMPERATURE)
-"""The order without a chain. A chain with this order gives the same tokens."""
+"""The order of samplers if a request sets no chain. A chain with this order gives the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerChain:
-    """Steps that change logits, in order; settings of samplers outside `order` have no effect."""
+    """The samplers that change logits, in `order`, with their settings. Settings of samplers outside `order` have no
+    effect."""
 
     order: tuple[SamplerName, ...] = PLAIN_ORDER  # each once at most
     top_n_sigma: float = number(

@@ -30,12 +30,14 @@ if TYPE_CHECKING:  # clients do not wait for it
 NOT_FINITE = "the logits are not finite numbers"
 
 AllowedTokens: TypeAlias = "NDArray[np.uint32]"
-"""A bit for each token that a grammar allows, lowest first, [vocabulary / 32 rounded up]."""
+"""A bit per token of the vocabulary, set if the grammar allows the token. The lowest bit is first; the length is
+vocabulary / 32, rounded up."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Parameters of sampling; the defaults are greedy. Order of the steps: docs/internals/numerics.md."""
+    """Parameters of sampling. The defaults choose tokens greedily. The order of the steps is in
+    docs/internals/numerics.md."""
 
     temperature: float = number(
         (0.0, 100.0),
@@ -95,12 +97,13 @@ class SamplingParams:
 
     @property
     def needs_state(self) -> bool:
-        """True if a choice depends on more than tokens: Mirostat's mu comes with the token before."""
+        """True if a choice depends on more than earlier tokens: Mirostat also needs the mu that came with the previous
+        token."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property
     def for_drafts(self) -> SamplingParams:
-        """The same parameters without those that depend on the tokens so far."""
+        """The same parameters without those that depend on earlier tokens."""
         return replace(self, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, chain=None)
 
 
@@ -109,7 +112,7 @@ PARAMS: Final = rows_of(SamplingParams)
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """Numbers of newest tokens that count; -1 for all."""
+    """The numbers of last tokens that penalties and DRY examine; -1: all."""
 
     repeat_last_n: int = number(
         (-1, MAX_CONTEXT_TOKENS),
@@ -124,16 +127,17 @@ class _Windows:
 
 
 SAMPLING_TABLE: Final[Mapping[str, SamplingField]] = {**PARAMS, **rows_of(_Windows), **CHAIN}
-"""All numbers that a request may set, by OpenAI's name, else by vLLM's or llama.cpp's."""
+"""All numeric sampling parameters of a request. The keys are OpenAI's names, or vLLM's or llama.cpp's if OpenAI has
+none."""
 
 MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
-"""The numbers that a chat shows, with llama.cpp's defaults."""
+"""The parameters that a chat always shows, with llama.cpp's defaults."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """A grammar in llguidance's form, a JSON object of grammars (model/grammars/definitions.py makes it). The whole
-    answer obeys it, or with `triggers` the answer from the first byte of its first trigger on."""
+    """A grammar as a JSON object of llguidance, made by model/grammars/definitions.py. The whole answer must obey it.
+    If there are `triggers`, only the part that begins with the first trigger in the answer must."""
 
     definition: str
     triggers: tuple[str, ...] = ()
@@ -145,8 +149,8 @@ Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """The reasoning of an answer, between one of `begins` and the first of `ends`. After `budget` tokens of it, the
-    tokens `forced` follow, which end it."""
+    """The reasoning in an answer: the text between one of the tags `begins` and the next of the tags `ends`. After
+    `budget` tokens of reasoning, the tokens `forced` follow and end it."""
 
     begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
     ends: Annotated[Tags, Size(1, MAX_TRIGGERS)]
@@ -161,7 +165,7 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class MatcherStart:
-    """The start of an answer's matcher at the last stage, whose state is a function of these fields."""
+    """The values with which the last stage starts an answer's matcher. They alone determine the matcher's state."""
 
     key: int  # of the answer, within an epoch
     grammar: Grammar | None
@@ -180,7 +184,7 @@ class MatcherRow:
 
 @dataclass(frozen=True, slots=True)
 class SampleTask:
-    """A token to sample after an output row. The draw is keyed by (seed, choice) and counted by `position`."""
+    """A token to sample after an output row. The random draw depends only on `seed`, `choice` and `position`."""
 
     params: SamplingParams
     seed: int  # 64 bits, unsigned
@@ -197,7 +201,7 @@ class SampleTask:
     matcher: MatcherRow | None = None  # of an answer with a grammar or a budget of reasoning
 
     def next(self) -> SampleTask:
-        """The task of the next row of its chunk, whose token is drafted."""
+        """Returns the task of the next row of the chunk. The input of that row is a drafted token."""
         matcher = None if self.matcher is None else replace(self.matcher, position=self.matcher.position + 1)
         return SampleTask(
             self.params,
@@ -222,7 +226,7 @@ class SampleTask:
 
 @dataclass(frozen=True, slots=True)
 class ScoreTask:
-    """The logprob of a given token after an output row (perplexity, echo)."""
+    """The task to compute the logprob of a given token after an output row (perplexity, echo)."""
 
     token: int
     top_logprobs: int = 0
@@ -232,22 +236,24 @@ RowTask = SampleTask | ScoreTask
 
 
 _SECOND_DRAW = 1 << 31
-"""An addend to a choice's index, which is always smaller."""
+"""The number that is added to a choice's index for a second draw; no choice has so large an index."""
 
 
 def second_draw(task: RowTask) -> RowTask:
-    """The same task with an independent draw, for a token that was not allowed."""
+    """Returns the same task with an independent random draw, for use when the token of the first draw was not
+    allowed."""
     return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task
 
 
 class TopLogprobs(Sequence[tuple[int, float]]):
-    """Tokens with float32 logprobs, best first, packed: a long answer has a million. Equals a tuple of pairs."""
+    """Pairs (token, float32 logprob), best first. They are packed because a long answer has a million of them. Equals a
+    tuple of the same pairs."""
 
     __slots__ = ("packed",)
     _PAIR: Final = struct.Struct("=if")
 
     def __init__(self, packed: bytes | bytearray) -> None:
-        """`packed`: int32 token and float32 logprob, alternating."""
+        """`packed` has an int32 token and its float32 logprob for each pair."""
         self.packed = packed
 
     @classmethod
@@ -281,7 +287,7 @@ class TopLogprobs(Sequence[tuple[int, float]]):
 
 @dataclass(frozen=True, slots=True)
 class RowResult:
-    """A chosen or scored token; logprobs are float32 values of the raw logits' log-softmax."""
+    """A chosen or scored token. Logprobs are float32 values of the log-softmax of the raw logits."""
 
     token: int
     logprob: float

@@ -1,4 +1,4 @@
-"""The type of the sampling table's rows, and bounds of further sampling parameters."""
+"""The type of the sampling table's rows, and bounds of sampling parameters."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Dialect(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingField:
-    """A row of the sampling table: one number of a request."""
+    """A row of the sampling table, which describes one numeric parameter of a request."""
 
     low: float
     high: float
@@ -73,7 +73,8 @@ def number(
     llamacpp_name: str = "",
     gguf: str = "",
 ) -> Any:
-    """Declares a dataclass attribute with its row. Defaults: `neutral`, else `default`, also for APIs' None."""
+    """Declares a dataclass attribute with its row in the sampling table. The attribute's default is `neutral`, or
+    `default` if `neutral` is None. The APIs' defaults that are None become `default` too."""
     own = [default if value is None else value for value in (llamacpp, ollama)]
     row = SamplingField(*bounds, default, doc, placeholder, own[0], own[1], llamacpp_name, gguf)
     return field(default=default if neutral is None else neutral, metadata={_ROW: row})

@@ -14,20 +14,20 @@ from pathlib import Path
 from llamaclust.core.addresses import ANYWHERE, is_link_local, is_loopback
 
 _START = 19
-"""The index of field 22 of /proc/PID/stat, counted from the third."""
+"""The index of the start time, field 22 of /proc/PID/stat, in the list that `process_fields` returns."""
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 _PASSING = 0x01 | 0x08 | 0x20 | 0x40
 """Flags of an IPv6 address that does not last: temporary, duplicate, deprecated, tentative (Linux, if_addr.h)."""
 _ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
-"""Documentation addresses (RFC 5737, RFC 3849), which lie behind the default route."""
+"""Documentation addresses (RFC 5737, RFC 3849). Packets to them would take the default route."""
 _ADDR_PREFERENCES, _PREFER_PUBLIC = 72, 0x2
 """IPV6_ADDR_PREFERENCES and IPV6_PREFER_SRC_PUBLIC (Linux, RFC 5014)."""
 _VIRTUAL = re.compile(
     r"(docker|podman|virbr|lxcbr|lxdbr|incusbr|vnet|veth|cni|flannel|cali|vxlan|kube|tun|tap|utun|wg|tailscale|zt"
     r"|nebula|ipsec|gre|sit|ip6tnl|vmnet|vboxnet|dummy)[0-9a-z._-]*|br-[0-9a-f]{12}"
 )
-"""Names of container bridges and tunnels, where other machines do not reach this one."""
+"""Interface names of container bridges and tunnels. Other machines cannot reach this one through them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,8 @@ class InterfaceAddress:
 
 
 def interface_addresses() -> list[InterfaceAddress]:
-    """Returns lasting addresses, without link-local ones (fe80::/10), first those that others probably reach."""
+    """Returns this machine's permanent addresses except link-local ones (fe80::/10), those first that other machines
+    more probably reach."""
     import ifaddr  # only here: its import takes as long as a command's own
 
     default, passing = {source_host(host, family) for host, family in _ELSEWHERE}, _passing_hosts()
@@ -65,7 +66,8 @@ def own_addresses() -> list[str]:
 
 
 def network_addresses() -> list[str]:
-    """Returns the hosts by which other machines probably reach this one; without a network, all of the best kind."""
+    """Returns the hosts by which other machines probably reach this one. Without a network, returns the best others,
+    such as loopback."""
     return list(dict.fromkeys(address.host for address in _of_networks(interface_addresses())))
 
 
@@ -98,7 +100,7 @@ def source_host(host: str, family: socket.AddressFamily, port: int = 9) -> str |
 
 
 def _passing_hosts() -> set[str]:
-    """Returns IPv6 addresses that the system replaces, such as those of privacy extensions."""
+    """Returns this machine's IPv6 addresses that the system will replace, such as those of privacy extensions."""
     return {host for host, flags in _ipv6_flags() if flags & _PASSING}
 
 
@@ -111,7 +113,8 @@ def _ipv6_flags() -> Iterator[tuple[str, int]]:
 
 @cache
 def machine_id() -> str:
-    """Returns an id that is equal in all processes of a running kernel; host names may be equal on several machines."""
+    """Returns an id that all processes on this machine share until it reboots. Several machines may have the same host
+    name."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -124,7 +127,8 @@ def boot_s() -> float:
 
 
 def process_fields(pid: int | str) -> list[str]:
-    """Returns the fields of /proc/PID/stat after the second (the name may hold any character); [] without a process."""
+    """Returns the fields of /proc/PID/stat from the third on, because the second, the name, may contain any character.
+    Returns [] if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -132,6 +136,7 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns a process's start in clock ticks after boot; None without a process. The kernel reuses pids."""
+    """Returns the start of a process in clock ticks after boot, or None without a process. The start tells processes
+    with the same pid apart, because the kernel reuses pids."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

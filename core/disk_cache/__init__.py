@@ -1,1 +1,1 @@
-"""The one cache on disk: its folder, and how files in it are opened, written and locked."""
+"""The cache on disk: its folder, and how its files are opened, written and locked."""

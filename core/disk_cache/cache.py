@@ -1,6 +1,6 @@
-"""A bounded folder of files that can be made again, private to this user and shared by the user's processes. A file
-gets its name when it is complete and never changes: open files stay valid when it is deleted. One process writes at a
-time; readers need no lock. A file's access time is its last use."""
+"""A cache folder of bounded size, whose files can be computed again. It is private to this user and shared by the
+user's processes. A file gets its name when it is complete, never changes, and stays readable for those who have it open
+when it is deleted. One process writes at a time; readers need no lock. A file's access time is its last use."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from llamaclust.core.sizes import MIB, mib
 _log = logging.getLogger(__name__)
 
 _FREE_SHARE = 20
-"""The share of the disk that stays free is 1/20, at most `free_bytes`."""
+"""One part in 20 of the disk stays free, or `free_bytes` if that is less."""
 
 _LOCK = "lock"
 NEVER_NS = 1 << 63
 
 
 class NoRoomError(OSError):
-    """A file that may not be written, with the reason."""
+    """A file does not fit into the cache's limit or on the disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,8 @@ class Cleared:
 
 @dataclass(frozen=True, slots=True)
 class DiskCache:
-    """Files with one of `suffixes` in the folder `path`, `most_bytes` at most; other files in it are not touched."""
+    """The files in folder `path` whose names end with one of `suffixes`, together at most `most_bytes`. Other files in
+    the folder are not touched."""
 
     path: Path
     most_bytes: int
@@ -63,7 +64,8 @@ class DiskCache:
     modified_ns: ClassVar[int | None] = None  # of all files, if set: one that was changed later is damaged
 
     def create(self) -> None:
-        """Makes the folder. Raises OSError, such as PermissionError if it is a link or others could write there."""
+        """Creates the folder. Raises OSError, such as PermissionError if it is a link or another user could write
+        there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
@@ -73,8 +75,9 @@ class DiskCache:
             raise PermissionError(errno.EPERM, f"{what} (mode {mode:o})", str(self.path))
 
     def open(self, name: str, *, is_use: bool = True) -> FileIO | None:
-        """Returns the whole file and marks it used if `is_use`; None if it is absent. Anything else at its place is
-        deleted. Raises OSError with the name of what cannot be read or deleted."""
+        """Opens a file and, if `is_use`, marks it used. Returns None if the file is absent, and also if it was changed
+        after it was written or is not this user's regular file; it is then deleted. Raises OSError, with the path, if
+        reading or deleting fails."""
         path = self.path / name
         try:
             file = files.open_own(path)
@@ -106,9 +109,9 @@ class DiskCache:
         kept: Container[str] = (),
         writing: Writing | None = None,
     ) -> None:
-        """Writes a file, unless it is there with that size; deletes files last used before `since_ns` and not in `kept`
-        to make room. Raises NoRoomError, BusyError (another writer is slow), StoppedError or another OSError; no part
-        of the file remains then."""
+        """Writes a file if none of that size exists. To make room, deletes files that were last used before `since_ns`
+        and are not in `kept`. Raises NoRoomError, BusyError (another writer is slow), StoppedError or another OSError;
+        no part of the file then remains."""
         n_bytes, writing = sum(map(len, parts)), writing or Writing()
         with self.locked(writing):
             if not self._has(name, n_bytes):
@@ -117,7 +120,8 @@ class DiskCache:
 
     @contextmanager
     def locked(self, writing: Writing | None = None) -> Iterator[None]:
-        """Holds the lock between writers, and deletes temporary files of killed ones. Raises as `files.locked` does."""
+        """Holds the writers' lock, and deletes temporary files that killed writers left. Raises the errors of
+        `files.locked`."""
         with files.locked(self.path / _LOCK, writing or Writing()):
             for file in self.files(files.TEMPORARY):
                 files.remove(file.path)
@@ -128,7 +132,7 @@ class DiskCache:
         files.remove(self.path / name)
 
     def files(self, *suffixes: str) -> list[CachedFile]:
-        """Returns files with these suffixes (default: the cache's), the longest unused first."""
+        """Returns files with these suffixes (default: the cache's), the least recently used first."""
         found = []
         with suppress(FileNotFoundError), os.scandir(self.path) as entries:
             for entry in entries:
@@ -147,8 +151,8 @@ class DiskCache:
         return sorted(path for path in self._names(_LOCK) if path.is_symlink() or not path.is_file())
 
     def clear(self) -> Cleared:
-        """Deletes what can be deleted; processes that use the files continue. Raises OSError if no file can be deleted,
-        BusyError if another process writes for long."""
+        """Deletes every file that can be deleted; processes that have one open can still read it. Raises OSError if the
+        folder cannot be used, and BusyError if a process writes for long or a load needs the files."""
         if not os.path.lexists(self.path):
             return Cleared()
         self._check_owner()
@@ -170,11 +174,12 @@ class DiskCache:
         return Cleared(count, size_bytes, tuple(left))
 
     def _needed_since_ns(self) -> int:
-        """Returns the time from which on used files must be kept; `NEVER_NS`: none. The caller holds the lock."""
+        """Returns a time: files used at or after it must be kept. `NEVER_NS` keeps none. The caller holds the lock."""
         return NEVER_NS
 
     def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:
-        """Deletes files, the longest unused first, until `n_bytes` more fit. The caller holds the lock."""
+        """Deletes the least recently used files until `n_bytes` more fit; raises NoRoomError if they cannot. The caller
+        holds the lock."""
         held, since_ns = self.files(), min(since_ns, self._needed_since_ns())
         held_bytes, count = sum(file.size_bytes for file in held), len(held)
         disk = os.statvfs(self.path)

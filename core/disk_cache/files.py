@@ -1,4 +1,4 @@
-"""Files of a folder for several processes: private to this user, opened without blocking, written whole."""
+"""Files that several processes of one user share: opened without blocking, locked, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEMPORARY = ".tmp"
 """The suffix of a file that is being written, or that a killed process left."""
 
 _WRITE_BYTES = 1 << 21
-"""A write's size and alignment, with which some file systems use huge pages (ext4 of Linux 6.16)."""
+"""The size and alignment of writes, for which some file systems use huge pages (ext4 since Linux 6.16)."""
 
 _LOCK_WAIT_S = 10.0
 """The longest wait for another writer, which holds the lock while it writes one file."""
@@ -49,7 +49,7 @@ class Writing:
 
 
 def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
-    """Opens a file unbuffered. Raises FileNotFoundError, ForeignFileError, or another OSError with its name."""
+    """Opens a file unbuffered. Raises FileNotFoundError, ForeignFileError or another OSError."""
     try:
         descriptor = open_descriptor(path, flags | os.O_NOFOLLOW)
     except OSError as error:
@@ -64,7 +64,8 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
 
 @contextmanager
 def locked(path: Path, writing: Writing) -> Iterator[None]:
-    """Raises BusyError if another process holds the lock for long, StoppedError soon after `writing` was stopped."""
+    """Holds an exclusive lock on the file `path`, which is created if absent. Raises BusyError if another process holds
+    the lock for long, and StoppedError soon after `writing` was stopped."""
     with open_own(path, os.O_RDWR | os.O_CREAT) as file:
         deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
         while not take_lock(file.fileno()):
@@ -81,7 +82,7 @@ def locked(path: Path, writing: Writing) -> Iterator[None]:
 def write_whole(
     path: Path, parts: Sequence[bytes | memoryview], writing: Writing, modified_ns: int | None, *, is_synced: bool
 ) -> None:
-    """Writes a whole file or none; the caller holds the folder's lock. Raises OSError or StoppedError."""
+    """Writes a file whole or not at all. The caller holds the folder's lock. Raises OSError or StoppedError."""
     made = path.with_name(f"{path.name}{TEMPORARY}")
     try:
         file = open_own(made, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -116,7 +117,8 @@ def used_ns(status: os.stat_result) -> int:
 
 
 def mark_used(descriptor: int) -> os.stat_result:
-    """Sets the last use to now and returns the earlier status. The kernel's timestamp would be milliseconds behind."""
+    """Sets the file's last use to now and returns its status before. Sets an explicit time, because the kernel's own
+    timestamps lag by milliseconds."""
     found = os.fstat(descriptor)
     with suppress(OSError):
         os.utime(descriptor, ns=(time.time_ns(), found.st_mtime_ns))
@@ -129,7 +131,8 @@ def remove(path: Path) -> None:
 
 
 def delete(path: Path) -> int:
-    """Deletes a file or an empty directory; returns the size of a file, 0 for others. Raises OSError with its name."""
+    """Deletes a file or an empty directory. Returns the size of a regular file, otherwise 0. Raises OSError with the
+    path."""
     found = path.lstat()
     if stat.S_ISDIR(found.st_mode):
         path.rmdir()
@@ -139,7 +142,8 @@ def delete(path: Path) -> int:
 
 
 def delete_unlocked(path: Path) -> bool:
-    """Returns False for a file that a process has locked. Raises OSError if it is gone or cannot be deleted."""
+    """Deletes a file that no process has locked; returns False if one has. Raises OSError if it is gone or cannot be
+    deleted."""
     with open_own(path, os.O_RDWR) as file:
         is_free = take_lock(file.fileno())
         if is_free:

@@ -1,1 +1,1 @@
-"""Scarce resources that owners share: places by turns, room by shares."""
+"""Scarce resources that several owners share fairly: `turns` for concurrent places, `shares` for units of room."""

@@ -1,4 +1,4 @@
-"""Turns of owners at a few places: an owner with much work delays its own alone."""
+"""Turns at a few places: an owner with much work delays only its own work."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Places that go to the waiting owner with the fewest, on a tie not to the one that leaves. An owner has at most
-    `most` places; None: all. Not thread-safe: one event loop."""
+    """Places for concurrent work. A freed place goes to the waiting owner that has the fewest places; on a tie, another
+    owner precedes the one that freed it. An owner has at most `most` places (None: no limit). Not thread-safe: for one
+    event loop."""
 
     def __init__(self, places: int, most: int | None = None) -> None:
         self._free = places
@@ -43,7 +44,7 @@ class Turns:
             raise
 
     def _leave(self, owner: str) -> None:
-        """Hands the place on, and forgets an owner without places and waits."""
+        """Hands the place to the next waiting owner, and drops the counts of owners without places."""
         self._taken[owner] -= 1
         self._taken += Counter()
         able = (waiting for waiting in self._waiting if self._taken[waiting] < self._most)

@@ -82,7 +82,6 @@ def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> Non
 
 
 def read_text(path: Path) -> str:
-    """Returns "" if the file cannot be read."""
     try:
         return path.read_text()
     except OSError:

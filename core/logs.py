@@ -130,7 +130,6 @@ def count_file_shortages() -> None:
 
 
 def name_cluster(name: str) -> None:
-    """Adds the cluster's name to later log lines, and forgets earlier errors."""
     _memory.trouble = ""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, _Fields):

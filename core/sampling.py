@@ -103,7 +103,6 @@ class SamplingParams:
 
     @property
     def for_drafts(self) -> SamplingParams:
-        """The same parameters without those that depend on earlier tokens."""
         return replace(self, repetition_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0, chain=None)
 
 

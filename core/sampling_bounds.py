@@ -85,5 +85,4 @@ def rows_of(kind: Any) -> dict[str, SamplingField]:
 
 
 def numbers_of(source: object, names: Iterable[str]) -> dict[str, Any]:
-    """Returns the source's attributes of these names, as keyword arguments."""
     return {name: getattr(source, name) for name in names}

@@ -122,7 +122,6 @@ def machine_id() -> str:
 
 
 def boot_s() -> float:
-    """Returns seconds since boot, sleep included."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 

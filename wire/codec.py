@@ -1,6 +1,6 @@
-"""Messages as protobuf bytes and back: one codec for all dataclasses whose fields are named as their proto message's.
-Bounds in `Annotated` types (core/bounds.py) are applied to everything that is decoded; `check` of a dataclass concerns
-several fields. `X | None` is an `optional` field, `tuple[X, ...]` a repeated one, a dataclass a nested message."""
+"""Encodes dataclasses as protobuf messages and decodes them. A dataclass has the field names of its proto message: `X |
+None` is an `optional` field, `tuple[X, ...]` a repeated one, a dataclass a nested message. Bounds in `Annotated` types
+(core/bounds.py) are checked in everything that is decoded; a dataclass's `check` tests several fields together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Value = TypeVar("_Value")
 
 
 def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
-    """Raises ProtocolError for too many bytes, or bytes that are no message of this kind."""
+    """Raises ProtocolError if `data` is longer than `most_bytes` or is not a message of this kind."""
     if len(data) > most_bytes:
         raise ProtocolError(f"{kind.__name__}: {len(data)} bytes, at most {most_bytes} are taken")
     message = None
@@ -121,7 +121,7 @@ def write(message: Any, record: Any) -> None:
 
 
 def read(kind: type[_Value], record: Any) -> _Value:
-    """Raises ProtocolError for a field out of bounds."""
+    """Raises ProtocolError if a field is out of bounds."""
     message = kind(**{field.name: field.read(record) for field in _fields(kind)})
     check: Callable[[], None] | None = getattr(message, "check", None)
     if check is not None:
@@ -130,7 +130,8 @@ def read(kind: type[_Value], record: Any) -> _Value:
 
 
 class Envelope(Generic[_Value]):
-    """A protobuf message with one `oneof kind`: the class `PeerUnreachable` travels in its field `peer_unreachable`."""
+    """A protobuf message with one `oneof kind`. Each class of `union` has a field there, such as `peer_unreachable` for
+    `PeerUnreachable`."""
 
     def __init__(self, record: type[Message], union: Any, most_bytes: int) -> None:
         self._record = record
@@ -147,7 +148,7 @@ class Envelope(Generic[_Value]):
         return record.SerializeToString()
 
     def decode(self, data: bytes) -> _Value:
-        """Raises ProtocolError for bytes that are no message, of an unknown kind or out of bounds."""
+        """Raises ProtocolError if `data` is not this message, has an unknown kind, or has a field out of bounds."""
         record: Any = parse(self._record, data, self._most_bytes)
         name = record.WhichOneof("kind")
         if name is None:

@@ -1,7 +1,7 @@
-"""Messages of a Weights stream: ranges of bytes of a content, named by its SHA-256, and the bytes in frames.
+"""Messages of a Weights stream: requests for a range of bytes of a content with a SHA-256, and frames of the bytes.
 
 request   SHA-256 | start u64 | end u64                                      little-endian
-answer    1 | bytes: FRAME_BYTES of them, in the last frame of a range what is left
+answer    1 | bytes: FRAME_BYTES of them, fewer only in the last frame of a range
           0 | one line of UTF-8: the other side does not have the bytes
 """
 
@@ -49,7 +49,7 @@ def decode_range(data: bytes) -> WeightRange:
 
 
 def frames_of(data: memoryview) -> Iterator[bytes]:
-    """Yields the frames of a range, or of a part of it that is a multiple of FRAME_BYTES long."""
+    """Yields the frames of a range, or of a part whose length is a multiple of FRAME_BYTES."""
     for start in range(0, len(data), FRAME_BYTES):
         yield b"".join((_BYTES, data[start : start + FRAME_BYTES]))
 
@@ -59,7 +59,8 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """Raises WeightsNotFoundError if the other side lacks the bytes. `left_bytes` of the range are due."""
+    """Returns the bytes in a frame of a range that lacks `left_bytes` more. Raises WeightsNotFoundError if the peer has
+    none."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
             one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there"

@@ -224,7 +224,6 @@ class DiskCache:
 
 
 def _drop_foreign(path: Path, error: ForeignFileError) -> None:
-    """Raises the given error if deletion fails."""
     try:
         path.unlink()
     except FileNotFoundError:

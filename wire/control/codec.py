@@ -1,4 +1,4 @@
-"""Control messages as bytes and back."""
+"""Encodes and decodes control messages."""
 
 from __future__ import annotations
 

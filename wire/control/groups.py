@@ -1,4 +1,4 @@
-"""Groups of workers that share the output rows of a stage's products: orders to load one, and reports of its end."""
+"""Control messages of groups, whose members each compute a part of every layer of a stage: orders and fault reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GroupMember:
 
 @dataclass(frozen=True, slots=True)
 class GroupOrder:
-    """The workers that hold a stage together. The first one leads: it has the stage's streams."""
+    """The workers that hold a stage together. The first member leads: it has the stage's streams."""
 
     group_id: bytes  # random, known to the members alone
     members: Annotated[tuple[GroupMember, ...], Size(2, MAX_GROUP_MEMBERS)]
@@ -42,12 +42,12 @@ _Seconds = Annotated[float, Real(0.0, 1e9)]
 
 @dataclass(frozen=True, slots=True)
 class GroupCounters:
-    """Counters of a group's member over its links in an epoch."""
+    """One member's counters of its links to the other members in an epoch."""
 
     gathers: int = 0
     waited_s: _Seconds = 0.0  # that gathers have waited for the rows of others
     waited_for_s: Annotated[tuple[_Seconds, ...], Size(0, MAX_GROUP_MEMBERS)] = ()
-    """The part of `waited_s` by member: a wait counts for the member that was ready last."""
+    """The parts of `waited_s`, one per member: each wait counts for the member that was ready last."""
     sent_bytes: int = 0  # between the members, with headers
     received_bytes: int = 0
     one_row_steps: int = 0  # microbatches of one row
@@ -59,7 +59,8 @@ FAULTS = ("late", "closed", "wrong", "failed")
 
 @dataclass(frozen=True, slots=True)
 class GroupFault:
-    """The report of a member that has given an epoch up: for another member's fault, or as it failed itself."""
+    """A member's report that it has ended its part of an epoch, because another member is at fault or it failed
+    itself."""
 
     epoch: Annotated[int, Integer(0, UINT64 - 1)]
     worker: WorkerName  # at fault, as far as the member knows

@@ -1,4 +1,5 @@
-"""Control messages of KV memory on disk: requests for blocks by their content, and the answer to all of them."""
+"""Control messages about KV blocks on disk, which are found by keys of their content. `KvDone` answers every
+request."""
 
 from __future__ import annotations
 
@@ -23,7 +24,6 @@ def joined(keys: Sequence[bytes]) -> bytes:
 
 
 def split_keys(keys: bytes) -> list[bytes]:
-    """Raises ProtocolError if the last key is incomplete."""
     if len(keys) % KEY_BYTES:
         raise ProtocolError(f"keys of {len(keys)} bytes, each has {KEY_BYTES}")
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
@@ -31,7 +31,7 @@ def split_keys(keys: bytes) -> list[bytes]:
 
 @dataclass(frozen=True, slots=True)
 class FindKv:
-    """The request to count the blocks that are on disk, up to the first that is missing."""
+    """The request to count the leading blocks that are on disk, up to the first missing one."""
 
     epoch: _Epoch
     keys: _Keys
@@ -54,7 +54,8 @@ class RestoreKv:
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """The request to write `blocks` of the last `keys` to disk; blocks of earlier keys are not deleted for space."""
+    """The request to write `blocks` to disk, which have the last of `keys`. Blocks of the earlier keys are not deleted
+    to make room."""
 
     epoch: _Epoch
     keys: _Keys
@@ -68,7 +69,7 @@ class SaveKv:
 
 @dataclass(frozen=True, slots=True)
 class KvDone:
-    """The number of blocks, from the first one on, that were found, read, or are now on disk."""
+    """The number of leading blocks that were found, restored or saved."""
 
     blocks: Annotated[int, Integer(0, MAX_KEYS)]
     request_id: int = 0

@@ -25,7 +25,7 @@ class LogTail:
 
     @classmethod
     def bounded(cls, lines: tuple[str, ...], before: int, request_id: int = 0) -> LogTail:
-        """Keeps the last of these lines that fit into a message."""
+        """Keeps as many of the last lines as fit into a message."""
         kept: list[str] = []
         left = _MAX_BYTES
         for line in map(_Line.fit, reversed(lines[-_MAX_LINES:])):

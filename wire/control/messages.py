@@ -1,6 +1,6 @@
 """Control messages between workers and their coordinator: membership, requests, loads, heartbeats.
 
-A new kind is a dataclass here, its place in one of the unions at the end, and a proto message of its name and fields.
+A new kind needs a dataclass here, a place in a union at the end, and a proto message with the same name and fields.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The answer to Register; it comes again when the coordinator's term grows."""
+    """The answer to Register. It is sent again when the coordinator's term grows."""
 
     deadlines: Deadlines
     protocol_version: int = PROTOCOL_VERSION
@@ -106,7 +106,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error's class in llamaclust.core.errors and its text in one line."""
+    """The name of an error's class in llamaclust.core.errors, and the error's text in one line."""
 
     kind: Annotated[str, Line(64)]
     message: Reason
@@ -170,7 +170,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
-    """The failure of a load, of which nothing is kept."""
+    """The report that a load failed; the worker keeps nothing of the stage."""
 
     epoch: int
     failure: Failure
@@ -190,7 +190,7 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class UnloadFailed:
-    """The failure of an unload: the stage serves no more, and its memory may not be free."""
+    """The report that an unload failed: the stage no longer serves, but may still hold memory."""
 
     epoch: int
     failure: Failure

@@ -1,4 +1,4 @@
-"""Control messages about what workers measure of themselves and of their links."""
+"""Control messages about measurements of workers and of the links between them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from llamaclust.core.profile import Profile
 Permit = Annotated[str, Line(MAX_PERMIT)]
 
 QuantTypes = Annotated[tuple[Annotated[int, Integer(0, 255)], ...], Size(0, 256)]
-"""Numbers of ggml's types."""
+"""ggml's type numbers."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileWorker:
-    """The request to measure the machine, products with weights of these types, and a model's steps."""
+    """The request to measure the machine, products with weights of these quant types, and a model's steps."""
 
     model_path: ModelPath | None = None
     model_id: ModelId = ""
@@ -37,7 +37,7 @@ class ProfileWorker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProfile:
-    """The answer to ProfileWorker: without step times or products for which the file or memory is missing."""
+    """The answer to ProfileWorker. Times are absent if the model file, or memory to measure them, is missing."""
 
     profile: Profile
     request_id: int = 0

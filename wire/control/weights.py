@@ -1,4 +1,5 @@
-"""Control messages about weights: where workers find those of models and adapters, and which adapters a stage has."""
+"""Control messages about weights: where workers find weights of models and adapters, and which adapters a stage
+uses."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from llamaclust.core.limits import MAX_ADAPTERS
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """A worker that may have weights, or the coordinator, at the address where the worker has joined it."""
+    """A worker that may have weights, or the coordinator, which is reached at the address where the worker joined."""
 
     address: Address = ""
     worker: WorkerName | None = None  # None: the coordinator
@@ -26,7 +27,7 @@ class WeightSources:
 
 @dataclass(frozen=True, slots=True)
 class AddWeightSource:
-    """The order to let running loads that fetch weights of this manifest fetch from this worker at its new address."""
+    """The order to add this source, or its new address, to running loads that fetch weights of this manifest."""
 
     manifest: Digest
     source: WeightSource
@@ -84,7 +85,7 @@ class FindWeightsProgress:
 
 @dataclass(frozen=True, slots=True)
 class SetAdapters:
-    """The request to replace a loaded stage's adapters by these."""
+    """The request to replace a loaded stage's adapters with these."""
 
     epoch: int
     adapters: AdapterFiles = ()

@@ -1,4 +1,4 @@
-"""Microbatches and sampled tokens as bytes, which stages read natively (kernels/cpu/native/frames) and check."""
+"""Encodes microbatches and sampled tokens. Stages decode and check them natively (kernels/cpu/native/frames)."""
 
 from __future__ import annotations
 

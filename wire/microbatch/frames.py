@@ -5,7 +5,7 @@
        body: float32 [rows, embedding] of a HIDDEN frame (none before the first stage), UTF-8 of a FAILURE
        header: the microbatch as its sender encoded it
 
-The body comes before the header so that it stands 16-byte aligned in the received bytes and is used where it lies.
+The body precedes the header, so that the body is 16-byte aligned in the received bytes and can be used in place.
 Stages read frames, and write those for the next stage, natively (kernels/cpu/native/frames).
 """
 
@@ -27,11 +27,12 @@ _TIMING_BYTES = 32
 
 
 def most_frame_bytes(rows: int, width: int) -> int:
-    """Returns the largest size of a frame with `rows` rows of hidden state; `width` is 0 before the first stage."""
+    """Returns the largest size of a frame with `rows` rows of hidden state; `width` is 0 for frames to the first
+    stage."""
     return _PREFIX.size + MAX_STAGES * _TIMING_BYTES + MAX_MICROBATCH_BYTES + max(rows * width * 4, 4 * MAX_TEXT)
 
 
 def encode_hidden(header: bytes, hidden: NDArray[np.float32] | None = None) -> bytes:
-    """Encodes a HIDDEN frame without timings; `hidden` is [rows, embedding], None before the first stage."""
+    """Encodes a HIDDEN frame without timings. `hidden` is [rows, embedding], or None for the first stage."""
     body = memoryview(b"") if hidden is None else np.ascontiguousarray(hidden, "<f4").data.cast("B")
     return b"".join((_PREFIX.pack(_MAGIC, _VERSION, _HIDDEN, 0, len(header), len(body)), body, header))

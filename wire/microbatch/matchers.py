@@ -1,4 +1,5 @@
-"""Matchers of answers in sampling inputs: a grammar that several of them start with is sent once a message."""
+"""Encodes and decodes the starts of matchers in sampling inputs. A message has each grammar once, however many starts
+use it."""
 
 from __future__ import annotations
 
@@ -57,7 +58,7 @@ def starts_out(starts: Iterable[MatcherStart]) -> sampling_proto.MatcherStarts:
 
 
 def starts_in(data: bytes) -> tuple[MatcherStart, ...]:
-    """Raises ProtocolError for a start out of bounds, or whose grammar is not in the message."""
+    """Raises ProtocolError if a start is out of bounds, or its grammar is not in the message."""
     message = read(_Starts, parse(sampling_proto.MatcherStarts, data, MAX_INPUTS_BYTES))
     grammars = [Grammar(each.definition, each.triggers) for each in message.grammars]
     found = []

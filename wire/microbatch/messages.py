@@ -12,14 +12,14 @@ from llamaclust.core.sampling import MatcherStart, RowResult, RowTask
 class Chunk:
     """Consecutive tokens of one sequence to compute now: one in decode, more in prefill.
 
-    tokens[i] stands at `position` + i. `table` has the KV blocks of 16 tokens from the sequence's first on, as runs of
-    consecutive ids (start, count, start, count, ...); `window_table` has those of layers with a sliding window that
-    have their own, from the table's block number `window_start` on. The last `outputs` rows are sampled or scored.
-    With `depends_on` the only token is the one sampled at that row, unknown when the chunk is sent; tokens is then
-    (0,). The result has the normed hidden state of the `embedded` rows [first, end). An MTP head reads `next_token`,
-    the one behind the last where it is known, and drafts `drafts` tokens behind the token that the last row that
-    counts chooses. With `checked` the microbatch fails at the first stage whose hidden state of the chunk is not
-    finite."""
+    tokens[i] is at `position` + i. `table` lists the sequence's KV blocks of 16 tokens, from its first token on, as
+    runs of consecutive ids (start, count, start, count, ...). `window_table` lists the blocks of layers with a sliding
+    window, if these have their own; its first block is number `window_start` of the sequence. The last `outputs` rows
+    are sampled or scored. If `depends_on` is set, `tokens` is (0,): the only token is the one sampled at that row,
+    which is unknown when the chunk is sent. The result has the normed hidden state of the `embedded` rows [first, end).
+    An MTP head reads `next_token`, the token after the chunk's last one, if known. It drafts `drafts` tokens after the
+    token that the last row that counts chooses. If `checked`, the microbatch fails at the first stage that computes a
+    hidden state of the chunk that is not finite."""
 
     tokens: tuple[int, ...]
     position: int
@@ -43,7 +43,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """One unit of work, which every stage runs in the order of `number` (from 0, without gaps, within an epoch)."""
+    """One unit of work. Every stage runs microbatches in the order of `number`, from 0 without gaps within an epoch."""
 
     model_id: str
     epoch: int
@@ -61,7 +61,8 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """The last stage's tasks for microbatch (epoch, number), one per output row; it drops `released` matchers first."""
+    """The last stage's tasks for microbatch (epoch, number), one per output row. The stage first drops `released`
+    matchers."""
 
     epoch: int
     number: int
@@ -72,7 +73,7 @@ class SamplingInputs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """Tokens of a microbatch's output rows, which the last stage sends to the first for chunks that depend on them."""
+    """Tokens of a microbatch's output rows. The last stage sends them to the first, for chunks that depend on them."""
 
     number: int
     tokens: tuple[int, ...]  # 0 for a row without an answer; none where the microbatch failed

@@ -1,4 +1,4 @@
-"""Results as the coordinator reads and checks them; a last stage writes them natively (kernels/cpu/native/frames)."""
+"""Decodes and checks results for the coordinator. A last stage encodes them natively (kernels/cpu/native/frames)."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ _ROW_BYTES = 4 * (2 * MAX_FORCED_TOKENS + MAX_DRAFTED_TOKENS) + 4 * MAX_ONE_LINE
 
 
 def most_result_bytes(rows: int, top_logprobs: int, *, embeds: bool) -> int:
-    """Returns the largest size of a result with `rows` output rows and `top_logprobs` likeliest tokens in all."""
+    """Returns the largest size of a result with `rows` output rows. `top_logprobs` counts those of all rows
+    together."""
     embedded = limits.MAX_EMBEDDING_BYTES if embeds else 0
     return (rows + 1) * _ROW_BYTES + top_logprobs * _TOP.size + MAX_STAGES * _TIMING.size + embedded
 
 
 def decode_result(data: bytes) -> Result:
-    """Raises ProtocolError for bytes that are no result or break a bound."""
+    """Raises ProtocolError if the bytes are no result or break a bound."""
     message = parse(sampling_proto.Result, data, MAX_INPUTS_BYTES)
     bounded("timings", len(message.timings), 0, MAX_STAGES * _TIMING.size)
     timings = tuple(StageTiming(*numbers) for numbers in _records("timings", message.timings, _TIMING))
@@ -86,7 +87,7 @@ def _rows(message: sampling_proto.Result) -> list[RowResult]:
 
 
 def _tops(message: sampling_proto.Result, rows: int) -> list[Sequence[tuple[int, float]]]:
-    """Checks the likeliest tokens of all rows together, since a result may have thousands."""
+    """Checks the top logprobs of all rows together, since a result may have thousands."""
     pairs, counts = message.top_logprobs, _numbers("top_counts", message.top_counts, _INT)
     bounded("top_counts", len(counts), rows, rows)
     bounded("top_logprobs", min(counts), 0, limits.MAX_TOP_LOGPROBS)

@@ -1,1 +1,1 @@
-"""Streams between processes, of gRPC and on Unix sockets: client, server, send queues, deadlines, options."""
+"""Streams between processes, by gRPC or on Unix sockets: client, server, send queues, deadlines, options."""

@@ -1,4 +1,4 @@
-"""Caches as a cluster leaves them between two tokens: other processes have read weights meanwhile."""
+"""Empties CPU caches for measurements: in a cluster, other processes read weights between two tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REST_S = 0.0005  # threads that spin for work sleep by then
 
 
 def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
-    """Returns the largest cache of the first core, as Linux lists it, bounded by BYTES and `_MOST_BYTES`."""
+    """Returns the size of the first core's largest cache, as Linux states it, within BYTES and `_MOST_BYTES`."""
     sizes = [BYTES]
     for size in levels.glob("index*/size"):
         with suppress(OSError, ValueError):
@@ -29,7 +29,7 @@ def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
 
 
 class CacheFlush:
-    """Holds memory to read: `sweep` leaves nothing else in caches of that size."""
+    """A buffer. Reading it evicts everything else from caches of at most its size."""
 
     _shared: ClassVar[WeakValueDictionary[int, CacheFlush]] = WeakValueDictionary()
     _making: ClassVar[Lock] = Lock()
@@ -51,7 +51,7 @@ class CacheFlush:
         sleep(_REST_S)
 
     async def sweep_in_turns(self) -> None:
-        """Sweeps on the event loop's thread, with turns for other tasks in between."""
+        """Sweeps on the event loop's thread, and lets other tasks run in between."""
         for piece in np.array_split(self._memory, self._memory.nbytes // _TURN_BYTES):
             piece.max()
             await asyncio.sleep(0)

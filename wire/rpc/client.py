@@ -1,5 +1,5 @@
-"""The calling side of gRPC: channel options, own and expected identity, broken streams as errors. This file and
-`server.py` alone make channels and servers. Streams carry bytes, which codecs read."""
+"""The client side of streams: channel options, own and expected identity, errors of broken streams. Only this file
+creates channels, and only `server.py` creates servers. Streams carry bytes, which codecs decode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EPOCH_KEY = "llamaclust-epoch"
 PERMIT_KEY = "llamaclust-permit"
 ACCEPTED_KEY = "llamaclust-accepted"
 ROOT_CAUSE_KEY = "llamaclust-root-cause"
-"""Metadata of a stream's end: the worker that is at fault, if it is another than the one that ends the stream."""
+"""The key of a stream's trailing metadata that names the worker at fault, if another worker ends the stream."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", PIECE_BYTES),
@@ -49,15 +49,15 @@ _LEAST_ANSWER_S = 1.0  # a lossy link, or a crowded machine, may need so long fo
 
 
 class StreamBrokenError(WorkerError):
-    """A stream that ended otherwise than by agreement."""
+    """A stream that broke or was ended with an error."""
 
 
 class UnreachableError(StreamBrokenError):
-    """A stream whose connection cannot be made, broke or stands still."""
+    """A stream whose connection cannot be made, broke, or no longer transfers data."""
 
 
 def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
-    """Returns options of a channel that is given up if sent bytes or pings are not acknowledged for `answer_s`."""
+    """Returns options of a channel that closes if sent bytes or pings are not acknowledged within `answer_s`."""
     pings = {
         "grpc.keepalive_time_ms": int(200 * answer_s),
         "grpc.keepalive_timeout_ms": int(1000 * answer_s),
@@ -67,7 +67,7 @@ def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
 
 
 class ClientStream:
-    """Our end of a bidirectional stream that we opened; its errors name the peer `worker`, if given."""
+    """This process's end of a bidirectional stream that it opened. Errors name the peer's `worker`, if given."""
 
     _call: Any
 
@@ -84,7 +84,7 @@ class ClientStream:
             raise await self._broken()
 
     async def write(self, *messages: bytes) -> None:
-        """Returns when the network has taken the messages. Raises StreamBrokenError if it does not."""
+        """Returns when the network has accepted the messages. Raises StreamBrokenError if the stream has ended."""
         for data in messages:
             for piece in pieces_of(data):
                 await self._result(self._call.write(piece))
@@ -99,7 +99,7 @@ class ClientStream:
         return False
 
     async def read(self) -> bytes | None:
-        """Returns None once the other side has ended the stream. Raises ProtocolError for too large a message."""
+        """Returns None once the other side has ended the stream. Raises ProtocolError if a message is too large."""
         try:
             return await read_message(self._read_piece, self._most_bytes)
         except ProtocolError as error:
@@ -113,8 +113,8 @@ class ClientStream:
         await self._result(self._call.done_writing())
 
     async def _result(self, operation: Awaitable[Any]) -> Any:
-        """Raises gRPC's errors as StreamBrokenError, and cancellation unless it is this task's: gRPC cancels all tasks
-        that wait for a stream which another task has cancelled, or was cancelled in while it wrote."""
+        """Raises StreamBrokenError for gRPC's errors, and for a cancellation that is not this task's: gRPC cancels all
+        tasks that wait for a stream when another task cancels it, or is cancelled while it writes."""
         try:
             return await operation
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
@@ -142,7 +142,7 @@ class ClientStream:
 
 
 class UnixClientStream(ClientStream):
-    """A stream on a Unix socket: messages wait in its buffer, and several are sent in one system call."""
+    """A stream on a Unix socket. Its buffer holds messages that wait, and one system call sends several of them."""
 
     _call: UnixCall
 
@@ -151,7 +151,7 @@ class UnixClientStream(ClientStream):
             await self._result(self._call.write(*messages))
 
     async def read(self) -> bytes | None:
-        """A Unix connection carries whole messages, and ends at a larger one."""
+        """Returns a whole message; the connection ends if one is too large."""
         data: Any = await self._result(self._call.read())
         return None if data is _EOF else data
 
@@ -164,8 +164,8 @@ class UnixClientStream(ClientStream):
 
 
 class Peer:
-    """A channel to one process, which must be `principal` if there are certificates. Broken connections are noticed
-    within `patience_s` even while nothing is sent; None leaves the time to gRPC."""
+    """A channel to one process, which must show the certificate of `principal` if there are certificates. A broken
+    connection is noticed within `patience_s` even if nothing is sent; None leaves this time to gRPC."""
 
     def __init__(
         self,
@@ -197,7 +197,8 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream. `wait_for_ready` waits for the other side; `reply_bytes` lowers the method's bound."""
+        """Opens a stream. `wait_for_ready` waits until the server is there; `reply_bytes` lowers the method's bound on
+        replies."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):
@@ -213,7 +214,8 @@ class Peer:
         return ClientStream(call, self.address, self.worker, most_bytes)
 
     async def connected(self) -> None:
-        """Returns when the last streams' connection is made or has failed. Raises UnreachableError if that is late."""
+        """Returns when the newest streams' connection is made or has failed. Raises UnreachableError if that takes too
+        long."""
         try:
             async with deadline(f"connection to {self.address}", self._answer_s):
                 if self.address.startswith(PREFIX):
@@ -227,7 +229,8 @@ class Peer:
             raise UnreachableError(str(error), worker=self.worker) from error
 
     def _channel(self) -> Any:
-        """Makes another channel after each renewal of our certificate, since a channel's certificate is fixed."""
+        """Returns a channel with the present certificate. A renewed one needs a new channel, whose certificate is
+        fixed."""
         if not isinstance(self._credentials, Identity):
             if not self._channels:
                 self._channels.append(aio.insecure_channel(self.address, options=self._options))

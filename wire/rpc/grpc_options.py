@@ -1,4 +1,4 @@
-"""Settings that the gRPC library takes from the environment only, before its first import. Imports no gRPC."""
+"""Settings that gRPC reads only from the environment, when it is first imported. This module does not import it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from importlib.metadata import version
 
 _EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 _MEASURED_VERSIONS = ("1.85.",)
-"""Releases of gRPC in which these undocumented names were measured; others, which would print a complaint, use their
-own event loop: the same results, slower links between machines. Figures: benchmarks/notebook.md."""
+"""The gRPC releases with which these undocumented experiments were measured. Others would print a warning, so they keep
+gRPC's own event loop: equal results, slower links between machines. Figures: benchmarks/notebook.md."""
 
 
 def tune_grpc() -> None:
-    """Sets gRPC's faster event loop for links between machines, before gRPC is imported. Settings of the user stay."""
+    """Selects gRPC's faster event loop for links between machines, if gRPC is not imported yet. The user's settings
+    stay."""
     if "grpc" in sys.modules:
         return
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

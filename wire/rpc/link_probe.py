@@ -1,4 +1,4 @@
-"""Round trip and throughput of a stream to another process, measured with messages of the size of activations."""
+"""Measures round trip and throughput of a stream to another process, with messages as large as activations."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _MOST_MESSAGES = 256
 
 
 async def serve_echo(stream: ServerStream) -> None:
-    """Answers messages with short ones; after each ping caches are cold, as a stage's are between two tokens."""
+    """Answers messages with short ones. Flushes caches after each ping, because a stage's are cold between two
+    tokens."""
     await stream.accept()
     caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
@@ -40,7 +41,8 @@ async def serve_echo(stream: ServerStream) -> None:
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
-    """Takes up to a few seconds. Raises StreamBrokenError for a peer out of reach, DeadlineError for no answer."""
+    """Measures for up to a few seconds. Raises StreamBrokenError if the peer is out of reach, DeadlineError without an
+    answer."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):
@@ -52,7 +54,7 @@ async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
 
 
 async def try_link(peer: Peer, seconds: float, permit: str = "") -> None:
-    """Sends as much as a prompt's frames. Raises StreamBrokenError or DeadlineError, as `measure_link`."""
+    """Sends 64 KiB and waits for the answer. Raises StreamBrokenError or DeadlineError."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"an answer from {peer.address}", seconds):

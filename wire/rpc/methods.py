@@ -19,7 +19,7 @@ ECHO = "/llamaclust.v1.Stage/Echo"
 FETCH = "/llamaclust.v1.Weights/Fetch"
 
 PIECE_BYTES = 1 << 20
-"""The largest message of gRPC. Longer ones are sent in pieces; a shorter piece, which may be empty, is the last."""
+"""The size of the largest gRPC message. A longer message is sent in pieces; its last piece is shorter, even empty."""
 PROBE_BYTES = 1 << 19
 
 
@@ -34,7 +34,8 @@ class Callers(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Bounds of one method. Streams are counted for a process, and for one caller by the name in its certificate."""
+    """Bounds of one method. `streams` counts all streams of a process, `streams_of_caller` those with one certificate
+    name."""
 
     callers: Callers
     streams: int

@@ -1,4 +1,5 @@
-"""The round trip of the network to another process, without programs: the time in which kernels accept a connection."""
+"""Measures the network's round trip to another process, without programs: the time until a kernel accepts a
+connection."""
 
 from __future__ import annotations
 
@@ -16,11 +17,12 @@ from llamaclust.wire.rpc.unix_streams import PREFIX
 _CONNECTIONS = 8
 _CONNECT_S = 2.0
 _MOST_S = 4.0
-"""The limit of all, with the name's resolution."""
+"""The limit of the whole measurement, name resolution included."""
 
 
 async def network_round_trip(address: str) -> float | None:
-    """Returns the shortest of some connections to HOST:PORT or unix:PATH, in seconds; None if none is accepted soon."""
+    """Returns the shortest time in seconds of several connections to HOST:PORT or unix:PATH; None if none succeeds in
+    time."""
     if not address:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Long messages on gRPC streams, sent in pieces so that no peer can send more than its receiver agreed to hold."""
+"""Sends long messages on gRPC streams in pieces, so that no peer can send more than its receiver accepts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def pieces_of(message: bytes) -> Iterator[bytes]:
 
 
 async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> bytes | None:
-    """Returns None at the stream's end. Raises ProtocolError, with nothing kept, for a too long or incomplete one."""
+    """Returns the next message, None at the end. Raises ProtocolError, which holds no data, if it is too long or
+    incomplete."""
     data: Any = await read()
     if data is _EOF:
         return None
@@ -46,7 +47,7 @@ async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> b
 
 
 def whole(data: bytes, most_bytes: int) -> bytes:
-    """Returns `data`. Raises ProtocolError, with nothing kept, if it is too large."""
+    """Returns `data`. Raises ProtocolError, which does not hold `data`, if it is too large."""
     if (size := len(data)) > most_bytes:
         del data
         raise too_large(size, most_bytes)

@@ -1,5 +1,5 @@
-"""Refused peers in a bounded number of log lines, so that connection attempts cannot fill a disk. Connections that end
-before they show a certificate are counted here, since gRPC refuses them silently."""
+"""Logs refused peers in a bounded number of lines, so that connection attempts cannot fill a disk. Counts connections
+that end before they show a certificate, since gRPC refuses them silently."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RefusalLog:
 
 
 class Handshakes:
-    """The handshakes of one server. A connection from which no call came in time was refused."""
+    """The handshakes of one server. A connection without a call in time counts as refused."""
 
     def __init__(self, address: str, limit_s: float, refusals: RefusalLog) -> None:
         self._address = address
@@ -91,7 +91,8 @@ class Handshakes:
 
     @contextmanager
     def call(self, caller: str) -> Iterator[None]:
-        """Registers a call from `caller`, gRPC's name of the other end, which is remembered for some time after it."""
+        """Registers a call from `caller`, which is gRPC's name of the peer. The name is remembered for some time after
+        the call."""
         if caller not in self._calls and caller not in self._callers:
             self._answered += 1
         self._callers.pop(caller, None)

@@ -1,6 +1,6 @@
-"""Time slices of threads. Threads that only hand messages on request short ones, so that they are scheduled soon on
-cores where others compute; a worker's own threads, which all compute, keep the usual ones. Linux 6.12 and later obey.
-Figures: benchmarks/run.py split."""
+"""Time slices of threads. Threads that only pass messages on request short slices, so that they soon run on cores where
+others compute. A worker's own threads all compute and keep the usual slices. Linux 6.12 and later obey. Figures:
+benchmarks/run.py split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr: size, policy, fla
 
 
 def request_slices(slice_ns: int) -> None:
-    """Applies to this thread, and to threads and processes that it starts later."""
+    """Sets the slices of this thread, and of threads and processes that it starts later."""
     attributes = _attributes(0)
     if attributes is not None:
         size, policy, flags, nice, priority, _, deadline, period = attributes
@@ -37,7 +37,7 @@ def short_slices() -> Iterator[None]:
 
 
 def _attributes(thread_id: int) -> tuple[int, ...] | None:
-    """Returns None if the system lacks the call, and for threads of a real-time, batch or idle class."""
+    """Returns None if the system lacks the call or the thread has a real-time, batch or idle policy."""
     buffer = ctypes.create_string_buffer(_ATTRIBUTES.size)
     if not _call(1, thread_id, buffer, _ATTRIBUTES.size, 0):
         return None

@@ -1,4 +1,4 @@
-"""Messages on their way into a stream, for senders that do not wait until the network has taken them."""
+"""A queue of messages to a stream, for senders that do not wait for the network."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ class SendQueue:
         self._is_writing = False
 
     def put(self, *messages: bytes) -> None:
-        """Hands the messages to the stream at once, together, if nothing is on its way and the stream takes them."""
+        """Sends the messages at once if no others wait and the stream takes them. Otherwise queues them."""
         if self._is_writing or not self._waiting.empty() or not self._stream.try_write(*messages):
             for data in messages:
                 self._waiting.put_nowait(data)
 
     async def run(self) -> NoReturn:
-        """Raises DeadlineError if the network does not take a message, or the stream's error."""
+        """Sends queued messages. Raises DeadlineError if the network does not take one in time, or the stream's
+        error."""
         async with recurring_deadline(self._what, self._seconds) as limit:
             while True:
                 data = await self._waiting.get()

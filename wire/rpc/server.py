@@ -1,4 +1,4 @@
-"""The serving side of channels: callers are checked before anything is read, errors become status codes."""
+"""The server side of streams. Callers are checked before anything is read; errors become status codes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
 
 @contextmanager
 def _peer_here() -> Iterator[None]:
-    """Turns gRPC's undocumented errors into StreamBrokenError when the peer or the server has gone."""
+    """Raises StreamBrokenError for gRPC's undocumented errors after the peer or the server has gone."""
     try:
         yield
     except aio.BaseError as error:
@@ -54,7 +54,8 @@ def _peer_here() -> Iterator[None]:
 
 
 class ServerStream:
-    """Our end of a stream that a peer opened; `peer` is the identity in its certificate, None without certificates."""
+    """This process's end of a stream that a peer opened. `peer` is the identity in the peer's certificate, if it has
+    one."""
 
     _context: Any
 
@@ -65,7 +66,6 @@ class ServerStream:
 
     @property
     def epoch(self) -> int:
-        """The epoch in the stream's metadata. Raises ProtocolError if the metadata names none."""
         text = str(dict(self._context.invocation_metadata()).get(EPOCH_KEY, ""))
         if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= UINT64):
             raise ProtocolError(f"metadata {EPOCH_KEY}: a number is expected")
@@ -85,7 +85,7 @@ class ServerStream:
 
     @property
     def is_local(self) -> bool:
-        """True if the peer is on this machine; messages are then received without a reader."""
+        """True if the peer is on this machine. Messages then arrive even if no task reads."""
         return False
 
     @property
@@ -136,7 +136,8 @@ class _Places:
 
     @contextmanager
     def taken(self, caller: Principal | None) -> Iterator[None]:
-        """Raises ProtocolError if all places are taken. Callers without a certificate are not told apart."""
+        """Counts a stream of `caller`. Raises ProtocolError if too many are open. Callers without a certificate count
+        as one."""
         method, total = self._method, self._open.total()
         if total >= method.streams or (caller is not None and self._open[caller] >= method.streams_of_caller):
             of_caller = "" if caller is None else f" ({self._open[caller]} of {caller})"
@@ -166,7 +167,7 @@ class _Entry:
             yield
 
     async def ended(self) -> None:
-        """Returns when the cancelled calls have ended: gRPC writes tracebacks of those that end with the event loop."""
+        """Waits until cancelled calls have ended: gRPC prints tracebacks of calls that end with the event loop."""
         if self._calls:
             await asyncio.wait(self._calls, timeout=_CALLS_END_S)
         await asyncio.sleep(0)
@@ -187,7 +188,7 @@ class _Entry:
         return None
 
     def check(self, callers: Callers, caller: Principal | None, context: Any) -> None:
-        """Raises ProtocolError for a member that may not call the method. Stages check their neighbours themselves."""
+        """Raises ProtocolError if `caller` may not call the method. Stages check their neighbours themselves."""
         if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
             return
         if callers is Callers.COORDINATOR:
@@ -224,7 +225,8 @@ def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
 
 
 async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | None = None) -> None:
-    """Ends a stream with an error, whose root cause may be another worker, if the peer and the server are there."""
+    """Ends a stream with an error, unless the peer or the server has gone. `attributed` names the root cause, if
+    known."""
     try:
         await context.abort(code, one_line(why), () if attributed is None else ((ROOT_CAUSE_KEY, attributed),))
     except aio.AbortError:
@@ -234,7 +236,8 @@ async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | 
 
 
 async def _started(server: Any) -> None:
-    """Completes a start that is cancelled and stops the server: gRPC breaks if it is cancelled within its start."""
+    """Starts the server. If cancelled, completes the start and then stops the server: gRPC breaks if its start is
+    interrupted."""
     starting = asyncio.ensure_future(server.start())
     try:
         await asyncio.shield(starting)
@@ -255,7 +258,8 @@ class Server:
     async def start(
         cls, address: str, credentials: Credentials, handlers: Mapping[str, Handler], handshake_s: float = HANDSHAKE_S
     ) -> Server:
-        """Serves streams by method name; port 0 is any free one. Raises UsageError if the address cannot be had."""
+        """Starts a server with a handler for each method. Port 0 means any free port. Raises UsageError if it cannot
+        listen."""
         check_address(address, credentials)
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)

@@ -1,5 +1,5 @@
-"""Connections to a port that have not shown a certificate: bounded in all and by host, the oldest are closed first.
-gRPC has no bound for them; it notices the end of one that is shut down here."""
+"""Bounds the connections to a port that have not shown a certificate, in total and by host, and closes the oldest
+first. gRPC has no such bound, but notices when a connection is shut down here."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ class _Silent:
 
     @property
     def host(self) -> str:
-        """The unit in which connections are counted: a host may have any address of its IPv6 network."""
         return bounded_host(self.caller[0])
 
 
@@ -39,9 +38,9 @@ class SilentConnections:
         self._looks: dict[_Caller, int] = {}
 
     def close_excess(self, port: int, callers: Container[str]) -> tuple[int, int]:
-        """Closes connections beyond the bounds that an earlier look has seen too, so that new ones have time to show a
-        certificate. `callers` are gRPC's names of those with calls. Returns the numbers closed and left. Raises
-        OSError without two free descriptors."""
+        """Closes connections beyond the bounds. Only those that an earlier call saw too are closed, so that new ones
+        have time to show a certificate. `callers` has gRPC's names of peers with calls. Returns the numbers of closed
+        and remaining ones. Raises OSError if fewer than two descriptors are free."""
         silent = sorted(self._silent(port, callers), key=lambda connection: -connection.looks)
         self._looks = {connection.caller: connection.looks for connection in silent}
         of_host, closed = Counter(connection.host for connection in silent), 0

@@ -13,7 +13,8 @@ Result = TypeVar("Result")
 
 
 class TaskSet:
-    """Keeps tasks, which the event loop holds only weakly, and logs errors of tasks that nothing awaits."""
+    """Keeps references to tasks, because the event loop has only weak ones, and logs errors of tasks that nothing
+    awaits."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -33,7 +34,7 @@ class TaskSet:
             _log.error("a background task failed", exc_info=error)
 
     async def join(self) -> None:
-        """Returns when no task is left, errors included. The caller has a deadline."""
+        """Waits until all tasks have ended, with or without errors. The caller has a deadline."""
         while self._tasks:
             await asyncio.wait(self._tasks)  # unlike gather, it leaves them alone where it is cancelled
 

@@ -20,9 +20,9 @@ from grpc import aio
 _HEAD = struct.Struct("<IB")
 _MOST_CONTROL_BYTES = 1 << 16
 _MOST_UNREAD_BYTES = 1 << 22
-"""Messages beyond this bound wait with the sender."""
+"""The size of unread messages from which on nothing more is received, so that the sender waits."""
 _MESSAGE_BYTES = 64
-"""The memory of each message beside its content."""
+"""The memory that a message takes in addition to its content."""
 _PIECE_BYTES = 1 << 18
 CALL_S = 10.0
 """The time in which a connection must name its stream."""
@@ -38,11 +38,11 @@ class FrameKind(IntEnum):
 
 
 class EndedError(aio.BaseError, grpc.RpcError):
-    """A stream that has ended otherwise than in order."""
+    """A stream that has ended, mostly with an error."""
 
 
 class _LargeFrame:
-    """A frame that is received in parts, straight into its place."""
+    """A frame that is larger than the buffer: it is received in parts, into memory of its own."""
 
     __slots__ = ("_filled", "_size", "content", "kind")
 
@@ -54,13 +54,12 @@ class _LargeFrame:
 
     @property
     def free(self) -> memoryview:
-        """The place for the next bytes. It grows with them, since the size in a frame's head may be wrong."""
+        """The memory for the next bytes. It grows as they arrive, because the size in a frame's head may be wrong."""
         if self._filled == len(self.content):
             self.content.extend(bytes(min(max(self._filled, _PIECE_BYTES), self._size - self._filled)))
         return memoryview(self.content)[self._filled :]
 
     def add(self, count: int) -> bool:
-        """Counts the received bytes; returns True once all are there."""
         self._filled += count
         return self._filled == self._size
 
@@ -77,9 +76,9 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Frames both ways. `on_control` gets all frames but messages, `on_lost` the end. A message of more than
-    `most_bytes` ends the connection before it is received; with `awaits_call`, the first frame must be a call, and
-    come soon."""
+    """Sends and receives frames. `on_control` is called with each frame that is not a message, `on_lost` at the end. A
+    message larger than `most_bytes` ends the connection before it is received. If `awaits_call`, the first frame must
+    be a CALL and arrive soon."""
 
     def __init__(
         self,
@@ -125,7 +124,8 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame without waiting, behind a large message on its way. Raises EndedError after the end."""
+        """Sends a small frame without waiting, after a large message that is being sent. Raises EndedError after the
+        end."""
         frame = _HEAD.pack(len(data), kind) + data
         if self._is_sending:
             self._behind += frame
@@ -138,7 +138,8 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def try_send(self, *messages: bytes) -> bool:
-        """Sends messages in one system call if the system takes nearly all at once; returns False if none was sent."""
+        """Sends messages in one system call, if they are small and none is being sent. Returns False if none was
+        sent."""
         transport = self._transport
         if transport is None or transport.is_closing() or self._is_sending or not self._writable.is_set():
             return False
@@ -148,7 +149,8 @@ class UnixConnection(asyncio.BufferedProtocol):
         return True
 
     async def send(self, *messages: bytes) -> None:
-        """Returns when the system has taken nearly all. One call at a time; a cancelled one ends the connection."""
+        """Returns when the system has taken nearly all bytes. One call at a time; a cancelled call may end the
+        connection."""
         if sum(map(len, messages)) > _PIECE_BYTES:
             await self._send_in_pieces(messages)
             return
@@ -182,7 +184,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._wake()
 
     def close(self) -> None:
-        """Closes the connection after everything that was sent, even a large message on its way."""
+        """Closes the connection once everything is sent, including a large message that is being sent."""
         self._is_closing = True
         if self._transport is not None and not self._is_sending:
             self._transport.close()
@@ -215,7 +217,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self.complete()
 
     def _take_rest(self) -> None:
-        """Receives frames from before the end: after a failed write, the event loop reads no more."""
+        """Receives frames that arrived before the end. After a failed write, the event loop reads no more."""
         assert self._transport is not None
         descriptor = self._transport.get_extra_info("socket").fileno()
         with suppress(OSError):  # there is no more

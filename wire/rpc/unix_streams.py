@@ -1,7 +1,7 @@
-"""Streams on Unix sockets, a connection each, with the parts of gRPC's calls and contexts that `client.py` and
-`server.py` use. A change to gRPC's threads and back takes as long as a small stage computes a token.
+"""Streams on Unix sockets, each on its own connection, with the parts of gRPC's interface that `client.py` and
+`server.py` use. In gRPC, the change of threads alone takes as long as a small stage computes a token.
 
-A caller sends CALL, messages and perhaps END; the other side ACCEPTED, messages and last STATUS."""
+A caller sends CALL, messages and perhaps END. The other side sends ACCEPTED, messages and finally STATUS."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from llamaclust.wire.rpc.unix_connection import EndedError, FrameKind, UnixConne
 PREFIX = "unix:"
 Metadata = tuple[tuple[str, str], ...]
 Serve = Callable[[Any, Any], Awaitable[None]]
-"""A handler with gRPC's signature: requests, which these handlers read from the context instead, and the context."""
+"""A handler with gRPC's signature (requests, context). It ignores the requests and reads from the context."""
 
 _EOF: Any = aio.EOF  # type: ignore[attr-defined]
 _RETRY_S = 0.02
 
 
 class UnixCall:
-    """A stream that this process opens, with the interface of gRPC's calls; it connects at once."""
+    """A stream that this process opens, with the interface of gRPC's calls. It begins to connect at once."""
 
     def __init__(self, path: str, method: str, metadata: Metadata, most_bytes: int, *, wait_for_ready: bool) -> None:
         self._connection = UnixConnection(self._control, self._lost, most_bytes)
@@ -70,7 +70,7 @@ class UnixCall:
         self._connection.abort()
 
     async def code(self) -> grpc.StatusCode:
-        """The status, known once `read` or `write` has failed."""
+        """Returns the status, which is known once `read` or `write` has failed."""
         return grpc.StatusCode.UNKNOWN if self._status is None else self._status[0]
 
     async def details(self) -> str:
@@ -122,7 +122,8 @@ class UnixCall:
 
 
 class UnixContext:
-    """A stream that another process has opened, with gRPC contexts' interface; the peer's end cancels its handler."""
+    """A stream that another process opened, with the interface of gRPC's contexts. Its handler is cancelled if the peer
+    ends."""
 
     def __init__(self, server: UnixServer) -> None:
         self.connection = UnixConnection(self._control, self._lost, 0, awaits_call=True)

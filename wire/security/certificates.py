@@ -1,4 +1,4 @@
-"""Keys, requests and certificates as bytes: ECDSA on P-256, made and read by `cryptography`."""
+"""Makes and reads keys, certificate requests and certificates as bytes, with `cryptography` (ECDSA on P-256)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ class NewKey:
 
     @property
     def request(self) -> bytes:
-        """A certificate request (DER) without a name, which travels beside it."""
+        """A certificate request (DER) with an empty subject; the name is sent next to it."""
         builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def with_certificate(self, certificate: bytes) -> KeyPair:
-        """Raises ProtocolError for a certificate (DER) of another key."""
         loaded = _certificate(certificate)
         if loaded.public_key() != self._key.public_key():
             raise ProtocolError("the certificate is for another key")
@@ -46,7 +45,8 @@ def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
 
 
 def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
-    """Returns the key of a request (DER) that the key has signed. Raises ProtocolError for anything else."""
+    """Returns the public key of a request (DER). Raises ProtocolError if the request is damaged or not signed by that
+    key."""
     try:
         loaded = x509.load_der_x509_csr(request)
         key = loaded.public_key()
@@ -64,7 +64,8 @@ def sign(pair: KeyPair, statement: bytes) -> bytes:
 
 
 def has_signed(host: str, certificate: bytes, statement: bytes, signature: bytes, ca: bytes) -> bool:
-    """True if the certificate's owner has signed, and the CA has issued it for `host` alone, even if it has expired."""
+    """True if the certificate's key signed the statement, and the CA issued the certificate for `host` only. It may
+    have expired."""
     try:
         loaded = x509.load_pem_x509_certificate(certificate)
         loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
@@ -83,7 +84,7 @@ def pem(der: bytes) -> bytes:
 
 
 def ends_at_s(certificate_pem: bytes) -> float:
-    """Returns seconds since 1970. Raises UsageError for anything but a certificate."""
+    """Returns the certificate's end in seconds since 1970. Raises UsageError if it cannot be read."""
     try:
         return x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc.timestamp()
     except ValueError as error:
@@ -91,7 +92,6 @@ def ends_at_s(certificate_pem: bytes) -> float:
 
 
 def ca_hash(ca: bytes) -> bytes:
-    """The SHA-256 of the CA certificate (DER), which a join token pins."""
     return hashlib.sha256(ca).digest()
 
 

@@ -59,14 +59,16 @@ class KeyPair:
 
     @property
     def renewal_in_s(self) -> float:
-        """Seconds until two thirds of the life are over; 0 if the clock was set back to before it."""
+        """Seconds until two thirds of the certificate's life are over; 0 if the clock was set back to before its
+        beginning."""
         age_s = time.time() - self.made_at_s
         return 0.0 if age_s < -MAX_SKEW_S else max(0.0, self.life_s * 2 / 3 - age_s)
 
 
 @dataclass(slots=True, eq=False)
 class Identity:
-    """The certificate that this process shows, and the CA that it accepts; a renewed pair disturbs no connection."""
+    """The certificate that this process shows, and the CA that it accepts. Replacing `pair` interrupts no
+    connection."""
 
     ca: bytes  # its certificate, PEM
     cluster: str
@@ -76,14 +78,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Insecure:
-    """Links that anybody can read, change and open: only if the user has said so."""
+    """The choice of links that anybody can read, change and open. Only the user can make it."""
 
 
 Credentials = ClusterToken | Identity | Insecure
 
 
 def check_address(address: str, credentials: Credentials) -> None:
-    """Raises UsageError for an address that must not be used with these credentials, or is none."""
+    """Raises UsageError if this is not an address, or one that must not be used with these credentials."""
     if isinstance(credentials, ClusterToken):
         check_private(address)
     else:
@@ -91,7 +93,7 @@ def check_address(address: str, credentials: Credentials) -> None:
 
 
 def check_private(address: str) -> None:
-    """Raises UsageError for an address where other machines could listen in, since links are not encrypted."""
+    """Raises UsageError if the address is not of this machine only: these links are not encrypted."""
     if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
         what = "only unix:PATH and loopback HOST:PORT are possible here, because these links are not encrypted"
         raise UsageError(f"address {address!r}: {what}")

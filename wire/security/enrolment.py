@@ -1,4 +1,4 @@
-"""Messages of the enrolment port: a challenge, a request, an answer; the proofs in them, and their bytes."""
+"""Messages of the enrolment port (challenge, request, grant or refusal), the proofs in them, and their codec."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Request:
         return replace(self, proof=_mac(token, _WORKER, *_transcript(token, challenge, self)))
 
     def is_proven(self, token: JoinToken, challenge: Challenge) -> bool:
-        """True if its sender knows the token and answers this challenge."""
+        """True if the sender knows the token and answers this challenge."""
         return hmac.compare_digest(self.proof, self.proven(token, challenge).proof)
 
 
@@ -74,7 +74,7 @@ def _transcript(token: JoinToken, challenge: Challenge, request: Request) -> tup
 
 
 def _mac(token: JoinToken, label: bytes, *parts: bytes) -> bytes:
-    """Puts each part after its length, so that no two lists of parts are the same bytes."""
+    """Returns an HMAC. Each part follows its length, so that different lists of parts never give the same bytes."""
     data = b"".join(len(part).to_bytes(4, "big") + part for part in (label, *parts))
     return hmac.digest(token.secret, data, "sha256")
 
@@ -91,12 +91,11 @@ def encode_request(request: Request) -> bytes:
 
 
 def decode_request(data: bytes) -> Request:
-    """Raises ProtocolError for bytes that are no request or break a bound."""
     return read(Request, parse(proto.EnrolmentRequest, data, MAX_ENROLMENT_BYTES))
 
 
 async def read_message(reader: asyncio.StreamReader) -> bytes | None:
-    """Returns None at the end. Raises ProtocolError for a message that is too large or broken off."""
+    """Returns None at the end. Raises ProtocolError if a message is too large or incomplete."""
     try:
         head = await reader.read(1)
         if not head:

@@ -1,4 +1,5 @@
-"""Permits to measure links: signed by the coordinator for one caller and one worker, shown when the stream opens."""
+"""Permits to measure links. The coordinator signs one for a caller and a worker; the caller shows it with its
+stream."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Ident
 
 
 def permit(credentials: Credentials, caller: str, worker: str) -> str:
-    """Signs a permit for `caller` with the coordinator's credentials; empty if members have no certificates."""
+    """Returns a permit for `caller`, signed by the coordinator; it is empty if members have no certificates."""
     if not isinstance(credentials, Identity):
         return ""
     from llamaclust.wire.security.certificates import sign
@@ -22,7 +23,8 @@ def permit(credentials: Credentials, caller: str, worker: str) -> str:
 
 
 def is_permitted(credentials: Credentials, caller: Principal, shown: str) -> bool:
-    """True if the coordinator permits `caller` to measure its link here, until the signing certificate ends."""
+    """True if `shown` permits `caller` to measure its link to this process. A permit ends with the certificate that
+    signed it."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import ends_at_s, has_signed

@@ -7,7 +7,7 @@ import asyncio
 from llamaclust.wire.security.credentials import Identity
 
 _LOOK_S = 5.0
-"""Sleeps use a clock that stands still while the machine is suspended; certificates use the wall clock."""
+"""The longest sleep. Its clock stops while the machine is suspended, but certificates end by the wall clock."""
 
 
 async def until_renewal(identity: Identity) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def server_context(pem: bytes, minimum: ssl.TLSVersion) -> ssl.SSLContext:
-    """Shows the certificates in `pem`, which has the private key too; Python reads them from files only."""
+    """Returns a context with the certificates and the private key in `pem`, which Python can read only from a file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = minimum
     context.options |= ssl.OP_NO_RENEGOTIATION

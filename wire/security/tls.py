@@ -20,7 +20,8 @@ def channel_credentials(identity: Identity) -> Any:
 
 
 def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> Any:
-    """Shows a renewed pair from the next handshake on. `on_handshake` is called as each begins, on any thread."""
+    """Returns credentials that use a renewed pair from the next handshake on. Calls `on_handshake` at each, on any
+    thread."""
     shown = identity.pair
 
     def configuration(pair: KeyPair) -> Any:
@@ -38,7 +39,8 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Raises UsageError if the certificate is no member's, or has ended: a resumed session does not check that."""
+    """Returns the peer's identity. Raises UsageError if its certificate is not a member's or has ended, which TLS does
+    not check in resumed sessions."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]

@@ -1,4 +1,4 @@
-"""Shared secrets in files of mode 0600: the token of a cluster on one machine, and the join token of others."""
+"""Shared secrets in files of mode 0600: the token of a cluster on one machine, the join token of one on several."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class ClusterToken:
 
 @dataclass(frozen=True, slots=True)
 class JoinToken:
-    """The CA to trust and the right to join, as text `lc1.<SHA-256 of the CA certificate, hex>.<secret>`."""
+    """The hash of the CA to trust and the secret to join with. Text form: `lc1.<SHA-256 of the CA certificate,
+    hex>.<secret>`."""
 
     ca_hash: bytes
     secret: bytes = field(repr=False)
@@ -72,7 +73,7 @@ class JoinToken:
 
 
 def read_private(path: Path) -> str:
-    """Returns a secret file's content without white space around it. Raises UsageError if others may read the file."""
+    """Returns the stripped content of a secret file. Raises UsageError if others may read the file."""
     try:
         with open_regular(path) as file:
             mode = os.fstat(file.fileno()).st_mode

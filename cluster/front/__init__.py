@@ -1,1 +1,1 @@
-"""Requests of clients: read in the form of any API, computed into logs of answers, shown in the client's form."""
+"""Serves clients: reads requests in the form of any API, computes logs of answers, and shows them in the same form."""

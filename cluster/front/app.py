@@ -1,4 +1,4 @@
-"""The HTTP API of the served models, put together."""
+"""The ASGI app of the HTTP API: it puts middlewares and the routes of all dialects and models together."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
 )
 """The endpoints of each model. An endpoint that needs more than its model is made in `_model_routes`."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
-"""Headers of replies that scripts of web pages may read beside those that are always readable."""
+"""Headers of replies that scripts of web pages may read in addition to those that CORS always allows."""
 
 
 _AFTER: Final = QueryParameter(
@@ -73,8 +73,8 @@ _CONVERSATION: Final = QueryParameter("conv_id", "string", "the conversation's n
 def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
-    """Makes the app of one model or several, all with the same server settings. `admission` lets its owner drain the
-    app; `workers`: None omits the endpoints of workers. The owner of the models closes their replies."""
+    """Makes the app of one model or several, all with the same server settings. The caller can drain the app through
+    `admission`, and must close the models' replies. `workers` None: there are no endpoints of workers."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
     app.router.redirect_slashes = False  # see `Paths`
@@ -83,8 +83,8 @@ def create_app(
 
 
 def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middleware]:
-    """Returns the middlewares, the outermost first. CORS is outside of all that refuse requests: allowed pages may read
-    why."""
+    """Returns the middlewares, the outermost first. CORS comes before those that refuse requests, so that allowed pages
+    can read the reason of a refusal."""
     cors = Middleware(
         CORSMiddleware,
         allow_origin_regex=page_origins(settings).pattern,
@@ -122,7 +122,7 @@ def _routes(router: ModelRouter, store: ResponseStore, workers: WorkerOperations
 
 
 def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
-    """Yields the endpoints of one model, in an order that is the same for all models."""
+    """Yields the endpoints of one model. Their order is the same for all models, because `_routes` zips them."""
     for endpoint in ENDPOINTS:
         for path in endpoint.paths:
             yield from endpoint(model, path).routes()
@@ -133,7 +133,6 @@ def _model_routes(model: ApiModel, store: ResponseStore) -> Iterator[Route]:
 
 
 def _stream_routes(replies: Replies) -> Iterator[Route]:
-    """Yields routes that read replies again, or stop them."""
     by_id, by_place = "/v1/streams/{id:path}", "/v1/stream/{id:path}"
     yield Route("GET", by_id, replies.resume, query=(_AFTER,), types=(JSON, EVENTS))
     yield Route("GET", by_place, replies.replay, query=(_FROM,), types=(EVENTS,))

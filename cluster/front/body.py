@@ -1,5 +1,5 @@
-"""Request bodies as they arrive, bounded in size, time and depth, and the header of replies that names their parts
-without effect, unless a header of the request asks for a refusal."""
+"""Reads request bodies within bounds of size, time and depth. Names the fields that had no effect in a header of the
+reply, or refuses the request because of them if it has the strict header."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ from llamaclust.core.errors import ParameterError
 
 _READ = "read_body"
 LARGE_BYTES = 1 << 16
-"""Larger bodies are counted, parsed and checked on a thread."""
+"""Bodies that are larger are counted, parsed and checked on a thread."""
 _MOST_OF_A_PLACE = 200
 
 _MOST_VALUES = (1 << 20) + (1 << 16)
-"""Most JSON values of a body: token ids for the longest context, and the other fields. Making them holds up the process
-for a fifth of a second."""
+"""The largest number of JSON values in a body: the token ids of the longest context plus the other fields. Parsing that
+many blocks the process for a fifth of a second."""
 _PROMPT_FIELDS = {
     *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
     *("messages", "system", "input", "instructions", "query", "documents", "texts"),
 }
-"""Fields that hold what the model reads: they may be as large as the body."""
+"""Fields that hold what the model reads. They may be as large as the body."""
 _MOST_FIELD_BYTES = 1 << 22
 _MOST_FIELD_VALUES = {"tools": 1 << 17}
 _MOST_FIELDS = 1024
 
 _reading = Threads(1, "read-body")
-"""A single thread: Python parses one body at a time anyway, and streams go on beside it."""
+"""A single thread, because Python parses only one body at a time. The event loop serves streams meanwhile."""
 _converting = Threads(1, "convert-body")
-"""A thread for bodies that were read: they go on before others are read, so that fewer are held at once."""
+"""A thread for parsed bodies, so that they need not wait for others to be parsed and fewer are held at once."""
 
 _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
@@ -60,7 +60,7 @@ async def read_body(request: Request, kind: type[AnyBody], settings: ApiSettings
 
 
 async def parse_body(data: bytes, kind: type[AnyBody], settings: ApiSettings) -> AnyBody:
-    """Parses a body; the reply names fields without effect. Raises HttpError (400), and what `read_fields` raises."""
+    """Parses a body, and reports fields without effect. Raises HttpError (400), and what `read_fields` raises."""
     leniency = None if settings.is_strict or _is_strict.get() else Leniency()
 
     def parse() -> AnyBody:
@@ -75,21 +75,21 @@ async def parse_body(data: bytes, kind: type[AnyBody], settings: ApiSettings) ->
 async def converted(
     body: Body, make: Callable[_Arguments, _Made], *given: _Arguments.args, **named: _Arguments.kwargs
 ) -> _Made:
-    """Calls `make` with a body, on a thread where the body has many values, such as a large schema."""
+    """Calls `make`, on a thread if the body has many values, such as a large schema."""
     if not has_many_values([*vars(body).values()]):
         return make(*given, **named)
     return await run_on(_converting, make, *given, **named)
 
 
 def _idle(kind: type[Body], settings: ApiSettings) -> dict[str, Neutral]:
-    """Returns the endpoint's own fields that have no effect with these settings."""
+    """Returns those fields of the endpoint that have no effect with these settings."""
     slots = {} if settings.slot_folder is not None or "id_slot" not in kind.model_fields else SLOTS_NOT_KEPT
     return slots if settings.can_unload or "keep_alive" not in kind.model_fields else slots | ALWAYS_LOADED
 
 
 async def has_field(data: bytes, name: str) -> bool:
-    """Returns True if a body has a field that is not null. Raises what `parse_object` raises, unless the body is
-    large."""
+    """Returns True if a body has a field that is not null. Raises what `parse_object` raises; a large body is not
+    checked."""
     if len(data) <= LARGE_BYTES:
         return parse_object(data).get(name) is not None
     members = (await run_on(_reading, outline, data)).members
@@ -97,8 +97,8 @@ async def has_field(data: bytes, name: str) -> bool:
 
 
 def _with_defaults(fields: dict[str, Any], kind: type[Body], settings: ApiSettings) -> dict[str, Any]:
-    """Adds the server's values of fields that the endpoint has and the body has under no name, where the body's own
-    fields leave room for them."""
+    """Adds the server's default for each field that the endpoint has and the body lacks under all of the field's names.
+    Omits defaults that conflict with the body's own fields."""
     if not settings.defaults and not settings.recommended:
         return fields
     given = {kind.foreign.name(name): value for name, value in fields.items() if value is not None}
@@ -112,13 +112,12 @@ def _with_defaults(fields: dict[str, Any], kind: type[Body], settings: ApiSettin
 
 
 async def parse_object_in_time(data: bytes) -> dict[str, Any]:
-    """Calls `parse_object`, in a thread where the body is large."""
     return parse_object(data) if len(data) <= LARGE_BYTES else await run_on(_reading, parse_object, data)
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Parses a JSON object. Raises HttpError and ParameterError for one with too many values, before they are made, and
-    what `parse_json` raises."""
+    """Parses a JSON object. Raises HttpError or ParameterError if it has too many values, before they are made. Also
+    raises what `parse_json` raises."""
     if len(data) > LARGE_BYTES:
         _check_sizes(outline(data))
     payload = parse_json(data)
@@ -149,8 +148,8 @@ def _check_field(member: Member) -> None:
 
 
 def parse_json(data: bytes) -> Any:
-    """Parses JSON, nested 200 levels deep at most. Raises HttpError for what is none, and ParameterError for numbers
-    that no reply could show."""
+    """Parses JSON that is nested at most 200 levels deep. Raises HttpError for invalid JSON, and ParameterError for
+    numbers that a JSON reply could not show, such as NaN."""
     try:
         payload = from_json(data.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
@@ -162,7 +161,8 @@ def parse_json(data: bytes) -> Any:
 
 
 def _not_finite(value: Any) -> str | None:
-    """Returns the place of a number that JSON lacks (NaN) or Python reads as infinite (1e999), if there is one."""
+    """Returns the place of the first number that JSON lacks (NaN) or that Python reads as infinite (1e999). Returns
+    None if all numbers are finite."""
     if isinstance(value, float):
         return None if math.isfinite(value) else ""
     if not isinstance(value, dict | list):
@@ -176,7 +176,7 @@ def _not_finite(value: Any) -> str | None:
 
 
 async def read_bytes(request: Request, settings: ApiSettings, most_bytes: int | None = None) -> bytes:
-    """Reads a body of at most `most_bytes`, or of the general limit. Raises HttpError (413, 408, 415)."""
+    """Reads a body of at most `most_bytes` (None: the settings' `max_body_bytes`). Raises HttpError (413, 408, 415)."""
     most = settings.max_body_bytes if most_bytes is None else most_bytes
     encoding = request.headers.get("content-encoding", "identity")
     if encoding.lower() != "identity":
@@ -195,12 +195,12 @@ async def read_bytes(request: Request, settings: ApiSettings, most_bytes: int | 
 
 
 def hand_on(request: Request, data: bytes) -> None:
-    """Leaves a body that was read to the next call of `read_bytes` for this request."""
+    """Stores a body that was read, so that the next call of `read_bytes` for this request returns it."""
     request.scope[_READ] = data
 
 
 async def _read_all(request: Request, max_bytes: int) -> bytes | None:
-    """Returns None if there is more; the rest is still to come then."""
+    """Returns the body, or None if it is longer than `max_bytes`; the rest of it is not read."""
     if (read := request.scope.pop(_READ, None)) is not None:
         return read if len(read) <= max_bytes else None
     data = bytearray()
@@ -217,16 +217,16 @@ _YES: Final = ("1", "true", "yes")
 _MOST_LOGGED: Final = 256
 _MOST_CHARACTERS: Final = 160
 _MOST_OF_A_HEADER: Final = 3072
-"""Some proxies take no more than 4 KiB for all headers of a reply."""
+"""A bound for this header: some proxies accept at most 4 KiB for all headers of a reply."""
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.$:/\[\]-]")
 
 _log = logging.getLogger(__name__)
 _is_strict: ContextVar[bool] = ContextVar("is_strict", default=False)
-"""True where this task's request is to be refused if a part of it has no effect."""
+"""True if the current task's request is to be refused when a field of it has no effect."""
 
 
 class IgnoredFields:
-    """A middleware that adds the header. The log has a line for each field that a client sends for the first time."""
+    """Middleware that adds the header with the fields without effect. It logs each field once per path."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -254,7 +254,7 @@ class IgnoredFields:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Returns the names, or the first of them and the number of the others if they are too long together."""
+    """Joins the names. If they are too long together, it joins the first ones and adds the number of the others."""
     shown = bisect_right([*accumulate(len(name) + 2 for name in names)], _MOST_OF_A_HEADER)
     more = [f"and {len(names) - shown} more"] if shown < len(names) else []
     return ", ".join([*names[:shown], *more])

@@ -1,4 +1,4 @@
-"""The rules by which the server's defaults of request fields give way to a request's own fields."""
+"""Rules by which a request's own fields take precedence over the server's defaults."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from operator import ne
 from typing import Any, Final
 
 _Refuses = Callable[[Any, Any], bool]
-"""Returns whether a value of one field is refused beside a value of another, which is None where it is absent."""
+"""Returns True if one field's value is refused because of another field's value. An absent field's value is None."""
 
 _GRAMMARS: Final = (
     *("response_format", "json_schema", "grammar", "structured_outputs", "guided_json", "guided_regex"),
@@ -44,7 +44,7 @@ _EXCLUDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     *(("suffix", other, _both) for other in ("raw", "context", "system")),
     *((one, other, _both) for one, other in combinations(_GRAMMARS, 2)),
 )
-"""Pairs of fields that cannot be used together, in either order."""
+"""Pairs of fields that exclude each other. The function is True for values that cannot be used together."""
 _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("stream_options", "stream", _alone),
     ("top_logprobs", "logprobs", _alone),
@@ -53,12 +53,12 @@ _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("score_from", "logprobs", _alone),
     ("tool_choice", "tools", lambda choice, tools: choice not in ("auto", "none") and _is_empty(tools)),
 )
-"""Fields that make sense only with another one."""
+"""Fields that need a second field. The function is True if the second field's value does not permit the first."""
 
 
 def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Returns the defaults that a request's own fields leave room for: those of no field that is given, that a given
-    field excludes, or that needs a field which is absent. `known`: the fields of the endpoint."""
+    """Returns the defaults that may be added to a request. Omits defaults of fields that the request gives, that one of
+    its fields excludes, or that need an absent field. `known`: the fields of the endpoint."""
     absent = {name: value for name, value in defaults.items() if name in known and name not in given}
     values = {**absent, **given}
     excluded = {

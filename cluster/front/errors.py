@@ -1,4 +1,4 @@
-"""Errors of requests, and their JSON in the forms of APIs; a dialect may have a form of its own."""
+"""Errors of requests, and their JSON in the form of each API. A dialect may define its own form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LLAMACPP_TYPES: Final = {
 
 
 class HttpError(LlamaclustError):
-    """A request that is refused with a status of its own."""
+    """An error that refuses a request with an HTTP status, a code and headers of its own."""
 
     def __init__(
         self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None, param: str | None = None
@@ -31,13 +31,13 @@ class HttpError(LlamaclustError):
 
 
 def internal_error() -> LlamaclustError:
-    """Returns the error that replies show for a mistake of ours, which is logged."""
+    """Returns the error that replies show in place of an unexpected exception, which is logged."""
     return LlamaclustError("internal error; the coordinator's log says more")
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The parts of an error that replies show."""
+    """The parts of an error that are shown in a reply."""
 
     status: int  # of HTTP
     message: str
@@ -77,19 +77,16 @@ _OLLAMA_SCHEMA: Final = {"type": "object", "required": ["error"], "properties": 
 
 @dataclass(frozen=True, slots=True)
 class ErrorShape:
-    """The form of errors that the clients of an API expect."""
+    """The form of errors that clients of an API expect."""
 
     body: Callable[[Failure], dict[str, Any]]
-    """The JSON of a reply."""
     event_name: str = ""
-    """Name of the event that ends a stream, and its `type`; "": no event."""
+    """The name, and the field `type`, of the event that ends a stream with an error; "": there is no event."""
     schema_name: str = "Error"
-    """The name of the schema in openapi.json."""
     schema: Mapping[str, Any] = field(default_factory=lambda: _SCHEMA)
 
 
 def error_type(failure: Failure, types: Mapping[int, str], of_server: str = "server_error") -> str:
-    """Returns the type of an error by its status: by default `of_server`, or that of a client's mistake."""
     return types.get(failure.status, "invalid_request_error" if failure.status < 500 else of_server)
 
 
@@ -103,7 +100,6 @@ def _ollama(failure: Failure) -> dict[str, Any]:
 
 
 def _llamacpp(failure: Failure) -> dict[str, Any]:
-    """Returns OpenAI's form with llama.cpp's types, and its numbers."""
     kind = "exceed_context_size_error" if failure.numbers else error_type(failure, _LLAMACPP_TYPES)
     return {"error": {**openai_error(failure)["error"], "type": kind, **failure.numbers}}
 
@@ -114,8 +110,7 @@ OLLAMA: Final = ErrorShape(_ollama, schema_name="OllamaError", schema=_OLLAMA_SC
 
 
 def usual_shape(path: str) -> ErrorShape:
-    """Returns the shape of errors of paths whose routes have none of their own; `path` is the client's, without the
-    prefix."""
+    """Returns the error shape of a path whose route declares none. `path` is the client's path without `api.prefix`."""
     if path.startswith("/api/"):
         return OLLAMA
     return OPENAI if path.startswith(("/v1/", "/cluster")) else LLAMACPP

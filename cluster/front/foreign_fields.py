@@ -1,5 +1,5 @@
-"""Fields of other servers that are not built here, for each family of endpoints, and the values at which they have no
-effect. `refused` fields would change the answer; hints may be ignored."""
+"""Fields of other servers' APIs that are not implemented here, for each family of endpoints. A field has no effect at
+its neutral values. At other values, a refused field would change the answer, and a hint may be ignored."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from llamaclust.cluster.front.schema import ForeignFields, Neutral
 
 
 def only(*values: Any) -> Neutral:
-    """Makes a field neutral at these values, or if nothing is in it."""
+    """Makes a predicate that is True for these values and for empty ones."""
     known = [(type(value), value) for value in values]
     return lambda value: value in ([], {}, "") or (type(value), value) in known
 
 
 def anything(value: Any) -> bool:
-    """Returns true: the field never changes the answer."""
+    """Returns True for every value, because the field never changes the answer."""
     return True
 
 
 def negative(value: Any) -> bool:
-    """Returns True for negative numbers; numbers from 0 on request something."""
+    """Returns True for negative numbers, which switch the field off; 0 and above would have an effect."""
     return type(value) is int and value < 0
 
 
 def number(neutral: float) -> Neutral:
-    """Makes a field neutral at one number, written as 1 or 1.0."""
+    """Makes a predicate that is True for one number, written as 1 or as 1.0."""
     return lambda value: type(value) in (int, float) and value == neutral
 
 
@@ -40,12 +40,13 @@ _HINTS: Final = {
     **_names("store early_stopping backend_sampling cache_reuse", only(False)),
     "priority": number(0),
 }
-"""Hints to all endpoints: unknown fields are hints too, but these have values that need not be mentioned. `metadata` is
-for stored completions, and none are stored; `n_keep` and `n_discard` are for a context that shifts; this one ends."""
+"""Hints of all endpoints. Other unknown fields are ignored too, but these have values that are not even reported.
+`metadata` is for stored completions, which do not exist here. `n_keep` and `n_discard` are for context shift; here,
+generation ends when the context is full."""
 
 _SLOTS: Final = _names("id_slot slot_id", anything)
 _NOT_DRAFTED: Final = _names("speculative speculative.n_max", anything)
-"""Hints to endpoints that generate nothing."""
+"""Hints of endpoints that generate nothing."""
 
 _REFUSED: Final = {
     **_names("grammar_triggers bad_words allowed_token_ids logits_processors structural_tag", only()),
@@ -60,10 +61,10 @@ _REFUSED: Final = {
     "n_indent": number(0),
     "min_keep": only(0, 1),
 }
-"""Samplers, constraints and forms of the answer that no endpoint has."""
+"""Samplers, constraints and output forms that no endpoint has."""
 
 _OTHER_NAMES: Final = {"typ_p": "typical_p", "tfs": "tfs_z", "speculative.n_max": "speculative"}
-"""Other names of fields that all endpoints have."""
+"""Other servers' names of fields that all endpoints have."""
 
 _SLOT_NAME: Final = {"slot_id": "id_slot"}
 
@@ -71,15 +72,15 @@ _BUDGETS: Final = dict.fromkeys(
     ("reasoning_budget_tokens", "thinking_budget_tokens", "thinking_budget", "thinking_token_budget"),
     "reasoning_budget",
 )
-"""Names of `reasoning_budget` in llama.cpp, DashScope and vLLM."""
+"""The names of `reasoning_budget` in llama.cpp, DashScope and vLLM."""
 
 _OPENAI_NAMES: Final = {**_OTHER_NAMES, "repeat_penalty": "repetition_penalty", "n_predict": "max_tokens"}
 
 SLOTS_NOT_KEPT: Final = _names("id_slot slot_id", negative)
-"""Fields without effect if there is no folder for slots."""
+"""Fields without effect if `api.slot_folder` is not set."""
 
 ALWAYS_LOADED: Final = _names("keep_alive", negative)
-"""Fields without effect for a model that is served alone."""
+"""Fields without effect if only one model is served, because it is never unloaded."""
 
 CHAT: Final = ForeignFields(
     refused={
@@ -103,7 +104,7 @@ MESSAGE: Final = ForeignFields(
     refused=_names("audio function_call", only()),
     hints=_names("id refusal annotations cache_control", anything),
 )
-"""Fields of messages: an answer of this API, or of another, may be sent back."""
+"""Fields of chat messages. Clients send answers of this server or another back as messages, with all fields."""
 
 COMPLETION: Final = ForeignFields(
     refused={**_REFUSED, **_names("suffix prompt_embeds", only()), "n_cmpl": number(1)},
@@ -132,10 +133,10 @@ RERANK: Final = ForeignFields(
     | _names("truncate", only(False)),
     hints={**_HINTS, **_SLOTS, **_NOT_DRAFTED, **_names("raw_scores truncation_direction", anything)},
 )
-"""Fields of reranking: scores are the model's own, as in llama.cpp."""
+"""Fields of reranking. Scores are the model's raw scores, as in llama.cpp."""
 
 TEXT_ONLY: Final = ForeignFields(hints={"model": anything})
-"""Fields of endpoints that compute nothing."""
+"""Fields of endpoints that compute nothing, such as `/tokenize`."""
 
 _CHAT_ONLY: Final = {
     **_REFUSED,
@@ -144,7 +145,7 @@ _CHAT_ONLY: Final = {
     "guided_json_object": only(False),
     "n": number(1),
 }
-"""Fields of OpenAI's chats that other chats refuse."""
+"""Fields of `/v1/chat/completions` that the other chat APIs refuse."""
 
 RESPONSES: Final = ForeignFields(
     refused={
@@ -177,8 +178,8 @@ MESSAGES: Final = ForeignFields(
     ),
     other_names={**_OPENAI_NAMES, **_BUDGETS, "stop": "stop_sequences"},
 )
-"""Fields of Anthropic's API: its hints are about costs, caches and places; `context_management` would only shorten
-chats."""
+"""Fields of Anthropic's Messages API. Its hints concern costs, caches and regions; `context_management` would only
+shorten chats."""
 
 THINKING: Final = ForeignFields(hints={"display": only("summarized")})
 
@@ -197,13 +198,14 @@ OLLAMA_OPTIONS: Final = ForeignFields(
     | _OTHER_NAMES
     | _BUDGETS,
 )
-"""Options of Ollama: the cluster file decides how the model is computed. A smaller context would truncate prompts."""
+"""Options of Ollama. Its hints concern how the model is computed: the cluster file decides about that."""
 
 OLLAMA: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template images adapters lora", only())},
     hints=_names("truncate shift", anything),
 )
-"""Fields of Ollama: a prompt is never truncated, and a context never shifted."""
+"""Fields of Ollama's requests. `truncate` and `shift` have no effect: prompts are never truncated, and the context
+never shifts."""
 
 OLLAMA_MESSAGE: Final = ForeignFields(
     refused=_names("images", only()), other_names={"name": "tool_name", "reasoning_content": "thinking"}

@@ -1,5 +1,5 @@
-"""JSON of replies and bodies: rendering in parts, sizes of values, outlines of large texts, and timings by llama.cpp's
-names."""
+"""JSON of bodies and replies: incremental rendering, size estimates, outlines of large texts, and timings under
+llama.cpp's names."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 
 
 class DeferredValue(ABC):
-    """A part of a JSON value that is made each time it is rendered: it takes less memory until then."""
+    """A part of a JSON value that is made anew each time it is rendered. Its unrendered form takes less memory."""
 
     __slots__ = ()
 
     @property
     @abstractmethod
     def entries(self) -> int:
-        """The approximate number of numbers and texts in it."""
+        """The approximate number of numbers and texts in the value."""
 
     @property
     @abstractmethod
     def held_bytes(self) -> int:
-        """Bytes of memory that it takes."""
+        """The memory that the unrendered form takes."""
 
     @abstractmethod
     def made(self) -> Any:
-        """Makes the value."""
+        """Makes the JSON value."""
 
 
 def to_json(value: Any) -> bytes:
-    """Renders a value as JSON. Iterators are arrays; numbers that JSON lacks are a mistake of ours; halves of surrogate
-    pairs become '?'."""
+    """Renders a value as JSON. Iterators become arrays, and lone surrogates become '?'. Raises ValueError for NaN and
+    infinity."""
     return _encoder.encode(value).encode("utf-8", "replace")
 
 
@@ -59,10 +59,10 @@ _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(","
 
 
 MAX_FIELD_VALUES: Final = 1 << 15
-"""JSON values of a field that holds no prompt: a grammar, a list of texts or ids."""
+"""The largest number of JSON values in a field that holds no prompt, such as a grammar or a list of texts."""
 
 _BLOCK_BYTES: Final = 1 << 18
-"""Bytes that are counted in one go, mostly with the interpreter free for other threads."""
+"""Bytes that are counted at a time. numpy releases the interpreter lock for most of that work."""
 _MOST_MEMBERS: Final = 1024
 _MOST_NAME_BYTES: Final = 1024
 _IS_MARK: Final = np.isin(np.arange(256), [*b"[]{},"])
@@ -72,7 +72,7 @@ _NAME: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:', re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the outermost object; its commas and brackets estimate its number of values, or a few more."""
+    """A member of the outermost object. `values` is estimated from commas and brackets: exact or slightly too high."""
 
     name: str
     size_bytes: int
@@ -82,7 +82,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The first thousand members of the outermost object, and the number of all values."""
+    """The first 1,024 members of the outermost object, and the number of all values."""
 
     members: tuple[Member, ...]
     member_count: int
@@ -90,7 +90,8 @@ class Outline:
 
 
 def outline(text: bytes) -> Outline:
-    """Returns the outline of a JSON text; for other texts, some outline."""
+    """Returns the outline of a JSON text without parsing it. The outline of invalid JSON is arbitrary, but no error is
+    raised."""
     values = depth = border_count = 0
     borders: list[tuple[int, int]] = []  # the first ones of the outermost object, and the values before each
     is_inside = is_escaped = False  # a string, and its next character
@@ -126,7 +127,7 @@ def outline(text: bytes) -> Outline:
 
 
 def _name(text: bytes) -> str:
-    """Returns the name at the beginning of a member; "" if it is none, or too long to be a field's."""
+    """Returns the name of the member that begins here; "" if there is none or it is longer than any field's name."""
     match = _NAME.match(text)
     try:
         return "" if match is None else str(from_json(match[1]))
@@ -135,16 +136,16 @@ def _name(text: bytes) -> str:
 
 
 _LARGE_ENTRIES = 1024
-"""Tokens and logprobs above which a part of a reply is rendered on a thread."""
+"""The number of tokens and logprobs above which a part of a reply is rendered on a thread."""
 _GROUP = 16
-"""Items of an array that are encoded in one go; no other thread runs meanwhile."""
+"""Array items that are encoded at a time; the encoder holds the interpreter lock meanwhile."""
 _PART_BYTES = 1 << 16
 _VALUE_BYTES = 8
 _ENTRY_CHARACTERS = 64
-"""Characters of a text that take about as long as a number."""
+"""The number of characters that take about as long to render as one number."""
 
 _threads = Threads(2, "json")
-"""Two threads: each waits for the interpreter beside the event loop, and more render no faster."""
+"""Two threads. They compete with the event loop for the interpreter lock, so more would render no faster."""
 
 _Value = TypeVar("_Value")
 
@@ -158,7 +159,7 @@ async def off_loop_if(is_large: bool, work: Callable[[], _Value]) -> _Value:
 
 
 def has_many_values(value: Any) -> bool:
-    """Returns True if rendering a value takes long; counts no further than needed."""
+    """Returns True if rendering a value takes long. Stops counting as soon as that is certain."""
     left, count = [value], 0
     while left:
         part = left.pop()
@@ -179,8 +180,8 @@ def has_many_values(value: Any) -> bool:
 
 
 def json_parts(value: Any) -> Generator[bytes, None, None]:
-    """Yields the text of `to_json` in parts, rendered as they are taken, like the items of iterators (arrays in
-    JSON)."""
+    """Yields the text of `to_json` in parts. Each part, and each item of an iterator, is made when the caller takes
+    it."""
     held = bytearray()
     for piece in _pieces(value):
         held += piece
@@ -195,8 +196,8 @@ JsonBody: TypeAlias = AsyncGenerator[bytes, None]
 
 
 async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
-    """Makes a value and renders each part of its JSON when it is taken, on a thread if it is large. A cancelled body
-    ends after the part that is being rendered."""
+    """Makes a value and yields its JSON in parts, each rendered when it is taken, on a thread if the value is large. If
+    cancelled, it waits until the part in progress is rendered."""
     rendering, parts = Lock(), _made_parts(make)
 
     def locked(step: Callable[[], _Value]) -> _Value:
@@ -219,8 +220,8 @@ async def one_part(data: bytes) -> JsonBody:
 
 
 def json_size(value: Any) -> int:
-    """Estimates the bytes of a value's JSON without rendering it: its texts, and some for each value. Deferred values
-    count as the memory that they take."""
+    """Estimates the bytes of a value's JSON without rendering it: the lengths of its texts plus 8 bytes for each value.
+    A deferred value counts as the memory that it takes."""
     if isinstance(value, str):
         return len(value) + _VALUE_BYTES
     if isinstance(value, Mapping):
@@ -280,7 +281,8 @@ def shown_progress(progress: PromptProgress, *, with_timings: bool) -> dict[str,
 
 
 def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str, float]:
-    """Shows a phase's tokens; `measured` of them were computed in the time of the rate."""
+    """Shows the tokens of the prefill or decode phase. `measured`: how many of them were computed in the time that the
+    rate `per_second` is based on."""
     ms = measured / per_second * 1e3 if per_second else 0.0
     return {
         f"{name}_n": tokens,

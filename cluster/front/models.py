@@ -1,5 +1,5 @@
-"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as in vLLM: LoRA adapters come and go while the model is
-served."""
+"""`/v1/load_lora_adapter` and `/v1/unload_lora_adapter`, as in vLLM, and the router that finds the model of each
+request."""
 
 from __future__ import annotations
 
@@ -40,8 +40,6 @@ _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$")]
 
 @dataclass(frozen=True, slots=True)
 class AdapterControl:
-    """Loads and unloads adapters of a model while it is served."""
-
     load: Callable[[str, str], Awaitable[None]]  # name and path
     unload: Callable[[str], Awaitable[None]]
 
@@ -50,11 +48,11 @@ class LoadAdapterBody(Body, foreign=OF_ADAPTERS):
     """The body of `POST /v1/load_lora_adapter`."""
 
     lora_name: _Name
-    """Name of the adapter, which requests give as their model."""
+    """Name of the adapter. Requests use it as their `model`."""
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
-    """A GGUF file or a folder of PEFT in `api.adapter_folder`, relative to it or absolute."""
+    """A GGUF file or a PEFT folder in `api.adapter_folder`; the path is absolute or relative to that folder."""
     model: str | None = None
-    """Model of the adapter; by default the first of several."""
+    """Model of the adapter. The default is the first served model."""
 
 
 class UnloadAdapterBody(Body, foreign=OF_ADAPTERS):
@@ -63,7 +61,7 @@ class UnloadAdapterBody(Body, foreign=OF_ADAPTERS):
     lora_name: Annotated[str, Field(min_length=1, max_length=255)]
     """Name of an adapter that a client loaded."""
     model: str | None = None
-    """Model of the adapter; by default the first of several."""
+    """Model of the adapter. The default is the first served model."""
 
 
 def adapter_routes(model: ApiModel) -> Iterator[Route]:
@@ -76,7 +74,7 @@ def adapter_routes(model: ApiModel) -> Iterator[Route]:
 
 
 class AdapterLoading:
-    """Loads and unloads adapters for clients with the first key, if there are keys."""
+    """Loads and unloads adapters. If API keys are set, clients need the first of them."""
 
     def __init__(self, control: AdapterControl, served: str, settings: ApiSettings) -> None:
         self._control = control
@@ -84,7 +82,7 @@ class AdapterLoading:
         self._settings = settings
 
     async def load(self, request: Request) -> Response:
-        """Answers when requests may use the adapter."""
+        """Loads a LoRA adapter. Answers as soon as requests may use it."""
         require_first_key(request.headers, self._settings, "load adapters")
         body = await read_body(request, LoadAdapterBody, self._settings)
         self._models.check(body.model)
@@ -94,7 +92,7 @@ class AdapterLoading:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload(self, request: Request) -> Response:
-        """Answers when the model is served without the adapter."""
+        """Unloads a LoRA adapter. Answers as soon as the model is served without it."""
         require_first_key(request.headers, self._settings, "unload adapters")
         body = await read_body(request, UnloadAdapterBody, self._settings)
         self._models.check(body.model)
@@ -103,14 +101,12 @@ class AdapterLoading:
 
 
 _OLLAMA = "/api/"
-"""Paths whose `keep_alive` counts; a request there without input loads the model, or unloads it."""
+"""The path prefix of endpoints that heed `keep_alive`. A request there without input loads the model or unloads it."""
 _INPUTS = ("prompt", "suffix", "messages", "input")
 
 
 @dataclass(frozen=True, slots=True)
 class ApiModel:
-    """One served model."""
-
     service: TextService
     settings: ApiSettings
     replies: Replies  # of all models
@@ -128,14 +124,14 @@ class ApiModel:
         return ModelNames(self.name, self.settings)
 
     def continues(self, request: RequestContext) -> bool:
-        """True if a request that an earlier coordinator left gets the same answer here."""
+        """Returns True if this model gives the same answer to a request that an earlier coordinator left unfinished."""
         return request.served == self.settings.digest and self.settings.adapters.have(request.adapters)
 
 
 @dataclass(frozen=True, slots=True)
 class _Addressed:
-    """The model of a request. `keep`: the seconds that it stays awake afterwards; `unloads`: the request has no input,
-    and the model goes to sleep."""
+    """The model that a request goes to. `keep`: seconds that the model stays loaded afterwards. `unloads`: the request
+    has no input and unloads the model."""
 
     model: ApiModel
     keep: float | None = None
@@ -143,15 +139,15 @@ class _Addressed:
 
 
 class ModelRouter:
-    """Finds the models of requests. A single model that is never unloaded gets all of them: its endpoints check the
-    names."""
+    """Finds the model of each request. If a single model is served and is never unloaded, it gets all requests, and its
+    endpoints check the name of the model."""
 
     def __init__(self, models: Sequence[ApiModel]) -> None:
         self.models = models
         self.settings = models[0].settings
 
     def route(self, routes: Sequence[Route]) -> Route:
-        """Makes one route of those of all models with the same method and path."""
+        """Merges the routes that all models have for one method and path into one route that dispatches by model."""
         first = routes[0]
         if self.settings.can_unload:
             apps = {model.name: route.app for model, route in zip(self.models, routes, strict=True)}
@@ -159,12 +155,14 @@ class ModelRouter:
         return first
 
     def find(self, name: str) -> ApiModel | None:
-        """Finds the model that has a name as a whole, or with its tag; None for an unknown name."""
+        """Finds the model that has exactly this name, or else the one that has it with or without a tag. Returns None
+        for an unknown name."""
         whole = (model for model in self.models if name in model.names.all)
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
     def named(self, name: object) -> ApiModel:
-        """Returns the model with a name; the first one without a name. HttpError 404 for an unknown name."""
+        """Returns the model with this name, or the first model if there is no name. Raises HttpError 404 for an unknown
+        name."""
         if not (self.settings.can_unload and isinstance(name, str) and name):
             return self.models[0]
         if (model := self.find(name)) is not None:
@@ -173,14 +171,13 @@ class ModelRouter:
         raise not_served(name, chain.from_iterable(shown))
 
     def queried(self, request: Request) -> ApiModel:
-        """Returns the model of `?model=`."""
         return self.named(request.query_params.get("model"))
 
     async def _serve(
         self, route: Route, apps: Mapping[str, ASGIApp], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Passes a request to its model, which stays awake as Ollama's field `keep_alive` says, counted from the end of
-        the reply unless that is a refusal."""
+        """Passes a request to its model. Ollama's field `keep_alive` then sets how long the model stays loaded after
+        the end of the reply; a refused request has no such effect."""
         addressed = await self._addressed(route, Request(scope, receive))
         app, resident = apps[addressed.model.name], addressed.model.resident
         status = HTTPStatus.INTERNAL_SERVER_ERROR  # until there is a reply
@@ -204,8 +201,8 @@ class ModelRouter:
                 resident.keep(None if addressed.keep == inf else addressed.keep)
 
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
-        """Finds the model of a request and hands its body on. HttpError of `read_bytes` and `named`, for a wrong
-        `keep_alive`, and for a model that has to be loaded first."""
+        """Finds the model of a request, and stores the body for the endpoint. Raises HttpError for an unreadable body,
+        an unknown model, a wrong `keep_alive`, or a model that must be loaded first."""
         if route.method == "GET":
             return _Addressed(self.queried(request))
         data = await read_bytes(request, self.settings)
@@ -219,8 +216,8 @@ class ModelRouter:
         return _Addressed(model, keep, unloads)
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
-        """Raises HttpError 400 for a model that sleeps, unless it has requests itself, as one that gave way to another,
-        or the reply is kept."""
+        """Raises HttpError 400 if the model is unloaded. Exceptions: it still has requests, because it was unloaded to
+        make room for another model, or the reply to this request is already kept."""
         if not (model.resident.is_asleep and model.resident.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")
@@ -235,7 +232,8 @@ def _keeps_awake(route: Route) -> bool:
 
 
 async def _fields(data: bytes) -> dict[str, Any]:
-    """Returns the fields; none if the body is no JSON object, which the endpoint reports. ParameterError for NaN."""
+    """Returns the fields, or {} if the body is no JSON object; the endpoint reports that error. Raises ParameterError
+    for NaN."""
     try:
         return await parse_object_in_time(data)
     except HttpError:

@@ -26,25 +26,25 @@ if TYPE_CHECKING:
 
 
 _DRAIN_S = 600.0
-"""Deadline of a drain, in which layers are loaded elsewhere; a repeated request waits on."""
+"""Deadline of a drain, during which other workers load the layers. A repeated request continues to wait."""
 _MOST_SEQUENCES = 32
-"""Sequences of one request that are shown."""
+"""The largest number of sequences of one request that are shown."""
 
 _Record = tuple[ApiModel, RequestRecord]
 
 
 async def disabled(request: Request) -> Response:
-    """Refuses requests to an endpoint that the cluster file switches off."""
+    """Refuses requests to an endpoint that `api.disabled` in the cluster file switches off."""
     raise HttpError(501, "disabled", f"{request.url.path}: is switched off by `api.disabled` in the cluster file")
 
 
 async def no_proxy(request: Request) -> Response:
-    """Refuses requests to llama.cpp's proxy for web pages."""
+    """Refuses requests to llama.cpp's CORS proxy, because this server fetches no URLs."""
     raise HttpError(403, "forbidden", "/cors-proxy: this server fetches no URLs for its clients")
 
 
 class Workers:
-    """Takes layers away from workers, gives them back, and shows the last lines of their logs."""
+    """Endpoints that drain and undrain workers, and show the last lines of their logs."""
 
     def __init__(self, pool: WorkerOperations) -> None:
         self._pool = pool
@@ -54,27 +54,27 @@ class Workers:
             yield Route(method, f"/cluster/workers/{{worker}}/{endpoint.__name__}", endpoint)
 
     async def drain(self, request: Request) -> Response:
-        """Drains a worker: answers once it holds no layers; a client that disconnects does not cancel it."""
+        """Drains a worker, and answers once it holds no layers. A client that disconnects does not cancel the drain."""
         name = request.path_params["worker"]
         async with deadline(f"moving the layers of worker {name} to others", _DRAIN_S):
             await self._pool.drain(name)
         return JsonResponse({"worker": name, "drained": True})
 
     async def undrain(self, request: Request) -> Response:
-        """Undrains a worker: answers at once; layers come back when that is worth it."""
+        """Undrains a worker, and answers at once. The worker gets layers again when a move is worth its cost."""
         name = request.path_params["worker"]
         self._pool.undrain(name)
         return JsonResponse({"worker": name, "drained": False})
 
     async def log(self, request: Request) -> Response:
-        """Returns the lines that the worker keeps; `before` says how many its process wrote before them."""
+        """Returns the last lines of a worker's log. `before`: the number of lines that its process wrote earlier."""
         name = request.path_params["worker"]
         tail = await self._pool.log(name)
         return JsonResponse({"worker": name, "before": tail.before, "lines": tail.lines})
 
 
 class Operations:
-    """Endpoints that only read."""
+    """Endpoints that only read the state of the cluster."""
 
     def __init__(self, router: ModelRouter) -> None:
         self._router = router
@@ -90,8 +90,8 @@ class Operations:
         yield Route("GET", "/cluster/requests/{request}", self.waterfall)
 
     async def health(self, request: Request) -> Response:
-        """Answers 200 while requests are taken, even if they have to wait; else 503, with the reason for clients with a
-        key."""
+        """Answers 200 while requests are accepted, even if they have to wait, else 503. Clients with a key also get the
+        reason."""
         state = self._router.queried(request).engine.state
         if state in (EngineState.READY, EngineState.ASLEEP):
             return JsonResponse({"status": "ok"})
@@ -101,19 +101,19 @@ class Operations:
         raise HttpError(503, f"cluster_{state}", reason, {"Retry-After": "5"})
 
     async def live(self, request: Request) -> Response:
-        """Answers 200, for a liveness probe, unless only a restart helps."""
+        """Answers a liveness probe with 200, or with 503 if only a restart of the coordinator helps."""
         if self._router.queried(request).engine.state is not EngineState.DOWN:
             return JsonResponse({"status": "ok"})
         raise HttpError(503, "cluster_down", self._reason(request))
 
     def _reason(self, request: Request) -> str:
-        """Names workers, hosts and layers; without a key, the state alone."""
+        """Returns the error with its workers, hosts and layers; a client without a key gets only the engine's state."""
         engine = self._router.queried(request).engine
         error = engine.error if request.state.is_trusted else None
         return str(error or f"the cluster is {engine.state}")
 
     async def metrics(self, request: Request) -> Response:
-        """Returns this program's metrics for Prometheus, and those that have names in llama.cpp."""
+        """Returns metrics for Prometheus under this program's names, and those that llama.cpp has under its names."""
         engines = {model.name: model.engine for model in self._read(request)}
         metrics = {name: engine.metrics for name, engine in engines.items()}
         own = render_all(metrics) if len(metrics) > 1 else b"".join(each.render() for each in metrics.values())
@@ -124,11 +124,11 @@ class Operations:
         return JsonResponse(self._router.queried(request).status())
 
     async def requests(self, request: Request) -> Response:
-        """Returns the open requests, and the last ones that ended, the oldest first."""
+        """Returns the requests that ended last, the oldest first, followed by the open ones."""
         return _listed(sorted(self._records(request), key=_order), summary_json)
 
     async def waterfall(self, request: Request) -> Response:
-        """Returns the waterfall of a request: the time of each of its sequences, without any of its text."""
+        """Returns the waterfall of a request: when each of its sequences did what, without any text."""
         name, known = request.path_params["request"], self._records(request)
         found = [(model, record) for model, record in known if matching([record], name)]
         if not found:
@@ -140,21 +140,20 @@ class Operations:
         return JsonResponse(server_properties(self._router.models, self._router.queried(request)))
 
     async def slots(self, request: Request) -> Response:
-        """Returns the sequences that can run together; the first ones are those that do."""
+        """Returns the slots, one for each sequence that can run concurrently, the running ones first."""
         return JsonResponse(slot_list(self._router.queried(request)))
 
     def _read(self, request: Request) -> Sequence[ApiModel]:
-        """Returns all models, or that of `?model=`."""
         return [self._router.queried(request)] if request.query_params.get("model") else self._router.models
 
     def _records(self, request: Request) -> list[_Record]:
-        """Returns each model's records, the oldest first."""
+        """Returns the records of all models. Those of each model are in order, the oldest first."""
         now_ns = time.monotonic_ns()
         return [(model, record) for model in self._read(request) for record in model.engine.waterfalls.records(now_ns)]
 
 
 def _order(known: _Record) -> tuple[bool, float]:
-    """Sorts ended requests by their ends, before open ones in the order of each model."""
+    """Returns the key by which ended requests come first, in the order of their ends. Open ones keep their order."""
     _, record = known
     is_open = record.end is None
     return is_open, 0.0 if is_open else record.waterfall.start_ns / 1e9 + record.seconds

@@ -30,13 +30,13 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 def row_entry(tokenizer: Tokenizer, row: RowResult) -> dict[str, Any]:
-    """Shows a chosen token with the likeliest ones in its place."""
+    """Shows a generated token and the likeliest alternatives at its position."""
     top = [_token_entry(tokenizer, token, logprob) for token, logprob in row.top_logprobs]
     return {**_token_entry(tokenizer, row.token, row.logprob), "top_logprobs": top}
 
 
 def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    """Shows a token as /v1/chat/completions and llama.cpp do; `id` is llama.cpp's."""
+    """Shows a token in the form of `/v1/chat/completions` and llama.cpp. Only llama.cpp has `id`."""
     data = tokenizer.token_bytes(token)
     text = data.decode("utf-8", "replace")
     return {"id": token, "token": text, "logprob": json_logprob(logprob), "bytes": list(data)}
@@ -44,17 +44,17 @@ def _token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class Requested:
-    """Marks a field of a body whose value is that of the `CompletionRequest`, which may have another name for it."""
+    """Marks a body's field that is copied to the `CompletionRequest`. `name`: the attribute there, if it differs."""
 
     name: str = ""
 
 
 class SlotFields(Body):
-    """The slot that remembers the tokens of a request."""
+    """The slot in which a request's tokens are kept."""
 
     id_slot: int = -1
-    """The slot that remembers the tokens, for `POST /slots`; below 0: none. It has no effect unless `api.slot_folder`
-    is set."""
+    """The slot in which the request's tokens are kept, for `POST /slots`; below 0: none. It has no effect unless
+    `api.slot_folder` is set."""
 
     @property
     def slot(self) -> int | None:
@@ -62,7 +62,7 @@ class SlotFields(Body):
 
 
 def read_scales(value: Any) -> AdapterScales:
-    """Reads [{"id": number, "scale": scale}, ...] and sorts it."""
+    """Reads [{"id": number, "scale": scale}, ...], sorted by id. Raises ValueError."""
     if not isinstance(value, list) or len(value) > MAX_ADAPTERS:
         raise ValueError(f"must be a list of {MAX_ADAPTERS} objects with 'id' and 'scale' at most")
     scales = dict(map(_lora_entry, value))
@@ -98,28 +98,26 @@ SCALES_SCHEMA: dict[str, Any] = {
 
 
 class AdapterFields(Body):
-    """The adapters that an answer is computed with."""
+    """The adapters that are applied to the model for an answer."""
 
     lora: Annotated[AdapterScales | None, BeforeValidator(read_scales), WithJsonSchema(SCALES_SCHEMA)] = None
-    """[{"id": number, "scale": scale}, ...]: adapters by their numbers in `/lora-adapters`, others are not used.
-    Without it, their scales are those of `POST /lora-adapters`."""
+    """[{"id": number, "scale": scale}, ...]: the adapters to use, by their numbers in `/lora-adapters`. Adapters that
+    are not listed are not used. If the field is absent, the scales set by `POST /lora-adapters` apply."""
 
 
 class ReasoningFields(Body):
-    """A budget of reasoning."""
+    """The budget of reasoning tokens."""
 
     reasoning_budget: Annotated[int, Field(ge=-1)] = -1
-    """Tokens of reasoning at most, after which its end follows; 0: the answer begins without it; -1: no limit."""
+    """The largest number of reasoning tokens; then its end is forced. 0: no reasoning; -1: no limit."""
     reasoning_budget_message: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)] = ""
-    """The text that precedes the end of reasoning where the budget forces it."""
+    """Text that is inserted before the end of reasoning when the budget forces it."""
 
     @property
     def answer_budget(self) -> ReasoningBudget | None:
-        """The budget; None: no limit."""
         return self.budget_of(self.reasoning_budget)
 
     def budget_of(self, tokens: int) -> ReasoningBudget | None:
-        """Returns a budget of another number of tokens with the same message."""
         return None if tokens < 0 else ReasoningBudget(tokens, self.reasoning_budget_message)
 
 
@@ -127,8 +125,8 @@ _FORMS: Final = f'give true, false, a number of drafted tokens from 0 to {MAX_WI
 
 
 def _most_drafted(value: Any, info: ValidationInfo) -> int | None:
-    """Reads a number of drafted tokens; None: the server decides. llama.cpp's other keys choose between drafts, which
-    the server does by itself."""
+    """Reads the largest number of drafted tokens; None: the server decides. Other keys of llama.cpp's object select the
+    kind of draft, which is not a client's choice here: they are ignored or refused. Raises ValueError."""
     if isinstance(value, dict):
         for name in filter("n_max".__ne__, value):
             if not isinstance(info.context, Leniency):
@@ -159,13 +157,13 @@ _SCHEMA: Final[dict[str, Any]] = {
 
 
 class SpeculativeFields(Body):
-    """The number of drafted tokens."""
+    """The limit of speculative decoding."""
 
     speculative: Annotated[
         int | None, BeforeValidator(_most_drafted), WithJsonSchema(_SCHEMA), Requested("max_drafted")
     ] = None
-    """Drafted tokens in a step, at most, as a number or {"n_max": number}; false or 0: none; true, the default: as the
-    cluster does. The answer is the same."""
+    """The largest number of drafted tokens in a step, as a number or {"n_max": number}; false or 0: none; true (the
+    default): the server decides. The answer is the same in all cases."""
 
 
 _AnyFields = TypeVar("_AnyFields", bound="SamplerFields")
@@ -180,7 +178,7 @@ _LETTERS = dict(zip("edskfypmxt", SAMPLERS, strict=True))
 
 
 def _samplers(value: Any) -> tuple[SamplerName, ...]:
-    """Reads a list of names, or a string of llama.cpp's letters for them. Raises ValueError."""
+    """Reads a list of sampler names, or a string of llama.cpp's letters for them. Raises ValueError."""
     if isinstance(value, str):
         names = [_LETTERS.get(letter) or _unknown(letter) for letter in value]
     elif isinstance(value, list) and all(isinstance(name, str) for name in value):
@@ -208,7 +206,7 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def documented(low: float, high: float) -> Any:
-    """Documents bounds in openapi.json; the scheduler checks them."""
+    """Makes a field whose bounds appear in openapi.json but are checked by the scheduler."""
     return Field(json_schema_extra={"minimum": low, "maximum": high})
 
 
@@ -221,11 +219,11 @@ _TOP_K = {
     Dialect.LLAMACPP: Annotated[int, AfterValidator(partial(max, 0))],
     Dialect.OLLAMA: Annotated[int, AfterValidator(partial(max, 0))],
 }
-"""Types of top_k by dialect: some APIs write negative numbers if all tokens are kept."""
+"""The type of `top_k` in each dialect. Negative values keep all tokens: only -1 for OpenAI, any for the others."""
 
 
 def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
-    """Returns the type and the field of a number in bodies of the dialect."""
+    """Returns the type and the pydantic field of a number of the sampling table in a body of the dialect."""
     row = SAMPLING_TABLE[name]
     kind: Any = int if row.is_whole else float
     if name == "top_k":
@@ -238,7 +236,7 @@ def _declared(name: str, own_name: str, dialect: Dialect) -> tuple[Any, Any]:
 
 
 def sampled(dialect: Dialect, *, without: Sequence[str] = ()) -> Callable[[type[_AnyFields]], type[_AnyFields]]:
-    """Adds the numbers of the sampling table to a body, by the dialect's names and with its defaults."""
+    """Returns a decorator that adds the sampling table's fields, under the dialect's names and with its defaults."""
 
     def add(kind: type[_AnyFields]) -> type[_AnyFields]:
         names = {name: row.name_in(dialect, name) for name, row in SAMPLING_TABLE.items() if name not in without}
@@ -258,38 +256,38 @@ TextsField = Annotated[
 
 
 class SamplerFields(Body):
-    """Settings of the samplers; the decorator `sampled` adds the numbers."""
+    """Settings of the samplers. The class decorator `sampled` adds the numeric fields."""
 
     own_names: ClassVar[Mapping[str, str]]  # of the numbers of the sampling table that the body has
 
     dry_sequence_breakers: Annotated[TextsField, Requested("dry_breakers")] = DEFAULT_BREAKERS
-    """Texts that end a repetition for DRY."""
+    """Texts that end a repeated sequence for the DRY sampler."""
     penalize_nl: Annotated[bool, Requested()] = True
     """False: penalties do not apply to line breaks."""
     samplers: SamplersField = SAMPLERS
-    """The samplers that apply, in this order."""
+    """The samplers that are applied, in this order."""
 
     def completion(
         self, prompt: Prompt, max_new_tokens: int | None, params: SamplingParams | None = None, **more: Any
     ) -> CompletionRequest:
-        """Returns the request of one prompt: its fields are those that the body marks as `Requested`, and `more`."""
+        """Returns the request for one prompt, with the fields that the body marks as `Requested`, and with `more`."""
         marks = [(name, mark) for name, info in type(self).model_fields.items() for mark in info.metadata]
         own = {mark.name or name: getattr(self, name) for name, mark in marks if isinstance(mark, Requested)}
         windows = {"penalty_window": self.penalty_window, "dry_window": self.dry_window}
         return CompletionRequest(prompt, max_new_tokens, params or self.params(), **(windows | own | more))
 
     def numbers(self, names: Iterable[str]) -> dict[str, Any]:
-        """Returns values of the sampling table's fields by name; the body may call them differently."""
+        """Returns the values of fields by their names in the sampling table; the body's own names may differ."""
         own_names = self.own_names
         return {name: getattr(self, own_names[name]) for name in names}
 
     def params(self, logit_bias: tuple[tuple[int, float], ...] = ()) -> SamplingParams:
-        """Makes the parameters. ParameterError for a number of a chain that is out of bounds; the scheduler checks the
-        others."""
+        """Makes the sampling parameters. Raises ParameterError if a number of the sampler chain is out of bounds. The
+        scheduler checks the other numbers."""
         return SamplingParams(**self.numbers(PARAMS), logit_bias=logit_bias, chain=self._chain())
 
     def _chain(self) -> SamplerChain | None:
-        """Returns the samplers that change anything, in their order; None if the plain ones do the same."""
+        """Returns the samplers that have an effect, in their order; None if the default sampling does the same."""
         chain = SamplerChain(self.samplers, **self.numbers(CHAIN))
         check_chain(chain)
         chain = replace(chain, order=_effective_order(chain))
@@ -298,12 +296,12 @@ class SamplerFields(Body):
 
     @property
     def dry_window(self) -> int | None:
-        """The last tokens that DRY looks at; None: all."""
+        """The number of last tokens in which the DRY sampler looks for repetitions; None: all."""
         return self._window("dry_penalty_last_n")
 
     @property
     def penalty_window(self) -> int | None:
-        """The last tokens that penalties count; None: all."""
+        """The number of last tokens that penalties count; None: all."""
         return self._window("repeat_last_n") if "repeat_last_n" in self.own_names else None
 
     def _window(self, name: str) -> int | None:
@@ -313,14 +311,14 @@ class SamplerFields(Body):
 
 @sampled(Dialect.OPENAI, without=("repeat_last_n",))
 class AnswerFields(SamplerFields, AdapterFields, SpeculativeFields):
-    """Fields of APIs that give one answer to one chat and have no others about sampling."""
+    """Fields of APIs that give one answer to one chat and have no sampling fields other than these."""
 
     stream: bool = False
-    """Server-sent events."""
+    """True: the answer is sent as server-sent events."""
     seed: Annotated[SeedField, Requested()] = None
-    """The same seed gives the same answer; drawn where it is absent or -1."""
+    """Seed of the random numbers; the same seed gives the same answer. Absent or -1: a random seed."""
     cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """Salt of the prefix cache: requests share beginnings of prompts if their salts are equal."""
+    """Salt of the prefix cache. Requests share cached prefixes of prompts only if their salts are equal."""
 
 
 def _effective_order(chain: SamplerChain) -> tuple[SamplerName, ...]:
@@ -342,8 +340,8 @@ _FIELDS: Final = frozenset((*SAMPLING_TABLE, *SamplerFields.model_fields))
 
 
 def chat_sampling(recommended: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values of fields of `/v1/chat/completions`: the cluster file's `defaults`, then what the model file
-    recommends, then llama.cpp's own values."""
+    """Returns values for the sampling fields of `/v1/chat/completions`. The cluster file's `defaults` precede the
+    recommendations of the model file, and these precede llama.cpp's defaults."""
     plain = {name: SAMPLING_TABLE[name].llamacpp for name in MAIN_NUMBERS}
     given = {CHAT.name(name): value for part in (recommended, defaults) for name, value in part.items()}
     return plain | {name: value for name, value in given.items() if name in _FIELDS and value is not None}

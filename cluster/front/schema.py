@@ -1,6 +1,5 @@
-"""Bodies of requests as classes: known fields of their own types alone, and errors that name the field.
-
-Fields that come in several shapes are read into one: stop strings, prompts, logit biases."""
+"""Request bodies as pydantic classes that accept only known fields of their declared types, with errors that name the
+field. Fields that have several forms in the APIs are read into one: stop strings, prompts, logit biases."""
 
 from __future__ import annotations
 
@@ -40,12 +39,12 @@ _building = Lock()
 Prompt = str | tuple[int, ...]
 
 Neutral = Callable[[Any], bool]
-"""Returns True if a value of a field has no effect."""
+"""Returns True if a field's value has no effect."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignFields:
-    """Fields that other servers have and an endpoint has not."""
+    """Fields that other servers have and this endpoint does not."""
 
     refused: Mapping[str, Neutral] = field(default_factory=dict)  # would change the answer
     hints: Mapping[str, Neutral] = field(default_factory=dict)  # may be left undone
@@ -56,7 +55,7 @@ class ForeignFields:
 
 
 class Leniency:
-    """A list of the names of fields that one body has and that have no effect."""
+    """Collects the names of a body's fields that have no effect."""
 
     def __init__(self) -> None:
         self.ignored: list[str] = []
@@ -67,12 +66,12 @@ class Leniency:
 
 
 class Body(DocumentedModel):
-    """A request's fields, by their own names and types only; 5.0 is a whole number. Null is the same as absent. Unknown
-    fields are refused unless a `Leniency` is the context of validation."""
+    """A request's fields, strictly typed; 5.0 is read as the whole number 5. Null is the same as absent. Unknown fields
+    are refused, or ignored if the context of validation is a `Leniency`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
     takes_recommended: ClassVar[bool] = False
-    """True if the model file's recommended sampling precedes the endpoint's own defaults."""
+    """True if the sampling that the model file recommends replaces the endpoint's own defaults."""
     foreign: ClassVar[ForeignFields] = ForeignFields()
 
     def __init_subclass__(cls, foreign: ForeignFields | None = None, **settings: Any) -> None:
@@ -80,13 +79,13 @@ class Body(DocumentedModel):
         cls.foreign = foreign or cls.foreign
 
     def check(self) -> None:
-        """Raises ParameterError for fields that contradict each other; called once they are read."""
+        """Raises ParameterError for fields that contradict each other. It is called after the fields are read."""
 
     @model_validator(mode="before")
     @classmethod
     def _knows_its_fields(cls, fields: Any, info: ValidationInfo) -> Any:
-        """Ends at the first unknown field that is refused; pydantic would list them all, which takes seconds for a
-        million."""
+        """Handles unknown fields: stops at the first one if they are refused. pydantic would list them all, which takes
+        seconds for a million of them."""
         if not isinstance(fields, dict):
             return fields
         known = cls.model_fields
@@ -107,7 +106,7 @@ def _unknown_field(name: str, known: Iterable[str]) -> PydanticCustomError:
 
 
 def _as_declared(field_info: FieldInfo, value: Any) -> Any:
-    """Reads 5.0 as 5 for a whole number, and [] as {} for an object: PHP has one empty array for both."""
+    """Reads 5.0 as 5 for a whole number, and [] as {} for an object, because PHP writes both empty arrays as []."""
     if type(value) is float and value.is_integer() and field_info.annotation in (int, int | None):
         return int(value)
     return {} if value == [] and _is_object(field_info) else value
@@ -128,14 +127,15 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 @cache
 def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
-    """Returns the kinds of the objects in a body that hold its sampling fields, by field."""
+    """Returns the fields of a body whose value is an object with sampling fields, such as Ollama's `options`, and the
+    class of each object."""
     kinds = ((name, each.annotation) for name, each in kind.model_fields.items())
     bodies = {name: part for name, part in kinds if isinstance(part, type) and issubclass(part, Body)}
     return {name: part for name, part in bodies.items() if part.takes_recommended}
 
 
 def read_part(kind: type[AnyBody], value: Any, leniency: Leniency | None) -> AnyBody:
-    """Reads a part of a body for the validator of its field, whose errors are ValueErrors."""
+    """Calls `read_fields` in a pydantic validator, which must raise ValueError."""
     try:
         return read_fields(kind, value, leniency)
     except ParameterError as error:
@@ -148,8 +148,8 @@ def read_fields(
     leniency: Leniency | None = None,
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
-    """Makes a body of fields. ParameterError for a field that is wrong or not supported; without `leniency` also for
-    fields that are unknown or have no effect. `idle`: fields without effect with these settings."""
+    """Makes a body from fields. Raises ParameterError for a field that is wrong or not supported, and, if `leniency` is
+    None, for one that is unknown or has no effect. `idle`: fields without effect with these settings."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):
@@ -169,22 +169,22 @@ def read_fields(
 
 
 def _built(kind: type[AnyBody]) -> type[AnyBody]:
-    """Builds the validator of a kind for its first body: those of all kinds take a tenth of a coordinator's start. A
-    lock is held, since bodies are read on several threads and not every pydantic has one."""
+    """Builds the pydantic validator of a class at its first use: building all takes a tenth of the coordinator's start.
+    Holds a lock, because bodies are read on several threads and not every version of pydantic locks."""
     with _building:
         kind.model_rebuild()  # nothing where it is there
     return kind
 
 
 def _first_error(error: ValidationError, as_sent: Mapping[str, str]) -> ParameterError:
-    """Returns the first error; an unknown field comes first, because it may be a misspelt missing one. `as_sent`: other
-    names that the body has for fields."""
+    """Returns the error to report: the first unknown field if there is one, because it may be a misspelt required
+    field, else the first error. `as_sent`: the name that the body used for each renamed field."""
     details = error.errors(include_url=False, include_input=False)
     return _parameter_error(min(details, key=lambda detail: detail["type"] != _UNKNOWN), as_sent)
 
 
 def field_error(kind: type[Body], name: str, value: Any) -> ParameterError | None:
-    """Returns the error of a field's value, whatever the other fields are."""
+    """Returns the error in one field's value, or None. Errors in other fields, such as missing ones, are ignored."""
     try:
         _built(kind).model_validate({name: value})
     except ValidationError as error:
@@ -216,7 +216,7 @@ def _limit(value: Any) -> Any:
 
 
 def _without_end(value: Any) -> Any:
-    """Returns -1 for a limit that no context reaches, with which programs mean no limit (2147483647)."""
+    """Returns -1 for a limit beyond every context length, because some clients write no limit as 2147483647."""
     return -1 if is_int(value) and MAX_CONTEXT_TOKENS < value <= _LARGEST_NUMBER else value
 
 
@@ -225,7 +225,6 @@ def _seed(value: Any) -> Any:
 
 
 def strings(value: Any) -> tuple[str, ...]:
-    """Reads a string or a list of strings. Raises ValueError for anything else."""
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, list) or not all(isinstance(string, str) for string in given):
         raise ValueError("must be a string or a list of strings")
@@ -233,7 +232,7 @@ def strings(value: Any) -> tuple[str, ...]:
 
 
 def _prompts(value: Any) -> tuple[Prompt, ...]:
-    """Reads one prompt (text, token ids) or a list of them."""
+    """Reads one prompt (a text or token ids) or a list of prompts. Raises ValueError."""
     if isinstance(value, list) and value and all(isinstance(item, str | list) for item in value):
         if len(value) > MAX_PROMPTS:
             raise ValueError(f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
@@ -250,7 +249,7 @@ def _prompt(value: Any) -> Prompt:
 
 
 def prompt_string(value: dict[str, Any]) -> str:
-    """Reads {"prompt_string": text}, llama.cpp's form for prompts with images, without any."""
+    """Reads llama.cpp's form of a multimodal prompt, {"prompt_string": text}. Raises ValueError if there are images."""
     text = value.get("prompt_string")
     if not isinstance(text, str) or value.get("multimodal_data") or value.keys() - {"prompt_string", "multimodal_data"}:
         raise ValueError("an object must have the text `prompt_string` and no other fields; images are not supported")
@@ -258,7 +257,6 @@ def prompt_string(value: dict[str, Any]) -> str:
 
 
 def _biases(value: Any) -> tuple[tuple[int, float], ...]:
-    """Reads {"token id": bias}."""
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and biases")
     if len(value) > MAX_LOGIT_BIASES:
@@ -268,7 +266,6 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
 
 
 def is_token_id(text: str) -> bool:
-    """Returns True if a text is a number that may be a token's."""
     return text.isascii() and text.isdigit() and len(text) <= 9
 
 
@@ -289,11 +286,11 @@ _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
 _PROMPTS = {"anyOf": [{"type": "string"}, _IDS, {"type": "array", "items": {"anyOf": [{"type": "string"}, _IDS]}}]}
 
 LimitField = Annotated[int | None, BeforeValidator(_limit), WithJsonSchema({"type": "integer", "minimum": -2})]
-"""Tokens of an answer; None: what the context leaves, which llama.cpp writes -1 or -2."""
+"""The largest number of tokens of an answer; None (in JSON also -1 or -2): as many as the context has room for."""
 WholeLimitField = Annotated[int, BeforeValidator(_without_end), Field(ge=-2)]
-"""Tokens of an answer, where the default is -1."""
+"""The largest number of tokens of an answer, for fields whose default is -1 and not null."""
 SeedField = Annotated[int | None, BeforeValidator(_seed), WithJsonSchema({"type": "integer"})]
-"""A seed; None: drawn, which llama.cpp writes -1."""
+"""A seed; None (in JSON also -1, as in llama.cpp): a random one."""
 StopField = Annotated[tuple[str, ...], BeforeValidator(strings), WithJsonSchema(_STRINGS)]
 PromptsField = Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
 BiasField = Annotated[

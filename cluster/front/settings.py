@@ -1,4 +1,4 @@
-"""Settings of the HTTP API, names of models in requests, and durations of `keep_alive`."""
+"""Settings of the HTTP API, and the names by which requests address models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 
 @dataclass(frozen=True, slots=True)
 class ApiSettings:
-    """The settings of an app, fixed for its life except its adapters and copies. Durations are in seconds."""
+    """Settings of the HTTP API. They are constant except for adapters and copies, which clients may add and remove.
+    Durations are in seconds."""
 
     listen_host: str = "127.0.0.1"
     further_hosts: tuple[str, ...] = ()  # of the other addresses
@@ -65,22 +66,22 @@ class ApiSettings:
 
     @property
     def max_connections(self) -> int:
-        """The number of connections open at once; idle ones give their places to others."""
+        """The largest number of open connections. At the limit, an idle one is closed for a new one."""
         return 3 * self.max_requests
 
 
 def not_served(name: str, served: Iterable[str]) -> HttpError:
-    """Returns the error of a request for a model that is none of those that are served."""
     message = f"model: {name[:200]!r} is not served here, only {', '.join(map(repr, served))}"
     return HttpError(404, "model_not_found", message, param="model")
 
 
 class ModelNames:
-    """The names of one served model: its own, aliases, adapters, and copies, which clients make and which last as long
-    as this process."""
+    """All names of a served model: its own, its aliases, its adapters, and copies. Copies are made by clients and last
+    as long as this process."""
 
     def __init__(self, served: str, settings: ApiSettings, *, any_by_default: bool = False) -> None:
-        """Makes the names; `any_by_default`: unless the settings say otherwise, a request may name any model."""
+        """Makes the names. `any_by_default`: a request may name any model, unless `strict_model` of the settings says
+        otherwise."""
         self._served = served
         self._settings = settings
         self._adapters = settings.adapters
@@ -88,23 +89,23 @@ class ModelNames:
 
     @property
     def all(self) -> dict[str, str]:
-        """The served model's or an adapter's name, by each name."""
+        """Maps each known name to the name of the served model or of an adapter."""
         adapters, settings = self._adapters.names, self._settings
         known = (self._served, *settings.aliases, *adapters, *settings.copies)
         return dict.fromkeys(known, self._served) | {name: name for name in adapters}
 
     def find(self, name: str) -> str | None:
-        """Returns the served model's or an adapter's name, by a name with or without its tag; None for another
-        model's."""
+        """Returns the name of the served model or of the adapter that a name stands for; tags are optional. Returns
+        None for an unknown name."""
         names = self.all
         return names.get(name) or {tagged(known): own for known, own in names.items()}.get(tagged(name))
 
     def adapters(
         self, name: str | None, lora: AdapterScales | None = None, default: AdapterScales = ()
     ) -> AdapterScales:
-        """Returns the adapters of a request: the one that it names as the model, those of its field `lora`, or
-        `default`. HttpError 404 for another model's name; ParameterError for both of the former, and for an unknown
-        adapter."""
+        """Returns the adapters of a request: the one that it names as its model, or those of its field `lora`, or
+        `default`. Raises HttpError 404 for an unknown model, and ParameterError for an unknown adapter or for both
+        `lora` and an adapter's name as the model."""
         if (number := self._adapters.number_of(self.shown(name))) is not None:
             if lora is not None:
                 raise ParameterError("lora", f"model names the adapter {name!r} already: leave one of them out")
@@ -117,12 +118,12 @@ class ModelNames:
         return tuple((adapter, scale) for adapter, scale in lora if scale)
 
     def shown(self, name: str | None) -> str:
-        """Returns the name of the model in replies."""
+        """Returns the name of the model that replies show."""
         return (name and self.find(name)) or self._served
 
     def check(self, name: str | None) -> None:
-        """Raises HttpError for another model's name, lest its answers seem to be this model's, and for an adapter's if
-        adapters are not taken."""
+        """Raises HttpError for an adapter's name, because this endpoint does not take adapters. Raises it also for
+        another model's name, unless any name is taken, lest the answer seem to be that model's."""
         if self.shown(name) in self._adapters.names:
             message = f"model: {name!r} is an adapter; here only {self._served!r} itself is computed with"
             raise HttpError(400, "unsupported_parameter", message, param="model")
@@ -130,13 +131,13 @@ class ModelNames:
             raise not_served(name, (self._served, *self._adapters.names))
 
     def check_known(self, name: str) -> None:
-        """Raises HttpError 404 for a name that Ollama's list of models does not have."""
         if self.find(name) is None:
             raise HttpError(404, "model_not_found", f"model {name[:200]!r} not found", param="model")
 
     def copy(self, source: str, destination: str) -> None:
-        """Adds a name of the served model. HttpError for an invalid name, if the cluster file decides about names, and
-        for adapters: a copy lasts no longer than this process, and an unknown name means the model without adapters."""
+        """Adds a name of the served model. Raises HttpError for an invalid name, an adapter, fixed names, or too many
+        copies. An adapter gets no copies: after a restart, the name of a lost copy could mean the model without the
+        adapter."""
         self.check_known(source)
         if not _NAME.fullmatch(destination):
             message = f"{destination[:200]!r} is not a model's name: letters, digits and ._:/@- are"
@@ -156,7 +157,7 @@ class ModelNames:
         self._settings.copies.append(name)
 
     def delete(self, name: str) -> None:
-        """Removes a copy. HttpError for the served model, the cluster file's aliases and unknown names."""
+        """Removes a copy. Raises HttpError for the served model, an alias of the cluster file, or an unknown name."""
         self.check_known(name)
         plain = name.removesuffix(TAG)
         if plain not in self._settings.copies:
@@ -169,12 +170,12 @@ _UNITS_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0
 _PART = r"\d{1,12}(?:\.\d{0,9})?(?:ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(rf"(-?)((?:{_PART})+)")
 _MOST_S = 1_000_000_000
-"""Most seconds; more is for ever, as Ollama's largest duration is: no calendar has its end."""
+"""The longest finite duration. Larger values, such as Ollama's largest duration, mean for ever."""
 
 
 def read_keep_alive(value: Any) -> float | None:
-    """Reads the seconds of a number or of a text like "5m", infinite if negative or more than a lifetime; None if there
-    is none. Raises HttpError 400 for anything else."""
+    """Reads a duration, a number of seconds or a text like "5m", in seconds. Negative and very large durations are
+    infinite. Returns None for None. Raises HttpError 400 for anything else."""
     if value is None:
         return None
     seconds = _seconds(value)

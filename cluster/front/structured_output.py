@@ -1,4 +1,4 @@
-"""Fields that bind an answer to a grammar, by OpenAI's, llama.cpp's and vLLM's names, which all endpoints share."""
+"""Fields that constrain answers to a grammar, under OpenAI's, llama.cpp's, vLLM's and SGLang's names."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ _Any = Annotated[Any, WithJsonSchema({})]
 
 
 class GrammarFields(Body):
-    """Constraints on the form of an answer. Several in one request must mean the same form."""
+    """Constraints on the form of an answer. If a request has several of them, they must mean the same form."""
 
     response_format: _Object | None = None
-    """`{"type": "json_object"}`, or `{"type": "json_schema", "json_schema": {"schema": ...}}`; `text`: as it comes."""
+    """`{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": ...}}`, or `text`: no
+    constraint."""
     json_schema: _Any = None
-    """The answer is JSON that this schema allows (llama.cpp's field)."""
+    """A JSON schema that the answer conforms to (llama.cpp's field)."""
     grammar: str = ""
-    """The answer obeys this grammar, in llama.cpp's GBNF or llguidance's dialect of Lark."""
+    """A grammar that the answer conforms to, in llama.cpp's GBNF or llguidance's dialect of Lark."""
     structured_outputs: _Object | None = None
-    """vLLM's field: an object with one of `json`, `regex`, `choice`, `grammar` and `json_object`."""
+    """vLLM's field: an object with exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`."""
     guided_json: _Any = None
-    """A JSON schema (an older field of vLLM, as the next ones)."""
+    """A JSON schema that the answer conforms to. This field and the other `guided_` fields are older fields of vLLM."""
     guided_regex: str | None = None
     """A regular expression that matches the whole answer."""
     guided_choice: _Any = None
-    """The answer is one of these texts."""
+    """A list of texts; the answer is one of them."""
     guided_grammar: str | None = None
-    """SGLang's name of `grammar`."""
+    """vLLM's older name of `grammar`."""
     guided_json_object: bool = False
     """The answer is a JSON object."""
     regex: str | None = None
@@ -55,7 +56,8 @@ class GrammarFields(Body):
     """SGLang's name of `grammar`."""
 
     def answer_grammar(self) -> Grammar | None:
-        """Returns the answer's grammar. Raises ParameterError for fields that contradict each other or are unknown."""
+        """Returns the grammar of the answer, or None. Raises ParameterError for invalid fields, and for fields that
+        mean different forms."""
         values = {name: getattr(self, name) for name in _FIELDS}
         made = {name: make(values[name], name) for name, (make, empty) in _FIELDS.items() if values[name] not in empty}
         first = next(iter(made), "")
@@ -66,8 +68,8 @@ class GrammarFields(Body):
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
-    """Returns the grammar of OpenAI's form, the value of the field `origin`; None for `text`. Raises ParameterError for
-    another form."""
+    """Returns the grammar of a `response_format` object; None for type `text`. Raises ParameterError, with `origin` as
+    the name of the field, for any other object."""
     kind = value.get("type")
     match kind:
         case "text":
@@ -101,7 +103,7 @@ def _of_vllm(value: dict[str, Any], origin: str) -> Grammar:
 
 
 def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
-    """Reads a JSON schema, or the text of one."""
+    """Reads a JSON schema that is given as JSON or as a text of JSON. Raises ParameterError."""
     if isinstance(value, str):
         _check_text(value, origin)
         try:
@@ -114,7 +116,7 @@ def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
 
 
 def _check_text(text: str, origin: str) -> None:
-    """Raises ParameterError for a schema that is too large as a text, before anything is made of it."""
+    """Raises ParameterError if the text of a schema is too large. It is called before the text is parsed."""
     if len(text) > MAX_GRAMMAR_BYTES:
         raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {MAX_GRAMMAR_BYTES} are taken")
     values = outline(text.encode("utf-8", "replace")).values
@@ -158,4 +160,4 @@ _FIELDS: dict[str, tuple[_Make, tuple[Any, ...]]] = {
     "ebnf": (_VLLM_FORMS["grammar"], _UNSET),
     "guided_json_object": (lambda value, origin: definitions.of_object(origin), (False,)),
 }
-"""The function that makes a grammar of each field, and the field's values that mean none."""
+"""The function that makes the grammar of each field, and the values of the field that mean no constraint."""

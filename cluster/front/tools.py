@@ -1,4 +1,4 @@
-"""Tools in requests of all APIs, and short texts in place of parts that a text model cannot read."""
+"""Tools in requests of all APIs, and short texts that replace parts of messages which a text model cannot read."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from llamaclust.cluster.front.schema import Leniency
 from llamaclust.model.chat.tools.argument_values import arguments_object
 
 _MEDIA: Final = ("image", "audio", "video", "screenshot", "document", "file", "container")
-"""Words in the types of parts that are no text."""
+"""Words that identify a part as media if its type contains one of them."""
 _OF_ITEMS: Final = frozenset(("type", "id", "call_id", "tool_use_id", "status", "cache_control", "caller", "signature"))
-"""Fields of an item that say nothing to a model. Arguments and results of tools may have fields of the same names."""
+"""Fields of an item that tell the model nothing. They are removed only from the item itself: the arguments and results
+of tools inside it may have fields of the same names."""
 _ENCRYPTED: Final = "encrypted_"
 _BYTES: Final = ("data", "result", "image_url", "file_data")
 _BASE64: Final = re.compile(r"(data:[^,]*,)?[A-Za-z0-9+/_=\s-]*")
@@ -23,12 +24,12 @@ _MOST_CHARACTERS: Final = 4000
 
 
 def is_media(kind: str) -> bool:
-    """Returns True if parts of this type are pictures, sound or files."""
     return any(word in kind for word in _MEDIA)
 
 
 def media_text(kind: str, context: object) -> str:
-    """Returns the text in place of a part. Raises ValueError unless `context`, that of validation, is a `Leniency`."""
+    """Returns the text that replaces a media part, and reports the part as without effect. Raises ValueError unless
+    `context`, the context of validation, is a `Leniency`."""
     word = next(word for word in _MEDIA if word in kind)
     if not isinstance(context, Leniency):
         raise ValueError(f"{word} input is not supported by this server; leave it out")
@@ -37,26 +38,27 @@ def media_text(kind: str, context: object) -> str:
 
 
 def leave_out(place: str, kind: str, context: object) -> None:
-    """Names a tool or an item that has no effect. Raises ValueError unless `context` is a `Leniency`."""
+    """Reports a tool or an item as without effect. Raises ValueError unless `context`, the context of validation, is a
+    `Leniency`."""
     if not isinstance(context, Leniency):
         raise ValueError(f"{kind[:60]!r} is not supported by this server; leave it out")
     context.ignore(f"{place}.{kind}")
 
 
 def tool_text(kind: str, fields: Mapping[str, Any]) -> str:
-    """Returns a text of the arguments or results of another server's tool, without parts that only that server can
-    read."""
+    """Returns the arguments or results of a tool that another server ran, as a text. Parts that only that server can
+    read are left out."""
     return f"[{kind}: {item_text(fields)}]"
 
 
 def item_text(item: Mapping[str, Any]) -> str:
-    """Returns JSON of an item without its own fields that say nothing to a model, cut where it is long."""
+    """Returns the item as JSON of at most 4,000 characters, without `_OF_ITEMS`, encrypted texts and media bytes."""
     kept = {name: _readable(value) for name, value in _without_bytes(item) if name not in _OF_ITEMS}
     return _cut({name: value for name, value in kept.items() if value not in (None, [], {})})
 
 
 def readable(value: Any) -> str:
-    """Returns JSON of a value without encrypted texts and the bytes of media, cut where it is long."""
+    """Returns a value as JSON of at most 4,000 characters, without encrypted texts and the bytes of media."""
     return _cut(_readable(value))
 
 
@@ -72,7 +74,7 @@ def _readable(value: Any) -> Any:
 
 
 def _without_bytes(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields fields of an object that are neither encrypted nor, in a picture, sound or a file, base64."""
+    """Yields the fields of an object, except encrypted ones and, if the object is a media part, those with base64."""
     kind = str(fields.get("type"))
     has_media = kind == "base64" or is_media(kind)
     for name, value in fields.items():
@@ -83,20 +85,18 @@ def _without_bytes(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 MAX_TOOLS: Final = 1024
 TEXT_ARGUMENT: Final = "input"
-"""The argument of a function in place of a custom tool."""
+"""The only argument of the function that replaces a custom tool."""
 _BETWEEN: Final = "__"
 _NAME: Final = re.compile(r"[\w.\-/:]{1,128}")
 _ID_CHARACTERS: Final = 24
 _OBJECTS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _VALUES: Final = frozenset({"default", "const", "enum", "examples"})
-"""Keys of a JSON schema whose values are objects, or any values."""
+"""`_OBJECTS`: keys of a JSON schema whose values map names to schemas. `_VALUES`: keys whose values are no schemas."""
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}}
 
 
 @dataclass(frozen=True, slots=True)
 class ClientTool:
-    """A tool that the client runs."""
-
     kind: str  # function, custom, or one that clients know by its type alone
     name: str  # as its client knows it
     function: dict[str, Any]  # OpenAI's definition, for the model
@@ -104,18 +104,17 @@ class ClientTool:
 
     @property
     def function_name(self) -> str:
-        """The function's name in the prompt and in calls of the model."""
+        """The function's name in the prompt and in the model's calls."""
         return str(self.function["function"]["name"])
 
     def is_named_by(self, choice: Mapping[str, Any]) -> bool:
-        """Returns True if `tool_choice` names this tool."""
         named = choice["type"], choice.get("name", choice["type"]), choice.get("namespace")
         return named == (self.kind, self.name, self.namespace)
 
 
 def function_tool(function: Mapping[str, Any], place: str = "", parameters: str = "parameters") -> dict[str, Any]:
-    """Makes OpenAI's definition of a function. Raises ValueError for a field of another form; `place` and `parameters`
-    name the fields in messages."""
+    """Makes OpenAI's definition of a function. Raises ValueError for an invalid field. `place` is the prefix of field
+    names in error messages; `parameters` is the API's name of the field with the parameters."""
     if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
         raise ValueError(f"{place}name: must have 1 to 128 letters, digits and characters of _.-/:")
     if not isinstance(function.get(parameters) or {}, dict):
@@ -130,7 +129,7 @@ def function_tool(function: Mapping[str, Any], place: str = "", parameters: str 
 
 
 def with_objects(schema: Any) -> Any:
-    """Returns a JSON schema with {} for each [] in the place of an object."""
+    """Returns a JSON schema in which {} replaces each [] in place of an object: PHP writes empty objects as []."""
     if isinstance(schema, list):
         return [with_objects(part) for part in schema]
     if not isinstance(schema, dict):
@@ -143,19 +142,19 @@ def with_objects(schema: Any) -> Any:
 
 
 def present(tools: list[Any]) -> list[Any]:
-    """Returns the tools that were not omitted; None stands for an omitted one."""
+    """Returns the tools without None, which stands for a tool that was left out."""
     return [tool for tool in tools if tool is not None]
 
 
 def flat_name(namespace: str | None, name: str) -> str:
-    """Returns the name of a function that may be in a namespace, as the model knows it."""
+    """Returns the name by which the model knows a function: NAMESPACE__NAME, or NAME without a namespace."""
     return name if namespace is None else f"{namespace}{_BETWEEN}{name}"
 
 
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
-    """Returns the fields of a function in place of a custom tool, whose only argument is a text. A regular expression
-    binds the text; a Lark grammar is shown to the model alone, and named as without effect. Chats have the grammar in
-    an object of its own."""
+    """Returns the fields of a function that replaces a custom tool; its only argument is a text. A regular expression
+    constrains the text. A Lark grammar only becomes a part of the description, and is reported as without effect. In
+    chat completions, the grammar is inside an object `grammar`."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")
@@ -174,16 +173,17 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """Returns the text of a custom tool's call. Arguments of another form, as of a cut answer, are the text."""
+    """Returns the text that the model passed to a custom tool. If the arguments are not of the expected form, as in an
+    answer that was cut, they are the text."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 
 
 def arguments_of_text(text: str) -> str:
-    """Returns the arguments of the function that stands in place of a custom tool."""
+    """Returns the arguments with which the function that replaces a custom tool gets this text."""
     return json.dumps({TEXT_ARGUMENT: text}, ensure_ascii=False)
 
 
 def call_id_of(choice_id: str, index: int, prefix: str = "call_") -> str:
-    """Returns the id of a call that the model gave none: the same if a reply is computed again."""
+    """Returns an id for a call to which the model gave none. It is the same if the reply is computed again."""
     return f"{prefix}{sha256(f'{choice_id} {index}'.encode()).hexdigest()[:_ID_CHARACTERS]}"

@@ -1,4 +1,4 @@
-"""Generating endpoints of an API: the common steps between the bytes of a body and the description of its reply."""
+"""Base classes of an API's endpoints: the steps that all of them share between the bytes of a body and the reply."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ _Arguments = ParamSpec("_Arguments")
 
 @dataclass(frozen=True, slots=True)
 class ParsedRequest(Generic[AnyBody]):
-    """A request whose body is read and whose model is known."""
-
     body: AnyBody
     context: RequestContext
     adapters: AdapterScales
@@ -37,21 +35,24 @@ class ParsedRequest(Generic[AnyBody]):
     async def chat(
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
-        """Returns the chat that `make` makes of the body, with this request's time and adapters."""
+        """Calls `make` with the body, on a thread if the body is large. Returns the chat with the request's time and
+        adapters."""
         chat = await converted(self.body, make, *given, **named)
         return chat.admitted(self.context.created, self.adapters)
 
 
 class Endpoint(ABC, Generic[AnyBody]):
-    """The operation of one path and one model. A row in `ENDPOINTS` (`front/app.py`) serves a subclass on its paths."""
+    """One operation of an API for one model. A subclass that is listed in `ENDPOINTS` (`front/app.py`) is served on its
+    `paths`."""
 
     paths: ClassVar[tuple[str, ...]]
     body: type[AnyBody]
     takes_any_model: ClassVar[bool] = False
-    """True if requests to paths with `/v1` may name any model, as all others may, unless the settings decide."""
+    """True if requests to `/v1/` paths may name any model, as on all other paths. `strict_model` overrides this."""
     form: ClassVar[StreamFormat] = StreamFormat.EVENTS
     errors: ClassVar[ErrorShape | None] = None
-    """The form of errors of the paths and of those below them; None: OpenAI's below `/v1`, llama.cpp's elsewhere."""
+    """The form of errors on these paths and below them. None: OpenAI's form below `/v1/` and `/cluster`, Ollama's below
+    `/api/`, llama.cpp's elsewhere."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         self.model = model
@@ -62,7 +63,6 @@ class Endpoint(ABC, Generic[AnyBody]):
         self.models = ModelNames(model.name, self.settings, any_by_default=takes_any)
 
     def routes(self) -> Iterator[Route]:
-        """Yields the operation's routes."""
         form = self.form.value
         yield Route("POST", self.path, self.answer, self.body, computes=True, errors=self.errors, form=form)
 
@@ -70,24 +70,23 @@ class Endpoint(ABC, Generic[AnyBody]):
     async def answer(self, request: Request) -> Response: ...
 
     async def read(self, request: Request) -> AnyBody:
-        """Reads the body of a request. Raises what `read_body` raises, and errors of its model and adapters."""
+        """Reads the body of a request. Raises what `read_body` and `check_model` raise."""
         body = await read_body(request, self.body, self.settings)
         self.check_model(body)
         return body
 
     def check_model(self, body: AnyBody) -> None:
-        """Raises HttpError for a model, and ParameterError for adapters, that are not served."""
+        """Raises HttpError for a model that is not served, and ParameterError for adapters that are not."""
         self.models.check(self.named(body))
 
     def named(self, body: AnyBody) -> str | None:
-        """Returns the model that a body names."""
         name: str | None = getattr(body, "model", None)
         return name
 
 
 class Dialect(Endpoint[AnyBody]):
-    """A generating endpoint, whose subclass describes the reply to a body. A subclass overrides `make` to refuse
-    requests before their bodies are read or to leave some to another dialect, and `routes` for further operations."""
+    """A generating endpoint; the subclass describes the reply to a body. A subclass may override `make`, to refuse
+    requests before their bodies are read or to pass some to another dialect, and `routes`, to add operations."""
 
     def __init__(self, model: ApiModel, path: str) -> None:
         super().__init__(model, path)
@@ -95,10 +94,9 @@ class Dialect(Endpoint[AnyBody]):
 
     @abstractmethod
     async def reply(self, parsed: ParsedRequest[AnyBody]) -> Reply:
-        """Describes the reply to a request. Raises what refuses its body."""
+        """Describes the reply to a request. Raises an error to refuse the request."""
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
-        """Makes the reply to the bytes of a body."""
         body = await parse_body(data, self.body, self.settings)
         adapters = self._adapters(body, context.scales)
         return await self.reply(ParsedRequest(body, context, adapters, self.models.shown(self.named(body))))
@@ -107,7 +105,7 @@ class Dialect(Endpoint[AnyBody]):
         return await self._answer(request)
 
     async def counted(self, request: Request, chat: ChatRequest, **fields: str) -> Response:
-        """Returns the reply with the number of tokens of a chat's prompt, and further fields before it."""
+        """Returns the number of tokens in the prompt of a chat, as JSON in which `fields` come first."""
         answer = await unless_disconnected(request, self.service.chat_prompt(chat))
         return JsonResponse({**fields, "input_tokens": len(answer.prompt)})
 

@@ -27,17 +27,17 @@ from llamaclust.core.errors import ParameterError
 from llamaclust.model.pooling import Pooling
 
 MAX_INPUTS = 2048
-"""Most prompts of one request, as in OpenAI's API."""
+"""The largest number of prompts in one request, as in OpenAI's API."""
 
 _MAX_DIMENSIONS = 1 << 20
 _MAX_NORM = 1000
 
 Input = tuple[str | int, ...]
-"""Texts and token ids in order."""
+"""A prompt: texts and token ids in their order."""
 
 
 def _inputs(value: Any) -> tuple[Input, ...]:
-    """Reads one prompt, or a list of prompts; a list with token ids among its items is one prompt."""
+    """Reads one prompt or a list of prompts. A list that contains token ids is one prompt. Raises ValueError."""
     if isinstance(value, list) and not any(is_int(item) for item in value):
         if not 1 <= len(value) <= MAX_INPUTS:
             raise ValueError(f"{len(value)} prompts in one request; give 1 to {MAX_INPUTS}")
@@ -75,51 +75,50 @@ InputsField = Annotated[tuple[Any, ...], BeforeValidator(_inputs), WithJsonSchem
 
 
 class EmbeddingFields(Body, foreign=EMBEDDING):
-    """Fields of both endpoints."""
+    """Fields of both embedding endpoints."""
 
     model: str | None = None
     """Name of the served model."""
     encoding_format: Literal["float", "base64"] = "float"
-    """Numbers, or the base64 of their float32, little endian."""
+    """Encoding of the vectors: a list of numbers, or the base64 of little-endian float32 values."""
     dimensions: int | None = Field(default=None, ge=1, le=_MAX_DIMENSIONS)
-    """Leading channels to keep; by default all."""
+    """The number of leading channels to keep; by default all."""
     pooling: Literal["none", "mean", "cls", "last"] | None = None
-    """Pooling of the tokens' hidden states; by default as the model file says, else the last token's."""
+    """Pooling of the tokens' hidden states. The default is the model file's; if it has none, the last token's state."""
     cache_salt: str = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """KV blocks are shared with requests that have the same."""
+    """Salt of the prefix cache. Requests share KV blocks only if their salts are equal."""
 
     def options(self, default: Pooling, norm: int = EUCLIDEAN) -> EmbeddingOptions:
-        """Returns the options; `default` is the pooling of requests without one."""
         pooling = default if self.pooling is None else Pooling(self.pooling)
         return EmbeddingOptions(pooling, norm, self.dimensions, self.cache_salt)
 
 
 class OpenAiEmbeddingBody(EmbeddingFields):
-    """`POST /v1/embeddings`."""
+    """The body of `POST /v1/embeddings`."""
 
     input: InputsField
-    """Text, token ids, both mixed, or a list of several."""
+    """One prompt (text, token ids, or a list of both), or a list of prompts."""
 
     def options(self, default: Pooling, norm: int = EUCLIDEAN) -> EmbeddingOptions:
-        """Raises ParameterError for a pooling that gives several vectors for a prompt."""
+        """Returns the options. Raises ParameterError for a pooling that gives several vectors per prompt."""
         options = super().options(default, norm)
         check_single(options.pooling)
         return options
 
 
 class LlamaCppEmbeddingBody(EmbeddingFields):
-    """`POST /embedding`."""
+    """The body of `POST /embedding`."""
 
     input: InputsField | None = None
-    """Text, token ids, both mixed, or a list of several."""
+    """One prompt (text, token ids, or a list of both), or a list of prompts."""
     content: InputsField | None = None
     """llama.cpp's other name of `input`."""
     embd_normalize: int = Field(default=EUCLIDEAN, ge=-1, le=_MAX_NORM)
-    """-1: not at all; 0: the greatest absolute value becomes 32760; p: the p-norm becomes 1."""
+    """Normalization of the vectors. -1: none; 0: the largest absolute value becomes 32760; p: the p-norm becomes 1."""
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """Returns the prompts of `input` or `content`. ParameterError if there are none, or both."""
+        """Returns the prompts, in `input` or `content`. Raises ParameterError if both or neither are given."""
         given = [inputs for inputs in (self.input, self.content) if inputs is not None]
         if len(given) != 1:
             raise ParameterError("input", "give one of input and content")
@@ -133,8 +132,8 @@ async def embedded(
     options: EmbeddingOptions,
     shape: Callable[[list[Embedding]], Any],
 ) -> JsonParts:
-    """Embeds prompts and shows them in the shape of an API. They count for the budget until the client has taken
-    them."""
+    """Embeds prompts and replies in the form that `shape` gives. The vectors count towards the memory budget until the
+    client has received the reply."""
     async with AsyncExitStack() as held:
         embedding = held.enter_async_context(service.embed(prompts, options))
         embeddings = await unless_disconnected(request, embedding)
@@ -145,20 +144,18 @@ async def embedded(
 
 
 def check_single(pooling: Pooling) -> None:
-    """Raises ParameterError for a pooling that gives several vectors for a prompt."""
     if pooling is Pooling.NONE:
         raise ParameterError("pooling", "'none' gives a vector for each token: use POST /embedding, or set another")
 
 
 _RERANKER: Final = "hf:gpustack/bge-reranker-v2-m3-GGUF/bge-reranker-v2-m3-Q8_0.gguf"
-"""A public model that ranks."""
+"""A public reranking model, named in an error message."""
 _COHERE_PATH: Final = "/v2/rerank"
 _PAIRS_OF_A_UNIT: Final = 100
-"""Number of documents that Cohere bills as one search."""
+"""The number of documents that Cohere bills as one search."""
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """Reads texts, or objects with one."""
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_INPUTS:
         raise ValueError(f"must be a list of 1 to {MAX_INPUTS} texts")
     return tuple(_text(item) for item in value)
@@ -176,26 +173,26 @@ _Texts = Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_SCH
 
 
 class RerankBody(Body, foreign=RERANK):
-    """The body of `POST /v1/rerank`. A request with `texts` gets a list, as of Text Embeddings Inference."""
+    """The body of `POST /v1/rerank`. If it has `texts`, the reply is a list, as in Text Embeddings Inference."""
 
     model: str | None = None
-    """Name of the served model; any is taken."""
+    """Name of the served model. Any name is accepted, unless `strict_model` is set."""
     query: str
     """The question or topic that the documents are ranked by."""
     documents: _Texts | None = None
     """Texts, or objects with the field `text`."""
     texts: _Texts | None = None
-    """The same as `documents`; the reply has the form of Text Embeddings Inference."""
+    """The same as `documents`, but the reply has the form of Text Embeddings Inference."""
     top_n: int | None = Field(default=None, ge=1)
-    """Number of best documents to return; by default all."""
+    """The number of results, the best ones; by default all documents are returned."""
     return_documents: bool = False
-    """Adds the documents to the results."""
+    """True: each result contains its document."""
     return_text: bool = False
-    """The same as `return_documents`, with `texts`."""
+    """The same as `return_documents`, for requests with `texts`."""
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Returns the documents. ParameterError if there are none, or two lists."""
+        """Returns the documents, in `documents` or `texts`. Raises ParameterError if both or neither are given."""
         lists = [texts for texts in (self.documents, self.texts) if texts is not None]
         if len(lists) != 1:
             raise ParameterError("documents", "give one of documents and texts")
@@ -208,7 +205,7 @@ class Rerank(Endpoint[RerankBody]):
     takes_any_model = True
 
     async def answer(self, request: Request) -> Response:
-        """Documents by their score for a query, the best first."""
+        """Returns documents with their relevance to a query, the most relevant first."""
         if self.service.settings.ranking is None:
             raise HttpError(501, "not_supported", f"{request.url.path}: {self._refusal()}")
         return await unless_disconnected(request, self._ranked(await self.read(request)))
@@ -274,7 +271,7 @@ class LlamaCppEmbeddings(Endpoint[LlamaCppEmbeddingBody]):
     body = LlamaCppEmbeddingBody
 
     async def answer(self, request: Request) -> Response:
-        """A list of vectors for each prompt: one, or without pooling one for each token."""
+        """Returns a list of vectors for each prompt: one vector, or one per token if there is no pooling."""
         body = await self.read(request)
         options = body.options(self.service.settings.pooling, body.embd_normalize)
         return await embedded(request, self.service, body.inputs, options, partial(_llamacpp_reply, body))

@@ -1,1 +1,1 @@
-"""The HTTP server below all endpoints: connections, TLS, keys, admission, events, errors as replies."""
+"""The HTTP server of all endpoints: connections, TLS, API keys, admission, event streams, and error replies."""

@@ -1,4 +1,4 @@
-"""The certificate of the API's port: read from files, checked, read again when they change."""
+"""The TLS certificate of the API: PEM files that are checked and read again when they change, or a self-signed one."""
 
 from __future__ import annotations
 
@@ -33,33 +33,31 @@ from llamaclust.wire.security.certificates import load_private, private_pem
 from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
-"""The pause between two checks of the files."""
+"""Interval at which the files are checked."""
 _RETRY_S: Final = 60.0
-"""The pause after a failure that may pass: a clock that is ahead, a full disk, a lost file server."""
+"""The pause after a failure that may be temporary: a wrong clock, a full disk, an unreachable file server."""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
-"""Remaining life of a certificate below which the log warns."""
+"""The log warns when the certificate ends within this time."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateFiles:
-    """The PEM files of a certificate, which may be one and the same."""
+    """The PEM files of a certificate and its key; both may be the same file."""
 
     certificate: Path  # the server's first, then those of the authorities that signed it
     key: Path
 
     @property
     def version(self) -> tuple[int, ...]:
-        """Numbers that change when a file does."""
+        """Numbers that change when one of the files does."""
         return (*file_version(self.certificate), *file_version(self.key))
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedCertificate:
-    """A certificate that can be used."""
-
     context: ssl.SSLContext
     pem: str  # of the server's certificate alone
     fingerprint: str  # SHA-256 as browsers and OpenSSL show it
@@ -68,7 +66,8 @@ class LoadedCertificate:
 
     @classmethod
     def of(cls, files: CertificateFiles) -> LoadedCertificate:
-        """Raises UsageError that names the file if one cannot be used, or if they do not belong together."""
+        """Reads the files. Raises UsageError, which names the file, if one cannot be used or if key and certificate do
+        not match."""
         version = files.version
         is_one_file = files.key == files.certificate
         chain = _read(files.certificate, is_private=is_one_file)
@@ -92,10 +91,10 @@ class LoadedCertificate:
 
 
 class ServerCertificate:
-    """The certificate of the files; if they cannot be used, the last one that could."""
+    """The server's certificate. If new files cannot be used, the previous certificate stays in use."""
 
     def __init__(self, files: CertificateFiles) -> None:
-        """Raises UsageError if the files cannot be used."""
+        """Reads the files. Raises UsageError if they cannot be used."""
         self._files = files
         self._loaded = LoadedCertificate.of(files)
         self._seen = self._done = self._loaded.version
@@ -106,7 +105,7 @@ class ServerCertificate:
 
     @property
     def context(self) -> ssl.SSLContext:
-        """The context of the next connection; those that are open are not disturbed."""
+        """The TLS context for new connections. Open connections keep theirs."""
         return self._loaded.context
 
     @property
@@ -114,14 +113,14 @@ class ServerCertificate:
         return self._loaded.fingerprint
 
     def publish(self, path: Path) -> None:
-        """Writes the certificate, now and whenever it changes, to the place where this user's programs look for it.
+        """Writes the certificate to the file where this user's programs look for it, now and whenever it changes.
         Raises LlamaclustError if it cannot be written."""
         self._published = path
         self._publish()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Checks the files again and again, on a thread of its own: a lost file server stops no request."""
+        """Checks the files periodically, on a separate thread, so that an unreachable file server blocks no request."""
         end = threading.Event()
 
         def watch() -> None:
@@ -137,7 +136,7 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads files that changed before the last look and not since: both are written then."""
+        """Reads the files if they have changed, but not since the last check: then both are completely written."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s
@@ -149,7 +148,7 @@ class ServerCertificate:
             _log.warning("%s: ends at %s: renew it", self._files.certificate, _shown(self._loaded.ends_at))
 
     def _renew(self, version: tuple[int, ...]) -> None:
-        """Logs a failure once and leaves the work to a later look."""
+        """Uses and publishes the changed files. A failure is logged once, and retried a minute later."""
         failure = "the API's certificate stays as it was"
         try:
             if version != self._loaded.version:
@@ -209,25 +208,25 @@ def _shown(time: datetime) -> str:
 
 
 _LIFE = timedelta(days=820)
-"""Life of a self-signed certificate: some clients refuse more than 825 days."""
+"""Validity of a self-signed certificate. Some clients refuse more than 825 days."""
 _REST = timedelta(days=30)
-"""Remaining life below which a start makes a new certificate."""
+"""A start replaces a self-signed certificate that ends within this time."""
 _SKEW = timedelta(days=1)
 _MOST_NAMES = 256
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
 def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str]) -> list[str]:
-    """Returns the names and addresses by which clients may call an API that listens there."""
+    """Returns the host names and addresses by which clients may connect to an API that listens on these hosts."""
     here = [name for host in listen_hosts for name in (own_addresses() if host in ANYWHERE else [host])]
     names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *here, *allowed_hosts]
     return _unique(name.lower() for name in names)
 
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:
-    """Writes a file of mode 0600 with a private key and a certificate for these names, in PEM. An existing file stays
-    while it is valid for them; a new one has its names as well, since several machines may share the folder.
-    LlamaclustError if the file cannot be written."""
+    """Makes sure that a file (mode 0600) has a private key and a self-signed certificate for these names, in PEM. An
+    existing certificate is kept while it is valid for all of them. A new one also gets the names of the old one,
+    because several machines may share the folder. Raises LlamaclustError if the file cannot be written."""
     former = _former(path)
     now = datetime.now(UTC)
     if former is not None:
@@ -246,7 +245,7 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def _former(path: Path) -> x509.Certificate | None:
-    """Returns the file's certificate; None if the file is missing or damaged."""
+    """Returns the certificate in the file, or None if the file is missing or damaged."""
     try:
         pem = read_bytes(path, _MOST_BYTES)
         certificate = x509.load_pem_x509_certificate(pem)

@@ -1,4 +1,4 @@
-"""The API's port, and HTTP/1.1 and TLS of one connection: bounded headers, early errors, handshakes with a deadline."""
+"""The API's port, and HTTP/1.1 and TLS of its connections, within bounds that hold during TLS handshakes too."""
 
 from __future__ import annotations
 
@@ -26,24 +26,23 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.http.certificate import ServerCertificate
 
 MAX_HEADERS = 200
-"""Most lines of a request's head. Each header becomes objects of some hundred bytes, however short it is."""
+"""The largest number of lines in a request's head. Each header takes some hundred bytes of memory, however short."""
 EVENTS_A_TURN = 64
-"""Pieces of bodies that one connection parses before others get their turn."""
+"""Pieces of bodies that one connection may parse before other connections get a turn."""
 _FEW_CHUNKS, _LEAST_CHUNK_BYTES = 4096, 16
-"""Most chunks of a body that may be of any size; more chunks must have so many bytes in the mean, because parsing takes
-as long for each."""
+"""A body with more chunks than `_FEW_CHUNKS` must have `_LEAST_CHUNK_BYTES` per chunk on average, because each chunk
+takes the same time to parse, however small."""
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 
 def canonical_name(name: bytes) -> bytes:
-    """Writes a header's name with capitals, as most servers do: some clients compare names case-sensitively."""
+    """Capitalizes a header's name as most servers do, because some clients compare names case-sensitively."""
     return name.title()
 
 
 class HttpConnection(h11.Connection):
-    """A connection that accepts targets with a host, writes canonical header names, and writes pieces of a streamed
-    body without a look at the protocol's states. It bounds the headers of a request, the chunks of its body, and the
-    work of one turn."""
+    """A server's HTTP connection. It accepts targets with a host, capitalizes header names, and sends pieces of a
+    streamed body without h11's checks. It bounds a request's headers, its body's chunks, and the work per turn."""
 
     def __init__(self, our_role: type[h11.SERVER], max_incomplete_event_size: int) -> None:
         super().__init__(our_role, max_incomplete_event_size)
@@ -55,16 +54,17 @@ class HttpConnection(h11.Connection):
 
     @property
     def ended_turn(self) -> bool:
-        """True if `next_event` gave no more because the turn is over; received data may hold further events."""
+        """True if the turn is over. Received data may then contain further events."""
         return self._events_left == 0
 
     @property
     def is_chunked(self) -> bool:
-        """True while pieces of a streamed body are being sent."""
+        """True while the pieces of a streamed body are being sent."""
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Raises RemoteProtocolError for invalid HTTP, too many headers or too small chunks."""
+        """Returns the next event, or NEED_DATA at the end of the turn. Raises RemoteProtocolError for invalid HTTP, too
+        many headers, or too small chunks."""
         if self.ended_turn:
             return h11.NEED_DATA
         if self.their_state is h11.IDLE:
@@ -101,7 +101,7 @@ class HttpConnection(h11.Connection):
 
 
 def _in_origin_form(request: h11.Request) -> h11.Request:
-    """Moves the host of a target, which clients of a proxy write, into the header (RFC 9112, 3.2.2)."""
+    """Moves the host of an absolute target, which clients of a proxy send, to the Host header (RFC 9112, 3.2.2)."""
     match = _ABSOLUTE.fullmatch(request.target)
     if match is None:
         return request
@@ -167,7 +167,7 @@ class TlsProtocol(asyncio.Protocol):
             self._fail(error)
 
     def _read(self) -> None:
-        """Passes on all data that is complete, then raises ssl.SSLWantReadError."""
+        """Passes on all data that is decrypted, then raises ssl.SSLWantReadError."""
         while self._phase is _Phase.OPEN and not self._transport.is_closing():
             try:
                 data = self._tls.read(_READ_BYTES)
@@ -180,7 +180,7 @@ class TlsProtocol(asyncio.Protocol):
                 self.close()
 
     def _fail(self, error: ssl.SSLError) -> None:
-        """Ends a handshake with a client that speaks something else, or a damaged connection."""
+        """Closes a connection with a failed handshake or damaged data. A client that speaks plain HTTP gets a reply."""
         is_plain_http = self._phase is _Phase.HANDSHAKE and error.reason == "HTTP_REQUEST"
         self._phase = _Phase.ENDED
         if is_plain_http:
@@ -195,13 +195,12 @@ class TlsProtocol(asyncio.Protocol):
             self._transport.write(self._outgoing.read())
 
     def write(self, data: Any) -> None:
-        """Sends bytes of the carried protocol."""
         if self._phase is _Phase.OPEN and data:
             self._tls.write(data)
             self._send()
 
     def close(self) -> None:
-        """Ends the connection once all written data is sent."""
+        """Closes the connection after all written data is sent."""
         if self._phase is _Phase.OPEN:
             with suppress(ssl.SSLError):  # the other side has not said so
                 self._tls.unwrap()
@@ -211,7 +210,7 @@ class TlsProtocol(asyncio.Protocol):
 
 
 class _TlsTransport:
-    """A connection for the carried protocol, which passes everything but TLS to the transport."""
+    """The transport of the carried protocol. Only what concerns TLS differs from the transport below."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
         self._tls = tls
@@ -226,7 +225,7 @@ class _TlsTransport:
 
 
 def whole(reply: Response) -> bytes:
-    """Returns a reply as it is sent on a connection of its own."""
+    """Returns the bytes of a reply after which the connection is closed."""
     status, phrase = reply.status_code, HTTPStatus(reply.status_code).phrase.encode()
     headers = b"".join(b"%s: %s\r\n" % (canonical_name(name), value) for name, value in reply.raw_headers)
     return b"HTTP/1.1 %d %s\r\n%sConnection: close\r\n\r\n%s" % (status, phrase, headers, bytes(reply.body))
@@ -234,7 +233,7 @@ def whole(reply: Response) -> bytes:
 
 _PLAIN: Final = Failure(400, "this port speaks TLS: write https:// in its address", "https_required")
 _NOT_TLS: Final = whole(JsonResponse(OPENAI.body(_PLAIN), _PLAIN.status))
-"""The reply to a request that is not encrypted."""
+"""The reply to plain HTTP on a port with TLS."""
 
 
 _CURE = "choose another with `--port N` or `listen:` (0: any free one)"
@@ -242,7 +241,7 @@ _CURE = "choose another with `--port N` or `listen:` (0: any free one)"
 
 @dataclass(frozen=True, slots=True)
 class ApiPort:
-    """The addresses where clients connect."""
+    """The addresses at which clients connect."""
 
     listener: socket.socket
     certificate: ServerCertificate | None = None  # None: plain HTTP
@@ -254,18 +253,16 @@ class ApiPort:
 
     @property
     def url(self) -> str:
-        """The URL at the first address."""
         scheme = "http" if self.certificate is None else "https"
         return f"{scheme}://{joined_address(listening_host(self.listener), self.listener.getsockname()[1])}"
 
     def carrying(self, protocol: asyncio.Protocol) -> asyncio.Protocol:
-        """Returns the protocol of a new connection."""
         return protocol if self.certificate is None else TlsProtocol(protocol, self.certificate.context)
 
 
 @contextmanager
 def listening(addresses: Sequence[tuple[str, int]], certificate: ServerCertificate | None) -> Iterator[ApiPort]:
-    """Takes the ports. Raises UsageError if that is not possible."""
+    """Binds the addresses. Raises UsageError if that is not possible."""
     with ExitStack() as sockets:
         first, *further = [sockets.enter_context(listener(*address, _CURE)) for address in addresses]
         yield ApiPort(first, certificate, tuple(further))

@@ -1,5 +1,6 @@
-"""Admission of requests: API keys, Host headers (DNS rebinding), origins of web pages, and bounds on open requests and
-the bytes of their bodies. A stopping server accepts no more, and answers all that it has."""
+"""Middlewares that admit requests. They check API keys, Host headers (against DNS rebinding) and the origins of web
+pages, and bound the open requests and the bytes of their bodies. A server that stops admits no more requests, but
+answers those that it has."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
-"""Paths that need no key; `request.state.is_trusted` says if a request may see more than the state."""
+"""Paths that need no key. Without a valid key, `request.state.is_trusted` is false, and replies show only the state."""
 
 LOCALHOST = "localhost"
-"""An origin of the settings that stands for all pages of this machine."""
+"""An item of `allowed_origins` that stands for all pages of this machine."""
 
 _FOREIGN_ORIGIN = "origin_not_allowed"
 _LOCAL_PAGE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
@@ -38,7 +39,7 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})
 
 
 def key_error(headers: Mapping[str, str], api_keys: Sequence[str]) -> HttpError | None:
-    """Returns the error of a request's key. Keys may change; without any, no key is needed."""
+    """Returns the error of a missing or unknown key, or None. Without keys, none is needed. The keys may change."""
     digests, key = _digests(tuple(api_keys)), sent_key(headers)
     if not digests:
         return None
@@ -55,20 +56,20 @@ def _digests(keys: tuple[str, ...]) -> tuple[bytes, ...]:
 
 
 def sent_key(headers: Mapping[str, str]) -> str:
-    """Returns the key in a request's headers, whose names are in small letters; "" without one. Anthropic's clients
-    send it without a scheme."""
+    """Returns the key that a request sends, or "". The names of `headers` are in lower case. Anthropic's clients send
+    the key as X-Api-Key."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
 def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
-    """Returns the digest of the configured API key that a request shows; "" if it shows none of them."""
+    """Returns a digest of the request's key; "" if it is none of the configured keys."""
     key = sent_key(headers)
     return _digest(key).hex()[:32] if key in api_keys else ""
 
 
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
-    """Raises HttpError 403 for a key that is not the first one of the settings, if they have any: `action` affects all
+    """Raises HttpError 403 if keys are set and the request's key is not the first one. `action` is one that affects all
     clients."""
     keys = settings.api_keys
     if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
@@ -76,15 +77,16 @@ def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action:
 
 
 def page_origins(settings: ApiSettings) -> re.Pattern[str]:
-    """Matches the origins of the web pages that may use the API, in small letters."""
+    """Returns a pattern of the origins, in lower case, of web pages that may use the API."""
     known = {"*": r".*", LOCALHOST: _LOCAL_PAGE}
     parts = [known.get(origin, re.escape(origin)) for origin in settings.allowed_origins]
     return re.compile("|".join(f"(?:{part})" for part in parts) or r"(?!)")
 
 
 class KeyGate:
-    """Sends the page, and refuses requests without a key before the app sees them. Notes the owners of the others, and
-    names their routes for traces: a client without a key could make any number of names."""
+    """Serves the web page to everybody, and refuses requests without a valid key. Stores the owner of each other
+    request. Traces get the route of a request only if its key is valid, because others could create any number of
+    names."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -110,7 +112,7 @@ class KeyGate:
 
 
 class Security:
-    """Refuses requests of foreign web pages and to other hosts before anything else sees them."""
+    """Refuses requests of other sites' web pages, and requests to other Host names, before all other handling."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -164,8 +166,8 @@ class Security:
 
 
 def _origin(headers: Headers, scope: Scope) -> str | None:
-    """Returns the origin of the page that sends the request; None without a page. It is "null" for a page of another
-    site without an Origin, unless the request may be a link that was followed."""
+    """Returns the origin of the web page that sent the request; None if no page did. If another site's page sent it
+    without an Origin, it is "null". GET and HEAD are exempt, because they may come from a link."""
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
 
@@ -187,7 +189,7 @@ class _Open:
 
 
 class Admission:
-    """The open requests of one app. Use from one event loop."""
+    """The open requests of an app. Not thread-safe: use it on one event loop."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self.is_stopping = False
@@ -196,22 +198,22 @@ class Admission:
         self._body_bytes = Shares(settings.max_held_bytes)
 
     def stop(self) -> None:
-        """Refuses requests from now on, including those whose bodies are still to come."""
+        """Refuses new requests, and those whose bodies have not arrived completely."""
         self.is_stopping = True
         self._refuse(self._unfinished, _stopping())
 
     async def wait_idle(self) -> None:
-        """Returns once the replies of all requests are whole; its caller sets the deadline."""
+        """Waits until all requests have their whole replies. The caller sets a deadline."""
         while self._open:
             await asyncio.wait([request.task for request in self._open])
 
     def end(self) -> None:
-        """Ends requests whose replies have not begun, with the error that the cluster stops."""
+        """Cancels requests whose replies have not begun; their error says that the cluster is stopping."""
         self.is_stopping = True
         self._refuse([request for request in self._open if not request.is_answered], _stopping())
 
     def check(self) -> None:
-        """Raises HttpError if no further request of the current owner is taken."""
+        """Raises HttpError if the current owner's next request cannot be admitted."""
         if self.is_stopping:
             raise _stopping()
         whole = [request for request in self._open if not request.awaits_body]
@@ -221,8 +223,8 @@ class Admission:
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
-        """Keeps a request of the current task open. Unfinished bodies keep no others out: the oldest unfinished request
-        of the owner with the most gives way."""
+        """Registers the current task's request while it is open. If too many bodies are incomplete, the owner with the
+        most loses the oldest of those requests, so that slow bodies cannot block others."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get(), has_body)
@@ -238,7 +240,7 @@ class Admission:
             self._body_bytes.take(request.owner, -request.body_bytes)
 
     def count(self, request: _Open, message: Message) -> None:
-        """Counts a part of a request's body. Raises HttpError if all together are too much."""
+        """Counts a part of a request's body. Raises HttpError if the bodies of all requests exceed their bound."""
         if request.awaits_body and not message.get("more_body", False):
             self.check()
             request.awaits_body = False
@@ -260,7 +262,7 @@ class Admission:
 
 
 class AdmissionGate:
-    """Passes requests with a body to an app within its bounds; those that are cancelled for others get a 503."""
+    """Passes requests with a body to the app if `Admission` admits them. Those cancelled to make room get a 503."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
@@ -281,7 +283,7 @@ class AdmissionGate:
                 await error_response(given_way, scope)(scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
-        """Returns the refusal of a request that was cancelled for others before its reply began."""
+        """Runs the app. Returns the error if `Admission` cancelled the request before its reply began, else None."""
 
         async def counted() -> Message:
             message = await receive()

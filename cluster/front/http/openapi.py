@@ -42,7 +42,7 @@ _EVENT: Final = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
-"""The schema of a stream's events; before OpenAPI 3.2, the schema of its media type describes each event."""
+"""The schema of a stream's events. Before OpenAPI 3.2, the schema of a stream's media type describes each event."""
 _SCHEMAS: Final[dict[str, Any]] = {JSON: {}, EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
@@ -53,8 +53,6 @@ _HEADERS: Final = {"Content-Security-Policy": "default-src 'none'; style-src 'un
 
 
 class Document:
-    """Describes the routes of the app that serves it."""
-
     def __init__(self, *, is_strict: bool) -> None:
         self._is_strict = is_strict
 
@@ -62,13 +60,13 @@ class Document:
         return JSONResponse(describe(request.app.routes, is_strict=self._is_strict))
 
     async def show_page(self, request: Request) -> Response:
-        """Shows all operations and the fields of their bodies on a page that needs no scripts and no other host."""
+        """Shows all operations and the fields of their bodies on one page, without scripts or other hosts."""
         return HTMLResponse(_page(describe(request.app.routes, is_strict=self._is_strict)), headers=_HEADERS)
 
 
 @cache
 def _request_body(body: type[BaseModel]) -> dict[str, Any]:
-    """Describes a body; null is the same as an absent field."""
+    """Describes a body. Every optional field may be null, which is the same as absent."""
     schema = _inlined(body.model_json_schema())
     required, fields = schema.get("required", ()), schema.get("properties", {})
     if fields:
@@ -77,7 +75,7 @@ def _request_body(body: type[BaseModel]) -> dict[str, Any]:
 
 
 def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
-    """Returns the document, of OpenAPI 3.1. Unknown fields are accepted unless `is_strict`."""
+    """Returns the OpenAPI 3.1 document. It allows unknown fields, unless `is_strict`."""
     paths: dict[str, dict[str, Any]] = {}
     errors: dict[str, Any] = {}
     for route in routes:
@@ -162,7 +160,7 @@ def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mapped(schema: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
-    """Returns a schema whose objects are changed, the inner ones first."""
+    """Applies `change` to all objects of a schema, inner objects first."""
     if isinstance(schema, list):
         return [_mapped(item, change) for item in schema]
     if not isinstance(schema, dict):
@@ -171,12 +169,12 @@ def _mapped(schema: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
 
 
 def _open(schema: Any) -> Any:
-    """Returns a schema whose objects may have other fields."""
+    """Returns a schema whose objects allow unknown fields."""
     return _mapped(schema, lambda part: part | {_OTHERS: True} if part.get(_OTHERS) is False else part)
 
 
 def _inlined(schema: dict[str, Any]) -> Any:
-    """Returns a JSON schema without references, which would point outside of it once it is a part of the document."""
+    """Returns a JSON schema with its references resolved, since they would be invalid inside the document."""
     definitions = schema.pop("$defs", {})
 
     def inline(part: dict[str, Any]) -> Any:

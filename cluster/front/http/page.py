@@ -1,4 +1,4 @@
-"""The files of the page, read once; they hold no secret, need no other host and no key."""
+"""The files of the web page, read once. They hold no secrets and need no key, and load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,10 @@ _TYPES: Final = {
 }
 _FOLDER: Final = Path(__file__).parents[1] / "page/static"
 PAGE: Final = "/"
-"""The path of the page itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """A file as it is sent."""
-
     data: bytes
     media_type: str
     etag: str  # of its content, in quotes
@@ -34,7 +31,7 @@ class Asset:
 
 @cache
 def assets() -> Mapping[str, Asset]:
-    """Returns the files by path."""
+    """Returns the files of the web page by their URL paths."""
     found = (file for file in _FOLDER.rglob("*") if file.suffix in _TYPES)
     return MappingProxyType({_path(file.relative_to(_FOLDER).as_posix()): _asset(file) for file in sorted(found)})
 
@@ -76,8 +73,8 @@ _HEADERS: Final = {
 
 
 def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
-    """Returns the file of a path, None if there is none: no path of a client ever becomes a path of a file. Names of
-    headers are in small letters. `/` is the page for browsers only."""
+    """Returns the file at a path, or None. Paths are only looked up in a table, so a client cannot reach other files.
+    `/` is the page only for clients that accept HTML. The names of `headers` are in lower case."""
     asset = assets().get(path)
     if asset is None or (path == PAGE and "text/html" not in headers.get("accept", "")):
         return None

@@ -26,14 +26,12 @@ JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
 CLIENT_GONE = 499
 BODY_WRITER: Final = "llamaclust.body"
-"""The extension of the scope by which streams are written if this program's own server has the connection."""
+"""The key of the ASGI scope's extension that writes streams directly, which only this program's own server offers."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 class JsonResponse(Response):
-    """A body of JSON."""
-
     media_type = JSON
 
     def render(self, content: Any) -> bytes:
@@ -41,7 +39,7 @@ class JsonResponse(Response):
 
 
 def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[Response]]:
-    """Makes the endpoint of a path that clients of other servers know and this server refuses."""
+    """Makes the endpoint of a path that other servers have and this server refuses."""
 
     async def refuse(request: Request) -> Response:
         raise HttpError(status, "not_supported", f"{given_path(request.scope)}: {what}")
@@ -51,7 +49,7 @@ def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[R
 
 
 def error_response(error: LlamaclustError, scope: Scope) -> Response:
-    """Returns the reply in the shape of the request's API."""
+    """Returns the reply for an error, in the form of the request's API."""
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -59,7 +57,7 @@ def error_response(error: LlamaclustError, scope: Scope) -> Response:
 
 
 def add_error_handlers(app: Starlette) -> None:
-    """Registers handlers so that every error leaves the app in the shape of the request's API."""
+    """Registers handlers, so that every error reply has the form of the request's API."""
     for kind in (LlamaclustError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _on_error)
 
@@ -69,7 +67,7 @@ def _response(failure: Failure, scope: Scope, headers: Mapping[str, str] | None 
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    """Shows an error; the server logs errors of other kinds itself, once they are re-raised."""
+    """Replies with the error. Unexpected exceptions are logged by the server, because Starlette raises them again."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     if isinstance(error, HTTPException):
@@ -89,7 +87,7 @@ def _routing_error(request: Request, error: HTTPException) -> Response:
 
 
 def _methods(request: Request) -> str:
-    """Returns the methods of all routes with the path of the request. HEAD is served as GET."""
+    """Returns the methods of all routes that match the request's path. HEAD is served as GET."""
     path = request.scope["path"]
     routes = (route for route in request.app.routes if isinstance(route, PathRoute) and route.path_regex.match(path))
     methods = {method for route in routes for method in route.methods or ()}
@@ -97,18 +95,17 @@ def _methods(request: Request) -> str:
 
 
 _DISCARD_S = 0.9
-"""Seconds for the rest of a body, which is discarded. A server that ends waits a little longer."""
+"""Seconds for which the rest of a body is read and discarded. They are fewer than a stopping server's grace time."""
 
 
 def has_body(scope: Scope) -> bool:
-    """Returns True if the request's head announces a body."""
     headers = Headers(scope=scope)
     return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
 
 
 class EarlyReplies:
-    """Sends a reply at once, but ends it behind the request's body, or a while later: if a connection is closed while
-    the client sends, it is reset and the reply is lost."""
+    """Sends a reply at once, but ends it only after the request's body, or after a second. If the server closed the
+    connection while the client still sends, the client could lose the reply."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -141,7 +138,7 @@ class EarlyReplies:
 
 
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
-"""First parts of the paths that clients with a base URL without `/v1` request; generating endpoints have both paths."""
+"""Beginnings of paths that clients with a base URL without `/v1` use. Generating endpoints declare both paths."""
 _OTHER_NAMES: Final = {"/v1/health": "/health"}
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
 _STATE: Final = "traced_route"
@@ -150,7 +147,7 @@ _UNKNOWN: Final = "other"
 
 
 class QueryParameter(NamedTuple):
-    """A parameter of a URL, for openapi.json."""
+    """A query parameter, for openapi.json."""
 
     name: str
     kind: str  # type of JSON schema
@@ -158,7 +155,7 @@ class QueryParameter(NamedTuple):
 
 
 class Route(PathRoute):
-    """One operation of the API, with its description for openapi.json."""
+    """A method and path of the API, with its description for openapi.json."""
 
     def __init__(
         self,
@@ -174,9 +171,9 @@ class Route(PathRoute):
         types: Sequence[str] | None = None,
         status: int = 200,
     ) -> None:
-        """Makes a route. `body`: the class of its fields; the endpoint reads its body itself. `computes`: the model
-        must be loaded. `errors`: the shape of errors of this path and of those that begin with it; None: as usual.
-        `types`: media types of the reply; None: JSON, and `form` if the body may request a stream."""
+        """Makes a route. `body`: the class of the body, which the endpoint itself reads. `computes`: the model must be
+        loaded. `errors`: the form of errors for this path and for those below it; None: that of `usual_shape`. `types`:
+        media types of the reply; None: JSON, and `form` if the body has the field `stream`."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
@@ -189,11 +186,11 @@ class Route(PathRoute):
 
 
 class Paths:
-    """Passes requests on with the app's names of their path and method."""
+    """Middleware that replaces paths and methods by those that the app's routes have."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """Makes the middleware. `prefix`: "" or "/..."; paths without it are served too, for probes and this program's
-        own clients."""
+        """Makes the middleware. `prefix`: "" or "/...". Paths without the prefix are served too, for probes and this
+        program's own clients."""
         self._app = app
         self._prefix = prefix
 
@@ -209,33 +206,33 @@ class Paths:
 
 
 def given_path(scope: Scope) -> str:
-    """Returns the path as the client wrote it, without the prefix."""
+    """Returns the path as the client sent it, without the prefix."""
     path: str = scope.get("state", {}).get(_GIVEN, scope["path"])
     return path
 
 
 def shape_of(scope: Scope) -> ErrorShape:
-    """Returns the shape of a request's errors, also before its route is found."""
+    """Returns the form of errors for a request, even before its route is known."""
     given, routes = given_path(scope), (route for route in scope["app"].routes if isinstance(route, Route))
     own = (route.errors for route in routes if route.errors is not None and given.startswith(route.path))
     return next(own, usual_shape(given))
 
 
 def template(path: str) -> str:
-    """Returns a route's path as clients know it, with `{name}` for each parameter."""
+    """Returns a route's path as clients see it, with `{name}` for each parameter."""
     return _PARAMETER.sub(r"{\1}", path)
 
 
 def traced_names(scope: Scope) -> list[str]:
-    """Returns a list that gets the route's name, for middlewares around the app: empty until the key was checked, and
-    never text of the client."""
+    """Returns an empty list to which `name_route` later adds the name of the route. Names never contain text of the
+    client."""
     names: list[str] = []
     scope["state"] = {**scope.get("state", {}), _STATE: names}
     return names
 
 
 def name_route(scope: Scope) -> None:
-    """Names the route of a request whose key was checked, if the request is traced."""
+    """Adds the route's name to the list of `traced_names`, if there is one. Called only after the key was checked."""
     if (names := scope.get("state", {}).get(_STATE)) is not None:
         posts = (route for route in scope["app"].routes if isinstance(route, Route) and route.method == "POST")
         paths = (template(route.path) for route in posts if route.path_regex.match(scope["path"]))

@@ -1,5 +1,5 @@
-"""The API's port: replies while the cluster starts, then the HTTP server under the app, with bounds on connections and
-on their idle time."""
+"""The HTTP server on the API's port. While the cluster starts, it sends short replies; afterwards, it serves the app.
+It bounds the number of connections and their idle time."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from llamaclust.core.errors import ClusterStartingError
 from llamaclust.core.process_settings import connections_of_server
 
 _BACKLOG = 128
-"""Connections that the event loop accepts before it looks at the first."""
+"""Backlog of the listening sockets; asyncio also accepts that many connections in one turn."""
 _GRACE_S = 1
-"""Seconds for data that is still being written to clients at the end; the server takes whole seconds."""
+"""The time in which data is still sent to clients when the server stops, in whole seconds."""
 _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
 _NO_HTTP = {431: "head_too_large", 501: "not_supported"}
-"""Error codes of requests that cannot be parsed, by status."""
+"""Error codes of requests that are no valid HTTP, by status."""
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
-    """Returns the server of an app at a port, with at most `places` connections. Warnings are not logged: any client
-    can cause them without end. The room closes idle connections, later than clients and proxies do (nginx keeps them
-    for 60 s): a request that meets the end of its connection on the way is lost."""
+    """Returns the configuration of a server for the app with at most `places` connections. Warnings are not logged,
+    because clients can cause any number. `_Room` closes idle connections, after a longer time than clients and proxies
+    use (nginx: 60 s), because a request on its way to a closing connection is lost."""
 
     class Connection(_Connection):
-        """A connection in this server's room: the server makes connections from a class."""
+        """A connection of this server. It is a class of its own, because uvicorn passes no room to its connections."""
 
         room = _Room(settings, settings.max_connections if places is None else places)
 
@@ -71,7 +71,7 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: in
 
 
 class _Room:
-    """The places for connections of one server, and its idle connections, the longest first."""
+    """The places of one server's connections, and its idle connections, those idle the longest first."""
 
     def __init__(self, settings: ApiSettings, most: int) -> None:
         self.places = min(most, connections_of_server())
@@ -79,8 +79,8 @@ class _Room:
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
     def wait(self, connection: _Connection, wait_s: float) -> None:
-        """Closes the connection unless the whole head of a request is there in time. A connection that is idle already
-        keeps its place."""
+        """Closes the connection unless a request's head arrives completely within `wait_s`. A connection that is
+        already idle keeps its rank."""
         timer = self._idle.get(connection)
         if timer is not None:
             timer.cancel()
@@ -92,7 +92,7 @@ class _Room:
             timer.cancel()
 
     def make_place(self) -> bool:
-        """Closes the connection that was idle longest. Returns False if none is idle."""
+        """Closes the connection that has been idle the longest. Returns False if none is idle."""
         if not self._idle:
             return False
         self._close(next(iter(self._idle)))
@@ -105,8 +105,8 @@ class _Room:
 
 
 class _Connection(H11Protocol):
-    """A connection that is idle until the whole head of a request is there, and again when its reply is written. A new
-    connection has as long for its first head, TLS handshake included, as others from the first byte of a head."""
+    """A connection. It is idle until a request's head is complete, and again after its reply. A new connection,
+    including its TLS handshake, has as long for a head as others have from a head's first byte."""
 
     room: ClassVar[_Room]
 
@@ -148,7 +148,7 @@ class _Connection(H11Protocol):
             self.room.leave(self)
 
     def send_400_response(self, msg: str) -> None:
-        """Answers invalid HTTP if no reply has begun; the app's reply to its head is not sent."""
+        """Replies to invalid HTTP, unless the app's reply to the same request has begun. Closes the connection."""
         if self._is_idle or not self.cycle.response_started:
             failure = _no_http(sys.exception())
             self.transport.write(whole(JsonResponse(OPENAI.body(failure), failure.status)))
@@ -158,7 +158,7 @@ class _Connection(H11Protocol):
             self.cycle.message_event.set()
 
     def _go_on(self) -> None:
-        """Parses the data that an ended turn left."""
+        """Parses the data that the last turn left."""
         if self.transport.is_closing():
             return
         if not self.flow.read_paused:
@@ -173,7 +173,7 @@ class _Connection(H11Protocol):
             self.room.wait(self, settings.idle_s if self._awaits_head else settings.head_s)
 
     def takes_body(self, cycle: RequestResponseCycle) -> bool:
-        """Returns True if pieces of this reply's body may be written now."""
+        """Returns True if a piece of this reply's body can be written now."""
         is_sending = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
         is_paused = self.flow.write_paused or cycle.scope["method"] == "HEAD"
         return is_sending and self._http.is_chunked and not is_paused
@@ -184,14 +184,13 @@ class _Connection(H11Protocol):
 
 
 def _no_http(error: BaseException | None) -> Failure:
-    """The failure of a request by the error of its parser."""
     status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
     return Failure(status, f"the request is not valid HTTP: {error}", _NO_HTTP.get(status, "bad_http"))
 
 
 class _Body:
-    """The body of a reply that has begun. Pieces that come together are written together, at the end of the loop's
-    turn: a system call for each event of a stream takes longer than all other work for it."""
+    """Writes the body of a reply. Pieces are written together at the end of the event loop's turn, because a system
+    call for each event would cost more than all other work."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
         self._connection = connection
@@ -199,7 +198,7 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Returns False for a piece that has to be sent by ASGI, behind the pieces that were taken."""
+        """Writes a piece. Returns False if it must be sent through ASGI, after writing all earlier pieces."""
         if not self._connection.takes_body(self._cycle):
             self.flush()
             return False
@@ -215,17 +214,18 @@ class _Body:
 
 
 def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
-    """Lets the system end a connection whose other side takes no data for so long."""
+    """Makes the kernel close the connection if the client accepts no data for `unread_s`."""
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
         connection = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_s * 1000))
 
 
 class StartingReplies:
-    """Answers on a port, whose socket stays open, while it is entered; `close` it when the API itself answers."""
+    """Replies on the API's port while the cluster starts. The listening socket stays open for the API afterwards."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """Makes the replies; only clients with a key see what the start waits for. `is_live`: /live is answered 200."""
+        """Makes the replies. Only clients with a key see what the start waits for. `is_live`: /live is answered with
+        200."""
         self._settings = settings
         self._is_live = is_live
         self._report = report
@@ -247,7 +247,7 @@ class StartingReplies:
         self.close()
 
     def close(self) -> None:
-        """Accepts no more; accepted connections get replies, which a closed server would not send."""
+        """Stops accepting connections. Accepted ones still get replies, because their server closes a turn later."""
         loop = asyncio.get_running_loop()
         while self._servers:
             server = self._servers.pop()
@@ -256,7 +256,7 @@ class StartingReplies:
             loop.call_soon(server.close)
 
     def report(self, event: Event) -> None:
-        """Passes an event of the start on."""
+        """Notes what the start waits for, and passes the event on."""
         now = awaited(event)
         self._awaited = self._awaited if now is None else now
         self._report(event)

@@ -1,4 +1,4 @@
-"""Replies that are sent in parts: server-sent events, lines, or JSON; a client that disconnects cancels them."""
+"""Replies that are sent in parts: server-sent events, lines, or JSON. They are cancelled if the client disconnects."""
 
 from __future__ import annotations
 
@@ -28,38 +28,37 @@ _log = logging.getLogger(__name__)
 
 
 class StreamFormat(Enum):
-    """Forms of streams, by media type."""
-
     EVENTS = "text/event-stream"
     LINES = "application/x-ndjson"
 
     @property
     def has_ids(self) -> bool:
-        """True if a part tells its client where to find the reply again."""
+        """True if events have ids, with which a client can read the reply again."""
         return self is StreamFormat.EVENTS
 
     @property
     def keepalive(self) -> bytes:
-        """The bytes that are sent after a silence; empty for lines, whose readers would take them for a part."""
+        """The bytes to send after a silence. They are empty for lines, whose readers would take them for a part."""
         return b": waiting\n\n" if self is StreamFormat.EVENTS else b""
 
     def part(self, data: bytes, name: str = "", event_id: str = "") -> bytes:
-        """Returns one event or line. A line has neither a name nor an id."""
+        """Returns an event or a line. Lines have neither names nor ids."""
         if self is StreamFormat.LINES:
             return data + b"\n"
         head = f"id: {event_id}\n" if event_id else ""
         return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
     def error(self, scope: Scope, error: LlamaclustError, fields: Mapping[str, Any]) -> bytes:
-        """Returns the last part of a stream that fails, in the form of the request's API, with further fields."""
+        """Returns the last part of a stream that fails: the error in the form of the request's API, with further
+        fields."""
         shape, failure = shape_of(scope), failure_of(error)
         kind = {"type": shape.event_name} if shape.event_name else {}
         return self.part(to_json({**kind, **shape.body(failure), **fields}), shape.event_name)
 
 
 class PartsResponse(Response):
-    """Sends the parts of a body as they come. The parts' generator and then `close` always run to their ends; `close`
-    gets True if the connection took all that its client will get."""
+    """Sends the parts of a body as they come. At the end, it always closes the generator of the parts, and then calls
+    `close` with True if the connection accepted the whole reply."""
 
     def __init__(
         self,
@@ -90,8 +89,6 @@ class PartsResponse(Response):
 
 
 class EventResponse(PartsResponse):
-    """A stream of events or lines."""
-
     def __init__(
         self,
         parts: AsyncGenerator[bytes, None],
@@ -99,7 +96,7 @@ class EventResponse(PartsResponse):
         form: StreamFormat,
         error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Makes the response; `error_fields`: further fields of an error, which may change until there is one."""
+        """Makes the response. `error_fields`: further fields of an error that ends it; the caller may change them."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form
@@ -126,7 +123,8 @@ class EventResponse(PartsResponse):
 
 
 class JsonParts(PartsResponse):
-    """A body of JSON, with a Content-Length if it is one part. Errors of the first parts come before the head."""
+    """A body of JSON. It has a Content-Length if it is a single part. Errors of the first two parts get an HTTP
+    status."""
 
     media_type = "application/json"
 
@@ -145,14 +143,13 @@ class JsonParts(PartsResponse):
 
 
 def rendered(value: Any) -> JsonParts:
-    """Returns a value as a body."""
     return JsonParts(json_body(lambda: value, is_large=has_many_values(value)))
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Awaits the work; cancels it and raises ClientDisconnect if the client goes away meanwhile. The request's body
-    must have been read. Resources of the work must be its caller's before it ends: a cancelled caller gets no
-    result."""
+    """Awaits `work`. If the client disconnects meanwhile, cancels it and raises ClientDisconnect. The request's body
+    must have been read. If this call is cancelled, the result is lost, so `work` must register its resources with the
+    caller."""
     results: list[_Value] = []
 
     async def do_it() -> None:
@@ -165,7 +162,8 @@ async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Val
 
 
 async def first_of(*works: Awaitable[None]) -> None:
-    """Waits until one is done, cancels the others and waits for their ends. Raises errors of those that are done."""
+    """Waits until the first one is done, cancels the others, and waits for their ends. Raises an error of the one that
+    is done."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

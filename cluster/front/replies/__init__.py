@@ -1,1 +1,1 @@
-"""Replies apart from their connections: kept for clients that are cut off, restored after a coordinator's end."""
+"""Replies that do not depend on connections: they are kept for clients, and restored after a coordinator's restart."""

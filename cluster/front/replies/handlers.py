@@ -1,9 +1,7 @@
-"""The HTTP handlers of generating endpoints: replies are begun, kept for clients that are cut off, and read again.
-
-Replies that an earlier coordinator did not complete are computed again for clients that come back. A request may have
-ended that coordinator, so restarts of a request without a new token are counted: such a request begins behind the
-others, alone until it has progressed, so that requests beside it are not blamed; after some restarts it fails.
-"""
+"""HTTP handlers of generating endpoints: they begin replies, keep them for clients that lose their connections, and
+read them again. Replies that an earlier coordinator left incomplete are computed again. Since such a request may have
+crashed that coordinator, its restarts without a new token are counted. A request with restarts begins after the others,
+and alone until it has progressed, so that no other request is suspected. After several restarts, it fails."""
 
 from __future__ import annotations
 
@@ -36,16 +34,16 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _MOST_RESTORES = 4
 _ALONE_S = 10.0
-"""Seconds until the next request begins if one does not progress."""
+"""The longest time for which a restored request keeps the next one from beginning."""
 
 _log = logging.getLogger(__name__)
 
 
 class Replies:
-    """The replies of an app. Use from one event loop; `aclose` it, which ends kept replies."""
+    """The replies of an app. Not thread-safe: use it on one event loop. `aclose` ends all kept replies."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
-        """Makes the replies; if there is no journal, nothing survives this process."""
+        """Makes the replies. If there is no journal, nothing survives this process."""
         self.settings = settings
         self.cache = ReplyCache(settings, journal)
         self._endpoints: dict[tuple[str, str], MakeReply] = {}  # by digest of the model's settings, and path
@@ -55,8 +53,8 @@ class Replies:
     def endpoint(
         self, path: str, make: MakeReply, settings: ApiSettings, form: StreamFormat = StreamFormat.EVENTS
     ) -> Callable[[Request], Awaitable[Response]]:
-        """Returns the handler of a path of the model with `settings`; `make` makes its replies; `form` is that of
-        streams."""
+        """Returns the handler of a path for the model with these settings. `make` makes its replies; `form`: the form
+        of their streams."""
         self._endpoints[settings.digest, path], self._forms[path] = make, form
 
         async def answer(request: Request) -> Response:
@@ -65,8 +63,8 @@ class Replies:
         return answer
 
     async def _answer(self, request: Request, path: str, make: MakeReply, settings: ApiSettings) -> Response:
-        """Answers a request. A reply that its client could request later goes on without the connection, any other ends
-        with it."""
+        """Answers a request. If its client could read the reply later, the reply continues after a lost connection;
+        otherwise, it ends."""
         body = await read_bytes(request, self.settings)
         context = new_context(request.headers, path, settings)
         if (same := self.cache.same(context, body)) is not None:
@@ -87,9 +85,9 @@ class Replies:
         return await self._begun(request, kept, Position())
 
     async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
-        """Returns once the admission is on disk, which is written while the prompt is computed: nothing is sent before.
-        Requests whose clients could fetch the rest are journalled. A stream that ends with its connection waits a
-        moment for its first part, so that earlier failures get a status of their own."""
+        """Begins a reply. Returns only when the request is on disk, if it is journalled, which happens while the prompt
+        is computed. Requests are journalled if their clients could read the rest of the reply later. A stream that ends
+        with its connection first waits for its first part, so that early errors get an HTTP status."""
         is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None
         try:
@@ -103,13 +101,13 @@ class Replies:
             raise
 
     async def _begun(self, request: Request, kept: KeptReply, given: Position) -> Response:
-        """Returns the reply to a request that begins it, or that repeats an earlier one."""
+        """Responds to a request, new or repeated, with its reply, or with the acknowledgement of a background reply."""
         if kept.context.is_background and not kept.context.is_streamed:
             return JsonParts(one_part(await unless_disconnected(request, kept.acknowledged())))
         return await self.respond(request, kept, given)
 
     async def respond(self, request: Request, kept: KeptReply, given: Position) -> Response:
-        """Returns the part of a reply that its client lacks."""
+        """Responds with the part of a reply that its client does not have."""
         if not kept.context.is_streamed:
             return await self._whole(request, kept)
         framing = Framing(self._form(kept), kept.context.id, self.settings.keepalive_s, given)
@@ -133,15 +131,15 @@ class Replies:
     # -- clients that come back ----------------------------------------------------------------------------------------
 
     async def resume(self, request: Request) -> Response:
-        """Answers `GET /v1/streams/ID`: the events after that of `Last-Event-ID` or `?after=`; all of a reply that is
-        not streamed."""
+        """Answers `GET /v1/streams/ID` with the events after the one in `Last-Event-ID` or `?after=`. A reply that is
+        not streamed is sent as a whole."""
         kept = self._find(request)
         return await self.respond(request, kept, _given(request, kept.context))
 
     async def replay(self, request: Request) -> Response:
-        """Answers llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N`: the bytes of a
-        conversation's newest stream from N on, or all of a reply that is not streamed. N other than 0 is refused for
-        the latter, and for a stream computed again with other measurements, as after a restart."""
+        """Answers llama.cpp's `GET /v1/stream/ID?from=N` or `/v1/stream?conv_id=ID&from=N` with the bytes from N on of
+        the conversation's newest stream. A reply that is not streamed is sent as a whole, and N must be 0. N must also
+        be 0 for a stream whose measurements changed because it was computed again, as after a restart."""
         kept = self._find(request)
         start = request.query_params.get("from", "0")
         if not (start.isascii() and start.isdigit() and len(start) < 16):
@@ -159,7 +157,7 @@ class Replies:
         return self._stream(kept, framing)
 
     async def stop(self, request: Request) -> Response:
-        """Ends the reply (`DELETE` of either path). 204 also if there is none."""
+        """Ends a reply (`DELETE` of either path). Answers 204 even if there is none."""
         with suppress(HttpError):
             await self.cache.forget(self._find(request))
         return Response(status_code=204)
@@ -179,8 +177,8 @@ class Replies:
     # -- after a coordinator's end -------------------------------------------------------------------------------------
 
     async def restore(self, requests: Sequence[RequestContext]) -> None:
-        """Journals and lists the requests of an earlier coordinator. Their computation begins in the order of
-        admission; replies that were sent are computed if a client has not read them to the end."""
+        """Journals and keeps the requests of an earlier coordinator. They are computed in the order of admission. A
+        reply that was sent before is computed only when a client reads it."""
         assert self.cache.journal is not None
         await self.cache.journal.restore(requests)
         begun: list[KeptReply] = []
@@ -219,8 +217,8 @@ class Replies:
                 await asyncio.wait_for(kept.progressed.wait(), _ALONE_S)
 
     async def _attempt(self, beginning: Coroutine[Any, Any, None]) -> None:
-        """Waits for the beginning of a request, up to a limit: a request that waits for a busy machine does not hold up
-        others."""
+        """Waits for a request to begin, for a limited time, so that one that waits for a busy cluster does not block
+        the others."""
         await asyncio.wait([self._tasks.start(beginning)], timeout=_ALONE_S)
 
     async def _begin_alone(self, kept: KeptReply) -> None:
@@ -232,8 +230,7 @@ class Replies:
         await self.cache.journal.begin_restored(times)
 
     async def _begin_again(self, kept: KeptReply) -> None:
-        """Begins a restored request, in a task of its own: its sequences belong to the trace of the admitted
-        request."""
+        """Begins a restored request. It must run in a task of its own, because it sets the task's owner and trace."""
         context = kept.context
         current_owner.set(context.client)
         current_trace.set(TraceContext.parse([context.traceparent], [context.tracestate]))
@@ -258,8 +255,8 @@ class Replies:
 
 
 def _given(request: Request, context: RequestContext) -> Position:
-    """Returns the client's position in the reply, from the id of an event or the part after its colon. HttpError for
-    another text, and for an event of another request."""
+    """Returns the client's position in the reply, from an event id or the part after its colon. Raises HttpError for
+    any other text, and for an event of another request."""
     param = "after" if "after" in request.query_params else "Last-Event-ID"
     last = request.query_params.get("after", request.headers.get("last-event-id", ""))
     if not last:
@@ -272,5 +269,6 @@ def _given(request: Request, context: RequestContext) -> Position:
 
 
 def _wants_ids(request: Request) -> bool:
-    """True if a client that named no request reads ids of events: some read nothing but `data:`."""
+    """Returns True if the client accepts server-sent events. Some other clients read only `data:` lines, and ids would
+    confuse them."""
     return StreamFormat.EVENTS.value in request.headers.get("accept", "").lower()

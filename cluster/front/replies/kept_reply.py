@@ -1,4 +1,4 @@
-"""A reply as a log: computed and recorded while it is appended, read from any place."""
+"""A reply as a log: it is computed and recorded while the log grows, and readers begin at any place."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.replies.reply_cache import ReplyCache
 
 _TURN_ENTRIES = 256
-"""Most entries that one reader renders before others get their turn."""
+"""Entries of the log that one reader renders before other tasks get a turn."""
 _FRAME_BYTES: Final = 250
-"""Bytes of an event beside its text and logprobs, and of a token in JSON, approximately."""
+"""The approximate size of an event without its text and logprobs, and of a token in JSON."""
 _TOP_BYTES: Final = 8
 _PROMPT_TOKEN_BYTES: Final = 36
 _BUSY = Backoff(1.0, 30.0)
-"""The pauses between attempts to submit a request."""
+"""Pauses between attempts to submit a request."""
 _TOO_LONG = "the request took longer than timeouts.request, the coordinator's restart included"
 
 _log = logging.getLogger(__name__)
 
 
 class KeptReply:
-    """A reply whose log is appended from `begin` until it ends or is `aclose`d. A reply that is not kept drops rows
-    that its connection has taken, which closes it; others expire when no client has read them for a while. A reply in
-    the background expires after its end."""
+    """A reply. Its log grows from `begin` until it ends or `aclose`. If it is not kept, it drops rows that its
+    connection has sent, and the connection closes it. If it is kept, it expires when no client has read it for some
+    time; a background reply expires some time after its end."""
 
     def __init__(self, context: RequestContext, owner: ReplyCache, *, is_kept: bool = True) -> None:
         self.context = context
@@ -65,7 +65,7 @@ class KeptReply:
 
     @property
     def is_running(self) -> bool:
-        """True if it is computed, or about to be."""
+        """True if the reply is being computed or will be without a reader."""
         return not self.log.is_over and self._postponed is None
 
     @property
@@ -75,18 +75,16 @@ class KeptReply:
 
     @property
     def is_evictable(self) -> bool:
-        """True if nothing is computed for it, and no client reads it."""
         return not self.is_read and not self.is_running
 
     # -- its computation -----------------------------------------------------------------------------------------------
 
     def postpone(self, begin: Callable[[], None]) -> None:
-        """Calls `begin` when a client reads the reply, or at `resume`."""
+        """Postpones the computation: `begin` is called when a client reads the reply, or at `resume`."""
         self._postponed = begin
         self._expire_later()
 
     def resume(self) -> None:
-        """Begins a postponed computation."""
         begin, self._postponed = self._postponed, None
         if begin is not None:
             begin()
@@ -94,10 +92,10 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request; raises its refusal, or the error of a reply that was closed before. `admitted`:
-        the body, if it is journalled; returns a future that is done once that is on disk, before which readers of a
-        kept reply get nothing. `until_s`, in the event loop's time: while the machine is busy, retries until then;
-        afterwards the reply ends."""
+        """Submits the request. Raises its refusal, or the error of a reply that was closed before. `admitted`: the body
+        of a request that is to be journalled. The returned future is done when it is on disk; before that, readers of a
+        kept reply get nothing. `until_s`: time of the event loop until which a request to a busy cluster is retried,
+        and the reply may run."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             on_disk = None if admitted is None else self._owner.admit(self, admitted)
@@ -132,7 +130,7 @@ class KeptReply:
         self._hold(_PROMPT_TOKEN_BYTES * _prompt_tokens(self.log))
 
     async def _compute(self, reply: Reply, *, is_recorded: bool) -> None:
-        """Submits all prompts, with one seed; if one is refused, none runs."""
+        """Submits all prompts with one seed. If one of them is refused, none runs."""
         service, computing = reply.service, self._computing
         try:
             requests = [identified(each, self.context, at) for at, each in enumerate(await reply.requests())]
@@ -151,8 +149,8 @@ class KeptReply:
             raise
 
     def _take_adapters(self, used: tuple[str, ...]) -> None:
-        """Notes the marks of adapters for later computations. AdapterUnloadedError for an adapter that a restored
-        request did not use before: its model may be an adapter's name only now."""
+        """Notes the adapters in use. Raises AdapterUnloadedError if a restored request uses one that it did not use
+        before: the name of its model may now be an adapter's."""
         if not self.context.is_restored:
             self.context.adapters = used
         elif not {*used} <= {*self.context.adapters}:
@@ -183,20 +181,20 @@ class KeptReply:
         self._expire_later()
 
     def end(self, error: LlamaclustError) -> None:
-        """Gives readers an error unless the reply has ended before."""
+        """Ends the log with an error, unless it has already ended."""
         self.log.fail(error)
         self.progressed.set()
 
     def fail(self, error: LlamaclustError) -> None:
-        """Ends the reply and its computation with an error; frees its memory."""
+        """Ends the reply and its computation with an error, and frees its memory."""
         self.end(error)
         self.log.clear()
         self._hold(-self.held_bytes)
         self._expire_later()
 
     async def aclose(self) -> None:
-        """Ends the reply; readers of an unfinished one get an error. Nothing of it runs afterwards, except that a
-        running `begin` gives up first."""
+        """Ends the reply, with an error if it is unfinished, and waits until nothing of it runs. Exception: a running
+        `begin` only notices the end."""
         if self._timer is not None:
             self._timer.cancel()
         self.end(RequestCancelledError())
@@ -213,8 +211,8 @@ class KeptReply:
         self._timer = asyncio.get_running_loop().call_later(kept_s, self._owner.expired, self)
 
     def _grow(self, prompt: int, chunk: TextChunk) -> None:
-        """Counts a chunk of the log. HttpError if the reply has too many, LlamaclustError if it was ended for the sum
-        of all."""
+        """Counts the bytes of a chunk. Raises HttpError if the reply is too large, and LlamaclustError if it was ended
+        because all replies together are."""
         packed = self.log.content.storage is RowStorage.PACKED
         rows = len(chunk.rows) + len(chunk.prompt_rows)
         data_bytes = len(chunk.text) + _TOP_BYTES * (chunk.entries - rows)
@@ -234,7 +232,7 @@ class KeptReply:
 
     @contextmanager
     def reading(self) -> Iterator[LogReader]:
-        """Yields a reader of the log from its beginning; the reply does not expire meanwhile."""
+        """Yields a reader at the beginning of the log. The reply does not expire meanwhile."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -246,7 +244,7 @@ class KeptReply:
             self._expire_later()
 
     async def stream(self, framing: Framing) -> AsyncGenerator[bytes, None]:
-        """Yields the bytes of a stream that a client lacks, and further ones; raises the error that ended the log."""
+        """Yields the bytes of a stream that the client lacks, until its end. Raises the error that ended the log."""
         view: View | None = None
         sizes = _Sizes(self.log)
         with self.reading() as reader:
@@ -274,7 +272,7 @@ class KeptReply:
                 yield part
 
     async def acknowledged(self) -> bytes:
-        """Returns the acknowledgement of a reply in the background, once it has begun. Raises the error that ended it
+        """Waits for a background reply to begin, and returns its acknowledgement. Raises the error that ended the reply
         before."""
         with self.reading() as reader:
             while self.acknowledgement is None:
@@ -283,8 +281,8 @@ class KeptReply:
         return self.acknowledgement
 
     async def whole(self) -> JsonBody:
-        """Returns the JSON of a reply that is not streamed, once it has ended. Raises the error that ended it. A kept
-        reply is rendered at once, so that it need not be read to its end."""
+        """Waits for the end of a reply that is not streamed, and returns its JSON. Raises the error that ended it. The
+        JSON of a kept reply is rendered at once, so that the reply is complete even if its reader leaves."""
         with self.reading():
             await self.log.wait_over()
             parts = self.log.parts()
@@ -295,23 +293,22 @@ class KeptReply:
                 return one_part(b"".join([part async for part in body]))
 
     async def value(self) -> Any:
-        """Returns the JSON of a complete reply as a value, even if it is streamed."""
+        """Returns the JSON value of a complete reply, even if it is streamed."""
         parts = self.log.parts()
         return await off_loop_if(is_large(self._entries(parts)), partial(self._new_view().whole, parts))
 
     def _entries(self, parts: Sequence[Sequence[TextChunk]]) -> int:
-        """Counts tokens and logprobs of whole answers, and tokens of the prompts, which some APIs show."""
+        """Counts the tokens and logprobs of whole answers, and the tokens of the prompts, which some APIs show."""
         return _prompt_tokens(self.log) + sum(chunk.entries for chunks in parts for chunk in chunks)
 
     def _new_view(self) -> View:
-        """Makes a new reader's view of the log, which has begun."""
         assert self._view is not None
         return self._view(self.log)
 
 
 class _Sizes:
-    """An upper bound of what the next entry of a log shows: chunks that begin or end an answer, or begin a call, may
-    show all prompts and all earlier text."""
+    """Estimates how much the next entry of a log shows, from above. Chunks that begin or end an answer, or begin a
+    call, may show all prompts and all earlier text."""
 
     def __init__(self, log: AnswerLog) -> None:
         self.taken = 0
@@ -320,7 +317,7 @@ class _Sizes:
         self._entries = 0  # so far
 
     def next(self, prompt: int, item: LogItem) -> int:
-        """Returns the most tokens and logprobs in the events of the next entry."""
+        """Returns a bound on the tokens and logprobs in the events of the next entry."""
         self.taken += 1
         if not isinstance(item, TextChunk):
             return 0

@@ -1,4 +1,4 @@
-"""Subscribes the journal to the log of a request: its tokens are recorded some at a time."""
+"""Records the tokens of a request in the journal, several at a time."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from llamaclust.core.sampling import RowResult
 
 _RECORDED_ROWS = 64
 _RECORDED_S = 1.0
-"""Longest wait of a row before it is recorded, once another one comes: a successor computes little again of slow
-streams too."""
+"""A row waits at most this long for others before it is recorded with the next one. Hence, little of a slow stream must
+be computed again after a restart."""
 
 
 class Recording:
-    """The tokens of a request's choices. The first ones of a restored request are recorded sooner, so that it
-    progresses even in a coordinator's short life."""
+    """Records the tokens of a request's choices. The first tokens of a restored request are recorded sooner, so that it
+    progresses even if the coordinator soon ends again."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
-        """Makes the recording; `progressed` is set at the first token of a restored request that is not recorded
-        already."""
+        """Makes the recording. `progressed` is set at the first token of a restored request that was not yet
+        recorded."""
         self._journal = journal
         self._id = context.id
         self._is_restored = context.is_restored
@@ -36,7 +36,8 @@ class Recording:
         self._oldest_s = 0.0  # of these rows
 
     def follow(self, log: AnswerLog) -> None:
-        """Records the tokens of answers that need nothing else to go on; of others, only that there are some."""
+        """Records the tokens if they suffice to continue the answers. Of other restored requests, only their progress
+        is noted."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )
@@ -46,7 +47,7 @@ class Recording:
             log.subscribe(self.progress)
 
     def add(self, prompt: int, chunk: TextChunk) -> None:
-        """Takes the next tokens of a choice, from its first one on."""
+        """Records the next tokens of a choice. It must be called for all its tokens, from the first one on."""
         choice, new = (prompt, chunk.index), chunk.rows
         came = self._came[choice]
         self._came[choice] = came + len(new)
@@ -66,7 +67,7 @@ class Recording:
             self._write()
 
     def progress(self, _: int, chunk: TextChunk) -> None:
-        """Notes a chunk of a restored request with new tokens."""
+        """Notes that a restored request has new tokens."""
         if chunk.rows and not self._progressed.is_set():
             self._progressed.set()
             self._journal.progressed(self._id)

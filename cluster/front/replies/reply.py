@@ -1,4 +1,4 @@
-"""The description of a reply: the computation of a request, and the form that a client reads."""
+"""The description of a reply: how a request is computed, and in which form its client reads the answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ _MAX_SLOTS = 130
 
 
 def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> RequestContext:
-    """Makes the context of a new request; `settings`: of its model. HttpError for a header that cannot be a name."""
+    """Makes the context of a new request. `settings`: those of its model. Raises HttpError for a header that is no
+    valid name."""
     trace = current_trace.get()
     return RequestContext(
         id=secrets.token_hex(12),
@@ -51,9 +52,9 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """Returns the completion of one prompt with its seed and known tokens. The first computation decides if a grammar
-    is obeyed (for calls of a chat by the processor time that it takes); later ones have no choice. WorkerError if the
-    grammar could not be made again."""
+    """Returns the completion request of one prompt with its seed and recorded tokens. The first computation decides
+    whether a grammar applies, which for calls depends on the time that it takes to compile; later ones follow. Raises
+    WorkerError if the grammar could not be made again."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -85,8 +86,8 @@ def _name(headers: Headers, header: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A part of a stream. Events of one slot come in the same order whenever the reply is read or computed; those of
-    different slots mix as they come."""
+    """A part of a stream. Events of one slot always come in the same order, even if the reply is computed again. Events
+    of different slots may come in any order."""
 
     slot: int  # index of a choice; one past the last for what belongs to none
     value: Any  # rendered as JSON; bytes are the text itself
@@ -94,37 +95,37 @@ class Event:
 
 
 class View(ABC):
-    """Folds the entries of an answer's log to one client's form. Made anew for each reader; called on a thread for
-    large entries."""
+    """Converts the entries of an answer's log to one client's form. Each reader has its own view. It is called on a
+    thread for large entries."""
 
     @abstractmethod
     def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
-        """Yields the events that the next entry adds, with those that begin a stream before the first, and those that
-        end an answer behind its last. Each is rendered before the next one is made."""
+        """Yields the events that the next entry adds, including those that begin the stream and those that end an
+        answer. The caller renders each event before it takes the next one."""
 
     @property
     def error_fields(self) -> Mapping[str, Any]:
-        """Returns further fields of an error that ends the stream now."""
+        """Returns further fields for an error that ends the stream at this point."""
         return {}
 
     def closing(self) -> Iterable[Event]:
-        """Yields the events behind those of all entries."""
+        """Yields the events that follow those of all entries."""
         return ()
 
     @abstractmethod
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> Any:
-        """Returns the JSON of a reply that is not streamed, from the result of `AnswerLog.parts`."""
+        """Returns the JSON of a reply that is not streamed. `parts`: the result of `AnswerLog.parts`."""
 
 
 MakeView = Callable[[AnswerLog], View]
-"""Makes a view of a log that has begun, or is over."""
+"""Makes a view of a log that has begun or ended."""
 Requests = Callable[[], Awaitable[Sequence[CompletionRequest]]]
-"""Prepares the completions of a body, one a prompt; raises what refuses it."""
+"""Prepares the completion requests of a body, one per prompt. Raises an error to refuse the body."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """The description of a reply, independent of the connection that it goes to."""
+    """The description of a reply, independent of connections."""
 
     service: TextService
     requests: Requests
@@ -134,15 +135,14 @@ class Reply:
     with_progress: bool = False
     keeps_chunks: bool = False  # a reply needs the chunks of its answer until it ends, since it shows logprobs by them
     has_measurements: bool = False
-    """True if its stream shows times, or the prefix cache's tokens: computed again, it has other bytes. Those of its
-    last event do not count."""
+    """True if the stream shows times or cached tokens before its last event. Its bytes then change if it is computed
+    again."""
     acknowledgement: bytes | None = None
-    """The JSON for a client that does not wait for its reply, which is kept; None: the client waits."""
+    """JSON for a client that does not wait for its reply (a background reply); None: the client waits."""
     is_stored: bool = False  # a view has an effect once its answer is complete, so that it is made without a client too
 
     @property
     def is_background(self) -> bool:
-        """True if its client does not wait for it."""
         return self.acknowledgement is not None
 
     @property
@@ -152,14 +152,14 @@ class Reply:
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """Returns the content of its log: all chunks of a stream that is kept."""
+        """Returns what the log of the reply keeps."""
         if not self.is_streamed:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
 
     def sizes(self, asked: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
-        """Returns the most that each prompt's answer takes. If the reply is streamed, the first one is read while it
-        runs, the others wait for their turn."""
+        """Returns bounds on the memory of each prompt's answers. Only the first answer of a stream is read while it
+        runs; the others must be held until their turn."""
         first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         return [
             ReplySize.of(generation, request.n, self._storage, None if prompt else first)
@@ -168,15 +168,15 @@ class Reply:
 
 
 MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
-"""An endpoint, which makes the reply to a body or raises its refusal."""
+"""Makes the reply to a body. Raises an error to refuse the body."""
 
 
 Position = Counter[int]
-"""The number of events of each slot that a client has. The text in event ids is `3`, or `3-5-0` for several slots."""
+"""The number of events that a client has, by slot. Event ids show it as text: `3`, or `3-5-0` for several slots."""
 
 
 def read_position(text: str, param: str) -> Position:
-    """Reads the text of a position. HttpError for another text."""
+    """Reads a position from the text in an event id. Raises HttpError for any other text."""
     parts = text.split("-", _MAX_SLOTS)
     if not all(part.isascii() and part.isdigit() and len(part) < 16 for part in parts) or len(parts) > _MAX_SLOTS:
         raise HttpError(400, "bad_event_id", f"{param}: {text[:60]!r} is not the id of an event", param=param)
@@ -198,12 +198,12 @@ class Framing:
     _numbers: Position = field(default_factory=Counter)
 
     def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:
-        """Renders the events that the next entry adds, as `parts`. Other threads go on while large ones are
-        rendered."""
+        """Renders the events that the next entry adds. Large ones are rendered in pieces, so that other threads can run
+        meanwhile."""
         return self.parts(view.frames(prompt, item), is_large=is_large)
 
     def parts(self, events: Iterable[Event], *, is_large: bool = False) -> list[bytes]:
-        """Returns the bytes of the next events that the client lacks."""
+        """Renders the events, and returns the bytes that the client does not have."""
         return [part for event in events if (part := self._part(event, is_large=is_large))]
 
     def _part(self, event: Event, *, is_large: bool) -> bytes:

@@ -1,4 +1,4 @@
-"""The kept replies, by their ids and their clients' names, within bounds; their requests in the journal."""
+"""The kept replies, within bounds, by their ids and the clients' names for them. Their requests are journalled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamaclust.core.sharing.shares import Shares
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _Name = tuple[str, str, str]
-"""Owner, kind and text of a client's name for its reply."""
+"""A name that a client gave its reply: owner, kind and text."""
 _CONVERSATION, _KEY = "conversation", "idempotency key"
 
 
@@ -30,20 +30,18 @@ class _Entry:
 
     @property
     def client(self) -> str:
-        """The client whose share the reply takes."""
         return self.kept.context.client
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the reply and, for the journal, of the request."""
+        """The memory of the reply, plus that of the request, which the journal holds."""
         return self.kept.held_bytes + self.body_bytes
 
 
 class ReplyCache:
-    """The kept replies of an app. Use from one event loop; `aclose` it, which ends them."""
+    """The kept replies of an app. Not thread-safe: use it on one event loop. `aclose` ends all of them."""
 
     def __init__(self, settings: ApiSettings, journal: Journal | None = None) -> None:
-        """Makes the cache; if there is no journal, nothing survives this process."""
         self.settings = settings
         self.journal = journal
         self._entries: dict[str, _Entry] = {}  # by id, the oldest first
@@ -53,7 +51,7 @@ class ReplyCache:
         self._ending = TaskSet()
 
     def add(self, kept: KeptReply, body: bytes) -> None:
-        """Adds a reply. HttpError if the client has no room."""
+        """Adds a reply. Raises HttpError if the client has no room left."""
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + (json_size(context.earlier) if context.earlier else 0)
         self._make_room(client, body_bytes)
@@ -79,16 +77,15 @@ class ReplyCache:
         await kept.aclose()
 
     async def left(self, kept: KeptReply, has_all: bool) -> None:
-        """Notes that a connection has ended. If it took the whole reply, a later coordinator computes the reply only
-        for a client that comes back, like one that ended with its connection. A reply in the background lasts as long
-        for any reader."""
+        """Notes that a connection has ended. If it received the whole reply, or the reply ends with it, a later
+        coordinator computes the reply only if a client reads it again. A background reply is not affected."""
         if self.journal is not None and (has_all or not kept.is_kept) and not kept.context.is_background:
             self.journal.sent(kept.context.id)
         if not kept.is_kept:
             await kept.aclose()
 
     def stop(self) -> None:
-        """Ends all replies with the coordinator; the next one continues incomplete ones."""
+        """Ends all replies, because the coordinator stops. The next coordinator continues incomplete ones."""
         for entry in self._entries.values():
             entry.kept.end(ClusterStoppingError("the cluster is stopping"))
 
@@ -100,20 +97,19 @@ class ReplyCache:
     # -- called by replies ---------------------------------------------------------------------------------------------
 
     def admit(self, kept: KeptReply, body: bytes) -> asyncio.Future[None]:
-        """Journals a request whose completions were just submitted, so that no token came before; the future is done
-        once that is on disk, or has failed."""
+        """Journals a request. It must be called right after the completions were submitted, before their first token.
+        The future is done when the request is on disk, or with an error."""
         assert self.journal is not None
         context, limit_s = kept.context, self.settings.request_s
         return self.journal.admit(replace(context, body=body, admitted=Instant.now(), limit_s=limit_s))
 
     def expired(self, kept: KeptReply) -> None:
-        """Ends a reply that no client has read for a while."""
         self._ending.start(self.forget(kept))
 
     def grew(self, kept: KeptReply, more_bytes: int) -> None:
-        """Counts the bytes that a reply grew or shrank by. If a client's replies, or those of all, are too large,
-        complete ones that are not read are evicted; then running ones fail, first those that are not read, the largest
-        first. The client with the most bytes is first."""
+        """Counts the bytes by which a reply grew or shrank. If the replies of the client, or of all clients, are too
+        large, complete ones without readers are evicted first. Then running ones fail: unread ones first, and larger
+        ones first. Those of the client with the most bytes come before all others."""
         if (entry := self._entries.get(kept.context.id)) is None:
             return
         self._held_bytes.take(entry.client, more_bytes)
@@ -124,7 +120,7 @@ class ReplyCache:
                 pass
 
     def _too_large(self, client: str) -> list[_Entry]:
-        """Returns the replies of which some have to go: the client's, or all."""
+        """Returns the replies among which some must be removed, the client's or all clients'; [] if there is room."""
         held, most = self._held_bytes.held, self._held_bytes.room
         if held[client] > most:
             clients: Collection[str] = (client,)
@@ -135,7 +131,7 @@ class ReplyCache:
         return [entry for entry in self._of(clients) if entry.held_bytes]
 
     def _evict(self, entries: Iterable[_Entry], held: Mapping[str, int]) -> bool:
-        """Removes the first evictable reply of the client that holds most; False if there is none."""
+        """Removes the oldest evictable reply of the client that holds most. Returns False if there is none."""
         evictable = (entry for entry in entries if entry.kept.is_evictable)
         entry = max(evictable, key=lambda entry: held[entry.client], default=None)
         if entry is not None:
@@ -144,7 +140,7 @@ class ReplyCache:
         return entry is not None
 
     def _fail(self, entries: Iterable[_Entry]) -> bool:
-        """Ends a running reply; False if there is none."""
+        """Ends a running reply with an error. Returns False if there is none."""
         running = [entry for entry in entries if entry.kept.is_running and entry.kept.held_bytes]
         largest = max(running, key=self._failure_rank, default=None)
         if largest is not None:
@@ -155,14 +151,14 @@ class ReplyCache:
         return largest is not None
 
     def _failure_rank(self, entry: _Entry) -> tuple[int, bool, int]:
-        """Ranks a reply; the highest fails first."""
+        """Returns a sort key; the running reply with the highest key fails first."""
         return self._held_bytes.held[entry.client], not entry.kept.is_read, entry.kept.held_bytes
 
     # -- those of clients ----------------------------------------------------------------------------------------------
 
     def named(self, owner: str, name: str) -> KeptReply | None:
-        """Finds a reply by its id, the id with a prefix as in a reply, or its client's name for it: a conversation
-        before an idempotency key."""
+        """Finds a reply by its id, with or without the prefix that replies show, or by a name that its client gave it:
+        a conversation, or else an idempotency key."""
         request_id = name.replace("_", "-").rpartition("-")[2]
         for found in (request_id, *(self._ids.get((owner, kind, name), "") for kind in (_CONVERSATION, _KEY))):
             entry = self._entries.get(found)
@@ -171,14 +167,13 @@ class ReplyCache:
         return None
 
     def in_conversation(self, context: RequestContext) -> KeptReply | None:
-        """Returns the newest reply of the conversation."""
         name = (context.owner, _CONVERSATION, context.conversation)
         entry = self._entries.get(self._ids.get(name, ""))
         return None if entry is None else entry.kept
 
     def same(self, context: RequestContext, body: bytes) -> KeptReply | None:
-        """Returns the reply to the same request, sent before. HttpError if its idempotency key was another
-        request's."""
+        """Returns the reply to the same request, sent earlier with the same idempotency key. Raises HttpError if the
+        key belongs to a different request."""
         key = context.idempotency_key
         entry = self._entries.get(self._ids.get((context.owner, _KEY, key), ""))
         if entry is None:
@@ -188,8 +183,8 @@ class ReplyCache:
         return entry.kept
 
     def _make_room(self, client: str, body_bytes: int) -> None:
-        """Makes room for one more reply, see `fits`: complete replies of this client, or of clients with more, are
-        evicted as needed. HttpError if that is not enough."""
+        """Makes room for another reply of the client. Evicts complete replies: the client's own, or also those of
+        clients that hold more. Raises HttpError if that is not enough."""
         for shares, more in (self._held_bytes, body_bytes), (self._replies, 1):
             while not shares.fits(client, more):
                 own = shares.held[client]
@@ -201,7 +196,6 @@ class ReplyCache:
                     raise HttpError(503, "server_busy", busy, {"Retry-After": "5"})
 
     def _of(self, clients: Collection[str]) -> list[_Entry]:
-        """Returns the replies of the clients, the oldest first."""
         return [entry for entry in self._entries.values() if entry.client in clients]
 
 

@@ -1,1 +1,1 @@
-"""Text generation: chats, prompts, answers, embeddings, and the service that connects them to an engine."""
+"""Text generation: chats, prompts, answers, embeddings, and the service through which endpoints use the engine."""

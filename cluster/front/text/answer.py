@@ -1,4 +1,4 @@
-"""A completion as text: chunks while it runs, whole answers put together from them, their rows packed."""
+"""Completions as text: chunks while they run, and whole answers made from the chunks, with packed rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llamaclust.model.chat.tools.events import AnswerEvent, ReasoningText, merge
 
 
 class PackedRows(Sequence[RowResult]):
-    """Tokens with their logprobs and the likeliest in their places; nothing else of a row is kept. A row is made each
-    time it is read."""
+    """Tokens with their logprobs and the likeliest alternatives, packed. Nothing else of a row is kept. Each read makes
+    a new RowResult."""
 
     __slots__ = ("_ends", "_logprobs", "_tokens", "_tops")
 
@@ -39,7 +39,7 @@ class PackedRows(Sequence[RowResult]):
 
     @property
     def entries(self) -> int:
-        """Number of tokens and top logprobs."""
+        """The number of tokens and top logprobs."""
         return len(self._tokens) + len(TopLogprobs(self._tops))
 
     def __len__(self) -> int:
@@ -68,19 +68,19 @@ _MOST_EVENTS = 1024
 
 
 def json_logprob(value: float) -> float:
-    """Returns a float32 logprob, whole: reading it gives the same float32. Minus infinity, which JSON lacks, is
-    -9999."""
+    """Returns a float32 logprob for JSON, with enough digits to read the same float32 again. Minus infinity, which JSON
+    lacks, becomes -9999."""
     return value if math.isfinite(value) else _LEAST_LOGPROB
 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """The part of choice `index` that one event adds. Text may come later than its tokens (half characters, stop
-    strings).
+    """A part of an answer that one step adds to the choice `index`. Text may come later than its tokens, because of
+    incomplete characters or possible stop strings.
 
-    `rows` holds every sampled token with its logprob, including the end token or those of a stop string, whose text is
-    not shown; offsets[i] is the place of rows[i]'s text in the answer, in characters, if the server counts them.
-    """
+    `rows` has all sampled tokens with their logprobs, including the end token and tokens of a stop string, whose text
+    is not shown. `offsets[i]`, if the server counts offsets, is the place of the text of `rows[i]` in the answer, in
+    characters."""
 
     index: int = 0
     text: str = ""
@@ -97,12 +97,12 @@ class TextChunk:
 
     @property
     def reasoning(self) -> str:
-        """The text that the model of a chat wrote apart from the content, before it."""
+        """The reasoning in a chat's answer, which is not part of `text`."""
         return "".join(event.text for event in self.events if isinstance(event, ReasoningText))
 
     @property
     def entries(self) -> int:
-        """Number of tokens and top logprobs of all rows."""
+        """The number of tokens and top logprobs in all rows."""
         return _entries(self.rows) + _entries(self.prompt_rows)
 
     @property
@@ -111,25 +111,24 @@ class TextChunk:
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """Float32 values, one a token; -9999 stands for minus infinity."""
+        """The float32 logprobs of the tokens; -9999 stands for minus infinity."""
         return tuple(json_logprob(row.logprob) for row in self.rows)
 
     @property
     def prompt_logprobs(self) -> tuple[float, ...]:
-        """Float32 values of the scored prompt tokens, in order; -9999 stands for minus infinity."""
+        """The float32 logprobs of the scored prompt tokens; -9999 stands for minus infinity."""
         return tuple(json_logprob(row.logprob) for row in self.prompt_rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer(TextChunk):
-    """One finished choice: all its chunks as one, with packed rows."""
+    """A complete choice: all its chunks joined into one, with packed rows."""
 
     finish_reason: FinishReason
     timings: Timings
 
 
 def join(chunks: Iterable[TextChunk]) -> Answer:
-    """Returns the answer of a choice's chunks, from first to last."""
     collected = Collected()
     for chunk in chunks:
         collected.add(chunk)
@@ -137,7 +136,7 @@ def join(chunks: Iterable[TextChunk]) -> Answer:
 
 
 class Collected:
-    """A choice so far, its rows packed."""
+    """Collects the chunks of a choice, and packs their rows."""
 
     def __init__(self) -> None:
         self._first = self._last = TextChunk()
@@ -149,7 +148,6 @@ class Collected:
         self._events: list[AnswerEvent] = []
 
     def add(self, chunk: TextChunk) -> None:
-        """Takes the chunks in order."""
         if chunk.prompt_rows and not self._prompt_rows:
             self._prompt_start = chunk.prompt_start
         if self._is_empty:

@@ -1,4 +1,4 @@
-"""An answer as a log: the items of a request's prompts, in order, with its end; read while it grows, or again."""
+"""The log of an answer: its items in the order of a request's prompts. It is read while it grows, or later."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgr
 from llamaclust.core.errors import DeadlineError
 
 MAX_UNREAD_ROWS = 4096
-"""Rows that may wait for a reader beside those that were there when it began with their prompt."""
+"""The largest number of unread rows in a streamed log, not counting those that existed when the reader began with their
+prompt."""
 
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]
-"""The index of a prompt, and an item of its answer."""
+"""The index of a prompt, and an item of the answer to it."""
 Subscriber = Callable[[int, TextChunk], None]
-"""A function that gets each chunk as it is appended, with the index of its prompt; its error ends the log."""
+"""A function that gets each chunk when it is appended, with the index of its prompt. Its errors end the log."""
 
 
 class Timed(Enum):
-    """Chunks that carry timings beside the last one of a choice, which always does."""
+    """The chunks that have timings. The last chunk of a choice always has them."""
 
     NEVER = auto()
     FIRST = auto()
@@ -36,7 +37,7 @@ class Timed(Enum):
 
 @dataclass(frozen=True, slots=True)
 class LogContent:
-    """The part of an answer that the readers of a log need."""
+    """The parts of an answer that readers of its log need."""
 
     storage: RowStorage
     timed: Timed = Timed.NEVER
@@ -49,15 +50,14 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """An append-only log. The entries of a prompt follow those of the prompts before it, whichever is computed first,
-    so that the log of a request that is computed again is the same.
+    """An append-only log. Entries are in the order of their prompts, no matter which prompt is computed first, so the
+    log is the same if the request is computed again.
 
-    A log of streamed rows drops what its only reader has taken; one of chunks retains all; one of packed rows has no
-    entries, but the answers in the end.
-    """
+    A log of STREAMED rows drops each entry when its only reader takes it. A log of CHUNKS keeps all entries. A log of
+    PACKED rows has no entries, only the complete answers at its end."""
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
-        """Makes a log; `is_held`: readers get nothing before `release`."""
+        """Makes a log. `is_held`: readers get nothing before `release`."""
         self.generations: Sequence[GenerationRequest] = ()  # one a prompt
         self.content = LogContent(RowStorage.CHUNKS)
         self.error: BaseException | None = None
@@ -78,12 +78,12 @@ class AnswerLog:
 
     @property
     def is_over(self) -> bool:
-        """True if nothing more comes: it has its end, or an error."""
+        """True if the log has ended, with or without an error."""
         return self.ended_s is not None
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
-        """Begins the answers of these prompts, and drops those of an attempt before. A log of none has its end at
-        once."""
+        """Begins the answers to these prompts, and drops those of an earlier attempt. If there are no prompts, the log
+        ends at once."""
         self.clear()
         self.generations, self.content = generations, content
         self._is_packed = content.storage is RowStorage.PACKED
@@ -94,11 +94,10 @@ class AnswerLog:
             self._finish(None)
 
     def subscribe(self, subscriber: Subscriber) -> None:
-        """Gives the subscriber all chunks from now on."""
         self._subscribers.append(subscriber)
 
     def append(self, prompt: int, item: LogItem) -> None:
-        """Appends an item. DeadlineError if too much waits for the reader; raises errors of subscribers."""
+        """Appends an item. Raises DeadlineError if too many rows wait for the reader, and errors of subscribers."""
         if self.ended_s is not None:
             return
         if isinstance(item, TextChunk):
@@ -110,12 +109,12 @@ class AnswerLog:
         self._put(prompt, item)
 
     def end(self, prompt: int, error: BaseException | None = None) -> None:
-        """Ends the prompt's answer. `error` ends the log behind the entries of this prompt and those before it."""
+        """Ends the answer to a prompt. An `error` ends the log after the entries of this and the previous prompts."""
         if self.ended_s is None:
             self._put(prompt, _PromptEnd(error))
 
     def fail(self, error: BaseException) -> None:
-        """Ends the log at once, even for readers that wait for its release."""
+        """Ends the log with an error at once, even for readers that wait for `release`."""
         self.release()
         self._finish(error)
 
@@ -124,7 +123,7 @@ class AnswerLog:
         self._wake()
 
     def clear(self) -> None:
-        """Frees its entries: readers get those that come afterwards."""
+        """Drops all entries. Readers get only later ones."""
         self.generations = ()
         self._first += len(self._entries)
         self._entries.clear()
@@ -132,8 +131,8 @@ class AnswerLog:
         self._packed.clear()
 
     def parts(self) -> list[list[TextChunk]]:
-        """Returns the answers of each prompt if they are packed, or its chunks, once the log is over. Raises the
-        error."""
+        """Returns, for each prompt of a log that has ended, its answers if rows are packed, else its chunks. Raises the
+        error of the log."""
         self.raise_error()
         parts: list[list[TextChunk]] = [[] for _ in self.generations]
         for (prompt, _), collected in sorted(self._packed.items(), key=itemgetter(0)):
@@ -144,7 +143,7 @@ class AnswerLog:
         return parts
 
     async def chunks(self) -> AsyncGenerator[TextChunk, None]:
-        """Yields the chunks as they come; raises the error that ended the log."""
+        """Yields the chunks as they come. Raises the error that ended the log."""
         with LogReader(self) as reader:
             while not reader.is_at_end:
                 if (entry := reader.take()) is None:
@@ -161,7 +160,7 @@ class AnswerLog:
         await self._over.wait()
 
     async def first(self, timeout_s: float) -> None:
-        """Waits for a chunk, for at most `timeout_s`. Raises the error of a log that ended without one."""
+        """Waits at most `timeout_s` for the first chunk. Raises the error of a log that ended without any chunk."""
         with LogReader(self) as reader:
             end_s = asyncio.get_running_loop().time() + timeout_s
             while not self.is_over and not any(isinstance(item, TextChunk) for _, item in self._entries):
@@ -187,7 +186,7 @@ class AnswerLog:
             reader.wake()
 
     def _end_prompt(self, end: _PromptEnd) -> None:
-        """Ends the current prompt and takes the waiting items of the next one."""
+        """Ends the current prompt, and adds the waiting items of the next prompt."""
         self._prompt += 1
         if end.error is not None or self._prompt == len(self.generations):
             self._finish(end.error)
@@ -199,7 +198,7 @@ class AnswerLog:
             self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
 
     def _finish(self, error: BaseException | None) -> None:
-        """Ends the log once; later errors are ignored."""
+        """Ends the log. Only the first call has an effect."""
         if self.ended_s is None:
             self.error, self.ended_s = error, time.time()
             self._over.set()
@@ -213,7 +212,7 @@ class AnswerLog:
             self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
 
     def entry(self, number: int) -> Entry | None:
-        """Returns the entry of that number; None if it is not there. A streamed entry is dropped."""
+        """Returns the entry with this number, or None if there is none. A streamed log drops it."""
         place = number - self._first
         if not 0 <= place < len(self._entries) or self._is_held:
             return None
@@ -225,7 +224,7 @@ class AnswerLog:
         return entry
 
     def is_end(self, number: int) -> bool:
-        """True if nothing comes from that number on."""
+        """True if the log has ended before the entry with this number."""
         return self.is_over and not self._is_held and not 0 <= number - self._first < len(self._entries)
 
     def _wake(self) -> None:
@@ -234,8 +233,8 @@ class AnswerLog:
 
 
 class LogReader:
-    """Reads a log from its beginning; a context manager. One timer serves many waits, which are mostly shorter than a
-    silence that matters: setting and cancelling a timer for each takes longer than the wait."""
+    """Reads a log from its beginning. It is a context manager. One timer serves many waits, because most waits are so
+    short that setting and cancelling a timer would take longer."""
 
     def __init__(self, log: AnswerLog) -> None:
         self._log = log
@@ -256,17 +255,17 @@ class LogReader:
 
     @property
     def is_at_end(self) -> bool:
-        """True if it has read all, and nothing more comes."""
         return self._log.is_end(self._place)
 
     def take(self) -> Entry | None:
-        """Returns the next entry; None if it is not there yet."""
+        """Returns the next entry, or None if it has not come yet."""
         entry = self._log.entry(self._place)
         self._place += entry is not None
         return entry
 
     async def wait(self, idle_s: float | None = None) -> bool:
-        """Returns True when something came, False if nothing came for so long. May be cancelled and called again."""
+        """Waits until something comes. Returns False if nothing came for `idle_s`. May be cancelled and called
+        again."""
         loop = asyncio.get_running_loop()
         self._is_silent = False
         if idle_s is not None:

@@ -1,4 +1,4 @@
-"""Chats as prompts, rendered by the model's template; the form of its answers is derived from the template."""
+"""Chats as prompts, rendered by the model's chat template. The form of answers is derived from the template."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "t
 
 
 _HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
-"""Texts of templates that know calls or reasoning: rendering a template without any of them would tell nothing."""
+"""Words of which a template with calls or reasoning contains at least one. Other templates need not be analysed."""
 _MAX_DERIVATION_S: Final = 60.0
-"""Deadline of a slow template, or on a busy machine; the next chat tries again."""
+"""Deadline of deriving the form of answers, for slow templates or a busy machine. The next chat tries again."""
 _MAX_WAIT_S: Final = 120.0
-"""Deadline of one chat, while others derive the form."""
+"""Deadline of one chat's wait for the form of answers, while other chats derive it."""
 
 PLAIN: Final = ToolFormat(GENERIC_CALLS, takes_tool_role=False, takes_call_messages=False)
 
 
 class ChatFormat:
-    """One chat template: renders prompts, and has the form of their answers, which is derived from it."""
+    """A chat template: it renders prompts, and the form of their answers is derived from it."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer) -> None:
         self._template = template
@@ -58,8 +58,8 @@ class ChatFormat:
         self._control_ids: frozenset[int] = frozenset()
 
     async def get(self) -> ToolFormat:
-        """Returns the form of answers. DeadlineError if the template takes too long, after which its form stays
-        unknown."""
+        """Returns the form of answers. Raises DeadlineError if deriving it takes too long; the next call tries
+        again."""
         async with deadline("the chat template's form", _MAX_WAIT_S), self._lock:
             if self._form is None:
                 form = await run_on(RENDERING, self._derived)
@@ -71,12 +71,11 @@ class ChatFormat:
         return self._form
 
     async def text(self, chat: ChatRequest) -> str:
-        """Renders a chat as the model will see it."""
         return unguarded((await self._rendered(chat))[0])
 
     async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
-        """Returns the completion that answers a chat, without the grammar of its calls. `check` refuses a text by its
-        characters."""
+        """Returns the completion request for a chat, without the grammar of its calls. `check` gets the number of
+        characters, and raises an error if they are too many."""
         check(await run_on(TOKENIZING, chat.count_characters))
         text, reading = await self._rendered(chat)
         check(len(unguarded(text)))
@@ -85,8 +84,8 @@ class ChatFormat:
         return replace(chat.answer, prompt=tuple(prompt), reading=reading, operation=Operation.CHAT)
 
     async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerReading | None]:
-        """Returns the prompt, guarded (`model.chat.prompt`), and the reading of the answer. RequestError if the
-        template refuses the messages in every form; if it refuses calls, they are text."""
+        """Returns the guarded prompt (see `model.chat.prompt`) and the reading of the answer. If the template refuses
+        calls, they are rendered as text. Raises RequestError if it refuses the messages in every form."""
         form = await self.get()
         taken = _TEMPLATE_ARGUMENTS & chat.variables.keys()
         if taken:
@@ -105,7 +104,7 @@ class ChatFormat:
     async def _render(
         self, chat: ChatRequest, form: ToolFormat, history: ToolFormat
     ) -> tuple[str, AnswerReading | None]:
-        """Renders a chat; `history`: the format of the calls before the answer."""
+        """Renders a chat. `history`: the form of the calls in its messages."""
         *messages, more = await run_on(TOKENIZING, self._guarded, chat, history)
         more |= {"now_s": chat.created}
         if chat.end is not PromptEnd.LAST_MESSAGE:
@@ -120,8 +119,8 @@ class ChatFormat:
         return text + begun, chat.reading(form, opened_reasoning(form, text) + unguarded(begun))
 
     async def _accepted_text(self, messages: list[dict[str, Any]], more: dict[str, Any]) -> str:
-        """Returns the text of the first form that the template renders whole, else of the first one that it renders.
-        TemplateRefusalError, about the messages as they are, if it refuses all."""
+        """Renders the messages in the first form that the template accepts with the system message, or else in the
+        first form that it accepts. If it refuses all, raises the TemplateRefusalError about the original messages."""
         refusal, shortened = None, None
         for accepted in chain([messages], accepted_forms(messages)):
             try:
@@ -139,8 +138,8 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the messages for the template, and its variables behind them, including those that llama.cpp gives to
-        templates, since some publishers' templates need them."""
+        """Returns the guarded messages, followed by the template's variables. These include llama.cpp's, which some
+        publishers' templates need."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),
@@ -168,8 +167,9 @@ class ChatFormat:
 def answer_reasoning(
     reading: AnswerReading | None, budget: ReasoningBudget | None, grammar: Grammar | None, tokenizer: Tokenizer
 ) -> Reasoning | None:
-    """Returns the answer's reasoning; None if it has none apart, or there is nothing to follow. `grammar`: one that the
-    reasoning is no part of. ParameterError for a message that would end the reasoning itself."""
+    """Returns how the engine follows the reasoning in an answer. Returns None if the reasoning cannot be told from the
+    content, or nothing depends on it. `grammar`: a grammar that does not cover the reasoning. Raises ParameterError if
+    the budget's message contains the tag that ends the reasoning."""
     calls_end = reading is not None and reading.form.calls_end_reasoning and (grammar is None or bool(grammar.triggers))
     found = None if reading is None else _open_or_closed(reading, calls_end=calls_end)
     if found is None:
@@ -187,7 +187,7 @@ def answer_reasoning(
 
 
 def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
-    """Returns the tags, with the state that the prompt leaves reasoning in. None if the tags cannot be followed."""
+    """Returns the tags of reasoning, and whether the prompt leaves it open; None if the tags cannot be followed."""
     found = _tags(reading.form)
     if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):
         return None

@@ -1,4 +1,4 @@
-"""A running completion: events of its choices become text, which goes to a log as it comes."""
+"""A running completion. The events of its choices become text chunks, which are appended to a log."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ if TYPE_CHECKING:
     from llamaclust.cluster.engine.engine import Engine
 
 _PROGRESS_S = 0.1
-"""Seconds between checks of a prompt's progress."""
+"""Interval of checks of the prompt's progress."""
 _QUEUE_S = 120.0
-"""Seconds that a later choice waits for a place in a full queue."""
+"""The longest time for which a later choice waits for a place in a full queue."""
 SCORED_TOKENS = 256
-"""Scored prompt tokens of one chunk, which ends where this number of tokens, or a multiple, precedes its end in the
-prompt."""
+"""The number of scored prompt tokens in a chunk. Chunks begin at multiples of it in the prompt, except the first
+one."""
 
 
 Choice = tuple[GenerationRequest, "ChoiceText"]
-"""A choice to run, and the object that makes text of its events."""
+"""A choice to run, and the object that converts its events to text."""
 
 
 class Completion:
-    """All choices of one prompt, appended to a log in the order in which they come. `aclose` ends those that still run.
+    """All choices of one prompt, whose chunks are appended to a log as they come. `aclose` ends those that still run.
+    An error ends all of them.
 
-    Choices behind the first are submitted once the first has computed the prompt, so that they find it in the prefix
-    cache; the request counts as accepted by then, so they wait if the queue is full, though not for ever. An error ends
-    all choices.
-    """
+    Later choices are submitted after the first one has computed the prompt, so that they find it in the prefix cache.
+    The request is already accepted then, so they wait for a place in a full queue, up to a limit."""
 
     def __init__(
         self, engine: Engine, choices: Sequence[Choice], log: AnswerLog, prompt: int, on_close: Callable[[], None]
     ) -> None:
-        """Submits the first choice; raises the engine's errors. The log has begun; `prompt`: the index in it."""
+        """Submits the first choice. Raises the engine's errors. `prompt`: the index of the prompt in the log, which
+        must have begun."""
         self.generation = choices[0][0]
         self._engine = engine
         self._on_close = on_close
@@ -80,7 +80,7 @@ class Completion:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Aborts choices that have not ended. Nothing of the request is left in the engine afterwards."""
+        """Aborts choices that have not ended. Afterwards, the engine holds nothing of the request."""
         for choice in self._choices:
             choice.abort()
         for task in self._tasks:
@@ -101,7 +101,7 @@ class Completion:
             await asyncio.sleep(_PROGRESS_S)
 
     def _show_progress(self) -> None:
-        """Shows the prefix cache's tokens first, then the growing number of computed ones."""
+        """Appends the prompt's progress: first only the cached tokens, then the growing number of computed ones."""
         request = self._choices[0].request
         now = None if request is None else request.progress
         if now is None:
@@ -125,7 +125,6 @@ class Completion:
         self._is_primed.set()
 
     def put(self, chunk: TextChunk) -> None:
-        """Appends a chunk; raises errors of `AnswerLog.append`."""
         if self._shows_progress:  # until the first chunk
             self._shows_progress = False
             self._show_progress()
@@ -142,8 +141,8 @@ class Completion:
 
 
 class _Running:
-    """Makes text of a choice's events within the engine's work: a task of its own for each choice would take as long
-    again for a token. A `Sink` of the engine."""
+    """Converts a choice's events to text inside the engine's calls, as its `Sink`. A task for each choice would double
+    the time per token."""
 
     def __init__(self, owner: Completion, generation: GenerationRequest, text: ChoiceText, timed: Timed) -> None:
         self.generation = generation
@@ -190,7 +189,7 @@ class _Running:
             self._owner.failed(error or WorkerError("the request was ended before its answer was complete"))
 
     def abort_soon(self) -> None:
-        """Ends the choice outside of the engine's work."""
+        """Aborts the choice after the engine's current call."""
         self._is_over = True
         if self.request is not None:
             asyncio.get_running_loop().call_soon(self.request.abort)
@@ -202,8 +201,8 @@ class _Running:
 
 
 class ChoiceText:
-    """Turns the events of one choice into chunks, which depend on the request alone: not on the number of prompt tokens
-    that the engine computes at a time."""
+    """Converts the events of one choice to chunks. The chunks depend only on the request, not on how many prompt tokens
+    the engine computes at a time."""
 
     def __init__(
         self,
@@ -214,7 +213,7 @@ class ChoiceText:
         min_tokens: int,
         reading: AnswerReading | None = None,
     ) -> None:
-        """Makes the text; `reading` is that of a chat's answer, whose text is its content then."""
+        """Makes the converter. With `reading`, the answer is a chat's, and the text of chunks is its content."""
         self._index = index
         self._detokenizer = Detokenizer(tokenizer, shown=frozenset() if reading is None else reading.shown_control_ids)
         self._parser = None if reading is None else reading.parser()
@@ -229,11 +228,11 @@ class ChoiceText:
 
     @property
     def is_stopped(self) -> bool:
-        """True if a stop string was found: the engine need not go on."""
+        """True if a stop string was found, so that the engine can stop."""
         return self._stop.matched is not None
 
     def take(self, event: Event) -> Sequence[TextChunk]:
-        """Returns the chunks that the event completes; when the choice has finished, the last one too."""
+        """Returns the chunks that the event completes. The event Finished also completes the last chunk."""
         if isinstance(event, TokenSampled):
             return (*self._rest_of_scores(), self._sampled(event.row))
         if isinstance(event, Finished):
@@ -272,7 +271,7 @@ class ChoiceText:
         return text if self._tokens <= self._min_tokens else self._stop.push(text)
 
     def finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
-        """Returns the last chunk of a choice; a stop string is the reason before others."""
+        """Returns the last chunk of a choice. If a stop string was found, it is the reason of the end."""
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         text, events = self._read(text, is_last=True)
         stop = self._stop.matched
@@ -286,7 +285,7 @@ class ChoiceText:
         )
 
     def _read(self, text: str, *, is_last: bool = False) -> tuple[str, tuple[AnswerEvent, ...]]:
-        """Returns the content in a piece of text, and all events."""
+        """Parses a piece of text. Returns the content in it, and all events."""
         if self._parser is None:
             return text, ()
         events = self._parser.feed(text) if text else []
@@ -296,8 +295,8 @@ class ChoiceText:
 
 
 class StopStrings:
-    """Finds stop strings in a text that comes piece by piece, and holds back a possible beginning of one. Each
-    character costs a few steps per stop string, however long the strings are."""
+    """Finds stop strings in a text that comes in pieces, and holds back what may be the beginning of one. The cost per
+    character does not depend on the lengths of the strings."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self._patterns = [_Pattern(string) for string in strings]
@@ -305,8 +304,8 @@ class StopStrings:
         self.matched: str | None = None  # the stop string that was found; the stream has ended then
 
     def push(self, text: str) -> str:
-        """Returns the text that is certain to precede any stop string. Ends with the first stop string completed; of
-        several completed by one character, the one that begins first."""
+        """Returns the text that certainly precedes any stop string. The first completed stop string ends the text; if
+        one character completes several, the one that begins first counts."""
         if not self._patterns or self.matched is not None:
             return "" if self.matched is not None else text
         text = self._held + text
@@ -320,13 +319,13 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """Returns the text that was held back, once all has come without a stop string."""
+        """Returns the text that was held back. Called at the end of the text."""
         rest, self._held = self._held, ""
         return rest if self.matched is None else ""
 
 
 class _Pattern:
-    """Knuth, Morris and Pratt's search for one string."""
+    """The Knuth-Morris-Pratt search for one string."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -340,7 +339,7 @@ class _Pattern:
             self._fallback[i] = length
 
     def step(self, character: str) -> bool:
-        """Returns True if the string is complete with this character; no more steps after that."""
+        """Returns True if this character completes the string. It must not be called again after that."""
         state = self.state
         while state and character != self.text[state]:
             state = self._fallback[state - 1]

@@ -1,4 +1,5 @@
-"""Embeddings and ranks: hidden states pooled in token order in float64, the same bits for every cut of the model."""
+"""Embeddings and reranking scores. Hidden states are pooled in token order and in float64, so that the bits do not
+depend on how the layers are distributed over workers."""
 
 from __future__ import annotations
 
@@ -28,12 +29,12 @@ Float64 = NDArray[np.float64]
 Vector = NDArray[np.float32]
 
 EUCLIDEAN = 2
-"""The norm that embeddings have by default."""
+"""The default norm of embeddings."""
 _INT16 = 32760.0
 
 
 class Pooler:
-    """Takes the rows of one prompt as they come."""
+    """Pools the hidden states of one prompt as they come."""
 
     def __init__(self, pooling: Pooling) -> None:
         self._pooling = pooling
@@ -50,20 +51,21 @@ class Pooler:
                 self._rows.append(row)
 
     def vectors(self) -> list[Float64]:
-        """Returns one vector [embedding], or one for each token without pooling."""
+        """Returns a single vector [embedding], or one for each token without pooling."""
         if self._pooling is Pooling.MEAN:
             return [self._rows[0] / self.count]
         return self._rows
 
 
 def normalized(vector: Float64, norm: int = EUCLIDEAN) -> Vector:
-    """Scales by llama.cpp's norms: -1 none, 0 the greatest absolute value to 32760, otherwise the p-norm to 1."""
+    """Normalizes a vector as llama.cpp does. `norm` -1: not at all; 0: the largest absolute value becomes 32760; p: the
+    p-norm becomes 1."""
     length = _length(vector, norm)
     return np.asarray(vector / length if length > 0 else vector * 0, np.float32)
 
 
 def _length(vector: Float64, norm: int) -> float:
-    """Returns the norm; sums are exact before they are rounded, so that all instruction sets agree."""
+    """Returns the number to divide by. Sums are exact before they are rounded, so that all instruction sets agree."""
     if norm < 0:
         return 1.0
     magnitudes: Sequence[float] = np.abs(vector).tolist()
@@ -78,13 +80,13 @@ def _length(vector: Float64, norm: int) -> float:
 
 
 _MOST_SUBMITTED = 16
-"""Most prompts of one request that wait or run together."""
+"""The largest number of prompts of one request that are queued or computed at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
-    """Options of embeddings. `norm`: of each vector, see `normalized`; without pooling, vectors have the norm of the
-    hidden states. `dimensions`: leading channels to keep; None: all."""
+    """Options of embeddings. `norm`: see `normalized`; without pooling, vectors keep the norm of the hidden states.
+    `dimensions`: the number of leading channels to keep; None: all."""
 
     pooling: Pooling
     norm: int = EUCLIDEAN
@@ -94,7 +96,7 @@ class EmbeddingOptions:
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
-    """The embedding of one prompt: a vector, or one for each token without pooling."""
+    """The embedding of one prompt: a single vector, or one for each token without pooling."""
 
     vectors: tuple[Vector, ...]
     prompt_tokens: int
@@ -102,24 +104,24 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """The score of a document for a query; a greater score is a better match."""
+    """The score of a document for a query. A higher score is a better match."""
 
     score: float
     prompt_tokens: int
 
 
 class Embedder:
-    """Embeds prompts with one engine. Use from one event loop."""
+    """Embeds prompts with one engine. Not thread-safe: use it on one event loop."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
     async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
-        """Returns embeddings in the order of the prompts. Cancellation and the first error end all of them.
+        """Returns the embeddings in the order of the prompts. An error or a cancellation ends all of them.
 
-        ParameterError for a prompt that is empty, too long or has unknown ids; QueueFullError if the first prompt has
-        no place; WorkerError; DeadlineError if all together take longer than a request may.
-        """
+        Raises ParameterError for a prompt that is empty, too long or has unknown ids, QueueFullError if there is no
+        place for the first prompt, WorkerError, and DeadlineError if all prompts together take longer than a request
+        may."""
         group = secrets.token_hex(12)
         requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
         first = self._engine.submit(requests[0])
@@ -133,7 +135,7 @@ class Embedder:
         return [head.result(), *(task.result() for task in later)]
 
     async def rank(self, pairs: Sequence[tuple[int, ...]], ranking: Ranking) -> list[Rank]:
-        """Returns scores of prompts that are a query and a document, in their order."""
+        """Returns the scores of prompts that each contain a query and a document, in their order."""
         found = await self.embed(pairs, EmbeddingOptions(ranking.pooling, norm=-1))
         return [Rank(ranking.score(embedding.vectors[0].tolist()), embedding.prompt_tokens) for embedding in found]
 
@@ -168,7 +170,7 @@ async def _pooled(stream: RequestStream, request: GenerationRequest, options: Em
 
 
 def _finished(vector: Float64, options: EmbeddingOptions) -> Vector:
-    """Cuts the channels before the norm, as OpenAI does."""
+    """Cuts off channels before normalization, as OpenAI does."""
     norm = -1 if options.pooling is Pooling.NONE else options.norm
     return normalized(vector[: options.dimensions], norm)
 

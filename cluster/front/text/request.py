@@ -1,4 +1,5 @@
-"""Requests as text: a prompt or a chat, the options of its answer, and the bounds of the fields that only text has."""
+"""Requests in the form of text: a prompt or a chat, the options of its answer, and checks of fields that have no
+equivalent in tokens."""
 
 from __future__ import annotations
 
@@ -28,10 +29,10 @@ MAX_SALT_CHARACTERS = 256
 SEEDS = 1 << 64
 
 _DRAWN_SEED_BITS = 53
-"""Bits of a drawn seed, which survives JSON readers that know only doubles."""
+"""Bits of a random seed, few enough for JSON readers that represent numbers as doubles."""
 
 Answered = Mapping[int, tuple[RowResult, ...]]
-"""First tokens of a request's choices."""
+"""The first tokens of each choice of a request, by the choice's index."""
 
 
 MAX_MESSAGE_CHARACTERS: Final = 2048
@@ -39,7 +40,7 @@ MAX_MESSAGE_CHARACTERS: Final = 2048
 
 @dataclass(frozen=True, slots=True)
 class AnswerReading:
-    """The parser's settings for the text of an answer; the same for each choice."""
+    """Settings for parsing the text of an answer. All choices share them."""
 
     form: ToolFormat
     tools: Tools = field(default_factory=dict)
@@ -51,13 +52,13 @@ class AnswerReading:
 
     @property
     def is_thinking(self) -> bool:
-        """True if the answer begins in reasoning."""
+        """True if the answer begins inside reasoning."""
         tags = self.form.reasoning
         return tags is not None and tags.begin in self.begun and tags.end not in self.begun
 
     @property
     def _has_begun_text(self) -> bool:
-        """True if the prompt has some of the answer behind its reasoning."""
+        """True if the prompt already contains some of the answer's content."""
         tags = self.form.reasoning
         return not self.is_thinking and bool(self.begun.rpartition("\0" if tags is None else tags.end)[2].strip())
 
@@ -74,7 +75,7 @@ class AnswerReading:
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest(AnswerOptions):
-    """A prompt and the options of its completion. Texts are tokenized as the model file says."""
+    """A prompt and the options of its completion. A text is tokenized as the model file specifies."""
 
     prompt: str | tuple[int, ...]
     max_new_tokens: int | None = None  # None: until the context is full; 0: the prompt is computed, nothing generated
@@ -99,11 +100,11 @@ class CompletionRequest(AnswerOptions):
 
     @property
     def begun_characters(self) -> int:
-        """The characters of the answers that the prompt has begun, for all choices."""
+        """The number of characters of the answers that are already in the prompt, summed over all choices."""
         return 0 if self.reading is None else len(self.reading.begun) * self.n
 
     def check_text(self) -> None:
-        """Checks fields that are lost in tokens, as `validate` does the others. Raises ParameterError."""
+        """Checks the fields that have no equivalent in tokens; `validate` checks the others. Raises ParameterError."""
         if self.max_new_tokens is not None:
             check_integer("max_tokens", self.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
             check_integer("min_tokens", self.min_tokens, 0, MAX_CONTEXT_TOKENS)
@@ -135,7 +136,7 @@ class ToolMode(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ToolUse:
-    """The calls that an answer may or must have."""
+    """The calls that an answer may or must contain."""
 
     mode: ToolMode = ToolMode.AUTO
     name: str | None = None  # of the only one that may be called
@@ -143,7 +144,7 @@ class ToolUse:
 
     @classmethod
     def of(cls, mode: ToolMode, name: str | None, is_parallel: bool | None) -> ToolUse:
-        """Makes the rule; `is_parallel` None: one call if a call is required, otherwise as many as the model makes."""
+        """Makes the rule. `is_parallel` None: at most one call if a call is required, else any number."""
         return cls(mode, name, mode is not ToolMode.REQUIRED if is_parallel is None else is_parallel)
 
     def check(self, tools: Sequence[Variables]) -> None:
@@ -167,8 +168,6 @@ class PromptEnd(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A chat and the options of its answer."""
-
     messages: tuple[Variables, ...]  # as chat templates know them: role, content, ...
     answer: CompletionRequest = field(default_factory=lambda: CompletionRequest(()))  # its prompt is the rendered chat
     tools: tuple[Variables, ...] = ()  # OpenAI's definitions; the template writes them
@@ -181,7 +180,6 @@ class ChatRequest:
     created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
 
     def admitted(self, created: float, adapters: AdapterScales) -> ChatRequest:
-        """Returns the request with its time of admission and its adapters."""
         return replace(self, created=created, answer=replace(self.answer, adapters=adapters))
 
     @property
@@ -193,7 +191,6 @@ class ChatRequest:
 
     @property
     def uses_tools(self) -> bool:
-        """True if it offers tools, or its messages have calls or results."""
         return bool(self.offered_tools) or any(
             message.get("tool_calls") or message.get("role") == "tool" for message in self.messages
         )
@@ -203,7 +200,7 @@ class ChatRequest:
         return bool(self.variables.get("documents"))
 
     def reading(self, form: ToolFormat, begun: str) -> AnswerReading | None:
-        """Returns the reading of the answer; None: the text is the content."""
+        """Returns the settings for parsing the answer. Returns None if its text needs no parsing."""
         schemas = {
             str(tool["function"]["name"]): tool["function"].get("parameters") or {} for tool in self.offered_tools
         }
@@ -216,8 +213,8 @@ class ChatRequest:
         )
 
     def count_characters(self) -> int:
-        """Counts the characters of all contents, reasoning, calls' arguments and tools: the prompt has about as many at
-        least, unless its template omits reasoning. Large tools take long."""
+        """Counts the characters of contents, reasoning, arguments of calls, and tools. The prompt has at least about as
+        many, unless its template leaves reasoning out. Takes long for large tools."""
         contents = [message.get(name) for message in self.messages for name in ("content", "reasoning_content")]
         calls = (call for message in self.messages for call in message.get("tool_calls") or ())
         texts = [*contents, *(call["function"].get("arguments") for call in calls)]
@@ -228,15 +225,15 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReasoningBudget:
-    """A budget of `tokens` of reasoning; then `message` and the tag that ends it follow."""
+    """The largest number of reasoning tokens. After `tokens` of them, `message` and the closing tag are forced."""
 
     tokens: int
     message: str = ""
 
 
 def effort_variables(effort: str | None) -> dict[str, Any]:
-    """Returns variables of a template for an effort of reasoning. The template decides what it means, as in
-    llama.cpp."""
+    """Returns the template's variables for a reasoning effort. As in llama.cpp, the template decides what the effort
+    means."""
     if effort is None:
         return {}
     return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
@@ -245,9 +242,9 @@ def effort_variables(effort: str | None) -> dict[str, Any]:
 def prompt_end(
     roles: Sequence[str], continue_final_message: bool | None, add_generation_prompt: bool | None
 ) -> PromptEnd:
-    """Returns the end that the roles of the messages and the fields of vLLM and Transformers select. If
-    `continue_final_message` is absent, llama.cpp's rule holds: a last message of an assistant is continued unless a
-    generation prompt is requested. ParameterError if they contradict each other."""
+    """Returns how the prompt ends, from the roles of the messages and two fields of vLLM and Transformers. Without
+    `continue_final_message`, llama.cpp's rule applies: an assistant's last message is continued, unless a generation
+    prompt is requested. Raises ParameterError for fields that contradict each other or the messages."""
     is_answered = roles[-1:] == ["assistant"]
     if continue_final_message is None:
         continue_final_message = is_answered and not add_generation_prompt

@@ -1,4 +1,4 @@
-"""The text service of one model, for HTTP and the in-process client: it tokenizes requests, has them computed by an
+"""The text service of one model, for the HTTP API and the in-process client: it tokenizes requests, submits them to an
 engine, and collects the answers."""
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ if TYPE_CHECKING:
     from llamaclust.cluster.engine.engine import Engine
 
 _BLOCKING_CHARACTERS = 2048
-"""Characters above which texts are tokenized on a thread."""
+"""Texts with more characters are tokenized on a thread."""
 _TOO_MANY_NUMBERS = "embeddings of {count} numbers, at most {most} are given in one reply: send less at once"
 _TOO_MANY_PAIRS = "with the query before each these are {count} tokens, at most {most} are ranked: send fewer at once"
 _ANSWER_SHARE = 4
-"""Share of the context that is left to an answer without a limit, if other files fill the rest: one token in so
-many."""
+"""The divisor of the context that gives the room kept free for an infill answer without a limit: a quarter."""
 _MAX_BEGUN_CHARACTERS = 1 << 18
-"""Most characters of a continued message, for all choices together: about two seconds of parsing."""
+"""The largest number of characters of a continued message, summed over all choices. Parsing that many takes about two
+seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
-    """The name of a served model, and its sizes."""
+    """The name of a served model, its limits, and what its file states."""
 
     model_name: str
     context_length: int  # tokens of a sequence, prompt and answer together
@@ -77,7 +77,7 @@ class TextSettings:
 
 
 class TextService:
-    """The text service of one served model. Use from one event loop."""
+    """The text service of one served model. Not thread-safe: use it on one event loop."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, chat_template: ChatTemplate, settings: TextSettings
@@ -94,20 +94,21 @@ class TextService:
         self._formats = {template: ChatFormat(template, tokenizer) for template in chat_template.named.values()}
         self._breaker_tokens = BreakerTokens(tokenizer)
         self.active_requests = 0
-        """Requests that were accepted and have not ended, including those in preparation."""
+        """The number of requests that were accepted and have not ended, including those in preparation."""
 
     async def aclose(self) -> None:
         """Ends the process that checks grammars."""
         await asyncio.to_thread(self._grammars.close)
 
     async def start(self, request: CompletionRequest) -> Completion:
-        """Prepares and submits a request; the caller reads its log, and closes it."""
+        """Prepares and submits a request. The caller reads the log of the completion, and closes the completion."""
         generation, log = await self.prepare(request), AnswerLog()
         log.begin([generation], LogContent(RowStorage.STREAMED))
         return await self.submit(request, generation, log)
 
     async def prepare(self, request: CompletionRequest) -> GenerationRequest:
-        """Returns the request in tokens, with its first choice. ParameterError for a field that is lost in tokens."""
+        """Returns the request in tokens, with its first choice. Raises ParameterError for invalid fields that have no
+        equivalent in tokens."""
         request.check_text()
         self.slots.check(request.slot)
         with self._counted():
@@ -127,12 +128,11 @@ class TextService:
     async def submit(
         self, request: CompletionRequest, generation: GenerationRequest, log: AnswerLog, prompt: int = 0
     ) -> Completion:
-        """Submits a prepared request; the caller must close the completion. Its items go to the log, which has begun,
-        as those of its prompt `prompt`.
+        """Submits a prepared request. The caller must close the completion. Its items are appended to the log, which
+        must have begun, under the index `prompt`.
 
-        ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, WorkerError. Later errors come
-        from the log.
-        """
+        Raises ParameterError for a value out of bounds, AdapterUnloadedError, QueueFullError, and WorkerError. Later
+        errors end the log."""
         held = ExitStack()
         try:
             held.enter_context(self._counted())
@@ -150,7 +150,8 @@ class TextService:
         return completion
 
     def _choices(self, request: CompletionRequest, generation: GenerationRequest) -> list[Choice]:
-        """Makes the choices of a prompt; each reads the beginning of its answer in the prompt."""
+        """Makes the choices of a prompt. Parsers read the beginning of the answer that the prompt contains, so this may
+        take long."""
         name, ends = generation.request_id, generation.stop_token_ids
         return [
             (
@@ -169,8 +170,9 @@ class TextService:
     async def embed(
         self, prompts: Sequence[Sequence[str | int]], options: EmbeddingOptions
     ) -> AsyncIterator[list[Embedding]]:
-        """Embeds prompts of texts and token ids, in their order; they count for the budget inside. RequestError for a
-        prompt that is empty or too long, or too many numbers; errors of `Embedder.embed`."""
+        """Embeds prompts of texts and token ids, in their order. Their memory counts towards the budget while the
+        context is open. Raises RequestError for a prompt that is empty or too long, or if there are too many numbers.
+        Also raises errors of `Embedder.embed`."""
         length = self.settings.embedding_length
         if self.settings.ranking is not None:
             raise ParameterError("model", "ranks documents and makes no embeddings: use /v1/rerank")
@@ -183,9 +185,9 @@ class TextService:
                 yield await self._embedder.embed(ids, options)
 
     async def rank(self, query: str, documents: Sequence[str]) -> list[Rank]:
-        """Returns the documents' scores for a query, in their order. ParameterError if the model ranks none, or for a
-        text that is too long, before any after it is read; errors of `ReplyBudget.reserve_numbers` and
-        `Embedder.embed`."""
+        """Returns the scores of the documents for a query, in their order. Raises ParameterError if the model does not
+        rank, or for a text that is too long, before later texts are tokenized. Also raises errors of
+        `ReplyBudget.reserve_numbers` and `Embedder.embed`."""
         ranking, budget = self.settings.ranking, self.budget
         if ranking is None:
             raise ParameterError("model", "does not rank documents")
@@ -200,9 +202,9 @@ class TextService:
     async def _pair_reader(
         self, form: PairForm | PairTemplate, query: str
     ) -> Callable[[str, str], Awaitable[tuple[int, ...]]]:
-        """Returns a function that makes the prompt of the query and a document of the request's field; control words
-        stay text. Each text has a turn of its own on the threads. A template's words may have tokens in common with the
-        texts, so that each of its prompts is read whole."""
+        """Returns a function that makes the prompt of the query and a document; its second argument is the document's
+        field, for errors. Special tokens written in the texts remain text. Each document has its own turn on the
+        threads. A template's prompts are tokenized as a whole, since its words may merge with the texts into tokens."""
         tokenizer, context = self.tokenizer, self.settings.context_length
         self._check_characters(len(query), "query")
         if isinstance(form, PairTemplate):
@@ -235,8 +237,8 @@ class TextService:
         return ids
 
     async def fill_in(self, gap: Gap, max_new_tokens: int | None) -> tuple[int, ...]:
-        """Returns token ids of a prompt whose answer goes into a gap, for a model that fills text in.
-        ContextLengthError for texts around it that are too long in any case."""
+        """Returns the token ids of a prompt whose answer fills a gap, for a model with infill tokens. Raises
+        ContextLengthError if the texts around the gap are too long."""
         tokens, context = self.tokenizer.vocabulary.fill_in, self.settings.context_length
         assert tokens is not None, "asked before"
         self._check_characters(gap.characters, "input_prefix")
@@ -252,17 +254,17 @@ class TextService:
     async def tokenize_all(
         self, parts: Sequence[str | int], param: str, most_tokens: int | None = None, add_special: bool = False
     ) -> list[list[int]]:
-        """Returns token ids of each part of a request's field `param`; an id stands for itself, `add_special` is for
-        the first part. ParameterError, before any work, if the parts are more than `most_tokens` can hold (by default
-        the context's)."""
+        """Returns the token ids of each part of the request's field `param`. A part that is an id stands for itself.
+        `add_special` applies to the first part. Raises an error, before any work, if the parts certainly have more than
+        `most_tokens` tokens (None: the context's)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)
         return await run_on(tokenizing(characters), self._encode_all, parts, add_special)
 
     async def chat(self, chat: ChatRequest) -> CompletionRequest:
-        """Returns the completion that answers a chat. Control words in the messages stay text. RequestError if the
-        template refuses the messages, or if the model generates nothing."""
+        """Returns the completion request for a chat. Special tokens written in the messages remain text. Raises
+        RequestError if the template refuses the messages, or if the model generates no text."""
         if not self.settings.generates:
             raise ParameterError("model", NO_TEXT)
         unconstrained = await self.chat_prompt(chat)
@@ -275,7 +277,7 @@ class TextService:
         return replace(unconstrained, grammar=grammar, reasoning=reasoning)
 
     async def chat_prompt(self, chat: ChatRequest) -> CompletionRequest:
-        """Returns the completion without the grammar of its calls."""
+        """Returns the completion request for a chat, without the grammar of its calls."""
         with self._counted():
             return await self._format_of(chat).completion(chat, self._check_characters)
 
@@ -283,7 +285,8 @@ class TextService:
         return await self._format_of(chat).text(chat)
 
     def _format_of(self, chat: ChatRequest) -> ChatFormat:
-        """Returns the format of the template that suits a chat. ParameterError for documents that it would not show."""
+        """Returns the format of the template variant for a chat. Raises ParameterError if the template would not show
+        the chat's documents."""
         template = self.chat_template.variant(uses_tools=chat.uses_tools, has_documents=chat.has_documents)
         if chat.has_documents and "documents" not in (template.source or ""):
             raise ParameterError("documents", "the model's chat template shows none; write them into a message")
@@ -311,13 +314,13 @@ class TextService:
         ]
 
     def _check_characters(self, characters: int, param: str = "prompt", most_tokens: int | None = None) -> None:
-        """Refuses too long texts without work."""
+        """Raises an error for a text that is certainly too long, without tokenizing it."""
         self._check_room(
             f"has {characters} characters", -(-characters // self.tokenizer.longest_word), param, most_tokens
         )
 
     def _check_room(self, has: str, tokens: int, param: str, most_tokens: int | None) -> None:
-        """Raises an error if `tokens`, a lower bound, are too many."""
+        """Raises an error if `tokens`, a lower bound of the real number, exceeds the limit."""
         context = self.settings.context_length
         if most_tokens is None and tokens > context:
             raise ContextLengthError(f"{has}, more than {context} tokens can hold", tokens, context, param)
@@ -325,14 +328,14 @@ class TextService:
             raise ParameterError(param, f"{has}, more than {most_tokens} tokens can hold; shorten it")
 
     async def _breakers(self, request: CompletionRequest) -> Breakers:
-        """Returns the breakers of DRY, if the sampling looks for them."""
+        """Returns the sequence breakers of the DRY sampler, or {} if it is not used."""
         chain = request.params.chain
         if chain is None or not chain.needs_history:
             return {}
         return await run_on(BREAKERS, self._breaker_tokens.of, request.dry_breakers)
 
     def _params(self, request: CompletionRequest) -> SamplingParams:
-        """Returns the sampling parameters, without penalties of the line break if requested."""
+        """Returns the sampling parameters. Without `penalize_nl`, the line break is exempt from penalties."""
         params = request.params
         if request.penalize_nl or not params.needs_history:
             return params

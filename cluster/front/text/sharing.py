@@ -1,4 +1,4 @@
-"""Resources that the owners of requests share: threads and processes for work on texts, and memory of replies."""
+"""Resources that requests share by owner: threads and processes for work on texts, and memory for replies."""
 
 from __future__ import annotations
 
@@ -22,36 +22,37 @@ from llamaclust.core.sharing.turns import Turns
 from llamaclust.wire.rpc.deadlines import deadline
 
 current_owner: Final[ContextVar[str]] = ContextVar("owner", default="")
-"""The owner of the current task's request: its API key's digest, or its client's address if keys are not needed."""
+"""The owner of the current task's request: the digest of its API key, or the client's address if no keys are set."""
 
 
 ignored_parts: Final[ContextVar[list[str] | None]] = ContextVar("ignored_parts", default=None)
-"""Names of fields without effect, of the current task's request."""
+"""Names of the fields of the current task's request that have no effect."""
 
 
 def report_ignored(names: Iterable[str]) -> None:
-    """Adds names for the reply."""
+    """Adds names to the reply's list of fields without effect."""
     parts = ignored_parts.get()
     if parts is not None:
         parts += names
 
 
 _WORK_S = 120.0
-"""Deadline of any work, its wait for a thread included: work of seconds takes longer on a busy machine."""
+"""Deadline of any work on a thread, including its wait for the thread. It is long, because work of seconds takes longer
+on a busy machine."""
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
 
 
 class Places:
-    """Places for one kind of work, which owners take in turns."""
+    """Places for one kind of work, which owners take in turn."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
 
     def turn(self) -> AbstractAsyncContextManager[None]:
-        """Returns a context that holds a place for the current owner."""
+        """Returns a context in which the current owner holds a place."""
         loop = asyncio.get_running_loop()
         if loop not in self._turns:
             self._turns[loop] = Turns(self._count)
@@ -59,8 +60,6 @@ class Places:
 
 
 class Threads(Places):
-    """Places with a thread each."""
-
     def __init__(self, count: int, name: str) -> None:
         super().__init__(count)
         self.executor = ThreadPoolExecutor(count, name)
@@ -71,14 +70,14 @@ _LONG_TEXTS = Threads(1, "tokenize-long")
 _LONG_CHARACTERS = 1 << 16
 RENDERING = Threads(1, "derive-format")
 BREAKERS = Threads(1, "breakers")
-"""A single thread: breakers are computed in Python, and the event loop waits for its turn beside them."""
+"""A single thread. Breakers are computed in Python, so more threads would only delay the event loop."""
 TEMPLATES = Places(2)
-"""Places of processes that render a chat template."""
+"""Places for processes that render a chat template."""
 
 
 def tokenizing(characters: int) -> Threads:
-    """Returns the threads that tokenize texts of so many characters: long ones one after another, since a tokenizer
-    uses up to 150 bytes per character, and short ones beside them."""
+    """Returns the threads for texts of this length. Long texts are tokenized one at a time, because a tokenizer uses up
+    to 150 bytes per character. Short texts do not wait for them."""
     return _LONG_TEXTS if characters > _LONG_CHARACTERS else TOKENIZING
 
 
@@ -88,27 +87,27 @@ async def run_on(
     *arguments: _Arguments.args,
     **named: _Arguments.kwargs,
 ) -> _Result:
-    """Runs a function on a thread and returns its result. DeadlineError if it is late: work that no thread has taken by
-    then does not run."""
+    """Runs a function on a thread, and returns its result. Raises DeadlineError if the result is late. Work that no
+    thread has begun by then does not run."""
     async with deadline("work on the request's text, on a busy machine", _WORK_S), threads.turn():
         work = partial(function, *arguments, **named)
         return await asyncio.get_running_loop().run_in_executor(threads.executor, work)
 
 
 MAX_REPLY_ENTRIES = 1 << 21
-"""Most tokens and top logprobs of one reply."""
+"""The largest number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""The most that an owner's replies with logprobs or embeddings take, and prompts that are ranked; all owners together
-have at most twice as much, see `fits`."""
+"""The memory, in units, for an owner's replies with logprobs or embeddings and for its prompts to rank. All owners
+together may have twice as much, see `fits`."""
 _UNIT_NUMBERS = 5
-"""Numbers of an embedding, or tokens of prompts, that take a unit."""
+"""The number of embedding values, or of tokens to rank, per unit."""
 _TOP_BYTES = 8
 _RETRY_S = 5.0
 
 
 async def when_free(submit: Callable[[], _Result], limit_s: float = inf) -> _Result:
-    """Submits an accepted request, which waits while the queue is full: QueueFullError after so many seconds."""
+    """Submits a request that was already accepted. Waits while the queue is full, for at most about `limit_s`."""
     clock = asyncio.get_running_loop().time
     end_s = clock() + limit_s
     while True:
@@ -129,13 +128,13 @@ class RowStorage(Enum):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes that a row takes beside its top logprobs."""
+        """The memory of a row without its top logprobs."""
         return 40 if self is RowStorage.PACKED else 600
 
 
 @dataclass(frozen=True, slots=True)
 class ReplySize:
-    """The most that the completion of one prompt gives."""
+    """An upper bound on the completion of one prompt."""
 
     rows: int  # scored and sampled tokens of all choices
     top_logprobs: int  # a row
@@ -146,7 +145,7 @@ class ReplySize:
     def of(
         cls, generation: GenerationRequest, choices: int, storage: RowStorage, unread_rows: int | None = None
     ) -> ReplySize:
-        """Makes the size; `unread_rows`: most sampled rows that are held, if the answer is read while it runs."""
+        """Makes the bound. `unread_rows`: the largest number of sampled rows that are held; None: all rows are held."""
         first = generation.score_from
         scored = 0 if first is None else max(0, len(generation.prompt) - max(first, 1))
         sampled = choices * generation.max_new_tokens
@@ -165,15 +164,15 @@ class ReplySize:
 
 
 class ReplyBudget:
-    """The memory that all replies may hold. Plain tokens of an answer count for its own bound alone: few answers are as
-    long as they may be."""
+    """The memory that all replies may hold. Tokens without further logprobs do not count, because few answers become as
+    long as they may."""
 
     def __init__(self) -> None:
         self.shares = Shares(MAX_HELD_UNITS)
 
     def reserve(self, sizes: Sequence[ReplySize]) -> AbstractContextManager[None]:
-        """Holds a request's memory while the context is open. ParameterError for more than any request may have,
-        QueueFullError if the current owner's other requests, or those of all, hold too much at present."""
+        """Reserves a request's memory while the context is open. Raises ParameterError if no request may have that
+        much, and QueueFullError if the owner's other requests, or those of all owners, currently hold too much."""
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
         if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:
@@ -187,8 +186,8 @@ class ReplyBudget:
         raise ParameterError("logprobs" if top else "max_tokens", reason, "reply_too_large")
 
     def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
-        """Holds the room of numbers of embeddings, or of tokens of prompts that are ranked, while the context is open.
-        Errors as of `reserve`; `refusal`: the text of the ParameterError, with {count} and {most}."""
+        """Reserves memory for embedding values, or for tokens to rank, while the context is open. Raises the errors of
+        `reserve`; `refusal` is the text of the ParameterError, with {count} and {most}."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")

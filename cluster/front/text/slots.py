@@ -1,5 +1,5 @@
-"""Slots, as llama.cpp's clients number them: each remembers the tokens of the last request that named it. KV memory
-belongs to no slot: requests share it by their tokens."""
+"""Slots, as in llama.cpp's API. Each slot keeps the tokens of the last request that named it, but no KV memory:
+requests share that by their tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SlotTokens:
-    """Tokens from position 0 on; the salt and adapters select requests that share their KV memory."""
+    """Tokens from position 0 on. The salt and the adapters determine which requests can share their KV memory."""
 
     tokens: array[int] = field(default_factory=lambda: array("I"))
     cache_salt: str = ""
@@ -27,10 +27,8 @@ class SlotTokens:
 
 
 class Slots:
-    """The slots of one served model."""
-
     def __init__(self, engine: Engine, count: int) -> None:
-        """Makes the slots; `count` is 0 if none remembers anything."""
+        """Makes the slots. If `count` is 0, no tokens are kept."""
         self.count = count
         self._engine = engine
         self._tokens: dict[int, SlotTokens] = {}
@@ -40,13 +38,13 @@ class Slots:
         return self._engine.scheduler.settings.model_id
 
     def check(self, slot: int | None) -> None:
-        """Raises ParameterError for an unknown slot, if slots are kept."""
+        """Raises ParameterError for an unknown slot, unless no slots are kept."""
         if slot is not None and self.count and not 0 <= slot < self.count:
             raise ParameterError("id_slot", f"{slot}, but there are {self.count} slots, numbered from 0")
 
     def recording(self, slot: int, request: GenerationRequest, prompt: int) -> Subscriber:
-        """Gives the slot the request's prompt now, and returns a subscriber that adds the tokens of its first answer
-        from the chunks of a log's prompt `prompt`."""
+        """Stores the request's prompt in the slot. Returns a subscriber that adds the tokens of the first answer, from
+        the chunks of the log's prompt with index `prompt`."""
         tokens = array("I", request.prompt)
         self._tokens[slot] = SlotTokens(tokens, request.cache_salt, request.adapters)
         last: int | None = None
@@ -70,5 +68,6 @@ class Slots:
         self._tokens[slot] = tokens
 
     def erase(self, slot: int) -> int:
-        """Forgets a slot's tokens and returns their number. Their KV memory stays: other requests may share it."""
+        """Removes the tokens of a slot, and returns their number. Their KV memory stays, because other requests may
+        share it."""
         return len(self._tokens.pop(slot, SlotTokens()).tokens)

@@ -1,4 +1,4 @@
-"""`/v1/messages`: answers as blocks of content, whole or as the events of a stream."""
+"""`/v1/messages`: shows answers as content blocks, in one message or in the events of a stream."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from llamaclust.model.chat.tools.events import (
 
 Block = dict[str, Any]
 Shown = dict[str, Any]
-"""An event of a stream."""
+"""An event of a stream, or of a whole answer before its blocks are joined."""
 
 _STARTS: Final[dict[str, Block]] = {
     "text": {"type": "text", "text": ""},
@@ -41,8 +41,6 @@ _STARTS: Final[dict[str, Block]] = {
 
 
 class MessageView(View):
-    """Shows one answer as a message."""
-
     def __init__(self, model: str, reply_id: str, log: AnswerLog) -> None:
         self._model = model
         self._reply_id = reply_id
@@ -73,7 +71,7 @@ class MessageView(View):
             yield {"type": "message_stop"}
 
     def _usage(self, timings: Timings | None, tokens: int) -> dict[str, int]:
-        """Counts cached tokens of the prompt apart from the others, as Anthropic does."""
+        """Counts the cached tokens of the prompt separately from the others, as Anthropic does."""
         cached = 0 if timings is None else timings.cached_tokens
         return {
             "input_tokens": self._prompt_tokens - cached,
@@ -104,7 +102,7 @@ class MessageView(View):
 
 
 class _Blocks:
-    """The events of an answer's blocks; one block is open at a time."""
+    """Converts an answer into the events of its blocks. At most one block is open at a time."""
 
     def __init__(self, reply_id: str) -> None:
         self.has_calls = False
@@ -113,7 +111,7 @@ class _Blocks:
         self._open: str | None = None  # its type
 
     def take(self, chunk: TextChunk) -> Iterator[Shown]:
-        """Closes the last block with the last chunk. An empty answer has an empty block, as readers expect one."""
+        """Yields a chunk's events; the last chunk closes the last block. An empty answer gets an empty text block."""
         for event in chunk.events or (ContentText(chunk.text),):
             yield from self._take(event)
         if chunk.finish_reason is not None:
@@ -148,7 +146,7 @@ class _Blocks:
         yield self._event("content_block_start", content_block=block)
 
     def _close(self) -> Iterator[Shown]:
-        """Closes the open block. Thinking ends with its signature, which is empty: nothing checks it here."""
+        """Closes the open block. A thinking block ends with an empty signature, because this server checks none."""
         if self._open == "thinking":
             yield self._delta("signature_delta", signature="")
         if self._open is not None:
@@ -163,7 +161,7 @@ class _Blocks:
 
 
 def _put_together(events: Iterable[Shown]) -> list[Block]:
-    """Returns the blocks that a reader puts together from their events."""
+    """Joins events into whole blocks, as a client does."""
     blocks: list[Block] = []
     pieces: list[str] = []
     for event in events:
@@ -181,8 +179,8 @@ def _put_together(events: Iterable[Shown]) -> list[Block]:
 
 
 def _input(text: str) -> dict[str, Any]:
-    """Returns the arguments of a call. Arguments of an answer that was cut are no JSON; Anthropic's convention shows
-    them."""
+    """Parses the arguments of a call. If the answer was cut within them, they are shown under INVALID_JSON, as
+    Anthropic recommends."""
     arguments = arguments_object(text or "{}")
     return {"INVALID_JSON": text} if arguments is None else arguments
 
@@ -200,7 +198,8 @@ _ERROR_TYPES: Final = {
 
 
 def _error(failure: Failure) -> dict[str, Any]:
-    """Writes "prompt is too long", upon which clients shorten a chat."""
+    """Returns Anthropic's form of an error. If the context is too short, the message begins with "prompt is too long",
+    upon which clients shorten the chat."""
     kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
     if failure.numbers:
         tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
@@ -210,7 +209,7 @@ def _error(failure: Failure) -> dict[str, Any]:
 
 
 class Messages(Dialect[MessagesBody]):
-    """Chats of Anthropic's API, whose clients name Anthropic's models, for some requests by names of their own."""
+    """Anthropic's Messages API. It accepts any model's name by default, since clients name Anthropic's models."""
 
     paths = ("/v1/messages",)
     body = MessagesBody
@@ -237,6 +236,6 @@ class Messages(Dialect[MessagesBody]):
         )
 
     async def count(self, request: Request) -> Response:
-        """The tokens of a chat's prompt."""
+        """Returns the number of tokens in the prompt of a chat."""
         body = await self.read(request)
         return await self.counted(request, await converted(body, body.request))

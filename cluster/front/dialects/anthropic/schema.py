@@ -65,7 +65,7 @@ _CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
     "text_editor_": _file_tool("Shows, creates and changes files.", *_EDITS),
     "memory_": _file_tool("Keeps notes in files below /memories.", *_EDITS, "delete", "rename"),
 }
-"""Tools that the client runs and knows by their type alone: the type's beginning, before its date."""
+"""Tools that the client runs and that their type defines. The keys are the types without the date at the end."""
 
 
 class Tool(Body, foreign=ANTHROPIC_TOOL):
@@ -78,13 +78,13 @@ class Tool(Body, foreign=ANTHROPIC_TOOL):
 
 
 class ToolChoice(Body):
-    """The calls that the answer may or must have."""
+    """The calls that the answer may or must contain."""
 
     type: Literal["auto", "any", "tool", "none"]
-    """`any`: at least one; `tool`: the one of that `name`."""
+    """`auto`: the model decides; `none`: no calls; `any`: at least one call; `tool`: the tool `name` must be called."""
     name: str | None = None
     disable_parallel_tool_use: bool | None = None
-    """true: at most one call; by default so if `type` requires a call."""
+    """true: at most one call. The default is true if `type` requires a call, else false."""
 
     @property
     def use(self) -> ToolUse:
@@ -95,11 +95,11 @@ class ToolChoice(Body):
 
 
 class Thinking(Body, foreign=THINKING):
-    """The thinking before the answer."""
+    """The thinking that precedes the answer."""
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: Annotated[int, Field(ge=0)] | None = None
-    """Tokens of thinking at most, after which its end follows; by default no limit."""
+    """The largest number of thinking tokens; the end of thinking is then forced. By default there is no limit."""
 
 
 class OutputConfig(Body):
@@ -115,7 +115,8 @@ class OutputConfig(Body):
 
 
 def output_grammar(value: Any, origin: str) -> Grammar | None:
-    """Returns the grammar of `{"type": "json_schema", "schema": ...}`. Raises ParameterError for another form."""
+    """Returns the grammar of `{"type": "json_schema", "schema": ...}`, or None for None. Raises ParameterError for any
+    other value."""
     if value is None:
         return None
     if not isinstance(value, dict) or value.get("type") != "json_schema" or not isinstance(value.get("schema"), dict):
@@ -124,7 +125,7 @@ def output_grammar(value: Any, origin: str) -> Grammar | None:
 
 
 def _tool(value: Any, info: ValidationInfo) -> Any:
-    """Checks one tool; it is None if Anthropic's servers would run it."""
+    """Reads one tool. Returns None for a tool that Anthropic's servers would run. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("a tool must be an object with 'name' and 'input_schema'")
     kind = value.get("type")
@@ -151,15 +152,15 @@ ThinkingField = Annotated[Thinking, BeforeValidator(_thinking), _THINKING_SCHEMA
 
 
 _BILLING: Final = re.compile(r"x-anthropic-billing-header:(?:[ \t]*\w+=[^;\s]*(?:;|(?=\n)|\Z))*[ \t]*\n?")
-"""The header that Claude Code puts before its system prompt. It differs from request to request, so that no prompt
-behind it would be found in the prefix cache; it says nothing to the model."""
+"""The header that Claude Code puts before its system prompt. It tells the model nothing, and it differs between
+requests, so that the prefix cache would not find the prompt that follows it."""
 _ROLES: Final = ("user", "assistant", "system")
 _ERROR: Final = "Error: "
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The blocks that one side says before the other one does."""
+    """The content that one role contributes before the other role's turn."""
 
     role: str
     texts: tuple[str, ...] = ()
@@ -179,7 +180,7 @@ class Turn:
         )
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Yields the results first: they answer the calls of the turn before."""
+        """Yields the turn's chat messages. Tool results come first, because they answer the previous turn's calls."""
         yield from self.results
         text = "\n".join(self.texts)
         if self.role == "assistant":
@@ -190,8 +191,8 @@ class Turn:
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
-    """Reads the turn of one message. ValueError for a wrong message. Texts replace unsupported blocks; unless the
-    context is a `Leniency`, these are a ValueError too."""
+    """Reads one message. Unsupported blocks are replaced by texts. Raises ValueError for a wrong message, and also for
+    an unsupported block unless the context of validation is a `Leniency`."""
     if not isinstance(message, dict) or message.get("role") not in _ROLES:
         raise ValueError(f"a message must be an object with a 'role' of {', '.join(_ROLES)}")
     role, content = message["role"], message.get("content")
@@ -209,12 +210,12 @@ def read_turn(message: Any, info: ValidationInfo) -> Turn:
 
 
 def merged_turns(turns: Iterable[Turn]) -> list[Turn]:
-    """Joins successive messages of one role, as Anthropic's API does."""
+    """Joins successive turns of the same role, as Anthropic's API does."""
     return [Turn.of(role, parts) for role, parts in groupby(turns, lambda turn: turn.role)]
 
 
 def read_system(value: Any, info: ValidationInfo) -> str:
-    """Returns the text of a system prompt, without billing headers. ValueError for another form."""
+    """Returns the text of a system prompt without billing headers. Raises ValueError."""
     blocks = [{"type": "text", "text": value}] if isinstance(value, str) else value
     if not isinstance(blocks, list):
         raise ValueError("must be a string or a list of text blocks")
@@ -249,7 +250,7 @@ def _block(role: str, block: Any, context: object) -> Turn:
 
 
 def _text_of(block: Any, context: object) -> str:
-    """Returns the text of a block outside an assistant's answer, or its replacement."""
+    """Returns the text of a block that may stand in any turn, or a text that replaces the block. Raises ValueError."""
     kind = block.get("type") if isinstance(block, dict) else None
     if kind == "text":
         return _text(block, "text")
@@ -310,28 +311,28 @@ _SystemField = Annotated[str, BeforeValidator(read_system), WithJsonSchema(_CONT
 
 
 class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
-    """The body of `POST /v1/messages`; `max_tokens` may be absent, for counting too."""
+    """The body of `POST /v1/messages` and `/count_tokens`. `max_tokens` is optional."""
 
     model: str | None = None
-    """Any name, unless `strict_model` is set."""
+    """Name of the model. Any name is accepted, unless `strict_model` is set."""
     messages: Annotated[list[_TurnField], FailFast(), Field(min_length=1, max_length=16_384)]
-    """The chat so far. Blocks of type text, thinking, tool_use and tool_result; texts stand in place of pictures,
-    documents and blocks of tools that other servers ran; successive messages of one role are one. A last message of
-    role assistant is continued."""
+    """The chat so far: blocks of type text, thinking, tool_use and tool_result. Images, documents and the blocks of
+    tools that other servers ran are replaced by texts. Successive messages of one role are joined. If the last message
+    has the role assistant, the model continues it."""
     system: _SystemField = ""
-    """The system prompt: text, or blocks of text. A billing header at its beginning is omitted."""
+    """The system prompt: a text or text blocks. Billing headers at its beginning are removed."""
     max_tokens: LimitField = None
-    """Tokens of the answer, at most; by default what the context leaves."""
+    """The largest number of tokens of the answer; by default as many as the context has room for."""
     stop_sequences: StopField = ()
-    """The answer ends before the first of these."""
+    """Texts; the answer ends before the first occurrence of one of them."""
     tools: ToolsField = Field(default_factory=list)
-    """Functions that the model may call, and bash_*, text_editor_* and memory_*; other tools are omitted."""
+    """Functions that the model may call, and Anthropic's bash_*, text_editor_* and memory_*. Others are left out."""
     tool_choice: ToolChoice | None = None
-    """The calls that the answer may or must have."""
+    """The calls that the answer may or must contain."""
     thinking: ThinkingField | None = None
-    """Type `disabled`: the answer begins without thinking; otherwise as the model decides."""
+    """Type `disabled`: the answer begins without thinking; otherwise, the model decides."""
     output_config: OutputConfig | None = None
-    """A JSON schema that the answer obeys (`format`), and the `effort` that the chat template gets."""
+    """A JSON schema that the answer conforms to (`format`), and the `effort` that is passed to the chat template."""
     output_format: Any = None
     """An older name of `output_config.format`."""
 
@@ -340,7 +341,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
         return ToolUse() if self.tool_choice is None else self.tool_choice.use
 
     def request(self) -> ChatRequest:
-        """Makes the chat of the body. ParameterError for fields that contradict each other."""
+        """Makes the chat. Raises ParameterError for fields that contradict each other."""
         self.tool_use.check(self.tools)
         turns = merged_turns(self.messages)
         if turns[-1].calls:
@@ -360,7 +361,7 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
 
     @property
     def _budget(self) -> ReasoningBudget | None:
-        """Returns the budget of `thinking` if it has one, else that of `reasoning_budget`."""
+        """Returns the budget of thinking tokens: that of `thinking`, or else that of `reasoning_budget`."""
         tokens = None if self.thinking is None else self.thinking.budget_tokens
         return self.answer_budget if tokens is None else self.budget_of(tokens)
 

@@ -1,4 +1,4 @@
-"""llama.cpp's `/completion` and `/infill`: bodies with its defaults, the requests that they make, and their replies."""
+"""llama.cpp's `/completion` and `/infill`: bodies with llama.cpp's defaults, their requests, and the replies."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ from llamaclust.model.tokenizers.gaps import Gap, OtherFile
 
 _RANDOM_SEEDS: Final = (-1, 0xFFFFFFFF)
 _NEVER: Final = -1e9
-"""The bias of a token that may not be chosen, which llama.cpp writes as false."""
+"""The bias of a token that must not be chosen, written as false in llama.cpp's API."""
 _MAX_FILES: Final = 1024
 _INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_prefix", "input_suffix", "input_extra"}
-"""Fields that are no settings of the generation."""
+"""Fields of the body that the reply's `generation_settings` omit."""
 
 LlamaCppPrompt = str | tuple[str | int, ...]
-"""Text, or token ids and texts mixed."""
+"""A prompt: a text, or texts and token ids in their order."""
 
 
 def _prompts(value: Any) -> tuple[LlamaCppPrompt, ...]:
-    """Reads one prompt, or a list of texts and lists."""
+    """Reads one prompt or a list of prompts. A list that contains token ids is one prompt. Raises ValueError."""
     if not isinstance(value, list) or not value or any(map(is_int, value)):
         return (_prompt(value),)
     if len(value) > MAX_PROMPTS:
@@ -77,7 +77,7 @@ def _prompt(value: Any) -> LlamaCppPrompt:
 
 
 def _biases(value: Any) -> tuple[tuple[int | str, float], ...]:
-    """Reads [[token id or text, bias or false], ...] or {"token id or text": bias or false}."""
+    """Reads [[token id or text, bias or false], ...] or {"token id or text": bias or false}. Raises ValueError."""
     if isinstance(value, dict):
         value = [[int(key) if is_token_id(key) else key, bias] for key, bias in value.items()]
     if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
@@ -110,36 +110,36 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     takes_recommended: ClassVar = True
 
     model: str | None = None
-    """The name of an adapter; any other name is the served model's, unless `api.strict_model` is true."""
+    """Name of an adapter or of the model. Other names mean the served model, unless `api.strict_model` is true."""
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
-    """Text, token ids, both mixed, or a list of several."""
+    """One prompt (text, token ids, or a list of both), or a list of prompts."""
     n_predict: WholeLimitField = -1
-    """Tokens at most; -1: what the context leaves."""
+    """The largest number of tokens of the answer; -1: as many as the context has room for."""
     logit_bias: Annotated[tuple[Any, ...], BeforeValidator(_biases), WithJsonSchema(_PAIRS)] = ()
-    """[[token id or text, bias or false], ...]."""
+    """[[token id or text, bias or false], ...]; false: the token is never chosen."""
     seed: int = -1
-    """-1: drawn."""
+    """Seed of the random numbers; -1: a random seed."""
     stop: Annotated[StopField, Requested()] = ()
-    """The answer ends before the first of these."""
+    """Texts; the answer ends before the first occurrence of one of them."""
     ignore_eos: Annotated[bool, Requested()] = False
-    """The model may not end its answer."""
+    """True: the model may not end its answer."""
     n_probs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Requested("top_logprobs")] = 0
-    """Number of likeliest tokens whose logprobs are shown beside the chosen token's."""
+    """The number of likeliest tokens whose logprobs are shown with the chosen token's; 0: no logprobs at all."""
     return_tokens: bool = False
-    """Token ids in the reply; a stream always has them."""
+    """True: the reply contains token ids. Events of a stream always do."""
     timings_per_token: bool = False
-    """Timings in each event of a stream."""
+    """True: each event of a stream contains timings."""
     return_progress: bool = False
-    """A stream begins with events that say how far the prompt is computed."""
+    """True: a stream begins with events that show how many tokens of the prompt are computed."""
     stream: bool = False
-    """Server-sent events."""
+    """True: the answer is sent as server-sent events."""
 
     async def prompts(self, service: TextService) -> list[Prompt]:
         return [await _tokenized(service, prompt) for prompt in self.prompt]
 
     @property
     def max_new_tokens(self) -> int | None:
-        """The limit of tokens; None: what the context leaves, which llama.cpp writes -1 or -2."""
+        """The largest number of tokens of the answer; None: as many as the context has room for."""
         return None if self.n_predict < 0 else self.n_predict
 
     def request(
@@ -193,13 +193,13 @@ class InfillBody(LlamaCppBody):
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_begun), WithJsonSchema({"type": "string"})] = Field(
         default_factory=lambda: ("",)
     )
-    """The beginning of the answer."""
+    """The beginning of the text between prefix and suffix, which the answer continues."""
     input_prefix: str
-    """The text before the answer."""
+    """The text before the gap that the answer fills."""
     input_suffix: str
-    """The text behind the answer."""
+    """The text after the gap that the answer fills."""
     input_extra: Annotated[tuple[Any, ...], BeforeValidator(_files), WithJsonSchema(_FILES)] = ()
-    """Texts of other files; if room is short, the first ones are omitted."""
+    """Other files for context. If the context is too short for all of them, the first ones are left out."""
 
     async def prompts(self, service: TextService) -> list[Prompt]:
         gap = Gap(self.input_prefix, self.input_suffix, self.prompt[0], self.input_extra)
@@ -207,8 +207,6 @@ class InfillBody(LlamaCppBody):
 
 
 class LlamaCppCompletion(Dialect[LlamaCppBody]):
-    """The endpoint of completions in llama.cpp's form."""
-
     paths = ("/completion",)
     body: type[LlamaCppBody] = LlamaCppBody
 
@@ -231,7 +229,7 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
         return [request, *(replace(request, prompt=prompt) for prompt in others)]
 
     async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
-        """Gives the bias of a text to each of its tokens."""
+        """Returns the biases by token id. A text's bias applies to each token of the text."""
         tokens = [token for token, _ in given]
         ids = await self.service.tokenize_all(tokens, "logit_bias", sampling_bounds.MAX_LOGIT_BIASES) if tokens else []
         biases: dict[int, float] = {}
@@ -241,8 +239,6 @@ class LlamaCppCompletion(Dialect[LlamaCppBody]):
 
 
 class Infill(LlamaCppCompletion):
-    """The endpoint of completions that fill a gap."""
-
     paths = ("/infill",)
     body = InfillBody
 
@@ -254,8 +250,8 @@ class Infill(LlamaCppCompletion):
 
 
 class Completions(TextCompletions):
-    """The endpoint with replies in OpenAI's form to bodies that name a model, as its clients must, and in llama.cpp's
-    to others."""
+    """`/completions`: a body with `model`, which OpenAI's clients must send, gets a reply in OpenAI's form. Other
+    bodies get one in llama.cpp's form."""
 
     paths = ("/completions",)
 
@@ -266,8 +262,6 @@ class Completions(TextCompletions):
 
 
 class LlamaCppView(View):
-    """Shows one answer to each prompt."""
-
     def __init__(self, service: TextService, body: LlamaCppBody, log: AnswerLog) -> None:
         self._answers = [_AnswerView(service, body, place, one) for place, one in enumerate(log.generations)]
 
@@ -294,7 +288,6 @@ class _AnswerView:
         self._has_new_line = False
 
     def part(self, part: TextChunk, *, is_whole: bool = False) -> dict[str, Any]:
-        """Returns one event, or the whole answer."""
         self._predicted += len(part.rows)
         self._has_new_line |= "\n" in part.text
         with_tokens = self._body.return_tokens or not is_whole
@@ -304,7 +297,6 @@ class _AnswerView:
         return self._shown(part.text, part.token_ids if with_tokens else (), more)
 
     def progress(self, progress: PromptProgress) -> dict[str, Any]:
-        """Returns an event without text."""
         more = shown_progress(progress, with_timings=self._body.timings_per_token)
         return self._shown("", (), {**self._counts(0), "stop": False, **more})
 
@@ -350,7 +342,7 @@ class _AnswerView:
         }
 
     def _shown_biases(self) -> list[dict[str, Any]]:
-        """Returns the biases, null for tokens that may not be chosen."""
+        """Returns the biases of a request; null means that the token must not be chosen."""
         biases: dict[int, float | None] = dict(self._generation.params.logit_bias)
         if self._body.ignore_eos:
             biases |= dict.fromkeys(self._service.tokenizer.end_of_generation)

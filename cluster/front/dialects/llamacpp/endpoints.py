@@ -1,4 +1,4 @@
-"""llama.cpp's other endpoints: token ids, chat templates, adapters, server properties, metrics."""
+"""llama.cpp's other endpoints: tokenization, chat templates, adapters, server properties, metrics."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _MAX_TOKENIZED_BYTES: Final = 1 << 20
 _MAX_PIECES: Final = 1 << 16
 _BLOCKING_CHARACTERS: Final = 2048
-"""Longer texts are tokenized on a thread."""
+"""Texts of more characters are tokenized on a thread."""
 _NO_SLOTS: Final = "no folder for slots is set: name one as `api.slot_folder` in the cluster file"
 
 _log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def llamacpp_routes(service: TextService, settings: ApiSettings) -> Iterator[Rou
 
 
 def _text(value: Any) -> Any:
-    """Refuses a text of too many bytes, because it may have as many tokens."""
+    """Raises ValueError for a text that is too long, because it may have as many tokens as bytes."""
     if isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) > _MAX_TOKENIZED_BYTES:
         raise ValueError(f"more than {_MAX_TOKENIZED_BYTES} bytes of text; send less at once")
     return value
@@ -67,13 +67,13 @@ class TokenizeBody(Body, foreign=TEXT_ONLY):
     """The body of `POST /tokenize`."""
 
     content: Annotated[str, BeforeValidator(_text)]
-    """The text, 1 MiB of UTF-8 at most."""
+    """The text, at most 1 MiB of UTF-8."""
     add_special: bool = False
-    """BOS and EOS where the model wants them."""
+    """True: adds BOS and EOS if the model's tokenizer uses them."""
     parse_special: bool = True
-    """Control words become their tokens."""
+    """True: special tokens that are written in the text, such as `<s>`, become those tokens."""
     with_pieces: bool = False
-    """Each token with its text."""
+    """True: shows each token with its text."""
 
 
 class DetokenizeBody(Body, foreign=TEXT_ONLY):
@@ -100,7 +100,7 @@ class TemplateBody(ChatFields, foreign=TEXT_ONLY):
 
 
 class TextEndpoints:
-    """The endpoints that turn text of one served model into tokens, and back."""
+    """Endpoints that convert between text and tokens of one served model."""
 
     def __init__(self, service: TextService, settings: ApiSettings) -> None:
         self._service = service
@@ -113,8 +113,8 @@ class TextEndpoints:
         return await unless_disconnected(request, run_on(tokenizing(len(body.content)), self._tokenized, body))
 
     def _tokenized(self, body: TokenizeBody) -> Response:
-        """Returns the whole reply: the ids take ten times as much memory as their JSON, and waiting replies keep the
-        latter."""
+        """Tokenizes a text and renders the reply at once. A waiting reply then holds JSON, which takes a tenth of the
+        ids' memory."""
         tokenizer = self._service.tokenizer
         ids = tokenizer.encode(body.content, body.add_special, body.parse_special)
         if body.with_pieces and len(ids) > _MAX_PIECES:
@@ -134,7 +134,7 @@ class TextEndpoints:
 
 
 def _piece(tokenizer: Tokenizer, token: int) -> dict[str, Any]:
-    """Returns a token with its text, or with its bytes if they are only a part of a character."""
+    """Shows a token with its text, or with its bytes if they are no complete UTF-8."""
     data = tokenizer.token_bytes(token)
     try:
         return {"id": token, "piece": data.decode()}
@@ -147,7 +147,7 @@ class AllScales(RootModel[Annotated[AdapterScales, BeforeValidator(read_scales),
 
 
 class AdapterList:
-    """The adapters of one served model, with their scales in requests that choose none."""
+    """The adapters of a served model, with the scales that apply to requests without `lora`."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
@@ -163,8 +163,8 @@ class AdapterList:
         )
 
     async def set(self, request: Request) -> Response:
-        """Sets the scales for requests that come from now on; adapters that are not listed get 0. Where there are keys,
-        only the first one may, since the scales are those of all clients."""
+        """Sets the scales that apply to requests without `lora` from now on; adapters that are not listed get 0. If API
+        keys are set, it needs the first of them, because the scales apply to all clients."""
         require_first_key(request.headers, self._settings, "set the scales of adapters in requests that choose none")
         value = parse_json(await read_bytes(request, self._settings, LARGE_BYTES))
         given = read_fields(AdapterFields, {"lora": {} if value is None else value}).lora or ()
@@ -179,8 +179,8 @@ class AdapterList:
 
 
 def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, Any]:
-    """Returns the JSON of `GET /props` for one of the models, with the fields of llama.cpp's router if models can be
-    unloaded."""
+    """Returns the JSON of `GET /props` for one of the models. It includes the fields of llama.cpp's router if models
+    can be unloaded."""
     settings, tokenizer, template = model.service.settings, model.service.tokenizer, model.service.chat_template
     api = models[0].settings
     params = LlamaCppBody.model_validate({"prompt": ""}).model_dump(exclude={"prompt"})
@@ -209,19 +209,20 @@ def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, 
 
 
 def slot_list(model: ApiModel) -> list[dict[str, Any]]:
-    """Returns the JSON of `GET /slots`: the sequences that can run together; the first ones are those that do."""
+    """Returns the JSON of `GET /slots`: one slot for each sequence that can run concurrently, the running ones
+    first."""
     settings, running = model.service.settings, model.engine.counts.running
     shared = {"n_ctx": settings.context_length, "speculative": settings.max_drafted > 0}
     return [{"id": slot, **shared, "is_processing": slot < running} for slot in range(settings.max_sequences)]
 
 
 _Metric = tuple[str, str, str, float]
-"""Kind, name, text, value."""
+"""Kind, name, help text and value of a metric."""
 
 
 def llamacpp_metrics(engines: Mapping[str, Engine]) -> bytes:
-    """Writes Prometheus' text format by hand: two of the counters have names that its library refuses. `engines`: by
-    model, which is a label if there are several."""
+    """Writes llama.cpp's metrics in Prometheus' text format, without its library, which refuses the names of two
+    counters. `engines` is by model; if there are several, each value has the model as a label."""
     labels = [f'{{model="{_escaped(model)}"}}' if len(engines) > 1 else "" for model in engines]
     families = zip(*map(_metrics, engines.values()), strict=True)
     return "".join(_family(metrics, labels) for metrics in families).encode()

@@ -1,4 +1,4 @@
-"""`POST /slots/ID` of llama.cpp: the tokens of a slot saved to a file, restored from it, or erased."""
+"""llama.cpp's `POST /slots/ID`: saves the tokens of a slot to a file, restores them, or erases them."""
 
 from __future__ import annotations
 
@@ -33,24 +33,22 @@ from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 
 
 class SlotBody(Body):
-    """The body of `POST /slots/ID?action=save` and `restore`; `erase` has none."""
+    """The body of `POST /slots/ID?action=save` and `?action=restore`. `?action=erase` has no body."""
 
     filename: str = Field(min_length=1, max_length=128)
-    """A name in the folder `api.slot_folder` of the cluster file."""
+    """Name of a file in the folder `api.slot_folder` of the cluster file."""
     model: str | None = None
-    """The model of the slot, if several are served."""
+    """Model of the slot, if several models are served."""
 
 
 class SlotActions:
-    """Saves slots in a folder, restores them from it, and erases them."""
-
     def __init__(self, service: TextService, settings: ApiSettings, folder: Path) -> None:
         self._service = service
         self._settings = settings
         self._folder = SlotFolder(folder)
 
     async def act(self, request: Request) -> Response:
-        """Saves, restores or erases, as the query's `action` says."""
+        """Saves, restores or erases a slot, according to the query parameter `action`."""
         slot, action = self._slot(request.path_params["slot"]), request.query_params.get("action")
         begin = time.monotonic()
         if action == "erase":
@@ -76,7 +74,8 @@ class SlotActions:
         return {"n_saved": len(tokens.tokens), "n_written": written}
 
     async def _restore(self, request: Request, slot: int, name: str) -> dict[str, int]:
-        """Computes the tokens' keys and values, or reads them from the workers' disks, so that requests find them."""
+        """Reads the tokens of a slot file and has their KV cache computed, or read from the workers' disks, before the
+        slot gets them."""
         slots = self._service.slots
         tokens, size_bytes = await asyncio.to_thread(self._folder.read, name, slots.model_id)
         await unless_disconnected(request, self._compute(tokens))
@@ -84,7 +83,8 @@ class SlotActions:
         return {"n_restored": len(tokens.tokens), "n_read": size_bytes}
 
     async def _compute(self, tokens: SlotTokens) -> None:
-        """Computes the tokens as a prompt with an answer of one token: a prompt without an answer is not computed."""
+        """Fills the KV cache with the tokens. Generates one more token, because a prompt is computed only for an
+        answer."""
         completion = CompletionRequest(
             tuple(tokens.tokens),
             1,
@@ -112,18 +112,18 @@ _DIGEST_BYTES: Final = 32
 _TOKEN: Final = np.dtype("<u4")
 _FIELDS: Final = frozenset({"format", "model", "cache_salt", "adapters", "tokens"})
 _MOST_FILES: Final = 1024
-"""Most files in the folder: a client that saves under ever new names does not fill the disk."""
+"""The largest number of files in the folder, so that clients who save under ever new names cannot fill the disk."""
 
 
 class SlotFolder:
-    """The slot files of one folder, of all models. Calls block: use them on a thread."""
+    """Slot files of all models, in one folder. Its methods block, so call them on a thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def write(self, name: str, tokens: SlotTokens, model_id: str) -> int:
-        """Writes or replaces a slot file; returns its bytes. Raises ParameterError for an invalid name, a name that
-        another kind of file has, and too many files; OSError."""
+        """Writes or replaces a slot file, and returns its size in bytes. Raises ParameterError for an invalid name, a
+        name of a file that is no slot file, or too many files. Raises OSError."""
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):
@@ -135,8 +135,8 @@ class SlotFolder:
         return len(data)
 
     def read(self, name: str, model_id: str) -> tuple[SlotTokens, int]:
-        """Returns the tokens and the bytes of a slot file. Raises ParameterError if no file of this name can be used by
-        this model; OSError."""
+        """Returns the tokens of a slot file and its size in bytes. Raises ParameterError if no file of this name is
+        usable for this model. Raises OSError."""
         path = self._path(name)
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ParameterError("filename", f"{name!r} cannot be restored: it is no regular file")
@@ -156,7 +156,7 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """Reads the beginning alone: the rest may be damaged. Raises OSError."""
+    """Reads only the beginning, because a damaged slot file may be replaced too. Raises OSError."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:
@@ -176,7 +176,7 @@ def _encode(tokens: SlotTokens, model_id: str) -> bytes:
 
 
 def _decode(data: bytes, model_id: str) -> SlotTokens:
-    """Raises ValueError for data that `_encode` has not made, and for another model's."""
+    """Raises ValueError for data that `_encode` did not make, and for another model's data."""
     content, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
     head, _, ids = content.partition(b"\n")
     if sha256(content).digest() != digest or not head.startswith(_BEGINNING):

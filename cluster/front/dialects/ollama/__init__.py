@@ -1,1 +1,1 @@
-"""Ollama's API over the one served model."""
+"""Ollama's API for the served models."""

@@ -1,5 +1,5 @@
-"""Answers of `/api/generate`, `/api/chat` and embeddings as Ollama's lines of JSON, which have text, reasoning and
-whole calls."""
+"""Answers of `/api/generate`, `/api/chat` and Ollama's embedding endpoints. A stream is lines of JSON with text,
+reasoning and complete tool calls."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _NS_OF_MS: Final = 1_000_000
 _UNCHANGED: Final = -1
-"""The norm of vectors that keep their lengths."""
+"""The norm that leaves vectors as the model computes them."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """The parts of an answer that a chunk adds."""
+    """The text, reasoning and complete calls that a chunk adds to an answer."""
 
     content: str = ""
     thinking: str = ""
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, index: int, call: ToolCall) -> None:
-        """Adds a call; an incomplete one, since the answer was cut off, as content: arguments are objects here."""
+        """Adds a call. A call that was cut off is added as text instead, because arguments must be a JSON object."""
         arguments = arguments_object(call.arguments)
         if arguments is None:
             self.content += f"{call.name}({call.arguments}"
@@ -75,13 +75,13 @@ class Piece:
 
 
 class PieceReader:
-    """Reads one answer from its first chunk to its last, or a whole answer, which is its only chunk."""
+    """Reads the chunks of one answer in order; a whole answer is a single chunk."""
 
     def __init__(self) -> None:
         self._open: dict[int, ToolCall] = {}
 
     def read(self, chunk: TextChunk) -> Piece:
-        """Returns the piece of a chunk; a call is part of the one that completes it."""
+        """Returns what a chunk adds. A call is returned with the chunk that completes it."""
         piece = Piece()
         for event in chunk.events or (ContentText(chunk.text),):
             match event:
@@ -104,13 +104,12 @@ class PieceReader:
 
 
 Show = Callable[[Piece], dict[str, Any]]
-"""Shows a piece in an endpoint's form."""
+"""Shows a piece in the form of an endpoint."""
 
 
 @dataclass(eq=False)
 class OllamaView(View):
-    """A view of one answer, or of the end of a request without a prompt, which loads a model or unloads one of
-    several."""
+    """Shows an answer. A request without a prompt, which loads or unloads a model, gets only an end."""
 
     tokenizer: Tokenizer
     begin: dict[str, Any]  # of each line
@@ -162,8 +161,8 @@ class OllamaView(View):
 
 
 def durations(timings: Timings) -> dict[str, int]:
-    """Returns nanoseconds and numbers of tokens. Tokens of the prefix cache are counted, and cost nothing. The wait of
-    a request is Ollama's `load_duration`."""
+    """Returns durations in nanoseconds, and counts of tokens. Cached prompt tokens are counted but take no time.
+    `load_duration` is the time that the request waited."""
     shown = shown_timings(timings)
     answer_ms = shown["predicted_ms"]
     return {
@@ -185,21 +184,21 @@ AnyEmbedding = TypeVar("AnyEmbedding", bound=EmbeddingFields)
 
 
 class OllamaDialect(Dialect[AnyAnswer]):
-    """An endpoint whose answers are lines of JSON."""
+    """An endpoint that streams its answers as lines of JSON."""
 
     form = StreamFormat.LINES
 
     @abstractmethod
     def show(self, piece: Piece) -> dict[str, Any]:
-        """Returns the part of a line that shows a piece."""
+        """Returns the fields of a line that show a piece."""
 
     @abstractmethod
     async def request(self, parsed: ParsedRequest[AnyAnswer]) -> CompletionRequest:
-        """Makes the completion of a body."""
+        """Makes the completion request of a body."""
 
     async def reply(self, parsed: ParsedRequest[AnyAnswer]) -> Reply:
-        """Describes the reply. Its time is that of the admission, so that a reply that is computed again is the
-        same."""
+        """Describes the reply. `created_at` is the time of admission, so that it stays the same if the reply is
+        computed again."""
         body, end = parsed.body, None
         if body.is_load:
             unloads = self.settings.can_unload and read_keep_alive(body.keep_alive) == 0
@@ -213,8 +212,8 @@ class OllamaDialect(Dialect[AnyAnswer]):
         )
 
     async def _requests(self, parsed: ParsedRequest[AnyAnswer]) -> list[CompletionRequest]:
-        """Makes no request if a model is only loaded, and refuses reasoning of a model that knows none, as Ollama
-        does."""
+        """Makes the completion request, or none if the model is only loaded. Raises HttpError if the body requires
+        reasoning and the model has none, as Ollama does."""
         if parsed.body.is_load:
             return []
         if parsed.body.wants_reasoning and not (await self.service.chat_format.get()).knows_reasoning:
@@ -224,8 +223,6 @@ class OllamaDialect(Dialect[AnyAnswer]):
 
 
 class Chat(OllamaDialect[OllamaChatBody]):
-    """The endpoint of chats."""
-
     paths = ("/api/chat",)
     body = OllamaChatBody
 
@@ -239,8 +236,6 @@ class Chat(OllamaDialect[OllamaChatBody]):
 
 
 class Generate(OllamaDialect[GenerateBody]):
-    """The endpoint of answers to one text."""
-
     paths = ("/api/generate",)
     body = GenerateBody
 
@@ -249,7 +244,7 @@ class Generate(OllamaDialect[GenerateBody]):
         return {"response": piece.content, **thinking}
 
     async def request(self, parsed: ParsedRequest[GenerateBody]) -> CompletionRequest:
-        """Makes the completion with the context of an earlier reply before the prompt, whose BOS it has."""
+        """Makes the completion request. An earlier reply's context precedes the prompt, whose BOS is then removed."""
         body, earlier = parsed.body, tuple(parsed.body.context)
         if body.suffix:
             return await self._fill_in(body)
@@ -276,8 +271,6 @@ class Generate(OllamaDialect[GenerateBody]):
 
 
 class OllamaEmbedding(Endpoint[AnyEmbedding]):
-    """An endpoint of embeddings."""
-
     async def embedded(
         self,
         request: Request,
@@ -285,7 +278,7 @@ class OllamaEmbedding(Endpoint[AnyEmbedding]):
         options: EmbeddingOptions,
         shape: Callable[[list[Embedding]], dict[str, Any]],
     ) -> Response:
-        """Embeds the texts, if there are any: without one, the model is only loaded."""
+        """Embeds the texts. If there are none, the request only loads the model."""
         if not texts:
             return JsonResponse(shape([]))
         return await embedded(request, self.service, [(text,) for text in texts], options, shape)
@@ -323,7 +316,7 @@ class Embeddings(OllamaEmbedding[EmbeddingsBody]):
     body = EmbeddingsBody
 
     async def answer(self, request: Request) -> Response:
-        """Returns a vector of the length that the model gave it; an empty one for an empty text."""
+        """Returns the embedding of a text with the norm that the model gives it, or an empty list for an empty text."""
         body = await self.read(request)
         options = EmbeddingOptions(self.pooling(body), _UNCHANGED)
         return await self.embedded(request, [body.prompt] if body.prompt else [], options, _first)

@@ -1,4 +1,4 @@
-"""Names, lists and files of models in Ollama's form, and the requests that change names or download."""
+"""Lists and details of the served models in Ollama's form, and the endpoints that add names or download models."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ from llamaclust.cluster.front.models import ApiModel, ModelRouter
 from llamaclust.cluster.front.text.service import TextSettings
 
 API_VERSION: Final = "0.12.11"
-"""The release of Ollama whose API this is: clients compare it with the one that they need."""
+"""The Ollama release whose API this server has. Clients compare it with the release that they need."""
 _NEVER: Final = "2318-12-31T00:00:00Z"
 _UNITS: Final = ((1_000_000_000_000, "T"), (1_000_000_000, "B"), (1_000_000, "M"), (1_000, "K"))
 _MOST_ITEMS: Final = 1 << 10
-"""Most items of an array that is shown: vocabularies are longer."""
+"""Longer arrays of the metadata, such as vocabularies, are not shown."""
 
 
 def shown_time(seconds: float) -> str:
-    """Shows seconds of Unix time as the date of a reply."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDetails:
-    """The parts of replies that come from a model's file; fixed for the life of an app."""
+    """The parts of replies that come from a model's file. They are read once per process."""
 
     listed: dict[str, Any]  # in lists of models
     info: dict[str, Any]  # the metadata
@@ -51,7 +50,7 @@ class ModelDetails:
 
     @classmethod
     def of(cls, settings: TextSettings) -> ModelDetails:
-        """Reads the model's file; without a file, only the name is known."""
+        """Reads the details from the model's file. If there is no file, only the name is known."""
         file = settings.file
         if file is None:
             return cls(_listed(hashlib.sha256(settings.model_name.encode()).hexdigest()), {}, shown_time(0))
@@ -68,8 +67,8 @@ class ModelDetails:
 def _listed(
     digest: str, size_bytes: int = 0, family: str = "", parameters: int = 0, quantization: str = ""
 ) -> dict[str, Any]:
-    """Returns the parts of a list. `digest`: SHA-256 in hex of the model's identity; `quantization`: the type of most
-    weights."""
+    """Returns the fields of a model that lists show. `digest`: SHA-256 of the model's identity, in hex; `quantization`:
+    the type of most weights."""
     unit, letter = next((unit for unit in _UNITS if parameters >= unit[0]), (1, ""))
     return {
         "size": size_bytes,
@@ -86,7 +85,7 @@ def _listed(
 
 
 def _modified(path: Path) -> str:
-    """Returns the time of a file, which may have been deleted since."""
+    """Returns the modification time of a file, or 1970 if the file was deleted."""
     try:
         return shown_time(path.stat().st_mtime)
     except OSError:
@@ -94,7 +93,7 @@ def _modified(path: Path) -> str:
 
 
 def _shown(value: Any) -> Any:
-    """Returns null for long arrays and for numbers that JSON lacks."""
+    """Returns a value of the metadata for JSON. Long arrays and numbers that JSON lacks become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str | int):
@@ -105,7 +104,7 @@ def _shown(value: Any) -> Any:
 
 
 class OllamaModels:
-    """Lists the served models under all their names."""
+    """Ollama's endpoints that list the served models under all their names."""
 
     def __init__(self, router: ModelRouter) -> None:
         self._router = router
@@ -118,15 +117,15 @@ class OllamaModels:
         yield Route("POST", "/api/show", self.show, ShowBody)
 
     async def root(self, request: Request) -> Response:
-        """Answers clients that look for a server."""
+        """Tells clients that look for Ollama that a server is here."""
         return PlainTextResponse("Ollama is running")
 
     async def version(self, request: Request) -> Response:
-        """Returns the release of Ollama whose API this is."""
+        """Returns the Ollama release whose API this server has."""
         return JsonResponse({"version": API_VERSION})
 
     async def tags(self, request: Request) -> Response:
-        """Returns the served models, once for each name."""
+        """Returns the served models, with one entry for each name."""
         entries = [
             self._entry(model, name) | {"modified_at": self._details[model.name].modified_at}
             for model in self._router.models
@@ -135,7 +134,7 @@ class OllamaModels:
         return JsonResponse({"models": entries})
 
     async def ps(self, request: Request) -> Response:
-        """Returns the models that are loaded, and not about to be unloaded."""
+        """Returns the loaded models, except those that are about to be unloaded."""
         entries = [
             self._entry(model, _names(model)[0])
             | {
@@ -149,7 +148,7 @@ class OllamaModels:
         return JsonResponse({"models": entries})
 
     async def show(self, request: Request) -> Response:
-        """Returns what a model's file says, and its chat template."""
+        """Returns the metadata of a model's file, and the chat template."""
         body = await read_body(request, ShowBody, self._router.settings)
         model = self._router.named(body.model)
         model.names.check_known(body.model)
@@ -175,8 +174,7 @@ def _names(model: ApiModel) -> list[str]:
 
 
 def _expiry(model: ApiModel) -> str:
-    """Returns the time at which the model is unloaded unless a request comes; while it has requests, counted from
-    now."""
+    """Returns the time at which an idle model will be unloaded. If the model has requests, the time counts from now."""
     resident = model.resident
     if resident.expires_in_s is None:
         return _NEVER
@@ -186,15 +184,15 @@ def _expiry(model: ApiModel) -> str:
 
 
 async def _capabilities(model: ApiModel) -> list[str]:
-    """Returns the capabilities by Ollama's names. Every template takes tools: some get their definitions in a
-    message."""
+    """Returns the model's capabilities under Ollama's names. `tools` always is one: if a template has no tools, their
+    definitions are put into a message."""
     has_reasoning = (await model.service.chat_format.get()).knows_reasoning
     further = {"thinking": has_reasoning, "insert": model.service.tokenizer.vocabulary.fill_in is not None}
     return ["completion", "tools", "embedding", *(name for name, is_there in further.items() if is_there)]
 
 
 class OllamaManaging:
-    """Changes the names of the served models, and downloads others."""
+    """Ollama's endpoints that add and remove names of the served models, and download models."""
 
     def __init__(self, router: ModelRouter) -> None:
         self._router = router
@@ -210,7 +208,7 @@ class OllamaManaging:
         yield Route("POST", "/api/push", unsupported("models are not uploaded to registries", 403))
 
     async def pull(self, request: Request) -> Response:
-        """Downloads a model where the cluster file allows it. The served model is there."""
+        """Downloads a model of the catalog if the cluster file allows it. For a served model, it succeeds at once."""
         body = await read_body(request, PullBody, self._router.settings)
         if self._router.find(body.model) is not None:
             return _done("pulling manifest", is_streamed=body.stream)
@@ -224,13 +222,13 @@ class OllamaManaging:
             return EventResponse(_lines(first, steps), lambda _: pulling.aclose(), StreamFormat.LINES)
 
     async def create(self, request: Request) -> Response:
-        """Adds a name of the served model."""
+        """Adds a name for a served model."""
         body = await read_body(request, CreateBody, self._router.settings)
         self._copy(body.source, body.model)
         return _done("using existing layer", is_streamed=body.stream)
 
     async def copy(self, request: Request) -> Response:
-        """Adds a name of the served model."""
+        """Adds a name for a served model."""
         body = await read_body(request, CopyBody, self._router.settings)
         self._copy(body.source, body.destination)
         return Response()
@@ -249,7 +247,7 @@ class OllamaManaging:
         return Response()
 
     async def blob(self, request: Request) -> Response:
-        """Finds no blob: there are none."""
+        """Answers 404, because there are no blobs."""
         raise HttpError(404, "not_found", f"blob {request.path_params['digest'][:100]!r} not found")
 
 
@@ -271,7 +269,7 @@ async def _last(steps: AsyncGenerator[dict[str, Any], None]) -> dict[str, Any]:
 
 
 def _done(step: str, *, is_streamed: bool) -> Response:
-    """Shows the progress of work that is done at once."""
+    """Replies with the progress of an action that is already complete."""
     last = {"status": "success"}
     if not is_streamed:
         return JsonResponse(last)

@@ -1,4 +1,4 @@
-"""Downloads of the catalog's models for Ollama's clients, one at a time."""
+"""Downloads of catalog models for Ollama's clients, one at a time."""
 
 from __future__ import annotations
 
@@ -24,16 +24,15 @@ _MOST_OF_A_MESSAGE: Final = 500
 
 
 class CatalogPulls:
-    """Downloads of models for requests, which choose an entry of the catalog: their texts never become part of an
-    address."""
+    """Downloads models. A request only selects a catalog entry: its text never becomes part of a URL."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
         self._running: str | None = None  # the model that is downloaded
 
     def wanted(self, request: Request, name: str) -> CatalogEntry:
-        """Returns the entry to download. HttpError 403 if the cluster file, the key or the catalog does not allow
-        it."""
+        """Returns the catalog entry to download. Raises HttpError 403 if the cluster file or the client's key does not
+        permit it, or if the catalog lacks the model."""
         if not self._settings.allows_pull:
             cure = "the API downloads no models; use `llamaclust model pull`, or set api.pull in the cluster file"
             raise _not_allowed(f"model {name[:200]!r} not found; {cure}")
@@ -48,8 +47,9 @@ class CatalogPulls:
         return entry
 
     async def progress(self, entry: CatalogEntry) -> AsyncGenerator[dict[str, Any], None]:
-        """Yields the download's steps, the last one "success". Raises HttpError 409 while another one runs, 502 for one
-        that failed. Its process ends with this generator; a later download of the model continues its file."""
+        """Yields the steps of a download; the last one is "success". Raises HttpError 409 while another download runs,
+        and 502 if this one fails. Closing the generator ends the download process; a later download of the model
+        resumes from its partial file."""
         if self._running is not None:
             message = f"model {self._running!r} is being downloaded; try again when that is done"
             raise HttpError(409, "pull_in_progress", message, {"Retry-After": "10"}, param="model")

@@ -34,16 +34,16 @@ _MESSAGES: Final = 16_384
 
 @sampled(Dialect.OLLAMA)
 class Options(SamplerFields, ReasoningFields, SpeculativeFields, foreign=OLLAMA_OPTIONS):
-    """The field `options`: sampling settings of an answer."""
+    """The field `options`: sampling settings and the length of an answer."""
 
     takes_recommended: ClassVar = True
 
     num_predict: WholeLimitField = -1
-    """Tokens at most; 0 or less: what the context leaves."""
+    """The largest number of tokens of the answer; 0 or less: as many as the context has room for."""
     seed: Annotated[SeedField, Requested()] = None
-    """-1: drawn."""
+    """Seed of the random numbers; -1: a random seed."""
     stop: Annotated[StopField, Requested()] = ()
-    """The answer ends before the first of these."""
+    """Texts; the answer ends before the first occurrence of one of them."""
 
 
 def _options(value: Any, info: ValidationInfo) -> Any:
@@ -73,27 +73,28 @@ _ThinkField = Annotated[
 
 
 class AnswerFields(Body):
-    """Fields of both endpoints."""
+    """Fields of `/api/generate` and `/api/chat`."""
 
     model: str
-    """The served model, with or without `:latest`; any name unless `api.strict_model` is true."""
+    """Name of the model, with or without `:latest`. Any name is accepted, unless `api.strict_model` is true."""
     keep_alive: Any = None
-    """Time that one of several models stays loaded after the reply: seconds, or a text like "5m"."""
+    """Time for which the model stays loaded afterwards, if several are served: seconds, or a text like "5m"."""
     stream: bool = True
-    """Lines of JSON; false: one object."""
+    """True: the reply is a stream of JSON lines; false: it is one JSON object."""
     format: _FormatField = None
-    """`json`: the answer is a JSON object; a JSON schema: the answer is JSON that it allows."""
+    """`json`: the answer is a JSON object; a JSON schema: the answer conforms to it."""
     think: _ThinkField = None
-    """false: the answer begins without reasoning; true, or an effort for the template: the model must know it."""
+    """false: the answer begins without reasoning; true: the model must support reasoning; an effort: as true, and the
+    chat template gets it."""
     options: _OptionsField = Field(default_factory=Options)
-    """Settings of the samplers, and the answer's length."""
+    """Settings of the samplers, and the length of the answer."""
     logprobs: bool = False
-    """Logprobs of the chosen tokens."""
+    """True: the reply contains the logprobs of the generated tokens."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
-    """Number of likeliest tokens whose logprobs are shown too; needs `logprobs`."""
+    """The number of likeliest tokens whose logprobs are shown in addition; needs `logprobs`."""
 
     def completion(self, prompt: str | tuple[int, ...] = ()) -> CompletionRequest:
-        """Raises ParameterError for fields that contradict each other."""
+        """Makes the completion request. Raises ParameterError for fields that contradict each other."""
         if self.top_logprobs and not self.logprobs:
             raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
         options = self.options
@@ -109,16 +110,16 @@ class AnswerFields(Body):
     @property
     @abstractmethod
     def is_load(self) -> bool:
-        """True if there is no prompt: the model is only loaded."""
+        """True if there is no prompt, so that the model is only loaded."""
 
     @property
     def has_context(self) -> bool:
-        """True if the reply has the token ids of prompt and answer, which the next request may continue."""
+        """True if the reply contains the token ids of prompt and answer, with which a later request can continue."""
         return False
 
     @property
     def wants_reasoning(self) -> bool:
-        """True if the request requires a model that reasons."""
+        """True if the model must support reasoning."""
         return self.think not in (None, False)
 
     def _grammar(self) -> Grammar | None:
@@ -142,17 +143,17 @@ class GenerateBody(AnswerFields, foreign=OLLAMA):
     """The body of `POST /api/generate`."""
 
     prompt: str = ""
-    """The text; empty: the model is loaded, as it always is."""
+    """The prompt. If it is empty, the model is only loaded."""
     suffix: str = ""
-    """The text behind the answer, without a chat template; only of models that fill text in."""
+    """The text after the gap that the answer fills. No chat template is applied; the model must support infilling."""
     system: str = ""
-    """A system message before the prompt."""
+    """A system message that precedes the prompt."""
     raw: bool = False
-    """The prompt goes to the model as it stands, without the chat template; control words become their tokens."""
+    """True: no chat template is applied. Special tokens that are written in the prompt become those tokens."""
     context: Annotated[list[Annotated[int, Field(ge=0)]], FailFast(), Field(max_length=MAX_CONTEXT_TOKENS)] = Field(
         default_factory=list
     )
-    """The `context` of an earlier reply, which this one continues."""
+    """The `context` of an earlier reply, which this request continues."""
 
     @property
     def is_load(self) -> bool:
@@ -168,23 +169,23 @@ class GenerateBody(AnswerFields, foreign=OLLAMA):
 
 
 class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
-    """One message of a chat."""
+    """A message of a chat."""
 
     role: Annotated[str, WithJsonSchema({"enum": ["system", "user", "assistant", "tool"]})]
     """The role of the message's author."""
     content: str = ""
-    """The text."""
+    """The text of the message."""
     thinking: str = ""
-    """Reasoning of an earlier answer, sent back; passed to the chat template."""
+    """Reasoning of an earlier answer, which is passed to the chat template."""
     tool_calls: list[CallField] = Field(default_factory=list)
-    """An assistant's calls, sent back."""
+    """Calls of an earlier answer."""
     tool_name: str = ""
-    """The function whose result a message of role `tool` is."""
+    """Name of the function whose result the message is, for the role `tool`."""
     tool_call_id: str = ""
-    """The call that a message of role `tool` answers."""
+    """Id of the call that the message answers, for the role `tool`."""
 
     def as_variables(self) -> dict[str, Any]:
-        """Returns the message as chat templates know it."""
+        """Returns the message in the form that chat templates expect."""
         more = {
             "name": self.tool_name,
             "reasoning_content": self.thinking,
@@ -215,7 +216,7 @@ class OllamaChatBody(AnswerFields, foreign=OLLAMA):
     messages: Annotated[
         list[Annotated[OllamaMessage, BeforeValidator(_message)]], FailFast(), Field(max_length=_MESSAGES)
     ] = Field(default_factory=list)
-    """The chat so far; none: the model is loaded, as it always is."""
+    """The chat so far. If it is empty, the model is only loaded."""
     tools: FunctionsField = Field(default_factory=list)
     """Functions that the model may call."""
 
@@ -251,7 +252,7 @@ class PullBody(ModelBody, foreign=ForeignFields(hints={"insecure": _OFF}, other_
     """The body of `POST /api/pull`."""
 
     stream: bool = True
-    """Lines of JSON; false: one object."""
+    """True: the reply is a stream of JSON lines; false: it is one JSON object."""
 
 
 class DeleteBody(ModelBody, foreign=ForeignFields(hints={"force": anything}, other_names=_NAMES)):
@@ -262,13 +263,13 @@ class CopyBody(Body):
     """The body of `POST /api/copy`."""
 
     source: str
-    """A name of the served model."""
+    """A name of a served model."""
     destination: str
-    """The new name."""
+    """The name to add."""
 
 
 def _with_from(schema: dict[str, Any]) -> None:
-    """Gives the field `source` Ollama's name `from`, which is a keyword of Python."""
+    """Renames the schema's field `source` to `from`, which is Ollama's name and a keyword of Python."""
     schema["properties"]["from"] = schema["properties"].pop("source")
     schema["required"] = ["model", "from"]
 
@@ -283,7 +284,7 @@ class CreateBody(
 
     source: str = Field(description="`from`: a name of the served model.")
     stream: bool = True
-    """Lines of JSON; false: one object."""
+    """True: the reply is a stream of JSON lines; false: it is one JSON object."""
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -295,15 +296,15 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 _TEXTS: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
 _EMBEDDING: Final = ForeignFields(hints=dict.fromkeys(("keep_alive", "truncate", "options"), anything))
-"""Prompts are never truncated, and no option changes an embedding."""
+"""Fields that have no effect on embeddings. Prompts are never truncated."""
 
 
 class EmbeddingFields(ModelBody, foreign=_EMBEDDING):
-    """Fields of both endpoints of embeddings."""
+    """Fields of both embedding endpoints."""
 
     pooling: Literal["none", "mean", "cls", "last"] | None = None
-    """The tokens whose hidden states make the embedding; by default as the model file says, else the last one's.
-    `none`, which defaults for all endpoints may name, is refused: the replies have one vector for each text."""
+    """Pooling of the tokens' hidden states. The default is the model file's, or the last token's state if the file has
+    none. `none` is refused, because the replies have one vector for each text."""
 
 
 class EmbedBody(EmbeddingFields):
@@ -312,11 +313,11 @@ class EmbedBody(EmbeddingFields):
     input: Annotated[tuple[str, ...], BeforeValidator(_texts), WithJsonSchema(_TEXTS)]
     """A text, or a list of texts."""
     dimensions: int | None = Field(default=None, ge=1)
-    """Leading numbers to keep; by default all."""
+    """The number of leading channels to keep; by default all."""
 
 
 class EmbeddingsBody(EmbeddingFields):
     """The body of `POST /api/embeddings`."""
 
     prompt: str
-    """The text."""
+    """The text to embed."""

@@ -1,4 +1,4 @@
-"""Responses that were created before: read again, cancelled, deleted."""
+"""The endpoints for existing responses of the Responses API: they retrieve, cancel and delete."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _ITEMS: Final = (
 
 
 class CreatedResponses:
-    """The responses of all models, which can be read again, and cancelled while they are computed in the background."""
+    """The responses of all models. Background responses can be retrieved at any time, and cancelled."""
 
     def __init__(self, replies: Replies, store: ResponseStore) -> None:
         self.replies = replies
@@ -54,8 +54,8 @@ class CreatedResponses:
             yield Route("DELETE", one, self.delete)
 
     async def retrieve(self, request: Request) -> Response:
-        """Returns a response as it is; `?stream=true`: the events of a response that was streamed in the background,
-        after event number `starting_after`."""
+        """Returns a response in its current state. With `?stream=true`, returns the events of a response that was
+        streamed in the background, from the one after number `starting_after`."""
         if request.query_params.get("stream", "false").lower() not in ("true", "1"):
             return rendered(await self._shown(request))
         kept = self._kept(request)
@@ -69,7 +69,7 @@ class CreatedResponses:
         return await self.replies.respond(request, kept, after)
 
     async def cancel(self, request: Request) -> Response:
-        """Ends a response that is computed in the background."""
+        """Cancels a response that is computed in the background."""
         kept, response = self._kept(request), await self._shown(request)
         if not response["background"]:
             message = f"response {response['id']} was not created with background: true"
@@ -83,7 +83,7 @@ class CreatedResponses:
         return rendered(response)
 
     async def delete(self, request: Request) -> Response:
-        """Ends a response that runs, in the background or kept for its client, and forgets it."""
+        """Deletes a response. If it is still being computed, it is also cancelled."""
         kept, is_stored = self._named(request), self._store.delete(*self._key(request))
         if kept is not None:
             await self.replies.cache.forget(kept)
@@ -92,7 +92,7 @@ class CreatedResponses:
         return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
-        """Returns the input of a response; the newest item first unless `order=asc`."""
+        """Returns the input items of a response, the newest first unless `order=asc`."""
         stored = self._store.get(*self._key(request))
         if stored is None:
             raise _not_found(request)
@@ -111,7 +111,7 @@ class CreatedResponses:
         return rendered({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
 
     async def _shown(self, request: Request) -> dict[str, Any]:
-        """Returns a response as it is now. Raises HttpError if there is none."""
+        """Returns a response in its current state. Raises HttpError if it does not exist."""
         stored = self._store.get(*self._key(request))
         if stored is not None and stored.response["status"] not in _RUNNING:
             return stored.response
@@ -125,18 +125,17 @@ class CreatedResponses:
         return _unended(kept, request.path_params["id"])
 
     def _kept(self, request: Request) -> KeptReply | None:
-        """Returns the kept reply of a response in the background; None for other kept replies."""
+        """Returns the kept reply of a background response, or None."""
         kept = self._named(request)
         return kept if kept is not None and kept.context.is_background else None
 
     def _named(self, request: Request) -> KeptReply | None:
-        """Returns the kept reply of a response or a compaction."""
+        """Returns the kept reply of a response or a compaction, or None."""
         key = self._key(request)
         kept = self.replies.cache.named(*key) if key[1].startswith(ID_PREFIX) else None
         return kept if kept is not None and kept.context.endpoint.startswith(Responses.paths) else None
 
     def _key(self, request: Request) -> tuple[str, str]:
-        """Returns the owner and the id of a response."""
         return owner(request.headers, self.replies.settings.api_keys), request.path_params["id"]
 
 
@@ -145,7 +144,8 @@ def _not_found(request: Request) -> HttpError:
 
 
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
-    """Shows a response that is not stored yet. A response that waits for its turn after a restart has its id alone."""
+    """Shows a response that is not complete. After a restart, a response that is still queued shows little more than
+    its id."""
     known = kept.acknowledgement
     shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.context.created}
     shown |= {"background": True, "output": []} if known is None else json.loads(known)

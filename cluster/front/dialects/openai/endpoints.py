@@ -1,4 +1,4 @@
-"""OpenAI's generating endpoints: chats, completions, responses."""
+"""OpenAI's generating endpoints: chat completions, text completions, and responses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _COUNT: Final = "response.input_tokens"
 
 
 class _Generating(Dialect[AnyGeneration]):
-    """An endpoint whose replies have choices."""
+    """An endpoint whose replies have `choices`."""
 
     view: type[OpenAiView[AnyGeneration]]
 
@@ -58,7 +58,7 @@ class _Generating(Dialect[AnyGeneration]):
 
 
 class TextCompletions(_Generating[CompletionBody]):
-    """Prompts as they are, text or token ids."""
+    """The endpoint that completes prompts without a chat template; they are texts or token ids."""
 
     paths = ("/v1/completions",)
     body, view = CompletionBody, CompletionView
@@ -69,13 +69,14 @@ class TextCompletions(_Generating[CompletionBody]):
 
 
 class ChatCompletions(_Generating[ChatBody]):
-    """Chats, rendered by the model's own template."""
+    """The endpoint that answers chats, rendered by the model's chat template."""
 
     paths = ("/v1/chat/completions", "/chat/completions")
     body, view = ChatBody, ChatView
 
     def routes(self) -> Iterator[Route]:
-        """Adds llama.cpp's endpoint that counts the tokens of a chat, whatever model it names."""
+        """Adds llama.cpp's endpoint that counts the tokens of a chat. It accepts any model's name, because it is made
+        from the path without `/v1/`."""
         yield from super().routes()
         if self.path == "/chat/completions":
             for path in self.paths:
@@ -85,7 +86,7 @@ class ChatCompletions(_Generating[ChatBody]):
         return [await self.service.chat(await parsed.chat(parsed.body.request))]
 
     async def count(self, request: Request) -> Response:
-        """Returns the number of tokens of a chat's prompt (llama.cpp's `.../input_tokens`)."""
+        """Returns the number of tokens in the prompt of a chat, as llama.cpp's `.../input_tokens` does."""
         body = await self.read(request)
         return await self.counted(request, await converted(body, body.request), object=_COUNT)
 
@@ -94,7 +95,7 @@ _AnyResponse = TypeVar("_AnyResponse", bound=ResponsesBody | CompactionBody)
 
 
 class _Continuing(Dialect[_AnyResponse]):
-    """An endpoint whose requests may continue stored chats."""
+    """An endpoint whose requests may continue stored responses."""
 
     def __init__(self, model: ApiModel, path: str, store: ResponseStore) -> None:
         super().__init__(model, path)
@@ -107,8 +108,9 @@ class _Continuing(Dialect[_AnyResponse]):
         return [completion]
 
     def _chat(self, body: _AnyResponse, context: RequestContext) -> tuple[list[Item], Messages]:
-        """Returns the input's items, and all messages of the chat. The context keeps those of the store for a later
-        computation: earlier messages, or all messages if the input has references."""
+        """Returns the input's items and all messages of the chat. Messages that come from the store are copied to the
+        context, so that the reply can be computed again: the earlier messages, or all messages if the input has
+        references."""
         if not has_references(body.input):
             context.earlier = context.earlier or self._earlier(body, context.owner)
             return body.input, (*context.earlier, *messages_of(body.input))
@@ -118,18 +120,17 @@ class _Continuing(Dialect[_AnyResponse]):
         return items, context.earlier
 
     def _resolved(self, body: _AnyResponse, owner: str) -> tuple[list[Item], Messages]:
-        """Resolves references of the input, and returns its items and all messages of the chat."""
+        """Resolves the references in the input. Returns its items and all messages of the chat."""
         items = self._store.resolved(owner, body.input, self.settings.max_body_bytes)
         return items, (*self._earlier(body, owner), *messages_of(items))
 
     def _earlier(self, body: _AnyResponse, owner: str) -> Messages:
-        """Returns the messages of the chat that the input continues."""
         followed = body.previous_response_id
         return () if followed is None else self._store.followed(owner, followed).messages
 
 
 class Compaction(_Continuing[CompactionBody]):
-    """Summaries of chats."""
+    """The endpoint that summarizes chats."""
 
     body = CompactionBody
 
@@ -141,8 +142,6 @@ class Compaction(_Continuing[CompactionBody]):
 
 
 class Responses(_Continuing[ResponsesBody]):
-    """Responses of a model."""
-
     paths = ("/v1/responses", "/responses")
     body = ResponsesBody
     errors = ErrorShape(openai_error, "error")
@@ -174,7 +173,7 @@ class Responses(_Continuing[ResponsesBody]):
         )
 
     async def count(self, request: Request) -> Response:
-        """Returns the number of tokens of a response's prompt."""
+        """Returns the number of tokens in the prompt of a response."""
         body = await self.read(request)
         _, messages = self._resolved(body, owner(request.headers, self.settings.api_keys))
         return await self.counted(request, await converted(body, body.request, messages), object=_COUNT)

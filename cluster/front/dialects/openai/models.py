@@ -1,4 +1,4 @@
-"""The served models in OpenAI's form: lists of them, loading and unloading."""
+"""The served models in OpenAI's form, and their loading and unloading."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from llamaclust.wire.rpc.deadlines import deadline
 
 _ONE_MODEL: Final = "one model is served, which stays loaded; list several as `models` in the cluster file"
 _UNLOAD_S: Final = 60.0
-"""Deadline of a reply that waits for the end of a load, which is not cancelled."""
+"""Deadline of an unload request that waits for a load to end. The load is not cancelled."""
 
 
 class ModelEndpoints:
-    """The endpoints of served models, in OpenAI's form with a few fields of vLLM and of llama.cpp's router."""
+    """Endpoints of the served models in OpenAI's form, with some fields of vLLM and of llama.cpp's router."""
 
     def __init__(self, router: ModelRouter) -> None:
         self._router = router
@@ -53,13 +53,13 @@ class ModelEndpoints:
         return JsonResponse(self._entry(model, adapter))
 
     async def load(self, request: Request) -> Response:
-        """Loads the named model, where memory is left or other models have no requests; answers at once."""
+        """Starts to load the named model, if memory is free or other models can be unloaded. Answers at once."""
         (await self._named(request)).resident.load()
         return JsonResponse({"success": True})
 
     async def unload(self, request: Request) -> Response:
-        """Unloads the named model; answers once it sleeps. HttpError 409 if it has requests; DeadlineError if a load
-        takes long, after which it sleeps nevertheless."""
+        """Unloads the named model, and answers once it is unloaded. Raises HttpError 409 if the model has requests.
+        Raises DeadlineError if it is still being loaded after a minute; it is unloaded afterwards."""
         model = await self._named(request)
         async with deadline(f"the end of a load of {model.name!r}, which is unloaded then", _UNLOAD_S):
             await model.resident.sleep()
@@ -75,7 +75,7 @@ class ModelEndpoints:
         return self._router.named(name)
 
     def _entry(self, model: ApiModel, adapter: ServedAdapter | None) -> dict[str, Any]:
-        """Shows the model under its own name, or an adapter as vLLM shows it."""
+        """Shows the model, or one of its adapters in vLLM's form."""
         settings = model.settings
         entry = {
             "id": model.name,
@@ -93,7 +93,7 @@ class ModelEndpoints:
 
 
 def _status(model: ApiModel) -> str:
-    """Returns the status in words of llama.cpp's router."""
+    """Returns the model's status in llama.cpp's terms."""
     if model.resident.is_asleep:
         return "unloaded"
     return "loading" if model.resident.is_loading else "loaded"

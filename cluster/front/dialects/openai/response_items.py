@@ -1,4 +1,4 @@
-"""Items of the Responses API, in the form of clients and as messages of a chat."""
+"""Items of the Responses API: their validation, and their conversion to chat messages."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Item = dict[str, Any]
 
 MAX_ITEMS: Final = 16_384
 REFERENCE: Final = "item_reference"
-"""The type of an item that refers to an item of a stored response, by its id."""
+"""The type of an item that stands for an item of a stored response, whose id it has."""
 CALL_TEXTS: Final = {"function_call": "arguments", "custom_tool_call": "input"}
-"""Types of calls of named tools, with the field that the model writes."""
+"""Types of calls of named tools, each with the field that holds the model's text."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 _SUMMARY_FORMAT: Final = "llamaclust summary 1:"
 _SUMMARY: Final = "Summary of the conversation so far:"
@@ -38,14 +38,14 @@ _STRINGS: Final = {
     "compaction": ("encrypted_content",),
     **{kind: ("call_id", "name", text) for kind, text in CALL_TEXTS.items()},
 }
-"""The fields of an item that must be strings, by its type."""
+"""Required string fields of an item, by the item's type."""
 _TEXTS: Final = ("input_text", "output_text", "text")
 _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
 
 def read_items(value: Any, context: object) -> list[Item]:
-    """Reads the input of a request into full items. ValueError for a wrong input. Texts replace unsupported parts;
-    unless `context` is a `Leniency`, these are a ValueError too."""
+    """Reads the input of a request as full items. Unsupported parts are replaced by texts. Raises ValueError for a
+    wrong input, and also for an unsupported part unless `context` is a `Leniency`."""
     if isinstance(value, str):
         return [_message({"role": "user", "content": value}, context)]
     if not isinstance(value, list):
@@ -62,24 +62,23 @@ def read_items(value: Any, context: object) -> list[Item]:
 
 
 def has_references(items: Iterable[Item]) -> bool:
-    """Returns True if some items refer to those of stored responses."""
     return any(item["type"] == REFERENCE for item in items)
 
 
 def with_ids(items: Sequence[Item], response_id: str) -> list[Item]:
-    """Returns the items as a client lists them: those without an id get one."""
+    """Gives an id to each item that has none, since lists of items show ids."""
     return [{**item, "id": item.get("id") or f"item_{response_id}{place}"} for place, item in enumerate(items)]
 
 
 def summary_item(item_id: str, summary: str) -> Item:
-    """Makes the item that stands for all messages before it. Its client may read it: it is base64, in the API's
-    field."""
+    """Makes the item that replaces all messages before it. Despite its name, `encrypted_content` is only base64, so the
+    client can read the summary."""
     content = _SUMMARY_FORMAT + b64encode(summary.encode()).decode()
     return {"type": "compaction", "id": item_id, "encrypted_content": content}
 
 
 def messages_of(items: Iterable[Item]) -> list[dict[str, Any]]:
-    """Makes messages; successive items of an assistant (reasoning, text, calls) are one message."""
+    """Converts items to chat messages. Successive items of an assistant (reasoning, text, calls) become one message."""
     messages: list[dict[str, Any]] = []
     for is_answer, group in groupby(items, _is_answer):
         run = [*group]
@@ -109,7 +108,7 @@ def _answer(items: Iterable[Item]) -> dict[str, Any]:
 
 
 def _function(item: Item) -> dict[str, str]:
-    """Returns the function of a call in the model's form."""
+    """Returns the name and arguments of a call as the model wrote them."""
     kind = str(item["type"])
     if kind in CALL_TEXTS:
         text = item[CALL_TEXTS[kind]]
@@ -135,7 +134,7 @@ def _text_of(content: str | list[Item]) -> str:
 
 
 def _items(value: Any, context: object) -> list[Item]:
-    """Reads one item of the input; the list is empty if its type says nothing to a model."""
+    """Reads one item of the input. Returns an empty list if its type means nothing to the model. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("an item must be an object")
     kind = value.get("type") or ("message" if "role" in value or "id" not in value else REFERENCE)
@@ -161,14 +160,14 @@ def _items(value: Any, context: object) -> list[Item]:
 
 
 def _item(kind: str, value: Item, **more: Any) -> Item:
-    """Makes an item with the fields of its type, its id if there is one, and `more`."""
+    """Makes an item from the required fields of its type, the id if it has one, and `more`."""
     item_id = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
     return {"type": kind, **item_id, **{name: _string(value, name) for name in _STRINGS.get(kind, ())}, **more}
 
 
 def _call(kind: str, value: Item, context: object) -> Item:
-    """Reads a call: a call of the client's tools by its fields, another one as it is, because it belongs to another
-    server's tool."""
+    """Reads a call. Calls of the client's function and custom tools are checked; those of other tools are kept as they
+    are."""
     if kind in CALL_TEXTS:
         space = {"namespace": _string(value, "namespace")} if value.get("namespace") is not None else {}
         return _item(kind, value, **space, status="completed")
@@ -181,7 +180,7 @@ def _call(kind: str, value: Item, context: object) -> Item:
 
 
 def _output(kind: str, value: Item, context: object) -> str | list[Item]:
-    """Reads the result of a call: text, or parts, of which those without text are replaced."""
+    """Reads the result of a call as a text, or as parts in which media are replaced by texts."""
     is_text = kind.removesuffix(_OUTPUT) in CALL_TEXTS
     output = value.get("output") or ("" if is_text else None)
     if isinstance(output, str):
@@ -201,7 +200,7 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Reads a summary; a text replaces one that another server made."""
+    """Reads a summary. Another server's summary is replaced by a short text, or refused if `context` is None."""
     try:
         _summary(item)
     except ValueError:
@@ -213,7 +212,7 @@ def _compaction(item: Item, context: object) -> Item:
 
 
 def _summary(item: Item) -> str:
-    """Returns the summary's text. ValueError if another server made it, or if it is empty."""
+    """Returns the text of a summary. Raises ValueError if it is empty or another server made it."""
     kind, summary_format, encoded = item["encrypted_content"].rpartition(_SUMMARY_FORMAT)
     try:
         summary = b64decode(encoded, validate=True).decode()

@@ -1,4 +1,4 @@
-"""Bodies of `POST /v1/responses` and `POST /v1/responses/compact`, and the response as an object."""
+"""Bodies of `POST /v1/responses` and `POST /v1/responses/compact`, and the JSON of a response without its answer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FIXED: Final[Mapping[str, Any]] = {
     "truncation": "disabled",
     "user": None,
 }
-"""Fields of requests that have no effect here."""
+"""Fields of a response that have the same value in all responses."""
 ID_PREFIX: Final = "resp_"
 
 
@@ -80,73 +80,73 @@ class Reasoning(Body):
     """Settings of reasoning."""
 
     effort: str | None = None
-    """Passed to the chat template; none sets its `enable_thinking` to false."""
+    """Passed to the chat template. `none` sets the template's `enable_thinking` to false."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """No-op: reasoning is shown as it is."""
+    """It has no effect: reasoning is shown in full."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     """An older name of `summary`."""
 
 
 class TextConfig(Body):
-    """The form of the text."""
+    """Settings of the answer's text."""
 
     format: dict[str, Any] = Field(default_factory=lambda: {"type": "text"})
     """`{"type": "json_schema", "name": ..., "schema": ...}`, `{"type": "json_object"}` or `{"type": "text"}`."""
     verbosity: Literal["low", "medium", "high"] | None = None
-    """No-op."""
+    """It has no effect."""
 
 
 class StreamOptions(Body):
-    """Additions to a stream beside the answer."""
+    """Additions to the stream."""
 
     include_obfuscation: bool = False
-    """No-op: events are never padded."""
+    """It has no effect: events are never padded."""
 
 
 class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
-    """`POST /v1/responses`."""
+    """The body of `POST /v1/responses`."""
 
     model: str | None = None
-    """The served model's name; another name is refused."""
+    """Name of the served model. Another name is refused, unless `strict_model` is false."""
     input: InputField = Field(default_factory=list)
-    """Text, or items: messages, function_call, function_call_output, reasoning, compaction, and item_reference to those
-    of stored responses."""
+    """A text or items: messages, function_call, function_call_output, reasoning, compaction, and item_reference, which
+    stands for an item of a stored response."""
     instructions: str | None = None
-    """A system prompt; those of earlier responses are not carried over."""
+    """A system prompt. Instructions of earlier responses do not apply."""
     previous_response_id: str | None = Field(default=None, max_length=256)
-    """A stored response that this one follows."""
+    """Id of a stored response; its chat precedes the input."""
     store: bool = True
-    """The response can be read again, and followed, as long as there is room."""
+    """True: the response can be retrieved, and continued by others, until its memory is needed."""
     background: bool = False
-    """The reply comes at once; the response is computed on and read with `GET /v1/responses/ID`."""
+    """True: the reply comes at once, and the response is retrieved later with `GET /v1/responses/ID`."""
     max_output_tokens: LimitField = None
-    """Tokens of the answer, reasoning included; by default what the context leaves."""
+    """The largest number of tokens of the answer with its reasoning; by default as many as the context has room for."""
     stream_options: StreamOptions | None = None
-    """Additions to the stream; needs `stream`."""
+    """Additions to the stream. They need `stream`."""
     stop: Annotated[StopField, Requested()] = ()
-    """The answer ends before the first of these."""
+    """Texts; the answer ends before the first occurrence of one of them."""
     tools: _ToolsField = Field(default_factory=ToolSet)
     """Tools that the model may call and the client runs: function, custom, local_shell, shell, apply_patch, and
-    namespaces of them. Hosted tools are omitted."""
+    namespaces of functions and custom tools. Hosted tools are left out."""
     tool_choice: _ChoiceField = "auto"
-    """`auto`, `none`, `required`, the one tool to be called, or `{"type": "allowed_tools", "mode": "auto" or
-    "required", "tools": [{"type": "function", "name": ...}]}`: only these of the tools are offered."""
+    """`auto`, `none`, `required`, an object with the one tool to call, or `{"type": "allowed_tools", "mode": "auto" or
+    "required", "tools": [{"type": "function", "name": ...}]}`, which offers only these of the tools."""
     parallel_tool_calls: bool | None = None
-    """true: an answer may have several calls, the default unless `tool_choice` requires a call."""
+    """true: an answer may have several calls. The default is false if `tool_choice` requires a call, else true."""
     reasoning: Reasoning = Field(default_factory=Reasoning)
     """Settings of reasoning."""
     text: TextConfig = Field(default_factory=TextConfig)
-    """The form of the text."""
+    """Settings of the answer's text."""
     metadata: _MetadataField = Field(default_factory=dict)
-    """Comes back with the response."""
+    """Texts that the response repeats."""
     include: _IncludeField = ()
-    """`message.output_text.logprobs`: logprobs of the message's tokens. Other names have no effect."""
+    """`message.output_text.logprobs`: the message contains the logprobs of its tokens. Other names have no effect."""
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS), Requested()] = 0
-    """Number of likeliest tokens whose logprobs are shown too."""
+    """The number of likeliest tokens whose logprobs are shown in addition."""
     timings_per_token: bool = False
-    """llama.cpp's `timings` in each event of a stream that adds to the answer, and in the last one."""
+    """True: events that add to the answer, and the last event, contain llama.cpp's `timings`."""
     return_progress: bool = False
-    """A stream begins with events of type response.in_progress that say how far the prompt is computed."""
+    """True: a stream begins with events response.in_progress that show how many tokens of the prompt are computed."""
 
     @property
     def choice(self) -> ToolChoice:
@@ -157,7 +157,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
         return _LOGPROBS in self.include
 
     def shown(self) -> dict[str, Any]:
-        """Returns the fields of the request that a response repeats."""
+        """Returns the request's fields that its response repeats."""
         return {name: getattr(self, name) for name in _REPEATED.split()} | {
             "parallel_tool_calls": self.choice.use.is_parallel,
             "reasoning": {"effort": self.reasoning.effort, "summary": None},
@@ -177,7 +177,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
             raise ParameterError("input", "is missing")
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """Makes the chat of the input's messages and those before them."""
+        """Makes the chat with these messages, which include earlier ones."""
         answer = self.completion(
             (),
             self.max_output_tokens,
@@ -196,7 +196,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
 
 def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Joins the instructions and the developer's first messages: many templates take no second system message."""
+    """Joins the instructions and the first system messages into one, because many chat templates accept only one."""
     systems = [*takewhile(lambda message: message["role"] == "system", messages)]
     texts = [*([] if instructions is None else [instructions]), *(message["content"] for message in systems)]
     prompt = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
@@ -204,7 +204,7 @@ def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tu
 
 
 class Status(StrEnum):
-    """The status of a response, or of an item of it."""
+    """The status of a response or of one of its items."""
 
     QUEUED = "queued"
     IN_PROGRESS = "in_progress"
@@ -216,7 +216,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """The fields of a response beside its answer."""
+    """The fields of a response that are known before its answer."""
 
     reply_id: str
     created: int
@@ -225,17 +225,16 @@ class ResponseHead:
 
     @property
     def begun(self) -> dict[str, Any]:
-        """Shows the response before its computation."""
+        """Returns the JSON of the response before it is computed."""
         return self.shown(Status.QUEUED if self.body.background else Status.IN_PROGRESS)
 
     @property
     def first_events(self) -> list[dict[str, Any]]:
-        """Returns the events that a stream begins with."""
+        """Returns the first events of a stream."""
         statuses = [Status.QUEUED, Status.IN_PROGRESS] if self.body.background else [Status.IN_PROGRESS]
         return [{"type": "response.created", "response": self.begun}, *map(self.event, statuses)]
 
     def event(self, status: Status) -> dict[str, Any]:
-        """Returns the event of a new status."""
         return {"type": f"response.{status}", "response": self.shown(status)}
 
     def shown(
@@ -246,7 +245,7 @@ class ResponseHead:
         *,
         ended_s: float | None = None,
     ) -> dict[str, Any]:
-        """Shows the whole response. `ended_s`: Unix time of the answer's end."""
+        """Returns the JSON of a response. `ended_s`: Unix time of the answer's end."""
         return {
             "id": ID_PREFIX + self.reply_id,
             "object": "response",
@@ -271,19 +270,19 @@ _TASK: Final = (
 
 
 class CompactionBody(AdapterFields, foreign=COMPACTION):
-    """`POST /v1/responses/compact`."""
+    """The body of `POST /v1/responses/compact`."""
 
     model: str
-    """The served model's name; another name is refused."""
+    """Name of the served model. Another name is refused, unless `strict_model` is false."""
     input: InputField = Field(default_factory=list)
-    """Text, or items, as of `POST /v1/responses`."""
+    """A text or items, as for `POST /v1/responses`."""
     previous_response_id: str | None = Field(default=None, max_length=256)
-    """A stored response: the chat that it ends precedes the input."""
+    """Id of a stored response; its chat precedes the input."""
     instructions: str | None = None
-    """The chat's system prompt, which is not summarized."""
+    """The system prompt of the chat; it is not summarized."""
 
     def request(self, messages: Sequence[Mapping[str, Any]]) -> ChatRequest:
-        """Makes the chat with the task of a summary at its end; greedy, without reasoning."""
+        """Makes the chat that ends with the task to summarize it, for a greedy answer without reasoning."""
         if not messages:
             raise ParameterError("input", "is missing")
         answer = CompletionRequest((), MAX_SUMMARY_TOKENS)
@@ -292,7 +291,7 @@ class CompactionBody(AdapterFields, foreign=COMPACTION):
 
 
 def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Adds the task to a last message of the user if there is one: many templates want turns to alternate."""
+    """Adds the task, to a user's last message if there is one: many chat templates require alternating roles."""
     last = messages[-1]
     if last["role"] == "user":
         return [*messages[:-1], {**last, "content": f"{last['content']}\n\n{_TASK}"}]

@@ -1,4 +1,4 @@
-"""Responses that can be read again and followed, in memory and within bounds."""
+"""Stored responses, which can be retrieved and continued. They are held in memory, within bounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
-    """One response with its input. Responses with many numbers are made on a thread: their bytes are counted."""
+    """A response with its input. Its size is estimated when it is made, so one with many values is made on a thread."""
 
     response: dict[str, Any]  # as it is shown
     input_items: list[Item]
@@ -33,8 +33,8 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """Stored responses within bounds: the oldest response of the owner with the most gives way. Use from one event
-    loop."""
+    """Stored responses within bounds. The owner who holds the most loses the oldest one. Not thread-safe: use it on one
+    event loop."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -42,8 +42,8 @@ class ResponseStore:
         self._stored: dict[tuple[str, str], StoredResponse] = {}  # by owner and id, the oldest first
 
     def put(self, owner: str, stored: StoredResponse) -> None:
-        """Stores a response in place of one with the same id, and makes room. A response that is too large alone is not
-        stored."""
+        """Stores a response, replaces the one with the same id, and makes room. A response that exceeds the bound by
+        itself is not stored."""
         self.delete(owner, stored.response["id"])
         if stored.held_bytes <= self._max_bytes:
             self._make_room(stored.held_bytes)
@@ -53,11 +53,11 @@ class ResponseStore:
         return self._stored.get((owner, response_id))
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Returns True if the response was there."""
+        """Deletes a response. Returns True if it existed."""
         return self._stored.pop((owner, response_id), None) is not None
 
     def followed(self, owner: str, response_id: str) -> StoredResponse:
-        """Returns the complete response that a request follows. HttpError if there is none."""
+        """Returns the complete response that a request continues. Raises HttpError if there is none."""
         stored = self.get(owner, response_id)
         if stored is None or stored.response["status"] not in ("completed", "incomplete"):
             why = "is not stored here" if stored is None else f"is {stored.response['status']}"
@@ -66,8 +66,8 @@ class ResponseStore:
         return stored
 
     def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
-        """Replaces references by the items that they name. HttpError for a reference to nothing, ParameterError for
-        more than `most_bytes` of items."""
+        """Replaces references by the items that they stand for. Raises HttpError for an unknown item, and
+        ParameterError if the items have more than `most_bytes`."""
         references = Counter(item["id"] for item in items if item["type"] == REFERENCE)
         if not references:
             return items
@@ -81,7 +81,7 @@ class ResponseStore:
         return [named[item["id"]] if item["type"] == REFERENCE else item for item in items]
 
     def _named(self, owner: str, wanted: Collection[str]) -> dict[str, Item]:
-        """Finds the items of these ids, each in the newest response that has it."""
+        """Finds items by their ids. If several responses have an item, the newest one counts."""
         found = dict[str, Item]()
         for stored in [stored for (of, _), stored in reversed(self._stored.items()) if of == owner]:
             for item in reversed((*stored.input_items, *stored.response["output"])):
@@ -106,8 +106,8 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False)
 class Storing:
-    """Stores a response once it is complete, with its input items. Made on the event loop of the store; all readers of
-    a reply share one."""
+    """Stores a response with its input items, once. All readers of a reply share this object. It must be made on the
+    event loop of the store."""
 
     store: ResponseStore
     owner: str
@@ -117,11 +117,12 @@ class Storing:
     _is_done: bool = False
 
     def begin(self, response: dict[str, Any]) -> None:
-        """Stores the input of a response that is computed in the background."""
+        """Stores the input of a background response."""
         self.store.put(self.owner, self._stored(response, ()))
 
     def complete(self, response: dict[str, Any]) -> None:
-        """Stores the response before its client has the end of it. May be called on any thread, by each reader."""
+        """Stores the complete response before its client gets the end of it. Thread-safe; every reader of the reply
+        calls it."""
         stored = self._stored(response, (*self.messages, *messages_of(response["output"])))
         self._loop.call_soon_threadsafe(self._put, stored)
 

@@ -1,4 +1,4 @@
-"""Answers as responses, whole or as the events of a stream, and as summaries."""
+"""Shows answers as responses of the Responses API, whole or as events of a stream, and as compactions."""
 
 from __future__ import annotations
 
@@ -39,19 +39,18 @@ _ROW_BYTES, _TOP_BYTES = 400, 8
 _COUNTED_CHARACTERS: Final = 1024
 
 Shown = dict[str, Any]
-"""An event without its number: its `type` and further fields."""
+"""An event without its number: `type` and further fields."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShownRow(DeferredValue):
-    """A token with its logprobs, rendered without the ids that other APIs show."""
+    """A token with its logprobs. Its JSON lacks the token ids that other APIs show."""
 
     tokenizer: Tokenizer
     row: RowResult
 
     @property
     def token_bytes(self) -> bytes:
-        """The token's text."""
         return self.tokenizer.token_bytes(self.row.token)
 
     @property
@@ -70,7 +69,7 @@ class ShownRow(DeferredValue):
 
 
 class OutputItems:
-    """Puts an answer's items together and yields the events of each step; one item is open at a time."""
+    """Collects the items of an answer, and yields the events that build them. At most one item is open at a time."""
 
     def __init__(self, reply_id: str, tools: Iterable[ClientTool]) -> None:
         self._tools = {tool.function_name: tool for tool in tools}
@@ -82,7 +81,7 @@ class OutputItems:
         self._pending: list[ShownRow] = []  # of tokens whose text is still to come
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
-        """Takes events and the logprobs of their tokens; logprobs of text outside messages are dropped."""
+        """Adds answer events and their tokens' logprobs. Logprobs outside messages, as of reasoning, are dropped."""
         self._pending += logprobs
         for event in events:
             if not isinstance(event, ContentText):  # a token may have the end of its markup, and text
@@ -103,7 +102,7 @@ class OutputItems:
                     yield from self._close(Status.COMPLETED)
 
     def end(self, status: Status) -> Iterator[Shown]:
-        """Ends the last item with the status of the response. An empty answer has an empty message."""
+        """Closes the open item with the status of the response. An empty answer gets an empty message."""
         if not self.items:
             yield from self._begin_text("message")
         yield from self._close(status)
@@ -164,7 +163,6 @@ class OutputItems:
 
 
 def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
-    """Returns the type of a call's item, and its first fields."""
     if tool is not None and tool.kind in BUILT_IN:
         built_in = BUILT_IN[tool.kind]
         return f"{tool.kind}_call", {built_in.field: dict(built_in.fixed)}
@@ -176,8 +174,8 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
 
 
 def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
-    """Returns the entries of a piece of text, and those of text that is still to come. Before the first piece of a
-    message, there may be markup that is not shown."""
+    """Splits the entries into those of this piece of text and those of later text. Before the first piece of a message,
+    the entries of markup that is not shown are dropped."""
     ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
     data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)
@@ -193,12 +191,10 @@ def _part(kind: str, text: str, logprobs: Sequence[ShownRow]) -> dict[str, Any]:
 
 
 class ResponseView(View):
-    """One answer."""
-
     def __init__(
         self, head: ResponseHead, tokenizer: Tokenizer, store: Callable[[dict[str, Any]], None] | None, log: AnswerLog
     ) -> None:
-        """Makes the view; `store` takes the complete response; None: it is not stored."""
+        """Makes the view. `store` is called with the complete response; None: the response is not stored."""
         self._body = head.body
         self._tokenizer = tokenizer
         self._head = head
@@ -210,8 +206,8 @@ class ResponseView(View):
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """Shows the answer, which is in chunks if logprobs are shown: in a joined one, no token has a place in the
-        text."""
+        """Shows the answer. With logprobs, it comes in chunks, because a joined answer does not say which tokens belong
+        to which text."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -219,8 +215,8 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Shows progress in a slot of its own, with the number of the event before: a reply that is computed again has
-        other progress."""
+        """Yields the events of a log item. Progress events use a separate slot and the number of the previous event,
+        because a reply that is computed again has other progress."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):
@@ -258,7 +254,6 @@ class ResponseView(View):
             yield from self._items.end(_end_status(part))
 
     def _ended(self, last: TextChunk) -> dict[str, Any]:
-        """Shows the response and stores it."""
         usage = _usage(self._log, last.timings, self._tokens, min(self._reasoning.total(), self._tokens))
         response = self._head.shown(_end_status(last), self._items.items, usage, ended_s=self._log.ended_s)
         if self._store is not None:
@@ -272,8 +267,8 @@ class ResponseView(View):
 
 
 class ReasoningCount:
-    """An estimate of the tokens of an answer's reasoning, counted some characters at a time, so that the last event of
-    a stream does not wait. It is the same for any pieces of a text."""
+    """Estimates the number of reasoning tokens in an answer. Text is counted in blocks of 1,024 characters as it
+    arrives, so that the end of a stream does not wait, and the result does not depend on the pieces."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -288,7 +283,7 @@ class ReasoningCount:
         self._text = self._text[whole:]
 
     def total(self) -> int:
-        """Returns the estimate, once no more text comes."""
+        """Returns the estimate. No text may be added afterwards."""
         return self._tokens + self._count(self._text)
 
     def _count(self, text: str) -> int:
@@ -296,14 +291,13 @@ class ReasoningCount:
 
 
 class CompactionView(View):
-    """A view of one summary; text beyond its limit of tokens is cut off."""
+    """Shows an answer as a compaction. If the summary reached the limit of tokens, it is cut off there."""
 
     def __init__(self, context: RequestContext, log: AnswerLog) -> None:
         self._context = context
         self._log = log
 
     def frames(self, prompt: int, item: LogItem) -> list[Event]:
-        """Returns nothing: summaries are not streamed."""
         return []
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:

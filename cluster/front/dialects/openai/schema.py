@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's endpoints, with vLLM's and llama.cpp's names for further fields."""
+"""Bodies of OpenAI's endpoints, with additional fields under vLLM's and llama.cpp's names."""
 
 from __future__ import annotations
 
@@ -48,35 +48,35 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class StreamOptions(Body):
-    """Additions to a stream beside the answer."""
+    """Additions to the stream."""
 
     include_usage: bool = False
-    """A last chunk with the tokens counted."""
+    """True: a last chunk shows the token counts."""
     include_obfuscation: bool = False
-    """No-op: chunks are never padded."""
+    """It has no effect: chunks are never padded."""
     continuous_usage_stats: bool = False
-    """Each chunk carries the tokens counted so far; only with `include_usage`."""
+    """True: each chunk shows the token counts so far; needs `include_usage`."""
 
 
 class Message(Body, foreign=MESSAGE):
-    """One message of a chat."""
+    """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is another name of `system`."""
     content: ContentField = ""
-    """Text, or parts of type `text`; a short text stands in place of a picture, sound or a file."""
+    """Text, or parts of type `text`. Images, audio and files are replaced by a short text."""
     name: str | None = None
     """Passed to the chat template."""
     reasoning_content: str | None = None
-    """Reasoning of an earlier answer, sent back; passed to the chat template."""
+    """Reasoning of an earlier answer, which is passed to the chat template."""
 
     tool_calls: list[CallField] | None = None
-    """An assistant's calls, sent back."""
+    """Calls of an earlier answer."""
     tool_call_id: str | None = None
-    """The call that a message of role `tool` answers."""
+    """Id of the call that the message answers, for the role `tool`."""
 
     def as_variables(self) -> dict[str, Any]:
-        """Returns the message as chat templates know it."""
+        """Returns the message in the form that chat templates expect."""
         role = "system" if self.role == "developer" else self.role
         more = {
             "name": self.name,
@@ -105,20 +105,20 @@ MessagesField = Annotated[
 
 
 class ChatFields(ToolFields):
-    """The parts of a chat's prompt."""
+    """Fields from which a chat's prompt is made."""
 
     messages: MessagesField
     """The chat so far."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """More variables for the chat template."""
+    """Further variables for the chat template. They override those of other fields."""
     documents: list[dict[str, Any]] = Field(default_factory=list, max_length=1024)
-    """Texts for the chat template, each an object, such as `{"title": ..., "text": ...}`."""
+    """Documents for the chat template, each an object such as `{"title": ..., "text": ...}`."""
     reasoning_effort: str | None = None
-    """Passed to the chat template; none sets its `enable_thinking` to false."""
+    """Passed to the chat template. `none` sets the template's `enable_thinking` to false."""
     add_generation_prompt: bool | None = None
-    """true: the prompt ends with the beginning of an answer; the default unless the last message is continued."""
+    """true: the prompt ends with the beginning of an answer, as by default unless the last message is continued."""
     continue_final_message: bool | None = None
-    """true: the answer continues the last message; the default for an assistant's message."""
+    """true: the answer continues the last message. The default is true if that message has the role assistant."""
 
     @property
     def variables(self) -> tuple[dict[str, Any], ...]:
@@ -138,51 +138,52 @@ class ChatFields(ToolFields):
 @sampled(Dialect.OPENAI)
 class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, SpeculativeFields):
     model: str | None = None
-    """The served model's name, or that of an adapter; another name is refused."""
+    """Name of the served model or of an adapter. Another name is refused, unless `strict_model` is false."""
     logit_bias: BiasField = ()
-    """Added to the logits of these token ids."""
+    """Biases by token id, which are added to the logits."""
     seed: Annotated[SeedField, Requested()] = None
-    """The same seed gives the same answer; drawn and returned where it is absent or -1."""
+    """Seed of the random numbers; the same seed gives the same answer. Absent or -1: a random seed, which the reply
+    shows."""
     stop: Annotated[StopField, Requested()] = ()
-    """The answer ends before the first of these."""
+    """Texts; the answer ends before the first occurrence of one of them."""
     stop_token_ids: Annotated[list[int], FailFast(), Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
-    """More tokens that end an answer."""
+    """Ids of further tokens that end an answer."""
     min_tokens: Annotated[int, Requested()] = 0
-    """Number of tokens before which nothing ends the answer."""
+    """The smallest number of tokens; nothing ends the answer earlier."""
     ignore_eos: Annotated[bool, Requested()] = False
-    """The model may not end its answer."""
+    """True: the model may not end its answer."""
     n: Annotated[int, Requested()] = 1
-    """Answers to each prompt."""
+    """The number of answers to each prompt."""
     timings_per_token: bool = False
-    """llama.cpp's `timings` in each event of a stream and in the reply."""
+    """True: each event of a stream, and the reply, contains llama.cpp's `timings`."""
     return_progress: bool = False
-    """A stream begins with events that say how far the prompt is computed, as llama.cpp's."""
+    """True: a stream begins with events that show how many tokens of the prompt are computed, as in llama.cpp."""
     verbose: bool = False
-    """The reply, or a stream's last event of a choice, has the prompt's text as `__verbose.prompt`, as llama.cpp's."""
+    """True: the reply, or the last event of each choice, contains the text of the prompt as `__verbose.prompt`, as in
+    llama.cpp."""
     stream: bool = False
-    """Server-sent events."""
+    """True: the answer is sent as server-sent events."""
     stream_options: StreamOptions | None = None
-    """Additions to the stream; needs `stream`."""
+    """Additions to the stream. They need `stream`."""
     cache_salt: Annotated[str, Requested()] = Field(default="", max_length=MAX_SALT_CHARACTERS)
-    """Salt of the prefix cache: requests share beginnings of prompts if their salts are equal."""
+    """Salt of the prefix cache. Requests share cached prefixes of prompts only if their salts are equal."""
     return_token_ids: bool = False
-    """Adds `token_ids` and `prompt_token_ids` to each choice."""
+    """True: each choice contains `token_ids` and `prompt_token_ids`."""
 
     @property
     @abstractmethod
     def with_logprobs(self) -> bool:
-        """True if the reply has logprobs."""
+        """True if the reply shows logprobs."""
 
     @property
     def has_measurements(self) -> bool:
-        """True if a stream shows times, or the prefix cache's tokens."""
+        """True if the stream shows times or cached tokens, which change if the reply is computed again."""
         options = self.stream_options or StreamOptions()
         return (
             self.timings_per_token or self.return_progress or (options.include_usage and options.continuous_usage_stats)
         )
 
     def _request(self, prompt: Prompt, max_new_tokens: int | None, **more: Any) -> CompletionRequest:
-        """Makes the completion of one prompt; `more` are further fields of CompletionRequest."""
         return self.completion(
             prompt,
             max_new_tokens,
@@ -200,16 +201,16 @@ class GenerationBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Sp
 
 
 class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
-    """`POST /v1/chat/completions`."""
+    """The body of `POST /v1/chat/completions`."""
 
     max_tokens: LimitField = None
-    """Tokens of an answer, at most; by default and for -1 what the context leaves."""
+    """The largest number of tokens of an answer; by default, and for -1, as many as the context has room for."""
     max_completion_tokens: LimitField = None
-    """The newer name of max_tokens."""
+    """The newer name of `max_tokens`."""
     logprobs: bool = False
-    """Logprobs of the chosen tokens."""
+    """True: the reply contains the logprobs of the generated tokens."""
     top_logprobs: int | None = None
-    """Number of likeliest tokens whose logprobs are shown too; needs `logprobs`."""
+    """The number of likeliest tokens whose logprobs are shown in addition; needs `logprobs`."""
 
     @property
     def with_logprobs(self) -> bool:
@@ -241,24 +242,25 @@ class ChatBody(GenerationBody, ChatFields, foreign=CHAT):
 
 
 class CompletionBody(GenerationBody, foreign=COMPLETION):
-    """`POST /v1/completions`."""
+    """The body of `POST /v1/completions`."""
 
     prompt: PromptsField
-    """Text, token ids, or a list of either."""
+    """One prompt (text or token ids), or a list of prompts."""
     max_tokens: LimitField = DEFAULT_COMPLETION_TOKENS
-    """Tokens of an answer, at most; -1: what the context leaves; 0: `echo` and `logprobs` give the prompt's alone."""
+    """The largest number of tokens of an answer; -1: as many as the context has room for; 0: no answer, but `echo` and
+    `logprobs` still show the prompt's logprobs."""
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    """Number of likeliest tokens whose logprobs are shown beside the chosen token's."""
+    """The number of likeliest tokens whose logprobs are shown in addition to the chosen token's."""
     echo: bool = False
-    """The prompt precedes the answer, with its logprobs if they are requested."""
+    """True: the reply's text begins with the prompt, with its logprobs if `logprobs` is set."""
     score_from: Annotated[int, documented(0, MAX_CONTEXT_TOKENS)] | None = None
-    """First prompt token that gets logprobs, for `echo` and `logprobs`; saves work."""
+    """The first token of the prompt that gets logprobs, with `echo` and `logprobs`. A high number saves computation."""
     best_of: int | None = None
-    """Must equal n."""
+    """The same number as `n`, if it is set."""
     add_special_tokens: Annotated[bool, Requested("add_special")] = True
-    """BOS where the model wants it."""
+    """True: adds BOS if the model's tokenizer uses it."""
     parse_special: Annotated[bool, Requested()] = True
-    """Control words in a prompt's text become their tokens."""
+    """True: special tokens that are written in the prompt become those tokens."""
 
     @property
     def with_logprobs(self) -> bool:
@@ -276,7 +278,6 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
             raise ParameterError("n", f"asks for {shown(answers)} answers{prompts}, at most {MAX_CHOICES} are given")
 
     def requests(self) -> list[CompletionRequest]:
-        """Makes a completion for each prompt."""
         more = {
             "top_logprobs": self.logprobs or 0,
             "score_from": (self.score_from or 0) if self.echo and self.logprobs is not None else None,

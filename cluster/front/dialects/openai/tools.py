@@ -1,4 +1,4 @@
-"""Messages and tools in OpenAI's requests: content in parts, tools, the choice among them."""
+"""Messages and tools of OpenAI's requests: content parts, definitions of tools, and `tool_choice`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PARTS: Final = {"type": "array", "items": {"type": "object", "required": ["type
 
 
 def _content(value: Any, info: ValidationInfo) -> str:
-    """Joins parts of a message, each on lines of its own."""
+    """Joins the parts of a message with line breaks. Raises ValueError."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -55,7 +55,7 @@ ContentField = Annotated[str, BeforeValidator(_content), WithJsonSchema({"anyOf"
 
 
 def _function(value: Any, info: ValidationInfo) -> Any:
-    """Checks one function; it is None for a tool of another type."""
+    """Reads a function tool. Returns None for a tool of another type, which is left out. Raises ValueError."""
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind != "function":
         return leave_out("tools", kind, info.context)
@@ -65,7 +65,7 @@ def _function(value: Any, info: ValidationInfo) -> Any:
 
 
 def _tool(value: Any, info: ValidationInfo) -> Any:
-    """Checks one tool; it is None if another server would run it."""
+    """Reads a tool that the client runs. Returns None for any other tool, which is left out. Raises ValueError."""
     if not isinstance(value, dict) or value.get("type") != "custom":
         function = _function(value, info)
         return function and ClientTool("function", function["function"]["name"], function)
@@ -76,7 +76,7 @@ def _tool(value: Any, info: ValidationInfo) -> Any:
 
 
 def _call(value: Any) -> Any:
-    """Reads a call in the model's form."""
+    """Reads a call as a function call, the only kind that the model knows. Raises ValueError."""
     if not isinstance(value, dict):
         raise ValueError("a call must be an object")
     call_id = value.get("id") or ""
@@ -117,7 +117,7 @@ def _choice(value: Any) -> Any:
 
 
 def _flat(choice: Any) -> Any:
-    """Returns a named tool in the form of the Responses API. A tool without a type is a function."""
+    """Converts the choice of a tool to the form of the Responses API. A tool without a type is a function."""
     if not isinstance(choice, dict):
         return choice
     kind = "custom" if choice.get("type") == "custom" else "function"
@@ -139,18 +139,18 @@ _ChoiceField = Annotated[Any, BeforeValidator(_choice), WithJsonSchema(_CHOICE)]
 
 
 class ToolFields(ReasoningFields):
-    """Fields of the tools that a chat offers, and of how the answer shows reasoning."""
+    """Fields about the tools that a chat offers, and about how the answer shows reasoning."""
 
     tools: _ToolsField = Field(default_factory=list)
-    """Tools that the model may call, of type `function` or `custom`; those of other types are omitted."""
+    """Tools of type `function` or `custom` that the model may call. Tools of other types are left out."""
     tool_choice: _ChoiceField = "auto"
-    """`auto`, `none`, `required`, the one tool to be called, or `{"type": "allowed_tools", "allowed_tools": {"mode":
-    "auto" or "required", "tools": [{"type": "function", "function": {"name": ...}}]}}`: only these of the tools are
-    offered."""
+    """`auto`, `none`, `required`, an object with the one tool that must be called, or `{"type": "allowed_tools",
+    "allowed_tools": {"mode": "auto" or "required", "tools": [{"type": "function", "function": {"name": ...}}]}}`, which
+    offers only these of the tools."""
     parallel_tool_calls: bool | None = None
-    """true: an answer may have several calls, the default unless `tool_choice` requires a call."""
+    """true: an answer may have several calls. The default is false if `tool_choice` requires a call, else true."""
     reasoning_format: Literal["auto", "deepseek", "deepseek-legacy", "none"] = "auto"
-    """`none`: reasoning stays in the content, as the model writes it; otherwise it is in `reasoning_content`."""
+    """`none`: reasoning stays in the content, as the model wrote it. Otherwise, it is in `reasoning_content`."""
 
     @property
     def choice(self) -> ToolChoice:
@@ -161,8 +161,8 @@ ALLOWED: Final = "allowed_tools"
 
 
 def read_choice(value: Any, example: str = '{"type": "function", "name": ...}') -> Any:
-    """Reads a mode, or an object in the form of the Responses API. ValueError, with an example of a named tool, for
-    another form."""
+    """Reads a choice of tools, which is a mode or an object in the form of the Responses API. Raises ValueError;
+    `example` shows how the API names a tool."""
     if isinstance(value, str) and value in MODES:
         return value
     if isinstance(value, dict) and value.get("type") == ALLOWED:
@@ -177,7 +177,7 @@ def read_choice(value: Any, example: str = '{"type": "function", "name": ...}') 
 
 
 def _named_tool(value: Any, message: str) -> dict[str, str]:
-    """Reads the fields of a choice that name a tool."""
+    """Reads the fields by which a choice names a tool. Raises ValueError."""
     kind = value.get("type") if isinstance(value, dict) else None
     names = {key: value[key] for key in ("type", "name", "namespace") if value.get(key) is not None} if kind else {}
     needs_name = kind in ("function", "custom")
@@ -188,8 +188,6 @@ def _named_tool(value: Any, message: str) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """A choice among the tools of a request."""
-
     choice: Any  # of `read_choice`
     tools: Sequence[ClientTool]
     is_parallel: bool | None  # None: one call where one is asked for
@@ -205,15 +203,15 @@ class ToolChoice:
 
     @property
     def offered(self) -> tuple[dict[str, Any], ...]:
-        """The functions that the answer may call."""
+        """The functions that the model may call."""
         tools = self.tools
         if isinstance(self.choice, dict) and self.choice["type"] == ALLOWED:
             tools = [tool for tool in tools if any(map(tool.is_named_by, self.choice["tools"]))]
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """Raises ParameterError for tools that contradict each other or the choice. A demanded tool must be there; of
-        those that are only allowed, hosted ones may be missing."""
+        """Raises ParameterError if the tools, or the tools and the choice, contradict each other. The tool that must be
+        called must be among the tools. The same holds for allowed tools, except hosted ones."""
         if isinstance(self.choice, dict):
             self._check_names()
         self.use.check(self.offered)
@@ -236,7 +234,7 @@ _HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
 
 @dataclass(frozen=True, slots=True)
 class BuiltInTool:
-    """A tool that clients know by its type alone; its calls have the arguments in an object of their own."""
+    """A tool that clients know by its type alone. The items of its calls have the arguments in an object, `field`."""
 
     field: str
     fixed: Mapping[str, Any]  # in that object
@@ -272,14 +270,15 @@ BUILT_IN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ToolSet:
-    """The tools of a request of the Responses API: those that its client runs, each as a function for the model."""
+    """The tools in a request of the Responses API that the client runs. `client`: the tools as functions for the
+    model."""
 
     client: tuple[ClientTool, ...] = ()
     shown: tuple[dict[str, Any], ...] = ()  # as the response repeats them
 
 
 def read_tools(value: Any, context: object) -> ToolSet:
-    """Reads the tools. ValueError for a tool of a wrong form, and without a `Leniency` for a hosted one."""
+    """Reads the tools. Raises ValueError for an invalid tool, and for a hosted one unless `context` is a `Leniency`."""
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
         raise ValueError(f"must be a list of at most {MAX_TOOLS} tools")
     client, shown = list[ClientTool](), list[dict[str, Any]]()
@@ -322,7 +321,7 @@ def _client_tools(tool: Any, namespace: str | None, context: object) -> Iterator
 
 
 def _is_hosted(tool: Mapping[str, Any]) -> bool:
-    """Returns True for a tool that runs on OpenAI's servers, such as a shell in a container."""
+    """Returns True for a tool that would run on OpenAI's servers, such as a shell in a container."""
     environment = tool.get("environment")
     return isinstance(environment, dict) and environment.get("type") in _HOSTED_ENVIRONMENTS
 
@@ -334,7 +333,7 @@ def _named(kind: str, fields: Mapping[str, Any], namespace: str | None) -> Clien
 
 
 def _shown_tool(tool: dict[str, Any], own: list[ClientTool]) -> dict[str, Any]:
-    """Shows a function in full, in the flat form of this API; another tool as it was sent."""
+    """Shows a function in the flat form of the Responses API, with all fields. Shows another tool as it was sent."""
     if tool["type"] != "function":
         return tool
     function = own[0].function["function"]

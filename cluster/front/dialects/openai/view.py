@@ -1,4 +1,4 @@
-"""OpenAI's replies: an answer's log as chunks of a stream, or whole, its choices as texts or as messages of a chat."""
+"""Shows the log of an answer in OpenAI's form, whole or as chunks of a stream. Choices are texts or chat messages."""
 
 from __future__ import annotations
 
@@ -33,25 +33,24 @@ from llamaclust.model.chat.tools.events import (
 from llamaclust.model.tokenizers.tokenizer import Detokenizer, Tokenizer
 
 FINGERPRINT = f"build-llamaclust-{VERSION}-numerics-{NUMERICS_VERSION}"
-"""`system_fingerprint`: equal ones compute alike."""
+"""The value of `system_fingerprint`. Builds with the same value compute the same numbers."""
 
 AnyGeneration = TypeVar("AnyGeneration", bound=GenerationBody)
 Choice = dict[str, Any]
 
 
 class OpenAiView(View, Generic[AnyGeneration]):
-    """A view of one reader; each endpoint shows choices in its own form."""
+    """Shows the answers of a request to one reader. Each endpoint shows choices in its own form."""
 
     id_prefix: ClassVar[str]
     whole_object: ClassVar[str]
     chunk_object: ClassVar[str]
     text_member: ClassVar[str]
-    """The field of a choice, or of its delta, that a piece of text adds."""
+    """The field of a choice, or of its delta, to which text is added."""
 
     def __init__(
         self, body: AnyGeneration, context: RequestContext, model: str, tokenizer: Tokenizer, log: AnswerLog
     ) -> None:
-        """Makes the view; `model` is the name that is shown."""
         self._body = body
         self._context = context
         self._model = model
@@ -68,14 +67,15 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
     @abstractmethod
     def _opening(self, prompt: int) -> Choice | None:
-        """Returns the beginning of a streamed choice, without its index; None for a choice without one."""
+        """Returns the first event of a streamed choice without its index, or None if the choice has none."""
 
     @abstractmethod
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
-        """Returns the content and the logprobs that a chunk adds to a choice, or those of a whole answer."""
+        """Returns the content and logprobs that a chunk adds to a choice, or those of a whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Shows progress in a slot of its own: a reply that is computed again has other progress."""
+        """Returns the events of a log item. Progress events use a separate slot, because a reply that is computed again
+        has other progress."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)
@@ -138,7 +138,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**self._reply(self.chunk_object, choices), **more}
 
     def _choice(self, prompt: int, part: TextChunk, *, is_whole: bool = False) -> Choice | None:
-        """Shows a chunk's addition to a choice, or a whole choice; None if a client would see nothing."""
+        """Shows what a chunk adds to a choice, or a whole choice; None for a chunk that adds nothing visible."""
         content = self._content(prompt, part, is_whole=is_whole)
         with_ids = self._body.return_token_ids
         is_shown = is_whole or part.finish_reason is not None or (with_ids and bool(part.rows))
@@ -150,8 +150,8 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**content, **ids, **self._ending(prompt, part)}
 
     def _ending(self, prompt: int, part: TextChunk) -> dict[str, Any]:
-        """Shows the end of a choice, null while it goes on. `stop_reason` (vLLM's) is the stop string or the end
-        token's id. A complete answer with calls waits for their results."""
+        """Shows why a choice ended; null while it goes on. vLLM's `stop_reason` is the stop string or the id of the
+        token that ended it. `tool_calls` marks a complete answer with calls, whose results the client has to send."""
         if part.finish_reason is None or part.timings is None:
             return {"finish_reason": None}
         waits = part.finish_reason is FinishReason.STOP and (prompt, part.index) in self._calling
@@ -162,7 +162,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         }
 
     def _text(self, chunk: TextChunk) -> str | None:
-        """Returns the text of a chunk that adds nothing else to its choice; else None."""
+        """Returns the text of a chunk if the chunk adds only text to its choice, else None."""
         has_more = self._body.with_logprobs or self._body.return_token_ids or chunk.finish_reason is not None
         if has_more or not all(isinstance(event, ContentText) for event in chunk.events):
             return None
@@ -172,13 +172,12 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {} if timings is None or not self._body.timings_per_token else {"timings": shown_timings(timings)}
 
     def _verbose(self, prompt: int) -> dict[str, Any]:
-        """Shows the prompt's text as the model sees it, if it is requested."""
         if not self._body.verbose:
             return {}
         return {"__verbose": {"prompt": self._tokenizer.decode(self._generations[prompt].prompt)}}
 
     def _usage(self) -> dict[str, Any]:
-        """Counts the tokens so far; cached ones are those of each prompt's first choice."""
+        """Counts the tokens so far. Cached tokens are counted once per prompt, not once per choice."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._tokens,
@@ -188,25 +187,26 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """Returns an event's slot, and its bytes before and behind the text that it adds. The field's bytes occur once:
-    quotes in strings are escaped."""
+    """Returns the slot of an event, and its bytes before and after the text that it adds. They are unambiguous, because
+    quotes inside strings are escaped."""
     key = to_json(name) + b":"
     begin, _, end = to_json(event.value).partition(key + to_json(text))
     return event.slot, begin + key, end
 
 
 def _opens(choice: Choice) -> bool:
-    """Returns True if the choice begins a message of a chat, before any token."""
+    """Returns True for the first event of a chat choice, which has the role and no token."""
     return "role" in choice.get("delta", ())
 
 
 ShownToken = tuple[int, int, RowResult | None]
-"""A token, the place of its text in the choice's text, and its row; None: it has no logprob."""
+"""A token, the offset of its text in the choice's text, and its row. The row is None if the token has no logprob."""
 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that precedes its answers: its text, the offsets of its tokens, those without a logprob."""
+    """A prompt that `echo` shows before its answers. `offsets`: the places of its tokens in `text`; `unscored`: its
+    tokens without logprobs."""
 
     text: str = ""
     offsets: Sequence[int] = ()
@@ -214,7 +214,7 @@ class Echo:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int], score_from: int) -> Echo:
-        """Makes it of the prompt as given, or of the text of its token ids. The first token never has a logprob."""
+        """Makes the echo. A prompt of token ids is decoded. The first token never has a logprob."""
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special=True)
         detokenizer = Detokenizer(tokenizer, text_start=True)
         offsets, length = [], 0
@@ -226,8 +226,6 @@ class Echo:
 
 
 class CompletionView(OpenAiView[CompletionBody]):
-    """A view with choices as text."""
-
     id_prefix, whole_object, chunk_object, text_member = "cmpl-", "text_completion", "text_completion", "text"
 
     def __init__(
@@ -258,7 +256,6 @@ class CompletionView(OpenAiView[CompletionBody]):
         return {"text": text, "logprobs": self._logprobs(tokens)}
 
     def _echo(self, prompt: int) -> Echo:
-        """Makes the echo once per prompt."""
         if (echo := self._echoes.get(prompt)) is None:
             given, ids = self._body.prompt[prompt], self._generations[prompt].prompt
             made = Echo.of(self._tokenizer, given, ids, self._body.score_from or 0) if self._body.echo else Echo()
@@ -270,7 +267,7 @@ class CompletionView(OpenAiView[CompletionBody]):
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:
-    """Returns iterators, since there may be many tokens."""
+    """Shows logprobs in the form of `/v1/completions`. Its lists are iterators, because there may be many tokens."""
     return {
         "tokens": (_label(tokenizer, token) for token, _, _ in tokens),
         "token_logprobs": (None if row is None else json_logprob(row.logprob) for _, _, row in tokens),
@@ -280,7 +277,7 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> d
 
 
 def _label(tokenizer: Tokenizer, token: int) -> str:
-    """Returns a token's text, or its bytes if they are only a part of a character."""
+    """Returns a token's text, or its bytes if they are no complete UTF-8."""
     data = tokenizer.token_bytes(token)
     try:
         return data.decode()
@@ -289,7 +286,8 @@ def _label(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _top(tokenizer: Tokenizer, row: RowResult) -> dict[str, float]:
-    """Returns the likeliest tokens by label, best first, and the chosen one; of tokens that look alike, the best."""
+    """Returns the logprobs of the likeliest tokens and the chosen one, by their text. If several tokens have the same
+    text, the most likely one counts."""
     labels: dict[str, float] = {}
     for token, logprob in (*row.top_logprobs, (row.token, row.logprob)):
         labels.setdefault(_label(tokenizer, token), json_logprob(logprob))
@@ -297,8 +295,6 @@ def _top(tokenizer: Tokenizer, row: RowResult) -> dict[str, float]:
 
 
 class ChatView(OpenAiView[ChatBody]):
-    """A view with choices as messages of a chat."""
-
     id_prefix, whole_object, chunk_object = "chatcmpl-", "chat.completion", "chat.completion.chunk"
     text_member = "content"
 
@@ -327,7 +323,7 @@ class ChatView(OpenAiView[ChatBody]):
 
 
 class Message:
-    """The message of a choice. In a stream, the text of a custom tool's call comes at its end."""
+    """Builds the chat message of a choice. In a stream, a custom tool call's text is sent as a whole, at its end."""
 
     def __init__(self, choice_id: str, tools: Iterable[ClientTool]) -> None:
         self._choice_id = choice_id
@@ -335,7 +331,7 @@ class Message:
         self._texts: dict[int, list[str]] = {}  # arguments so far of open calls of custom tools
 
     def whole(self, events: Iterable[AnswerEvent]) -> dict[str, Any]:
-        """Returns the fields that all events make: content is null beside calls if there is none."""
+        """Returns the message that all events make. Its content is null if there are calls and no text."""
         answer = ParsedAnswer()
         answer.add(events)
         message: dict[str, Any] = {"content": answer.content or (None if answer.calls else "")}
@@ -347,7 +343,7 @@ class Message:
         return message
 
     def delta(self, events: Iterable[AnswerEvent]) -> dict[str, Any]:
-        """Returns one delta of the next events. Clients put pieces together by kind, and calls by index."""
+        """Returns the delta of the next events. Clients join its texts by field, and its calls by index."""
         answer = ParsedAnswer()
         calls: dict[int, dict[str, Any]] = {}
         for part in events:

@@ -1,4 +1,4 @@
-"""Executes the supervisor's actions: plans, loads, changes of the engine's pipeline."""
+"""Executes the supervisor's actions: makes plans, loads epochs, changes the engine's pipeline."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ENDING_S = 30.0
 
 @dataclass(eq=False)
 class ActionRunner:
-    """Owns the epoch that serves and the one that retires; posts each result as an observation."""
+    """Owns the serving and the retiring epoch. Posts the result of each action as an observation."""
 
     observed: Observed
     epochs: Epochs
@@ -61,7 +61,8 @@ class ActionRunner:
         return not self.observed.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Returns when an epoch serves with exactly this model's adapters; raises if it keeps the former ones."""
+        """Waits for a serving epoch, then gives it exactly this model's adapters. On an error, the former adapters
+        stay."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
             await self.epochs.set_adapters(model)
@@ -115,7 +116,8 @@ class ActionRunner:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
-        """Plans without the quarantined workers if the others suffice, else without those that failed most often."""
+        """Plans without the quarantined workers. If the others do not suffice, admits quarantined workers one by
+        one, those with the fewest failures first."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
         excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
@@ -138,7 +140,7 @@ class ActionRunner:
         self.observed.post(seen.Planned(inputs, plan, failure, served, is_beside))
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
-        """Returns None while requests wait for a pipeline."""
+        """Predicts the serving plan anew, with present profiles and links. Returns None while no pipeline serves."""
         serving, loss = self.observed.state.serving, self.observed.state.loss
         return None if serving is None or loss is not None else await self.planner.predict(serving.plan, workers)
 
@@ -146,7 +148,8 @@ class ActionRunner:
         self.planner.ledger.enter(self.epochs.model_id, plans)
 
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
-        """Treats any worker's error as a failed load; posts MEMORY_TAKEN if other models took the planned memory."""
+        """Loads the plan's stages. Any worker's error counts as a failed load. Posts MEMORY_TAKEN if other models
+        have taken the planned memory."""
         serving = () if is_exclusive or self.epoch is None else (self.epoch.plan,)
         async with self.planner.ledger.lock:
             is_reserved = self.planner.ledger.reserve(self.epochs.model_id, (*serving, plan))
@@ -186,7 +189,7 @@ class ActionRunner:
                 )
 
     async def _serve(self) -> None:
-        """Resumes the engine on the loaded epoch; frees the older layers now, or once their epoch has retired."""
+        """Lets the engine continue on the loaded epoch. Frees older layers, at once or when their epoch has retired."""
         old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
         assert epoch is not None
         self.epoch, self._loaded = epoch, None
@@ -216,7 +219,7 @@ class ActionRunner:
         self._notice(recovered_text(seconds, requests))
 
     async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
-        """Posts RETIRING_EMPTY at the retirement's end, unless the loss of the serving epoch ended it."""
+        """Posts RETIRING_EMPTY at the end of a retirement, unless a loss of the pipeline has already ended it."""
         await retirement.ended.wait()
         if retirement.error is not None:
             self._notice(f"requests of the epoch before are computed again: {retirement.error}")
@@ -231,7 +234,7 @@ class ActionRunner:
         self.observed.post(seen.Signal.RETIRING_FREED)
 
     async def _sleep(self, *, gives_way: bool) -> None:
-        """Frees the model's stages, unless a request came meanwhile."""
+        """Frees the model's stages. If a request came meanwhile, posts WAKE_REQUESTED instead."""
         assert self.engine is not None
         if not self.engine.sleep(gives_way=gives_way):
             self.observed.post(seen.Signal.WAKE_REQUESTED)

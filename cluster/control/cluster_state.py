@@ -1,4 +1,4 @@
-"""The immutable state that the supervisor decides from."""
+"""The immutable state from which the supervisor decides its next action."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """The present workers, and what decides which of them a plan may use."""
+    """The present workers and the facts that decide which of them a plan may use."""
 
     present: Mapping[str, int] = field(default_factory=dict)  # number of the join by worker, in the order of joining
     drained: frozenset[str] = frozenset()
@@ -43,7 +43,7 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """The newest plan, or the error that prevents one. `rejected`: its load failed and is not repeated."""
+    """The newest plan, or the error that prevents one. `rejected`: the plan's load failed and is not repeated."""
 
     inputs: PlanInputs
     plan: Plan | None = None
@@ -54,13 +54,13 @@ class Planning:
 
     @property
     def lacks_memory(self) -> bool:
-        """True if the plan failed for memory that other models hold."""
+        """True if planning failed because other models hold memory of the workers."""
         return self.is_beside and isinstance(self.error, InsufficientMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that counts as lost; with `stays`, it only holds no layers of this model for a pause."""
+    """A worker that counts as lost. With `stays`, it remains a member without layers of this model for `pause_s`."""
 
     worker: Incarnation
     reason: str
@@ -78,7 +78,7 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Retiring:
-    """The epoch before a move: its sequences end or move, then its stages are freed."""
+    """The epoch that served before a move. Its sequences end or move to the new epoch, then its stages are freed."""
 
     workers: tuple[Incarnation, ...]
     is_empty: bool = False
@@ -86,7 +86,7 @@ class Retiring:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLoss:
-    """The loss of a pipeline, or its absence at a start, until another pipeline serves."""
+    """The time without a pipeline: from its loss, or from the start, until another pipeline serves."""
 
     since_s: float
     error: LlamaclustError | None = None
@@ -133,13 +133,12 @@ class ClusterState:
 
     @property
     def lacks_memory(self) -> bool:
-        """True if the model is to be loaded and its newest plan failed for memory that other models hold."""
+        """True if the model waits to be loaded, and planning failed because other models hold memory."""
         is_waiting = self.is_wanted and self.loss is not None and self.is_planned
         return is_waiting and self.planning is not None and self.planning.lacks_memory
 
     @property
     def is_planned(self) -> bool:
-        """True if the newest plan, or its error, was made from the present inputs."""
         return self.planning is not None and self.planning.inputs == self.inputs
 
     @property
@@ -156,7 +155,7 @@ class ClusterState:
         return self.loss.since_s + self.wait_s
 
     def is_freed(self, name: str) -> bool:
-        """True if a drained worker has no layers and gets none from an action or plan made before the drain."""
+        """True if the drained worker holds no layers, and no running action or earlier plan can give it any."""
         serving, retiring, planning = self.serving, self.retiring, self.planning
         holders = [*(serving.workers if serving else ()), *(retiring.workers if retiring else ())]
         usable = () if planning is None else planning.inputs.workers
@@ -172,7 +171,7 @@ class ClusterState:
 
     @property
     def has_failing_workers(self) -> bool:
-        """True if the serving epoch has a quarantined worker that the newest plan does without."""
+        """True if a quarantined worker serves that the newest plan does not use."""
         planned = {stage.worker for stage in self.planning.plan.stages} if self.planning and self.planning.plan else {}
         serving = () if self.serving is None else self.serving.workers
         return any(name in self.inputs.quarantined and name not in planned for name, _ in serving)
@@ -184,7 +183,6 @@ class ClusterState:
 
 
 def is_useless(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
-    """True if a worker of the plan is lost, drained or cut off from a neighbour."""
     planned = {stage.worker for stage in plan.stages}
     lost = any(worker not in pool.usable for worker in inputs.workers if worker[0] in planned)
     return lost or pool.is_partitioned(plan)

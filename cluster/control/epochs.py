@@ -1,4 +1,4 @@
-"""Opens epochs, which are the loaded and connected stages of one plan, and frees the stages of older ones."""
+"""Opens epochs and frees the stages of older ones. An epoch is the loaded and connected stages of one plan."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 
 class StageLoadError(Exception):
-    """A load that failed. `suspects` is empty if it is unknown whose error it is."""
+    """A failed load. `suspects` are the workers that may have caused it; empty if the cause is unknown."""
 
     def __init__(self, error: LlamaclustError, suspects: tuple[Suspect, ...]) -> None:
         super().__init__(str(error))
@@ -58,9 +58,10 @@ class StageLoadError(Exception):
 async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
-    """Loads all stages; returns their workers in the order of the stages. Raises StageLoadError once all workers have
-    answered; a suspect's error is StalledError if it hangs, DeadlineError if it gave up the load but has stages of
-    other models. Loaded stages are then freed, unless `is_exclusive`: the next epoch may need their weights."""
+    """Loads all stages and returns their workers in the order of the stages. Raises StageLoadError once all workers
+    have answered. A suspect's error is StalledError if the worker hangs, DeadlineError if it stopped the load on
+    request and holds stages of other models. After a failure, loaded stages are freed; with `is_exclusive` they
+    stay, because the next epoch may need their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)  # keys depend on the model's bytes
@@ -115,7 +116,7 @@ async def _gives_up(worker: WorkerHandle, epoch: int) -> bool:
 
 
 def _suspects(handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseException]) -> tuple[Suspect, ...]:
-    """Collects the workers that failed. Raises any error that is no LlamaclustError, because it is a bug."""
+    """Returns the workers whose load failed. Raises an error that is no LlamaclustError, because it is a bug."""
     suspects = []
     for handle, answer in zip(handles, answers, strict=True):
         if isinstance(answer, LlamaclustError):
@@ -126,19 +127,18 @@ def _suspects(handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseEx
 
 
 async def unload_stages(epoch: int, workers: Iterable[WorkerHandle]) -> None:
-    """Frees an epoch's stages on the present workers that have it. Raises the first error once all have answered."""
+    """Frees an epoch's stages on the present workers that hold them. Raises the first error once all have answered."""
     present = [worker for worker in workers if epoch in worker.stages and worker.loss is None]
     await _all(_unload(worker, epoch) for worker in present)
 
 
 async def _all(work: Iterable[Awaitable[None]]) -> None:
-    """Raises the first error once all have ended."""
     for error in filter(None, await asyncio.gather(*work, return_exceptions=True)):
         raise error
 
 
 async def _discard(epoch: int, workers: Iterable[WorkerHandle]) -> None:
-    """Frees the stages of an epoch that did not load; only logs errors, so that the load's failure is raised."""
+    """Frees the stages of an epoch whose load failed. Only logs errors, so that the load's own error is raised."""
     try:
         await unload_stages(epoch, workers)
     except LlamaclustError as error:
@@ -171,7 +171,7 @@ class Epoch:
         return tuple(worker for worker, stage in held if stage.member == 0)
 
     def stage_of(self, worker: WorkerHandle) -> int | None:
-        """Returns the number of the worker's stage, alone or in a group; None if it holds none."""
+        """Returns the index of the worker's stage, which its whole group shares; None if it holds no stage."""
         if worker not in self.workers:
             return None
         return sum(stage.member == 0 for stage in self.plan.stages[: self.workers.index(worker) + 1]) - 1
@@ -182,7 +182,7 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class EpochWorkers:
-    """The workers of all models' epochs. `turn` is held for orders to them: one load or unload at a time."""
+    """The workers that the epochs of all models share. Whoever gives them orders (loads, unloads) holds `turn`."""
 
     registry: Registry
     credentials: Credentials
@@ -203,7 +203,7 @@ async def _refresh(worker: WorkerHandle, ledger: MemoryLedger) -> None:
 
 
 class Epochs:
-    """Opens epochs of one model; each has a number that is unique in the cluster."""
+    """Opens and frees the epochs of one model. Each epoch has a number that is unique in the cluster."""
 
     def __init__(
         self, config: ClusterConfig, model: Model, workers: EpochWorkers, speculation: SpeculationSettings | None
@@ -240,8 +240,8 @@ class Epochs:
         return scheduler_settings(self._config, self._model, plan, self._speculation, self.adapters)
 
     async def set_adapters(self, model: Model) -> None:
-        """Gives present and later stages exactly this model's adapters. On failure, all get their former adapters;
-        raises the first error once all workers have answered, WorkerError if the model has no stages."""
+        """Gives all present and later stages exactly this model's adapters. On failure, restores the former adapters
+        and raises the first error once all workers have answered. Raises WorkerError if the model has no stages."""
         async with self._turn:
             try:
                 await self._set_adapters(model)
@@ -267,13 +267,13 @@ class Epochs:
 
     @property
     def held_layers(self) -> dict[str, tuple[float, float]]:
-        """The layers of the model's newest stage on each worker that has one, by name."""
+        """The layers of the model's newest stage on each worker, by worker name. Workers without a stage are absent."""
         workers = self._registry.present
         newest = {name: max(held) for name, worker in workers.items() if (held := self._numbers & set(worker.stages))}
         return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}
 
     def _own_copy(self, file: ModelFile) -> OwnCopy | None:
-        """Returns the coordinator's copy of a file; None if the file was changed or is gone."""
+        """Returns the coordinator's copy of a file; None if the file was changed or deleted."""
         return OwnCopy(file, self._manifests, self._registry.giver) if file.is_current else None
 
     @property
@@ -282,14 +282,14 @@ class Epochs:
         return (own is None or not own.can_give) and is_file_absent(self._registry.present, self._model.model_id)
 
     async def announce(self, worker: WorkerHandle) -> None:
-        """Tells the workers that fetch weights of this model or its adapters that the new worker is a source."""
+        """Announces the worker as a new source to those that are fetching weights of this model or its adapters."""
         path, model_id = str(self._model.plain.path), self._model.model_id
         adapters = [wanted.request for wanted in self._wanted_adapters(self._model).values()]
         for request in (FindWeights(path, model_id), *adapters):
             await announce_source(worker, self._registry.present.values(), request)
 
     async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
-        """Loads and connects the plan's stages; `report` gets the progress. Raises StageLoadError."""
+        """Loads and connects the plan's stages, and reports the progress to `report`. Raises StageLoadError."""
         async with self._turn:
             return await self._open(plan, links, is_exclusive=is_exclusive, report=report)
 

@@ -1,4 +1,4 @@
-"""Orders to load the stages of an epoch: the layers of each worker and the workers that it works with."""
+"""Orders to load the stages of an epoch. Each states a worker's layers and the workers that it exchanges data with."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from llamaclust.wire.control.weights import AdapterFile, WeightSources
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """The stages of an epoch, with an entry for each member of a group. `is_exclusive`: the model's other stages are
-    freed first, except weights that serve again. `links` order the sources of weights."""
+    """The stages of an epoch, one for each member of a group. `is_exclusive`: the model's other stages are freed
+    first, except weights that are needed again. `links` decide the order of the sources of weights."""
 
     epoch: int
     stages: Sequence[StageInfo]
@@ -40,7 +40,7 @@ def load_orders(
     weights: Mapping[str, WeightSources],
     adapters: Mapping[str, tuple[AdapterFile, ...]],
 ) -> list[Load]:
-    """Returns the order of each worker. Raises WorkerError for a member of a group that accepts no links."""
+    """Returns the load order of each worker. Raises WorkerError if a member of a group accepts no links."""
     groups = _group_orders(loads.stages, handles)
     return [
         replace(

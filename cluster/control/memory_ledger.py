@@ -1,4 +1,4 @@
-"""The memory that the plans of each model take of workers' devices, so that each is planned beside the others."""
+"""Records the memory of workers' devices that each model's plans take, so that a new plan uses only what is left."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.wire.control.messages import Load
 
 MemoryUse = Counter[tuple[str, str]]
-"""Bytes by worker and device."""
+"""Bytes by (worker, device)."""
 
 
 class ModelLimitError(InsufficientMemoryError):
-    """The error if as many other models hold memory as `max_loaded_models` allows."""
+    """The error of a plan if as many other models hold memory as `max_loaded_models` allows."""
 
     def __init__(self, most: int) -> None:
         loaded = "1 model is" if most == 1 else f"{most} models are"
@@ -25,7 +25,7 @@ class ModelLimitError(InsufficientMemoryError):
 
 
 class MemoryLedger:
-    """The ledger of one cluster. `lock` is held while a plan is made, up to its entry."""
+    """The ledger of one cluster. Whoever makes a plan holds `lock` until the plan is entered."""
 
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()
@@ -34,11 +34,11 @@ class MemoryLedger:
         self._beside: dict[str, MemoryUse] = {}  # likewise, what others held when it was planned last
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
-        """Replaces all that a model holds, loaded or to be loaded; without plans it holds nothing."""
+        """Replaces all plans of a model, loaded or to be loaded. Without plans, the model holds no memory."""
         self._plans[model_id] = tuple(plans)
 
     def copy(self) -> MemoryLedger:
-        """Returns a ledger without a limit of models, for plans that are not loaded."""
+        """Returns a copy for plans that are not loaded. It has no limit on the number of models."""
         scratch = MemoryLedger()
         scratch._plans = dict(self._plans)
         return scratch
@@ -49,11 +49,11 @@ class MemoryLedger:
             raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
-        """Records what the other models hold now, while a plan is made beside it."""
+        """Records what the other models hold while a plan of this model is made. `reserve` compares it later."""
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:
-        """Enters plans before a load; returns False if other models took memory since the newest one was made."""
+        """Enters plans before a load. Returns False if other models have taken memory since the newest one was made."""
         is_entered = _total(plans) <= _total(self._plans.get(model_id, ()))
         fits = is_entered or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
         if fits:

@@ -1,4 +1,4 @@
-"""The texts of notices: workers lost, layers that move, recoveries."""
+"""The texts of notices about lost workers, moving layers and recoveries."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
-    """Tells the new plan, and how many layers each worker has to load; of groups only the shares, since members may
-    hold other portions of the same layers."""
+    """Describes the new plan and how many layers each worker must load. For a group it states only the shares,
+    because members may hold other portions of the same layers."""
     parts, shards = [], plan.expert_shards
     for stage in plan.leaders:
         name, layers = stage_name(plan, stage), layer_span(stage.start, stage.end, shards)

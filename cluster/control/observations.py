@@ -15,7 +15,7 @@ Incarnation = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class PlanInputs:
-    """The values that a plan depends on: another plan is due when they change."""
+    """The values on which a plan depends. If they change, a new plan is due."""
 
     workers: tuple[Incarnation, ...] = ()  # workers that may hold layers
     quarantined: frozenset[str] = frozenset()
@@ -26,7 +26,7 @@ class PlanInputs:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker is a member; an equal `join` is the same membership."""
+    """A worker is a member. The same number `join` means the same membership."""
 
     name: str
     join: int
@@ -56,8 +56,9 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline failed. `error` names the worker at fault, if known; `requests` are keys of those in flight,
-    `causes` of those that caused it, and end; `is_repeated`: the worker has failed on the same rows before."""
+    """The pipeline failed. `error` names the worker at fault, if known. `requests` are the keys of requests in
+    flight; those in `causes` caused the failure and end. `is_repeated`: the worker has failed on the same rows
+    before."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()
@@ -67,7 +68,7 @@ class PipelineLost:
 
 @dataclass(frozen=True, slots=True)
 class RowsFailed:
-    """A request ended because rows of it had no result, on the suspected worker and elsewhere."""
+    """A request ended because some of its rows had no result, neither on the suspected worker nor elsewhere."""
 
     key: int
 
@@ -96,7 +97,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class EpochLoadFailed:
-    """A load of an epoch failed. `file_is_absent`: no present worker has the model's file, and some need it."""
+    """The load of an epoch failed. `file_is_absent`: no present worker has the model's file, although some need it."""
 
     error: LlamaclustError
     is_exclusive: bool

@@ -1,4 +1,4 @@
-"""Partitions, which are pairs of live workers that cannot reach each other; they are probed until they heal."""
+"""Partitions are pairs of live workers that cannot reach each other. They are probed until they heal."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
-"""A pair that breaks again within this time after it healed is probed after longer pauses than before."""
+"""A pair that breaks again within this time after it healed is probed at longer intervals than before."""
 _MAX_PROBES = 256
-"""The most links that are probed at the same time; of more, only those of workers that were found."""
+"""The most links that are probed at the same time. If there are more, only links of workers with a broken one are."""
 
 _Direction = tuple[WorkerHandle, WorkerHandle]
 
@@ -35,7 +35,7 @@ class _Partition:
 
 @dataclass(slots=True, eq=False)
 class PartitionTracker:
-    """A context manager that probes partitions. A link that fails in one direction is used in neither."""
+    """A context manager that probes partitions. If a link fails in one direction, plans use neither direction."""
 
     _workers: Callable[[], Mapping[str, WorkerHandle]]  # the present ones
     _heartbeat_timeout_s: float
@@ -67,12 +67,12 @@ class PartitionTracker:
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
     async def settled(self) -> None:
-        """Returns when every report so far is confirmed or dropped; later reports are not waited for."""
+        """Returns once every report so far is confirmed or dropped. Does not wait for later reports."""
         if self._pending:
             await asyncio.wait(tuple(self._pending.values()))
 
     def forget(self, name: str) -> None:
-        """Drops a lost worker's partitions, since its successor may be on another machine."""
+        """Drops a lost worker's partitions, since the next worker of this name may be on another machine."""
         pairs = [pair for pair in self._partitions if name in pair]
         for pair in pairs:
             del self._partitions[pair]
@@ -81,7 +81,7 @@ class PartitionTracker:
             self._on_change(self.pairs)
 
     async def _investigate(self, caller: WorkerHandle, other: WorkerHandle, message: PeerUnreachable) -> None:
-        """Probes all links once one is confirmed: partitions come together, and each would take another plan."""
+        """Confirms a report, then probes all links: partitions often come together, and each one takes another plan."""
         if await self._ports.is_found(caller, other, message.epoch):
             return
         found = {(caller, other)} if await self._confirm(caller, other, message.reason) else set()
@@ -93,7 +93,7 @@ class PartitionTracker:
             found = {direction for direction, is_broken in zip(directions, broken, strict=True) if is_broken}
 
     def _candidates(self, found: set[_Direction]) -> set[_Direction]:
-        """Lists links that may be broken; if there are too many, only those of the workers that were found."""
+        """Lists the links that may be broken. If there are too many, lists only those of the workers in `found`."""
         directions = {
             direction
             for direction in permutations(self._workers().values(), 2)
@@ -112,7 +112,8 @@ class PartitionTracker:
         return bool(why) and await self._confirm(caller, other, why)
 
     async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Records the partition, unless the other worker ended or hangs; returns True if the pair is new."""
+        """Records the partition if both workers are alive (else a worker failed, not the link). Returns True if it
+        is new."""
         if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))

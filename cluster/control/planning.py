@@ -1,4 +1,4 @@
-"""Makes a plan from the state of a cluster, for a running cluster as for `llamaclust plan`."""
+"""Makes plans from the state of a cluster, both for a running cluster and for `llamaclust plan`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ from llamaclust.wire.microbatch.codec import MAX_STAGES
 
 _NO_DIVIDED_MIXTURES = "the experts of layers are divided among workers"
 _MOST_PARTS = 512
-"""The most parts of a divided model: the time of a plan grows with their square."""
+"""The most parts (layers times shards) of a divided model. The time to plan grows with the square of their number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +65,23 @@ class ClusterResources:
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs of workers that cannot reach each other
     free_bytes: int | None = None
-    """Free memory of the one machine of all workers, before any held a layer. None: each worker reported its own."""
+    """Free memory of the machine that all workers share, before any held a layer. None: each reported its own."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """Bytes that other models hold, by worker and device."""
+    """Bytes that other models hold, by (worker, device)."""
 
 
 def plan_cluster(
     config: ClusterConfig, model: Model, resources: ClusterResources, *, max_expert_shards: int = MAX_EXPERT_SHARDS
 ) -> Plan:
-    """Plans for the workers in `resources`: first those that `config` names, in its order, then others by name. Raises
-    InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, NetworkPartitionError."""
+    """Plans for the workers in `resources`, which are ordered as in `config`; workers that it does not name follow
+    by name. Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, or
+    NetworkPartitionError."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
     return _in_wide_tiles(config, model, resources, plan) or plan
 
 
 def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResources, own: Plan) -> Plan | None:
-    """Returns the plan in wider tiles if it is clearly faster and keeps half the KV blocks, else None."""
+    """Returns a plan with wider tiles if it is clearly faster and keeps at least half of the KV blocks; else None."""
     has_gpus = any(worker.gpus for worker in resources.workers.values())
     if not config.wide_tiles or not model.has_wider_tiles or own.expert_shards > 1 or has_gpus:
         return None
@@ -120,8 +121,8 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields numbers of shards, `most` at most, that experts may be divided into if whole layers do not fit. Shards are
-    in RAM, so there are none if the user wants experts on GPUs."""
+    """Yields numbers of shards, up to `most`, into which experts may be divided if whole layers do not fit. Yields
+    none if the user wants experts on GPUs, because shards are in RAM."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -149,7 +150,8 @@ def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources)
 
 
 def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResources, expert_shards: int) -> Plan:
-    """Returns the plan with borders after whole layers, or after shards of their experts. Raises as `plan_cluster`."""
+    """Returns a plan with borders after whole layers, or after shards of experts. Raises the errors of
+    `plan_cluster`."""
     check_division(config, model, expert_shards)
     length, facts = context_length(config, model), _worker_facts(config, resources)
     if config.plan is not None:
@@ -194,7 +196,7 @@ def _unused_gpus(facts: Iterable[WorkerFacts]) -> tuple[UnusedGpu, ...]:
 
 
 def predict_served(config: ClusterConfig, model: Model, resources: ClusterResources, plan: Plan) -> Prediction | None:
-    """Predicts an earlier plan by the present profiles and links; None if it cannot be predicted."""
+    """Predicts an earlier plan with the present profiles and links. Returns None if it cannot be predicted."""
     if plan.wide_tiles:
         model, resources = _widened(config, model, resources)
     costs = StageCosts.of(model_costs(config, model, plan.expert_shards))
@@ -206,7 +208,8 @@ def predict_served(config: ClusterConfig, model: Model, resources: ClusterResour
 
 
 def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """Makes the plan. Its InsufficientMemoryError adds which single user setting, if changed, lets the model fit."""
+    """Makes the plan. Its InsufficientMemoryError names a single user setting whose change lets the model fit, if
+    any."""
     try:
         return make_plan(costs, facts, request)
     except InsufficientMemoryError as error:
@@ -267,7 +270,7 @@ def _memory_shares(config: ClusterConfig, resources: ClusterResources) -> dict[s
 
 
 def with_gpus(facts: WorkerFacts, resources: WorkerResources, profile: Profile | None) -> WorkerFacts:
-    """Adds the worker's GPUs, without profiles if these are of another number of GPUs."""
+    """Adds the worker's GPUs. Their profiles are ignored if they are for another number of GPUs."""
     if not resources.gpus:
         return facts
     profiles: Sequence[DeviceProfile | None] = () if profile is None else profile.gpus
@@ -287,7 +290,7 @@ class ClusterPlanner:
     links: Links = UNKNOWN
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "planner"), init=False)
-    """The planner's own thread, so that a recovery waits for no other work."""
+    """A thread for planning alone, so that a recovery waits for no other work."""
 
     def update(self, links: Links) -> bool:
         changed, self.links = links != self.links, links
@@ -296,8 +299,8 @@ class ClusterPlanner:
     async def plan(
         self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset(), beside: MemoryLedger | None = None
     ) -> Plan:
-        """Plans in the planner's thread: many workers and layers take seconds. Raises as `plan_cluster` and the ledger
-        do, and WorkerError if no worker is there or one of a manual plan is missing."""
+        """Plans in the planner's thread, since many workers and layers take seconds. Raises the errors of
+        `plan_cluster`, ModelLimitError, and WorkerError if no worker is present or one of a manual plan is missing."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)
         missing = [name for name in planned if name not in workers]

@@ -1,4 +1,4 @@
-"""Decides on the supervisor's next action from the observed state; pure functions. A start, a loss, a second loss
+"""Decides on the supervisor's next action from the observed state, in pure functions. A start, a loss, a second loss
 during a recovery, a drain and a better plan all take the same steps."""
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from llamaclust.core.sizes import mib
 
 @dataclass(frozen=True, slots=True)
 class MakePlan:
-    """Plans without the quarantined workers, if the others suffice."""
+    """Makes a plan, without the quarantined workers if the others suffice."""
 
     inputs: PlanInputs
 
 
 @dataclass(frozen=True, slots=True)
 class LoadEpoch:
-    """Loads a plan's stages; with `is_exclusive`, the workers' other stages of the model are freed first."""
+    """Loads a plan's stages. With `is_exclusive`, the workers first free their other stages of the model."""
 
     plan: Plan
     is_exclusive: bool
@@ -30,43 +30,43 @@ class LoadEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Continues the engine on the loaded epoch, beside the old one if that serves."""
+    """Continues the engine on the loaded epoch. An older epoch that still serves retires."""
 
 
 @dataclass(frozen=True, slots=True)
 class FreeRetired:
-    """Frees the stages of the earlier epoch, which has no sequences any more."""
+    """Frees the stages of the retired epoch, which has no sequences any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClosePipeline:
-    """Closes the lost pipeline and one that retires, so that the failure can be attributed."""
+    """Closes the lost pipeline and a retiring one, so that the failure can be attributed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sleep:
-    """Frees the model's stages, unless it has requests; with `gives_way` these wait."""
+    """Frees the model's stages if it has no requests. With `gives_way` they are freed anyway, and the requests wait."""
 
     gives_way: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """Counts these workers as lost, unless they stay for other models."""
+    """Counts workers as lost. Those that `stays` is set for only get no layers of this model."""
 
     expulsions: tuple[Expulsion, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class FailRequests:
-    """Fails the requests, for `reason` and for the cause of the loss."""
+    """Fails the requests. Their error states `reason` and the cause of the loss."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Interrupt:
-    """Ends a working pipeline, because the new layers do not fit beside its own."""
+    """Ends a working pipeline, because the new layers do not fit in memory together with its own."""
 
     error: LlamaclustError
 
@@ -83,7 +83,7 @@ class Abort:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Waits for an observation, or until this time. `is_settled`: nothing is left to do."""
+    """Waits for an observation, at most until `until_s`. `is_settled`: nothing is left to do."""
 
     until_s: float | None
     is_settled: bool = False
@@ -131,7 +131,8 @@ def _end_pipeline(state: ClusterState) -> Action | None:
 
 
 def _recover(state: ClusterState) -> Action | None:
-    """Returns the next step to a plan over the present workers, at a start or after a loss; None if none was lost."""
+    """Returns the next step to a plan for the present workers, at a start or after a loss; None if a pipeline
+    serves."""
     loss, planning, loading = state.loss, state.planning, state.loading
     if loss is None:
         return None
@@ -154,7 +155,7 @@ def _recover(state: ClusterState) -> Action | None:
 
 
 def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
-    """Notices the reason once. After the wait, a start fails; requests fail too, but the cluster waits on."""
+    """Reports the reason once. After the wait, a start is aborted; later, requests fail, but the cluster waits on."""
     loss = state.loss
     assert loss is not None and state.planning is not None
     is_link = isinstance(why, NetworkPartitionError)
@@ -174,7 +175,7 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
 
 
 def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
-    """Waits until other models give way in their turn; `timeouts.request` bounds the wait."""
+    """Waits until other models give way at the end of their turns. `timeouts.request` bounds the wait."""
     missing_bytes = why.missing_bytes if isinstance(why, InsufficientMemoryError) else None
     missing = "" if missing_bytes is None else f" ({mib(missing_bytes)} MiB)"
     text = f"waiting for memory that other models hold{missing}: they give way after their turns"
@@ -190,7 +191,7 @@ def _absent_workers(state: ClusterState) -> str:
 
 
 def _improve(state: ClusterState) -> Action:
-    """Moves layers to a better plan while the old one serves, one move at a time to save memory."""
+    """Moves layers to a better plan while the old one serves. Moves run one at a time, to save memory."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)

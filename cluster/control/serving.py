@@ -1,4 +1,4 @@
-"""The epoch that serves, and the decision if another plan is worth a move."""
+"""The epoch that serves, and the decision whether another plan is worth a move."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.gpus import DeviceLayers
 
 _CLEARLY_BETTER = 0.95
-"""The factor by which a plan must be better, because equal workers are measured as nearly equal."""
+"""A plan must be better by this factor, because measurements of equal workers differ slightly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,11 @@ class Serving:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 
     def predicted(self, prediction: Prediction | None) -> Serving:
-        """Replaces the prediction: one by earlier links may be too good to compare with a new plan's."""
+        """Replaces the prediction. One with earlier links may be too good to be compared with a new plan's."""
         return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:
-        """True if the plan has the same stages and shares, on workers that are not clearly better."""
+        """True if the plan has the same stages and shares, and its prediction is not clearly better."""
         served, new = self.plan.prediction, plan.prediction
         if served is None or new is None or _parts(self.plan) != _parts(plan):
             return False
@@ -45,7 +45,7 @@ def is_clearly_faster(plan: Plan, other: Plan) -> bool:
 
 
 _Part = tuple[Fraction, Fraction, tuple[int, ...], int]
-"""Start and end in layers, the shares of a group and the number of a member."""
+"""Start and end in layers, the shares of a group, and the number of a member in it."""
 
 
 def _parts(plan: Plan) -> list[_Part]:

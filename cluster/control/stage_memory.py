@@ -1,4 +1,4 @@
-"""The memory that stages will take on a worker, computed by the worker's own code without a load."""
+"""Computes the memory that stages will take on a worker, by the code that the worker itself uses, without a load."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
-    """Returns the workspace of stages with these limits. A stage without chosen layers counts as the largest one, for
-    example with all layers."""
+    """Returns the workspace of stages with these limits. If the place names no layers, it is that of the largest
+    stage, for example one with all layers."""
     known = _known.setdefault(model, _Known()).workspaces
 
     def bytes_at(place: StagePlace) -> int:
@@ -44,7 +44,7 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
 
 
 def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Iterator[tuple[int, int, StageLimits]]:
-    """Yields stages of which one takes the largest workspace at the place, with their limits."""
+    """Yields stages with their limits. One of them takes the largest workspace at the place."""
     yield 0, model.layer_count if place.is_last else max(1, model.layer_count - 1), replace(limits, expert_shards=1)
     if limits.expert_shards > 1:
         for parts in _divided_stages(model, limits.expert_shards, place):
@@ -52,7 +52,7 @@ def _largest_stages(model: Model, limits: StageLimits, place: StagePlace) -> Ite
 
 
 def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tuple[int, int]]:
-    """Yields stages, in parts of layers, that begin or end inside a layer, one of which takes the largest workspace."""
+    """Yields stages, in parts of layers, that begin or end inside a layer. One of them takes the largest workspace."""
     layers = [layer for layer in range(model.layer_count) if model.is_divisible(layer, shards)]
     half = shards // 2
     if not layers:
@@ -72,7 +72,8 @@ def _divided_stages(model: Model, shards: int, place: StagePlace) -> Iterator[tu
 
 
 def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
-    """Returns the rounding of weights; the first layer's includes the embedding, the last one's the head."""
+    """Returns the rounding of weights, as sums over layers. The first layer includes the embedding, the last the
+    head."""
     known = _known.setdefault(model, _Known()).roundings
 
     def table(device: str) -> Counts:

@@ -1,4 +1,4 @@
-"""Applies each observation to the state that the supervisor decides from; pure functions."""
+"""Applies each observation to the state from which the supervisor decides, in pure functions."""
 
 from __future__ import annotations
 
@@ -98,15 +98,15 @@ def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolSta
 
 
 def _awake(state: ClusterState) -> ClusterState:
-    """Marks the model as wanted. One that sleeps is loaded as after a loss, and its requests wait from now on."""
+    """Marks the model as wanted. A sleeping model is loaded as if its pipeline had been lost now."""
     if state.is_asleep:
         state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
     return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
 
 
 def _attribute(state: ClusterState) -> ClusterState:
-    """Finds the worker, or the request, that made the pipeline fail. A worker that breaks the protocol is expelled,
-    unless a lost worker is the cause."""
+    """Finds the worker, or the request, that made the pipeline fail. A worker that breaks the protocol is expelled;
+    if a worker was lost, that loss is the cause instead."""
     loss, serving = state.loss, state.serving
     assert loss is not None and loss.error is not None and serving is not None
     if loss.causes:
@@ -124,7 +124,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records the failure of a serving worker. A notice is due only if a quarantine begins."""
+    """Records the failure of a serving worker. A notice is given only if a quarantine begins."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)
@@ -137,8 +137,8 @@ def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, reques
 
 
 def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
-    """Replaces an outdated plan, else repeats the load after a pause. Workers that hang, or fail again and again, are
-    expelled; one with less memory than it reported is planned anew."""
+    """Repeats a failed load after a pause; an outdated plan is replaced instead. Workers that hang, or fail again
+    and again, are expelled. If a worker had less memory than it reported, a new plan is made."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
     stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
@@ -167,7 +167,7 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
 
 
 def _damaged(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
-    """Returns workers with damaged copies of the model, and their notices; none if no other worker is left."""
+    """Returns a notice for each worker with a damaged copy of the model. Empty if no other worker is left."""
     errors = {each.name: str(each.error) for each in failed.suspects if isinstance(each.error, ModelFileError)}
     excluded = state.inputs.quarantined
     has_others = any(name not in errors and name not in excluded for name, _ in state.pool.usable)
@@ -175,7 +175,7 @@ def _damaged(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str
 
 
 def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoadFailed) -> ClusterState:
-    """Keeps the old epoch; excludes workers without an answer from the next move, unless the model is alone."""
+    """Keeps the old epoch. If there are other models, excludes workers that did not answer from the next move."""
     state = replace(state, planning=replace(planning, rejected=failed.error))
     return state if state.is_alone else _exclude(state, planning.inputs, _unfit(state, failed))
 
@@ -186,7 +186,7 @@ def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
 
 
 def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
-    """Returns the workers that did not answer or fail again and again, and the notice of each."""
+    """Returns a notice for each worker that did not answer, or for all suspects if loads failed too often."""
     is_failing = state.loading.failures >= _MAX_LOADS
     reason = f"it takes no part in a new epoch: {failed.error}"
     return {
@@ -195,7 +195,7 @@ def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
 
 
 def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
-    """Expels workers if the model is alone, else only excludes them from its plans: other models stay on them."""
+    """Expels workers if the model is the only one, else excludes them from its plans: other models stay on them."""
     if state.is_alone:
         return _expel(state, inputs, reasons)
     excluded = state.inputs.quarantined

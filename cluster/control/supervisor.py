@@ -1,5 +1,5 @@
-"""Keeps a pipeline under the engine of a model. One loop: an observation changes the state, `reconcile` decides on an
-action, and its result is another observation. Observations are taken in while an action runs."""
+"""Keeps a pipeline ready for a model's engine. In a loop, an observation changes the state, `reconcile` decides on
+an action, and its result is another observation. Observations are also applied while an action runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llamaclust.cluster.state.events import Notice, Report
 
 
 class Supervisor:
-    """The control loop of one model: `start` opens the first epoch, `run` keeps one serving."""
+    """The control loop of one model. `start` opens the first epoch, `run` keeps an epoch serving."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Supervisor:
         report: Report,
         is_asleep: bool = False,
     ) -> None:
-        """Adds the model to the pool. `is_asleep`: it is loaded on demand, not at the start."""
+        """Adds the model to the pool. With `is_asleep`, it is loaded on demand and not at the start."""
         now_s, workers = asyncio.get_running_loop().time(), pool.workers
         usable = PoolState(drained=workers.record.drained)
         waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, workers.start_s))
@@ -60,7 +60,7 @@ class Supervisor:
 
     @property
     def epoch(self) -> Epoch:
-        """The epoch that serves, or served until it was lost. The model must not sleep."""
+        """The epoch that serves, or the lost one that served last. The model must not sleep."""
         assert self._runner.epoch is not None
         return self._runner.epoch
 
@@ -88,7 +88,7 @@ class Supervisor:
         return self._runner.recoveries
 
     async def start(self) -> Epoch:
-        """Returns the first epoch. Raises an error that no other worker can mend at once, others after a wait."""
+        """Opens and returns the first epoch. Errors that no other worker can mend are raised at once, others later."""
         await self._loop(is_start=True)
         return self.epoch
 
@@ -99,7 +99,7 @@ class Supervisor:
         await self._runner.watching.close()
 
     async def run(self, engine: Engine) -> None:
-        """Runs until it is cancelled; an error is a bug."""
+        """Runs until it is cancelled. Any error that it raises is a bug."""
         self._runner.engine = engine
         await self._loop(is_start=False)
 

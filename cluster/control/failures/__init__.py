@@ -1,1 +1,1 @@
-"""Failures of serving workers: who is at fault, and for how long plans exclude them."""
+"""Failures of serving workers: which worker caused them, and for how long plans exclude it."""

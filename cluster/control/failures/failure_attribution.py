@@ -1,4 +1,4 @@
-"""Attributes the failure of a pipeline to a worker, whichever report of it comes first."""
+"""Finds the worker that made a pipeline fail. Reports of one failure may arrive in any order."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""The wait for the loss of a worker, which is known later than the end of its streams."""
+"""The wait for the loss of a worker, which becomes known later than the end of its streams."""
 _REPORTS_S = 10.0
-"""The wait for more reports: a member reports at its next gather, and one report alone may accuse the wrong worker."""
+"""The wait for more members' reports: a member reports at its next gather, and one alone may accuse the wrong
+worker."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -24,7 +25,7 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns the lost worker that another stage could not reach, or else the first one lost; None if none is lost."""
+    """Returns a lost worker: one that another stage could not reach, else the first one lost; None without a loss."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(
@@ -35,7 +36,7 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 
 
 async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Returns when a worker is lost or a group reports its end, which may not end any stream."""
+    """Returns when a worker is lost or a member of a group reports a failure, which need not end any stream."""
     signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
     for members in groups_of(epoch, workers):
         signs += [member.group_faults(epoch).reported.wait() for member in members]
@@ -51,7 +52,8 @@ async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
 async def attribute_failure(
     epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
 ) -> LlamaclustError:
-    """Returns the loss of a worker, if one comes within a moment, else what members of a group report, else `ended`."""
+    """Returns the error of a lost worker if a loss becomes known within a moment, else the fault that members of a
+    group report, else an error that quotes `ended`."""
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
     signs += [asyncio.create_task(_can_be_judged(epoch, group)) for group in groups_of(epoch, workers)]
@@ -106,7 +108,8 @@ def _is_among(name: str | None, members: Sequence[WorkerHandle]) -> bool:
 
 
 async def _can_be_judged(epoch: int, members: Sequence[WorkerHandle]) -> bool:
-    """Returns when a member has reported its own failure, or all have reported that are not late or cut off."""
+    """Returns once a group's reports can be judged: when a member reports its own failure, or when each member has
+    reported, is accused of being late, or cannot reach a peer."""
     waiting = {asyncio.create_task(member.group_faults(epoch).reported.wait()) for member in members}
     names = {member.name for member in members}
     try:
@@ -124,7 +127,7 @@ async def _can_be_judged(epoch: int, members: Sequence[WorkerHandle]) -> bool:
 
 
 async def _is_partitioned(epoch: int, worker: WorkerHandle, workers: Sequence[WorkerHandle]) -> bool:
-    """Returns when the worker has reported a peer as unreachable; False if that peer is itself the cause."""
+    """Returns True once the worker has reported a peer as unreachable; False if that peer itself does not respond."""
     unreachable = worker.unreachable_peer(epoch)
     await unreachable.reported.wait()
     peer = next((peer for peer in workers if peer.name == unreachable.name), None)

@@ -1,5 +1,5 @@
-"""Judges from the reports of a group's members which worker made the group fail. Each member reports once. A closed
-link says little: whoever closes it may have found another member at fault."""
+"""Decides from the reports of a group's members which worker made the group fail. Each member reports once. A closed
+link is weak evidence: the member that closed it may have found another one at fault."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _STRONGEST_FIRST = ("failed", "wrong", "late", "closed")
 
 
 def judge(reports: Mapping[str, GroupFault]) -> GroupFault | None:
-    """Returns the report of the strongest kind with the most accusers, best against a worker without a report."""
+    """Returns the report of the strongest kind with the most accusers, preferably against a worker without a report."""
     accusers = Counter((fault.kind, fault.worker) for name, fault in reports.items() if fault.worker != name)
     return min(
         reports.values(),

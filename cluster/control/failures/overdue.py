@@ -1,4 +1,4 @@
-"""Results that are overdue although all workers send heartbeats: the stage that owes one, and for how long."""
+"""Finds results that are overdue although all workers send heartbeats: which stage owes one, and for how long."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """Returns the stage that a due microbatch is at: the last one that received it or that it was sent to. A first
-    stage that waits for sampled tokens waits for the last one."""
+    """Returns the index of the stage that holds up a due microbatch: the last one that received it or to which it
+    was sent. If that is the first stage and it waits for sampled tokens, returns the last stage, which owes them."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
         if at is None:  # it may have gone on from there
@@ -38,7 +38,8 @@ class OverdueResults:
     _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)  # seconds, and the last look
 
     def waited_s(self, owed: Owed, now_s: float) -> float:
-        """Adds the time since the last call, `_LOOK_S` at most: in a longer pause this process itself was busy."""
+        """Returns how long the result has been owed. Adds at most `_LOOK_S` since the last call: in a longer pause
+        this process itself was busy."""
         if owed not in self._waited:
             self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
         waited_s, last_s = self._waited.get(owed, (0.0, now_s))

@@ -1,8 +1,8 @@
-"""Quarantine: plans exclude workers that fail without being lost for good, where the others suffice.
+"""Quarantine: plans exclude failing workers for a time, if the other workers suffice.
 
-One failure may be a request's fault. After a second one the worker is excluded for a pause, which each further failure
-doubles. A request that was in flight at every failure of a worker and ends as their cause releases the worker.
-"""
+   One failure may be a request's fault. After a second failure the worker is excluded for a pause, which each
+further failure doubles. A worker is released if a request that was in flight at all of its failures ends as their
+cause."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _FREE = 1
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""Failures are forgotten after so many times the last pause, and after `_REMEMBERED_S` at least."""
+"""A worker's failures are forgotten this many times its last pause after the pause, but not before `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
 class FailureRecord:
-    """A worker's failures. `requests`: those in flight at all of them, one of which may be the cause instead."""
+    """A worker's failures. `requests` were in flight at all of them, so that one of these requests may be the cause."""
 
     failures: int
     pause_s: float
@@ -34,7 +34,8 @@ class FailureRecord:
     retry_at_s: float = 0.0  # time until which requests wait for another worker to take its place
 
     def failed_within(self, reason: str, requests: frozenset[int], now_s: float) -> FailureRecord:
-        """Returns the record after a failure in quarantine. Retry pauses restart after a longer time without one."""
+        """Returns the record after a failure during the quarantine. Retry pauses grow, and start again at the
+        shortest after a longer time without a failure."""
         before = self.failures_within
         if before and now_s - self.retry_at_s > _RETRY.pause_s(before - 1):
             before = 0
@@ -63,7 +64,7 @@ class Quarantine:
     def failed(
         self, name: str, reason: str, requests: frozenset[int], now_s: float, *, is_repeated: bool = False
     ) -> Quarantine:
-        """Adds a failure while serving. `is_repeated`: the second time for the same rows."""
+        """Adds a failure of a serving worker. `is_repeated`: it has failed on the same rows before."""
         return self._add(name, reason, requests, now_s, least=_FREE + is_repeated)
 
     def exclude(self, name: str, reason: str, now_s: float) -> Quarantine:
@@ -81,7 +82,7 @@ class Quarantine:
         return replace(self, records={**records, name: record})
 
     def _kept(self, now_s: float) -> dict[str, FailureRecord]:
-        """Returns the records that still count, the newest of too many: workers may join under ever new names."""
+        """Returns the records that are not forgotten, of too many the newest: workers may join under ever new names."""
         kept = [(name, record) for name, record in self.records.items() if not record.is_forgotten(now_s)]
         return dict(kept[-(_MOST_RECORDS - 1) :])
 
@@ -89,12 +90,12 @@ class Quarantine:
         return replace(self, records={name: record for name, record in self.records.items() if name not in names})
 
     def exonerate(self, requests: frozenset[int]) -> Quarantine:
-        """Releases workers that failed only while one of these requests, which were the cause, was in flight."""
+        """Releases the workers at all of whose failures one of these requests was in flight, since it was the cause."""
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:
-        """Exonerates workers of a request whose rows fail everywhere. For a growing time, such rows exclude no worker:
-        a client may send them again and again."""
+        """Releases the workers that failed because of a request whose rows fail everywhere. For a growing time,
+        failing rows then exclude no worker, because a client may send them again and again."""
         released = self.exonerate(frozenset({key}))
         if len(released.records) == len(self.records):
             return self
@@ -107,7 +108,8 @@ class Quarantine:
         return frozenset(name for name, record in self.records.items() if record.end_s > now_s)
 
     def retry_at_s(self, names: Collection[str]) -> float:
-        """Returns when a plan of these workers may be loaded: quick failures would use up a request's retries."""
+        """Returns the earliest time to load a plan of these workers. Quick failures would exhaust a request's
+        retries."""
         return max((self.records[name].retry_at_s for name in names if name in self.records), default=0.0)
 
     def worst_first(self, names: Collection[str]) -> list[str]:

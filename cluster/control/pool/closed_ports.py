@@ -1,4 +1,4 @@
-"""Link ports that group members cannot connect to, because of firewalls, though they reach each other's stages."""
+"""Link ports that firewalls close to other members of a group, although the members reach each other's stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 
 @dataclass(slots=True, eq=False)
 class ClosedPorts:
-    """Sets `WorkerHandle.closed_port`, by which plans know, and clears it once the port is open."""
+    """Sets `WorkerHandle.closed_port`, which keeps a worker out of planned groups. Clears it once the port is open."""
 
     _report: Report
     _on_change: Callable[[], None]
@@ -30,7 +30,7 @@ class ClosedPorts:
         self._tasks.cancel()
 
     async def is_found(self, caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
-        """Returns True if the failure to reach `other` is due to its closed link port."""
+        """Returns True if `caller` cannot reach `other` because the link port of `other` is closed."""
         if not _opens_links(caller, other, epoch) or await _connects(caller, other) is not False:
             return False
         callers = self._callers.setdefault(other, set())
@@ -68,7 +68,7 @@ def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
 
 
 async def _connects(caller: WorkerHandle, other: WorkerHandle) -> bool | None:
-    """Returns True if the link port accepts connections; None if the caller does not reach the other worker."""
+    """Returns True if the link port accepts connections, False if not, None if the other worker is unreachable."""
     try:
         return (await profile_link(caller, other)).network_s is not None
     except LlamaclustError:

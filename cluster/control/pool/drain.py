@@ -1,4 +1,4 @@
-"""Operators' requests to workers: drain, undrain, the last lines of a log."""
+"""Executes operators' requests on workers: drain, undrain, show the last log lines."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class WorkerOperations:
-    """Checks requests and posts them to the supervisors, which move the layers."""
-
     _registry: Registry
     _record: ControlRecord
     _runners: Sequence[ActionRunner]
@@ -44,13 +42,13 @@ class WorkerOperations:
         return frozenset(self._drained)
 
     async def recorded(self) -> None:
-        """Returns when every drain so far is on disk, for the next coordinator, or could not be written."""
+        """Waits until all drains so far are on disk, for the next coordinator, or could not be written."""
         await self._recording.join()
 
     async def drain(self, name: str) -> None:
-        """Moves a worker's layers to others; returns when it holds none. Raises UsageError for an unknown name,
-        InsufficientMemoryError or WorkerError if the others do not suffice for all awake models, or it is undrained
-        meanwhile."""
+        """Moves a worker's layers to others and returns once it holds none. Raises UsageError for an unknown name,
+        InsufficientMemoryError or WorkerError if the others do not suffice for all awake models, and WorkerError if
+        the worker is undrained meanwhile."""
         self._worker(name)
         undrained = self._undrained[name]
         excluded = self.drained | {name}
@@ -73,7 +71,8 @@ class WorkerOperations:
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
 
     async def _plan_all(self, workers: Mapping[str, WorkerHandle]) -> None:
-        """Plans every awake model beside the new plans of those before it. Raises an error if these do not fit."""
+        """Plans all awake models, each in the memory that the plans before it leave. Raises an error if one does not
+        fit."""
         async with (ledger := self._runners[0].planner.ledger).lock:
             scratch = ledger.copy()
             for runner in self._runners:

@@ -1,4 +1,4 @@
-"""Workers that join a cluster after its start: known hardware counts at once, other hardware is measured first."""
+"""Workers that join after the cluster's start. Known hardware is used at once; other hardware is measured first."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Newcomers:
             self._tasks.start(self._measure(worker))
 
     async def _measure(self, worker: WorkerHandle) -> None:
-        """Measures the worker; if that fails, its memory alone counts."""
+        """Measures the worker. If that fails, plans consider its memory alone."""
         try:
             async with deadline(f"worker {worker.name}: measurement", _MEASURE_S):
                 for runner in self._runners:

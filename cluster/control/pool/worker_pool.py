@@ -1,4 +1,4 @@
-"""The workers under the control loops of all models; each loop observes their events."""
+"""The workers that the control loops of all models share. Each loop observes their events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(frozen=True, slots=True)
 class SupervisedWorkers:
-    """The workers of a cluster. `measure_links`: None keeps known links. `start_s`: the longest wait of a start."""
+    """The workers of a cluster. `measure_links`: None keeps known links. `start_s`: a start waits at least so long."""
 
     registry: Registry
     launcher: Launcher
@@ -34,7 +34,7 @@ class SupervisedWorkers:
 
 
 class WorkerPool:
-    """The pool, which is started once all models are in `runners`."""
+    """The pool of a cluster's workers. It is started once all models are in `runners`."""
 
     def __init__(self, config: ClusterConfig, workers: SupervisedWorkers, report: Report) -> None:
         registry = workers.registry

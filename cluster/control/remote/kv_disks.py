@@ -1,4 +1,4 @@
-"""The disks of worker processes, for KV memory of a pipeline's stages."""
+"""Saves and restores KV blocks on the disks of a pipeline's workers."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llamaclust.wire.rpc.deadlines import deadline
 _log = logging.getLogger(__name__)
 
 _DISK_S = 60.0
-"""A worker that takes longer for a request is taken to hang: its disk does not answer."""
+"""A worker that takes longer for a request counts as hanging: its disk does not answer."""
 
 
 class RemoteKvDisks:
-    """The disks of all workers, as one `KvDisks`."""
+    """The disks of all workers of an epoch, as one `KvDisks`. A block counts only if each worker has its part."""
 
     def __init__(self, epoch: int, workers: Sequence[WorkerHandle]) -> None:
         self._epoch = epoch
@@ -34,7 +34,8 @@ class RemoteKvDisks:
         return await self._least(SaveKv(self._epoch, joined(keys), tuple(blocks)), len(blocks))
 
     async def _least(self, request: FindKv | RestoreKv | SaveKv, most: int) -> int:
-        """Returns the fewest blocks of any worker. Raises once all have answered, DeadlineError before other errors."""
+        """Sends the request to all workers and returns the smallest number of blocks in an answer. Raises once all
+        have answered, preferably DeadlineError."""
 
         async def done(worker: WorkerHandle) -> int:
             limit = deadline(f"worker {worker.name}: KV memory on its disk (kv_disk)", _DISK_S)

@@ -1,4 +1,4 @@
-"""Copies of a model's file on several machines: the bytes that the cluster uses, and the copies with other bytes."""
+"""Copies of a model's file on several machines: which bytes the cluster uses, and which copies differ from them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _READ_S = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class OwnCopy:
-    """The coordinator's file. `giver` serves it to workers without one."""
+    """The coordinator's copy of a file. `giver` sends it to workers that have none."""
 
     file: ModelFile
     manifests: FileManifests = field(default_factory=FileManifests)
     giver: WeightGiver | None = None
 
     async def manifest(self) -> FileManifest:
-        """Reads the file, unless its manifest is known. Raises ModelFileError."""
+        """Returns the file's manifest. Reads the whole file if the manifest is not known. Raises ModelFileError."""
         async with deadline(f"reading {self.file.path} on the coordinator's machine", _READ_S):
             return await asyncio.to_thread(self.manifests.of, self.file)
 
@@ -43,8 +43,9 @@ class OwnCopy:
 
 
 def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:
-    """Returns the manifest of most files, of equally many the coordinator's, else the first worker's. Without a file,
-    the remembered manifests count. A file that several workers read counts once."""
+    """Returns the manifest that most files have. Among equals, the coordinator's is preferred, then the first
+    worker's. A file that several workers read counts once. If there is no file, the manifests that workers remember
+    count."""
     known = {weights.manifest: weights.manifest_bytes for weights in found.values() if weights.manifest is not None}
     files = {
         weights.file or name: weights.manifest

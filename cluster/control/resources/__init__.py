@@ -1,1 +1,1 @@
-"""Resources of machines: measured speeds of workers and links, and the shares of workers on one machine."""
+"""Resources of machines: measured speeds of workers and links, and each worker's share of its machine."""

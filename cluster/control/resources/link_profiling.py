@@ -1,4 +1,4 @@
-"""Links between the machines of a cluster: measured at its start and when a worker joins, kept for the next start."""
+"""Links between machines of a cluster: measured at its start and when a worker joins, kept for the next start."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _FILE = ".links.json"  # no cluster's name begins with a dot
 _LINKS = TypeAdapter(dict[str, Link])
 _UNIX = ", unix"
 _MOST_MACHINES = 16
-"""The most machines whose pairs are all measured: more would take minutes."""
+"""The most machines whose pairs are all measured; with more machines, this would take minutes."""
 _MOST_KEPT = 2048
-"""The most links that are kept; those of machines that have gone are forgotten first."""
+"""The most links that are kept. Links that the present workers do not use are forgotten first."""
 
 Pair = tuple[str, str]
 
 
 def hops_matter(measured: Mapping[str, Profile]) -> bool:
-    """True if several processes of one machine compute so fast that a hop between them counts."""
+    """True if several processes of one machine compute so fast that the time of a hop between them matters."""
     return len(measured) > 1 and all(profile.cpu.concurrent for profile in measured.values())
 
 
@@ -57,7 +57,7 @@ async def measure_links(
     *,
     anew: bool = False,
 ) -> Links:
-    """Measures and keeps the links of all workers and the coordinator. Failures are reported, not raised."""
+    """Measures the links of all workers and the coordinator, and keeps them. Failures are reported, not raised."""
     registered = {name: worker.registration for name, worker in workers.items()}
     for name, address in _unreachable_by_others({name: own.address for name, own in registered.items()}).items():
         what = "start it with --join and an address of its machine that others reach, or with --advertise"
@@ -80,8 +80,8 @@ async def measure_links(
 
 
 def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
-    """Lists all pairs of a few machines; of many, those of the coordinator and of neighbours, since plans keep the
-    order of workers unless another one is clearly better."""
+    """Lists the pairs to measure: all pairs of a few machines; of many, the coordinator's and those of neighbours,
+    since plans keep the order of workers unless another order is clearly better."""
     if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
@@ -96,7 +96,7 @@ def _newest(known: Mapping[str, Link], used: Iterable[str]) -> dict[str, Link]:
 
 
 def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
-    """Returns the addresses that only their own machine can reach, if others are reached over a network."""
+    """Returns the loopback addresses, which other machines cannot reach. Returns none if all addresses are loopback."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
     return {} if len(loopback) == len(addresses) else loopback
@@ -117,7 +117,7 @@ def _read(state_dir: Path) -> dict[str, Link]:
 
 
 def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
-    """Picks pairs to measure concurrently: one of each key, and no two that share an end."""
+    """Picks pairs to measure concurrently: at most one of each key, and no two that share a worker."""
     disjoint: list[Pair] = []
     taken: set[str] = set()
     for pair in pairs:
@@ -128,7 +128,7 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
 
 
 class _Place(NamedTuple):
-    """The place where a worker is served. Pods keep their host names, but not their addresses."""
+    """The place where a worker is served. It has no address, because pods keep only their host names."""
 
     machine: str
     host: str
@@ -139,7 +139,8 @@ class _Place(NamedTuple):
 
 
 def _places(registered: Mapping[str, Register]) -> dict[str, str]:
-    """Returns texts that are equal for workers with equal links. Addresses count if one host has several."""
+    """Returns a text for each worker's place. Equal texts mean equal links. The address is included only if the
+    workers of one host have several."""
     ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
     found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
     of_place: dict[_Place, set[str]] = {}
@@ -158,7 +159,7 @@ def _way(host: str, count: int) -> str:
 
 
 def _keys(places: Mapping[str, str]) -> dict[Pair, str]:
-    """Returns the key of each pair, equal for pairs of the same two machines; the coordinator comes first in a pair."""
+    """Returns the key of each pair, equal for pairs of the same two places. The coordinator comes first in a pair."""
     places = {COORDINATOR: f"coordinator on {socket.gethostname()} ({machine_id()})", **places}
     return {pair: " - ".join(sorted(places[name] for name in pair)) for pair in combinations(places, 2)}
 
@@ -183,7 +184,7 @@ async def _measured(
 
 
 def _link(speed: LinkProfile) -> Link:
-    """Converts a profile; a ping's own bytes are subtracted, since plans count bytes themselves."""
+    """Converts a profile to a link. Subtracts the time of a ping's own bytes, since plans count bytes themselves."""
     byte_s = 1 / speed.bytes_s
     network_s = None if speed.network_s is None else speed.network_s / 2
     return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s, network_s)
@@ -202,7 +203,7 @@ MeasureLinks = Callable[[Mapping[str, WorkerHandle]], Awaitable[Links]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinkMonitor:
-    """Measures links again as workers join; without `measure`, links stay as they are known."""
+    """Measures links again when workers join. If `measure` is None, the known links stay."""
 
     _measure: MeasureLinks | None
     _registry: Registry

@@ -1,4 +1,4 @@
-"""The cluster file's rules for where workers with GPUs hold layers and experts."""
+"""The cluster file's rules for which layers and experts are on GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from llamaclust.model.placement import PlacementRule, placement_of, rule_effects
 
 
 def placements(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequence[str]]) -> dict[str, Placement]:
-    """Returns the placement of each worker. `gpus`: the names of its GPUs. Raises UsageError for impossible rules."""
+    """Returns each worker's placement. `gpus`: GPU names by worker. Raises UsageError for rules that cannot be
+    obeyed."""
     known: dict[tuple[tuple[PlacementRule, ...], int | None], Placement] = {}
     found = {}
     for worker in gpus:

@@ -1,4 +1,4 @@
-"""Relative paths in a cluster file, which are relative to the file's folder."""
+"""Makes relative paths in a cluster file absolute. They are relative to the file's folder."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ _PATHS = (
     ("listen_tls", "key"),
     ("telemetry", "headers_file"),
 )
-"""Keys of sections that are paths."""
+"""Keys of sections whose values are paths."""
 
 
 def anchored(document: Document, folder: Path) -> Document:
-    """Returns the document with its relative paths made absolute."""
     values = dict(document.values)
     _anchor_model(values, folder)
     if isinstance(models := values.get("models"), list):
@@ -44,7 +43,6 @@ def anchored(document: Document, folder: Path) -> Document:
 
 
 def _anchor_model(values: dict[str, Any], folder: Path) -> None:
-    """Anchors the model's file, chat template and adapters."""
     _anchor_file(values, folder)
     if values.get("chat_template") not in built_in_names():
         _anchor(values, "chat_template", folder)
@@ -55,7 +53,6 @@ def _anchor_model(values: dict[str, Any], folder: Path) -> None:
 
 
 def _anchor_file(values: dict[str, Any], folder: Path) -> None:
-    """Anchors `model` if it is a file."""
     model = values.get("model")
     if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(REMOTE_PREFIXES):
         _anchor(values, "model", folder)

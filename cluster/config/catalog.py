@@ -1,4 +1,4 @@
-"""Models that are known by name, and files in the models directory. Resolving a model never downloads it."""
+"""Models that are known by name, and files in the models directory. Nothing here downloads a model."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from llamaclust.model.gguf.model_file import PART_NAME
 _NEAREST = 3
 _LISTED = 10
 _ENCODER = "mmproj"
-"""A word in file names of vision encoders."""
+"""A word in the file names of vision encoders."""
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogEntry:
-    """A model that is known by name, with its source. Size and hash are known for bundled models; for others
-    `about_bytes` is an estimate, and the hub gives the size."""
+    """A model that is known by name, with its source. Bundled models have a size and a hash. Others have the
+    estimate `about_bytes`; the hub gives their size."""
 
     name: str
     source: str
@@ -43,7 +43,6 @@ class CatalogEntry:
 
     @property
     def directory(self) -> str:
-        """The folder's name in the models directory."""
         return self.name.replace(":", "-")
 
     @property
@@ -53,7 +52,7 @@ class CatalogEntry:
 
     @property
     def terms(self) -> str | None:
-        """Address of the licence's terms, if using the model means accepting them."""
+        """The address of the licence's terms, if a user of the model must accept them; else None."""
         return terms_of(self.licence)
 
 
@@ -74,7 +73,7 @@ CATALOG: Final = {
 
 @dataclass(frozen=True, slots=True)
 class WantedFile:
-    """A file to fetch; its size and hash are None if they are not known."""
+    """A file to fetch. Its size and hash are None if they are not known."""
 
     spec: str
     source: RemoteSource
@@ -84,11 +83,11 @@ class WantedFile:
 
     @property
     def is_there(self) -> bool:
-        """True if it has been fetched: a file appears under its name after its hash was checked."""
+        """True if the file has been fetched. A file gets its name only after its hash was checked."""
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
 
     def parts(self) -> list[WantedFile]:
-        """Returns all files of a split model, this one first; UsageError if this one is not the first part."""
+        """Returns this file and the other parts of a split model. Raises UsageError if this is not the first part."""
         match = PART_NAME.fullmatch(self.source.file_name)
         if match is None:
             return [self]
@@ -102,7 +101,7 @@ class WantedFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A model in the models directory; `name` is the argument of `model rm` and other commands."""
+    """A model in the models directory. `name` is what `model rm` and other commands take."""
 
     name: str
     path: Path
@@ -110,8 +109,8 @@ class StoredModel:
 
 
 def find_entry(name: str) -> CatalogEntry | None:
-    """Finds a model of the catalog, in any case: NAME, or NAME:QUANTIZATION of a public model. UsageError for an
-    unknown quantization."""
+    """Finds a catalog model by NAME, or by NAME:QUANTIZATION for a public model, in any case. Raises UsageError for
+    an unknown quantization."""
     if name.lower() in CATALOG:
         return CATALOG[name.lower()]
     plain, _, wanted = name.lower().partition(":")
@@ -131,12 +130,11 @@ def find_entry(name: str) -> CatalogEntry | None:
 
 
 def catalog_names() -> list[str]:
-    """Returns all names without quantizations."""
     return [*CATALOG, *public_models()]
 
 
 def nearest_names(name: str, names: Iterable[str]) -> str:
-    """Returns a question with the nearest names; empty if none is near."""
+    """Returns a question with the nearest names, which ends a message. Empty if no name is near."""
     near = near_names(name, names)
     return f", did you mean {' or '.join(near)}?" if near else ""
 
@@ -153,7 +151,7 @@ def _billions(count: float) -> str:
 
 
 def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
-    """Returns the path of a model that needs no fetching, or the file to fetch; UsageError for anything else."""
+    """Returns the path of a local model, or the file to fetch for a remote one. Raises UsageError for anything else."""
     entry = find_entry(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
     source = parse_source(entry.source if entry else spec)
     if isinstance(source, Path):
@@ -170,8 +168,8 @@ def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
 
 
 def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
-    """Returns the file of a model given as catalog name, path, `pypi:` or web address; UsageError if it is unknown or
-    not downloaded (the message says how)."""
+    """Returns the file of a model, given by catalog name, path, `hf:`, `pypi:` or web address. Raises UsageError if
+    it is unknown or not downloaded; the message says how to download it."""
     path = stored_model(spec, models_dir)
     if path is None:
         raise UsageError(f"{spec}: not downloaded yet; run: llamaclust model pull {spec}")
@@ -179,7 +177,7 @@ def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
 
 
 def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
-    """Returns the file of a model; None if it is not downloaded. UsageError if it is unknown."""
+    """Returns the file of a model; None if it is not downloaded. Raises UsageError if the model is unknown."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
@@ -187,21 +185,20 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def made_beside(source: Path, name: str) -> Path:
-    """Returns the default path of a file made from a model: beside the model, or in the current folder if the model is
-    among the downloaded ones, because `model rm` deletes their whole folder."""
+    """Returns the default path of a file that is made from a model: in the model's folder, or in the current folder
+    if the model was downloaded, because `model rm` deletes a downloaded model's whole folder."""
     return Path(name) if environment().models_dir in source.parents else source.with_name(name)
 
 
 def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
-    """Returns the complete models in the models directory."""
     root = models_dir or environment().models_dir
     directories = sorted(root.iterdir()) if root.is_dir() else []
     return [StoredModel(path.parent.name, path, _size_of(path)) for each in directories for path in _models(each)]
 
 
 def remove_model(spec: str, models_dir: Path | None = None) -> Path:
-    """Deletes a downloaded model with everything fetched for it, and returns its directory; UsageError if there is
-    none. A file outside the models directory is never touched."""
+    """Deletes a downloaded model's whole folder and returns its path. Raises UsageError if the model is not
+    downloaded. Never touches files outside the models directory."""
     root = models_dir or environment().models_dir
     directory = _stored_directory(spec, root)
     if not directory.is_dir():
@@ -231,7 +228,6 @@ def _models(directory: Path) -> Iterator[Path]:
 
 
 def _size_of(first: Path) -> int:
-    """Returns the bytes of a model, all its parts together."""
     part = PART_NAME.fullmatch(first.name)
     paths = part_paths(first, int(part["count"]) if part else 1)
     return sum(path.stat().st_size for path in paths if path.is_file())
@@ -263,7 +259,7 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
 
 
 def _only_model(name: str, folder: Path) -> Path:
-    """Returns the first file of the folder's only model; UsageError if there is none or several."""
+    """Returns the first file of the only model in a folder. Raises UsageError for no model or several."""
     try:
         models = list(_models(folder))
         has_checkpoint = any(folder.glob("*.safetensors"))
@@ -282,7 +278,7 @@ def _only_model(name: str, folder: Path) -> Path:
 
 
 def _is_beside_a_model(path: Path) -> bool:
-    """Returns True for GGUF files that lie beside models: vision encoders, adapters, importance matrices."""
+    """True for GGUF files that accompany models: vision encoders, adapters, importance matrices."""
     from llamaclust.model.gguf.header import read_header
 
     if _ENCODER in path.name.lower():
@@ -295,7 +291,7 @@ def _is_beside_a_model(path: Path) -> bool:
 
 
 def _repository_hint(spec: str) -> str:
-    """Returns a hint if `spec` is a hub repository without a file, as other programs take it; else ""."""
+    """Returns a hint if `spec` names a hub repository without a file, as other programs allow; else an empty text."""
     if not _REPOSITORY.fullmatch(spec) or spec.endswith(".gguf"):
         return ""
     near = nearest_names(spec.rpartition("/")[2], catalog_names())

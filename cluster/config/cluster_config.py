@@ -67,86 +67,87 @@ class ClusterConfig(Section):
     model_config = ConfigDict(defer_build=False)  # its validator includes those of its sections
 
     name: Name = "default"
-    """Tells clusters of one machine apart."""
+    """Name of the cluster, unique on its machine."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
-    """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
+    """Catalog name, path of a .gguf file (of a split model its first), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
     models: Annotated[tuple[ModelEntry, ...], Field(max_length=MAX_MODELS, strict=False)] = ()
-    """Several models in place of `model`, which requests name; the first is loaded at the start, others on demand."""
+    """Several models in place of `model`. Requests name one. The first is loaded at the start, others on demand."""
     max_loaded_models: Annotated[int | None, Field(ge=1, le=MAX_MODELS), OrAuto()] = None
-    """Number of `models` that are loaded at the same time, at most; auto: as many as fit in memory."""
+    """Most `models` that are loaded at the same time; auto: as many as fit in memory."""
     load_on_demand: bool = True
-    """false: requests load none of `models`, none is loaded at the start, and `POST /models/load` alone loads them."""
+    """false: none of `models` is loaded at the start or by a request, only by `POST /models/load`."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    """Name of a built-in chat template, or a Jinja file; by default the model's own template."""
+    """Name of a built-in chat template, or path of a Jinja file; by default the model's own template."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
-    """Adapters of LoRA that requests may use, numbered in this order; for workers without GPUs."""
+    """LoRA adapters that requests may use, numbered in this order. Workers with GPUs do not support adapters."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
-    """Tokens per sequence, prompt and answer together."""
+    """Most tokens of a sequence, prompt and answer together."""
     launcher: LauncherName = "local"
-    """local: processes on this machine; static: `llamaclust worker` on each machine; ray, mpi: by Ray, or by mpirun."""
+    """local: processes on this machine; static: `llamaclust worker` on each machine; ray: started by Ray; mpi: by
+    mpirun."""
     join: Join = Join()
-    """Addresses where remote workers join."""
+    """Addresses at which remote workers join."""
     ray: Ray = Ray()
     """The Ray cluster that starts the workers."""
     insecure: bool = False
-    """A static cluster without encryption and authentication: every client that reaches its ports is trusted."""
+    """true: a static cluster without encryption and authentication. Every client that reaches its ports is trusted."""
     listen: Address = "127.0.0.1:8080"
-    """HOST:PORT of the HTTP API; port 0 takes a free one."""
+    """HOST:PORT of the HTTP API; port 0: any free port."""
     listen_also: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
-    """HOST:PORT of further addresses of the HTTP API."""
+    """Further addresses of the HTTP API, as HOST:PORT."""
     listen_tls: Annotated[ListenTls | None, OrWord("self-signed")] = None
-    """self-signed, or certificate and key: the API speaks HTTPS; by default plain HTTP."""
+    """HTTPS instead of plain HTTP for the API: self-signed, or the files of a certificate and its key."""
     workers: Annotated[
         tuple[WorkerConfig, ...],
         Field(min_length=1, max_length=MAX_WORKERS, strict=False),
         OrCount(AnyWorker, MAX_WORKERS),
     ]
-    """The workers, in the order of their layers; of a static cluster also a number of workers to wait for."""
+    """The workers, in the order of their layers. A static cluster may give a number of workers to wait for instead."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
     """auto, or the layers of each worker."""
     objective: Literal["latency", "throughput"] = "latency"
     """Objective of an automatic plan: latency of one request, or throughput of many."""
     groups: LargestGroup = None
-    """auto: groups hold stages of an automatic plan where that is faster; off; or the most workers of a group."""
+    """Groups in an automatic plan. auto: where they are faster; off: none; a number: the most workers of a group."""
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
-    """Type of activations between workers; f32 is exact."""
+    """Type of the activations that workers exchange; f32 is exact."""
     cpu_moe: CpuMoe = None
-    """Number of first layers, or all, whose experts are in RAM beside a GPU; auto: as the plan is fastest."""
+    """Number of first layers whose experts stay in RAM although there is a GPU; all; auto: the fastest choice."""
     experts_cache: Annotated[Size | Literal[0] | None, OrAuto()] = None
-    """Memory of each GPU for copies of often used experts that are in RAM, at most; auto: all that is left; 0: none."""
+    """Most memory of each GPU for copies of often used experts that are in RAM; auto: all that is left; 0: none."""
     placement: Placements = ()
-    """Rules for tensors in RAM or on GPUs, as `-ot` of llama.cpp; the first that matches a tensor decides."""
+    """Rules that put tensors in RAM or on GPUs, like `-ot` of llama.cpp. The first that matches a tensor decides."""
     kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
-    """Type of keys and values in KV memory; q8_0 takes about half of f16's memory and gives slightly different answers;
-    int8 is as q8_0, with attention in 8-bit integers, which is faster after long prompts."""
+    """Type of keys and values in KV memory. q8_0 takes about half of f16's memory and gives slightly different
+    answers. int8 is stored like q8_0, but computes attention in 8-bit integers, which is faster after long prompts."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """KV memory per worker, at most; auto: up to half of the memory that weights and workspace leave."""
+    """Most KV memory per worker; auto: up to half of the memory that weights and workspace leave."""
     max_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 32
-    """Sequences decoded together; more wait."""
+    """Most sequences that are decoded together; further ones wait."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
-    """Requests that may wait; others are answered 429."""
+    """Most requests that may wait; further ones are answered 429."""
     prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH_TOKENS // 2)] | None, OrAuto()] = None
-    """Prompt tokens in one microbatch, at most; auto: by measured stage times."""
+    """Most prompt tokens in a microbatch; auto: chosen by measured stage times."""
     prefix_cache: bool = True
     """true: requests with equal beginnings share KV memory."""
     wide_tiles: bool = True
-    """true: weights of some types take more memory where that makes decoding clearly faster."""
+    """true: weights of some types are stored in more memory if that makes decoding clearly faster."""
     speculative: Annotated[Speculative | None, OrSwitch()] = Speculative()
-    """Speculative decoding where it is faster: auto, off, or keys; answers are the same."""
+    """Speculative decoding where it is faster, with the same answers: auto, off, or its keys."""
     allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
-    """Names by which clients may call the API, in addition to this machine's own; another Host header is refused."""
+    """Host names by which clients may call the API, in addition to this machine's own. Others are refused."""
     allowed_origins: tuple[Origin, ...] = Field(default=(), max_length=64, strict=False)
-    """Web pages that may use the API, such as https://chat.example; none by default."""
+    """Origins of web pages that may use the API, such as https://chat.example; by default none."""
     api_keys_file: FilePath | None = None
-    """File of API keys, one a line, mode 0600; needed when `listen` is not a loopback address."""
+    """File of API keys, one per line, mode 0600. It is required if `listen` is not a loopback address."""
     api: Api = Api()
     """Paths, model names and fields of the HTTP API."""
     state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)
     """Folder of records and credentials; by default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
     lease: Lease | None = None
-    """Kubernetes's lock of coordinators that share `state_dir`; by default a file in that directory is the lock."""
+    """Kubernetes Lease as the lock of coordinators that share `state_dir`; by default a file there is the lock."""
     telemetry: Annotated[Telemetry | None, OrWord("otlp")] = None
-    """otlp: OpenTelemetry as the variables OTEL_* say; or keys; by default nothing is exported."""
+    """OpenTelemetry. otlp: as the variables OTEL_* say; or keys; by default nothing is exported."""
     timeouts: Timeouts = Timeouts()
     """Time limits."""
 
@@ -156,12 +157,12 @@ class ClusterConfig(Section):
 
     @property
     def awaits_any(self) -> bool:
-        """True if the file gives a number of workers, not their names."""
+        """True if the file gives a number of workers instead of their names."""
         return isinstance(self.workers[0], AnyWorker)
 
     @property
     def model_name(self) -> str:
-        """The model's name for clients: by default its catalog name, or its file's name without the ending."""
+        """The model's name for clients. By default it is the catalog name, or the file's name without its ending."""
         return self.api.model_name or (Path(self.model).stem if self.model.endswith(".gguf") else self.model)
 
     @property
@@ -177,7 +178,7 @@ class ClusterConfig(Section):
         return tuple(map(split_address, (self.listen, *self.listen_also)))
 
     def of_each_model(self) -> tuple[ClusterConfig, ...]:
-        """Returns one configuration per model: the cluster with the model's own keys in place of the cluster's."""
+        """Returns one configuration per model, in which the model's own keys replace those of the cluster."""
         return tuple(map(self._of_model, self.models)) or (self,)
 
     def _of_model(self, entry: ModelEntry) -> ClusterConfig:
@@ -186,13 +187,11 @@ class ClusterConfig(Section):
         return self.model_copy(update={"model": entry.model, "api": api, **own})
 
     def _places_of_models(self) -> list[tuple[tuple[str | int, ...], ClusterConfig]]:
-        """Returns the configuration of each model, with the place of its keys in the file."""
         return [(("models", index) if self.models else (), each) for index, each in enumerate(self.of_each_model())]
 
     @model_validator(mode="before")
     @classmethod
     def _first_model(cls, values: Any) -> Any:
-        """Sets `model` to the first of `models`."""
         if not isinstance(values, dict) or not isinstance(models := values.get("models"), list | tuple) or not models:
             return values
         if "model" in values:
@@ -337,16 +336,16 @@ class ClusterConfig(Section):
 
 
 _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "memory", "mlock", "kv_disk")
-"""Keys of workers that are options of `llamaclust worker` of a static cluster."""
+"""Keys that workers of a static cluster have as options of `llamaclust worker` instead."""
 _OF_ONE_MODEL = ("chat_template", "context_length", "kv_memory", "adapters", "placement", "plan")
-"""Keys that each of `models` may have of its own."""
+"""Keys that each entry of `models` may set for itself."""
 _FOR_ONE_MODEL = {
     **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` among `models`"),
     "strict_model": "of several, a request names one or none",
     "tags": "several have none",
     "pull": "of several, each is named in the cluster file; use `llamaclust model pull`",
 }
-"""Keys of `api` that `models` excludes, and why."""
+"""Keys of `api` that cannot be combined with `models`, each with what to do instead."""
 
 
 def _as_option(worker: WorkerConfig, key: str) -> str:
@@ -359,14 +358,14 @@ def _as_option(worker: WorkerConfig, key: str) -> str:
 
 
 def cluster_document(path: Path | None, overrides: Sequence[str] = ()) -> Document:
-    """Reads the document that `load_config` checks. UsageError for an unreadable file or a wrong override."""
+    """Reads the document that `load_config` checks. Raises UsageError for an unreadable file or a wrong override."""
     document = _demo() if path is None else anchored(read_document(path), path.absolute().parent)
     return override(document, overrides)
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """Returns the cluster that a file and KEY=VALUE overrides describe; without a file, the demo's. Relative paths in
-    the file are relative to its folder. UsageError names place, mistake and remedy."""
+    """Returns the cluster that a file and KEY=VALUE overrides describe; without a file, the demo cluster. Relative
+    paths are relative to the file's folder. Raises UsageError that names place, mistake and remedy."""
     document = cluster_document(path, overrides)
     try:
         return ClusterConfig.model_validate(document.values)

@@ -1,4 +1,4 @@
-"""Reading a cluster file: bounded, safe YAML with the line of every key, and KEY=VALUE overrides."""
+"""Reads cluster files: bounded, safe YAML, with the line of each key. Applies KEY=VALUE overrides."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from llamaclust.core.regular_file import decode_text, read_given
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
 MAX_NODES = 20_000
-"""Most keys and values: a file of 256 workers has fewer, and more would take seconds to read."""
+"""The most keys and values. A file of 256 workers has fewer; more would take seconds to read."""
 _MOST_SHOWN = 100
 _TEXT = "tag:yaml.org,2002:str"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _DECIMAL = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.ASCII | re.IGNORECASE)
 
 Place = tuple[str | int, ...]
-"""The path of a value: ('workers', 1, 'threads')."""
+"""The path of a value, such as ('workers', 1, 'threads')."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A mapping as read; `origins` gives 'FILE:LINE' or the option of each key and item."""
+    """A mapping as it was read. `origins` has 'FILE:LINE' or the option of each key and item."""
 
     name: str
     values: dict[str, Any]
     origins: dict[Place, str]
 
     def where(self, place: Place) -> str:
-        """Returns the origin of a value, else that of the nearest value around it."""
+        """Returns the origin of a value, else that of the nearest value which contains it."""
         while place and place not in self.origins:
             place = place[:-1]
         return self.origins[place] if place else self.name
 
 
 _SURROGATES = re.compile("[\ud800-\udbff][\udc00-\udfff]")
-"""JSON's escapes of a character above U+FFFF; YAML makes two characters of each."""
+"""Surrogate pairs. YAML reads JSON's escape of a character above U+FFFF as two characters."""
 
 
 def _joined(pair: re.Match[str]) -> str:
@@ -50,8 +50,8 @@ def _joined(pair: re.Match[str]) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (they multiply), tags (they build other things), double keys (one is lost), deep
-    nesting (it recurses) or very many values."""
+    """Safe YAML that refuses aliases (they multiply values), tags (they create other types), duplicate keys (one
+    would be lost), deep nesting (it recurses) and very many values."""
 
     depth = 0
     nodes = 0
@@ -93,7 +93,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """Refuses numbers that YAML 1.1 alone knows (0777, 0x1F, 10:20, 1_000); adds the line to the error for text
+        """Refuses numbers that only YAML 1.1 knows (0777, 0x1F, 10:20, 1_000). Adds the line to the error for text
         that merely looks like a number or date."""
         if node.tag in _NUMBERS and not _DECIMAL.fullmatch(node.value):
             what = f"{node.value[:60]!r} is no decimal number; write it in decimal digits, or put it in quotes"
@@ -106,7 +106,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, name: str) -> tuple[Any, dict[Place, int]]:
-    """Returns the value of a YAML text and the lines of its parts. UsageError gives the line of a mistake."""
+    """Returns the value of a YAML text and the line of each part. Raises UsageError with the line of a mistake."""
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -134,7 +134,7 @@ def _lines(node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:
 
 
 def read_document(path: Path) -> Document:
-    """Reads a cluster file. UsageError if it is missing, too large or not a YAML mapping."""
+    """Reads a cluster file. Raises UsageError if it is missing, too large or not a YAML mapping."""
     try:
         data = read_given(path, MAX_FILE_BYTES + 1)
     except OSError as error:
@@ -152,7 +152,7 @@ def read_document(path: Path) -> Document:
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:
-    """Returns the document with each KEY=VALUE set: dotted keys, list items by number or by name."""
+    """Returns the document with each KEY=VALUE applied. Dots join nested keys; list items have a number or a name."""
     for text in overrides:
         key, separator, value = text.partition("=")
         option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"
@@ -167,7 +167,6 @@ def override(document: Document, overrides: Sequence[str]) -> Document:
 
 
 def _place(values: Any, keys: Sequence[str], text: str) -> Place:
-    """Returns the place that the keys lead to; keys of list items are numbers or names."""
     if not keys:
         return ()
     if isinstance(values, list):
@@ -179,7 +178,6 @@ def _place(values: Any, keys: Sequence[str], text: str) -> Place:
 
 
 def _replaced(values: Any, place: Place, value: Any) -> Any:
-    """Returns a copy of `values` with `value` at `place`."""
     if not place:
         return value
     if isinstance(values, list):

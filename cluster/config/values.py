@@ -17,14 +17,14 @@ from llamaclust.core.bounds import MAX_LAYERS, NAME
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 
 TAG = ":latest"
-"""The tag that Ollama's clients add to names of models without one."""
+"""The tag that Ollama's clients add to model names without one."""
 MAX_BYTES = 1 << 50
 MAX_SECONDS = 30 * 86_400
 
 _SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?(B|[kKMGT]B?|[KMGT]iB?)"
 _SIZE_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _LEAST_WITHOUT_UNIT = 1 << 20
-"""A smaller number without a unit is taken for a mistake: the user meant another unit."""
+"""A smaller number without a unit is refused, because the user probably meant another unit."""
 _DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -39,7 +39,7 @@ _MOST_SHOWN = 60
 
 
 def shown(value: object) -> str:
-    """Returns a value for a message: as in the file if it is short and plain."""
+    """Formats a value for a message: as in the file if it is short and plain."""
     match value:
         case None:
             return "an empty value"
@@ -54,7 +54,7 @@ def shown(value: object) -> str:
 
 
 def tagged(name: str) -> str:
-    """Returns a model's name with its tag, as Ollama's clients write it; names that are equal with tags are one."""
+    """Returns a model's name with its tag, as Ollama's clients write it. Names that then are equal mean one model."""
     return name if ":" in name.rpartition("/")[2] else name + TAG
 
 
@@ -71,8 +71,8 @@ def parse_name(value: object) -> str:
 
 
 def parse_size(value: object) -> int:
-    """Returns bytes of '8GiB', '512 MiB', '1.5TB', or a whole number of bytes from 1 MiB. The B may be omitted, as in
-    Kubernetes: '24G' is 24GB, '24Gi' is 24GiB. Raises ValueError."""
+    """Returns the bytes of '8GiB', '512 MiB', '1.5TB', or of a whole number of bytes from 1 MiB. The B may be
+    omitted, as in Kubernetes: '24G' is 24GB, '24Gi' is 24GiB. Raises ValueError."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value):
         value = int(value)
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -95,7 +95,7 @@ def _with_unit(value: object) -> int:
 
 
 def parse_duration(value: object) -> float:
-    """Returns seconds of '600s', '10min', '250ms' or a number of seconds. Raises ValueError."""
+    """Returns the seconds of '600s', '10min', '250ms' or a number of seconds. Raises ValueError."""
     seconds: float
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = value
@@ -152,7 +152,7 @@ def check_wire_type(value: object) -> object:
 
 
 def parse_device(value: object) -> str:
-    """Reads `cpu`, or GPUs as `cuda:N` with commas between; `cuda` is the first one. Raises ValueError."""
+    """Reads `cpu`, or GPUs as `cuda:N` separated by commas. `cuda` alone is the first GPU. Raises ValueError."""
     if value == "cpu":
         return "cpu"
     given = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",") if isinstance(value, str) else value
@@ -180,8 +180,8 @@ def parse_gpu_layers(value: str) -> int | None:
 
 
 def parse_origin(value: object) -> str:
-    """Reads an origin of web pages, as browsers send it; `*`: any, `null`: local files and sandboxed pages,
-    `localhost`: servers on the browser's machine. Raises ValueError."""
+    """Reads an origin of web pages, as browsers send it. `*` means any origin, `null` local files and sandboxed
+    pages, `localhost` servers on the browser's machine. Raises ValueError."""
     given = value.lower().removesuffix("/") if isinstance(value, str) else ""
     if given in ("*", "null", "localhost"):
         return given
@@ -202,7 +202,7 @@ def parse_ray_address(value: object) -> object:
 
 
 class OrAuto:
-    """Marks an optional field whose absence is written `auto`, in files and in the JSON schema."""
+    """Marks an optional field. In files and in the JSON schema, `auto` stands for its absence."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         read: Callable[[Any], Any] = lambda value: None if value == "auto" else value  # noqa: E731
@@ -215,7 +215,7 @@ class OrAuto:
 
 
 class OrWord:
-    """Marks an optional field or section that a word may stand for: a value, or a section without keys."""
+    """Marks an optional field or section for which a word may stand, which means a value or a section without keys."""
 
     def __init__(self, word: str, value: Any = MappingProxyType({})) -> None:
         self._word = word
@@ -239,7 +239,7 @@ def switched(value: object) -> bool | None:
 
 
 class OrOff:
-    """Marks a field with a value that `off` or false may stand for."""
+    """Marks a field with a value for which `off` or false may stand."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -254,7 +254,7 @@ class OrOff:
 
 
 class OrSwitch:
-    """Marks an optional section that is on by default: `auto`, `on` or true, without keys; `off` or false: none."""
+    """Marks an optional section that is on by default. `auto`, `on` or true: all defaults; `off` or false: none."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_before_validator_function(self._read, handler(source))
@@ -280,7 +280,7 @@ class OrText:
 
 
 class OrCount:
-    """Marks a list of sections for which a number may stand: so many of `kind`, with names that mean nothing."""
+    """Marks a list of sections for which a number N may stand: N sections of `kind`, with meaningless names."""
 
     def __init__(self, kind: type[BaseModel], most: int) -> None:
         self._kind = kind

@@ -1,4 +1,4 @@
-"""Work in a daemon thread: a native call cannot be interrupted, and Ctrl-C must not wait for it."""
+"""Work in daemon threads. A native call cannot be interrupted, and Ctrl-C must not wait for it."""
 
 from __future__ import annotations
 

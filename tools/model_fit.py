@@ -1,4 +1,4 @@
-"""Memory use of a model, and how much of it fits: layers, or tokens of context."""
+"""The memory use of a model, and how much of the model fits: layers, or tokens of context."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llamaclust.worker.stage.stage_runner import model_program
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Bytes in memory of one worker on a CPU, and the part of the model that `available_bytes` hold."""
+    """Bytes in memory of one CPU worker, and the part of the model that fits into `available_bytes`."""
 
     available_bytes: int
     weight_bytes: int  # packed for the kernels: not those of the file
@@ -48,8 +48,8 @@ class Fit:
 
 
 def fit(path: Path, available_bytes: int, threads: int, context_length: int | None = None) -> Fit:
-    """Plans one worker with all defaults of a cluster file, from headers alone. `context_length` is at most the
-    model's. Raises ModelFileError for a model that cannot run here."""
+    """Plans one worker with the defaults of a cluster file. Reads only headers. Limits `context_length` to the model's.
+    Raises ModelFileError for a model that cannot run here."""
     with closing(Model.open(path)) as model:
         config = ClusterConfig.model_validate({"model": str(path), "workers": [{"name": "a"}]})
         trained, count = model.hyperparameters.context_length, model.layer_count
@@ -88,7 +88,7 @@ def fit(path: Path, available_bytes: int, threads: int, context_length: int | No
 
 
 def _kv_bytes(config: ClusterConfig, costs: ModelCosts, layers: int, context: int, kv_tokens: int) -> int:
-    """Returns a plan's KV memory of the first layers, for `kv_tokens` in sequences of `context` each."""
+    """Returns the KV memory of a plan for the first layers, for `kv_tokens` in sequences of `context` tokens."""
     first = costs.layers[:layers]
     sizes = KvSizes(
         token_bytes=sum(layer.kv_bytes_per_token for layer in first),

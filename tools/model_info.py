@@ -20,7 +20,7 @@ _LAYER_NAME = re.compile(r"blk\.(\d{1,6})\.")
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Some of a model's tensors together; `name` is a quant type, a layer's number or a tensor's name."""
+    """A group of a model's tensors. `name` is a quantization type, a layer's number or a tensor's name."""
 
     name: str
     tensors: int
@@ -34,7 +34,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model's weights by quant type, by layer, and outside all layers (embedding, norm, output) one by one."""
+    """A model's weights by type and by layer. Tensors outside all layers (embedding, output) are single entries."""
 
     total: Share
     by_type: tuple[Share, ...]
@@ -43,7 +43,7 @@ class ModelInfo:
 
 
 def describe(model: ModelFile) -> ModelInfo:
-    """Counts the weights of a model file; reads no tensor."""
+    """Counts the weights of a model file without reading a tensor."""
     tensors = list(model.tensors.values())
     layers = _grouped((match[1], tensor) for tensor in tensors if (match := _LAYER_NAME.match(tensor.name)))
     return ModelInfo(
@@ -55,7 +55,7 @@ def describe(model: ModelFile) -> ModelInfo:
 
 
 def shown_metadata(model: ModelFile, shown_items: int = 8) -> dict[str, Any]:
-    """Returns metadata for JSON; of an array longer than `shown_items` only type and length."""
+    """Returns metadata for JSON. An array longer than `shown_items` becomes its type and length."""
     return {key: _shown_value(value, shown_items) for key, value in model.metadata.items()}
 
 

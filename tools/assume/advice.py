@@ -17,13 +17,13 @@ from llamaclust.tools.assume.planning import AssumedCluster, prediction_of, room
 _GIB = 1 << 30
 _SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K", "IQ2_M", "IQ2_XXS")
 _FEW_BITS = 3.0
-"""Bits of a weight below which answers are clearly worse."""
+"""The number of bits per weight below which answers become clearly worse."""
 _FURTHER = 3
-"""The number of machines tried beyond those that memory requires."""
+"""The most machines to try beyond the number that has enough memory."""
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
-"""(Gbit/s, round trip in ms) of networks that groups may need."""
+"""Networks as (Gbit/s, round trip in ms), the slowest first, of which one may be fast enough for groups of machines."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
-"""Shares of a token's and a prompt's time: a change helps if it takes less."""
+"""A change is worth its mention if the time of a token, or of a prompt, falls below this share of the present time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +32,12 @@ class Alone:
     prediction: Prediction
 
     def is_better(self, together: Prediction) -> bool:
-        """True if one request at a time has at least 0.95 of the speed of all machines together."""
+        """True if this machine decodes one request at least 0.95 times as fast as all machines together."""
         return self.prediction.token_s < 1.05 * together.token_s
 
 
 def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
-    """Returns the machine that decodes fastest of those that hold the whole model; None without one."""
+    """Returns the machine that decodes fastest among those that can hold the whole model. Returns None if none can."""
     found = list[Alone]()
     for machine in dict.fromkeys(cluster.assumed.machines):
         plan = cluster.with_one(machine).fitting_plan(model)
@@ -47,8 +47,8 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """Yields the largest quantization that fits, preferably of the catalog, and the fewest further machines like the
-    last. Layers stay whole: dividing experts would take many searches."""
+    """Yields the largest quantization that fits, preferably one of the catalog, and the number of further machines,
+    equal to the last, that suffices. Never divides a layer's experts among machines: that would take many searches."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"
@@ -65,7 +65,7 @@ def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientM
 
 
 def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
-    """Yields changes that would make one request clearly faster than `plan`."""
+    """Yields changes that would make one request clearly faster than with `plan`."""
     now, expert_shards = prediction_of(plan), plan.expert_shards
     for what, changed, instead in _changes(cluster, model):
         other = changed.fitting_plan(instead, max_expert_shards=expert_shards)
@@ -82,7 +82,7 @@ def what_helps(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iter
 
 
 def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) -> Iterator[str]:
-    """Yields the slowest network at which the machines would form groups, unless `plan` has some."""
+    """Yields the slowest network that makes groups of machines faster. Yields nothing if `plan` has groups."""
     assumed, now = cluster.assumed, prediction_of(plan)
     is_grouped = any(stage.shares for stage in plan.stages)
     if len(assumed.machines) < 2 or is_grouped or any(text.startswith("groups=") for text in cluster.overrides):
@@ -101,7 +101,7 @@ def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) 
 
 
 def _better_networks(now: Network) -> Iterator[Network]:
-    """Yields networks, the slowest first, that are better than `now` in something and worse in nothing."""
+    """Yields networks, the slowest first, that improve on `now` in bandwidth or round trip and are worse in neither."""
     bits_s, round_trip_s = rates.bits_s(now), rates.round_trip_s(now)
     for gbit_s, most_ms in _NETWORKS:
         better = Network(max(bits_s, 1e9 * gbit_s), min(round_trip_s, 1e-3 * most_ms))
@@ -123,7 +123,7 @@ def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str
 
 
 def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
-    """Yields smaller mixes, those of the catalog first, then the largest first; none for published MXFP4."""
+    """Yields the model in smaller mixes, those of the catalog first, then the largest. Yields none for MXFP4 models."""
     if model.has_mxfp4:
         return
     mixes = (model.quantized(mix) for mix in _SMALLER_MIXES)
@@ -132,7 +132,7 @@ def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
 
 
 def _remark(model: AssumedModel) -> str:
-    """Returns a remark on the file's source, if not `model pull`, and on its quality."""
+    """Returns a remark that tells if `model pull` does not have the file, and if its quality is poor."""
     made = "" if model.is_in_catalog else "by `llamaclust model quantize`"
     bits = model.bits_per_weight
     quality = "" if bits >= _FEW_BITS else f"{bits:.1f} bits a weight: clearly worse answers"

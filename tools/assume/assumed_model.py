@@ -1,5 +1,5 @@
-"""Models without bytes: of a named shape or a file's tensors, in a mix of `quantize`. They become programs as any file
-does, so that weights, KV memory and workspace are exact."""
+"""Models without file data: tensors of a named shape or of a file, in a mix of `quantize`. They become programs in the
+same way as real files, so the sizes of weights, KV memory and workspace are exact."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _MIXES: Final = {
 
 @dataclass(frozen=True)  # without slots: it keeps the model that it opened
 class AssumedModel:
-    """A model for a set of machines. `mix`: None if the types are a file's."""
+    """A model to plan for described machines. `mix` is None if the tensors keep the types that they have in a file."""
 
     title: str
     file: ModelFile
@@ -60,16 +60,16 @@ class AssumedModel:
 
     @cached_property
     def opened(self) -> Model:
-        """The programs and costs, which plans share. Raises ModelFileError if the model cannot run."""
+        """The programs and costs, which all plans share. Raises ModelFileError if the model cannot run."""
         return Model(self.file)
 
     def quantized(self, mix: str) -> AssumedModel:
-        """Raises UsageError for an architecture with unknown rules."""
+        """Raises UsageError if `quantize` has no rules for the architecture."""
         return AssumedModel(self.title, _quantized(self.file, MIXES[mix]), mix, self.catalog_name)
 
     @property
     def shown_mix(self) -> str | None:
-        """The mix by the catalog's name."""
+        """The mix as the catalog spells it."""
         return "MXFP4" if self.mix == "MXFP4_MOE" else self.mix
 
     @property
@@ -87,7 +87,7 @@ class AssumedModel:
 
 
 def assumed_model(spec: str) -> AssumedModel:
-    """Finds SHAPE[:MIX], a model of the catalog or the path of one. Raises UsageError that lists the choices."""
+    """Finds a model by SHAPE[:MIX], catalog name or path. Raises UsageError that lists the choices."""
     name, mix = _split(spec)
     if (shape := SHAPES.get(name.lower())) is not None:
         return shape_model(name.lower(), shape, mix)
@@ -105,14 +105,14 @@ def assumed_model(spec: str) -> AssumedModel:
 
 
 def shape_model(name: str, shape: ModelShape, mix: str | None = None) -> AssumedModel:
-    """`mix`: one of MIXES; None: the shape's usual one."""
+    """`mix` is a key of MIXES. None selects the usual mix of the shape."""
     return AssumedModel(shape.title, _file_of(name, shape), None, IN_CATALOG.get(name, name)).quantized(
         mix or shape.mix
     )
 
 
 def with_file_size(entry: CatalogEntry) -> CatalogEntry:
-    """Adds the file's size by its shape, as plans compute it, if that is known."""
+    """Adds the file size that follows from the model's shape, if the entry has no size and the shape is known."""
     plain, _, quantization = entry.name.partition(":")
     shape, mix = public_shapes().get(plain), _mix(quantization)
     if shape is None or mix is None or entry.size_bytes is not None:
@@ -121,14 +121,14 @@ def with_file_size(entry: CatalogEntry) -> CatalogEntry:
 
 
 def _catalog_entry(spec: str) -> CatalogEntry | None:
-    """Returns the catalog's entry of NAME or NAME:MIX, with any mix."""
+    """Returns the catalog's entry for NAME or NAME:MIX. Accepts mixes that the catalog does not offer."""
     name, colon, _ = spec.rpartition(":")
     entry = _quantization_of(spec)
     return find_entry(name) if entry is None and colon and _split(spec)[1] is not None else entry
 
 
 def _quantization_of(spec: str) -> CatalogEntry | None:
-    """Returns the catalog's entry with its own quantization. Raises UsageError for an unknown quantization."""
+    """Returns the catalog's entry, or None. Raises UsageError if the text after the colon is no mix."""
     try:
         return find_entry(spec)
     except UsageError:
@@ -143,7 +143,7 @@ def _is_downloaded(entry: CatalogEntry) -> bool:
 
 
 def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedModel:
-    """Raises UsageError if its shape is not known."""
+    """Raises UsageError if the model's shape is not known."""
     plain, _, quantization = entry.name.partition(":")
     shape = public_shapes().get(plain)
     if shape is None:
@@ -154,7 +154,7 @@ def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedMo
 
 
 def _unknown_error(name: str, error: UsageError) -> UsageError:
-    """Returns an error with the nearest names, or for a path or an address with its fault."""
+    """Returns an error that lists the nearest names. For a path or an address, the error states the fault instead."""
     if "/" in name or ":" in name or name.endswith(".gguf"):
         return UsageError(f"--model: {error}")
     near = nearest_names(name, _known_names())
@@ -166,13 +166,13 @@ def _known_names() -> list[str]:
 
 
 def _mix(text: str) -> str | None:
-    """Returns a mix's name for any spelling; None for other texts."""
+    """Returns a mix's key in MIXES for any of its spellings, such as `q4`. Returns None for other texts."""
     name = _MIXES.get(text.upper(), text.upper())
     return name if name in MIXES else None
 
 
 def _split(spec: str) -> tuple[str, str | None]:
-    """Returns (model, mix), splitting at the last colon if a mix follows."""
+    """Splits a text into model and mix at its last colon. The mix is None if no mix follows the colon."""
     name, colon, last = spec.rpartition(":")
     if colon and (mix := _mix(last)) is not None:
         return name, mix
@@ -182,7 +182,7 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 
 def _file_of(name: str, shape: ModelShape) -> ModelFile:
-    """Makes a file with F16 matrices and F32 for everything else, but MXFP4 experts if published so."""
+    """Makes a file of F16 matrices and other tensors in F32. Experts are MXFP4 if the model was published so."""
     path = Path(name)
     tensors = {name: _tensor(path, name, _source_type(shape, name, sizes), sizes) for name, sizes in shape.tensors()}
     return ModelFile(
@@ -230,7 +230,7 @@ def _metadata(shape: ModelShape) -> Mapping[str, MetadataValue]:
 
 
 def _quantized(file: ModelFile, mix: Mix) -> ModelFile:
-    """Keeps MXFP4 tensors that would become larger."""
+    """Changes tensor types as `quantize` would. An MXFP4 tensor that would become larger keeps its type."""
     types = choose_types(file, Wishes(mix))
     tensors = {name: _retyped(tensor, types[name]) for name, tensor in file.tensors.items()}
     return replace(file, tensors=tensors, size_bytes=sum(tensor.n_bytes for tensor in tensors.values()))

@@ -1,4 +1,4 @@
-"""The plan of a model on described machines, with its speed, advice and shortfall; or of all shapes."""
+"""The plan of a model on described machines, with speed, advice and shortfall; or the plans of all named shapes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class AssumedPlan:
         }
 
     def lines(self) -> Iterator[str]:
-        """Yields the text of `plan`, between a summary and the assumptions."""
+        """Yields a summary, the lines of the command `plan`, and the assumptions."""
         prediction = prediction_of(self.plan)
         used = len(self.plan.stages)
         yield (
@@ -106,7 +106,7 @@ def plan_assumed(
 
 @dataclass(frozen=True, slots=True)
 class ShapePlan:
-    """A shape's plan, or the reason that there is none, with advice."""
+    """The plan of a named shape, or the problem that prevents a plan, with advice."""
 
     name: str
     model: AssumedModel
@@ -130,7 +130,7 @@ class ShapePlan:
         return title, size, f"yes, on {_machines(used)}{alone}", *speeds, self._best_help()
 
     def _best_help(self) -> str:
-        """Returns the change that speeds up tokens of one request, if any."""
+        """Returns the advice that makes tokens of one request faster, or else the first advice."""
         if self.alone is not None and self.plan is not None and self.alone.is_better(prediction_of(self.plan)):
             return f"use {self.alone.machine} alone: {shown_speed(1 / self.alone.prediction.token_s)} tok/s"
         return next((text for text in self.helps if "tok/s" in text), "".join(self.helps[:1]))
@@ -165,7 +165,6 @@ class Survey:
         }
 
     def lines(self) -> Iterator[str]:
-        """Yields a table, then the assumptions."""
         rows = [_HEADINGS, *(plan.cells() for plan in self.plans)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
@@ -179,7 +178,7 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Plans each shape in its usual quantization; `planned` gets each name before. Raises UsageError."""
+    """Plans each shape in its usual mix. `planned` gets each name before. Raises UsageError if all shapes fail."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

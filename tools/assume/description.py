@@ -1,4 +1,4 @@
-"""The parser of machines as a user describes them: "3x16GB@40GB/s, 1Gbit" or "2 x 16 GB @ DDR3 + 8 GB"."""
+"""The parser of machine descriptions, such as "3x16GB@40GB/s, 1Gbit" or "2 x 16 GB @ DDR3 + 8 GB"."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _GPU = _pattern(r"gpus?(?![a-z])")
 _LINK = _pattern(rf"(?P<rate>{_NUMBER})\s*(?P<unit>[MG])(?:bit(?:/s)?|bps|be)(?![a-z])")
 _ROUND_TRIP = _pattern(rf"(?P<time>{_NUMBER})\s*(?P<unit>ms|us|µs)(?![a-z])")
 _TERAOPS_MACS = 0.5e12
-"""MACs of 10^12 operations: a multiply-accumulate is two."""
+"""Multiply-accumulates (MACs) in 10^12 operations. A MAC counts as two operations."""
 _BANDWIDTH = "the bandwidth of reading memory as @25GB/s, or the kind of memory as @DDR3, @DDR4 or @DDR5"
 _GPU_BANDWIDTH = "the bandwidth of a GPU's memory, as in 12GB@360GB/s gpu (in GB/s), or a GPU's name, as in rtx3060"
 _SHOWN = 30
@@ -76,7 +76,7 @@ class _Reader:
         return _MEMORY.match(self.text, self.at if counted is None else counted.end()) is not None
 
     def error(self, wanted: str, at: int | None = None) -> UsageError:
-        """Returns an error that quotes the wrong part, up to the next machines or the network."""
+        """Returns an error that quotes the faulty text up to the next `+` or `,`."""
         place = self.at if at is None else at
         rest = re.split(r"[+,]", self.text[place + 1 :], maxsplit=1)[0]
         part = (self.text[place : place + 1] + rest).rstrip()
@@ -91,7 +91,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Equal machines, or GPUs of each machine before them."""
+    """A group of equal machines, or of equal GPUs that each machine of the group before it has."""
 
     begun: int  # in the text
     count: int
@@ -100,9 +100,9 @@ class _Group:
 
 
 def parse_machines(text: str) -> AssumedMachines:
-    """Parses `[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS][ gpu]`, joined by +, then `, SPEED[, ROUND TRIP]` of the
-    network. A `gpu` group, also `[Nx]NAME`, is N GPUs in each machine before it. Raises UsageError with the mistake's
-    place."""
+    """Parses groups of machines, `[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS]`, joined by `+`, then `, SPEED[, ROUND
+    TRIP]` of the network. A group with ` gpu` at its end, or `[Nx]NAME`, adds N GPUs to each machine of the group
+    before it. Raises UsageError that tells the place of the mistake."""
     reader = _Reader(text)
     groups: list[list[Machine]] = []
     while True:
@@ -144,7 +144,7 @@ def _group(reader: _Reader) -> _Group:
 
 
 def _named_gpus(reader: _Reader, *, is_first: bool) -> _Group | None:
-    """Reads GPUs by model name; None for other groups, and for an unknown name in the first group."""
+    """Reads GPUs given by name. Returns None for other groups, and if the first group has an unknown name."""
     begun = reader.at
     before, at = reader.take(_COUNT_OF_GPUS), reader.at
     named = reader.take(_GPU_NAME)
@@ -192,7 +192,7 @@ def _integer(digits: str | None) -> int | None:
 
 
 def _computing(reader: _Reader) -> Device:
-    """Reads threads or operations of a device; its memory is set elsewhere."""
+    """Reads the threads or operations a second of a device. The caller adds its memory."""
     begun = reader.at
     if (threads := reader.take(_THREADS)) is not None:
         count = int(threads["threads"])

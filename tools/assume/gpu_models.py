@@ -1,4 +1,4 @@
-"""GPUs by name: memory, bandwidth and 8-bit operations by data sheets, and compute capability."""
+"""GPUs by name: memory, bandwidth and 8-bit operations a second from data sheets, and compute capability."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Final
 
 _GIB: Final = 1 << 30
 _MATRIX_UNITS: Final = 75
-"""Compute capability from which GPUs multiply 8-bit matrices, not just four bytes."""
+"""The least compute capability (7.5) with matrix units for bytes. Older GPUs multiply only four bytes at a time."""
 _MAKERS: Final = re.compile(r"^(?:nvidia|geforce|tesla|quadro)+|gpu$")
 
 
 @dataclass(frozen=True, slots=True)
 class GpuModel:
-    """One kind of GPU. Operations are dense; a multiply-accumulate is two."""
+    """A GPU product. `tops` counts dense 8-bit operations, two for a multiply-accumulate."""
 
     memory_gib: float  # without what error correction takes where it is on by default
     bandwidth_gb_s: float
@@ -99,18 +99,16 @@ GPU_MODELS: Final[Mapping[str, GpuModel]] = MappingProxyType(
         "rtx5090": GpuModel(32, 1792, 838, 120),
     }
 )
-"""GPUs by name, in order of generation."""
 
 _NAMES: Final = {name.replace("-", ""): name for name in GPU_MODELS}
 
 
 def find_gpu(text: str) -> str | None:
-    """Returns the name in GPU_MODELS for any spelling: "GeForce RTX 3090" is rtx3090. None: unknown."""
+    """Returns the name in GPU_MODELS for any spelling: rtx3090 for "GeForce RTX 3090". Returns None if unknown."""
     return _NAMES.get(_plain(text))
 
 
 def similar_gpus(text: str) -> list[str]:
-    """Returns similar names in GPU_MODELS, the nearest first."""
     return [_NAMES[name] for name in get_close_matches(_plain(text), _NAMES, 3, 0.5)]
 
 

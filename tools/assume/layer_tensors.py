@@ -1,4 +1,4 @@
-"""Tensors of a layer by architecture, as files have them: names, and sizes by the names of `ModelShape.size`."""
+"""Tensors of a layer by architecture: names as in GGUF files, and sizes by names that `ModelShape.size` resolves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 Sizes = tuple[str, ...]
-"""A tensor's size names, slowest dimension first."""
+"""Names of a tensor's sizes, slowest dimension first."""
 Tensors = Mapping[str, Sizes]
 
 _NORMS = {"attn_norm.weight": ("hidden",), "ffn_norm.weight": ("hidden",)}
@@ -107,16 +107,16 @@ LEADING_LAYERS: Final[Mapping[str, Tensors]] = {
     "ernie4_5-moe": _LLAMA,
     "bailingmoe2": {**_NORMS, **_FUSED_ATTENTION, **_HEAD_NORMS, **_FEED_FORWARD},
 }
-"""Tensors of the layers without experts that come first."""
+"""Tensors of the leading layers, which have no experts."""
 
 LAST_LAYERS: Final[Mapping[str, Tensors]] = {
     "qwen35moe": {**_POST_NORMS, **_GATED_ATTENTION, **_EXPERTS, **_GATED_EXPERT}
 }
-"""Tensors of the last layer of each period."""
+"""Tensors of the last layer of each `ModelShape.period`."""
 
 OUTSIDE: Final[Tensors] = {"token_embd.weight": ("vocabulary", "hidden"), "output_norm.weight": ("hidden",)}
 HEAD: Final[Tensors] = {"output.weight": ("vocabulary", "hidden")}
-"""The head of models that do not use the embedding for it."""
+"""The output head of models that do not use their embedding as the head."""
 
 NEXTN: Final[Tensors] = {
     "nextn.eh_proj.weight": ("hidden", "hidden+embedding"),
@@ -126,4 +126,4 @@ NEXTN: Final[Tensors] = {
     "nextn.shared_head_head.weight": ("vocabulary", "hidden"),
     "nextn.shared_head_norm.weight": ("hidden",),
 }
-"""Tensors of a layer that predicts further tokens."""
+"""Further tensors of a layer for multi-token prediction."""

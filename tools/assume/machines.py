@@ -1,4 +1,4 @@
-"""Described machines: values only."""
+"""Values that describe machines."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Final
 MAX_MACHINES: Final = 64
 MAX_GPUS_EACH: Final = 8
 MAX_THREADS: Final = 1024
-"""The most threads of a machine, as of a worker."""
+"""The most threads of a machine; workers have the same limit."""
 MAX_MEMORY_TIB: Final = 1024
-"""The most memory of a processor or a GPU: the bytes of all machines fit 64 bits by far."""
+"""The most memory of a processor or a GPU. The memory of all machines together still fits into 64 bits."""
 MAX_CHANNELS: Final = 24
 EXAMPLE: Final = "3x16GB@40GB/s,1Gbit"
 GPU_EXAMPLE: Final = "64GB@60GB/s + rtx3090"
@@ -18,7 +18,7 @@ GPU_EXAMPLE: Final = "64GB@60GB/s + rtx3090"
 
 @dataclass(frozen=True, slots=True)
 class Ddr:
-    """A kind of memory modules; None: not given."""
+    """A kind of memory modules. None means that the value was not given."""
 
     generation: int  # 3, 4 or 5
     channels: int | None = None
@@ -27,7 +27,7 @@ class Ddr:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The memory of a processor or GPU, and its speeds as far as given."""
+    """A processor or a GPU: its memory, and the speeds that were given."""
 
     memory_bytes: int
     bandwidth: float | Ddr | None = None  # bytes a second
@@ -45,7 +45,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The network between all machines; None: not given."""
+    """The network between all machines. None means that the value was not given."""
 
     bits_s: float | None = None
     round_trip_s: float | None = None

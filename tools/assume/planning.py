@@ -1,4 +1,4 @@
-"""Described machines with keys of a cluster file, as the planner takes them."""
+"""Plans of described machines, with keys of a cluster file."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llamaclust.tools.assume.assumed_model import AssumedModel
 from llamaclust.tools.assume.machines import AssumedMachines, Machine
 
 KEYS = ("context_length", "groups", "kv_memory", "kv_type", "max_sequences", "objective", "plan", "prefill_chunk")
-"""The keys of a cluster file that an assumed plan obeys."""
+"""The keys of a cluster file that take effect in an assumed plan."""
 _LOADED = 0.95
-"""The least share of a file that is loaded: some files have layers that predict further tokens and stay unloaded."""
+"""The least share of a file that is loaded: layers for multi-token prediction are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class AssumedCluster:
 
     @classmethod
     def of(cls, assumed: AssumedMachines, overrides: Sequence[str]) -> AssumedCluster:
-        """Raises UsageError for a key that would be ignored."""
+        """Raises UsageError for a key that has no effect in an assumed plan."""
         for text in overrides:
             key = text.partition("=")[0].strip()
             if key.split(".")[0] not in KEYS:
@@ -46,12 +46,12 @@ class AssumedCluster:
         return self.changed(replace(self.assumed, machines=(*machines, *((machines[-1],) * count))))
 
     def with_one(self, machine: Machine) -> AssumedCluster:
-        """Keeps this machine alone, and drops a `plan` override, which has layers for the others."""
+        """Keeps only this machine. Drops the override `plan`, which assigns layers to the other machines."""
         overrides = tuple(text for text in self.overrides if text.partition("=")[0].strip() != "plan")
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
     def plan(self, model: AssumedModel, *, max_expert_shards: int = MAX_EXPERT_SHARDS) -> Plan:
-        """Raises UsageError for a wrong override or unusable GPUs, InsufficientMemoryError with the missing MiB."""
+        """Raises UsageError for a wrong override or unusable GPUs, and InsufficientMemoryError with the missing MiB."""
         workers = {f"m{number}": machine for number, machine in enumerate(self.assumed.machines, 1)}
         resources = ClusterResources(
             workers={name: _resources(name, machine) for name, machine in workers.items()},
@@ -68,13 +68,13 @@ class AssumedCluster:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory for weights, KV memory and workspaces, of processors and GPUs together."""
+        """The memory of all processors and GPUs that is free for weights, KV memory and workspaces."""
         machines = self.assumed.machines
         gpus = [gpu.memory_bytes - rates.GPU_RESERVED_BYTES for machine in machines for gpu in machine.gpus]
         return sum(max(0, n_bytes) for n_bytes in (*gpus, *map(room_bytes, machines)))
 
     def fitting_plan(self, model: AssumedModel, *, max_expert_shards: int = 1) -> Plan | None:
-        """Returns None if the model does not fit, by default with the experts of a layer on one machine."""
+        """Returns None if the model does not fit. By default, all experts of a layer are on one machine."""
         if _LOADED * model.file.size_bytes > self.memory_bytes:
             return None
         try:
@@ -93,7 +93,7 @@ def prediction_of(plan: Plan) -> Prediction:
 
 
 def room_bytes(machine: Machine) -> int:
-    """Returns the machine's RAM beside its system."""
+    """Returns the RAM that the operating system and this program leave free."""
     return max(0, machine.cpu.memory_bytes - rates.SYSTEM_BYTES)
 
 

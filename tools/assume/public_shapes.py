@@ -1,4 +1,4 @@
-"""Shapes of the catalog's models (`public_shapes.csv`, from their published configurations), by catalog name."""
+"""Shapes of the catalog's models, by catalog name. `public_shapes.csv` has them from their published configurations."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _LIKE: Final = {
         "qwen3-vl-30b-a3b-instruct",
     ),
 }
-"""Named shapes, and the catalog's models that have them."""
+"""The catalog's models that have a named shape, by the name of the shape."""
 IN_CATALOG: Final = {"8b": "llama-3.1-8b-instruct", "70b": "llama-3.3-70b-instruct"}
-"""Named shapes that have another name in the catalog."""
+"""The catalog's name of a named shape, where the two names differ."""
 _AS_LARGE: Final = {**IN_CATALOG, "7b": "mistral-7b-instruct-v0.3"}
 _MIXTURES: Final = {
     "ernie-4.5-21b-a3b": ModelShape(
@@ -87,7 +87,7 @@ _LONG_CONTEXT: Final = 262144
 
 @lru_cache(maxsize=1)
 def public_shapes() -> Mapping[str, ModelShape]:
-    """Returns known shapes by catalog name, without quantization."""
+    """Returns the known shapes. Keys are catalog names without a quantization."""
     shapes = dict(_MIXTURES)
     for shape, names in _LIKE.items():
         for name in names:
@@ -100,7 +100,7 @@ def public_shapes() -> Mapping[str, ModelShape]:
 
 
 def no_file_hint(name: str) -> str | None:
-    """Returns what to pull instead of a named shape that the catalog lacks; None for other names."""
+    """Returns what to pull instead of a named shape that the catalog lacks. Returns None for other names."""
     plain = name.lower().partition(":")[0]
     if plain not in SHAPES or plain in _LIKE:
         return None

@@ -1,4 +1,4 @@
-"""Shapes of public models: widths and keys, as their files have them. Data only."""
+"""Shapes of public models: sizes and metadata keys as in their GGUF files. Data only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Scalar = int | float | bool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A public model. `ffn`: of layers without experts; `mix`: the usual quantization of its files."""
+    """The shape of a public model. `ffn` is the width in layers without experts, `mix` the usual mix of its files."""
 
     architecture: str
     title: str
@@ -43,7 +43,7 @@ class ModelShape:
     arrays: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def size(self, name: str) -> int:
-        """Returns a size by the names of `layer_tensors`."""
+        """Returns the size that `layer_tensors` calls `name`."""
         queries, delta_values = self.heads * self.head_dim, self.delta_heads * self.delta_dim
         derived = {
             "queries": queries,

@@ -1,4 +1,4 @@
-"""The speed of a model and the limits of this machine, measured alternately in one run."""
+"""Measures the speed of a model and the limits of this machine, alternately in one run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ OnStep = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class BenchTask:
-    """The parameters of a benchmark. Prefill and decode are apart, as in llama-bench; decode begins behind `depth`."""
+    """The parameters of a benchmark. Prefill and decode are separate, as in llama-bench. Decode follows `depth`
+    tokens."""
 
     model: Path
     threads: int | None  # of each worker; None: the cores, shared out
@@ -62,9 +63,9 @@ class BenchTask:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Counted work of a prefill and a decode step: MACs of weights, bytes read. Weights count as the file holds them:
-    larger tiles get no credit. Omitted are the embedding, unchosen experts, and KV outside a sliding window. A state is
-    read once."""
+    """The work of a prefill and of a decode step: MACs with weights, and bytes read. Weights count with their size in
+    the file, even if they are packed into larger tiles. The embedding, experts that no token chose, and KV outside a
+    sliding window do not count. A recurrent state counts as read once."""
 
     prefill_macs: int
     float_share: float  # of them, those by float weights
@@ -88,7 +89,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Measurements, repeat by repeat; overall figures are medians. GB are 10^9 bytes."""
+    """The measurements of all repeats. Properties are medians of them. GB are 10^9 bytes."""
 
     task: BenchTask
     quant_type: str
@@ -118,12 +119,12 @@ class BenchReport:
 
     @property
     def decode_roofline(self) -> Spread:
-        """Shares of the read bandwidth; more than 1 if weights stay in a cache."""
+        """Shares of the read bandwidth that decode reached. A share exceeds 1 if weights stay in a cache."""
         return Spread.of(pair.share for pair in self.decodes)
 
     @property
     def prefill_roofline(self) -> Spread:
-        """Shares of the peak of 8-bit multiply-adds, or of float32 ones for float weights."""
+        """Shares of the multiply-add peak that prefill reached: the 8-bit peak, or float32's for float weights."""
         return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:
@@ -151,19 +152,19 @@ class BenchReport:
 
 
 class Runner(Protocol):
-    """The measured operations; both return seconds."""
+    """The operations to measure. Each returns its seconds."""
 
     def prefill(self) -> Awaitable[float]: ...
     def decode(self) -> Awaitable[float]: ...
 
 
 _Runs = tuple[tuple[Pair, ...], tuple[Pair, ...], MachineLimits]
-"""Prefills in GMAC/s, decodes in GB/s, the machine's limits meanwhile."""
+"""Prefills in GMAC/s, decodes in GB/s, and the machine's limits during the run."""
 _Measure = Callable[[Runner], Coroutine[None, None, _Runs]]
 
 
 class _StageRunner:
-    """One stage in this process; nothing else runs meanwhile."""
+    """Runs one stage in this process. Its operations block the event loop."""
 
     def __init__(self, stage: BenchStage, task: BenchTask) -> None:
         self._stage = stage
@@ -179,7 +180,7 @@ class _StageRunner:
 
 
 def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
-    """Raises UsageError for more tokens than the model's context, or more workers than layers."""
+    """Raises UsageError if the tokens exceed the model's context, or if there are more workers than layers."""
     with closing(Model.open(task.model)) as model:
         trained = model.hyperparameters.context_length
         if task.context > trained:
@@ -200,7 +201,7 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
 
 
 def _device(task: BenchTask) -> Device:
-    """Opens the processor, or a GPU beside it, without the cache of packed weights."""
+    """Opens the processor, and the GPU if the task names one, without the cache of packed weights."""
     variables = environment()
     settings = WorkerSettings(
         name="bench",
@@ -231,7 +232,7 @@ async def _cluster_runs(task: BenchTask, on_step: OnStep, measure: _Measure) -> 
 async def _measure(
     task: BenchTask, work: Work, on_step: OnStep, runner: Runner, limits: GpuLimits | Limits | None = None
 ) -> _Runs:
-    """Alternates decode and prefill, so that the machine's changes affect both. `limits` None: the processor's."""
+    """Alternates decode and prefill, so that changes of the machine affect both. `limits` None: the processor's."""
     on_step("warming up")
     threads = min(task.threads_each * task.workers, physical_cores())
     limits = limits or await Limits.open(threads, work.float_share)

@@ -1,4 +1,4 @@
-"""The cut of a model's layers over a number of equal workers. Pure."""
+"""The division of a model's layers among equal workers. Pure."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""A sequence's work as the planner's `throughput` assumes it: answers of 128 tokens, eight together."""
+"""The work of a sequence in the planner's `throughput`: 128 tokens in steps of eight sequences are 16 steps."""
 _MACS_PER_BYTE = 15.0
-"""Multiply-adds that take about as long as one byte that is read."""
+"""The number of multiply-adds that take about as long as reading one byte."""
 _SHARPNESS = 8
-"""A power of stage times, so high that the slowest stage decides, and among equals the evenest cut."""
+"""The exponent of stage times. It is so high that the slowest stage decides; of equal cuts, the most even one wins."""
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
-    """Returns half-open ranges of layers, one a worker, so that the slowest stage is fastest; the last has the head."""
+    """Returns a layer range [start, end) per worker; the slowest stage is as fast as possible. The last has the
+    head."""
     times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]
     head = _time(0, costs.head_file_bytes)
     until = np.concatenate(([0.0], np.cumsum(times))) / (sum(times) + head)

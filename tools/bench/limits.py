@@ -1,4 +1,4 @@
-"""The limits of this machine, measured right before and after each run: its speed may change during a benchmark."""
+"""The limits of this machine, measured just before and just after each run: its speed may change during a benchmark."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The speed of one run, and the machine's limit right before and after it, all in one unit."""
+    """The speed of one run, and the machine's limits just before and just after it, in the same unit."""
 
     speed: float
     before: float
@@ -50,7 +50,7 @@ class Pair:
 
     @property
     def limit(self) -> float:
-        """The mean limit: the greater of two noisy figures would exceed what the machine gave."""
+        """The mean of both limits: the greater of two noisy figures would exceed the real limit."""
         return (self.before + self.after) / 2
 
     @property
@@ -60,7 +60,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class MachineLimits:
-    """Bytes read from memory (10^9 a second), 8-bit and float32 multiply-adds: medians over the run."""
+    """Medians over the run, in 10^9 a second: bytes read from memory, 8-bit multiply-adds, float32 multiply-adds."""
 
     read_gb_s: float
     int8_gmac_s: float
@@ -68,8 +68,8 @@ class MachineLimits:
 
 
 class Limits:
-    """The machine's limits on `threads` threads; holds a read buffer of up to 1 GiB, and probes in daemon threads.
-    `float_share` of a prefill's multiply-adds use float weights."""
+    """Measures the machine's limits on `threads` threads, from daemon threads. Holds a read buffer of up to 1 GiB.
+    `float_share` is the share of a prefill's multiply-adds that use float weights."""
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
         self._probe, self._threads, self._float_share = probe, threads, float_share
@@ -91,19 +91,18 @@ class Limits:
         return MachineLimits(median(self._read_gb_s), median(self._int8_gmac_s), median(self._fma_gmac_s))
 
     async def read(self) -> float:
-        """Returns GB/s."""
         self._read_gb_s.append(await _elsewhere(partial(self._probe.measure, _READ_S)))
         return self._read_gb_s[-1]
 
     async def peak(self) -> float:
-        """Returns 10^9 multiply-adds a second, 8-bit and float32 in the model's proportion."""
+        """Returns 10^9 multiply-adds a second, with 8-bit and float32 ones in the model's proportion."""
         self._int8_gmac_s.append(await _elsewhere(partial(probes.int8_peak, self._threads, _PEAK_S)))
         self._fma_gmac_s.append(await _elsewhere(partial(probes.fma_peak, self._threads, _PEAK_S)))
         return 1 / ((1 - self._float_share) / self._int8_gmac_s[-1] + self._float_share / self._fma_gmac_s[-1])
 
 
 class GpuLimits:
-    """A GPU's memory bandwidth and 8-bit products, the limits of float weights, too. Measurements block."""
+    """Measures a GPU's memory bandwidth and 8-bit products, the limit of float weights, too. Calls block."""
 
     def __init__(self, gpu: GpuBackend) -> None:
         self._gpu = gpu
@@ -117,7 +116,6 @@ class GpuLimits:
         return MachineLimits(read / 1e9, macs / 1e9, fma_gmac_s=0.0)
 
     async def read(self) -> float:
-        """Returns GB/s."""
         self._found.append(self._gpu.limits())
         return self._found[-1].read_bytes_s / 1e9
 
@@ -128,7 +126,7 @@ class GpuLimits:
 
 
 async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:
-    """Measures a run of `work` between two limits. `run` returns seconds; `limit` is in 10^9 units of work a second."""
+    """Measures a run between two limits. `run` returns seconds for `work` units, `limit` 10^9 units a second."""
     before = await limit()
     seconds = await run()
     return Pair(work / seconds / 1e9, before, await limit())

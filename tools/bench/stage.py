@@ -1,4 +1,4 @@
-"""Speed of one stage that holds a whole model, in this thread, without the engine."""
+"""The speed of one stage that holds a whole model. It runs in the calling thread, without the engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _capacity(batch: int, context: int, kv_type: KvType) -> Capacity:
 
 
 class BenchStage:
-    """A loaded stage and sequences of random tokens, as many and as long as `stage_limits` allows."""
+    """A loaded stage with sequences of random tokens. Their number and length are the most that its limits allow."""
 
     def __init__(self, model: Model, runner: StageRunner) -> None:
         """Takes ownership of the runner, which holds the whole model."""
@@ -53,7 +53,8 @@ class BenchStage:
         self._settings = capacity.scheduler_settings(model, BlockCounts(limits.kv_blocks))
 
     def prefill(self, tokens: int, sequences: int | None = None) -> float:
-        """Returns the seconds of prefills of `tokens`, one by one, for all (or so many) sequences, with a sample."""
+        """Returns the seconds to prefill `tokens` tokens of each of `sequences` (None: all) sequences, one sequence
+        after the other. Each prefill samples a token."""
         started_ns = perf_counter_ns()
         for index in range(len(self._tables[:sequences])):
             for start, rows in self._chunks(tokens):
@@ -63,7 +64,8 @@ class BenchStage:
         return (perf_counter_ns() - started_ns) / 1e9
 
     def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
-        """Returns the seconds of `steps` that decode all (or so many) sequences together, the first behind `depth`."""
+        """Returns the seconds of `steps` decode steps, each for `sequences` (None: all) sequences together. The first
+        step has `depth` tokens before it."""
         last = [tokens[depth] for tokens in self._tokens[:sequences]]
         started_ns = perf_counter_ns()
         for position in range(depth, depth + steps):
@@ -73,7 +75,7 @@ class BenchStage:
 
     @property
     def has_copies(self) -> bool:
-        """True if often used experts are copied to GPUs."""
+        """True if GPUs keep copies of often used experts."""
         return any(stage.cache is not None for stage in self._runner.split_stages)
 
     @property
@@ -82,7 +84,7 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Computes experts in RAM while entered; copies under way end first."""
+        """Computes all experts in RAM inside the context. Waits first until copies to GPUs under way have ended."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):
@@ -99,7 +101,7 @@ class BenchStage:
         self._runner.close()
 
     def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yields (first token, rows) as the scheduler would cut a lone prompt, by the times measured so far."""
+        """Yields (first token, rows) of chunks as the scheduler cuts a lone prompt, by the times measured so far."""
         start = 0
         while start < tokens:
             rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, alone=True), tokens - start)
@@ -107,7 +109,6 @@ class BenchStage:
             start += rows
 
     def _run(self, chunks: list[Chunk], tasks: list[RowTask]) -> list[int]:
-        """Returns the chosen tokens."""
         started_ns = perf_counter_ns()
         microbatch = Microbatch(self._model_id, _EPOCH, 0, tuple(chunks))
         logits = self._runner.run_to_sample(microbatch)

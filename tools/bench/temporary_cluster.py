@@ -1,4 +1,4 @@
-"""A temporary cluster of local worker processes for one measurement, and its speed at the engine."""
+"""A temporary cluster of local worker processes for one measurement, and the speed that its engine reaches."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 _SEED = 20_240_601
 _ALIKE = {"memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
-"""Assumed speeds of the workers, which share one machine: nothing is measured at their start."""
+"""Assumed speeds of the workers. They share one machine, so nothing is measured at their start."""
 
 
 @asynccontextmanager
 async def temporary_cluster(
     model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int, kv_type: KvType
 ) -> AsyncIterator[Cluster]:
-    """Runs the model on exactly `workers` workers, each with `threads`. Raises UsageError if it has fewer layers."""
+    """Runs the model on `workers` workers of `threads` threads. Raises UsageError if it has fewer layers."""
     names = [f"w{index}" for index in range(1, workers + 1)]
     with closing(Model.open(model)) as opened:
         if workers > opened.layer_count:
@@ -78,7 +78,7 @@ def cluster_service(
 
 
 class ClusterRunner:
-    """A `Runner` of the benchmark, with new random prompts each time."""
+    """The `Runner` that measures a cluster. Each measurement has new random prompts."""
 
     def __init__(self, cluster: Cluster, task: BenchTask) -> None:
         self._engine = cluster.engine
@@ -93,7 +93,7 @@ class ClusterRunner:
         return (perf_counter_ns() - started_ns) / 1e9
 
     async def decode(self) -> float:
-        """Returns the seconds from the last sequence's first token to the end, scaled to all tokens of the task."""
+        """Returns the seconds from when all sequences have their first token to the end, scaled to all tokens."""
         requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
         times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)
@@ -101,7 +101,7 @@ class ClusterRunner:
         return (end_ns - start_ns) / 1e9 * self._task.generate * self._task.batch / within
 
     async def _token_times(self, prompt: int, generate: int) -> list[int]:
-        """Returns the times of a request's tokens in nanoseconds; the request never ends early."""
+        """Returns the times in nanoseconds at which a request's tokens arrived. The request never ends early."""
         tokens = tuple(map(int, self._random.integers(0, self._vocabulary, prompt)))
         number = int(self._random.integers(1 << 62))
         async with self._engine.submit(GenerationRequest(f"bench-{number:x}", tokens, generate)) as events:

@@ -1,4 +1,4 @@
-"""An nftables table of this process: the kernel removes it at the process's end, and no other may change it."""
+"""An nftables table that this process owns. The kernel removes it when the process ends; no other may change it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _CAP_NET_ADMIN = 12
 
 
 class FirewallError(LlamaclustError):
-    """The reason that packets cannot be filtered here, in a line."""
+    """The reason, in one line, that packets cannot be filtered on this machine."""
 
 
 class Firewall:
-    """Rules in the network namespace of this process. Raises FirewallError if it may not make any."""
+    """Rules in the network namespace of this process. Raises FirewallError if the process may not add any."""
 
     def __init__(self) -> None:
         self.table = f"inet llamaclust_chaos_{os.getpid()}"
@@ -33,13 +33,13 @@ class Firewall:
             raise FirewallError(f"{error} (nftables of Linux 5.12 or newer)") from None
 
     def run(self, commands: str) -> None:
-        """Runs all commands, or none and raises FirewallError."""
+        """Runs all commands. If one fails, runs none and raises FirewallError."""
         if self._library.nft_run_cmd_from_buffer(self._context, commands.encode()) != 0:
             lines = self._library.nft_ctx_get_error_buffer(self._context).decode(errors="replace").splitlines()
             raise FirewallError(f"nftables: {next(iter(lines), 'unknown error')}")
 
     def close(self) -> None:
-        """Removes all rules; repeated calls do nothing."""
+        """Removes all rules. Repeated calls do nothing."""
         if self._context is not None:
             self.run(f"delete table {self.table}")
             self._free()
@@ -66,7 +66,7 @@ def _load() -> Any:
 
 
 def _may_filter() -> bool:
-    """True if this process has CAP_NET_ADMIN; nftables would complain on standard error."""
+    """True if this process has CAP_NET_ADMIN. Without it, nftables would print to standard error."""
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "CapEff":

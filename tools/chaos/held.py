@@ -1,4 +1,4 @@
-"""Faults that last until they are undone: stops, full disks, disturbed links."""
+"""Faults that last until they are undone: stopped processes, full disks, disturbed links."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.tools.chaos.processes import Process
 
 
 class Stops:
-    """Stopped processes by target."""
+    """Stopped processes, by the name of their target."""
 
     def __init__(self) -> None:
         self._processes: dict[str, Process] = {}
@@ -20,7 +20,7 @@ class Stops:
         return frozenset(self._processes)
 
     def begin(self, name: str, process: Process) -> bool:
-        """Returns False if the process is gone."""
+        """Stops the process. Returns False if the process has ended."""
         self._processes[name] = process
         if process.send(signal.SIGSTOP):
             return True
@@ -28,13 +28,13 @@ class Stops:
         return False
 
     def end(self, name: str) -> None:
-        """Continues the process, unless it was replaced."""
+        """Continues the process. Does nothing if another process has replaced it."""
         if process := self._processes.pop(name, None):
             process.send(signal.SIGCONT)
 
 
 class FullDisks:
-    """Coordinators, with the workers that they start, whose writes fail as on a full disk, by target."""
+    """Coordinators whose file writes fail as on a full disk, by target. Their workers' writes fail, too."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # of files, before
@@ -44,14 +44,14 @@ class FullDisks:
         return frozenset(self._limits)
 
     def begin(self, name: str, process: Process) -> bool:
-        """Returns False if the process is gone."""
+        """Returns False if the process has ended."""
         before = process.limit_files(0)
         if before is not None:
             self._limits[name] = process, before
         return before is not None
 
     def make_room(self, name: str) -> None:
-        """Undoes the limits; the target stays listed."""
+        """Lifts the limits. The target stays listed until `end`."""
         process, before = self._limits[name]
         for writer in (process, *process.children()):
             writer.limit_files(before)
@@ -63,7 +63,7 @@ class FullDisks:
 
 
 class DisturbedLinks:
-    """Disturbed links by worker; the kernel ends each at its time."""
+    """Disturbed links, by worker. The kernel ends each disturbance when its time is over."""
 
     def __init__(self, firewall: Firewall | None) -> None:
         self._firewall = firewall
@@ -75,7 +75,7 @@ class DisturbedLinks:
         return frozenset(self._labels)
 
     def begin(self, name: str, link: WorkerLink, disturbance: Disturbance, hold_s: float) -> None:
-        """Raises FirewallError if it is not possible."""
+        """Raises FirewallError if the rules cannot be added."""
         assert self._firewall is not None, "without a firewall, links are no targets"
         self._serial += 1
         label = f"fault{self._serial}"

@@ -1,4 +1,4 @@
-"""The injector of faults into a running cluster, which undoes those that are held."""
+"""Injects faults into a running cluster, and undoes those that last."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
 _POLL_S = 0.1
 _JOURNAL_S = 6.0
-"""The time after a full disk until the journal has all open requests again; a coordinator's earlier end loses some."""
+"""The time after a full disk until the journal has all open requests again. A coordinator that ends sooner loses
+some."""
 
 Show = Callable[[str], None]
 
 
 class Injector:
-    """The faults of one cluster. `close` undoes everything that is held; it may be called again."""
+    """The faults of one cluster. `close` undoes all lasting faults and may be called repeatedly."""
 
     def __init__(
         self, state_dir: Path, name: str, permissions: Permissions, show: Show, firewall: Firewall | None = None
@@ -48,7 +49,7 @@ class Injector:
 
     @property
     def held(self) -> frozenset[str]:
-        """Targets of lasting faults: workers, and the cluster while its coordinator's disk is full."""
+        """Targets of lasting faults: workers, or the cluster's name for a fault of its coordinator."""
         return self._stops.names | self._disks.names | self._drains.names | self._links.names | self._failing
 
     def targets(self) -> Targets:
@@ -61,8 +62,8 @@ class Injector:
         return find_running(self._state_dir, self._name)[0]
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
-        """Returns False if the fault did not take place. Lasting faults go on in the background, except a coordinator's
-        stop; a coordinator's kill returns once another one serves."""
+        """Returns False if the fault did not take place. Lasting faults go on in the background, but a stop of the
+        coordinator is awaited. A kill of the coordinator returns when another one serves."""
         match fault.kind:
             case FaultKind.KILL:
                 return targets.workers[fault.target].send(signal.SIGKILL)
@@ -92,7 +93,7 @@ class Injector:
                 return self._fill_disk(fault, process)
 
     def close(self) -> None:
-        """Undoes everything that is held. Blocks up to half a minute if the cluster does not answer."""
+        """Undoes all lasting faults. Blocks for up to 30 s per drained worker if the cluster does not answer."""
         for task in self._tasks:
             task.cancel()
         for name in self._stops.names:
@@ -121,7 +122,7 @@ class Injector:
         return is_stopped
 
     def _begin_within(self, fault: Fault, process: Process, number: signal.Signals) -> bool:
-        """Begins a fault within the process. A process that replaced the target may have no handler of it."""
+        """Begins a fault in the process. Returns False if the process has ended or does not handle the signal."""
         if not process.catches(number) or not process.send(number):
             return False
         self._failing.add(fault.target)
@@ -201,7 +202,7 @@ class Injector:
         return True
 
     async def _successor(self, killed: Process) -> ClusterRecord:
-        """Returns the coordinator that serves in the killed one's place."""
+        """Waits for the coordinator that takes over from the killed one, and returns its record."""
         end_s = time.monotonic() + _RETURN_S
         while time.monotonic() < end_s:
             with suppress(LlamaclustError):
@@ -222,11 +223,11 @@ class Drains:
         return frozenset(self._workers)
 
     def add(self, name: str) -> None:
-        """Lists a worker that will be drained."""
+        """Announces a drain, so that `end` may come before `begin`."""
         self._workers[name] = threading.Lock()
 
     def begin(self, name: str) -> None:
-        """Does nothing if `end` came first."""
+        """Drains the worker. Does nothing if `end` came first."""
         lock = self._workers.get(name)
         if lock is None:
             return
@@ -236,7 +237,7 @@ class Drains:
                     api.drain(name)
 
     def end(self, name: str) -> str:
-        """Undrains, with retries while no coordinator answers. Returns why the worker stays drained, or ""."""
+        """Undrains, and retries while no coordinator answers. Returns why the worker stays drained, or ""."""
         with self._workers.get(name, threading.Lock()):
             return self._undrain(name)
 

@@ -1,5 +1,5 @@
-"""The network links of workers, and the nftables rules that disturb one of them. Rules match addresses and ports of the
-cluster's members alone."""
+"""The network links of workers, and nftables rules that disturb a link. Rules match only addresses and ports of the
+cluster's members."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llamaclust.tools.chaos.processes import is_here
 
 _UNIX = "unix:"
 _PRIORITY = -310
-"""A priority before connection tracking and other programs' rules."""
+"""The priority of rules that come before connection tracking and before rules of other programs."""
 
 
 class Disturbance(StrEnum):
-    """The verdict on packets, in nftables' syntax."""
+    """The fate of a link's packets, in nftables' syntax."""
 
     CUT = "drop"
     SLOW = "limit rate over 100 kbytes/second burst 100 kbytes drop"
@@ -26,15 +26,15 @@ class Disturbance(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLink:
-    """A worker's link to the members on this machine. `own_ports` are those that it connects to; none for a worker on
-    this machine: its outgoing connections look like those of other processes."""
+    """A worker's link to the members on this machine. `own_ports` are the ports here to which the worker connects. A
+    worker on this machine has none: its outgoing connections look like those of other processes."""
 
     hosts: frozenset[str]  # IP addresses
     ports: frozenset[int]  # for stages, and for links of groups
     own_ports: frozenset[int] = frozenset()
 
     def commands(self, table: str, label: str, disturbance: Disturbance, hold_s: float) -> str:
-        """Returns nft commands for a disturbance that the kernel ends: rules find the ports in sets that expire."""
+        """Returns nft commands for a disturbance that the kernel ends: its rules match ports in sets that expire."""
         lifetime = f"timeout {max(1, round(hold_s * 1000))}ms"
         lines = []
         for name, ports in (("port", self.ports), ("own", self.own_ports)):
@@ -67,7 +67,7 @@ class WorkerLink:
 
 
 def worker_links(addresses: Mapping[str, Sequence[str]], coordinator_ports: frozenset[int]) -> dict[str, WorkerLink]:
-    """Returns the links of workers with network addresses, by name; workers connect to `coordinator_ports`."""
+    """Returns the links of all workers with network addresses. The workers connect to `coordinator_ports`."""
     in_network = {name: [each for each in own if not each.startswith(_UNIX)] for name, own in addresses.items()}
     found = {name: _resolve(own) for name, own in in_network.items()}
     known = {name: link for name, link in found.items() if link.hosts and coordinator_ports}

@@ -1,4 +1,4 @@
-"""Endless streamed requests, each answer compared with the undisturbed one."""
+"""Endless streamed requests. Each answer is compared with the undisturbed answer to the same request."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _MIXED: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (11, 7, {"mirostat": 2}),
     (13, 8, {"dry_multiplier": 0.8}),
 )
-"""(divisor, remainder) of requests' numbers, and the fields of those requests."""
+"""Each entry is (divisor, remainder, fields): requests whose numbers leave that remainder get these fields."""
 _TOP_EVERY, _TOP = 7, 5
 
 
 @dataclass(frozen=True, slots=True)
 class Requests:
-    """Numbered requests of all kinds: greedy, sampled, choices, logprobs, lengths of prompts, chats, completions."""
+    """Numbered requests: greedy or sampled, several choices, logprobs, short or long prompts, chats or completions."""
 
     tokens: int = _TOKENS
     longest: int = max(_LENGTHS)  # prompt, in words
@@ -53,12 +53,12 @@ class Requests:
         return "v1/completions", {**body, "prompt": text, "logprobs": top}
 
     def start(self, client: AsyncClient, number: int) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Yields the request's events with their ids."""
+        """Yields (id, event) for each event of the request."""
         return client.events(*self.path_and_body(number))
 
 
 async def fitting_requests(client: AsyncClient, context_tokens: int) -> Requests:
-    """Returns requests that fit the context; with chats if the model has a chat template."""
+    """Returns requests that fit the context. Some are chats if the model has a chat template."""
     tokens = max(1, min(_TOKENS, context_tokens // 3))
     word_tokens = max([len(await client.tokenize(f" {word}", add_special=False)) for word in _WORDS])
     longest = max(1, (context_tokens - tokens - _TEMPLATE_TOKENS) // word_tokens)
@@ -83,7 +83,7 @@ class Streams:
         self.expected = dict(enumerate(answers))
 
     async def repeat(self, number: int, until: asyncio.Event) -> None:
-        """Repeats a request and compares each answer that began. Refused requests are retried for two minutes."""
+        """Repeats a request and compares each answer. A refused request is retried for up to two minutes."""
         refused_s: float | None = None
         while not until.is_set():
             received = Received()
@@ -108,7 +108,7 @@ class Streams:
         return received
 
     async def _read(self, number: int, received: Received) -> None:
-        """Adds a request's events as they come. Raises NotAcceptedError if it fails before the first one."""
+        """Adds a request's events as they come. Raises NotAcceptedError if it fails before its first event."""
         is_accepted = False
         try:
             async with aclosing(self.requests.start(self.client, number)) as events:
@@ -125,12 +125,12 @@ class Streams:
 
 
 class NotAcceptedError(LlamaclustError):
-    """The request was refused, or nothing answered."""
+    """The server refused the request, or no server answered."""
 
 
 @asynccontextmanager
 async def meanwhile(works: Iterable[Coroutine[Any, Any, None]]) -> AsyncIterator[list[asyncio.Task[None]]]:
-    """Runs tasks beside the caller's, cancels them after it, and raises an error of one of them."""
+    """Runs tasks in parallel with the caller's block, and cancels them after it. Raises the first error of a task."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         yield tasks

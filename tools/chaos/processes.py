@@ -1,4 +1,4 @@
-"""Processes that may be signalled: a cluster's own, identified by process id and start time."""
+"""Processes of a cluster, the only ones that may be signalled. Process id and start time identify each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LISTENING = "0A"
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """A process of this user; a later one with the same id has another start time."""
+    """A process of this user. A later process with the same id has another start time."""
 
     pid: int
     start_time: int  # in clock ticks since the machine started
@@ -34,7 +34,7 @@ class Process:
         return bool(fields) and int(fields[_START]) == self.start_time and fields[_STATE] not in ("Z", "X")
 
     def send(self, number: signal.Signals) -> bool:
-        """Returns False if the process is gone. A pidfd keeps the id from changing hands between check and signal."""
+        """Returns False if the process has ended. The pidfd ensures that no other process gets the signal."""
         with suppress(ProcessLookupError):
             descriptor = os.pidfd_open(self.pid)
             try:
@@ -46,7 +46,7 @@ class Process:
         return False
 
     def catches(self, number: signal.Signals) -> bool:
-        """True if the process handles the signal, which would otherwise end it."""
+        """True if the process has a handler for the signal. Without a handler, the signal would end the process."""
         with suppress(OSError):
             lines = (_PROC / str(self.pid) / "status").read_text().splitlines()
             caught = next((line for line in lines if line.startswith("SigCgt:")), "SigCgt: 0")
@@ -54,8 +54,8 @@ class Process:
         return False
 
     def limit_files(self, most_bytes: int) -> int | None:
-        """Limits the size of files that the process and its later children write; the hard limit still applies. Returns
-        the limit before; None if the process is gone."""
+        """Limits the size of files that the process and its later children write, within the hard limit. Returns the
+        previous limit, or None if the process has ended."""
         if not self.is_running:
             return None
         with suppress(ProcessLookupError):
@@ -72,7 +72,7 @@ class Process:
 
 
 def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | None:
-    """Returns the process of a worker that the coordinator started on this machine; `worker` is of `GET /cluster`."""
+    """Returns the process of a worker that the coordinator started here. `worker` comes from `GET /cluster`."""
     process = _own_process(worker["pid"])
     if process is None or not _is_command(_command_line(process.pid), ["-m", "llamaclust.worker", "--name"], worker):
         return None
@@ -81,8 +81,8 @@ def local_worker(worker: Mapping[str, Any], coordinator_pid: int) -> Process | N
 
 
 def joined_worker(worker: Mapping[str, Any]) -> Process | None:
-    """Returns the process of a worker that joined by itself, if it listens on the worker's port at an address of this
-    machine: a worker elsewhere may have the same id and port as another one here."""
+    """Returns the process of a worker that joined by itself, if the process listens on the worker's port and the
+    address is of this machine. Id and port do not suffice: a worker on another machine may have the same ones."""
     process = _own_process(worker["pid"])
     if process is None:
         return None
@@ -96,7 +96,7 @@ def joined_worker(worker: Mapping[str, Any]) -> Process | None:
 
 
 def coordinator(pid: int, start_ticks: int) -> Process | None:
-    """Returns the coordinator's process. A record may be of another container: its id is another process's here."""
+    """Returns the coordinator's process, or None if the id is another's: the record may be of another container."""
     process = _own_process(pid)
     if process is None or process.start_time != start_ticks:
         return None
@@ -136,7 +136,7 @@ def is_here(host: str) -> bool:
 
 
 def listening_ports(pid: int) -> frozenset[int]:
-    """Returns TCP ports on which a process of this user listens."""
+    """Returns the TCP ports on which a process of this user listens."""
     folder, ports = _PROC / str(pid), {}
     with suppress(OSError):
         for name in ("tcp", "tcp6"):

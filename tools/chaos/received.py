@@ -1,4 +1,4 @@
-"""The answers of one streamed request as a client received them. Pure."""
+"""The answers to one streamed request, as a client received them. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from llamaclust.core.sampling import RowResult
 
 Answer = list[tuple[int, bytes]]
-"""Token ids, each with the bits of its float32 logprob and the top logprobs."""
+"""The tokens of an answer: each id, with the bits of its float32 logprob and of its top logprobs."""
 
 
 def answer_rows(rows: Iterable[RowResult]) -> Answer:
@@ -39,7 +39,8 @@ class Received:
 
 
 def event_number(event_id: str) -> int:
-    """Returns the number of events up to this one: ids count each choice's, as `REQUEST:3-5`."""
+    """Returns the number of events up to this one: the id `REQUEST:3-5` means 3 events of one choice and 5 of
+    another."""
     return sum(map(int, event_id.rpartition(":")[2].split("-")))
 
 

@@ -1,4 +1,4 @@
-"""A fault test of a running cluster: load, faults, comparison."""
+"""A fault test of a running cluster: it applies load, injects faults and compares answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llamaclust.tools.chaos.worker_faults import PRELOAD
 
 _SHOW_S = 1.0
 _FINISH_S = 180.0
-"""The wait for the last answers after the last fault."""
+"""The longest wait for the last answers after the last fault."""
 _NOT_HERE = "has no coordinator of this user on this machine"
 _NO_LINKS = "has no worker with a network link to this machine (those of `launcher: local` have Unix sockets)"
 _NOT_PRELOADED = (
@@ -69,7 +69,7 @@ class View(Protocol):
 
 
 async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
-    """Fills the tally; undoes lasting faults, also on cancellation. Raises UsageError if nothing may be disturbed."""
+    """Fills the tally. Always undoes lasting faults. Raises UsageError if nothing may be disturbed."""
     folder, record = find_running(settings.state_dir, settings.cluster)
     status, context_tokens = _idle_status(settings, record)
     targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)
@@ -97,7 +97,7 @@ async def _disturb_and_compare(settings: ChaosSettings, injector: Injector, stre
 
 
 def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[str, Any], int]:
-    """Returns the status and the context length. Raises UsageError if the cluster serves other clients."""
+    """Returns the status and the context length. Raises UsageError for other clients that must not be disturbed."""
     with ClusterApi.of(record) as api:
         status, context_tokens = api.status(), api.context_length()
     busy = status["requests"]["running"] + status["requests"]["waiting"]
@@ -108,7 +108,7 @@ def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[s
 
 @contextmanager
 def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator[Firewall | None]:
-    """Yields None if links are not disturbed; a line says what is missing for it."""
+    """Yields None if no link can be disturbed. If something is missing for it, a line tells the user."""
     kinds = [kind for kind in FaultKind if kind.is_of_link and targets.names[kind]]
     try:
         firewall = Firewall() if kinds else None
@@ -125,7 +125,7 @@ def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator
 
 
 def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: View) -> None:
-    """Shows the faults to come. Raises UsageError if there are none, or a required kind is not possible."""
+    """Shows the kinds of faults to come. Raises UsageError if no kind, or not each required kind, is possible."""
     kinds = [kind for kind in FaultKind if _suffices(kind, targets)]
     for kind in FaultKind:
         if kind in settings.required and kind not in kinds:
@@ -138,14 +138,14 @@ def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: Vie
 
 
 def _suffices(kind: FaultKind, targets: Targets) -> bool:
-    """True unless there is no target, or a kind that spares the last worker would hit it."""
+    """True if the kind has a target. A kind that spares the last worker needs a second connected worker."""
     least = 2 if kind.needs_another_worker else 1
     return len(targets.names[kind]) >= 1 and targets.connected >= least
 
 
 @asynccontextmanager
 async def _load(streams: Streams) -> AsyncIterator[None]:
-    """Runs requests while entered; running ones are finished then, unless an exception ends it."""
+    """Repeats requests inside the context. At its end, lets running requests finish, except after an exception."""
     done = asyncio.Event()
     async with meanwhile(streams.repeat(number, done) for number in streams.expected) as tasks:
         yield

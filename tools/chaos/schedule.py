@@ -1,5 +1,5 @@
 """The order and times of faults, drawn from a seed. Pure: no clock, no processes. Each fault takes the same number of
-draws, so that a seed gives the same faults to clusters in the same states."""
+draws, so that a seed yields the same faults for clusters in the same states."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from llamaclust.tools.chaos.worker_faults import FAILING_S, MUTE_S
 
 _BETWEEN_S = (0.5, 3.0)
 _LOST_S = (0.1, 10.0)
-"""Times around `timeouts.worker`, drawn log-uniformly: the worker is late, or lost."""
+"""Durations around `timeouts.worker`, drawn log-uniformly: the worker is late, or counts as lost."""
 _DRAINED_S = (0.5, 5.0)
 _COORDINATOR_STOPPED_S = (0.1, 4.0)
-"""Times below `timeouts.worker`, and longer than many heartbeats."""
+"""Durations shorter than `timeouts.worker`, but longer than many heartbeats."""
 _FULL_S = (0.5, 5.0)
 _SLOW_S = (0.5, 8.0)
 _LOSSES = 5
 _WITHIN_S = 75.0
-"""The window of `_LOSSES`: a launcher restarts a worker at most six times a minute, a hanging one later."""
+"""The time in which a worker is lost at most `_LOSSES` times: launchers restart it at most six times a minute."""
 
 
 class FaultKind(StrEnum):
@@ -52,7 +52,7 @@ class FaultKind(StrEnum):
 
     @property
     def needs_another_worker(self) -> bool:
-        """True if the fault spares the last worker that serves."""
+        """True if the fault must not hit the last worker that serves."""
         return self in (FaultKind.STOP, FaultKind.DRAIN, FaultKind.PARTITION, FaultKind.FAILS, FaultKind.MUTE)
 
     @property
@@ -61,7 +61,7 @@ class FaultKind(StrEnum):
 
 
 def fault_kinds(text: str | None = None) -> frozenset[FaultKind]:
-    """Parses a list as `kill,stop`; None: all. Raises UsageError that lists the kinds."""
+    """Parses a list such as `kill,stop`; None means all kinds. Raises UsageError that lists the kinds."""
     kinds = {kind.option: kind for kind in FaultKind}
     names = list(kinds) if text is None else [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in kinds]:
@@ -93,7 +93,7 @@ _HOLDS_S = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault of a worker, or of the coordinator (`target` is the cluster's name); `hold_s` is 0 for a kill."""
+    """A fault of a worker, or of the coordinator: `target` is then the cluster's name. `hold_s` is 0 for a kill."""
 
     kind: FaultKind
     target: str
@@ -115,7 +115,7 @@ class Schedule:
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """Returns None without a target; spares targets in `held`. The last other worker is only killed or slowed."""
+        """Draws a fault of a target outside `held`, or None. The last such worker is only killed or slowed."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

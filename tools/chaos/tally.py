@@ -1,4 +1,4 @@
-"""The results of a run: answers compared with the undisturbed ones, and pauses after faults. Pure."""
+"""The results of a run: comparisons with the undisturbed answers, and pauses after faults. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from llamaclust.tools.chaos.received import Answer, Received
 from llamaclust.tools.chaos.schedule import FaultKind
 
 _WATCH_S = 30.0
-"""The time after a fault in which a gap may begin that counts as its pause."""
+"""A gap between tokens counts as a fault's pause if the gap begins within this time after the fault."""
 
 
 @dataclass(slots=True)
 class Comparison:
-    """Differences of answers from the undisturbed ones, in tokens."""
+    """Differences from the undisturbed answers, in tokens."""
 
     answers: int = 0
     tokens: int = 0
@@ -49,7 +49,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class Pauses:
-    """The longest time without a token of any request after each fault, until the next fault or 30 s later."""
+    """The longest time after each fault in which no request got a token, until the next fault or 30 s later."""
 
     _last_s: float | None = None
     _open: list[tuple[float, FaultKind]] = field(default_factory=list)  # since the last token, and the fault before it
@@ -88,7 +88,6 @@ class Tally:
 
     @property
     def is_success(self) -> bool:
-        """True if there were faults and answers, and all answers are intact."""
         return self.compared.is_intact and self.compared.answers > 0 and self.faults.total() > 0
 
     def verdict(self) -> Iterator[str]:
@@ -106,7 +105,6 @@ class Tally:
 
 
 def pause_text(seconds: Sequence[float]) -> str:
-    """Formats `; pause: median ..., p99 ..., longest ...`, or ""."""
     if not seconds:
         return ""
     return f"; pause: median {median(seconds):.2f} s, p99 {p99(seconds):.2f} s, longest {max(seconds):.2f} s"

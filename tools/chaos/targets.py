@@ -1,4 +1,4 @@
-"""The parts of a running cluster that may be disturbed."""
+"""The parts of a running cluster that faults may hit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GONE = ("left", "lost")
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """The allowed kinds of faults, and permissions to kill what this program cannot see restarted."""
+    """Allowed kinds of faults. `coordinator` and `joined_workers` allow kills after which no restart is certain."""
 
     coordinator: bool = False
     joined_workers: bool = False
@@ -30,7 +30,7 @@ class Permissions:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Target names by kind of fault, and the processes and links of targets."""
+    """Names of targets by kind of fault, with the processes and links of these targets."""
 
     names: Mapping[FaultKind, tuple[str, ...]] = field(default_factory=dict)
     workers: Mapping[str, Process] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Targets:
 def find_targets(
     record: ClusterRecord, status: Mapping[str, Any], permissions: Permissions, *, has_standby: bool
 ) -> Targets:
-    """Finds the targets of a cluster from its record and `status`; drained and lost workers are none."""
+    """Finds targets in a cluster's record and its `status`. Drained and lost workers are no targets."""
     workers = [worker for worker in status["workers"] if worker["state"] not in _GONE and not worker["drained"]]
     is_local = record.is_local
     found = {
@@ -71,7 +71,7 @@ def find_targets(
 
 
 def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordinator: Process) -> dict[str, WorkerLink]:
-    """Returns {} for a cluster in another network namespace. Links of the API's clients are omitted."""
+    """Returns {} for a cluster in another network namespace. Links of the API's clients are never included."""
     if not processes.is_in_our_network(coordinator.pid):
         return {}
     own_ports = processes.listening_ports(coordinator.pid) - {int(record.api.rpartition(":")[2])}

@@ -1,5 +1,5 @@
-"""Faults within a worker's process after a signal, for a few seconds: its steps fail, or its stages send nothing. Only
-workers that start with `PRELOAD` in PYTHONPATH have them."""
+"""Faults inside a worker process, for a few seconds after a signal: its steps fail, or its stages send nothing. They
+exist only in workers that start with `PRELOAD` in PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 PRELOAD = Path(__file__).parent / "preload"
 FAILING, MUTE = signal.SIGUSR1, signal.SIGUSR2
 FAILING_S, MUTE_S = 2.0, 6.0
-"""Durations: several failures; longer than a step may take before its worker counts as lost."""
+"""Durations: the first covers several failures; the second exceeds the time after which a worker counts as lost."""
 _LOOK_S = 0.01
 
 Active = Callable[[], bool]
 
 
 def break_steps(is_active: Active) -> None:
-    """Makes steps of this process's stages, and its portions of groups' steps, fail while active."""
+    """Makes steps of this process's stages, and its portions of groups' steps, fail while `is_active()`."""
     from llamaclust.worker.stage.following import FollowingStage  # not where faults are only begun
     from llamaclust.worker.stage.loop import StageLoop
 
@@ -40,7 +40,7 @@ def break_steps(is_active: Active) -> None:
 
 
 def silence(is_active: Active) -> None:
-    """Makes stages of this process send nothing, and portions of groups' steps wait, while active."""
+    """Makes stages of this process send nothing, and its portions of groups' steps wait, while `is_active()`."""
     from llamaclust.worker.stage.following import FollowingStage
     from llamaclust.worker.stage.loop import StageLoop
 

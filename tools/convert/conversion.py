@@ -22,20 +22,20 @@ from llamaclust.tools.convert.stream import OUTPUT_TYPES, OnProgress, Output, wr
 from llamaclust.tools.convert.vocabularies.families import vocabulary_of
 
 FILE_TYPES: Final = {QuantType.F32: 0, QuantType.F16: 1, QuantType.Q8_0: 7, QuantType.BF16: 32}
-"""`general.file_type`: llama.cpp's number for the type of most weights."""
+"""llama.cpp's number for `general.file_type`, by the type of most weights."""
 _MXFP4_EXPERTS: Final = 38
 _QUANTIZATION_VERSION: Final = 2
 _EXACT: Final = re.compile(
     r".*_norm(_2)?\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight|position_embd\.weight|rope_.*|.*\.bias"
     r"|.*\.(ssm_conv1d(_[qkv])?|shortconv\.conv)\.weight|.*\.ssm_[ad]|.*\.altup_.*"
 )
-"""Small tensors with a large effect, float32 in every file."""
+"""Small tensors with a large effect on answers. They are float32 in every file."""
 _MOST_THREADS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """The written file; `notes` are for the user."""
+    """The written file. `notes` are for the user."""
 
     path: Path
     architecture: str
@@ -53,8 +53,8 @@ class Target:
 def convert(
     source: Path, out: Path | None, type_name: str, hints: Hints, on_progress: OnProgress, name: str | None
 ) -> Converted:
-    """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf here. Raises ModelFileError, or UsageError
-    for bad options or a disk without room; no file is left then."""
+    """Writes the checkpoint at `source` to `out`, by default to NAME-TYPE.gguf in the current folder. Raises
+    ModelFileError, or UsageError for bad options or a disk without room. Leaves no file after an error."""
     with SourceFiles() as files:
         return write_converted(
             files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, on_progress
@@ -64,7 +64,7 @@ def convert(
 def write_converted(
     files: SourceFiles, checkpoint: Checkpoint, target: Target, hints: Hints, on_progress: OnProgress
 ) -> Converted:
-    """Writes an open checkpoint, and raises as `convert` does."""
+    """Writes an open checkpoint. Raises the errors of `convert`."""
     kind = OUTPUT_TYPES.get(target.type_name)
     if kind is None:
         raise UsageError(f"--type {target.type_name}: give one of {', '.join(OUTPUT_TYPES)}")
@@ -94,7 +94,7 @@ def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raises UsageError for any file but a model file, such as one of the checkpoint."""
+    """Raises UsageError if another kind of file than a model file is there, such as one of the checkpoint."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -108,7 +108,8 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Returns float32 for vectors and `_EXACT` tensors, float16 for rows of partial blocks; packed blocks stay."""
+    """Returns F32 for vectors and `_EXACT` tensors, F16 for rows that end in a partial block, otherwise `wanted`.
+    Packed blocks keep their type."""
     if tensor.packed is not None:
         return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):

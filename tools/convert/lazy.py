@@ -1,4 +1,4 @@
-"""Lazy tensors: a shape, a storage type and a function that reads rows and transforms them."""
+"""Lazy tensors: each has a shape, a storage type and a function that reads and transforms rows."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ Array = NDArray[Any]
 Rows = Callable[[int, int], Array]
 
 _MAX_LOGARITHM = 88.0
-"""About the logarithm of the largest float32."""
+"""The logarithm of the largest float32, rounded down."""
 _WASTE = 4
-"""Permuted rows are read as one range if it has at most this many times their number."""
+"""Permuted rows are read as one range if the range has at most this many times as many rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
-    """A tensor whose `read(start, end)` returns rows [start, end), [end - start, *shape[1:]]; thread-safe. `origin`
-    names file and tensor for errors. With `packed`, the last dimension is bytes of that type's blocks."""
+    """A tensor whose `read(start, end)` returns rows [start, end) as [end - start, *shape[1:]], in any thread. `origin`
+    names file and tensor in errors. If `packed` is set, the last dimension of rows holds bytes of that type's
+    blocks."""
 
     shape: tuple[int, ...]
     storage: Storage
@@ -123,7 +124,7 @@ def beside(tensors: Sequence[Lazy]) -> Lazy:
 
 
 def mapped(tensor: Lazy, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Lazy:
-    """Applies `change` to rows in float32; it keeps the shape."""
+    """Applies `change` to rows in float32. `change` keeps their shape."""
 
     def read(start: int, end: int) -> Array:
         return change(as_floats(tensor.read(start, end), tensor.storage))
@@ -132,7 +133,7 @@ def mapped(tensor: Lazy, change: Callable[[NDArray[np.float32]], NDArray[np.floa
 
 
 def decay(logarithms: Lazy) -> Lazy:
-    """Computes -exp of logarithms, in float32. Raises ModelFileError for a logarithm that is too large."""
+    """Computes -exp(logarithm) in float32. Raises ModelFileError for a logarithm that is too large."""
 
     def change(values: NDArray[np.float32]) -> NDArray[np.float32]:
         if (values > _MAX_LOGARITHM).any():
@@ -160,7 +161,7 @@ def scaled(tensor: Lazy, factors: NDArray[np.float32]) -> Lazy:
 
 
 def squeezed(tensor: Lazy) -> Lazy:
-    """Makes a vector of a matrix with one row or one column."""
+    """Makes a vector from a matrix that has one row or one column."""
     return replace(
         tensor, shape=(prod(tensor.shape),), read=lambda start, end: tensor.all().reshape(-1)[start:end].copy()
     )
@@ -177,7 +178,7 @@ def joined(tensor: Lazy) -> Lazy:
 
 
 def reshaped(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
-    """Reads the tensor whole."""
+    """Every read reads the whole tensor."""
     return replace(tensor, shape=shape, read=lambda first, last: tensor.all().reshape(shape)[first:last])
 
 
@@ -203,7 +204,7 @@ def part_of_each(tensor: Lazy, start: int, end: int) -> Lazy:
 
 
 def strided(tensor: Lazy, axis: int, start: int, step: int) -> Lazy:
-    """Takes every `step`th position along `axis` (not the first), from `start` on."""
+    """Takes every `step`th position along `axis`, from `start` on. `axis` is not the first."""
     index = (*[slice(None)] * axis, slice(start, None, step))
     size = len(range(start, tensor.shape[axis], step))
     shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
@@ -219,7 +220,7 @@ def exchanged(tensor: Lazy) -> Lazy:
 
 
 def transposed(tensor: Lazy, recent: Recent) -> Lazy:
-    """Transposes a matrix, which is read whole."""
+    """Transposes a matrix. The whole matrix is read and kept in `recent`."""
 
     def read(start: int, end: int) -> Array:
         whole = recent.get(tensor, tensor.all)
@@ -229,14 +230,14 @@ def transposed(tensor: Lazy, recent: Recent) -> Lazy:
 
 
 def _alike(tensors: Sequence[Lazy]) -> Sequence[Lazy]:
-    """Returns the tensors, as float32 if their storage types differ."""
+    """Returns the tensors, all as float32 if their storage types differ."""
     if len({tensor.storage for tensor in tensors}) == 1:
         return tensors
     return [mapped(tensor, lambda values: values) for tensor in tensors]
 
 
 class Recent:
-    """A cache of the last two results, for threads that each need a part of one."""
+    """A cache of the last two results, for threads that each need a part of the same result."""
 
     def __init__(self) -> None:
         self._lock = Lock()

@@ -1,5 +1,5 @@
-"""The merge of a PEFT adapter (LoRA) into its checkpoint: low-rank factors of matrices, and matrices that replace its
-own. The result is a GGUF file or a Hugging Face folder."""
+"""Merges a PEFT adapter (LoRA) into its base checkpoint: low-rank factors change matrices, and whole tensors replace
+those of the base. The result is a GGUF file or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ _STORAGE: Final = {"f32": Storage.F32, "f16": Storage.F16, "bf16": Storage.BF16}
 def merge_adapter(
     base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, on_progress: OnProgress
 ) -> Converted:
-    """Writes W + scale * B @ A of every matrix to `out`: a GGUF file if its name ends so, else a folder. The tokenizer
-    is the adapter's if it has one. Raises ModelFileError if the two do not fit."""
+    """Writes each matrix W as W + scale * B @ A, and the rest of the base, to `out`: a GGUF file if its name ends in
+    .gguf, else a folder. The adapter's tokenizer precedes the base's. Raises ModelFileError if the two do not fit."""
     if not (base / CONFIG).is_file():
         raise ModelFileError(f"{base}: no {CONFIG}: the base must be a folder of Hugging Face's form, not quantized")
     with SourceFiles() as files:
@@ -117,7 +117,7 @@ def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, on_p
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """A summand scale * left @ right, transposed if `exchanged`. left [rows, rank], right [rank, k]."""
+    """The change of a matrix: scale * left [rows, rank] @ right [rank, columns], transposed if `exchanged`."""
 
     left: NDArray[np.float32]
     right: NDArray[np.float32]
@@ -130,7 +130,7 @@ class _Factors:
         return shape[::-1] if self.exchanged else shape
 
     def added(self, start: int, end: int) -> NDArray[np.float32]:
-        """Returns rows [start, end) of the summand, in float32."""
+        """Returns rows [start, end) of the change in float32."""
         if self.exchanged:
             return (self.right[:, start:end].T @ self.left.T) * self.scale
         return (self.left[start:end] @ self.right) * self.scale
@@ -138,7 +138,7 @@ class _Factors:
 
 @dataclass(frozen=True, slots=True)
 class _Adapter:
-    """An adapter: `factors` by matrix name; `replaced`: tensors that replace those of the base."""
+    """A LoRA adapter: `factors` by the name of the matrix, and `replaced` tensors instead of those of the base."""
 
     path: Path
     factors: Mapping[str, _Factors]
@@ -146,7 +146,7 @@ class _Adapter:
 
 
 def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
-    """Raises ModelFileError for a damaged adapter and for any kind other than W + scale * B @ A."""
+    """Raises ModelFileError for a damaged adapter, and for any kind other than W + scale * B @ A."""
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: no folder; give the one that has adapter_config.json")
     settings = PeftSettings.read(folder)
@@ -169,7 +169,7 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
 
 
 def _factors(module: str, pair: Mapping[str, Lazy], settings: PeftSettings) -> _Factors:
-    """Reads the factors of a module; those of an embedding are transposed: W + (B @ A)^T."""
+    """Reads the factors of a module. The change is transposed for an embedding or with `fan_in_fan_out`."""
     kinds = set(pair)
     if kinds not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
         origin = next(iter(pair.values())).origin
@@ -202,7 +202,7 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
 
 
 def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
-    """Checks a replacement, which may have more rows than the base, for added tokens."""
+    """Checks a tensor that replaces the base's. It may have more rows, for added tokens."""
     if base is None and not name.startswith("lm_head"):
         raise ModelFileError(f"{tensor.origin}: {shown(name)} is no tensor of the base: the adapter of another model")
     if base is not None and tensor.shape[1:] != base.shape[1:]:
@@ -212,8 +212,6 @@ def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
 
 
 def _added(base: Lazy, factors: _Factors) -> Lazy:
-    """Adds in float32."""
-
     def read(start: int, end: int) -> Array:
         values: Array = as_floats(base.read(start, end), base.storage) + factors.added(start, end)
         return values

@@ -1,4 +1,4 @@
-"""Quantized checkpoints, dequantized as they are read: GPTQ's and AWQ's four-bit weights, and eight-bit floats."""
+"""Quantized checkpoints (four-bit GPTQ and AWQ, eight-bit floats), which are dequantized as they are read."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 KEPT_METHOD: Final = "mxfp4"
-"""The method whose blocks GGUF has too: pages take them as they are."""
+"""The quantization method whose blocks GGUF has, too. Pages take them unchanged."""
 _SCALES: Final = ("_scale_inv", "_scale")
-"""Suffixes of scales' names; both multiply the weights, despite the first name."""
+"""Suffixes of the names of scales. Weights are multiplied by both kinds of scales, despite the first suffix."""
 _NOT_NEEDED: Final = ("input_scale", "activation_scale")
-"""Scales of activations, which are not quantized here."""
+"""Scales of activations. They have no use here, because activations are not quantized."""
 _ONE: Final = (1, 1)
 
 _EIGHT: Final = 8
 _SHIFTS: Final = np.arange(0, 32, 4, dtype=np.uint32)
 _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-"""Positions of the outputs among the eight of an int32."""
+"""AWQ's positions of the outputs among the eight in an int32."""
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
-    """Adds a `.weight` for every `.qweight`; makes float32 of scaled tensors. Raises ModelFileError."""
+    """Adds a `.weight` for each `.qweight`, and makes scaled tensors float32. Raises ModelFileError."""
     if not settings.has("quantization_config"):
         return tensors
     said = settings.inner("quantization_config")
@@ -57,8 +57,8 @@ def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq: bool, zero_offset: int) -> Lazy:
-    """Unpacks to [outputs, inputs]. GPTQ packs inputs in weights, outputs in zeros; zeros are stored minus one
-    (`zero_offset`), except in version 2. AWQ packs outputs in both, in its own order."""
+    """Unpacks to [outputs, inputs]. GPTQ packs weights along inputs and zeros along outputs. It stores zeros minus
+    `zero_offset`, which is one, or zero in version 2. AWQ packs both along outputs, in an order of its own."""
     weight = tensors[f"{stem}.qweight"]
     if len(weight.shape) != 2:
         raise ModelFileError(f"{weight.origin}: shape {list(weight.shape)}, a matrix expected")
@@ -86,7 +86,7 @@ def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq:
 
 
 def _beside(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int) -> tuple[Lazy, Lazy, Lazy | None]:
-    """Returns zeros and scales of input groups, and the group of each input if they are not in order."""
+    """Returns zeros and scales of groups of inputs, and each input's group, or None if groups are contiguous."""
     weight = tensors[f"{stem}.qweight"]
     missing = next((part for part in ("qzeros", "scales") if f"{stem}.{part}" not in tensors), None)
     if missing is not None:
@@ -111,24 +111,24 @@ def _groups(order: Lazy | None, inputs: int, count: int) -> NDArray[np.int64]:
 
 
 def _gptq_steps(packed: NDArray[np.uint32], start: int, end: int) -> NDArray[np.uint8]:
-    """Returns [inputs, end - start]."""
+    """Returns four-bit numbers [inputs, end - start]."""
     return _nibbles(packed[:, start:end].T).reshape(end - start, -1).T
 
 
 def _awq_steps(packed: NDArray[np.uint32], start: int, end: int) -> NDArray[np.uint8]:
-    """Returns [inputs, end - start]."""
+    """Returns four-bit numbers [inputs, end - start]."""
     first = start // _EIGHT
     steps = _nibbles(packed[:, first : -(-end // _EIGHT)])[..., _AWQ_ORDER].reshape(len(packed), -1)
     return steps[:, start - first * _EIGHT : end - first * _EIGHT]
 
 
 def _nibbles(packed: Array) -> NDArray[np.uint8]:
-    """Splits [..., n] of 32 bits into [..., n, 8] of four, the lowest first."""
+    """Splits 32-bit numbers [..., n] into four-bit numbers [..., n, 8], starting with the lowest bits."""
     return ((packed.view(np.uint32)[..., None] >> _SHIFTS) & np.uint32(15)).astype(np.uint8)
 
 
 def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
-    """Makes float32 of scaled tensors. Raises ModelFileError for a scale that does not fit."""
+    """Makes scaled tensors float32. Raises ModelFileError for a scale that does not fit."""
     block = _block(said)
     found = {}
     for name, tensor in tensors.items():
@@ -143,7 +143,7 @@ def _eight_bit(tensors: Mapping[str, Lazy], said: Settings) -> dict[str, Lazy]:
 
 
 def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
-    """True for scales of weights or activations, named after a module's `weight` or a parameter."""
+    """True for scales of weights or activations. Their names extend a module's `weight` or a parameter."""
     stem, _, part = name.rpartition(".")
     ends = (*_SCALES, *(f"_{end}" for end in _NOT_NEEDED))
     behind = any(name.endswith(end) and name.removesuffix(end) in tensors for end in ends)
@@ -151,7 +151,7 @@ def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _block(said: Settings) -> tuple[int, int] | None:
-    """Returns the configured rows and columns that share a scale."""
+    """Returns the rows and columns of a block that shares a scale, if configured."""
     value = said.values.get("weight_block_size")
     if value is None:
         return None
@@ -162,7 +162,7 @@ def _block(said: Settings) -> tuple[int, int] | None:
 
 
 def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """Applies a scale for each block, each row, or the whole matrix, recognized by its shape."""
+    """Applies a scale for each block, for each row, or for the matrix. The shape of `scales` tells which."""
     if len(tensor.shape) != 2 or tensor.storage is not Storage.U8 or not scales.storage.is_real:
         kinds = f"{tensor.storage.name} {list(tensor.shape)}, scales {scales.storage.name}"
         raise ModelFileError(f"{tensor.origin}: {kinds}: no matrix of eight-bit floats with its scales")
@@ -187,7 +187,7 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
 
 
 def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """Applies scales to a tensor of all experts: one for each block of an expert, each expert, or all."""
+    """Applies scales to a tensor of all experts. There is a scale for each block, for each expert, or for all."""
     if tensor.storage is not Storage.U8 or not scales.storage.is_real:
         raise ModelFileError(
             f"{tensor.origin}: {tensor.storage.name}, scales {scales.storage.name}: no eight-bit floats"
@@ -212,7 +212,7 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
 
 
 def _all_numbers() -> Array:
-    """Returns all E4M3 numbers: four bits of exponent, biased by 7, three of fraction; all ones are NaN."""
+    """Returns the numbers of all E4M3 bytes: 4 bits of exponent with bias 7, 3 bits of fraction. All ones are NaN."""
     byte = np.arange(256)
     exponent, fraction = byte >> 3 & 15, byte & 7
     size = np.where(exponent == 0, np.ldexp(fraction, -9), np.ldexp(8.0 + fraction, exponent - 10))
@@ -222,4 +222,4 @@ def _all_numbers() -> Array:
 
 
 E4M3: Final = _all_numbers()
-"""The number of each byte."""
+"""The E4M3 number of each byte."""

@@ -1,4 +1,4 @@
-"""Rotary embedding and its scaling: from a configuration to GGUF keys."""
+"""Rotary embedding and its scaling, converted from a configuration to GGUF keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 _LEAST_TURNS: Final = 1e-3
 _HUNYUAN_ALPHA: Final = 1000
 _HUNYUAN_CONTEXT: Final = 1 << 18
-"""The context length for alpha 1000, by the authors' report; some of their configurations name an eighth of it."""
+"""The context length for alpha 1000 in the authors' report. Some of their configurations name an eighth of it."""
 _LLAMA3: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -28,7 +28,7 @@ def rotation(
     says_dimensions: bool = True,
     log_multiplier: bool = False,
 ) -> None:
-    """Writes keys and tensors of factors for heads with `dimensions` rotating channels. `base`: the default.
+    """Writes keys, and tensors of factors, for heads with `dimensions` rotating channels. `base` is the default.
     `log_multiplier`: GGUF has a key for the divisor of YaRN's magnitude. Raises ModelFileError for unknown kinds."""
     said = _parameters(page.settings)
     theta = _base(said, base or 10000.0)
@@ -52,8 +52,8 @@ def rotation(
 
 
 def latent_rotation(page: Page, dimensions: int) -> None:
-    """Writes the rotation of latent attention. GGUF derives YaRN's magnitude from `yarn_log_multiplier` alone, a tenth
-    of other architectures'; so its two shares must be equal."""
+    """Writes the rotation of latent attention. GGUF derives YaRN's magnitude from `yarn_log_multiplier` alone, which is
+    a tenth of other architectures'. So `mscale` and `mscale_all_dim` must be equal."""
     said = _parameters(page.settings)
     page.key("rope.freq_base", _base(said, 10000.0))
     page.key("rope.dimension_count", dimensions)
@@ -74,7 +74,7 @@ def latent_rotation(page: Page, dimensions: int) -> None:
 
 
 def alpha_rotation(page: Page, dimensions: int) -> bool:
-    """Writes a rotation whose base `alpha` stretches for all lengths (called dynamic); False without one."""
+    """Writes a rotation whose base grows with `alpha` (type dynamic). Returns False if there is no `alpha`."""
     said = _parameters(page.settings)
     alpha = said.real("alpha", default=0.0, maximum=1e6)
     if said.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
@@ -93,7 +93,7 @@ def alpha_rotation(page: Page, dimensions: int) -> bool:
 
 
 def rotating_channels(page: Page, default_share: float = 1.0) -> int:
-    """Returns the number of rotated channels of a head; a configuration may give a share."""
+    """Returns the number of rotated channels of a head, of which a configuration may give the share."""
     said = _parameters(page.settings)
     share = said.real("partial_rotary_factor", default=default_share, maximum=1.0)
     channels = int(share * page.head_width)
@@ -104,7 +104,7 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:
-    """Returns the channel pairs that rotate by each of four picture coordinates, which are equal in text."""
+    """Returns how many channel pairs rotate by each of four picture coordinates, which are equal in text."""
     listed = _parameters(settings).values.get("mrope_section")
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
@@ -118,7 +118,7 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes the growth of queries with the logarithm of position; returns the positions of a step, 0 without it."""
+    """Writes the growth of queries with the logarithm of their position. Returns the positions of a step, or 0."""
     said = _parameters(page.settings)
     growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
@@ -137,7 +137,7 @@ def local_base(settings: Settings, default: float = 10000.0) -> float:
 
 
 def _parameters(settings: Settings) -> Settings:
-    """Returns all settings of the rotation; newer configurations have one object for them, older ones several keys."""
+    """Returns all settings of the rotation. Newer configurations have an object for them, older ones separate keys."""
     inner = settings.inner("rope_parameters", "rope_scaling")
     inner = inner.inner("full_attention") if inner.has("full_attention") else inner
     outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings", "partial_rotary_factor")
@@ -150,7 +150,7 @@ def _base(said: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
-    """Writes a magnitude factor if it differs: GGUF's multiplies YaRN's magnitude, a configuration's replaces it."""
+    """Writes an unusual magnitude. GGUF's factor multiplies YaRN's magnitude; a configuration's replaces it."""
     factor = _yarn_keys(page, said)
     wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)
@@ -163,7 +163,7 @@ def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
 
 
 def _yarn_keys(page: Page, said: Settings) -> float:
-    """Writes all keys but the magnitude; returns the factor."""
+    """Writes all YaRN keys except the magnitude. Returns the scaling factor."""
     factor = said.real("factor", minimum=1e-3, maximum=1e6)
     page.key("rope.scaling.type", "yarn")
     page.key("rope.scaling.factor", factor)
@@ -185,7 +185,7 @@ def _yarn_keys(page: Page, said: Settings) -> float:
 
 
 def _magnitude(said: Settings, factor: float) -> float:
-    """Returns YaRN's magnitude, or the ratio of DeepSeek's two shares of it."""
+    """Returns YaRN's magnitude, or the ratio of DeepSeek's two magnitudes."""
     if not (said.has("mscale") and said.has("mscale_all_dim")):
         return _growth(factor)
     up, down = (said.real(name, maximum=1e3) for name in ("mscale", "mscale_all_dim"))
@@ -197,7 +197,7 @@ def _growth(factor: float, share: float = 1.0) -> float:
 
 
 def _dynamic(page: Page, said: Settings) -> None:
-    """Adds a note: frequencies change only beyond the trained context length."""
+    """Adds only a note, because frequencies change only beyond the trained context length."""
     if said.has("alpha"):
         raise said.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]
@@ -207,7 +207,7 @@ def _dynamic(page: Page, said: Settings) -> None:
 
 
 def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
-    """Divides low frequencies by `factor`, keeps high ones and interpolates between them."""
+    """Divides low frequencies by `factor`, keeps high ones, and interpolates between them."""
     defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
     factor, low, high, original = (said.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
     if low >= high:

@@ -1,4 +1,4 @@
-"""A checkpoint after reading: settings and tensors, and bounds of both."""
+"""The settings and tensors of a checkpoint, and bounds of both."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MAX_CAP: Final = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint with `tensors` by original name. `family` names its page: a class of Hugging Face's, or our own name
-    for other formats. `vocabulary`: the tokenizer's file or folder."""
+    """A checkpoint. `tensors` have their original names. `family` names the page: a class of Hugging Face's, or our own
+    name for other formats. `vocabulary` is the tokenizer's file or folder."""
 
     family: str
     settings: Settings

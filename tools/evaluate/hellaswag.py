@@ -1,4 +1,4 @@
-"""HellaSwag: the most likely of four endings, for tasks in the text format of llama.cpp's `--hellaswag`."""
+"""HellaSwag: the most likely of four endings. Tasks have the text format of llama.cpp's `--hellaswag`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NORMAL_95: Final = 1.95996398454
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The tokens of a context with each of its endings; tokens [0, `shared`) are equal in all."""
+    """The tokens of a context with each of its endings. The first `shared` tokens are equal in all."""
 
     endings: tuple[tuple[int, ...], ...]
     shared: int
@@ -32,7 +32,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Counts of likeliest right endings: by total logprob (`right`), by tokens' mean (`right_norm`, llama.cpp's)."""
+    """Tasks whose right ending is likeliest by total logprob (`right`) or, as in llama.cpp, by mean (`right_norm`)."""
 
     tasks: int = 0
     right: int = 0
@@ -48,13 +48,13 @@ class Accuracy:
 
     @property
     def acc_norm_range(self) -> tuple[float, float]:
-        """Wilson's interval of 95 %."""
+        """The 95 % Wilson interval of `acc_norm`."""
         share, z = self.acc_norm, _NORMAL_95**2 / self.tasks
         half = z * math.sqrt(self.tasks * (4 * share * (1 - share) + z)) / (2 * _NORMAL_95)
         return (share + z / 2 - half) / (1 + z), (share + z / 2 + half) / (1 + z)
 
     def plus(self, task: Task, logprobs: Sequence[Sequence[float]]) -> Accuracy:
-        """Adds a task, given each ending's logprobs; the first of equals counts as the likeliest."""
+        """Counts a task, given the logprobs of each ending. Of equal endings, the first is the likeliest."""
         sums = [math.fsum(ending) for ending in logprobs]
         means = [total / len(ending) for total, ending in zip(sums, logprobs, strict=True)]
         right, norm = sums.index(max(sums)) == task.right, means.index(max(means)) == task.right
@@ -91,7 +91,7 @@ def _task(path: Path, tokenizer: Tokenizer, lines: Sequence[str], line: int) -> 
 
 
 def measure_hellaswag(client: TextClient, tasks: Sequence[Task], on_task: Callable[[Accuracy], None]) -> Accuracy:
-    """Scores the tasks; `on_task` gets the value so far. The value does not depend on where the model runs."""
+    """Scores the tasks. `on_task` gets the accuracy so far. The result does not depend on where the model runs."""
     value = Accuracy()
     with ThreadPoolExecutor(AT_ONCE, "hellaswag") as pool:
         try:

@@ -1,4 +1,4 @@
-"""The comparison of two models' predictions, with the statistics of llama.cpp's `llama-perplexity --kl-divergence`."""
+"""Compares two models' predictions, with the statistics of llama.cpp's `llama-perplexity --kl-divergence`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _QUANTILES: Final = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its standard error; 0 for too few values."""
+    """A mean and its standard error, which is 0 for too few values."""
 
     value: float
     stderr: float
@@ -37,7 +37,7 @@ class Estimate:
         return cls(mean, math.sqrt(spread / (values.size - 1)) if spread > 0 and values.size > _FEW else 0.0)
 
     def exp(self) -> Estimate:
-        """Returns the estimate of e to that power. Raises LlamaclustError if it is too large."""
+        """Returns the estimate of e^value. Raises LlamaclustError if it is too large."""
         if self.value > MOST_NLL:
             raise LlamaclustError(
                 f"a model gives this text no chance: {self.value:.4g} nats a token; is it the right one?"
@@ -56,12 +56,12 @@ class Scores:
 
     @property
     def p_difference(self) -> Float64:
-        """The model's probability of each token less the base's."""
+        """The model's probability of each token minus the base's probability of it."""
         return np.exp(-self.nll) - np.exp(-self.base_nll)
 
 
 def compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
-    """Compares one model's logits with another's logprobs, [rows, vocabulary], for the actual tokens, [rows]."""
+    """Compares logits of a model with logprobs of the base, both [rows, vocabulary], for the actual tokens [rows]."""
     parts = [
         _compare(logits[at : at + _ROWS_AT_ONCE], base[at : at + _ROWS_AT_ONCE], tokens[at : at + _ROWS_AT_ONCE])
         for at in range(0, len(tokens), _ROWS_AT_ONCE)
@@ -87,7 +87,7 @@ def _compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Figures over all compared tokens. A `ratio` above 1: the model predicts worse than the base."""
+    """Figures over all compared tokens. A ratio above 1 means that the model predicts worse than the base."""
 
     scores: Scores
     chunks: int
@@ -106,7 +106,7 @@ class Divergence:
 
     @property
     def log_ratio(self) -> Estimate:
-        """The logarithm of perplexity over base perplexity; token by token, since both read the same text."""
+        """The logarithm of perplexity / base perplexity. Its error allows for the correlation of both models."""
         mine, base = Estimate.of(self.scores.nll), Estimate.of(self.scores.base_nll)
         variance = mine.stderr**2 + base.stderr**2 - 2 * self._covariance
         return Estimate(mine.value - base.value, math.sqrt(max(0.0, variance)))
@@ -119,7 +119,7 @@ class Divergence:
 
     @property
     def correlation(self) -> float:
-        """The correlation of the two models' negative logprobs; 0 for too few tokens."""
+        """The correlation of both models' negative logprobs, or 0 for too few tokens."""
         errors = Estimate.of(self.scores.nll).stderr * Estimate.of(self.scores.base_nll).stderr
         return self._covariance / errors if errors else 0.0
 
@@ -158,7 +158,7 @@ class Divergence:
         return float(np.mean(mine * base) - mine.mean() * base.mean()) / (self.tokens - 1)
 
     def as_json(self) -> dict[str, Any]:
-        """Shares are in [0, 1]; each estimate is a pair of value and standard error."""
+        """Shares are in [0, 1]. An estimate is a pair of value and standard error."""
         names = ("base_perplexity", "log_ratio", "difference", "kld", "p_difference", "p_difference_rms", "same_top")
         mine, ratio = self.perplexity, self.log_ratio.exp()
         return {

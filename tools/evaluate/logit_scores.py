@@ -1,4 +1,4 @@
-"""Scores from a model in this process: its logits, written to a file or compared with those of a file."""
+"""Scores from a model in this process. Its logits are written to a file, or compared with a file of another model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.tools.evaluate.perplexity import Accumulator, OnChunk, Perplexit
 
 
 def keep_logits(client: LocalClient, chunks: Sequence[tuple[int, ...]], file: Path, on_chunk: OnChunk) -> Perplexity:
-    """Writes the logits of each chunk's second half; returns their perplexity."""
+    """Writes the logits of the second half of each chunk. Returns the perplexity."""
     shape = LogitsShape(len(chunks[0]), client.vocabulary_size, len(chunks))
     sums = Accumulator()
     with writing(file, shape, chunks) as out:
@@ -37,8 +37,8 @@ def keep_logits(client: LocalClient, chunks: Sequence[tuple[int, ...]], file: Pa
 def measure_divergence(
     client: LocalClient, tokenizer: Tokenizer, base: LogitsFile, chunks: int, on_chunk: Callable[[int, float], None]
 ) -> Divergence:
-    """Compares the model with the first `chunks` of a file; `on_chunk` gets the number done and the mean divergence so
-    far. Raises UsageError if the file has another vocabulary."""
+    """Compares the model with the first `chunks` chunks of a file. `on_chunk` gets the number of chunks done and the
+    mean divergence so far. Raises UsageError if the file has another vocabulary."""
     shape = base.shape
     if shape.vocabulary != client.vocabulary_size:
         raise UsageError(

@@ -1,8 +1,8 @@
-"""A file of one model's logits over a text, for comparison with another model, in the format of llama.cpp's
-`llama-perplexity --kl-divergence-base`: both programs read each other's files.
-Little-endian: `_logits_`; uint32 tokens of a chunk; int32 vocabulary; int32 chunks; int32 tokens [chunks, context];
-then for each chunk and each position in [context // 2, context - 1) float32 step, float32 least and uint16 [vocabulary,
-made even]. A token's logprob is its number times `step` plus `least`; logprobs 16 below the likeliest have `least`."""
+"""Files of one model's logits over a text, for comparison with another model. The format is llama.cpp's
+(`llama-perplexity --kl-divergence-base`): both programs read each other's files. All is little-endian: `_logits_`;
+uint32 tokens of a chunk; int32 vocabulary; int32 chunks; int32 tokens [chunks, context]. For each chunk and each
+position in [context // 2, context - 1) follow float32 step, float32 least and uint16 [vocabulary, made even]. A token's
+logprob is its uint16 times step, plus least. Logprobs 16 or more below the likeliest become least."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SPREAD: Final = 16.0
 _LEVELS: Final = 65535
 _LEAST: Final = -100.0
 _MOST: Final = 0.1
-"""Bounds beyond the logprobs of such files, which reach 16 below the likeliest, itself at least 1 / vocabulary."""
+"""Bounds that no logprob in a file exceeds: they end 16 below the likeliest, which has at least 1 / vocabulary."""
 _MOST_TOKENS: Final = 1 << 24
 
 
@@ -45,7 +45,7 @@ class LogitsShape:
 
     @property
     def rows(self) -> int:
-        """The number of positions of a chunk whose logits are kept: each is followed by a token."""
+        """The number of positions of a chunk whose logits are kept. A token follows each of them."""
         return self.context - 1 - self.first
 
     @property
@@ -62,7 +62,7 @@ class LogitsShape:
 
 
 class LogitsWriter:
-    """The writer of all chunks' logits in order, some rows at a time."""
+    """Writes the logits of all chunks in order, some rows at a time."""
 
     def __init__(self, file: BinaryIO, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> None:
         self._file = file
@@ -71,7 +71,7 @@ class LogitsWriter:
         file.write(np.array(chunks, "<i4").tobytes())
 
     def add(self, logits: Float32) -> None:
-        """`logits`: [rows, vocabulary]."""
+        """`logits` is [rows, vocabulary]."""
         rows, vocabulary = logits.shape
         packed = np.zeros((rows, self._row_numbers), "<u2")
         step, least, numbers = _coded(logits)
@@ -82,14 +82,14 @@ class LogitsWriter:
 
 @contextmanager
 def writing(path: Path, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> Iterator[LogitsWriter]:
-    """The file gets its name when it is complete. Raises UsageError if there is no room."""
+    """The file gets its name when it is complete. Raises UsageError if the disk has no room."""
     with new_file(path, shape.total_bytes, advice="; take fewer --chunks") as file:
         yield LogitsWriter(file, shape, chunks)
 
 
 @dataclass(frozen=True, slots=True)
 class LogitsFile:
-    """A file of logits: its tokens are read at once, its logprobs on demand."""
+    """A file of logits. Tokens are read when it is opened, logprobs on demand."""
 
     path: Path
     shape: LogitsShape
@@ -97,7 +97,7 @@ class LogitsFile:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Raises UsageError for a file that cannot be read, is of another kind or incomplete."""
+        """Raises UsageError if the file cannot be read, is of another kind or is incomplete."""
         try:
             with path.open("rb") as file:
                 shape = _read_shape(path, file)
@@ -109,7 +109,7 @@ class LogitsFile:
         return cls(path, shape, tuple(tuple(chunk) for chunk in tokens.reshape(shape.chunks, -1).tolist()))
 
     def logprobs(self, chunk: int, start: int, end: int) -> Float32:
-        """Returns rows [start, end) of a chunk's kept ones, [end - start, vocabulary]."""
+        """Returns logprobs [end - start, vocabulary] of kept rows [start, end) of a chunk."""
         shape = self.shape
         with self.path.open("rb") as file:
             file.seek(shape.head_bytes + (chunk * shape.rows + start) * shape.row_bytes)
@@ -141,7 +141,7 @@ def _read_shape(path: Path, file: BinaryIO) -> LogitsShape:
 
 
 def _coded(logits: Float32) -> tuple[Float32, Float32, NDArray[np.uint16]]:
-    """Returns `step` and `least` [rows], and a number for each logit."""
+    """Returns `step` [rows], `least` [rows], and a uint16 for each logit."""
     most = logits.max(axis=1)
     least = np.maximum(logits.min(axis=1), most - np.float32(_SPREAD))
     step = (most - least) / np.float32(_LEVELS)

@@ -20,7 +20,7 @@ _CHECKED_CHARACTERS = 500
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """The exponential of the mean negative log-likelihood of `tokens` scored tokens, and its standard error."""
+    """The exponential of the mean negative log-likelihood of `tokens` scored tokens, with its standard error."""
 
     perplexity: float
     stderr: float
@@ -32,7 +32,7 @@ class Perplexity:
 
 
 class Accumulator:
-    """Float64 sums over tokens in their order: the same logprobs give the same digits."""
+    """Sums float64 values of tokens in their order, so that the same logprobs give the same digits."""
 
     def __init__(self) -> None:
         self._chunks = 0
@@ -49,7 +49,7 @@ class Accumulator:
 
     @property
     def result(self) -> Perplexity:
-        """The perplexity so far. Raises LlamaclustError if the text is all but impossible to the model."""
+        """The perplexity so far. Raises LlamaclustError if the model gives the text almost no probability."""
         mean = self._sum / self._tokens
         if mean > MOST_NLL:
             raise LlamaclustError(f"the model gives this text no chance: {mean:.4g} nats a token; is it the right one?")
@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
 
 
 def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list[tuple[int, ...]]:
-    """Returns the first `most` chunks of `context` tokens, as of `begun`. Raises UsageError for a short text."""
+    """Returns the first `most` chunks of `context` tokens, after `begun`. Raises UsageError for a short text."""
     ids = tokenizer.encode(text)
     if len(ids) < context:
         raise UsageError(f"the text has {len(ids)} tokens, a chunk {context}: take a longer text or a smaller -c")
@@ -80,12 +80,11 @@ def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list
 
 
 def begun(tokenizer: Tokenizer, chunk: tuple[int, ...]) -> tuple[int, ...]:
-    """Replaces the first token by BOS if the model needs BOS."""
     return (tokenizer.bos_id, *chunk[1:]) if tokenizer.add_bos and tokenizer.bos_id is not None else chunk
 
 
 def measure(client: TextClient, chunks: Sequence[tuple[int, ...]], on_chunk: OnChunk) -> Perplexity:
-    """Scores tokens [context / 2 + 1, context) of each chunk; `on_chunk` gets the value so far."""
+    """Scores tokens [context / 2 + 1, context) of each chunk. `on_chunk` gets the perplexity so far."""
     sums = Accumulator()
     for chunk in chunks:
         reply = client.generate(chunk, max_tokens=0, score_from=len(chunk) // 2 + 1)
@@ -95,7 +94,7 @@ def measure(client: TextClient, chunks: Sequence[tuple[int, ...]], on_chunk: OnC
 
 
 def check_same_model(client: TextClient, tokenizer: Tokenizer, text: str) -> None:
-    """Raises UsageError if the server tokenizes the text otherwise than the model file does."""
+    """Raises UsageError if the server and the model file tokenize the text differently."""
     sample = text[:_CHECKED_CHARACTERS]
     if client.tokenize(sample, add_special=False) != tokenizer.encode(sample, add_special=False, parse_special=True):
         raise UsageError("the server serves another model than the file: its tokens are different")

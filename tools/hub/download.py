@@ -1,4 +1,4 @@
-"""The download of one file over HTTP into a partial file, with resumption, retries and a deadline."""
+"""Downloads one file over HTTP into a partial file, with resumption, retries and a deadline."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from llamaclust.tools.progress import Progress
 _COUNT = re.compile("[0-9]{1,18}")
 _DISK_RESERVE_BYTES = 1 << 26
 _LARGE_BYTES = 1 << 26
-"""The least rest of a file for which several connections are worth their set-up."""
+"""The least number of missing bytes for which several connections are worth their set-up."""
 _CONNECTIONS = 4
 _PIECE_BYTES = 8 << 20
 _AHEAD = 6
-"""Pieces in memory or on their way: a slow one does not stop the others at once."""
+"""The most pieces in memory or on their way, so that a slow piece does not stop the others at once."""
 RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Limits of a download: tries without progress, seconds of the first and longest pause, seconds in all."""
+    """Limits of a download: tries without progress, the first and the longest pause, and the time in all."""
 
     tries: int = 6
     first_pause_s: float = 0.5
@@ -50,7 +50,7 @@ PATIENCE = Patience()
 
 
 class _TryAgain(Exception):
-    """A failure that may pass: a lost connection, a busy server."""
+    """A failure that may pass, such as a lost connection or a busy server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,9 @@ class Download:
 def fetch(
     client: httpx.Client, wanted: Download, partial: Path, progress: Progress, patience: Patience = PATIENCE
 ) -> None:
-    """Downloads a file into `partial`, resuming an earlier attempt, over several connections if the server supports
-    ranges. Raises DownloadError if the server refuses, the disk is too small, `patience` ends or the hash is wrong; a
-    file with a wrong hash is deleted, an incomplete one stays."""
+    """Downloads a file into `partial`. Resumes an earlier attempt. Uses several connections if the server supports
+    ranges. Raises DownloadError if the server refuses, the disk is too small, `patience` ends or the hash is wrong. A
+    file with a wrong hash is deleted; an incomplete one stays."""
     transfer = _Transfer(client, wanted, partial, progress, time.monotonic() + patience.deadline_s)
     resumed = transfer.size_bytes > 0
     transfer.run(patience)
@@ -87,12 +87,12 @@ def hash_of(path: Path) -> str:
 
 
 def byte_count(text: str) -> int | None:
-    """Parses a size in a header; None if it is missing or no number."""
+    """Parses a size in a header. Returns None if it is missing or no number."""
     return int(text) if _COUNT.fullmatch(text) else None
 
 
 def check_room(directory: Path, needed_bytes: int, what: str) -> None:
-    """Raises DownloadError unless the disk has `needed_bytes` and a reserve."""
+    """Raises DownloadError if the disk has less than `needed_bytes` plus a reserve."""
     free = shutil.disk_usage(directory).free
     if free < needed_bytes + _DISK_RESERVE_BYTES:
         needed = (needed_bytes + _DISK_RESERVE_BYTES) >> 20
@@ -101,7 +101,7 @@ def check_room(directory: Path, needed_bytes: int, what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some bytes, and the failure that ended them, if any."""
+    """Consecutive bytes, and the failure that ended them, if any."""
 
     data: bytes
     failure: str | None
@@ -109,8 +109,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RangeSource:
-    """A large file over several connections at once: its ranges, in order. A validator among `headers` keeps the pieces
-    to one version of the file."""
+    """A large file, whose ranges come over several connections at once. A validator among `headers` ensures that all
+    pieces are of one version of the file."""
 
     client: httpx.Client
     url: str
@@ -118,7 +118,7 @@ class RangeSource:
     deadline: float  # of time.monotonic()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yields bytes [start, end) in order; a piece with a failure is the last."""
+        """Yields bytes [start, end) in order. A piece with a failure is the last one."""
         stop = Event()
         ranges = iter([(at, min(at + _PIECE_BYTES, end)) for at in range(start, end, _PIECE_BYTES)])
         with ThreadPoolExecutor(_CONNECTIONS, "download") as pool:
@@ -162,7 +162,7 @@ class RangeSource:
 
 @dataclass(frozen=True, slots=True)
 class _Transfer:
-    """A download under way: the bytes already here, and the server's validator of their file."""
+    """A download under way: the bytes already here, and the server's validator for their version of the file."""
 
     client: httpx.Client
     wanted: Download
@@ -227,7 +227,7 @@ class _Transfer:
         return self._append_ranges(start, total)
 
     def _validator(self) -> str | None:
-        """Returns the ETag or date to resume with; without one, a partial file may be of another version."""
+        """Returns the ETag or date to resume with. Without it, a partial file may be of another version."""
         try:
             said = json.loads(self.note.read_text(encoding="utf-8"))
             return str(said["validator"]) if said["url"] == self.wanted.url else None
@@ -248,7 +248,7 @@ class _Transfer:
         return headers | ({"If-Range": validator} if validator else {})
 
     def _resume_headers(self) -> dict[str, str]:
-        """Returns headers with a range if the bytes already here are of the same file, or are checked afterwards."""
+        """Returns headers with a range if a validator or hash ensures that the bytes here are of the same file."""
         headers = self._range_headers()
         if self.size_bytes and ("If-Range" in headers or self.is_checked):
             return headers | {"Range": f"bytes={self.size_bytes}-"}
@@ -256,7 +256,7 @@ class _Transfer:
         return headers
 
     def _is_for_ranges(self, response: httpx.Response, rest: int) -> bool:
-        """True if the rest is worth several connections and all pieces are sure to be of one file."""
+        """True if the rest is worth several connections, and a validator or hash ensures that pieces fit together."""
         gives = response.status_code == httpx.codes.PARTIAL_CONTENT or response.headers.get("accept-ranges") == "bytes"
         return rest >= _LARGE_BYTES and gives and (self.is_checked or self._validator() is not None)
 

@@ -1,4 +1,4 @@
-"""The wheel of a package on the index that pip is configured for on this machine; no address is our own."""
+"""Finds a package's wheel on the index for which pip is configured on this machine. No address is built in."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ _PAGE_LIMIT_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class PipSettings:
-    """pip's settings on this machine: simple-index addresses, extra places with wheels, a certificate bundle."""
+    """pip's settings on this machine: addresses of simple indexes, further places with wheels, a certificate bundle."""
 
     index_urls: tuple[str, ...]
     find_links: tuple[str, ...]
     certificates: str | None
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Trusts pip's bundle if one is set. Raises UsageError if it cannot be read."""
+        """Trusts pip's certificate bundle if one is set. Raises UsageError if the bundle cannot be read."""
         return authorities(Path(self.certificates)) if self.certificates else None
 
 
 @dataclass(frozen=True, slots=True)
 class WheelLink:
-    """A wheel's address and, if the index has it, its SHA-256 in lower-case hex."""
+    """A wheel's address, and its SHA-256 in lower-case hex if the index has it."""
 
     url: str
     sha256: str | None
@@ -54,7 +54,7 @@ class WheelLink:
 
 
 def pip_settings() -> PipSettings:
-    """Runs pip, so that mirrors, proxies' certificates and offline wheel folders are obeyed."""
+    """Runs pip, so that its mirrors, certificates of proxies and offline wheel folders take effect."""
     listed = _run_pip("config", "list")
     settings = _effective_settings(listed.splitlines())
     indexes = [] if settings.get("no-index", "").lower() in ("1", "true", "yes", "on") else [_index_url()]
@@ -64,7 +64,7 @@ def pip_settings() -> PipSettings:
 
 
 def find_wheel(client: httpx.Client, settings: PipSettings, wanted: PackageFile) -> WheelLink:
-    """Returns a wheel of the package, preferably one for every platform. Raises DownloadError without one."""
+    """Returns a wheel of the package, preferably one for every platform. Raises DownloadError if there is none."""
     problems: list[str] = []
     pages = (f"{url.rstrip('/')}/{_normalized(wanted.package)}/" for url in settings.index_urls)
     for place in (*settings.find_links, *pages):
@@ -93,7 +93,7 @@ def _run_pip(*arguments: str) -> str:
 
 
 def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
-    """Parses `pip config list`: the command's section overrides the general one, the environment both."""
+    """Parses `pip config list`. The command's section overrides the general one; the environment overrides both."""
     rank = {"global": 0, "download": 1, ":env:": 2}
     found: list[tuple[int, str, str]] = []
     for line in lines:
@@ -105,7 +105,7 @@ def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
 
 
 def _index_url() -> str:
-    """Returns the index in pip's help, which reflects files, environment and pip's own default."""
+    """Returns the index address in pip's help, which reflects pip's files, its environment and its own default."""
     match = _DEFAULT_INDEX.search(" ".join(_run_pip("download", "--help").split()))
     if match is None:
         raise DownloadError("pip's help names no package index; set one: pip config set global.index-url URL")
@@ -117,7 +117,7 @@ def _normalized(name: str) -> str:
 
 
 def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
-    """Returns all links of a place; a busy or unreachable server is retried."""
+    """Returns all links of a place. Tries again if a server is busy or unreachable."""
     for pause_s in _PAUSES_S:
         try:
             return list(_links_at(client, place))
@@ -129,7 +129,7 @@ def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
 
 
 def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
-    """Yields links on an index page or in a wheel folder: an address or a path. A missing page has none."""
+    """Yields links of an index page or a wheel folder, by address or path. A missing page has no links."""
     path = local_path(place)
     if path is None:
         yield from _web_links(client, place)
@@ -141,7 +141,7 @@ def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
 
 
 def local_path(place: str) -> Path | None:
-    """Returns the path of a `file:` address or a plain path; None for an address on the network."""
+    """Returns the path for a `file:` address or a plain path. Returns None for an address on the network."""
     parts = urlsplit(place)
     if parts.scheme == "file":
         return Path(unquote(parts.path))
@@ -204,6 +204,6 @@ def _is_wheel_of(file_name: str, wanted: PackageFile) -> bool:
 
 
 def _shown(url: str) -> str:
-    """Removes user name and password from an address."""
+    """Removes the user name and the password from an address."""
     parts = urlsplit(url)
     return url if "@" not in parts.netloc else url.replace(parts.netloc, parts.netloc.rpartition("@")[2])

@@ -1,4 +1,4 @@
-"""An HTTP client whose requests end: httpx's timeouts are for single reads, and a server may send byte after byte."""
+"""An HTTP client whose requests end. httpx's timeouts cover single reads, but a server may send byte after byte."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CONNECTED: Final = ("connect_tcp", "start_tls")
 
 
 def failure(error: Exception) -> str:
-    """Returns the error's text, with advice if a host's name has no address."""
+    """Returns the error's text, with advice if a host name could not be resolved."""
     text, cause = str(error) or type(error).__name__, error.__cause__ or error.__context__
     while cause is not None and not isinstance(cause, socket.gaierror):
         cause = cause.__cause__ or cause.__context__
@@ -26,8 +26,8 @@ def failure(error: Exception) -> str:
 
 
 class WebClient(httpx.Client):
-    """An httpx client with deadlines for a reply's headers and for its body, each as a whole. Past a deadline all of
-    its connections end with a TransportError, upon which callers retry."""
+    """An httpx client with a deadline for all headers of a reply, and another for its whole body. At a deadline, all
+    connections of the client end with a TransportError, after which callers retry."""
 
     def __init__(self, *, headers_s: float = HEADERS_S, body_s: float = BODY_S, **options: Any) -> None:
         super().__init__(**options)
@@ -47,7 +47,7 @@ class WebClient(httpx.Client):
 
 
 class _Connections:
-    """Sockets of a client; httpcore does not report which of them a request reuses."""
+    """All sockets of a client, because httpcore does not report which of them a request reuses."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -58,7 +58,7 @@ class _Connections:
             self._sockets.add(stream.get_extra_info("socket"))
 
     def cut(self) -> None:
-        """Shuts the sockets down: pending reads end, which closing would not do."""
+        """Shuts the sockets down, which ends pending reads. Closing them would not do so."""
         with self._lock:
             sockets = list(self._sockets)
         for connection in sockets:
@@ -67,7 +67,7 @@ class _Connections:
 
 
 class _Watch:
-    """A receiver of httpcore's trace events, with a timer for each phase of a request."""
+    """Receives httpcore's trace events, and runs a timer for each phase of a request."""
 
     def __init__(self, connections: _Connections, deadlines_s: Mapping[str, float]) -> None:
         self._connections, self._deadlines_s = connections, deadlines_s

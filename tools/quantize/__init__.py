@@ -1,1 +1,1 @@
-"""Quantization of model files, importance matrices."""
+"""Quantization of model files, and importance matrices."""

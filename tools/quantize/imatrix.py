@@ -1,4 +1,4 @@
-"""The importance matrix of a model: sums of squares of matrices' inputs by column, as of llama-imatrix."""
+"""The importance matrix of a model: sums of squares of each matrix's inputs by column, as in llama-imatrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.tools.progress import Progress
 
 _ROWS = 64
-"""Rows of a microbatch, whose inputs of every matrix are kept."""
+"""The rows of a microbatch. The inputs of every matrix are kept for all of them."""
 
 _OUTPUT = "output.weight"
 
@@ -27,7 +27,8 @@ _OUTPUT = "output.weight"
 def collect(
     model: Model, chunks: Sequence[tuple[int, ...]], threads: int, text: str, with_output: bool, progress: Progress
 ) -> ImportanceMatrix:
-    """Collects the layers' matrices, and `with_output` the output's. Raises LlamaclustError for non-finite sums."""
+    """Collects the layers' matrices, and the output's `with_output`. Raises LlamaclustError for sums that are not
+    finite."""
     context = len(chunks[0])
     blocks = -(-context // KV_BLOCK_TOKENS)
     rows = min(_ROWS, context)
@@ -46,7 +47,7 @@ def collect(
 
 
 def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Iterator[int]:
-    """Yields the row count of each computed microbatch. All rows are outputs: else the last layer would skip some."""
+    """Yields the row count of each computed microbatch. All rows are outputs: the last layer skips others."""
     for start in range(0, len(chunk), rows):
         tokens = np.array(chunk[start : start + rows], np.int32)
         count = len(tokens)
@@ -64,7 +65,7 @@ def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Ite
 
 
 class _Sums:
-    """Float64 sums in the order of tokens: the same text gives the same digits, with any number of threads."""
+    """Float64 sums in the order of tokens: the same text gives the same digits for any number of threads."""
 
     def __init__(self, model: Model, with_output: bool) -> None:
         self._model, self._with_output = model, with_output

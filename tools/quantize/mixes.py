@@ -1,4 +1,4 @@
-"""Quantization mixes by name, equal to llama-quantize's, so that files of the same name have the same size."""
+"""Quantization mixes by name. They equal llama-quantize's, so that files of the same name have the same size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.model.quant_types import QuantType as Q
 
 @dataclass(frozen=True, slots=True)
 class Mix:
-    """A mix. `file_type`: its number in `general.file_type`; `base`: the type of tensors that no rule names."""
+    """`file_type` is the mix's number in `general.file_type`. `base` is the type of tensors that no rule names."""
 
     name: str
     file_type: int
@@ -60,7 +60,7 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
 FLOATS = frozenset({Q.F32, Q.F16, Q.BF16})
 NEEDS_IMPORTANCE = frozenset({Q.IQ1_S, Q.IQ1_M, Q.IQ2_XXS, Q.IQ2_XS, Q.IQ2_S, Q.IQ3_XXS})
-"""Types that are of no use without an importance matrix."""
+"""Types that are unusable without an importance matrix."""
 
 NARROW_TYPES = {
     **dict.fromkeys((Q.IQ1_S, Q.IQ1_M, Q.IQ2_XXS, Q.IQ2_XS, Q.IQ2_S, Q.IQ3_XXS, Q.IQ3_S, Q.IQ4_XS), Q.IQ4_NL),
@@ -69,7 +69,7 @@ NARROW_TYPES = {
     Q.Q5_K: Q.Q5_1,
     Q.Q6_K: Q.Q8_0,
 }
-"""Substitutes of types for rows that are no whole blocks of 256."""
+"""Types to use instead if rows are not whole blocks of 256."""
 
 
 class Part(Enum):
@@ -88,12 +88,12 @@ class Part(Enum):
 
 
 VALUES = frozenset({Part.V, Part.QKV, Part.KV_B})
-"""Tensors that hold the weights of values, to which quality is most sensitive."""
+"""Tensors with the weights of V, to which quality is most sensitive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of a tensor: the `index`-th of `count` of its part; `query_share`: query heads for each KV head."""
+    """A tensor is the `index`-th of `count` of its part. `query_share` is the query heads per KV head."""
 
     index: int
     count: int
@@ -111,7 +111,7 @@ class Place:
         return self.count // 8 <= self.index < 7 * self.count // 8
 
     def wants_more_bits(self) -> bool:
-        """True in the first and the last eighth, and for every third between them."""
+        """True in the first and the last eighth, and for every third tensor between them."""
         return not self.in_middle() or (self.index - self.count // 8) % 3 == 2
 
     def shares_values(self) -> bool:
@@ -135,7 +135,7 @@ When = Callable[[Place], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule of some mixes: a tensor whose place satisfies `when` gets `quant_type`."""
+    """A rule of the named mixes: a tensor gets `quant_type` if `when` is true for its place."""
 
     mixes: str
     quant_type: Q
@@ -146,7 +146,7 @@ class Rule:
 
 
 LOWEST = "IQ2_XXS IQ2_XS IQ2_S IQ2_M IQ1_S IQ1_M"
-"""Mixes with their own rules; tensors that these do not name get the base type."""
+"""Mixes with rules of their own. Tensors that these rules do not name get the base type."""
 
 _IQ2_SM = "IQ2_S IQ2_M"
 _OTHER_LOWEST = "IQ2_XXS IQ2_XS IQ1_S IQ1_M"
@@ -228,4 +228,4 @@ FALCON_RULES: dict[Part, tuple[Rule, ...]] = RULES | {
     ),
     Part.ATTENTION_OUTPUT: (Rule("Q3_K_L", Q.Q4_K),),
 }
-"""Rules of Falcon, whose output is always Q8_0."""
+"""The rules of Falcon, whose output matrix is always Q8_0."""

@@ -1,4 +1,4 @@
-"""The type that each tensor of a model gets, in the order of llama-quantize's rules."""
+"""Chooses the type of each tensor by the rules of llama-quantize, in their order."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _KEPT = re.compile(
     r"|time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight|attn_rel_b\.weight"
     r"|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd|\.patch_merger|a\.rvq\.codebook|mm\.a\.code_embd"
 )
-"""Matrices that keep their type: small, or not multiplied with activations."""
+"""Matrices that keep their type, because they are small or not multiplied with activations."""
 
 _OTHER_RULES = frozenset({"glm5-next", "bailingmoe3"})
-"""Architectures for which llama-quantize has rules that are not known here."""
+"""Architectures for which llama-quantize has rules that are missing here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """The user's deviations from the mix; None: the mix decides."""
+    """The user's deviations from the mix. None leaves the choice to the mix."""
 
     mix: Mix
     has_importance: bool = False
@@ -56,7 +56,7 @@ class Wishes:
 
 
 def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
-    """Returns every tensor's type, in the model's order. Raises UsageError for an architecture with unknown rules."""
+    """Returns every tensor's type in the model's order. Raises UsageError if the architecture has unknown rules."""
     architecture = model.metadata_str("general.architecture")
     if architecture in _OTHER_RULES and not wishes.pure:
         raise UsageError(f"{model.path}: mixes have other rules for {architecture}: give --pure, and types by name")
@@ -66,7 +66,7 @@ def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
 
 
 def in_layer_order(model: ModelFile) -> Sequence[Tensor]:
-    """Returns tensors outside the layers, then layer by layer, by name: the order in which rules count."""
+    """Returns tensors outside the layers, then layer by layer, each by name. Rules count tensors in this order."""
     return sorted(model.tensors.values(), key=lambda tensor: (_layer(tensor.name), tensor.name.encode()))
 
 
@@ -79,7 +79,7 @@ def is_kept(name: str, shape: Sequence[int]) -> bool:
 
 
 def needs_importance(name: str, quant_type: QuantType, mix: Mix) -> bool:
-    """True for a tensor whose type is of no use without an importance matrix."""
+    """True for a tensor whose type is unusable without an importance matrix."""
     if name in EMBEDDINGS or name == _OUTPUT:
         return False
     return quant_type in NEEDS_IMPORTANCE or (quant_type == QuantType.Q2_K and mix.name == "Q2_K_S")
@@ -143,7 +143,7 @@ class _Chooser:
         return QuantType.Q5_K if mix in LOWEST.split() or mix == "IQ3_XXS" else QuantType.Q6_K
 
     def _place(self, tensor: Tensor, part: Part, by_name: bool = True) -> Place:
-        """Counts layers as they come; if a layer may have several tensors of a part, the name decides."""
+        """Counts a part's tensors as they come, or takes the layer's number if a layer may have several of them."""
         if part in VALUES:
             index, count = self._seen[Part.V], self._values
         else:
@@ -171,13 +171,13 @@ def _part(name: str) -> Part:
 
 
 def _layer(name: str) -> int:
-    """Returns -1 outside the layers."""
+    """Returns the layer's number, or -1 for a tensor outside the layers."""
     found = re.match(r"blk\.(\d+)\.", name)
     return int(found[1]) if found else -1
 
 
 def _first_int(model: ModelFile, key: str) -> int | None:
-    """Returns a number, or the first of an array of one for each layer."""
+    """Returns a number, or the first of an array with a number for each layer."""
     value = model.metadata.get(key)
     if value is not None and not isinstance(value, int | float | str | bool):
         value = next(iter(value), None)

@@ -1,4 +1,4 @@
-"""The faults of workers, installed by Python at the start of each process whose PYTHONPATH has this folder."""
+"""Installs the faults of workers. Python imports this at the start of processes with this folder in PYTHONPATH."""
 
 import sys
 

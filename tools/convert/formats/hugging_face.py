@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json and weights in safetensors or PyTorch files, whole or sharded."""
+"""Hugging Face folders: config.json, and weights as safetensors or PyTorch files, whole or in shards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FILE_NAME: Final = re.compile(r"(?!\.\.?$)[^/\\]{1,255}")
 
 
 def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
-    """Reads a folder. Raises ModelFileError for a shard that is missing, damaged or of another model."""
+    """Raises ModelFileError for a shard that is missing, damaged or from another model."""
     path = folder / CONFIG
     values = read_json(path)
     settings = Settings(values, str(path))
@@ -85,7 +85,7 @@ def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
 
 
 def _all_shards(files: SourceFiles, shards: list[Path]) -> dict[str, Lazy]:
-    """Reads shards without an index, complete if numbered from 1 to the count in their names."""
+    """Reads shards without an index. They are complete if they are numbered from 1 to the count in their names."""
     names = [name for path in shards if (name := _SHARD.fullmatch(path.name))]
     first = names[0]
     wanted = [(first["stem"], number, int(first["count"])) for number in range(1, int(first["count"]) + 1)]

@@ -1,4 +1,4 @@
-"""llama2.c files: seven header numbers and weights in a fixed order: float32, or in version 2 int8 with scales."""
+"""llama2.c files: a header, then weights in a fixed order. Weights are float32, or in version 2 int8 with scales."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _NUMBERS: Final = {
     "vocab_size": MAX_WORDS,
     "max_position_embeddings": MAX_CONTEXT,
 }
-"""The header's numbers in order, under Hugging Face's names, with upper bounds."""
+"""The seven numbers of the header in their order, under Hugging Face's names, with upper bounds."""
 
 _Place = tuple[str, tuple[int, ...]]
 
@@ -57,7 +57,6 @@ class _Header:
 
 
 def is_llama2c(file: SourceFile) -> bool:
-    """True if the file begins with a valid header."""
     if file.size_bytes < _HEADER:
         return False
     magic, version = unpack("<2I", file.read(0, 8))
@@ -65,7 +64,7 @@ def is_llama2c(file: SourceFile) -> bool:
 
 
 def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
-    """Reads a file; its default tokenizer is tokenizer.bin in the same folder."""
+    """Reads a file. Its default tokenizer is tokenizer.bin in the same folder."""
     file = files.open(path)
     header = _read_header(file)
     tensors: dict[str, Lazy] = {}
@@ -127,7 +126,7 @@ def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
 def _quantized(
     file: SourceFile, header: _Header, name: str, shape: tuple[int, ...], at: int
 ) -> tuple[dict[str, Lazy], int]:
-    """Reads version 2's matrices, one a layer, each followed by its scales; returns the offset of their end, too."""
+    """Reads a matrix of version 2, which each layer has, followed by its scales. Also returns the offset of the end."""
     layers = header.layers if "{}" in name else 1
     shape = (shape[0] // layers, shape[1])
     count = prod(shape)
@@ -143,7 +142,7 @@ def _quantized(
 
 
 def _scaled(numbers: Lazy, scales: Lazy, group: int) -> Lazy:
-    """Applies scales of groups, which run through the whole matrix and may cross rows."""
+    """Multiplies each group of numbers by its scale. Groups run through the whole matrix and may cross rows."""
     width = numbers.row_elements
 
     def read(start: int, end: int) -> Array:

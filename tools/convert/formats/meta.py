@@ -1,5 +1,5 @@
-"""Meta's folders: params.json, consolidated.NN.pth (each has a part of every matrix), tokenizer.model. LLaMA of
-TencentPretrain, a PyTorch file and a JSON configuration, gets the same names."""
+"""Meta's folders: params.json, tokenizer.model, and consolidated.NN.pth with a part of every matrix in each file. LLaMA
+checkpoints of TencentPretrain (a PyTorch file and a JSON configuration) get the same names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _TENCENT_SETTINGS: Final = {
 
 
 def read_meta(files: SourceFiles, folder: Path, context_length: int | None) -> Checkpoint:
-    """`context_length` comes from the user: params.json lacks it."""
+    """`context_length` comes from the user, because params.json may lack it."""
     path = folder / PARAMS
     params = Settings(read_json(path), str(path))
     width = params.count("dim")
@@ -76,7 +76,7 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _merged(files: SourceFiles, parts: list[Path], width: int) -> dict[str, Lazy]:
-    """Joins the parts of each tensor. Raises ModelFileError if they are not of one model."""
+    """Joins the parts of each tensor. Raises ModelFileError if the parts are not all of one model."""
     shards = [read_torch(files.open(path), files.recent) for path in parts]
     for path, shard in zip(parts, shards, strict=True):
         if shard.keys() != shards[0].keys():
@@ -98,7 +98,7 @@ def _joined(name: str, parts: list[Lazy], width: int) -> Lazy:
 
 
 def _settings(params: Settings, width: int, tensors: dict[str, Lazy], context_length: int | None) -> dict[str, Any]:
-    """Returns settings under Hugging Face's names; values missing in params.json come from tensor shapes."""
+    """Returns settings under Hugging Face's names. Values that params.json lacks come from tensor shapes."""
     heads = params.count("n_heads", maximum=MAX_HEADS)
     values: dict[str, Any] = {
         "hidden_size": width,
@@ -124,7 +124,7 @@ def _rows(tensors: dict[str, Lazy], name: str, params: Settings) -> int:
 
 
 def _context(params: Settings, values: dict[str, Any]) -> int:
-    """Returns the trained context length of the generation (Code Llama, 3.1, 3, 2, 1) that other settings identify."""
+    """Returns the trained context length. Other settings tell the generation (Code Llama, 3.1, 3, 2, 1)."""
     if params.has("max_seq_len"):
         return params.count("max_seq_len", maximum=MAX_CONTEXT)
     if "rope_scaling" in values:
@@ -134,7 +134,7 @@ def _context(params: Settings, values: dict[str, Any]) -> int:
 
 
 def _tokenizer(folder: Path) -> Path:
-    """Returns the tokenizer beside the weights or in the parent folder, where Meta's download script puts it."""
+    """Returns the tokenizer in the folder, or in the parent folder, where Meta's download script puts it."""
     above = folder.resolve().parent / "tokenizer.model"
     return above if not (folder / "tokenizer.model").is_file() and above.is_file() else folder / "tokenizer.model"
 
@@ -146,7 +146,7 @@ def is_tencent_pretrain(tensors: Mapping[str, Lazy]) -> bool:
 def read_tencent_pretrain(
     files: SourceFiles, path: Path, tensors: Mapping[str, Lazy], config: Path | None, context_length: int | None
 ) -> Checkpoint:
-    """`config`: TencentPretrain's configuration file (models/llama/7b_config.json there)."""
+    """`config` is TencentPretrain's configuration file, such as models/llama/7b_config.json."""
     place = config or path.with_suffix(".json")
     if not place.is_file():
         raise ModelFileError(f"{path}: how many heads it has is not in it: name its configuration with --config")

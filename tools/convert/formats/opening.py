@@ -1,4 +1,4 @@
-"""The detection of a checkpoint's format by its contents, and its reading."""
+"""Detects a checkpoint's format by its contents, and reads the checkpoint."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _ZIP = b"PK\x03\x04"
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """Options for data that a checkpoint may lack: tokenizer file or folder, configuration, context length."""
+    """Options for what a checkpoint may lack: a tokenizer file or folder, a configuration, the context length."""
 
     tokenizer: Path | None = None
     config: Path | None = None
     context_length: int | None = None
 
     def check(self, kind: str, *, config: bool = False, context_length: bool = False) -> None:
-        """Raises UsageError for an option that this kind does not need."""
+        """Raises UsageError for an option that this kind of checkpoint does not need."""
         if self.config is not None and not config:
             raise UsageError(f"--config {self.config}: is for TencentPretrain's files, this is {kind}")
         if self.context_length is not None and not context_length:
@@ -31,7 +31,7 @@ class Hints:
 
 
 def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
-    """Raises ModelFileError for a missing or bad checkpoint, UsageError for hints that it does not need."""
+    """Raises ModelFileError for a missing or bad checkpoint, and UsageError for hints that it does not need."""
     if not path.exists():
         raise ModelFileError(f"{path}: no such file or folder; check the path")
     if not path.is_dir():

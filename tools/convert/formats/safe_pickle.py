@@ -1,5 +1,5 @@
-"""A restricted interpreter of a state dict's pickle: it builds numbers, text, lists, dicts and references to tensors;
-it refuses any other name, and runs no code of the pickle."""
+"""A restricted interpreter for the pickle of a PyTorch state dict. It builds numbers, text, lists, dicts and references
+to tensors. It refuses all other names and runs no code of the pickle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_STEPS: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class StorageRef:
-    """A storage: `key` is the archive member, `count` its number of elements."""
+    """A PyTorch storage. `key` is its member in the archive, `count` its number of elements."""
 
     storage: Storage
     key: str
@@ -26,7 +26,7 @@ class StorageRef:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A view of a storage; offset and strides in elements."""
+    """A tensor, as a view of a storage. Offset and strides count elements."""
 
     storage: StorageRef
     offset: int
@@ -45,7 +45,7 @@ class _Refused(Exception):
 
 
 class _Mark:
-    """The start of a list of arguments on the stack."""
+    """A marker on the stack at which a list of arguments starts."""
 
 
 _MARK: Final = _Mark()
@@ -64,7 +64,7 @@ _STORAGES: Final = {
 
 
 def read_pickle(data: bytes, origin: str) -> Any:
-    """Raises ModelFileError for a damaged pickle and for anything but a state dict."""
+    """Raises ModelFileError if the pickle is damaged or is no state dict."""
     machine = _Machine()
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
@@ -124,7 +124,7 @@ class _Machine:
         return self._memo[place]
 
     def set_items(self, values: tuple[Any, ...], target: Any = None) -> Any:
-        """`target`: by default the value on the stack."""
+        """`target` None means the value on top of the stack."""
         target = self._stack.pop() if target is None else target
         if not isinstance(target, dict) or len(values) % 2:
             raise _Refused("the pickle puts items into something that is no dict")
@@ -148,7 +148,7 @@ class _Machine:
         return target.call(arguments)
 
     def set_state(self, argument: Any) -> Any:
-        """Drops the state: state dicts carry the versions of their modules this way."""
+        """Drops the state, in which PyTorch's state dicts carry the versions of their modules."""
         target, state = self.last(2)
         if not isinstance(target, dict) or not isinstance(state, dict):
             raise _Refused("the pickle sets the state of something that is no dict")
@@ -186,7 +186,7 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], Any]]] = {
     "BUILD": _Machine.set_state,
     "BINPERSID": lambda machine, _: _storage(machine.pop()),
 }
-"""Functions that return the value an opcode pushes."""
+"""Functions by opcode. Each returns the value that its opcode pushes."""
 
 
 def _storage(said: Any) -> StorageRef:
@@ -216,7 +216,7 @@ def _refuse_call(arguments: tuple[Any, ...]) -> Any:
 
 
 def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
-    """`arguments`: (storage, offset, shape, strides, needs a gradient, hooks, ...)."""
+    """`arguments` are (storage, offset, shape, strides, requires_grad, hooks, ...)."""
     if len(arguments) < 4 or not isinstance(arguments[0], StorageRef):
         raise _Refused("the pickle makes a tensor of something that is no storage")
     numbers = [arguments[1], *_shape(arguments[2]), *_shape(arguments[3])]
@@ -234,7 +234,7 @@ def _shape(value: Any) -> tuple[Any, ...]:
 
 
 def _parameter(arguments: tuple[Any, ...]) -> TensorRef:
-    """`arguments`: (tensor, needs a gradient, hooks)."""
+    """`arguments` are (tensor, requires_grad, hooks)."""
     if not arguments or not isinstance(arguments[0], TensorRef):
         raise _Refused("the pickle makes a parameter of something that is no tensor")
     return arguments[0]

@@ -1,4 +1,4 @@
-"""Files of a checkpoint, each opened once, read with pread, and checked for changes at the end."""
+"""Files of a checkpoint. Each is opened once, read with pread, and checked for changes at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 
 class SourceFiles:
-    """Open files, closed at exit. `recent` caches tensors that are read whole."""
+    """Open files, which are closed at exit. `recent` caches tensors that are read as a whole."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -45,7 +45,7 @@ class SourceFiles:
 
 
 def lazy_tensor(file: SourceFile, name: str, offset: int, shape: tuple[int, ...], storage: Storage) -> Lazy:
-    """Makes a tensor of contiguous rows from `offset` on."""
+    """Makes a tensor whose rows are contiguous from byte `offset` on."""
     origin = f"{file.path}: tensor {shown(name)}"
     if not 0 < len(shape) <= MAX_DIMENSIONS or min(shape) < 1:
         raise ModelFileError(f"{origin}: shape {list(shape)}; 1 to {MAX_DIMENSIONS} dimensions expected, none 0")

@@ -1,4 +1,4 @@
-"""Files of torch.save: a ZIP archive with a pickle and uncompressed members of tensor data, which are read in place."""
+"""Files of torch.save: ZIP archives with a pickle, and with uncompressed tensor data that is read in place."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Member:
 
 
 def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
-    """Returns all tensors by name. Raises ModelFileError for a file that is damaged, hostile or of another kind."""
+    """Returns all tensors by name. Raises ModelFileError if the file is damaged, hostile or of another kind."""
     members = _members(file)
     pickled = next((name for name in members if name.endswith("/data.pkl") or name == "data.pkl"), None)
     if pickled is None:
@@ -48,7 +48,7 @@ def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
 
 
 def _named_tensors(found: Any, file: SourceFile) -> dict[str, TensorRef]:
-    """Returns a state dict, or one nested in it under a usual name."""
+    """Returns the tensors of a state dict, which may be nested under a usual name."""
     for _ in range(2):
         inner = [found[name] for name in _WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
         if not inner:
@@ -93,7 +93,7 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _members(file: SourceFile) -> dict[str, _Member]:
-    """Raises ModelFileError for compressed members and for sizes beyond the file."""
+    """Raises ModelFileError if a member is compressed or extends beyond the file."""
     if file.read(0, min(4, file.size_bytes)) != _ZIP:
         raise file.error("no zip file, as torch.save has written since 1.6; save it again with a newer PyTorch")
     try:
@@ -124,7 +124,7 @@ def _data_offset(file: SourceFile, entry: zipfile.ZipInfo) -> int:
 
 
 def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
-    """Refuses overlapping members: with them a small file could contain any number of large tensors."""
+    """Refuses overlapping members, with which a small file could contain any number of large tensors."""
     at = 0
     for name, member in sorted(members.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
         if member.offset < at:
@@ -135,7 +135,7 @@ def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
 
 
 class _Window(io.RawIOBase):
-    """The file for `zipfile`, with a limit on the bytes of one read: the largest directory of members."""
+    """The file as `zipfile` reads it. No read exceeds the largest allowed directory of members."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file

@@ -1,4 +1,4 @@
-"""Pages by architecture: checkpoint's name, GGUF's name, page. Multimodal checkpoints yield their text model."""
+"""Pages by the checkpoint's architecture, with GGUF's name. Multimodal checkpoints yield their text model."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ _NOTE: Final = "only the text model is written, without what sees pictures or he
 
 
 def build_page(checkpoint: Checkpoint) -> Page:
-    """Raises ModelFileError for an architecture without a page."""
+    """Raises ModelFileError if the architecture has no page."""
     text = text_part(checkpoint)
     found = PAGES.get(text.family)
     if found is None:

@@ -1,4 +1,4 @@
-"""Metadata of all architectures, and tensors of those derived from Hugging Face's LLaMA."""
+"""Metadata of all architectures, and tensors of those that derive from Hugging Face's LLaMA."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
 
 
 def activation(page: Page, names: Sequence[str], *keys: str) -> None:
-    """Raises ModelFileError for an activation that the architecture does not compute."""
+    """Raises ModelFileError if the activation is not one of `names`, which the architecture computes."""
     said = page.settings.text(*keys, default=names[0])
     if said not in names:
         raise page.settings.error(keys[0], f"{shown(said)}: {page.architecture} computes {names[0]}")
@@ -57,7 +57,7 @@ def norms(page: Page, layer: int) -> None:
 
 
 def attention(page: Page, layer: int, *, bias: bool | None = None) -> None:
-    """Copies attention's matrices; Q and K are permuted if the architecture rotates neighbouring channels."""
+    """Copies the attention matrices. Permutes Q and K if the architecture rotates neighbouring channels."""
     place, source = f"blk.{layer}", f"model.layers.{layer}"
     for (part, module), heads in zip(QKV.items(), (page.heads, page.kv_heads, page.kv_heads), strict=True):
         rows = heads * page.head_width
@@ -78,7 +78,7 @@ def feed_forward(page: Page, layer: int, width: int, *, source: str = "mlp", suf
 
 
 def experts(page: Page, place: str, count: int, width: int, names: tuple[str, str, str], prefix: str) -> None:
-    """Stacks the matrices of all experts into one tensor a part; `names` of gate, up and down."""
+    """Stacks the matrices of all experts into a tensor for each part. `names` are the modules of gate, up and down."""
     shapes = ((width, page.width), (width, page.width), (page.width, width))
     for part, name, shape in zip(("gate", "up", "down"), names, shapes, strict=True):
         found = [page.take(f"{prefix}.{number}.{name}.weight", *shape) for number in range(count)]
@@ -86,13 +86,13 @@ def experts(page: Page, place: str, count: int, width: int, names: tuple[str, st
 
 
 def feed_forward_width(page: Page) -> int:
-    """Returns the inner width; checks that the activation is SiLU."""
+    """Returns the width of the feed-forward network. Raises ModelFileError if the activation is not SiLU."""
     activation(page, SILU, "hidden_act")
     return page.settings.count("intermediate_size", "n_inner")
 
 
 def windowed_layers(page: Page, period: int) -> list[bool]:
-    """Returns True for each layer with the window: by `layer_types`, or all but each `period`th one."""
+    """Returns True for each layer with a window: as `layer_types` says, or all except each `period`th layer."""
     listed = page.settings.values.get("layer_types")
     if not isinstance(listed, list):
         return [(layer + 1) % period != 0 for layer in range(page.layers)]
@@ -102,7 +102,7 @@ def windowed_layers(page: Page, period: int) -> list[bool]:
 
 
 def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
-    """Returns each layer's value in `kinds`, by its entry in the list `name`."""
+    """Returns each layer's value in `kinds`; the setting `name` lists the keys."""
     listed = page.settings.values.get(name)
     if not isinstance(listed, list) or not all(isinstance(kind, str) and kind in kinds for kind in listed):
         raise page.settings.error(name, f"a list of {', '.join(kinds)} expected")
@@ -112,7 +112,7 @@ def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
 
 
 def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0) -> set[int]:
-    """Returns the numbers in a list of layers, which count from `first`. Raises ModelFileError for others."""
+    """Returns the layer numbers of a list that counts from `first`. Raises ModelFileError for other numbers."""
     if len(listed) > page.layers:
         raise page.settings.error(name, f"{len(listed)} entries for {page.layers} layers")
     last = first + page.layers - 1
@@ -122,7 +122,7 @@ def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0
 
 
 def refuse(page: Page, *names: str) -> None:
-    """Raises ModelFileError if one of these flags, which the architecture cannot express, is set."""
+    """Raises ModelFileError if one of these flags is set, because the architecture cannot express it."""
     for name in names:
         if page.settings.flag(name):
             raise page.settings.error(name, f"true is not what {page.architecture} computes")

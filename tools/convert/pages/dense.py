@@ -1,4 +1,4 @@
-"""Dense models that differ from LLaMA in a detail each: seed_oss, ernie4_5, exaone4, granite, cohere2."""
+"""Dense models that each differ from LLaMA in a detail: seed_oss, ernie4_5, exaone4, granite, cohere2."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_SCALE = 1e6
 
 
 def build_seed_oss(page: Page) -> None:
-    """Biases on q, k and v; the norm before the feed-forward network is named after attention."""
+    """Q, K and V have biases. GGUF calls the norm before the feed-forward network `post_attention_norm`."""
     for name in ("attention_out_bias", "mlp_bias"):
         if page.settings.flag(name):
             raise page.settings.error(name, "true is not what seed_oss computes")
@@ -33,14 +33,14 @@ def build_seed_oss(page: Page) -> None:
 
 
 def build_ernie4_5(page: Page) -> None:
-    """ERNIE 4.5 without experts. Neighbouring channels rotate together, in the checkpoint too."""
+    """ERNIE 4.5 without experts. Neighbouring channels rotate together, as they do in the checkpoint."""
     if page.settings.flag("use_bias"):
         raise page.settings.error("use_bias", "true is not what ernie4_5 computes")
     _plain(page, base=500000.0)
 
 
 def build_granite(page: Page) -> None:
-    """Granite 3, and dense Granite 4 without states: LLaMA with four scales."""
+    """Granite 3, and dense Granite 4 without recurrent states: LLaMA with four scales."""
     settings = page.settings
     if settings.flag("mlp_bias"):
         raise settings.error("mlp_bias", "true is not what granite computes")
@@ -72,7 +72,7 @@ def _plain(page: Page, base: float) -> None:
 
 
 def build_exaone4(page: Page) -> None:
-    """Norms behind attention and feed-forward alone. With a window, every fourth layer has neither it nor rotation."""
+    """Norms follow attention and feed-forward only. With a window, each fourth layer lacks window and rotation."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
@@ -100,8 +100,8 @@ def build_exaone4(page: Page) -> None:
 
 
 def build_cohere2(page: Page) -> None:
-    """Command R7B and Command A: norms with a mean, attention and feed-forward side by side. Three of four layers have
-    a window; only they rotate, neighbouring channels together, in the checkpoint too."""
+    """Command R7B and Command A. Norms subtract the mean; attention and feed-forward are parallel. Three of four layers
+    have a window. Only these layers rotate, with neighbouring channels together as in the checkpoint."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     if settings.real("rotary_pct", default=1.0) != 1:

@@ -1,4 +1,4 @@
-"""Falcon 7B and 40B, whose Q, K and V are one matrix by groups of heads that share K and V."""
+"""Falcon 7B and 40B. Q, K and V are one matrix, ordered by groups of heads that share K and V."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build(page: Page) -> None:
 
 
 def _kv_heads(page: Page) -> int:
-    """Returns the number of KV heads; 1 for the 7B model: with `multi_query`, newer programs' keys are ignored."""
+    """Returns the number of KV heads. With `multi_query` it is 1, and keys of newer programs are ignored."""
     settings = page.settings
     large = settings.flag("new_decoder_architecture", default=settings.has("n_head_kv"))
     if not large and not settings.flag("parallel_attn", default=True):
@@ -42,7 +42,7 @@ def _kv_heads(page: Page) -> int:
 
 
 def _layer(page: Page, place: str, source: str, kv_heads: int, feed_forward: int) -> None:
-    """Copies a layer. The 40B model has separate norms, of which the feed-forward's is `attn_norm` in GGUF."""
+    """Copies a layer. The 40B model has two norms; GGUF calls the feed-forward network's norm `attn_norm`."""
     width, attention = page.width, f"{source}.self_attention"
     if page.has(f"{source}.ln_attn.weight"):
         page.copy(f"{place}.attn_norm", f"{source}.ln_mlp", width, bias=True)

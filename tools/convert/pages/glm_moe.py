@@ -1,4 +1,4 @@
-"""GLM 4.5, 4.6 and Air; layers that predict further tokens follow the others."""
+"""GLM 4.5, 4.6 and Air. Layers for multi-token prediction follow the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamaclust.tools.convert.settings import MAX_LAYERS
 
 
 def build(page: Page) -> None:
-    """Leading dense layers, then experts beside a shared one; layers that predict further tokens if there are any."""
+    """Leading dense layers, then layers of experts and a shared expert, then any layers for multi-token prediction."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.count("n_group", default=1) != 1:
         raise settings.error("n_group", f"{settings.shown('n_group')}, only one group of experts is supported")

@@ -1,4 +1,4 @@
-"""GPT-2 and StarCoder 2: norms and matrices with biases, a feed-forward network without a gate."""
+"""GPT-2 and StarCoder 2: norms and matrices have biases, and the feed-forward network has no gate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 
 def build_gpt2(page: Page) -> None:
-    """A model with a table of positions, whose matrices are stored transposed."""
+    """The model has a table of positions. Its matrices are stored transposed."""
     settings, width = page.settings, page.width
     context = settings.count("n_ctx", "n_positions", maximum=1 << 20)
     if settings.flag("scale_attn_by_inverse_layer_idx") or not settings.flag("scale_attn_weights", default=True):

@@ -1,4 +1,4 @@
-"""The gpt-oss models: experts in MXFP4, whose blocks keep their bits, or in floats; rows of gate and up alternate."""
+"""The gpt-oss models. Experts are MXFP4 blocks, which keep their bits, or floats. Rows of gate and up alternate."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def build(page: Page) -> None:
 
 
 def _experts(page: Page, layer: int, count: int, width: int) -> None:
-    """Copies the experts; rows of gate and up alternate, in the matrix and in the bias."""
+    """Copies the experts. Rows of gate and up alternate in the matrix and in the bias."""
     source, hidden = f"model.layers.{layer}.mlp.experts", page.width
     halves = _matrices(page, f"{source}.gate_up_proj", (count, 2 * width, hidden), 2)
     bias = page.take(f"{source}.gate_up_proj_bias", count, 2 * width)
@@ -59,7 +59,8 @@ def _experts(page: Page, layer: int, count: int, width: int) -> None:
 
 
 def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) -> list[Lazy]:
-    """Splits [experts, rows, columns] into `parts` of alternating rows: blocks, or floats with columns before rows."""
+    """Splits [experts, rows, columns] into `parts` tensors of alternating rows. The source is blocks, or floats as
+    [experts, columns, rows]."""
     count, rows, columns = shape
     if not page.has(f"{source}_blocks"):
         whole = exchanged(page.take(source, count, columns, rows))
@@ -73,8 +74,8 @@ def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) 
 
 
 def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
-    """Packs blocks [experts, rows, blocks of a row, 16] and scales into GGUF's MXFP4: the scale, then 16 bytes with
-    number i in the low and i + 16 in the high half. The checkpoint pairs numbers 2 i and 2 i + 1."""
+    """Packs blocks [experts, rows, blocks per row, 16] and scales into GGUF's MXFP4: a scale, then 16 bytes with number
+    i in the low and number i + 16 in the high half. The checkpoint has numbers 2 i and 2 i + 1 in a byte."""
     count, rows, width, _ = blocks.shape
 
     def read(start: int, end: int) -> Array:

@@ -14,7 +14,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
 _MIXTRAL = ("w1", "w3", "w2")
 _SMOLLM3_PERIOD = 4
 _BAICHUAN_2_WORDS = 125696
-"""The vocabulary size by which Baichuan 2 is known; rows of its output matrix are normalized to length 1."""
+"""The vocabulary size that identifies Baichuan 2. Rows of its output matrix are normalized to length 1."""
 
 
 def build(page: Page) -> None:
@@ -43,7 +43,7 @@ def build(page: Page) -> None:
 
 
 def build_smollm3(page: Page) -> None:
-    """SmolLM 3: every fourth layer has no rotation, for which GGUF has no key. Its window is never used."""
+    """Every fourth layer has no rotation. GGUF has no key for another pattern. The configured window is never used."""
     settings = page.settings
     if settings.flag("use_sliding_window"):
         raise settings.error("use_sliding_window", "true is not supported")
@@ -86,7 +86,7 @@ def _layers(page: Page, width: int) -> None:
 
 
 def build_meta(page: Page) -> None:
-    """LLaMA under Meta's names, also from llama2.c and TencentPretrain; Q and K need no permutation."""
+    """LLaMA under Meta's names, also from llama2.c and TencentPretrain. Q and K need no permutation."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
@@ -114,7 +114,7 @@ def _meta_feed_forward(page: Page, place: str, source: str, width: int) -> None:
 
 
 def build_internlm2(page: Page) -> None:
-    """InternLM 2 and 2.5, whose Q, K and V are one matrix by groups of heads that share K and V."""
+    """InternLM 2 and 2.5. Q, K and V are one matrix, ordered by groups of heads that share K and V."""
     width, hidden = decoder.feed_forward_width(page), page.width
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)
@@ -132,7 +132,7 @@ def build_internlm2(page: Page) -> None:
 
 
 def _internlm2_attention(page: Page, place: str, source: str) -> None:
-    """Splits groups of query heads, one key head and one value head."""
+    """Splits groups, each of several query heads, a key head and a value head."""
     head, shared = page.head_width, page.heads // page.kv_heads
     group = (shared + 2) * head
     packed = page.take(f"{source}.wqkv.weight", page.kv_heads * group, page.width)
@@ -145,7 +145,7 @@ def _internlm2_attention(page: Page, place: str, source: str) -> None:
 
 
 def build_baichuan(page: Page) -> None:
-    """Baichuan and Baichuan 2, whose Q, K and V are one matrix."""
+    """Baichuan and Baichuan 2. Q, K and V are one matrix."""
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)

@@ -1,5 +1,5 @@
-"""Llama 4, its text. Three of four layers rotate, in neighbouring pairs in the checkpoint too, and see a chunk of the
-positions; experts are in each layer or every second one."""
+"""The text model of Llama 4. Three of four layers rotate (neighbouring pairs, as in the checkpoint) and attend to a
+chunk of positions. Each layer or every second one has experts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(page: Page) -> None:
 
 
 def _step(page: Page) -> int:
-    """Returns the distance of layers with experts. Raises ModelFileError for a list with unequal distances."""
+    """Returns the distance between layers with experts. Raises ModelFileError for a list with unequal distances."""
     settings = page.settings
     listed = settings.values.get("moe_layers")
     if listed is None:
@@ -56,7 +56,7 @@ def _step(page: Page) -> int:
 
 
 def _check_attention(page: Page, count: int) -> None:
-    """Raises ModelFileError for values without a GGUF key, which readers infer: norms of Q and K, growth of queries."""
+    """Raises ModelFileError for unusual Q and K norms or query scales: readers infer them, GGUF has no keys."""
     settings = page.settings
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):
@@ -70,7 +70,7 @@ def _check_attention(page: Page, count: int) -> None:
 
 
 def _chunks(page: Page) -> None:
-    """Writes keys for differences from Scout and Maverick, whose public files have none."""
+    """Writes keys only where the model differs from Scout and Maverick, whose published files have none."""
     settings, rotated = page.settings, _rotated(page)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:
@@ -83,7 +83,7 @@ def _chunks(page: Page) -> None:
 
 
 def _rotated(page: Page) -> list[bool]:
-    """Returns True for each layer that rotates: by a list, which may be empty, or all but one in each interval."""
+    """Returns True for each layer that rotates. Without a list, all do except the last of each interval."""
     settings = page.settings
     listed = settings.values.get("no_rope_layers")
     if not listed:

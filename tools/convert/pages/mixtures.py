@@ -1,4 +1,4 @@
-"""Mixtures of experts of their own pages: granitemoe, ernie4_5-moe, bailingmoe2, minimax-m2."""
+"""Mixture-of-experts models with their own pages: granitemoe, ernie4_5-moe, bailingmoe2, minimax-m2."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PREDICTIONS = ("model.mtp_block.", "model.mtp_emb_norm.", "model.mtp_hidden_nor
 
 
 def build_granite(page: Page) -> None:
-    """Granite 3 with experts, also with a shared one."""
+    """Granite 3 with experts. There may be a shared expert."""
     settings = page.settings
     width = decoder.feed_forward_width(page)
     shared = settings.count("shared_intermediate_size", default=0, minimum=0)
@@ -32,7 +32,7 @@ def build_granite(page: Page) -> None:
 
 
 def granite_expert_keys(page: Page, shared: int) -> None:
-    """`shared`: the width of the shared expert, 0 without."""
+    """`shared` is the width of the shared expert, or 0 without one."""
     count = page.settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     page.key("expert_count", count)
     page.key("expert_used_count", page.settings.count("num_experts_per_tok", maximum=count))
@@ -41,7 +41,7 @@ def granite_expert_keys(page: Page, shared: int) -> None:
 
 
 def granite_experts(page: Page, layer: int, shared: int) -> None:
-    """Copies the experts; gate and up are one matrix, one above the other."""
+    """Copies the experts. Gate and up are one matrix, with gate above up."""
     place, source, hidden = f"blk.{layer}", f"model.layers.{layer}.block_sparse_moe", page.width
     count = page.settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     width = decoder.feed_forward_width(page)
@@ -64,8 +64,8 @@ def granite_feed_forward(page: Page, layer: int, width: int, suffix: str = "") -
 
 
 def build_ernie(page: Page) -> None:
-    """ERNIE 4.5 with experts, from a layer on in each or every few, beside shared ones in one network. Layers that
-    predict further tokens are omitted, as by llama.cpp."""
+    """ERNIE 4.5 with experts. From a given layer on, each layer or every few layers have experts, and shared experts as
+    one network. Layers for multi-token prediction are omitted, as by llama.cpp."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.flag("use_bias"):
         raise settings.error("use_bias", "true is not what ernie4_5-moe computes")
@@ -117,8 +117,8 @@ def _ernie_experts(page: Page, layer: int) -> None:
 
 
 def build_bailing(page: Page) -> None:
-    """Ling and Ring 2.0: one matrix of Q, K and V, half of a head rotates; leading dense layers, then sigmoid experts
-    in groups beside shared ones. Layers that predict further tokens are omitted."""
+    """Ling and Ring 2.0. Q, K and V are one matrix; half of each head rotates. Dense layers come first, then layers of
+    grouped sigmoid experts and shared ones. Layers for multi-token prediction are omitted."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
         if settings.flag(name, default=wanted) is not wanted:
@@ -178,7 +178,7 @@ def _bailing_experts(page: Page, layer: int) -> None:
 
 
 def build_minimax(page: Page) -> None:
-    """MiniMax M2: Q and K are normed whole, a part of each head rotates; all layers have sigmoid experts."""
+    """MiniMax M2. Q and K have a norm over all heads; a part of each head rotates. All layers have sigmoid experts."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):

@@ -1,4 +1,4 @@
-"""OLMo 2 and 3, whose norms are behind attention and feed-forward alone."""
+"""OLMo 2 and 3. Their only norms are those after attention and after the feed-forward network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 _PERIOD = 4
 _BASE = 500000.0
-"""The base of OLMo 3's configurations that name none."""
+"""The base of the rotation if a configuration of OLMo 3 names none."""
 
 
 def build(page: Page) -> None:
@@ -19,7 +19,7 @@ def build(page: Page) -> None:
 
 
 def build_olmo3(page: Page) -> None:
-    """OLMo 3: OLMo 2 with a window in three of four layers, whose rotation has the same base without stretching."""
+    """OLMo 3: OLMo 2 with a window in three of four layers. These rotate with the same base, but without stretching."""
     settings = page.settings
     _build(page, _BASE)
     base = page.metadata["olmo2.rope.freq_base"]

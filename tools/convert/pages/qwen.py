@@ -1,4 +1,4 @@
-"""Qwen 2, 2.5, 3 and 3 VL (its text), dense and with experts."""
+"""Qwen 2, 2.5, 3 and the text model of Qwen 3 VL, dense or with experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.tools.convert.settings import MAX_LAYERS
 
 
 def build(page: Page) -> None:
-    """Ignores the configuration's sliding window, which `use_sliding_window` disables."""
+    """Ignores the configured window, which takes effect only with `use_sliding_window`."""
     if page.settings.flag("use_sliding_window"):
         raise page.settings.error("use_sliding_window", "true is not supported")
     width = decoder.feed_forward_width(page)
@@ -38,7 +38,7 @@ def build(page: Page) -> None:
 
 
 def _picture_keys(page: Page) -> None:
-    """Writes rotation sections, and the number of layers that pictures add to, for programs with vision."""
+    """Writes keys for programs with vision: rotation sections, and the number of layers to which pictures add."""
     page.key("rope.dimension_sections", np.array(sections(page.settings, page.head_width // 2), np.int32))
     if page.settings.has("deepstack_layers"):
         page.key("n_deepstack_layers", page.settings.count("deepstack_layers", minimum=0, maximum=MAX_LAYERS))

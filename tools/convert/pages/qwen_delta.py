@@ -1,5 +1,5 @@
-"""Qwen3-Next and Qwen 3.5: a gated delta net in most layers, gated attention in the others. Norms, except the delta
-net's, multiply by one more than the stored weight."""
+"""Qwen3-Next and Qwen 3.5: a gated delta net in most layers, gated attention in the others. Norms multiply by the
+stored weight plus one, except those of the delta net."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PREDICTION = (
 
 @dataclass(frozen=True, slots=True)
 class _DeltaNet:
-    """Sizes of a delta net. `tiled`: GGUF pairs value head j with key head j modulo their number, checkpoints with j
-    divided by the quotient."""
+    """Sizes of a delta net. `tiled`: GGUF pairs value head j with key head j % key_heads. Checkpoints pair it with key
+    head j // (heads // key_heads)."""
 
     key_heads: int
     heads: int
@@ -50,7 +50,7 @@ class _DeltaNet:
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Returns the checkpoint's row for each row of value heads, `width` rows each."""
+        """Returns the checkpoint's row for each row of GGUF. A value head has `width` rows."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers
@@ -105,7 +105,7 @@ def _recurrent(page: Page) -> list[bool]:
 
 
 def _further_layers(page: Page) -> int:
-    """Returns the number of layers that predict further tokens; the configuration of Qwen3-Next omits its one."""
+    """Returns the number of layers for multi-token prediction. Qwen3-Next has one, which its configuration omits."""
     if not page.has("mtp.fc.weight"):
         return 0
     return page.settings.count("mtp_num_hidden_layers", default=1, maximum=MAX_LAYERS)
@@ -162,7 +162,7 @@ def _layer(page: Page, place: str, source: str, net: _DeltaNet | None, has_exper
 
 
 def _attention(page: Page, place: str, source: str) -> None:
-    """Copies attention; queries and their gates are one matrix, head by head, in GGUF too."""
+    """Copies attention. Queries and their gates are one matrix, head by head, as in GGUF."""
     query, key = page.heads * page.head_width, page.kv_heads * page.head_width
     for part, rows in (("q", 2 * query), ("k", key), ("v", key)):
         page.copy(f"{place}.attn_{part}", f"{source}.{part}_proj", rows, page.width, bias=None)
@@ -193,7 +193,7 @@ def _delta_net(page: Page, place: str, source: str, net: _DeltaNet) -> None:
 
 
 def _grouped_products(page: Page, place: str, source: str, net: _DeltaNet) -> None:
-    """Regroups rows from q, k, values and gates of each key head to all q, all k, all v, and the gates apart."""
+    """Regroups rows of each key head (q, k, v, gates) to a tensor of all q, k and v, and one of all gates."""
     shared = net.values // net.key_heads
     group = 2 * net.width + 2 * shared
     whole = page.take(f"{source}.in_proj_qkvz.weight", net.key_heads * group, page.width)

@@ -1,4 +1,4 @@
-"""The text model of a multimodal checkpoint: settings, and tensors under the names of a text-only model."""
+"""The text model of a multimodal checkpoint: its settings, and its tensors under the names of a text-only model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.tools.convert.settings import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Classes of text models by the `model_type` of their settings, and `defaults` that authors omit there."""
+    """Text models' classes by the `model_type` in their settings, and `defaults` for settings that authors omit."""
 
     families: Mapping[str, str]
     usual_type: str  # where the settings name none
@@ -69,7 +69,7 @@ MULTIMODAL: Final[Mapping[str, TextPart]] = MappingProxyType(
         ),
     }
 )
-"""Text models by the class of the multimodal model."""
+"""Text models by the class of the multimodal model that contains them."""
 _PREFIXES: Final = (
     ("language_model.model.", "model."),
     ("language_model.", ""),
@@ -92,7 +92,7 @@ _PICTURES: Final = tuple(
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns a multimodal checkpoint's text model, others unchanged. Raises ModelFileError for an unknown kind."""
+    """Returns the text model of a multimodal checkpoint, and other checkpoints unchanged. Raises ModelFileError."""
     part = MULTIMODAL.get(checkpoint.family)
     if part is None:
         return checkpoint
@@ -112,7 +112,7 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _sources(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Maps names in a text-only model to those in the checkpoint. Raises ModelFileError for two that become one."""
+    """Maps names in a text-only model to names in the checkpoint. Raises ModelFileError if two names become one."""
     sources: dict[str, str] = {}
     for source in checkpoint.tensors:
         if source.startswith(_PICTURES):

@@ -1,1 +1,1 @@
-"""Tokenizers as checkpoints carry them, as metadata of GGUF files."""
+"""Tokenizers of checkpoints, converted to metadata of GGUF files."""

@@ -1,4 +1,4 @@
-"""Vocabulary data of some architectures that their files lack: token roles, kinds, flags."""
+"""Vocabulary data that the files of some architectures lack: token roles, kinds, flags."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _GLM_PARTS: Final = {
     "glm4": {"eot": _CHATGLM_TURN},
     "glm4moe": {"bos": "[gMASK]", "eot": _CHATGLM_TURN, "eom": "<|observation|>", "unknown": "<|endoftext|>"},
 }
-"""Roles of tokens that the models' own files do not tell."""
+"""Roles of tokens that the models' own files do not give."""
 _HUNYUAN_BOS: Final = {"hunyuan-dense": "<|startoftext|>", "hunyuan-moe": "<|bos|>"}
-"""BOS of vocabularies of ranks; configurations beside them name other ids."""
+"""The BOS tokens of vocabularies with ranks. The configurations that come with them name other ids."""
 _GEMMA4: Final = "gemma4"
 _GEMMA4_VISIBLE: Final = frozenset(
     {
@@ -31,12 +31,12 @@ _GEMMA4_VISIBLE: Final = frozenset(
         *("<|tool_response>", "<tool_response|>", '<|"|>'),
     }
 )
-"""Marks that an answer's parser has to see."""
+"""Control marks that the parser of an answer has to see."""
 _LIBRARY_FILE: Final = "tokenizer.json"
 
 
 def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int) -> Words:
-    """Reads the vocabulary at `place` for `rows` rows, as the architecture needs it. Raises ModelFileError."""
+    """Reads the vocabulary at `place` for an embedding of `rows` rows. Raises ModelFileError."""
     behind = _CHATGLM_WORDS if architecture == "chatglm" else ()
     names = (_LIBRARY_FILE,) if architecture == _GEMMA4 else NAMES
     words = read_words(files, place, rows, behind, names)
@@ -55,7 +55,7 @@ def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int)
 
 
 def _become_gemma4(words: Words) -> None:
-    """Makes it BPE by the merges of tokenizer.json, which SentencePiece's scores would not keep."""
+    """Makes the vocabulary BPE with tokenizer.json's merges, which SentencePiece's scores would not keep."""
     if not words.merges:
         raise ModelFileError(f"{words.origin}: without merges; gemma4 needs those of {_LIBRARY_FILE}")
     if words.flags["add_space_prefix"]:

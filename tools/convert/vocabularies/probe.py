@@ -1,4 +1,4 @@
-"""The recognition of a tokenizer.json's pre-tokenizer by its output for a text, not by its name."""
+"""Recognizes a tokenizer.json's pre-tokenizer by its output for a text, not by its name."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PROBE: Final = (
     "function(x){return x*2;}//comment\n\n\n    indented\n\tmore\n if(a&&b||!c) <tag attr='v'/> http://a.b/c?d=e&f=1 "
     "x\n/y \n//z !\n/a (\n) .\r\n/ end  "
 )
-"""Scripts with and without spaces and case, digits alone and in rows, marks, all kinds of spaces, line ends."""
+"""Scripts with and without spaces and case, single and repeated digits, marks, all kinds of spaces, line ends."""
 
 Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """Returns a pre-tokenizer with the same pieces and `ignore_merges`, preferably the same BOS; None: unknown."""
+    """Returns a known pre-tokenizer with the same pieces and `ignore_merges`, preferably with the same BOS."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()
@@ -37,7 +37,7 @@ def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str |
 
 
 def cut(pre_tokenizer: Any) -> Pieces:
-    """Returns the pieces of the probe, in the alphabet of byte-level BPE."""
+    """Returns the pieces of the probe text, in the alphabet of byte-level BPE."""
     return tuple(piece for piece, _ in pre_tokenizer.pre_tokenize_str(PROBE))
 
 

@@ -1,5 +1,5 @@
-"""Lists of byte strings with ranks, as of tiktoken (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and tekken.json, Mistral's
-form of them. Merges follow from ranks."""
+"""Byte strings with ranks: tiktoken files (Llama 3, GLM-4, Qwen, Hunyuan, Kimi), and tekken.json, Mistral's form of
+them. Merges follow from ranks."""
 
 from __future__ import annotations
 
@@ -45,18 +45,17 @@ _BEHIND: Final = {
     "qwen2": (_QWEN_SPECIAL, {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
     "hunyuan": (_HUNYUAN_SPECIAL, {"bos": "<|startoftext|>", "eos": "<|eos|>", "padding": "<|pad|>"}),
 }
-"""Control tokens behind the words, and their roles; for other models tokenizer_config.json has them."""
+"""Control tokens that follow the words, and their roles. Other models have them in tokenizer_config.json."""
 _OLD_SPECIAL: Final = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
     *("[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
 )
-"""Special tokens of files before version 7, which do not list them."""
+"""Special tokens of tekken.json before version 7, which does not list them."""
 _PARTS: Final = {"unknown": "<unk>", "bos": "<s>", "eos": "</s>", "padding": "<pad>"}
 
 
 def is_ranks(data: bytes) -> bool:
-    """True if the file begins with a line of base64 and a number."""
     word, _, rank = data[:512].split(b"\n", 1)[0].partition(b" ")
     try:
         return bool(word) and rank.strip().isdigit() and bool(base64.b64decode(word, validate=True))
@@ -65,7 +64,7 @@ def is_ranks(data: bytes) -> bool:
 
 
 def read_ranks(path: Path, data: bytes) -> Words:
-    """Reads words and merges, and adds the control tokens that the model's own program appends."""
+    """Reads words and merges. Adds the control tokens that the model's own program appends."""
     ranks = _parse(path, data)
     texts = spelled(ranks)
     pre = _model_of(path, len(texts))
@@ -80,12 +79,12 @@ def read_ranks(path: Path, data: bytes) -> Words:
 
 
 def spelled(ranks: Mapping[bytes, int]) -> list[str]:
-    """Returns words by rank, in the alphabet of byte-level BPE."""
+    """Returns words in order of rank, in the alphabet of byte-level BPE."""
     return [_spell(word) for word in sorted(ranks, key=ranks.__getitem__)]
 
 
 def merges_of(ranks: Mapping[bytes, int], path: Path) -> list[str]:
-    """Returns the merges that produce the words, by rank. Raises ModelFileError for a word that no merges produce."""
+    """Returns the merges that produce the words, by rank. Raises ModelFileError if no merges produce a word."""
     pairs = (_split(word, ranks, path) for word in sorted(ranks, key=ranks.__getitem__) if len(word) > 1)
     return [f"{_spell(left)} {_spell(right)}" for left, right in pairs]
 
@@ -95,7 +94,7 @@ def _spell(word: bytes) -> str:
 
 
 def _model_of(path: Path, count: int) -> str:
-    """Returns the pre-tokenizer's name, which the file lacks, by file name or number of ranks."""
+    """Returns the pre-tokenizer's name. The file lacks it, so its own name or the number of ranks decides."""
     if path.suffix == ".tiktoken":
         return "hunyuan" if path.name == _HUNYUAN_FILE else "qwen2"
     known = {_LLAMA3_WORDS: "llama-bpe", _GLM4_WORDS: "chatglm-bpe", _KIMI_WORDS: "kimi-k2"}
@@ -118,7 +117,7 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
 
 
 def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
-    """Raises ModelFileError unless ranks run from 0 on, all bytes are words, and sizes are within bounds."""
+    """Raises ModelFileError if ranks do not count from 0, a byte is no word, or a size is out of bounds."""
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
         raise ModelFileError(f"{path}: its {len(ranks)} ranks are not the numbers from 0 on, each once")
     if max(map(len, ranks)) > _MOST_BYTES:
@@ -130,7 +129,7 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
 
 
 def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, bytes]:
-    """Returns the two parts of a word before its last merge."""
+    """Returns the two parts of a word that its last merge joins."""
     parts = [word[place : place + 1] for place in range(len(word))]
     own = ranks[word]
     while len(parts) > 2:
@@ -165,7 +164,7 @@ def read_tekken(path: Path) -> Words:
 
 
 def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
-    """Returns special tokens by id, which come before all others; those without a text are numbered."""
+    """Returns the special tokens in order of id. They precede all words. A token without a text gets a number."""
     texts = [f"<SPECIAL_{number}>" for number in range(count)]
     listed = said.get("special_tokens")
     if listed is None:
@@ -179,7 +178,7 @@ def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
 
 
 def _ranks(said: dict[str, Any], path: Path, count: int) -> dict[bytes, int]:
-    """Returns the first `count` words; the file may have more than the model."""
+    """Returns the words of ranks below `count`. The file may have more words than the model."""
     ranks: dict[bytes, int] = {}
     for entry in _objects(said.get("vocab"), path, "vocab"):
         rank, word = entry.get("rank"), entry.get("token_bytes")

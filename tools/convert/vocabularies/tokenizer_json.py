@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json: byte-level BPE, or SentencePiece's kinds as the library writes them."""
+"""Hugging Face's tokenizer.json: byte-level BPE, or SentencePiece's BPE and Unigram as the library writes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llamaclust.tools.convert.vocabularies.probe import PROBE, recognised
 from llamaclust.tools.convert.vocabularies.words import Words
 
 _HARMLESS: Final = ("NFC", "NFKC")
-"""Normalizers that do not change usual text; GGUF has no key for them."""
+"""Normalizers that do not change usual text. GGUF has no key for them."""
 _TEXTS: Final = ("a", " a", "  a  b ", " ", "a \n b", "\n a\t", *PROBE.splitlines())
 _BYTES: Final = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -48,7 +48,7 @@ def _merged(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
 
 
 def _texts(model: dict[str, Any], path: Path) -> list[str]:
-    """Returns words by id; ids without a word are for added tokens."""
+    """Returns words by id. Ids without a word belong to added tokens and get placeholders."""
     if model.get("type", "BPE") != "BPE":
         raise ModelFileError(
             f"{path}: a tokenizer of kind {shown(str(model.get('type')))}; only BPE and Unigram are supported"
@@ -98,7 +98,7 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
 
 
 def _pre_tokenizer_name(library: Any, said: dict[str, Any]) -> str | None:
-    """Returns the pre-tokenizer's name. `ignore_merges` may differ if merges lead to every word."""
+    """Returns the pre-tokenizer's name, or None. Its `ignore_merges` may differ if merges lead to every word."""
     ignores_merges, has_bos = said["model"].get("ignore_merges") is True, _template_ends(said)[0] is not None
     name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
     if name is not None:
@@ -125,7 +125,7 @@ def _library(path: Path) -> Any:
 
 
 def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]], said: dict[str, Any]) -> Words:
-    """Makes scores from merges, which are in the order of SentencePiece's scores, the best first."""
+    """Makes scores from merges, because merges have the order of SentencePiece's scores, the best first."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -186,7 +186,7 @@ def _special(item: Any) -> str | None:
 
 
 def _parts(said: Any, inner: str) -> list[dict[str, Any]]:
-    """Returns a component, or the components of a sequence."""
+    """Returns the components of a sequence, or a single component as a list."""
     if not isinstance(said, dict):
         return []
     parts = said.get(inner) if said.get("type") == "Sequence" else [said]
@@ -206,8 +206,8 @@ def _object(value: Any, path: Path, name: str) -> dict[str, Any]:
 
 
 def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
-    """Reads SentencePiece's pieces, map of characters and treatment of spaces from the library's steps. Raises
-    ModelFileError for malformed entries, and without a piece for unknown text."""
+    """Reads SentencePiece's pieces, character map and treatment of spaces from the library's steps. Raises
+    ModelFileError for malformed entries, or if no piece stands for unknown text."""
     steps = _parts(said.get("normalizer"), "normalizers")
     cutters = _parts(said.get("pre_tokenizer"), "pretokenizers")
     spaces = next((cutter for cutter in cutters if cutter.get("type") == "Metaspace"), {"prepend_scheme": "never"})
@@ -242,7 +242,7 @@ def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
 
 
 def _check_alike(words: Words, library: tokenizers.Tokenizer) -> None:
-    """Raises ModelFileError if SentencePiece's algorithm gives other tokens than the library."""
+    """Raises ModelFileError if SentencePiece's algorithm yields other tokens than the library."""
     own = load_tokenizer(words.metadata())
     for text in _TEXTS:
         if own.encode(text, add_special=False) != library.encode(text, add_special_tokens=False).ids:

@@ -1,4 +1,4 @@
-"""A vocabulary to be written: words by id with their types, and the settings of the tokenizer."""
+"""A vocabulary to write: words by id with their types, and the settings of the tokenizer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 @dataclass(slots=True)
 class Words:
-    """A vocabulary of `kind` (`tokenizer.ggml.model`). `scores` are of SentencePiece; `merges` are of BPE, or of a
-    SentencePiece vocabulary from tokenizer.json, which only kind gemma4 writes."""
+    """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece vocabularies have `scores`, BPE ones
+    `merges`. SentencePiece vocabularies from tokenizer.json have both, but only kind gemma4 writes their merges."""
 
     kind: str
     pre: str
@@ -38,12 +38,12 @@ class Words:
     """Ids of special tokens by role: bos, eos, eot, unknown, padding, ..."""
     flags: dict[str, bool] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
-    """The checkpoint's tokens besides EOS that end an answer; some may have no role."""
+    """Tokens of the checkpoint, other than EOS, that end an answer. Some may have no role."""
     template: str | None = None
     charsmap: bytes = b""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
-        """Adds a token, or marks one as more than a word; the token for unknown text stays as it is."""
+        """Adds a token, or marks a word as control or user-defined. The token for unknown text stays as it is."""
         if token_id == self.ids.get("unknown"):
             return
         if not 0 <= token_id < MAX_WORDS:
@@ -73,7 +73,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A note on tokens that end an answer but have no GGUF key; readers know some of them by their text."""
+        """A note on tokens that end an answer but have no GGUF key. Omits those that readers know by their text."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:
@@ -121,6 +121,6 @@ class Words:
 
 
 def _looks_special(text: str) -> bool:
-    """True for control tokens by their form: some tokenizers do not mark them."""
+    """True for texts in the form of control tokens, because some tokenizers do not mark these."""
     marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return text in _MARKED_CONTROL or any(text.startswith(left) and text.endswith(right) for left, right in marks)

@@ -1,1 +1,1 @@
-"""Gemma, and the common parts of its E models."""
+"""Pages of Gemma models, and the parts that its E models share."""

@@ -1,4 +1,4 @@
-"""Gemma, Gemma 2 and Gemma 3, whose norms multiply by one more than the stored weight."""
+"""Gemma, Gemma 2 and Gemma 3. Their norms multiply by the stored weight plus one."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def build(page: Page) -> None:
 
 
 def _window(page: Page) -> None:
-    """Writes the window, and the layers that have it if they differ from the published models'."""
+    """Writes the window, and which layers have it if they differ from those of the published models."""
     settings = page.settings
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     usual = _PERIODS[page.architecture]
@@ -55,7 +55,7 @@ def _window(page: Page) -> None:
 
 
 def _caps(page: Page) -> None:
-    """Writes the caps: of scores and logits for Gemma 2, at most of logits for Gemma 3."""
+    """Writes the soft caps. Gemma 2 caps scores and logits; Gemma 3 may cap logits."""
     settings = page.settings
     scores, final = "attn_logit_softcapping", "final_logit_softcapping"
     if page.architecture == "gemma2":
@@ -71,7 +71,7 @@ def _caps(page: Page) -> None:
 
 
 def _check_scale(page: Page) -> None:
-    """Raises ModelFileError for an unusual scale of scores: GGUF has no key, readers infer it from the layers."""
+    """Raises ModelFileError for an unusual scale of scores: without a GGUF key, readers infer it from layers."""
     settings, name = page.settings, "query_pre_attn_scalar"
     whole = page.layers == _LAYERS_27B[page.architecture]
     wanted = page.width // page.heads if whole else page.head_width

@@ -1,1 +1,1 @@
-"""Pages of families with latent attention in all layers."""
+"""Pages of model families with latent attention in all layers."""

@@ -1,5 +1,5 @@
-"""Latent attention: widths, keys and tensors. GGUF splits the matrix from latent vector to keys and values by head:
-`attn_k_b`, with rows and columns exchanged, and `attn_v_b`."""
+"""Latent attention: widths, keys and tensors. GGUF splits the matrix from the latent vector to keys and values by head:
+`attn_k_b` has rows and columns exchanged, `attn_v_b` has not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_RANK: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Channels of the latent vector, of rotated and plain parts of keys, and of values; `query_rank` may be 0."""
+    """Channels of the latent vector, of a key's rotated and plain parts, and of a value. `query_rank` 0 means none."""
 
     rank: int
     rotated: int
@@ -48,7 +48,7 @@ def read_latent(page: Page) -> Latent:
 
 
 def latent_keys(page: Page, latent: Latent) -> None:
-    """Writes the keys that replace usual attention's: one KV head, whose values are the latent part of its keys."""
+    """Writes the keys of latent attention: one KV head, whose values are the latent part of its keys."""
     page.key("attention.head_count_kv", 1)
     page.key("attention.key_length", latent.rank + latent.rotated)
     page.key("attention.value_length", latent.rank)

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 (also Kimi K2) and GLM-4.7-Flash as deepseek2; Mistral Small 4 as mistral4."""
+"""DeepSeek V2 and V3, Kimi K2 and GLM-4.7-Flash become deepseek2. Mistral Small 4 becomes mistral4."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """A gating function. `has_bias`: a bias joins the choice; `has_groups`: grouped experts, normalized weights."""
+    """A gating function. `has_bias`: a bias joins the choice. `has_groups`: grouped experts, normalized weights."""
 
     name: str
     number: int
@@ -29,7 +29,7 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(page: Page) -> None:
-    """DeepSeek V2 and V2.5. GGUF has no key for the full models' choice of groups by their best expert."""
+    """DeepSeek V2 and V2.5. GGUF has no key for groups that are chosen by their best expert, as in the full models."""
     settings = page.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:
@@ -42,19 +42,19 @@ def build_v2(page: Page) -> None:
 
 
 def build_v3(page: Page) -> None:
-    """DeepSeek V3, V3.1 and R1, Kimi K2. Layers that predict further tokens are omitted, as by llama.cpp."""
+    """DeepSeek V3, V3.1, R1 and Kimi K2. Layers for multi-token prediction are omitted, as by llama.cpp."""
     _build(page, _V3)
     experts.leave_further_layers(page)
 
 
 def build_glm_flash(page: Page) -> None:
-    """GLM-4.7-Flash; layers that predict further tokens follow the others."""
+    """Layers for multi-token prediction follow the others."""
     page.vocabulary_rules = _GLM
     _build(page, _V3, further=experts.further_layers(page))
 
 
 def build_mistral4(page: Page) -> None:
-    """Mistral Small 4: queries are scaled by their position."""
+    """Queries are scaled by their position."""
     _build(page, _MISTRAL4)
     length = position_scale(page)
     if length:

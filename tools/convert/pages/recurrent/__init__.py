@@ -1,1 +1,1 @@
-"""Pages of models with a state of each sequence: convolutions, and Mamba 2."""
+"""Pages of models that keep a recurrent state for each sequence."""

@@ -1,4 +1,4 @@
-"""Falcon-H1: attention and Mamba 2 side by side in each layer. GGUF's weights include the multipliers."""
+"""Falcon-H1: attention and Mamba 2 are parallel in each layer. GGUF's weights include the model's multipliers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(page: Page) -> None:
 
 
 def _ends(page: Page) -> None:
-    """Copies embedding and output matrix, which have different multipliers, even if they are one in the checkpoint."""
+    """Copies embedding and output matrix. Their multipliers differ, even if the checkpoint has one matrix for both."""
     embedding = page.take("model.embed_tokens.weight", page.words, page.width)
     head = embedding
     if not page.settings.flag("tie_word_embeddings"):
@@ -73,7 +73,7 @@ def _multiply(page: Page, mamba: Mamba) -> None:
 
 
 def _product_factors(page: Page, mamba: Mamba) -> NDArray[np.float32]:
-    """Returns the factors of the rows of gate, x, input and output matrices and time steps."""
+    """Returns a factor for each row of `ssm_in`: gate, x, input matrices, output matrices, time steps."""
     parts = (mamba.inner, mamba.inner, mamba.matrices, mamba.matrices, mamba.heads)
     factors = _factors(page, "ssm_multipliers", len(parts))
     return np.repeat(np.array(factors, np.float32) * np.float32(_factor(page, "ssm_in_multiplier")), parts)

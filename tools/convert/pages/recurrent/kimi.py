@@ -1,4 +1,4 @@
-"""Kimi Linear: delta nets whose states decay by channel, and latent attention without a rotation."""
+"""Kimi Linear: delta nets with a decay for each channel, and latent attention without rotation."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def build(page: Page) -> None:
 
 
 def _dense_module(page: Page, layer: int) -> str:
-    """Returns the published module name, or mixtures' one, which transformers writes for every network."""
+    """Returns the name of a dense module: `mlp` as published, or the experts' name, which transformers writes."""
     return _MIXTURE if page.has(f"model.layers.{layer}.{_MIXTURE}.gate_proj.weight") else "mlp"
 
 
 def _net(page: Page) -> Settings:
-    """Returns checked settings of delta nets. Raises ModelFileError for ones without a GGUF key."""
+    """Returns checked settings of delta nets. Raises ModelFileError for values that GGUF cannot express."""
     settings = page.settings
     said = settings.inner("linear_attn_config")
     if not settings.has("linear_attn_config"):
@@ -66,7 +66,7 @@ def _net(page: Page) -> Settings:
 
 
 def _attends(page: Page) -> list[bool]:
-    """Returns True for each layer with attention: by the authors' list, which counts from 1, or by layer kinds."""
+    """Returns True for each layer with attention: from the authors' list, counted from 1, or from layer kinds."""
     settings = page.settings
     listed: Any = settings.inner("linear_attn_config").values.get("full_attn_layers")
     if isinstance(listed, list):

@@ -1,4 +1,4 @@
-"""LFM2, dense and MoE: short convolutions in most layers, attention in the others; its own names of tensors."""
+"""LFM2, dense and MoE: short convolutions in most layers, attention in the others. Tensor names are LFM2's own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(page: Page) -> None:
 
 
 def _kinds(page: Page) -> list[str]:
-    """Returns the kinds of layers, from `layer_types` or the numbers of layers with attention."""
+    """Returns the kind of each layer, from `layer_types` or from the numbers of the layers with attention."""
     listed = page.settings.values.get("full_attn_idxs")
     if page.settings.has("layer_types") or not isinstance(listed, list):
         return decoder.layer_kinds(page, "layer_types", _KINDS)
@@ -51,7 +51,7 @@ def _kinds(page: Page) -> list[str]:
 
 
 def _adjusted_width(page: Page) -> int:
-    """Returns two thirds of the configured width, times a factor, rounded up, unless the width is exact."""
+    """Returns the configured width if it is exact. Otherwise returns two thirds of it, times a factor, rounded up."""
     settings = page.settings
     width = settings.count("block_ff_dim", "intermediate_size")
     if not settings.flag("block_auto_adjust_ff_dim", default=True):
@@ -76,7 +76,7 @@ def _taps(page: Page) -> int:
 
 
 def _expert_keys(page: Page) -> int:
-    """Writes the keys; returns the number of leading dense layers."""
+    """Writes the keys. Returns the number of leading dense layers."""
     settings = page.settings
     for name in ("use_expert_bias", "norm_topk_prob"):
         if not settings.flag(name, default=True):

@@ -1,1 +1,1 @@
-"""Pure: from requests to microbatches. Continuous batching, KV block tables, prefix cache, preemption."""
+"""Turns requests into microbatches: continuous batching, KV block tables, prefix cache, preemption. It uses no I/O."""

@@ -1,4 +1,4 @@
-"""Serving limits of a model, from which the scheduler's settings and the stages' limits follow."""
+"""Serving limits of a model. The settings of the scheduler and the limits of the stages are derived from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.model.nextn.costs import with_nextn
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 ROWS = 512
-"""Rows of a microbatch beyond one for each sequence."""
+"""The rows of a microbatch in addition to one row for each sequence."""
 
 
 def blocks_of(tokens: int) -> int:
@@ -24,7 +24,7 @@ def blocks_of(tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """Numbers of blocks: of KV, of layers with a window, and of states; 0 if these have no blocks of their own."""
+    """Numbers of KV blocks, of window blocks (layers with a sliding window), and of state blocks. 0: there are none."""
 
     kv: int
     window: int = 0
@@ -48,7 +48,7 @@ class Capacity:
         return max(self.rows, self.prefill_chunk or 0) + self.max_sequences
 
     def costs(self, model: Model, expert_shards: int = 1) -> ModelCosts:
-        """Returns the model's costs, with its MTP head's if that drafts. Raises UsageError if the model has no head."""
+        """Returns the model's costs, including an MTP head that drafts. Raises UsageError if there is no such head."""
         costs = model.costs(self.kv_type, expert_shards)
         return with_nextn(model, costs, self.kv_type) if self.mtp and expert_shards == 1 else costs
 

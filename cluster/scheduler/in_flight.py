@@ -1,4 +1,4 @@
-"""Microbatches in flight: their numbers, the result that is due next, and the stage times that results bring."""
+"""Owns the microbatches in flight: numbers them, checks the order of their results, and learns stage times."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.core.sampling import RowResult, SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""Seconds that a row may be deferred: the last stage itself gives up an answer whose matcher takes 60 s."""
+"""The most seconds for which a row may be deferred. After 60 s, the last stage itself gives up a slow matcher."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class _Sent:
 
 
 def _highest_token(row: RowResult) -> int:
-    """Returns the highest token id, without those of an MTP head: these are checked when they are used."""
+    """Returns a row's highest token id, without an MTP head's drafts, which are checked when they are used."""
     highest = max(row.token, *row.forced, *row.forced_draft, 0)
     return max(highest, max(row.top_logprobs)[0]) if row.top_logprobs else highest
 
@@ -106,8 +106,8 @@ class InFlight:
         return ScheduledMicrobatch(microbatch, SamplingInputs(self.epoch, number, tasks, released, starts))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
-        """Returns the slices that a result is for. `now_ns` is when it came, or would have come alone. Raises
-        ProtocolError if the result does not answer the microbatch that is due."""
+        """Returns the slices that a result belongs to. `now_ns` is when it was computed, even if it came later,
+        together with others. Raises ProtocolError if the result does not answer the microbatch that is due."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self.epoch, due.number):
             expected = f"microbatch {due.number} of epoch {epoch_text(self.epoch)}" if due else "nothing"
@@ -141,7 +141,7 @@ class InFlight:
         return due.slices
 
     def _check_deferred(self, due: _Sent, rows: tuple[RowResult, ...], now_ns: int) -> None:
-        """Raises ProtocolError for a deferred row without a matcher, or deferred for more than `_DEFERRED_S`."""
+        """Raises ProtocolError if a deferred row has no matcher, or has been deferred for more than `_DEFERRED_S`."""
         at = 0
         for taken in due.slices:
             key, places = taken.sequence.key, range(at, at := at + len(taken.tasks))

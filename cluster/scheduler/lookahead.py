@@ -1,7 +1,7 @@
-"""The number of steps that are sent before the tokens that they follow are known.
+"""Decides how many lookahead steps are sent: decode steps whose input tokens are not known yet.
 
-Stages compute lookahead steps while results travel. A worker with the whole model computes them one after the other:
-short ones are sent and answered together, so that coordinator and worker wake once and leave the cores to computation.
+Stages compute lookahead steps while results travel. A worker that holds the whole model gets several short steps
+together and answers them together. Coordinator and worker then wake up only once, and leave the cores to computation.
 """
 
 from __future__ import annotations
@@ -9,17 +9,15 @@ from __future__ import annotations
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _WORTH_HIDING = 0.02
-"""The least share of links and coordinator in a step that justifies lookahead steps, which delay new requests."""
+"""The least share of links and coordinator in a step's time that justifies lookahead. It delays new requests."""
 
 _MOST_NS = 20e6
-"""The most nanoseconds of steps in flight: a new request may wait for them, and an answer's end wastes them."""
+"""The most nanoseconds of lookahead steps in flight. New requests wait for them, and an answer's end wastes them."""
 
 _SHORTEST_NS = 1e6
 
 
 class Lookahead:
-    """Decides on lookahead steps: they are refilled together, when half of them are back."""
-
     def __init__(self, times: StageTimes, *, has_states: bool) -> None:
         self._times = times
         self._has_states = has_states  # the states of rows that others follow are kept for one step
@@ -27,7 +25,7 @@ class Lookahead:
 
     @property
     def most_steps(self) -> int:
-        """The most lookahead steps in flight: 1 between stages, where results travel meanwhile."""
+        """The most lookahead steps in flight: 1 with several stages, with states, or before times are measured."""
         decode_ns = self._times.decode_ns
         if decode_ns is None or self._times.stages > 1 or self._has_states:
             return 1
@@ -39,7 +37,8 @@ class Lookahead:
         return decode_ns is not None and self._times.whole_transit_ns > _WORTH_HIDING * decode_ns
 
     def steps(self, under_way: int, *, several: bool) -> int:
-        """Returns how many unknown tokens a step may follow now: 0 to send none, at most 1 unless `several`."""
+        """Returns the most unknown tokens that may precede the next step, or 0 to send none. With `several`, steps are
+        sent until `most_steps` are in flight, and again when half of them have come back."""
         most = self.most_steps if several else 1
         if under_way <= (most + 1) // 2:
             self._is_filling = True

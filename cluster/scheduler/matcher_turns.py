@@ -1,8 +1,8 @@
-"""Turns of slow matchers: the sequences whose tokens are matched in the next microbatch.
+"""Decides which sequences with slow grammar matchers get rows in the next microbatch.
 
-The last stage runs a microbatch's matchers one after the other before it answers, so slow ones delay the tokens of all
-other sequences. Slow matchers in flight share a bounded time: owners take turns, then their requests, then the
-sequences of these. Sequences out of turn are not scheduled, so no row is computed twice.
+The last stage runs the matchers of a microbatch one after the other before it answers, so slow ones delay the tokens of
+all other sequences. Therefore all slow matchers in flight share a bounded time. Owners take turns, then the requests of
+an owner, then the sequences of a request. A sequence that is not in turn is not scheduled, so no row is computed twice.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from llamaclust.cluster.scheduler.sequences import Sequence
 
 _LEAST_NS = 50_000_000
-"""Nanoseconds of processor time that slow matchers in flight may take beside other sequences."""
+"""The nanoseconds of processor time that slow matchers in flight may take even if other sequences wait for them."""
 _LONGER = 0.25
-"""The share of a microbatch's time that slow matchers may take if that is more."""
+"""The share of a decode microbatch's time that slow matchers may take if this is longer than `_LEAST_NS`."""
 _MOST_NS = 400_000_000
-"""The most nanoseconds of slow matchers in flight; their limit if one owner's are all that runs."""
+"""The most nanoseconds of slow matchers in flight. It is the limit if one owner has all that runs, with slow
+matchers."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
-"""The most rows of a sequence that may be held: one with more is in prefill, and its sampled row comes last."""
+"""The most remaining rows of a sequence that may be held back. One with more is in prefill and not yet sampled."""
 
 
 class MatcherTurns:
@@ -37,7 +38,7 @@ class MatcherTurns:
         self._next: list[Sequence] = []  # slow ones that are not held, in turn
 
     def held(self, running: Items[Sequence]) -> frozenset[Sequence]:
-        """Returns the sequences whose next rows wait for a later microbatch. One slow sequence may always run."""
+        """Returns the slow sequences that get no rows in the next microbatch. At least one is in flight or may run."""
         slow = [sequence for sequence in running if sequence.matcher.is_slow]
         self._next = []
         if len(slow) < 2:
@@ -53,7 +54,7 @@ class MatcherTurns:
         return frozenset(idle).difference(self._next)
 
     def _in_turn(self, slow: Iterable[Sequence], idle: Iterable[Sequence]) -> Iterable[Sequence]:
-        """Yields the idle sequences by the last turns of their owner, request and themselves, oldest turn first."""
+        """Yields the idle sequences in turn: by the oldest last turn of owner, then of request, then of sequence."""
         owners, requests, turn = Counter[str](), Counter[str](), self._turn
         for sequence in sorted(slow, key=_by_turn):
             owners[sequence.request.owner] = requests[turn_of(sequence)] = sequence.matcher.turn

@@ -1,4 +1,5 @@
-"""A sequence's matcher at the last stage: its start and the time that it takes."""
+"""The scheduler's record of a sequence's matcher, which runs at the last stage. Times are the last stage's claims,
+which only decide when the next rows are computed."""
 
 from __future__ import annotations
 
@@ -8,13 +9,11 @@ from dataclasses import dataclass
 from llamaclust.core.sampling import RowResult
 
 _SLOW_NS = 5_000_000
-"""Nanoseconds of processor time for a step from which a matcher is slow; those of large schemas take less."""
+"""The nanoseconds of processor time for a step from which a matcher is slow. Large JSON schemas take less."""
 
 
 @dataclass(slots=True)
 class MatcherUse:
-    """Times are the last stage's claims: they only decide when the next rows are computed."""
-
     is_started: bool = False  # the last stage has been sent what the matcher starts with
     step_ns: int = 0  # processor time that it may take for a step
     turn: int = 0  # the last one of a slow matcher
@@ -24,7 +23,7 @@ class MatcherUse:
         return self.step_ns >= _SLOW_NS
 
     def learn(self, rows: Iterable[RowResult]) -> None:
-        """Updates `step_ns` from the rows of one step. It falls slowly, as slow rows may follow quick ones."""
+        """Updates `step_ns` from the rows of one step. It falls slowly, because slow rows may follow quick ones."""
         if taken := [row.matcher_ns for row in rows if not row.is_deferred]:
             self.step_ns = max(sum(taken), self.step_ns * 3 // 4)
 

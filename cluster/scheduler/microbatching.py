@@ -1,12 +1,12 @@
-"""The number of microbatches that decoding sequences are split into, so that stages work at the same time.
+"""Decides into how many microbatches ("groups") decoding sequences are split, so that stages work at the same time.
 
-Every microbatch reads all weights once, so two microbatches of n / 2 sequences take each stage longer than one of n:
-they pay only if the stages would otherwise wait for each other. With stage times t_i(rows) and `transit` for links and
-coordinator, each sequence gets a token once in
+A microbatch makes each stage read all of its weights, so two of n / 2 sequences take a stage longer than one of n. They
+pay only if stages would otherwise wait for each other. With stage times t_i(rows), and the time `transit` on links and
+in the coordinator, each sequence gets one token in every
 
     cycle(groups) = max(sum_i t_i(n / groups) + transit,  groups * max_i t_i(n / groups))
 
-the time of one microbatch through all stages, or the slowest stage's time for all of them, whichever is longer.
+This is the time of one microbatch through all stages, or of the slowest stage for all microbatches if that is longer.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from __future__ import annotations
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MARGIN = 0.05
-"""The predicted gain that a measured split needs to be tried again; a running or unmeasured one needs none."""
+"""The relative gain that must be predicted to use several groups again after they were measured."""
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096
-"""Numbers of decode microbatches between decisions, and between fresh measurements of splits."""
+"""Decode microbatches between two decisions, and between fresh measurements of several groups."""
 
 
 def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:
@@ -26,7 +26,8 @@ def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:
 
 
 def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float | None:
-    """Returns None without measurements: one group's and several groups' differ, as stages share cores and memory."""
+    """Returns None without measurements. One group and several groups have separate measurements, because stages that
+    compute at the same time share cores and memory."""
     own, other = (times.alone, times.beside) if groups == 1 else (times.beside, times.alone)
     stage_ns = own.predict(-(-sequences // groups), other)
     if stage_ns is None:
@@ -35,8 +36,6 @@ def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float 
 
 
 class DecodeSplit:
-    """The number of groups, decided anew for another number of sequences and every `_DECIDE_EVERY` microbatches."""
-
     def __init__(self, times: StageTimes) -> None:
         self._times = times
         self._sequences = 0
@@ -57,7 +56,7 @@ class DecodeSplit:
         return self._groups
 
     def rows(self, decoding: int, under_way: int) -> int:
-        """Returns 0 while all groups are in flight: ready sequences then join a group that comes back."""
+        """Returns how many sequences to decode now: 0 while all groups are in flight. Ready ones then join the next."""
         groups = self.groups(decoding)
         return 0 if under_way >= groups else -(-decoding // groups)
 

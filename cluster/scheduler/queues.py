@@ -1,4 +1,4 @@
-"""Queues of running and waiting sequences, and the KV memory that moves sequences between them."""
+"""Owns running and waiting sequences. A sequence starts when KV memory has room, and waits again if preempted."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llamaclust.core.errors import QueueFullError
 from llamaclust.core.sharing.shares import fits
 
 _OVERTAKING = 8
-"""The number of sequences that are tried if the first in turn does not fit."""
+"""The number of further sequences that are tried if the first in turn does not fit into KV memory."""
 
 _MAX_OVERTAKEN = 32
-"""The most sequences that overtake the first in turn; then it is next, however long it waits for memory."""
+"""The most sequences that may overtake the first in turn. Then no other starts before it, however long it waits."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
@@ -47,7 +47,7 @@ class SequenceQueues:
 
     @property
     def decode_plainly(self) -> bool:
-        """True if each sequence decodes and samples from logits alone, so that lookahead steps have rows of all."""
+        """True if all running sequences decode and sample from logits alone: lookahead steps can have rows of all."""
         return all(sequence.phase is _DECODE and sequence.sampler.is_plain for sequence in self.running)
 
     @property
@@ -80,7 +80,7 @@ class SequenceQueues:
             sequence.restart()
 
     def add(self, sequence: Sequence, most_waiting: int) -> None:
-        """Raises QueueFullError if the owner has too many that wait; the limit falls if others have many."""
+        """Raises QueueFullError if the owner has too many waiting sequences. The limit falls if others have many."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == sequence.request.owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
@@ -88,7 +88,7 @@ class SequenceQueues:
         self.waiting.append(sequence)
 
     def admit(self) -> Sequence | None:
-        """Starts the first sequence in turn, with blocks for all of its tokens, or else a later one that fits."""
+        """Starts the first sequence in turn, or else a later one that fits. It gets blocks for all of its tokens."""
         if not self.can_start or not (waiting := startable(self.waiting, self.running)):
             return None
         running = Running.of(self.running)
@@ -103,15 +103,15 @@ class SequenceQueues:
         return admitted
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Starts a sequence that fits. A preempted one awaits its microbatches in flight, which may add a token."""
+        """Starts a sequence that fits. A preempted one waits for its results in flight, which may add a token to it."""
         if sequence.in_flight or not self.memory.admit(sequence, RESERVE_BLOCKS * len(self.running)):
             return False
         self._start(sequence)
         return True
 
     def give_turn(self) -> None:
-        """Preempts the youngest sequence of the owner and request with most running ones, if a request without any
-        lacks a place or memory. Must not be called while a microbatch is being made."""
+        """Preempts the youngest sequence of the owner and request with most running ones, if the first waiting sequence
+        has no place or memory and `takes_turn`. Must not be called while a microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)
@@ -123,7 +123,7 @@ class SequenceQueues:
         self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
-        """Starts a sequence, or gives it its next block, by preempting others. Nothing may be in flight."""
+        """Starts a sequence, or gives it its next block if it runs, by preempting others. Nothing may be in flight."""
         grow = self.memory.grow if sequence.phase is _DECODE else self.memory.extend
         if sequence.is_running and not grow(sequence):
             self.preempt(sequence)
@@ -134,8 +134,8 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Returns the sequence to prefill before the oldest: its owner or request has fewer that run, or it has less
-        left to do. Starts it if it waits. None if the oldest is the next."""
+        """Returns the sequence to prefill before the oldest, or None. Its owner or request has fewer running sequences
+        than that of the oldest, or it has fewer rows left. Starts the sequence if it waits."""
         if not prefilling:
             return None
         running = Running.of(self.running)
@@ -149,7 +149,7 @@ class SequenceQueues:
         return None if shortest is prefilling[0] else shortest
 
     def _overtake(self, sequence: Sequence, first: Sequence) -> bool:
-        """Starts a sequence if it is the first in turn, or leaves a place and memory for the first."""
+        """Starts a sequence if it is the first in turn, or if a place and memory remain for the first."""
         running = len(self.running)
         if sequence is not first and (
             running + 2 > self.max_running
@@ -182,14 +182,13 @@ class SequenceQueues:
             self.waiting.insert(place, sequence)
 
     def put_back(self, sequence: Sequence, phase: Phase = Phase.WAITING) -> None:
-        """Moves a running sequence to the front of the queue; its tokens are computed again later."""
         self.running.remove(sequence)
         self._release(sequence)
         sequence.phase = phase
         self.waiting.appendleft(sequence)
 
     def recompute(self, sequence: Sequence) -> None:
-        """Moves a sequence to the front of the queue and keeps its matcher: its last rows are computed again."""
+        """Moves a running sequence to the front of the queue to compute its last rows again. Its matcher is kept."""
         if sequence.is_running:
             self.running.remove(sequence)
             self.memory.release(sequence)
@@ -204,7 +203,7 @@ class SequenceQueues:
         self.preemptions += 1
 
     def discard(self, sequence: Sequence) -> None:
-        """Has a sequence computed again in blocks that no other has written: a result or KV memory may be damaged."""
+        """Drops all computation of a sequence, because it may be damaged. Its blocks can no longer be shared."""
         sequence.outputs.repeat()
         self.memory.invalidate(sequence)
         if sequence.is_running:

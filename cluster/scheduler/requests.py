@@ -1,4 +1,4 @@
-"""Requests and events of the engine, in token ids. Its callers own text, stop strings and HTTP."""
+"""Requests and events of the engine, in token ids. The engine's callers own text, stop strings and HTTP."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FinishReason(StrEnum):
 
 
 class Operation(StrEnum):
-    """Purposes of a request, by OpenTelemetry's names."""
+    """The purpose of a request. The values are OpenTelemetry's operation names."""
 
     CHAT = "chat"
     TEXT_COMPLETION = "text_completion"
@@ -77,7 +77,7 @@ class GenerationRequest(AnswerOptions):
 
 @dataclass(frozen=True, slots=True)
 class PromptScored:
-    """Logprobs of prompt tokens [start, start + len(rows)); rows[i].token is the prompt's own token."""
+    """Logprobs of prompt tokens [start, start + len(rows)). rows[i].token is the prompt's token at start + i."""
 
     start: int
     rows: tuple[RowResult, ...]
@@ -85,7 +85,7 @@ class PromptScored:
 
 @dataclass(frozen=True, slots=True)
 class PromptEmbedded:
-    """Normed hidden states of prompt tokens [start, start + count): float32 [count, embedding], little endian."""
+    """Normed hidden states of prompt tokens [start, start + count): little-endian float32 [count, embedding]."""
 
     start: int
     count: int
@@ -99,7 +99,7 @@ class TokenSampled:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Times of one request from its arrival, and counts of tokens."""
+    """Times and token counts of one request. The request's arrival is the start of `queue_ms` and `ttft_ms`."""
 
     queue_ms: float
     ttft_ms: float
@@ -126,7 +126,7 @@ class PromptProgress:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The last event of a request that ended well; a failed one ends with an exception."""
+    """The last event of a request that finished or was aborted. A failed request ends with an exception instead."""
 
     reason: FinishReason
     timings: Timings
@@ -137,11 +137,11 @@ Event = PromptScored | PromptEmbedded | TokenSampled | Finished
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The last update of a request whose own row had no answer; other requests go on."""
+    """The last update of a request that failed because one of its own rows has no result. Other requests go on."""
 
     message: str
     is_request_fault: bool = False
-    """True if the request fails however often it is computed."""
+    """True if the request itself is the cause, so that it fails however often it is computed."""
 
 
 Update = Event | Failed

@@ -1,7 +1,7 @@
 """Decides what the stages compute next: continuous batching, chunked prefill, preemption. It reads no clock.
 
-Blocks are given up at once when a sequence finishes, is aborted or preempted, although microbatches in flight may still
-read them: stages run microbatches in number order, and the next owner writes the blocks in a later one.
+Blocks of a sequence that finishes, is aborted or is preempted are released at once. Microbatches in flight may still
+read them, but stages run microbatches in number order, and the next owner writes the blocks in a later one.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.wire.microbatch.messages import Result
 
 _VISIBLE_WAITING = 8
-"""The number of waiting sequences that count as work to come."""
+"""The number of waiting sequences whose tokens count as pending work when the size of a prefill chunk is chosen."""
 
 _SHARED, _SHARED_ROWS = 4, 32
-"""The divisor of a chunk's time, and its most rows, while another pipeline runs on the same workers. One chunk is in
-flight at a time: the other pipeline's decode may wait for it at each stage."""
+"""The divisor of a prefill chunk's time limit, and the most rows of a chunk, while another pipeline runs on the same
+workers. Only one chunk is then in flight, because decode of the other pipeline may wait for it at each stage."""
 
 _by_remaining = attrgetter("remaining")
 _by_arrival = attrgetter("key")
@@ -98,7 +98,7 @@ class Scheduler:
         return self._sequences
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
-        """Queues a request, unless there is nothing to compute. Raises ParameterError or QueueFullError."""
+        """Queues a request if it has anything to compute. Raises ParameterError or QueueFullError."""
         settings = self.settings
         validate(
             request,
@@ -129,7 +129,7 @@ class Scheduler:
         return sequence
 
     def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
-        """Moves all sequences to another pipeline, whose stages hold nothing yet, in order of arrival."""
+        """Moves all sequences to a new pipeline, whose stages hold nothing of them. They wait in order of arrival."""
         self._use_pipeline(settings, epoch, stages)
         self.queues.restart(KvMemory(settings), settings.max_sequences, self._sequences.values())
 
@@ -142,7 +142,6 @@ class Scheduler:
 
     @property
     def movable(self) -> list[Sequence]:
-        """Waiting sequences with nothing in flight, which another scheduler may take over."""
         return [sequence for sequence in self.queues.waiting if not sequence.in_flight]
 
     def put_back(self, sequence: Sequence) -> None:
@@ -150,7 +149,7 @@ class Scheduler:
             self.queues.put_back(sequence)
 
     def take_over(self, other: Scheduler, sequences: Iterable[Sequence]) -> None:
-        """Takes movable sequences of another scheduler, or those of a lost pipeline, in order of arrival."""
+        """Takes over another scheduler's sequences, movable or of a lost pipeline. They wait in order of arrival."""
         for sequence in sequences:
             other.put_back(sequence)
             other.queues.waiting.remove(sequence)
@@ -165,7 +164,7 @@ class Scheduler:
         self.queues.waiting = deque(sorted(self.queues.waiting, key=_by_arrival))
 
     def has_room_for(self, sequence: Sequence) -> bool:
-        """True if another scheduler's sequence could start at once and delay no waiting one."""
+        """True if a sequence of another scheduler could start here at once and delay no waiting sequence."""
         queues = self.queues
         if queues.waiting or queues.restoring or len(queues.running) >= queues.max_running:
             return False
@@ -199,7 +198,8 @@ class Scheduler:
         return self._launch(slices, len(ready), now_ns) if slices else self._next_ahead(now_ns)
 
     def complete(self, result: Result, now_ns: int, *, suspects_workers: bool = False) -> Completed:
-        """Raises ProtocolError for a result that is not due. `suspects_workers`: the last stage may be replaced."""
+        """Processes the result that is due. With `suspects_workers`, the last stage may move to another worker after a
+        failure. Raises ProtocolError if the result is not due."""
         completed = Completed()
         row = at = 0  # in the rows, and in the embeddings
         slices = self.in_flight.complete(result, now_ns)
@@ -266,7 +266,7 @@ class Scheduler:
         return self._fitting([sequence for sequence in awaiting if sequence.phase is Phase.DECODE])
 
     def _fitting(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Returns the oldest sequences whose rows fit into a microbatch; a sequence with a state may have several."""
+        """Returns the oldest sequences whose rows fit into a microbatch. Those with a state may have several rows."""
         ends = accumulate(map(_next_rows, decoding))
         return [sequence for sequence, end in zip(decoding, ends, strict=True) if end <= self.settings.max_batch_tokens]
 
@@ -281,8 +281,8 @@ class Scheduler:
         return ready
 
     def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns a step that stages compute while results travel; none with several groups, which keep stages busy
-        already, nor with prompts, which would wait behind it."""
+        """Returns a lookahead step, which stages compute while results travel, or None. There is none while several
+        groups keep the stages busy anyway, or while prompts would have to wait for it."""
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:
             return None
@@ -311,7 +311,7 @@ class Scheduler:
         return self._launch((take_token(sequence),), 1, now_ns) if sequence.drafting.next else None
 
     def _next_alone(self, sequence: Sequence, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns a microbatch of this sequence alone; others are preempted for it. Nothing may be in flight."""
+        """Returns a microbatch of one sequence only. Others are preempted for its memory. Nothing may be in flight."""
         queues = self.queues
         queues.make_room(sequence)
         if sequence.phase is Phase.DECODE:
@@ -328,9 +328,9 @@ class Scheduler:
     # -- prefill ---------------------------------------------------------------------------------------------------
 
     def _prefill_slices(self, ready: list[Sequence], now_ns: int) -> list[SequenceSlice]:
-        """Returns prompt slices: half for the sequences with least left to do, which then do not wait for long ones;
-        the rest in order of arrival, so that the oldest never starves. Whole prompts go by arrival alone: each takes
-        its rows or none."""
+        """Returns the prompt slices of a microbatch. Half of the rows go to the sequences with the fewest rows left, so
+        that short prompts do not wait for long ones. The rest goes by order of arrival, so that the oldest never
+        starves. Prompts that must be computed as a whole all go by order of arrival."""
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:
             return []

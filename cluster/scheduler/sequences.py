@@ -1,4 +1,4 @@
-"""One request on a pipeline. Its tokens and Mirostat's mu suffice to run it again."""
+"""A sequence: one request on a pipeline. Its tokens and Mirostat's mu are enough to compute it again."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ class Sequence:
 
     @property
     def is_begun(self) -> bool:
-        """True if the sequence has run before: it was preempted, or is computed again."""
+        """True once the sequence has started to run for the first time, even if it waits again."""
         return self.usage.cached_tokens is not None
 
     @property
     def counts_results(self) -> bool:
-        """True if results in flight belong to the computation that goes on."""
+        """True if results in flight still count: the sequence is neither finished nor discarded."""
         return self.phase is not _FINISHED and self.phase is not _DISCARDED
 
     @property
@@ -94,7 +94,7 @@ class Sequence:
 
     @property
     def target(self) -> int:
-        """The number of rows to compute: a last token after which nothing is chosen has none."""
+        """The number of rows to compute. The last token has no row if no token is sampled after it."""
         if self.request.embedded is not None:
             return self.prompt_length if self.is_whole else self.outputs.end
         return len(self.tokens) if self.max_new_tokens else len(self.tokens) - 1
@@ -105,7 +105,7 @@ class Sequence:
 
     @property
     def next_rows(self) -> int:
-        """Known rows of a decode step, without drafted ones: several if refused rows set a state back."""
+        """The number of known rows in the next decode step: several if refused drafts set a state back."""
         return max(1, self.remaining)
 
     @property
@@ -113,8 +113,8 @@ class Sequence:
         return self.phase is _DECODE and self.scheduled < len(self.tokens)
 
     def may_go_ahead(self, most: int) -> bool:
-        """True if the row after the last token can be sent before that token is known, behind at most `most` unknown
-        tokens; behind several only if samplers look at logits alone."""
+        """True if the next row can be sent although its token is not known yet. At most `most` tokens may be unknown,
+        that one included, and at most one if samplers look at earlier tokens."""
         most = 0 if self.matcher.is_slow else most if self.sampler.is_plain else 1
         if not 0 < self.sampling <= most or self.request.params.needs_state:
             return False
@@ -123,7 +123,7 @@ class Sequence:
 
     @property
     def may_draft(self) -> bool:
-        """True if drafted rows may be computed with the last token: their sampling depends on tokens alone."""
+        """True if drafted rows may be computed with the last token's row: sampling must not depend on Mirostat's mu."""
         request = self.request
         is_open = self.phase is _DECODE and self.left > 1 and request.max_drafted != 0
         is_early = request.needs_matcher and self.generated < request.min_tokens
@@ -131,7 +131,7 @@ class Sequence:
 
     @property
     def may_draft_further(self) -> bool:
-        """True if drafted rows may be sent behind those in flight, as sampling needs no history."""
+        """True if further drafts may follow those in flight. Sampling must need no earlier tokens and no matcher."""
         ahead = self.drafting.ahead
         return self.samples_alone and bool(ahead) and self.may_draft and self.left > len(ahead) + 1
 
@@ -141,12 +141,12 @@ class Sequence:
 
     @property
     def expects_forced(self) -> bool:
-        """True if the grammar forced tokens lately, and may again: a lookahead row would be just one of these."""
+        """True if the grammar forced tokens recently. If it does so again, a lookahead row repeats one of them."""
         return self.request.needs_matcher and self.drafting.expects_forced(self.generated)
 
     @property
     def unknown(self) -> int:
-        """The number of unknown tokens before the one that the next row chooses."""
+        """The number of unknown tokens before the token that the next row samples."""
         return max(0, self.scheduled + 1 - len(self.tokens))
 
     @property
@@ -172,8 +172,8 @@ class Sequence:
 
     @property
     def settled(self) -> int:
-        """The first row that may still be computed: drafted rows in flight may be refused, and with a state
-        repeated."""
+        """The first row that may have to be computed again. Drafted rows in flight may be refused, and if the sequence
+        keeps states, the rows before them are then repeated as well."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
 
@@ -185,7 +185,7 @@ class Sequence:
         return min(rows, self.remaining, before_outputs + outputs)
 
     def rewind(self, cached: int) -> None:
-        """Marks tokens[:cached] as the only ones with keys and values."""
+        """Marks tokens[:cached] as the only ones whose keys and values are stored."""
         self.scheduled, self.drafting.next = cached, ()
         self.drafting.give_up()
         self.kv.registered = cached // KV_BLOCK_TOKENS
@@ -195,7 +195,7 @@ class Sequence:
         self.computed = min(self.computed, self.scheduled)
 
     def restart(self) -> None:
-        """Drops all computation and results in flight. Tokens stay, and updates are not repeated."""
+        """Drops everything computed or in flight. The tokens stay, and updates that were made are not made again."""
         self.scheduled = self.in_flight = self.sampling = 0
         self.kv.restart()
         self.drafting.restart()

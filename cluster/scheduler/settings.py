@@ -14,7 +14,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
-    """Settings fixed for the life of a scheduler. Stages must be loaded with limits that are at least these."""
+    """Settings of a scheduler for one pipeline. The stages must be loaded with limits that are at least as high."""
 
     model_id: str
     vocabulary: int
@@ -57,7 +57,7 @@ class SchedulerSettings:
 
     @property
     def max_drafted(self) -> int:
-        """The most tokens drafted in a step; 0 if a state cannot go back to the row before refused ones."""
+        """The most tokens drafted in a step: 0 if layers have states, but no state blocks to go back to."""
         if self.speculation is None or (self.has_states and not self.state_blocks):
             return 0
         group = self.window_group
@@ -69,12 +69,12 @@ class SchedulerSettings:
 
     @property
     def may_repeat_rows(self) -> bool:
-        """True if the last row may be computed again in place: that must not update a state or see released blocks."""
+        """True if the last row may be computed again in place: it updates no state, and its blocks are not released."""
         return self.window is None and not self.has_states
 
     @property
     def max_sequence_tokens(self) -> int:
-        """The most tokens of prompt and answer. A whole prompt must fit into a microbatch."""
+        """The most tokens of prompt and answer. A prompt that is computed as a whole must fit into a microbatch."""
         tokens = min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
         return min(tokens, self.max_batch_tokens, self.max_embedded_rows) if self.whole_prompts else tokens
 

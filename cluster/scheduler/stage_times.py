@@ -1,4 +1,4 @@
-"""Stage times learned from results, and predictions for the scheduler. It reads no clock."""
+"""Learns stage times from results, and predicts those of later microbatches. It reads no clock."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llamaclust.wire.microbatch.messages import Result, StageTiming
 _RECENT_WEIGHT = 0.2
 
 _FIXED_ROWS = 10
-"""The number of rows that cost as much as reading the weights, assumed until several numbers of rows were seen."""
+"""The number of rows that take as long as reading the weights, assumed before different chunks were measured."""
 
 _FRESH = 96
-"""The number of samples after which an older one, of other numbers of rows, says little."""
+"""The number of later samples after which a point of a curve is stale."""
 
 _NEGLIGIBLE = 0.02
-"""The share of a stage's time below which a bubble is not worth one more microbatch in flight."""
+"""The share of the slowest stage's time that may stay idle before one more microbatch is kept in flight."""
 
 
 def _occupied_ns(timing: StageTiming) -> int:
@@ -26,7 +26,8 @@ def _occupied_ns(timing: StageTiming) -> int:
 
 
 class Curve:
-    """The time of one stage by a microbatch's rows: one learned point for each power of two, lines between them."""
+    """The time of one stage by the rows of a microbatch: a point for each power of two, and lines between the
+    points."""
 
     __slots__ = ("_learned", "_learned_at", "_points")
 
@@ -47,8 +48,8 @@ class Curve:
             self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), moved(point[1], ns))
 
     def extended(self, other: Curve) -> Curve:
-        """Returns this curve with another's points behind its last one. Stale points do not count, except the first: a
-        time that was too long by chance would never be tried again."""
+        """Returns this curve, followed by those points of `other` that have more rows. Stale points are omitted except
+        the first, since a time that was too long by chance would never be tried again."""
         curve, first, oldest = Curve(), min(self._points, default=0), self._learned - _FRESH
         own = {bucket: p for bucket, p in self._points.items() if bucket == first or self._learned_at[bucket] > oldest}
         if own:
@@ -57,7 +58,7 @@ class Curve:
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
-        """Returns nanoseconds; None before the first sample. One point has no slope: `other` then adds its points."""
+        """Returns nanoseconds, or None before the first sample. One point has no slope, so `other` adds its points."""
         points = list(self._points.values())
         if len(points) < 2 and other is not None:
             points = sorted((other._points | self._points).values())
@@ -73,7 +74,7 @@ class Curve:
 
 
 def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Returns points whose times never fall with more rows: a sample that says otherwise was late, or is old."""
+    """Returns the points, lowered where more rows take less time. A time that is too long was delayed or is old."""
     rising, most = dict[int, tuple[float, float]](), inf
     for bucket, (rows, ns) in sorted(points.items(), reverse=True):
         most = min(most, ns)
@@ -102,7 +103,7 @@ class StageCurves:
 
 
 class StageTimes:
-    """Curves by kind: decode alone in the pipeline, decode beside other microbatches, prefill, scored rows."""
+    """Curves of decode alone in the pipeline, decode while other microbatches are in it, prefill, and scored rows."""
 
     def __init__(self, stages: int) -> None:
         self.stages = stages
@@ -126,8 +127,8 @@ class StageTimes:
         was_lookahead: bool = False,
         was_scored: bool = False,
     ) -> None:
-        """Learns from a microbatch that took `elapsed_ns`, or of a lookahead step, the time since the one before came
-        back. `was_alone`: only lookahead steps before it or behind it were in flight meanwhile."""
+        """Learns from a microbatch that took `elapsed_ns`, counted for a lookahead step from the result before it.
+        `was_alone`: only lookahead steps before or after it were in flight."""
         timings = result.timings
         if len(timings) != self.stages:
             return
@@ -156,7 +157,7 @@ class StageTimes:
 
     @property
     def in_flight(self) -> int:
-        """Microbatches that keep the slowest stage busy: ceil(cycle time / slowest stage time), at least the stages."""
+        """The number of microbatches that keeps all stages busy: ceil(cycle time / slowest stage time) or more."""
         if self._recent_ns is None:
             return self.stages + 1
         slowest = max(*self._recent_ns, 1.0)

@@ -1,4 +1,4 @@
-"""Turns of owners, and within each of its requests with their prompts and choices."""
+"""Turns of owners, and of the requests of each owner. All prompts and choices of a request share its turn."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from heapq import nsmallest
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _LARGE_GRAMMAR = 1 << 12
-"""Characters of a grammar whose matcher may take tens of milliseconds; the last stage makes one at a time."""
+"""The least characters of a large grammar. Making its matcher may take tens of milliseconds, one after the other."""
 _MOST_MATCHERS = 2
-"""The most matchers in the making for one owner: two keep the last stage busy, and others wait for no more."""
+"""The most large matchers made for one owner at a time. Two keep the last stage busy; others wait only for these."""
 
 
 def turn_of(sequence: Sequence) -> str:
@@ -36,12 +36,12 @@ class Running:
         return Running(self.owners + Counter([sequence.request.owner]), self.requests + Counter([turn_of(sequence)]))
 
     def rank(self, sequence: Sequence) -> tuple[int, int]:
-        """Returns the sequence's rank in turn; the lowest is next."""
+        """Returns how many sequences the sequence's owner runs, and how many its request. The lowest rank is next."""
         return self.owners[sequence.request.owner], self.requests[turn_of(sequence)]
 
 
 def startable(waiting: Iterable[Sequence], running: Iterable[Sequence]) -> list[Sequence]:
-    """Omits sequences with large grammars whose owner awaits `_MOST_MATCHERS` matchers of large grammars."""
+    """Omits sequences with large grammars if their owner awaits `_MOST_MATCHERS` matchers of large grammars."""
     making = Counter(other.request.owner for other in running if other.phase is Phase.PREFILL and _is_large(other))
     if not making:
         return [*waiting]
@@ -58,18 +58,18 @@ def in_turn(waiting: Iterable[Sequence], running: Running, most: int) -> list[Se
 
 
 def first_in_turn(waiting: Iterable[Sequence], running: Running) -> Sequence:
-    """Returns the first waiting sequence of the owner with fewest running ones, and of its request with fewest."""
+    """Returns the waiting sequence whose owner, and then whose request, has the fewest running ones."""
     return min(waiting, key=running.rank)
 
 
 def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
-    """Returns the youngest sequence of the owner with most, and of its request with most. `running` is oldest first."""
+    """Returns the youngest sequence of the owner, then request, with most running ones. `running` is oldest first."""
     return max(reversed(running), key=counts.rank)
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """True if others give way to a sequence: its owner runs none and another one several; or its request runs none and
-    another one several, whose owner has no fewer."""
+    """True if another sequence must give way: the owner runs none, and another owner several. Or the request runs none,
+    and another request several, whose owner runs at least as many."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

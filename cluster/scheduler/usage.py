@@ -1,4 +1,4 @@
-"""The time that one request takes, and the prompt tokens that it did not have to compute. It reads no clock."""
+"""The times of one request, and the number of its prompt tokens found in the prefix cache. It reads no clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamaclust.cluster.scheduler.requests import Timings, rate
 
 @dataclass(slots=True)
 class Usage:
-    """Nanoseconds of a monotonic clock; 0 until reached."""
+    """Times of a request in nanoseconds of a monotonic clock. A time is 0 until the event has happened."""
 
     arrived_ns: int
     started_ns: int = 0

@@ -1,4 +1,4 @@
-"""Bounds of every field of a request, checked before anything is spent on it."""
+"""Checks every field of a request against its bounds, before any work is done for the request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def validate(
     adapters: Collection[int] = (),
     generates: bool = True,
 ) -> None:
-    """Raises ParameterError, which names the field as the HTTP API does, its value and the bound."""
+    """Raises ParameterError with the HTTP API's name of the field, its value and the bound."""
     if not generates and request.embedded is None:
         raise ParameterError("model", NO_TEXT)
     _check_prompt(request, vocabulary, max_sequence_tokens)

@@ -1,1 +1,1 @@
-"""Drafters guess the next tokens of a sequence, which the pipeline verifies. They know no requests or pipelines."""
+"""Drafters guess the next tokens of a sequence, and the pipeline verifies them. Drafters know only tokens."""

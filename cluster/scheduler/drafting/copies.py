@@ -1,4 +1,4 @@
-"""The place where a copy goes on behind a difference: behind tokens that it replaces, omits or adds."""
+"""Finds where a text that copies earlier tokens resumes the copy after it replaced, omitted or added some."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_DIFFERENT = 16
-"""The most tokens that differ; behind more, the copied place is no longer known."""
+"""The most tokens of a difference. After more of them, the place in the copied tokens is lost."""
 _NEAR = 16
 _MOST_SINCE = 160
-"""The most tokens since the copy was last looked at: more than a draft has."""
+"""The most tokens between two calls of `resumption`. It exceeds the tokens of a draft."""
 
 
 class Resumption(NamedTuple):
-    """Tokens (place - length, place] equal the last ones, and lie behind the copied ones."""
+    """A place to resume a copy at: the tokens at (place - length, place] equal the last `length` tokens."""
 
     place: int
     length: int
@@ -28,8 +28,8 @@ class Copy:
         self._end, self._place = len(tokens), place
 
     def resumption(self, tokens: Sequence[int]) -> Resumption | None:
-        """Returns the place near the copied tokens with most of the last ones; on a tie, the one with as many tokens
-        omitted as added. None while the copy goes on, or if it does not resume."""
+        """Returns the place near the copied tokens that matches the most of the last tokens. On a tie, about as many
+        tokens were omitted as added. None while the copy goes on, or if it does not resume."""
         if self._place < 0 or len(tokens) - self._end > _MOST_SINCE:
             return None
         while self._end < len(tokens) and tokens[self._end] == tokens[self._place + 1]:

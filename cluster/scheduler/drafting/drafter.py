@@ -7,24 +7,25 @@ from dataclasses import dataclass
 from typing import Protocol
 
 CLASSES = 20
-"""The number of classes of confidence."""
+"""The number of confidence classes. Drafts of one class are accepted about as often as each other."""
 SUBSTITUTED = 1
-"""The class of drafts behind a replaced token, with the same 8 tokens or more before it."""
+"""The class of drafts after a replaced token, if the 8 tokens before it match."""
 SHORT = 2
-"""Classes of matches of 2 or 3 tokens: other tokens followed elsewhere, one match, one token followed all."""
+"""The first of 3 classes after matches of 2 or 3 tokens: different tokens followed; one match; one token followed
+all."""
 MIDDLE = 5
-"""Classes of matches of 4 to 7 tokens, three as from `SHORT`."""
+"""The first of 3 classes after matches of 4 to 7 tokens, as for `SHORT`."""
 LONG = 8
-"""Classes of matches of 8 to 15 tokens, and of more."""
+"""The first of 2 classes: after matches of 8 to 15 tokens, and of more."""
 SHARED = 10
-"""Classes of matches in answers to other requests: of fewer than 16 tokens, and of more."""
+"""The first of 2 classes for answers to other requests: after matches of fewer than 16 tokens, and of more."""
 MODEL = 12
 FORCED = 13
 MTP = 14
 RESUMED = 15
-"""Classes of copies behind a few tokens that differ: the last token alone is near there, or several are."""
+"""The first of 2 classes where a copy resumes after a difference: one token matches there, or several."""
 SINGLE = 17
-"""Classes of matches of the last token alone, three as from `SHORT`."""
+"""The first of 3 classes after a match of the last token alone, as for `SHORT`."""
 
 
 def kind_of(confidence: int) -> str:
@@ -36,9 +37,8 @@ def kind_of(confidence: int) -> str:
 class Draft:
     tokens: tuple[int, ...]
     confidence: int
-    """The class, in [0, CLASSES): drafts of one class are accepted about as often."""
     forced: int = 0
-    """The number of first tokens that a grammar forces, which are of class FORCED."""
+    """The number of first tokens that a grammar forces. Their class is FORCED."""
 
     def confidence_at(self, place: int) -> int:
         return FORCED if place < self.forced else self.confidence
@@ -49,12 +49,12 @@ NO_DRAFT = Draft((), 0)
 
 class Drafter(Protocol):
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns up to `most` tokens that may follow `tokens` (prompt and answer), which only grow between calls."""
+        """Returns a draft of up to `most` tokens. `tokens` are prompt and answer, which only grow between calls."""
 
 
 class Drafters(Protocol):
     def of(self, key: Hashable) -> Drafter:
-        """Returns a drafter. Sequences with another `key` (cache salt and adapters) share nothing with it."""
+        """Returns a drafter. It shares nothing with sequences of another `key`, which is cache salt and adapters."""
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Takes in a sequence's whole answer."""
+        """Takes the whole answer of a sequence."""

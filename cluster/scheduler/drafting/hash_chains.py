@@ -1,4 +1,4 @@
-"""Earlier places of the last few tokens, newest first, by hash chains as in LZ77 compressors."""
+"""Finds earlier places of a text's last tokens, newest first, by hash chains as in LZ77 compressors."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 NONE = -1
-"""The mark of no place and of no token."""
+"""The value that stands for no place and for no token."""
 LONGEST = 32
-"""The most tokens of a match; longer ones are not told apart."""
+"""The most tokens of a match. Longer matches count as equally long."""
 CANDIDATES = 8
-"""The most places that a search looks at. Clients choose the tokens, and may choose some with long chains."""
+"""The most places that a search looks at. It limits what clients can cost by tokens that make long chains."""
 STEP_TOKENS = 1024
-"""The most tokens that an index takes in at once, in about half a millisecond."""
+"""The most tokens that one call adds to an index, in about half a millisecond."""
 _FIRST_BUCKETS = 64
 
 
 class Match(NamedTuple):
-    """Tokens (place - length, place] equal the last `length` ones."""
+    """A match: the tokens at (place - length, place] equal the last `length` tokens."""
 
     place: int
     length: int
@@ -31,8 +31,7 @@ NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """Places of `order` tokens with the same hash; a place is the index of their last token. Searches compare
-    tokens."""
+    """Chains of places with the same hash of `order` tokens. A place is the index of the last of these tokens."""
 
     def __init__(self, order: int) -> None:
         self._order = order
@@ -47,7 +46,7 @@ class HashChains:
         return sys.getsizeof(self._newest) + sys.getsizeof(self._previous)
 
     def take_in(self, text: Sequence[int]) -> bool:
-        """Takes in up to STEP_TOKENS new tokens of the text. True if these were all."""
+        """Adds up to STEP_TOKENS new tokens of the text. True if it has all of the text then."""
         assert len(text) >= len(self._previous)
         while len(self._newest) < len(text):
             self._newest.extend(self._newest)  # both halves go on with the chains so far
@@ -69,8 +68,8 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """Returns the longest match of `tail` (at most LONGEST tokens, of the text's type) with the text at `place` or
-        before; the newest on a tie. `NONE` in the text matches nothing, and follows no match."""
+        """Returns the longest match of `tail` in the text at `place` or earlier in its chain; the newest on a tie.
+        `tail` has at most LONGEST tokens, of the text's type. NONE in the text matches nothing and follows no match."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):

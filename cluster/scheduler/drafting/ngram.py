@@ -19,15 +19,15 @@ from llamaclust.cluster.scheduler.drafting.drafter import (
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
-"""Tokens of the shortest match. A token that always followed a pair does so again four times in five."""
+"""The tokens of the shortest match. A token that always followed a pair does so again four times in five."""
 _COPIED = 8
-"""Tokens of a match that make it a copy, which probably goes on behind tokens that differ."""
+"""The least tokens of a match that counts as a copy, which probably goes on after a difference."""
 _UNSURE = 3
-"""Tokens of the longest match that says less about a copy than as many tokens near the copy's last place."""
+"""The most tokens of a match that is less reliable than an equal match near the last copy's place."""
 
 
 class NgramDrafter:
-    """A drafter of one sequence: about 24 bytes a token, and a bounded number of comparisons a draft."""
+    """A drafter for one sequence. It needs about 24 bytes a token and a bounded number of comparisons a draft."""
 
     def __init__(self) -> None:
         self._chains = HashChains(_ORDER)
@@ -44,7 +44,7 @@ class NgramDrafter:
         return self._chains.take_in(tokens)
 
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns no draft until the index has all of a long prompt, of which each call takes in some."""
+        """Returns a draft once a long prompt is in the index. Each call adds a bounded number of its tokens."""
         if not self.take_in(tokens) or most < 1:
             return NO_DRAFT
         return self.continued(tokens, self.match(tokens), most)
@@ -63,7 +63,7 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Returns the tokens behind the match, the last copy's place or the last token; repeated at the text's end."""
+        """Returns what followed the match, a copy's place or the last token. It is repeated where the text ends."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:
@@ -79,7 +79,8 @@ class NgramDrafter:
         return Draft(_cycled(tokens, place + 1, most), confidence)
 
     def _guessed(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft behind a replaced token, or else behind the last token, if the last two are new together."""
+        """Returns a draft for a new pair of last tokens: after a replaced token of a copy, or else after the last
+        token."""
         place, before = len(tokens) - 1 - self._distance, tokens[-_COPIED - 1 : -1]
         if self._distance and place >= _COPIED and tokens[place - _COPIED : place] == before:
             return Draft(_cycled(tokens, place + 1, most), SUBSTITUTED)
@@ -95,14 +96,14 @@ def _cycled(tokens: Sequence[int], start: int, most: int) -> tuple[int, ...]:
 
 
 def _confidence(match: Match) -> int:
-    """Returns the class: a match's length says less than whether one token followed all matches."""
+    """Returns the confidence class. Short matches count less by length than by the tokens that followed them."""
     if match.length >= 8:
         return LONG + (match.length >= 16)
     return (MIDDLE if match.length >= 4 else SHORT) + _votes(match)
 
 
 def _votes(match: Match) -> int:
-    """Returns 0 if other tokens followed elsewhere, 1 for the only match, 2 if one token followed all."""
+    """Returns 0 if different tokens followed the matches, 1 for a single match, 2 if the same token followed all."""
     return 1 if match.followers == 1 else 2 if match.agree else 0
 
 
@@ -111,4 +112,4 @@ class NgramDrafters:
         return NgramDrafter()
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
-        """Keeps nothing of the sequence."""
+        """Does nothing: answers are not shared."""

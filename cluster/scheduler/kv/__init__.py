@@ -1,1 +1,1 @@
-"""KV memory of the cluster as the scheduler sees it: blocks, windows, states of sequences, shared prefixes."""
+"""The scheduler's view of KV memory: KV blocks, windows, states of sequences, shared prefixes."""

@@ -1,4 +1,4 @@
-"""KV blocks as numbers: reference counts, blocks found by their content, and tables as runs of ids."""
+"""KV blocks as numbers: counts of their holders, search by content, and block tables of sequences."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 
 class KvBlocks:
-    """Blocks [0, count), the same ids on every stage. A registered block without holders is idle: `acquire` finds it
-    until its memory is needed, the one idle for longest first."""
+    """A pool of blocks [0, count), which have the same ids on every stage. A registered block without holders is idle:
+    `acquire` finds it until its memory is needed. The block that has been idle longest is used first."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -30,7 +30,7 @@ class KvBlocks:
         return self._holders[block]
 
     def take(self) -> int:
-        """Returns a block with one holder and undefined content. One must be available."""
+        """Returns a block with undefined content, whose one holder is the caller. One must be available."""
         if self._free:
             block = self._free.pop()
         else:
@@ -41,14 +41,14 @@ class KvBlocks:
         return block
 
     def acquire(self, key: bytes) -> int:
-        """Returns the block with this content, which must exist, with one more holder. It must not be written."""
+        """Returns the block with this content, which must exist, and adds a holder. It must not be written."""
         block = self._by_key[key]
         self._idle.pop(block, None)
         self._holders[block] += 1
         return block
 
     def is_idle(self, key: bytes) -> bool | None:
-        """True if the block with this content has no holder; None if there is no such block."""
+        """True if the block with this content has no holder. None if there is no such block."""
         block = self._by_key.get(key)
         return None if block is None else block in self._idle
 
@@ -56,7 +56,7 @@ class KvBlocks:
         return self._by_key.get(key) == block
 
     def register(self, block: int, key: bytes) -> None:
-        """Lets `acquire` find a full block, never written again. The first block with a content keeps the key."""
+        """Lets `acquire` find a full block, which is never written again. Of equal blocks, the first is found."""
         assert self._holders[block] > 0
         if key not in self._by_key and block not in self._keys:
             self._by_key[key] = block
@@ -70,7 +70,7 @@ class KvBlocks:
                 self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Removes one holder of each block. Idle blocks at the end of a table are taken again first."""
+        """Removes a holder of each block of a table. Of blocks that become idle, those at its end are reused first."""
         for block in reversed(list(blocks)):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, "a block was released twice"
@@ -82,8 +82,8 @@ class KvBlocks:
 
 
 class BlockTable:
-    """The blocks of one sequence from block number `start` on: 0, or with a window, the first that later rows see.
-    Position p lives in block number p // KV_BLOCK_TOKENS."""
+    """The blocks of one sequence from block number `start` on. `start` is 0, or with a sliding window the first block
+    that later rows see. Position p is in block number p // KV_BLOCK_TOKENS."""
 
     __slots__ = ("_runs", "_shown", "blocks", "committed", "start")
 

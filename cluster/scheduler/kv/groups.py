@@ -1,4 +1,4 @@
-"""Numbers of blocks for layers with a window and for states, as plans and the scheduler compute them."""
+"""Numbers of blocks for layers with a sliding window and for states, the same for plans and the scheduler."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 Sizes = TypeVar("Sizes", int, NDArray[np.int64])
 _MOST_STATE_POSITIONS = 1024
 _SEQUENCES_A_CONTEXT = 4
-"""The number of sequences with whole windows for each context of KV memory beyond the first."""
+"""The number of sequences with whole windows for each full context in KV memory, except the first context."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvSizes(Generic[Sizes]):
-    """Bytes of layers: keys and values of a position, the part in layers with a window, and a state of a sequence."""
+    """Bytes of layers: keys and values of a position, those of layers with a sliding window, and a sequence's state."""
 
     token_bytes: Sizes
     window_token_bytes: Sizes
@@ -28,17 +28,17 @@ class KvSizes(Generic[Sizes]):
 
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
-    """Layers that keep KV memory of their window alone; the largest of several windows counts. A row sees `window`
-    positions, its own among them. Blocks behind the window are released when a microbatch that may read them is made,
-    so rows of a prompt take further blocks while it is made."""
+    """Layers that keep keys and values only of their sliding window, of which the largest counts. A row sees `window`
+    positions, its own included. Blocks that leave the window are released once a microbatch that may read them is made.
+    Rows of a prompt therefore take further blocks while it is made."""
 
     window: int
     rows: int  # the most rows of a microbatch
 
     @property
     def sequence_blocks(self) -> int:
-        """The most blocks of a sequence, without those of prompt rows in the microbatch being made: a window and one
-        more position at any offset, a block that such rows do not fill, and one for drafted rows."""
+        """The most blocks of a sequence: a window and one more position at any offset, a block that is not full, and
+        one for drafted rows. Blocks of prompt rows in the microbatch being made come on top."""
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
 
     @property
@@ -53,8 +53,8 @@ class WindowGroup:
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
-        """Returns the group's blocks beside `kv_blocks` of other layers: one sequence's for the first whole context,
-        and several for each further one, since most sequences are shorter."""
+        """Returns the group's number of blocks if other layers have `kv_blocks`. One sequence has its blocks for the
+        first context, and several for each further one, since most sequences are shorter than a context."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         most = max(self.sequence_blocks, kv_blocks - self.row_blocks)  # never more than of other layers
@@ -63,17 +63,17 @@ class WindowGroup:
 
 @dataclass(frozen=True, slots=True)
 class StateGroup:
-    """States of all layers behind one position, in blocks. A running sequence has one; others are checkpoints, where
-    sequences with the same tokens can begin. States of running sequences take up to half as much memory as keys and
-    values, checkpoints as much again. Three blocks are there in any case: a running sequence's, the checkpoint that it
-    began at, and one that it leaves. A position of few KV bytes counts as a 1,024th of a state."""
+    """Blocks with the states of all layers after one position. A running sequence has one block. Other blocks are
+    checkpoints, where sequences with the same tokens can begin. States of running sequences take up to half as much
+    memory as keys and values, and checkpoints as much again. At least three blocks exist: a running sequence's, the
+    checkpoint it began at, and one that it leaves. A position with few KV bytes counts as a 1,024th of a state."""
 
     state_bytes: int  # bytes of a state in all layers
     kv_token_bytes: int  # bytes of a position in all layers
 
     @property
     def span(self) -> int:
-        """Positions between checkpoints: a power of two, whose keys and values take about as much as a state."""
+        """The positions between checkpoints: a power of two. Their keys and values take about as much as a state."""
         positions = self.state_bytes // self._token_bytes
         return min(_MOST_STATE_POSITIONS, max(KV_BLOCK_TOKENS, 1 << (positions - 1).bit_length()))
 
@@ -82,9 +82,9 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns a block for each running sequence while they fit into half of the KV blocks' bytes, one at least; two
-        for the checkpoints that a sequence begins at and leaves; and one for each `span` positions while they fit into
-        the other half."""
+        """Returns the sum of three numbers: a block for each running sequence that fits into half of the KV blocks'
+        bytes (at least one), two for the checkpoints that a sequence begins at and leaves, and one for each `span`
+        positions that fits into the other half."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)
@@ -122,7 +122,7 @@ class KvGroups:
 
 
 def window_group(window: int | None, context_length: int, rows: int) -> WindowGroup | None:
-    """Returns None if layers with a window would save nothing by blocks of their own."""
+    """Returns None if blocks of their own would save nothing for layers with a sliding window."""
     if window is None:
         return None
     group = WindowGroup(window, rows)

@@ -1,4 +1,4 @@
-"""KV memory as the scheduler sees it: allocates blocks to sequences, shares those of equal prefixes, frees them."""
+"""The scheduler's KV memory: gives blocks to sequences, shares blocks of equal prefixes, and releases them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 RESERVE_BLOCKS = 2
-"""Blocks left for each running sequence when another one starts, so that it is not preempted again at once."""
+"""The blocks kept for each running sequence when another one starts, so that it is not preempted again at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """The blocks that a refused sequence could get, and the first key of its prefix that was not cached."""
+    """The state at a refusal: the blocks that the sequence could get, and the first key of its prefix that was not
+    cached."""
 
     room: int
     missing: bytes | None
@@ -42,12 +43,11 @@ class KvMemory:
         self.transfers = KvTransfers(self.blocks, self._cache)
 
     def begin_microbatch(self) -> None:
-        """Lets this microbatch share blocks that earlier ones filled."""
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
-        """Gives a sequence blocks for all rows to compute if that leaves `reserve` blocks. False, too, while this
-        microbatch fills blocks to share: rows of one microbatch must not depend on each other's."""
+        """Gives a sequence blocks for all its rows if `reserve` blocks remain. Returns False if they do not, or if the
+        microbatch being made fills a block to share: its rows must not depend on each other."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False
@@ -78,7 +78,7 @@ class KvMemory:
         return True
 
     def has_room_for(self, sequences: tuple[Sequence, ...], reserve: int) -> bool:
-        """True if all sequences could be given blocks, none of them cached, and `reserve` blocks were left."""
+        """True if all sequences could get blocks, none of them cached, with `reserve` blocks left."""
         has_window = self.window is None or self.window.can_begin(sequences, reserve)
         has_states = self.states is None or self.states.can_begin(len(sequences))
         return (
@@ -119,7 +119,7 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Settles drafted rows that came back. Full blocks are shared now: no further microbatch may come."""
+        """Settles drafted rows that came back. Full blocks are shared now, since no further microbatch may come."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:
@@ -128,12 +128,12 @@ class KvMemory:
                 self.window.settle(sequence)
 
     def finished(self, sequence: Sequence) -> None:
-        """Shares full blocks of a sequence whose last token is known, those of lookahead steps among them."""
+        """Shares full blocks of a sequence whose last token is known, including those of lookahead steps."""
         if sequence.is_running and self.states is None:
             self._register(sequence)
 
     def extend(self, sequence: Sequence) -> bool:
-        """Gives a sequence blocks for all rows to compute, and commits window blocks; False if too few are left."""
+        """Gives a sequence blocks for all its rows, and commits window blocks. False if too few are left."""
         if self.window is not None and not self.window.commit(sequence):
             return False
         while len(sequence.kv.table) < sequence.blocks_needed:
@@ -149,7 +149,7 @@ class KvMemory:
             self.states.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
-        """Shares full blocks of known tokens: rows up to `scheduled` are in the microbatch being made."""
+        """Shares full blocks of known tokens, when rows up to `scheduled` are in the microbatch being made."""
         self._register(sequence)
         if self.window is not None:
             self.window.release_out_of_window(sequence)
@@ -166,7 +166,7 @@ class KvMemory:
             kv.registered = full
 
     def end_microbatch(self) -> None:
-        """Releases the blocks that only this microbatch's rows still read: later ones may write them."""
+        """Releases blocks that no later row reads. Later microbatches may write them."""
         if self.window is not None:
             self.window.end_microbatch()
         if self.states is not None:

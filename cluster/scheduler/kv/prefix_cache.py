@@ -1,4 +1,4 @@
-"""The prefix cache: keys are SHA-256 chains over the model without adapters, KV type, adapters, salt and tokens."""
+"""The prefix cache. Its keys are SHA-256 chains over model (without adapters), KV type, adapters, salt and tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class BlockKeys(list[bytes]):
-    """Keys of a sequence's full blocks. Sequences with another salt, adapter or scale share no block."""
+    """Keys of a sequence's full blocks. Sequences with different salts, adapters or scales share no block."""
 
     def __init__(self, salt: str = "", adapters: Sequence[tuple[str, float]] = ()) -> None:
         """Takes the digest and scale of each adapter, in the order in which they are computed."""
@@ -21,7 +21,7 @@ class BlockKeys(list[bytes]):
 
 
 class PrefixCache:
-    """Finds and registers blocks by their tokens from position 0 on. `keys` belong to one sequence, and grow."""
+    """Finds and registers blocks by all tokens from position 0 on. It extends `keys`, which belong to one sequence."""
 
     def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
         self.blocks = blocks
@@ -29,8 +29,8 @@ class PrefixCache:
         self.is_enabled = enabled
 
     def find(self, keys: BlockKeys, tokens: Sequence[int], reusable: int) -> tuple[int, int]:
-        """Returns (found, idle): the leading blocks of tokens[:reusable] in the cache, and how many of them are
-        idle."""
+        """Returns (found, idle): the number of leading blocks of tokens[:reusable] that are cached, and how many of
+        these are idle."""
         if not self.is_enabled:
             return 0, 0
         self._extend(keys, tokens, reusable // KV_BLOCK_TOKENS)
@@ -46,7 +46,7 @@ class PrefixCache:
     def register(
         self, keys: BlockKeys, tokens: Sequence[int], table: Sequence[int], registered: int, full: int, start: int = 0
     ) -> None:
-        """Registers blocks [registered, full), filled by the tokens, of a table that begins with block `start`."""
+        """Registers the full blocks with numbers [registered, full). `table` has their ids from number `start` on."""
         if not self.is_enabled:
             return
         self._extend(keys, tokens, full)

@@ -1,4 +1,4 @@
-"""KV memory of one sequence: the blocks that it holds, and the keys that find them again."""
+"""The KV memory of one sequence: the blocks that it holds, and the keys by which they are found again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 
 @dataclass(slots=True)
 class SequenceStates:
-    """State blocks that a sequence holds: those that its next rows read and write."""
+    """State blocks that a sequence holds, because its next rows read or write them."""
 
     is_begun: bool = False  # it runs, and may hold blocks
     read: int | None = None  # has the state behind the rows that are scheduled; None: there are none

@@ -1,4 +1,4 @@
-"""State blocks: each running sequence has one that its rows update, and the prefix cache has checkpoints."""
+"""State blocks. Each running sequence has one that its rows update, and the prefix cache has checkpoints."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvStates:
-    """Blocks, each with the state behind one position. A chunk's rows overwrite the state that they read, or if others
-    may go on from it, write another block. A checkpoint is a block registered by the key of the KV block that ends at
-    its position: every `span` positions, and where a prompt's last full KV block ends. It is never written again, and
-    sequences begin at checkpoints alone. There may be too few blocks for checkpoints, but a sequence that has begun
-    always finds one for its rows. Blocks that a microbatch reads are released when it is made: rows of other sequences
-    in it must not overwrite them."""
+    """Blocks with the state after one position. A chunk's rows overwrite the state that they read, or write another
+    block if other sequences may go on from it. A checkpoint is a block registered by the key of the KV block that ends
+    at its position, and is never written again. Checkpoints are kept every `span` positions and where a prompt's last
+    full KV block ends, if there are enough blocks. Sequences begin only at checkpoints. A sequence that has begun
+    always gets a block for its rows. Blocks that a microbatch reads are released once it is made: rows of other
+    sequences in it must not overwrite them."""
 
     def __init__(self, span: int, cache: PrefixCache) -> None:
         self.blocks = cache.blocks
@@ -29,7 +29,7 @@ class KvStates:
         return next((end for end in range(found, 0, -1) if self.blocks.is_idle(keys[end - 1]) is not None), 0)
 
     def can_begin(self, sequences: int, checkpoint: bytes | None = None) -> bool:
-        """True if so many sequences can begin, one of them at the checkpoint with this key."""
+        """True if `sequences` sequences can begin, one of them at the checkpoint with this key."""
         is_taken = checkpoint is not None and self.blocks.is_idle(checkpoint) is True
         return self.blocks.available - is_taken >= self._lacking + sequences
 
@@ -63,7 +63,7 @@ class KvStates:
         self._keep_last(sequence)
 
     def draft(self, sequence: Sequence) -> bool:
-        """Takes a block for the state behind drafted rows; False if there is none. The state before them stays."""
+        """Takes a block for the state after drafted rows. The state before them stays. False if no block is left."""
         if self.blocks.available <= self._lacking:
             return False
         sequence.kv.states.ahead = self.blocks.take()
@@ -83,7 +83,7 @@ class KvStates:
         self._keep_last(sequence)
 
     def _keep_last(self, sequence: Sequence) -> None:
-        """Keeps later rows from overwriting the state behind the scheduled ones if it is a checkpoint."""
+        """Protects the state after the scheduled rows from later rows if it is a checkpoint."""
         states = sequence.kv.states
         if any(self._checkpoints(sequence, sequence.scheduled, sequence.scheduled + 1)):
             states.own, states.unregistered = None, sequence.scheduled
@@ -102,7 +102,7 @@ class KvStates:
             self.blocks.release(states.clear())
 
     def _checkpoints(self, sequence: Sequence, start: int, end: int) -> Iterator[int]:
-        """Yields positions in [start, end) behind which states are kept while blocks remain beside those of rows."""
+        """Yields the positions in [start, end) of checkpoints, while more blocks are available than sequences need."""
         if not self._cache.is_enabled:
             return
         last = (sequence.prompt_length - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
@@ -115,7 +115,7 @@ class KvStates:
                 yield position
 
     def _register_last(self, sequence: Sequence) -> None:
-        """Registers the checkpoint at a chunk's end once its last token is known, which may be sampled later."""
+        """Registers the checkpoint after a chunk. It waits for the chunk's last token, which may not be known yet."""
         states = sequence.kv.states
         if states.unregistered is not None and states.read is not None and states.unregistered <= len(sequence.tokens):
             self._register(sequence, states.unregistered, states.read)

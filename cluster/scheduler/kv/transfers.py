@@ -1,4 +1,4 @@
-"""KV blocks that are read from disk or written there: held meanwhile, so that no sequence is given them."""
+"""KV blocks that are being read from or written to disk. They are held, so that no sequence gets them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """Blocks in transfer. `keys` are those of a sequence's first blocks, and end with those of `blocks`, the first
-    `found` of which were cached before."""
+    """Blocks in transfer. `keys` are those of a sequence's first blocks, and the last of them belong to `blocks`. The
+    first `found` of `blocks` were cached before."""
 
     keys: tuple[bytes, ...]
     blocks: tuple[int, ...]
@@ -37,8 +37,8 @@ class KvTransfers:
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
-        """Takes blocks for a sequence's missing ones before number `end`, if that leaves `reserve`, and holds those
-        before them. Microbatches in flight may still use the taken blocks."""
+        """Takes blocks for a sequence's missing ones before number `end`, and holds the cached ones before these. None
+        if `reserve` blocks would not remain. Microbatches in flight may still use the taken blocks."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
             return None
@@ -48,8 +48,8 @@ class KvTransfers:
         return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
-        """Holds cached blocks of keys[start:], which microbatches may have yet to fill; None if the first is
-        missing."""
+        """Holds the cached blocks of keys[start:]. None if the first is missing. Microbatches in flight may still fill
+        them."""
         there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
         if not there:
             return None
@@ -61,7 +61,7 @@ class KvTransfers:
         return all(map(self._blocks.holds, transfer.blocks, keys))
 
     def end(self, transfer: Transfer, restored: int = 0) -> None:
-        """Releases the blocks; the first `restored` of those that were taken can be shared."""
+        """Releases the blocks. The first `restored` of those that were taken are shared from now on."""
         start = transfer.found
         for key, block in zip(transfer.keys[start:], transfer.blocks[start : start + restored], strict=False):
             self._blocks.register(block, key)

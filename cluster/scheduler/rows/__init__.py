@@ -1,1 +1,1 @@
-"""Rows of a sequence in a microbatch: which they are, and what their results are for."""
+"""The rows of a sequence in a microbatch: the choice of the rows, and the processing of their results."""

@@ -1,4 +1,4 @@
-"""The number of prompt tokens in one microbatch."""
+"""Chooses the number of prompt tokens in one microbatch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageCurves, StageTimes
 
 _FIRST_ROWS = 64
-"""Rows without measurements or decode: few enough for a slow machine, enough not to matter on a fast one."""
+"""The first chunk's rows without decode: few enough for a slow machine, and enough to cost a fast one little."""
 _LEAST_ROWS = 16
 _LEAST_ROWS_ALONE = 64
-"""The least rows without decode: a slow machine reads the weights for 64 rows as for 16."""
+"""The least rows of a chunk without decode. A slow machine reads the weights once for 64 rows as for 16."""
 _EFFICIENT = 4
-"""The least ratio of a chunk's time for rows to its fixed cost."""
+"""The least ratio of a chunk's time for its rows to the fixed time of a chunk."""
 _SCORED_SHARE = 0.5
-"""The share of `prefill_ms` for scored rows: these cost the coordinator time, too, and come in hundreds."""
+"""The share of `prefill_ms` that scored rows may take. They also cost the coordinator time, and come in hundreds."""
 
 _EMBEDDED_BYTES = 1 << 20
 """The most bytes of hidden states that a microbatch with decode rows returns."""
@@ -24,12 +24,15 @@ _EMBEDDED_BYTES = 1 << 20
 def chunk_rows(
     settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, *, alone: bool
 ) -> int:
-    """Returns the prefill rows beside `decoding` rows. Of `burst` prompt tokens that came together, `left` are still to
-    be computed; `alone` if no sequence decodes. A chunk takes the slowest stage at most `prefill_ms`, or 16 rows if
-    they take longer, so that decode does not wait longer (`prefill_alone_ms` or 64 rows without decode). It is no
-    larger than what finishes the burst soonest: k chunks on S stages end after (k + S - 1) * (a + b * burst / k), with
-    stage time a + b * rows, which is least at burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are half of
-    what is left each: while later stages compute them, the first ones are idle."""
+    """Returns the number of prefill rows in a microbatch with `decoding` other rows. Of `burst` prompt tokens that came
+    together, `left` are still to be computed. `alone` means that no sequence decodes.
+
+    A chunk takes the slowest stage at most `prefill_ms`, so that decode does not wait longer, but may have 16 rows in
+    any case (without decode `prefill_alone_ms` and 64 rows). It is no larger than what finishes the burst soonest: k
+    chunks on S stages end after (k + S - 1) * (a + b * burst / k), with the stage time a + b * rows. This is least at
+    burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks get half of `left` each: the first stages idle while
+    later ones compute.
+    """
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
         return min(settings.prefill_chunk, most)
@@ -48,7 +51,7 @@ def chunk_rows(
 
 
 def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -> int:
-    """Returns the most scored rows: each costs the last stage a row of logits, which may be more than its layers."""
+    """Returns the most scored rows. The last stage computes logits for each, which may take longer than its layers."""
     slowest = _slowest(times.scoring)
     if slowest is None:
         return _LEAST_ROWS
@@ -58,14 +61,14 @@ def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -
 
 
 def embedded_rows(settings: SchedulerSettings, *, is_beside_decode: bool) -> int:
-    """Returns the most embedded rows: tokens of other sequences wait on the link for their hidden states."""
+    """Returns the most embedded rows. Sampled tokens of other sequences wait on the link for their hidden states."""
     if not is_beside_decode or not settings.embedding_length:
         return settings.max_embedded_rows
     return min(settings.max_embedded_rows, max(1, _EMBEDDED_BYTES // (4 * settings.embedding_length)))
 
 
 def _slowest(curves: StageCurves) -> tuple[float, float] | None:
-    """Returns (ns of a microbatch, ns of a row) by a line through the slowest stage's times of two chunks."""
+    """Returns (fixed ns of a microbatch, ns of a row) of the slowest stage: a line through its times of two chunks."""
     small, large = curves.predict(_LEAST_ROWS), curves.predict(8 * _LEAST_ROWS)
     if small is None or large is None:
         return None

@@ -1,4 +1,4 @@
-"""The changes of all sequences by one result."""
+"""The changes that one result makes to sequences."""
 
 from __future__ import annotations
 

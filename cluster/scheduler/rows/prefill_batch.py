@@ -10,7 +10,7 @@ from llamaclust.cluster.scheduler.rows.taking import take_rows
 from llamaclust.cluster.scheduler.sequences import Sequence
 
 _MAX_STARTS = 32
-"""The most answers whose matchers start in one microbatch: each brings its grammar, which may be large."""
+"""The most matchers that start in one microbatch. Each of them is sent with its grammar, which may be large."""
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class PrefillBatch:
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
 
     def add(self, sequence: Sequence, share: int = 1) -> bool:
-        """Adds rows of a sequence, at most one part in `share` of the rows left; False if that is none."""
+        """Adds rows of a sequence, at most 1 / `share` of the rows left. Returns False if no row can be added."""
         is_scored = sequence.has_scores_left
         if sequence.lacks_matcher and not self.starts_left:
             return False

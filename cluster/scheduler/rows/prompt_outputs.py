@@ -1,4 +1,4 @@
-"""The rows of one prompt that are scored, or whose hidden states are wanted."""
+"""The rows of one prompt that have outputs: logprobs or hidden states."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class PromptOutputs:
-    """Rows [answered, end) have no result yet; those before `next` are in flight."""
+    """The rows with outputs. Rows [answered, end) have no result yet; those of them before `next` are in flight."""
 
     answered: int
     end: int

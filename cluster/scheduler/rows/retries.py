@@ -1,4 +1,4 @@
-"""Rows without a result, such as those whose logits are not finite: they are computed again, then elsewhere."""
+"""Retries of rows without a result, such as those whose logits are not finite: on the same workers, then on others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.core.sampling import NOT_FINITE
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """A second failure of the last stage on rows of a sequence, although what it received was finite."""
+    """A second failure of the last stage on a sequence's rows, although it received finite hidden states."""
 
     key: int
     failure: str
@@ -27,8 +27,8 @@ class Retry(Enum):
 
 @dataclass(slots=True)
 class Retries:
-    """Repeats a failed sequence in other KV blocks, then if possible on another worker for the last stage, then ends
-    it. A grammar that an answer breaks is no worker's fault."""
+    """Computes a failed sequence again in other KV blocks, then if possible with another worker at the last stage, and
+    then ends it. If a sequence has a matcher, only logits that are not finite can be a worker's fault."""
 
     count: int = 0
 

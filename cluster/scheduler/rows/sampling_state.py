@@ -1,4 +1,4 @@
-"""The state of an answer's samplers, which is made again from its tokens."""
+"""The state of an answer's samplers. It can be restored from the answer's rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class SamplingState:
         params = request.params
         uses_tokens = params.needs_history or params.chain is not None or bool(request.breakers)
         self.is_plain = not (uses_tokens or request.needs_matcher)
-        """True if samplers look at logits alone, and there is no matcher."""
+        """True if samplers look at logits alone and the request needs no matcher."""
         self.window = request.history_window
         self.stop_ids = tuple(sorted(request.stop_token_ids))
         self.breakers = SeenBreakers(request.breakers, request.prompt)  # for DRY

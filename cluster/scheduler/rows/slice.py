@@ -1,4 +1,4 @@
-"""A microbatch as it goes to the pipeline, and the part of it that belongs to one sequence."""
+"""A microbatch that is sent to the pipeline, and its slices: the rows of one sequence each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """Rows of a sequence. The last `drafted` ones count as far as the rows before them choose their tokens."""
+    """Rows of a sequence. Each of the last `drafted` ones counts only if the row before it chose its token."""
 
     sequence: Sequence
     chunk: Chunk
@@ -34,7 +34,7 @@ class SequenceSlice:
 
     @property
     def is_stale(self) -> bool:
-        """True if the drafted rows cannot count any more: a token before them is another one."""
+        """True if the drafted rows can no longer count, because the tokens before them have changed."""
         return self.drafted > 0 and self.branch != self.sequence.drafting.branch
 
     @property

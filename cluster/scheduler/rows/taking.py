@@ -1,4 +1,4 @@
-"""Rows of a sequence become a slice of a microbatch: from then on they are in flight."""
+"""Makes slices of a microbatch from rows of a sequence. From then on these rows are in flight."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def take_rows(sequence: Sequence, rows: int) -> SequenceSlice:
 
 
 def take_token(sequence: Sequence) -> SequenceSlice:
-    """Takes the last token and its drafted ones, or drafted ones behind others in flight."""
+    """Takes the next decode rows: known tokens with drafted ones, an unknown token, or drafts after those in flight."""
     known, drafting = tuple(sequence.tokens[sequence.scheduled :]), sequence.drafting
     drafted = drafting.next
     if not drafted and (unknown := sequence.unknown):

@@ -22,13 +22,13 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 
 
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
-    """Returns the next token's task. `unknown` tokens before it are not known: at most 1 if samplers look at tokens."""
+    """Returns the next token's task, with `unknown` unknown tokens before it: at most 1 if samplers look at tokens."""
     window, tokens = sequence.sampler.window, sequence.tokens
     return _task(sequence, tokens[max(0, len(tokens) - window + unknown) :] if window else (), unknown)
 
 
 def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
-    """Returns the tasks of the last token's row and the drafted ones behind it, each as if it was the only one."""
+    """Returns the tasks of the last token's row and of the drafted rows after it, the same as without speculation."""
     window, tokens = sequence.sampler.window, sequence.tokens
     end = len(tokens) - 1
     first = _task(sequence, tokens[max(0, end + 1 - window) : end] if window else (), 0, drafted, follows=window > 0)
@@ -71,7 +71,7 @@ def _task(
 
 
 def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None:
-    """Returns the matcher's start, sent with the first rows so that it is ready for the first token."""
+    """Returns the matcher's start, or None if it was sent. It is sent early, to be ready for the first token."""
     if not sequence.lacks_matcher:
         return None
     sequence.matcher.is_started = True

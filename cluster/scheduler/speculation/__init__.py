@@ -1,1 +1,1 @@
-"""Speculation: the drafted tokens that are computed with a known one, so that several are chosen in one pass."""
+"""Speculative decoding: drafted tokens are computed with a known one, so that one pass can choose several tokens."""

@@ -1,16 +1,16 @@
-"""The acceptance of drafted tokens, learned from recent ones."""
+"""Estimates of the acceptance rate of drafted tokens, learned from recent tokens."""
 
 from __future__ import annotations
 
 _REMEMBERED = 96
-"""The approximate number of tokens after which an earlier one counts little."""
+"""The approximate number of recent tokens that an estimate depends on."""
 _PRIOR_TOKENS = 3
-"""Tokens that a prior rate counts as."""
+"""The weight of a prior rate, in tokens."""
 _CHANGES = 1 / 256
-"""The probability at each token that the text is of another kind from there on."""
+"""The probability that the kind of text, and with it the acceptance rate, changes at a given token."""
 _STRETCHES = 6
 _EVEN = 1.0
-"""Tokens of either outcome that count behind a change: any rate is as probable as any other."""
+"""The accepted and the refused tokens that each stretch begins with: every rate is then equally probable at first."""
 
 
 class _Stretch:
@@ -33,8 +33,8 @@ class _Stretch:
 
 
 class Acceptance:
-    """The acceptance of drafts of one kind, which may change at any token: a mean over the stretches since possible
-    changes, weighted by how probable the tokens make each."""
+    """Estimates the acceptance rate of one kind of drafts, which may change at any token. Each possible change begins a
+    stretch of tokens with a rate of its own. The estimate is their mean, weighted by each stretch's probability."""
 
     __slots__ = ("_first", "_rate", "_stretches")
 
@@ -44,7 +44,7 @@ class Acceptance:
         self._stretches = [self._first]
 
     def learn(self, *, is_accepted: bool) -> None:
-        """Learns from a token before which all drafted ones were right."""
+        """Learns from a drafted token. All drafted tokens before it must have been accepted."""
         self._rate = None
         stretches = self._stretches
         unchanged = (1 - _CHANGES) / sum([stretch.learn(is_accepted) for stretch in stretches])
@@ -58,7 +58,7 @@ class Acceptance:
         stretches.append(_Stretch(_CHANGES))
 
     def rate(self, prior: float) -> float:
-        """Returns the probability that the next token is accepted; `prior` is its value without experience."""
+        """Returns the probability that the next token is accepted. `prior` is the probability without experience."""
         if self._rate is not None and self._rate[0] == prior:
             return self._rate[1]
         total = weighed = 0.0

@@ -1,4 +1,4 @@
-"""Times of microbatches with more rows than sequences, as the stages were measured."""
+"""Predicted times of microbatches with more rows than sequences, from measured stage times."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
-"""Numbers of rows that are tried; between them times are on a line."""
+"""The numbers of rows that are tried. Predicted times between two of these numbers are on a straight line."""
 _REFRESHED = 16
-"""Calls of `refresh` after which times are read again."""
+"""The number of calls of `refresh` after which times are predicted again."""
 
 
 class MeasuredRounds:
-    """Measured `RoundTimes`, infinite before anything is measured."""
+    """Predicts `RoundTimes` from measured stage times. They are infinite before anything is measured."""
 
     def __init__(self, times: StageTimes) -> None:
         self._times = times

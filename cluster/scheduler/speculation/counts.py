@@ -1,4 +1,4 @@
-"""Counts of drafted tokens, and of those that were right."""
+"""Counts of drafted and of accepted tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 Kinds = Mapping[str, tuple[int, int]]
-"""Drafted and accepted tokens by kind of draft."""
+"""Numbers of drafted and of accepted tokens, by the kind of draft."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The interface of a draft model, and its times. A step waits for the draft that is requested ahead of it."""
+"""The interface of a draft model, and estimates of its times. A step waits for the draft that was ordered for it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _LATE = 4.0
-"""The largest multiple of the expected time that a sample counts as: machines pause."""
+"""The most that a sample counts, as a multiple of the expected time, since machines sometimes pause."""
 _USUAL_OVERHEAD = 0.125
-"""The overhead as a share of a step, until it is known."""
+"""The overhead of a draft that is assumed before it is measured, as a share of a step's time."""
 
 
 class DraftTimes:
-    """Times of a draft model in nanoseconds: measured, and learned from its drafts."""
+    """Times of a draft model in nanoseconds. They begin with measurements and are updated with each draft."""
 
     def __init__(self, step_ns: float, row_ns: float) -> None:
-        """Takes the least times of a token drafted for one sequence, and of one that is taken in."""
+        """Takes the shortest measured times of drafting a token for one sequence, and of reading a known token."""
         self._best_step_ns, self._best_row_ns = step_ns, row_ns
         self._step_ns = {1: step_ns}
         self._row_ns = row_ns
         self._overhead_ns = _USUAL_OVERHEAD * step_ns
 
     def draft_ns(self, sequences: int, tokens: int, rows: int, *, at_best: bool = False) -> float:
-        """Returns the time of `tokens` tokens each, with `rows` lacking in all; `at_best`: as first measured."""
+        """Returns the time of `tokens` drafted tokens for each sequence, after reading `rows` known tokens in all.
+        `at_best` uses the shortest measured times."""
         lacking = max(0, rows - sequences)
         if at_best:
             return tokens * self._best_step_ns + lacking * self._best_row_ns
@@ -52,7 +53,7 @@ def _learned(estimate: float, sample: float) -> float:
 
 
 class DraftModel(Protocol):
-    """A draft model, used from one event loop. Orders that come meanwhile wait."""
+    """A draft model, used from one event loop. Orders that arrive while it computes wait."""
 
     @property
     def times(self) -> DraftTimes: ...
@@ -64,4 +65,4 @@ class DraftModel(Protocol):
     def lose(self) -> None: ...
 
     def draft(self, orders: Sequence[DraftOrder]) -> Awaitable[DraftReplies]:
-        """Drafts for each order's sequence, as far as there is memory. The work begins at once."""
+        """Drafts for each order's sequence, as far as memory allows. Work begins before the result is awaited."""

@@ -1,7 +1,7 @@
-"""Orders for a draft model: the sequences that wait for it, their numbers of tokens, and what it takes in before.
+"""Decides what a draft model does: for which sequences it drafts, how many tokens, and what it reads in advance.
 
-A draft costs time before each step, so it must gain more than n-gram drafts, which cost none. The model takes in a
-prompt beside steps that do not wait, if the tokens that are left are worth it.
+A step waits for its draft, so the draft must gain more than n-gram drafts, which cost no time. The model reads a prompt
+during steps that do not wait for it, if the tokens left to generate are worth the time.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from llamaclust.core.drafts import MOST_ORDERS, DraftOrder, DraftReplies
 from llamaclust.core.sampling import SampleTask
 
 _CLOSE = 64
-"""The most tokens that a model may lack of a sequence that waits for it, those of the last window among them."""
+"""The most tokens of a sequence that the model may still have to read when a step waits, the last window included."""
 _WORTH = 2.0
-"""The least ratio of the time that drafts save to that for taking in a prompt: answers may end early."""
+"""The least ratio of the time that drafts save to the time of reading the prompt. Answers may end early."""
 _AGAIN = 64
-"""Tokens after which a model that did not pay is tried again; each time twice as many, up to `_AGAIN_MOST`."""
+"""The number of tokens after which a model that did not pay is tried again. It doubles up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
 _DRAFTS = 6
 _HOPEFUL = 0.7
-"""The acceptance that a retry assumes."""
+"""The least acceptance rate that a retry assumes."""
 _MARGIN = 0.05
-"""The predicted gain over other drafts that an order needs."""
+"""The relative gain over other drafts that must be predicted before anything is ordered."""
 
 
 class ModelDrafts:
@@ -46,7 +46,7 @@ class ModelDrafts:
         return sequence.key in self._awaited
 
     def length(self, sequences: Items[Sequence], most: Mapping[int, int], speed: float) -> int:
-        """Returns how many tokens are worth waiting for if `speed` tokens a nanosecond come without them."""
+        """Returns how many drafted tokens are worth waiting for. `speed` is the tokens a nanosecond without them."""
         drafted = [each for each in sequences if most.get(each.key) and self._is_close(each)]
         if not drafted or len(sequences) + len(self._awaited) > MOST_ORDERS:
             return 0
@@ -69,7 +69,7 @@ class ModelDrafts:
         return best
 
     def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
-        """Orders `count` tokens for each sequence in `most`. Returns the others, which do not wait."""
+        """Orders up to `count` tokens for sequences in `most` that the model has nearly read. Returns the others."""
         others = []
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):
@@ -149,7 +149,7 @@ class _Retry:
         return self.left > 0 or tokens >= self.again
 
     def asked(self, tokens: int) -> None:
-        """Counts a draft. A model that is used without a retry pays, so the wait is short again."""
+        """Counts a draft. A model in use that is not on trial pays, so the wait for a retry is short again."""
         if tokens >= self.again:
             self.left, self.wait = _DRAFTS, min(2 * self.wait, _AGAIN_MOST)
         elif self.left:

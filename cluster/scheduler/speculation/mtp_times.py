@@ -1,10 +1,10 @@
-"""Times of an MTP head on the last stage, beside the step that it drafts behind."""
+"""Times of an MTP head on the last stage, which add to the time of the step after which it drafts."""
 
 from __future__ import annotations
 
 _WEIGHT = 0.125
 _LATE = 4.0
-"""The largest multiple of the expected time that a sample counts as: machines pause."""
+"""The most that a sample counts, as a multiple of the expected time, since machines sometimes pause."""
 
 
 class MtpTimes:

@@ -1,11 +1,11 @@
-"""The drafts that a sequence orders of an MTP head."""
+"""A sequence's orders to an MTP head."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 _AGAIN = 64
-"""Tokens after which a head that did not pay is tried again; each time twice as many, up to `_AGAIN_MOST`."""
+"""The number of tokens after which a head that did not pay is tried again. It doubles up to `_AGAIN_MOST`."""
 _AGAIN_MOST = 1024
 _DRAFTS = 6
 

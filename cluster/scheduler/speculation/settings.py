@@ -1,4 +1,4 @@
-"""Settings of speculation."""
+"""Settings of speculative decoding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choice of the sequences that compute drafted tokens in the next microbatch, and of how many."""
+"""Chooses which sequences compute drafted tokens in the next microbatch, and how many."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from llamaclust.cluster.scheduler.speculation.windows import best_chain, best_wi
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MOST_REPEATED = 4
-"""The most known rows that a draft behind a state may repeat. With more, a step without drafts comes first: else each
-further refused window would add to the rows of all later ones."""
+"""The most known rows that a window of a sequence with states may repeat. If there are more, a step without drafts
+comes first. Otherwise each further refused window would add to the rows of all later ones."""
 
 
 _OTHER_RATE = 0.02
-"""The difference of acceptance at which a chain's window is chosen anew."""
+"""The change of the acceptance rate at which the window of a chain is chosen again."""
 
 
 class Speculation:
@@ -48,7 +48,7 @@ class Speculation:
         return None if own is None or not settings.max_drafted else cls(settings, own, times)
 
     def draft(self, sequences: Items[Sequence], memory: KvMemory, groups: int, most_rows: int, running: int) -> None:
-        """Adds at most `most_rows` drafted rows to sequences that have grown, in one of `groups` microbatches."""
+        """Gives drafted rows to the sequences of one of `groups` microbatches, at most `most_rows` in all."""
         candidates = [self._next(sequence) if most_rows > 0 else Candidate() for sequence in sequences]
         windows = self._windows(candidates, groups, most_rows)
         for sequence in sequences:
@@ -63,7 +63,7 @@ class Speculation:
                 memory.draft(sequence, candidate.tokens[:window], RESERVE_BLOCKS * running)
 
     def further(self, sequence: Sequence, under_way: int) -> tuple[int, ...]:
-        """Returns drafted tokens behind those of the only sequence in flight, in `under_way` microbatches."""
+        """Returns the next window of the only running sequence, to follow `under_way` microbatches in flight."""
         drafts = sequence.drafting.drafts
         if drafts is None or (chain := drafts.chain) is None or under_way >= chain.depth:
             return ()
@@ -85,7 +85,7 @@ class Speculation:
         return window if drafts.chain is None else drafts.chain.window
 
     def waits(self, sequences: Items[Sequence], most_outputs: int) -> bool:
-        """True if a sequence should rather wait for its token than be computed behind it: drafts will follow."""
+        """True if a step with drafts will follow. Sequences should wait for it instead of taking a lookahead step."""
         drafts = self.model_drafts
         if drafts is not None and any(map(drafts.awaits, sequences)):
             return True

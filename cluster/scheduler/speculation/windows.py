@@ -1,8 +1,8 @@
-"""Numbers of drafted tokens for each sequence that give the most tokens a second.
+"""Chooses how many drafted tokens each sequence computes, for the most tokens a second.
 
-A round of n sequences chooses n tokens in the time t(n). Drafted rows make it longer, and a row at depth d of drafts
-accepted at the rate a gives a ** d more tokens. The rows with the most to gain are taken, as many as make tokens a
-second the most; none where that is not clearly faster than a plain round.
+A round without drafts chooses n tokens for n sequences. A drafted row makes it longer. At depth d of a draft with the
+acceptance rate a, it adds a ** d tokens on average. Rows are taken by this gain, as many as give the most tokens a
+second. None are taken unless the round is then clearly faster.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
 _MARGIN = 0.05
-"""The predicted gain below which nothing is drafted: predictions are not better than that."""
+"""The relative gain below which nothing is drafted, since predictions are no more accurate."""
 _DEEPEST = 6
 _MARGIN_BESIDE = 0.2
-"""The predicted gain that several microbatches in flight need: those of different lengths wait for each other."""
+"""The relative gain needed with several microbatches in flight: those of different lengths wait for each other."""
 
 
 class RoundTimes(Protocol):
-    """Times of rounds: measured for the scheduler, predicted for a plan."""
+    """Times of rounds in nanoseconds, which the scheduler measures and the planner predicts."""
 
     def plain_ns(self, sequences: int, groups: int) -> float:
-        """Returns the time of a round without drafted rows, with lookahead steps; infinite if it is not known."""
+        """Returns the time of a round without drafted rows and with lookahead steps. Infinite if it is not known."""
 
     def window_ns(self, rows: int, groups: int) -> float:
-        """Returns the time of a round with so many rows, which waits for the tokens that it begins with."""
+        """Returns the time of a round with `rows` rows that is not sent before its first tokens are known."""
 
     def slowest_ns(self, rows: int) -> float:
-        """Returns the slowest stage's time with so many rows."""
+        """Returns the slowest stage's time for `rows` rows."""
 
 
 def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:
-    """Returns the best windows for a draft of `length` tokens, accepted at this rate; None if there is no time for a
-    second window before the first is back.
+    """Returns the best chain for a draft of `length` tokens with the acceptance rate `rate`. None if times are unknown,
+    or if the first window would come back before a second is sent.
 
-    Drafted tokens are right up to the first that is not, which is known a whole round after its window was sent.
-    Windows before it came back meanwhile, as fast as the slowest stage computes them; those behind it are wasted. That
-    they delay the next one is not counted: half a stage's time for it made answers slower (benchmarks/notebook.md).
+    A wrong token is known a whole round after its window was sent. The windows before it came back meanwhile, as fast
+    as the slowest stage computes them; the windows after it are wasted. That these delay the next one is not counted:
+    when half a stage's time was counted for it, answers became slower (benchmarks/notebook.md).
     """
     rate = min(rate, 0.999)
     best: Chain | None = None
@@ -64,7 +64,7 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns the drafted tokens of each sequence in one of `groups` microbatches, at most `most_rows` in all."""
+    """Returns each sequence's number of drafted tokens in one of `groups` microbatches, at most `most_rows` in all."""
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)

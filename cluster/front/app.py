@@ -74,7 +74,7 @@ def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
     """Makes the app of one model or several, all with the same server settings. The caller can drain the app through
-    `admission`, and must close the models' replies. `workers` None: there are no endpoints of workers."""
+    `admission`, and must close the models' replies. If `workers` is None, there are no endpoints of workers."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
     app.router.redirect_slashes = False  # see `Paths`

@@ -1,5 +1,5 @@
-"""Reads request bodies within bounds of size, time and depth. Names the fields that had no effect in a header of the
-reply, or refuses the request because of them if it has the strict header."""
+"""Reads request bodies within bounds of size, time and depth. A header of the reply names the fields that had no
+effect; a request with the strict header is refused because of them."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ _YES: Final = ("1", "true", "yes")
 _MOST_LOGGED: Final = 256
 _MOST_CHARACTERS: Final = 160
 _MOST_OF_A_HEADER: Final = 3072
-"""A bound for this header: some proxies accept at most 4 KiB for all headers of a reply."""
+"""A bound on the length of this header: some proxies accept at most 4 KiB for all headers of a reply."""
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_.$:/\[\]-]")
 
 _log = logging.getLogger(__name__)

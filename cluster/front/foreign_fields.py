@@ -198,7 +198,7 @@ OLLAMA_OPTIONS: Final = ForeignFields(
     | _OTHER_NAMES
     | _BUDGETS,
 )
-"""Options of Ollama. Its hints concern how the model is computed: the cluster file decides about that."""
+"""Options of Ollama. The hints concern how the model is computed, which the cluster file decides."""
 
 OLLAMA: Final = ForeignFields(
     refused={**_CHAT_ONLY, **_names("template images adapters lora", only())},

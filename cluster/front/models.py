@@ -177,7 +177,7 @@ class ModelRouter:
         self, route: Route, apps: Mapping[str, ASGIApp], scope: Scope, receive: Receive, send: Send
     ) -> None:
         """Passes a request to its model. Ollama's field `keep_alive` then sets how long the model stays loaded after
-        the end of the reply; a refused request has no such effect."""
+        the reply, unless the request was refused."""
         addressed = await self._addressed(route, Request(scope, receive))
         app, resident = apps[addressed.model.name], addressed.model.resident
         status = HTTPStatus.INTERNAL_SERVER_ERROR  # until there is a reply

@@ -127,7 +127,7 @@ AnyBody = TypeVar("AnyBody", bound=Body)
 
 @cache
 def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
-    """Returns the fields of a body whose value is an object with sampling fields, such as Ollama's `options`, and the
+    """Returns the fields of a body whose values are objects with sampling fields, such as Ollama's `options`, and the
     class of each object."""
     kinds = ((name, each.annotation) for name, each in kind.model_fields.items())
     bodies = {name: part for name, part in kinds if isinstance(part, type) and issubclass(part, Body)}

@@ -118,7 +118,7 @@ class ModelNames:
         return tuple((adapter, scale) for adapter, scale in lora if scale)
 
     def shown(self, name: str | None) -> str:
-        """Returns the name of the model that replies show."""
+        """Returns the model's name for replies: the one that `name` stands for, or else the served model's."""
         return (name and self.find(name)) or self._served
 
     def check(self, name: str | None) -> None:
@@ -174,8 +174,8 @@ _MOST_S = 1_000_000_000
 
 
 def read_keep_alive(value: Any) -> float | None:
-    """Reads a duration, a number of seconds or a text like "5m", in seconds. Negative and very large durations are
-    infinite. Returns None for None. Raises HttpError 400 for anything else."""
+    """Reads a duration, which is a number of seconds or a text like "5m". Returns seconds, or infinity for negative and
+    very large durations, or None for None. Raises HttpError 400 for anything else."""
     if value is None:
         return None
     seconds = _seconds(value)

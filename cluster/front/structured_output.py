@@ -160,4 +160,4 @@ _FIELDS: dict[str, tuple[_Make, tuple[Any, ...]]] = {
     "ebnf": (_VLLM_FORMS["grammar"], _UNSET),
     "guided_json_object": (lambda value, origin: definitions.of_object(origin), (False,)),
 }
-"""The function that makes the grammar of each field, and the values of the field that mean no constraint."""
+"""Maps each field to the function that makes its grammar, and to the values of the field that mean no constraint."""

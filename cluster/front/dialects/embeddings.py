@@ -271,7 +271,7 @@ class LlamaCppEmbeddings(Endpoint[LlamaCppEmbeddingBody]):
     body = LlamaCppEmbeddingBody
 
     async def answer(self, request: Request) -> Response:
-        """Returns a list of vectors for each prompt: one vector, or one per token if there is no pooling."""
+        """Returns a list of vectors for each prompt: a single vector, or one per token without pooling."""
         body = await self.read(request)
         options = body.options(self.service.settings.pooling, body.embd_normalize)
         return await embedded(request, self.service, body.inputs, options, partial(_llamacpp_reply, body))

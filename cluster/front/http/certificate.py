@@ -136,7 +136,8 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads the files if they have changed, but not since the last check: then both are completely written."""
+        """Reads changed files once they have stayed the same between two checks, because both are completely written
+        then. Warns before the certificate ends."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s

@@ -126,11 +126,10 @@ class _Phase(Enum):
 class TlsProtocol(asyncio.Protocol):
     """Carries the bytes of another protocol in TLS.
 
-    In asyncio's own TLS a protocol begins after the handshake, and a connection ends when the other side agrees: any
-    client could delay both, unseen by the bounds on connections. Here the carried protocol begins with the connection,
-    so that its bounds on places and silence hold for handshakes, and the end waits only for written data. Data written
-    before the handshake is complete is lost.
-    """
+    In asyncio's own TLS, the carried protocol begins only after the handshake, and a connection ends only when the
+    client agrees. A client could delay both, and the bounds on connections would not apply. Here, the carried protocol
+    begins with the connection, so that its bounds on connections and idle time apply to handshakes too, and closing
+    waits only for written data. Data written before the handshake is complete is lost."""
 
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
         self.context = context
@@ -210,7 +209,8 @@ class TlsProtocol(asyncio.Protocol):
 
 
 class _TlsTransport:
-    """The transport of the carried protocol. Only what concerns TLS differs from the transport below."""
+    """The transport that the carried protocol gets. It passes everything that does not concern TLS on to the real
+    transport."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
         self._tls = tls
@@ -225,7 +225,7 @@ class _TlsTransport:
 
 
 def whole(reply: Response) -> bytes:
-    """Returns the bytes of a reply after which the connection is closed."""
+    """Returns the bytes of a reply with the header `Connection: close`."""
     status, phrase = reply.status_code, HTTPStatus(reply.status_code).phrase.encode()
     headers = b"".join(b"%s: %s\r\n" % (canonical_name(name), value) for name, value in reply.raw_headers)
     return b"HTTP/1.1 %d %s\r\n%sConnection: close\r\n\r\n%s" % (status, phrase, headers, bytes(reply.body))

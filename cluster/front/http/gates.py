@@ -69,8 +69,8 @@ def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
 
 
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
-    """Raises HttpError 403 if keys are set and the request's key is not the first one. `action` is one that affects all
-    clients."""
+    """Raises HttpError 403 if API keys are set and the request's key is not the first one. Actions that affect all
+    clients need that key; `action` describes one for the message."""
     keys = settings.api_keys
     if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
         raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
@@ -166,8 +166,8 @@ class Security:
 
 
 def _origin(headers: Headers, scope: Scope) -> str | None:
-    """Returns the origin of the web page that sent the request; None if no page did. If another site's page sent it
-    without an Origin, it is "null". GET and HEAD are exempt, because they may come from a link."""
+    """Returns the origin of the web page that sent the request, or None if no page did. Returns "null" if another
+    site's page sent it without the header Origin. GET and HEAD are exempt, because they may come from a link."""
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
 
@@ -223,8 +223,8 @@ class Admission:
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
-        """Registers the current task's request while it is open. If too many bodies are incomplete, the owner with the
-        most loses the oldest of those requests, so that slow bodies cannot block others."""
+        """Registers the current task's request while it is open. If too many bodies are incomplete, refuses the oldest
+        incomplete request of the owner with the most, so that slow bodies cannot block others."""
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get(), has_body)

@@ -46,7 +46,8 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: in
     use (nginx: 60 s), because a request on its way to a closing connection is lost."""
 
     class Connection(_Connection):
-        """A connection of this server. It is a class of its own, because uvicorn passes no room to its connections."""
+        """A connection of this server. Each server has its own class, because uvicorn makes the connections from a
+        class."""
 
         room = _Room(settings, settings.max_connections if places is None else places)
 

@@ -85,8 +85,8 @@ class Replies:
         return await self._begun(request, kept, Position())
 
     async def _begin(self, request: Request, kept: KeptReply, reply: Reply, body: bytes) -> None:
-        """Begins a reply. Returns only when the request is on disk, if it is journalled, which happens while the prompt
-        is computed. Requests are journalled if their clients could read the rest of the reply later. A stream that ends
+        """Begins a reply. If the request is journalled, returns only when it is on disk; the prompt is computed
+        meanwhile. Requests are journalled if their clients could read the rest of the reply later. A stream that ends
         with its connection first waits for its first part, so that early errors get an HTTP status."""
         is_journalled = kept.is_kept or (kept.context.is_streamed and self._form(kept).has_ids)
         admitted = body if is_journalled and self.cache.journal is not None else None

@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class KeptReply:
-    """A reply. Its log grows from `begin` until it ends or `aclose`. If it is not kept, it drops rows that its
+    """A reply whose log grows from `begin` until its end or `aclose`. If it is not kept, it drops rows that its
     connection has sent, and the connection closes it. If it is kept, it expires when no client has read it for some
     time; a background reply expires some time after its end."""
 
@@ -65,7 +65,7 @@ class KeptReply:
 
     @property
     def is_running(self) -> bool:
-        """True if the reply is being computed or will be without a reader."""
+        """True if the reply is being computed, or will be without waiting for a reader."""
         return not self.log.is_over and self._postponed is None
 
     @property
@@ -92,10 +92,10 @@ class KeptReply:
     async def begin(
         self, reply: Reply, *, admitted: bytes | None = None, until_s: float | None = None
     ) -> asyncio.Future[None] | None:
-        """Submits the request. Raises its refusal, or the error of a reply that was closed before. `admitted`: the body
-        of a request that is to be journalled. The returned future is done when it is on disk; before that, readers of a
-        kept reply get nothing. `until_s`: time of the event loop until which a request to a busy cluster is retried,
-        and the reply may run."""
+        """Submits the request. Raises its refusal, or the error of a reply that was closed before. `admitted`: the
+        body, if the request is journalled. The returned future is then done when the request is on disk; readers of a
+        kept reply get nothing before. `until_s`, in the event loop's time: until then, submission is retried while the
+        cluster is busy; afterwards, the reply ends."""
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             on_disk = None if admitted is None else self._owner.admit(self, admitted)
@@ -307,7 +307,7 @@ class KeptReply:
 
 
 class _Sizes:
-    """Estimates how much the next entry of a log shows, from above. Chunks that begin or end an answer, or begin a
+    """Computes an upper bound of what the next entry of a log shows. Chunks that begin or end an answer, or begin a
     call, may show all prompts and all earlier text."""
 
     def __init__(self, log: AnswerLog) -> None:

@@ -95,8 +95,8 @@ class Event:
 
 
 class View(ABC):
-    """Converts the entries of an answer's log to one client's form. Each reader has its own view. It is called on a
-    thread for large entries."""
+    """Converts the entries of an answer's log to one client's form. Each reader has its own view. Methods are called on
+    a thread for large entries."""
 
     @abstractmethod
     def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
@@ -152,7 +152,7 @@ class Reply:
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """Returns what the log of the reply keeps."""
+        """Returns what the log of the reply keeps. Kept streams need all chunks."""
         if not self.is_streamed:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)

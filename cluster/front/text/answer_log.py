@@ -28,7 +28,7 @@ Subscriber = Callable[[int, TextChunk], None]
 
 
 class Timed(Enum):
-    """The chunks that have timings. The last chunk of a choice always has them."""
+    """The chunks of a choice that have timings, in addition to the last chunk, which always does."""
 
     NEVER = auto()
     FIRST = auto()
@@ -212,7 +212,8 @@ class AnswerLog:
             self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
 
     def entry(self, number: int) -> Entry | None:
-        """Returns the entry with this number, or None if there is none. A streamed log drops it."""
+        """Returns the entry with this number, or None if there is none. A streamed log drops the entry that it
+        returns."""
         place = number - self._first
         if not 0 <= place < len(self._entries) or self._is_held:
             return None

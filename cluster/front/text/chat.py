@@ -187,7 +187,8 @@ def answer_reasoning(
 
 
 def _open_or_closed(reading: AnswerReading, *, calls_end: bool) -> Reasoning | None:
-    """Returns the tags of reasoning, and whether the prompt leaves it open; None if the tags cannot be followed."""
+    """Returns the tags of reasoning, and whether the prompt leaves reasoning open. Returns None if the tags cannot be
+    followed."""
     found = _tags(reading.form)
     if found is None or any(len(text.encode()) > MAX_TRIGGER_BYTES for text in (*found.begins, *found.ends)):
         return None

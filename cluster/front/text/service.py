@@ -51,7 +51,8 @@ _BLOCKING_CHARACTERS = 2048
 _TOO_MANY_NUMBERS = "embeddings of {count} numbers, at most {most} are given in one reply: send less at once"
 _TOO_MANY_PAIRS = "with the query before each these are {count} tokens, at most {most} are ranked: send fewer at once"
 _ANSWER_SHARE = 4
-"""The divisor of the context that gives the room kept free for an infill answer without a limit: a quarter."""
+"""The part of the context (one quarter) that infilling keeps free for an answer without a limit. Texts of other files
+may fill the rest."""
 _MAX_BEGUN_CHARACTERS = 1 << 18
 """The largest number of characters of a continued message, summed over all choices. Parsing that many takes about two
 seconds."""
@@ -101,7 +102,7 @@ class TextService:
         await asyncio.to_thread(self._grammars.close)
 
     async def start(self, request: CompletionRequest) -> Completion:
-        """Prepares and submits a request. The caller reads the log of the completion, and closes the completion."""
+        """Prepares and submits a request. The caller reads the completion's log, and must close the completion."""
         generation, log = await self.prepare(request), AnswerLog()
         log.begin([generation], LogContent(RowStorage.STREAMED))
         return await self.submit(request, generation, log)
@@ -256,7 +257,7 @@ class TextService:
     ) -> list[list[int]]:
         """Returns the token ids of each part of the request's field `param`. A part that is an id stands for itself.
         `add_special` applies to the first part. Raises an error, before any work, if the parts certainly have more than
-        `most_tokens` tokens (None: the context's)."""
+        `most_tokens` tokens (None: the context length)."""
         self._check_room(f"has {len(parts)} parts", len(parts), param, most_tokens)
         characters = sum(len(part) for part in parts if isinstance(part, str))
         self._check_characters(characters, param, most_tokens)

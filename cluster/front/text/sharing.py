@@ -107,7 +107,8 @@ _RETRY_S = 5.0
 
 
 async def when_free(submit: Callable[[], _Result], limit_s: float = inf) -> _Result:
-    """Submits a request that was already accepted. Waits while the queue is full, for at most about `limit_s`."""
+    """Submits a request that was already accepted. Waits while the queue is full, and raises QueueFullError after
+    `limit_s`."""
     clock = asyncio.get_running_loop().time
     end_s = clock() + limit_s
     while True:

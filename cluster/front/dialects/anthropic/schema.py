@@ -65,7 +65,7 @@ _CLIENT_TOOLS: Final[dict[str, dict[str, Any]]] = {
     "text_editor_": _file_tool("Shows, creates and changes files.", *_EDITS),
     "memory_": _file_tool("Keeps notes in files below /memories.", *_EDITS, "delete", "rename"),
 }
-"""Tools that the client runs and that their type defines. The keys are the types without the date at the end."""
+"""Tools that the client runs. Their definitions follow from their types; the keys are the types without the date."""
 
 
 class Tool(Body, foreign=ANTHROPIC_TOOL):

@@ -109,7 +109,7 @@ Show = Callable[[Piece], dict[str, Any]]
 
 @dataclass(eq=False)
 class OllamaView(View):
-    """Shows an answer. A request without a prompt, which loads or unloads a model, gets only an end."""
+    """Shows an answer. A request without a prompt only loads or unloads a model, and gets only the last line."""
 
     tokenizer: Tokenizer
     begin: dict[str, Any]  # of each line

@@ -184,8 +184,8 @@ def _expiry(model: ApiModel) -> str:
 
 
 async def _capabilities(model: ApiModel) -> list[str]:
-    """Returns the model's capabilities under Ollama's names. `tools` always is one: if a template has no tools, their
-    definitions are put into a message."""
+    """Returns the model's capabilities under Ollama's names. `tools` is always one of them: if a template has no tools,
+    their definitions are put into a message."""
     has_reasoning = (await model.service.chat_format.get()).knows_reasoning
     further = {"thinking": has_reasoning, "insert": model.service.tokenizer.vocabulary.fill_in is not None}
     return ["completion", "tools", "embedding", *(name for name, is_there in further.items() if is_there)]

@@ -58,7 +58,7 @@ class _Generating(Dialect[AnyGeneration]):
 
 
 class TextCompletions(_Generating[CompletionBody]):
-    """The endpoint that completes prompts without a chat template; they are texts or token ids."""
+    """The endpoint that completes prompts, texts or token ids, without a chat template."""
 
     paths = ("/v1/completions",)
     body, view = CompletionBody, CompletionView

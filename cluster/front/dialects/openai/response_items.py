@@ -24,7 +24,7 @@ Item = dict[str, Any]
 
 MAX_ITEMS: Final = 16_384
 REFERENCE: Final = "item_reference"
-"""The type of an item that stands for an item of a stored response, whose id it has."""
+"""The type of an item that refers to an item of a stored response by its id."""
 CALL_TEXTS: Final = {"function_call": "arguments", "custom_tool_call": "input"}
 """Types of calls of named tools, each with the field that holds the model's text."""
 _ROLES: Final = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}

@@ -82,7 +82,7 @@ class Reasoning(Body):
     effort: str | None = None
     """Passed to the chat template. `none` sets the template's `enable_thinking` to false."""
     summary: Literal["auto", "concise", "detailed"] | None = None
-    """It has no effect: reasoning is shown in full."""
+    """Accepted without effect: reasoning is always shown in full."""
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
     """An older name of `summary`."""
 
@@ -93,14 +93,14 @@ class TextConfig(Body):
     format: dict[str, Any] = Field(default_factory=lambda: {"type": "text"})
     """`{"type": "json_schema", "name": ..., "schema": ...}`, `{"type": "json_object"}` or `{"type": "text"}`."""
     verbosity: Literal["low", "medium", "high"] | None = None
-    """It has no effect."""
+    """Accepted without effect."""
 
 
 class StreamOptions(Body):
     """Additions to the stream."""
 
     include_obfuscation: bool = False
-    """It has no effect: events are never padded."""
+    """Accepted without effect: events are never padded."""
 
 
 class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
@@ -116,7 +116,7 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
     previous_response_id: str | None = Field(default=None, max_length=256)
     """Id of a stored response; its chat precedes the input."""
     store: bool = True
-    """True: the response can be retrieved, and continued by others, until its memory is needed."""
+    """True: later requests can retrieve and continue the response, until its memory is needed."""
     background: bool = False
     """True: the reply comes at once, and the response is retrieved later with `GET /v1/responses/ID`."""
     max_output_tokens: LimitField = None

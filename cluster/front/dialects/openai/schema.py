@@ -53,7 +53,7 @@ class StreamOptions(Body):
     include_usage: bool = False
     """True: a last chunk shows the token counts."""
     include_obfuscation: bool = False
-    """It has no effect: chunks are never padded."""
+    """Accepted without effect: chunks are never padded."""
     continuous_usage_stats: bool = False
     """True: each chunk shows the token counts so far; needs `include_usage`."""
 
@@ -256,7 +256,7 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
     score_from: Annotated[int, documented(0, MAX_CONTEXT_TOKENS)] | None = None
     """The first token of the prompt that gets logprobs, with `echo` and `logprobs`. A high number saves computation."""
     best_of: int | None = None
-    """The same number as `n`, if it is set."""
+    """Must be absent or equal to `n`."""
     add_special_tokens: Annotated[bool, Requested("add_special")] = True
     """True: adds BOS if the model's tokenizer uses it."""
     parse_special: Annotated[bool, Requested()] = True

@@ -210,8 +210,8 @@ class ToolChoice:
         return tuple(tool.function for tool in tools)
 
     def check(self) -> None:
-        """Raises ParameterError if the tools, or the tools and the choice, contradict each other. The tool that must be
-        called must be among the tools. The same holds for allowed tools, except hosted ones."""
+        """Raises ParameterError if the tools contradict each other or the choice. The tool that must be called must be
+        among the tools, and so must the allowed tools, except hosted ones."""
         if isinstance(self.choice, dict):
             self._check_names()
         self.use.check(self.offered)
@@ -234,7 +234,8 @@ _HOSTED_ENVIRONMENTS: Final = ("container_auto", "container_reference")
 
 @dataclass(frozen=True, slots=True)
 class BuiltInTool:
-    """A tool that clients know by its type alone. The items of its calls have the arguments in an object, `field`."""
+    """A tool that clients know by its type alone. The items of its calls have the arguments in an object named
+    `field`."""
 
     field: str
     fixed: Mapping[str, Any]  # in that object

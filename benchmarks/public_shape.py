@@ -1,11 +1,10 @@
-"""Writes random weights in the shape of a public model, for speed measurements; the file also loads in llama.cpp.
+"""Writes random weights in the shape of a public model, for speed measurements. The file also loads in llama.cpp.
 
     python benchmarks/public_shape.py qwen3-30b-a3b:q4_k_m /tmp/shape.gguf --layers 8
 
-The shapes are those of `llamaclust plan --assume`, with the models of the catalog. With fewer layers than its own a
-model fits into less memory; a layer's speed does not depend on how many there are. Layers have the same bytes: the
-files are written quickly.
-"""
+The shapes are those of `llamaclust plan --assume` and of the models of the catalog. With fewer layers than its own, a
+model fits into less memory; the speed of a layer stays the same. Layers have the same bytes, so that files are written
+quickly."""
 
 from __future__ import annotations
 
@@ -32,11 +31,12 @@ from llamaclust.tools.assume.shapes import SHAPES
 from llamaclust.tools.quantize.mixes import ALIASES, MIXES
 
 SIZES = ("layers", "experts", "vocabulary")
-"""Sizes of a shape that may be chosen."""
+"""Sizes of a shape that options may replace."""
 
 
 def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:
-    """Makes a model without bytes of NAME[:MIX], with these SIZES instead of its own; UsageError for unknown ones."""
+    """Returns the model NAME[:MIX] without its bytes. `sizes` replace the shape's own. Raises UsageError for an unknown
+    name or mix, or for too few layers."""
     name, _, mix = spec.lower().partition(":")
     known = {**public_shapes(), **SHAPES}
     if name not in known:
@@ -63,7 +63,7 @@ def write_public_shape(path: Path, file: ModelFile, seed: int = 1) -> None:
 
 
 def sources_of(file: ModelFile, seed: int) -> Iterator[TensorSource]:
-    """Yields the model's tensors, made when they are written."""
+    """Yields the model's tensors. Their bytes are made when they are written."""
     generator, made = np.random.default_rng(seed), dict[tuple[str, QuantType], memoryview]()
 
     def content(tensor: Tensor) -> memoryview:
@@ -77,7 +77,8 @@ def sources_of(file: ModelFile, seed: int) -> Iterator[TensorSource]:
 
 
 def _values(generator: np.random.Generator, tensor: Tensor) -> memoryview:
-    """Returns values: norms are 1, biases and other vectors 0; routers choose among all experts."""
+    """Returns the bytes of a tensor: 1 for norms, 0 for biases and other vectors, random for matrices. Random routers
+    choose among all experts."""
     if tensor.name.endswith("ffn_gate_inp.weight"):
         router = generator.standard_normal(tensor.shape, np.float32) / np.float32(tensor.shape[-1] ** 0.5)
         return router.data

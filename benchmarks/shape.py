@@ -1,12 +1,10 @@
 """Writes a LLaMA-shaped model of random weights, for speed measurements: a kernel's speed does not depend on values.
 
     python benchmarks/shape.py 1.1b Q4_K /tmp/shape.gguf
-
-All matrices and the embedding have the one type, norms and routers are float32; the file also loads in llama.cpp.
-Dimensions may be given instead of the named shape's own.
-
     python benchmarks/shape.py 70b Q4_K /tmp/70b.gguf --alike     # 39 GB as quickly as the disk takes them
-"""
+
+All matrices and the embedding have the given type; norms and routers are float32. The file also loads in llama.cpp.
+Options may replace the dimensions of the named shape."""
 
 from __future__ import annotations
 
@@ -29,7 +27,8 @@ from llamaclust.model.quant_types import QuantType
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Widths in channels; `experts` replace each feed-forward network, unless there are none."""
+    """The dimensions of a model; widths are in channels. If there are `experts`, they replace each feed-forward
+    network."""
 
     hidden: int
     layers: int
@@ -57,8 +56,9 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The layout of random blocks that are sane: each of `scales` is the byte offset of a float16 in the block, and its
-    size relative to the first one. `deviation` is that of the weights if the first scale is 1."""
+    """The layout of random blocks with plausible weights. Each of `scales` is the byte offset of a float16 in the
+    block, and its size relative to the first one. `deviation` is the standard deviation of the weights if the first
+    scale is 1."""
 
     file_type: int
     scales: tuple[tuple[int, float], ...]
@@ -98,13 +98,13 @@ _FLOATS: dict[QuantType, tuple[np.dtype[np.uint16 | np.uint32], int]] = {
     QuantType.F16: (np.dtype(np.uint16), 0x83FF),
     QuantType.BF16: (np.dtype(np.uint16), 0x807F),
 }
-"""Word types of floats, with the bits of sign and mantissa."""
+"""The word type of each float type, and the mask of its sign and mantissa."""
 
 
 def random_matrix(
     generator: np.random.Generator, quant_type: QuantType, shape: tuple[int, ...], strength: float = 1.0
 ) -> memoryview:
-    """Returns the bytes of a matrix whose weights have a deviation near `strength` / sqrt(width)."""
+    """Returns the bytes of a matrix whose weights have a standard deviation near `strength` / sqrt(width)."""
     layout, info = LAYOUTS[quant_type], quant_type.info
     deviation = strength * shape[-1] ** -0.5
     words = -(-prod(shape) // info.block_size * info.block_bytes // 8)
@@ -127,14 +127,14 @@ def random_matrix(
 
 
 def _set_quarters(blocks: NDArray[np.uint8], scale: np.float16) -> None:
-    """Sets the float16 of IQ1_M: four bits in each of the last four words of a block."""
+    """Sets the float16 scale of IQ1_M blocks, four bits in each of the last four words of a block."""
     for quarter in range(4):
         place = blocks[:, 49 + 2 * quarter]
         place[:] = place & 15 | (int(scale.view(np.uint16)) >> 4 * quarter & 15) << 4
 
 
 def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: float) -> None:
-    """Makes random bits stand for +-[1, 2) times a power of two near `size`."""
+    """Turns random bits into floats of either sign whose size is 1 to 2 times a power of two near `size`."""
     word, kept = _FLOATS[quant_type]
     bits, least = data.view(word), np.array([size / 1.08], np.float32)
     if quant_type is QuantType.F16:
@@ -147,7 +147,8 @@ def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: floa
 
 
 def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False) -> Iterator[TensorSource]:
-    """Yields every tensor of the model, in file order, made when it is written; if layers are `alike`, once for all."""
+    """Yields every tensor of the model in file order. Bytes are made when a tensor is written; `alike` layers share
+    them."""
     generator, made = np.random.default_rng(seed), dict[str, memoryview]()
 
     def random(name: str, size: tuple[int, ...]) -> memoryview:
@@ -250,7 +251,7 @@ def check(shape: Shape, quant_type: QuantType) -> None:
 
 
 def write_shape(path: Path, name: str, shape: Shape, quant_type: QuantType, seed: int = 1, alike: bool = False) -> None:
-    """Writes the model. Errors are those of `check`."""
+    """Writes the model. Raises the errors of `check`."""
     check(shape, quant_type)
     write_gguf(path, metadata(name, shape, quant_type), tensors(shape, quant_type, seed, alike))
 

@@ -1,4 +1,4 @@
-"""A network between workers on one machine, and members slower than its cores, by the preloaded `emulated.cpp`."""
+"""Emulates a network between workers on one machine, and slower cores than its own, by preloading `emulated.cpp`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _CALLER = "_native"
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Settings of links: each way gets half of the round trip; `gbit_s` is a worker's receiving rate, 0: no limit."""
+    """Settings of links. Each direction is delayed by half of the round trip. `gbit_s` is the rate at which a worker
+    receives; 0 means no limit."""
 
     round_trip_ms: float = 0.0
     gbit_s: float = 0.0
@@ -30,7 +31,7 @@ class LinkSpeed:
 
 @dataclass(slots=True)
 class Emulation:
-    """Links of all processes that are started with the words of `prefix`."""
+    """Emulated links of all processes that are started with the words of `prefix`."""
 
     folder: Path
     library: Path = field(init=False)
@@ -38,7 +39,7 @@ class Emulation:
 
     @classmethod
     def build(cls, folder: Path) -> Self:
-        """Builds the library. UsageError if that fails."""
+        """Builds the library. Raises UsageError if that fails."""
         made = cls(folder)
         made.library = compiled("emulated.cpp", folder)
         made._path.write_bytes(LinkSpeed().encode())
@@ -54,23 +55,24 @@ class Emulation:
         self._settings[:] = speed.encode()
 
     def prefix(self, core: int, speed: float = 1.0) -> tuple[str, ...]:
-        """Returns words before a command that runs it on a core; a `speed` below 1 emulates a slower core."""
+        """Returns the words that precede a command, so that it runs on a core. A `speed` below 1 emulates a slower
+        core."""
         words = [f"{name}={value}" for name, value in self.variables(speed).items()]
         return ("taskset", "-c", str(core), "env", *words)
 
     def variables(self, speed: float = 1.0, caller: str = _CALLER) -> dict[str, str]:
-        """Returns the environment that emulates links; `caller`: the library whose calls are emulated."""
+        """Returns the environment that emulates links. `caller` is the library whose calls are emulated."""
         places = {"LD_PRELOAD": str(self.library), "EMULATED_LINK": str(self._path), "EMULATED_CALLER": caller}
         return {**places, "EMULATED_SPEED": str(speed)}
 
 
 def compiler() -> str | None:
-    """Returns the command of $CXX, g++ or clang++, whichever is there first; None if there is none."""
+    """Returns the first C++ compiler that is found among $CXX (or c++), g++ and clang++; None if there is none."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
 
 
 def compiled(name: str, folder: Path) -> Path:
-    """Compiles a C++ source beside this file to a library. UsageError if that fails."""
+    """Compiles a C++ source of this folder to a library. Raises UsageError if that fails."""
     source, library = Path(__file__).with_name(name), (folder / name).with_suffix(".so")
     if library.exists():
         return library

@@ -1,4 +1,4 @@
-"""Figures of measured rounds relative to the best rates of GPU and processor, and their goals. Only arithmetic."""
+"""Computes figures of measured rounds relative to the best rates of GPU and processor, and compares them with goals."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from gpu_support.work import Rates, Work
 from llamaclust.tools.bench.limits import Spread
 
 DECODE_SHARE, MIXED_SHARE, PREFILL_SHARE, TIMES_ONE, RATIO = 0.80, 0.85, 0.35, 6.0, 1.0
-"""Goals: decode on a GPU alone, and with layers or experts in RAM; prefill; eight sequences relative to one; llama.cpp,
-and copies of experts relative to none."""
+"""Goals: the share of decode on a GPU alone, and with layers or experts in RAM; the share of prefill; eight sequences
+relative to one; and the ratios of llamaclust to llama.cpp, and of copies of experts to none."""
 _TOGETHER = 8
-"""Sequences for which there are goals."""
+"""The number of sequences for which there are goals."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class CopiedSteps:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One of each measurement in seconds, one right after the other: a prefill, a decode step of one sequence and of
-    several, all without copies of experts; `copied` has steps with them."""
+    """Seconds of measurements that follow each other at once: a prefill, and a decode step of one and of several
+    sequences, without copies of experts. `copied` has decode steps with copies."""
 
     rates: Rates
     prefill_s: float
@@ -59,7 +59,7 @@ class Figures:
 
     @property
     def decode_share(self) -> Spread:
-        """Share of a token's time in which the memories could be read."""
+        """The time in which the memories could be read, as a share of a token's time."""
         step = self.work.step_bytes(1)
         return self.spread(lambda round_: step.seconds(round_.rates.read) / round_.step_s)
 
@@ -74,11 +74,12 @@ class Figures:
 
     @property
     def times_one(self) -> Spread:
-        """Tokens a second of all sequences, relative to one."""
+        """Tokens a second of all sequences together, relative to one sequence."""
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """Share of the time of a step with copies in which the memories could be read, hits on the GPU."""
+        """The time in which the memories could be read, as a share of the time of a step with copies. Hits are read on
+        the GPU."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -86,12 +87,12 @@ class Figures:
         return self.spread(lambda round_: best_s(round_) / round_.copied[sequences].step_s)
 
     def copies_gain(self, sequences: int) -> Spread:
-        """Time of a step without copies, relative to one with them."""
+        """The time of a step without copies, relative to a step with copies."""
         return self.spread(lambda round_: round_.steps_s(sequences) / round_.copied[sequences].step_s)
 
     @property
     def decode_ratio(self) -> Spread:
-        """Speed relative to llama.cpp: above 1 where llama.cpp is slower."""
+        """The speed of decode relative to llama.cpp. It is above 1 if llama.cpp is slower."""
         return self.spread(lambda round_: 1 / round_.step_s / _theirs(round_).decode)
 
     @property
@@ -111,7 +112,7 @@ class Figures:
         return all(round_.copied for round_ in self.rounds)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns all figures; GB are 10^9 bytes; spreads are median, least and most."""
+        """Returns all figures. GB are 10^9 bytes. A spread is the median, the least and the most."""
         work, step = self.work, self.work.step_bytes(1)
         found: dict[str, Any] = {
             "rates": self._rates(),
@@ -148,7 +149,7 @@ class Figures:
         return _plain(found) | {"wanted": [asdict(target) | {"met": target.is_met} for target in self.wanted()]}
 
     def _rates(self) -> dict[str, Spread]:
-        """Returns the devices' rates; the processor's only if it has weights."""
+        """Returns the best rates of the devices. Those of the processor are omitted if it has no weights."""
         found = {
             "vram_read_gb_s": self.spread(lambda round_: round_.rates.read.gpu / 1e9),
             "gpu_int8_gmac_s": self.spread(lambda round_: round_.rates.int8.gpu / 1e9),
@@ -159,7 +160,7 @@ class Figures:
         return found
 
     def _copies(self, sequences: int) -> dict[str, Any]:
-        """Returns figures of copies; hits and misses are those of all rounds."""
+        """Returns figures of steps with copies. Hits and misses are sums over all rounds."""
         steps = [round_.copied[sequences] for round_ in self.rounds]
         return {
             "tok_s": self.spread(lambda round_: sequences / round_.copied[sequences].step_s),
@@ -170,7 +171,7 @@ class Figures:
         }
 
     def wanted(self) -> list[Wanted]:
-        """Returns medians with their goals."""
+        """Returns the medians of figures, with their goals."""
         found = self._wanted_of_both() if self.is_mixed else self._wanted_of_gpu()
         if self.has_copies:
             for count, what in ((1, "decode"), (self.work.sequences, f"{self.work.sequences} sequences")):
@@ -193,8 +194,10 @@ class Figures:
         ]
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
-        """Returns the goal of several sequences. Sequences of a mixture read more than one of them does: the goal is
-        the share of that reading to which TIMES_ONE comes where a dense model decodes at `decode_share`."""
+        """Returns the figure of several sequences, with its goal. For a dense model, the figure is the speed relative
+        to one sequence. Several sequences of a mixture read more experts than one does, so its figure is the share of
+        the time to read them. The goal is the share of a dense model that decodes at `decode_share` and reaches
+        TIMES_ONE."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one
@@ -204,7 +207,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A figure with its goal, the least value, if it has one."""
+    """A figure and its goal, which is the least wanted value, or None."""
 
     what: str
     found: float
@@ -225,7 +228,7 @@ def _theirs(round_: Round) -> Speed:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns values with spreads as JSON."""
+    """Converts all spreads to JSON."""
     return {
         name: _plain(value) if isinstance(value, dict) else asdict(value) if isinstance(value, Spread) else value
         for name, value in values.items()

@@ -42,7 +42,7 @@ from llamaclust.core.errors import UsageError
 _TESTS = "tests/kernels/cuda"
 _BENCHMARKS = "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"
 _PROCESSES = 8
-"""Test processes: each takes some hundred MiB of the GPU, and waits for the CPU's results."""
+"""The number of test processes. Each takes some hundred MiB of the GPU, and waits for the CPU's results."""
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
 _GRACE_S, _POLL_S = 5.0, 0.05
@@ -50,7 +50,8 @@ _GRACE_S, _POLL_S = 5.0, 0.05
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step: `command` with {models}, {results} and {llama}; `needs`: the command that writes the model it reads."""
+    """A step. `command` may contain {models}, {results} and {llama}. `needs` is the command that writes the step's
+    model."""
 
     name: str
     limit_s: int
@@ -101,7 +102,7 @@ LLAMA_STEPS = (_benchmark("7b-llama", 400, *_7B, "--llama-bench {llama} --repeat
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The exit status and time of a step; 124 stands for a time limit."""
+    """The result of a step. Its exit status is 124 if the time limit was reached."""
 
     status: int
     seconds: float
@@ -114,7 +115,7 @@ class Outcome:
 
 
 class Record:
-    """Outcomes by the names of steps, in results/steps.json."""
+    """The outcomes of steps by name, stored in results/steps.json."""
 
     def __init__(self, folder: Path, sources: str) -> None:
         self.folder, self._sources, self._path = folder, sources, folder / "steps.json"
@@ -143,7 +144,7 @@ class Record:
 
 
 def _outcomes(data: bytes) -> dict[str, Outcome]:
-    """Reads outcomes by the names of steps. ValueError, or RecursionError, for other data."""
+    """Parses outcomes by the name of the step. Raises ValueError or RecursionError for other data."""
     found = json.loads(data)
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
         raise ValueError("no objects by names")
@@ -162,7 +163,7 @@ def _outcome(status: object, seconds: object, sources: object, tail: object) -> 
 def run_steps(
     steps: Sequence[Step], record: Record, places: dict[str, str], budget_s: float, now_s: Callable[[], float]
 ) -> int:
-    """Runs steps, vital ones first, then new ones, then those that failed; returns the exit status."""
+    """Runs vital steps first, then new ones, then those that failed. Returns the exit status."""
     begun_s = now_s()
     outcomes = {step: record.outcome(step) for step in steps}
     due = [step for step, outcome in outcomes.items() if outcome is None or not outcome.passed]
@@ -188,7 +189,7 @@ def run_steps(
 
 
 def _run(step: Step, log: Path, places: dict[str, str]) -> int:
-    """Runs a step and returns its exit status; 124 if it was ended at its limit, with all processes of its session."""
+    """Runs a step and returns its exit status. At the time limit, ends all processes of its session and returns 124."""
     model = Path(places["models"]) / step.model
     commands = [step.needs] if step.model and not model.is_file() else []
     script = " && ".join(_filled(command, places) for command in (*commands, step.command))
@@ -223,8 +224,8 @@ def _signals(how: int) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a step: SIGTERM first, so that writers of models remove gigabytes of partial files, which may lie in RAM;
-    SIGKILL for the rest of the group after some seconds, or at another Ctrl-C."""
+    """Ends all processes of a step. SIGTERM lets writers of models remove partial files, which have gigabytes and may
+    lie in RAM. After some seconds, or at another Ctrl-C, the other processes get SIGKILL."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         end_s = time.monotonic() + _GRACE_S
@@ -236,7 +237,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _is_running(group: int) -> bool:
-    """Returns True if any process of the group runs; ended ones that are not reaped do not count."""
+    """Returns True if any process of the group runs. Zombies do not count."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it is gone meanwhile
             state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]

@@ -1,4 +1,4 @@
-"""The folder of a run's results, checked before anything long begins."""
+"""Checks the folder for the results of a run before anything long begins."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOCK = ".lock"
 
 
 def ready_folder(folder: Path) -> None:
-    """Makes the folder if it is missing. UsageError if it is no folder, or nothing can be written to it."""
+    """Makes the folder if it is missing. Raises UsageError if it is not a folder or cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # modes alone do not say so: root, or a medium that is only read
@@ -28,7 +28,8 @@ def ready_folder(folder: Path) -> None:
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which ends with the process, however that ends. UsageError if another run has it."""
+    """Holds the folder's lock. It ends with the process, however that ends. Raises UsageError if another run has the
+    lock."""
     lock = FileLock(folder / _LOCK)
     if not lock.take():
         raise UsageError(f"another run uses {folder}")

@@ -1,4 +1,5 @@
-"""llama.cpp's CUDA backend, by its `llama-bench`: built as docs/gpu.md says, run with all layers on one GPU."""
+"""Measures llama.cpp's CUDA backend with its `llama-bench`, with all layers on one GPU. docs/gpu.md says how to build
+it."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ _ALL_LAYERS = 999
 
 @dataclass(slots=True)
 class LlamaCpp:
-    """Measures prefill and decode as llama-bench does, without sampling, with the faster of flash attention and
-    none."""
+    """Measures prefill and decode with llama-bench, which does not sample. It runs with and without flash attention,
+    and the faster speed counts."""
 
     program: Path
     gpu: int  # as CUDA numbers it
@@ -26,7 +27,7 @@ class LlamaCpp:
     build: dict[str, Any] = field(default_factory=dict)  # filled by the first run
 
     def measure(self, model: Path) -> Speed:
-        """Returns the speed. UsageError if llama-bench fails, or does not compute on a GPU."""
+        """Returns the speed. Raises UsageError if llama-bench fails or does not compute on a GPU."""
         ways = {"-ngl": _ALL_LAYERS, "-sm": "none", "-mg": self.gpu, "-fa": "0,1"}
         sizes = {"-p": self.prompt, "-n": self.generate, "-r": self.runs}
         options = [str(word) for option in (ways | sizes).items() for word in option]

@@ -27,8 +27,8 @@ _QUERY_S = 30.0
 
 
 def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
-    """Returns all but the figures; unknown values are null. `kernels` has the rates of products alone on the GPU, as
-    workers measure them: of one row and of many."""
+    """Returns the record without its figures. Unknown values are None. `kernels` has the rates of single products on
+    the GPU, with one row and with many, as workers measure them."""
     reached = loaded.kernels()
     task, layout, gpu = loaded.task, loaded.layout, loaded.gpu.gpu()
     quant_type = max(describe(loaded.model.file).by_type, key=lambda share: share.bytes).name
@@ -72,8 +72,8 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
 
 
 def record_name(record: dict[str, Any]) -> str:
-    """Returns `<gpu>-<model>.json`; with the cap, the number of layers with experts in RAM and the size of copies if
-    there are any, so that runs with and without stand side by side."""
+    """Returns `<gpu>-<model>.json`. The name also has the memory limit, the number of layers with experts in RAM, and
+    the size of copies, if there are any, so that such runs have their own files."""
     placement, cap = record["placement"], record["settings"]["gpu_memory_bytes"]
     layers, copies = len(placement["cpu_moe"]), placement["experts_cache_bytes"]
     parts = [record["gpu"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]
@@ -82,7 +82,7 @@ def record_name(record: dict[str, Any]) -> str:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> Path:
-    """Writes the file, which appears when it is complete. OSError, or UsageError, if that fails."""
+    """Writes the file, which appears when it is complete. Raises OSError or UsageError if that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     path, data = folder / record_name(record), json.dumps(record, indent=2, allow_nan=False).encode() + b"\n"
     with new_file(path, len(data)) as file:
@@ -92,8 +92,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> Path:
 
 @dataclass
 class RecordFile:
-    """A record in a folder, written anew after each round. A failed write does not end the measurement, of which the
-    record would be the only trace: `error` says why."""
+    """A record in a folder, written again after each round. A failed write does not end the measurement; `error` keeps
+    the failure."""
 
     folder: Path
     error: OSError | UsageError | None = None
@@ -109,7 +109,7 @@ class RecordFile:
 
 
 def software() -> dict[str, str | None]:
-    """Returns versions of all software that compiles and launches kernels."""
+    """Returns the versions of all software that compiles or launches kernels."""
     driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     found: dict[str, str | None] = {"driver": driver, "cuda": None, "cupy": None, "nvrtc": None}
     try:
@@ -123,7 +123,7 @@ def software() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the checkout; None if this is no checkout."""
+    """Returns the commit of the checkout; None outside a checkout."""
     here = str(Path(__file__).parent)
     return _first_line("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 

@@ -1,5 +1,4 @@
-"""A whole model on a GPU, or on a GPU and the processor, in a worker's chain of executors: the places of layers and
-experts, and rounds of measurements."""
+"""Measures a whole model on a GPU, or on a GPU and the processor, with the executors of a worker."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ from llamaclust.worker.devices.whole_model import held_layers, load_whole
 from llamaclust.worker.stage.stage_runner import plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
-"""VRAM that is kept free to measure its bandwidth beside the model; on a small GPU one part in so many."""
+"""VRAM that is kept free to measure its bandwidth: this many bytes, or one part in 8 on a small GPU."""
 _REPORT_S = 5.0
 _READ_S, _PEAK_S = 0.3, 0.1
 
@@ -51,14 +50,14 @@ class Task:
 
     @property
     def context(self) -> int:
-        """Most tokens of a sequence."""
+        """The maximum number of tokens of a sequence."""
         return max(self.prompt, self.generate) + 1
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The places of layers: the last layers and the head on the GPU, layers before them and experts of some in RAM;
-    with all memory that they need."""
+    """The placement of layers, with all memory that they need. The last layers and the head are on the GPU. The layers
+    before them, and the experts of some others, are in RAM."""
 
     parts: tuple[DeviceLayers, ...]
     vram_bytes: int
@@ -66,7 +65,7 @@ class Layout:
 
     @classmethod
     def of(cls, device: Device, model: Model, task: Task) -> Self:
-        """Places layers as in a model in one process (docs/gpu.md). InsufficientMemoryError if memory is short;
+        """Places layers as for a model in one process (docs/gpu.md). Raises InsufficientMemoryError if memory is short,
         UsageError if the model has no experts to place."""
         if not model.hyperparameters.expert_count and (task.cpu_moe is not None or task.experts_cache_bytes):
             raise UsageError(f"{model.file.path} has no experts; leave out --cpu-moe, --n-cpu-moe and --experts-cache")
@@ -94,11 +93,11 @@ class Layout:
 
 
 class Loaded:
-    """A model that can be measured; holds its memory until it is closed."""
+    """A loaded model to measure. It holds its memory until it is closed."""
 
     def __init__(self, task: Task, whole: bool = False) -> None:
-        """Loads a model. UsageError without the model or the GPU, if the GPU cannot hold the `whole`, or if copies of
-        experts are impossible; InsufficientMemoryError if memory is short."""
+        """Raises UsageError if the model or the GPU is missing, if the GPU cannot hold the `whole` model, or if copies
+        of experts are impossible. Raises InsufficientMemoryError if memory is short."""
         self.task = task
         with ExitStack() as held:
             self.model = held.enter_context(closing(Model.open(task.model)))
@@ -131,7 +130,7 @@ class Loaded:
             raise UsageError(f"--experts-cache: there are no copies of experts: {why}; leave it out")
 
     def _device(self, held: ExitStack) -> Device:
-        """Opens the processor and the GPU, which leaves room for its own measurements."""
+        """Opens the processor and the GPU. Some VRAM stays free to measure its bandwidth."""
         task, kernels = self.task, environment().kernels_dir
 
         def opened(threads: int, cap_bytes: int | None) -> GpuBackend:
@@ -146,8 +145,8 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Warms up: the first prefill teaches the scheduler to cut prompts; CUDA graphs are captured the second
-        time."""
+        """Runs everything before it is measured. The first prefill teaches the scheduler to cut prompts; CUDA graphs
+        are captured in the second run."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):
@@ -156,7 +155,8 @@ class Loaded:
             self._stage.decode(0, self.task.generate, self.task.sequences)
 
     def measure(self) -> Round:
-        """Measures one of each between two looks at the best rates; decode again with copies of experts, if any."""
+        """Measures prefill and decode between two measurements of the best rates. Decode is measured again with copies
+        of experts, if there are any."""
         task, stage, counts = self.task, self._stage, (1, self.task.sequences)
         before = self.rates()
         with stage.without_copies():
@@ -179,7 +179,7 @@ class Loaded:
         return Rates(Amount(gpu.read_bytes_s, read), Amount(gpu.int8_macs_s, int8))
 
     def kernels(self) -> DeviceProfile:
-        """Measures the rates of products alone on the GPU."""
+        """Measures the rates of single products on the GPU."""
         return self._probed.measure()
 
     def close(self) -> None:
@@ -187,7 +187,7 @@ class Loaded:
 
 
 class _Progress:
-    """Prints a line on loading now and then."""
+    """Prints the progress of loading every few seconds."""
 
     def __init__(self, now_s: Callable[[], float] = time.perf_counter) -> None:
         self.done_bytes = 0

@@ -19,7 +19,7 @@ _TEST_TOOLS = ("pytest", "hypothesis", "psutil")
 
 
 def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
-    """Replaces an earlier kit and its state."""
+    """Unpacks the kit. Replaces an earlier kit and its state."""
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
         content.extractall(unpacked, filter="data")  # this user's, not writable by others: else no kernel is used
@@ -33,7 +33,7 @@ def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
 
 
 def required(tree: Path) -> Iterator[str]:
-    """Yields the packages that the program needs on a GPU, and its tests there."""
+    """Yields the packages that the program and its tests need on a GPU."""
     settings = tomllib.loads((tree / "pyproject.toml").read_text())
     yield from settings["project"]["dependencies"]
     yield from settings["project"]["optional-dependencies"]["cuda13"]
@@ -41,7 +41,8 @@ def required(tree: Path) -> Iterator[str]:
 
 
 def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
-    """Yields a line for each requirement, of packages in the kit too, that neither this Python nor the kit fulfils."""
+    """Yields a line for each requirement that neither this Python nor the kit fulfils. Packages in the kit have
+    requirements, too."""
     travelled = list(distributions(path=[str(packages)]))
     versions = {canonicalize_name(one.name): one.version for one in travelled}
     theirs = (text for one in travelled for text in one.requires or ())

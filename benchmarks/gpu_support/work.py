@@ -1,5 +1,5 @@
-"""Bytes and products of a model on a GPU, or on a GPU and the processor beside it, and the least time that they would
-take. Only arithmetic."""
+"""Computes the bytes and products of a model on a GPU, or on a GPU and the processor, and the least time that they
+take."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from llamaclust.tools.bench.stage import stage_limits
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """Bytes, or multiply-accumulates, on the GPU and on the processor; rates are per second."""
+    """Bytes or multiply-accumulates on the GPU and on the processor, or their rates per second."""
 
     gpu: float
     cpu: float
 
     def each_s(self, rates: Amount) -> tuple[float, float]:
-        """Returns the least seconds, by device."""
+        """Returns the least seconds of each device."""
         return self.gpu / rates.gpu, self.cpu / rates.cpu if self.cpu else 0.0
 
     def seconds(self, rates: Amount) -> float:
-        """Returns the least seconds, one device after the other."""
+        """Returns the least seconds if the devices work one after the other."""
         return sum(self.each_s(rates))
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """The best rates of the devices per second; 0 for a processor that has no weights."""
+    """The best rates of the devices per second. They are 0 for a processor without weights."""
 
     read: Amount  # bytes
     int8: Amount  # multiply-accumulates
 
     def best(self, other: Rates) -> Rates:
-        """Returns the greater of each: other work on the machine can only make a rate look smaller than it is."""
+        """Returns the greater rate of each pair: other work on the machine can only lower a measured rate."""
         read, int8 = (
             Amount(*map(max, astuple(mine), astuple(its)))
             for mine, its in ((self.read, other.read), (self.int8, other.int8))
@@ -50,8 +50,8 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The work of a model whose last layers and head are on the GPU, experts of some of these in RAM. Weights count as
-    the file holds them; of a mixture, more rows use more experts (`LayerCost.touched_bytes`)."""
+    """The work of a model whose last layers and head are on the GPU, with the experts of some of these layers in RAM.
+    Weights count with their bytes in the file. More rows of a mixture use more experts (`LayerCost.touched_bytes`)."""
 
     prompt: int
     generate: int
@@ -63,7 +63,7 @@ class Work:
 
     @classmethod
     def of(cls, model: Model, gpu: DeviceLayers, prompt: int, generate: int, sequences: int) -> Self:
-        """Counts the work; `gpu`: the GPU's layers; layers before these are in RAM."""
+        """Counts the work. `gpu` has the layers on the GPU; the layers before them are in RAM."""
         costs, moved = model.costs(KvType.F16), _experts_in_ram(model, gpu.cpu_moe)
         in_ram, on_gpu = costs.layers[: gpu.start], costs.layers[gpu.start :]
 
@@ -89,25 +89,25 @@ class Work:
 
     @property
     def prompt_rows(self) -> int:
-        """Rows of a prompt that a stage computes at once."""
+        """The number of rows of a prompt that a stage computes at once."""
         return _prompt_rows(self.prompt, self.sequences)
 
     def step_bytes(self, sequences: int) -> Amount:
-        """Returns the bytes that a decode step of one sequence, or of all, reads."""
+        """Returns the bytes that a decode step reads. `sequences` is 1 or the number of all sequences."""
         assert sequences in (1, self.sequences)
         weights, kv = self.weight_bytes[sequences], self.kv_bytes
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
 
     def copied_step_s(self, sequences: int, hits: float, read: Amount) -> float:
-        """Returns the least seconds of a decode step with copies: the GPU reads a share `hits` of the experts while the
-        processor reads the others."""
+        """Returns the least seconds of a decode step with copies. The GPU reads the share `hits` of the experts while
+        the processor reads the others."""
         step, experts = self.step_bytes(sequences), self.expert_bytes[sequences]
         both = Amount(hits * experts, (1 - hits) * experts)
         return Amount(step.gpu, step.cpu - experts).seconds(read) + max(both.each_s(read))
 
     def prefill_s(self, rates: Rates) -> float:
-        """Returns the least seconds of a prefill: each device reads its weights for all rows that it computes at once,
-        or multiplies, whichever takes longer."""
+        """Returns the least seconds of a prefill. Each device takes the longer of two times: to read its weights, once
+        for all rows that it computes at once, or to multiply."""
         read, times = self.weight_bytes[self.prompt_rows], self.prompt / self.prompt_rows
         read_s = Amount(times * read.gpu, times * read.cpu).each_s(rates.read)
         return sum(map(max, read_s, self.prefill_macs.each_s(rates.int8)))
@@ -122,7 +122,7 @@ def _read_bytes(cost: LayerCost, rows: int) -> float:
 
 
 def _experts_in_ram(model: Model, layers: Sequence[int]) -> Sequence[LayerCost]:
-    """Returns the costs of each layer's experts with their router."""
+    """Returns the costs of the experts of these layers, with their routers."""
     program = model.program(0, model.layer_count)
     parts = (experts_of(program, (layer,)) for layer in layers)
     return [layer_cost(model.tensors_for(part), part) for part in parts if part is not None]

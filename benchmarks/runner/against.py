@@ -1,4 +1,4 @@
-"""The same case in another checkout, in turns with this one: two processes that measure when they are told to."""
+"""Runs a case in another checkout and in this one, in turns. Each has a process, which measures when it is told to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Against(Case):
-    """The groups of a case, with the other tree's figures before this one's for each variant."""
+    """Yields a group for each variant of a case. The group compares this checkout with the other one."""
 
     tree: Path
     arguments: Sequence[str]
@@ -70,7 +70,8 @@ def _tell(process: asyncio.subprocess.Process, what: object) -> None:
 
 
 async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
-    """Returns None after the last group. LlamaclustError if the process has failed."""
+    """Returns what the process answers, or None after the last group. Raises LlamaclustError if the process has
+    failed."""
     assert process.stdout is not None
     line = await process.stdout.readline()
     if not line and await process.wait():
@@ -79,7 +80,8 @@ async def _answer(process: asyncio.subprocess.Process) -> dict[str, Any] | None:
 
 
 async def serve(case: Case) -> None:
-    """Measures the turns that lines on standard input name; other output goes to standard error."""
+    """Measures the turns that lines on standard input name, and prints the results. Other output goes to standard
+    error."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         async with aclosing(case.groups()) as groups:  # type: ignore[type-var]

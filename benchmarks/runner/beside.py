@@ -1,4 +1,4 @@
-"""Streams, short requests and looks at memory that go on beside a measurement."""
+"""Runs streams, short requests and memory checks during a measurement."""
 
 from __future__ import annotations
 
@@ -54,12 +54,13 @@ for connection in connections:
     except OSError as error:
         print(0, 0, type(error).__name__, flush=True)
 """
-"""Clients in processes of their own, which do not hold up the others; the second one sends bytes as they are."""
+"""Programs of clients, whose processes do not hold up other clients. `_POST` sends requests, `_RAW` sends bytes as they
+are."""
 
 
 @dataclass(slots=True)
 class Others:
-    """Streams that run beside a measurement, and short requests one after the other."""
+    """Streams and short requests that run during a measurement, and their worst times."""
 
     client: AsyncClient
     bench: Bench
@@ -124,7 +125,7 @@ async def others(client: AsyncClient, bench: Bench, streams: int) -> AsyncIterat
 
 
 async def posted(api: str, path: str, body: bytes, count: int = 1, key: str = "") -> str:
-    """Sends `count` requests and describes the replies; without a path, the bytes are sent as they are. `@NUMBER@` in a
+    """Sends `count` requests and describes the replies. Without a path, the body is sent as raw bytes. `@NUMBER@` in a
     body is replaced by the number of the request."""
     pipe = asyncio.subprocess.PIPE
     words = (sys.executable, "-c", _POST, f"{api}/{path}") if path else (sys.executable, "-c", _RAW, api[7:])

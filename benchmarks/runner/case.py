@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 Measures = Mapping[str, float | str | bytes]
-"""Figures by name and unit; texts are shown; bytes must be the same for all variants of a turn."""
+"""Figures, texts and bytes by name. Texts are only shown. Bytes must be the same for all variants of a turn."""
 Variant = Callable[[int], Awaitable[Measures]]
-"""Measures in a turn of that number. Variants that draw prompts draw the same ones in the same turn."""
+"""Measures in the turn of the given number. Variants that draw prompts draw the same ones in the same turn."""
 
 
 @dataclass(slots=True)
 class Group:
-    """Variants that are compared with the first one. `goals`: of ratios, or of the figures of a single variant; if
-    there are some, only the spread of these figures is printed."""
+    """Variants that are compared with the first one. `goals` are for ratios or, with a single variant, for its figures.
+    If there are goals, only figures with a goal are summarized."""
 
     name: str
     variants: Mapping[str, Variant]
@@ -48,7 +48,8 @@ class Case(ABC):
 
     @abstractmethod
     def groups(self) -> AsyncIterator[Group]:
-        """Yields each group while what its variants need is there. Afterwards the group has its turns."""
+        """Yields each group while the things that its variants need exist. When the generator goes on, the group has
+        its turns."""
 
 
 def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:
@@ -57,6 +58,6 @@ def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None 
 
 
 def option(default: Any, what: str, read: Callable[[str], Any] | None = None) -> Any:
-    """Makes a field that is an option: a switch if the default is False, a list if it is a tuple."""
+    """Makes a field that is an option. It is a switch if the default is False, a list if the default is a tuple."""
     read = read or (str if default is None else type(default))
     return field(default=default, metadata={"help": what, "type": read, "option": True})

@@ -1,4 +1,4 @@
-"""Clusters of processes: `llamaclust up` from one file, standbys, static workers."""
+"""Starts clusters of processes: `llamaclust up` with a cluster file, standbys, static workers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def free_port() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The parts of a cluster. `keys`: further keys of its file; `prefixes`: words, by worker, that run its command in
-    another place; `is_secure`: static workers speak mutual TLS."""
+    """The parts of a cluster. `keys` are further keys of its file. `prefixes` are words before a worker's command, by
+    worker, which run it in another place. With `is_secure`, static workers use mutual TLS."""
 
     launcher: str = "local"
     workers: int = 3
@@ -58,7 +58,7 @@ class Layout:
 
 
 class Bench:
-    """One cluster's file and folder; its coordinators are started from it one after the other."""
+    """The file and folder of one cluster, and the coordinators that were started with them."""
 
     def __init__(self, model: Path, layout: Layout, folder: Path, command: Sequence[str] = _COMMAND) -> None:
         self._layout = layout
@@ -90,7 +90,7 @@ class Bench:
 
     @property
     def coordinator(self) -> psutil.Process:
-        """The process that was started last."""
+        """The coordinator or standby that was started last."""
         return psutil.Process(self.started[-1].pid)
 
     @property
@@ -108,7 +108,7 @@ class Bench:
         return process
 
     async def standby(self) -> subprocess.Popen[bytes]:
-        """Starts a standby, and returns when it waits."""
+        """Starts a standby. Returns when it waits for the coordinator to end."""
         process = self.up("--standby")
         await self._until(lambda: self.directory.has_standby, process, "a standby")
         return process
@@ -137,14 +137,14 @@ class Bench:
         return state
 
     async def cluster(self) -> dict[str, Any]:
-        """Returns the output of `llamaclust status --json`."""
+        """Returns the coordinator's reply to GET /cluster."""
         async with httpx.AsyncClient(base_url=self.api, trust_env=False, timeout=60.0) as client:
             found: dict[str, Any] = (await client.get("/cluster")).json()
             return found
 
     @asynccontextmanager
     async def static_workers(self) -> AsyncIterator[None]:
-        """Runs workers that are not the coordinator's, as on other machines: started again whenever they end."""
+        """Runs the workers of a static cluster, as if on other machines. They are restarted whenever they end."""
         names = self._layout.names if self._layout.launcher == "static" else ""
         tasks = [asyncio.create_task(self._keep_up(name)) for name in names]
         try:
@@ -173,7 +173,7 @@ class Bench:
                         await process.wait()
 
     def close(self) -> None:
-        """Ends the standbys first, so that none takes over."""
+        """Ends standbys before the coordinator, so that none takes over."""
         for process in reversed(self.started):
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -187,7 +187,7 @@ class Bench:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Cancels the current task at SIGTERM, so that it cleans up, and ends the process."""
+    """Cancels the current task at SIGTERM, so that it cleans up before the process ends."""
     loop, task, received = asyncio.get_running_loop(), asyncio.current_task(), False
     assert task is not None
 
@@ -212,7 +212,8 @@ def _ended_by_sigterm() -> Iterator[None]:
 async def running(
     model: Path, layout: Layout, command: Sequence[str] = _COMMAND
 ) -> AsyncIterator[tuple[Bench, subprocess.Popen[bytes]]]:
-    """Yields a cluster that is ready, and its coordinator; at the end all of it ends, and its folder is removed."""
+    """Yields a cluster that is ready, and its coordinator. Afterwards, all processes are ended and the folder is
+    removed."""
     with _ended_by_sigterm(), TemporaryDirectory(prefix="llamaclust-bench-") as folder:
         bench = Bench(model, layout, Path(folder), command)
         async with bench.static_workers():

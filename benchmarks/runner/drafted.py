@@ -1,4 +1,4 @@
-"""Answers without and with drafted tokens on one engine, and drafters for them."""
+"""Measures answers without and with drafted tokens on one engine, and provides drafters for them."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ from runner.in_process import cluster_of
 CONTEXT = 1024
 _OF_CLUSTERS = "llamaclust.cluster.control.limits.NgramDrafters"
 _CONFIDENCE = 0
-"""A class that n-gram drafters do not use."""
+"""A confidence class that n-gram drafters do not use."""
 
 
 def chosen_right(count: int, acceptance: float, draw: random.Random) -> list[bool]:
-    """Chooses the tokens that are drafted right: this share of them, rounded, in random places."""
+    """Chooses, in random places, which tokens are drafted right: the share `acceptance` of them, rounded."""
     wrong = set(draw.sample(range(count), round((1 - acceptance) * count)))
     return [place not in wrong for place in range(count)]
 
 
 class RecordedDrafters:
-    """Drafts from recorded answers for sequences with their prompts, and from n-grams for others."""
+    """Drafts from recorded answers for sequences that begin with a recorded prompt, and from n-grams for others."""
 
     def __init__(self) -> None:
         self._drafts: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def record(self, prompt: tuple[int, ...], answer: Sequence[int], is_right: Sequence[bool], vocabulary: int) -> None:
-        """Records an answer for later drafts. The next token of the vocabulary stands for a wrongly drafted one."""
+        """Records an answer for later drafts. A token to be drafted wrong is replaced by the next one of the
+        vocabulary."""
         pairs = zip(answer, is_right, strict=True)
         self._drafts[prompt] = tuple(token if right else (token + 1) % vocabulary for token, right in pairs)
 
@@ -52,7 +53,7 @@ class RecordedDrafters:
 
 
 class NoDrafters:
-    """Drafts nothing without a model."""
+    """Drafts nothing, so that only a draft model or the model's own head drafts."""
 
     def of(self, key: Hashable) -> Drafter:
         return self
@@ -104,8 +105,8 @@ class Served:
 async def served(
     path: Path, stages: int, threads: int, drafters: Drafters, *, mtp: bool = False
 ) -> AsyncIterator[Served]:
-    """Serves a model: one stage in this process, with so many threads, or several as workers of one thread each on this
-    machine. `mtp`: the model's own head drafts too."""
+    """Serves a model, with one stage of `threads` threads in this process, or with several stages in local workers of
+    one thread each. With `mtp`, the model's own head drafts as well."""
     if stages == 1:
         with Model.open(path) as model:
             context = min(CONTEXT, model.hyperparameters.context_length)
@@ -122,7 +123,7 @@ async def served(
 
 
 async def measured(engine: Engine, *requests: GenerationRequest, plain: bool) -> Measures:
-    """Measures simultaneous requests; tokens a second of one request exclude its first token."""
+    """Measures simultaneous requests. If there is only one, its first token does not count for tokens a second."""
     chosen = [replace(each, max_drafted=0) if plain else each for each in requests]
     begun_s = asyncio.get_running_loop().time()
     found = await asyncio.gather(*(_answer(engine, each) for each in chosen))

@@ -1,6 +1,6 @@
-"""llama.cpp's program llama-bench, and programs that print JSON.
+"""Runs llama.cpp's program llama-bench, and other programs that print JSON.
 
-To be built on the machine that is measured:
+llama-bench must be built on the machine that is measured:
 
     git clone --depth 1 https://github.com/ggml-org/llama.cpp && cd llama.cpp
     cmake -B build -DCMAKE_BUILD_TYPE=Release && cmake --build build --target llama-bench llama-server -j
@@ -23,7 +23,8 @@ _DEADLINE_S = 1800
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second; of ours also the shares of the machine's limits. Prefill is None if it is not compared."""
+    """Tokens per second; for llamaclust also their shares of the machine's limits. Prefill is None if it is not
+    compared."""
 
     prefill: float | None
     decode: float
@@ -32,7 +33,8 @@ class Speed:
 
 
 def check_program(path: Path, how: str = "the docstring of benchmarks/runner/llama.py") -> Path:
-    """Returns an absolute path. UsageError if no program is there; `how` says how it is built."""
+    """Returns the absolute path of a program. Raises UsageError if it is missing or cannot be run. `how` names the text
+    that says how to build it."""
     if path.is_dir():
         raise UsageError(f"--llama-bench {path}: a folder; give the program in it, such as {path}/bin/llama-bench")
     if not path.exists():
@@ -43,13 +45,13 @@ def check_program(path: Path, how: str = "the docstring of benchmarks/runner/lla
 
 
 def their_answers(program: Path, model: Path, options: Sequence[str]) -> list[Any]:
-    """Returns the output of llama-bench, one object per test. UsageError if llama-bench fails."""
+    """Returns the output of llama-bench, one object per test. Raises UsageError if llama-bench fails."""
     answers = json_of([str(program), "-m", str(model), "-o", "json", *options])
     return answers if isinstance(answers, list) else [answers]
 
 
 def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
-    """Returns the best of the tests of each kind. UsageError for another output of llama-bench."""
+    """Returns the best speed of each kind of test. Raises UsageError for output that is not llama-bench's."""
     try:
         prefills = [float(answer["avg_ts"]) for answer in answers if answer["n_gen"] == 0]
         decodes = [float(answer["avg_ts"]) for answer in answers if answer["n_prompt"] == 0]
@@ -59,7 +61,8 @@ def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
 
 
 def json_of(command: Sequence[str]) -> Any:
-    """Returns the JSON that a program prints. UsageError if it cannot be run, fails, or prints something else."""
+    """Returns the JSON that a program prints. Raises UsageError if it cannot be run, fails, or prints something
+    else."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""A process that loads a model, computes a prompt and some tokens, and prints what that took."""
+"""A program that loads a model, computes a prompt and some tokens, and prints its times and memory."""
 
 from __future__ import annotations
 

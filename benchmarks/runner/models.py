@@ -1,4 +1,4 @@
-"""Models of random weights that a case needs while it measures."""
+"""Makes models of random weights, which exist only while a case measures them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ TYPES = {quant_type.name: quant_type for quant_type in LAYOUTS}
 
 
 def types_of(text: str) -> tuple[QuantType, ...]:
-    """Reads types that commas separate, or `all`."""
+    """Parses a comma-separated list of types, or `all`."""
     return tuple(LAYOUTS) if text == "all" else listed(chosen("type", TYPES))(text)
 
 
 ADDING = ("attn_output.weight", "ffn_down.weight")
-"""Matrices whose products are added to the hidden state."""
+"""Name endings of the matrices whose products are added to the hidden state."""
 
 
 @contextmanager
 def model_of(quant_type: QuantType, shape: str, models: Path | None = None) -> Iterator[Path]:
-    """Yields a file of that type, made temporarily if `models` has none."""
+    """Yields a model file with weights of this type. The file is temporary unless the folder `models` has one."""
     if models is not None and (models / f"{quant_type.name}.gguf").exists():
         yield models / f"{quant_type.name}.gguf"
         return
@@ -40,8 +40,9 @@ def model_of(quant_type: QuantType, shape: str, models: Path | None = None) -> I
 
 
 def write_weakened(path: Path, shape: Shape, quant_type: QuantType, first: int = 0, strength: float = 0.0) -> None:
-    """Writes a model whose layers from `first` on add so many times less than usual to the hidden state. With 0, each
-    token follows from the one before, and answers repeat themselves; such layers take as long as others."""
+    """Writes a model in which layers from `first` on add only `strength` times the usual amount to the hidden state.
+    With 0, each token follows from the one before, and answers repeat themselves. These layers take as long as
+    others."""
     sources = tensors(shape, quant_type, 1, alike=True)
     write_gguf(path, metadata("random", shape, quant_type), (_weakened(each, first, strength) for each in sources))
 

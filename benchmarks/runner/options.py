@@ -1,4 +1,4 @@
-"""Values of options on the command lines of benchmarks."""
+"""Parses option values on the command lines of benchmarks."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def share(text: str) -> float:
 
 
 def listed(one: Callable[[str], _Value]) -> Callable[[str], tuple[_Value, ...]]:
-    """Returns a reader of values that commas separate."""
+    """Returns a parser of comma-separated values."""
     return lambda text: tuple(one(part) for part in text.split(","))
 
 
 def chosen(what: str, choices: Mapping[str, _Value]) -> Callable[[str], _Value]:
-    """Returns a reader of one of the choices, which lists them for another word."""
+    """Returns a parser that accepts one of the choices. For another word, its error lists the choices."""
 
     def read(text: str) -> _Value:
         if text not in choices:
@@ -54,7 +54,7 @@ def chosen(what: str, choices: Mapping[str, _Value]) -> Callable[[str], _Value]:
 
 
 def existing(text: str) -> Path:
-    """Reads the path of a file. UsageError if there is none."""
+    """Parses the path of a file. Raises UsageError if there is no such file."""
     if not Path(text).is_file():
         raise UsageError(f"{text}: no such file")
     return Path(text)

@@ -1,4 +1,5 @@
-"""A model written again with rows of zeros: the same function, wide enough for types in blocks of 256, in F16."""
+"""Writes a model again in F16, padded with zeros: it computes the same, and is wide enough for types in blocks of
+256."""
 
 from __future__ import annotations
 
@@ -47,8 +48,8 @@ class PaddedModels:
 
     @classmethod
     def of(cls, name: str, hidden: int, text: Path, chunks: int, folder: Path) -> PaddedModels:
-        """Makes the model; the importance matrix is from the second half of the text, predictions from the first
-        chunks."""
+        """Makes the model, its importance matrix from the second half of the text, and its logits for the first
+        `chunks`."""
         narrow, padded = resolve_model(name), folder / "padded.gguf"
         write_padded(narrow, padded, hidden)
         words = text.read_text()
@@ -62,8 +63,8 @@ class PaddedModels:
 
 
 def write_padded(source: Path, out: Path, hidden: int) -> None:
-    """Writes a model `hidden` wide, with so many more heads of the same width. Norms divide by the root of the mean
-    square, which zeros make smaller: their weights and epsilon make up for that."""
+    """Writes a model that is `hidden` wide, with more heads of the same width. The added zeros reduce the mean square
+    by which norms divide; the weights and the epsilon of norms make up for that."""
     model = open_model(source)
     key = model.metadata_str("general.architecture")
     was = model.metadata_int(f"{key}.embedding_length")

@@ -1,4 +1,4 @@
-"""Clusters of a shape, started with nothing measured before, and their plans' predictions beside measured times."""
+"""Starts clusters with nothing measured before, and compares the predictions of their plans with measured times."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from support.network.namespaces import entered
 _COORDINATOR = "coordinator"
 _END_S = 10.0
 PROMPT, TOKENS = 224, 48
-"""Attention looks at as many keys as in the trials of workers."""
+"""Tokens of the prompt and of the answer. Attention reads as many keys as in the trials of workers."""
 NEAR = "0.85 .. 1.15"
-"""The goal for ratios of prediction and measurement."""
+"""The goal for predicted / measured times."""
 
 Times = Mapping[str, float]
 """Milliseconds of a token and of a prompt, by name."""
@@ -32,7 +32,7 @@ Times = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Workers a, b, ... with their threads and memory, and links to hosts of their own, if any."""
+    """Workers named a, b, ..., with their threads and memory. If there are links, each worker has its own host."""
 
     name: str
     what: str
@@ -44,19 +44,20 @@ class Shape:
 
     @property
     def workers(self) -> dict[str, tuple[int, int | None]]:
-        """Threads and memory by worker."""
+        """Threads and MiB of memory, by worker."""
         memory = self.memory_mib or (None,) * len(self.threads)
         return {chr(97 + index): both for index, both in enumerate(zip(self.threads, memory, strict=True))}
 
 
 def at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
-    """Makes a link; links add up, and each host delays what it sends."""
+    """Makes the link of a host, which delays what the host sends by half of the round trip. The delays of two hosts add
+    up."""
     return Link(round_trip_ms / 2e3, None if rate_mbit is None else rate_mbit * 10**6)
 
 
 @contextmanager
 def network(shape: Shape) -> Iterator[Box | None]:
-    """Makes the network; this process is on the coordinator's host meanwhile."""
+    """Makes the network, with this process on the coordinator's host. Yields None for a shape without links."""
     if not shape.links:
         yield None
         return
@@ -93,7 +94,7 @@ def _worker(name: str, threads: int, memory_mib: int | None) -> str:
 
 
 def _starter(shape: Shape, box: Box, token: Path, hosts: ExitStack) -> Report:
-    """Returns a report that starts workers, which end with `hosts`."""
+    """Returns an event handler that starts the workers when the cluster awaits them. The workers end with `hosts`."""
 
     def report(event: Event) -> None:
         if not isinstance(event, AwaitingWorkers):
@@ -126,8 +127,8 @@ def predicted(cluster: Cluster) -> Times:
 async def compared(
     opening: Callable[[], AbstractAsyncContextManager[Cluster]], times: Callable[[Cluster], Awaitable[Times]]
 ) -> Measures:
-    """Measures times of a cluster, beside the mean of two predictions: its own, and that of the same cluster started
-    right behind it, since machines change their speed."""
+    """Measures times of a cluster and compares them with the mean of two predictions. One is its own, the other is made
+    by the same cluster, started again right after it, because machines change their speed."""
     async with opening() as cluster:
         said, layers = [predicted(cluster)], layers_of(cluster)
         await times(cluster)  # warms up

@@ -1,4 +1,4 @@
-"""Processes that run before all other programs of the machine while they are measured."""
+"""Runs processes before all other programs of the machine while they are measured."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def before_other_programs(pids: Iterable[int], *, priority: int = 1) -> Iterator[None]:
-    """Makes the present threads real-time, with this priority among real-time threads. PermissionError if this process
-    may not do that."""
+    """Gives the current threads of the processes a real-time priority within the context. Raises PermissionError if
+    this process may not do that."""
     threads = [int(each.name) for pid in pids for each in Path(f"/proc/{pid}/task").iterdir()]
     try:
         _schedule(threads, os.SCHED_RR, priority)

@@ -1,4 +1,5 @@
-"""Times of a microbatch of one sequence by its rows, all of which choose a token, and the gain that they allow."""
+"""Measures the time of a microbatch of one sequence by its number of rows, each of which chooses a token, and computes
+the gain that drafts can have."""
 
 from __future__ import annotations
 
@@ -38,12 +39,12 @@ class RowCosts:
 
     @property
     def prefill_to_decode(self) -> float:
-        """Number of prompt tokens that are computed in the time of one token of an answer."""
+        """The number of prompt tokens that are computed in the time of one token of an answer."""
         return self.ns[0] / self.prefill_row_ns
 
     def allowed_gain(self, acceptance: float) -> float:
-        """Returns the gain of the best fixed number of drafted tokens, none included, each accepted with this
-        probability if those before it are."""
+        """Returns the gain of the best fixed number of drafted tokens, which may be 0. A drafted token is accepted with
+        this probability if those before it are accepted."""
         return max(
             sum(acceptance**depth for depth in range(window + 1)) * self.at(1) / self.at(window + 1)
             for window in range(_MOST_WINDOW + 1)
@@ -57,8 +58,8 @@ class RowCosts:
 
 
 def measured(path: Path, threads: int, position: int, seed: int = 1) -> RowCosts:
-    """Measures the whole model in this process behind `position` tokens. UsageError for a model whose KV memory is not
-    that of all tokens."""
+    """Measures the whole model in this process after `position` tokens. Raises UsageError for a model with attention
+    windows or recurrent states."""
     with Model.open(path) as model:
         if model.window is not None or model.has_states:
             raise UsageError(f"{path}: has windows or states; give a model whose layers see all tokens")
@@ -93,7 +94,7 @@ def _bound(run: Callable[[int, int, int], None], place: int, rows: int) -> Calla
 
 
 def _times(works: Sequence[Callable[[], None]]) -> list[float]:
-    """Returns medians, measured in turns after a turn that does not count."""
+    """Returns the median nanoseconds of each work. The works take turns; the first turn does not count."""
     taken: list[list[int]] = [[] for _ in works]
     for _ in range(_REPEATS + 1):
         for work, times in zip(works, taken, strict=True):

@@ -1,4 +1,4 @@
-"""Answers that a client streams by HTTP with little processor time."""
+"""Reads streamed answers over HTTP with little processor time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 async def requested(
     api: str, body: dict[str, Any], path: str = "/v1/completions", connection: Connection | None = None
 ) -> Connection:
-    """Sends a request for a streamed answer on the given connection, or on a new one, and returns it."""
+    """Sends a request for a streamed answer. Uses the given connection, or a new one, and returns it."""
     where, content = urlsplit(api), json.dumps({**body, "stream": True}).encode()
     if connection is None:
         connection = await asyncio.open_connection(where.hostname, where.port, limit=1 << 22)
@@ -30,7 +30,8 @@ async def requested(
 
 
 async def event(reader: asyncio.StreamReader) -> bytes:
-    """Returns the data of the next event; nothing at the end. LlamaclustError for an error or a lost connection."""
+    """Returns the data of the next event, or no bytes at the end. Raises LlamaclustError for an error or a lost
+    connection."""
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
             return b""
@@ -45,7 +46,7 @@ async def event(reader: asyncio.StreamReader) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer; `arrivals`: time and tokens of each event that had some."""
+    """An answer. `arrivals` has the time and the number of tokens of each event with tokens."""
 
     begun_s: float
     arrivals: tuple[tuple[float, int], ...]
@@ -59,7 +60,7 @@ class Answer:
 
     @property
     def token_s(self) -> float:
-        """Mean seconds of the tokens behind the first event."""
+        """The mean seconds of a token after the first event."""
         (first_s, first), (last_s, _) = self.arrivals[0], self.arrivals[-1]
         return (last_s - first_s) / (len(self.ids) - first) if len(self.ids) > first else 0.0
 
@@ -69,7 +70,7 @@ class Answer:
 
 
 async def answer(api: str, prompt: Sequence[int], tokens: int, **more: Any) -> Answer:
-    """Requests a greedy answer of so many tokens. LlamaclustError for another number."""
+    """Requests a greedy answer of this many tokens. Raises LlamaclustError if its length differs."""
     body = {"prompt": [*prompt], "max_tokens": tokens, "temperature": 0.0, "ignore_eos": True, **more}
     begun_s, lines = perf_counter(), list[tuple[float, bytes]]()
     reader, writer = await requested(api, {**body, "return_token_ids": True})

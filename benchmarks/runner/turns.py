@@ -1,4 +1,4 @@
-"""Measures the variants of groups in turns, prints each turn and the results of all."""
+"""Measures the variants of groups in turns. Prints each turn, and a summary of all turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.core.errors import LlamaclustError
 from runner.case import Case, Group, Measures
 
 _MANY = 8
-"""Turns from which quartiles are printed."""
+"""Quartiles are printed for this many turns or more."""
 
 
 @dataclass(slots=True)
@@ -99,7 +99,7 @@ class Turns:
 
 
 def check_same(name: str, found: Mapping[str, Measures]) -> None:
-    """Raises LlamaclustError if bytes of variants differ."""
+    """Raises LlamaclustError if the bytes of variants differ."""
     (first, base), *others = found.items()
     for variant, measures in others:
         for key, value in measures.items():
@@ -125,7 +125,7 @@ def text_of(value: float | str | bytes) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Describes the median, the least and the most, and quartiles of many."""
+    """Describes the median, the least and the most, and also quartiles if there are many values."""
     text = f"{median(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
     if len(values) < _MANY:
         return text
@@ -139,7 +139,7 @@ def _machine_s() -> float:
 
 
 def _own_s() -> float:
-    """Returns processor time of this process and of those that it has started."""
+    """Returns the processor seconds of this process and its child processes."""
     total = 0.0
     for process in (me := psutil.Process(), *me.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):

@@ -52,7 +52,7 @@ _PYTEST = ("pytest==9.2.0", "pytest-asyncio==1.5.0")
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """Packages by name and version, and the file of its cases."""
+    """A suite: the names and versions of its packages, and the file of its cases."""
 
     packages: tuple[str, ...]
     cases: str = ""
@@ -62,7 +62,7 @@ class Suite:
 
     @property
     def stand_in(self) -> str:
-        """The model that is served in place of the given one."""
+        """The name of the model that is served in place of the given one; empty if there is none."""
         return "" if self.document is None else self.document.stand_in
 
     @property
@@ -121,11 +121,12 @@ class Target:
 
 
 class Skipped(Exception):
-    """The suite's packages cannot be had, or its tests do not end."""
+    """Raised if the suite's packages cannot be installed, or its tests do not end."""
 
 
 def install(name: str, suite: Suite) -> Path:
-    """Returns the folder of the suite's environment. A marker with the packages' names is written last."""
+    """Installs the suite's packages unless they are there, and returns the folder of its environment. A marker file
+    with their names is written last."""
     folder = CACHE / name
     packages = [*suite.packages, *(() if suite.is_node else _PYTEST), *filter(None, suite.part)]
     marker = folder / "installed"
@@ -197,7 +198,8 @@ async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
 
 
 async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: float) -> None:
-    """Runs a command in the output's folder, without this process's secrets; processes that it started end with it."""
+    """Runs a command in the folder of `output`, without the secrets of this process. At the end, kills all processes
+    that the command started."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES}
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(
@@ -221,7 +223,7 @@ async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: f
 
 
 async def run_on_clusters(model: Path, names: list[str], workers: int, target: Target) -> dict[str, Counter[str]]:
-    """Counts cases by suite, on a cluster for each model."""
+    """Runs suites on clusters, one for each model. Counts their cases by suite."""
     counts: dict[str, Counter[str]] = {}
     for stand_in, group in groupby(sorted(names, key=_stand_in), _stand_in):
         with TemporaryDirectory(prefix="llamaclust-suite-") as folder:
@@ -236,7 +238,7 @@ def _stand_in(name: str) -> str:
 
 
 async def run_all(names: list[str], target: Target) -> dict[str, Counter[str]]:
-    """Counts cases by suite, on the server at the target's address."""
+    """Runs suites on the server at the target's address. Counts their cases by suite."""
     async with httpx.AsyncClient(trust_env=False) as client:
         served = (await client.get(f"{target.api}/v1/models")).json()["data"][0]["id"]
     counts = {}

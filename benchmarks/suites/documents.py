@@ -1,4 +1,4 @@
-"""OpenAPI documents that schemathesis makes requests from, and small models with random weights that answer them: the
+"""OpenAPI documents from which schemathesis makes requests, and small models with random weights that answer them. The
 suites judge the form of thousands of replies, not their words."""
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _RARE_TOKEN = 300
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A document and the checks of replies. Unchecked: refusal of requests that a document forbids (unknown fields and
-    nulls are accepted, and named in a header), and acceptance of all that it allows (that a context is full, for
-    instance, is in no schema)."""
+    """An OpenAPI document and the checks of replies. Two things are not checked. A request that the document forbids
+    need not be refused: unknown fields and nulls are accepted, and a header names them. A request that the document
+    allows need not be accepted: no schema says, for example, that the context is full."""
 
     place: str  # a path in a checkout; or of the server, beginning with /
     checks: tuple[str, ...] = ()  # beside errors of the server, and the type and schema of replies
@@ -30,7 +30,7 @@ class Document:
     stand_in: str = "generating"
 
     def words(self, api: str, checkout: Path | None, examples: int) -> Iterator[str]:
-        """Yields schemathesis's command line, without its report."""
+        """Yields the arguments of schemathesis, without those of its report."""
         yield "run"
         yield f"{api}{self.place}" if checkout is None else str(checkout / self.place)
         yield from (f"--url={api}", f"--seed={_SEED}", f"--max-examples={examples}", f"--request-timeout={_REQUEST_S}")
@@ -39,13 +39,12 @@ class Document:
 
 
 def build_stand_in(name: str, folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Writes the model's file to the folder, and returns it with keys of its cluster file that switch on all
-    endpoints."""
+    """Writes a model to the folder. Returns its path, and keys of the cluster file that switch on all endpoints."""
     return {"generating": _generating, "ranking": _ranking}[name](folder)
 
 
 def _generating(folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Writes a decoder that fills text in, and an adapter."""
+    """Writes a decoder that can fill text in, and an adapter."""
     from support.models.tiny_adapter import build_adapter
     from support.models.tiny_model import build_tiny_model
 

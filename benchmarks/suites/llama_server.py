@@ -37,13 +37,13 @@ DEFAULTS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "--n-predict": ("n_predict", int),
     "--pooling": ("pooling", str),
 }
-"""Flags that are defaults of request fields."""
+"""Flags that set the default of a request field, with that field and the type of its value."""
 
 THINKING = {"on": True, "off": False}
 
 
 def read_flags(arguments: list[str]) -> dict[str, str]:
-    """Returns flags with their values; "" for those without one."""
+    """Returns the flags with their values. A flag without a value has the empty text."""
     rest, flags = iter(arguments), {}
     for flag in rest:
         flags[flag] = next(rest) if flag in VALUES else ""
@@ -51,7 +51,7 @@ def read_flags(arguments: list[str]) -> dict[str, str]:
 
 
 def own_models(arguments: list[str], folder: Path) -> list[str]:
-    """Returns the arguments with this machine's models in place of those that they name."""
+    """Returns the arguments, with this machine's models in place of the models that they name."""
     kept: list[str] = []
     rest = iter(arguments)
     for flag in rest:
@@ -70,7 +70,7 @@ def own_models(arguments: list[str], folder: Path) -> list[str]:
 
 
 def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
-    """Returns the cluster that the flags describe. llama-server shares its context out among its slots."""
+    """Returns the cluster file for the flags. As in llama-server, the slots share the context."""
     slots = int(flags.get("--parallel", "4"))
     context = int(flags.get("--ctx-size", "4096")) // (1 if "--kv-unified" in flags else slots)
     defaults: dict[str, Any] = {field: kind(flags[flag]) for flag, (field, kind) in DEFAULTS.items() if flag in flags}
@@ -107,7 +107,7 @@ def cluster_file(flags: dict[str, str], folder: Path) -> dict[str, Any]:
 
 
 def served(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns the model and its adapters, or the models behind a router."""
+    """Returns the keys of the cluster file for its model and adapters, or for the models of a router."""
     model, idle_s = model_of(flags), int(flags.get("--sleep-idle-seconds", "-1"))
     if model is not None and idle_s > 0:  # a model that sleeps is one of `models`
         return {"models": [{"model": str(model), "name": flags["--alias"], "keep_alive": f"{idle_s}s"}]}
@@ -120,13 +120,14 @@ def served(flags: dict[str, str]) -> dict[str, Any]:
 
 
 def addresses(hosts: str, port: str) -> dict[str, Any]:
-    """Returns the addresses of hosts, which commas separate."""
+    """Returns the keys of the cluster file for comma-separated hosts."""
     first, *others = [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host in hosts.split(",")]
     return {"listen": first, "listen_also": others}
 
 
 def names(flags: dict[str, str]) -> dict[str, Any]:
-    """Returns names: the first one in alphabetical order is the model's; a router's models have names of their own."""
+    """Returns the keys of the cluster file for names and tags. The alphabetically first alias is the model's name. A
+    cluster with `models` has no such keys: they have names of their own."""
     if "models" in served(flags):
         return {}
     aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)

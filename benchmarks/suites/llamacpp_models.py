@@ -1,6 +1,6 @@
-"""Stand-ins for the models that llama.cpp's server tests download, for both servers alike: small encoders and models
-behind a router, with random weights, and a model with an adapter whose scale decides about its words. Every other model
-is MODEL."""
+"""Stand-ins for the models that llama.cpp's server tests download, for both servers. Encoders and the models of a
+router are small, with random weights. Another model has an adapter whose scale decides about its words. MODEL stands in
+for all others."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ROUTED = {
     "ggml-org/test-model-stories260K:F32": "routed-1",
     "ggml-org/test-model-stories260K-infill:F32": "routed-2",
 }
-"""Models behind a server that is started without one, with their stand-ins; "": MODEL."""
+"""Models of a server that is started without one, with the names of their stand-ins. An empty name stands for MODEL."""
 _ADAPTED, _ADAPTER = "adapted", "adapter"
 _FILL_IN = ("ggml-org/test-model-stories260K-infill", "fill-in")
-"""A repository, and the stand-in for its model, which has the tokens of `/infill`."""
+"""The repository of a model with the tokens of `/infill`, and the name of its stand-in."""
 
 
 def build_stand_ins(folder: Path) -> None:
@@ -40,7 +40,7 @@ def build_stand_ins(folder: Path) -> None:
 
 
 def model_of(flags: Mapping[str, str]) -> Path | None:
-    """Returns the file for the model that a command line names; None if it names none, like a router's."""
+    """Returns the file for the model that a command line names; None if it names none, as for a router."""
     if not any(flag in flags for flag in MODEL_FLAGS):
         return None
     if "--lora" in flags:
@@ -52,17 +52,17 @@ def model_of(flags: Mapping[str, str]) -> Path | None:
 
 
 def adapter() -> Path:
-    """Returns the file for every adapter."""
+    """Returns the file that stands in for every adapter."""
     return _stand_in(_ADAPTER)
 
 
 def routed_models() -> dict[str, Path]:
-    """Returns the files behind a router, by name."""
+    """Returns the files of a router's models, by name."""
     return {name: _stand_in(file) if file else _model() for name, file in ROUTED.items()}
 
 
 def preset(folder: Path) -> Path:
-    """Writes llama-server's list of the models to a file."""
+    """Writes a router's models to a file in llama-server's format."""
     path = folder / "router.ini"
     path.write_text("".join(f"[{name}]\nmodel = {model}\n\n" for name, model in routed_models().items()))
     return path

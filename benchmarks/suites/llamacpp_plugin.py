@@ -1,5 +1,5 @@
-"""A pytest plugin for llama.cpp's server tests: no model is downloaded (`llamacpp_models.py` has stand-ins), and a
-server serves all tests in a row that want the same flags."""
+"""A pytest plugin for llama.cpp's server tests. It replaces downloaded models by stand-ins (`llamacpp_models.py`), and
+lets consecutive tests with the same flags share a server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamacpp_models import adapter, model_of
 
 
 def _download(url: str, out: str) -> None:
-    """Replaces wget's download of adapters and draft models."""
+    """Copies a stand-in instead of downloading an adapter or a draft model with wget."""
     model = model_of({"--hf-file": url})
     source = adapter() if "lora" in url.lower() or "shakespeare" in url or model is None else model
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -23,7 +23,8 @@ def _download(url: str, out: str) -> None:
 
 sys.modules.setdefault("wget", types.SimpleNamespace(download=_download))  # type: ignore[arg-type]
 _KEPT: dict[str, Any] = {}
-"""The running server: `server`, an instance of the tests' ServerProcess, its `flags` and its own `stop`."""
+"""The running server: `server` is the tests' ServerProcess, `flags` are its attributes, `stop` is its original
+method."""
 
 
 def pytest_collection_finish(session: object) -> None:

@@ -1,4 +1,4 @@
-"""Results of a suite's tests, read from their JUnit files."""
+"""Reads and prints the results of a suite's tests from their JUnit files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Outcomes = dict[str, dict[str, str]]
 
 
 def count(report: Path) -> dict[str, Counter[str]]:
-    """Counts passed, failed and skipped cases by file; the reason of each failure is printed."""
+    """Counts passed, failed and skipped cases by file. Prints the reason of each failure."""
     counts: dict[str, Counter[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
         name, kind = _file_of(case), _kind_of(case)
@@ -26,7 +26,7 @@ def count(report: Path) -> dict[str, Counter[str]]:
 
 
 def outcomes(folder: Path) -> Outcomes:
-    """Reads all results of a folder; empty if there is none."""
+    """Reads the results of all JUnit files in a folder."""
     found: Outcomes = {}
     for report in sorted(folder.glob("*.xml")):
         for case in ElementTree.parse(report).iter("testcase"):
@@ -44,7 +44,8 @@ def _kind_of(case: ElementTree.Element) -> str:
 
 
 def print_comparison(servers: Mapping[str, Outcomes]) -> None:
-    """Prints each server's passed tests by file, in Markdown, and the tests that one fails and another passes."""
+    """Prints a Markdown table of each server's passed tests by file, and the tests that one server passes and another
+    fails."""
     names = sorted({name for found in servers.values() for name in found})
     print(f"\n| file | {' | '.join(servers)} |\n|---|{'---|' * len(servers)}")
     for name in names:
@@ -63,7 +64,7 @@ def _passed(tests: Mapping[str, str]) -> set[str]:
 
 
 def _share(tests: Mapping[str, str]) -> str:
-    """Describes the passed tests among those that ran."""
+    """Describes how many of the tests that ran have passed."""
     kinds = Counter(tests.values())
     return f"{kinds['passed']} of {kinds['passed'] + kinds['failed']}" if tests else ""
 

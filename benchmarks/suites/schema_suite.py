@@ -41,7 +41,8 @@ def source_package(folder: Path) -> Path:
 
 
 def groups(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each schema of the suite with its instances, and the file that has it; optional ones too."""
+    """Yields each schema of the suite, optional ones included, as the name of its file and a group with its
+    instances."""
     with tarfile.open(source) as archive:
         for member in sorted(archive.getmembers(), key=lambda entry: entry.name):
             if _SUITE in member.name and (file := archive.extractfile(member)) is not None:
@@ -50,7 +51,7 @@ def groups(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def ordered(instance: Any, schema: Any) -> Any:
-    """Returns the instance with properties in the schema's order."""
+    """Returns the instance with its properties in the order of the schema."""
     if isinstance(instance, list):
         items = schema.get("items") if isinstance(schema, dict) else None
         return [ordered(item, items) for item in instance]
@@ -63,7 +64,7 @@ def ordered(instance: Any, schema: Any) -> Any:
 
 
 def ends_here(grammar: Grammar, text: str) -> bool:
-    """Returns True if the text is allowed and may end there."""
+    """Returns True if the grammar allows the text and lets it end there."""
     matcher = GrammarMatcher(grammar, BYTES)
     try:
         matcher.take(text.encode())
@@ -78,7 +79,7 @@ def allows(grammar: Grammar, instance: Any) -> bool:
 
 
 def judge(group: dict[str, Any], counts: Counter[str]) -> Iterator[str]:
-    """Counts a schema and its instances; yields judgements that differ from the suite's."""
+    """Counts a schema and its instances. Yields a line for each judgement that differs from the suite's."""
     schema = group["schema"]
     schema = {key: value for key, value in schema.items() if key != "$schema"} if isinstance(schema, dict) else schema
     counts["schemas"] += 1

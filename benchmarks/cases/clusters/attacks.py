@@ -86,8 +86,8 @@ BODIES: Final[Mapping[str, tuple[str, str, str, str, int]]] = {
         ("text", _COMPLETIONS, '{"max_tokens":1,"prompt":"' + "a b, " * (_SIZE // 5), "", '"}', 1),
     )
 }
-"""Path, beginning, item and end of a body of so many bytes, with as many items as fit; items that begin with a colon
-are values of names. The bodies named `..._most` are as large as the limit."""
+"""Path, beginning, item, end and size in bytes of each body, which is filled with as many items as fit. An item that
+begins with a colon gets a name before it. Bodies named `..._most` are as large as the limit allows."""
 
 
 def filled(before: str, item: str, after: str, size: int) -> bytes:
@@ -127,22 +127,21 @@ FLOODS: Final[Mapping[str, tuple[str, Callable[[], bytes], int]]] = {
     "headers": ("", lambda: b"GET /live " + _HEAD + 10_000 * b"a: b\r\n" + b"\r\n", 900),
     "chunks": ("", lambda: _BEGUN + 100_000 * b"1\r\na\r\n" + b"0\r\n\r\n", 40),
 }
-"""Paths, bodies (bytes without a path), and numbers of simultaneous requests."""
+"""Path, maker of the body, and number of simultaneous requests. Without a path, the body is sent as raw bytes."""
 _KNOWN = (*BODIES, *FLOODS)
 
 
 @dataclass(frozen=True)
 class Attacks(Case):
-    """The cost of a hostile client to others: gaps in their streams, `/live`, first tokens, memory.
+    """Cost of a hostile client to other clients: gaps in their streams, `/live`, first tokens, memory.
 
-    Two API keys: the attacker's requests come with one, streams and short requests of others with the other. Bodies
-    are of 15 MB with as many elements as fit, --at-once of each together. `background`: 300 background responses;
-    `tokenize`: 40 texts of 1 MiB; `answers`: 128 answers that obey a large schema; `logprobs`: a reply of 32 answers
-    of 1,900 tokens with 20 logprobs each (of a tiny model, which is fast enough); `ambiguous`: 16 answers under
-    grammars whose matchers take 20 to 60 ms a token; `fixed_texts`: 8 choices of a text of 100,000 characters. Without
-    a key: `headers`, 900 connections with 10,000 short headers each; `chunks`, 40 bodies in 100,000 chunks of a byte.
-    `form ms`: an answer of another key that obeys a schema.
-    """
+    The attacker's requests have one API key, the streams and short requests of others have another. Bodies have 15 MB
+    and as many elements as fit; --at-once of each are sent together. `background`: 300 background responses.
+    `tokenize`: 40 texts of 1 MiB. `answers`: 128 answers that obey a large schema. `logprobs`: a reply of 32 answers of
+    1,900 tokens with 20 logprobs each (the model must be tiny to be fast enough). `ambiguous`: 16 answers under
+    grammars whose matchers take 20 to 60 ms a token. `fixed_texts`: 8 choices of a text of 100,000 characters. Two
+    attacks have no key: `headers`, 900 connections with 10,000 short headers each, and `chunks`, 40 bodies in 100,000
+    chunks of a byte. `form ms` is the time of an answer that obeys a schema, for the key of the others."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
@@ -175,7 +174,8 @@ class Attacks(Case):
 
 
 async def _bound_s(api: str) -> float:
-    """Times an answer of another key that obeys a schema, a moment after the attack has begun."""
+    """Returns the seconds of an answer that obeys a schema. The request has the key of the other clients and is sent a
+    moment after the attack has begun."""
     await asyncio.sleep(_SETTLE_S)
     begun_s = time.monotonic()
     body = {"prompt": "a", "max_tokens": 2, "json_schema": {"enum": [f"yes {begun_s}", "no"]}}

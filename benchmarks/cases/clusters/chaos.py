@@ -26,12 +26,11 @@ _LOOK_S = 0.1
 
 @dataclass(frozen=True)
 class Chaos(Case):
-    """Faults of `llamaclust chaos` in a cluster that is started for them: nothing may be lost or changed.
+    """Injects the faults of `llamaclust chaos` into a cluster of its own: nothing may be lost or changed.
 
-    Coordinators that were killed are started again at once, or a standby takes over, and joined workers are started
-    again whenever they end. With --group, so many workers hold the first two thirds of the layers together, and one
-    more has the rest: no other worker can take their places. Pauses are of all streams, by kind of fault.
-    """
+    A killed coordinator is restarted at once, or a standby takes over. Joined workers are restarted whenever they end.
+    With --group, this number of workers hold the first two thirds of the layers together, and one more worker has the
+    rest: no other worker can take their places. Pauses are those of all streams, by kind of fault."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
@@ -97,7 +96,8 @@ async def _pauses(faults: int, seconds: list[float], turn: int) -> Measures:
 
 
 async def _keep_up(bench: Bench, *, with_standby: bool) -> None:
-    """Starts a coordinator when the last one has ended, or a standby when one has taken over."""
+    """Starts a coordinator when the last one has ended. With a standby, starts a new one when the last one has taken
+    over."""
     while True:
         await asyncio.sleep(_LOOK_S)
         present = sum(process.poll() is None for process in bench.started)
@@ -106,10 +106,10 @@ async def _keep_up(bench: Bench, *, with_standby: bool) -> None:
 
 
 class _View:
-    """Shows the run's lines on standard error."""
+    """Prints the messages of the run on standard error."""
 
     def line(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def progress(self, text: str) -> None:
-        """Does nothing: a terminal has the lines."""
+        """Does nothing: the lines are enough."""

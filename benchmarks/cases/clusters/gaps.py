@@ -29,11 +29,11 @@ _PARTS = ("logprobs", "breakers")
 
 @dataclass(frozen=True)
 class Gaps(Case):
-    """The cost of one costly request to the streams beside it: gaps between their tokens, first tokens, memory.
+    """Cost of expensive requests to streams that run meanwhile: gaps between their tokens, first tokens, memory.
 
-    `logprobs`: a POST of 8 prompts of 2,000 tokens with 128 logprobs each, and one of 64 prompts that fill the context.
-    `breakers`: 8 requests at once with 64 new DRY breakers each, alone and with a worker that is killed meanwhile.
-    """
+    `logprobs`: a POST of 8 prompts of 2,000 tokens with 128 logprobs each, and one of 64 prompts that fill the
+    context. `breakers`: 8 simultaneous requests with 64 new DRY breakers each, first alone, then with a worker
+    killed meanwhile."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)
@@ -79,7 +79,6 @@ def _scored(source: Random, prompts: int, tokens: int) -> bytes:
 
 
 async def _breakers(client: AsyncClient, source: Random) -> str:
-    """Sends eight requests."""
     begun_s = time.monotonic()
     await asyncio.gather(*(_with_breakers(client, source) for _ in range(8)))
     return f"8 read in {time.monotonic() - begun_s:.1f} s"

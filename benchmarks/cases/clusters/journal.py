@@ -31,16 +31,15 @@ class Replies(front.Replies):
 front.Replies = Replies
 main()
 """
-"""A program whose replies are not journalled."""
+"""The `llamaclust` program with a coordinator that does not journal replies."""
 
 
 @dataclass(frozen=True)
 class Journal(Case):
     """Throughput of short requests with the journal of admissions, relative to a coordinator without one.
 
-    Two clusters of one worker each stand side by side; bursts of streamed requests go to them in turns. The journal
-    lies in the folder of temporary files, or in --state-dir: choose a disk, not a tmpfs.
-    """
+    Two clusters of one worker each run at the same time, and bursts of streamed requests go to them in turns. The
+    journal lies in the folder of temporary files, or in --state-dir: choose a disk, not a tmpfs."""
 
     rounds = 15
     warm = 1
@@ -68,7 +67,7 @@ class Journal(Case):
         return {"requests/s": self.requests / took_s, "coordinator ms": 1e3 * used_s / self.requests}
 
     async def _connection(self, api: str, numbers: Iterator[int]) -> None:
-        """Sends requests one after the other."""
+        """Sends requests one after the other on the same connection."""
         connection = None
         for number in numbers:
             body = {"prompt": f"{number} words", "max_tokens": self.tokens, "ignore_eos": True}

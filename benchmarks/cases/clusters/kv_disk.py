@@ -23,18 +23,17 @@ from llamaclust.cluster.config.catalog import resolve_model
 
 _OWN_TOKENS, _TOKENS = 8, 8
 _QUIET_S = 2.5
-"""Seconds without a write after which all is written: two heartbeats."""
+"""All is written after this many seconds without a write: two heartbeats."""
 _WRITTEN = "llamaclust_worker_kv_disk_written_bytes_total{"
 
 
 @dataclass(frozen=True)
 class KvDisk(Case):
-    """First token of a long shared prefix after a restart of everything, its KV memory read from disk.
+    """Time to the first token after a full restart, when the KV memory of a long shared prefix is read from disk.
 
-    Each prompt is the prefix and a few tokens of its own. The first cluster computes it and writes its KV memory; the
-    second one, all of its processes new, answers another prompt with the same prefix. The answers to the first prompt
-    have the same ids and logprob bits. Times are the client's.
-    """
+    Each prompt is the prefix and a few tokens of its own. The first cluster computes the prefix and writes its KV
+    memory. The second cluster, whose processes are all new, answers another prompt with the same prefix. The answers of
+    both clusters to the first prompt must have the same ids and logprob bits. Times are the client's."""
 
     rounds = 3
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
@@ -68,7 +67,7 @@ class KvDisk(Case):
 
     @asynccontextmanager
     async def _cluster(self, home: Path) -> AsyncIterator[Bench]:
-        """Yields a cluster whose first request, which also pays for one-time work, has been answered."""
+        """Yields a cluster that has answered one request, so that its one-time work is done."""
         names = Layout(workers=self.workers).names
         workers = [{"name": name, "threads": self.threads, "kv_disk": "4GiB"} for name in names]
         keys = {"workers": workers, "context_length": self.prefix + 64}
@@ -85,7 +84,7 @@ class KvDisk(Case):
 
 
 async def _written(api: str) -> None:
-    """Returns when all KV memory is written."""
+    """Waits until all KV memory is written."""
     before, since_s = -1.0, time.monotonic()
     async with httpx.AsyncClient(base_url=api, trust_env=False, timeout=60.0) as client:
         while time.monotonic() - since_s < _QUIET_S:

@@ -31,13 +31,12 @@ _ROOM_BYTES = 1 << 40
 
 @dataclass(frozen=True)
 class Memory(Case):
-    """Memory of stages as `plan`, `model info` and a loaded stage (as in `status`) name it, beside what is resident.
+    """Memory of stages as stated by `plan`, `model info` and `status`, compared with the memory that is resident.
 
-    The model is planned for one worker and for two with half of the layers each. Each stage is loaded in a process of
-    its own without the packed-weight cache, so that all weights are private, and runs microbatches of as many rows and
-    outputs as its limits allow, until all KV blocks are in use. `resident` is what the process takes more than before
-    the load (RssAnon of /proc/self/status). An error where a figure is more than 5 % away from that.
-    """
+    The model is planned for one worker, and for two with half of the layers each. Each stage is loaded in its own
+    process without the packed-weight cache, so that all weights are private. It runs microbatches with as many rows and
+    outputs as its limits allow, until all KV blocks are in use. `resident` is the growth of the process's memory since
+    before the load (RssAnon of /proc/self/status). The case fails if a figure differs from it by more than 5 %."""
 
     rounds = 1
     models: list[Path] = argument("paths of .gguf files", existing, nargs="+")
@@ -62,7 +61,7 @@ class Memory(Case):
     def _stages(
         self, path: Path, model: Model, cut: tuple[int, ...]
     ) -> list[tuple[str, dict[str, int], dict[str, Any]]]:
-        """Returns each stage's name, planned bytes, and the order for the process that loads it."""
+        """Returns, for each stage, its name, its planned bytes, and the order for the process that loads it."""
         names = [f"w{number}" for number in range(len(cut) - 1)]
         entries = [{"worker": name, "layers": [*cut[at : at + 2]]} for at, name in enumerate(names)]
         values = {"model": str(path), "workers": [{"name": name} for name in names], "plan": entries}

@@ -39,7 +39,7 @@ _ENDS = ("read",) * 6 + ("resumed",) * 2 + ("given up", "given up by name")
 
 @dataclass(slots=True)
 class Soak:
-    """Streams of one cluster."""
+    """The streams that load one cluster, and their results."""
 
     api: str
     requests: Requests
@@ -49,7 +49,7 @@ class Soak:
     errors: Counter[str] = field(default_factory=Counter)
 
     async def stream(self, source: Random, end_s: float) -> None:
-        """Sends one request after the other."""
+        """Sends one request after the other until `end_s`."""
         limits = httpx.Limits(max_connections=1)
         options: dict[str, Any] = {"base_url": self.api, "timeout": _TIMEOUT_S, "trust_env": False, "limits": limits}
         async with httpx.AsyncClient(**options) as client:
@@ -76,7 +76,7 @@ class Soak:
 
 @dataclass(slots=True)
 class Exchange:
-    """One request and its connections."""
+    """One request, whose reply may be read over several connections."""
 
     client: httpx.AsyncClient
     path: str
@@ -85,7 +85,8 @@ class Exchange:
     received: Received = field(default_factory=Received)
 
     async def read(self, most: int | None, *, with_name: bool) -> None:
-        """Reads one connection, which is cut after `most` events."""
+        """Reads the reply over a new connection, which is closed after `most` events. `with_name` gives the reply a
+        name, by which it can be resumed."""
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         headers |= self.stream.headers if with_name else {}
         events = 0
@@ -101,19 +102,18 @@ class Exchange:
 
 
 Samples = dict[str, list[tuple[float, float]]]
-"""Seconds and resident MiB of each process."""
+"""Pairs of time in seconds and resident MiB, by process."""
 
 
 @dataclass(frozen=True)
 class SoakCase(Case):
-    """Many streams for a long time, with clients that are cut off, come back or give up: errors, and memory.
+    """Many streams for a long time, with clients that disconnect, return or give up: errors, and memory.
 
-    Each stream runs one request after the other. Three in five are read to their end; of the others, clients are cut
-    off at a random event, and come back at once or within two seconds, or give up, with or without a name of their
-    reply. Answers that are read to the end are compared with the undisturbed ones. Memory of each process is after
-    --warm-up minutes and at the end, medians of a tenth of the rest each. An error where an answer is not intact, or a
-    process has grown or shrunk by more than a twentieth.
-    """
+    Each stream runs one request after the other. Three in five are read to their end. The other clients are
+    disconnected at a random event; they return at once or within two seconds, or give up, with or without a name of
+    their reply. Answers that are read to the end are compared with undisturbed ones. For each process, the median
+    memory of the first tenth of the time after --warm-up minutes is compared with that of the last tenth. The case
+    fails if an answer is not intact, or if a process has grown or shrunk by more than a twentieth."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)

@@ -32,12 +32,12 @@ _GREETING = b"benchmark"
 _NAMES = ("first", "second")
 
 Way = Callable[[int], list[int]]
-"""A function that does so many exchanges and returns the nanoseconds of each."""
+"""Does this many exchanges and returns the nanoseconds of each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two processes."""
+    """One of the two processes that exchange bytes."""
 
     member: int
     library: Path
@@ -92,11 +92,10 @@ class Side:
 
 @dataclass(frozen=True)
 class LinkCase(Case):
-    """Cost of a gather of two members beyond the exchange of the same bytes, over loopback.
+    """Cost of a gather of two members over loopback, beyond an exchange of the same bytes.
 
-    Two processes, each with a core for itself, take turns: a loop that only sends and receives, plain links, and links
-    with TLS. Each member sends --kib. Then the same where the other member is late each time.
-    """
+    Two processes, each with its own core, use three ways in turns: a loop that only sends and receives, plain links,
+    and links with TLS. Each member sends --kib. Then all is repeated with the other member late each time."""
 
     rounds = 9
     kib: float = option(16.0, "what each member sends, at most 1024", zero_or_more)
@@ -146,7 +145,8 @@ class LinkCase(Case):
 
 
 def serve(side: Side, ends: list[socket.socket], orders: Connection) -> None:
-    """Runs the second member: it gets a way and a number of gathers at a time, and is late in each if requested."""
+    """Runs the second member. Each order names a way, a number of gathers, and the milliseconds by which the member is
+    late in each of them."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     ways = side.ways(ends)
     while (order := orders.recv()) is not None:

@@ -25,11 +25,11 @@ _MODELS = (
 )
 _COUNTS = (2, 3, 4, 6, 8)
 _NETWORKS = tuple(itertools.product((0.1, 1, 2.5, 10, 25), (0.1, 0.4, 2, 10)))
-"""(Gbit/s, round trip in ms)."""
+"""Pairs of Gbit/s and round trip in ms."""
 _MEMORIES = (4, 8, 16, 24, 32, 64, 128)
 _WORSE = 1.03
 _ALL = 3
-"""The most machines whose chains are all tried."""
+"""All chains are tried for up to this many machines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,12 @@ class _Case:
 
 
 Entry = dict[str, object]
-"""The entries of a plan by hand."""
+"""An entry of `plan` in a cluster file."""
 
 
 def _grid() -> list[_Case]:
-    """Draws machines that are as large as the model needs them; unequal ones differ in speed and memory."""
+    """Returns the cases of the grid. Machines have at least the memory that the model needs, if possible; unequal ones
+    differ in speed and memory."""
     cases = []
     for number, (model, count, (gbit, ms)) in enumerate(itertools.product(_MODELS, _COUNTS, _NETWORKS)):
         if number % 3:  # a third of all, in turns of everything
@@ -64,7 +65,7 @@ def _grid() -> list[_Case]:
 
 
 class _Alternatives:
-    """Plans by hand for a cluster."""
+    """Makes alternative plans for a cluster, as a user could write them."""
 
     def __init__(self, cluster: AssumedCluster, model: AssumedModel, source: random.Random) -> None:
         self._source = source
@@ -102,7 +103,7 @@ class _Alternatives:
         return [max(1, round(100 * by[machine] / most)) for machine in group]
 
     def _cuts(self, chain: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-        """Yields cuts: first as many layers as memory takes on the fastest, then drawn ones."""
+        """Yields layer borders of a chain: first those that fill the memory of the fastest stages, then random ones."""
         if len(chain) == 1:
             yield [0, self._layers]
             return
@@ -129,7 +130,7 @@ class _Alternatives:
 
 
 def _divided(order: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
-    """Yields all divisions into groups and single machines."""
+    """Yields all divisions of the machines, in their order, into groups and single machines."""
     for ends in itertools.product((False, True), repeat=len(order) - 1):
         places = [0, *(place for place, is_end in enumerate(ends, 1) if is_end), len(order)]
         yield [tuple(order[start:end]) for start, end in itertools.pairwise(places)]
@@ -137,7 +138,7 @@ def _divided(order: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Planned:
-    """A plan that fits."""
+    """The predicted figures of a plan that fits. Plans are compared by the time of an answer."""
 
     answer_ms: float
     token_ms: float
@@ -146,7 +147,7 @@ class _Planned:
 
 
 def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _Planned | None:
-    """Returns None if it does not fit."""
+    """Returns None if the model does not fit."""
     try:
         plan = AssumedCluster(cluster.assumed, overrides).plan(model)
     except InsufficientMemoryError:
@@ -161,7 +162,8 @@ def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _
 
 
 def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
-    """Returns None if the model does not fit. Other plans count if they have as much KV memory."""
+    """Compares the chosen plan with others. Another plan counts only if it has at least as much KV memory. Returns None
+    if the model does not fit."""
     cluster, model = AssumedCluster(parse_machines(case.machines)), assumed_model(case.model)
     model.opened.costs  # noqa: B018
     begun_s = process_time()
@@ -183,13 +185,13 @@ def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
 
 @dataclass(frozen=True)
 class PlanGrid(Case):
-    """Choices of the planner beside other plans, over a grid of assumed clusters: none may be clearly faster.
+    """Choices of the planner, compared with other plans over a grid of assumed clusters: none may be clearly faster.
 
-    The predicted time of a usual answer by the chosen plan (a prompt of 512 tokens, 128 tokens of answer: what the
-    objective `latency` weighs) is compared with those by the best plan of single workers (`groups: off`) and by plans
-    by hand: all chains of sets of up to three machines, and drawn ones of more, in shares by speed, by memory and
-    equal, cut where memories end and elsewhere. An error where another one is faster by more than 3 %.
-    """
+    Plans are compared by the predicted time of a usual answer (a prompt of 512 tokens, 128 tokens of answer), which is
+    what the objective `latency` weighs. The chosen plan is compared with the best plan of single workers (`groups:
+    off`), and with plans by hand: all chains of sets of up to three machines, and random chains of more. Their shares
+    follow speed, follow memory or are equal; layers are cut where memories end, and elsewhere. The case fails if
+    another plan is faster by more than 3 %."""
 
     rounds = 1
     count: int | None = option(None, "clusters that are drawn from the grid; all without it", positive)

@@ -34,7 +34,7 @@ from llamaclust.model.quant_types import QuantType
 _SHALLOW = 2
 _SHORT_PROMPT, _REPEATED_PROMPT = 16, 512
 _PLAIN_WORDS = 300
-"""The first ids are special tokens, bytes and letters."""
+"""The first id of a plain word. Lower ids are special tokens, bytes and letters."""
 _LOOKS, _LOOK_S = 600, 0.1
 _COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 ONE, STAGES, GROUP = "one worker", "stages", "group"
@@ -48,12 +48,12 @@ _GOALS = {
     ("70b", "IQ1_S", 2.0): 1.35,
     ("1.1b", "IQ2_XXS", 0.0): 1.50,
 }
-"""Gains of decode by a group of two."""
+"""The wanted gain of decode by a group of two, by shape, type of weights and round trip in ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A kind of cluster; `cores` and `speeds` are those of the workers, the first one first."""
+    """A kind of cluster. `cores` and `speeds` are in the order of its workers."""
 
     name: str
     cores: tuple[int, ...]
@@ -69,7 +69,8 @@ class Way:
 
 
 def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]) -> list[Way]:
-    """Returns one worker as fast as the fastest one, a stage on each core if all are equally fast, and a group."""
+    """Returns the kinds of clusters: one worker with the highest speed, a stage on each core, and a group. Stages are
+    omitted if the speeds differ."""
     found = [Way(ONE, (cores[0],), speeds=(max(speeds),))]
     if len(set(speeds)) == 1:
         found.append(Way(STAGES, tuple(cores), speeds=tuple(speeds)))
@@ -78,14 +79,15 @@ def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Numbers of layers: `layers` and `shallow` of the model were measured; the whole has `whole` of them."""
+    """Numbers of layers: two models with `layers` and `shallow` layers were measured, and the whole model has `whole`
+    layers."""
 
     layers: int
     shallow: int
     whole: int
 
     def whole_ms(self, deep: Sequence[float], few: Sequence[float]) -> list[float]:
-        """Returns times of the whole model: time that does not depend on layers counts once."""
+        """Extrapolates measured times to the whole model. Time that does not depend on layers counts once."""
         if self.layers == self.whole or not few:
             return [*deep]
         most, least = median(deep), median(few)
@@ -96,15 +98,15 @@ class Depth:
 
 @dataclass(frozen=True, slots=True)
 class ServedWay:
-    """A cluster that runs; `pids` are those of the coordinator, then of the workers in their order."""
+    """A running cluster. `pids` has the coordinator's process id, then those of the workers in their order."""
 
     name: str
     bench: Bench
     pids: tuple[int, ...]
 
     async def reading(self) -> tuple[float, ...]:
-        """Returns the milliseconds since the start that stages computed and that the leader waited in gathers, and
-        processor time of each process. Waits for heartbeats with the counters of all steps."""
+        """Returns milliseconds since the start: computing of the stages, waiting of the leader in gathers, and
+        processor time of each process. Waits for heartbeats that count all steps."""
         used = tuple(map(_processor_ms, self.pids))  # first: waiting for the rest takes some
         for _ in range(_LOOKS):
             found = await self.bench.cluster()
@@ -125,19 +127,18 @@ def _processor_ms(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Served(Case):
-    """Answers by a group as clients of the HTTP API receive them, in turns with one worker and with stages.
+    """Answers of a group as clients of the HTTP API receive them, in turns with one worker and with stages.
 
         run.py served 7b IQ2_XXS --delays 0,0.1,0.5,2 --gbit 1
         run.py served 70b IQ1_S --layers 4                       # each layer counts 20 times
         run.py served 70b IQ1_S --layers 4 --shares 2,1 --speeds 1,0.5
 
-    Clusters of `llamaclust up` with static workers of one thread, each on a core, over mutual TLS (--local: processes
-    of the coordinator, plain). All are there at the same time, with random weights. Decode is one answer after a short
-    prompt, prefill a long prompt to its first token, together several answers at once. Ids and logprobs must be those
-    of one worker. The round trip and rate of links between members, and members slower than their cores, are emulated.
-    With --layers, models of two layers are measured as well, and times of the whole model follow. With --speculation
-    instead answers that repeat their prompt, and all clusters draft.
-    """
+    The clusters of `llamaclust up` have static workers of one thread, each on its own core, over mutual TLS (--local:
+    processes of the coordinator, without TLS). All clusters run at the same time, with random weights. `decode` is one
+    answer after a short prompt, `prefill` a long prompt up to its first token, `together` several answers at once. Ids
+    and logprobs must be those of one worker. The round trip and rate of links between members are emulated, and so are
+    members slower than their cores. With --layers, models of two layers are measured as well, and the times of the
+    whole model are extrapolated. With --speculation, answers repeat their prompt, and all clusters draft."""
 
     warm = 1
     shape: str = argument("of the model", chosen("shape", {name: name for name in SHAPES}))
@@ -275,7 +276,8 @@ class Served(Case):
         return {**figures, "processors": " ".join(f"{ms:.2f}" for ms in used), "tokens or logprobs": bits}
 
     def _priority(self, served: ServedWay) -> ExitStack:
-        """Puts the coordinator and this client before workers, like tasks that were asleep."""
+        """Gives the processes real-time priority with --realtime. The coordinator and this client come before the
+        workers, like tasks that were asleep."""
         stack = ExitStack()
         if self.realtime:
             coordinator, *workers = served.pids
@@ -292,7 +294,8 @@ class Served(Case):
         return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
 
     async def _repeated(self, served: ServedWay) -> list[int]:
-        """Returns a prompt that its greedy answer goes on to repeat, by weights that add nothing."""
+        """Returns a prompt that its greedy answer repeats. Answers repeat because the layers add nothing to the hidden
+        state."""
         for turn in range(1_000):
             begin = self._prompts_begin(turn)
             ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids

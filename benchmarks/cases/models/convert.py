@@ -31,7 +31,7 @@ CODE = "import sys; sys.argv[0] = 'llamaclust'; from llamaclust.cli.main import 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The settings of a LLaMA."""
+    """The dimensions of a LLaMA model."""
 
     layers: int
     hidden: int
@@ -54,7 +54,7 @@ def tensors_of(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(folder: Path, shape: Shape, stored: str) -> int:
-    """Writes a checkpoint; returns its bytes."""
+    """Writes a checkpoint of random weights. Returns the bytes of its weights."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -86,7 +86,7 @@ def make_checkpoint(folder: Path, shape: Shape, stored: str) -> int:
 
 
 def vocabulary() -> dict[str, object]:
-    """Returns words that are bytes, spelled as SentencePiece's, and fillers."""
+    """Returns a BPE vocabulary: bytes in SentencePiece's spelling, and filler words."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words += [f"w{number}" for number in range(WORDS - len(words))]
     ids = {word: number for number, word in enumerate(words)}
@@ -94,7 +94,7 @@ def vocabulary() -> dict[str, object]:
 
 
 def converted(folder: Path, out: Path, kind: str) -> tuple[float, float]:
-    """Returns seconds, and the highest resident memory in MiB, of the command."""
+    """Runs the command. Returns its seconds and its peak resident memory in MiB."""
     began = time.monotonic()
     command = [sys.executable, "-c", CODE, "model", "convert", str(folder), "-o", str(out), "--type", kind]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -106,7 +106,8 @@ def converted(folder: Path, out: Path, kind: str) -> tuple[float, float]:
 
 
 def moved(out: Path, size_bytes: int, source: Path | None) -> float:
-    """Returns the seconds that dd needs to write as many bytes, while another one reads `source`."""
+    """Returns the seconds in which dd writes this many bytes. Another dd reads `source` at the same time, if it is
+    given."""
     count = -(-size_bytes // DD_BLOCK)
     commands = [[f"of={out}", "if=/dev/zero", f"count={count}", "conv=fsync"]]
     if source is not None:
@@ -120,7 +121,7 @@ def moved(out: Path, size_bytes: int, source: Path | None) -> float:
 
 
 def forget(path: Path) -> None:
-    """Removes a file that is on the disk from the page cache."""
+    """Removes a file from the page cache. It must be completely on the disk."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -130,12 +131,11 @@ _KINDS = {name: name for name in OUTPUT_TYPES}
 
 @dataclass(frozen=True)
 class Convert(Case):
-    """`model convert` on a checkpoint of random weights with the shape of a real model: speed beside dd, peak memory.
+    """Speed and peak memory of `model convert` on random weights in the shape of a real model, compared with dd.
 
-    The checkpoint is made first (all its matrices repeat the same random numbers) and deleted at the end. Of every
-    type, `dd` writes as many bytes to the same disk with conv=fsync, and two dd at once read the checkpoint and write
-    as many bytes. With --cold the checkpoint is not in memory before each of them.
-    """
+    The checkpoint is made first (all its matrices repeat the same random numbers) and deleted at the end. For every
+    type, `dd` writes as many bytes to the same disk with conv=fsync; then two dd at once read the checkpoint and write
+    as many bytes. With --cold, the checkpoint is removed from memory before it is read."""
 
     rounds = 1
     folder: Path = argument("to be made, and deleted at the end")
@@ -165,7 +165,7 @@ class Convert(Case):
         return await asyncio.to_thread(self._run, way, kind)
 
     def _run(self, way: str, kind: str) -> Measures:
-        """Measures a command; the converted file stays for the others, which need its size."""
+        """Measures one way. The converted file stays until dd has been measured, because its size is needed."""
         converts, out, weights = self.folder / f"{kind}.gguf", self.folder / "out", self.folder / WEIGHTS
         if self.cold and way != "dd":
             forget(weights)

@@ -29,17 +29,16 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, needs_im
 _DEADLINE_S = 1800
 Float64 = NDArray[np.float64]
 _SAME = {"F32", "F16", "BF16"}
-"""Types that both write alike: nothing is chosen."""
+"""Types for which there is nothing to choose: both programs write the same file."""
 
 
 @dataclass(frozen=True)
 class Divergence(Case):
-    """Effect of quantizing on a model's predictions, beside llama-quantize: KL divergence from the unquantized model.
+    """Effect of quantizing on predictions, compared with llama-quantize: KL divergence from the unquantized model.
 
-    The model is padded with zeros first, so that all types fit. `+`: both get the same importance matrix, from the
-    second half of TEXT; the first chunks are what is predicted, token by token. Both files run in our kernels. The
-    ratio's standard error is that of pairs of tokens; that the files have tensors of the same types is checked.
-    """
+    The model is padded with zeros first, so that all types fit. At mixes with `+`, both programs get the same
+    importance matrix, made from the second half of TEXT. The first chunks are predicted, token by token. Both files run
+    in our kernels, and must have tensors of the same types. The ratio's standard error is that of pairs of tokens."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
@@ -79,7 +78,7 @@ class Divergence(Case):
 
 
 def divergences(model: Path, logits: Path) -> Float64:
-    """Returns divergences of all scored tokens from the model whose logits are in the file."""
+    """Returns the KL divergence of each scored token from the model whose logits are in the file."""
     base = LogitsFile.open(logits)
     with closing(Model.open(model)) as opened:
         tokenizer = opened.tokenizer

@@ -32,7 +32,7 @@ Quantize = Callable[[QuantType, Float32, Float32 | None], NDArray[np.uint8]]
 
 
 class Ggml:
-    """ggml's quantizers, out of a shared library."""
+    """The quantizers of ggml, from its shared library."""
 
     class _Memory(ctypes.Structure):
         _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
@@ -52,7 +52,7 @@ class Ggml:
 
 
 def rows_of(path: Path, most: int) -> Float32:
-    """Returns rows of WIDTH out of the matrices of every fourth layer, as many of each."""
+    """Returns rows of WIDTH weights from about 28 matrices all over the model, equally many of each: [rows, WIDTH]."""
     model = open_model(path)
     tensors = [tensor for tensor in model.tensors.values() if len(tensor.shape) > 1 and tensor.layer is not None]
     chosen = tensors[:: max(1, len(tensors) // 28)]
@@ -67,12 +67,11 @@ def rows_of(path: Path, most: int) -> Float32:
 
 @dataclass(frozen=True)
 class QuantizeCase(Case):
-    """Quantizers beside llama.cpp's: error and time of every type on a model's own weights, in rows of 2304.
+    """Quantizers compared with llama.cpp's: error and time of every type on a model's own weights, in rows of 2304.
 
-    With --llama-quantize also the time of a whole file. Errors are roots of mean squares, weighted by a random
-    importance where one is given (+). Both sides get the same float32 rows and run in one thread; of a whole file, in
-    all of them.
-    """
+    With --llama-quantize, the time of a whole file is measured, too. Errors are roots of mean squares; at types with
+    `+`, a random importance weights them. Both sides get the same float32 rows and run in one thread. For a whole file,
+    they run in all --threads."""
 
     rounds = 2
     model: str = argument("catalog name or path of a .gguf", str)

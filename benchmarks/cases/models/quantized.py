@@ -22,11 +22,10 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
 class Quantized(Case):
     """Compares the quantizations of a model: size, perplexity, KL divergence from the unquantized one, speed.
 
-    The model is padded with zeros first, so that all types fit. The importance matrix, which every type gets, comes
-    from the second half of TEXT; the first chunks are what is predicted. `fall back` is the share of matrices that get
-    another type than the mix asks for where the model is not padded; speeds are those of `llamaclust bench`, relative
-    to F16's in the same minute.
-    """
+    The model is padded with zeros first, so that all types fit. Every type gets the importance matrix, made from the
+    second half of TEXT; the first chunks are predicted. `fall back` is the share of matrices that would get another
+    type than the mix wants if the model were not padded. Speeds are those of `llamaclust bench`, relative to F16's in
+    the same minute."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)
@@ -63,7 +62,7 @@ class Quantized(Case):
 
 
 def fall_back(narrow: ModelFile, wide: ModelFile, mix: str) -> float:
-    """Returns the share of matrices whose type depends on the model's width."""
+    """Returns the share of matrices to which the mix gives different types in the two models."""
     matrices = [name for name, tensor in narrow.tensors.items() if not is_kept(name, tensor.shape)]
     here, there = (choose_types(model, Wishes(MIXES[mix], has_importance=True)) for model in (narrow, wide))
     return sum(here[name] != there[name] for name in matrices) / len(matrices)

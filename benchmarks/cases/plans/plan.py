@@ -45,10 +45,10 @@ SHAPES = {
 class Plan(Case):
     """Accuracy of plans: predicted and measured time of a token in clusters of eleven shapes.
 
-    SMALL is the demo model, LARGE one of a gigabyte or so (`benchmarks/shape.py 1.1b Q4_K`). Each cluster is started
-    as a newcomer's, with nothing measured before. `ratio`: predicted / measured; for the objective `throughput`, a
-    token of eight requests together. Shapes with links need root (network namespaces), and a process each.
-    """
+    SMALL is the demo model; LARGE has about a gigabyte (`benchmarks/shape.py 1.1b Q4_K`). Each cluster starts like a
+    newcomer's, with nothing measured before. `ratio` is predicted / measured. For the objective `throughput`, it is
+    about a token of eight simultaneous requests. Shapes with links need root (network namespaces) and a process
+    each."""
 
     rounds = 3
     small: Path = argument("path of a .gguf", existing)
@@ -76,7 +76,8 @@ class Plan(Case):
 
 
 async def _times(source: random.Random, cluster: Cluster) -> Times:
-    """Measures; with `throughput`, a token of eight requests together, from the time when all of them decode."""
+    """Measures the milliseconds of a token: of one request, or for `throughput` of eight simultaneous requests whose
+    prompts have one token."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     if cluster.config.objective == "latency":
         finished = await run(cluster, prompts(source, 1, PROMPT, vocabulary)[0], TOKENS)

@@ -25,15 +25,14 @@ _OWN_MIB = 700  # of a worker, beside its weights
 
 @dataclass(frozen=True)
 class PlanExperts(Case):
-    """Accuracy of plans of a mixture of experts on three workers: decode and prefill beside the plan's prediction.
+    r"""Accuracy of plans for a mixture of experts on three workers: decode and prefill, compared with the predictions.
 
-        python benchmarks/shape.py 7b Q4_K moe.gguf --alike --hidden 2048 --layers 40 --heads 32 --kv-heads 4 \\
-            --ffn 768 --experts 128 --experts-used 8
+            python benchmarks/shape.py 7b Q4_K moe.gguf --alike --hidden 2048 --layers 40 --heads 32 --kv-heads 4 \
+                --ffn 768 --experts 128 --experts-used 8
 
-    has 13 GB, of which a token reads a tenth. Three workers of one thread each get memory for less than half of the
-    model, as processes of this machine, or with --hosts on hosts of their own (network namespaces, round trip 1 ms,
-    1 Gbit/s; needs root). Each cluster starts with nothing measured.
-    """
+    makes a model of 13 GB, of which a token reads a tenth. Three workers of one thread each get memory for less than
+    half of the model. They are processes of this machine, or with --hosts run on hosts of their own (network
+    namespaces, round trip 1 ms, 1 Gbit/s; needs root). Each cluster starts with nothing measured."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
@@ -56,7 +55,7 @@ class PlanExperts(Case):
 
 
 async def _times(source: random.Random, cluster: Cluster) -> Times:
-    """Measures one request at a time."""
+    """Measures the milliseconds of a token and of a long prompt, one request at a time."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     assert cluster.plan.prompt_tokens == _LONG_PROMPT
     decoded = await run(cluster, prompts(source, 1, PROMPT, vocabulary)[0], TOKENS)

@@ -36,11 +36,11 @@ _KINDS = ("steps", "products", "limits")
 class PlanTypes(Case):
     """Accuracy of plans for every type of weights: predicted / measured times of one shape on one worker.
 
-    Of each type a file is written and a cluster started. Columns have the measured ms of a token and of a prompt of
-    512 tokens, and predicted / measured: of the plan, by steps of the model that the worker measured; by products
-    alone (a worker without the model file); and by its limits alone, as `plan --assume` predicts. The worker measures
-    itself before and after each measured request, and the mean of both predictions counts.
-    """
+    For each type, a file is written and a cluster started. Columns have the measured ms of a token and of a prompt of
+    512 tokens, and predicted / measured for three predictions: by steps of the model that the worker measured, as in
+    the plan; by products alone (a worker without the model file); and by the worker's limits alone, as in `plan
+    --assume`. The worker measures itself before and after each measured request, and the mean of both predictions
+    counts."""
 
     rounds = 3
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "of weights, or all", types_of)
@@ -69,7 +69,7 @@ class PlanTypes(Case):
 
 
 async def _predicted(cluster: Cluster) -> dict[str, dict[str, float]]:
-    """Predicts each kind from the worker's present measurements."""
+    """Lets the workers measure themselves. Returns the predicted times by kind of prediction."""
     model, workers = cluster.model, cluster.registry.present
     types = tuple(map(int, model.quant_types))
     order = ProfileWorker(str(model.file.path), model.model_id, 0, types)
@@ -84,7 +84,7 @@ def _limits(profile: DeviceProfile) -> DeviceProfile:
 
 
 def _times(cluster: Cluster, profiles: Mapping[str, Profile]) -> dict[str, float]:
-    """Predicts the serving plan for workers with these profiles."""
+    """Predicts the times of the current plan for workers with these profiles."""
     workers = {name: WorkerResources.of(worker) for name, worker in cluster.registry.present.items()}
     planner = cluster.supervisor.planner
     assert isinstance(planner, ClusterPlanner)
@@ -96,7 +96,7 @@ def _times(cluster: Cluster, profiles: Mapping[str, Profile]) -> dict[str, float
 
 
 async def _measured(cluster: Cluster, source: random.Random) -> dict[str, float]:
-    """Measures medians of steps, like the worker's own figures."""
+    """Measures the time of a prompt, and the median time of a decode step, which is what workers measure."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     finished = await run(cluster, prompts(source, 1, _PROMPT, vocabulary)[0], 1)
     prompt = prompts(source, 1, _SHORT_PROMPT, vocabulary)[0]

@@ -26,12 +26,11 @@ _PROMPT = 64
 
 @dataclass(frozen=True)
 class DraftModel(Case):
-    """Gain of a draft model: random weights, whose drafts are right as often as their construction makes them.
+    """Gain of a draft model. The weights are random, and drafts are right as often as the construction makes them.
 
-    The draft model is the first layers of the model. What the later layers add to the hidden state is so many times
-    weaker than usual: with strength 0 nothing, so every draft is right. Nothing is drafted from n-grams. Both ways
-    must have the same tokens and logprobs.
-    """
+    The draft model is the first layers of the model. What the later layers add to the hidden state is weakened by the
+    factor --strengths: with 0 they add nothing, so every draft is right. N-gram drafts are off. Both ways must have the
+    same tokens and logprobs."""
 
     warm = 1
     shape: str = option("1.1b", "of the model", chosen("shape", {name: name for name in SHAPES}))

@@ -25,9 +25,9 @@ from llamaclust.tools.assume.assumed_model import shape_model
 from llamaclust.tools.assume.shapes import SHAPES, ModelShape
 
 HEADS = {"right": 1, "wrong": -1}
-"""The sign of a head's output."""
+"""The sign of the head's output, by kind of head."""
 _OWN = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
-"""Tensors that a head omits, since it uses the model's."""
+"""Tensors that the file omits, because the head uses those of the model."""
 
 
 def shape_of(layers: int, hidden: int, vocabulary: int) -> ModelShape:
@@ -58,7 +58,7 @@ def _constructed(source: TensorSource, sign: int) -> TensorSource:
 
 
 def _first_inputs(rows: int, columns: int, sign: int) -> memoryview:
-    """Returns a matrix in Q8_0 whose products are its first inputs: [rows, columns]."""
+    """Returns a Q8_0 matrix [rows, columns] whose outputs are its first inputs, times `sign`."""
     blocks = np.zeros((rows, columns // 32, 34), np.uint8)
     row = np.arange(rows)
     blocks[row, row // 32, :2] = np.array([sign / 127], np.float16).view(np.uint8)
@@ -68,13 +68,12 @@ def _first_inputs(rows: int, columns: int, sign: int) -> memoryview:
 
 @dataclass(frozen=True)
 class Mtp(Case):
-    """Gain and cost of a head for multi-token prediction: random weights, and a head that is always right, or wrong.
+    """Gain and cost of a head for multi-token prediction that is always right, or always wrong. The weights are random.
 
-    The model has GLM 4.5's architecture without experts. Its layers are computed, but add nothing to the hidden state:
-    so each token follows from the one before it alone. A head that hands on the embedding of the token that it reads
-    is right about all tokens that are chosen greedily; with the sign of that changed, about none. `prompt ms` has the
-    cost in prefill; a layer of so many is added.
-    """
+    The model has GLM 4.5's architecture without experts. Its layers are computed but add nothing to the hidden state,
+    so each token follows from the one before it alone. The right head hands on the embedding of the token that it
+    reads, and so predicts every greedily chosen token. The wrong head has the opposite sign and predicts none. `prompt
+    ms` shows the cost in prefill: the head is one layer more than --layers."""
 
     rounds = 7
     warm = 1

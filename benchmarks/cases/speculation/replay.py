@@ -20,17 +20,17 @@ from llamaclust.core.errors import UsageError
 
 _PROMPT = 64
 _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
-"""The wanted ratio of gains to those that row costs allow."""
+"""The wanted ratio of the measured gain to the gain that row costs allow, by acceptance."""
 
 
 @dataclass(frozen=True)
 class Replay(Case):
-    """Gain of drafted tokens by how many of them are right: recorded answers are replayed beside plain decode.
+    """Gain of drafted tokens by the share that is right: recorded answers are the drafts, in turns with plain decode.
 
-    First the cost of rows: times of a microbatch in which each row chooses a token. It allows a gain by acceptance,
-    with the best fixed number of drafted tokens. With --together, so many random prompts are answered at the same
-    time, with n-gram drafts, beside the same without. Both ways must have the same tokens and logprobs.
-    """
+    The cost of rows is measured first: times of a microbatch in which each row chooses a token. It allows a certain
+    gain for each acceptance, with the best fixed number of drafted tokens. With --together, this number of random
+    prompts are answered at the same time, with and without n-gram drafts. Both ways must have the same tokens and
+    logprobs."""
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)

@@ -20,17 +20,16 @@ from llamaclust.core.sampling import SamplingParams
 
 _GOALS = {"copy": ">= 3", "edit": ">= 3", "quote": ">= 1.3", "prose": ">= 0.97"}
 _LEAST_TOKENS = 32
-"""The fewest tokens of an answer from which a rate is computed."""
+"""The minimum number of tokens of an answer, for a meaningful rate."""
 
 
 @dataclass(frozen=True)
 class Texts(Case):
     """Gain of n-gram drafts on real text: every prompt with plain decode and with drafted tokens, on one engine.
 
-    Kinds of prompts, built from this repository's files with a seed: `copy`, a file and its beginning again; `edit`, a
-    program and the beginning of the same with a name changed; `quote`, a summary with quotations; `prose`, open
-    questions at temperature 0.8. A turn has a prompt of its own. Both ways must have the same tokens and logprobs.
-    """
+    Prompts are built from this repository's files with a seed. `copy`: a file and the beginning of its copy. `edit`: a
+    program and the beginning of a copy with a name changed. `quote`: a summary with quotations. `prose`: open questions
+    at temperature 0.8. Each turn has its own prompt. Both ways must have the same tokens and logprobs."""
 
     rounds = 50
     warm = 1
@@ -50,7 +49,7 @@ class Texts(Case):
                     yield Group(f"{stages} stages, {kind}", ways, {"tok/s": _GOALS[kind]})
 
     async def _measure(self, model: Served, kind: str, plain: bool, turn: int) -> Measures:
-        """Runs the first prompt, from this turn's on, that fits in the context."""
+        """Runs the first prompt that fits in the context. Seeds are tried in order, beginning with this turn's."""
         for seed in count(1000 * self.seed + turn, 1_000_000):
             (prompt,) = prompts(model.model, (kind,), 1, self.characters, seed)
             request = self._request(model, prompt, turn)

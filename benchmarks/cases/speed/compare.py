@@ -23,11 +23,10 @@ _LEAST_PROMPT = 16
 
 @dataclass(frozen=True)
 class Compare(Case):
-    """Speed beside llama.cpp: `llamaclust bench` and its `llama-bench` in turns, for models or for types of weights.
+    """Speed compared with llama.cpp: `llamaclust bench` and `llama-bench` in turns, for models or for types of weights.
 
-    A ratio above 1 means that llamaclust is faster. `benchmarks/runner/llama.py` says how llama-bench is built. Of
-    each of --types, a file of random weights is made for the time it is measured.
-    """
+    A ratio above 1 means that llamaclust is faster. `benchmarks/runner/llama.py` says how to build llama-bench. For
+    each of --types, a file of random weights is made and kept while it is measured."""
 
     models: list[Path] = argument("paths of .gguf files", existing, nargs="*")
     llama_bench: Path | None = option(None, "the program of that name", Path)
@@ -74,7 +73,7 @@ class Compare(Case):
 
 
 def facts(quant_type: QuantType) -> str:
-    """Describes bits per weight in the file, and resident bytes relative to the file's."""
+    """Describes a type: bits per weight in the file, and bytes in memory relative to those in the file."""
     info, rows, cols = quant_type.info, 16, 2048
     tiles = _native.PackedMatrix(quant_type, rows, cols).bytes / (rows * info.row_bytes(cols))
     return f"{8 * info.block_bytes / info.block_size:.4g} bits, tiles of {tiles:.2f} of its bytes"

@@ -44,11 +44,10 @@ Step = Callable[[Microbatch, SamplingInputs], Awaitable[Result]]
 
 @dataclass(frozen=True)
 class Hop(Case):
-    """Cost of a hop: microbatches of decode, one at a time, through a stage in this process, one worker and two.
+    """Cost of a hop: decode microbatches, one at a time, through a stage in this process, one worker, or two workers.
 
-    A worker's round trip less the computing time that it reports (`added us`) is what its stream, a Unix socket, and
-    Python add; two workers less one is a hop.
-    """
+    `added us` is a worker's round trip less the computing time that it reports: what its stream (a Unix socket) and
+    Python add. The round trip of two workers less that of one is a hop."""
 
     rounds = 3
     warm = 1

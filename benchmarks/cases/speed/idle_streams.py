@@ -19,7 +19,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.core.errors import LlamaclustError
 
 _FIRST, _LAST = 2000, 2400
-"""Tokens between which time is measured: the other streams are open by then."""
+"""Time is measured between these two tokens of the answer. The other streams are open by then."""
 _AT_ONCE = 250
 _DEADLINE_S = 120.0
 _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "ignore_eos": True}
@@ -27,12 +27,11 @@ _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "
 
 @dataclass(frozen=True)
 class IdleStreams(Case):
-    """The cost of waiting streams: one answer while a thousand other streams are open, and alone.
+    """Cost of waiting streams: one answer while a thousand other streams are open, and one alone.
 
-    The cluster computes one request at a time, so the others wait for their turn, with signs of life. Compared are
-    tokens a second of the same tokens of the answer, and processor time of the coordinator for each; `KiB a stream` is
-    the memory that an open stream takes there.
-    """
+    The cluster computes one request at a time, so the other streams wait, with signs of life. Figures are the tokens a
+    second of the same part of the answer, and the coordinator's processor time for each token. `KiB a stream` is the
+    memory that an open stream takes in the coordinator."""
 
     rounds = 3
     warm = 1
@@ -77,7 +76,7 @@ async def _events(reader: asyncio.StreamReader, count: int) -> None:
 
 @asynccontextmanager
 async def _waiting(api: str, streams: int) -> AsyncIterator[None]:
-    """Keeps streams open meanwhile."""
+    """Keeps this many streams open within the context."""
     room = asyncio.Semaphore(_AT_ONCE)
 
     async def one() -> Connection:

@@ -22,9 +22,9 @@ from llamaclust.kernels.probes import ReadProbe
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 MEMORY_BYTES = 256 << 20
-"""Weights that a measurement of few tokens goes through, several times what caches hold."""
+"""Bytes of weights that a measurement of few tokens reads: several times what caches hold."""
 WORK = 4e9
-"""Multiply-adds that a measurement of many tokens does."""
+"""The number of multiply-adds in a measurement of many tokens."""
 _READ_S, _PEAK_S = 0.2, 0.05
 FAR, NEAR = "far", "near"
 _FEW_TOKENS = 2  # of products that know both ways to prefetch
@@ -46,12 +46,12 @@ _LEVELS = tuple(_native.available_levels())
 
 @dataclass(frozen=True)
 class Kernels(Case):
-    """Speed of the matrix products, beside this machine's own limits measured in the same minute.
+    """Speed of the matrix products, compared with this machine's own limits in the same minute.
 
-    A row a type, shape, level and number of tokens: bytes of weights and multiply-adds a second, and their shares of
-    the read bandwidth and of the multiply-add peak of this CPU (8-bit integers; float32 for float weights). One token
-    should be near the first limit, hundreds near the second. Limits are the means of right before and right after.
-    """
+    A row has a type, shape, level and number of tokens. It shows bytes of weights and multiply-adds a second, and their
+    shares of this CPU's read bandwidth and of its multiply-add peak (8-bit integers; float32 for float weights). One
+    token should be near the first limit, hundreds near the second. Limits are means of two measurements, right before
+    and right after."""
 
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "of weights, or all", types_of)
     shapes: tuple[tuple[int, int], ...] = option(((5632, 2048),), "ROWSxCOLS", listed(shape))
@@ -116,7 +116,7 @@ class Kernel:
 def matrices_of(
     tile_type: QuantType, rows: int, cols: int, quant_type: QuantType, least_bytes: int = MEMORY_BYTES
 ) -> list[_native.PackedMatrix]:
-    """Makes enough matrices that no cache serves them; they hold the same weights, each in its own place."""
+    """Makes so many matrices that caches cannot hold them. All have the same weights, each in its own memory."""
     data = np.frombuffer(random_matrix(np.random.default_rng(0), quant_type, (rows, cols)), np.uint8)
     matrices = []
     for _ in range(max(1, least_bytes // len(data))):

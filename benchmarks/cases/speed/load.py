@@ -19,12 +19,11 @@ from runner.options import existing, positive
 
 @dataclass(frozen=True)
 class Load(Case):
-    """Time until a model is ready and peak memory, from its file and from packed layers.
+    """Time until a model is ready and peak memory, for loads from its file and from packed layers.
 
-    Each load runs in a process of its own, with the files in the page cache. `ready` is from opening the file to a
-    stage that could run, `process` from the start of Python. `limit` of the peak of resident memory, after a prefill,
-    is 1.10 of the weights held, plus KV memory, plus 150 MiB. "copied" has the packed layers in small pages.
-    """
+    Each load runs in its own process, with the files in the page cache. `ready` is the time from opening the file to a
+    stage that could run, `process` that from the start of Python. `limit` bounds the peak of resident memory after a
+    prefill: 1.10 of the weights held, plus KV memory, plus 150 MiB. "copied" has the packed layers in small pages."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)

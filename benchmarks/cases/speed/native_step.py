@@ -39,7 +39,7 @@ KINDS: Final[Mapping[str, Callable[[Chunk, int], Chunk]]] = {
 
 
 class Step:
-    """Microbatch 1, of `rows` sequences that follow microbatch 0."""
+    """The messages of microbatch 1, in which `rows` sequences continue from microbatch 0."""
 
     def __init__(self, rows: int, kind: str) -> None:
         blocks = _LIMITS.max_context_tokens // 16
@@ -110,12 +110,11 @@ class Step:
 
 @dataclass(frozen=True)
 class NativeStep(Case):
-    """A step beside its computing: messages of one decode step, written by the coordinator and read by a stage.
+    """Cost of a decode step besides its computing: its messages, written by the coordinator and read by a stage.
 
-    Microseconds of a call in a loop, where the caches hold all of it. A microbatch follows another one whose tokens
-    are filled in, in a model 576 wide; rows are sampled from 32 words. Beside plain rows are those with states, with
-    adapters, with drafts of a head and with matchers, whose own work is not counted.
-    """
+    Figures are microseconds of a call in a loop, where the caches hold everything. The microbatch follows another one,
+    whose tokens are filled in. The model is 576 wide, and rows are sampled from 32 words. Rows are plain, or have
+    states, adapters, drafts of a head or matchers; the matchers' own work is not counted."""
 
     rounds = 9
     rows: tuple[int, ...] = option((1, 8), "of a microbatch", listed(positive))

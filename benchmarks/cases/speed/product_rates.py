@@ -26,9 +26,8 @@ _RUN_S, _PEAK_S = 0.02, 0.02
 class ProductRates(Case):
     """Rates of products by type, relative to the 8-bit peak: the table of cluster/planner/product_times.py.
 
-    Weights lie in the core's own cache, one thread. With one row, a weight takes the time of `decode_macs` 8-bit
-    multiply-accumulates and of one product; with many rows, products run at `peak_share` of the peak.
-    """
+    Weights lie in the core's own cache; one thread computes. With one row, a weight takes the time of one product and
+    of `decode_macs` 8-bit multiply-accumulates. With many rows, products run at `peak_share` of the peak."""
 
     rounds = 7
     types: tuple[QuantType, ...] = option(tuple(LAYOUTS), "of weights, or all", types_of)

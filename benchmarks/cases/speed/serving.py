@@ -38,11 +38,10 @@ class Served:
 
 @dataclass(frozen=True)
 class Serving(Case):
-    """Many streams for a minute beside llama.cpp's server: tokens a second, first tokens, errors.
+    """Many streams for a minute, compared with llama.cpp's server: tokens a second, first tokens, errors.
 
     Each stream sends its next chat when the last one has ended; prompts differ from their first word on. Both servers
-    are there all the time, one of them idle. A ratio of `tok/s` above 1 means that llamaclust is faster.
-    """
+    run all the time, but one of them is idle. A ratio of `tok/s` above 1 means that llamaclust is faster."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)
@@ -68,7 +67,7 @@ class Serving(Case):
                 yield Group(f"{streams} streams", {name: partial(self._offer, apis[name], streams) for name in apis})
 
     async def _offer(self, api: str, streams: int, turn: int) -> Measures:
-        """Runs streams until the time is up; running ones are cut off then, and their events so far count as tokens."""
+        """Runs streams until the time is up, then cancels them. Each event of a cancelled answer counts as a token."""
         found, begun_s = Served(), time.monotonic()
         tasks = [asyncio.create_task(self._stream(api, Random(f"{turn} {n}"), found)) for n in range(streams)]
         await asyncio.sleep(self.seconds)
@@ -117,7 +116,7 @@ class Serving(Case):
 
 @asynccontextmanager
 async def _llama_server(program: Path, model: Path, threads: int, slots: int, context: int) -> AsyncIterator[str]:
-    """Yields the server's address, when it is ready."""
+    """Starts llama.cpp's server. Yields its address when it is ready."""
     port = free_port()
     words = ["-m", str(model), "--host", "127.0.0.1", "--port", str(port), "-t", str(threads), "-np", str(slots)]
     words += ["-c", str(context * slots), "--no-webui"]

@@ -27,12 +27,12 @@ _GOALS = {"alone tok/s": ">= 0.93 (1.1B: 0.985)", "prefill s": "<= 0.53", "of 8 
 
 @dataclass(frozen=True)
 class Split(Case):
-    """Cost and gain of a split: two workers of one thread each beside one worker of one thread.
+    """Cost and gain of a split: two workers of one thread each, compared with one worker of one thread.
 
-    Decode of one request, prefill of 8 prompts of 512 tokens, decode of 8 requests together, also as a share of the
-    bound that the stages' computing times give at the size of microbatches that was chosen; `beside ms`: of a token of
-    these 8, the workers' processor time less their computing. A turn takes half a minute with a model of 135M.
-    """
+    Measured are decode of one request, prefill of 8 prompts of 512 tokens, and decode of 8 requests together. `of
+    bound` is the share of the bound that follows from the stages' computing times at the chosen size of microbatches.
+    `beside ms` is the workers' processor time for a token of these 8, less their computing. A turn takes half a minute
+    with a model of 135M."""
 
     warm = 1
     model: Path = argument("path of a .gguf", existing)
@@ -73,12 +73,12 @@ async def _together_s(cluster: Cluster, requested: Sequence[tuple[int, ...]], to
 
 
 def _workers_s(cluster: Cluster) -> float:
-    """Returns processor time of all workers, which have one compute thread each."""
+    """Returns the processor time of all workers in seconds."""
     return sum(processor_s(psutil.Process(worker.registration.pid)) for worker in cluster.registry.present.values())
 
 
 def _difference(before: Sequence[StageReport], after: Sequence[StageReport]) -> tuple[float, tuple[float, ...]]:
-    """Returns mean rows of a microbatch and mean compute times by stage between two reports."""
+    """Returns the mean rows of a microbatch and the mean compute ms of each stage, between two reports."""
     count = after[0].microbatches - before[0].microbatches
     pairs = zip(before, after, strict=True)
     times = (b.compute_ms * b.microbatches - a.compute_ms * a.microbatches for a, b in pairs)

@@ -25,11 +25,10 @@ _DEADLINE_S = 300
 
 @dataclass(frozen=True)
 class Streaming(Case):
-    """Overhead of streaming by HTTP: answers that curl reads beside `llamaclust bench` with as many sequences.
+    """Overhead of streaming by HTTP: answers read by curl, compared with `llamaclust bench` with as many sequences.
 
-    The cluster has one worker. `tok/s` is by the coordinator's clock, `client tok/s` from the requests to curl's end,
-    and `coordinator ms` the processor time of the coordinator for a token.
-    """
+    The cluster has one worker. `tok/s` is by the coordinator's clock. `client tok/s` is over the time from the requests
+    to curl's end. `coordinator ms` is the coordinator's processor time for a token."""
 
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
     threads: int = option(2, "of the worker", positive)
@@ -52,7 +51,7 @@ class Streaming(Case):
         return {"tok/s": speed, "client tok/s": speed}
 
     async def _curl(self, bench: Bench, streams: int, turn: int) -> Measures:
-        """Streams from one curl, which writes each into a file."""
+        """Reads all answers with one curl, which writes each into a file."""
         with TemporaryDirectory(prefix="llamaclust-") as folder:
             paths = [Path(folder) / str(number) for number in range(streams)]
             command = [
@@ -81,7 +80,8 @@ class Streaming(Case):
         return [*words, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
 
     def _decode_tok_s(self, path: Path) -> float:
-        """Returns the speed of one answer by the coordinator's clock. LlamaclustError if the answer is incomplete."""
+        """Returns the speed of one answer by the coordinator's clock. Raises LlamaclustError if the answer is
+        incomplete."""
         timings, usage = None, None
         for line in path.read_bytes().splitlines():
             if line.startswith(b"data: {"):

@@ -35,11 +35,11 @@ PERSON = definitions.of_schema(
 
 @dataclass(frozen=True)
 class Structured(Case):
-    """The cost and the savings of grammars: one model in this process, with and without a grammar.
+    """Cost and savings of grammars: one model in this process, with and without a grammar.
 
-    A token under grammars that any text or any list obeys beside a free one, at 1 and at 16 streams; a JSON object by
-    a schema beside free text, whose forced tokens are computed together.
-    """
+    The cost: a token under a grammar that allows any text or any list, compared with a free token, at 1 and at 16
+    streams. The savings: a JSON object under a schema, whose forced tokens are computed together, compared with free
+    text."""
 
     rounds = 7
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
@@ -71,7 +71,7 @@ class Structured(Case):
     async def _answers(
         self, service: TextService, streams: int, tokens: int, grammar: Grammar | None, *, may_end: bool
     ) -> Measures:
-        """Measures answers from the first token of the last one to start; processor time includes prompts."""
+        """Measures answers from the moment when all have their first token. Processor time includes the prompts."""
         request = CompletionRequest("A person, described in JSON:\n", tokens, grammar=grammar, ignore_eos=not may_end)
         started, began_s = list[float](), process_time()
         requests = (replace(request, seed=number) for number in range(streams))

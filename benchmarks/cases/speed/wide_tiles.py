@@ -23,10 +23,10 @@ _READ_S = 0.1
 
 @dataclass(frozen=True)
 class WideTiles(Case):
-    """Products with weights in wider tiles (`WIDER_TILES`) beside those in tiles of their own type.
+    """Products with weights in wider tiles (`WIDER_TILES`), compared with those in tiles of their own type.
 
-    Time of a product, and the share of this machine's read bandwidth at which it reads. Both have the same bits.
-    """
+    Figures are the time of a product, and the share of this machine's read bandwidth at which it reads. Both have the
+    same bits."""
 
     rounds = 9
     tokens: tuple[int, ...] = option((1, 8), "rows of activations", listed(positive))
@@ -45,7 +45,7 @@ class WideTiles(Case):
                 )
 
     async def _measure(self, matrices: list[_native.PackedMatrix], x: NDArray[np.float32], turn: int) -> Measures:
-        """Measures one row with the faster way to prefetch."""
+        """Measures the product. With one row, the faster way to prefetch counts."""
         level, ways = _native.available_levels()[-1], (False, True) if len(x) == 1 else (False,)
         bits = _native.matmul(level, matrices[0], x, self.threads).tobytes()
         used = list(islice(cycle(matrices), max(1, int(WORK // (len(bits) // 4 * _COLUMNS)))))

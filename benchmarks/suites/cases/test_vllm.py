@@ -1,4 +1,4 @@
-"""The client of `vllm bench serve`, out of vLLM's source package: a minute of 16 and of 64 concurrent streams."""
+"""The client of `vllm bench serve`, from vLLM's source package: a minute of 16 and of 64 concurrent streams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of clients: whole answers and streams, for asyncio, and synchronous on a thread of their own."""
+"""The interfaces of clients, which give whole answers or streams: for asyncio, or synchronous with an own thread."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 _Opened = TypeVar("_Opened")
 WholeT = TypeVar("WholeT")
-"""The type that a call without `stream=True` returns."""
+"""The return type of a call without `stream=True`."""
 StreamT = TypeVar("StreamT")
-"""The type that a call with `stream=True` returns."""
+"""The return type of a call with `stream=True`."""
 
 Chunks = AsyncGenerator[TextChunk, None]
 
 
 class ChunkStream(Iterator[TextChunk]):
-    """The chunks of an answer as they come; the request is sent with the first. Closing it, leaving `with` and dropping
-    it end the request."""
+    """The chunks of an answer as they arrive. The request is sent when the first chunk is read. The request ends
+    when the stream is closed or dropped, or its `with` block is left."""
 
     def __init__(self, chunks: Generator[TextChunk, None, None]) -> None:
         self._chunks = chunks
@@ -60,7 +60,7 @@ class ChunkStream(Iterator[TextChunk]):
 
 
 class AsyncChunkStream(AsyncIterator[TextChunk]):
-    """`ChunkStream` for `async for` and `async with`."""
+    """A `ChunkStream` for `async for` and `async with`."""
 
     def __init__(self, chunks: Chunks) -> None:
         self._chunks = chunks
@@ -69,7 +69,7 @@ class AsyncChunkStream(AsyncIterator[TextChunk]):
         return await anext(self._chunks)
 
     def __await__(self) -> Generator[None, None, Self]:
-        """Returns itself: other clients want their streams awaited."""
+        """Returns the stream itself, because other clients require that a stream is awaited."""
         yield from ()
         return self
 
@@ -86,9 +86,8 @@ class AsyncChunkStream(AsyncIterator[TextChunk]):
 class TextCalls(ABC, Generic[WholeT, StreamT]):
     """Completes prompts and answers chats.
 
-    Every call raises the server's errors as LlamaclustError of the matching kind: RequestError for a request that is
-    refused, QueueFullError, RequestFailedError, WorkerError, DeadlineError.
-    """
+    Every call raises the server's errors as LlamaclustError of the matching kind: RequestError for a refused
+    request, QueueFullError, RequestFailedError, WorkerError, DeadlineError."""
 
     @overload
     def generate(
@@ -99,7 +98,7 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
     def generate(
         self, prompt: Prompt, *, stream: bool = False, **options: Unpack[CompletionOptions]
     ) -> WholeT | StreamT:
-        """Completes a text or token ids."""
+        """Completes a prompt, which is a text or token ids."""
         return self.deliver(self.chunks(COMPLETIONS, completion_body(prompt, options)), stream=stream)
 
     @overload
@@ -111,12 +110,12 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
     def chat(
         self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
     ) -> WholeT | StreamT:
-        """Answers the last message, as the model's chat template writes them."""
+        """Answers a chat. The model's chat template makes the prompt from the messages."""
         return self.deliver(self.chunks(CHAT, chat_body(messages, options)), stream=stream)
 
     @abstractmethod
     def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
-        """Yields the answer to a body of an HTTP path."""
+        """Yields the answer to a request with this body at an HTTP path."""
 
     @abstractmethod
     def deliver(self, chunks: Chunks, *, stream: bool) -> WholeT | StreamT:
@@ -124,20 +123,20 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
 
 
 class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]):
-    """`TextClient` for asyncio: `await client.generate(...)`, or `async for` over what it gives with `stream=True`."""
+    """A `TextClient` for asyncio: `await client.generate(...)`, or `async for` over its result with `stream=True`."""
 
     def deliver(self, chunks: Chunks, *, stream: bool) -> Coroutine[None, None, Answer] | AsyncChunkStream:
         return AsyncChunkStream(chunks) if stream else _joined(chunks)
 
     async def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """Returns what `TextClient.embed` returns."""
+        """Returns embeddings like `TextClient.embed`."""
         if isinstance(prompts, str):
             raise TypeError("prompts is a text: give a list of prompts")
         return await self._embed(embedding_body(prompts, options)) if prompts else []
 
     @abstractmethod
     async def _embed(self, body: dict[str, Any]) -> list[Vector]:
-        """Sends a body of `POST /v1/embeddings`."""
+        """Returns the embeddings for a body of `POST /v1/embeddings`."""
 
     @abstractmethod
     async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
@@ -149,11 +148,11 @@ class AsyncTextClient(TextCalls[Coroutine[None, None, Answer], AsyncChunkStream]
 
     @abstractmethod
     async def chat_sampling(self) -> Options:
-        """Returns what `TextClient.chat_sampling` returns."""
+        """Returns sampling options like `TextClient.chat_sampling`."""
 
     @abstractmethod
     async def aclose(self) -> None:
-        """Releases what the client holds."""
+        """Releases the client's resources."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -170,8 +169,7 @@ class LoopThread(Generic[_Opened]):
     """Opens a resource in the event loop of a new thread, and keeps it open there."""
 
     def __init__(self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
-        """Returns when the resource is open; raises what opening it raises. An interrupt meanwhile ends the thread
-        first."""
+        """Returns when the resource is open, or raises the error of opening it. An interrupt ends the thread first."""
         self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
         self._calls: set[Future[Any]] = set()
         self._streams: set[Callable[[], Coroutine[Any, Any, None]]] = set()  # each closes one that is read
@@ -190,7 +188,7 @@ class LoopThread(Generic[_Opened]):
             raise
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop; an interrupt of the caller cancels it. Raises LlamaclustError once it is closed."""
+        """Runs `work` in the loop. An interrupt of the caller cancels it. Raises LlamaclustError once it is closed."""
         with self._lock:
             if self._is_closed:
                 work.close()
@@ -206,7 +204,7 @@ class LoopThread(Generic[_Opened]):
             self._calls.discard(future)
 
     def each(self, values: AsyncGenerator[_Value, None]) -> Generator[_Value, None, None]:
-        """Yields the values as they come. Its end closes `values`; the thread's end closes all of them."""
+        """Yields the values as they arrive. The end of the generator, or of the thread, closes `values`."""
         stepping = asyncio.Lock()  # a step that was interrupted ends before they are closed
 
         async def step() -> _Value | None:
@@ -230,7 +228,7 @@ class LoopThread(Generic[_Opened]):
                     self.call(close())
 
     def close(self) -> None:
-        """Ends what still runs, closes the resource and waits for its end."""
+        """Cancels running calls, closes the resource and waits for the thread's end."""
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -261,8 +259,8 @@ class LoopThread(Generic[_Opened]):
 
 
 class TextClient(TextCalls[Answer, ChunkStream]):
-    """Completes prompts and answers chats, from any thread, by an asynchronous client on a thread of its own. It is
-    closed where `with` is left."""
+    """Completes prompts and answers chats, from any thread. It runs an asynchronous client on a thread of its own.
+    Leaving `with` closes the client."""
 
     def __init__(self, open_client: Callable[[], AbstractAsyncContextManager[AsyncTextClient]]) -> None:
         self._thread = LoopThread(open_client)
@@ -277,11 +275,11 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         return ChunkStream(given) if stream else join(given)
 
     def embed(self, prompts: Sequence[Prompt], **options: Unpack[EmbeddingOptions]) -> list[Vector]:
-        """Returns embeddings of texts or token ids, in their order: [embedding], of Euclidean norm 1."""
+        """Returns the embeddings of texts or token ids, in their order: arrays [embedding] of Euclidean norm 1."""
         return self._thread.call(self._client.embed(prompts, **options))
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
-        """Returns the token ids of a text, with BOS where the model wants it unless `add_special` is false."""
+        """Returns the token ids of a text. If the model wants BOS, it is included unless `add_special` is false."""
         return self._thread.call(self._client.tokenize(text, add_special))
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -289,12 +287,12 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         return self._thread.call(self._client.detokenize(ids))
 
     def chat_sampling(self) -> Options:
-        """Returns the sampling options of a chat for which the user chose nothing: what the cluster file or the model
-        file recommends, or else the values of `llamaclust chat`. Pass them to `chat`, whose own default is greedy."""
+        """Returns sampling options for a chat whose user chose none: those that the cluster file or the model file
+        recommends, or else those of `llamaclust chat`. Pass them to `chat`, which is greedy by default."""
         return self._thread.call(self._client.chat_sampling())
 
     def close(self) -> None:
-        """Ends what still runs and releases what the client holds."""
+        """Ends running calls and releases the client's resources."""
         self._closed()
 
     def __enter__(self) -> Self:

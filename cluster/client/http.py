@@ -1,5 +1,4 @@
-"""Clients of the HTTP API. A streamed request goes on where its connection breaks, also on a coordinator that was
-started again."""
+"""Clients of the HTTP API. A streamed request whose connection breaks is resumed, even on a restarted coordinator."""
 
 from __future__ import annotations
 
@@ -45,22 +44,21 @@ _IDLE_S = 60.0
 _STREAMED = {"stream": True, "return_token_ids": True}
 _CANCEL_S = 2.0
 _EMBED_S = 600.0
-"""Nothing of a reply with embeddings comes before its end."""
+"""The read timeout of embeddings: no byte of such a reply arrives before its end."""
 _RESUME_S = 120.0
-"""The time from the loss of a connection to an error, as long as a cluster waits for a worker (`timeouts.recovery`)."""
+"""The time from the loss of a connection to an error. A cluster waits as long for a worker (`timeouts.recovery`)."""
 _MOST_S = 600.0
-"""The time from the last event to an error, however often the server answers: coordinators may end faster than they
-compute again what they had sent."""
+"""The time from the last event to an error, however often the server answers. A coordinator that ends again and
+again may never catch up with what it had sent."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
-"""A stream that is silent for so long is taken for lost: the server sends a comment every 5 s where it has nothing
-else.
-A machine that lost its power closes no connection."""
+"""The silence after which a stream counts as lost: the server sends at least a comment every 5 s, and a machine that
+loses power closes no connection."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
 
 
 class AsyncClient(AsyncTextClient):
-    """`Client` for asyncio: `await client.generate(...)`, or `async for` over what it gives with `stream=True`."""
+    """A `Client` for asyncio: `await client.generate(...)`, or `async for` over its result with `stream=True`."""
 
     def __init__(
         self,
@@ -90,7 +88,7 @@ class AsyncClient(AsyncTextClient):
         return sampling_options(entry.get("chat_sampling", {}))  # servers of other programs have none
 
     async def check_model(self) -> None:
-        """Raises RequestError, which names the served models, if the one that was given is not among them."""
+        """Raises RequestError, which lists the served models, if the client's model is not one of them."""
         if self._model is not None:
             await self._request("GET", f"v1/models/{quote(self._model, safe='')}")
 
@@ -98,7 +96,7 @@ class AsyncClient(AsyncTextClient):
         await self._http.aclose()
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Yields the events of a streamed request with their ids; a connection that breaks is resumed."""
+        """Yields the events of a streamed request, each after its id. A broken connection is resumed."""
         stream, content = ResumableStream(self._http.base_url), self._encoded({**body, **_STREAMED})
         try:
             while not stream.is_done:
@@ -130,7 +128,6 @@ class AsyncClient(AsyncTextClient):
     async def _request(
         self, method: str, path: str, body: dict[str, Any] | None = None, timeout: httpx.Timeout | None = None
     ) -> bytes:
-        """Returns the body of a whole reply."""
         content = None if body is None else self._encoded(body)
         try:
             reply = await self._http.request(method, path, content=content, timeout=timeout or self._http.timeout)
@@ -145,10 +142,9 @@ class AsyncClient(AsyncTextClient):
 
 
 class Client(TextClient):
-    """A client of a cluster's HTTP API. `timeout`: seconds without a sign of life after which a call fails.
+    """A client of a cluster's HTTP API. `timeout`: seconds of silence after which a call fails.
 
-    Proxies of the environment are used, but never to this machine itself.
-    """
+    Proxies of the environment are used, but not for this machine itself."""
 
     _client: AsyncClient
 
@@ -161,11 +157,9 @@ class Client(TextClient):
         verify: Verify = None,
         model: str | None = None,
     ) -> None:
-        """`verify`: a PEM file of certificates to trust, or a context, for addresses of other machines. `model`: one of
-        the served models or adapters; None: the first model.
-
-        Raises UsageError for what is not the address of an HTTP server, and for a file that cannot be used. Connects
-        with the first call."""
+        """Connects at the first call. `verify`: a PEM file of certificates to trust, or an SSL context, for other
+        machines. `model`: a served model or adapter; None: the first model. Raises UsageError for an invalid address
+        of an HTTP server, and for a file that cannot be used."""
         client = AsyncClient(base_url, api_key, timeout=timeout, verify=verify, model=model)
         super().__init__(lambda: client)
 
@@ -176,8 +170,8 @@ class Client(TextClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> LocalClient:
-        """Loads a model file in this process. Arguments and errors are those of `LocalClient`; the model is given by
-        its path or, as text, as for the commands' `--model`."""
+        """Loads a model file in this process. `model` is a path, or a text as for the commands' `--model`. The other
+        arguments and the errors are those of `LocalClient`."""
         from llamaclust.cluster.client.local import LocalClient
         from llamaclust.cluster.config.catalog import resolve_model
 
@@ -185,17 +179,17 @@ class Client(TextClient):
         return LocalClient(file, threads, feature_level, settings)
 
     def check_model(self) -> None:
-        """Raises RequestError, which names the served models, if the one that was given is not among them."""
+        """Raises RequestError, which lists the served models, if the client's model is not one of them."""
         self._thread.call(self._client.check_model())
 
 
 class CutShortError(ProtocolError):
-    """Error of a stream that has no end."""
+    """The error of a stream that breaks off before its end."""
 
 
 class ResumableStream:
-    """The server-sent events of one request over all its connections; the caller sends and sleeps. Each time, the
-    request has the same idempotency key and the id of the last event: the server answers with the events after it."""
+    """The server-sent events of one request over all its connections; the caller sends and sleeps. Each attempt has
+    the same idempotency key and the id of the last event, after which the server continues."""
 
     def __init__(self, url: httpx.URL) -> None:
         self.is_done = False
@@ -217,16 +211,16 @@ class ResumableStream:
 
     @property
     def cancel_path(self) -> str:
-        """The path to DELETE if the answer is not wanted any more."""
+        """The path of a DELETE request, for an answer that is not wanted any more."""
         return f"v1/streams/{self._key}"
 
     @property
     def must_cancel(self) -> bool:
-        """True also before a reply begins: the server may have the request already."""
+        """True even before a reply begins, because the server may have the request already."""
         return not (self._has_failed or self.is_done)
 
     def opened(self, reply: httpx.Response, body: bytes) -> None:
-        """Takes the head of a reply, and the body of one that is an error, which is raised."""
+        """Reads the head of a reply. Raises the error that a reply other than 200 reports in `body`."""
         if reply.status_code != httpx.codes.OK:
             raise reply_error(reply.status_code, reply.headers.get("retry-after"), body)
         self._was_taken = reply.headers.get("content-type", "").startswith("text/event-stream")
@@ -234,7 +228,7 @@ class ResumableStream:
         self._parts.clear()
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """Yields the events that are complete with `data`. Raises the error that the server reports in one."""
+        """Yields the events that `data` completes. Raises an error that the server reports as an event."""
         self._lost_s, self._silent_s, self._attempts = None, None, 0
         *lines, rest = data.split(b"\n")
         for line in lines:
@@ -260,12 +254,12 @@ class ResumableStream:
         return event
 
     def ended(self) -> None:
-        """Raises CutShortError if the connection ended before the stream."""
+        """Raises CutShortError if the connection ended before the stream did."""
         if not self.is_done:
             raise CutShortError("the server ended the answer before it was complete")
 
     def pause_s(self, error: httpx.HTTPError | LlamaclustError) -> float:
-        """Returns the pause before the request is sent again; raises the error where that would not help."""
+        """Returns the pause before the request is sent again. Raises the error if another attempt would not help."""
         is_own = isinstance(error, LlamaclustError)
         final = error if isinstance(error, LlamaclustError) else unreachable(self._url, error)
         if not (self._was_taken and _may_pass(error)):
@@ -287,7 +281,7 @@ def _may_pass(error: httpx.HTTPError | LlamaclustError) -> bool:
 
 
 def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
-    """Returns the error of a server that does not answer, or not to the end."""
+    """Returns the error for a server that does not answer, or not completely."""
     where, reason = str(url).rstrip("/"), _reason(error)
     is_broken = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
     what = "ended the connection in the middle of an answer" if is_broken else "does not answer"
@@ -296,7 +290,7 @@ def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
 
 
 def _reason(error: httpx.HTTPError) -> str:
-    """Returns the system's own words, which asyncio and its streams wrap."""
+    """Returns the operating system's reason, which asyncio and its streams wrap in other errors."""
     inner: BaseException | None = error
     while inner is not None:
         cause = inner

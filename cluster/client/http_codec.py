@@ -1,4 +1,4 @@
-"""Forms of requests and replies: options and the bodies they make, events as chunks, errors. Knows no connection."""
+"""Encodes options and bodies of requests; decodes events and errors of replies. It has no connection."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.text.embedder import Vector
 
 COMPLETIONS, CHAT = "v1/completions", "v1/chat/completions"
-"""Paths of requests."""
 _Value = TypeVar("_Value")
 _SHOWN_BYTES = 300
 _UNAUTHORIZED = 401
@@ -48,7 +47,7 @@ _KINDS: dict[Any, type[LlamaclustError]] = {
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
 _EVENTS: dict[str, Callable[[str], AnswerEvent]] = {"reasoning_content": ReasoningText, "content": ContentText}
-"""The events that parts of a chat's delta mean, in their order."""
+"""The events that parts of a chat's delta mean, in the order in which they occur."""
 
 Message = Mapping[str, Any]
 """One message of a chat: {"role": "user", "content": "Hello"}."""
@@ -56,8 +55,8 @@ Prompt = str | Sequence[int]
 
 
 class AnswerOptions(TypedDict, total=False):
-    """Options of an answer. What is left out or None has the defaults of `/v1/completions` and `/v1/chat/completions`,
-    except that the likeliest token is taken each time, until the model ends its answer."""
+    """Options of an answer. Absent options and None mean the defaults of `/v1/completions` and
+    `/v1/chat/completions`, except that decoding is greedy and lasts until the model ends its answer."""
 
     max_tokens: int | None  # None, the default: until the context is full; 0: nothing is chosen
     temperature: float  # 0.0, the default, chooses the likeliest token
@@ -106,13 +105,13 @@ class Options(AnswerOptions, total=False):
 
 
 class CompletionOptions(AnswerOptions, total=False):
-    """Options of a prompt that is completed as it is."""
+    """Options of a prompt that is completed as it is, without a chat template."""
 
     score_from: int | None  # the prompt's tokens [max(score_from, 1), end) get logprobs; None, the default: none
 
 
 class EmbeddingOptions(TypedDict, total=False):
-    """Options of embeddings. What is left out has the defaults of `/v1/embeddings`."""
+    """Options of embeddings. Absent ones mean the defaults of `/v1/embeddings`."""
 
     pooling: Literal["mean", "cls", "last"] | None  # None, the default: as the model file says, else "last"
     dimensions: int | None  # leading channels to keep; None, the default: all
@@ -141,7 +140,7 @@ def _answer_fields(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
 
 
 def _fields(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """Returns the options that are not None. Raises TypeError for one that `kind` has not."""
+    """Returns the options that are not None. Raises TypeError for one that `kind` does not define."""
     if unknown := options.keys() - kind.__annotations__.keys():
         from llamaclust.cluster.config.errors import hint
 
@@ -157,14 +156,14 @@ def _json(value: Any) -> Any:
 
 
 def sampling_options(given: Mapping[str, Any]) -> Options:
-    """Returns options from the field `chat_sampling` of a model in `GET /v1/models`."""
+    """Converts the field `chat_sampling` of a model in `GET /v1/models` to options."""
     window = given.get("repeat_last_n", -1)
     found = {**given, "penalty_window": None if window == -1 else window}
     return {name: value for name, value in found.items() if name in Options.__annotations__ and value is not None}  # type: ignore[return-value]
 
 
 class ChunkReader:
-    """Reads events of one answer as chunks. Raises ProtocolError for events that this API would not send."""
+    """Converts the events of one answer to chunks. Raises ProtocolError for events that this API would not send."""
 
     def __init__(self) -> None:
         self._prompt: tuple[int, ...] = ()
@@ -182,8 +181,8 @@ class ChunkReader:
             raise _foreign(json.dumps(event).encode()) from error
 
     def _chunk(self, choice: Mapping[str, Any]) -> TextChunk:
-        """Reads a part of a completion or, with a delta, of a chat's answer, which has no calls: clients send no
-        tools."""
+        """Reads a part of a completion, or of a chat's answer if it has a delta. There are no tool calls, since
+        clients send no tools."""
         ids, logprobs = choice["token_ids"], _logprobs(choice)
         of_prompt = max(0, len(logprobs) - len(ids))
         start, self._scored = self._scored, self._scored + of_prompt
@@ -199,7 +198,7 @@ class ChunkReader:
 
 
 def _logprobs(choice: Mapping[str, Any]) -> Sequence[float]:
-    """Returns the logprobs of a part of a chat's answer, or of a completion's prompt and answer."""
+    """Returns the logprobs of a part: of a chat's answer, or of a completion's prompt and answer."""
     logprobs = choice["logprobs"] or {}
     if "content" in logprobs:
         return [entry["logprob"] for entry in logprobs["content"]]
@@ -220,7 +219,7 @@ def _ending(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """Returns the body as JSON. Raises RequestError for a value that JSON cannot say."""
+    """Returns the body as JSON. Raises RequestError for a value that JSON cannot express."""
     try:
         return json.dumps(body, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
@@ -228,7 +227,7 @@ def encode(body: Mapping[str, Any]) -> bytes:
 
 
 def json_object(payload: bytes) -> dict[str, Any]:
-    """Parses what a server sent. Raises ProtocolError if that is not a JSON object."""
+    """Parses a JSON object that a server sent. Raises ProtocolError for anything else."""
     try:
         value = json.loads(payload)
     except ValueError as error:
@@ -239,7 +238,7 @@ def json_object(payload: bytes) -> dict[str, Any]:
 
 
 def field_of(body: bytes, name: str, kind: type[_Value]) -> _Value:
-    """Returns one field of a JSON object. Raises ProtocolError if it is not there or of another type."""
+    """Returns one field of a JSON object. Raises ProtocolError if it is absent or has another type."""
     value = json_object(body).get(name)
     if not isinstance(value, kind):
         raise _foreign(body)
@@ -247,7 +246,7 @@ def field_of(body: bytes, name: str, kind: type[_Value]) -> _Value:
 
 
 def vectors_of(body: bytes) -> list[Vector]:
-    """Returns the embeddings of a reply. Raises ProtocolError if it has none."""
+    """Returns the embeddings in a reply. Raises ProtocolError for another reply."""
     import numpy as np  # commands that embed nothing start without it
 
     try:
@@ -258,7 +257,7 @@ def vectors_of(body: bytes) -> list[Vector]:
 
 
 def reply_error(status: int, retry_after: str | None, body: bytes) -> LlamaclustError:
-    """Returns the error that a reply other than 200 reports."""
+    """Returns the error that a reply with another status than 200 reports."""
     try:
         report = json_object(body)["error"]
     except (ProtocolError, KeyError):
@@ -267,7 +266,7 @@ def reply_error(status: int, retry_after: str | None, body: bytes) -> Llamaclust
 
 
 def reported_error(report: Any, status: int | None = None, retry_after: str | None = None) -> LlamaclustError:
-    """Returns the server's error as one of ours, with its message, code and status."""
+    """Converts an error that the server reports to one of ours, with its message, code and status."""
     report = report if isinstance(report, dict) else {"message": str(report)}
     message, code = str(report.get("message") or "no message"), report.get("code")
     if status == _UNAUTHORIZED:

@@ -1,4 +1,4 @@
-"""Clients of a text service in this process, and of a model that is loaded for one."""
+"""Clients without a server: of a text service in this process, and of a model that is loaded for one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
 
 
 class AsyncServiceClient(AsyncTextClient):
-    """A client of a text service in this process, with the options of HTTP, read by the same rules."""
+    """A client of a text service in this process. Its options are those of HTTP, read by the same rules."""
 
     def __init__(self, service: TextService) -> None:
         self.service = service
@@ -62,11 +62,11 @@ class AsyncServiceClient(AsyncTextClient):
             return [vector for embedding in embeddings for vector in embedding.vectors]
 
     async def aclose(self) -> None:
-        """Its owner closes the service."""
+        """Does nothing, because the service's owner closes it."""
 
 
 class ServiceClient(TextClient):
-    """A client of a service that is open as long as the client."""
+    """A client with a service of its own, which is open as long as the client."""
 
     _client: AsyncServiceClient
 
@@ -80,8 +80,8 @@ class ServiceClient(TextClient):
 
 
 class LocalClient(ServiceClient):
-    """A client without a server. `threads`: all cores by default; `feature_level`: the best there is, or what
-    LLAMACLUST_FEATURE_LEVEL says."""
+    """A client that loads a model instead of calling a server. `threads`: by default all cores. `feature_level`: by
+    default LLAMACLUST_FEATURE_LEVEL, or else the best of this machine."""
 
     def __init__(
         self,
@@ -96,27 +96,26 @@ class LocalClient(ServiceClient):
 
     @property
     def feature_level(self) -> str:
-        """The feature level of the kernels."""
         return self._stage.feature_level
 
     @property
     def placement(self) -> str:
-        """The number of layers on GPUs, and which they are; "" without GPUs."""
+        """The number of layers on GPUs, with the names of these GPUs; an empty text without GPUs."""
         return self._stage.placement
 
     @property
     def vocabulary_size(self) -> int:
-        """The number of logits of a token."""
+        """The number of logits per token."""
         return self._stage.scheduling.vocabulary
 
     def logits(self, token_ids: Sequence[int]) -> Float32:
-        """Returns what the model says after each token, float32 [tokens, vocabulary]. Raises RequestError for ids it
-        does not have, none, or more than the context."""
+        """Returns the logits after each token, float32 [tokens, vocabulary]. Raises RequestError for unknown ids,
+        for no ids, and for more ids than the context holds."""
         parts: list[Float32] = []
         self.each_logits(token_ids, 0, lambda part: parts.append(part.copy()))
         return np.concatenate(parts)
 
     def each_logits(self, token_ids: Sequence[int], start: int, use: Callable[[Float32], None]) -> None:
-        """Gives `use` the rows of tokens [start, end), some at a time, in order; they are its until it returns. Errors
-        are those of `logits`."""
+        """Passes the logits of tokens [start, end) to `use`, some rows at a time, in order. The rows are valid until
+        `use` returns. Raises the errors of `logits`."""
         self._stage.logits(tuple(token_ids), start, use)

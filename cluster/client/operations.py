@@ -1,4 +1,4 @@
-"""Client of a running cluster's operations: status, drain, undrain, logs, where the time of requests went."""
+"""Client of a running cluster's operations: status, drain, undrain, worker logs, where the time of requests went."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from llamaclust.core.errors import LlamaclustError, ProtocolError
 _Value = TypeVar("_Value")
 _ANSWER_S = 10.0
 _DRAIN_S = 630.0
-"""The coordinator gives up a little earlier, and says why."""
+"""The limit of a drain. The coordinator gives up slightly earlier and states the reason."""
 _MOST_BYTES = 16 << 20
 _STATUS = {"name": str, "state": str, "model": str, "api": str, "workers": list, "requests": dict, "speed": dict}
-"""Fields by which the state of a cluster is told from what another program answers."""
+"""Fields that distinguish the state of a cluster from the answer of another program."""
 
 
 class ClusterApi:
-    """The operations of a cluster over a connection that is held while it is entered. Errors name the cluster."""
+    """A context manager that holds a connection to a cluster for its operations. Errors name the cluster."""
 
     def __init__(self, where: str, url: str, api_keys_file: Path | None, ca_file: Path | None = None) -> None:
-        """Takes its name in errors as `where`. Raises UsageError for what is not the address of an HTTP server, and if
-        a file holds no key or no certificates."""
+        """Names the cluster `where` in errors. Raises UsageError for an invalid address of an HTTP server, and for a
+        file without a key or without certificates."""
         self._where = where
         key = None if api_keys_file is None else first_key(api_keys_file)
         self._client = httpx.Client(**http_options(url, key, _ANSWER_S, ca_file))
 
     @classmethod
     def of(cls, record: ClusterRecord, api_keys_file: Path | None = None) -> Self:
-        """Returns the API of a cluster on this machine."""
         keys = api_keys_file or (Path(record.api_keys_file) if record.api_keys_file else None)
         return cls(f"cluster {record.name} at {record.api}", record.api, keys)
 
@@ -47,8 +46,8 @@ class ClusterApi:
         self._client.close()
 
     def status(self, model: str | None = None) -> dict[str, Any]:
-        """Returns the `status` part of GET /cluster, as a model has it (None: the first one). Raises
-        ClusterStartingError if there is none yet."""
+        """Returns the `status` part of GET /cluster for a model (None: the first one). Raises ClusterStartingError
+        if there is no status yet."""
         path = "/cluster" if model is None else f"/cluster?{urlencode({'model': model})}"
         state: dict[str, Any] = self._field(self._request("GET", path), "status", dict)
         if not all(isinstance(state.get(name), kind) for name, kind in _STATUS.items()):
@@ -56,29 +55,29 @@ class ClusterApi:
         return state
 
     def context_length(self) -> int:
-        """Returns the number of tokens that one sequence may have."""
+        """Returns the most tokens of a sequence."""
         settings: dict[str, Any] = self._field(self._request("GET", "/props"), "default_generation_settings", dict)
         return int(settings["n_ctx"])
 
     def drain(self, worker: str) -> None:
-        """Returns when the worker, or the one that will have the name, holds no layers. Raises InsufficientMemoryError
-        or another error if it has to hold them."""
+        """Returns when no worker of this name holds layers. Raises InsufficientMemoryError or another error if they
+        cannot move."""
         self._request("POST", f"/cluster/workers/{worker}/drain", read_s=_DRAIN_S)
 
     def undrain(self, worker: str) -> None:
         self._request("POST", f"/cluster/workers/{worker}/undrain")
 
     def log(self, worker: str) -> tuple[int, list[str]]:
-        """Returns the number of lines that its process wrote before the last ones, and the last ones."""
+        """Returns how many lines precede the last lines of the worker's log, and the last lines."""
         tail = self._request("GET", f"/cluster/workers/{worker}/log")
         return self._field(tail, "before", int), self._field(tail, "lines", list)
 
     def requests(self) -> list[dict[str, Any]]:
-        """Returns requests that are open and the last ones that ended, the oldest first."""
+        """Returns the open requests and the last ones that ended, oldest first."""
         return self._field(self._request("GET", "/cluster/requests"), "requests", list)
 
     def waterfall(self, request: str) -> list[dict[str, Any]]:
-        """Returns the waterfall of each sequence of a request, by its id or 4 or more of its first characters."""
+        """Returns the waterfall of each sequence of a request. `request`: its id, or the first 4 or more characters."""
         return self._field(self._request("GET", f"/cluster/requests/{quote(request, safe='')}"), "requests", list)
 
     def _field(self, body: bytes, name: str, kind: type[_Value]) -> _Value:
@@ -88,7 +87,7 @@ class ClusterApi:
             raise ProtocolError(f"{self._where}: {error}") from error
 
     def _request(self, method: str, path: str, read_s: float | None = None) -> bytes:
-        """Returns the whole body. Raises ProtocolError if it is too large, or comes too slowly."""
+        """Returns the whole body of a reply. Raises ProtocolError if it is too large or arrives too slowly."""
         read_s = read_s or _ANSWER_S
         body, end_s = bytearray(), monotonic() + read_s
         try:

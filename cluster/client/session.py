@@ -1,4 +1,4 @@
-"""Chat sessions: a conversation by turns, the client that answers it, and its file."""
+"""Chat sessions. Each has a conversation in turns, a client that answers it, and a file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ _ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
 class Session(Generic[WholeT, StreamT]):
     """A conversation with a model, over HTTP or in this process. The client stays open when the session is dropped.
 
-    `messages` are in OpenAI's form and may be changed between answers. A turn is a user's message with all behind it to
-    the next one. With `drop_oldest`, a conversation longer than the model's context goes on without its oldest turns:
-    they stay among `messages`, but are not sent; otherwise the server's RequestError is raised.
+    `messages` are in OpenAI's form and may be changed between answers. A turn is a user's message and all
+    messages up to the next one. With `drop_oldest`, a conversation longer than the model's context goes on without
+    its oldest turns: they stay in `messages`, but are not sent. Otherwise the server's RequestError is raised.
 
-    The options, such as `stop` with words that end an answer, are those of `Client.chat` and hold for every answer.
-    What the prefix cache still has of the conversation is not computed again. For one thread at a time.
-    """
+    The options, such as `stop`, are those of `Client.chat` and hold for every answer. What the prefix cache still
+    has of the conversation is not computed again. A session is for one thread at a time."""
 
     def __init__(
         self,
@@ -56,9 +55,8 @@ class Session(Generic[WholeT, StreamT]):
     def send(self, text: str, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
         """Answers a message of the user. Options given here hold for this answer alone.
 
-        Both messages are part of the conversation when the answer or its stream has ended. Of a stream that is closed
-        and of an answer that fails, what came stays; without any text, the conversation is as before.
-        """
+        Both messages join the conversation when the answer or its stream ends. If an answer fails or its stream
+        is closed, the text so far stays. If there is none, the conversation is as before."""
         return self._client.deliver(self._answer({"role": "user", "content": text}, options), stream=stream)
 
     @overload
@@ -66,16 +64,15 @@ class Session(Generic[WholeT, StreamT]):
     @overload
     def regenerate(self, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def regenerate(self, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
-        """Answers the user's last message again, in place of the answer that there is. Raises UsageError without a
+        """Answers the user's last message again and replaces the present answer. Raises UsageError without a
         message.
 
-        The seed decides the answer: another answer needs another `seed`, or none.
-        """
+        The seed decides the answer: another answer needs another `seed`, or none."""
         self._last_turn()
         return self._client.deliver(self._answer(None, options), stream=stream)
 
     def set_system(self, text: str | None) -> None:
-        """Replaces the system message; None: there is none."""
+        """Replaces the system message; None removes it."""
         self.messages[: self._first_turn()] = [] if text is None else [{"role": "system", "content": text}]
 
     def undo(self) -> list[dict[str, Any]]:
@@ -86,7 +83,7 @@ class Session(Generic[WholeT, StreamT]):
         return turn
 
     def clear(self) -> None:
-        """Removes all messages but the system message."""
+        """Removes all messages except the system message."""
         del self.messages[self._first_turn() :]
         self.dropped_messages = 0
 
@@ -98,7 +95,7 @@ class Session(Generic[WholeT, StreamT]):
         return other
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes the messages to a file that its owner alone may read, or raises UsageError with the file unchanged."""
+        """Writes the messages to a file that only its owner may read. On UsageError, the file is unchanged."""
         place = _place(path)
         try:
             if place.exists() and not place.is_file():
@@ -110,7 +107,7 @@ class Session(Generic[WholeT, StreamT]):
             raise UsageError(f"{path}: cannot save: a message is no JSON: {error}") from error
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Replaces all messages by those of a file that `save` wrote, or raises UsageError and keeps them."""
+        """Replaces all messages by those of a file that `save` wrote. On UsageError, the messages are unchanged."""
         try:
             messages = _checked(read_json(_place(path)))
         except OSError as error:
@@ -120,8 +117,9 @@ class Session(Generic[WholeT, StreamT]):
         self.messages, self.dropped_messages = messages, 0
 
     async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
-        """Answers one more message, or with None the last one of the user again; the conversation has the answer then
-        as far as it came, and is as before without any text of it. Raises UsageError while another one is answered."""
+        """Answers one more message; None: the user's last message again. Afterwards the conversation has the answer
+        as far as it came; without any text of it, the conversation is as before. Raises UsageError while another
+        answer is in progress."""
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)
@@ -149,7 +147,7 @@ class Session(Generic[WholeT, StreamT]):
                 self.dropped_messages = dropped_before
 
     def _drop_turn(self, end: int, error: LlamaclustError) -> bool:
-        """Drops another of the turns before `end` because of the error; False where there is none, or no reason."""
+        """Drops the oldest sent turn before `end` if the context was exceeded. Returns False if nothing is dropped."""
         begin = self._first_turn() + self.dropped_messages
         if not self._drops_oldest or error.code != "context_length_exceeded" or begin >= end:
             return False
@@ -158,7 +156,6 @@ class Session(Generic[WholeT, StreamT]):
         return True
 
     def _before(self, end: int) -> list[Message]:
-        """Returns the messages before `end` that are sent."""
         first = self._first_turn()
         return [*self.messages[:first], *self.messages[first + self.dropped_messages : end]]
 
@@ -167,7 +164,7 @@ class Session(Generic[WholeT, StreamT]):
         return next(others, len(self.messages))
 
     def _last_turn(self) -> int:
-        """Returns the place of the last message of role `user`. Raises UsageError if there is none."""
+        """Returns the index of the user's last message. Raises UsageError if there is none."""
         for at in range(len(self.messages) - 1, -1, -1):
             if self.messages[at]["role"] == "user":
                 return at
@@ -179,12 +176,12 @@ class ChatSession(Session[Answer, ChunkStream]):
 
 
 class AsyncChatSession(Session[Coroutine[None, None, Answer], AsyncChunkStream]):
-    """A session for asyncio: `await session.send(...)`, or `async for` over what it gives with `stream=True`. Reading
-    and writing a conversation's file blocks."""
+    """A session for asyncio: `await session.send(...)`, or `async for` over its result with `stream=True`. `save`
+    and `load` block."""
 
 
 def is_conversation(path: Path) -> bool:
-    """Returns true for a file that `save` wrote."""
+    """True for a file that `save` wrote."""
     try:
         _checked(read_json(path))
     except (OSError, ValueError, KeyError, TypeError):
@@ -193,14 +190,14 @@ def is_conversation(path: Path) -> bool:
 
 
 def _message(parts: list[TextChunk]) -> dict[str, Any]:
-    """Returns the assistant's message; the chat template decides what of its reasoning is sent again."""
+    """Returns the assistant's message with its reasoning. The chat template decides how much of that is sent again."""
     reasoning = "".join(part.reasoning for part in parts)
     content = "".join(part.text for part in parts)
     return {"role": "assistant", "content": content, **({"reasoning_content": reasoning} if reasoning else {})}
 
 
 def _place(path: str | PathLike[str]) -> Path:
-    """Returns the file that a path or a link leads to. Raises UsageError for what no file can have as its path."""
+    """Returns the file that a path or a link leads to. Raises UsageError for a path that no file can have."""
     try:
         return Path(os.path.realpath(expand_home(os.fspath(path))))
     except ValueError as error:
@@ -208,7 +205,7 @@ def _place(path: str | PathLike[str]) -> Path:
 
 
 def _checked(saved: Any) -> list[dict[str, Any]]:
-    """Returns the messages of a saved conversation. Raises ValueError, KeyError or TypeError for what are none."""
+    """Returns the messages of a saved conversation. Raises ValueError, KeyError or TypeError for anything else."""
     messages = saved["messages"]
     if not isinstance(messages, list):
         raise TypeError("messages is not a list")

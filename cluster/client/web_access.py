@@ -1,4 +1,4 @@
-"""Access of HTTP clients to servers: proxies and trusted certificates, by the environment and this user's clusters."""
+"""Proxies and trusted certificates of HTTP clients, from the environment and this user's clusters."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import own_addresses
 
 Verify = str | PathLike[str] | ssl.SSLContext | None
-"""A PEM file of certificates to trust, or a context; None: those that this machine trusts, and for a cluster that
-runs here its own."""
+"""A PEM file of certificates to trust, or an SSL context. None: the certificates that this machine trusts, or for a
+cluster that runs here its own certificate."""
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 _CONNECT_S = 10.0
@@ -31,9 +31,9 @@ _CURE = "give its file, or its authority's, by --ca-file, `verify=` or the envir
 
 
 def http_options(base_url: str, api_key: str | None, timeout: float, verify: Verify = None) -> dict[str, Any]:
-    """Returns arguments of httpx's clients of a cluster's HTTP API. A `/v1` at the end of the address, as OpenAI's
-    clients want it, is taken as well. Raises UsageError for an address or a key that is none, and for files and
-    variables that cannot be used."""
+    """Returns httpx's arguments for a client of a cluster's HTTP API. A `/v1` at the end of the address, as OpenAI's
+    clients need it, is removed. Raises UsageError for an invalid address or key, and for files and variables that
+    cannot be used."""
     try:
         url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
     except httpx.InvalidURL as error:
@@ -58,9 +58,9 @@ def timeouts(timeout: float, read_s: float) -> httpx.Timeout:
 
 
 def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> dict[str, Any]:
-    """Returns arguments of httpx's clients that reach `url`, or any server (None), through the proxies of the
-    environment; this machine itself without them. `verify`: the certificates to trust, by default those of this
-    machine. Raises UsageError that names the variable which cannot be used."""
+    """Returns httpx's arguments for a client that reaches `url` (None: any server) through the proxies of the
+    environment, but this machine directly. `verify`: the certificates to trust, by default those of this machine.
+    Raises UsageError that names a variable which cannot be used."""
     trusted = verify or authorities()
     if url is not None and _is_this_machine(url.host):
         return {"trust_env": False, "verify": trusted}
@@ -76,7 +76,7 @@ def _is_this_machine(host: str) -> bool:
 
 
 def _wrong_proxy(value: str) -> str:
-    """Returns the reason why httpx would fail with this proxy; empty if there is none."""
+    """Returns why httpx would fail with this proxy; empty if it would not."""
     try:
         url = httpx.URL(value if "://" in value else f"http://{value}")
     except httpx.InvalidURL as error:
@@ -89,7 +89,7 @@ def _wrong_proxy(value: str) -> str:
 
 
 def _wrong_hosts(value: str) -> str:
-    """Returns the reason why httpx would fail with this list of hosts without a proxy; empty if there is none."""
+    """Returns why httpx would fail with these hosts of `no_proxy`; empty if it would not."""
     for host in filter(None, map(str.strip, value.split(","))):
         try:
             if not is_address(host) and "/" not in host:
@@ -100,7 +100,7 @@ def _wrong_hosts(value: str) -> str:
 
 
 def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
-    """Returns the context for httpx's `verify`. Raises UsageError for a file that cannot be used."""
+    """Returns the SSL context for httpx. Raises UsageError for a file that cannot be used."""
     if url.scheme != "https":
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # trusts nobody and reads no file, which would take 20 ms
     if isinstance(verify, ssl.SSLContext):
@@ -111,8 +111,8 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
 
 
 def authorities(file: Path | None = None) -> ssl.SSLContext:
-    """Trusts the authorities of a PEM file alone, or those that this machine trusts. Raises UsageError if the file or
-    one that the environment names cannot be used."""
+    """Returns a context that trusts only the authorities in a PEM file, or those that this machine trusts. Raises
+    UsageError if this file, or one that the environment names, cannot be used."""
     try:
         if file is not None:
             return ssl.create_default_context(cafile=file)
@@ -134,7 +134,7 @@ def authorities(file: Path | None = None) -> ssl.SSLContext:
 
 
 def _own_certificates(url: httpx.URL) -> list[Path]:
-    """Returns certificates of this user's clusters at this address, including one that was killed."""
+    """Returns the certificates of this user's clusters at this address, even of one that was killed."""
     from llamaclust.cluster.state.clusters import recorded_clusters
 
     records = recorded_clusters(environment().state_dir)
@@ -151,8 +151,8 @@ def _is_at(url: httpx.URL, api: str) -> bool:
 
 
 class _PinnedContext(ssl.SSLContext):
-    """Trusts the certificates in files and no others, whatever their names. Each connection has a context of its own
-    and reads them again: they may have been renewed, and former ones count no more."""
+    """Trusts only the certificates in `files`, whatever names they have. Each connection reads them again, because
+    they may have been renewed; former certificates are not trusted any more."""
 
     files: Sequence[Path]
     protocols: Sequence[str] = ()
@@ -185,7 +185,7 @@ class _PinnedContext(ssl.SSLContext):
 
 
 def explain_refusal(where: str, error: httpx.HTTPError) -> str | None:
-    """Returns advice about a server that speaks TLS in another way; None if the error has another reason."""
+    """Returns advice if the server's certificate is not trusted or it does not speak TLS; None for other errors."""
     reason = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         why = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or reason

@@ -1,6 +1,6 @@
 """Quarantine: plans exclude failing workers for a time, if the other workers suffice.
 
-   One failure may be a request's fault. After a second failure the worker is excluded for a pause, which each
+One failure may be a request's fault. After a second failure the worker is excluded for a pause, which each
 further failure doubles. A worker is released if a request that was in flight at all of its failures ends as their
 cause."""
 

@@ -21,7 +21,7 @@ _FEW_BITS = 3.0
 _FURTHER = 3
 """The most machines to try beyond the number that has enough memory."""
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
-"""Networks as (Gbit/s, round trip in ms), the slowest first, of which one may be fast enough for groups of machines."""
+"""Networks as (Gbit/s, round trip in ms), the slowest first, that are tried for groups of machines."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
 """A change is worth its mention if the time of a token, or of a prompt, falls below this share of the present time."""
 
@@ -47,8 +47,8 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """Yields the largest quantization that fits, preferably one of the catalog, and the number of further machines,
-    equal to the last, that suffices. Never divides a layer's experts among machines: that would take many searches."""
+    """Yields the largest quantization that fits, from the catalog if possible, and how many more machines like the last
+    one would suffice. Never divides a layer's experts among machines: that would take many searches."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"
@@ -132,7 +132,7 @@ def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
 
 
 def _remark(model: AssumedModel) -> str:
-    """Returns a remark that tells if `model pull` does not have the file, and if its quality is poor."""
+    """Returns a remark if `model pull` does not have the file, or if its quality is poor."""
     made = "" if model.is_in_catalog else "by `llamaclust model quantize`"
     bits = model.bits_per_weight
     quality = "" if bits >= _FEW_BITS else f"{bits:.1f} bits a weight: clearly worse answers"

@@ -182,7 +182,7 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 
 def _file_of(name: str, shape: ModelShape) -> ModelFile:
-    """Makes a file of F16 matrices and other tensors in F32. Experts are MXFP4 if the model was published so."""
+    """Makes a file with matrices in F16 and other tensors in F32. Experts are MXFP4 if the model was published so."""
     path = Path(name)
     tensors = {name: _tensor(path, name, _source_type(shape, name, sizes), sizes) for name, sizes in shape.tensors()}
     return ModelFile(

@@ -178,7 +178,7 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Plans each shape in its usual mix. `planned` gets each name before. Raises UsageError if all shapes fail."""
+    """Plans each shape in its usual mix, after a call of `planned` with its name. Raises UsageError if all fail."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

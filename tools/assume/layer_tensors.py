@@ -112,7 +112,7 @@ LEADING_LAYERS: Final[Mapping[str, Tensors]] = {
 LAST_LAYERS: Final[Mapping[str, Tensors]] = {
     "qwen35moe": {**_POST_NORMS, **_GATED_ATTENTION, **_EXPERTS, **_GATED_EXPERT}
 }
-"""Tensors of the last layer of each `ModelShape.period`."""
+"""Tensors of the last layer of every period (`ModelShape.period`)."""
 
 OUTSIDE: Final[Tensors] = {"token_embd.weight": ("vocabulary", "hidden"), "output_norm.weight": ("hidden",)}
 HEAD: Final[Tensors] = {"output.weight": ("vocabulary", "hidden")}

@@ -21,7 +21,7 @@ from llamaclust.tools.assume.machines import AssumedMachines, Machine
 KEYS = ("context_length", "groups", "kv_memory", "kv_type", "max_sequences", "objective", "plan", "prefill_chunk")
 """The keys of a cluster file that take effect in an assumed plan."""
 _LOADED = 0.95
-"""The least share of a file that is loaded: layers for multi-token prediction are not."""
+"""The least share of a file that must be loaded. Layers for multi-token prediction are not loaded."""
 
 
 @dataclass(frozen=True, slots=True)

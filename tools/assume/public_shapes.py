@@ -1,4 +1,4 @@
-"""Shapes of the catalog's models, by catalog name. `public_shapes.csv` has them from their published configurations."""
+"""Shapes of the catalog's models, by catalog name. `public_shapes.csv` holds data of their published configurations."""
 
 from __future__ import annotations
 

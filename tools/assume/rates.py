@@ -19,7 +19,7 @@ _GIB: Final = 1 << 30
 GPU_DECODE_SHARE: Final = 0.80
 GPU_PREFILL_SHARE: Final = 0.35
 OLD_GPU_PREFILL_SHARE: Final = 0.15
-"""The share of a GPU without matrix units for bytes: its threads exchange operands."""
+"""The prefill share of GPUs without matrix units for bytes. It is low because their threads exchange operands."""
 CHANNEL_BYTES_S: Final = {3: 10e9, 4: 20e9, 5: 30e9}
 """Bytes a second of one memory channel with usual modules, by DDR generation."""
 CHANNELS: Final = 2

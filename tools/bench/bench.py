@@ -28,7 +28,7 @@ from llamaclust.worker.devices.whole_model import load_whole
 from llamaclust.worker.settings import WorkerSettings
 
 OnStep = Callable[[str], None]
-"""A callback with the name of the next measurement."""
+"""A callback that gets the name of the next measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ class BenchReport:
 
     @property
     def prefill_roofline(self) -> Spread:
-        """Shares of the multiply-add peak that prefill reached: the 8-bit peak, or float32's for float weights."""
+        """Shares that prefill reached of the peak of 8-bit multiply-adds, or of float32 ones for float weights."""
         return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:
@@ -232,7 +232,7 @@ async def _cluster_runs(task: BenchTask, on_step: OnStep, measure: _Measure) -> 
 async def _measure(
     task: BenchTask, work: Work, on_step: OnStep, runner: Runner, limits: GpuLimits | Limits | None = None
 ) -> _Runs:
-    """Alternates decode and prefill, so that changes of the machine affect both. `limits` None: the processor's."""
+    """Alternates decode and prefill, so that changes of the machine affect both. None means the processor's limits."""
     on_step("warming up")
     threads = min(task.threads_each * task.workers, physical_cores())
     limits = limits or await Limits.open(threads, work.float_share)

@@ -102,7 +102,7 @@ class Limits:
 
 
 class GpuLimits:
-    """Measures a GPU's memory bandwidth and 8-bit products, the limit of float weights, too. Calls block."""
+    """Measures a GPU's memory bandwidth and 8-bit peak, which is used for float weights, too. Calls block."""
 
     def __init__(self, gpu: GpuBackend) -> None:
         self._gpu = gpu

@@ -26,7 +26,6 @@ _SETTLE_S = 30.0
 
 
 def stage_limits(batch: int, context: int, kv_type: KvType = KvType.F16) -> StageLimits:
-    """Returns limits for `batch` sequences of at most `context` tokens each."""
     return _capacity(batch, context, kv_type).stage_limits(BlockCounts(blocks_of(context) * batch))
 
 
@@ -84,7 +83,7 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Computes all experts in RAM inside the context. Waits first until copies to GPUs under way have ended."""
+        """Computes all experts in RAM inside the context. First waits for copies to GPUs that are under way."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):

@@ -34,7 +34,7 @@ class Stops:
 
 
 class FullDisks:
-    """Coordinators whose file writes fail as on a full disk, by target. Their workers' writes fail, too."""
+    """Coordinators whose file writes fail as on a full disk, by target. Workers that they start then fail, too."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # of files, before

@@ -108,7 +108,7 @@ class Streams:
         return received
 
     async def _read(self, number: int, received: Received) -> None:
-        """Adds a request's events as they come. Raises NotAcceptedError if it fails before its first event."""
+        """Adds a request's events as they come. Raises NotAcceptedError if the request fails before the first."""
         is_accepted = False
         try:
             async with aclosing(self.requests.start(self.client, number)) as events:

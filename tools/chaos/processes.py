@@ -96,7 +96,7 @@ def joined_worker(worker: Mapping[str, Any]) -> Process | None:
 
 
 def coordinator(pid: int, start_ticks: int) -> Process | None:
-    """Returns the coordinator's process, or None if the id is another's: the record may be of another container."""
+    """Returns the coordinator's process, or None if the id is now another process's, as in another container."""
     process = _own_process(pid)
     if process is None or process.start_time != start_ticks:
         return None
@@ -136,7 +136,6 @@ def is_here(host: str) -> bool:
 
 
 def listening_ports(pid: int) -> frozenset[int]:
-    """Returns the TCP ports on which a process of this user listens."""
     folder, ports = _PROC / str(pid), {}
     with suppress(OSError):
         for name in ("tcp", "tcp6"):

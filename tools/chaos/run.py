@@ -108,7 +108,7 @@ def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[s
 
 @contextmanager
 def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator[Firewall | None]:
-    """Yields None if no link can be disturbed. If something is missing for it, a line tells the user."""
+    """Yields None if no link can be disturbed. A line tells the user what is missing for it."""
     kinds = [kind for kind in FaultKind if kind.is_of_link and targets.names[kind]]
     try:
         firewall = Firewall() if kinds else None
@@ -125,7 +125,7 @@ def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator
 
 
 def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: View) -> None:
-    """Shows the kinds of faults to come. Raises UsageError if no kind, or not each required kind, is possible."""
+    """Shows the kinds of faults to come. Raises UsageError if none is possible, or if a required one is not."""
     kinds = [kind for kind in FaultKind if _suffices(kind, targets)]
     for kind in FaultKind:
         if kind in settings.required and kind not in kinds:

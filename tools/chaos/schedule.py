@@ -115,7 +115,8 @@ class Schedule:
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """Draws a fault of a target outside `held`, or None. The last such worker is only killed or slowed."""
+        """Draws a fault for a target that is not in `held`. Returns None if there is no target. The last worker that is
+        not in `held` is only killed or slowed."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

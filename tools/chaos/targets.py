@@ -30,8 +30,6 @@ class Permissions:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Names of targets by kind of fault, with the processes and links of these targets."""
-
     names: Mapping[FaultKind, tuple[str, ...]] = field(default_factory=dict)
     workers: Mapping[str, Process] = field(default_factory=dict)
     coordinator: Process | None = None

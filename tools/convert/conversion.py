@@ -94,7 +94,7 @@ def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raises UsageError if another kind of file than a model file is there, such as one of the checkpoint."""
+    """Raises UsageError if the path is a file other than a model file, such as one of the checkpoint's."""
     if not path.is_file():
         return
     with path.open("rb") as file:

@@ -47,8 +47,9 @@ _STORAGE: Final = {"f32": Storage.F32, "f16": Storage.F16, "bf16": Storage.BF16}
 def merge_adapter(
     base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, on_progress: OnProgress
 ) -> Converted:
-    """Writes each matrix W as W + scale * B @ A, and the rest of the base, to `out`: a GGUF file if its name ends in
-    .gguf, else a folder. The adapter's tokenizer precedes the base's. Raises ModelFileError if the two do not fit."""
+    """Writes the base to `out`, with W + scale * B @ A for each matrix W that the adapter changes. `out` is a GGUF file
+    if its name ends in .gguf, else a folder. The tokenizer is the adapter's if it has one. Raises ModelFileError if the
+    two do not fit."""
     if not (base / CONFIG).is_file():
         raise ModelFileError(f"{base}: no {CONFIG}: the base must be a folder of Hugging Face's form, not quantized")
     with SourceFiles() as files:

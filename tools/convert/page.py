@@ -23,7 +23,7 @@ _NOT_NEEDED: Final = re.compile(
 
 
 class Page:
-    """Metadata and tensors of one architecture. `vocabulary_rules` is the architecture for vocabulary rules."""
+    """Metadata and tensors of one architecture. The vocabulary follows the rules of `vocabulary_rules`."""
 
     def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
         self.settings = checkpoint.settings
@@ -46,7 +46,7 @@ class Page:
         return None if tensor is None else tensor.shape
 
     def take(self, name: str, *shape: int) -> Lazy:
-        """Takes a tensor, once. Raises ModelFileError if it is missing or has another shape."""
+        """Takes a tensor from the checkpoint. Raises ModelFileError if it is missing, taken or of another shape."""
         tensor = self._taken(name, shape)
         if not tensor.storage.is_real:
             raise self._error(name, f"holds {tensor.storage.name}, decimal numbers expected")

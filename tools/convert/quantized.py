@@ -18,7 +18,7 @@ _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 KEPT_METHOD: Final = "mxfp4"
 """The quantization method whose blocks GGUF has, too. Pages take them unchanged."""
 _SCALES: Final = ("_scale_inv", "_scale")
-"""Suffixes of the names of scales. Weights are multiplied by both kinds of scales, despite the first suffix."""
+"""Suffixes of the names of scales. Either kind of scale multiplies the weights, despite the name `_scale_inv`."""
 _NOT_NEEDED: Final = ("input_scale", "activation_scale")
 """Scales of activations. They have no use here, because activations are not quantized."""
 _ONE: Final = (1, 1)
@@ -30,7 +30,7 @@ _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
-    """Adds a `.weight` for each `.qweight`, and makes scaled tensors float32. Raises ModelFileError."""
+    """Adds a `.weight` for each `.qweight`; makes scaled tensors float32. Raises ModelFileError for other methods."""
     if not settings.has("quantization_config"):
         return tensors
     said = settings.inner("quantization_config")
@@ -162,7 +162,7 @@ def _block(said: Settings) -> tuple[int, int] | None:
 
 
 def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """Applies a scale for each block, for each row, or for the matrix. The shape of `scales` tells which."""
+    """Applies a scale for each block, for each row, or for the whole matrix. The shape of `scales` tells which."""
     if len(tensor.shape) != 2 or tensor.storage is not Storage.U8 or not scales.storage.is_real:
         kinds = f"{tensor.storage.name} {list(tensor.shape)}, scales {scales.storage.name}"
         raise ModelFileError(f"{tensor.origin}: {kinds}: no matrix of eight-bit floats with its scales")
@@ -222,4 +222,3 @@ def _all_numbers() -> Array:
 
 
 E4M3: Final = _all_numbers()
-"""The E4M3 number of each byte."""

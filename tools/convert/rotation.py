@@ -28,7 +28,7 @@ def rotation(
     says_dimensions: bool = True,
     log_multiplier: bool = False,
 ) -> None:
-    """Writes keys, and tensors of factors, for heads with `dimensions` rotating channels. `base` is the default.
+    """Writes keys, and tensors of factors, for heads with `dimensions` rotating channels. `base` is the default base.
     `log_multiplier`: GGUF has a key for the divisor of YaRN's magnitude. Raises ModelFileError for unknown kinds."""
     said = _parameters(page.settings)
     theta = _base(said, base or 10000.0)
@@ -93,7 +93,7 @@ def alpha_rotation(page: Page, dimensions: int) -> bool:
 
 
 def rotating_channels(page: Page, default_share: float = 1.0) -> int:
-    """Returns the number of rotated channels of a head, of which a configuration may give the share."""
+    """Returns the number of rotated channels of a head. A configuration may give it as a share."""
     said = _parameters(page.settings)
     share = said.real("partial_rotary_factor", default=default_share, maximum=1.0)
     channels = int(share * page.head_width)
@@ -118,7 +118,7 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes the growth of queries with the logarithm of their position. Returns the positions of a step, or 0."""
+    """Writes how queries grow with the logarithm of their position. Returns the positions of a step, or 0 for none."""
     said = _parameters(page.settings)
     growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:

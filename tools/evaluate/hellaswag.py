@@ -32,7 +32,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Tasks whose right ending is likeliest by total logprob (`right`) or, as in llama.cpp, by mean (`right_norm`)."""
+    """Counts of tasks whose right ending is the likeliest: by total logprob (`right`), or by mean logprob as in
+    llama.cpp (`right_norm`)."""
 
     tasks: int = 0
     right: int = 0

@@ -179,7 +179,6 @@ def _pair(estimate: Estimate) -> list[float]:
 
 
 def _quantiles(values: Float64) -> dict[str, float]:
-    """Returns interpolated quantiles by name: maximum, 99.9%, ..., median, ..., minimum."""
     names = {1.0: "maximum", 0.5: "median", 0.0: "minimum"}
     found = np.quantile(values, _QUANTILES)
     return {names.get(part, f"{100 * part:.1f}%"): float(value) for part, value in zip(_QUANTILES, found, strict=True)}

@@ -28,7 +28,7 @@ _SPREAD: Final = 16.0
 _LEVELS: Final = 65535
 _LEAST: Final = -100.0
 _MOST: Final = 0.1
-"""Bounds that no logprob in a file exceeds: they end 16 below the likeliest, which has at least 1 / vocabulary."""
+"""Bounds of logprobs in a file, which reach 16 below the likeliest. That one is 1 / vocabulary or more."""
 _MOST_TOKENS: Final = 1 << 24
 
 

@@ -71,7 +71,7 @@ def read_text(path: Path) -> str:
 
 
 def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list[tuple[int, ...]]:
-    """Returns the first `most` chunks of `context` tokens, after `begun`. Raises UsageError for a short text."""
+    """Returns the first `most` chunks of `context` tokens, changed by `begun`. Raises UsageError for a short text."""
     ids = tokenizer.encode(text)
     if len(ids) < context:
         raise UsageError(f"the text has {len(ids)} tokens, a chunk {context}: take a longer text or a smaller -c")

@@ -55,8 +55,6 @@ class _TryAgain(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A file to fetch, and the hash of its bytes."""
-
     url: str
     sha256: str | None  # checked at the end; None: unknown
     headers: Mapping[str, str] = field(default_factory=dict)  # sent to that server only

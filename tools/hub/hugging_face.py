@@ -81,7 +81,7 @@ def _token_of_file(settings: HubSettings) -> str | None:
 
 
 def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: Patience) -> httpx.Response:
-    """Returns the hub's own reply. Follows redirects within the hub, as of renamed repositories, but none away."""
+    """Returns the hub's own reply. Follows redirects within the hub, as of renamed repositories, not elsewhere."""
     place = url
     for failures in range(patience.tries):
         tries_left = patience.tries - failures - 1

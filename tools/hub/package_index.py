@@ -129,7 +129,7 @@ def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
 
 
 def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
-    """Yields links of an index page or a wheel folder, by address or path. A missing page has no links."""
+    """Yields links of an index page or wheel folder; `place` is an address or a path. A missing page has none."""
     path = local_path(place)
     if path is None:
         yield from _web_links(client, place)

@@ -27,8 +27,8 @@ _OUTPUT = "output.weight"
 def collect(
     model: Model, chunks: Sequence[tuple[int, ...]], threads: int, text: str, with_output: bool, progress: Progress
 ) -> ImportanceMatrix:
-    """Collects the layers' matrices, and the output's `with_output`. Raises LlamaclustError for sums that are not
-    finite."""
+    """Collects sums for the layers' matrices, and for the output matrix if `with_output`. Raises LlamaclustError if a
+    sum is not finite."""
     context = len(chunks[0])
     blocks = -(-context // KV_BLOCK_TOKENS)
     rows = min(_ROWS, context)
@@ -47,7 +47,7 @@ def collect(
 
 
 def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Iterator[int]:
-    """Yields the row count of each computed microbatch. All rows are outputs: the last layer skips others."""
+    """Yields the row count of each microbatch. All rows are outputs; otherwise the last layer would skip some."""
     for start in range(0, len(chunk), rows):
         tokens = np.array(chunk[start : start + rows], np.int32)
         count = len(tokens)

@@ -93,7 +93,7 @@ VALUES = frozenset({Part.V, Part.QKV, Part.KV_B})
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor is the `index`-th of `count` of its part. `query_share` is the query heads per KV head."""
+    """A tensor's place among the `count` tensors of its part. `query_share`: query heads for each KV head."""
 
     index: int
     count: int

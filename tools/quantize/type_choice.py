@@ -171,7 +171,6 @@ def _part(name: str) -> Part:
 
 
 def _layer(name: str) -> int:
-    """Returns the layer's number, or -1 for a tensor outside the layers."""
     found = re.match(r"blk\.(\d+)\.", name)
     return int(found[1]) if found else -1
 

@@ -126,7 +126,7 @@ def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
 def _quantized(
     file: SourceFile, header: _Header, name: str, shape: tuple[int, ...], at: int
 ) -> tuple[dict[str, Lazy], int]:
-    """Reads a matrix of version 2, which each layer has, followed by its scales. Also returns the offset of the end."""
+    """Reads a matrix of each layer, in version 2's form: numbers, then scales. Also returns the offset after them."""
     layers = header.layers if "{}" in name else 1
     shape = (shape[0] // layers, shape[1])
     count = prod(shape)

@@ -102,7 +102,7 @@ def windowed_layers(page: Page, period: int) -> list[bool]:
 
 
 def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
-    """Returns each layer's value in `kinds`; the setting `name` lists the keys."""
+    """Returns a value of `kinds` for each layer. The setting `name` lists the key of each layer."""
     listed = page.settings.values.get(name)
     if not isinstance(listed, list) or not all(isinstance(kind, str) and kind in kinds for kind in listed):
         raise page.settings.error(name, f"a list of {', '.join(kinds)} expected")

@@ -72,7 +72,8 @@ def _plain(page: Page, base: float) -> None:
 
 
 def build_exaone4(page: Page) -> None:
-    """Norms follow attention and feed-forward only. With a window, each fourth layer lacks window and rotation."""
+    """The only norms are those after attention and feed-forward. In models with a window, every fourth layer has
+    neither window nor rotation."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)

@@ -95,7 +95,7 @@ def leave_further_layers(page: Page) -> None:
 
 
 def prediction(page: Page, layer: int) -> None:
-    """Copies a multi-token prediction layer's own tensors. Some checkpoints use the model's embedding and head."""
+    """Copies a multi-token prediction layer's own tensors. Embedding and head are absent if the model's are used."""
     place, source, hidden = f"blk.{layer}.nextn", f"model.layers.{layer}", page.width
     page.copy(f"{place}.eh_proj", f"{source}.eh_proj", hidden, 2 * hidden)
     page.copy(f"{place}.enorm", f"{source}.enorm", hidden)

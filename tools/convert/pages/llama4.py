@@ -56,7 +56,7 @@ def _step(page: Page) -> int:
 
 
 def _check_attention(page: Page, count: int) -> None:
-    """Raises ModelFileError for unusual Q and K norms or query scales: readers infer them, GGUF has no keys."""
+    """Raises ModelFileError for unusual norms of Q and K or scales of queries, for which GGUF has no keys."""
     settings = page.settings
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):

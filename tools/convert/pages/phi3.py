@@ -9,7 +9,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 
 def build(page: Page) -> None:
-    """Writes `attention.sliding_window` as 0 for a model without one."""
+    """Writes 0 as `attention.sliding_window` if the model has no window."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)

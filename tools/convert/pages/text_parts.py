@@ -92,7 +92,7 @@ _PICTURES: Final = tuple(
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns the text model of a multimodal checkpoint, and other checkpoints unchanged. Raises ModelFileError."""
+    """Returns a multimodal checkpoint's text model; others unchanged. Raises ModelFileError for unknown kinds."""
     part = MULTIMODAL.get(checkpoint.family)
     if part is None:
         return checkpoint

@@ -36,7 +36,7 @@ _LIBRARY_FILE: Final = "tokenizer.json"
 
 
 def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int) -> Words:
-    """Reads the vocabulary at `place` for an embedding of `rows` rows. Raises ModelFileError."""
+    """Reads the vocabulary at `place` for an architecture and an embedding of `rows` rows. Raises ModelFileError."""
     behind = _CHATGLM_WORDS if architecture == "chatglm" else ()
     names = (_LIBRARY_FILE,) if architecture == _GEMMA4 else NAMES
     words = read_words(files, place, rows, behind, names)

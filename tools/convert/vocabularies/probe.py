@@ -21,13 +21,13 @@ PROBE: Final = (
     "function(x){return x*2;}//comment\n\n\n    indented\n\tmore\n if(a&&b||!c) <tag attr='v'/> http://a.b/c?d=e&f=1 "
     "x\n/y \n//z !\n/a (\n) .\r\n/ end  "
 )
-"""Scripts with and without spaces and case, single and repeated digits, marks, all kinds of spaces, line ends."""
+"""Covers scripts with and without spaces and case, single and repeated digits, marks, all spaces, line ends."""
 
 Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """Returns a known pre-tokenizer with the same pieces and `ignore_merges`, preferably with the same BOS."""
+    """Returns a known pre-tokenizer with equal pieces and `ignore_merges`, preferably an equal BOS. None: unknown."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()

@@ -94,7 +94,7 @@ def _spell(word: bytes) -> str:
 
 
 def _model_of(path: Path, count: int) -> str:
-    """Returns the pre-tokenizer's name. The file lacks it, so its own name or the number of ranks decides."""
+    """Returns the pre-tokenizer's name. The file does not state it, so its name or its number of ranks decides."""
     if path.suffix == ".tiktoken":
         return "hunyuan" if path.name == _HUNYUAN_FILE else "qwen2"
     known = {_LLAMA3_WORDS: "llama-bpe", _GLM4_WORDS: "chatglm-bpe", _KIMI_WORDS: "kimi-k2"}

@@ -71,7 +71,7 @@ def _caps(page: Page) -> None:
 
 
 def _check_scale(page: Page) -> None:
-    """Raises ModelFileError for an unusual scale of scores: without a GGUF key, readers infer it from layers."""
+    """Raises ModelFileError for an unusual scale of scores. Readers infer the scale from the number of layers."""
     settings, name = page.settings, "query_pre_attn_scalar"
     whole = page.layers == _LAYERS_27B[page.architecture]
     wanted = page.width // page.heads if whole else page.head_width

@@ -193,7 +193,7 @@ def _expert_keys(page: Page) -> int:
 
 
 def _experts(page: Page, layer: int, count: int) -> None:
-    """Copies the experts. Gate and up of an expert are one matrix, as in GGUF. Its scale applies to its output."""
+    """Copies the experts. An expert's gate and up are one matrix, as in GGUF; a scale multiplies its output."""
     place, source, hidden = f"blk.{layer}", f"model.layers.{layer}", page.width
     width = page.settings.count("moe_intermediate_size", "expert_intermediate_size")
     for name, norm in (

@@ -15,7 +15,7 @@ _MAX_RANK: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Channels of the latent vector, of a key's rotated and plain parts, and of a value. `query_rank` 0 means none."""
+    """Channels of the latent vector, of a key's two parts, and of a value. `query_rank` 0: queries have no latent."""
 
     rank: int
     rotated: int

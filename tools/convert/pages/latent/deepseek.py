@@ -15,7 +15,7 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """A gating function. `has_bias`: a bias joins the choice. `has_groups`: grouped experts, normalized weights."""
+    """A gating function. `has_bias`: with a bias for the choice. `has_groups`: grouped experts, normalized weights."""
 
     name: str
     number: int

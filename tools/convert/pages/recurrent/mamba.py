@@ -76,7 +76,7 @@ def mamba_keys(page: Page, mamba: Mamba) -> None:
 
 
 def write_mamba(page: Page, place: str, source: str, mamba: Mamba, *, has_norm: bool = True) -> None:
-    """Copies all tensors. The checkpoint stores decays as logarithms of their amounts."""
+    """Copies all tensors. The checkpoint stores decays as logarithms of their absolute values."""
     page.copy(f"{place}.ssm_in", f"{source}.in_proj", mamba.products, page.width)
     page.put(f"{place}.ssm_conv1d.weight", joined(page.take(f"{source}.conv1d.weight", mamba.convolved, 1, mamba.taps)))
     if page.has(f"{source}.conv1d.bias"):

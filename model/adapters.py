@@ -1,5 +1,5 @@
-"""LoRA adapters as parts of a model: GGUF files or PEFT folders, read and checked, and their steps in programs. A model
-with adapters has the tensors of adapter i under names `adapter.i.*`, and the identity of the model alone."""
+"""Reads and checks LoRA adapters (GGUF files or PEFT folders), and adds their steps to programs. A model with adapters
+holds the tensors of adapter i under the names `adapter.i.*`. Its identity is the one that it has without adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _PREFIX = "adapter."
 _TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
 _MOST = 65504.0
-"""The largest weight that is taken: products of rows without the adapter, which count as 0, must be finite."""
+"""The largest accepted weight. Rows without the adapter multiply their products by 0, which must therefore be
+finite."""
 _READ_BYTES = 1 << 22
 _SAMPLE_BYTES = 4096
 _OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
@@ -44,8 +45,8 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
 
 
 def read_adapter(path: Path, model: ModelFile) -> ModelFile:
-    """Reads an adapter, whose identity includes samples of each tensor. ModelFileError as for `read_header`,
-    `read_peft`."""
+    """Reads an adapter. Its identity also covers the first and last bytes of each tensor. Raises ModelFileError like
+    `read_header` and `read_peft`."""
     header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
@@ -56,8 +57,9 @@ def read_adapter(path: Path, model: ModelFile) -> ModelFile:
 
 
 def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
-    """Returns the model with adapters, by their numbers. ModelFileError for other adapters than LoRA of the
-    architecture; shapes are checked by `adapted`, weights by `check_adapter_weights`."""
+    """Returns the model with the tensors of the adapters, which are given by number. Raises ModelFileError unless
+    each one is a LoRA adapter for the model's architecture. `adapted` checks shapes; `check_adapter_weights` checks
+    weights."""
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:
@@ -78,7 +80,8 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
 
 
 def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
-    """Reads the files whole, which only the coordinator does. ModelFileError for weights not finite or too large."""
+    """Reads every weight, which only the coordinator does. Raises ModelFileError for a weight that is infinite, NaN or
+    too large."""
     for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
@@ -88,7 +91,8 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
 
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """Returns the largest absolute weight, or NaN. Floats without signs compare as integers; NaN is the largest."""
+    """Returns the largest absolute weight, or NaN if there is one. Without the sign bit, floats compare like integers,
+    NaN last."""
     data = tensor.read_range(start, end)
     match tensor.quant_type:
         case QuantType.F32:
@@ -118,7 +122,7 @@ def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
 
 
 def _checked(tensor: Tensor) -> str:
-    """Returns the tensor's name. ModelFileError for a tensor that cannot be part of an adapter."""
+    """Returns the tensor's name. Raises ModelFileError if the tensor cannot be part of an adapter."""
     name = _NAME.fullmatch(tensor.name)
     place = f"tensor {shown(tensor.name)}"
     if name is None:
@@ -140,8 +144,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Returns the program with the steps of the model's adapters, adapter by adapter, behind each run of products of
-    one x. ModelFileError for shapes that do not fit the products."""
+    """Adds the adapters' steps to the program: after each run of MatMul steps with the same input, for each adapter in
+    turn, the steps for the products that it changes. Raises ModelFileError for shapes that do not fit the products."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 
@@ -177,7 +181,8 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 
 def own_names(names: Iterable[str], number: int | None) -> list[str]:
-    """Selects the weights of adapter `number`, under the names in its own file, or those of the model (None)."""
+    """Returns the weight names of adapter `number` as its own file has them. If `number` is None, returns those of the
+    model."""
     if number is None:
         return [name for name in names if not name.startswith(_PREFIX)]
     prefix = f"{_PREFIX}{number}."

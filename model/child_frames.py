@@ -1,4 +1,4 @@
-"""Frames, lines of JSON, between a process and a child that computes with untrusted input; and the child's end."""
+"""Exchanges frames (lines of JSON) between a process and its child, and ends the child with the process."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ _SET_PARENT_DEATH_SIGNAL: Final = 1
 
 
 def encoded(frame: Mapping[str, Any]) -> bytes:
-    """Returns a line of ASCII. TypeError, ValueError or RecursionError for values that JSON cannot hold."""
+    """Returns a line of ASCII. Raises TypeError, ValueError or RecursionError for values that JSON cannot hold."""
     return json.dumps(frame).encode() + b"\n"
 
 
 def end_with_parent() -> None:
-    """Has the kernel kill this process when its parent's thread ends; the terminal's Ctrl-C is left to the parent."""
+    """Has the kernel kill this process when the thread that started it ends. Ignores Ctrl-C, which the parent
+    handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def read_frame() -> dict[str, Any]:
-    """Reads the next request; ends the process if the parent has gone."""
+    """Reads the next request. Ends the process if the parent has gone."""
     line = sys.stdin.buffer.readline(_MAX_REQUEST_BYTES)
     if not line.endswith(b"\n"):
         sys.exit(2 if line else 0)

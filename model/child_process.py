@@ -1,4 +1,5 @@
-"""A child process that computes with untrusted input: requests with deadlines, starts and ends. It bounds itself."""
+"""A child process for untrusted input: its start, requests with deadlines, its end. The child limits its own
+resources."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from llamaclust.model.child_frames import encoded
 _Result = TypeVar("_Result")
 
 _KEPT_VARIABLES: Final = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
-"""Variables for Python's start and for dates; keys and tokens are not passed."""
+"""The environment variables that a child gets, for Python's start and for dates. Secrets are not passed on."""
 _OTHERS_SIGNALS: Final = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 _TIME_SIGNALS: Final = (signal.SIGXCPU, signal.SIGPROF)
 _END_S: Final = 5.0
@@ -31,20 +32,21 @@ class ChildEndedError(Exception):
 
 
 class ChildKilledError(ChildEndedError):
-    """The child was killed from outside, not by what it computed, or could not be started."""
+    """The child was killed from outside, not because of its work, or it could not be started."""
 
 
 class ChildLateError(ChildEndedError):
-    """No reply within the deadline: long work or a stalled machine."""
+    """The child did not reply within the deadline: its work is long, or the machine is stalled."""
 
 
 class ChildUnusableError(ChildEndedError):
-    """The child refuses its first frame, or ends over it."""
+    """The child refused its first frame, or ended while it handled that frame."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChildProgram:
-    """The module that a child runs, and its limits. A reply "error" to the first frame means that it is unusable."""
+    """The module that a child runs, and its limits. The child is unusable if it replies to the first frame with an
+    "error"."""
 
     module: str
     first: Callable[[], Mapping[str, Any]]
@@ -54,8 +56,8 @@ class ChildProgram:
 
 
 class BoundedChild:
-    """A child, started at the first request and again after its end, and the thread that owns it: Linux kills a child
-    when the thread that started it ends. Safe for many threads."""
+    """A child process and the thread that owns it, because Linux kills a child when the thread that started it ends.
+    The child starts at the first request, and again after it has ended. Thread-safe."""
 
     def __init__(self, program: ChildProgram, name: str) -> None:
         self.pid: int | None = None  # of a child that answers requests
@@ -71,7 +73,7 @@ class BoundedChild:
         return len(self._work)
 
     def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
-        """Calls `work` on the child's thread, where it may use `request`. DeadlineError after `close`."""
+        """Calls `work` on the child's thread, where it may use `request`. Raises DeadlineError after `close`."""
         try:
             future = self._thread.submit(work)
         except RuntimeError:
@@ -81,8 +83,8 @@ class BoundedChild:
         return future
 
     def request(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the reply; a child that was killed from outside gets the request once more. ChildEndedError;
-        TypeError, ValueError or RecursionError for values that JSON cannot hold."""
+        """Returns the reply. If the child was killed from outside, sends the request once more. Raises ChildEndedError,
+        or TypeError, ValueError or RecursionError for values that JSON cannot hold."""
         frame = encoded(values)
         try:
             return self._request(frame)
@@ -90,13 +92,13 @@ class BoundedChild:
             return self._request(frame)
 
     def stop(self) -> None:
-        """Kills the child; the request in progress and all later ones fail."""
+        """Kills the child. The request in progress and all later requests fail."""
         self._is_stopped = True
         if (process := self._process) is not None:
             process.kill()
 
     def close(self) -> None:
-        """Returns when the child is gone; `stop` comes first. May be called again."""
+        """Waits until the child is gone. `stop` must be called first. May be called again."""
         with suppress(RuntimeError):  # the thread has ended
             self._thread.submit(self._drop)
         self._thread.shutdown(wait=True)

@@ -1,9 +1,9 @@
-"""Programs of stages that begin or end inside a mixture, where the experts of a layer are on several workers.
-
+"""Programs of stages that begin or end inside a mixture of experts, so that several workers hold the experts of a
+layer.
 Each layer has as many parts as its experts have shards. The first part holds the steps before the experts, the choice
-and the first shard; the last one holds the last shard, the sum and the steps behind. Between two parts of a layer, a
-stage sends the buffers that later steps read, the choice, and the results of experts by rank: the last part adds these
-in the order of ranks, as a worker with all experts does."""
+of experts and the first shard. The last part holds the last shard, the sum and the steps after it. From one part to the
+next, a stage sends the buffers that later steps read, the choice, and the experts' results by rank. The last part adds
+the results in the order of ranks, as a worker with all experts does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Build = Callable[[int, int], Program]
 
 
 def divided_program(build: Build, start: int, end: int, shards: int) -> Program:
-    """Returns the program of parts [start, end). UsageError if a stage would begin or end in a layer with too few
+    """Returns the program of parts [start, end). Raises UsageError if it begins or ends in a layer with too few
     experts."""
     (first, skipped), (last, before) = divmod(start, shards), divmod(end - 1, shards)
     kept, program = before + 1, build(first, last + 1)
@@ -54,7 +54,8 @@ def mixture_of(steps: Sequence[Step], layer: int) -> Moe | None:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A layer that is divided. `carried`: buffers that steps from the experts on read and earlier steps wrote."""
+    """A divided layer. `carried` are buffers that steps before the experts write and that the experts or later steps
+    read."""
 
     mixture: Moe
     carried: tuple[Buffer, ...]

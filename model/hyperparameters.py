@@ -41,17 +41,17 @@ _NEUTRAL_VALUES = {
     "swiglu_clamp_exp": (0,),
     "swiglu_clamp_shexp": (0,),
 }
-"""Keys that change the arithmetic of the architectures that read them, and the values that change nothing."""
+"""Keys that change the arithmetic of the architectures that read them, each with the values that change nothing."""
 
 
 LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
-"""Channels of a head's query and value in latent attention, where the other keys of widths are those of stored keys."""
+"""Keys of a head's query and value widths in latent attention, where other keys of widths refer to the stored keys."""
 
 MAX_LAYERS = 1 << 10
 SHARED_KV_KEY = "attention.shared_kv_layers"
-"""The number of last layers that read the keys and values of others."""
+"""The number of layers at the end that read the keys and values of earlier layers."""
 NEXTN_KEY = "nextn_predict_layers"
-"""The number of last layers that are heads for multi-token prediction (MTP)."""
+"""The number of layers at the end that are heads for multi-token prediction (MTP)."""
 
 
 class RopeScaling(StrEnum):
@@ -64,8 +64,8 @@ class RopeScaling(StrEnum):
 @dataclass(frozen=True, slots=True)
 class RopeParameters:
     """The rotary embedding of the first `dimension_count` channels of a head. `extrapolation_factor`, `beta_fast`,
-    `beta_slow` and `log_multiplier` are YaRN's: with the latter, cos and sin are divided by 1 + 0.1 * log_multiplier *
-    ln(factor). `truncated`: the ramp of YaRN begins and ends at whole pairs."""
+    `beta_slow`, `log_multiplier` and `truncated` are YaRN's. cos and sin are divided by 1 + 0.1 * log_multiplier *
+    ln(factor). `truncated`: YaRN's ramp begins and ends at whole pairs."""
 
     dimension_count: int
     frequency_base: float
@@ -82,8 +82,8 @@ class RopeParameters:
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameters:
-    """Widths in channels and counts. `expert_count` is 0 without experts; tuples have a number for each layer, 0 KV
-    heads for a layer without attention, length 0 for one without a feed-forward network."""
+    """Widths (in channels) and counts of a model. `expert_count` is 0 without experts. Tuples have a number for each
+    layer: 0 KV heads if it has no attention, length 0 if it has no feed-forward network."""
 
     architecture: str
     block_count: int
@@ -119,7 +119,8 @@ def read_architecture(model: ModelFile) -> str:
 
 
 def read_hyperparameters(model: ModelFile) -> Hyperparameters:
-    """Reads `{architecture}.*`. ModelFileError names the key that is missing, out of bounds or contradicts another."""
+    """Reads `{architecture}.*`. Raises ModelFileError for a key that is missing, out of bounds or contradicts
+    another."""
     return hyperparameters_of(ModelKeys(model))
 
 
@@ -153,7 +154,8 @@ def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
 
 
 class ModelKeys:
-    """A reader of a model's own keys, given without the architecture's name, that records which ones were read."""
+    """A reader of a model's own keys, which are given without the architecture's name. It records which keys were
+    read."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -167,7 +169,7 @@ class ModelKeys:
         return self.model.error(self._full(key), what)
 
     def count(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int) -> int:
-        """Reads a whole number; an array with one number a layer is taken if all of them are equal."""
+        """Reads a whole number. An array with a number for each layer is accepted if all numbers are equal."""
         value: Any = self.model.metadata.get(self._recorded(key))
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
             if (value != value[0]).any():
@@ -200,7 +202,7 @@ class ModelKeys:
         return tuple(map(int, value))
 
     def reals(self, key: str, layers: int) -> tuple[float, ...]:
-        """Reads a number for each of the first `layers`, which may be infinite or NaN."""
+        """Reads a number for each of the first `layers` layers. Numbers may be infinite or NaN."""
         value: Any = self.model.metadata.get(self._recorded(key))
         if value is None:
             raise self.error(key, "missing")
@@ -223,7 +225,7 @@ class ModelKeys:
         return bool(value)
 
     def flags(self, key: str, layers: int) -> list[bool] | None:
-        """Reads a flag for each of the first `layers`; None if the file has no such key."""
+        """Reads a flag for each of the first `layers` layers. Returns None if the file has no such key."""
         self._read.add(key)
         return self._layer_flags(key, layers) if self.has(key) else None
 
@@ -236,7 +238,7 @@ class ModelKeys:
         return [bool(flag) for flag in value[:layers]]
 
     def refuse_unread(self) -> None:
-        """ModelFileError for a key that would change the arithmetic, if nothing has read it."""
+        """Raises ModelFileError for a key that would change the arithmetic but that nothing has read."""
         for key in _NEUTRAL_VALUES.keys() - self._read:
             neutral = _NEUTRAL_VALUES[key]
             value: Any = self.model.metadata.get(self._full(key), neutral[0])
@@ -245,8 +247,8 @@ class ModelKeys:
                 raise self.error(key, f"{shown(str(value))}, which is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
-        """Tells which layers have the sliding window. `attention.sliding_window_pattern` is an array, or a period whose
-        last layer, or with `full_first` its first, has none (0: all have it)."""
+        """Tells which layers have the sliding window. `attention.sliding_window_pattern` is an array, or a period (0:
+        all layers have the window). The last layer of each period, or its first if `full_first`, has no window."""
         key = "attention.sliding_window_pattern"
         if isinstance(self.model.metadata.get(self._recorded(key)), np.ndarray):
             return self._layer_flags(key, layers)
@@ -263,7 +265,7 @@ class ModelKeys:
 
 
 def read_block_count(keys: ModelKeys) -> int:
-    """Returns the number of layers without those for multi-token prediction."""
+    """Returns the number of layers, not counting those for multi-token prediction."""
     count = keys.count("block_count", maximum=MAX_LAYERS)
     return count - keys.count(NEXTN_KEY, 0, minimum=0, maximum=count - 1)
 
@@ -345,7 +347,7 @@ def _read_rope(keys: ModelKeys, key_length: int, context_length: int) -> RopePar
 
 
 def _read_factor(keys: ModelKeys) -> float:
-    """Reads the stretch of positions, called `rope.scale_linear` in older files; 0 stands for 1."""
+    """Reads the factor by which positions are stretched, called `rope.scale_linear` in older files. 0 means 1."""
     key = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
     factor = keys.real(key, 1.0, minimum=0.0, maximum=1e6) or 1.0
     if factor < _LEAST_STRETCH:
@@ -354,7 +356,7 @@ def _read_factor(keys: ModelKeys) -> float:
 
 
 def _read_scaling(keys: ModelKeys, factor: float) -> RopeScaling:
-    """Reads the scaling; a factor without a name is linear, as in llama.cpp."""
+    """Reads the type of RoPE scaling. A factor without a type means linear scaling, as in llama.cpp."""
     name = keys.text("rope.scaling.type", "none" if factor == 1.0 else "linear")
     if name not in set(RopeScaling):
         raise keys.error("rope.scaling.type", f"{shown(name)} is not supported")

@@ -1,4 +1,5 @@
-"""Importance matrices in llama.cpp's two formats: squares of a weight matrix's inputs, summed by column."""
+"""Reads and writes importance matrices in llama.cpp's two formats: a weight matrix's squared inputs, summed by
+column."""
 
 from __future__ import annotations
 
@@ -29,14 +30,15 @@ _NUMBER = Struct("<i")
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """Importance of a matrix, or of experts': squares summed [experts, columns] over `counts` [experts] inputs."""
+    """The importance of a matrix, or of experts' matrices: squares summed [experts, columns] over `counts` [experts]
+    inputs."""
 
     sums: Float32
     counts: Float32
 
     @property
     def means(self) -> Float32:
-        """Mean squares [experts, columns]; ones for an expert that was never chosen."""
+        """The mean squares [experts, columns]. They are 1 for an expert that was never chosen."""
         counts = self.counts[:, None]
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), np.float32(1)).astype(np.float32)
 
@@ -50,7 +52,7 @@ class ImportanceMatrix:
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
-    """Reads either format, told by the first bytes. ModelFileError for a file that is neither, or is damaged."""
+    """Reads either format, which the first bytes show. Raises ModelFileError for another or a damaged file."""
     with open_regular(path) as descriptor:
         size_bytes = FileIdentity.of(descriptor).size_bytes
         if size_bytes > _MOST_BYTES:
@@ -72,7 +74,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 
 
 def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
-    """Writes the old format if the name ends in .dat, else GGUF. The file appears when it is complete."""
+    """Writes the old format if the name ends in .dat, else GGUF. The file appears only when it is complete."""
     if path.suffix == ".dat":
         data = _legacy_bytes(matrix)
         with new_file(path, len(data)) as file:
@@ -109,7 +111,8 @@ def _from_gguf(file: ModelFile) -> ImportanceMatrix:
 
 
 def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
-    """Reads: number of entries | for each: name, calls, values times calls | chunks, name of the text."""
+    """Reads the old format: entry count | for each entry: name, calls, values times calls | chunk count, name of the
+    text."""
     at = 0
 
     def number() -> int:

@@ -5,25 +5,27 @@ from __future__ import annotations
 from enum import StrEnum
 
 KV_BLOCK_TOKENS = 16
-"""Positions in one KV block: the unit that the coordinator allocates and that block tables name."""
+"""The number of positions (tokens) in a KV block, the unit that the coordinator allocates and that block tables
+list."""
 
 KV_GROUP_CHANNELS = 32
-"""Channels of a key or value that share a scale, in KV types that have scales."""
+"""The number of channels of a key or value that share a scale, in KV types with scales."""
 
 KV_VALUE_CHANNELS = 16
-"""The lanes that sum values: a stored value takes a multiple of these channels."""
+"""The number of lanes that sum values. A stored value is padded to a multiple of as many channels."""
 
 
 class KvType(StrEnum):
-    """The rounding of keys and values before any use: float16, or int8 with a float16 scale for 32 channels. With INT8,
-    queries and weights of positions are rounded to 8 bits as well, and attention is computed in integers."""
+    """The type to which keys and values are rounded before any use: float16, or int8 with a float16 scale for each
+    32 channels. With INT8, queries and attention weights are rounded to 8 bits too, and attention is computed in
+    integers."""
 
     F16 = "f16"
     Q8_0 = "q8_0"
     INT8 = "int8"
 
     def key_bytes(self, channels: int) -> int:
-        """Returns the KV memory of one head's key at one position, with padding and scales."""
+        """Returns the bytes of one head's key at one position, including padding and scales."""
         if self is KvType.F16:
             return 2 * channels
         together = 4 if self is KvType.INT8 else 2  # channels of a position that lie side by side

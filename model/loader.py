@@ -1,4 +1,4 @@
-"""A model that can be run, as upper layers hold it: programs, their tensors, costs, tokenizer and template."""
+"""A model that can be run: its programs, their tensors and costs, its tokenizer and its chat template."""
 
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 
 class Model:
-    """An opened model file whose every tensor is known to the program of its architecture."""
+    """An opened model file. The program of its architecture knows every tensor in the file."""
 
     def __init__(
         self, file: ModelFile, chat_template: str | None = None, adapters: Mapping[int, ModelFile] | None = None
     ) -> None:
-        """ModelFileError if the file is not a model of a supported architecture. `adapters`: see `with_adapters`."""
+        """Raises ModelFileError if the file is no model of a supported architecture. `adapters`: see
+        `with_adapters`."""
         self.plain = as_programs_read(file)
         self.adapters = adapters or {}
         self.file = file = with_adapters(self.plain, self.adapters)
@@ -67,9 +68,9 @@ class Model:
 
     @classmethod
     def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
-        """Reads headers only, but `adapters` whole. ModelFileError as for `open_model`, `with_adapters` and
-        `check_adapter_weights`, and for parts that do not fit together. `chat_template` names a template, or a file,
-        that replaces the model's; UsageError if there is none."""
+        """Opens a model. Reads only headers, except of `adapters`, which are read completely. `chat_template` is the
+        name or the file of a template that replaces the model's. Raises UsageError if there is no such template, and
+        ModelFileError like `open_model`, `with_adapters` and `check_adapter_weights`."""
         plain = open_model(path)
         numbered = {number: read_adapter(adapter, plain) for number, adapter in enumerate(adapters)}
         check_adapter_weights(numbered.values())
@@ -95,7 +96,7 @@ class Model:
 
     @cached_property
     def widened(self) -> Model:
-        """The same model, whose weights lie in wider tiles if their types have some."""
+        """The same model, with weights packed as wider tiles if their types have wider tiles."""
         wide = copy(self)
         tensors = self.file.tensors.items()
         wide.file = replace(
@@ -123,8 +124,8 @@ class Model:
         expert_shards: int = 1,
     ) -> Program:
         """Returns the program of layers [start, end), for sequences of at most `context_tokens` (None: the model's
-        context). With several `expert_shards`, [start, end) are parts of layers, see `Program`; UsageError for a layer
-        that cannot be divided so."""
+        context). With several `expert_shards`, [start, end) are parts of layers (see `Program`). Raises UsageError if a
+        layer cannot be divided into them."""
 
         def build(first: int, last: int) -> Program:
             return adapted(build_program(self.file, first, last, kv_type, context_tokens), self.file)
@@ -175,7 +176,8 @@ class Model:
 
     @property
     def hidden_bytes(self) -> int:
-        """The bytes of one token between stages, at most, which is behind the first layer; 0 for a single layer."""
+        """The most bytes of one token between two stages, which occur after the first layer. 0 for a model of one
+        layer."""
         return 4 * self.program(0, 1).out.width if self.layer_count > 1 else 0
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
@@ -237,24 +239,25 @@ class Model:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Built on first use. ModelFileError if the file has no supported tokenizer."""
+        """The tokenizer, built on first use. Raises ModelFileError if the file has no supported tokenizer."""
         with _named(self.file.path):
             return load_tokenizer(self.file.metadata)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """Made on first use; its child process ends with `close`. ModelFileError as for `tokenizer`."""
+        """The chat template, made on first use. `close` ends its child processes. Raises ModelFileError like
+        `tokenizer`."""
         tokenizer = self.tokenizer
         with _named(self.file.path):
             return load_chat_template(self.file.metadata, tokenizer, chosen=self._chosen_template)
 
     def close(self) -> None:
-        """Ends the template's child process; no file is held open."""
+        """Ends the child processes of the chat template. No file is held open."""
         if "chat_template" in vars(self):
             self.chat_template.close()
 
     def _refuse_other_uses(self) -> None:
-        """Refuses models without attention or state, decoders that rank, and a causality of another architecture."""
+        """Refuses models without attention or state, decoders that rank, and an unusual `attention.causal`."""
         keys = ModelKeys(self.file)
         if not self._whole.kv_memory:
             what = f"none of its {self.layer_count} layers has attention or a state of the sequence"
@@ -265,7 +268,8 @@ class Model:
             raise keys.error("attention.causal", f"{not self.is_causal}, which is not supported")
 
     def _refuse_unknown_tensors(self) -> None:
-        """Refuses unread tensors: one may be a scale or a norm, without which every answer is wrong."""
+        """Refuses a file with tensors that no step reads. One could be a scale or a norm, without which every answer is
+        wrong."""
         known = {*self._whole.weights, *FACTOR_TENSORS, *nextn_tensors(self.file), *idle_kv_tensors(self.file)}
         unknown = set(self.file.tensors) - known
         if (error := unread_adapter_tensor(self.file, unknown)) is not None:

@@ -1,4 +1,4 @@
-"""Rules that put whole layers, or all experts of layers, in RAM or on GPUs, as llama.cpp's `-ot PATTERN=DEVICE`."""
+"""Rules that put whole layers, or all experts of layers, in RAM or on GPUs, like llama.cpp's `-ot PATTERN=DEVICE`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _POSSIBLE = r"whole layers ('blk\.3\.'), or all experts of a layer ('ffn_.*_exps
 
 @dataclass(frozen=True, slots=True)
 class PlacementRule:
-    """Tensors whose names match the pattern anywhere are on the device: "ram", "gpu" (any one) or "cuda:N"."""
+    """Puts each tensor whose name contains a match of the pattern on the device: "ram", "gpu" (any GPU) or "cuda:N"."""
 
     pattern: str
     device: str
@@ -49,7 +49,7 @@ class PlacementRule:
 
 
 def read_rules(text: str) -> Iterator[PlacementRule]:
-    """Reads llama.cpp's form PATTERN=DEVICE,PATTERN=DEVICE. ValueError for another one."""
+    """Reads rules in llama.cpp's form PATTERN=DEVICE,PATTERN=DEVICE. Raises ValueError for any other text."""
     at = 0
     while at < len(text):
         found = _RULE.match(text, at)
@@ -61,7 +61,7 @@ def read_rules(text: str) -> Iterator[PlacementRule]:
 
 @lru_cache(256)
 def _matcher(pattern: str) -> SchemaValidator:
-    """Returns a matcher of linear time and bounded size. ValueError for an invalid pattern."""
+    """Returns a matcher of linear time and bounded size. Raises ValueError for an invalid pattern."""
     try:
         return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
     except SchemaError as error:
@@ -90,8 +90,8 @@ def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffe
 
 
 def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | None) -> Placement:
-    """Returns the devices of layers by the first matching rule of a tensor; `cpu_moe` decides on other experts.
-    UsageError for a rule that matches no tensor or cannot be obeyed."""
+    """Returns the devices of layers. The first rule that matches a tensor decides on it; `cpu_moe` decides on experts
+    without a rule. Raises UsageError for a rule that matches no tensor or cannot be obeyed."""
     if not rules:
         return Placement(cpu_moe=cpu_moe)
     decided = {name: rules[index] for name, index in _decided(model, rules).items()}
@@ -122,7 +122,7 @@ class _Part:
     others: list[str] = field(default_factory=list)  # small ones, which are where those are
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str, PlacementRule] | None:
-        """Returns a tensor and its rule, which decide on all tensors; None if no rule matches."""
+        """Returns a tensor and its rule, which decide on all tensors of the part. Returns None if no rule matches."""
         ruled = [(name, decided[name]) for name in (*self.deciding, *self.others) if name in decided]
         if not ruled:
             return None
@@ -144,7 +144,8 @@ class _Layer:
     vectors: set[str] = field(default_factory=set)  # of the rest, norms and biases
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str | None, bool | None]:
-        """Returns the device of the layer (None: open), and True if its experts are always in RAM (None: open)."""
+        """Returns the layer's device, and True if its experts are in RAM, False if not. None means that no rule
+        decides."""
         broad = {rule for name in self.rest.deciding if (rule := decided.get(name)) is not None}
         follow = {name for name in self.experts.others if decided.get(name) in broad}  # named by the way
         own = {name: rule for name, rule in decided.items() if name not in follow | self._following_vectors(decided)}
@@ -158,7 +159,7 @@ class _Layer:
         return rest[1].device, False
 
     def _following_vectors(self, decided: Mapping[str, PlacementRule]) -> set[str]:
-        """Returns vectors that a rule for experts names by the way, as 'ffn_.*' does ffn_norm."""
+        """Returns the vectors that a rule for experts matches by accident, such as ffn_norm by 'ffn_.*'."""
         of_rest = {decided[name] for name in self.rest.deciding if name in decided and name not in self.vectors}
         if any(rule.device == RAM for rule in of_rest):
             return set()
@@ -177,7 +178,7 @@ def _conflict(pair: tuple[str, PlacementRule], other: tuple[str, PlacementRule],
 
 
 def _layers(model: Model) -> list[_Layer]:
-    """Returns the tensors of each layer; those of the embedding are in the first one, those of the head in the last."""
+    """Returns the tensors of each layer. The embedding belongs to the first layer, the head to the last."""
     program = model.program(0, model.layer_count)
     found = [
         _Layer(_Part(f"layer {layer}"), _Part(f"the experts of layer {layer}")) for layer in range(model.layer_count)

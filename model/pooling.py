@@ -1,4 +1,4 @@
-"""Pooling of the hidden states of a prompt's tokens into its embedding, and its key in a model file."""
+"""The pooling of a prompt's hidden states into an embedding, and its key in model files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from llamaclust.model.hyperparameters import ModelKeys
 
 
 class Pooling(StrEnum):
-    """The pooled rows: all, one by one; their mean; the first; the last; the first one's scores, in encoders only."""
+    """The pooled rows: each row by itself; the mean; the first row; the last row; the first row's scores (encoders
+    only)."""
 
     NONE = "none"
     MEAN = "mean"
@@ -37,11 +38,12 @@ DEFAULT = Pooling.LAST
 
 
 _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
-"""Tensors that only rerankers have. Most public ones name no pooling, because llama.cpp has an option for it."""
+"""Tensors that only rerankers have. Most public rerankers name no pooling, because llama.cpp has an option for it."""
 
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
-    """Returns the file's pooling, RANK with a classifier, or the default. ModelFileError for an unknown number."""
+    """Returns the file's pooling, RANK for a file with a classifier, or the default. Raises ModelFileError if it is
+    unknown."""
     keys = ModelKeys(model)
     if not keys.has("pooling_type") and not _CLASSIFIER.isdisjoint(model.tensors):
         return Pooling.RANK

@@ -86,7 +86,7 @@ __all__ = [
 ]  # beside what is defined here
 
 LOGITS = "logits"
-"""The name of the last stage's out buffer if the model has a head."""
+"""The name of the last stage's buffer `out` if the model has a head."""
 
 RowStep = (
     RmsNorm
@@ -110,30 +110,29 @@ RowStep = (
     | SigmoidGate
     | Decay
 )
-"""Steps that compute a row of the out buffer from the same row of others, its position and weights of one row."""
+"""Steps that compute a row of `out` from the same row of other buffers, the row's position and a vector of weights."""
 
 StateStep = Convolution | DeltaRule | Scan
 
 MixtureStep = ExpertChoice | ExpertInner | ExpertDown | ExpertShards | ExpertSum
 
 Across = Exchange | Gather
-"""Steps that another device, or another member of a group, computes a part of."""
+"""Steps of which another device, or another member of a group, computes a part."""
 
 Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Across | SelectRows | RowStep
 
 KvLayer = Attention | SequenceState
-"""The steps that KV memory is laid out for: of each layer at most one attention, and one state of each part."""
+"""Everything that has KV memory. A layer has at most one attention, and at most one state of each `StatePart`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
     """The steps of layers [start, end) of a model, or of parts [start, end) if layers are divided into `shards` (see
     `expert_shards`).
-
-    The first stage begins with `Embed`, others receive `hidden`; the last stage ends with the logits in `out` [output
-    rows, vocabulary], others with the hidden state [rows, embedding]. On the last stage, `normed` [rows, embedding] is
-    the normed hidden state of every row, written before `SelectRows`; in a reranker, the scores [rows, classes].
-    Encoders and rerankers have no logits."""
+    The first stage begins with `Embed`; other stages receive `hidden`. The last stage ends with the logits in `out`
+    [output rows, vocabulary]; other stages end with the hidden state [rows, embedding]. On the last stage, `normed`
+    [rows, embedding] is the normed hidden state of every row, written before `SelectRows`. In a reranker, `normed` has
+    the scores [rows, classes]. Encoders and rerankers have no logits."""
 
     start: int
     end: int
@@ -179,7 +178,7 @@ class Program:
 
     @property
     def is_causal(self) -> bool:
-        """True if rows see nothing behind them: then a sequence may be computed in chunks."""
+        """True if no row attends to later positions. Then, a sequence may be computed in chunks."""
         return all(step.causal for step in self.kv_layers)
 
     @property
@@ -188,17 +187,18 @@ class Program:
 
     @property
     def window(self) -> int | None:
-        """The largest window of the causal layers, if any has one: KV memory behind it is released."""
+        """The largest attention window of the causal layers, or None. KV memory of positions before the window is
+        released."""
         return max((kept.window for kept in self.kv_layers if kept.causal and kept.window is not None), default=None)
 
 
 def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
-    """Returns the names of all tensors that the steps read, in first-use order, each once."""
+    """Returns the names of all tensors that the steps read, each once, in the order of first use."""
     return tuple(dict.fromkeys(weight.name for step in steps for weight in step.weights))
 
 
 def read_before_written(steps: Iterable[Step], *results: Buffer | None) -> tuple[Buffer, ...]:
-    """Returns the buffers that must be filled before these steps, in order; `results` are read behind them."""
+    """Returns, in order, the buffers that must be filled before these steps. `results` are read after the steps."""
     found: dict[str, Buffer] = {}
     written: set[str] = set()
     for step in steps:

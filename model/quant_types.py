@@ -1,4 +1,5 @@
-"""ggml's weight types, one row each: weights in a block, bytes of a block, and the activations it is multiplied by."""
+"""A table of ggml's weight types: weights and bytes of a block, and the format of the activations that it
+multiplies."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from typing import Any, Final, Self
 
 
 class ActivationFormat(IntEnum):
-    """The storage of activations for a dot product with a weight type: float32, or int8 with one scale a segment."""
+    """The format of activations in a dot product with weights: float32, or int8 with one scale for each 32 or 256
+    channels."""
 
     F32 = 1
     Q8_32 = 32
@@ -23,8 +25,8 @@ _CACHE_LINE_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class TypeInfo:
-    """One row of the table; `activation` is None without a dot product (integers, ggml's internal types).
-    `tile_extra_bytes`: of a block in memory, spent on quick decoding."""
+    """One row of the table. `activation` is None for types without a dot product (integers, ggml's internal types).
+    `tile_extra_bytes` are bytes that a block takes in addition in memory, for quick decoding."""
 
     block_size: int
     block_bytes: int
@@ -36,7 +38,7 @@ class TypeInfo:
         return width // self.block_size * self.block_bytes
 
     def tile_bytes(self, width: int) -> int:
-        """Returns the bytes of one tile, 16 rows of packed weights: whole cache lines."""
+        """Returns the bytes of one tile (16 rows of packed weights), a multiple of a cache line."""
         assert width % self.block_size == 0
         blocks = TILE_ROWS * (width // self.block_size)
         return -(-blocks * (self.block_bytes + self.tile_extra_bytes) // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
@@ -46,7 +48,8 @@ _F32, _Q8_32, _Q8_256 = ActivationFormat
 
 
 class QuantType(IntEnum):
-    """ggml's numbers, as in GGUF files, and the fields of `info`. Each backend says which of them it computes with."""
+    """ggml's types with their numbers in GGUF files and the fields of `info`. Backends decide which types they
+    support."""
 
     info: TypeInfo
 
@@ -99,4 +102,4 @@ WIDER_TILES: Final[Mapping[QuantType, QuantType]] = {
     QuantType.IQ2_XS: QuantType.IQ2_S,
     QuantType.TQ1_0: QuantType.TQ2_0,
 }
-"""Types that may also be packed as tiles of another: equal weights and bits of products, more bytes, less time."""
+"""Types that may be packed as tiles of another type: results are bit-identical and faster, but take more memory."""

@@ -1,4 +1,4 @@
-"""Ranking of documents: the prompt of a query and a document, and the score in the model's results."""
+"""Ranks documents: makes the prompt of a query and a document, and reads the score from the model's results."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class PairTemplate:
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
-        """Makes tokens of control words in the template, not in the texts. RequestError for U+FDD0 in a text."""
+        """Makes control tokens of control words in the template, but not in the texts. Raises RequestError if a text
+        has U+FDD0."""
         (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
         rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
         parts = tokenizer.split_special(rendered, parse_special=True)
@@ -36,8 +37,8 @@ class PairTemplate:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The prompts and score of a reranker: of causal models (`of_last`) the softmax of the first class at the last
-    token, else the first class's score at the first token."""
+    """The prompts and the score of a reranker. In causal models (`of_last`), the score is the softmax of the first
+    class at the last token. In others, it is the first class's output at the first token."""
 
     prompts: PairForm | PairTemplate
     of_last: bool
@@ -54,7 +55,8 @@ class Ranking:
 
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
-    """Reads the file's template of pairs, else the form of its special tokens. ModelFileError for an invalid one."""
+    """Reads the file's template for pairs, or else the form of its special tokens. Raises ModelFileError if it is
+    invalid."""
     text = metadata.get(_KEY)
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)

@@ -1,1 +1,1 @@
-"""Chat templates: chosen, rendered in a sandboxed child process."""
+"""Chooses chat templates and renders them in sandboxed child processes."""

@@ -1,4 +1,5 @@
-"""Messages of a chat as a strict template accepts them. A chat that its template renders whole is not changed."""
+"""Rewrites the messages of a chat for a strict template that refuses them. A chat that its template renders completely
+is not changed."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ _SHOWN: Final = 64
 
 
 def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
-    """Yields forms of messages that a template refused, each with one more change: a later system message joins the
-    user's turn beside it; messages of one role are merged; a user begins; the first system message joins the user."""
+    """Yields forms of the messages that the template refused, each with one more change: later system messages move
+    into user messages; consecutive messages of one role are merged; an empty user message comes first; the leading
+    system messages move into the first user message."""
     before = [dict(message) for message in messages]
     for change in _CHANGES:
         changed = change(before)
@@ -26,13 +28,15 @@ def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
 
 
 def lacks_system(messages: Sequence[Message], rendered: str) -> bool:
-    """True if a rendered template lacks a system message: some templates skip messages that others refuse."""
+    """Returns True if the rendered text lacks a system message: some templates silently skip messages that others
+    refuse."""
     systems = (_text(message).strip() for message in messages if message["role"] == "system")
     return any(text[:_SHOWN] not in rendered or text[-_SHOWN:] not in rendered for text in systems)
 
 
 def _with_late_systems_joined(messages: Messages) -> Messages:
-    """Joins a late system message with the user's turn before it, else behind it, but not between calls and results."""
+    """Appends a later system message to the user message just before it, or else prepends it to the next user message.
+    It never comes between tool calls and their results."""
     begin = len([*takewhile(_is_system, messages)])
     joined, waiting = messages[:begin], list[str]()
     for message in messages[begin:]:
@@ -53,7 +57,7 @@ def _with_late_systems_joined(messages: Messages) -> Messages:
 
 
 def _with_equal_roles_merged(messages: Messages) -> Messages:
-    """Merges successive messages of one role, but not results of tools."""
+    """Merges consecutive messages of one role, except tool results."""
     merged: Messages = []
     for role, group in groupby(messages, lambda message: message["role"]):
         same = [*group]

@@ -1,5 +1,6 @@
-"""System calls that the process of a chat template may make: memory, time, its two pipes and its end. Even a template
-that escapes from Jinja's sandbox opens no file, makes no socket and starts no program. Linux, x86-64 and aarch64."""
+"""A seccomp filter for the process that renders chat templates. It allows the system calls for memory, time, open pipes
+and exit, so that even a template that escapes from Jinja's sandbox opens no file or socket and starts no program. The
+filter exists for Linux on x86-64 and aarch64."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class _Program(ctypes.Structure):
 
 
 def confine() -> str | None:
-    """Makes all other system calls of this process fail with EPERM. Returns a reason if there is no such filter."""
+    """Installs the filter: all other system calls of this process fail with EPERM. Returns None, or the reason why
+    there is no filter."""
     machine = os.uname().machine
     architecture = _ARCHITECTURES.get(machine) if sys.platform == "linux" else None
     if architecture is None:
@@ -79,7 +81,7 @@ def confine() -> str | None:
 
 
 def _filter(architecture: _Architecture) -> Iterable[bytes]:
-    """Yields a program that also refuses calls of other architectures, such as x86's 32-bit ones."""
+    """Yields the filter's BPF instructions. They also refuse calls of other architectures, such as 32-bit x86."""
     refuse, allow = _instruction(_RETURN, _REFUSE), _instruction(_RETURN, _ALLOW)
     yield _instruction(_LOAD, _ARCHITECTURE_AT)
     yield _instruction(_EQUAL, architecture.audit, if_equal=1)
@@ -97,5 +99,5 @@ def _filter(architecture: _Architecture) -> Iterable[bytes]:
 
 
 def _instruction(code: int, value: int, *, if_equal: int = 0, otherwise: int = 0) -> bytes:
-    """Packs `struct sock_filter`; jumps count the instructions that are skipped."""
+    """Packs a `struct sock_filter`. `if_equal` and `otherwise` count the instructions that the jump skips."""
     return struct.pack("=HBBI", code, if_equal, otherwise, value)

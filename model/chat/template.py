@@ -1,4 +1,4 @@
-"""Chat templates of model files, rendered in child processes that are bounded in time, memory and length of text."""
+"""Renders chat templates in child processes with bounded time, memory and length of text."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _KEY: Final = "tokenizer.chat_template"
 TOOL_USE: Final = "tool_use"
 RAG: Final = "rag"
 _MAX_REPLY_SHARE: Final = 6
-"""The most bytes of JSON for one byte of text."""
+"""The largest number of JSON bytes that one byte of rendered text can take."""
 _MOST_PROCESSES = 2
-"""The number of child processes: a template that takes long must not hold up all chats."""
+"""The number of child processes. There are two, so that a slow template does not hold up all chats."""
 _CHILD: Final = "llamaclust.model.chat.template_child"
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class TemplateRefusalError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class TemplateLimits:
-    """Limits of one render. `wait_s` bounds the wait for other renders before it."""
+    """Limits of one render. `wait_s` bounds the whole call, including the wait for earlier renders."""
 
     wall_s: float = 15.0
     cpu_seconds: int = 4
@@ -59,7 +59,7 @@ class TemplateLimits:
 
 
 class ChatTemplate:
-    """A model's chat template and its child processes, which start when they are needed. Safe for many threads."""
+    """A model's chat template and its child processes, which start on first use. Thread-safe."""
 
     def __init__(
         self,
@@ -69,7 +69,8 @@ class ChatTemplate:
         limits: TemplateLimits | None = None,
         named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Every render is refused if `source` is None. `named`: templates for chats with tools and documents."""
+        """Refuses every render if `source` is None. `named` has templates for chats with tools (TOOL_USE) or documents
+        (RAG)."""
         self.source = source
         self.named = {name: ChatTemplate(text, bos_token, eos_token, limits) for name, text in named.items()}
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
@@ -83,7 +84,7 @@ class ChatTemplate:
         self.close()
 
     def close(self) -> None:
-        """Ends the child processes; renders in progress and waiting ones fail. May be called again."""
+        """Ends the child processes. Renders in progress and waiting renders fail. May be called again."""
         for template in self.named.values():
             template.close()
         for renderer in self._renderers:
@@ -96,11 +97,11 @@ class ChatTemplate:
         return next((self.named[name] for name in names if name in self.named), self)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Returns the prompt for messages. `extra` are variables of the template (`tools`, `documents`, ...), and
-        `now_s`, the Unix time that it sees, by default the present.
-
-        RequestError, always for the same messages, if the template is missing, fails or exceeds its limits;
-        TemplateRefusalError if it refuses the messages; DeadlineError for a late, killed or closed render."""
+        """Returns the prompt for the messages. `extra` holds variables of the template (`tools`, `documents`, ...), and
+        `now_s`, the Unix time that the template sees (default: now).
+        Raises TemplateRefusalError if the template refuses the messages; RequestError, which a retry does not change,
+        if the template is missing, fails or exceeds its limits; and DeadlineError if the render is late, killed or
+        closed."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)
@@ -171,7 +172,8 @@ class _Renderer:
 def load_chat_template(
     metadata: Mapping[str, Any], tokenizer: Tokenizer, limits: TemplateLimits | None = None, chosen: str | None = None
 ) -> ChatTemplate:
-    """Returns the user's template, else the file's, else a suggested one. ModelFileError for one that is not text."""
+    """Returns the template `chosen` by the user, else the template in the model file, else a suggested one. Raises
+    ModelFileError if the template in the file is not text."""
     source = _source(metadata, _KEY)
     found = {name: _source(metadata, f"{_KEY}.{name}") for name in (TOOL_USE, RAG)}
     named = {name: text for name, text in found.items() if text} if chosen is None else {}

@@ -1,5 +1,5 @@
-"""The process that renders chat templates, programs from untrusted files: sandboxed, with little memory, CPU time and
-few system calls. Requests on stdin and replies on stdout are lines of JSON."""
+"""The child process that renders chat templates, which are untrusted programs. It is sandboxed, with little memory,
+little CPU time and few system calls. Requests on stdin and replies on stdout are lines of JSON."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ _MAX_MESSAGE_CHARACTERS: Final = 500
 _MAX_FILES: Final = 16
 _LATE_MODULES: Final = ("jinja2.constants", "pprint", "random", "textwrap", "unicodedata", "_strptime")
 _CODECS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-32", "unicode-escape", "raw-unicode-escape", "idna")
-"""Codecs that are loaded early; rendering would load them when a template first needs them."""
+"""Codecs to load before the process is confined. A template may need them, and a confined process cannot load them."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """The tag `{% generation %}...{% endgeneration %}`, which marks answers for training; its body is just rendered."""
+    """The tag `{% generation %}...{% endgeneration %}`, which marks answers for training. Here, its body is simply
+    rendered."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -87,7 +88,8 @@ def _clock(now_s: float) -> Callable[[str], str]:
 
 
 def functions_of(tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """Returns old templates' variable `functions`, which may be long, so that memory and time must be bounded."""
+    """Returns the value of the variable `functions` of old templates: the tools as JSON. The text may be long, so it is
+    made only under the limits of memory and time."""
     return json.dumps([tool.get("function", tool) for tool in tools], ensure_ascii=False, indent=4) if tools else ""
 
 
@@ -120,7 +122,8 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
 
 
 def _limit_resources(memory_bytes: int) -> None:
-    """Bounds memory, allows only the files that the interpreter itself reads, and no writes but the replies."""
+    """Limits memory and the number of open files (the interpreter itself needs some), and forbids core dumps and writes
+    to files."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -128,13 +131,14 @@ def _limit_resources(memory_bytes: int) -> None:
 
 
 def _limit_cpu(seconds: int) -> None:
-    """Moves the limit, which counts from the start of the process, ahead for a render."""
+    """Allows `seconds` more of CPU time. The system's limit counts from the start of the process, so each render moves
+    it."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
 
 
 def _confine() -> str | None:
-    """Confines the process after everything that reads modules and the time zone."""
+    """Confines the process, after loading all modules, codecs and time zone data that templates may need."""
     for name in _LATE_MODULES:
         importlib.import_module(name)
     for name in _CODECS:
@@ -144,7 +148,7 @@ def _confine() -> str | None:
 
 
 def main() -> None:
-    """Reads the template and its limits, replies with errors of its compilation, then renders until stdin ends."""
+    """Reads the template and its limits, reports whether the template compiles, and then renders until stdin ends."""
     end_with_parent()
     unconfined = _confine()
     first = read_frame()

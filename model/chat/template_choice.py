@@ -1,4 +1,5 @@
-"""Chat templates for models whose files have none: by name, out of a file, or by metadata and vocabulary."""
+"""Chooses chat templates: one that the user names or has in a file, or one suggested by a model's metadata and
+vocabulary."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _MARKS: Final = (
     (("[gMASK]", "sop", "<|user|>"), "chatglm-3"),
     (("<|user|>", "<|assistant|>", "<|end|>"), "phi3"),
 )
-"""Words of a vocabulary that are there for one template only."""
+"""Control words that together occur in vocabularies for one template only, and the name of that template."""
 
 _NAMES: Final = (
     (("linly",), "linly"),
@@ -40,7 +41,8 @@ _NAMES: Final = (
     (("mixtral", "instruct"), "mistral"),
     (("llama2", "chat"), "llama-2"),
 )
-"""Parts of a model's name, in small letters and without separators. A base model has no template."""
+"""Parts that a model's name must contain (in lower case, without separators), and the template to suggest. Base models
+have none."""
 
 
 def built_in_names() -> tuple[str, ...]:
@@ -55,7 +57,8 @@ def built_in(name: str) -> str:
 
 
 def chosen_template(choice: str) -> str:
-    """Returns the Jinja text that a user names, or has in a file. UsageError, with the known names, for others."""
+    """Returns the Jinja text of the built-in template with the name `choice`, or else of the file with this path.
+    Raises UsageError, which lists the built-in names, if there is neither."""
     names = built_in_names()
     if choice in names:
         return built_in(choice)
@@ -72,7 +75,8 @@ def chosen_template(choice: str) -> str:
 
 
 def suggested_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
-    """Returns the name of the template that a model without one was most likely made for, if anything tells."""
+    """Returns the name of the built-in template for which a model without one was most likely made, or None if nothing
+    indicates it."""
     for words, name in _MARKS:
         if all(tokenizer.token_id(word) is not None for word in words):
             return name

@@ -1,4 +1,5 @@
-"""Chat templates that are only texts around messages: each as data, by llama.cpp's name, made into Jinja."""
+"""Chat templates that only put texts around messages. They are stored as data under llama.cpp's names and converted to
+Jinja."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ Around = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class TurnFormat:
-    """A format of messages one after the other. Roles that are not listed are refused."""
+    """Texts before and after the messages of each role. Messages of other roles are refused."""
 
     around: dict[str, Around]  # by role
     prompt: str = ""  # what an answer begins with
@@ -220,4 +221,4 @@ TURN_FORMATS: Final[dict[str, TurnFormat]] = {
 }
 
 OTHER_NAMES: Final = {"chatglm3": "chatglm-3", "chatglm4": "chatglm-4", "llama3": "llama-3"}
-"""llama.cpp's names of templates that have a file."""
+"""llama.cpp's names for templates that have a file, and the names of the files."""

@@ -1,4 +1,4 @@
-"""JSON objects from foreign files, with bounds."""
+"""Reads JSON objects from untrusted files, within bounds."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
-    """Returns a JSON object; duplicate keys are an error. NaN and infinities become floats, which readers refuse."""
+    """Returns a JSON object. Duplicate keys are an error. NaN and infinities become floats; code that reads a number
+    refuses them."""
     try:
         found = json.loads(decode_text(data), object_pairs_hook=_object, parse_constant=float, parse_int=_whole)
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""GGUF's names of the layers' matrices, by the names of Hugging Face's modules."""
+"""Maps the names of Hugging Face's modules to GGUF's names of the layers' matrices."""
 
 from __future__ import annotations
 
@@ -60,17 +60,19 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "starcoder2": {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
     }
 )
-"""Matrices, by architecture, whose rows are the module's; only Q and K of `PAIRED` architectures have another order."""
+"""Names by architecture, for matrices with the same rows as their modules. In `PAIRED` architectures, Q and K have the
+same rows in another order."""
 PAIRED: Final = frozenset({"granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3"})
-"""Architectures whose files have the rows of a head of Q and K in the order of a rotation of neighbouring pairs: the
-first and second half of the checkpoint's head in turns."""
+"""Architectures whose GGUF files interleave the two halves of each head's rows in Q and K: first row of the
+checkpoint's first half, first row of the second half, and so on. RoPE then rotates neighbouring pairs."""
 _MODULE: Final = re.compile(
     r"(model\.|transformer\.|language_model\.model\.|model\.language_model\.)?(layers|h)\.(?P<layer>\d{1,4})\.(?P<module>.+)"
 )
 
 
 def matrix_name(architecture: str, module: str) -> str | None:
-    """Returns `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`; None if GGUF has the matrix in another form."""
+    """Returns `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`. Returns None if GGUF has no such matrix or stores
+    it differently."""
     found = _MODULE.fullmatch(module)
     name = None if found is None else _MATRICES.get(architecture, {}).get(found["module"])
     return None if found is None or name is None else f"blk.{int(found['layer'])}.{name}"

@@ -1,4 +1,4 @@
-"""Adapters as PEFT saves them: a folder with settings and the factors A and B of modules."""
+"""Reads adapters as PEFT saves them: a folder with settings and the LoRA factors A and B of modules."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _REFUSED: Final = (
     "target_parameters",
 )
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations that change the base's matrices. An adapter of an unchanged base has `true`."""
+"""Beginnings of `init_lora_weights` that change the base model's matrices. It is `true` if the base model is
+unchanged."""
 _PLAIN: Final = re.compile(r"[\w.-]+")
 
 
@@ -35,7 +36,8 @@ def plain_name(name: str) -> str:
 
 
 def factor_name(name: str) -> tuple[str, str] | None:
-    """Returns module and kind (A, B, embedding_A or embedding_B) of a factor's plain name; None for other tensors."""
+    """Returns the module and kind (A, B, embedding_A or embedding_B) of a factor's plain name. Returns None for other
+    tensors."""
     found = _FACTOR.fullmatch(name)
     return None if found is None else (found["module"], found["kind"])
 
@@ -52,7 +54,7 @@ class Scaling:
 
     @property
     def plain_alpha(self) -> float:
-        """The alpha for which alpha / rank is the factor."""
+        """The alpha that gives `factor` when divided by the rank."""
         return self.alpha * (self.rank**0.5 if self.is_rank_stabilized else 1.0)
 
 
@@ -62,7 +64,7 @@ class PeftSettings:
 
     @classmethod
     def read(cls, folder: Path) -> PeftSettings:
-        """ModelFileError for a damaged file, and for adapters other than W + factor * B @ A."""
+        """Raises ModelFileError for a damaged file, and for adapters that do not compute W + factor * B @ A."""
         settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
         _check_kind(settings)
         return cls(settings)
@@ -93,7 +95,8 @@ def _check_kind(settings: Settings) -> None:
 
 
 def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
-    """Reads a number with exceptions for some modules, which are named by a suffix."""
+    """Reads a number for a module: the entry of setting `name` whose key is a suffix of the module's name, else
+    `default`."""
     inner = settings.inner(name)
     strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
     if strange is not None:

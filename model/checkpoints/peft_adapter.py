@@ -1,4 +1,5 @@
-"""A PEFT folder as an adapter's file: tensors under GGUF's names, which are read where they are."""
+"""Reads a PEFT folder as if it were an adapter's GGUF file. Tensors get GGUF's names; their bytes stay in the PEFT
+file."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ _MERGE: Final = "leave the adapter out, or merge it by llamaclust model merge-lo
 
 
 def is_peft(path: Path) -> bool:
-    """True for a PEFT folder, or the weights in one."""
+    """Returns True for a PEFT folder, or for the file of weights in one."""
     return path.name == WEIGHTS or (path / CONFIG).is_file()
 
 
@@ -36,8 +37,9 @@ def peft_files(path: Path) -> tuple[Path, Path]:
 
 
 def read_peft(path: Path, model: ModelFile) -> Header:
-    """Returns the header of a GGUF file of the same adapter, with the path of the weights. Its digest is of settings
-    and names, without weights. ModelFileError for adapters other than W + factor * B @ A of the layers' matrices."""
+    """Returns the header that a GGUF file of the same adapter would have, with the path of the PEFT weights. Its digest
+    covers the metadata and the header of the weights, but no weights. Raises ModelFileError for adapters that do not
+    compute W + factor * B @ A on the layers' matrices."""
     _, weights = peft_files(path)
     settings = PeftSettings.read(weights.parent)
     if settings.settings.values.get("modules_to_save"):
@@ -91,7 +93,8 @@ class _Reader:
         )
 
     def alpha(self) -> float:
-        """Returns GGUF's alpha, a float32: the scale of every matrix is alpha / rank."""
+        """Returns GGUF's alpha as a float32. The scale of every matrix is alpha / rank. Raises ModelFileError if
+        matrices differ in alpha."""
         if len(self._alphas) > 1:
             one, other = list(self._alphas.items())[:2]
             what = f"alpha {one[0]:g} of {shown(one[1])}, {other[0]:g} of {shown(other[1])}: several are not supported"
@@ -110,7 +113,7 @@ class _Reader:
         self._alphas.setdefault(scaling.plain_alpha, module)
 
     def _paired_heads(self, name: str, stored: StoredTensor) -> int:
-        """Returns the number of heads whose rows the file has in another order than GGUF, or 0."""
+        """Returns the number of heads if GGUF has the rows of each head in another order than the PEFT file, else 0."""
         part = name.rpartition(".")[2]
         if self.architecture not in PAIRED or part not in ("attn_q", "attn_k"):
             return 0

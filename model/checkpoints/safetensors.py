@@ -1,4 +1,4 @@
-"""safetensors files: header length, JSON header, data."""
+"""Reads the headers of safetensors files. A file has the header's length, the header as JSON, and the data."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llamaclust.model.gguf.values import shown
 _MAX_HEADER_BYTES: Final = 100_000_000
 _METADATA: Final = "__metadata__"
 _AS_BYTES: Final = {"F8_E4M3": Storage.U8}
-"""Types of 8-bit floats, which need the scales in other tensors."""
+"""8-bit float types, which are read as bytes. Their scales are in other tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in bytes [offset, offset + n_bytes) of the file, its rows one after the other."""
+    """A tensor in bytes [offset, offset + n_bytes) of the file, in row-major order."""
 
     name: str
     storage: Storage
@@ -34,7 +34,7 @@ class StoredTensor:
 
 
 def read_safetensors(file: SourceFile) -> list[StoredTensor]:
-    """ModelFileError for a damaged file or an unknown type."""
+    """Raises ModelFileError for a damaged file or an unknown type."""
     length = int.from_bytes(file.read(0, 8), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, file.size_bytes - 8):
         raise file.error(

@@ -1,4 +1,4 @@
-"""Settings of a JSON object, read with bounds; errors name a missing or invalid key."""
+"""Reads the settings in a JSON object, with bounds. Errors name the missing or invalid key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _MAX_REAL: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Values by name; of several names the first one present is read. `origin` names the file for errors."""
+    """Values by name. Given several names, methods read the first one that is present. `origin` names the file in
+    errors."""
 
     values: Mapping[str, Any]
     origin: str

@@ -16,7 +16,7 @@ class SourceFile:
     size_bytes: int
 
     def read(self, offset: int, count: int) -> bytes:
-        """Returns bytes [offset, offset + count); ModelFileError if the file ends before."""
+        """Returns bytes [offset, offset + count). Raises ModelFileError if the file is shorter."""
         if offset < 0 or count < 0 or offset + count > self.size_bytes:
             raise self.error(f"{count} bytes from byte {offset} on are needed, it has {self.size_bytes}: cut short")
         buffer = bytearray(count)

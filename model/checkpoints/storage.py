@@ -1,4 +1,4 @@
-"""Types of numbers in checkpoints."""
+"""Number types in checkpoints."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Final
 import numpy as np
 
 MAX_DIMENSIONS: Final = 5
-"""The most dimensions of a tensor, those of a convolution over pictures in time."""
+"""The most dimensions of a tensor: the weights of a 3D convolution, over images and time, have five."""
 
 
 class Storage(Enum):
-    """Types of stored numbers; BF16 is held as uint16."""
+    """Types of stored numbers and their NumPy types. BF16 is held as uint16."""
 
     F64 = np.dtype("<f8")
     F32 = np.dtype("<f4")

@@ -1,4 +1,4 @@
-"""The header of one GGUF file (version 2 or 3, little-endian): metadata and the places of tensors, all checked."""
+"""Reads and checks the header of one GGUF file (version 2 or 3, little-endian): metadata and the places of tensors."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Header:
 
 
 class _Cursor:
-    """A position in a file's header, read front to back in growing chunks; every length is checked against the file
-    before it is used. `place` names the current part for errors."""
+    """A position in a file's header, which is read front to back in growing chunks. Every length is checked against the
+    file's size before it is used. `place` names the current part in errors."""
 
     __slots__ = ("_buffer", "_descriptor", "_nested", "_path", "_size_bytes", "place", "position")
 
@@ -83,7 +83,8 @@ class _Cursor:
         return fail_at(self._path, f"{self.place} (byte {self.position})", what, advice)
 
     def need(self, count: int) -> None:
-        """Reads at least the next `count` bytes; ModelFileError if there are fewer, or absurdly many."""
+        """Makes the next `count` bytes available. Raises ModelFileError if the file or the largest header ends before
+        that."""
         end = self.position + count
         if end <= len(self._buffer):
             return
@@ -121,11 +122,11 @@ class _Cursor:
         return self.take(length)
 
     def text(self, max_bytes: int) -> str:
-        """Reads a length and that many bytes; invalid UTF-8, as in an author's name, becomes U+FFFD."""
+        """Reads a length and that many bytes. Invalid UTF-8, such as in an author's name, becomes U+FFFD."""
         return str(self._string_bytes(max_bytes), "utf-8", "replace")
 
     def string(self, max_bytes: int) -> str:
-        """Reads a length and that many bytes, which must be UTF-8: the name of something."""
+        """Reads a name: a length and that many bytes, which must be UTF-8."""
         data = self._string_bytes(max_bytes)
         try:
             return str(data, "utf-8")
@@ -195,7 +196,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks one file's header. Any fault is a ModelFileError that names the file and the place."""
+    """Reads and checks one file's header. Raises ModelFileError, which names the file and the place, for any fault."""
     with open_regular(path) as descriptor:
         identity = FileIdentity.of(descriptor)
         cursor = _Cursor(descriptor, path, identity.size_bytes)
@@ -212,7 +213,8 @@ def read_header(path: Path) -> Header:
 
 
 def raw_metadata(path: Path) -> dict[str, bytes]:
-    """Returns every key's type and value as bytes of the file, for an exact copy. Errors as for `read_header`."""
+    """Returns the type and value of every key as bytes of the file, for an exact copy. Raises errors like
+    `read_header`."""
     with open_regular(path) as descriptor:
         cursor = _Cursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
         values = {}
@@ -317,7 +319,7 @@ def _check_overlaps(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(cursor: _Cursor, descriptor: int, path: Path, data_start: int) -> bytes:
-    """Returns SHA-256 of header, size and samples: two fine-tunes of one base model must differ."""
+    """Returns a SHA-256 over header, size and samples of the weights, so that two fine-tunes of a base model differ."""
     size_bytes = cursor.position + cursor.remaining_bytes
     hashed = hashlib.sha256(size_bytes.to_bytes(8, "little"))
     with cursor.consumed as header:

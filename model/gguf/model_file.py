@@ -1,4 +1,4 @@
-"""A GGUF model, in one file or split in parts: metadata with typed getters, and tensors not yet read."""
+"""A GGUF model in one file or several parts: metadata with typed getters, and tensors whose bytes are read later."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.ggu
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """A model in a file, or in parts of which `path` is the first. `identity`, the model id, is a SHA-256 in hex over
-    headers, sizes and samples of the weights."""
+    """A model in one file, or in several parts of which `path` is the first. `identity`, the model id, is a SHA-256 in
+    hex over headers, sizes and samples of the weights."""
 
     path: Path
     parts: tuple[Path, ...]
@@ -34,7 +34,7 @@ class ModelFile:
 
     @property
     def is_current(self) -> bool:
-        """True while the files are unchanged since they were opened."""
+        """True if the files have not changed since they were opened."""
         try:
             there = {path: FileIdentity.from_status(path.stat()) for path, _ in self._files}
         except OSError:
@@ -43,14 +43,15 @@ class ModelFile:
 
     @property
     def version(self) -> str:
-        """SHA-256 in hex over the identity and the files' inodes, sizes and times: it changes with their bytes, as far
-        as times tell. Equal on machines with copies of one disk."""
+        """A SHA-256 in hex over the identity and the files' inodes, sizes and times. It changes when the files are
+        written, as far as times show that. Machines whose disks are copies of one disk have the same version."""
         files = sorted((found.inode, found.size_bytes, found.modified_ns, found.changed_ns) for _, found in self._files)
         return hashlib.sha256(repr((self.identity, files)).encode()).hexdigest()
 
     @property
     def copy_id(self) -> str:
-        """The version with the machine of the files, which differs for each copy, except on a remote file system."""
+        """A hash of the version and this machine's id, so that every copy of the files has its own. The machine's id is
+        left out on a remote file system."""
         machine = "" if is_remote(self.path) else machine_id()
         return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 
@@ -74,7 +75,8 @@ class ModelFile:
     def metadata_int(
         self, key: str, default: int | None = None, *, minimum: int = 0, maximum: int = (1 << 31) - 1
     ) -> int:
-        """A missing key gives `default`, or an error if it is None."""
+        """Returns a whole number. If the key is missing, returns `default`, or raises ModelFileError if that is
+        None."""
         value = self._value(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.error(key, f"{kind_of(value)}, a whole number expected")
@@ -85,7 +87,8 @@ class ModelFile:
     def metadata_float(
         self, key: str, default: float | None = None, *, minimum: float = -math.inf, maximum: float = math.inf
     ) -> float:
-        """Returns a finite number. A missing key gives `default`, or an error if it is None."""
+        """Returns a finite number. If the key is missing, returns `default`, or raises ModelFileError if that is
+        None."""
         value = self._value(key, default)
         if not isinstance(value, float):
             raise self.error(key, f"{kind_of(value)}, a decimal number expected")
@@ -100,7 +103,7 @@ class ModelFile:
         return value
 
     def metadata_strings(self, key: str) -> Sequence[str]:
-        """Returns an array of text, decoded on first use; a missing key is an error."""
+        """Returns an array of text, which is decoded on first use. Raises ModelFileError if the key is missing."""
         value = self._value(key, None)
         if not isinstance(value, LazyStrings):
             raise self.error(key, f"{kind_of(value)}, an array of text expected")
@@ -114,8 +117,8 @@ class ModelFile:
 
 
 def open_model(path: Path | str) -> ModelFile:
-    """Reads the header of a GGUF file, and of all parts if it is the first part of a split model. ModelFileError,
-    naming the file and the place, for anything that is missing, damaged, hostile or not supported."""
+    """Reads the header of a GGUF file, or of all parts of a split model if `path` is its first part. Raises
+    ModelFileError, which names the file and the place, for anything missing, damaged, hostile or not supported."""
     first = read_header(Path(path))
     headers = [first, *_other_parts(first)]
     tensors: dict[str, Tensor] = {}
@@ -161,7 +164,7 @@ def _other_parts(first: Header) -> list[Header]:
 
 
 def _check_alone(part: Header, count: int) -> None:
-    """ModelFileError if another part follows in the same file, as after `cat`: each has a header of its own."""
+    """Raises ModelFileError if another part with its own header follows in the same file, because `cat` joined them."""
     end = max((tensor.offset + tensor.n_bytes for tensor in part.tensors.values()), default=0)
     size_bytes = part.file_identity.size_bytes
     follows = bytearray(min(size_bytes - end, DEFAULT_ALIGNMENT + len(MAGIC)))

@@ -1,4 +1,4 @@
-"""Files that are not GGUF though they have its name: their kinds, by the first bytes, and advice."""
+"""Recognizes files that are not GGUF by their first bytes, and advises what to do with them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _PAGES: Final = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 def other_kind(start: bytes) -> tuple[str, str]:
-    """Returns the kind of a file whose first bytes (`START_BYTES`, or all) are not those of GGUF, and advice."""
+    """Returns the kind of a file that is not GGUF, and advice. `start`: its first `START_BYTES` bytes, or all of
+    them."""
     for magic, what, advice in _KINDS:
         if start.startswith(magic):
             return what, advice

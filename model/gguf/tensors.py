@@ -1,4 +1,4 @@
-"""A tensor in a model file. Bytes are read with pread, never mapped: truncation is an error and not a crash."""
+"""Tensors in model files. Bytes are read with pread, never mapped, so that truncation is an error and not a crash."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from llamaclust.model.shard_names import named_range
 
 _LAYER = re.compile(r"(adapter\.\d+\.)?blk\.[^.]+(?=\.)")
 _READ_BYTES = 1 << 26
-"""The size of one read call; large enough for any disk, small enough that a load can be interrupted."""
+"""The most bytes of one read call: enough for any disk, and few enough that loading can be interrupted."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileIdentity:
-    """The identity of a file whose header was read. `changed_ns` also tells changes with a faked time of modification;
-    links and permissions move it, so it is not compared."""
+    """The identity of a file whose header was read. `changed_ns` shows changes even if the time of modification is
+    faked. Links and permissions change it too, so it is not compared."""
 
     device: int
     inode: int
@@ -45,7 +45,8 @@ class FileIdentity:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Yields a read-only descriptor of a regular file; ModelFileError if there is none (a pipe would block forever)."""
+    """Yields a read-only descriptor. Raises ModelFileError if the path is no regular file: a pipe would block
+    forever."""
     try:
         descriptor = open_descriptor(path)
     except FileNotFoundError:
@@ -63,7 +64,7 @@ def open_regular(path: Path) -> Iterator[int]:
 
 
 def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -> None:
-    """Fills `buffer` with the file's bytes from `offset` on; ModelFileError if the file ends before that."""
+    """Fills `buffer` with the file's bytes from `offset` on. Raises ModelFileError if the file ends before that."""
     done = 0
     while done < len(buffer):
         try:
@@ -79,11 +80,10 @@ def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor of a model file, not yet read. `shape` is row-major, slowest first: GGUF's ne = [k, n] is (n, k).
-
-    `content` is the SHA-256 of its bytes in hex, if known. `paired_heads`: heads whose rows the file has in two halves,
-    which are read in turns; 0: bytes are read as they are. `packed_as`: another type for the tiles of its matrices
-    (`WIDER_TILES`). `stride_bytes`: the distance in the file between entries of the slowest dimension; 0: they are
-    contiguous."""
+    `content` is the SHA-256 of its bytes in hex, if known. `paired_heads`: the number of heads whose rows are
+    interleaved on reading, because the file has their halves one after the other; 0: bytes are read as they are.
+    `packed_as`: the type of the tiles if it is not `quant_type` (`WIDER_TILES`). `stride_bytes`: the distance in the
+    file between entries of the slowest dimension; 0: they are contiguous."""
 
     name: str
     quant_type: QuantType
@@ -103,7 +103,7 @@ class Tensor:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """A key that distinguishes its bytes from others of the file."""
+        """A key that distinguishes the tensor's bytes from all others in the file."""
         place = self.offset, self.n_bytes, self.shape
         if self.stride_bytes:
             return (*place, "stride", self.stride_bytes)
@@ -111,14 +111,15 @@ class Tensor:
 
     @property
     def source(self) -> tuple[object, ...]:
-        """A key that distinguishes the file of its bytes from all others, and from itself before a change."""
+        """A key that distinguishes the file with the tensor's bytes from all other files and from its own earlier
+        versions."""
         if self.content is not None:
             return (self.content,)
         return self.path, self.file_identity, self.file_identity.changed_ns
 
     @property
     def origin(self) -> Path:
-        """The model file, or the folder of fetched bytes."""
+        """The model file, or the folder that holds the fetched bytes."""
         return self.path if self.content is None else self.path.parent
 
     @property
@@ -137,7 +138,7 @@ class Tensor:
 
     @property
     def resident_bytes(self) -> int:
-        """The bytes in memory: of a vector as float32, of matrices in tiles of sixteen rows."""
+        """The size in memory: vectors are held as float32, matrices in tiles of sixteen rows."""
         if len(self.shape) == 1:
             return 4 * self.shape[0]
         *count, rows, width = self.shape
@@ -166,7 +167,7 @@ class Tensor:
         )
 
     def read(self) -> bytes:
-        """Returns all bytes. ModelFileError if the file is gone, shrank or changed."""
+        """Returns all bytes. Raises ModelFileError if the file is gone, shrank or changed."""
         return self.read_range(0, self.n_bytes)
 
     def read_range(self, start: int, end: int) -> bytes:
@@ -175,7 +176,7 @@ class Tensor:
         return bytes(buffer)
 
     def read_into(self, buffer: bytearray | memoryview, start: int = 0) -> None:
-        """Fills a writable buffer with the bytes from `start` on; errors as for `read`."""
+        """Fills a writable buffer with the bytes from `start` on. Raises errors like `read`."""
         view = memoryview(buffer).cast("B")
         assert 0 <= start <= start + len(view) <= self.n_bytes
         with open_regular(self.path) as descriptor:

@@ -1,4 +1,4 @@
-"""GGUF metadata in Python: numbers, text, NumPy arrays, and arrays of text that are decoded late."""
+"""GGUF metadata in Python: numbers, text, NumPy arrays, and arrays of text that are decoded on first use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ LENGTH = Struct("<Q")
 
 
 class LazyStrings(Sequence[str]):
-    """An array of strings kept as in the file (a 64-bit length before each) until the first one is used."""
+    """An array of strings that stays as it is in the file (a 64-bit length before each string) until it is used."""
 
     __slots__ = ("_count", "_data", "_decoded", "_origin")
 
     def __init__(self, data: bytes, count: int, origin: str) -> None:
-        """Takes `data` of exactly `count` strings with checked lengths; `origin` names file and key for errors."""
+        """Takes the bytes of exactly `count` strings with checked lengths. `origin` names the file and the key in
+        errors."""
         self._data = data
         self._count = count
         self._origin = origin
@@ -40,7 +41,8 @@ class LazyStrings(Sequence[str]):
         return f"LazyStrings({self._origin}, {self._count} strings)"
 
     def decoded(self) -> list[str]:
-        """Returns every string; ModelFileError if one is not UTF-8. The list is cached and must not be changed."""
+        """Returns all strings. Raises ModelFileError if one is not UTF-8. The list is cached and must not be
+        changed."""
         if self._decoded is not None:
             return self._decoded
         data, unpack = self._data, LENGTH.unpack_from

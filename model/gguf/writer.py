@@ -1,4 +1,4 @@
-"""A writer of GGUF version 3 files, one tensor at a time, so that a model larger than memory can be written."""
+"""Writes GGUF version 3 files tensor by tensor, so that a model may be larger than memory."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ _NUMBER_TYPES = {np.dtype(code): number for number, code in NUMBER_FORMATS.items
 
 @dataclass(frozen=True, slots=True)
 class RawValue:
-    """A value as `raw_metadata` reads it from a file, its type before it."""
+    """A metadata value as `raw_metadata` reads it from a file: the bytes of its type and of the value."""
 
     data: bytes
 
 
 WritableValue = MetadataValue | np.generic | Sequence[str] | RawValue
-"""Values of metadata. A Python int becomes uint32 if it fits, else int32 or a 64-bit type, a float becomes float32; a
-NumPy scalar or array keeps its type; a sequence of text becomes an array of strings, any other an array of arrays."""
+"""A value of metadata. A Python int becomes uint32 if it fits, else int32 or a 64-bit type. A float becomes float32.
+NumPy scalars and arrays keep their type. A sequence of text becomes an array of strings, any other an array of
+arrays."""
 
 Bytes = bytes | bytearray | memoryview
 Produce = Callable[[], Bytes | Iterator[Bytes]]
@@ -37,8 +38,8 @@ Produce = Callable[[], Bytes | Iterator[Bytes]]
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """A tensor to be written. `produce` is called once, in the tensor's turn, for exactly `n_bytes` bytes. `shape` is
-    row-major, slowest first; its last number is a multiple of the type's block size."""
+    """A tensor to be written. `produce` is called once, when it is the tensor's turn, and gives exactly `n_bytes`
+    bytes. `shape` is row-major, slowest first; its last number is a multiple of the type's block size."""
 
     name: str
     quant_type: QuantType
@@ -72,14 +73,14 @@ class Contents:
 
 
 def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> None:
-    """Writes a model file, which appears when it is complete, or not at all. UsageError if the disk has no room."""
+    """Writes a model file, which appears only when it is complete. Raises UsageError if the disk has no room."""
     contents = Contents.of(metadata, tensors)
     with new_file(Path(path), contents.n_bytes) as file:
         contents.write(file)
 
 
 def write_gguf_parts(parts: Mapping[Path, Contents]) -> None:
-    """Writes files that appear together; errors as for `write_gguf`."""
+    """Writes several files, which appear when all of them are complete. Raises errors like `write_gguf`."""
     with new_files(list(parts), sum(contents.n_bytes for contents in parts.values())) as opened:
         for path, contents in parts.items():
             with opened(path) as file:

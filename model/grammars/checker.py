@@ -1,4 +1,4 @@
-"""Checks of grammars before admission, in bounded child processes: a hostile grammar ends one of them at worst."""
+"""Checks grammars before requests are admitted. A hostile grammar at worst ends one of the limited child processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _KEPT_CHARACTERS: Final = 1 << 16  # of a converted definition
 
 
 class GuardedGrammarError(ParameterError):
-    """A grammar whose check met the guard against hostile ones: the check of a part of it may take as long."""
+    """The check of a grammar reached its limit of CPU time or memory. The check of a part of the grammar may take as
+    long."""
 
 
 class GrammarChecker:
@@ -33,8 +34,8 @@ class GrammarChecker:
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()  # the newest used last, by the definition's digest
 
     async def check(self, grammar: Grammar, owner: str = "") -> Grammar:
-        """Returns the grammar as workers compile it; owners take turns. ParameterError for a grammar that cannot be
-        obeyed; DeadlineError if the machine is too busy."""
+        """Checks a grammar and returns it in the form that workers compile. Owners take turns. Raises ParameterError if
+        the grammar cannot be used, and DeadlineError if the machine is too busy."""
         if not self._has_end:
             raise ParameterError(grammar.origin, "the model has no end-of-generation token, which grammars need")
         try:

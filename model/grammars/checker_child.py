@@ -1,4 +1,4 @@
-"""The process that compiles grammars of requests. Requests on stdin and replies on stdout are lines of JSON."""
+"""The child process that checks grammars. Requests on stdin and replies on stdout are lines of JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _TOO_DEEP: Final = "the grammar is nested too deeply"
 
 
 def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
-    """Returns the reason why a grammar cannot be used, or its converted definition, if it was converted."""
+    """Returns the reason why the grammar cannot be used, or its definition if that was converted from GBNF."""
     converted = ""
     if definition.startswith(GBNF_START):
         text = json.loads(definition)[GBNF]
@@ -74,7 +74,7 @@ def _reply(message: str, converted: str = "") -> dict[str, str]:
 
 
 def main() -> None:
-    """Prepares the vocabulary at no grammar's cost, then checks grammars, with smaller stacks than workers have."""
+    """Prepares the vocabulary before limits apply, then checks grammars, with smaller stacks than workers have."""
     threading.stack_size(_STACK_BYTES)
     end_with_parent()
     first = read_frame()

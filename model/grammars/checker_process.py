@@ -25,9 +25,9 @@ _MAX_REPLY_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """Limits of a check. Counts decide about a grammar (see matcher.py); `guard_cpu_s` of a processor and
-    `memory_bytes` end the process if counts do not bound it. `wall_s`, `start_s` and `wait_s` (for other checks) bound
-    the machine's delays."""
+    """Limits of a check. Counts of work decide whether a grammar is accepted (see matcher.py). If they do not stop the
+    check, `guard_cpu_s` of CPU time or `memory_bytes` end the process. `wall_s`, `start_s` and `wait_s` (for other
+    checks) bound delays of the machine."""
 
     guard_cpu_s: float = 20.0
     memory_bytes: int = 1 << 30
@@ -37,12 +37,13 @@ class CheckLimits:
 
 
 class CheckGuardError(RequestError):
-    """A grammar that ended the process that checked it."""
+    """The grammar ended the process that checked it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The reason why a grammar is refused ("": it is not), and a definition that replaces the given one, if any."""
+    """The reason why a grammar is refused (empty if it is accepted), and its converted definition (empty if there is
+    none)."""
 
     reason: str
     definition: str = ""
@@ -56,7 +57,8 @@ class CheckerProcess:
         self.child = BoundedChild(program, "grammar-check")
 
     def submit(self, definition: str) -> Future[Verdict]:
-        """DeadlineError if the machine, not the grammar, is too slow; CheckGuardError."""
+        """Checks a definition on the child's thread. The future raises CheckGuardError, or DeadlineError if the
+        machine, not the grammar, is too slow."""
         return self.child.submit(partial(self._checked, definition))
 
     def _checked(self, definition: str) -> Verdict:

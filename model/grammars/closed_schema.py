@@ -1,4 +1,5 @@
-"""Closed JSON schemas: objects have only named properties unless the schema says so, as in OpenAI's strict mode."""
+"""Closes JSON schemas as in OpenAI's strict mode: objects have only named properties, unless the schema allows
+others."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects; none if several schemas are combined for one object, which would refuse each other's."""
+    """Closes all objects. Returns the schema unchanged if it applies several schemas to one object, because closed ones
+    would refuse each other's properties."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # too deep for llguidance, too

@@ -1,4 +1,4 @@
-"""Grammars in the forms of requests: JSON Schema, regular expressions, Lark, llama.cpp's GBNF, choices."""
+"""Makes the grammars that requests define by JSON Schema, regular expressions, Lark, llama.cpp's GBNF or choices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.model.grammars.normal_schema import normal_schema
 
 GUIDANCE = "x-guidance"
 JSON_TEXT = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
-"""Options for white space in JSON text, as in llama.cpp: a small model could write it without end."""
+"""Options that bound white space in JSON text as llama.cpp does: a small model might write white space without end."""
 _MOST_PLACES = 8
 _MAX_GBNF_BYTES = 1 << 17
 """The largest grammar in GBNF: the converter takes about a second for one rule of this size."""
@@ -22,11 +22,13 @@ GBNF_START = f'{{"{GBNF}"'
 
 
 OWN_RULES = "own_rules"
-"""The name of a part whose rules are made here. A user's grammar is a text within its part and cannot name it."""
+"""The name of a part whose rules are made here. A user's grammar is only the text of a part, so it cannot have this
+name."""
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
-    """Allows the JSON texts of a schema. ParameterError for a keyword that cannot be obeyed, with its place."""
+    """Allows the JSON texts of a schema. Raises ParameterError, with the place, for a keyword that no grammar can
+    obey."""
     try:
         normal = normal_schema(schema, closes_objects=closes_objects)
     except RecursionError:
@@ -42,7 +44,7 @@ def of_object(origin: str) -> Grammar:
 
 
 def of_regex(pattern: str, origin: str) -> Grammar:
-    """Allows texts that a whole regular expression matches (Rust's syntax, without look-around)."""
+    """Allows the texts that a regular expression (Rust's syntax, without look-around) matches as a whole."""
     from llguidance import regex_to_lark
 
     return _grammar({"lark_grammar": f"start: /{regex_to_lark(pattern, '')}/"}, origin)
@@ -53,12 +55,14 @@ def of_lark(text: str, origin: str) -> Grammar:
 
 
 def of_calls(rules: str, origin: str) -> Grammar:
-    """Allows the texts of our own rules of calls, in llguidance's dialect of Lark, with the schemas of tools."""
+    """Allows the calls that `rules` describe: rules made here, in llguidance's dialect of Lark, with the tools'
+    schemas."""
     return _grammar({"name": OWN_RULES, "lark_grammar": rules}, origin)
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """Allows the texts of a grammar in llama.cpp's form, or in Lark's; the check converts it, which may take long."""
+    """Allows the texts of a grammar in GBNF or Lark. The check converts it later, because the conversion may take
+    long."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {_MAX_GBNF_BYTES} are taken")
     return _defined({GBNF: text}, origin)
@@ -78,7 +82,8 @@ def either(calls: str, other: Grammar) -> Grammar:
 
 
 def has_schemas_only(definition: str) -> bool:
-    """True if a user wrote no rule of the definition: it consists of schemas and of our own rules."""
+    """Returns True if the definition consists only of schemas and of rules made here, so that a user wrote none of the
+    rules."""
     try:
         parts = json.loads(definition)["grammars"]
         return all("json_schema" in part or part.get("name") == OWN_RULES for part in parts)
@@ -87,7 +92,7 @@ def has_schemas_only(definition: str) -> bool:
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """Lets a grammar rule from the first trigger on; a trigger is the beginning of a text that it allows."""
+    """Makes a grammar apply from the first trigger on. A trigger is the beginning of a text that the grammar allows."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):
@@ -97,7 +102,7 @@ def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
 
 
 def quoted(text: str) -> str:
-    """Quotes a text as a terminal of llguidance's Lark, which reads JSON's escapes and takes DEL only as one."""
+    """Quotes a text as a terminal of llguidance's Lark, which reads JSON's escapes and takes DEL only escaped."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
@@ -106,7 +111,7 @@ def _grammar(part: Mapping[str, Any], origin: str) -> Grammar:
 
 
 def _defined(whole: Mapping[str, Any], origin: str) -> Grammar:
-    """ParameterError for a definition that is too long or is not JSON."""
+    """Raises ParameterError if the definition is too long or cannot be written as JSON."""
     try:
         definition = json.dumps(whole, ensure_ascii=False, allow_nan=False)
         size = len(definition.encode())

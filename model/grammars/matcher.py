@@ -1,4 +1,5 @@
-"""The state of one answer in a grammar: the tokens that may come next, a function of grammar and tokens only."""
+"""The state of one answer in a grammar: the tokens that may come next. It depends only on the grammar and the
+tokens."""
 
 from __future__ import annotations
 
@@ -23,14 +24,14 @@ _DEAD_END = "NoExtensionBias"
 _TOO_COMPLEX = "the grammar became too complex: "
 _NOT_VERBOSE = "<non-verbose/>"
 _MAX_FORCED_BYTES = 1 << 13
-"""The longest text that may have to come next: each look at so much takes 5 ms."""
+"""The longest text that a grammar may force: each computation of so much takes 5 ms."""
 
 
 def _limits(definition: str) -> LLParserLimits:
-    """Returns limits that checks and matching share, so that every machine judges alike. Of 1,232 public schemas, the
-    largest uses 81 thousand of the lexer's fuel to compile, 373 thousand of it and 7.6 thousand items in a step, and
-    2,400 states in an answer. Only rules that a user wrote are ambiguous: their time grows at least with the square of
-    a row's items, and stays below 50 ms up to 800 of these."""
+    """Returns the limits that checks and matching share, so that every machine decides alike. Of 1,232 public schemas,
+    the largest needs 81 thousand units of lexer fuel to compile, 373 thousand units and 7.6 thousand items in a step,
+    and 2,400 lexer states in an answer. Only rules that a user wrote are ambiguous: their time grows at least with the
+    square of the items in a row. Up to 800 items, it stays below 50 ms."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -45,7 +46,8 @@ def _limits(definition: str) -> LLParserLimits:
 
 
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-    """Returns the state before the first token; each answer compiles its own, because copies share a lexer's limits."""
+    """Returns the state before the first token. Each answer compiles its own, because copies share the lexer's
+    limits."""
     from llguidance import LLMatcher
 
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits(definition))
@@ -57,19 +59,19 @@ def one_line(message: str, most: int = 400) -> str:
 
 
 class TokenRefusedError(RequestError):
-    """A token that the grammar does not allow here. After recomputation of the state the answer may go on."""
+    """The grammar does not allow this token here. The answer may go on once its state has been computed again."""
 
 
 class LexerUsedUpError(RequestError):
-    """The state is lost; a costly matcher can reach it again."""
+    """The lexer's limit is used up, and the state is lost. A costly matcher can reach the state again."""
 
 
 class GrammarMatcher:
-    """The state of one answer. Methods raise RequestError if the grammar cannot be followed; they release the GIL while
-    they work. One thread at a time.
-
-    llguidance limits the work of its lexer between two sets of allowed tokens, which are seldom computed. A matcher
-    that exceeds the limit raises LexerUsedUpError; a costly matcher, which computes them at each token, can go on."""
+    """The state of one answer, for one thread at a time. Methods raise RequestError if the grammar cannot be followed.
+    They release the GIL while they work.
+    llguidance limits its lexer's work from one computation of the allowed tokens to the next. A usual matcher seldom
+    computes them and raises LexerUsedUpError at the limit. A costly matcher computes them at each token and can go
+    on."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # tokens taken in
@@ -85,7 +87,7 @@ class GrammarMatcher:
 
     @property
     def is_free(self) -> bool:
-        """True while every token is allowed, because no trigger has come."""
+        """True until a trigger has come: every token is allowed."""
         return self._waiting is not None
 
     @property
@@ -106,7 +108,8 @@ class GrammarMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes in a sampled token if it is allowed, which is quick to check, else returns the tokens that are."""
+        """Takes in a sampled token if it is allowed, and returns None; this is quick. Otherwise returns the allowed
+        tokens."""
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):
@@ -118,7 +121,7 @@ class GrammarMatcher:
         return None
 
     def allowed(self) -> AllowedTokens | None:
-        """Returns the tokens that may come next; None: all."""
+        """Returns the tokens that may come next. None means all tokens."""
         if self._waiting is not None:
             return None
         if self._ended:
@@ -143,7 +146,7 @@ class GrammarMatcher:
         return following[0] if following else None
 
     def peek_forced(self) -> list[int]:
-        """Returns tokens that must come next, as far as one look tells, and does not take them in."""
+        """Returns tokens that must come next, as far as one computation shows, without taking them in."""
         if self._waiting is not None or self._ended:
             return []
         return self._computed(self._must_follow)[:MAX_FORCED_TOKENS]
@@ -171,7 +174,7 @@ class GrammarMatcher:
         return self._consumes(token)
 
     def _must_follow(self) -> list[int]:
-        """Computes forced tokens once a token, to spare the lexer. RequestError if their text is too long."""
+        """Computes forced tokens once per token, to spare the lexer. Raises RequestError if their text is too long."""
         if self._following is None:
             self._following = self._native.compute_ff_tokens()
             size = sum(len(self._vocabulary.words[token]) for token in self._following)
@@ -226,7 +229,7 @@ class _Triggers:
         self._newest: list[tuple[int, int]] = []  # tokens of the tail and their numbers of bytes
 
     def take(self, token: int) -> list[list[int]]:
-        """Returns the tokens from each trigger's first byte on, for triggers that end in this token."""
+        """Takes in a token. For each trigger that ends in it, returns the tokens from the trigger's first byte on."""
         word = self._vocabulary.words[token].removeprefix(b"\xff")
         before = len(self._tail)
         self._tail += word
@@ -238,7 +241,8 @@ class _Triggers:
         return found
 
     def _tokens_from(self, place: int) -> list[int]:
-        """Returns the answer's own tokens if one begins at the place, else others of the same bytes."""
+        """Returns the answer's tokens from byte `place` of the tail on. If no token begins there, tokenizes these bytes
+        anew."""
         start = 0
         for index, (_, length) in enumerate(self._newest):
             if start == place:

@@ -1,4 +1,5 @@
-"""JSON schemas of any dialect in the keywords that llguidance obeys, and the places of keywords that it cannot obey."""
+"""Rewrites JSON schemas of any dialect in keywords that llguidance obeys, and lists the keywords that it cannot
+obey."""
 
 from __future__ import annotations
 
@@ -24,19 +25,21 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 _COMBINED: Final = ("anyOf", "oneOf", "allOf")
 _REFUSED: Final = ("not", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
 _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "dependentSchemas", "patternProperties"))
-"""Keywords beside which `unevaluatedProperties` is more than `additionalProperties`."""
+"""Keywords next to which `unevaluatedProperties` does not mean the same as `additionalProperties`."""
 
 
 @dataclass(frozen=True, slots=True)
 class NormalSchema:
-    """A schema that allows all that the given one allows; `unobeyed`: places such as `properties.a.not`."""
+    """A schema that allows at least what the given one allows. `unobeyed`: omitted keywords, such as
+    `properties.a.not`."""
 
     schema: dict[str, Any]
     unobeyed: tuple[str, ...] = ()
 
 
 def normal_schema(schema: Any, *, closes_objects: bool = False) -> NormalSchema:
-    """Normalizes a schema; `closes_objects`: as in `closed_schema`. RecursionError for a schema nested too deeply."""
+    """Normalizes a schema. `closes_objects`: as in `closed_schema`. Raises RecursionError if it is nested too
+    deeply."""
     reader = _Reader(schema)
     read = reader.read(schema, "")
     made = {"allOf": [read]} if isinstance(read, bool) else read
@@ -125,7 +128,8 @@ class _Reader:
         return made | self._property_counts(schema, made, place)
 
     def _name_properties(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> None:
-        """Reads `propertyNames` as properties, or as a pattern of their names, if there are no others."""
+        """Converts `propertyNames` to properties or to a pattern of their names. Works only if no other properties are
+        named."""
         given = schema.get("propertyNames")
         rule = {} if given is None else self.read(given, f"{place}.propertyNames")
         if rule is True or rule in ({}, {"type": "string"}):
@@ -142,7 +146,8 @@ class _Reader:
             self._leave_out(place, "propertyNames")
 
     def _property_counts(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> dict[str, int]:
-        """Returns the bounds that llguidance obeys, which it does if all named properties are required."""
+        """Returns bounds on the number of properties. llguidance obeys them only if all named properties are
+        required."""
         least, most = (count(schema, key) for key in ("minProperties", "maxProperties"))
         named, required = made.get("properties", {}), made.get("required", ())
         if all(name in required for name in named):
@@ -215,7 +220,7 @@ class _Reader:
 
 
 def _is_required(part: Any) -> bool:
-    """True for draft 3's `required` in the property itself, which many schemas written by hand have."""
+    """Returns True for draft 3's `required` inside the property, which many handwritten schemas have."""
     return isinstance(part, Mapping) and part.get("required") is True
 
 

@@ -1,5 +1,5 @@
-"""The state of reasoning in an answer, and the tokens that must end it after its budget. A function of settings and
-tokens only; tags are found in the answer's bytes, however tokens divide them."""
+"""The state of the reasoning in an answer, and the forced tokens that end it after its budget. The state depends only
+on settings and tokens. Tags are found in the answer's bytes, so a tag may be split over tokens in any way."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ReasoningScanner:
 
     @property
     def is_in_part(self) -> bool:
-        """True if the bytes end within a character of UTF-8, or perhaps within the tag that ends the reasoning."""
+        """True if the bytes end inside a UTF-8 character, or perhaps inside the tag that ends the reasoning."""
         tag_parts = (end[:length] for end in self.ends for length in range(1, len(end)))
         return self._is_in_character() or any(map(self._tail.endswith, tag_parts))
 
@@ -56,7 +56,7 @@ class ReasoningScanner:
         self.place, self._tail = Place.BEFORE, b""
 
     def rest_behind_end(self, data: bytes) -> bytes | None:
-        """Returns the part of `data` that would stand behind the reasoning; None if the reasoning would not end."""
+        """Returns the bytes of `data` that would follow the reasoning's end, or None if `data` would not end it."""
         tail = self._tail + data
         end = _first_end(tail, self.ends) if self.place is Place.INSIDE else None
         return None if end is None else tail[end:]
@@ -77,8 +77,8 @@ class ReasoningScanner:
 
 
 class ReasoningState:
-    """The reasoning of one answer. `words`: the bytes of each token. A few tokens beyond the budget may complete a
-    character or the tag that ends the reasoning."""
+    """The reasoning of one answer. `words` has the bytes of each token. The reasoning may exceed its budget by a few
+    tokens, to complete a character or the tag that ends it."""
 
     def __init__(self, reasoning: Reasoning, words: Sequence[bytes]) -> None:
         self._tags = ReasoningScanner(reasoning)
@@ -116,11 +116,11 @@ class ReasoningState:
         self._check_budget()
 
     def release(self) -> None:
-        """Gives up the budget, because the forced tokens cannot follow."""
+        """Gives up the budget, for a grammar that does not allow the forced tokens."""
         self._at, self._budget = None, None
 
     def runs_over(self, token: int) -> bool:
-        """True if a token would end the reasoning and begin the text behind it."""
+        """Returns True if the token would end the reasoning and also contain text after it."""
         return bool((self._tags.rest_behind_end(self._bytes(token)) or b"").strip(_SPACE))
 
     def _bytes(self, token: int) -> bytes:
@@ -134,7 +134,7 @@ class ReasoningState:
 
 
 def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
-    """Returns the words that end a tag and continue with text, behind some beginning of the tag."""
+    """Returns the tokens that can complete a tag and also contain text after it."""
     tag_ends = tuple(tag[-length:] for length in range(1, len(tag) + 1))
 
     def runs_over(word: bytes) -> bool:

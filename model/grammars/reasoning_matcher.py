@@ -15,8 +15,8 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 
 class ReasoningMatcher:
-    """A matcher with the methods of `GrammarMatcher`, for reasoning and perhaps a grammar. A grammar that the reasoning
-    does not delay must allow the forced end, or the budget has no effect."""
+    """A matcher with the methods of `GrammarMatcher`, for reasoning and, if given, a grammar. The budget has an effect
+    only if the reasoning delays the grammar, or the grammar allows the tokens that end the reasoning."""
 
     def __init__(self, reasoning: Reasoning, grammar: GrammarMatcher | None, vocabulary: GrammarVocabulary) -> None:
         self.position = 0  # tokens taken in
@@ -34,7 +34,7 @@ class ReasoningMatcher:
         return self._state.forced is not None or (grammar is not None and grammar.is_complete)
 
     def take(self, tokens: Iterable[int]) -> None:
-        """Takes in the next tokens, sampled and forced ones. RequestError for a token that breaks the grammar."""
+        """Takes in the next tokens, sampled or forced. Raises RequestError for a token that breaks the grammar."""
         for token in tokens:
             self._forced()
             if (grammar := self._ruling) is not None:
@@ -53,7 +53,7 @@ class ReasoningMatcher:
         return None
 
     def allowed(self) -> AllowedTokens | None:
-        """Returns the tokens that may come next, some of which `try_take` may still refuse; None: all."""
+        """Returns the tokens that may come next. None means all tokens. `try_take` may still refuse some of them."""
         if (forced := self._forced()) is not None:
             return _only(forced, self._vocabulary)
         return None if self._ruling is None else self._ruling.allowed()
@@ -77,7 +77,8 @@ class ReasoningMatcher:
 
     @property
     def _ruling(self) -> GrammarMatcher | None:
-        """The grammar, unless the reasoning delays it. A grammar that has begun to rule is not delayed."""
+        """The grammar that applies, or None while the reasoning delays it. A grammar that has begun to apply is not
+        delayed."""
         grammar = self._grammar
         if grammar is None or not self._delays or not self._state.is_inside:
             return grammar
@@ -91,7 +92,7 @@ class ReasoningMatcher:
         return None
 
     def _add(self, token: int) -> None:
-        """Takes in a token; triggers of a grammar may stand in the token that ends the reasoning."""
+        """Takes in a token. The grammar also gets the token that ends the reasoning, because a trigger may be in it."""
         is_delayed = self._grammar is not None and self._ruling is None
         self._state.take(token)
         self.position += 1

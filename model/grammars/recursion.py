@@ -1,4 +1,4 @@
-"""References of JSON schemas that always lead back to themselves, which llguidance finds only during an answer."""
+"""Finds references in JSON schemas that always lead back to themselves. llguidance finds them only during an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 
 
 def endless_reference(schema: Any) -> str | None:
-    """Returns the first reference in use that no finite value obeys. References to other documents are not followed."""
+    """Returns the first used reference that no finite value can obey. References to other documents are not
+    followed."""
     targets = _targets(schema)
     conditions = _Conditions(targets)
     return next((reference for reference in targets if not conditions.ends(reference)), None)
@@ -32,7 +33,7 @@ def _targets(schema: Any) -> dict[str, Any]:
 
 
 def _references(schema: Any, read: set[int]) -> Iterator[str]:
-    """Yields the references in a schema itself, without parts that were read before and definitions."""
+    """Yields the references in a schema. Skips its definitions, and parts that were read before."""
     pending = [schema]
     while pending:
         part = pending.pop()
@@ -55,7 +56,7 @@ class _Condition:
 
 
 class _Conditions:
-    """The parts of a schema that some finite value obeys, as far as references decide: the least fixed point."""
+    """Finds the parts of a schema that some finite value obeys, as far as references decide: the least fixed point."""
 
     def __init__(self, targets: Mapping[str, Any]) -> None:
         self._targets = targets

@@ -1,4 +1,4 @@
-"""Keywords of JSON schemas for one value, as libraries and drafts write them, in one form."""
+"""Brings the keywords of JSON schemas for one value into one form, however libraries and drafts write them."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NUMBERS: Final = (
 _LOOK_AROUND: Final = re.compile(r"\(\?(?:=|!|<=|<!)|\\[1-9]|\\k<")
 _ANY_TEXT: Final = frozenset(("", ".*", "^.*$", "^(.*)$", r"[\s\S]*", r"^[\s\S]*$"))
 MOST_OF_AN_INTEGER: Final = 10**16 - 1
-"""The largest integer, of sixteen digits as in llama.cpp: a small model could write digits without end."""
+"""The largest integer has sixteen digits, as in llama.cpp: a small model might write digits without end."""
 
 
 def normal_types(given: Any) -> tuple[list[str], bool]:
-    """Returns the types of a value, none if it may have any, and True if all of them are known."""
+    """Returns the types that a value may have (empty: any type), and True if all given types are known."""
     names = [name.lower() for name in given if isinstance(name, str)] if isinstance(given, list) else []
     if isinstance(given, str):
         names = [given.lower()]
@@ -66,7 +66,8 @@ def matches_all(pattern: Any) -> bool:
 
 
 def count(schema: Mapping[str, Any], key: str) -> int | None:
-    """Reads a length or a number of parts; None if there is none, or it allows everything."""
+    """Reads a bound on a length or an item count, such as `minLength`. Returns None if it is absent or excludes
+    nothing."""
     value = schema.get(key)
     if not _is_number(value) or value < (0 if key.startswith("max") else 1):
         return None
@@ -74,7 +75,8 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """Returns `pattern` and `format`, and True if complete: look-around is omitted, or replaced by a format."""
+    """Returns `pattern` and `format`, and False if a pattern with look-around is omitted without a format in its
+    place."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:
@@ -87,7 +89,7 @@ def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
 
 
 def bounds(schema: Mapping[str, Any], types: Sequence[str]) -> dict[str, Any]:
-    """Returns bounds: draft 4's truth values as numbers, and integers of sixteen digits at most. `types`: normal."""
+    """Returns the bounds of a number. Draft 4's Boolean bounds become numbers. Integers have sixteen digits at most."""
     made: dict[str, Any] = {}
     for limit, exclusive, sign in (("minimum", "exclusiveMinimum", -1), ("maximum", "exclusiveMaximum", 1)):
         value, other = schema.get(limit), schema.get(exclusive)
@@ -120,7 +122,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def unusable_numbers(schema: Mapping[str, Any]) -> list[str]:
-    """Returns keywords with numbers beyond float64, and a `multipleOf` that is not positive."""
+    """Returns the keywords whose numbers are beyond float64, and `multipleOf` if it is not positive."""
     return [
         key
         for key in _NUMBERS

@@ -1,4 +1,4 @@
-"""The parts of a JSON schema that may be schemas: values of all keywords, even unknown ones, but not data."""
+"""Finds the parts of a JSON schema that may be schemas: the values of all keywords, even unknown ones, but not data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Final
 
 DEFINED: Final = ("properties", "$defs", "definitions")
 _BY_NAME: Final = frozenset((*DEFINED, "patternProperties", "dependentRequired", "dependentSchemas", "dependencies"))
-"""Keywords whose values have arbitrary names as keys."""
+"""Keywords whose values are objects with arbitrary names as keys."""
 _DATA: Final = frozenset(("const", "enum", "default", "examples"))
 
 

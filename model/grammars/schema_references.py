@@ -14,14 +14,15 @@ MISSING: Final = object()
 
 
 class SchemaReferences:
-    """A finder of the schemas that references name. Nothing is ever fetched."""
+    """Finds the schemas that references name. Nothing is ever fetched."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
         self._found: dict[str, Any] = {}  # by reference, behind chains
 
     def find(self, reference: str) -> Any:
-        """Returns the schema behind a chain of references; MISSING if there is none, or the chain is a circle."""
+        """Returns the schema at the end of a chain of references. Returns MISSING if there is none or the chain is
+        circular."""
         chain: dict[str, None] = {}
         while reference not in self._found and reference not in chain:
             chain[reference] = None
@@ -36,7 +37,7 @@ class SchemaReferences:
         return found
 
     def target(self, reference: str) -> Any:
-        """Returns the schema that the reference names, which may be a reference itself, or MISSING."""
+        """Returns the schema that the reference names, or MISSING. The schema may itself be a reference."""
         resource, _, fragment = reference.partition("#")
         base = self._root if not resource else self._identified.get(resource, MISSING)
         if not fragment or base is MISSING:

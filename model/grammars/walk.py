@@ -1,4 +1,4 @@
-"""A walk through a grammar for some tokens before admission, as a worker follows it, to find its failures early."""
+"""Follows a grammar for some tokens before admission, as a worker would, to find its failures early."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _CHOICES: Final = 32
 _TOKENS: Final = 512
 _LOOKED_BYTES: Final = 1 << 19
-"""Bytes for about a third of a second; a walk through short forced texts looks at less."""
+"""The most bytes of forced texts, for which a walk takes about a third of a second."""
 _NAMES: Final = 64
 _FIRST: Final = b'{["'
 _PREFERRED: Final = b'"{[],}:'
-"""Bytes that lead to JSON with many properties of short values."""
+"""Bytes that lead to JSON with many properties and short values."""
 _SHOWN_BYTES: Final = 60
 
 
@@ -36,7 +36,7 @@ class GrammarWalk:
         self._ends = np.array(vocabulary.end_ids)
 
     def run(self, definition: str, names: Sequence[str] = ()) -> None:
-        """RequestError for a grammar that cannot be used or followed. The walk prefers properties of these names."""
+        """Raises RequestError if the grammar cannot be used or followed. Prefers properties with the given names."""
         matcher = GrammarMatcher(Grammar(definition), self._vocabulary, is_costly=True)
         keys = deque(self._vocabulary.native.tokenize_bytes(_key(name)) for name in names[:_NAMES])
         taken: list[int] = []
@@ -53,7 +53,7 @@ class GrammarWalk:
             raise RequestError(f"{error}; after {text.decode('utf-8', 'replace')!r}") from None
 
     def _next(self, matcher: GrammarMatcher, keys: deque[list[int]], preferred: list[int]) -> list[int]:
-        """Returns tokens that go on, none at the end. Names come in their order, as in schemas."""
+        """Returns the next tokens of the walk; empty at the end. Property names are taken in their given order."""
         allowed = matcher.allowed()
         assert allowed is not None, "it waits for no trigger"
         for key in keys:

@@ -1,1 +1,1 @@
-"""Groups: workers that compute one stage together, each of them some rows of every product."""
+"""Groups of workers that compute one stage together. Each worker computes some rows of every product."""

@@ -33,9 +33,9 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class GatherCost:
-    """A gather of `lines` of `width` channels for each row, which members divide in `units`. It is sent in the format
-    `form` of all its readers, if portions are of whole segments. `to_leader`: only the leader receives it;
-    `from_leader`: only the leader sends it, and members have no units."""
+    """A gather of `lines` lines of `width` channels for each row. Members divide a line into `units`. It is sent in
+    `form`, the format of all its readers, if portions consist of whole segments. `to_leader`: only the leader receives
+    it. `from_leader`: only the leader sends it, and it is not divided."""
 
     width: int
     units: int
@@ -54,7 +54,7 @@ class GatherCost:
 
 @dataclass(frozen=True, slots=True)
 class PortionCost:
-    """A part of a layer that members divide in `units`; `cost` is that of all units."""
+    """A part of a layer that members divide into `units`. `cost` is the cost of all units."""
 
     units: int
     cost: LayerCost
@@ -78,7 +78,7 @@ class PortionCost:
 
 @dataclass(frozen=True, slots=True)
 class DividedLayer:
-    """A layer, or the head: the part that every member has whole, the divided parts, and the gathers of a row."""
+    """A layer, or the head: the part that every member has whole, the divided parts, and the gathers for each row."""
 
     whole: LayerCost
     portions: tuple[PortionCost, ...]
@@ -99,8 +99,8 @@ class DividedLayer:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingCost:
-    """The costs before the first layer. The leader has the tables of tokens and sends their rows to the others; every
-    member has `whole_bytes` of other tables, as of positions."""
+    """The costs before the first layer. The leader holds the token embeddings and sends their rows to the other
+    members. Every member holds other tables, such as position embeddings, of `whole_bytes`."""
 
     whole_bytes: int
     gathers: tuple[GatherCost, ...]
@@ -108,7 +108,7 @@ class EmbeddingCost:
 
 @dataclass(frozen=True, slots=True)
 class GroupCosts:
-    """A model in groups of `members`. The head is one more divided layer."""
+    """The costs of a model in groups of `members` workers. The head counts as one more divided layer."""
 
     members: int
     model: ModelCosts
@@ -146,7 +146,7 @@ class GroupCosts:
 
 @dataclass(frozen=True, slots=True)
 class _DividedProgram:
-    """The divided program of one layer; `head` is the number of the head's first step."""
+    """The divided program of one layer. `head` is the index of the head's first step."""
 
     division: Division
     tensors: Mapping[str, Tensor]

@@ -1,9 +1,8 @@
-"""The program of one member of a group, which computes some output rows of every product.
-
-Results of products, and values that follow from them channel by channel or head by head, stay divided; a `Gather` puts
-whole rows together for all other steps. Only the leader has the tables of tokens, and sends their rows. All members
-meet at the same gathers. Each output is computed by one member in the order of the whole program, so that results have
-the same bits."""
+"""Makes the program of one member of a group, which computes some output rows of every product.
+Results of products stay divided, and so do values that follow from them channel by channel or head by head. For all
+other steps, a `Gather` assembles whole rows. Only the leader holds the token embeddings, and sends their rows. All
+members take part in the same gathers. Each output is computed by one member, in the order of the whole program, so that
+results have the same bits."""
 
 from __future__ import annotations
 
@@ -16,11 +15,13 @@ from llamaclust.model.program import Buffer, Embed, Gather, Program, Slice, Step
 from llamaclust.model.steps.step import Units
 
 LEADER = 0
-"""The member that samples: only it needs the results of the last stage, and only it has the tables of tokens."""
+"""The number of the leader, which samples. Only the leader needs the last stage's results and has the token
+embeddings."""
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
-    """Returns the program of `member`, in proportion to the shares. UsageError for parts of layers."""
+    """Returns the program of `member`, in proportion to its share. Raises UsageError for a program of parts of
+    layers."""
     return _Member(shares, member).program(Division.of(program, len(shares)))
 
 

@@ -1,4 +1,4 @@
-"""The format in which members of a group send each other rows: that of their readers, if these have the same."""
+"""The format in which members of a group send rows to each other: the format of the readers, if all have the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 def format_of_readers(
     steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
 ) -> ActivationFormat | None:
-    """Returns the format to which all readers of the buffer quantize it, or None. `results` are read at the end."""
+    """Returns the format to which all readers of the buffer quantize it, or None. `results` are also read at the
+    end."""
     formats = set[ActivationFormat | None]()
     for step in steps:
         if buffer in step.reads:

@@ -1,5 +1,5 @@
-"""The values of a program that the members of a group divide, and in how many units: results of products, and values
-that follow from them channel by channel or head by head. Other steps read whole rows."""
+"""Finds the values of a program that the members of a group divide, and the units that they divide them into: results
+of products, and values that follow from them channel by channel or head by head. Other steps read whole rows."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
-"""The least segments of a member for units of whole segments, which bound the difference of portions from shares."""
+"""The least number of segments per member if units are segments. With fewer, portions could differ much from shares."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Returns the borders of the portions: each has at least one unit, and is nearly in proportion to its share."""
+    """Returns the borders of the portions, each of which has at least one unit and is nearly in proportion to its
+    share."""
     assert units >= len(shares)
     found, total = [0], sum(shares)
     for i in range(1, len(shares)):
@@ -40,7 +41,7 @@ def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Portion:
-    """Values that are divided alike in `units`. `joined`: the portion that has replaced this one."""
+    """Values that are divided alike into `units`. `joined` is the portion that has replaced this one."""
 
     units: int = 0
     has_heads: bool = False
@@ -72,8 +73,8 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class DividedStep:
-    """A step of the whole program, with its result divided in `units`; 0: every member has it whole. `gathered` buffers
-    are gathered before it; members take their columns from the whole rows of `cut` buffers."""
+    """A step of the whole program. Its result is divided into `units`; 0 means that every member has the whole result.
+    `gathered` buffers are gathered before it. Members take their columns from the whole rows of `cut` buffers."""
 
     step: Step
     units: int
@@ -83,7 +84,7 @@ class DividedStep:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """The division of a program among members, for any shares. `gathered`: results, behind all steps."""
+    """The division of a program among members, for any shares. `gathered` are the results to gather after all steps."""
 
     program: Program
     steps: tuple[DividedStep, ...]
@@ -91,7 +92,7 @@ class Division:
 
     @classmethod
     def of(cls, program: Program, members: int) -> Division:
-        """UsageError for parts of layers."""
+        """Raises UsageError for a program of parts of layers."""
         if program.shards > 1:
             raise UsageError("a group holds whole layers, not parts of their experts")
         steps = tuple(separated(program.steps))
@@ -102,7 +103,7 @@ class Division:
 
 
 def _units_of(steps: Sequence[Step], members: int) -> list[int]:
-    """Returns the units of each step's result; 0 if it is whole, as with fewer units than members."""
+    """Returns the units of each step's result. 0 means that it stays whole, such as with fewer units than members."""
     found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
     shared = _products_of_shared_keys(steps)
     for at, step in enumerate(steps):
@@ -120,7 +121,8 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products that make an attention's only KV head, which each member computes faster than a gather."""
+    """Returns the products for the keys and values of an attention with one KV head. Each member computes them whole,
+    which takes less time than a gather."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name
@@ -137,7 +139,7 @@ def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
 
 @dataclass(slots=True)
 class _Rows:
-    """The divided values behind the steps so far. `normed`: a result that `SelectRows` needs whole."""
+    """The divided values after the steps so far. `normed` is a result that `SelectRows` needs whole."""
 
     normed: Buffer | None
     _divided: dict[str, Gathered] = field(default_factory=dict)
@@ -162,7 +164,8 @@ class _Rows:
 
 
 def _product_units(width: int, members: int) -> int:
-    """Returns tiles of weights, or the next product's segments, which are quantized before a gather."""
+    """Returns the units of a product: segments, which the next product quantizes before a gather, or tiles of
+    weights."""
     for segment, least in _LEAST_UNITS.items():
         if width % segment == 0 and width // segment >= least * members:
             return width // segment

@@ -1,4 +1,5 @@
-"""Steps whose parts are divided separately: fused products become one for each slice, mixtures steps of their parts."""
+"""Splits steps whose parts are divided separately: a fused product into one for each slice, a mixture into its
+parts."""
 
 from __future__ import annotations
 
@@ -21,7 +22,6 @@ from llamaclust.model.program import (
 
 
 def separated(steps: Sequence[Step]) -> Iterator[Step]:
-    """Makes one product for each slice of a product's result, as of q, k and v, and steps of its parts of a mixture."""
     at = 0
     while at < len(steps):
         step, at = steps[at], at + 1
@@ -74,5 +74,5 @@ def _slices(product: MatMul, steps: Sequence[Step]) -> list[Slice]:
 
 
 def _is_read(steps: Sequence[Step], buffer: Buffer) -> bool:
-    """True if one of the steps reads the buffer's content from before them."""
+    """Returns True if one of the steps reads what the buffer held before these steps."""
     return buffer.name in {read.name for read in read_before_written(steps)}

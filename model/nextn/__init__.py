@@ -1,1 +1,1 @@
-"""Heads for multi-token prediction (MTP), in layers behind the others: their programs and costs."""
+"""Programs and costs of heads for multi-token prediction (MTP). They are in layers after all other layers."""

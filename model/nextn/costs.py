@@ -1,4 +1,4 @@
-"""Costs of an MTP head on its model's last stage."""
+"""Costs of an MTP head, which is on the last stage of its model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from llamaclust.model.nextn.program import nextn_program
 
 
 def with_nextn(model: Model, costs: ModelCosts, kv_type: KvType) -> ModelCosts:
-    """Adds a head, whose layer is computed for each row, to `costs` of whole layers. Logits are not counted."""
+    """Adds an MTP head, whose layer is computed for each row, to `costs` of undivided layers. Its logits are not
+    counted."""
     program = nextn_program(model, kv_type)
     own = layer_cost(model.file.tensors, program)
     held = {*model.program(model.layer_count - 1, model.layer_count).weights}

@@ -1,7 +1,6 @@
 """The program of an MTP head (`nextn_predict_layers`): a layer of its architecture between projections.
-
-A row at position p reads the normed hidden state of that position and the token at p + 1, and its logits are of the
-token at p + 2. Its keys and values lie in KV memory of the head's layer, at position p."""
+The row of position p reads the normed hidden state of position p and the token at p + 1. Its logits are for the token
+at p + 2. Its keys and values are stored at position p in KV memory of the head's layer."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from llamaclust.model.loader import Model
 
 FAMILIES: Final = ("deepseek2", "glm4moe", "qwen35", "qwen35moe")
-"""Architectures whose heads have a layer like others, with attention."""
+"""Architectures whose MTP heads contain a usual layer, with attention."""
 
 
 def has_nextn(model: Model) -> bool:
@@ -36,7 +35,8 @@ def check_nextn(model: Model) -> None:
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
-    """Returns the first head's program. UsageError if there is none, ModelFileError for a tensor that does not fit."""
+    """Returns the first head's program. Raises UsageError if there is none, or ModelFileError if a tensor does not
+    fit."""
     check_nextn(model)
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)

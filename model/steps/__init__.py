@@ -1,1 +1,1 @@
-"""The kinds of steps of a program: results, inputs and weights of each."""
+"""The kinds of steps of a program, each with its inputs, weights and result."""

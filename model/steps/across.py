@@ -10,7 +10,8 @@ from llamaclust.model.steps.step import Buffer, StepFacts
 
 @dataclass(frozen=True, slots=True)
 class Exchange(StepFacts):
-    """out[r] = the part of row r that another device computes of `inputs`, such as experts in its memory."""
+    """out[r] = the part of row r that another device computes from `inputs`, such as the results of experts in its
+    memory."""
 
     inputs: tuple[Buffer, ...]
     out: Buffer
@@ -22,9 +23,9 @@ class Exchange(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Gather(StepFacts):
-    """Gathers rows: out = the columns of all members, of which this one has `x`. A row of either is `lines` of equal
-    width; member i has columns [borders[i], borders[i + 1]) of each line of out, and no `x` if these are none. With
-    `to`, only that member receives the whole rows."""
+    """Gathers rows: out = the columns of all members. This member's columns are `x`, or None if it has none. A row has
+    `lines` lines of equal width. Member i has columns [borders[i], borders[i + 1]) of each line of out. If `to` is
+    given, only that member receives the whole rows."""
 
     x: Buffer | None
     out: Buffer

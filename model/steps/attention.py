@@ -11,12 +11,14 @@ from llamaclust.model.steps.options import RopeStyle
 from llamaclust.model.steps.step import Buffer, DivisionRule, StepFacts, StepWeight, Units, optional_weight
 
 SPAN_TOKENS = 512
-"""Positions in one attention span, counted from position 0: a span is computed whole, and spans merge in order."""
+"""The number of positions in a span, counted from position 0. Attention computes each span whole and merges spans in
+order."""
 
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """Rotation: angle(position, i) = position * frequencies[i], both factors float64; cos and sin times `scale`."""
+    """RoPE's rotation: angle(position, i) = position * frequencies[i] in float64. cos and sin are multiplied by
+    `scale`."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0
@@ -48,17 +50,16 @@ class Rope(StepFacts):
 @dataclass(frozen=True, slots=True)
 class Attention(StepFacts):
     """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, then out = attention.
-
-    q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head h // (heads /
-    kv_heads). A row sees its own position and all before it in its sequence, or the `window` - 1 before it; if
-    `chunked`, those from the last multiple of `window` on. scores = (q . k) * scale, then with `soft_cap` soft_cap *
-    tanh(scores / soft_cap). `slopes`, one a query head, add -slope * the distance.
-
-    Without v, attention is latent: one KV head, whose values are the first channels of its keys, stored once; out
-    [rows, heads * value_dim]; neither window nor slopes. Without `causal`, a row sees all of its sequence, which is in
-    one microbatch; or with a `window` the positions at most window // 2 before and behind its own. `sinks` [heads]: a
-    score for each query head that takes part in the softmax, without a value. With `shares_kv`, an earlier step has
-    stored the keys and values of `layer`: k and v are not read."""
+    q and out are [rows, heads * head_dim], k and v [rows, kv_heads * head_dim]. Query head h reads KV head h // (heads
+    / kv_heads). A row sees its own position and all before it in its sequence. With a `window`, it sees its own
+    position and the `window` - 1 before it, or, if `chunked`, those from the last multiple of `window` on. scores = (q
+    . k) * scale. With `soft_cap`, scores are then soft_cap * tanh(scores / soft_cap). `slopes`, one for each query
+    head, add -slope * distance.
+    If v is None, attention is latent: one KV head, whose values are the first channels of its keys, stored once; out
+    [rows, heads * value_dim]; neither window nor slopes. If not `causal`, a row sees all of its sequence, which is in
+    one microbatch, or with a `window` the positions at most window // 2 before and after its own. `sinks` [heads] has a
+    score for each query head that enters the softmax without a value. If `shares_kv`, an earlier step has stored the
+    keys and values of `layer`, and k and v are not read."""
 
     q: Buffer
     k: Buffer
@@ -99,7 +100,7 @@ class Attention(StepFacts):
 
     @property
     def division(self) -> DivisionRule:
-        """Keys and values of a single head stay whole, as in latent attention."""
+        """The rule for one KV head leaves keys and values whole, as in latent attention."""
         if self.kv_heads == 1:
             return DivisionRule((self.q,), self.heads)
         return DivisionRule(self.reads, self.kv_heads, has_part=True)

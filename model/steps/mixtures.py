@@ -1,4 +1,4 @@
-"""Mixtures of experts: the step of a whole one, and the steps of one whose experts are on several stages."""
+"""Mixtures of experts: one step for a whole mixture, and several steps for a mixture that workers divide."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from llamaclust.model.steps.step import Buffer, DivisionRule, StepFacts, StepWei
 
 @dataclass(frozen=True, slots=True)
 class Moe(StepFacts):
-    """A mixture of experts. weights = gating(router @ x + router_bias), of which the `used` best are chosen (ties to
-    the lower id); with `normalized` they are divided by their sum (at least LEAST_WEIGHT_SUM), then multiplied by
-    `scale`, then by `expert_scales` [experts]. out = sum in rank order of weight * (down_e(activation(gate_e(x),
-    up_e(x))) with the experts' biases; without a gate, the activation is a function of up_e(x) only.
-
-    The choice is by weights + `selection_bias`, and with several `groups` only among experts of the `used_groups`
-    groups whose two best have the greatest sums (ties to the lower group). With `routed`, the router reads it instead
-    of x.
-
+    """A mixture of experts. weights = gating(router @ x + router_bias), of which the `used` best are chosen (ties: the
+    lower id). If `normalized`, the chosen weights are divided by their sum (at least LEAST_WEIGHT_SUM). Then they are
+    multiplied by `scale` and by `expert_scales` [experts]. out = the sum in rank order of weight *
+    down_e(activation(gate_e(x), up_e(x))), with the experts' biases. Without a gate, the activation is a function of
+    up_e(x) only.
+    Experts are chosen by weights + `selection_bias`. With several `groups`, only the experts in the `used_groups`
+    groups whose two best experts have the greatest sums are candidates (ties: the lower group). If `routed` is given,
+    the router reads it instead of x.
     router [experts, width of x or routed]; gate, up [experts, ffn, x.width]; down [experts, out.width, ffn]; biases
-    [experts] and [experts, ffn or out.width]. `fused`: up [experts, 2 * ffn, x.width] has the rows of gate, then its
-    own."""
+    [experts] and [experts, ffn or out.width]. If `fused`, up [experts, 2 * ffn, x.width] has the rows of gate before
+    its own."""
 
     x: Buffer
     out: Buffer
@@ -146,9 +145,10 @@ class ExpertChoice(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShards(StepFacts):
-    """Computes the experts in `shards`, consecutive ranges: their results without weights, each at its rank in
-    `choice`. Results of other experts come from the end of `given`, or are 0. out = the results [used * width of the
-    mixture's out]; or, for another stage, `carried` buffers, the choice and the results, one behind the other."""
+    """Computes the chosen experts in `shards`, which are consecutive ranges of ids. Their results, not yet weighted,
+    are stored by rank in `choice`. Results of other experts are copied from the end of `given`, or are 0. out = the
+    results [used * width of the mixture's out] or, for the next stage, the `carried` buffers, the choice and the
+    results, joined."""
 
     mixture: Moe
     choice: Buffer
@@ -185,7 +185,7 @@ class ExpertShards(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertInner(StepFacts):
-    """Computes experts before their down products: out [used * ffn_width] = activation(gate_e(x), up_e(x)) by rank."""
+    """Computes experts up to their down products: out [used * ffn_width] = activation(gate_e(x), up_e(x)) by rank."""
 
     mixture: Moe
     choice: Buffer
@@ -213,8 +213,8 @@ class ExpertInner(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertDown(StepFacts):
-    """Computes experts' down products: out [used * width of the mixture's out] = down_e(x_e) by rank, without weights;
-    x [used * ffn_width]."""
+    """Computes the experts' down products: out [used * width of the mixture's out] = down_e(x_e) by rank, not yet
+    weighted. x is [used * ffn_width]."""
 
     mixture: Moe
     choice: Buffer
@@ -243,7 +243,7 @@ class ExpertDown(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertSum(StepFacts):
-    """Adds experts: out = sum in rank order of weight * result."""
+    """Adds the experts' results: out = the sum in rank order of weight * result."""
 
     mixture: Moe
     choice: Buffer

@@ -7,15 +7,16 @@ from enum import StrEnum
 
 
 class RopeStyle(StrEnum):
-    """The pairs of a head's channels that rotate together: (2i, 2i+1) or (i, i + rotary/2)."""
+    """The pairs of a head's channels that rotate together: (2i, 2i + 1) in NORM, (i, i + rotated channels / 2) in
+    NEOX."""
 
     NORM = "norm"
     NEOX = "neox"
 
 
 class ActivationFunction(StrEnum):
-    """silu: x / (1 + exp(-x)); gelu: x * (1 + erf(x / sqrt(2))) / 2, or with tanh(sqrt(2 / pi) * (x + 0.044715 x^3))
-    for erf; sigmoid: 1 / (1 + exp(-x)); relu_squared: max(x, 0)^2. Kernels have the names of the values."""
+    """silu: x / (1 + exp(-x)); gelu_erf: x * (1 + erf(x / sqrt(2))) / 2; gelu_tanh: x * (1 + tanh(sqrt(2 / pi) * (x +
+    0.044715 x^3))) / 2; sigmoid: 1 / (1 + exp(-x)); relu_squared: max(x, 0)^2. Kernels have the names of the values."""
 
     SILU = "silu"
     GELU_ERF = "gelu_erf"
@@ -25,8 +26,8 @@ class ActivationFunction(StrEnum):
 
 
 class Gating(StrEnum):
-    """Weights of experts from a router's logits: softmax or sigmoid of all logits, then the choice; or the choice by
-    logits, then softmax of the chosen ones."""
+    """The computation of experts' weights from a router's logits. SOFTMAX and SIGMOID are taken of all logits, before
+    the choice. SOFTMAX_OF_CHOSEN chooses by logits and takes the softmax of the chosen logits."""
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
@@ -35,7 +36,7 @@ class Gating(StrEnum):
 
 class GatedActivation(StrEnum):
     """silu_mul: silu(gate) * up; gelu_mul: gelu_tanh(gate) * up; clamped_swiglu: g / (1 + exp(-1.702 g)) * (u + 1) with
-    g = min(gate, 7) and u = up between -7 and 7."""
+    g = min(gate, 7) and u = up clamped to [-7, 7]."""
 
     SILU_MUL = "silu_mul"
     GELU_MUL = "gelu_mul"
@@ -58,7 +59,7 @@ class ExpertOptions:
 USUAL_EXPERTS = ExpertOptions()
 
 SWIGLU_LIMIT = 7.0
-"""The limit of clamped_swiglu; its 1.702 is part of the kernels."""
+"""The limit of clamped_swiglu. Its factor 1.702 is a constant in the kernels."""
 
 LEAST_WEIGHT_SUM = 2.0**-14
-"""The least divisor of the weights of chosen experts."""
+"""The least divisor when the weights of chosen experts are normalized."""

@@ -11,7 +11,7 @@ from llamaclust.model.steps.step import Buffer, DivisionRule, StepWeight, UnaryS
 
 @dataclass(frozen=True, slots=True)
 class MatMul(UnaryStep):
-    """out = x @ weight^T (+ bias), weight [out.width, x.width] in GGUF's row order."""
+    """out = x @ weight^T (+ bias). weight is [out.width, x.width] in GGUF's row order."""
 
     weight: str
     bias: str | None = None
@@ -39,8 +39,8 @@ class MatMul(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class HeadMatMul(UnaryStep):
-    """out_h = x_h @ weight_h^T for each of a row's `heads` equal parts, weight [heads, out.width / heads, x.width /
-    heads] in GGUF's row order."""
+    """out_h = x_h @ weight_h^T for each of the `heads` equal parts of a row. weight is [heads, out.width / heads,
+    x.width / heads] in GGUF's row order."""
 
     weight: str
     heads: int
@@ -63,9 +63,9 @@ class HeadMatMul(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Adapt(UnaryStep):
-    """out += scale * (x @ down^T) @ up^T, an adapter's addition to a product; down [rank, x.width], up [out.width,
-    rank]. `scale` is `factor` times the batch's scale of this adapter for the row; a row with scale 0 stays as it
-    is."""
+    """out += scale * (x @ down^T) @ up^T, an adapter's addition to a product. down is [rank, x.width], up
+    [out.width, rank]. `scale` is `factor` times the batch's scale of this adapter for the row. A row with scale 0
+    stays as it is."""
 
     adapter: int
     down: str

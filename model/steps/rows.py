@@ -1,4 +1,5 @@
-"""Steps that compute a row of a buffer from the same row of others, without weights or by a vector of them."""
+"""Steps that compute a row of a buffer from the same row of other buffers, without weights or with a vector of
+weights."""
 
 from __future__ import annotations
 
@@ -38,8 +39,8 @@ class Embed(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm(UnaryStep):
-    """out = x / sqrt(mean(x^2) + epsilon) * weight, for a row, or for each of its `heads` equal parts, with the same
-    weight [x.width / heads], none, or with `own_weights` [heads, x.width / heads]; out may be x."""
+    """out = x / sqrt(mean(x^2) + epsilon) * weight for each of the `heads` equal parts of a row. weight is [x.width /
+    heads] for all parts, or [heads, x.width / heads] with `own_weights`, or None. out may be x."""
 
     weight: str | None
     epsilon: float
@@ -62,7 +63,7 @@ class RmsNorm(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm(UnaryStep):
-    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight (+ bias), a row at a time; out may be x."""
+    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight (+ bias) for each row; out may be x."""
 
     weight: str
     bias: str | None
@@ -149,7 +150,8 @@ class Scale(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class PositionScale(UnaryStep):
-    """out = x * (1 + factor * ln(1 + (position + offset) // length)), the number rounded to float32; out may be x."""
+    """out = x * (1 + factor * ln(1 + (position + offset) // length)), with this factor rounded to float32; out may be
+    x."""
 
     factor: float
     length: int
@@ -169,7 +171,7 @@ class SoftCap(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Slice(UnaryStep):
-    """out = the channels [start, start + out.width) of x, or of each of its `heads` equal parts."""
+    """out = channels [start, start + out.width) of x, or of each of the `heads` equal parts of x."""
 
     start: int
     heads: int = 1
@@ -181,7 +183,7 @@ class Slice(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Join(BinaryStep):
-    """out = the channels of x, then those of y, for each of `heads` equal parts; out is a third buffer."""
+    """out = the channels of x, then those of y, for each of `heads` equal parts; out is neither x nor y."""
 
     heads: int = 1
 
@@ -192,7 +194,7 @@ class Join(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class ScaleByWeight(UnaryStep):
-    """out = x * weight [1], or `by_channel` x * weight [x.width]; out may be x."""
+    """out = x * weight; out may be x. weight is [1], or [x.width] if `by_channel`."""
 
     weight: str
     by_channel: bool = False
@@ -204,9 +206,9 @@ class ScaleByWeight(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class Mix(BinaryStep):
-    """out_i = y_i + sum over j of (coefficients[i, j] + offset) * x_j, where x_j, y_i and out_i are parts of `width`
-    channels of a row. Without coefficients, every part of x is added as it is. Parts of y before `first` are copied.
-    coefficients [rows, parts of out * parts of x]; out may be y, but neither x nor coefficients."""
+    """out_i = y_i + the sum over j of (coefficients[i, j] + offset) * x_j. x_j, y_i and out_i are parts of a row,
+    `width` channels each. Without coefficients, every part of x is added unchanged. Parts of y before `first` are
+    copied. coefficients is [rows, parts of out * parts of x]; out may be y, but neither x nor coefficients."""
 
     width: int
     coefficients: Buffer | None = None
@@ -220,21 +222,21 @@ class Mix(BinaryStep):
 
 @dataclass(frozen=True, slots=True)
 class MatchMagnitude(BinaryStep):
-    """out_i = x_i * sqrt(mean(y^2)) / sqrt(max(mean(x_i^2), epsilon)), parts x_i as wide as y; out may be x."""
+    """out_i = x_i * sqrt(mean(y^2)) / sqrt(max(mean(x_i^2), epsilon)) for parts x_i as wide as y; out may be x."""
 
     epsilon: float
 
 
 @dataclass(frozen=True, slots=True)
 class GaussianTopK(UnaryStep):
-    """out = max(x - (mean(x) + factor * standard deviation of x), 0) for a row; out may be x."""
+    """out = max(x - (mean(x) + factor * standard deviation of x), 0) for each row; out may be x."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class SigmoidGate(BinaryStep):
-    """out = y * 1 / (1 + exp(-x . weight)), weight [x.width]: one number for a whole row; out may be y."""
+    """out = y * 1 / (1 + exp(-x . weight)): one gate for a whole row. weight is [x.width]; out may be y."""
 
     weight: str
 

@@ -1,4 +1,4 @@
-"""Steps that keep a state of each sequence, the decay of a state, and its layout in KV memory."""
+"""Steps that keep a state of each sequence, the states' layout in KV memory, and the decay of a state."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from llamaclust.model.steps.step import Buffer, StepFacts, StepWeight, UnaryStep
 MAX_TAPS = 16
 MAX_KEY_CHANNELS = 256
 MAX_STATE_FLOATS = 1 << 26
-"""The most numbers of one state of a layer. Kernels have no room for more, as with the other limits."""
+"""The most numbers in one state of a layer. Kernels have no room for more; the other limits here have the same
+reason."""
 VALUE_CHANNELS = 16
-"""A delta rule's value takes a multiple of these channels."""
+"""The number of channels of a delta rule's value is a multiple of this number."""
 MAX_HEADS = 1 << 10
 
 
@@ -26,11 +27,10 @@ class StatePart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """A layer's memory of a sequence, updated by each row in order: `floats` float32 numbers, 0 at the sequence's
-    beginning.
-
-    It lies in state blocks, each the state behind some position, from which other sequences with the same tokens up to
-    it may continue; without state blocks, in KV blocks, behind the last computed position of each block."""
+    """A layer's memory of a sequence: `floats` float32 numbers, which are 0 at the sequence's beginning and which each
+    row updates in order.
+    A state block holds the state after some position. Other sequences with the same tokens up to this position may
+    continue from it. Without state blocks, each KV block holds the state after its last computed position."""
 
     layer: int
     part: StatePart
@@ -43,9 +43,9 @@ class SequenceState:
 
 @dataclass(frozen=True, slots=True)
 class Convolution(UnaryStep):
-    """out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]), for the row at position p
-    and the rows before it in its sequence, 0 before its beginning; out is not x. The state is the last taps - 1 rows of
-    x; weight [x.width, taps]."""
+    """out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]). The index of x is a
+    position in the sequence, p that of row r; x is 0 before the beginning. The state is the last taps - 1 rows of x.
+    weight is [x.width, taps]; out is not x."""
 
     weight: str
     taps: int
@@ -72,7 +72,8 @@ def excess_of_heads(heads: int, channels: int) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Decay(UnaryStep):
-    """out = exp(weight * softplus(x + bias)), weight [heads], negative in models, bias [x.width]; out may be x."""
+    """out = exp(weight * softplus(x + bias)). weight is [heads] and negative in models, bias [x.width]; out may be
+    x."""
 
     weight: str
     bias: str
@@ -85,10 +86,8 @@ class Decay(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class DeltaRule(StepFacts):
-    """A state [key channels, value channels] for each head, which a row reads and updates:
-
+    """A delta rule: each head has a state [key channels, value channels], which a row reads and updates:
     decayed = state * decay; delta = (v - decayed^T @ k) * beta; state' = decayed + k @ delta^T; out = state'^T @ q.
-
     q, k [rows, key_heads * key channels]; v, out [rows, heads * value channels]; beta [rows, heads]; decay [rows,
     heads], or [rows, heads * key channels]. Head h has key head h % key_heads if `tiled`, else h // (heads /
     key_heads)."""
@@ -124,13 +123,11 @@ class DeltaRule(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class Scan(StepFacts):
-    """Mamba 2's selective state space (Dao and Gu, 2024), a state [state size, channels] for each head:
-
+    """Mamba 2's selective state space (Dao and Gu, 2024): each head has a state [state size, channels]:
     step = ln(1 + exp(dt + bias)); state' = state * exp(step * decay) + b @ (x * step)^T; out = state'^T @ c + x * skip.
-
-    x [rows, out.width + 2 * groups * state size] has the channels of all heads, then b and then c of each group of
-    consecutive heads. dt [rows, heads]; bias [heads]; decay, negative in models, and skip [heads, 1]; out [rows, heads
-    * channels]."""
+    x [rows, out.width + 2 * groups * state size] has the channels of all heads, then b of all groups, then c of all
+    groups. A group is a run of consecutive heads. dt [rows, heads]; bias [heads]; decay (negative in models) and skip
+    [heads, 1]; out [rows, heads * channels]."""
 
     x: Buffer
     dt: Buffer

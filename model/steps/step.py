@@ -11,15 +11,15 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """One activation matrix [rows, width] of float32, by name; equal names are the same memory."""
+    """A float32 matrix [rows, width] of activations. Buffers with equal names are the same memory."""
 
     name: str
     width: int
 
 
 class WeightKind(Enum):
-    """Uses of a weight: NUMBERS are added to rows or scale them; rows are multiplied with a MATRIX, a mixture's ROUTER,
-    or EXPERTS, which has a matrix for each expert."""
+    """The use of a weight. NUMBERS are added to rows or scale rows. Rows are multiplied by a MATRIX, by a mixture's
+    ROUTER, or by EXPERTS, which has a matrix for each expert."""
 
     NUMBERS = auto()
     MATRIX = auto()
@@ -29,7 +29,7 @@ class WeightKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StepWeight:
-    """A tensor that a step reads; -1 in `shape` is any number of rows. Each row uses `used` of `experts`."""
+    """A tensor that a step reads. -1 in `shape` means any number of rows. A row uses `used` of `experts` matrices."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class StepWeight:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of a row. Rows choose experts evenly."""
+        """The multiply-accumulates of a row, which uses only some of the experts."""
         return 0 if self.kind is WeightKind.NUMBERS else prod(self.shape) * self.used // self.experts
 
 
@@ -49,9 +49,10 @@ def optional_weight(name: str | None, *shape: int) -> tuple[StepWeight, ...]:
 
 @dataclass(frozen=True, slots=True)
 class DivisionRule:
-    """The division of a step's result in a group: members divide `rows` of a product's weights, or follow the portions
-    of the `reads` buffers, in whole `heads` if there are any. All other buffers are read whole. A row of the result is
-    `lines`, divided alike. With `has_part`, each member has a part of the weights or of KV memory."""
+    """The division of a step's result in a group. Members divide the `rows` rows of a product's weights, or follow the
+    portions of the buffers in `reads`, in whole heads if there are `heads`. All other buffers are read whole. A row of
+    the result has `lines` lines, which are divided alike. `has_part`: each member has a part of the weights or KV
+    memory."""
 
     reads: tuple[Buffer, ...] = ()
     heads: int = 0
@@ -69,7 +70,7 @@ def by_heads(reads: tuple[Buffer, ...], heads: int) -> DivisionRule:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """A member's portion of divided values: units [start, end) of `count` equal ones."""
+    """A member's portion of divided values: units [start, end) of `count` equal units."""
 
     start: int
     end: int
@@ -86,7 +87,7 @@ class Units:
 
 
 class StepFacts(ABC):
-    """The properties that kinds of steps share. Each kind also has a buffer `out`."""
+    """The properties that all kinds of steps have. Each kind also has a buffer `out`."""
 
     __slots__ = ()
 
@@ -98,7 +99,7 @@ class StepFacts(ABC):
     @property
     @abstractmethod
     def reads(self) -> tuple[Buffer, ...]:
-        """Buffers that the step reads, in the order of their use."""
+        """The buffers that the step reads, in the order of their use."""
 
     @property
     def weights(self) -> tuple[StepWeight, ...]:
@@ -106,12 +107,12 @@ class StepFacts(ABC):
 
     @property
     def state_macs(self) -> int:
-        """Multiply-accumulates of a row with a sequence's state, in float32."""
+        """The multiply-accumulates of a row with its sequence's state, in float32."""
         return 0
 
     @property
     def sent_format(self) -> str | None:
-        """The weight in whose activation format members of a group may send x, if there is one."""
+        """The name of the weight in whose activation format members of a group may send x, or None."""
         return None
 
     @property
@@ -119,7 +120,8 @@ class StepFacts(ABC):
         return DivisionRule(self.reads) if self.is_elementwise else WHOLE
 
     def portion(self, own: Units) -> Self:
-        """Returns the step with a member's part of the weights, if it is divided. Its buffers and heads stay whole."""
+        """Returns the step with a member's part of its weights, if they are divided. Its buffers and heads stay
+        whole."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""Prompts whose answers stand between two texts, in llama.cpp's order of tokens."""
+"""Prompts for answers that fill a gap between two texts, in llama.cpp's order of tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Gap:
 
 
 def fill_in_prompt(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: int) -> list[int]:
-    """Returns token ids; the first ones of files are omitted beyond `room` tokens."""
+    """Returns the prompt's token ids. If `room` is too small, the first tokens of the files are omitted."""
     around = [
         *([tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []),
         tokens.prefix,
@@ -51,7 +51,7 @@ def fill_in_prompt(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: i
 
 
 def _files(tokenizer: Tokenizer, tokens: FillInTokens, files: tuple[OtherFile, ...], room: int) -> list[int]:
-    """Returns the last `room` tokens of all files, read from the end: text without room is not tokenized."""
+    """Returns the last `room` tokens of all files. Reads from the end, so that text without room is not tokenized."""
     parts: list[list[int]] = []
     left = room
     for mark, text in _file_parts(tokens, files):

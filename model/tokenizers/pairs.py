@@ -1,4 +1,4 @@
-"""A query and a document as one prompt, as rerankers were trained on it; after llama.cpp's `format_prompt_rerank`."""
+"""Joins a query and a document as rerankers were trained on them, like llama.cpp's `format_prompt_rerank`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.model.tokenizers.vocabulary import key, read_flag, read_token_id
 
 _SEPARATED: Final = ("jina-v1-en", "jina-v2-code", "roberta-bpe")
-"""Pre-tokenizers of vocabularies that separate sentences, unless the file has a flag."""
+"""Pre-tokenizers of models that separate texts by a token, unless a flag in the file says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairForm:
-    """Tokens before the query, between query and document, and behind the document."""
+    """The tokens before the query, between query and document, and after the document."""
 
     first: tuple[int, ...]
     between: tuple[int, ...]
@@ -31,7 +31,7 @@ class PairForm:
 
 
 def read_pair_form(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> PairForm:
-    """ModelFileError if the file wants a token that it does not name."""
+    """Raises ModelFileError if the file wants a token that it does not name."""
     kind, size = metadata.get("tokenizer.ggml.model"), tokenizer.vocabulary_size
     is_word_pieces = kind == "bert"
     separator = read_token_id(metadata, "seperator_token_id", size)  # spelt so in the format

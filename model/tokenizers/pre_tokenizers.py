@@ -1,5 +1,5 @@
-"""The cuts of text into words before byte-pair merges, by the name in `tokenizer.ggml.pre`. Expressions are those of
-the models' tokenizers; each is applied to the pieces that the one before it left."""
+"""Pre-tokenizers, which cut text into words before byte-pair merges, by the name in `tokenizer.ggml.pre`. Expressions
+are those of the models' tokenizers. Each expression is applied to the pieces that the one before it left."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.core.errors import ModelFileError
 
 
 def _ranges(spans: str) -> str:
-    """Writes `41-5A B5` as the inside of a character class."""
+    """Writes code points such as `41-5A B5` as the inside of a character class."""
     return "".join("-".join(chr(int(end, 16)) for end in span.split("-")) for span in spans.split())
 
 
@@ -56,14 +56,15 @@ _DEEPSEEK_LETTER_RANGES: Final = (
     "FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF "
     "1E900-1E943"
 )
-"""Cased letters as that tokenizer lists them, as code points: normalization of the source would merge some."""
+"""The cased letters that DeepSeek's tokenizer lists, as code points: normalization of this source would merge some."""
 _DEEPSEEK_LETTERS: Final = rf"\s?[{_ranges(_DEEPSEEK_LETTER_RANGES)}]+"
 _DEEPSEEK_MARKS: Final = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
 
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """Expressions to cut by; `ignore_merges`: words of the vocabulary stay whole; `add_bos`: the file's default."""
+    """Expressions to cut by. `ignore_merges`: words of the vocabulary stay whole. `add_bos`: the default of the file's
+    flag."""
 
     expressions: tuple[str, ...]
     ignore_merges: bool = False
@@ -109,7 +110,7 @@ def known_pre_tokenizers() -> Mapping[str, PreTokenizer]:
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:
-    """ModelFileError for an unknown name."""
+    """Raises ModelFileError for an unknown name."""
     found = _BY_NAME.get(name)
     if found is None:
         raise ModelFileError(

@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies, `tokenizer.ggml.model` = llama (BPE) or t5 (unigrams), as a model proto."""
+"""SentencePiece vocabularies (`tokenizer.ggml.model` = llama for BPE, t5 for unigrams), converted to a model proto."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BLOCK: Final = 256
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """BPE by score, or unigrams: the spelling with the greatest sum of scores, after the file's normalization."""
+    """A tokenizer that merges by score (BPE), or that finds the spelling with the greatest sum of scores (unigrams)."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any], *, is_unigram: bool = False) -> None:
         super().__init__(
@@ -38,7 +38,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = _processor(model)
 
     def _use_unigrams(self, model: Any, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
-        """Has the library normalize text and find user-defined words, as it does for the model's authors."""
+        """Lets the library normalize text and find user-defined words, as it does for the model's authors."""
         self._user_defined = []
         self._special = [(text, token_id) for text, token_id in self._special if self.is_control(token_id)]
         if not np.isfinite(vocabulary.scores or [0.0]).all():
@@ -62,7 +62,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:
-    """Returns the map for normalization, checked because older versions of the library do not check it."""
+    """Returns the map for normalization. It is checked, because older versions of the library do not check it."""
     value = metadata.get(_CHARSMAP)
     if value is None:
         return b""
@@ -84,7 +84,8 @@ def _processor(model: Any) -> Any:
 
 
 def _model_proto(vocabulary: Vocabulary) -> Any:
-    """Returns a ModelProto that merges by score, with a last piece for unknown text if the file names none."""
+    """Returns a ModelProto that merges by score. If the file names no piece for unknown text, one is added at the
+    end."""
     model = _PROTO.ModelProto()
     model.trainer_spec.model_type = _PROTO.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = vocabulary.types.count(TokenType.BYTE) == 256
@@ -104,7 +105,8 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """Returns SentencePiece's types, GGUF's numbers; a second unknown piece, which is not allowed, never matches."""
+    """Returns SentencePiece's types, which are GGUF's numbers. Only one unknown piece is allowed; others become control
+    pieces."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL
@@ -116,7 +118,8 @@ def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> b
 
 def check_charsmap(data: bytes, origin: str) -> None:
     """Checks SentencePiece's precompiled map of characters: the length of a trie, the trie as a double array
-    (darts-clone), and texts of its leaves, each ended by a zero byte. ModelFileError if any text could lead outside."""
+    (darts-clone), and texts of its leaves, each ended by a zero byte. Raises ModelFileError if any input could lead
+    outside of the map."""
     if not data:
         return
     length = int.from_bytes(data[:4], "little")
@@ -133,5 +136,5 @@ def check_charsmap(data: bytes, origin: str) -> None:
 
 
 def _offsets(units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Returns the distances of units' branches: 22 bits, times 256 if bit 9 is set."""
+    """Returns the offsets of the units' branches: 22 bits, times 256 if bit 9 is set."""
     return (units >> 10) << ((units & (1 << 9)) >> 6)

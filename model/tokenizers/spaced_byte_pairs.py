@@ -18,8 +18,8 @@ _LINES: Final = r"[^\n]+|\n+"
 
 
 class SpacedBytePairTokenizer(Tokenizer):
-    """Merges by rank in lines and in runs of line ends. BOS stands first even if the file denies it, as early files
-    do."""
+    """Merges by rank inside lines and runs of line ends. BOS always comes first, because early files wrongly deny
+    it."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""A search for the tokens of a vocabulary by parts of their bytes."""
+"""Finds the tokens of a vocabulary by parts of their bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TokenIndex:
         self._tokens = [token for _, token in by_ending]
 
     def containing(self, text: bytes) -> list[int]:
-        """Returns the tokens that contain these bytes (at least one), ascending."""
+        """Returns the tokens that contain `text`, which has at least one byte, in ascending order."""
         starts = np.flatnonzero(self._bytes[: max(0, len(self._bytes) - len(text) + 1)] == text[0])
         for place in range(1, len(text)):
             starts = starts[self._bytes[starts + place] == text[place]]

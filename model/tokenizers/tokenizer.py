@@ -1,4 +1,4 @@
-"""Text to token ids and back, whole or as a stream of tokens: special tokens, BOS and EOS, bytes of tokens."""
+"""Converts text to token ids, and token ids to text, whole or as a stream."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
 _NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
-"""Types whose words are not spelled in the alphabet of the vocabulary."""
+"""Token types whose words are not spelled in the alphabet of the vocabulary."""
 
 
 class Tokenizer(ABC):
-    """A model's tokenizer, safe for several threads. Ids outside the vocabulary raise RequestError. `longest_word`:
-    characters of a token at most; `end_of_generation`: the file's eos, eot and eom, and words known to mean the
-    same."""
+    """A model's tokenizer. Thread-safe. Ids outside the vocabulary raise RequestError. `longest_word` is the most
+    characters of a token. `end_of_generation` has the file's eos, eot and eom, and words known to mean the same."""
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
         self.vocabulary = vocabulary
@@ -42,7 +41,7 @@ class Tokenizer(ABC):
         return [token_id for token_id, kind in enumerate(self.vocabulary.types) if kind in _CONTROL]
 
     def is_control(self, token_id: int) -> bool:
-        """True for a control or unknown token, which stands for no text of its own."""
+        """Returns True for a control or unknown token, which stands for no text of its own."""
         return self._type_of(token_id) in _CONTROL
 
     def token_id(self, word: str) -> int | None:
@@ -53,15 +52,15 @@ class Tokenizer(ABC):
         return self.vocabulary.words[token_id]
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
-        """Returns token ids. `add_special` adds BOS and EOS if the model wants them; `parse_special` makes tokens of
-        control words, so it must never be set for text from a user."""
+        """Returns token ids. `add_special` adds BOS and EOS if the model wants them. `parse_special` turns control
+        words into control tokens, so it must never be set for text from a user."""
         parts = self.split_special(text, parse_special)
         first = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         last = [self.eos_id] if add_special and self.add_eos and self.eos_id is not None else []
         return [*first, *self.encode_parts(parts), *last]
 
     def split_special(self, text: str, parse_special: bool) -> list[str | int]:
-        """Cuts a text at special tokens into plain text and token ids. User-defined words are always found."""
+        """Splits a text at special tokens into plain text and token ids. User-defined words are always found."""
         return _split(_without_surrogates(text), self._special if parse_special else self._user_defined)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
@@ -73,11 +72,11 @@ class Tokenizer(ABC):
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Returns the text of tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Returns the text of tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes:
-        """Returns the bytes of `decode`, without the space that `encode` puts first."""
+        """Returns the bytes of tokens, without the space that `encode` puts first."""
         data = b"".join(self.token_bytes(i) for i in ids if not (skip_special and self.is_control(i)))
         return data[1:] if self.add_space_prefix and data.startswith(b" ") else data
 
@@ -96,7 +95,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        """Returns ids of text without special tokens; `after_special`: it stands first or behind a special token."""
+        """Returns the ids of a text without special tokens. `after_special`: the text comes first or follows a special
+        token."""
 
     @abstractmethod
     def word_bytes(self, word: str) -> bytes:
@@ -118,8 +118,8 @@ class Tokenizer(ABC):
 
 
 class Detokenizer:
-    """The text of one stream of tokens, without incomplete characters. The stream continues a text, or with
-    `text_start` is a whole one, without the leading space. Control tokens in `shown` are not skipped."""
+    """The text of one stream of tokens, without incomplete characters. With `text_start`, the stream is a whole text
+    and loses its leading space; otherwise it continues a text. Control tokens in `shown` are not skipped."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
-        """Returns the characters that this token completes; bytes that cannot be UTF-8 become U+FFFD."""
+        """Returns the characters that this token completes. Bytes that cannot be UTF-8 become U+FFFD."""
         if self._skip_special and self._tokenizer.is_control(token_id) and token_id not in self._shown:
             return ""
         data = self._tokenizer.token_bytes(token_id)
@@ -159,7 +159,7 @@ def _texts_of(vocabulary: Vocabulary, *kinds: TokenType) -> list[tuple[str, int]
 
 
 def _split(text: str, special: Sequence[tuple[str, int]]) -> list[str | int]:
-    """Cuts longer tokens out before shorter ones."""
+    """Splits a text at special tokens, longer ones before shorter ones."""
     parts: list[str | int] = [text] if text else []
     for word, token_id in special:
         if word in text:
@@ -179,7 +179,7 @@ def _cut(part: str | int, word: str, token_id: int) -> Iterator[str | int]:
 
 
 def _without_surrogates(text: str) -> str:
-    """Joins halves of surrogate pairs, which JSON may hold, or replaces them by U+FFFD."""
+    """Joins the halves of surrogate pairs, which JSON may contain, and replaces single halves by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""The vocabulary of a GGUF file: words, their types and scores, and the tokens with a special part."""
+"""The vocabulary of a GGUF file: words, their types and scores, and the tokens with a special role."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _END_TEXTS: Final = (
     "[e~[ _<EOT>"
 )
 END_OF_GENERATION_TEXTS: Final = frozenset(_END_TEXTS.split())
-"""Texts that end a generation whatever the file's own ids are, as in llama.cpp."""
+"""Words that end a generation in addition to the ids that the file names, as in llama.cpp."""
 
 _PADDING_TEXTS: Final = frozenset({"<PAD>", "[PAD]"})
 _PLAIN_TEXTS: Final = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"})
@@ -41,7 +41,7 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """Words by id. `types` holds a TokenType for each word."""
+    """The words by token id. `types` has a TokenType for each word."""
 
     words: Sequence[str]
     types: bytes
@@ -62,7 +62,7 @@ def key(name: str) -> str:
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
-    """ModelFileError if a field is missing, of the wrong kind or inconsistent."""
+    """Raises ModelFileError if a field is missing, of the wrong kind or inconsistent."""
     words = _read_words(metadata)
     ids = _ids_by_word(words)
     types = _read_types(metadata, len(words))
@@ -86,7 +86,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
 
 def read_token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
-    """Reads a token id; None if the field is missing or outside the vocabulary (files use 2^32 - 1 for none)."""
+    """Reads a token id. Returns None if it is missing or outside the vocabulary (files use 2^32 - 1 for none)."""
     value = metadata.get(key(name))
     if value is None:
         return None
@@ -103,7 +103,7 @@ def read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:
-    """ModelFileError if the field is missing or not an array of text."""
+    """Raises ModelFileError if the field is missing or not an array of text."""
     value = metadata.get(key(name))
     if value is None or isinstance(value, str) or not isinstance(value, Sequence):
         raise ModelFileError(f"{key(name)} is missing or not an array of text; the model cannot read or write text")
@@ -152,7 +152,7 @@ def _read_types(metadata: Mapping[str, Any], count: int) -> bytearray:
 
 
 def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], types: bytearray) -> frozenset[int]:
-    """Returns ids that end a generation. Words that look like control tokens get that type, whatever the file says."""
+    """Returns the ids that end a generation. Also sets the types of known words in `types`, whatever the file says."""
     padding = {ids[text] for text in _PADDING_TEXTS if text in ids and types[ids[text]] == TokenType.CONTROL}
     by_text = {ids[text] for text in END_OF_GENERATION_TEXTS if text in ids}
     for token_id in by_text:
@@ -166,7 +166,7 @@ def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], type
 
 
 def _keep_inner_marks(ids: Mapping[str, int], types: bytearray, ends: set[int | None]) -> None:
-    """Removes `<|end|>` and `</s>` in chat formats where they end a part of an answer, or are an ordinary word."""
+    """Removes `<|end|>` and `</s>` from `ends` if the chat format uses them inside answers or as ordinary words."""
     found = {text for text in END_OF_GENERATION_TEXTS if ids.get(text) in ends}
     calls = {"<|call|>", "<|calls|>"} & found
     if "<|end|>" in found and calls and found & {"<|return|>", "<|flush|>"}:

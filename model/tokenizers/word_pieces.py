@@ -1,4 +1,4 @@
-"""WordPiece vocabularies, `tokenizer.ggml.model` = bert: words, and the longest pieces that make them."""
+"""WordPiece vocabularies (`tokenizer.ggml.model` = bert): words are spelled by the longest pieces that fit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from llamaclust.model.tokenizers.vocabulary import Vocabulary, key, read_flag, r
 
 _BEGIN: Final = "▁"
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
-"""BERT's ids, for files that name none."""
+"""BERT's token ids, for files that do not name them."""
 _LONGEST_WORD: Final = 256
-"""Characters of a token in a prompt, on average, at most: longer words, or so many blanks, are data and not text."""
+"""The most characters for each token of a prompt, on average. Longer words, or so many blanks, are data and not
+text."""
 _MOST_CHARACTERS: Final = 1 << 18
 """The longest text, because Python takes about 25 microseconds for each character of a long word."""
 _HAN: Final = (
@@ -28,11 +29,12 @@ _HAN: Final = (
     (0xF900, 0xFAFF),
     (0x2F800, 0x2FA1F),
 )
-"""Characters that are words of their own."""
+"""Ranges of characters that are words of their own."""
 
 
 class WordPieceTokenizer(Tokenizer):
-    """Lowers case and strips accents unless the file says otherwise. A word without pieces is one unknown token."""
+    """Lowers case and strips accents unless the file says otherwise. A word that has no spelling is one unknown
+    token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         size = len(vocabulary)
@@ -100,7 +102,7 @@ def _stands_alone(character: str, kind: str) -> bool:
 
 
 def _named(metadata: Mapping[str, Any], names: tuple[str, ...], size: int, default: int) -> int:
-    """ModelFileError if the file has none of these ids and the vocabulary is too small for the default."""
+    """Raises ModelFileError if the file has none of these ids and the vocabulary is too small for the default."""
     for name in names:
         if (found := read_token_id(metadata, name, size)) is not None:
             return found

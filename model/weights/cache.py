@@ -1,5 +1,5 @@
 """The folder of fetched weights: tensors by SHA-256, and manifests of models. A file gets its name only when it is
-whole, checked and on disk. Processes of one machine share the folder, without network."""
+complete, checked and on disk. The processes of one machine share the folder."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class WeightCache(DiskCache):
     modified_ns = _MODIFIED_NS  # their digests are not computed at each start
 
     def prepare(self) -> None:
-        """Makes the folder. LlamaclustError if that fails, or if others may write there."""
+        """Makes the folder. Raises LlamaclustError if that fails, or if other users may write there."""
         with self._errors():
             self.create()
 
     def place(self, content: str) -> Path:
-        """Returns the path of the bytes with this SHA-256, whether they are there or not."""
+        """Returns the path for the bytes with this SHA-256. There need not be a file."""
         assert _HASH.fullmatch(content)
         return self.path / f"{content}{WHOLE}"
 
@@ -52,7 +52,7 @@ class WeightCache(DiskCache):
         return self.place(content).with_suffix(UNFINISHED)
 
     def part_bytes(self, content: str) -> int:
-        """Returns the size of an unfinished tensor and marks it as used, unless a process is writing it."""
+        """Returns the size of an unfinished tensor. Marks it as used if no process is writing it."""
         try:
             with open_own(self.part_path(content), os.O_RDWR) as file:
                 if take_lock(file.fileno()):
@@ -62,7 +62,8 @@ class WeightCache(DiskCache):
             return 0
 
     def find(self, content: str) -> FileIdentity | None:
-        """Returns the file's identity and marks it as used; None if it is missing. A changed file is deleted."""
+        """Returns the identity of the file and marks it as used. Returns None if it is missing. Deletes a changed
+        file."""
         with suppress(OSError):
             file = self.open(self.place(content).name)
             if file is not None:
@@ -71,7 +72,7 @@ class WeightCache(DiskCache):
         return None
 
     def known_manifest(self, key: str) -> str | None:
-        """Returns the SHA-256 of the manifest that is remembered by that name, if it is still there."""
+        """Returns the SHA-256 of the manifest that is remembered by `key`, or None if it is not there any more."""
         assert _HASH.fullmatch(key)
         try:
             content = (self.read(f"{key}{KNOWN}", 65) or b"").decode("ascii")
@@ -80,14 +81,14 @@ class WeightCache(DiskCache):
         return content if _HASH.fullmatch(content) and self.find(content) is not None else None
 
     def keep_manifest(self, key: str, data: bytes) -> str:
-        """Writes a manifest and remembers it by `key`; returns its SHA-256. LlamaclustError if that fails."""
+        """Writes a manifest, remembers it by `key` and returns its SHA-256. Raises LlamaclustError if that fails."""
         content = sha256(data).hexdigest()
         self._write(self.place(content).name, data)
         self.remember_manifest(key, content)
         return content
 
     def remember_manifest(self, key: str, content: str) -> None:
-        """LlamaclustError if it cannot be written."""
+        """Raises LlamaclustError if it cannot be written."""
         assert _HASH.fullmatch(key)
         if self.known_manifest(key) != content:
             (self.path / f"{key}{KNOWN}").unlink(missing_ok=True)
@@ -99,7 +100,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keeps files that are found or written meanwhile from being deleted to make room."""
+        """Protects files that are found or written inside the block from being deleted to make room."""
         self.prepare()
         path = self.path / f"{secrets.token_hex(8)}{_LEASE}"
         with ExitStack() as stack:
@@ -112,7 +113,8 @@ class WeightCache(DiskCache):
             yield
 
     def make_room(self, n_bytes: int) -> None:
-        """Deletes files in no load, least recently used first, to make room. LlamaclustError if there cannot be."""
+        """Deletes files that no load uses, least recently used first. Raises LlamaclustError if the room is not
+        enough."""
         with self._errors(), self.locked():
             self._make_room(n_bytes)
 
@@ -136,7 +138,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Locks one key; other processes wait without a limit."""
+        """Locks one key. Other processes wait without a time limit."""
         path = self.path / f"{key}{MAKING}"
         with ExitStack() as stack:
             while True:
@@ -151,9 +153,9 @@ class WeightCache(DiskCache):
 
 
 class WeightPart:
-    """One tensor on its way into the cache: written piece by piece, resumed, and checked before it gets its name. Only
-    one process at a time has it open. Methods block, and any thread may call them. `resumed`: some of `done_bytes` were
-    there before."""
+    """A tensor on its way into the cache. It is written piece by piece, can be resumed, and is checked before it gets
+    its name. Only one process at a time has it open. Methods block, and any thread may call them. `resumed`: some of
+    `done_bytes` were there before."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache
@@ -169,7 +171,8 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process writes or has finished it. LlamaclustError if it cannot be written."""
+        """Returns None if another process is writing the tensor or has finished it. Raises LlamaclustError if writing
+        fails."""
         path = cache.part_path(content)
         try:
             file = open_own(path, os.O_RDWR | os.O_CREAT)
@@ -188,7 +191,7 @@ class WeightPart:
         return cls(cache, content, n_bytes, file)
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """LlamaclustError if the disk is full or fails: then nothing of the tensor is kept."""
+        """Raises LlamaclustError if the disk is full or fails. Nothing of the tensor is kept then."""
         with self._lock:
             if self._file.closed:
                 return
@@ -199,7 +202,7 @@ class WeightPart:
                     raise self._failed(error) from error
 
     def finish(self) -> bool:
-        """Gives a complete tensor its name. False if its bytes are wrong: then it begins anew."""
+        """Gives a complete tensor its name. If its bytes are wrong, discards them and returns False."""
         with self._lock:
             if self.done_bytes != self._n_bytes or self._hash.hexdigest() != self._content:
                 self._file.truncate(0)
@@ -214,7 +217,7 @@ class WeightPart:
             return True
 
     def close(self) -> None:
-        """Closes the file, which stays for the next load to resume."""
+        """Closes the file, which the next load can resume."""
         with self._lock:
             self._file.close()
 

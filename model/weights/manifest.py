@@ -1,5 +1,5 @@
-"""A model without its weights: the numbers that a stage needs, and each tensor's type, shape and SHA-256, as a GGUF
-file without tensors."""
+"""Manifests: models without weights, written as GGUF files without tensors. A manifest has the metadata that a stage
+needs, and each tensor's type, shape and SHA-256."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A manifest; `metadata` has the keys that programs and the tokenizer read."""
+    """A manifest. `metadata` has the keys that programs and the tokenizer read."""
 
     model_id: str
     size_bytes: int
@@ -56,7 +56,8 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
 
     def file(self, path: Path, held: Mapping[str, tuple[Path, FileIdentity]]) -> ModelFile:
-        """Returns the model as its file would be. `path`: the name in errors; `held`: places of bytes by SHA-256."""
+        """Returns the model as if from its file. `path` is the name in errors. `held` has the places of bytes by
+        SHA-256."""
         tensors = {}
         for record in self.tensors:
             place, identity = held.get(record.content, (path, _NOWHERE))
@@ -69,8 +70,8 @@ class Manifest:
 def make_manifest(
     file: ModelFile, progress: Callable[[int], None] = lambda n_bytes: None, threads: int | None = None
 ) -> bytes:
-    """Reads all bytes of the model, about a gigabyte a second and thread; `progress` gets the size of each piece, from
-    several threads. ModelFileError as for `Tensor.read`."""
+    """Reads all bytes of the model, about a gigabyte per second and thread. `progress` gets the size of each piece,
+    from several threads. Raises ModelFileError like `Tensor.read`."""
     tensors = list(file.tensors.values())
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "hash-weights") as pool:
         contents = list(pool.map(partial(content_of, progress=progress), tensors))
@@ -89,7 +90,7 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """Returns the keys of programs and of the tokenizer, or those of an adapter that `with_adapters` reads."""
+    """Returns the keys that programs and the tokenizer read or, of an adapter, those that `with_adapters` reads."""
     architecture, is_adapter = read_architecture(file), "adapter.type" in file.metadata
     kept = ("adapter.", "general.type") if is_adapter else (f"{architecture}.", _TOKENIZER)
     own: dict[str, WritableValue] = {"general.architecture": architecture}
@@ -116,7 +117,7 @@ def _table(file: ModelFile, tensors: Sequence[Tensor], contents: Sequence[str]) 
 
 
 def read_manifest(path: Path) -> Manifest:
-    """ModelFileError for a file that is not a manifest of this version."""
+    """Raises ModelFileError for a file that is not a manifest of this version."""
     metadata = read_header(path).metadata
     own = {key: value for key, value in metadata.items() if not key.startswith(_PREFIX)}
     try:

@@ -1,1 +1,2 @@
-"""Tool calls and reasoning in the text of an answer: formats derived from chat templates, parsing, constraints."""
+"""Tool calls and reasoning in answers: derives their format from the chat template, parses answers, and constrains
+calls."""

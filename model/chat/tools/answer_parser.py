@@ -1,4 +1,5 @@
-"""A parser of an answer while it comes: text in, events out. Events depend on the text only, not on its pieces."""
+"""Parses an answer as it arrives: text in, events out. The events do not depend on how the text is split into
+pieces."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ CallReader = ObjectReader | NamedReader | TaggedReader | NotatedReader
 
 
 class AnswerParser:
-    """A parser that accepts any text: text that is not like a call or reasoning is content."""
+    """A parser that accepts any text. Text that does not look like a call or reasoning is content."""
 
     def __init__(
         self,
@@ -37,9 +38,10 @@ class AnswerParser:
         begun: str = "",
         reads_unmarked: bool = False,
     ) -> None:
-        """Nothing is a call without tools. Reasoning stays in the content, with its markers, unless `splits_reasoning`.
-        `begun` is the prompt's part of the answer, which makes no events, unless a call is open at its end.
-        `reads_unmarked`: an answer of only calls without their markers is read as calls."""
+        """Reads calls only if there are `tools`, and separates reasoning only if `splits_reasoning`; otherwise it stays
+        in the content, with its markers. `begun` is the part of the answer that the prompt has written. It makes no
+        events, except for a call that is open at its end. `reads_unmarked`: an answer that consists only of calls
+        without markers is read as calls."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -91,7 +93,8 @@ class AnswerParser:
         self._reasoning.end()
 
     def _next(self) -> Reading[bool]:
-        """Reads content up to a marker, and the part that the marker begins. False at the end."""
+        """Reads content up to the next marker, and the part of the answer that this marker begins. Returns False at the
+        end of the answer."""
         if (yield from self._unmarked_calls()):
             return True
         tags = self._tags
@@ -137,7 +140,7 @@ class AnswerParser:
             yield from self._call(marker)
 
     def _call(self, trigger: str) -> Reading[None]:
-        """Reads calls behind a trigger; without any, trigger and text are content."""
+        """Reads the calls that follow a trigger. If there are none, the trigger and the text after it are content."""
         assert self._frame is not None and self._form.calls is not None
         self._source.record()
         lines = self._frame.lines

@@ -1,4 +1,4 @@
-"""Values of arguments that are written as plain text, as JSON of the type in the tool's schema."""
+"""Converts argument values that are written as plain text to JSON of the type in the tool's schema."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ STRING: Final = frozenset({"string"})
 _UNIONS: Final = ("anyOf", "oneOf", "allOf")
 _MAX_DEPTH: Final = 8
 _MAX_LITERAL_CHARACTERS: Final = 1 << 14
-"""The longest literal, because Python's parser takes a hundred times its memory."""
+"""The longest text that is parsed as a Python literal: Python's parser takes a hundred times the memory of the text."""
 _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
-    """Reads the arguments of a whole call; None if the text is not a JSON object, or has numbers beyond float64."""
+    """Parses the arguments of a complete call. Returns None if they are not a JSON object or contain numbers beyond
+    float64."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -34,7 +35,7 @@ def property_schema(schema: Schema, key: str) -> Schema:
 
 
 def types_of(schema: Schema, depth: int = 0) -> frozenset[str]:
-    """Returns JSON's names of the types that a value may have; empty if the schema does not tell."""
+    """Returns the JSON types that a value may have. Empty means that the schema does not say."""
     declared = schema.get("type")
     if isinstance(declared, str):
         return frozenset({declared})
@@ -69,7 +70,8 @@ def type_name(value: Any) -> str:
 
 
 def json_of(text: str, types: frozenset[str]) -> str:
-    """Returns JSON text of one of the types as it is, or of any type if strings are not allowed; else a string."""
+    """Returns the text itself if it is JSON of one of the types, or of any type where strings are not allowed.
+    Otherwise returns the text as a JSON string. Also understands Python's True, False and None."""
     if types == STRING:
         return string(text)
     bare = text.strip()
@@ -109,7 +111,7 @@ def _refuse(constant: str) -> Any:
 
 
 def _finite(text: str) -> float:
-    """Refuses numbers that are too large, which Python reads as infinite."""
+    """Raises ValueError for numbers beyond float64, which Python would read as infinite."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text[:60]} is too large")
@@ -117,7 +119,8 @@ def _finite(text: str) -> float:
 
 
 class TextValue:
-    """A string value, written as JSON while its text comes, without the format's white space around it."""
+    """A string value that is written as JSON while its text arrives, without the white space that the format puts
+    around it."""
 
     def __init__(self, put: Callable[[str], None], indent: str, dedent: str) -> None:
         self._put = put

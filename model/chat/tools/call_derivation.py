@@ -1,4 +1,4 @@
-"""Derivation of the form of calls from the texts that a chat template renders for sentinel calls."""
+"""Derives the format of calls from the texts that a chat template renders for calls with sentinel values."""
 
 from __future__ import annotations
 

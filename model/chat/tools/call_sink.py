@@ -1,4 +1,4 @@
-"""The events of calls that the readers of calls produce, and the tools that they know."""
+"""Collects the events of calls from the readers of calls, and tells the readers which tools are known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Numbers calls, except those that the prompt has completed, and collects their events. One is open at a time."""
+    """Numbers calls and collects their events. Calls that the prompt has completed are not counted. At most one call is
+    open."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
         self.tools = tools
@@ -37,7 +38,8 @@ class CallSink:
         self._events.append(event)
 
     def drop_begun(self) -> None:
-        """Drops the events of the prompt's text, except those of an open call, which the answer begins."""
+        """Drops the events of the prompt's text. Events of a call that is still open are kept, because the answer
+        begins with them."""
         of_call = (event for event in self.take_events() if isinstance(event, CallBegun | ArgumentText))
         self._prompt_calls = self._calls
         if self.is_open:

@@ -1,4 +1,5 @@
-"""A reader of answers that are a sequence of messages with headers, which separate reasoning, content and calls."""
+"""Reads answers that consist of messages with headers. A header says whether its message is reasoning, content or a
+call."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ class _Texts:
 
 
 class ChannelReader:
-    """A reader of the whole answer; the prompt has opened the first message."""
+    """A reader of the whole answer. The prompt has already begun the first message."""
 
     def __init__(
         self, source: TextSource, sink: CallSink, calls: ChannelCalls, content: TextRun, reasoning: TextRun | None
@@ -42,7 +43,7 @@ class ChannelReader:
                 end = yield from self._source.take_literal((*self._calls.message_ends, self._calls.message_begin))
 
     def _message(self) -> Reading[str]:
-        """Reads a message; returns the marker that ended it."""
+        """Reads a message and returns the marker that ended it."""
         header = yield from self._source.word(self._header_end, MAX_NAME_CHARACTERS)
         content, reasoning = self._texts.content, self._texts.reasoning
         if header is None:

@@ -1,4 +1,4 @@
-"""Events of a parsed answer, independent of any API's shape, and the message that they make together."""
+"""Events of a parsed answer, independent of any API, and the message that they add up to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class ContentText:
 
 @dataclass(frozen=True, slots=True)
 class CallBegun:
-    """The start of a tool call; calls are numbered from 0. `call_id` is empty if the model has written none so far."""
+    """The start of a tool call. Calls are numbered from 0. `call_id` is empty if the model has not written an id
+    yet."""
 
     index: int
     name: str
@@ -29,7 +30,7 @@ class CallBegun:
 
 @dataclass(frozen=True, slots=True)
 class ArgumentText:
-    """A piece of the arguments of call `index`; all pieces together are JSON text."""
+    """A piece of the arguments of call `index`. All pieces together are JSON text."""
 
     index: int
     text: str
@@ -37,7 +38,7 @@ class ArgumentText:
 
 @dataclass(frozen=True, slots=True)
 class CallEnded:
-    """The end of call `index`. `call_id` is the model's, even if it wrote it behind the arguments."""
+    """The end of call `index`. `call_id` is the id that the model wrote before or after the arguments, or empty."""
 
     index: int
     call_id: str = ""
@@ -48,7 +49,7 @@ AnswerEvent = ReasoningText | ContentText | CallBegun | ArgumentText | CallEnded
 
 @dataclass(slots=True)
 class ToolCall:
-    """A whole call; `arguments` is JSON text as the model wrote it."""
+    """A complete call. `arguments` is JSON text as the model wrote it."""
 
     name: str
     call_id: str = ""
@@ -84,7 +85,7 @@ def _kind_of_text(event: AnswerEvent) -> tuple[type[AnswerEvent], int]:
 
 
 def merged(events: Iterable[AnswerEvent]) -> list[AnswerEvent]:
-    """Joins adjacent pieces of one text and omits empty ones."""
+    """Joins adjacent pieces of the same text, and omits empty pieces."""
     joined: list[AnswerEvent] = []
     for _, group in groupby((event for event in events if not isinstance(event, _TEXTS) or event.text), _kind_of_text):
         same = list(group)

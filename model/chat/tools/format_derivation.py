@@ -1,4 +1,4 @@
-"""The format of a model's answers, from its chat template."""
+"""Derives the format of a model's answers from its chat template."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ _ARGUMENTS: Final = {KEYS[0]: VALUES[0]}
 
 
 def derive_format(source: str, render: Render) -> ToolFormat:
-    """Renders the template about twenty times; its refusals tell as well."""
+    """Renders the template about twenty times with sentinel messages. Messages that the template refuses are
+    information too."""
     known = next((form for form in KNOWN_FORMATS if all(mark in source for mark in form.marks)), KnownFormat(()))
     plain = Probe(render, _takes_text(Probe(render)))
     reasoning = known.reasoning or _derived_reasoning(plain) or _shown_reasoning(source, plain)
@@ -68,7 +69,8 @@ def _call_and_result(probe: Probe, call_id: str) -> tuple[Message, Message]:
 
 
 def _takes_text(probe: Probe) -> bool:
-    """True if arguments of calls must be JSON text, because an object is refused, or written as Python does."""
+    """Returns True if calls' arguments must be JSON text: the template refuses an object, or writes it in Python's
+    notation."""
     message = call_message([_ARGUMENTS], text_arguments=False)
     as_object = probe.text(message)
     if KEYS[0] in as_object and f"'{KEYS[0]}'" not in as_object:
@@ -109,7 +111,7 @@ def _shown_reasoning(source: str, probe: Probe) -> ReasoningTags | None:
 
 
 def _wrappers(probe: Probe) -> tuple[str, ...]:
-    """Returns tags that only stand around content, and not in a prompt or before calls."""
+    """Returns tags that stand around content only: neither at the end of a generation prompt nor before calls."""
     before, has_content, behind = probe.content_text().partition(CONTENT)
     call = probe.text(call_message([_ARGUMENTS], text_arguments=probe.text_arguments))
     prompt = probe.text(prompt=True)

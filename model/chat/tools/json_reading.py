@@ -1,4 +1,4 @@
-"""JSON values read piece by piece."""
+"""Reads JSON values piece by piece."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sink = Callable[[str], None]
 
 
 def raw_value(source: TextSource, sink: Sink) -> Reading[None]:
-    """Gives a value to `sink` as it is written; text that is not JSON ends it."""
+    """Passes the text of a JSON value to `sink` as it arrives. Text that is not JSON ends the value."""
     first = yield from source.ahead()
     if first == '"':
         yield from _raw_string(source, sink)

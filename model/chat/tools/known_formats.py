@@ -1,4 +1,5 @@
-"""Formats as data, by marks in a chat template's text, for templates whose rendering does not tell them."""
+"""Known formats, for chat templates from whose output no format can be derived. They are found by marks in the
+template's text."""
 
 from __future__ import annotations
 
@@ -18,12 +19,13 @@ from llamaclust.model.chat.tools.tool_format import (
 )
 
 GENERIC_CALLS: Final = ObjectCalls(Frame(call_begin="<tool_call>", call_end="</tool_call>"))
-"""The form of Hermes and Qwen, which is also requested if a template knows no tools."""
+"""The format of Hermes and Qwen. If a template knows no tools, the model is instructed to use this format."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownFormat:
-    """The known parts of a format for templates with all of these marks; None and empty: not known."""
+    """The known parts of a format, for templates that contain all `marks`. None or an empty value means that the part
+    is not known."""
 
     marks: tuple[str, ...]
     calls: Calls | None = None
@@ -175,7 +177,7 @@ SHOWN_CALLS: Final = (
     ),
     (("functools[",), ObjectCalls(Frame("functools"), is_list=True)),
 )
-"""Forms that a template explains to the model, or shows in its text, without rendering calls."""
+"""Formats of calls that a template only explains or shows in its text, without rendering calls in messages."""
 
 KNOWN_REASONING: Final = (
     ReasoningTags("<think>", ("</think>",)),
@@ -186,4 +188,4 @@ KNOWN_REASONING: Final = (
     ReasoningTags("<thinking>", ("</thinking>",)),
     ReasoningTags("<reasoning>", ("</reasoning>",)),
 )
-"""Tags found in a template's text, for templates that render no reasoning of messages."""
+"""Reasoning tags to look for in the text of templates that do not render the reasoning in messages."""

@@ -122,7 +122,7 @@ def lines_of(marker: str) -> tuple[str, ...]:
 
 
 def skip_lines(source: TextSource, lines: tuple[str, ...]) -> Reading[None]:
-    """Takes a marker, whose lines may be apart or missing, and the white space around it."""
+    """Takes the lines of a marker and the white space around them. Any of the lines may be missing."""
     yield from source.skip_space()
     for line in lines:
         yield from source.take_literal((line,))

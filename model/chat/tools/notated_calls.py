@@ -1,4 +1,4 @@
-"""A reader of calls in other notations: Python's, Gemma's, and nested elements."""
+"""Reads calls in Python's notation, Gemma's notation, or nested elements."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _NAME: Final = re.compile(r"[\w.\-/]+")
 _KEY: Final = re.compile(r"\w+")
 _PLAIN: Final = re.compile(r"""[^"'(){}\[\],\\]+""")
 _GEMMA_KEY: Final = re.compile(r"(?<![^\s{}\[\],:\"])([^\s{}\[\],:\"]++)\s*+:")
-"""A possessive pattern of a whole word, so that a long one is read once."""
+"""Matches a whole key. The quantifiers are possessive, so that a long word is scanned only once."""
 _MAX_DEPTH: Final = 64
 
 
 class NotatedReader:
-    """A reader that gives arguments whole, once their value is complete."""
+    """A reader that emits arguments only when their values are complete."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: NotatedCalls) -> None:
         self._source = source
@@ -76,7 +76,7 @@ class NotatedReader:
             self._sink.argument("}" if written else "{}")
 
     def _python_value(self) -> Reading[str]:
-        """Returns the text of a literal: up to a comma or the bracket that ends the arguments."""
+        """Returns the text of a literal, which ends before a comma or the bracket that closes the arguments."""
         text, depth = "", 0
         while character := (yield from self._source.ahead()):
             if depth == 0 and character in ",)":
@@ -135,7 +135,8 @@ class NotatedReader:
 
 
 class _Elements:
-    """The elements of one call as JSON. Content that has no elements of the schema's type is text."""
+    """Converts the elements of one call to JSON. An element without inner elements, or whose value may be a string, is
+    read as text."""
 
     def __init__(self, text: str, mark: str) -> None:
         self._text = text
@@ -163,7 +164,7 @@ class _Elements:
         return self._members(text, _alternative(schema, "object"), depth)
 
     def _children(self, text: str) -> list[tuple[str, str]]:
-        """Returns the elements of a text side by side; of equal tags inside one another, the outer one."""
+        """Returns the tag and the content of each outermost element of a text."""
         found, at = [], 0
         opening = re.compile(re.escape(self._mark) + r"<([^/<>\s][^<>]*)>")
         while element := opening.search(text, at):

@@ -1,4 +1,4 @@
-"""A reader of calls that are JSON objects: a name, arguments and perhaps an id, in any order."""
+"""Reads calls that are JSON objects with a name, arguments and perhaps an id, in any order."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class _Call:
 
 
 class ObjectReader:
-    """A reader that takes common keys beside those of the template, because models take liberties with keys."""
+    """A reader that takes common keys in addition to the template's, because models do not always keep to those."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: ObjectCalls, *, is_bare: bool) -> None:
-        """A bare object has no marker before it, and is a call only if it names a known tool."""
+        """Reads a bare object, before which no marker stands, as a call only if it names a known tool."""
         self._source = source
         self._sink = sink
         self._calls = calls
         self._is_bare = is_bare
 
     def read(self) -> Reading[bool]:
-        """Returns True if there was a call; False only before any of its events."""
+        """Returns True if there was a call. If it returns False, it has emitted no event."""
         yield from self._source.skip_space()
         first = yield from self._source.ahead()
         if first == "[":

@@ -1,4 +1,4 @@
-"""Probes of a chat template for its forms of reasoning and calls: texts rendered with sentinels are compared."""
+"""Finds out how a chat template writes reasoning and calls: renders it with sentinel values and compares the texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from llamaclust.model.chat.tools.tool_format import ReasoningTags
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool, Mapping[str, Any]], str]
-"""A function of messages, generation prompt or not, and variables. RequestError if the template refuses."""
+"""A function that renders messages. The flag adds the generation prompt; the mapping holds variables. It raises
+RequestError if the template refuses the messages."""
 
 NAMES: Final = ("zqfirsttool", "zqsecondtool")
 KEYS: Final = ("zqfirstkey", "zqsecondkey")
@@ -35,7 +36,8 @@ _FIRST_MARKUP: Final = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]]+\])")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A template, the shape of arguments that it takes, and its tags of reasoning, which is not part of a call."""
+    """A template, the form in which it takes arguments, and its reasoning tags, which are removed from the texts of
+    calls."""
 
     render: Render
     text_arguments: bool = False
@@ -54,7 +56,8 @@ class Probe:
             return ""
 
     def call_text(self, *arguments: Mapping[str, Any]) -> str:
-        """Returns the text that calls with these arguments add to a message; empty if the template shows no calls."""
+        """Returns the text that calls with these arguments add to a message. Empty if the template does not render
+        calls."""
         text = difference(self.text(call_message(arguments, text_arguments=self.text_arguments)), self.content_text())
         tags = self.reasoning
         if tags is None:

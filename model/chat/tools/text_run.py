@@ -1,4 +1,4 @@
-"""Text of one kind on its way out, without the white space around markers."""
+"""Emits content or reasoning without the white space around markers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 from llamaclust.model.chat.tools.events import AnswerEvent
 
 _MAX_HELD: Final = 64
-"""Characters of white space that may turn out to stand before a marker."""
+"""The most characters of white space that are held back in case a marker follows."""
 
 
 class TextRun:
@@ -37,11 +37,11 @@ class TextRun:
         return self._skips_space
 
     def cut(self) -> None:
-        """Marks a marker behind the text: the white space around it is not text."""
+        """Notes that a marker follows here: the white space before and after it is dropped."""
         self._held = ""
         self._skips_space = True
 
     def end(self) -> None:
-        """Ends the text: white space at the end is text."""
+        """Ends the text and emits the white space at its end."""
         self._put(self._event(self._held))
         self._held = ""

@@ -1,4 +1,5 @@
-"""Text that comes piece by piece, read by generators that wait for more, and do not depend on its pieces."""
+"""Text that arrives piece by piece. Its readers are generators that wait for more text. Their results do not depend on
+how the text is split."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ _SPACE: Final = re.compile(r"\s+")
 
 
 class Markers:
-    """Texts to look for; the leftmost wins, of several at one place the longest."""
+    """Texts to search for. The leftmost match wins, and the longest one of several at the same place."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(sorted({text for text in texts if text}, key=len, reverse=True))
@@ -21,12 +22,13 @@ class Markers:
         self._longest = len(self._texts[0]) if self._texts else 0
 
     def find(self, text: str, start: int) -> tuple[int, int]:
-        """Returns begin and end of the first marker; the end of the text if there is none."""
+        """Returns the begin and the end of the first marker. If there is none, both are the end of the text."""
         found = self._pattern.search(text, start)
         return (found.start(), found.end()) if found else (len(text), len(text))
 
     def cut_at(self, text: str, start: int) -> int:
-        """Returns the place from which further characters may complete a marker, or a longer one."""
+        """Returns the first place where the text may be the beginning of a marker that is not complete yet, else its
+        length."""
         for place in range(max(start, len(text) - self._longest + 1), len(text)):
             rest = text[place:]
             if any(len(marker) > len(rest) and marker.startswith(rest) for marker in self._texts):
@@ -72,7 +74,7 @@ class TextSource:
         return text
 
     def ahead(self, count: int = 1) -> Reading[str]:
-        """Returns the next characters, fewer only at the end, without taking them."""
+        """Returns the next `count` characters without taking them. Fewer are returned only at the end."""
         while len(self._text) - self._at < count and not self._is_ended:
             yield
         return self._text[self._at : self._at + count]
@@ -84,12 +86,12 @@ class TextSource:
             self.take(found.end() - self._at)
 
     def take_match(self, pattern: re.Pattern[str]) -> str:
-        """Takes the match at the beginning of the present text; may be empty."""
+        """Takes what the pattern matches at the present position, without waiting for more text. May be empty."""
         found = pattern.match(self._text, self._at)
         return self.take(found.end() - self._at) if found else ""
 
     def take_literal(self, literals: Sequence[str]) -> Reading[str]:
-        """Takes the longest of the texts that comes next; empty if none does."""
+        """Takes and returns the longest of the literals that comes next. Returns "" if none does."""
         candidates = sorted(literals, key=len, reverse=True)
         while True:
             text = self._text[self._at : self._at + len(candidates[0])] if candidates else ""
@@ -103,7 +105,8 @@ class TextSource:
             yield
 
     def until(self, markers: Markers, sink: Callable[[str], None]) -> Reading[str]:
-        """Gives the text before the next marker to `sink`, as it comes, and takes the marker; empty at the end."""
+        """Passes the text before the next marker to `sink` as it arrives, then takes and returns the marker. Returns ""
+        at the end."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)
@@ -116,7 +119,8 @@ class TextSource:
             yield
 
     def word(self, markers: Markers, most: int) -> Reading[str | None]:
-        """Takes the text before the next marker; None if there is no marker within `most` characters."""
+        """Takes and returns the text before the next marker or the end. Returns None if neither comes within `most`
+        characters."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

@@ -1,4 +1,5 @@
-"""The form in which a model writes reasoning and tool calls: values of the parser, the constraint and the probe."""
+"""The format in which a model writes reasoning and tool calls, as data for the parser, the grammar and the template
+probe."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ _BETWEEN_TAGS: Final = re.compile(r"\n|(?<=[>`])(?=<)")
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """The tags of reasoning, which stands between `begin` and the first of `ends`; `ends[0]` is the usual one."""
+    """The tags of reasoning. It stands between `begin` and the first of `ends` that occurs; `ends[0]` is the usual
+    one."""
 
     begin: str
     ends: tuple[str, ...]
@@ -40,7 +42,8 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Markers that begin calls: the first one, and others that look like markup, because models skip markers."""
+        """Markers that begin calls: the first line, and other lines that look like markup, because models skip some
+        lines."""
         lines = self.lines
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
@@ -52,7 +55,8 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class ObjectCalls:
-    """Calls that are JSON objects, single or in a list. Without markers in the frame they begin the answer."""
+    """Calls that are JSON objects, single or in a list. If the frame has no markers, the answer begins with the
+    calls."""
 
     frame: Frame
     name_key: str = "name"
@@ -65,7 +69,7 @@ class ObjectCalls:
 
 @dataclass(frozen=True, slots=True)
 class NamedCalls:
-    """Calls of a name and a JSON object: NAME id_begin ID name_end ARGUMENTS."""
+    """Calls that consist of a name and a JSON object: NAME id_begin ID name_end ARGUMENTS."""
 
     frame: Frame
     name_end: str = ""
@@ -75,8 +79,9 @@ class NamedCalls:
 
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
-    """Calls of a name and arguments, each of which has its key and its value between markers. If `value_begin` is not
-    empty, an attribute stands before it, which is `string_attribute` for strings."""
+    """Calls that consist of a name and arguments. Markers stand around the key and the value of each argument. If
+    `value_begin` is not empty, an attribute stands before it. The attribute is `string_attribute` if the value is a
+    string."""
 
     frame: Frame
     name_end: str
@@ -98,7 +103,7 @@ class Notation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class NotatedCalls:
-    """Calls in a `Notation`. `mark`: GEMMA's delimiter of texts, or the text before tags of ELEMENTS."""
+    """Calls in a `Notation`. `mark` is the delimiter of GEMMA's strings, or the text before each tag of ELEMENTS."""
 
     frame: Frame
     notation: Notation
@@ -107,9 +112,9 @@ class NotatedCalls:
 
 @dataclass(frozen=True, slots=True)
 class ChannelCalls:
-    """An answer of messages, each with a header that names its recipient or channel. `recipient` and `reasoning` are
-    regular expressions: the tool's name in a header, and headers of reasoning. `ignored` matches headers of recipients
-    that are not tools."""
+    """An answer that consists of messages, each with a header that names its recipient or channel. Three regular
+    expressions are searched in headers: `recipient` finds the name of a tool, `reasoning` the headers of reasoning, and
+    `ignored` recipients that are not tools."""
 
     message_begin: str  # before a header; the prompt ends with the first one
     header_end: str
@@ -128,7 +133,8 @@ Calls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls | ChannelCalls
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """The format of a model's answers, and the parts of a chat that its template takes. The default: text only."""
+    """The format of a model's answers, and the parts of a chat that its template takes. By default, answers are plain
+    text."""
 
     calls: Calls | None = None
     reasoning: ReasoningTags | None = None
@@ -147,7 +153,7 @@ class ToolFormat:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """All texts of the format, which may contain control words of the vocabulary."""
+        """Every text of the format. Some contain control words of the vocabulary."""
         return (*_texts_in(self.calls), *_texts_in(self.reasoning), *self.dropped)
 
 

@@ -1,4 +1,4 @@
-"""A reader of answers that are only calls as JSON objects, without the form's markers, perhaps in a code fence."""
+"""Reads answers that consist only of calls as JSON objects, without the format's markers, perhaps in a code fence."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _TYPES: Final = ("function",)
 
 
 class _NoCallError(Exception):
-    """The text so far is no call."""
+    """Raised if the text so far cannot be a call."""
 
 
 class UnmarkedReader:
-    """A reader that holds an answer back as long as it may be only calls, and no longer."""
+    """A reader that holds the answer back only as long as the answer may consist of calls."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """The keys of the model's form, `calls`, are known beside the usual ones. `dropped` markers are not text."""
+        """Knows the keys in `calls`, the model's own format, in addition to the usual keys. `dropped` markers may
+        follow the calls."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None
@@ -37,7 +38,8 @@ class UnmarkedReader:
         self._dropped = tuple(dropped)
 
     def read(self) -> Reading[list[ToolCall]]:
-        """Returns the calls that make up the rest of the answer; none if it is text, which is then put back."""
+        """Returns the calls that make up the rest of the answer. If the rest is anything else, puts it back and returns
+        no calls."""
         self._source.record()
         try:
             calls = yield from self._whole()

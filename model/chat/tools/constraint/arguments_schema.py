@@ -1,4 +1,4 @@
-"""Schemas of tools' arguments in the form that grammars of calls take."""
+"""Prepares the schemas of tools' arguments for the grammar of calls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ ANY_ARGUMENTS: Final[Schema] = {"type": "object"}
 
 
 def arguments_schema(schema: Any) -> NormalSchema:
-    """Returns the closed schema of a tool; one nested too deeply, or not of an object, leaves arguments free."""
+    """Returns the schema of a tool's arguments with closed objects. Allows any object if the schema is nested too
+    deeply or does not allow an object."""
     try:
         normal = normal_schema(schema, closes_objects=True)
     except RecursionError:

@@ -41,7 +41,8 @@ class CallStart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """`lark` rules from the first token on, or, with triggers, from the first of them on."""
+    """A grammar of calls in `lark`. It rules from the first token on, or, if there are triggers, from the first trigger
+    on."""
 
     lark: str
     triggers: tuple[str, ...] = ()
@@ -50,7 +51,8 @@ class CallGrammar:
 def call_grammar(
     form: ToolFormat, tools: Tools, split: Split, start: CallStart, *, is_parallel: bool
 ) -> CallGrammar | None:
-    """Returns None if nothing marks the beginning of calls. `tools` have normal schemas (`arguments_schema`)."""
+    """Returns None if there are no tools or nothing marks the beginning of calls. The schemas in `tools` are those that
+    `arguments_schema` returns."""
     rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:
@@ -92,7 +94,8 @@ def _section(rules: LarkRules, calls: FramedCalls, tools: Tools, *, is_parallel:
 
 
 def _marker(rules: LarkRules, text: str) -> str:
-    """Returns a marker, whose lines stand below each other; white space may follow."""
+    """Returns the rule of a marker, which may have several lines. White space may separate the lines and follow the
+    marker."""
     lines = [rules.literal(line.strip()) for line in text.split("\n") if line.strip()]
     opens_name = text.rstrip().endswith(("=", '"', ":", "."))
     return f" {SPACE} ".join(lines) + ("" if opens_name or not lines else f" {SPACE}")
@@ -125,7 +128,8 @@ def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> 
 
 
 def _json_parts(text: str) -> str:
-    """Returns JSON text as the lexemes of a JSON schema: if a call has no marker, other JSON may stand in its place."""
+    """Splits JSON text into the lexemes that JSON schemas use: if calls have no marker, other JSON may stand in their
+    place."""
     return joined(*map(quoted, _JSON_PART.findall(text)))
 
 

@@ -1,4 +1,4 @@
-"""Values of arguments as elements, nested for objects and lists: bodies of rules for a schema's values."""
+"""Makes grammar rules for argument values that are written as XML-like elements, nested for objects and lists."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 
 
 class _FreeValue(Exception):
-    """A value may be anything, even elements with the tag of the one around them, so no tag marks its end."""
+    """Raised if a value may be anything. It may then contain elements with its own tag, so that no closing tag marks
+    its end."""
 
 
 class ElementValues:
-    """A maker of rules; `mark` stands before each tag. A call with a value that may be anything is free as a whole."""
+    """Makes grammar rules for a call's arguments. `mark` stands before each tag. If one value may be anything, no
+    argument of the call is constrained."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         self._rules = rules

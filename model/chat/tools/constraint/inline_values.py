@@ -1,4 +1,4 @@
-"""Values of arguments within a line, in Python's and Gemma's notation: bodies of rules for a schema's values."""
+"""Makes grammar rules for argument values within a line, in Python's and in Gemma's notation."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ class InlineValues(ABC):
     @property
     @abstractmethod
     def text(self) -> str:
-        """The body for any text."""
+        """The rule for any string."""
 
     @property
     @abstractmethod
     def any_key(self) -> str:
-        """The body for any key of an object, up to its value."""
+        """The rule for any key of an object, including the separator after it."""
 
     @abstractmethod
     def key(self, key: str) -> str:
-        """Returns the body for one key, up to its value; empty if the notation has no such key."""
+        """Returns the rule for one key, including the separator after it. Empty if the notation cannot write the
+        key."""
 
     @abstractmethod
     def constant(self, value: Any) -> str:
-        """Returns the body for a text, a number, a truth value or null."""
+        """Returns the rule for a string, a number, a Boolean or null."""
 
     def any_value(self) -> str:
         if not self._any:
@@ -106,7 +107,8 @@ class InlineValues(ABC):
 
 
 class PythonValues(InlineValues):
-    """Values such as "text" in either quotes, 1, True, None, ["text"], {"key": 1}, and JSON's words."""
+    """Values such as "text" or 'text', 1, True, None, ["text"] and {"key": 1}. JSON's true, false and null are allowed
+    too."""
 
     @property
     def text(self) -> str:
@@ -146,7 +148,8 @@ class PythonArguments(PythonValues):
 
 
 class GemmaValues(InlineValues):
-    """Values such as <|"|>text<|"|>, 1, true, null, [1,2], {key:1}. Objects have sorted keys, as in the template."""
+    """Values such as <|"|>text<|"|>, 1, true, null, [1,2] and {key:1}. The keys of objects are sorted, as in Gemma's
+    template."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         super().__init__(rules)

@@ -1,4 +1,4 @@
-"""Rules of a grammar in llguidance's dialect of Lark, made one after the other."""
+"""Builds a grammar in llguidance's dialect of Lark, rule by rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from llamaclust.model.grammars.definitions import quoted
 
 Split = Callable[[str], Sequence[str | int]]
-"""A function that cuts a text into pieces of text and ids of control tokens."""
+"""A function that splits a text into strings and the ids of control tokens."""
 
 SPACE: Final = r"/[ \n]{0,2}/"
 _TEXT: Final = "/(?s:.*)/"
@@ -40,7 +40,7 @@ class LarkRules:
         return self.names[text]
 
     def recursive(self, body: Callable[[str], str]) -> str:
-        """Returns the name of a new rule, whose body has that name."""
+        """Adds a rule whose body may contain the rule's own name, and returns this name."""
         name = f"n{len(self.rules)}"
         self.rules.append("")
         place = len(self.rules) - 1

@@ -1,4 +1,4 @@
-"""The grammar of calls in other notations: Python's, Gemma's, and nested elements."""
+"""Makes the grammar of calls in Python's notation, Gemma's notation, or nested elements."""
 
 from __future__ import annotations
 

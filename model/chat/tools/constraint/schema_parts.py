@@ -1,4 +1,5 @@
-"""The parts of a schema that notations other than JSON obey: types, bounds of numbers, enumerations, properties."""
+"""Reads the parts of a schema that are enforced in notations other than JSON: types, bounds of numbers, enumerations,
+properties."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ from llamaclust.model.chat.tools.argument_values import types_of
 from llamaclust.model.chat.tools.call_sink import Schema
 
 MAX_DEPTH: Final = 16
-"""The depth of schemas beyond which values are free."""
+"""The nesting depth of schemas beyond which any value is allowed."""
 _BOUNDS: Final = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _COMBINED: Final = frozenset(("$ref", "allOf", "not", "if"))
 
 
 def constants(schema: Schema) -> Sequence[Any]:
-    """Returns the allowed values; empty if they are not listed, or some are lists or objects."""
+    """Returns the values that the schema lists. Empty if it lists none, or if one of them is a list or an object."""
     values = schema.get("enum", [schema["const"]] if "const" in schema else ())
     is_flat = isinstance(values, list) and not any(isinstance(value, list | dict) for value in values)
     return values if is_flat else ()
@@ -39,7 +40,8 @@ def number(kind: str, schema: Schema) -> str:
 
 
 def properties(schema: Schema) -> list[tuple[str, Any, bool]] | None:
-    """Returns name, schema and need of each property, the needed ones first; None if others are allowed."""
+    """Returns name, schema and "is required" of each property, required ones first. Returns None if other properties
+    are allowed."""
     named, required = schema.get("properties"), schema.get("required")
     if not isinstance(named, Mapping) or schema.get("additionalProperties") is not False:
         return None

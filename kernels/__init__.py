@@ -1,4 +1,4 @@
-"""The kernels: arithmetic on quant types, with one folder per backend."""
+"""The kernels: the arithmetic of steps and quant types, with one folder per backend."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The interface of backends: a backend loads a program once and runs it on microbatches."""
+"""The interface of backends. A backend loads a program once, as a stage that runs microbatches."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 Progress = Callable[[int], None]
-"""Receives, on the loading thread, the weight bytes loaded since the last call."""
+"""Receives the number of weight bytes loaded since its last call. It is called on the loading thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchStates:
     """The state blocks of a batch's sequences.
 
-    The first row of sequence s reads block before[s], unless its position is 0. For i in starts[s] .. starts[s + 1],
-    the state behind row rows[i] is written to blocks[i]: the last row's state, and checkpoints for other sequences. No
-    other sequence reads or writes a block that one sequence writes.
+    The first row of sequence s reads block before[s], unless its position is 0. For each i in starts[s] .. starts[s +
+    1], the state after row rows[i] is written to blocks[i]. The last of them is the state after the sequence's last
+    row; the others are checkpoints, from which other sequences may start. No two sequences of a batch share a block
+    that one of them writes.
     """
 
     before: Int32  # [sequences] block ids, -1 where no state is read
@@ -45,8 +46,8 @@ class Batch:
 
     Rows sequence_starts[s] .. sequence_starts[s + 1] belong to sequence s, at ascending, consecutive positions.
     Position p of sequence s is in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS]. Layers with a window
-    and KV blocks of their own use the same index of window_tables; -1 is a block that no row of the batch reads or
-    writes.
+    and KV blocks of their own use window_tables instead, at the same index; it has -1 for blocks that no row of the
+    batch reads or writes.
     """
 
     tokens: Int32  # [rows] token ids; read by a first stage only
@@ -66,13 +67,15 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The logits of the last run, which stay on a GPU, and records from which most tokens are sampled."""
+    """The logits of the last run, which stay on a GPU, and records of rows, from which alone most tokens are
+    sampled."""
 
     records: NDArray[np.int64]  # [outputs, words], see cpu/native/sampler/ranked.h
     rows: Callable[[Sequence[int]], Float32]
-    """Returns logits of these rows, [rows, vocabulary]: a view that the next call overwrites."""
+    """Copies the logits of these rows to the host, [rows, vocabulary]: a view that the next call overwrites."""
     totals: Callable[[Sequence[float]], NDArray[np.int64]]
-    """Sums weights by one divisor per output, if not 0, to [outputs, parts]: a view that the next call overwrites."""
+    """Sums the sampling weights of each output's logits in parts, [outputs, parts]. It takes one divisor (temperature)
+    per output; an output with divisor 0 is skipped. The result is a view that the next call overwrites."""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -82,7 +85,7 @@ Logits = Float32 | RankedLogits
 
 
 class Stage(Protocol):
-    """A loaded program with its weights, KV memory and buffers. It makes one `run` at a time."""
+    """A loaded program with its weights, KV memory and buffers. It runs one microbatch at a time."""
 
     weight_bytes: int
     kv_bytes: int
@@ -95,15 +98,15 @@ class Stage(Protocol):
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         """Computes the batch. `hidden` [rows, embedding] is None for a first stage.
 
-        Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary]: a view that the next `run`
-        overwrites.
+        Returns the hidden state [rows, embedding]; a last stage returns logits [outputs, vocabulary]. The result is a
+        view that the next `run` overwrites.
         """
 
     def normed(self, rows: Int32) -> Float32:
-        """Copies the normed hidden state of these rows of a last stage's last `run`, [len(rows), embedding]."""
+        """Copies the normed hidden state of rows of a last stage's last `run`, [len(rows), embedding]."""
 
     def close(self) -> None:
-        """Frees weights and KV memory; the stage must not run again."""
+        """Frees weights and KV memory. The stage must not run again."""
 
 
 @runtime_checkable
@@ -113,12 +116,12 @@ class RanksLogits(Protocol):
         """True for a last stage whose logits can stay on the device."""
 
     def run_ranked(self, batch: Batch, hidden: Float32 | None) -> RankedLogits:
-        """Computes the batch like `Stage.run`; the logits stay on the device."""
+        """Computes the batch like `Stage.run`, but leaves the logits on the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheCounts:
-    """The counts of an experts cache: an expert counts once a microbatch, for any number of rows."""
+    """The counts of an experts cache. An expert counts once per microbatch, however many rows use it."""
 
     hits: int = 0
     misses: int = 0
@@ -132,10 +135,10 @@ class CacheCounts:
 
 @runtime_checkable
 class KvInRam(Protocol):
-    """A stage whose KV memory is in RAM and in which no layer releases blocks out of its window."""
+    """A stage whose KV memory is in RAM, and whose layers release no blocks that leave their windows."""
 
     def kv_layers(self) -> tuple[tuple[NDArray[np.uint8], ...], ...]:
-        """Returns each layer's KV memory and states, [KV blocks, bytes], which a reference keeps even after `close`."""
+        """Returns each layer's KV memory and states as arrays [KV blocks, bytes], which stay valid after `close`."""
 
 
 @runtime_checkable
@@ -147,12 +150,13 @@ class RunsFrames(Protocol):
 @runtime_checkable
 class GathersRows(Protocol):
     def gather_by(self, gatherer: Gatherer) -> None:
-        """Sets the gatherer of the next runs; an error of the gatherer ends the run."""
+        """Sets the gatherer that later runs use. An error of the gatherer ends the run."""
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes the exchange of that number, in the order of steps, from rows [rows, widths together] of the buffers that it
-reads. The next call overwrites the result [rows, width]; None: the result is in its place already."""
+"""Computes the exchange with the given number (exchanges are numbered in the order of steps). It takes rows [rows, sum
+of widths], with the buffers that the exchange reads side by side. It returns the result [rows, width], which the next
+call overwrites, or None if it has already put the result in its place on the device."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -165,7 +169,7 @@ class ExchangingStage(Stage, Protocol):
 
 
 class ExpertsStage(Protocol):
-    """Loaded experts. They make one `run_mixture` at a time."""
+    """Loaded experts. They compute one mixture at a time."""
 
     weight_bytes: int
     workspace_bytes: int
@@ -175,16 +179,17 @@ class ExpertsStage(Protocol):
         """A reference that keeps the weights in memory."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32:
-        """Computes the mixture of that number, in the order of steps. The next call overwrites the result."""
+        """Computes the mixture with this number, in the order of steps. The next call overwrites the result."""
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns each row's experts [rows, used] and their weights, by rank; needs experts loaded with `lines`."""
+        """Returns each row's experts, best first, and their weights: [rows, used]. Needs experts loaded with
+        `lines`."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
-        """Returns the unweighted output of expert experts[i] for x[i]. The next call overwrites the result."""
+        """Returns the unweighted output of expert experts[i] for row x[i]. The next call overwrites the result."""
 
     def expert_weights(self, number: int, expert: int) -> tuple[NDArray[np.uint8], ...]:
-        """Returns the bytes of matrices, in the order of `Moe.inner` and `Moe.down`, then of float32 biases."""
+        """Returns one expert's packed matrices (in the order of `Moe.inner`, `Moe.down`), then its float32 biases."""
 
     def close(self) -> None: ...
 
@@ -196,16 +201,16 @@ class ExpertsCache(Protocol):
     def counts(self) -> CacheCounts: ...
 
     def step(self) -> AbstractContextManager[None]:
-        """Keeps experts that a run uses until it ends. Raises DeviceLostError if a copy lost the device."""
+        """Keeps the experts that a run uses cached until it ends. Raises DeviceLostError if a copy lost the device."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32 | None:
         """Computes an exchange; see `Experts`."""
 
     def settle(self, timeout_s: float) -> bool:
-        """Waits until the wanted experts are cached; False if the time was too short."""
+        """Waits until all wanted experts are cached. Returns False if `timeout_s` was too short."""
 
     def close(self) -> None:
-        """Waits for a run in progress; later runs compute without the cache."""
+        """Waits for a run in progress. Later runs compute without the cache."""
 
 
 class Backend(Protocol):
@@ -216,10 +221,10 @@ class Backend(Protocol):
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage: ...
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
-        """Returns the bytes of weights that loaded stages already hold: `load` takes no more memory for them."""
+        """Returns the weight bytes that are already loaded for other stages: `load` takes no more memory for them."""
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        """Returns the bytes beside weights and KV memory. Raises the errors of `load`; reads no weights."""
+        """Returns a stage's bytes without weights and KV memory. Raises the errors of `load`, but reads no weights."""
 
 
 @runtime_checkable
@@ -227,13 +232,13 @@ class SharesKv(Protocol):
     def load_beside(
         self, stage: Stage, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> Stage:
-        """Loads the same layers with other adapters; both stages share KV memory and take turns, even during a run."""
+        """Loads the same layers with other adapters, even during a run. Both stages share KV memory and take turns."""
 
 
 @runtime_checkable
 class HasThreads(Protocol):
     def apart(self) -> Backend:
-        """Returns a backend with threads of its own that shares the loaded weights."""
+        """Returns a backend that has threads of its own and shares the loaded weights."""
 
 
 class ExchangingBackend(Backend, Protocol):
@@ -250,12 +255,10 @@ class ExchangingBackend(Backend, Protocol):
         limits: StageLimits,
         n_bytes: int,
     ) -> ExpertsCache | None:
-        """Returns a cache of `experts` in at most `n_bytes` beside a stage of this backend; None if no expert fits."""
+        """Returns a cache for `experts` of at most `n_bytes` on the device of `stage`, or None if no expert fits."""
 
 
 class ExpertsBackend(Backend, Protocol):
-    """A device that computes experts for another device."""
-
     def load_experts(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress, lines: int = 0
     ) -> ExpertsStage:
@@ -264,11 +267,11 @@ class ExpertsBackend(Backend, Protocol):
     def experts_workspace_bytes(
         self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, lines: int = 0
     ) -> int:
-        """Returns the bytes of loaded experts beside their weights."""
+        """Returns the bytes that loaded experts take in addition to their weights."""
 
 
 def kv_bytes(program: Program, limits: StageLimits) -> int:
-    """Returns the bytes of KV memory, without a GPU's gaps between layers."""
+    """Returns the bytes of KV memory and states, without the padding that a GPU adds between layers."""
     states = sum(kept.n_bytes for kept in program.states) * (limits.state_blocks or limits.kv_blocks)
     return states + sum(
         KV_BLOCK_TOKENS * kept.kv_token_bytes * limits.layer_blocks(kept.window) for kept in program.kv_layers

@@ -1,4 +1,4 @@
-"""Fusion for every backend: groups products of one input, and puts rotations into the attention after them."""
+"""Fusion for every backend: groups products of the same input, and joins rotations with the attention after them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamaclust.model import program as ir
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """Matrix products of the same x: it is quantized once, and the threads synchronize once."""
+    """Matrix products of the same x, which is quantized once. The threads synchronize once."""
 
     x: ir.Buffer
     steps: tuple[ir.MatMul, ...]
@@ -50,7 +50,7 @@ FusedStep = (
 
 
 def fuse(program: ir.Program) -> Iterator[FusedStep]:
-    """Groups the program's steps. All buffers that later steps read are unchanged."""
+    """Groups the program's steps. Buffers that later steps read keep their content."""
     steps, at = program.steps, 0
     while at < len(steps):
         step = steps[at]
@@ -94,7 +94,8 @@ def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
 
 
 def _attend(program: ir.Program, at: int) -> Attend | None:
-    """Returns the attention at `at` with the rotations of its q and k before it, if nothing else reads these."""
+    """Returns the attention after any rotations from `at` on. It takes them over if nothing else reads their
+    results."""
     ropes: dict[str, ir.Rope] = {}
     step = program.steps[at]
     while isinstance(step, ir.Rope):
@@ -117,7 +118,7 @@ def _attend(program: ir.Program, at: int) -> Attend | None:
 
 
 def is_read(program: ir.Program, at: int, name: str) -> bool:
-    """True if a step from `at` on reads the buffer's present content."""
+    """True if a step from `at` on, or the program's result, reads the buffer's present content."""
     for step in program.steps[at:]:
         if any(buffer.name == name for buffer in step.reads):
             return True

@@ -1,5 +1,5 @@
-"""Rules that all members of a group follow at a gather: the format of sent rows, and bands of rows. The native executor
-has the same limits (`executor/workspace.h`, `executor/gatherer.h`)."""
+"""Rules that all members of a group follow when they gather rows: the format of sent rows, and bands of rows. The
+native executor has the same limits (`executor/workspace.h`, `executor/gatherer.h`)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
-    """Returns the borders of the bands into which the native executor divides a run of `rows`, at most `most` bands.
-    Each band has its own gathers, up to the output rows. The first band has two thirds of the rows of each other
-    one."""
+    """Returns the borders of at most `most` bands, into which the native executor divides a run of `rows`. Before the
+    output rows, each band has its own gathers. The first band has two thirds of the rows of another band."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):
@@ -40,12 +39,12 @@ def bands_of(program: ir.Program, rows: int, most: int) -> int:
 
 
 def borders_in(step: ir.Gather, width: int) -> list[int]:
-    """Returns the members' borders in rows of `width` floats, which may hold int8 values and scales."""
+    """Returns the members' borders in rows of `width` floats. The floats may hold int8 values and scales."""
     return [border * width // step.borders[-1] for border in step.borders]
 
 
 def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
-    """Returns for each member if its columns [rows, width] are finite; int8 values show it by their scales."""
+    """Returns for each member whether its columns [rows, width] are finite. The scales of int8 values show this."""
     form = next((form for form in _PACKED if packed_width(step.borders[-1], form) == whole.shape[1]), None)
     borders = borders_in(step, whole.shape[1])
     if form is not None:
@@ -56,12 +55,12 @@ def finite_members(step: ir.Gather, whole: Float32) -> list[bool]:
 
 
 def packed_width(columns: int, form: ActivationFormat) -> int:
-    """Returns the floats that take as much room as the int8 values and scales of `columns` columns."""
+    """Returns the number of floats that hold the int8 values and scales of `columns` columns."""
     return columns // _INT8_OF_FLOAT + columns // form.value
 
 
 def gather_formats(program: ir.Program, types: Mapping[str, QuantType]) -> Iterator[ActivationFormat | None]:
-    """Yields the format of each gather's rows, in the order of steps; None: plain floats."""
+    """Yields the format in which each gather sends rows, in the order of steps. None means plain floats."""
     results = program.out, program.normed
     for at, step in enumerate(program.steps):
         if isinstance(step, ir.Gather):

@@ -1,4 +1,4 @@
-"""Layers of one stage on several devices of a worker: each backend computes its layers in turn."""
+"""The layers of one stage on several devices of a worker. The backends compute their layers in turn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llamaclust.model.program import Attention, Buffer, Gather, Join, Program, S
 
 @dataclass(frozen=True, slots=True)
 class BackendLayers:
-    """The layers [start, end) of a backend."""
+    """The layers [start, end) that one backend computes."""
 
     backend: Backend
     start: int
@@ -35,7 +35,7 @@ class BackendLayers:
 
 
 class MultiDeviceBackend:
-    """A backend of `parts` in order of layers, each with the KV memory of its layers."""
+    """Joins `parts`, in the order of their layers, to one backend. Each part has the KV memory of its layers."""
 
     def __init__(self, parts: Sequence[BackendLayers]) -> None:
         assert parts and all(part.end == after.start for part, after in pairwise(parts)), parts
@@ -116,7 +116,7 @@ class MultiDeviceStage:
             first += sum(isinstance(step, Gather) for step in program.steps)
 
     def _numbered(self, gatherer: Gatherer, first: int, program: Program) -> PythonGatherer:
-        """Continues the numbers of gathers from part to part, so that they are those of the group's other members."""
+        """Continues the numbers of gathers from part to part. All members of a group must number them alike."""
         gathers = [step for step in program.steps if isinstance(step, Gather)]
 
         def gather(number: int, own: Float32, whole: Float32) -> None:
@@ -136,9 +136,8 @@ class MultiDeviceStage:
 
 
 def layers_of(program: Program, start: int, end: int) -> Program:
-    """Returns the steps of layers [start, end). A layer begins with the first step that names it; the embedding is
-    before the first layer, and the head behind the last. Channels that later layers read are behind the hidden
-    state."""
+    """Returns the steps of layers [start, end). A layer begins with the first step that names it. The embedding belongs
+    to the first layer, and the head to the last. Channels for later layers follow the hidden state."""
     assert program.start <= start < end <= program.end, (start, end)
     bounds = {program.start: 0, program.end: len(program.steps)}
     for at, step in enumerate(program.steps):
@@ -158,8 +157,8 @@ def layers_of(program: Program, start: int, end: int) -> Program:
 
 @dataclass(frozen=True, slots=True)
 class _Carried:
-    """The rows that go from layer to layer: the hidden state, and behind it channels of another buffer, from `start`
-    on, of which each layer reads a slice."""
+    """The rows that go from layer to layer: the hidden state, then the channels of `further` from `start` on. Each
+    layer reads a slice of these channels."""
 
     hidden: Buffer
     further: Buffer
@@ -167,7 +166,7 @@ class _Carried:
 
     @classmethod
     def at(cls, program: Program, at: int) -> _Carried | None:
-        """Returns the input of the steps from `at` on; None if they read the hidden state alone."""
+        """Returns the input of the steps from `at` on, or None if they read only the hidden state."""
         whole, slices, written = set[Buffer](), dict[Buffer, int](), set[str]()  # slices: where the first one begins
         for step in program.steps[at:]:
             for buffer in step.reads:

@@ -1,4 +1,4 @@
-"""Measures this machine's limits for kernels on some threads: read bandwidth and multiply-add peaks."""
+"""Measures this machine's limits for kernels: the read bandwidth and multiply-add peaks of some threads."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from llamaclust.kernels import _native
 
 
 class ReadProbe:
-    """Measures the read bandwidth of `threads` (1..1024, or ValueError) over 16 times the last cache, or a GiB."""
+    """Measures the read bandwidth of `threads` threads over 16 times the last-level cache, but at most a GiB. Raises
+    ValueError outside 1..1024 threads."""
 
     def __init__(self, threads: int) -> None:
         self._probe = _native.ReadProbe(threads, 16)
 
     def measure(self, seconds: float = 0.3) -> float:
-        """Returns GB/s: the median of several reads in the pattern that was the fastest just before. (The maximum of
-        many reads would exceed what a run as long as all of them reaches.) Raises ValueError outside 0..60 seconds."""
+        """Returns GB/s: the median of several reads in the pattern that was the fastest just before. (Their maximum is
+        a rate that no longer run reaches.) Raises ValueError outside 0..60 seconds."""
         return self._probe.measure(seconds) / 1e9
 
 
 def int8_peak(threads: int, seconds: float = 0.2) -> float:
-    """Returns 10^9 8-bit multiply-adds a second of `threads` together, by the widest dot product of the CPU."""
+    """Returns the 8-bit multiply-adds per second of all threads, in 10^9, by the CPU's widest dot product."""
     return _native.int8_peak(threads, seconds) / 1e9
 
 
 def fma_peak(threads: int, seconds: float = 0.2) -> float:
-    """Returns 10^9 float32 multiply-adds a second of `threads` together."""
+    """Returns the float32 multiply-adds per second of all threads, in 10^9."""
     return _native.fma_peak(threads, seconds) / 1e9
 
 
 def measure_machine(threads: int) -> DeviceProfile:
-    """Measures both limits in less than half a second, over a smaller buffer: for a worker's registration."""
+    """Measures read bandwidth and int8 peak in less than half a second, for a worker's registration."""
     return DeviceProfile(_native.ReadProbe(threads, 3).measure(0.15), _native.int8_peak(threads, 0.05))

@@ -1,7 +1,8 @@
-"""Experts of some layers on another device than the rest: a GPU computes attention, norms, shared experts and products,
-a processor the routers and the experts that they choose.
+"""Splits a program between two devices. A GPU computes attention, norms, shared experts and dense products; a processor
+computes the routers and the routed experts of some layers.
 
-At each mixture of experts, its normed input goes to the processor, and the weighted sum of the experts comes back.
+At each mixture of experts, the GPU sends the mixture's normed input to the processor, which returns the weighted sum of
+the experts.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Exchange, Moe, Program, Slice, Step
 
 MOST_CACHED_ROWS = 64
-"""The most rows of a microbatch that the cache serves: larger ones use most experts, which one device then computes."""
+"""The most rows of a microbatch that the cache serves. Larger ones use most experts, so one device computes them
+all."""
 
 
 def without_experts(program: Program, layers: Collection[int]) -> Program:
@@ -37,8 +39,8 @@ def without_experts(program: Program, layers: Collection[int]) -> Program:
 
 
 def experts_of(program: Program, layers: Collection[int]) -> Program | None:
-    """Returns the mixtures of these layers, each from the hidden state to the result, or None. A mixture's further
-    input is behind its input in the hidden state."""
+    """Returns the mixtures of these layers, each from the hidden state to the result, or None if there are none. If a
+    mixture reads two buffers, the hidden state has the second after the first."""
     mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None
@@ -53,8 +55,8 @@ def mixtures_of(program: Program) -> tuple[Moe, ...]:
 
 
 def cached_lines(program: Program, limits: StageLimits) -> int:
-    """Returns the lines (a row and one of its experts) of the largest microbatch that a cache serves, for a program of
-    experts. 0 if no expert is computed by itself: with weighed inputs, or without a gate."""
+    """Returns the number of lines in the largest microbatch that a cache serves. A line is a row paired with one of its
+    experts. Returns 0 if the experts cannot be computed one by one, because they weigh their inputs or have no gate."""
     mixtures = mixtures_of(program)
     figures = {(step.used, step.experts, step.x.width, step.out.width) for step in mixtures}
     is_divisible = all((step.gate or step.fused) and not step.options.weighs_inputs for step in mixtures)
@@ -95,12 +97,12 @@ def _from_hidden(step: Moe, hidden: Buffer, out: Buffer) -> tuple[Step, ...]:
 
 
 class SplitExpertsBackend:
-    """Loads programs on `rest`, except the experts of `layers`, which `experts` computes."""
+    """Loads programs on two backends: `experts` computes the experts of `layers`, and `rest` everything else."""
 
     def __init__(
         self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int], cache_bytes: int = 0
     ) -> None:
-        """Keeps copies of often used experts on `rest`, in at most `cache_bytes`."""
+        """Keeps copies of often used experts on the device of `rest`, in at most `cache_bytes`."""
         assert rest.numerics_version == experts.numerics_version
         self.numerics_version = rest.numerics_version
         self.name = f"{rest.name}+{experts.name}"

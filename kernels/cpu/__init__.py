@@ -1,1 +1,1 @@
-"""The CPU backend: C++ kernels per feature level; one native call computes a whole program."""
+"""The CPU backend: C++ kernels for each feature level. One native call computes a whole program."""

@@ -1,4 +1,4 @@
-"""The CPU backend: one native call runs a program on a pool of threads."""
+"""The CPU backend. One native call runs a whole program on a pool of threads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ from llamaclust.model.program import Program
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The inputs of matrix products: x [rows, width], a view that the next run overwrites. For experts and heads,
-    `chosen` [rows, used] has their numbers, and x may have a line for each, [rows * used, width]."""
+    """The inputs of some matrix products in the last run: x [rows, width], a view that the next run overwrites. For
+    experts and products by head, `chosen` [rows, used] has the numbers of each row's experts or heads, and x may have
+    one line for each of them, [rows * used, width]."""
 
     weights: tuple[str, ...]
     x: Float32
@@ -38,7 +39,7 @@ class Inputs:
 
 
 class CpuStage:
-    """Implements `kernels.backend.Stage`. A batch that is out of bounds is a ValueError."""
+    """Implements `kernels.backend.Stage`. Raises ValueError for a batch that is out of bounds."""
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class CpuStage:
         return self._result[: self._native.run_frame(frame)]
 
     def _choose_adapters(self, scales: Float32 | None) -> None:
-        """Enables the adapters with a scale in some row, and fills the buffers of their rows' scales."""
+        """Enables the adapters that have a nonzero scale in some row, and fills the buffers of their scales."""
         assert self._native is not None
         chosen = () if scales is None else np.flatnonzero(scales.any(axis=0)).tolist()
         self._native.set_adapters(sum(1 << adapter for adapter in chosen))
@@ -106,7 +107,7 @@ class CpuStage:
         return self._native.contents(self._normed)[rows]
 
     def inputs(self, rows: int) -> Iterator[Inputs]:
-        """Yields the inputs of the matrices in the last run, of `rows` rows, if loaded as `observed`."""
+        """Yields each matrix's inputs in the last run, which had `rows` rows. Needs a stage loaded as `observed`."""
         assert self._native is not None, "the stage was closed"
         for seen in self._observed:
             ids = None if seen.choice is None else self._native.contents(seen.choice)[:rows]
@@ -133,7 +134,7 @@ class CpuStage:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int) -> int:
-    """Returns the bytes of a stage beside weights and KV memory, on so many threads. Starts no threads."""
+    """Returns the bytes of a stage on `threads` threads without weights and KV memory. Starts no threads."""
     with _explained(program):
         return _native.workspace_bytes(compile_program(program, shapes_only(program, tensors), limits).plan, threads)
 
@@ -161,9 +162,9 @@ def _explained(program: Program) -> Iterator[None]:
 
 
 class CpuBackend:
-    """Implements `kernels.backend.Backend`. Computes on `threads` threads including the caller of `run`, or on fewer
-    while other programs keep the cores busy, unless `yields` is false. `feature_level` "": the best of this machine.
-    `mlock`: packed weights are locked in RAM."""
+    """Implements `kernels.backend.Backend` on `threads` threads, one of which is the caller of `run`. While other
+    programs keep the cores busy, fewer threads compute, unless `yields` is False. Without a `feature_level`, the best
+    of this machine is used. `mlock` locks packed weights in RAM."""
 
     name = "cpu"
     numerics_version = NUMERICS_VERSION
@@ -177,7 +178,7 @@ class CpuBackend:
         packed_cache: PackedCacheFolder | None = None,
         mlock: bool = False,
     ) -> None:
-        """Raises UsageError for a feature level that this machine lacks, or too many threads."""
+        """Raises UsageError for a feature level that this machine lacks, or if so many threads cannot be started."""
         levels = _native.available_levels()
         self.feature_level = feature_level or levels[-1]
         if self.feature_level not in levels:
@@ -198,7 +199,7 @@ class CpuBackend:
             raise UsageError(f"{self.threads} threads: {error}; give another number") from error
 
     def apart(self) -> CpuBackend:
-        """All threads of the new pool compute until they find that fewer are faster."""
+        """Returns a copy with a new thread pool. At first all its threads compute; later fewer do if that is faster."""
         twin = copy(self)
         twin._pool = self._new_pool()
         return twin
@@ -212,7 +213,7 @@ class CpuBackend:
         *,
         observed: bool = False,
     ) -> CpuStage:
-        """Raises ModelFileError for a program without kernels. `observed`: the stage has `inputs` after each run."""
+        """Raises ModelFileError for a program without kernels. `observed` gives the stage `inputs` after each run."""
         found: list[Observed] = []
         with self._loading(program, tensors, limits):
             weights = self._weights.load(program, tensors, progress)

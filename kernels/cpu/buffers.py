@@ -1,4 +1,4 @@
-"""The numbers of buffers in a plan of the native executor."""
+"""The numbering of buffers in a plan of the native executor."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(slots=True)
 class Buffers:
-    """The numbers of buffers. A name and width have up to two: a private one, of which each thread may keep a copy, for
-    steps that work row by row, and a shared one for results of products and attention."""
+    """The numbers of a plan's buffers. A program's buffer has up to two: a private one for steps that work row by row,
+    of which each thread may keep a copy, and a shared one for results of products and attention."""
 
     plan: Plan
     ids: dict[tuple[ir.Buffer, bool, bool], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     selected: bool = False
     packed: dict[str, ActivationFormat] = field(default_factory=dict)
-    """Names whose values are int8 and scales, in a buffer of their own."""
+    """The int8 formats of newest values, by buffer name. They are in buffers of their own, with their scales."""
 
     def read(self, buffer: ir.Buffer) -> int:
         return self.current[buffer.name][0]

@@ -1,4 +1,4 @@
-"""Compiles a program to a plan of the native executor: steps are fused, names become numbered buffers."""
+"""Compiles a program to a plan of the native executor. Steps are fused, and buffer names become numbers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_25
 """The activation formats in the order of the native module's numbers."""
 
 _SLOTS = 4
-"""Inputs of products that the native module keeps at once."""
+"""The most quantized inputs of products that the native module keeps at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The inputs of some matrices in a run, copied to `buffer`. For experts, `choice` has their ids, and a row has
-    `used` lines if each expert has its own input, else one. For products by head, a row has one line for all
-    `heads`."""
+    """The inputs of some matrices, which each run copies to `buffer`. `choice` is the buffer with ids of experts. A row
+    has `used` lines if each of its experts has its own input, otherwise one line, which holds all `heads`."""
 
     weights: tuple[str, ...]
     buffer: int
@@ -44,7 +43,7 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class RowScales:
-    """A buffer that no step writes: before a run with the adapter it is filled with each row's scale times `factor`."""
+    """A buffer that no step writes. It is filled with each row's scale times `factor` before a run with the adapter."""
 
     buffer: int
     adapter: int
@@ -85,7 +84,7 @@ class Compiler:
 
     @property
     def _experts(self) -> PlanExperts:
-        """Makes the emitter anew each time: a kept one would hold methods of the compiler, and so all weights."""
+        """Makes an emitter each time: a stored one would hold methods of the compiler, and so keep all weights."""
         copy = None if self._observed is None else self._copy
         return PlanExperts(self.plan, self._buffers, self._weights, self._activations, self._observe, copy)
 
@@ -149,7 +148,8 @@ class Compiler:
         return read if self._buffers.is_shared(x) else self._copy(read, x.width // lines, lines)
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
-        """Members quantize their own columns like the products that read the row: the columns are whole segments."""
+        """Packs this member's columns before the gather. The packed values are those to which the products that read
+        the row would quantize it, because each member's columns are whole quantization segments."""
         assert step.x is not None
         own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
         packed = self._buffers.write(_packed(own, form), step.lines)
@@ -216,7 +216,7 @@ class Compiler:
         return self._rotations[step.table], step.style is RopeStyle.NEOX
 
     def _quantize(self, x: int, types: Sequence[QuantType]) -> list[int]:
-        """Quantizes x once for each activation format of the weight types; returns slots in the order of `types`."""
+        """Quantizes x once for each activation format of the weight types. Returns the slot of each type."""
         slots: dict[ActivationFormat, int] = {}
         for kind in types:
             activation = kind.info.activation
@@ -266,8 +266,8 @@ class Compiler:
         self.plan.multiply_heads(list(weight.matrices), self._buffers.write(step.out), slot)
 
     def _adapt(self, x: ir.Buffer, steps: Sequence[ir.Adapt]) -> None:
-        """Adds the products with x at once, then those with their results, `_SLOTS` at a time. Runs without the adapter
-        skip these steps, so the sums are in the buffers of the model's own products."""
+        """Emits the products with x together, then the products with their results in groups of `_SLOTS`. The sums go
+        to the buffers of the model's own products, because runs without the adapter skip these steps."""
         down = [self._weights[step.down] for step in steps]
         inner = [ir.Buffer(f"adapter {place} of rank {step.rank}", step.rank) for place, step in enumerate(steps)]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in down])
@@ -340,6 +340,6 @@ def _packed(buffer: ir.Buffer, form: ActivationFormat) -> ir.Buffer:
 def compile_program(
     program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
 ) -> Compiled:
-    """Raises ValueError if the program does not hold together (widths, heads, ranges). `observed` receives the inputs
-    of each product, of which the plan then keeps copies; results are the same."""
+    """Raises ValueError if the program is inconsistent (widths, heads, ranges). If `observed` is given, it receives the
+    inputs of each product, and the plan keeps copies of them; the results are the same."""
     return Compiler(program, weights, limits, observed).run()

@@ -1,4 +1,5 @@
-"""Compiles mixtures of experts for another device to parts of a plan: whole, or choice and experts apart."""
+"""Compiles mixtures of experts that a processor computes for another device. A part of the plan is a whole mixture, or
+only the choice of experts, or only single experts."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from llamaclust.model.steps.options import Gating
 
 @dataclass(frozen=True, slots=True)
 class CompiledLines:
-    """A plan whose part 2 * i is the choice of mixture i, and part 2 * i + 1 its experts, one for each line."""
+    """A plan in which part 2 * i chooses the experts of mixture i, and part 2 * i + 1 computes one expert per line."""
 
     plan: Plan
     choice: int  # the buffer with ids, then weights, of each row
@@ -40,7 +41,8 @@ class _ExpertsCompiler(Compiler):
         return Compiled(self.plan, None)
 
     def run_lines(self) -> CompiledLines:
-        """A line is a row, then `experts` channels, 1 for its expert and 0 for others: no line names a missing one."""
+        """Compiles two parts per mixture. A line is a row followed by one channel per expert: 1 for the line's expert,
+        0 for the others. No line can name an expert that does not exist."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, False)
@@ -75,7 +77,7 @@ class _ExpertsCompiler(Compiler):
 
 
 def compile_experts(program: ir.Program, weights: Mapping[str, Weight], limits: StageLimits) -> Compiled:
-    """Compiles each mixture to a part. Raises ValueError if the program does not hold together."""
+    """Compiles each mixture to one part of a plan. Raises ValueError if the program is inconsistent."""
     return _ExpertsCompiler(program, weights, limits, None).run_parts()
 
 

@@ -20,8 +20,8 @@ GATINGS = tuple(Gating)
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """The emitter of mixtures. `quantize` returns the activation slots of a buffer for some quant types; `observe`
-    copies the inputs of observed weights; `copy` copies a buffer, and is None if nothing is observed."""
+    """The emitter of mixtures of experts. `quantize` quantizes a buffer for some quant types and returns the slot of
+    each. `observe` copies the inputs of observed weights. `copy` copies a buffer; it is None if nothing is observed."""
 
     plan: Plan
     buffers: Buffers
@@ -83,7 +83,7 @@ class PlanExperts:
         self.plan.combine_experts(choice, results, out, step.used, not step.options.weighs_inputs)
 
     def _place(self, step: ir.ExpertShards, choice: int, results: int) -> None:
-        """Places the results beside given ones: for the sum, or with all that another stage needs."""
+        """Writes results next to those of other workers: for the sum, or with all that a later stage needs."""
         buffers, used, start = self.buffers, step.mixture.used, 0
         given = None if step.given is None else (buffers.read(step.given), step.given.width - step.results_width)
         if step.carried is None:
@@ -156,7 +156,7 @@ class _Experts:
         return biased
 
     def _held(self, name: str) -> list[tuple[int, Weight]]:
-        """Returns the weights of a tensor that are on this worker, each with its first expert."""
+        """Returns the parts of a tensor that this worker has, each with the number of its first expert."""
         weights = self.plan_experts.weights
         if self.shards is None:
             return [(0, weights[name])]

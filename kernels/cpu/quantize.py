@@ -1,4 +1,4 @@
-"""Quantizes weights to a model file's blocks. The bytes do not depend on chunks, threads or the feature level."""
+"""Quantizes weights to the blocks of a GGUF file. The bytes do not depend on chunks, threads or the feature level."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.model.quant_types import QuantType
 QUANTIZED_TYPES = SUPPORTED_TYPES
 
 MOST_SCALED = 65504.0
-"""The largest half: no block scale is larger, so no weight can be."""
+"""The largest float16. No block scale is larger, so no weight may be."""
 
 _LEAST_IMPORTANCE = 1e-6
 
@@ -25,15 +25,15 @@ _CAST_NUMBERS = {QuantType.F32: 0, QuantType.F16: 1, QuantType.BF16: 2, QuantTyp
 
 
 def narrowed(values: NDArray[Any], stored: QuantType, quant_type: QuantType) -> NDArray[np.uint8] | None:
-    """Rounds contiguous F32, F16 or BF16 `values` [..., k] to nearest in one of these types or Q8_0, without the GIL.
-    Returns None if a number is not finite or does not fit float16. k is a multiple of the type's block."""
+    """Rounds contiguous F32, F16 or BF16 `values` [..., k] to nearest in one of these types or Q8_0, without the GIL. k
+    is a multiple of the type's block size. Returns None if a number is not finite or does not fit float16."""
     out = np.empty(values.size // quant_type.info.block_size * quant_type.info.block_bytes, np.uint8)
     numbers = _CAST_NUMBERS[stored], _CAST_NUMBERS[quant_type]
     return out if _native.cast_dtype(values.reshape(-1).view(np.uint8), numbers[0], out, numbers[1]) else None
 
 
 def to_floats(quant_type: QuantType, data: bytearray, width: int) -> Float32:
-    """Converts whole rows of a model file to float32 [rows, width]."""
+    """Converts whole rows of a GGUF tensor to float32 [rows, width]."""
     stored = np.frombuffer(data, np.uint8)
     if quant_type in (QuantType.F32, QuantType.F16, QuantType.BF16):
         return to_float(quant_type, stored).reshape(-1, width)
@@ -49,7 +49,7 @@ def most_of(quant_type: QuantType) -> float:
 def quantize(
     quant_type: QuantType, x: Float32, importance: Float32 | None, feature_level: str = ""
 ) -> NDArray[np.uint8]:
-    """Quantizes weights [rows, width] up to `most_of` the type. `importance` [width] is positive, with mean 1."""
+    """Quantizes weights [rows, width] up to `most_of(quant_type)`. `importance` [width] is positive, with mean 1."""
     match quant_type:
         case QuantType.F32:
             return x.view(np.uint8)
@@ -64,7 +64,7 @@ def quantize(
 
 
 def as_importance(means: Float32) -> Float32:
-    """Scales mean squares of inputs [columns] to a mean of 1, as `quantize` takes them, and keeps each positive."""
+    """Scales mean squares of inputs [columns] to mean 1 and makes each positive: the `importance` of `quantize`."""
     mean = float(means.mean(dtype=np.float64))
     if mean <= 0:
         return np.ones_like(means)

@@ -1,4 +1,4 @@
-"""Weights that are read from the model file or the packed-weight cache, and shared by stages."""
+"""Loads weights from the model file or the packed-weight cache, and shares them between stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.model.program import Program
 
 
 class WeightStore:
-    """Loads tensors, each once for as long as any stage holds it."""
+    """Loads each tensor once, as long as some stage holds it."""
 
     def __init__(self, threads: int, packed_cache: PackedCache | None, *, mlock: bool = False) -> None:
         self._threads = threads
@@ -27,7 +27,8 @@ class WeightStore:
         self._loaded: WeakValueDictionary[tuple[object, ...], Weight] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> dict[str, Weight]:
-        """Raises ModelFileError for a tensor of the wrong shape or a type without kernels, or for a changed file."""
+        """Raises ModelFileError for a tensor of the wrong shape or of a type without kernels, and for a changed
+        file."""
         check_weights(program, tensors)
         with self._lock:
             weights = {name: self._loaded.get(_key(tensors[name])) for name in program.weights}

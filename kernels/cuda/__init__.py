@@ -1,1 +1,1 @@
-"""The backend for NVIDIA GPUs: CUDA C++ kernels that give the bits of `kernels.cpu`, launched through CuPy."""
+"""The backend for NVIDIA GPUs: CUDA C++ kernels with the bits of `kernels.cpu`, launched through CuPy."""

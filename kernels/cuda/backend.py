@@ -1,4 +1,4 @@
-"""The CUDA backend: launches on one GPU run a program, with the bits of the CPU's backend."""
+"""The CUDA backend. Launches on one GPU run a program, and give the bits of the CPU backend."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Adapt, Attention, MixtureStep, Program
 
 _RESERVED_SHARE = 256
-"""One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
+"""The reciprocal of the share of a GPU's memory that is left to compiled kernels and graphs, which the driver holds."""
 
 
 class CudaBackend:
-    """Implements `kernels.backend.Backend` on a GPU. `threads` pack weights; `graphs`: launches are captured."""
+    """Implements `kernels.backend.Backend` on a GPU. `threads` threads pack weights; `graphs` captures launches."""
 
     numerics_version = NUMERICS_VERSION
 
@@ -62,7 +62,7 @@ class CudaBackend:
 
     @property
     def free_bytes(self) -> int:
-        """The free bytes, less those of kernels and graphs to come, and with those of experts caches."""
+        """The bytes for loads: free memory and that of experts caches, less a reserve for kernels and graphs."""
         cached_bytes = sum(cache.n_bytes for cache in tuple(self._caches))
         with self._gpu_lock.driver_errors():
             return max(0, self._device.free_bytes + cached_bytes - self._device.memory_bytes // _RESERVED_SHARE)
@@ -96,7 +96,7 @@ class CudaBackend:
                 memory.close()
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
-        """Closes caches of experts. Raises ModelFileError for a program without kernels."""
+        """Closes all experts caches first. Raises ModelFileError if there are no kernels for the program."""
         for cache in tuple(self._caches):
             cache.close()
         plan = _plan(program, tensors, limits, LaunchLimits.of(self._device))
@@ -132,7 +132,7 @@ class CudaBackend:
     def _weights_and_kernels(
         self, plan: Plan, tensors: Mapping[str, Tensor], progress: Progress
     ) -> tuple[LayerMemory, ...]:
-        """Loads weights while a thread compiles the kernels that are not on disk yet, which takes seconds."""
+        """Loads weights while another thread compiles the kernels that are not on disk yet, which takes seconds."""
         by_module = groupby(sorted(plan.kernels), key=lambda kernel: kernel.rpartition(".")[0])
         modules = [tuple(kernels) for _, kernels in by_module]
         told = LoadProgress(progress, plan.weight_bytes, len(modules))
@@ -163,14 +163,15 @@ class CudaBackend:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns bytes beside weights and KV memory, without a GPU. Raises ModelFileError if no GPU computes it."""
+    """Returns the bytes that a stage takes in addition to weights and KV memory, without opening a GPU. Raises
+    ModelFileError or UsageError if GPUs cannot compute the program."""
     plan = _plan(program, tensors, limits)
     rounded = plan.kv_allocated_bytes - kv_bytes(program, limits)
     return plan.buffers_allocated_bytes + rounded + rounded_weight_bytes(program, tensors)
 
 
 def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Bounds `workspace_bytes`, less rounded weights, for any number of KV blocks."""
+    """Returns an upper bound of `workspace_bytes` for any number of KV blocks, without the rounding of weights."""
     if program.window is not None:
         limits = replace(limits, window_blocks=1)  # they have a table of their own
     weights = _checked_weights(program, tensors)
@@ -179,13 +180,13 @@ def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits
 
 
 def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:
-    """Returns the bytes that weights take beyond their own, since each layer is a separate allocation."""
+    """Returns how many bytes allocations add to weights: each layer is one allocation, whose size is rounded up."""
     layers = layers_of_weights(tensors[name] for name in program.weights)
     return sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)
 
 
 def _check_part(program: Program) -> None:
-    """Raises ModelFileError for layers that read more than the hidden state of the layer before them."""
+    """Raises ModelFileError if these layers read more from other devices than the hidden state."""
     known = set() if program.is_first else {program.hidden.name}
     stored: set[int] = set()
     for step in program.steps:
@@ -206,7 +207,7 @@ def _plan(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, 
 
 
 def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weights]:
-    """Returns weights without addresses. Raises ModelFileError or UsageError for a program that GPUs do not compute."""
+    """Returns weights without addresses. Raises ModelFileError or UsageError for a program that GPUs cannot compute."""
     if any(isinstance(step, MixtureStep) for step in program.steps):
         raise ModelFileError("a part of the experts of a layer is not computed on GPUs; set device: cpu for its worker")
     if not program.is_causal:

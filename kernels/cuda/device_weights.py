@@ -1,6 +1,7 @@
-"""Weights on a GPU: the CPU's packed tiles, uploaded layer by layer.
+"""Weights on a GPU, in the CPU backend's packed tiles.
 
-The next layer is packed while one is uploaded through two pinned buffers; then its host memory is freed.
+They are uploaded layer by layer through two pinned buffers, while the next layer is packed. A layer's host memory is
+freed after its upload.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _KERNELS_SHARE = 10
 
 
 class LayerMemory:
-    """GPU memory of a layer's weights, or of one weight outside layers. It is freed with the last reference."""
+    """The GPU memory of one layer's weights, or of one weight outside the layers. The last reference frees it."""
 
     def __init__(self, layer: LayerTensors, buffer: Buffer) -> None:
         self.buffer = buffer
@@ -45,7 +46,7 @@ class LayerMemory:
 
 @dataclass(frozen=True, slots=True)
 class LayerTensors:
-    """The tensors of one layer in the order of memory, matrices before vectors; or one tensor outside layers."""
+    """The tensors of one layer in memory order (matrices before vectors), or one tensor outside the layers."""
 
     tensors: tuple[Tensor, ...]
 
@@ -55,7 +56,7 @@ class LayerTensors:
 
     @property
     def offsets(self) -> Iterator[tuple[Tensor, int]]:
-        """Yields each tensor's offset. Matrices lie as in the packed layer: at multiples of 16 bytes."""
+        """Yields each tensor and its offset. Matrices are placed as in the packed layer, at multiples of 16 bytes."""
         at = 0
         for tensor in self.tensors:
             yield tensor, at
@@ -77,7 +78,7 @@ def layers_of_weights(tensors: Iterable[Tensor]) -> list[LayerTensors]:
 
 
 class DeviceWeights:
-    """Loads layers and shares them between stages, which may compute meanwhile."""
+    """Loads layers and shares them between stages. Stages may run while others load."""
 
     def __init__(self, gpu_lock: GpuLock, threads: int, packed_cache: PackedCacheFolder | None) -> None:
         self._gpu_lock = gpu_lock
@@ -87,7 +88,7 @@ class DeviceWeights:
         self._loaded: WeakValueDictionary[tuple[object, ...], LayerMemory] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> tuple[LayerMemory, ...]:
-        """Raises the errors of the CPU's `WeightStore.load`, and InsufficientMemoryError."""
+        """Raises the errors of the CPU backend's `WeightStore.load`, and InsufficientMemoryError."""
         check_weights(program, tensors)
         layers = layers_of_weights(tensors[name] for name in program.weights)
         with self._lock:
@@ -159,7 +160,7 @@ class _Uploads:
 
 
 class LoadProgress:
-    """Reports weight bytes, 1 / `_KERNELS_SHARE` of them as modules are compiled. Thread-safe."""
+    """Reports loaded weight bytes. One in `_KERNELS_SHARE` stands for compiled modules. Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress

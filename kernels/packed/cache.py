@@ -1,8 +1,8 @@
 """The packed-weight cache: tiles that an earlier load packed are on disk, and later loads map or read them.
 
-The key of a layer is a SHA-256 of its quant types' packing and of the packed bytes' identity: their own SHA-256 if
-known, else the file's device, inode, size and times. Each load verifies the image's checksum; a damaged layer is packed
-again.
+The key of a layer is a SHA-256 of how its quant types are packed, and of the identity of the model file's bytes: their
+own SHA-256 if known, else the file's device, inode, size and times. Each load verifies the image's checksum; a damaged
+layer is packed again.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _Result = TypeVar("_Result")
 
 _READ_BYTES = 1 << 21
 _SETTLED_NS = 100_000_000
-"""The age from which a file's times tell it from later changes: file systems count in up to hundredths of a second."""
+"""The age from which a file's times reveal a later change: some file systems count in hundredths of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ class PackedCache:
     def open(
         self, layers: Sequence[PackedLayer], pool: Executor, progress: Progress | None, since_ns: int | None = None
     ) -> dict[PackedLayer, Memory]:
-        """Returns the intact cached layers; `progress` counts their bytes. `since_ns`: the start of their load, if it
-        was earlier. Raises MemoryError if the system refuses the memory."""
+        """Returns the intact cached layers. `progress` counts their bytes. `since_ns` is the time at which their load
+        began, if before this call. Raises MemoryError if the system refuses the memory."""
         if not self._is_usable():
             return {}
         self._started_ns = since_ns or time.time_ns()
@@ -89,7 +89,7 @@ class PackedCache:
         return self._usable and self._writer.is_usable
 
     def _found(self, layers: Sequence[PackedLayer], pool: Executor) -> Iterator[_Found | None]:
-        """Logs one message a load for entries that cannot be read, since usually all files have the same problem."""
+        """Logs one message per load for entries that cannot be read, since usually all have the same problem."""
         self._keys.update((layer, layer_key(layer)) for layer in layers)
         blocked: list[OSError] = []
         for layer, found in zip(layers, pool.map(self._find, layers), strict=True):
@@ -145,7 +145,7 @@ class PackedCache:
 
 
 def layer_key(layer: PackedLayer) -> str | None:
-    """Returns None if the file is gone, or changed so recently that its times may not show a further change."""
+    """Returns None if the file is gone, or so new that its times may not show a further change."""
     parts: list[object] = [sys.byteorder]
     for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)
@@ -157,7 +157,7 @@ def layer_key(layer: PackedLayer) -> str | None:
 
 
 def _bytes_key(tensor: Tensor) -> tuple[object, ...] | None:
-    """Returns the identity of the bytes: their SHA-256 if known, else their place in a file."""
+    """Returns the identity of the tensor's bytes: their SHA-256 if known, otherwise their place in a file."""
     if tensor.content is not None:
         return tensor.shape, tensor.content
     try:
@@ -183,7 +183,7 @@ def _counted(
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:
-    """Drops maps without huge pages: computing from them is slower than copying them."""
+    """Drops maps that are not in huge pages: computing from them is slower than copying them first."""
     maps = [cached.memory for cached in found if cached.memory is not None]
     huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
     return [

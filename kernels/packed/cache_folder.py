@@ -1,4 +1,4 @@
-"""The folder of the packed-weight cache: entries by key, images by the SHA-256 of their bytes."""
+"""The folder of the packed-weight cache. Entries are named by key, images by the SHA-256 of their bytes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from llamaclust.core.disk_cache.files import Writing, remove
 _ENTRY, _IMAGE = ".json", ".tiles"
 
 _MOST_ENTRY_BYTES = 1 << 18
-"""The most bytes of an entry: names are short, and a model file's path has at most 4096 bytes."""
+"""The most bytes of an entry. Names are short, and a model file's path has at most 4096 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A cached layer; its key covers everything its image depends on."""
+    """A cached layer. Its key covers everything on which its image depends."""
 
     key: str  # also the name of its file: a moved or copied entry is invalid
     model: str
@@ -48,7 +48,7 @@ def _decoded(data: bytes, key: str) -> Entry | None:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """The layers of one model file in the folder; those of several files count for each."""
+    """The cached layers of one model file. A layer that several files share counts for each of them."""
 
     model: str
     parts: int  # layers, and what is in none: embedding and output
@@ -66,7 +66,7 @@ class PackedCacheFolder(DiskCache):
         return self.path / f"{entry.image}{_IMAGE}"
 
     def find(self, key: str) -> Entry | None:
-        """Returns the entry if its image has the right size; it counts as used now. Raises OSError like `open`."""
+        """Returns the entry if its image has the right size, and marks it as used. Raises OSError like `open`."""
         name = _entry_name(key)
         if (data := self.read(name, _MOST_ENTRY_BYTES)) is None:
             return None
@@ -80,7 +80,7 @@ class PackedCacheFolder(DiskCache):
         return entry
 
     def open_image(self, entry: Entry) -> FileIO | None:
-        """Opens an image like `open`; an image of the wrong size is deleted."""
+        """Opens an image like `open`, but deletes an image of the wrong size."""
         file = self.open(self.image_path(entry).name)
         if file is None or os.fstat(file.fileno()).st_size == entry.n_bytes:
             return file
@@ -89,7 +89,7 @@ class PackedCacheFolder(DiskCache):
         return None
 
     def discard(self, entry: Entry) -> None:
-        """Deletes an entry and its image; existing maps stay valid."""
+        """Deletes an entry and its image. Existing maps of the image stay valid."""
         remove(self.path / _entry_name(entry.key))
         remove(self.image_path(entry))
 

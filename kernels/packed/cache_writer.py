@@ -1,4 +1,4 @@
-"""Writes packed layers in the background at the lowest priority; exits with its process in bounded time."""
+"""Writes packed layers in the background at the lowest priority, and delays process exit only for a bounded time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _STOP_S = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A layer to write, unless it is freed before."""
+    """A layer to write, unless its memory is freed before."""
 
     layer: PackedLayer
     key: str
@@ -45,7 +45,7 @@ class Made:
 
 
 class BackgroundWriter:
-    """Writes one layer after another in a thread that ends with an empty queue."""
+    """Writes one layer after another on a thread, which ends when the queue is empty."""
 
     def __init__(self, folder: PackedCacheFolder) -> None:
         self.is_usable = True
@@ -73,7 +73,7 @@ class BackgroundWriter:
             thread.join()
 
     def end(self) -> None:
-        """Finishes the current write if that takes at most a second, and drops the queue and an unfinished file."""
+        """Lets the current write finish within a second. Drops the queue, and deletes an unfinished file."""
         with self._lock:
             self._queue.clear()
             thread = self._thread

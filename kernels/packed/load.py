@@ -1,4 +1,4 @@
-"""Loads tensors: packed layers from the cache, all else from the model file, in pieces by several threads."""
+"""Loads tensors by several threads: packed layers from the cache, and all others in chunks from the model file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
 
 _CHUNK_BYTES = 1 << 20
-"""The bytes read and packed at once: they stay in a core's cache, progress moves, and little memory is held twice."""
+"""The bytes that are read and packed at once. They fit a core's cache, and little memory is held twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def load_tensors(
     progress: Progress | None,
     since_ns: int | None = None,
 ) -> Loaded:
-    """Raises ModelFileError for a changed file. `progress` counts resident bytes."""
+    """Raises ModelFileError if the file has changed. `progress` counts resident bytes."""
     layers = packed_layers_of(tensors)
     cached = {} if cache is None else cache.open(layers, pool, progress, since_ns)
     packed = {layer: Memory(layer.n_bytes) for layer in layers if layer not in cached}
@@ -73,7 +73,7 @@ def load_tensors(
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Rows [start, end) of matrix number `index` of a tensor, or a whole vector."""
+    """Rows [start, end) of matrix `index` of a tensor, or a whole vector."""
 
     tensor: Tensor
     weight: Weight

@@ -1,4 +1,4 @@
-"""The layout of a layer's packed matrices in one piece of memory."""
+"""The layout of a layer's packed matrices in one block of memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.model.gguf.tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """The matrices of a layer, one after another, or one matrix outside layers; no vectors."""
+    """The matrices of a layer, one after another, or one matrix outside the layers. It has no vectors."""
 
     name: str
     tensors: tuple[Tensor, ...]
@@ -41,7 +41,7 @@ class PackedLayer:
 
 
 def by_layer(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    """Groups tensors by the name of their layer, or by their own name outside layers."""
+    """Groups tensors by the name of their layer. A tensor outside the layers is a group of its own name."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.layer or tensor.name, []).append(tensor)

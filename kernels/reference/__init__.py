@@ -1,1 +1,1 @@
-"""The NumPy backend, slow and obvious, which every kernel is tested against."""
+"""The NumPy backend: slow and simple. All other kernels are tested against it."""

@@ -1,4 +1,4 @@
-"""Attention of one row in float64, over keys and values in the form of KV memory."""
+"""Attention of one row in float64, over keys and values as KV memory rounds them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llamaclust.model.kv_type import KvType
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Positions [0, count) of a sequence: keys [count, kv_heads, head_dim], values [count, kv_heads, value_dim], and
-    scales of values [count, kv_heads, groups] if weighted values are summed in integers."""
+    """Positions [0, count) of a sequence: keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim]. If
+    weighted values are summed in integers, there are also scales of values [count, kv_heads, groups]."""
 
     keys: Float64
     values: Float64
@@ -31,7 +31,7 @@ class Memory:
         return len(self.keys)
 
     def sums(self, weights: Float64, first: int, end: int) -> Float64:
-        """Sums values of positions [first, end) by weights [kv_heads, heads of one, end - first]."""
+        """Sums the values of positions [first, end), weighted by [kv_heads, heads per KV head, end - first]."""
         values = self.values[first:end]
         if self.scales is not None:
             return weighted_values(weights, values, self.scales[first:end], first)
@@ -40,7 +40,7 @@ class Memory:
 
 
 def attend(step: ir.Attention, query: Float32, memory: Memory, own: int, sinks: Float32 | None = None) -> Float64:
-    """Computes the row at position `own`: query [heads * head_dim], `sinks` [heads] -> [heads * value_dim]."""
+    """Computes the row at position `own` from its query [heads * head_dim] and `sinks` [heads]: [heads * value_dim]."""
     first, end = seen_by(step, own, len(memory))
     grouped = query.reshape(step.kv_heads, -1, step.head_dim)
     rounded = round_queries(grouped) if step.kv_type is KvType.INT8 else grouped.astype(np.float64)

@@ -22,7 +22,7 @@ from llamaclust.model.steps.across import Gather
 
 
 class ReferenceStage:
-    """Implements `kernels.backend.Stage`. Later runs do not overwrite results."""
+    """Implements `kernels.backend.Stage`. Later runs do not overwrite its results."""
 
     def __init__(self, program: Program, weights: dict[str, Float32], limits: StageLimits) -> None:
         self.program = program
@@ -100,13 +100,13 @@ class ReferenceStage:
 
 
 class ReferenceGroup:
-    """All members of a group in one process, step by step: the oracle of divided programs."""
+    """All members of a group in one process. Tests compare other backends' groups with it."""
 
     def __init__(self, members: Sequence[ReferenceStage]) -> None:
         self.members = members
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Returns each member's result. Rows of a gather to one member are NaN at the others."""
+        """Returns each member's result. Rows that are gathered to one member only are NaN at the others."""
         states = [member.begin(batch, hidden) for member in self.members]
         runs = (_run(member.program, state) for member, state in zip(self.members, states, strict=True))
         for gathers in zip(*runs, strict=True):
@@ -115,7 +115,7 @@ class ReferenceGroup:
 
 
 def _run(program: Program, state: State) -> Iterator[Gather]:
-    """Yields each gather, which the caller computes before the next step."""
+    """Runs steps up to each gather and yields it. The caller must compute the gather before it continues."""
     for step in program.steps:
         if isinstance(step, Gather):
             yield step
@@ -141,7 +141,7 @@ class ReferenceBackend:
     def load(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> ReferenceStage:
-        """Raises ModelFileError for a weight type without a kernel, or a file that changed."""
+        """Raises ModelFileError for a weight type without a kernel, or for a changed file."""
         weights: dict[str, Float32] = {}
         for name in program.weights:
             weights[name] = _load(tensors[name])

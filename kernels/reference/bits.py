@@ -1,4 +1,4 @@
-"""Takes bits out of quantized blocks, arrays of uint8 [blocks, bytes] whose words are little-endian."""
+"""Takes bit fields out of quantized blocks, which are uint8 [blocks, bytes] with little-endian words."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def nibble_pairs(data: Bytes) -> Bytes:
 
 
 def single_bits(data: Bytes) -> Bytes:
-    """Returns the bits of consecutive bytes, the lowest of the first byte first: [blocks, n] -> [blocks, 8 n]."""
+    """Returns single bits, the lowest bit of the first byte first: [blocks, n] -> [blocks, 8 n]."""
     return np.unpackbits(data, axis=-1, bitorder="little")
 
 
 def scaled(weights: Float32, scales: Float32, minima: Float32 | None = None) -> Float32:
-    """Multiplies weights [blocks, ...] in groups by scales [blocks, groups] (less minima) to [blocks, 256]."""
+    """Multiplies groups of weights [blocks, ...] by scales [blocks, groups], and subtracts minima: [blocks, 256]."""
     blocks, groups = scales.shape
     out = weights.reshape(blocks, groups, -1) * scales[:, :, None]
     if minima is not None:

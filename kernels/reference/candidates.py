@@ -1,4 +1,4 @@
-"""The input of the reference's samplers: a row's candidates in order, their weights, random bits."""
+"""The input of the reference's samplers: a row's candidates in order, their weights, and random bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Computes Philox4x32-10: four random 32-bit numbers that depend on counter and key alone."""
+    """Computes Philox4x32-10: four random 32-bit numbers that depend only on counter and key."""
     c, k = counter, key
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -29,20 +29,20 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 
 
 def random_bits(task: SampleTask, purpose: int = 0) -> int:
-    """Returns 64 random bits of the token to be chosen: purpose 0 chooses it, 1 is for XTC."""
+    """Returns 64 random bits for the next token: purpose 0 is the choice of the token, purpose 1 is XTC."""
     low, high, _, _ = philox((task.position, task.choice, purpose, 0), (task.seed & _MASK, task.seed >> 32))
     return high << 32 | low
 
 
 def ranked(logits: Float32) -> NDArray[np.int64]:
-    """Returns ids ordered by (value descending, id ascending), without those at -infinity."""
+    """Returns the ids of finite values, ordered by (value descending, id ascending)."""
     order = np.lexsort((np.arange(len(logits)), -logits))
     return order[np.isfinite(logits[order])]
 
 
 @dataclass(slots=True)
 class Candidates:
-    """One row's candidates: `order` has their ids, best first; values[order] count as divided by `divisor`."""
+    """The candidates of one row. `order` has their ids, best first. A candidate's logit is its value / `divisor`."""
 
     values: Float32  # [vocabulary]; -inf for what may not be chosen
     task: SampleTask
@@ -58,7 +58,7 @@ class Candidates:
         self.order = self.order[:count]
 
     def change(self, change: Callable[[Float32], None]) -> None:
-        """Changes logits: candidates are ordered anew, with an earlier temperature applied to their values."""
+        """Applies `change` to the logits, which include an earlier temperature, and orders the candidates anew."""
         x = np.full_like(self.values, -np.inf)
         with np.errstate(over="ignore"):
             x[self.order] = np.clip(self.values[self.order] / np.float32(self.divisor), -LARGEST, LARGEST)
@@ -71,12 +71,13 @@ class Candidates:
         return np.asarray(x, np.float32)
 
     def weigh(self) -> list[int]:
-        """Returns exp(logit) as integers in units of 2^-40, so that sums are exact."""
+        """Returns the candidates' weights, exp(logit - greatest), as integers in units of 2^-40, so that sums are
+        exact."""
         self.w = [int(w) for w in np.rint(exp32(self._logits()).astype(np.float64) * UNIT_WEIGHT)]
         return self.w
 
     def information(self) -> list[float]:
-        """Returns -ln of each probability; after `weigh`."""
+        """Returns -ln of each candidate's probability. `weigh` must be called before."""
         log_total = log64(float(sum(self.w)) / UNIT_WEIGHT)
         return [log_total - float(x) for x in self._logits()]
 

@@ -1,4 +1,4 @@
-"""Dequantizes every type that ggml computes with to float32, with the float operations in ggml's order."""
+"""Dequantizes every type with which ggml computes to float32. Float operations are in ggml's order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.kernels.reference.bits import Bytes, Float32
 from llamaclust.model.quant_types import QuantType
 
 _MODULES = (simple_quants, k_quants, i_quants)
-"""The modules whose functions have the names of quant types."""
+"""The modules with one function per quant type, which has the type's name."""
 
 _DEQUANTIZERS: dict[QuantType, Callable[[Bytes], Float32]] = {
     kind: vars(module)[kind.name.lower()]
@@ -24,7 +24,7 @@ SUPPORTED_TYPES = frozenset(_DEQUANTIZERS)
 
 
 def dequantize(quant_type: QuantType, data: bytes | bytearray | Bytes, count: int) -> Float32:
-    """Dequantizes `count` weights in whole blocks of a type in SUPPORTED_TYPES to float32 [count]."""
+    """Dequantizes whole blocks of `count` weights to float32 [count]. The type must be in SUPPORTED_TYPES."""
     info = quant_type.info
     raw = np.frombuffer(data, np.uint8)
     assert count % info.block_size == 0 and len(raw) == info.row_bytes(count), (quant_type, count, len(raw))

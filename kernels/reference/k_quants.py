@@ -1,4 +1,5 @@
-"""Blocks of 256 weights with scales of 16 or 32, and ternary types; layouts and float order are ggml's."""
+"""Blocks of 256 weights with scales for each 16 or 32, and ternary types. Docstrings give a block's bytes in order.
+Layouts and the order of float operations are ggml's."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, 
 
 
 def q2_k(blocks: Bytes) -> Float32:
-    """A block: 16 x (scale, min of 4 bits) | 256 x 2 bits | d f16 | dmin f16; 128 weights lie in 32 bytes."""
+    """A block: 16 x (4-bit scale, 4-bit minimum) | 256 x 2 bits, 128 weights in 32 bytes | d f16 | dmin f16."""
     scales = blocks[:, :16]
     weights = fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).astype(np.float32)
     d, dmin = floats16(blocks, 80), floats16(blocks, 82)
@@ -16,7 +17,7 @@ def q2_k(blocks: Bytes) -> Float32:
 
 
 def q3_k(blocks: Bytes) -> Float32:
-    """A block: 256 x third bit | 256 x 2 bits | 16 scales of 6 bits, less 32 | d f16. A clear third bit subtracts 4."""
+    """A block: 256 x third bit (if clear, minus 4) | 256 x 2 bits | 16 scales of 6 bits, minus 32 | d f16."""
     high = fields(blocks[:, :32], 1).reshape(-1, 256)
     low = fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
     weights = (low | high << 2).astype(np.float32) - np.float32(4)
@@ -29,8 +30,8 @@ def q3_k(blocks: Bytes) -> Float32:
 def six_bit_scales(packed: Bytes) -> tuple[Float32, Float32]:
     """Returns eight scales and eight minima of 6 bits from twelve bytes.
 
-    Bytes 0-3: scales 0-3, their top two bits those of scales 4-7. Bytes 4-7: the same for minima. Bytes 8-11: the low
-    four bits of scales 4-7 and, above them, of minima 4-7.
+    Bytes 0-3 hold scales 0-3; their top two bits belong to scales 4-7. Bytes 4-7 hold minima in the same way. Bytes
+    8-11 hold the low four bits of scales 4-7 and, above them, those of minima 4-7.
     """
     first, second, low = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=1)
@@ -63,7 +64,8 @@ def q6_k(blocks: Bytes) -> Float32:
 
 
 def _ternary_digits(data: Bytes, digits: int) -> Bytes:
-    """Returns base-3 digits of each byte, a fraction of 256, the highest first: [blocks, n] -> [blocks, digits * n]."""
+    """Returns each byte's base-3 digits, highest first, as of a fraction of 256: [blocks, n] -> [blocks, digits *
+    n]."""
     powers = np.array([3**i for i in range(digits)], np.uint8)[:, None]
     fractions = data[:, None, :] * powers
     return (fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(data), -1)
@@ -77,6 +79,6 @@ def tq1_0(blocks: Bytes) -> Float32:
 
 
 def tq2_0(blocks: Bytes) -> Float32:
-    """A block: 256 x 2 bits, 128 in 32 bytes: -1, 0 or 1, or a 2 that no quantizer writes | d f16."""
+    """A block: 256 x 2 bits, 128 weights in 32 bytes: -1, 0, 1, or 2, which no quantizer writes | d f16."""
     weights = fields(blocks[:, :64].reshape(-1, 2, 32), 2).reshape(-1, 256)
     return (weights.astype(np.float32) - np.float32(1)) * floats16(blocks, 64)

@@ -1,4 +1,4 @@
-"""KV memory in blocks, one pair of rounded arrays a layer."""
+"""KV memory in blocks: for each layer an array of rounded keys, and one of rounded values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Int8 = NDArray[np.int8]
 
 
 class _HalfRows:
-    """Keys or values [positions, kv_heads, head_dim] in float16; NaN until stored."""
+    """Keys or values [positions, kv_heads, head_dim] in float16. They are NaN until stored."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self._values: Float16 = np.full(shape, np.nan, np.float16)
@@ -35,7 +35,7 @@ class _HalfRows:
 
 
 class _ByteRows:
-    """Keys or values in int8, with a float16 scale for each 32 channels of a head."""
+    """Keys or values in int8, with one float16 scale per 32 channels of a head."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         groups = -(-shape[2] // KV_GROUP_CHANNELS)
@@ -72,9 +72,9 @@ class Rounded:
 
 
 def round_to_bytes(rows: Float32) -> Rounded:
-    """Rounds rows [..., channels] to q8_0. For each 32 channels, all in float32: m = the greatest magnitude, scale = m
-    / 127 rounded to float16, quant = x * (1 / scale) to nearest, ties to even, at most 127 in magnitude. Quants of a
-    zero scale are 0; the scale of a channel that is not finite is NaN."""
+    """Rounds rows [..., channels] to q8_0, in float32. With m = the greatest magnitude of 32 channels, their scale is m
+    / 127 rounded to float16, and their quants are x * (1 / scale) to nearest, ties to even, at most 127 in magnitude. A
+    zero scale has quants of 0. The scale is NaN if a channel is not finite."""
     channels = rows.shape[-1]
     missing = -channels % KV_GROUP_CHANNELS
     padded = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)])
@@ -90,7 +90,8 @@ def round_to_bytes(rows: Float32) -> Rounded:
 
 
 class LayerKv:
-    """K and V of one layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]; K alone for latent attention."""
+    """The keys and values of one layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. Latent attention has only
+    keys."""
 
     def __init__(self, step: Attention, blocks: int, *, windowed: bool = False) -> None:
         self.windowed = windowed  # its blocks are those of `Batch.window_tables`
@@ -105,7 +106,8 @@ class LayerKv:
         return self._keys.n_bytes + (0 if self._values is None else self._values.n_bytes)
 
     def store(self, table: Int32, positions: Int32, keys: Float32, values: Float32 | None) -> None:
-        """Rounds keys and values [rows, kv_heads * head_dim], for positions of the sequence of `table`."""
+        """Stores rounded keys and values [rows, kv_heads * head_dim] at positions of the sequence with block
+        `table`."""
         assert (table[positions // KV_BLOCK_TOKENS] >= 0).all(), "a block that is not there is written"
         places = _places(table, positions)
         shape = (len(positions), *self._shape[1:])
@@ -114,7 +116,8 @@ class LayerKv:
             self._values.store(places, values.reshape(shape))
 
     def load(self, table: Int32, count: int) -> tuple[Float64, Float64]:
-        """Returns keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim]; NaN in missing blocks."""
+        """Returns keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim], with NaN in missing
+        blocks."""
         positions = np.arange(count, dtype=np.int32)
         places, gone = _places(table, positions), table[positions // KV_BLOCK_TOKENS] < 0
         keys = self._keys.load(places)

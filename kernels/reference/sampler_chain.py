@@ -1,5 +1,5 @@
-"""The steps of a sampler chain in NumPy and Python, slow and obvious, with the bits of
-kernels/cpu/native/sampler/chain.cpp. Functions have the names of their samplers."""
+"""The steps of a sampler chain in NumPy and Python, slow and simple, with the bits of
+kernels/cpu/native/sampler/chain.cpp. Each function has the name of its sampler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MIROSTAT_TOKENS = 100
 
 
 def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int, float | None]:
-    """Returns the token, and Mirostat's mu for the next one."""
+    """Returns the chosen token, and Mirostat's mu for the next one, or None without Mirostat."""
     row = Candidates(logits, task, chain)
     for step in chain.order:
         globals()[step](row)
@@ -37,7 +37,8 @@ def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int,
 
 
 def _draw(row: Candidates) -> int:
-    """Draws by the inverse CDF in the candidates' order: the high half of bits times the sum is uniform below it."""
+    """Draws by the inverse CDF in the candidates' order. The upper 64 bits of (random bits * sum) are uniform below the
+    sum."""
     target = (random_bits(row.task) * sum(row.weigh())) >> 64
     return next(rank for rank, so_far in enumerate(accumulate(row.w)) if so_far > target)
 
@@ -78,8 +79,9 @@ def dry(row: Candidates) -> None:
 
 
 def repetitions(history: tuple[int, ...], breakers: tuple[tuple[int, ...], ...], allowed_length: int) -> dict[int, int]:
-    """Returns, for each token that would continue a repetition, the number of last tokens that it followed earlier: at
-    least `allowed_length`, none beyond the newest breaker."""
+    """Returns the tokens that would continue a repetition, each with the repetition's length: the number of last tokens
+    that also came before an earlier occurrence of the token. Lengths are at least `allowed_length`, and end at the
+    newest breaker."""
     reach = _reach(history, breakers)
     if len(history) <= allowed_length or reach < allowed_length:
         return {}

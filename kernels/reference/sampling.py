@@ -1,7 +1,7 @@
-"""The sampler's rules in NumPy, slow and obvious, which kernels/sampling.py is tested against.
+"""The sampler's rules in NumPy, slow and simple. kernels/sampling.py is tested against them.
 
-Python integers, float32 steps and exp follow docs/internals/numerics.md bit for bit; logprobs are NumPy's, so one may
-differ by a unit in the last place.
+Integers, float32 steps and exp follow docs/internals/numerics.md bit for bit. Logprobs are NumPy's, and may differ from
+the sampler's by a unit in the last place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def logprobs(logits: Float32) -> Float32:
 
 
 def run(logits: Float32, task: RowTask, allowed: NDArray[np.bool_] | None = None) -> RowResult:
-    """Returns the result for one row [vocabulary] of finite logits. No chain: the default one."""
+    """Returns the result of one row [vocabulary] of finite logits. A task without a chain uses the default one."""
     if isinstance(task, SampleTask):
         x = logits.copy()
         for token, bias in task.params.logit_bias:

@@ -1,4 +1,5 @@
-"""Floats, and blocks of 32 to 128 weights with few scales; layouts (bytes in order) and float order are ggml's."""
+"""Floats, and blocks of 32 to 128 weights with few scales. Docstrings give a block's bytes in order. Layouts and the
+order of float operations are ggml's."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, 
 
 IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 FP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
-"""Twice the numbers of E2M1, so that they are integers; the block scales are halved instead."""
+"""The numbers of E2M1, doubled so that they are integers. The block scales are halved instead."""
 
 
 def f32(blocks: Bytes) -> Float32:
@@ -24,7 +25,7 @@ def bf16(blocks: Bytes) -> Float32:
 
 
 def _nibbles(data: Bytes) -> Bytes:
-    """Splits bytes [blocks, n], whose low halves are weights 0..n and high halves n..2n, to [blocks, 2 n]."""
+    """Splits bytes [blocks, n] into weights [blocks, 2 n]: first the low halves of all bytes, then the high halves."""
     return fields(data, 4).reshape(len(data), -1)
 
 
@@ -58,7 +59,7 @@ def q8_0(blocks: Bytes) -> Float32:
 
 
 def iq4_nl(blocks: Bytes) -> Float32:
-    """A block: d f16 | 32 x 4 bits into a table of uneven steps."""
+    """A block: d f16 | 32 x 4 bits, which are indices of a table with uneven steps."""
     return IQ4_VALUES[_nibbles(blocks[:, 2:])] * floats16(blocks, 0)
 
 
@@ -70,7 +71,7 @@ def mxfp4(blocks: Bytes) -> Float32:
 
 
 def nvfp4(blocks: Bytes) -> Float32:
-    """A block: four scale bytes (E4M3 without sign, halved) | four times 16 x E2M1."""
+    """A block: four scale bytes (E4M3 without a sign, halved) | four times 16 x E2M1."""
     exponent, mantissa = (blocks[:, :4] >> 3 & 15).astype(np.int32), (blocks[:, :4] & 7).astype(np.float32)
     normal = np.ldexp(1 + mantissa / np.float32(8), exponent - 7)
     scale = np.where(exponent == 0, np.ldexp(mantissa, -9), normal) * np.float32(0.5)
@@ -80,5 +81,5 @@ def nvfp4(blocks: Bytes) -> Float32:
 
 
 def q1_0(blocks: Bytes) -> Float32:
-    """A block: d f16 | 128 x one bit: d where it is set, -d where not."""
+    """A block: d f16 | 128 x 1 bit, which means d if set and -d if not."""
     return np.where(single_bits(blocks[:, 2:]) == 1, floats16(blocks, 0), -floats16(blocks, 0))

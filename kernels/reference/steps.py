@@ -1,4 +1,5 @@
-"""Every step kind in NumPy: sums in float64, in an order independent of other rows; results rounded to float32."""
+"""Every kind of step in NumPy. Sums are in float64, in an order that does not depend on other rows. Results are
+float32."""
 
 from __future__ import annotations
 
@@ -144,7 +145,8 @@ def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, epsilon: float
 
 
 def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:
-    """Returns x [rows, k] @ weight [n, k]^T (+ bias [n]). No BLAS: its split of k may depend on the number of rows."""
+    """Returns x [rows, k] @ weight [n, k]^T (+ bias [n]), without BLAS: its split of k may depend on the number of
+    rows."""
     out: Float64 = np.einsum("rk,nk->rn", x.astype(np.float64), weight.astype(np.float64))
     return out if bias is None else out + bias
 
@@ -216,8 +218,8 @@ def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:
 
 
 def attention(step: ir.Attention, state: State) -> Float32:
-    """Stores the rows' keys and values first: a row sees its own position and those before it, in its window; those
-    behind it too if attention is not causal."""
+    """Stores the rows' keys and values first. A row sees its own position and earlier ones in its window; if attention
+    is not causal, it sees later ones too."""
     batch, kv = state.batch, state.kv[step.layer]
     tables = batch.window_tables if kv.windowed else batch.block_tables
     assert tables is not None
@@ -241,7 +243,7 @@ def moe(step: ir.Moe, state: State) -> Float64:
 
 
 def expert_choice(step: ir.Moe, state: State) -> Float32:
-    """Returns [rows, 2 * used]: ids of the chosen experts, then their weights."""
+    """Returns the ids of the chosen experts, followed by their weights: [rows, 2 * used]."""
     weights, bias = state.weights, state.weights[step.router_bias] if step.router_bias else None
     scores = _SCORES[step.options.gating](matmul(state[step.routed or step.x], weights[step.router], bias))
     chosen = np.argsort(-_selection(step, scores, weights), axis=1, kind="stable")[:, : step.used]
@@ -259,7 +261,7 @@ def expert_choice(step: ir.Moe, state: State) -> Float32:
 def expert_results(
     step: ir.Moe, state: State, choice: Float32, experts: range, given: Float32 | None = None
 ) -> Float32:
-    """Returns [rows, used * width] at the ranks that chose `experts`; other ranks are as `given`, or 0."""
+    """Returns [rows, used * width]: results at the ranks that chose one of `experts`; others as in `given`, or 0."""
     x, width = state[step.x], step.out.width
     out = np.zeros((len(x), step.used * width), np.float32) if given is None else given.copy()
     for row, (ids, shares) in enumerate(zip(choice[:, : step.used].astype(int), choice[:, step.used :], strict=True)):
@@ -293,7 +295,7 @@ def expert_shards(step: ir.ExpertShards, state: State) -> Float32:
 
 
 def _selection(step: ir.Moe, scores: Float64, weights: Mapping[str, Float32]) -> Float64:
-    """Returns the scores by which experts are chosen; -inf in groups that are not used."""
+    """Returns the scores by which experts are chosen. Experts of unused groups have -inf."""
     selection = scores + weights[step.selection_bias] if step.selection_bias else scores
     if step.options.groups == 1:
         return selection

@@ -1,4 +1,4 @@
-"""Architectures by their GGUF name; each appends the steps of its layers to a ProgramBuilder."""
+"""Architectures by their GGUF name. Each appends the steps of its layers to a ProgramBuilder."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ _RESHAPES: Mapping[str, Callable[[ModelFile], ModelFile]] = MappingProxyType({"k
 def build_program(
     model: ModelFile, start: int, end: int, kv_type: KvType = KvType.F16, context_tokens: int | None = None
 ) -> Program:
-    """Returns the program of layers [start, end), for sequences of at most `context_tokens` (None: the model's
-    context). ModelFileError names a fault in an architecture, a key or a tensor."""
+    """Returns the program of layers [start, end) for sequences of at most `context_tokens` (None: the model's context).
+    Raises ModelFileError, which names the faulty architecture, key or tensor."""
     keys = ModelKeys(as_programs_read(model))
     builder = EncoderBuilder(keys, hyperparameters_of(keys), start, end, kv_type, context_tokens)
     ARCHITECTURES[keys.architecture](builder)
@@ -107,14 +107,14 @@ def build_program(
 
 
 def as_programs_read(model: ModelFile) -> ModelFile:
-    """Gives tensors the shapes that programs have. ModelFileError for an unsupported architecture."""
+    """Gives tensors the shapes that programs expect. Raises ModelFileError for an unsupported architecture."""
     check_architecture(model)
     reshape = _RESHAPES.get(read_architecture(model))
     return model if reshape is None else reshape(model)
 
 
 def check_architecture(model: ModelFile) -> None:
-    """ModelFileError for an unsupported architecture."""
+    """Raises ModelFileError for an unsupported architecture."""
     name = read_architecture(model)
     if name not in ARCHITECTURES:
         what = f"{shown(name)} is none of the {len(ARCHITECTURES)} supported ones, which docs/models.md lists"

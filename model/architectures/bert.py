@@ -1,4 +1,5 @@
-"""Encoders for embeddings: norms behind the sums (bert, nomic-bert*, jina-bert-v*), or before blocks (modern-bert)."""
+"""Encoders for embeddings, with norms after residual sums (bert, nomic-bert*, jina-bert-v*) or before blocks
+(modern-bert)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ _ACTIVATIONS = {
 
 
 def bert(builder: EncoderBuilder) -> None:
-    """BERT, and most sentence encoders since (MiniLM, BGE, E5, GTE): learned positions, biases everywhere."""
+    """BERT, and most sentence encoders after it (MiniLM, BGE, E5, GTE): learned positions, and biases everywhere."""
     builder.use_layer_norms()
     for layer in builder.sentence_layers(positions=True):
         builder.require(layer, "attn_q.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")
@@ -28,7 +29,7 @@ def bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert(builder: EncoderBuilder) -> None:
-    """Nomic Embed 1 and 1.5: rotations, one tensor of queries, keys and values, a gate."""
+    """Nomic Embed 1 and 1.5: rotations, one tensor for queries, keys and values, and a gated feed-forward network."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -37,7 +38,7 @@ def nomic_bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert_moe(builder: EncoderBuilder) -> None:
-    """Nomic Embed 2: XLM-RoBERTa with rotations; the second of every n layers has experts without a gate."""
+    """Nomic Embed 2: XLM-RoBERTa with rotations. The second of every n layers has experts, without gates."""
     table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -47,7 +48,7 @@ def nomic_bert_moe(builder: EncoderBuilder) -> None:
 
 
 def jina_bert_v2(builder: EncoderBuilder) -> None:
-    """Jina Embeddings 2: a bias by distance instead of positions, a gate."""
+    """Jina Embeddings 2: ALiBi instead of position embeddings, and a gated feed-forward network."""
     slopes = alibi_slopes(builder.hyperparameters.head_count)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -65,8 +66,8 @@ def jina_bert_v3(builder: EncoderBuilder) -> None:
 
 
 def modern_bert(builder: EncoderBuilder) -> None:
-    """ModernBERT: gate and up in one tensor; no norm before the first attention; the first of every three layers sees
-    everything, the others have a window and a rotation of their own."""
+    """ModernBERT: gate and up are one tensor, and the first attention has no norm before it. The first of every three
+    layers has no window; the others have one, and a rotation of their own."""
     hp, activation = builder.hyperparameters, _activation(builder)
     windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)
     whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), causal=False)

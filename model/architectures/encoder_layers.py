@@ -1,4 +1,4 @@
-"""The steps of encoders: the embedding of a sentence, norms behind sums, and a classifier or dense layers."""
+"""The steps of encoders: the embedding of a sentence, norms after residual sums, and a classifier or dense layers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _TYPES = "token_types.weight"
 
 class EncoderBuilder(ProgramBuilder):
     def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
-        """Yields the layers. The first sentence's type and learned `positions` are added to the embedding, which is
-        normed; `last_norm`: the last layer's result is normed too."""
+        """Yields the layers. Before them, the sum of token embedding, first token type and (if `positions`) learned
+        positions is normed. If `last_norm`, the result of the last layer is normed too."""
         if self.stage.start == 0:
             self._embed_sentence(positions)
         yield from self.stage
         self._end(last_norm)
 
     def scaled_layers(self, embedding_factor: float) -> Iterator[int]:
-        """Yields the layers of an encoder with a scaled embedding and a norm behind the last layer."""
+        """Yields the layers of an encoder with a scaled embedding, and with a norm after the last layer."""
         self._embed(embedding_factor, positions=False)
         yield from self.stage
         self._end(last_norm=True)
@@ -38,8 +38,8 @@ class EncoderBuilder(ProgramBuilder):
         activation: ActivationFunction,
         experts: bool = False,
     ) -> None:
-        """hidden = norm(hidden + attention), then hidden = norm(hidden + inner layer). The inner layer is gated, or
-        down(activation(up)), or `experts` of the latter form."""
+        """hidden = norm(hidden + attention), then hidden = norm(hidden + inner layer). The inner layer is gated, or is
+        down(activation(up)), or `experts` of that form."""
         prefix = f"blk.{layer}"
         self._normed = self._hidden  # what products read
         self._attend(layer, variant)
@@ -53,7 +53,7 @@ class EncoderBuilder(ProgramBuilder):
         self._add_and_norm(f"{prefix}.layer_output_norm")
 
     def attention_without_norm(self, layer: int, variant: AttentionVariant) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)) of the hidden state, which is not normed."""
+        """hidden += output(attention(rope(q), rope(k), v)), where q, k and v are products of the hidden state."""
         normed, self._normed = self._normed, self._hidden
         self._attend(layer, variant)
         self._normed = normed
@@ -106,13 +106,13 @@ class EncoderBuilder(ProgramBuilder):
         self._norm("cls.norm", scores, scores)
 
     def _refuse_mean_of_classifier(self) -> None:
-        """Refuses classifiers of the mean of all rows, because they are not functions of one row."""
+        """Refuses classifiers of the mean of all rows, because each row must have its own result."""
         key, pools_mean = "classifier.pooling_type", self.hyperparameters.architecture == "modern-bert"
         if self.keys.count(key, 1 if pools_mean else 2, minimum=0, maximum=4) != 2:
             raise self.keys.error(key, "2 (cls) is expected, a classifier of the mean is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """dense_3(dense_2(row)) of every row, without activation: the mean of rows commutes with dense layers."""
+        """Computes dense_3(dense_2(row)) of every row before pooling: dense layers commute with the mean of rows."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

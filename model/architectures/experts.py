@@ -1,4 +1,4 @@
-"""Mixtures of experts: the options of families, and the step."""
+"""Mixtures of experts: the options of model families, and the step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture. `shared_width`: of an expert for all tokens, weighted by a sigmoid with `shared_gate`."""
+    """Options of a mixture. `shared_width` is that of an expert for all tokens; `shared_gate` weights it by a
+    sigmoid."""
 
     options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0
@@ -31,8 +32,8 @@ def read_experts(
     activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL,
     shared_width: int = 0,
 ) -> ExpertsVariant:
-    """Reads the file's keys; `gating` and `normalized` are defaults. ModelFileError for an unknown gating function, or
-    groups that do not divide the experts."""
+    """Reads the options from the file's keys; `gating` and `normalized` are defaults. Raises ModelFileError for an
+    unknown gating function, or if groups do not divide the experts."""
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
         known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())
@@ -61,8 +62,8 @@ def expert_step(
     buffers: tuple[Buffer, Buffer],
     routed: Buffer | None = None,
 ) -> Moe:
-    """Returns the step from the first of `buffers` to the second; the router reads `routed` if it is given. Biases and
-    scales are optional; gate and up may be one tensor."""
+    """Returns the step that reads the first of `buffers` and writes the second. The router reads `routed` if it is
+    given. Biases and scales are optional. Gate and up may be one tensor."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):

@@ -1,4 +1,5 @@
-"""GLM: chatglm, glm4. One tensor for q, k and v, one for gate and up; half of a head's channels turn, in pairs."""
+"""GLM: chatglm, glm4. Gate and up are one tensor, as are q, k and v. Half of a head's channels turn, in adjacent
+pairs."""
 
 from __future__ import annotations
 
@@ -14,5 +15,5 @@ def chatglm(builder: ProgramBuilder, *, norms: Norms = Norms.BEFORE) -> None:
 
 
 def glm4(builder: ProgramBuilder) -> None:
-    """GLM-4-0414: norms behind attention and feed-forward network too."""
+    """GLM-4-0414: norms before and after attention and feed-forward network."""
     chatglm(builder, norms=Norms.BOTH)

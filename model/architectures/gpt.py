@@ -1,4 +1,4 @@
-"""Architectures whose norms subtract a mean and whose inner layer has no gate: gpt2, starcoder2, falcon."""
+"""Architectures with norms that subtract the mean, and with inner layers without a gate: gpt2, starcoder2, falcon."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 
 def gpt2(builder: ProgramBuilder) -> None:
-    """GPT 2: learned positions instead of rotations, biases everywhere."""
+    """GPT 2: learned positions instead of rotations, and biases everywhere."""
     builder.use_layer_norms()
     for layer in builder.layers(positions=True):
         builder.require(layer, "attn_qkv.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")
@@ -16,7 +16,8 @@ def gpt2(builder: ProgramBuilder) -> None:
 
 
 def starcoder2(builder: ProgramBuilder) -> None:
-    """StarCoder 2: biases, rotations of pairs half a head apart. A window in the file is obeyed, as in training."""
+    """StarCoder 2: biases, and rotations of channels half a head apart. A window in the file is used, as in
+    training."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():
@@ -25,8 +26,8 @@ def starcoder2(builder: ProgramBuilder) -> None:
 
 
 def falcon(builder: ProgramBuilder) -> None:
-    """Falcon 7B, 40B, 180B: few key heads; attention and inner layer side by side, both of the hidden state before the
-    layer, normed once, or in the larger models once for each (`attn_norm_2` is attention's)."""
+    """Falcon 7B, 40B and 180B: few KV heads. Attention and inner layer are parallel: both read the hidden state before
+    the layer, normed once, or in the larger models once for each (`attn_norm_2` is attention's)."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():

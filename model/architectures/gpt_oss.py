@@ -1,4 +1,4 @@
-"""gpt-oss: 20b and 120b."""
+"""The models gpt-oss 20b and 120b."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ _BIASES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate_inp", "ffn_gat
 
 
 def gpt_oss(builder: ProgramBuilder) -> None:
-    """gpt-oss: biases and sinks; a window in every other layer; experts chosen by logits, with a clamped SwiGLU
-    gate."""
+    """gpt-oss: biases, sinks, a window in every other layer. Experts are chosen by logits and have a clamped SwiGLU."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")

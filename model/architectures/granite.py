@@ -1,4 +1,4 @@
-"""Granite 3 and 4 without states: granite, granitemoe. LLaMA with scales of embedding, scores, residuals, logits."""
+"""Granite 3, and 4 without states: granite, granitemoe. LLaMA with scaled embedding, scores, residuals and logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_SCALE = 1e6
 
 @dataclass(frozen=True, slots=True)
 class GraniteScales:
-    """Factors of the embedding, of results before they are added, of logits, and perhaps of scores."""
+    """Factors of the embedding, of results before the residual sum, of logits, and perhaps of scores."""
 
     embedding: float
     residual: float
@@ -32,7 +32,7 @@ class GraniteScales:
 
 
 def granite_attention(builder: ProgramBuilder, scales: GraniteScales) -> AttentionVariant:
-    """Returns attention without a rotation if `rope.scaling.finetuned` is false."""
+    """Returns attention without a rotation if the file's key `rope.scaling.finetuned` is false."""
     table = builder.rope_table() if builder.keys.flag("rope.scaling.finetuned", True) else None
     return AttentionVariant(RopeStyle.NORM, table, scale=scales.scores)
 

@@ -1,4 +1,4 @@
-"""Blocks that architectures are made of; every weight is checked against the file as it is named."""
+"""Blocks from which architectures are built. Every weight is checked against the file when it is named."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k: none, per head before or after rotation (unit: without a weight), or over the whole width."""
+    """Norms of q and k: none, per head before or after the rotation ("unit": without a weight), or over the whole
+    width."""
 
     NONE = "none"
     PER_HEAD = "per head"
@@ -31,7 +32,7 @@ class HeadNorms(StrEnum):
 
 
 class Norms(StrEnum):
-    """The position of a block's norms: before its products, behind them (before the sum), or both."""
+    """The position of a block's norms: before its products, after them (but before the residual sum), or both."""
 
     BEFORE = "before"
     AFTER = "after"
@@ -40,9 +41,9 @@ class Norms(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AttentionVariant:
-    """Options of an attention block. Without `table` nothing is rotated; `scale` is 1 / sqrt(head_dim) by default.
-    `window`, `chunked`, `soft_cap`, `slopes`: see `Attention`; `sinks`: the layer has a tensor of sinks; `temperature`:
-    arguments of a `PositionScale` of queries."""
+    """Options of an attention block. Without `table` nothing is rotated. `scale` is 1 / sqrt(head_dim) by default.
+    `window`, `chunked`, `soft_cap` and `slopes` are those of `Attention`. `sinks`: the layer has a tensor of sinks.
+    `temperature`: the arguments of a `PositionScale` of queries."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None
@@ -58,7 +59,7 @@ class AttentionVariant:
 
 
 class ProgramBuilder(CheckedTensors):
-    """A builder of the program of layers [start, end). Methods append steps in the order of computation."""
+    """Builds the program of layers [start, end). Methods append steps in the order of computation."""
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class ProgramBuilder(CheckedTensors):
         return Program(start, end, layers, self.given, self.out, tuple(self._steps), normed)
 
     def use_layer_norms(self, *, biases: bool = True) -> None:
-        """Makes all later norms subtract the mean, and add a bias if `biases`."""
+        """Makes all later norms subtract the mean. They also add a bias if `biases`."""
         self._norm_biases = biases
         self._layer_norm_epsilon = self.keys.real("attention.layer_norm_epsilon", minimum=1e-13, maximum=0.1)
 
@@ -112,8 +113,8 @@ class ProgramBuilder(CheckedTensors):
         logit_factor: float = 1.0,
     ) -> Iterator[int]:
         """Yields the layers, after the embedding of a first stage and before the head of a last one. With `positions`,
-        learned ones are added; `soft_cap` is of the logits; `may_rank`: with pooling by rank, the head is a
-        classifier."""
+        learned positions are added to the embedding. `soft_cap` applies to logits. If `may_rank`, the head is a
+        classifier in files with pooling by rank."""
         self._embed(embedding_factor, positions)
         yield from self.stage
         if self.stage.stop == self.hyperparameters.block_count:
@@ -144,7 +145,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.AddPosition(embedded, out, weight))
 
     def _head(self, soft_cap: float | None, factor: float) -> None:
-        """Emits the selection of rows and their logits. Without `output.weight` the head is the token embedding."""
+        """Emits the selection of output rows and their logits. Without `output.weight`, the token embedding is the
+        head."""
         self.out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._last_normed, selected))
@@ -168,14 +170,15 @@ class ProgramBuilder(CheckedTensors):
     def attention(
         self, layer: int, variant: AttentionVariant = AttentionVariant(), *, norms: Norms = Norms.BEFORE
     ) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state."""
+        """hidden += output(attention(rope(q), rope(k), v)), where q, k and v are products of the normed hidden
+        state."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.attn_norm", norms)
         self._attend(layer, variant)
         self._add_projected(None if norms is Norms.BEFORE else f"{prefix}.post_attention_norm")
 
     def _norm_before(self, name: str, norms: Norms) -> None:
-        """Sets `normed` to the norm of the hidden state; with norms behind the products, to the hidden state itself."""
+        """Sets `normed` to the norm of the hidden state, or to the hidden state itself if norms come after products."""
         if norms is Norms.AFTER:
             self._normed = self._hidden
         else:
@@ -184,7 +187,8 @@ class ProgramBuilder(CheckedTensors):
     def parallel(
         self, layer: int, variant: AttentionVariant, activation: ActivationFunction, *, gated: bool = False
     ) -> None:
-        """hidden += attention + inner layer (gated, or down(activation(up))), both of the same hidden state."""
+        """hidden += attention + inner layer (gated, or down(activation(up))), both computed from the same hidden
+        state."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(self.has(f"{second}.{part}") for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
@@ -199,7 +203,7 @@ class ProgramBuilder(CheckedTensors):
         self._add_projected()
 
     def kv_heads(self, layer: int) -> int:
-        """Returns the KV heads of a layer. ModelFileError for a layer without attention."""
+        """Returns the KV heads of a layer. Raises ModelFileError if the layer has no attention."""
         count = self.hyperparameters.head_counts_kv[layer]
         if count == 0:
             raise self.keys.error("attention.head_count_kv", f"0 in layer {layer}, which has attention")
@@ -209,8 +213,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, which `mixer` makes of the normed hidden state; `beside`: of the one that attention
-        read."""
+        """hidden += projected, which `mixer` computes from the normed hidden state. If `beside`, that is the one which
+        the attention before it has read."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)
@@ -273,8 +277,8 @@ class ProgramBuilder(CheckedTensors):
         norms: Norms = Norms.BEFORE,
         norm: str = "ffn_norm",
     ) -> None:
-        """hidden += down(activation(gate) * up) of the normed hidden state. `norm` names the norm before it; `fused`:
-        gate and up are one tensor, `ffn_up`, the gate's rows first."""
+        """hidden += down(activation(gate) * up), where gate and up are products of the normed hidden state. `norm`
+        names that norm. If `fused`, gate and up are one tensor, `ffn_up`, with the gate's rows first."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.{norm}", norms)
         self._gated_inner(layer, activation, fused=fused)
@@ -295,7 +299,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", gate, self._projected)
 
     def plain_feed_forward(self, layer: int, activation: ActivationFunction, *, norm: str = "ffn_norm") -> None:
-        """hidden += down(activation(up)) of the normed hidden state."""
+        """hidden += down(activation(up)), where up is a product of the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._plain_inner(layer, activation)
         self._add_projected()
@@ -308,7 +312,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", activated, self._projected)
 
     def experts(self, layer: int, variant: ExpertsVariant, *, norm: str = "ffn_norm") -> None:
-        """hidden += the weighted best experts, and the shared one if there is one, of the normed hidden state."""
+        """hidden += the weighted sum of the best experts, and the shared expert if any, of the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._mix_experts(f"blk.{layer}", variant)
         self._add_projected()
@@ -337,7 +341,7 @@ class ProgramBuilder(CheckedTensors):
         return rope_table(rope or trained, self.rope_factors(trained, self._context_tokens))
 
     def window_rope_table(self) -> RopeTable:
-        """Returns the table of windowed layers that have a base of their own and no scaling."""
+        """Returns the rotation of windowed layers, which has a base of its own and no scaling."""
         base = self.keys.real("rope.freq_base_swa", 10000.0, minimum=1.0, maximum=1e12)
         rope = self.hyperparameters.rope
         return self.rope_table(replace(rope, frequency_base=base, scaling=RopeScaling.NONE, factor=1.0))
@@ -352,20 +356,20 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.LayerNorm(x, out, weight, bias, self._layer_norm_epsilon))
 
     def _rms_norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1) -> None:
-        """Emits a norm; in files of Falcon H1 a norm's name may be without `.weight`."""
+        """Emits an RMS norm. In files of Falcon H1, its tensor may be named without `.weight`."""
         weight = self.vector(name if self.has(name) else f"{name}.weight", x.width // heads)
         self._steps.append(steps.RmsNorm(x, out, weight, self.rms_epsilon, heads))
 
     @property
     def rms_epsilon(self) -> float:
-        """ModelFileError if the file has only the epsilon of norms with a mean."""
+        """The epsilon of RMS norms. Raises ModelFileError if the file has only that of norms with a mean."""
         epsilon = self.hyperparameters.rms_epsilon
         if epsilon is None:
             epsilon = self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-13, maximum=0.1)
         return epsilon
 
     def _add_projected(self, norm: str | None = None) -> None:
-        """hidden += projected, normed first if a norm is named."""
+        """hidden += projected. If a `norm` is named, projected is normed before that."""
         if norm is not None:
             self._rms_norm(norm, self._projected, self._projected)
         if self._residual_scale != 1.0:

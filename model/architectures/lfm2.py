@@ -1,4 +1,4 @@
-"""LFM2: lfm2, lfm2moe. Short convolutions in most layers, attention in those that have KV heads."""
+"""LFM2: lfm2, lfm2moe. Layers with KV heads have attention; most have short convolutions instead."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.model.steps.states import MAX_TAPS
 
 
 def lfm2(builder: ProgramBuilder) -> None:
-    """LFM2: layers from `leading_dense_block_count` on have experts, if the file has any, with sigmoid gates."""
+    """LFM2. If the file has experts, layers from `leading_dense_block_count` on have them, with sigmoid gates."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     taps = keys.count("shortconv.l_cache", minimum=2, maximum=MAX_TAPS)
     if hp.embedding_length % KV_BLOCK_TOKENS:

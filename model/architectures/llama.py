@@ -15,8 +15,9 @@ _MAX_SCALE = 1e3
 
 
 def llama(builder: ProgramBuilder) -> None:
-    """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and everything else that GGUF files call llama. Rows of Q and K are
-    permuted for neighbouring pairs. A window is obeyed: Mistral 7B v0.1 was trained with one that no key turns off."""
+    """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and all others that GGUF files call llama. Rows of Q and K are permuted,
+    so that adjacent channels turn as pairs. A window in the file is used: Mistral 7B v0.1 was trained with one, and no
+    key turns windows off."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, builder.hyperparameters.sliding_window))
@@ -27,7 +28,7 @@ def llama(builder: ProgramBuilder) -> None:
 
 
 def internlm2(builder: ProgramBuilder) -> None:
-    """InternLM 2 and 2.5: LLaMA with q, k and v apart, their rows permuted for neighbouring pairs."""
+    """InternLM 2 and 2.5: LLaMA with separate q, k and v. Rows of Q and K are permuted as LLaMA's."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table))
@@ -35,8 +36,8 @@ def internlm2(builder: ProgramBuilder) -> None:
 
 
 def baichuan(builder: ProgramBuilder) -> None:
-    """Baichuan 7B, which is LLaMA, and 13B, which has ALiBi instead of a rotation; the number of layers tells them
-    apart, as in llama.cpp. A window in the file is ignored: the models were trained without one."""
+    """Baichuan 7B is LLaMA; Baichuan 13B has ALiBi instead of a rotation. The number of layers distinguishes them, as
+    in llama.cpp. A window in the file is ignored, because the models were trained without one."""
     layers, heads = builder.hyperparameters.block_count, builder.hyperparameters.head_count
     if layers not in (_BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS):
         known = f"{_BAICHUAN_7B_LAYERS}, with a rotation, and {_BAICHUAN_13B_LAYERS}, with ALiBi, are known"
@@ -49,7 +50,7 @@ def baichuan(builder: ProgramBuilder) -> None:
 
 
 def mistral3(builder: ProgramBuilder) -> None:
-    """Mistral Small 3 and Ministral 3: LLaMA, in newer models with queries scaled by position."""
+    """Mistral Small 3 and Ministral 3: LLaMA. Newer models scale queries by position."""
     keys, rope = builder.keys, builder.hyperparameters.rope
     factor = keys.real("attention.temperature_scale", 0.0, minimum=0.0, maximum=_MAX_SCALE)
     temperature = (factor, rope.original_context_length) if factor else None
@@ -73,7 +74,7 @@ def smollm3(builder: ProgramBuilder) -> None:
 
 
 def seed_oss(builder: ProgramBuilder) -> None:
-    """Seed-OSS: biases on q, k and v; the norm before the feed-forward network is named after attention."""
+    """Seed-OSS: biases on q, k and v. The feed-forward network's norm is named `post_attention_norm`."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))

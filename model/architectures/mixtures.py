@@ -1,4 +1,4 @@
-"""Mixtures of experts: ernie4_5-moe, hunyuan-moe, bailingmoe2, minimax-m2, glm4moe, llama4."""
+"""Models with mixtures of experts: ernie4_5-moe, hunyuan-moe, bailingmoe2, minimax-m2, glm4moe, llama4."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _LLAMA4_EXPERTS = ExpertOptions(gating=Gating.SIGMOID, normalized=False, weighs_
 
 
 def ernie4_5_moe(builder: ProgramBuilder) -> None:
-    """ERNIE 4.5 with experts in every n-th layer behind dense ones; a bias for the choice, one shared network."""
+    """ERNIE 4.5 with experts: leading dense layers, then every n-th layer has experts, chosen with a bias, and a shared
+    one."""
     keys = builder.keys
     step = keys.count("interleave_moe_layer_step", 1, maximum=_MAX_COUNT)
     experts = read_experts(keys, builder.hyperparameters, gating=Gating.SOFTMAX, shared_width=_shared_width(builder))
@@ -32,7 +33,7 @@ def ernie4_5_moe(builder: ProgramBuilder) -> None:
 
 
 def hunyuan_moe(builder: ProgramBuilder) -> None:
-    """Hunyuan A13B: q and k are normed after the rotation, a shared expert in every layer."""
+    """Hunyuan A13B: q and k are normed after the rotation. Every layer has a shared expert."""
     hp, table = builder.hyperparameters, builder.rope_table()
     shared = _shared_width(builder) or hp.feed_forward_length
     experts = read_experts(builder.keys, hp, gating=Gating.SOFTMAX, shared_width=shared)
@@ -42,7 +43,7 @@ def hunyuan_moe(builder: ProgramBuilder) -> None:
 
 
 def bailingmoe2(builder: ProgramBuilder) -> None:
-    """Ling and Ring 2.0: sigmoid gates in groups, shared experts, leading dense layers."""
+    """Ling and Ring 2.0: leading dense layers, then shared experts, and grouped experts with sigmoid gates."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     shared = (_shared_width(builder) or hp.expert_feed_forward_length) * _shared_experts(builder)
     experts = read_experts(keys, hp, gating=Gating.SIGMOID, normalized=False, shared_width=shared)
@@ -56,7 +57,7 @@ def bailingmoe2(builder: ProgramBuilder) -> None:
 
 
 def minimax_m2(builder: ProgramBuilder) -> None:
-    """MiniMax M2: q and k are normed in their whole width, sigmoid gates with a bias for the choice."""
+    """MiniMax M2: q and k are normed over their whole width. Experts have sigmoid gates, and are chosen with a bias."""
     experts = read_experts(builder.keys, builder.hyperparameters, gating=Gating.SIGMOID)
     table = builder.rope_table()
     for layer in builder.layers():
@@ -66,8 +67,8 @@ def minimax_m2(builder: ProgramBuilder) -> None:
 
 
 def glm4moe(builder: ProgramBuilder) -> None:
-    """GLM 4.5, 4.6 and their Air models: leading dense layers, then experts of sigmoid gates with a bias for the
-    choice, beside a shared one. The norm before the feed-forward network is named after attention."""
+    """GLM 4.5, 4.6 and their Air models: leading dense layers, then a shared expert and experts with sigmoid gates that
+    are chosen with a bias. The feed-forward network's norm is named `post_attention_norm`."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     shared = hp.expert_feed_forward_length * _shared_experts(builder)
     experts = read_experts(keys, hp, gating=Gating.SIGMOID, normalized=False, shared_width=shared)
@@ -83,9 +84,9 @@ def glm4moe(builder: ProgramBuilder) -> None:
 
 
 def llama4(builder: ProgramBuilder) -> None:
-    """Llama 4: three of four layers see only their chunk and norm q and k after the rotation (Maverick does not norm);
-    the others have no rotation, and queries scaled by position. Sigmoid gates weight the inputs of experts. Chunks have
-    8192 positions, or the file's sliding window."""
+    """Llama 4. In three of four layers, rows see only their chunk, and q and k are normed after the rotation (Maverick
+    does not norm). The others have no rotation, and scale queries by position. Sigmoid gates weight the inputs of
+    experts. A chunk has 8192 positions, or as many as the file's sliding window."""
     hp, keys = builder.hyperparameters, builder.keys
     if not hp.expert_count:
         raise keys.error("expert_count", "0 or missing, and the architecture has experts")
@@ -101,7 +102,7 @@ def llama4(builder: ProgramBuilder) -> None:
 
 
 def _attention_variants(builder: ProgramBuilder) -> list[AttentionVariant]:
-    """Returns the variant of each layer. ModelFileError for a window of 0, which stands for models without chunks."""
+    """Returns each layer's variant. Raises ModelFileError for a window of 0, which stands for models without chunks."""
     hp, keys = builder.hyperparameters, builder.keys
     if keys.has("attention.sliding_window") and hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "0, which is not supported")

@@ -1,4 +1,5 @@
-"""Rotation frequencies and ALiBi slopes, in decimal arithmetic: the same on every machine, whatever its libm."""
+"""Rotation frequencies and ALiBi slopes, in decimal arithmetic: they are the same on every machine, whatever its
+libm."""
 
 from __future__ import annotations
 
@@ -45,8 +46,8 @@ def _plain_frequencies(rope: RopeParameters, factors: tuple[float, ...] | None) 
 
 
 def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
-    """Returns the share of each pair's own frequency: 1 for pairs that turn often over the original context, 0 for slow
-    ones, a ramp between. (YaRN, arXiv 2309.00071, section 3.2.)"""
+    """Returns the share of the unscaled frequency in each pair's: 1 for pairs that turn often over the original
+    context, 0 for slow pairs, a ramp between. (YaRN, arXiv 2309.00071, section 3.2.)"""
     if rope.frequency_base <= 1:
         raise ModelFileError(f"metadata rope.freq_base: {rope.frequency_base:g}, more than 1 expected with YaRN")
     last = Decimal(rope.dimension_count - 1)
@@ -60,14 +61,14 @@ def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
 
 
 def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
-    """Returns the (fractional) pair that turns `turns` times over the original context."""
+    """Returns the (fractional) number of the pair that turns `turns` times over the original context."""
     per_turn = Decimal(rope.original_context_length) / (Decimal(turns) * 2 * _PI)
     return rope.dimension_count * per_turn.ln() / (2 * Decimal(rope.frequency_base).ln())
 
 
 def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> float:
-    """Returns the factor of scores of `width` channels, as in llama.cpp: 1 / sqrt(width), times the squares of the
-    rotations' magnitude in `rope_table` and of 1 + 0.1 * multiplier * ln(factor)."""
+    """Returns the factor of scores over `width` channels, as in llama.cpp: 1 / sqrt(width), times the square of the
+    rotations' magnitude (see `rope_table`), times the square of 1 + 0.1 * multiplier * ln(factor)."""
     with localcontext(_DIGITS):
         tenth = Decimal(rope.factor).ln() / 10
         magnitude = Decimal(rope.attention_factor) * (1 + tenth) / (1 + Decimal(rope.log_multiplier) * tenth)
@@ -76,8 +77,8 @@ def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> flo
 
 
 def check_sections(keys: ModelKeys, pairs: int) -> None:
-    """Checks sections, which turn some pairs by a picture's height and width; a token of text has its position in all
-    sections, so that all pairs turn as without them. ModelFileError for missing sections or too many pairs."""
+    """Checks the sections by which some pairs turn with a picture's height and width. Text has its position in all
+    sections, so its pairs turn as without them. Raises ModelFileError for missing sections or too many pairs."""
     key = _SECTIONS_KEY
     sections = keys.integers(key)
     if len(sections) < _LEAST_SECTIONS:
@@ -89,9 +90,9 @@ def check_sections(keys: ModelKeys, pairs: int) -> None:
 
 @lru_cache(maxsize=64)
 def alibi_slopes(heads: int) -> tuple[float, ...]:
-    """Returns ALiBi's slopes, a float32 for each head. With n = the greatest power of two that is not above `heads`:
-    2^(-8 (h + 1) / n) of the first n heads, then every second slope of 2 n heads, from the first on. (ALiBi, arXiv
-    2108.12409, and the authors' rule for other numbers of heads.)"""
+    """Returns ALiBi's slopes, a float32 for each head. Let n be the greatest power of two up to `heads`. The first n
+    heads have 2^(-8 (h + 1) / n); the others have every second slope of 2 n heads, from the first on. (ALiBi, arXiv
+    2108.12409, and its authors' rule for other numbers of heads.)"""
     whole = 1 << (heads.bit_length() - 1)
     exponents = [(h + 1, whole) for h in range(whole)] + [(2 * h + 1, 2 * whole) for h in range(heads - whole)]
     with localcontext(_DIGITS):

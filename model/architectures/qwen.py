@@ -1,5 +1,5 @@
-"""Qwen: qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. LLaMA with pairs half a head apart. A window in the file
-is ignored: configurations switch it off (`use_sliding_window`), for which GGUF has no key."""
+"""Qwen: qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. LLaMA with rotations of channels half a head apart. A
+window in the file is ignored: the models turn it off (`use_sliding_window`), for which GGUF has no key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def qwen2(builder: ProgramBuilder) -> None:
 
 
 def qwen2moe(builder: ProgramBuilder) -> None:
-    """Qwen 1.5 and 2 with experts, whose weights are not normalized, beside a shared expert weighted by a sigmoid."""
+    """Qwen 1.5 and 2 with experts, whose weights are not normalized, and a shared expert that a sigmoid weights."""
     shared = builder.keys.count(
         "expert_shared_feed_forward_length", builder.hyperparameters.feed_forward_length, maximum=1 << 20
     )
@@ -34,7 +34,7 @@ def qwen2moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3(builder: ProgramBuilder) -> None:
-    """Qwen 3: q and k are normed per head before the rotation. A reranker's head has two rows, `yes` and `no`."""
+    """Qwen 3: q and k are normed per head before the rotation. A reranker has a head of two rows, `yes` and `no`."""
     table = builder.rope_table()
     for layer in builder.layers(may_rank=True):
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD))
@@ -42,7 +42,7 @@ def qwen3(builder: ProgramBuilder) -> None:
 
 
 def qwen3moe(builder: ProgramBuilder) -> None:
-    """Qwen 3 with experts in every layer, with normalized weights (`norm_topk_prob` in all models of this kind)."""
+    """Qwen 3 with experts in every layer. Their weights are normalized (`norm_topk_prob` in all these models)."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD))
@@ -50,7 +50,7 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """Qwen 3 VL, text only, which is Qwen 3: images would add to the first layers."""
+    """Qwen 3 VL, text only. It is Qwen 3; only images would add to the first layers."""
     check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     qwen3(builder)
 

@@ -1,4 +1,4 @@
-"""The tensors of a model file as programs name them: each is checked against the file as it is named."""
+"""The tensors of a model file as programs name them. Each is checked against the file when it is named."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from llamaclust.model.quant_types import QuantType
 
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
-"""Tensors that become part of the program and are not among its weights."""
+"""Tensors that become part of the program itself, and are not among its weights."""
 
 
 class CheckedTensors:
-    """A reader of tensors' names. ModelFileError for a tensor that is missing, or of another shape or type."""
+    """Checks tensors by name. Raises ModelFileError for a tensor that is missing, or has another shape or type."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -31,7 +31,7 @@ class CheckedTensors:
             self.model.tensor(f"blk.{layer}.{name}")
 
     def weight(self, name: str, shape: tuple[int, ...]) -> str:
-        """Returns `name` after the check of its shape."""
+        """Returns `name`, after a check of the tensor's shape."""
         found = self.model.tensor(name).shape
         if found != shape:
             raise self.error(name, f"shape {list(reversed(found))}, {list(reversed(shape))} expected")
@@ -48,7 +48,7 @@ class CheckedTensors:
         return name
 
     def product(self, name: str, x: Buffer, out: Buffer) -> MatMul:
-        """out = x @ weight^T, with a bias if the file has one."""
+        """out = x @ weight^T, plus a bias if the file has one."""
         weight = self.weight(f"{name}.weight", (out.width, x.width))
         return MatMul(x, out, weight, self.optional_vector(f"{name}.bias", out.width))
 
@@ -64,8 +64,8 @@ class CheckedTensors:
         return self.vector(name, width) if self.has(name) else None
 
     def rope_factors(self, rope: RopeParameters, context_tokens: int) -> tuple[float, ...] | None:
-        """Returns the divisors of frequencies: `rope_freqs` (since llama 3.1), or the long or short factors for the
-        program's context, the same ones for all sequences, as in llama.cpp."""
+        """Returns the divisors of frequencies: `rope_freqs` (since Llama 3.1), otherwise the long or short factors. The
+        program's context decides between long and short for all sequences, as in llama.cpp."""
         by_context = _LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
         name = _FACTORS if self.has(_FACTORS) else by_context
         if not self.has(name):
@@ -81,7 +81,7 @@ class CheckedTensors:
 
 
 def nextn_tensors(model: ModelFile) -> Iterator[str]:
-    """Returns the tensors of MTP heads, in layers behind the others, which are in no program."""
+    """Returns the names of the tensors of MTP heads, which are in layers after the others and in no program."""
     keys = ModelKeys(model)
     count = keys.count(NEXTN_KEY, 0, minimum=0, maximum=MAX_LAYERS)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
@@ -90,7 +90,7 @@ def nextn_tensors(model: ModelFile) -> Iterator[str]:
 
 
 def idle_kv_tensors(model: ModelFile) -> Iterator[str]:
-    """Returns names of keys and values that files may have for layers that read those of others."""
+    """Returns the names of keys and values that files may have for layers that read those of other layers."""
     keys = ModelKeys(model)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     shared = keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers)

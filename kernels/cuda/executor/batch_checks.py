@@ -1,6 +1,6 @@
-"""Checks a microbatch against a stage's limits before it runs, by the rules of the CPU's executor (batch_checks.cpp):
-kernels must not access memory outside their buffers. Tokens are checked where microbatches are decoded. Plain Python is
-faster than NumPy on such small arrays."""
+"""Checks a microbatch against a stage's limits before it runs, so that no kernel accesses memory outside its buffers.
+The rules are those of the CPU's executor (batch_checks.cpp). Tokens are checked where microbatches are decoded. Plain
+Python is faster than NumPy on such small arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError if the batch exceeds limits. `window`: the largest of layers that release blocks out of it."""
+    """Raises ValueError if the batch exceeds limits. `window`: the largest window whose layers release KV blocks."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     check_range("rows", rows, 1, limits.max_batch_tokens + 1)

@@ -1,4 +1,4 @@
-"""A program without the layers that repeat others: it takes the same buffers, and is planned in less time."""
+"""A program without repeated layers. It needs the same buffers as the whole program, and is planned in less time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llamaclust.model.program import Program, Step, weights_of
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _OUTSIDE = -1
 _TAIL = 3
-"""The steps at a layer's end that a launch may join to the next layer's first steps."""
+"""The most steps at a layer's end that a launch may fuse with the next layer's first steps."""
 
 
 def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program:
-    """Keeps one layer of each kind behind each kind of layer end, since a launch has steps of at most two layers."""
+    """Keeps the first of equal pairs of a layer's end and the next layer: a launch has steps of at most two layers."""
     if any(step.shares_kv for step in attention_steps(program)):
         return program  # layers name others
     groups = _by_layer(program.steps)
@@ -31,7 +31,8 @@ def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program
 
 
 def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
-    """Groups steps: before the layers, by layer, of the head; a step without weights belongs to the step before it."""
+    """Groups steps into those before the layers, those of each layer, and those of the head. A step without weights
+    belongs to the group of the step before it."""
     groups: list[list[Step]] = [[]]
     current = _OUTSIDE
     for step in steps:
@@ -46,7 +47,7 @@ def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 def _kind(steps: Sequence[Step], weights: Mapping[str, Weights]) -> str:
-    """Returns a key that is equal for layers that differ by their number alone."""
+    """Returns a key that is equal for layers that differ only in their number."""
     names = weights_of(steps)
     number = next((match[1] for name in names if (match := _LAYER.match(name)) is not None), None)
     types = [(weights[name].quant_type, weights[name].shape) for name in names]

@@ -1,4 +1,4 @@
-"""Emits steps of a program as launches: which kernels, over which buffers."""
+"""Emits the steps of a program as launches: which kernels run, over which buffers."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from llamaclust.model.quant_types import ActivationFormat
 
 
 def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.float32]:
-    """Returns the factor of each `step.length` positions, counted from `-step.offset`, up to `context_tokens`."""
+    """Returns one factor per `step.length` positions up to `context_tokens`, the first from -`step.offset` on."""
     lengths = range(1, (context_tokens - 1 + step.offset) // step.length + 2)
     return np.array([1 + step.factor * log(length) for length in lengths], np.float32)
 
 
 def _first_in_order(launches: Iterator[Launch | HostStep]) -> Iterator[Launch | HostStep]:
-    """Keeps the first launch in order: kernels behind it read earlier writes without waiting."""
+    """Makes the first launch wait for all earlier work, so that later ones may read its results without waiting."""
     for number, launch in enumerate(launches):
         yield replace(launch, in_order=True) if number == 0 and isinstance(launch, Launch) else launch
 
@@ -255,7 +255,7 @@ class Emitter:
         return self.ops.layout.at(("attention", attention.likeness(step)), self._attention.room.plan_bytes)
 
     def _attend(self, attended: Attended) -> Iterator[Launch]:
-        """Emits attention. The result is in the wanted format alone, if the kernel supports it."""
+        """Emits attention. If the kernel can quantize the result, it is written only in the wanted format."""
         ops, attend, launches, wanted = self.ops, attended.attend, self._attention, attended.format
         step = attend.attention
         if not attended.rotates:

@@ -1,5 +1,5 @@
-"""Fusion into GPU launches, on top of kernels/fuse.py. A launch for one row takes as long as reading a few megabytes,
-so the small steps between two products are fused into one launch."""
+"""Fuses steps into GPU launches, after the fusion of kernels/fuse.py. A launch for one row takes as long as reading a
+few megabytes, so the small steps between two products are fused into one launch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.model.steps.options import ActivationFunction
 
 _MOST_STEPS = 4
-"""The most steps that become one, with the step that reads the result."""
+"""The most steps that are examined for one fusion, including the step that reads the result."""
 
 TypeOf = Callable[[str], QuantType]
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """The norm of a row, or of the sum `add`, in the formats of the products after it and, if read later, F32."""
+    """The norm of a row, or of the sum `add`, in the formats of the products after it and, if read later, in F32."""
 
     norm: ir.RmsNorm
     add: ir.Add | None
@@ -30,7 +30,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """`out` = activation(gate) * up, only in the format of the product after it."""
+    """`out` = activation(gate) * up, written only in the format that the product after it reads."""
 
     gate: ir.Buffer
     up: ir.Buffer
@@ -41,7 +41,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Attention behind norms of heads of queries, keys or both. `format`: its readers' only format, if 8-bit."""
+    """Attention after norms of query or key heads. `format`: the result's only format, if it is 8-bit."""
 
     attend: Attend
     norms: tuple[ir.RmsNorm, ...] = ()
@@ -62,7 +62,7 @@ GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: ir.Program, type_of: TypeOf) -> Iterator[GpuStep]:
-    """Groups the program's steps; what later steps read is unchanged. `Products` have one quant type."""
+    """Groups the program's steps. Buffers that later steps read are unchanged. `Products` have one quant type."""
     steps = tuple(fuse(program))
     at = done = 0  # of these; of the program's own
     while at < len(steps):
@@ -85,7 +85,7 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats of `out` that the `makers` steps before `reader` must write; empty if it reads none."""
+        """Returns the formats in which the `makers` steps before `reader` must write `out`, if `reader` reads it."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)
@@ -133,7 +133,7 @@ def _attended(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, Attende
 
 
 def _fuses_norms(attended: Attended, reader: _Reader) -> bool:
-    """True if the kernels that rotate and store can normalize heads first, and no other step reads the norms."""
+    """True if the kernels that rotate and store can also norm heads, and no other step reads the normed heads."""
     attend, step, norms = attended.attend, attended.attend.attention, attended.norms
     read = step.reads
     heads = dict(zip((buffer.name for buffer in read[:2]), (step.heads, step.kv_heads), strict=False))
@@ -169,7 +169,7 @@ def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
 
 
 def _weighs_inputs(step: FusedStep) -> bool:
-    """True for a mixture that reads its input as floats, beside the router's product."""
+    """True for a mixture that multiplies its input by the experts' weights, for which it reads the input as floats."""
     return isinstance(step, ir.Moe) and step.options.weighs_inputs
 
 

@@ -1,4 +1,4 @@
-"""Gathers of a group's member on a GPU: bytes and order are those of members on processors."""
+"""Gathers of a group's member on a GPU. Their bytes and order are those of members on processors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST = np.finfo(np.float32).max
 def gather_rows(
     gatherer: Gatherer, program: Program, host: HostStep, batch_rows: int, own: Float32, whole: Float32
 ) -> None:
-    """Fills `whole`. If members send int8 values, products quantize the rows to the same values."""
+    """Fills `whole` with all members' rows. If they were sent as int8, products quantize them to the same values."""
     step = host.step
     assert isinstance(step, Gather)
     places, borders, given = band_borders(program, batch_rows, gatherer.bands), list(step.borders), whole
@@ -39,7 +39,7 @@ def gather_rows(
 
 
 def pack(x: Float32, form: ActivationFormat) -> Float32:
-    """Packs the int8 values of each segment, then its scale, like the native step of this name."""
+    """Packs each segment as its int8 values, then its scale, like the native executor's `pack`."""
     columns = int(form)
     segments = x.reshape(len(x), -1, columns)
     top = np.abs(segments).max(axis=-1, keepdims=True)

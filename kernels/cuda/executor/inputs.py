@@ -1,4 +1,4 @@
-"""The numbers of a microbatch on the device: one buffer at a fixed address, filled by one copy."""
+"""The integers of a microbatch on the device: one buffer at a fixed address, which one copy fills."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INT = 4
 
 
 class InputBuffer:
-    """The parts of the input buffer. Tables come last: of them, only what a microbatch has is copied."""
+    """The parts of the input buffer. Tables come last, so that a copy can end where a microbatch's tables end."""
 
     def __init__(self, program: Program, limits: StageLimits) -> None:
         self._limits, self._has_states = limits, program.has_states
@@ -45,7 +45,7 @@ class InputBuffer:
         return Inputs(header, header + np.uint64(2 * _INT), *parts[:5], *parts[9:], *parts[5:9])
 
     def fill(self, pinned: NDArray[np.uint8], batch: Batch) -> int:
-        """Writes a microbatch's numbers; returns the bytes to copy. Raises ValueError if limits are exceeded."""
+        """Writes a microbatch's integers. Returns the bytes to copy. Raises ValueError if limits are exceeded."""
         check_batch(batch, self._limits, self._window)
         numbers = pinned.view(np.int32)
         header = (batch.rows, len(batch.sequence_starts) - 1, len(batch.output_rows))

@@ -1,4 +1,4 @@
-"""The operands of launches: a program, its weights, KV memory and buffers, and limits of the GPU."""
+"""The operands of launches: a program with its weights, KV memory and buffers, and the limits of the GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class BufferLayout:
         return np.uint64(self.base + self._offsets[name])
 
     def constant(self, numbers: NDArray[Any]) -> np.uint64:
-        """Returns the address of numbers that are uploaded before the first launch."""
+        """Returns the address of constant numbers, which are uploaded before the first launch."""
         data = numbers.tobytes()
         return self.at(data, len(data))
 
@@ -65,7 +65,7 @@ class BufferLayout:
 
 @dataclass(slots=True)
 class Operands:
-    """The operands of launches for one shape. Addresses are 0 while sizes are computed."""
+    """The operands of the launches for one shape. Addresses are 0 while buffer sizes are computed."""
 
     program: Program
     weights: Mapping[str, Weights]
@@ -101,7 +101,7 @@ class Operands:
         self.quantized = {kind: owner for kind, owner in self.quantized.items() if owner != name}
 
     def vector(self, name: str | None) -> np.uint64:
-        """Returns the address of float32 numbers: a vector, or a matrix that the file has as F32."""
+        """Returns the address of float32 numbers: of a vector, or of a matrix whose type in the file is F32."""
         if name is None:
             return NULL
         weight = self.weights[name]
@@ -109,7 +109,7 @@ class Operands:
         return weight.address
 
     def norm_weight(self, step: RmsNorm) -> np.uint64:
-        """Returns the address of the norm's weight; ones, which change no number, if it has none."""
+        """Returns the address of the norm's weight. A norm without a weight gets ones, which change no number."""
         if step.weight is not None:
             return self.vector(step.weight)
         return self.layout.constant(np.ones(step.width, np.float32))
@@ -124,7 +124,7 @@ class Operands:
         return self.layout.at(("activations", kind), n_bytes)
 
     def quantize(self, x: Buffer, weights: Sequence[str]) -> Iterator[Launch]:
-        """Quantizes x to each format of the weights that is not computed yet."""
+        """Quantizes x to each format that the weights need and that is not computed yet."""
         for kind in dict.fromkeys(self.weights[weight].activation for weight in weights):
             if kind is not ActivationFormat.F32 and self.quantized.get(kind) != x.name:
                 out = self.activations(kind, x.name, x.width)

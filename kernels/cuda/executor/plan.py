@@ -1,4 +1,4 @@
-"""Compiles a program to launches over buffers at fixed addresses, one list for each bucket of rows."""
+"""Compiles a program to launches over buffers at fixed addresses: one list of launches for each bucket of rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Plan:
     def __init__(
         self, program: Program, weights: Mapping[str, Weights], limits: StageLimits, gpu: LaunchLimits = ANY_GPU
     ) -> None:
-        """Takes weights without addresses. Raises ValueError if the program does not hold together."""
+        """Takes weights without addresses; `bind` sets these. Raises ValueError for an inconsistent program."""
         self.program = program
         self.weights = weights
         self.limits = limits
@@ -109,7 +109,7 @@ class Plan:
         return tuple(launch for segment in self.segments(shape) for launch in segment)
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Returns launches between the host's steps; without output rows they end at `SelectRows`."""
+        """Returns launches in segments between the host's steps. Without output rows they end before `SelectRows`."""
         segments: list[list[Launch]] = [[]]
         for launch in self._emitted(shape):
             if isinstance(launch, HostStep):
@@ -126,12 +126,12 @@ class Plan:
 
 
 def block_bytes(kept: KvLayer) -> int:
-    """Returns the bytes of one block of a layer, equal to the CPU's. Its layout is that of src/attention/kv.cuh."""
+    """Returns the bytes of one block of a layer, the same as on the CPU. Its layout is in src/attention/kv.cuh."""
     return kept.n_bytes if isinstance(kept, SequenceState) else KV_BLOCK_TOKENS * kept.kv_token_bytes
 
 
 def layer_offsets(memory: Sequence[KvLayer], limits: StageLimits) -> list[int]:
-    """Returns the offset of each layer's block 0 in one allocation, then the size of the allocation."""
+    """Returns the offset of each layer's block 0 in one allocation, followed by the size of the allocation."""
     offsets = [0]
     for kept in memory:
         if isinstance(kept, SequenceState):

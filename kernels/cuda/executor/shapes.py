@@ -1,4 +1,4 @@
-"""Buckets of microbatches: launches are made, and captured, for a bucket's rows, and serve fewer rows."""
+"""Buckets of microbatches. Launches are made and captured for the rows of a bucket, and also serve fewer rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EDGES = tuple(1 << power for power in range(12))
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A bucket: the most rows and output rows; in `decode`, every row is of another sequence."""
+    """A bucket: the most rows and output rows. In `decode`, each row belongs to another sequence."""
 
     rows: int
     outputs: int
@@ -26,7 +26,7 @@ class Shape:
 
     @classmethod
     def all(cls, limits: StageLimits) -> list[Shape]:
-        """Returns buckets that have every kind of launch at its largest: few rows and many, of decode and not."""
+        """Returns buckets that have every kind of launch at its largest: few and many rows, with and without decode."""
         most = limits.max_batch_tokens
         rows = {_bucket(min(count, most), most) for count in (*_EDGES, most)}
         return [
@@ -38,7 +38,7 @@ class Shape:
 
 
 def _bucket(count: int, most: int) -> int:
-    """Returns the next power of two; from 64 on, the next of four steps between powers of two."""
+    """Rounds up to a power of two; above 64, to one of four steps between powers of two. Never exceeds `most`."""
     if count <= 0:
         return 0
     power = 1 << (count - 1).bit_length()

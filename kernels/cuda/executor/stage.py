@@ -1,4 +1,4 @@
-"""A loaded program on a GPU: runs microbatches as launches or captured graphs, between which the host computes."""
+"""A loaded program on a GPU. Microbatches run as launches or captured graphs, between which the host computes steps."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 _FLOAT = 4
 _MAX_SHAPES = 64
-"""Graphs take memory of the driver, and lists of launches host memory: the least recently used ones are dropped."""
+"""The most shapes that are kept, the latest ones: graphs take driver memory, and lists of launches host memory."""
 _LEAST_SHAPES = 4
-"""The shapes that are kept for any number of segments: prompts, and decode of a few sequences."""
+"""The shapes that are kept for any number of segments: enough for prompts, and decode of a few sequences."""
 
 
 class SegmentPlan(Protocol):
     @property
     def host_steps(self) -> Sequence[object]:
-        """The steps between segments that the host computes."""
+        """The steps that the host computes between segments."""
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]: ...
 
@@ -81,12 +81,12 @@ def _close(graphs: Iterable[Graph]) -> None:
 
 
 class CudaStage:
-    """Implements `kernels.backend.Stage`. A batch beyond the limits is a ValueError."""
+    """Implements `kernels.backend.Stage`. Raises ValueError for a batch beyond the limits."""
 
     def __init__(
         self, gpu_lock: GpuLock, plan: Plan, weights: Sequence[LayerMemory], kv: Buffer, buffers: Buffer, graphs: bool
     ) -> None:
-        """`plan` is bound to its buffers; `kv` and `buffers` are freed with the stage."""
+        """Takes a `plan` that is bound to `kv` and `buffers`. Both are freed with the stage."""
         for buffer in (kv, buffers):
             finalize(self, buffer.close)
         self._gpu_lock = gpu_lock
@@ -103,7 +103,7 @@ class CudaStage:
         self.workspace_bytes = allocated_bytes - self.kv_bytes - self.weight_bytes
 
     def _pinned_ranks(self) -> tuple[Bytes, Bytes, Bytes]:
-        """Allocates host memory of records, divisors and sums of logits, which only a last stage has."""
+        """Allocates pinned host memory for records, divisors and sums of logits. Only a last stage needs it."""
         program, device = self._plan.program, self._gpu_lock.device
         rows = self._plan.limits.max_outputs if program.is_last else 1
         vocabulary = program.out.width if program.is_last else 1
@@ -126,7 +126,7 @@ class CudaStage:
             )
 
     def run(self, batch: Batch, hidden: Float32 | None, experts: Experts | None = None) -> Float32:
-        """Runs the batch; `experts` computes the program's exchanges, while other stages may use the GPU."""
+        """Runs the batch. `experts` computes the program's exchanges, during which other stages may use the GPU."""
         self._compute(batch, hidden, experts)
         with self._gpu_lock.exclusive():
             return self._fetch(batch)
@@ -189,7 +189,7 @@ class CudaStage:
             device.copy_in(self._buffers, plan.hidden_offset, staged)
 
     def _on_host(self, host: HostStep, batch: Batch, experts: Experts | None) -> None:
-        """Computes a host step; the GPU is free for other stages meanwhile."""
+        """Computes a host step. Meanwhile the GPU is free for other stages."""
         plan, device = self._plan, self._gpu_lock.device
         rows = len(batch.output_rows) if host.selected else batch.rows
         *reads, out = places = [*self._host_places(host, rows)]
@@ -235,7 +235,7 @@ class CudaStage:
         return result.view(np.float32).reshape(rows, width)
 
     def normed(self, rows: Int32) -> Float32:
-        """Copies rows through the pinned memory of hidden states, one run of consecutive rows at a time."""
+        """Copies rows through the pinned memory of hidden states, in runs of consecutive rows."""
         plan, device = self._plan, self._gpu_lock.device
         assert plan.program.normed is not None, "only a last stage has it"
         width = plan.program.normed.width
@@ -258,7 +258,7 @@ class CudaStage:
 
 
 def _exchanged(host: HostStep, read: Sequence[Float32], out: Float32, experts: Experts | None) -> bool:
-    """Fills `out`; False if the result is on the GPU already."""
+    """Computes the exchange into `out`. Returns False if the result is on the GPU already."""
     assert experts is not None, "a program with exchanges"
     result = experts(host.number, read[0] if len(read) == 1 else np.concatenate(read, axis=1))
     if result is not None:
@@ -267,7 +267,7 @@ def _exchanged(host: HostStep, read: Sequence[Float32], out: Float32, experts: E
 
 
 def _runs(rows: Int32) -> Iterator[tuple[int, range]]:
-    """Yields the runs of consecutive numbers in ascending `rows`, each with its index in `rows`."""
+    """Yields the runs of consecutive numbers in ascending `rows`, each with the index in `rows` at which it begins."""
     starts = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     for start, end in pairwise(starts):
         if start < end:

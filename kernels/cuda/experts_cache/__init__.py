@@ -1,1 +1,1 @@
-"""The copies of often used experts on a GPU, whose other experts are in RAM."""
+"""A cache on a GPU of often used experts. All experts are in RAM too."""

@@ -45,7 +45,7 @@ def open_cache(
     experts: ExpertsStage,
     graphs: bool,
 ) -> CudaExpertsCache:
-    """Raises InsufficientMemoryError if the device's memory is short."""
+    """Raises InsufficientMemoryError if the device has too little free memory."""
     with gpu_lock.driver_errors():
         gpu_lock.device.prepare(plan.kernels)
     with ExitStack() as held:

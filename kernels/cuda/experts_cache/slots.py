@@ -1,7 +1,7 @@
-"""The layout of experts in the memory of a cache, as pure arithmetic on sizes.
+"""The layout of experts in the memory of a cache. It is computed from sizes alone.
 
-Experts of equal layout share a pool of slots; a slot has the matrices of one expert. The biases of all slots follow the
-slots, in the order in which products read them.
+Experts of equal layout share a pool of slots; a slot holds the matrices of one expert. After the slots of a pool come
+the biases of all slots, in the order in which products read them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True, slots=True)
 class SlotLayout:
-    """An expert's bytes: its matrices one after another, then rows of biases."""
+    """The bytes of one expert's matrices, which are one after another, and of its rows of biases."""
 
     matrix_bytes: tuple[int, ...]
     bias_bytes: tuple[int, ...]
@@ -52,14 +52,14 @@ class SlotLayout:
         return tuple(accumulate(aligned(slots * size) for size in sizes))
 
     def places(self, slots: int, slot: int) -> tuple[int, ...]:
-        """Returns the offsets in a pool of a slot's parts, in the order of `ExpertsStage.expert_weights`."""
+        """Returns the offsets of a slot's parts in its pool, in the order of `ExpertsStage.expert_weights`."""
         matrices = (slot * self.stride_bytes + offset for offset in self.matrix_offsets)
         biases = zip(self.bias_offsets(slots), self.bias_bytes, strict=True)
         return (*matrices, *(offset + slot * size for offset, size in biases))
 
 
 def slot_counts(experts: Mapping[SlotLayout, int], n_bytes: int) -> dict[SlotLayout, int]:
-    """Returns the slots of each layout's pool, in `n_bytes` together, as shares by the bytes of all experts."""
+    """Returns the slots of each layout's pool, in `n_bytes` together. Shares follow the bytes of all experts."""
     total = sum(layout.expert_bytes * count for layout, count in experts.items())
     share = min(1.0, n_bytes / total)
     counts = {

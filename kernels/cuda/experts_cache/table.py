@@ -1,4 +1,4 @@
-"""The table of cached experts; it chooses the next one to copy by recent use. Pure: no memory, no device."""
+"""The table of cached experts. It chooses the next expert to copy by recent use, and touches no memory or device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.kernels.backend import Int32
 _HALF_LIFE_STEPS = 256
 """The number of steps after which a use counts half."""
 _LEAD_USES = 1.0
-"""The lead in current uses by which an expert gets another expert's slot."""
+"""The lead that an expert needs to take another expert's slot, in uses of the current weight."""
 _GREATEST_WEIGHT = 1e100
 _FREE = -1
 
@@ -33,8 +33,8 @@ class Copy:
 
 
 class ExpertTable:
-    """The uses and slots of experts. A use is a step in which any row goes to the expert. The weight of new uses
-    doubles every `_HALF_LIFE_STEPS`, so that sums of uses keep their order over time."""
+    """The uses and slots of experts. A use is a step in which at least one row goes to the expert. Older uses count
+    less: the weight of new uses doubles every `_HALF_LIFE_STEPS`, so that stored sums keep their order."""
 
     def __init__(self, pools: Sequence[Pool], experts: int) -> None:
         self._pools = tuple(pools)
@@ -49,7 +49,7 @@ class ExpertTable:
         self.hits = self.misses = 0
 
     def use(self, mixture: int, experts: Int32) -> Int32:
-        """Counts a use of each expert. Returns their slots, which they keep until `end_step`, or -1."""
+        """Counts a use of each expert. Returns their slots, or -1. A slot stays the expert's until `end_step`."""
         used = np.unique(experts)
         self._uses[mixture, used] += self._weight
         places = self._places[mixture, used]
@@ -69,8 +69,9 @@ class ExpertTable:
             self._weight = 1.0
 
     def next_copy(self) -> Copy | None:
-        """Frees and returns a slot for the most used expert without one, or None. The slot is free, or its owner has
-        clearly fewer uses (by `_LEAD_USES`) and none in the current step. `complete` must come before the next call."""
+        """Frees and returns a slot for the most used expert without one, or returns None. A slot can be taken if it is
+        free, or if its owner has clearly fewer uses (by `_LEAD_USES`) and none in the current step. Each copy must be
+        reported by `complete` before the next call."""
         assert self._copying is None, "one at a time"
         found = [(copy, uses) for index in range(len(self._pools)) for copy, uses in self._copies(index)]
         if not found:
@@ -108,7 +109,7 @@ class ExpertTable:
         return ((Copy(int(rows[at]), int(expert), index, slot), best),)
 
     def _least_used(self, index: int) -> tuple[int, float]:
-        """Returns a slot, and the uses that another expert needs to get it."""
+        """Returns a slot, and the uses that another expert must have to take it."""
         owners = self._owners[index]
         mixture, expert = owners.T
         needed = np.where(mixture == _FREE, 0.0, self._uses[mixture, expert] + _LEAD_USES * self._weight)

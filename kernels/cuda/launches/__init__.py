@@ -1,1 +1,1 @@
-"""The arguments, grids and shared memory of each kernel: pure functions of addresses and sizes."""
+"""The arguments, grid and shared memory of each kernel, as pure functions of addresses and sizes."""

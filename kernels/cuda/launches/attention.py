@@ -1,8 +1,8 @@
-"""Attention on a GPU as launches: which kernels, of what size, over which scratch memory. Pure: knows addresses only.
+"""Attention on a GPU as launches: which kernels run, of what size, over which scratch memory.
 
-A plan kernel divides a microbatch's rows into tiles and these into spans, once for all layers of one shape. A layer
-stores its keys and values, computes tiles of few queries (decode) and of many (prefill), and merges spans that were
-computed apart.
+A plan kernel divides a microbatch's rows into tiles, and these into spans of positions, once for all layers of equal
+shape. A layer stores its keys and values, computes tiles of few queries (decode) and of many (prefill), and merges
+spans that were computed separately.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, SPAN_TOKENS, Attention, Pr
 from llamaclust.model.steps.options import RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
-"""The most memory for sums of spans that are computed apart: if there are more, blocks walk whole tiles."""
+"""The most memory for partial results of spans. If they need more, thread blocks compute whole tiles instead."""
 
 _MAX_HEAD_DIM, _MAX_LATENT_DIM = 512, 576
 _FEW_QUERIES, _PART_QUERIES, _FEW_LATENT_QUERIES = (1, 2, 4, 8, 16), (4, 8, 16), (4, 8)
@@ -30,7 +30,7 @@ _MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,), KvType.INT8: (16,)}
 _WEIGHT_TOKENS = 64
 _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_BYTES = 1024
-"""An upper bound of these kernels' shared memory beside the dynamic part."""
+"""An upper bound of these kernels' static shared memory."""
 _SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128  # of these, each half of a warp has some of four heads
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS, _MOST_MERGED_HEADS = 256, (32, 64, 128, 256), 16
 _MERGER_FLOATS = 4 * 256 + 3 * _MOST_MERGED_HEADS
@@ -39,7 +39,7 @@ _NO_WINDOW = (1 << 31) - 1
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The memory that all attention steps of a stage share. `slots`: spans of single rows that are computed apart."""
+    """The memory of all attention steps of a stage. `slots` counts single-row spans that are computed separately."""
 
     max_rows: int
     slots: int
@@ -56,7 +56,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Rotation:
-    """The `angles` of every row, from rope.rotation."""
+    """The rotation of heads. `angles` holds the cosines and sines of every row, from the kernel rope.rotation."""
 
     angles: np.uint64
     pairs: int
@@ -74,7 +74,7 @@ NO_ROTATION, NO_NORM = Rotation(NULL, 0, RopeStyle.NORM), HeadNorm(NULL, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class HeadTransform:
-    """The transform of queries, in place, and of keys before attention: norms of heads, then a rotation."""
+    """The transform of queries (in place) and keys before attention: norms of heads, then a rotation."""
 
     rotation: Rotation = NO_ROTATION
     of_queries: HeadNorm = NO_NORM
@@ -93,7 +93,7 @@ NO_TRANSFORM = HeadTransform()
 
 @dataclass(frozen=True, slots=True)
 class AttentionBuffers:
-    """The addresses of an attention step; 0 for no `slopes`. `plan` is that of the step's likeness."""
+    """The addresses of an attention step. `slopes` may be 0. `plan` belongs to all steps of the same `likeness`."""
 
     q: np.uint64
     k: np.uint64
@@ -119,7 +119,7 @@ def _piece_bytes(step: Attention) -> int:
 
 
 def _spans(step: Attention, max_context_tokens: int) -> int:
-    """Returns the most spans that a row sees: more than one wherever a tile has several, since then all are merged."""
+    """Returns the most spans that a row sees. It is more than one if a tile has several, since all are then merged."""
     spans = -(-max_context_tokens // SPAN_TOKENS)
     return spans if step.window is None else min(spans, max(step.window - 2, 0) // SPAN_TOKENS + 2)
 
@@ -135,7 +135,7 @@ def _group(step: Attention) -> int:
 
 
 def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
-    """Returns a tile's queries, as many as shared memory has scores for. Raises ModelFileError if no tile fits."""
+    """Returns a tile's queries: as many as shared memory has scores for. Raises ModelFileError if no tile fits."""
     for queries in _MANY_QUERIES[step.kv_type]:
         if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
             return queries
@@ -163,7 +163,7 @@ def attention_steps(program: Program) -> tuple[Attention, ...]:
 
 
 def check_attention(program: Program) -> None:
-    """Raises ModelFileError for heads that are too large for the kernels; the CPU's checks cover the rest."""
+    """Raises ModelFileError for heads that are too large for the GPU kernels. The CPU's checks cover the rest."""
     for step in attention_steps(program):
         at = f"layers {program.start} to {program.end} cannot be computed"
         if step.v is None and (step.head_dim > _MAX_LATENT_DIM or step.value_dim > _MAX_HEAD_DIM):
@@ -178,7 +178,7 @@ def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
 
 
 def likeness(step: Attention) -> tuple[object, ...]:
-    """Returns a key of layers whose rows become the same tiles on any GPU: they share a plan."""
+    """Returns a key of layers whose rows are divided into the same tiles on any GPU, so that they can share a plan."""
     return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window, step.chunked, step.v is None
 
 
@@ -187,8 +187,8 @@ def _stage_channels(step: Attention) -> int:
 
 
 def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> int:
-    """Returns the floats of staged values of some blocks, `channels` at a time, with their scales; 0 for latent
-    attention, which stages none. For sums in integers: values of 64 positions and weights in bytes, with scales."""
+    """Returns the floats of staged values for some KV blocks, `channels` at a time, with their scales. Latent attention
+    stages none. Sums in integers stage values of 64 positions and weights in bytes, with scales."""
     if step.v is None:
         return 0
     if step.kv_type is KvType.INT8:
@@ -199,14 +199,14 @@ def _stage_floats(step: Attention, blocks: int, queries: int, channels: int) -> 
 
 
 def value_slices(step: Attention) -> int:
-    """Returns the most blocks among which values are divided if queries are few."""
+    """Returns the most thread blocks among which the values are divided if queries are few."""
     return -(-step.value_dim // (_SLICE_CHANNELS if step.v is not None else _LATENT_SLICE_CHANNELS))
 
 
 def few_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the shared memory of scores, or before them queries in whole pieces of 8 channels, and of values, or
-    before them queries and a key. A slice of 32 channels has four times the positions, so it takes as much as 128
-    channels."""
+    """Returns the shared memory of the kernel for few queries. One part holds queries, in whole pieces of 8 channels,
+    and later scores. The other holds queries and a key, and later values. A slice of 32 channels has four times the
+    positions, so it takes as much as 128 channels."""
     scores = max(queries * max(_SCORE_STRIDE, 8 * -(-step.head_dim // 8)), _MERGER_FLOATS)
     channels = _stage_channels(step) if step.kv_type is KvType.INT8 else 128
     staged = _stage_floats(step, 2 if queries < 16 else 1, queries, channels)
@@ -223,14 +223,15 @@ def _merged_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """True if the kernel of few queries stores the row's key and value, which it keeps in shared memory of any GPU."""
+    """True if the kernel for few queries stores the row's key and value, and any GPU has shared memory for them."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
     return queries > 0 and not step.shares_kv and fits
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
-    """Returns the shared memory of scores, or before them queries (as float16 with a chunk of keys), and of values."""
+    """Returns the shared memory of the kernel for many queries. One part holds queries (as float16 together with a
+    chunk of keys), and later scores. The other holds values."""
     if step.kv_type is KvType.F16:
         staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
     else:
@@ -244,13 +245,13 @@ def _merges(step: Attention, room: Room) -> bool:
 
 
 def can_quantize(step: Attention, room: Room, *, decode: bool = False) -> bool:
-    """True if the kernel that merges spans can quantize: it has whole heads of 256 channels."""
+    """True if the kernel that merges spans can quantize: pieces of 256 channels must consist of whole heads."""
     fits = step.value_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
     return fits and (_merges(step, room) or (decode and brings_own(step) and _quantized_together(step) > 0))
 
 
 def _quantized_together(step: Attention) -> int:
-    """Returns the neighbouring KV heads with whole pieces of 256 channels; 0 for more than a block merges."""
+    """Returns how many adjacent KV heads have whole pieces of 256 channels; 0 if a block cannot merge so many."""
     own = _group(step) * step.value_dim
     kv_heads = lcm(own, _MERGED_CHANNELS) // own
     return kv_heads if kv_heads * _group(step) <= _MOST_MERGED_HEADS else 0
@@ -258,7 +259,7 @@ def _quantized_together(step: Attention) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLaunches:
-    """The launches for microbatches of up to `rows` rows; in `decode`, every row is of another sequence."""
+    """The launches for microbatches of up to `rows` rows. In `decode`, each row belongs to another sequence."""
 
     gpu: LaunchLimits
     room: Room
@@ -268,7 +269,7 @@ class AttentionLaunches:
     decode: bool = False
 
     def plan(self, step: Attention, plan: np.uint64) -> Launch:
-        """Plans a microbatch's tiles and spans, once for each likeness, before the first attention."""
+        """Plans a microbatch's tiles and spans. Runs once for each likeness, before the first attention."""
         inputs, room, few = self.inputs, self.room, self._few(step)
         split_below = -(-2 * self.gpu.sms // (step.kv_heads * _parts(step, self._many(step))))
         places = 2 * self.gpu.sms // (step.kv_heads * _parts(step, few)) if few else 0
@@ -279,8 +280,8 @@ class AttentionLaunches:
         return Launch("attention.rows.plan", (1, 1, 1), (256, 1, 1), (*arrays, *figures, plan))
 
     def _few(self, step: Attention) -> int:
-        """Returns the queries of a block that has few; 0: no block has. In decode, heads that are too many for a block
-        are divided into parts if the GPU would be idle otherwise."""
+        """Returns the queries of a thread block for few queries, or 0 if there are no such blocks. In decode, heads
+        that are too many for a block are divided into parts if the GPU would otherwise be idle."""
         if queries := _few_queries(step):
             return queries if self.decode else max(queries, _PART_QUERIES[0])  # of some rows
         if not self.decode:
@@ -289,14 +290,14 @@ class AttentionLaunches:
         return next((queries for queries in sizes if self._have_room(step, queries)), 0)
 
     def _many(self, step: Attention) -> int:
-        """Returns the queries of a block that has many; in decode, no more than there are."""
+        """Returns the queries of a thread block for many queries. In decode, it is no larger than needed."""
         most, group = _many_queries(step, self.gpu), _group(step)
         sizes = (queries for queries in reversed(_MANY_QUERIES[step.kv_type]) if queries <= most)
         fewer = (queries for queries in sizes if queries >= group or self._have_room(step, queries))
         return next(fewer, most) if self.decode else most
 
     def _have_room(self, step: Attention, queries: int) -> bool:
-        """True if there are two multiprocessors for each part of a row's heads, which reads all keys and values."""
+        """True if each part of a row's heads can have two multiprocessors. Each part reads all keys and values."""
         return 2 * self.rows * step.kv_heads * _parts(step, queries) <= self.gpu.sms
 
     def step(self, step: Attention, at: AttentionBuffers) -> Iterator[Launch]:

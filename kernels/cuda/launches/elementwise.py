@@ -1,4 +1,4 @@
-"""Launches of operations on each row: elementwise functions, norms, rotations."""
+"""Launches of operations on single rows: elementwise functions, norms, rotations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROTATION_BLOCK = 64
 _WARP_CHANNELS, _MAX_WARPS = 128, 32  # four channels a lane; warps of a block
 
 WIDEST_ROW = PLAIN_SHARED_BYTES // 4 - 16
-"""The channels of the widest row of `add_rms_norm`."""
+"""The most channels of a row that `add_rms_norm` takes."""
 
 _GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
 """The kernels' names that differ from the enum's values."""
@@ -27,7 +27,7 @@ _GATED = {GatedActivation.GELU_MUL: f"{ActivationFunction.GELU_TANH}_mul"}
 
 @dataclass(frozen=True, slots=True)
 class GatedInputs:
-    """The float32 gate and up, whose rows begin `stride` elements apart, and the kernels' name of their function."""
+    """The float32 gate and up, whose rows begin `stride` elements apart, and the name of their gated function."""
 
     kernel: str
     gate: np.uint64
@@ -48,12 +48,12 @@ def _blocks(width: int) -> int:
 
 
 def elementwise(name: str, inputs: tuple[Scalar, ...], out: np.uint64, width: int, rows: RowCount) -> Launch:
-    """Computes a function of `inputs`, buffers [rows, width] and scalars, to `out`."""
+    """Computes a function of `inputs`, which are buffers [rows, width] and scalars, into `out`."""
     return _launch(f"rows.{name}_rows", _blocks(width), rows, (*inputs, np.int32(width), rows.address, out))
 
 
 def gated_lines(x: GatedInputs, width: int, rows: RowCount, out: np.uint64) -> Launch:
-    """Computes `out` [lines, width], which may be the gate if the gate's lines have `width` channels."""
+    """Computes `out` [lines, width]. It may overwrite the gate if the gate's lines have `width` channels."""
     figures = np.int32(x.stride), np.int32(width), rows.address, np.int32(rows.multiple)
     args = (x.gate, x.up, *figures, out)
     return Launch(f"elementwise.rows.{x.kernel}_lines", (rows.bucket, _blocks(width), 1), (_BLOCK, 1, 1), args)
@@ -73,7 +73,7 @@ def join_rows(step: Join, x: np.uint64, y: np.uint64, out: np.uint64, rows: RowC
 def scale_by_position(
     step: PositionScale, x: np.uint64, factors: np.uint64, positions: np.uint64, out: np.uint64, rows: RowCount
 ) -> Launch:
-    """Takes `factors` from `emit.position_factors`, on the device."""
+    """Takes the device address of the numbers of `emit.position_factors` as `factors`."""
     figures = np.int32(step.offset), np.int32(step.length), np.int32(step.out.width)
     args = (x, factors, positions, *figures, rows.address, out)
     return _launch("rows.scale_by_position_rows", _blocks(step.out.width), rows, args)
@@ -105,8 +105,8 @@ def add_rms_norm(
     outs: tuple[np.uint64, np.uint64, np.uint64],
     rows: RowCount,
 ) -> Launch:
-    """Adds x and y to `total` (x alone if the address of y is 0). Its norm goes to each of `outs` that is not 0:
-    float32, and 8 bits for weights with segments of 32 and of 256."""
+    """Adds x and y, the two `inputs`, into `total`; if the address of y is 0, x is the total. The norm of the total
+    goes to each of `outs` that is not 0: as float32, and quantized for weights with segments of 32 and of 256."""
     args = (*inputs, weight, np.float32(step.epsilon), np.int32(step.width), rows.address, total, *outs)
     threads = 32 * min(_MAX_WARPS, -(-step.width // _WARP_CHANNELS))
     return Launch("elementwise.norms.add_rms_norm", (1, rows.bucket, 1), (threads, 1, 1), args, 4 * step.width)
@@ -127,7 +127,7 @@ def sigmoid_gate(
 
 
 def rotation(table: RopeTable, positions: np.uint64, frequencies: np.uint64, out: np.uint64, rows: RowCount) -> Launch:
-    """Computes cosines and sines of each row, [rows, 2 * pairs], from `frequencies` in float64."""
+    """Computes the cosines and sines of each row, [rows, 2 * pairs], from float64 `frequencies`."""
     pairs = len(table.frequencies)
     args = (positions, frequencies, np.float64(table.scale), np.int32(pairs), rows.address, out)
     return _launch("rope.rotation", -(-pairs // _ROTATION_BLOCK), rows, args, _ROTATION_BLOCK)

@@ -1,4 +1,4 @@
-"""The launches of a mixture of experts around its products. Pure: knows addresses only."""
+"""The launches of a mixture of experts, except its products."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ExpertBuffers:
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
-    """Returns the bytes of ids, which are those of weights and of lines."""
+    """Returns the bytes of the experts' ids. Their weights take as much, and the lines too."""
     return 4 * rows * step.used
 
 
@@ -43,7 +43,7 @@ def items_bytes(step: Moe, rows: int, piece: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class RouterOutput:
-    """The router's logits, float32 [rows, experts], and biases and scales of experts [experts], 0 for none."""
+    """The router's logits, float32 [rows, experts], and biases and scales of experts [experts], or 0 for none."""
 
     logits: np.uint64
     bias: np.uint64 = NULL
@@ -73,14 +73,14 @@ def by_head(heads: int, places: matmul.Experts, rows: RowCount) -> Launch:
 
 
 def weigh_inputs(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
-    """Multiplies x, float32 [rows, width], by each line's weight to out [rows * used, width]."""
+    """Multiplies x, float32 [rows, width], by the weight of each line. `out` is [rows * used, width]."""
     width = step.x.width
     args = (x, places.weights, np.int32(step.used), np.int32(width), rows.address, out)
     return Launch("experts.weigh", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)
 
 
 def combine(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
-    """Sums x, float32 [rows * used, width], to out [rows, width]."""
+    """Sums the lines of each row: x, float32 [rows * used, width], to `out` [rows, width]."""
     width, weights = step.out.width, NULL if step.options.weighs_inputs else places.weights
     args = (x, weights, np.int32(step.used), np.int32(width), rows.address, out)
     return Launch("experts.combine", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)

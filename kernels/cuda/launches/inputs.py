@@ -1,4 +1,4 @@
-"""The addresses of a microbatch's numbers on the device."""
+"""The device addresses of a microbatch's integers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class RowCount:
-    """A grid of `bucket` rows, of which `multiple` times the int32 at `address` are computed."""
+    """A grid of `bucket` rows. The first `multiple` * n of them are computed, where n is the int32 at `address`."""
 
     bucket: int
     address: np.uint64

@@ -1,5 +1,5 @@
-"""Matrix products as launches: which kernel, with how many blocks. Activations are quantized once for all products that
-read them; results have the bits of kernels/cpu (docs/internals/numerics.md)."""
+"""Matrix products as launches: which kernel runs, with how many thread blocks. Activations are quantized once for all
+products that read them. Results have the bits of kernels/cpu (docs/internals/numerics.md)."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ _SUB_BLOCKS = {
     **dict.fromkeys((_Q.Q4_K, _Q.Q5_K, _Q.IQ4_XS, _Q.IQ2_XXS, _Q.IQ3_XXS, _Q.IQ3_S), 8),
     **dict.fromkeys((_Q.Q2_K, _Q.Q3_K, _Q.Q6_K, _Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XS, _Q.IQ2_S), 16),
 }
-"""The integer scales in a segment, of types that have them."""
+"""The number of integer scales in a segment, for the types that have them."""
 
 _GROUP_ROWS, _GEMM_ROWS, _WIDE_ROWS = 8, 64, 128
 _WIDE_WARPS, _ENOUGH = 8, 0.9
-"""The warps of a block of `_WIDE_ROWS` rows, and the blocks for each multiprocessor that are enough."""
+"""The warps of a block of `_WIDE_ROWS` rows, and the blocks per multiprocessor that are enough."""
 LEAST_PIECE = _GROUP_ROWS
-"""The fewest lines of an expert that products take together."""
+"""The smallest number of an expert's lines that products take together."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
-"""The bytes of a segment of eight rows (src/matmul/activations.cuh)."""
+"""The bytes of one segment of eight quantized rows (src/matmul/activations.cuh)."""
 
 _PIECE_SEGMENTS = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
-"""The segments that a warp copies and multiplies together (src/matmul/pieces.cuh)."""
+"""The segments of a piece, which a warp copies and multiplies at once (src/matmul/pieces.cuh)."""
 _LONG_PIECE_BYTES = 1536
-"""A warp has memory for two pieces that are longer, and for three shorter ones, unless copies are in bulk."""
+"""The size above which a warp has memory for two pieces, and otherwise for three. Bulk copies are sized differently."""
 _MATRIX_UNITS, _ASYNCHRONOUS, _BULK, _HOPPER = (7, 5), (8, 0), (9, 0), (9, 0)
-"""The oldest GPUs with 8-bit matrix instructions, with asynchronous copies and with bulk copies, and the GPUs with
+"""The oldest compute capabilities with 8-bit matrix instructions, asynchronous copies and bulk copies, and the one with
 instructions of four warps (src/matmul/wgmma.cuh)."""
 _ARRIVAL_BYTES, _OTHERS_PART = 8, 7
-"""The bytes of the barrier of a bulk copy; one part in seven of shared memory is left to overlapping kernels."""
+"""The bytes of a bulk copy's barrier, and the part (1 in 7) of shared memory that is left to overlapping kernels."""
 _GEMM_STAGES = 3
 _KEPT_BYTES, _TERM_BYTES, _TURN_PIECE_BYTES = 2560, 16, 3072
-"""The memory of a warp for the terms of a turn's pieces, and of an output and lane for a piece. Longer pieces than the
-last number would leave memory for fewer than three stages: their turns have one piece."""
+"""The bytes that a warp has for the terms of a turn's pieces, the bytes of one term of a piece, and the longest piece
+of a turn that has several. With longer pieces, there would be memory for fewer than three stages."""
 _STATIC_BYTES, _RESERVED_BYTES = 576, 1024
-"""The parts of a block's shared memory beside the dynamic one: the kernel's, and the system's."""
+"""The bytes of a block's shared memory that are not dynamic: the kernel's static part, and the system's part."""
 _TEAM_ROWS, _TEAM_WARPS, _STAGE_BYTES = 2, 4, 8192
 """The limits of products with float weights (src/matmul/float_teams.cuh): the most rows for a team of one warp, the
 most warps of a block, and the bytes of a stage."""
@@ -61,7 +61,7 @@ most warps of a block, and the bytes of a stage."""
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A tensor on the device: a float32 vector, or matrices [rows, cols] in tiles (one, or one for each expert)."""
+    """A tensor on the device: a float32 vector, a matrix [rows, cols] in tiles, or one matrix per expert."""
 
     quant_type: QuantType
     shape: tuple[int, ...]
@@ -99,7 +99,7 @@ class Weights:
 
     @property
     def pieces(self) -> int:
-        """The pieces of a tile (src/matmul/pieces.cuh)."""
+        """The number of pieces of a tile (src/matmul/pieces.cuh)."""
         return -(-(self.cols // self.quant_type.info.block_size) // _PIECE_SEGMENTS[self.activation])
 
 
@@ -111,14 +111,14 @@ class Product:
 
 
 MOST_PRODUCTS = 3
-"""The most products of one launch: queries, keys and values. They have one quant type and one width."""
+"""The most products of one launch: queries, keys and values. They have the same quant type and width."""
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Lines grouped by expert: *item_count items of {expert, first index in `lines`, count up to `piece`}, of
-    [max_items][3]. Line l reads row l // divisor of the activations and gives row l of the result. Biases are rows of
-    matrices in tiles of `bias_rows` rows, column by column."""
+    """Lines grouped by expert. The first *item_count of `items` [max_items][3] are {expert, first index in `lines`,
+    count up to `piece`}. Line l reads row l // divisor of the activations and gives row l of the result. Biases are
+    rows of matrices in tiles of `bias_rows` rows, column by column."""
 
     items: np.uint64
     item_count: np.uint64
@@ -138,7 +138,7 @@ def kernel_name(kind: str, quant_type: QuantType) -> str:
 
 
 def activation_bytes(activation: ActivationFormat, rows: int, cols: int) -> int:
-    """Returns the bytes of quantized rows; 0 for float32, which products read as it is."""
+    """Returns the bytes of quantized rows; 0 for float32 rows, which products read directly."""
     if activation is ActivationFormat.F32:
         return 0
     return -(-rows // _GROUP_ROWS) * (cols // int(activation)) * _GROUP_BYTES[activation]
@@ -190,15 +190,16 @@ def _blocks(products: Sequence[Product], tiles: int) -> int:
 
 
 def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
-    """True if the gemm kernel is faster. Up to 32 rows, the kernel for eight reads weights up to four times, but three
-    times from the cache: that costs less than the bandwidth that a few large blocks leave unused."""
+    """True if the gemm kernel is faster. For up to 32 rows, the gemv kernel reads weights up to four times, but three
+    times from the cache. That costs less than the bandwidth that a few large blocks leave unused."""
     if rows <= _GROUP_ROWS:
         return False
     return rows > 4 * _GROUP_ROWS or _blocks(products, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Doubles a block's rows if every multiprocessor still has a block: weights are decoded half as often."""
+    """Returns a block's rows: twice as many if every multiprocessor still has a block, to decode weights half as
+    often."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -246,7 +247,7 @@ def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _GemvShape:
-    """The blocks for each item, their warps, and shared memory for pieces of each warp (src/matmul/pieces.cuh)."""
+    """The blocks of each item, their warps, and shared memory for the warps' pieces (src/matmul/pieces.cuh)."""
 
     blocks: int
     warps: int
@@ -254,7 +255,7 @@ class _GemvShape:
 
     @classmethod
     def of(cls, products: Sequence[Product], items: int, times: int, gpu: LaunchLimits, rows: int) -> Self:
-        """Sizes the grid to `times` the blocks that the GPU runs at once, at most one for each tile."""
+        """Sizes the grid to `times` as many blocks as the GPU runs at once, but at most one for each tile."""
         weights, tiles = products[0].weights, _blocks(products, 1)
         shape = _bulk_shape if gpu.compute_capability >= _BULK else _plain_shape
         kept_bytes = _KEPT_BYTES if _turn(weights, rows, gpu) > 1 else 0
@@ -266,7 +267,7 @@ class _GemvShape:
 
 
 def _turn(weights: Weights, rows: int, gpu: LaunchLimits) -> int:
-    """Returns the pieces that a warp multiplies before it adds them: enough for a turn of each warp, if they fit."""
+    """Returns how many pieces a warp multiplies before it adds their terms: its share of a tile, if the terms fit."""
     if gpu.compute_capability < _BULK or weights.activation is not ActivationFormat.Q8_256:
         return 1
     if _piece_bytes(weights) > _TURN_PIECE_BYTES:
@@ -281,7 +282,7 @@ def _piece_bytes(weights: Weights) -> int:
 
 
 def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Returns warps, stages, bytes of a stage, and the blocks that run at once on a multiprocessor."""
+    """Returns the warps, the stages, the bytes of a stage, and the blocks that run at once on a multiprocessor."""
     stages = 2 if piece_bytes > _LONG_PIECE_BYTES else 3
     stages = stages if gpu.compute_capability >= _ASYNCHRONOUS else 1
     of_registers = 5 if gpu.compute_capability >= _MATRIX_UNITS else 4
@@ -291,7 +292,7 @@ def _plain_shape(piece_bytes: int, _: int, gpu: LaunchLimits) -> tuple[int, int,
 
 
 def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[int, int, int, int]:
-    """Returns the values of `_plain_shape`, for two blocks, or one if two would have memory for one stage each."""
+    """Returns the values of `_plain_shape` for two blocks at once, or for one if two would have only one stage each."""
     stage_bytes = piece_bytes + _ARRIVAL_BYTES
     room = gpu.shared_bytes + _RESERVED_BYTES - gpu.shared_bytes // _OTHERS_PART
     own = _STATIC_BYTES + _RESERVED_BYTES + 8 * kept_bytes
@@ -302,7 +303,7 @@ def _bulk_shape(piece_bytes: int, kept_bytes: int, gpu: LaunchLimits) -> tuple[i
 
 @dataclass(frozen=True, slots=True)
 class _TeamsShape:
-    """The blocks for each item, their teams, the warps of a team, and shared memory (src/matmul/float_teams.cuh)."""
+    """The blocks of each item, their teams, a team's warps, and shared memory (src/matmul/float_teams.cuh)."""
 
     blocks: int
     count: int
@@ -311,7 +312,7 @@ class _TeamsShape:
 
     @classmethod
     def of(cls, products: Sequence[Product], rows: int, items: int, times: int, gpu: LaunchLimits) -> Self:
-        """Sizes the grid to `times` the GPU's multiprocessors, at most one block for each tile."""
+        """Sizes the grid to `times` the GPU's multiprocessors, but at most one team for each tile."""
         weights, tiles = products[0].weights, _blocks(products, 1)
         warps = 1 if rows <= _TEAM_ROWS else 2
         columns = _STAGE_BYTES // (TILE_ROWS * weights.quant_type.info.block_bytes)
@@ -331,14 +332,15 @@ class _TeamsShape:
 
 
 def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> int:
-    """Returns the warps of the largest blocks that give every multiprocessor one; they read activations least often."""
+    """Returns the warps of the largest blocks of which every multiprocessor gets one, to read activations least
+    often."""
     most = 12 if gpu.compute_capability == _HOPPER else 16
     return next((warps for warps in (most, 8) if _blocks(products, warps) * items >= gpu.sms), 4)
 
 
 def _gemm_shared_bytes(weights: Weights, rows: int, warps: int, gpu: LaunchLimits) -> int:
-    """Returns the bytes of two stages of 256 columns and of the integer scales of sixteen rows for each warp; on Hopper
-    of up to three stages, which hold weights too."""
+    """Returns the bytes of two stages of 256 columns, and of the integer scales of sixteen rows for each warp. Hopper
+    has up to three stages, which hold weights too."""
     segments, info = 256 // weights.activation.value, weights.quant_type.info
     sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
     scales = warps * TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0

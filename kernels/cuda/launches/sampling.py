@@ -1,4 +1,4 @@
-"""Launches behind a last stage's logits for the sampler; see src/sampling.cu."""
+"""Launches that rank a last stage's logits for the sampler; see src/sampling.cu."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _THREADS = 256
 
 
 def sums_of_row(vocabulary: int) -> int:
-    """Returns the number of parts of a row whose weights are summed separately."""
+    """Returns the number of parts of a row, each of which has its own sum of weights."""
     return -(-vocabulary // _SUMMED_LOGITS)
 
 
 def record_words(vocabulary: int) -> int:
-    """Returns the int64s of a row's record (kernels/cpu/native/sampler/ranked.h)."""
+    """Returns the number of int64 words in a row's record (kernels/cpu/native/sampler/ranked.h)."""
     return _CANDIDATES + sums_of_row(vocabulary) + _END_WORDS
 
 
 def piece_count(vocabulary: int) -> int:
-    """Returns the float32s of a row beside its record."""
+    """Returns the number of pieces of a row, for each of which the greatest logit is stored as a float32."""
     return -(-vocabulary // _PIECE_LOGITS)
 
 
 def rank_logits(
     logits: np.uint64, vocabulary: int, pieces: np.uint64, records: np.uint64, rows: RowCount
 ) -> Iterator[Launch]:
-    """Fills the rows' `records`; `pieces` is memory for their greatest logits."""
+    """Fills the rows' `records`. `pieces` is scratch memory for the greatest logit of each piece."""
     args = (logits, np.int32(vocabulary), rows.address, pieces, records)
     blocks = {"maxima": -(-piece_count(vocabulary) // _BLOCK_PIECES), "candidates": sums_of_row(vocabulary)}
     for kernel, count in blocks.items():
@@ -45,6 +45,6 @@ TOTALS = "sampling.totals"
 def sum_weights(
     logits: np.uint64, vocabulary: int, records: np.uint64, divisors: np.uint64, totals: np.uint64, rows: RowCount
 ) -> Launch:
-    """Fills `totals`, int64 [rows, parts], by float32 `divisors` [rows], behind `rank_logits`."""
+    """Fills `totals`, int64 [rows, parts], with sums of weights at float32 `divisors` [rows], after `rank_logits`."""
     args = (logits, np.int32(vocabulary), rows.address, divisors, records, totals)
     return Launch(TOTALS, (sums_of_row(vocabulary), rows.bucket, 1), (_THREADS, 1, 1), args)

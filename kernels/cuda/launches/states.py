@@ -1,4 +1,4 @@
-"""Launches of steps with a state of each sequence. Pure: knows addresses only."""
+"""Launches of steps that keep a recurrent state of each sequence."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llamaclust.model.program import Convolution, Decay, DeltaRule, Scan
 
 _BLOCK = 256
 _DELTA_CHANNELS = 32
-"""The channels of a block of delta_rule."""
+"""The channels of a thread block of delta_rule."""
 _SCAN_CHANNELS = (32, 16, 8, 4, 2)
-"""The possible channels of a block of scan: the most whose states, of up to 4,096 numbers each, fit."""
+"""The possible channels of a block of scan. Each has a state of up to 4,096 numbers; the most that fit are used."""
 
 
 def _scan_bytes(step: Scan, channels: int) -> int:
@@ -24,7 +24,7 @@ def _scan_bytes(step: Scan, channels: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StateLaunches:
-    """The launches for microbatches of up to `sequences` sequences; `states` of a layer: [blocks, floats]."""
+    """The launches for microbatches of up to `sequences` sequences, over a layer's `states` [blocks, floats]."""
 
     inputs: Inputs
     sequences: int
@@ -46,7 +46,7 @@ class StateLaunches:
     def convolve(
         self, step: Convolution, x: np.uint64, weights: Weights, bias: np.uint64, out: np.uint64, rows: RowCount
     ) -> tuple[Launch, ...]:
-        """Launches the convolution, then a kernel that keeps what later rows read, perhaps over the first's input."""
+        """Launches the convolution, then a kernel that stores the state, perhaps over the one that the first reads."""
         width, figures = step.x.width, (np.int32(step.taps), np.int32(step.x.width))
         blocks = -(-width // _BLOCK)
         kernel = f"states.convolve_{weights.quant_type.name}"

@@ -1,1 +1,1 @@
-"""The CUDA device: memory, launches and graphs through CuPy; kernels are compiled by NVRTC."""
+"""The CUDA device: memory, launches and graphs through CuPy, with kernels that NVRTC compiles."""

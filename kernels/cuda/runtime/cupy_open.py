@@ -1,4 +1,4 @@
-"""Checks for CuPy, a driver and a GPU; each missing part is a one-line error with the remedy."""
+"""Checks for CuPy, a driver and a GPU. A missing part raises a one-line error that says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface to a GPU: memory, copies, launches, graphs."""
+"""The interface of a GPU: memory, copies, launches, graphs."""
 
 from __future__ import annotations
 
@@ -12,36 +12,37 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 
 Scalar = np.int32 | np.float32 | np.float64 | np.uint64
-"""An argument of a kernel in its declared type; a pointer is the np.uint64 of an address (see `Buffer.at`)."""
+"""An argument of a kernel in its declared type. A pointer is the np.uint64 of an address (see `Buffer.at`)."""
 
 NULL = np.uint64(0)
 
 MIN_COMPUTE_CAPABILITY = (6, 1)
-"""The oldest GPUs with products of four bytes; 8-bit matrix instructions, and CUDA 13, begin at 7.5."""
+"""The oldest supported GPUs, the first with four-byte dot products. 8-bit matrix instructions and CUDA 13 need 7.5."""
 
 LEAST_SHARED_BYTES = 64 << 10
-"""The least `Device.shared_bytes` of GPUs from 7.0 on; older ones have PLAIN_SHARED_BYTES."""
+"""The least `Device.shared_bytes` of GPUs from 7.0 on. Older GPUs have PLAIN_SHARED_BYTES."""
 
 PLAIN_SHARED_BYTES = 48 << 10
-"""The shared memory of a block without an attribute; more, up to `Device.shared_bytes`, must be dynamic."""
+"""The shared memory of a block by default. More, up to `Device.shared_bytes`, must be dynamic and needs an
+attribute."""
 
 
 class Buffer(Protocol):
-    """Memory of the device, aligned to at least 16 bytes. The initial content is undefined."""
+    """Device memory that is aligned to at least 16 bytes. Its initial content is undefined."""
 
     address: int
     n_bytes: int
 
     def at(self, offset_bytes: int = 0) -> np.uint64:
-        """Returns a pointer into the buffer for kernels. Raises AssertionError outside of the buffer."""
+        """Returns a pointer into the buffer for kernels. Raises AssertionError if it is outside the buffer."""
 
     def close(self) -> None:
-        """Frees the memory; no launch in progress may use it."""
+        """Frees the memory. No launch in progress may use it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch of a kernel, named "module.kernel": module `elementwise.rows` is src/elementwise/rows.cu."""
+    """One launch of a kernel that is named "module.kernel". Module `elementwise.rows` is src/elementwise/rows.cu."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -52,10 +53,10 @@ class Launch:
 
 
 class Graph(Protocol):
-    """Captured launches and copies. Copies read and write pinned memory anew each time."""
+    """Captured launches and copies. Each execution copies the present content of pinned memory."""
 
     def launch(self) -> None:
-        """Executes the graph, in order with other calls of the device."""
+        """Executes the graph in order with other calls of the device."""
 
     def close(self) -> None: ...
 
@@ -64,12 +65,12 @@ class Event(Protocol):
     """A point in the order of the device's work."""
 
     def synchronize(self) -> None:
-        """Returns when all work before the event is done."""
+        """Waits until all work before the event is done."""
 
 
 class Device(Protocol):
-    """One GPU. Copies, launches and graphs run in the order of the calls, while the caller goes on. One thread at a
-    time may call, except `prepare` and the `close` of buffers."""
+    """One GPU. Copies, launches and graphs run in the order of the calls, which return before the work is done. One
+    thread at a time may call, except for `prepare` and the `close` of buffers."""
 
     name: str
     uuid: str  # of the GPU itself; "": not known
@@ -84,25 +85,26 @@ class Device(Protocol):
         """The most bytes that `allocate` can give now."""
 
     def prepare(self, kernels: Iterable[str]) -> None:
-        """Compiles modules, once on a machine: seconds. `launch` also compiles, but not during a capture."""
+        """Compiles the kernels' modules (seconds, once per machine). `launch` compiles too, but not during a
+        capture."""
 
     def allocate(self, n_bytes: int) -> Buffer:
-        """Raises InsufficientMemoryError if there is less."""
+        """Raises InsufficientMemoryError if less memory is free."""
 
     def pinned(self, n_bytes: int) -> Bytes:
-        """Allocates host memory for copies, freed with the array. Raises InsufficientMemoryError if there is less."""
+        """Allocates pinned host memory, which is freed with the array. Raises InsufficientMemoryError."""
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
-        """Returns when the copy is complete."""
+        """Copies `data`, and returns when the copy is complete."""
 
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
-        """Copies in order with launches; `pinned`, a part of an array of `pinned`, must not change until then."""
+        """Copies in order with launches. `pinned`, from `Device.pinned`, must not change until the copy is done."""
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
-        """Copies pinned memory to offsets, in no order with launches; all of it is there when the event is reached."""
+        """Copies pinned memory to offsets, in no order with launches. The event is reached when all is copied."""
 
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
-        """Fills `pinned` in order with launches: it is complete after `synchronize`, or when an event is reached."""
+        """Fills `pinned` in order with launches. It is complete after `synchronize`, or after a later event."""
 
     def launch(self, launch: Launch) -> None: ...
 
@@ -110,10 +112,10 @@ class Device(Protocol):
         """Records the launches and copies of `work` without executing them."""
 
     def event(self) -> Event:
-        """Returns the point that the calls so far have reached."""
+        """Returns an event after the calls so far."""
 
     def synchronize(self) -> None:
-        """Returns when all work is done."""
+        """Waits until all work is done."""
 
     def close(self) -> None:
-        """Frees all that is left."""
+        """Frees all memory that is not freed yet."""

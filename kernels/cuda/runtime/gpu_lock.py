@@ -1,4 +1,4 @@
-"""Exclusive use of a GPU by one thread at a time; errors of its driver become DeviceLostError."""
+"""Exclusive use of a GPU by one thread at a time. Errors of its driver become DeviceLostError."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.kernels.cuda.runtime.device import Device
 
 
 class GpuLock:
-    """The lock of one device; `name` is its name in the worker, such as "cuda:0"."""
+    """The lock of one device. `name` is the device's name in the worker, such as "cuda:0"."""
 
     def __init__(self, name: str, device: Device) -> None:
         self.device = device

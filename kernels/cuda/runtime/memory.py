@@ -1,9 +1,9 @@
-"""Sizes of GPU memory in the units of the driver's allocator, so that sums are exact to the byte."""
+"""Sizes of GPU memory, rounded up as the driver does, so that sums are exact to the byte."""
 
 from __future__ import annotations
 
 ALIGNMENT = 256
-"""The alignment of parts in one allocation."""
+"""The alignment of parts within one allocation."""
 
 _GRANULE = 2 << 20
 """The driver's smallest allocation."""
@@ -20,5 +20,5 @@ def allocated(n_bytes: int) -> int:
 
 
 def most_rounded_bytes(parts: int) -> int:
-    """Returns the most bytes that rounding adds to so many parts in one allocation."""
+    """Returns the most bytes that rounding adds to one allocation of `parts` parts."""
     return _GRANULE + parts * ALIGNMENT

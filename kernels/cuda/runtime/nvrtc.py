@@ -1,4 +1,4 @@
-"""NVIDIA's run-time compiler, called with exactly our options: CuPy appends one that flushes subnormals to zero
+"""NVIDIA's run-time compiler, called with our options alone. CuPy would add one that flushes subnormals to zero
 (`-ftz=true`), which would change bits."""
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ _ALL_ON_DEVICE = "--device-as-default-execution-space"
 _NOT_THERE = "device cuda compiles kernels by NVRTC, which is not there: pip install 'llamaclust[cuda13]' (or cuda12)"
 _HOPPER = 90
 _OLDEST = (12, 0)
-"""The first version that knows C++20."""
+"""The first version that supports C++20."""
 
 
 def machine_target(architecture: int, kind: str = "sm") -> str:
-    """Returns the compiler's name of an architecture; for Hopper the one with instructions that only Hopper has."""
+    """Returns the compiler's name of an architecture. Hopper's name enables the instructions that only Hopper has."""
     return f"{kind}_{architecture}a" if architecture == _HOPPER else f"{kind}_{architecture}"
 
 
@@ -42,7 +42,7 @@ class Nvrtc:
 
     @property
     def architectures(self) -> tuple[int, ...]:
-        """The architectures that the library makes machine code for, such as 75, ascending."""
+        """The architectures for which the library makes machine code, such as 75, in ascending order."""
         count = ctypes.c_int()
         self._check(self._library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
         numbers = (ctypes.c_int * count.value)()
@@ -50,7 +50,7 @@ class Nvrtc:
         return tuple(sorted(numbers))
 
     def compile(self, name: str, text: str, architecture: int, options: Sequence[str] = OPTIONS) -> Binary:
-        """Compiles to machine code, or to PTX for a later GPU. Raises LlamaclustError with the compiler's log."""
+        """Compiles to machine code, or to PTX for a newer GPU. Raises LlamaclustError with the compiler's log."""
         known = self.architectures
         kind = "cubin" if architecture in known else "ptx"
         target = (
@@ -88,7 +88,7 @@ class Nvrtc:
 
 
 def open_nvrtc() -> Nvrtc:
-    """Opens the library that CuPy would use. Raises UsageError if there is none."""
+    """Opens the NVRTC library that CuPy would use. Raises UsageError if there is none."""
     try:
         from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
     except ImportError as error:

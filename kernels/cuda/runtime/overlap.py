@@ -1,4 +1,4 @@
-"""Launches that begin while the kernel before them still runs (CUDA's programmatic dependent launch, not in CuPy)."""
+"""Launches that begin while the kernel before them still runs (CUDA's programmatic dependent launch; CuPy lacks it)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from llamaclust.kernels.cuda.runtime.device import Launch
 
 OLDEST = 90
-"""The first architecture with overlapping launches."""
+"""The first architecture that supports overlapping launches."""
 
 _KERNELS = (
     *(f"{module}.gemv_" for module in ("matmul.k", "matmul.simple", "matmul.grid", "matmul.float")),
@@ -43,7 +43,7 @@ class _Config(ctypes.Structure):
 
 class OverlappingLauncher:
     def __init__(self, error: type[Exception]) -> None:
-        """`error` is raised with the driver's status."""
+        """Takes the exception type that is raised with the driver's status."""
         self._error = error
         self._attribute = _Attribute(_SERIALIZATION, 0, 1)
 
@@ -52,7 +52,7 @@ class OverlappingLauncher:
         return ctypes.CDLL("libcuda.so.1")
 
     def launch(self, function: int, launch: Launch, stream: int) -> None:
-        """`function` is a CUfunction, `stream` a CUstream."""
+        """Takes a CUfunction as `function` and a CUstream as `stream`."""
         values = [np.array(one) for one in launch.args]
         config = _Config(
             (ctypes.c_uint * 3)(*launch.grid),

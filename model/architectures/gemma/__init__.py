@@ -1,1 +1,1 @@
-"""Architectures of Gemma, and the parts that its later versions share."""
+"""Architectures of Gemma, and the parts that several of them share."""

@@ -1,4 +1,5 @@
-"""Attention of Gemma 3n and 4: unscaled scores, normed values, last layers with the keys and values of others."""
+"""Attention of Gemma 3n and 4: scores are unscaled, values normed, and the last layers read keys and values of
+others."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """Returns the layer whose keys and values each layer reads: itself, or the last layer of its kind that has some."""
+    """Returns the layer whose keys and values each layer reads: itself, or the last layer of its kind that stores
+    some."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}
@@ -33,7 +35,7 @@ def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
 def attention(
     builder: ProgramBuilder, layer: int, source: int, kind: LayerKind, buffers: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Yields the steps from the first buffer to the second. `source`: the layer whose keys and values are read."""
+    """Yields the steps that read the first buffer and write the second. Keys and values are those of layer `source`."""
     hp, prefix, (normed, projected) = builder.hyperparameters, f"blk.{layer}", buffers
     kv_heads, shares_kv = builder.kv_heads(layer), source != layer
     query, out = (Buffer(name, hp.head_count * kind.head_dim) for name in ("query", "attended"))
@@ -60,7 +62,7 @@ def attention(
 def _keys_and_values(
     builder: ProgramBuilder, prefix: str, kind: LayerKind, normed: Buffer, stored: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Norms keys and values; without a weight, values are the keys before their norm."""
+    """Norms keys and values. If the file has no weight for values, they are the keys before their norm."""
     key, value = stored
     yield builder.product(f"{prefix}.attn_k", normed, key)
     is_apart = builder.has(f"{prefix}.attn_v.weight")

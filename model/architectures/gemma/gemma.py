@@ -1,5 +1,5 @@
-"""Gemma: gemma, gemma2, gemma3, gemma-embedding. The embedding is scaled and is also the head; the gate is a GELU. Norm
-weights of the model are relative to one, those of GGUF files are not."""
+"""Gemma: gemma, gemma2, gemma3, gemma-embedding. The token embedding is scaled, and also serves as the head. The gate
+is a GELU. GGUF files have norm weights with the 1 that the original ones omit already added."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def gemma(builder: ProgramBuilder) -> None:
 
 
 def gemma2(builder: ProgramBuilder) -> None:
-    """Gemma 2: norms behind blocks too, soft caps, a window in every other layer. Defaults are as published."""
+    """Gemma 2: norms before and after blocks, soft caps, a window in every other layer. Defaults are the published
+    values."""
     hp, keys = builder.hyperparameters, builder.keys
     scale = _scale(hp, _GEMMA2_27B_LAYERS)
     cap = keys.real("attn_logit_softcapping", 50.0, minimum=1e-3, maximum=_MAX_CAP)
@@ -37,8 +38,8 @@ def gemma2(builder: ProgramBuilder) -> None:
 
 
 def gemma3(builder: ProgramBuilder) -> None:
-    """Gemma 3, text only: Gemma 2 with norms of q and k instead of caps. Five of six layers have a window and a
-    rotation with a base of their own and no scaling."""
+    """Gemma 3, text only: Gemma 2, but with norms of q and k instead of caps. Five of six layers have a window, and a
+    rotation with a base of its own and no scaling."""
     hp = builder.hyperparameters
     final_cap = builder.keys.real("final_logit_softcapping", 0.0, minimum=0.0, maximum=_MAX_CAP)
     variants = _windowed_variants(builder, _scale(hp, _GEMMA3_27B_LAYERS))
@@ -47,7 +48,7 @@ def gemma3(builder: ProgramBuilder) -> None:
 
 
 def gemma_embedding(builder: EncoderBuilder) -> None:
-    """EmbeddingGemma: Gemma 3 as an encoder with dense layers. A window reaches half of its width to either side."""
+    """EmbeddingGemma: Gemma 3 as an encoder with dense layers. Half of a window's width is on each side of a token."""
     hp = builder.hyperparameters
     if hp.sliding_window is None:
         raise builder.keys.error("attention.sliding_window", "missing or 0, and the architecture has windows")
@@ -70,6 +71,6 @@ def _normed_layer(builder: ProgramBuilder, layer: int, variant: AttentionVariant
 
 
 def _scale(hp: Hyperparameters, layers_27b: int) -> float:
-    """Returns the scale of scores. The 27B models use width / heads for a head's channels, which no key says."""
+    """Returns the scale of scores. The 27B models take width / heads as a head's channels, which no key says."""
     channels = hp.embedding_length // hp.head_count if hp.block_count == layers_27b else hp.key_length
     return 1 / math.sqrt(channels)

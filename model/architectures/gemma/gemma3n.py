@@ -1,5 +1,5 @@
-"""Gemma 3n: copies of the hidden state, of which each layer computes one and corrects the others (AltUp); a low-rank
-branch beside attention (Laurel), sparse activations, inputs per layer, shared keys and values."""
+"""Gemma 3n. Of several copies of the hidden state, each layer computes one and corrects the others (AltUp). It has a
+low-rank branch parallel to attention (Laurel), sparse activations, inputs per layer, and shared keys and values."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MAX_COPIES = 16
 _MAX_RANK = 1 << 14
 _MAX_SPARSITY = 16.0  # standard deviations
 _LEAST_SQUARE = 1e-5
-"""The least mean square of a projected copy's channels."""
+"""The lower bound of the mean square of a projected copy's channels."""
 
 
 def gemma3n(builder: ProgramBuilder) -> None:
-    """Gemma 3n, text only. Between layers, a row has all copies, and behind them the inputs of further layers."""
+    """Gemma 3n, text only. Between layers, a row has all copies, followed by the inputs of the remaining layers."""
     hp, keys = builder.hyperparameters, builder.keys
     for key in ("attention.sliding_window", "embedding_length_per_layer_input", SHARED_KV_KEY):
         keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # files without it are not known
@@ -53,7 +53,8 @@ def gemma3n(builder: ProgramBuilder) -> None:
 
 
 def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
-    """Returns the standard deviations above the mean below which a layer's activations are zeroed; None: none is."""
+    """Returns each layer's threshold in standard deviations above the mean: lower activations are zeroed. None: none
+    are."""
     key = "activation_sparsity_scale"
     numbers = keys.reals(key, layers)
     for number in numbers:
@@ -64,7 +65,7 @@ def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Copies:
-    """The copies of the hidden state, side by side in a row; layers compute the one numbered `active`."""
+    """The copies of the hidden state, side by side in a row. Layers compute the copy whose number is `active`."""
 
     builder: ProgramBuilder
     count: int
@@ -88,7 +89,7 @@ class _Copies:
         return Buffer("hidden", self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """copies = the embedding, then projections of it with its magnitude."""
+        """copies = the embedding, then projections of the embedding that are scaled to its magnitude."""
         repeated = self._hidden
         for count in range(2, self.count):
             more = Buffer(f"embedding {count} times", count * self.width)
@@ -100,7 +101,8 @@ class _Copies:
         yield ir.Join(self._hidden, projected, self.all)
 
     def merge(self) -> Iterator[ir.Step]:
-        """hidden = the mean of the first copy and of projections of the others with its magnitude."""
+        """hidden = the mean of the first copy and of projections of the others that are scaled to the first's
+        magnitude."""
         others, projected = (Buffer(name, self.all.width - self.width) for name in ("other copies", "projected copies"))
         yield ir.Slice(self.all, self._hidden, 0)
         yield ir.Slice(self.all, others, self.width)
@@ -137,7 +139,7 @@ class _Layer:
         yield from self._add_input(active)
 
     def _predict(self, predicted: Buffer, active: Buffer) -> Iterator[ir.Step]:
-        """predicted_i = copy_i + the sum of all copies by coefficients."""
+        """predicted_i = copy_i + the sum of all copies, weighted by coefficients."""
         copies, coefficients = self.copies.all, Buffer("predictions", self.copies.count**2)
         yield ir.Slice(copies, active, self.copies.active * active.width)
         yield from self._coefficients(active, "altup_predict_coef", coefficients)
@@ -145,7 +147,7 @@ class _Layer:
         yield ir.Slice(predicted, active, self.copies.active * active.width)
 
     def _correct(self, predicted: Buffer, active: Buffer, result: Buffer) -> Iterator[ir.Step]:
-        """copy_i = predicted_i + (1 + its coefficient) * (result - active)."""
+        """copy_i = predicted_i + (1 + coefficient_i) * (result - active)."""
         coefficients = Buffer("corrections", self.copies.count)
         yield from self._coefficients(result, "altup_correct_coef", coefficients)
         yield ir.Scale(active, active, -1.0)
@@ -162,7 +164,7 @@ class _Layer:
         yield self._product(name, modalities, out)
 
     def _attention(self, active: Buffer, result: Buffer) -> Iterator[ir.Step]:
-        """result = (active + norm(attention(n)) + n + norm(laurel(n))) / sqrt(2), n = norm(active)."""
+        """result = (active + norm(attention(n)) + n + norm(laurel(n))) / sqrt(2), where n = norm(active)."""
         normed, projected = self._buffer("normed"), self._buffer("projected")
         rank = self.builder.model.tensor(f"blk.{self.layer}.laurel_l.weight").shape[0]
         if rank > _MAX_RANK:

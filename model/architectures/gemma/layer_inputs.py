@@ -1,4 +1,4 @@
-"""Inputs per layer, which Gemma's E models have beside the hidden state."""
+"""Inputs per layer, which Gemma's E models have in addition to the hidden state."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MAX_INPUT = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """Inputs per layer: `width` channels for each layer in a row, made from its token in the first stage. Stages send
-    those of later layers behind `carried`."""
+    """Inputs per layer: `width` channels per layer and row, which the first stage computes from the row's token. Stages
+    send the inputs of later layers after the hidden state (`carried`)."""
 
     builder: ProgramBuilder
     width: int

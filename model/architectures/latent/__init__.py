@@ -1,1 +1,1 @@
-"""Architectures whose attention is latent."""
+"""Architectures with latent attention (MLA)."""

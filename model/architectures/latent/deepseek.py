@@ -1,4 +1,4 @@
-"""Latent attention and experts: deepseek2 (DeepSeek V2 and V3, Kimi K2, GLM-4.7-Flash) and mistral4."""
+"""Models with latent attention and experts: deepseek2 (DeepSeek V2 and V3, Kimi K2, GLM-4.7-Flash) and mistral4."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCABULARY = (47, 48), 154880
 
 
 def deepseek2(builder: ProgramBuilder) -> None:
-    """DeepSeek 2: dense layers, then grouped and shared experts. Scaled rotations have the magnitude of the model's own
-    code, which depends on `yarn_log_multiplier` only."""
+    """DeepSeek 2: dense layers, then layers with grouped and shared experts. Scaled rotations have the magnitude of the
+    original code, which depends only on `yarn_log_multiplier`."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, 1.0 if multiplier else 0.0)
 
 
 def mistral4(builder: ProgramBuilder) -> None:
-    """Mistral Small 4: DeepSeek 2 with another magnitude of rotations."""
+    """Mistral Small 4: DeepSeek 2, but rotations have another magnitude."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, multiplier)
 
@@ -84,7 +84,7 @@ def _log_multiplier(builder: ProgramBuilder) -> float:
 
 
 def _gating(builder: ProgramBuilder) -> Gating:
-    """Returns the default for files without the key; GLM-4.7-Flash is recognized as in llama.cpp."""
+    """Returns the gating for files without the key. GLM-4.7-Flash is recognized by its size, as in llama.cpp."""
     hp = builder.hyperparameters
     is_glm = hp.block_count in _GLM_FLASH_LAYERS and hp.vocabulary_size == _GLM_FLASH_VOCABULARY
     return Gating.SIGMOID if is_glm else Gating.SOFTMAX

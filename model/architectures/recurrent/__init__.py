@@ -1,1 +1,1 @@
-"""Architectures whose layers keep a recurrent state of each sequence."""
+"""Architectures whose layers keep a recurrent state for each sequence."""

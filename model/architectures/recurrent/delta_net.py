@@ -55,8 +55,8 @@ def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
 
 
 def delta_net(builder: ProgramBuilder, layer: int, net: DeltaNet) -> Iterator[ir.Step]:
-    """hidden += output(norm(delta rule) * silu(z)), where q, k and v of the rule are convolved products of the normed
-    hidden state, and z, decay and beta are products of it."""
+    """hidden += output(norm(delta rule) * silu(z)). The rule's q, k and v are convolved products of the normed hidden
+    state; z, decay and beta are products of the normed hidden state."""
     prefix, width, epsilon = f"blk.{layer}", builder.hyperparameters.embedding_length, builder.rms_epsilon
     hidden, normed, projected = (Buffer(name, width) for name in ("hidden", "normed", "projected"))
     q, k = (Buffer(f"delta {name}", net.key_width) for name in ("q", "k"))
@@ -90,7 +90,7 @@ def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[i
 def _products(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """q, k and v side by side, and z, of x. In files of 2025 they are one product, in parts for each key head."""
+    """Computes q, k and v (side by side) and z from x. In files of 2025 they are one product, grouped by key head."""
     x, mixed, z = buffers
     if not builder.has(f"{prefix}.ssm_in.weight"):
         yield builder.product(f"{prefix}.attn_qkv", x, mixed)
@@ -110,7 +110,7 @@ def _products(
 def _gates(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """The decay and beta of each head, of two products of x or of one, in parts for each key head."""
+    """Computes each head's decay and beta, from two products of x, or from one that is grouped by key head."""
     x, alpha, beta = buffers
     if builder.has(f"{prefix}.ssm_ba.weight"):
         both = Buffer("delta beta+alpha", 2 * net.heads)

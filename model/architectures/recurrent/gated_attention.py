@@ -1,4 +1,5 @@
-"""Attention whose result is weighted channel by channel with a sigmoid of gates, which are products beside queries."""
+"""Attention whose result is multiplied by the sigmoid of a gate, channel by channel. Queries and gate are one
+product."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 
 def gated_attention(builder: ProgramBuilder, layer: int, table: RopeTable) -> Iterator[ir.Step]:
-    """hidden += output(attention(rope(norm(q)), rope(norm(k)), v) * sigmoid(gate)) of the normed hidden state."""
+    """hidden += output(attention(rope(norm(q)), rope(norm(k)), v) * sigmoid(gate)), from the normed hidden state."""
     hp, prefix, kv_heads = builder.hyperparameters, f"blk.{layer}", builder.kv_heads(layer)
     hidden, normed, projected = (Buffer(name, hp.embedding_length) for name in ("hidden", "normed", "projected"))
     query, gate, out = (Buffer(name, hp.query_width) for name in ("query", "gate of attention", "attended"))

@@ -1,4 +1,4 @@
-"""Granite 4 with states: granitehybrid. Granite with Mamba 2 in most layers, attention in those that have KV heads."""
+"""Granite 4 with states: granitehybrid. Layers with KV heads have attention; most have Mamba 2 instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Kimi Linear: kimi-linear. Delta nets whose states decay channel by channel; latent attention without a rotation."""
+"""Kimi Linear: kimi-linear. Delta nets whose states decay channel by channel, and latent attention without a
+rotation."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ _CONVOLUTIONS = (".ssm_conv1d_q.weight", ".ssm_conv1d_k.weight", ".ssm_conv1d_v.
 
 
 def without_ones(file: ModelFile) -> ModelFile:
-    """Reshapes convolutions to [channels, taps] and decays to [heads] by removal of dimensions of 1."""
+    """Reshapes convolutions to [channels, taps] and decays to [heads], by removing dimensions of 1."""
     reshaped = {}
     for name, tensor in file.tensors.items():
         if name.endswith((*_CONVOLUTIONS, ".ssm_a")):
@@ -45,7 +46,8 @@ def without_ones(file: ModelFile) -> ModelFile:
 
 
 def kimi_linear(builder: ProgramBuilder) -> None:
-    """Kimi Linear: layers with KV heads have latent attention. Dense layers, then sigmoid gates and shared experts."""
+    """Kimi Linear. Layers with KV heads have latent attention. After dense layers come shared and sigmoid-gated
+    experts."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = latent_variant(builder, 0.0, 0.0)
     latent = replace(latent, table=None, scale=1 / math.sqrt(latent.query))
@@ -73,7 +75,7 @@ def kimi_linear(builder: ProgramBuilder) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _KimiDelta:
-    """The steps of one layer: hidden += output(norm(delta rule) * sigmoid(gate)) of the normed hidden state."""
+    """The steps of one layer: hidden += output(norm(delta rule) * sigmoid(gate)), from the normed hidden state."""
 
     builder: ProgramBuilder
     layer: int
@@ -112,7 +114,7 @@ class _KimiDelta:
             yield ir.Activate(out, out, ActivationFunction.SILU)
 
     def _low_rank(self, name: str, x: Buffer, out: Buffer) -> Iterator[ir.Step]:
-        """Yields two products, with as many channels between them as a head has."""
+        """Yields two products. Between them are as many channels as a head has."""
         between = Buffer(f"delta {name}", self.head_dim)
         yield self.builder.product(self._name(f"ssm_{name}_a"), x, between)
         yield self.builder.product(self._name(f"ssm_{name}_b"), between, out)

@@ -1,4 +1,4 @@
-"""Mamba 2's block, which hybrid models have in place of attention or beside it."""
+"""Mamba 2's block, which hybrid models have instead of attention or parallel to it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class MambaShape:
-    """The shape of a block. `inner`: channels of all `heads` together; each of the `groups` of heads has one input and
-    one output matrix, of `state_size` numbers a row."""
+    """The shape of a block. `inner` is the channels of all `heads` together. Each of the `groups` of heads has one
+    input and one output matrix, with `state_size` numbers per row."""
 
     taps: int
     inner: int
@@ -28,7 +28,7 @@ class MambaShape:
 
     @property
     def convolved(self) -> int:
-        """Channels of the convolution: those of the heads, then of the input and output matrices."""
+        """The channels of the convolution: those of the heads, then those of the input and output matrices."""
         return self.inner + 2 * self.groups * self.state_size
 
     @property
@@ -51,7 +51,7 @@ class MambaShape:
 
 
 def read_mamba_shape(keys: ModelKeys) -> MambaShape:
-    """ModelFileError for numbers that do not divide each other."""
+    """Raises ModelFileError for numbers that do not divide each other, or that are too large."""
     inner = keys.count("ssm.inner_size", maximum=_MAX_WIDTH)
     heads = keys.count("ssm.time_step_rank", maximum=_MAX_HEADS)
     groups = keys.count("ssm.group_count", maximum=_MAX_HEADS)
@@ -63,7 +63,7 @@ def read_mamba_shape(keys: ModelKeys) -> MambaShape:
 
 
 def mamba(builder: ProgramBuilder, layer: int, shape: MambaShape, *, has_norm: bool = True) -> Iterator[ir.Step]:
-    """projected = Mamba 2 of the normed hidden state. `has_norm`: the file must have a norm of each group."""
+    """projected = Mamba 2 of the normed hidden state. If `has_norm`, the file must have a norm of each group."""
     prefix, hidden_width = f"blk.{layer}", builder.hyperparameters.embedding_length
     normed, projected = (Buffer(name, hidden_width) for name in ("normed", "projected"))
     gate, convolving = Buffer("mamba gate", shape.inner), Buffer("mamba x+b+c", shape.convolved)

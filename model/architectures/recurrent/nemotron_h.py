@@ -1,5 +1,5 @@
 """Nemotron H and Nemotron 3: nemotron_h, nemotron_h_moe. Each layer is one block: a feed-forward network or experts if
-it has a feed-forward width, else attention if it has KV heads, else Mamba 2."""
+it has a feed-forward width, otherwise attention if it has KV heads, otherwise Mamba 2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_WIDTH = 1 << 20
 
 
 def nemotron_h(builder: ProgramBuilder) -> None:
-    """Nemotron H, without rotations, and without gates in feed-forward networks and experts."""
+    """Nemotron H. It has no rotations, and its feed-forward networks and experts have no gates."""
     hp, keys = builder.hyperparameters, builder.keys
     shape, experts = read_mamba_shape(keys), None
     latent_width = keys.count("moe_latent_size", 0, minimum=0, maximum=_MAX_WIDTH)
@@ -43,8 +43,9 @@ def nemotron_h(builder: ProgramBuilder) -> None:
 
 
 def _experts(builder: ProgramBuilder, layer: int, variant: ExpertsVariant, latent_width: int) -> Iterator[ir.Step]:
-    """projected = the weighted best experts of the normed hidden state, and the shared one. With a `latent_width`,
-    experts read a product of so many channels, but the router reads all, and the experts' sum is multiplied back."""
+    """projected = the weighted best experts of the normed hidden state, plus the shared expert. With a `latent_width`,
+    experts read a product with so many channels, and another product widens their sum; the router still reads all
+    channels."""
     prefix, hp = f"blk.{layer}", builder.hyperparameters
     normed, projected = (Buffer(name, hp.embedding_length) for name in ("normed", "projected"))
     if latent_width:

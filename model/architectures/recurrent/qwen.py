@@ -18,7 +18,8 @@ _MAX_WIDTH, _MAX_PERIOD = 1 << 20, 1 << 10
 
 
 def qwen3next(builder: ProgramBuilder) -> None:
-    """Qwen 3 Next: experts in every layer beside a shared one with a gate. A key head has value heads side by side."""
+    """Qwen 3 Next: every layer has experts, and a shared expert with a gate. The value heads of a key head are
+    adjacent."""
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=False)
 
@@ -29,7 +30,7 @@ def qwen35(builder: ProgramBuilder) -> None:
 
 
 def qwen35moe(builder: ProgramBuilder) -> None:
-    """Qwen 3.5 with experts in every layer beside a shared one with a gate."""
+    """Qwen 3.5 with experts, and with a shared expert that has a gate, in every layer."""
     check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=True)
@@ -44,7 +45,7 @@ def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, til
 
 
 def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
-    """Returns the file's flags, else True for all but the last of each period, and False for an MTP head."""
+    """Returns the file's flags. Without them, the last layer of each period is not recurrent. An MTP head never is."""
     keys, layers = builder.keys, read_block_count(builder.keys)
     period = keys.count("full_attention_interval", 4, maximum=_MAX_PERIOD)
     flags = keys.flags("attention.recurrent_layers", layers)

@@ -67,8 +67,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The logits of the last run, which stay on a GPU, and records of rows, from which alone most tokens are
-    sampled."""
+    """The logits of the last run, which stay on a GPU, and records of rows, which suffice to sample most tokens."""
 
     records: NDArray[np.int64]  # [outputs, words], see cpu/native/sampler/ranked.h
     rows: Callable[[Sequence[int]], Float32]
@@ -182,8 +181,7 @@ class ExpertsStage(Protocol):
         """Computes the mixture with this number, in the order of steps. The next call overwrites the result."""
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns each row's experts, best first, and their weights: [rows, used]. Needs experts loaded with
-        `lines`."""
+        """Returns each row's experts, best first, and their weights: [rows, used]. Needs `lines` in `load_experts`."""
 
     def run_lines(self, number: int, x: Float32, experts: Int32) -> Float32:
         """Returns the unweighted output of expert experts[i] for row x[i]. The next call overwrites the result."""

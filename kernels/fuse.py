@@ -94,8 +94,7 @@ def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
 
 
 def _attend(program: ir.Program, at: int) -> Attend | None:
-    """Returns the attention after any rotations from `at` on. It takes them over if nothing else reads their
-    results."""
+    """Returns the attention behind any rotations at `at`, joined with them if nothing else reads their results."""
     ropes: dict[str, ir.Rope] = {}
     step = program.steps[at]
     while isinstance(step, ir.Rope):

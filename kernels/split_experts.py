@@ -30,8 +30,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Exchange, Moe, Program, Slice, Step
 
 MOST_CACHED_ROWS = 64
-"""The most rows of a microbatch that the cache serves. Larger ones use most experts, so one device computes them
-all."""
+"""The most rows of a microbatch that the cache serves. Larger ones use most experts, so one device computes all."""
 
 
 def without_experts(program: Program, layers: Collection[int]) -> Program:

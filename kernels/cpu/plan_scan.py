@@ -1,5 +1,5 @@
-"""Emits scans and norms into a plan of the native executor. Files have their weights as one matrix row per head or
-group."""
+"""Emits scans and norms into a plan of the native executor. In files, each head or group has its weights in a matrix
+row."""
 
 from __future__ import annotations
 

@@ -27,8 +27,7 @@ class WeightStore:
         self._loaded: WeakValueDictionary[tuple[object, ...], Weight] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> dict[str, Weight]:
-        """Raises ModelFileError for a tensor of the wrong shape or of a type without kernels, and for a changed
-        file."""
+        """Raises ModelFileError for a tensor of a wrong shape or of a type without kernels, or for a changed file."""
         check_weights(program, tensors)
         with self._lock:
             weights = {name: self._loaded.get(_key(tensors[name])) for name in program.weights}

@@ -71,8 +71,7 @@ class Candidates:
         return np.asarray(x, np.float32)
 
     def weigh(self) -> list[int]:
-        """Returns the candidates' weights, exp(logit - greatest), as integers in units of 2^-40, so that sums are
-        exact."""
+        """Returns each candidate's weight, exp(logit - greatest), in units of 2^-40: sums of integers are exact."""
         self.w = [int(w) for w in np.rint(exp32(self._logits()).astype(np.float64) * UNIT_WEIGHT)]
         return self.w
 

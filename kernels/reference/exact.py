@@ -47,7 +47,6 @@ def exp32(x: Float32) -> Float32:
 
 
 def fma64(a: float, b: float, c: float) -> float:
-    """Returns a * b + c, rounded once."""
     return float(Fraction(a) * Fraction(b) + Fraction(c))
 
 

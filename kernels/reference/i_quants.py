@@ -70,8 +70,7 @@ def iq2_s(blocks: Bytes) -> Float32:
 
 
 def iq3_xxs(blocks: Bytes) -> Float32:
-    """A block: d f16 | per 4 weights: a grid byte | per 32: a word with 4 x 7 sign bits and a 4-bit scale above
-    them."""
+    """A block: d f16 | per 4 weights: a grid byte | per 32: a word of 4 x 7 sign bits, above them a 4-bit scale."""
     codes = words(blocks[:, 66:], np.uint32)
     points = _signed(grid("IQ3_XXS")[blocks[:, 2:66]], _packed_signs(codes))
     return scaled(points, _half_scales(blocks, codes >> 28, 0.5))

@@ -64,8 +64,7 @@ def q6_k(blocks: Bytes) -> Float32:
 
 
 def _ternary_digits(data: Bytes, digits: int) -> Bytes:
-    """Returns each byte's base-3 digits, highest first, as of a fraction of 256: [blocks, n] -> [blocks, digits *
-    n]."""
+    """Returns each byte's base-3 digits (of byte / 256), highest first: [blocks, n] -> [blocks, digits * n]."""
     powers = np.array([3**i for i in range(digits)], np.uint8)[:, None]
     fractions = data[:, None, :] * powers
     return (fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(data), -1)

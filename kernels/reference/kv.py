@@ -90,7 +90,7 @@ def round_to_bytes(rows: Float32) -> Rounded:
 
 
 class LayerKv:
-    """The keys and values of one layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. Latent attention has only
+    """The keys and values of a layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. Latent attention has only
     keys."""
 
     def __init__(self, step: Attention, blocks: int, *, windowed: bool = False) -> None:
@@ -106,7 +106,7 @@ class LayerKv:
         return self._keys.n_bytes + (0 if self._values is None else self._values.n_bytes)
 
     def store(self, table: Int32, positions: Int32, keys: Float32, values: Float32 | None) -> None:
-        """Stores rounded keys and values [rows, kv_heads * head_dim] at positions of the sequence with block
+        """Rounds and stores keys and values [rows, kv_heads * head_dim] of one sequence, whose blocks are in
         `table`."""
         assert (table[positions // KV_BLOCK_TOKENS] >= 0).all(), "a block that is not there is written"
         places = _places(table, positions)
@@ -116,8 +116,7 @@ class LayerKv:
             self._values.store(places, values.reshape(shape))
 
     def load(self, table: Int32, count: int) -> tuple[Float64, Float64]:
-        """Returns keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim], with NaN in missing
-        blocks."""
+        """Returns keys [count, kv_heads, head_dim] and values [count, kv_heads, value_dim]. Missing blocks are NaN."""
         positions = np.arange(count, dtype=np.int32)
         places, gone = _places(table, positions), table[positions // KV_BLOCK_TOKENS] < 0
         keys = self._keys.load(places)

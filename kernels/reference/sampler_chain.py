@@ -37,7 +37,7 @@ def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int,
 
 
 def _draw(row: Candidates) -> int:
-    """Draws by the inverse CDF in the candidates' order. The upper 64 bits of (random bits * sum) are uniform below the
+    """Draws by the inverse CDF in the candidates' order. The upper 64 bits of (random bits * sum) are uniform below
     sum."""
     target = (random_bits(row.task) * sum(row.weigh())) >> 64
     return next(rank for rank, so_far in enumerate(accumulate(row.w)) if so_far > target)
@@ -79,9 +79,8 @@ def dry(row: Candidates) -> None:
 
 
 def repetitions(history: tuple[int, ...], breakers: tuple[tuple[int, ...], ...], allowed_length: int) -> dict[int, int]:
-    """Returns the tokens that would continue a repetition, each with the repetition's length: the number of last tokens
-    that also came before an earlier occurrence of the token. Lengths are at least `allowed_length`, and end at the
-    newest breaker."""
+    """Returns the tokens that would continue a repetition, each with the length: how many last tokens also came before
+    an earlier occurrence of the token. Lengths are at least `allowed_length`, and end at the newest breaker."""
     reach = _reach(history, breakers)
     if len(history) <= allowed_length or reach < allowed_length:
         return {}

@@ -1,4 +1,4 @@
-"""Every kind of step in NumPy. Sums are in float64, in an order that does not depend on other rows. Results are
+"""Every kind of step in NumPy: sums in float64, in an order that does not depend on other rows, and results in
 float32."""
 
 from __future__ import annotations
@@ -145,8 +145,7 @@ def layer_norm(x: Float32, weight: Float32, bias: Float32 | None, epsilon: float
 
 
 def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:
-    """Returns x [rows, k] @ weight [n, k]^T (+ bias [n]), without BLAS: its split of k may depend on the number of
-    rows."""
+    """Returns x [rows, k] @ weight [n, k]^T (+ bias [n]), without BLAS, whose split of k may depend on other rows."""
     out: Float64 = np.einsum("rk,nk->rn", x.astype(np.float64), weight.astype(np.float64))
     return out if bias is None else out + bias
 

@@ -1,5 +1,5 @@
-"""Encoders for embeddings, with norms after residual sums (bert, nomic-bert*, jina-bert-v*) or before blocks
-(modern-bert)."""
+"""Encoders for embeddings: bert, nomic-bert*, jina-bert-v* (norms after residual sums), modern-bert (norms before
+blocks)."""
 
 from __future__ import annotations
 

@@ -24,7 +24,6 @@ class EncoderBuilder(ProgramBuilder):
         self._end(last_norm)
 
     def scaled_layers(self, embedding_factor: float) -> Iterator[int]:
-        """Yields the layers of an encoder with a scaled embedding, and with a norm after the last layer."""
         self._embed(embedding_factor, positions=False)
         yield from self.stage
         self._end(last_norm=True)

@@ -1,5 +1,4 @@
-"""GLM: chatglm, glm4. Gate and up are one tensor, as are q, k and v. Half of a head's channels turn, in adjacent
-pairs."""
+"""GLM: chatglm, glm4. Gate and up are one tensor, as are q, k and v. Half of a head's channels turn, in pairs."""
 
 from __future__ import annotations
 

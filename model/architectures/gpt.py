@@ -16,8 +16,7 @@ def gpt2(builder: ProgramBuilder) -> None:
 
 
 def starcoder2(builder: ProgramBuilder) -> None:
-    """StarCoder 2: biases, and rotations of channels half a head apart. A window in the file is used, as in
-    training."""
+    """StarCoder 2: biases, and rotations of channels half a head apart. A window is used, as in training."""
     table = builder.rope_table()
     builder.use_layer_norms()
     for layer in builder.layers():

@@ -21,7 +21,7 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k: none, per head before or after the rotation ("unit": without a weight), or over the whole
+    """Norms of q and k: none, per head before or after the rotation ("unit": without weights), or of the whole
     width."""
 
     NONE = "none"
@@ -145,8 +145,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.AddPosition(embedded, out, weight))
 
     def _head(self, soft_cap: float | None, factor: float) -> None:
-        """Emits the selection of output rows and their logits. Without `output.weight`, the token embedding is the
-        head."""
+        """Emits the selection of output rows and their logits. Without `output.weight`, the head is the embedding."""
         self.out = Buffer(steps.LOGITS, self.hyperparameters.vocabulary_size)
         selected = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._last_normed, selected))
@@ -170,15 +169,13 @@ class ProgramBuilder(CheckedTensors):
     def attention(
         self, layer: int, variant: AttentionVariant = AttentionVariant(), *, norms: Norms = Norms.BEFORE
     ) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)), where q, k and v are products of the normed hidden
-        state."""
+        """hidden += output(attention(rope(q), rope(k), v)): q, k and v are products of the normed hidden state."""
         prefix = f"blk.{layer}"
         self._norm_before(f"{prefix}.attn_norm", norms)
         self._attend(layer, variant)
         self._add_projected(None if norms is Norms.BEFORE else f"{prefix}.post_attention_norm")
 
     def _norm_before(self, name: str, norms: Norms) -> None:
-        """Sets `normed` to the norm of the hidden state, or to the hidden state itself if norms come after products."""
         if norms is Norms.AFTER:
             self._normed = self._hidden
         else:
@@ -187,8 +184,7 @@ class ProgramBuilder(CheckedTensors):
     def parallel(
         self, layer: int, variant: AttentionVariant, activation: ActivationFunction, *, gated: bool = False
     ) -> None:
-        """hidden += attention + inner layer (gated, or down(activation(up))), both computed from the same hidden
-        state."""
+        """hidden += attention + inner layer (gated, or down(activation(up))). Both read the same hidden state."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(self.has(f"{second}.{part}") for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
@@ -369,7 +365,6 @@ class ProgramBuilder(CheckedTensors):
         return epsilon
 
     def _add_projected(self, norm: str | None = None) -> None:
-        """hidden += projected. If a `norm` is named, projected is normed before that."""
         if norm is not None:
             self._rms_norm(norm, self._projected, self._projected)
         if self._residual_scale != 1.0:

@@ -16,8 +16,7 @@ _MAX_SCALE = 1e3
 
 def llama(builder: ProgramBuilder) -> None:
     """LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and all others that GGUF files call llama. Rows of Q and K are permuted,
-    so that adjacent channels turn as pairs. A window in the file is used: Mistral 7B v0.1 was trained with one, and no
-    key turns windows off."""
+    so that adjacent channels turn as a pair. A window in the file is used: Mistral 7B v0.1 was trained with one."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table, builder.hyperparameters.sliding_window))

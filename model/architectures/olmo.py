@@ -13,8 +13,7 @@ _EXAONE4_32B_LAYERS, _EXAONE4_32B_WINDOW = 64, 4096
 
 
 def olmo2(builder: ProgramBuilder) -> None:
-    """OLMo 2 and 3: q and k are normed whole. In OLMo 3, three of four layers have a window and an unscaled
-    rotation."""
+    """OLMo 2 and 3: q and k are normed whole. Three of four OLMo 3 layers have a window and an unscaled rotation."""
     hp = builder.hyperparameters
     windowed = builder.keys.windowed_layers(hp.block_count, _PERIOD) if hp.sliding_window else [False] * hp.block_count
     unscaled = replace(hp.rope, scaling=RopeScaling.NONE, factor=1.0, attention_factor=1.0)
@@ -27,8 +26,7 @@ def olmo2(builder: ProgramBuilder) -> None:
 
 
 def exaone4(builder: ProgramBuilder) -> None:
-    """EXAONE 4: q and k are normed per head. In the 32B model, three of four layers have a window; the fourth no
-    rotation."""
+    """EXAONE 4: q and k are normed per head. Three of four layers of the 32B model have a window and a rotation."""
     hp = builder.hyperparameters
     window = hp.sliding_window or (_EXAONE4_32B_WINDOW if hp.block_count == _EXAONE4_32B_LAYERS else None)
     windowed = builder.keys.windowed_layers(hp.block_count, _PERIOD)

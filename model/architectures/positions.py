@@ -1,5 +1,4 @@
-"""Rotation frequencies and ALiBi slopes, in decimal arithmetic: they are the same on every machine, whatever its
-libm."""
+"""Rotation frequencies and ALiBi slopes, in decimal arithmetic: they are equal on all machines, whatever their libm."""
 
 from __future__ import annotations
 

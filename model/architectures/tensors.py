@@ -31,7 +31,6 @@ class CheckedTensors:
             self.model.tensor(f"blk.{layer}.{name}")
 
     def weight(self, name: str, shape: tuple[int, ...]) -> str:
-        """Returns `name`, after a check of the tensor's shape."""
         found = self.model.tensor(name).shape
         if found != shape:
             raise self.error(name, f"shape {list(reversed(found))}, {list(reversed(shape))} expected")
@@ -48,7 +47,6 @@ class CheckedTensors:
         return name
 
     def product(self, name: str, x: Buffer, out: Buffer) -> MatMul:
-        """out = x @ weight^T, plus a bias if the file has one."""
         weight = self.weight(f"{name}.weight", (out.width, x.width))
         return MatMul(x, out, weight, self.optional_vector(f"{name}.bias", out.width))
 

@@ -109,7 +109,6 @@ class Operands:
         return weight.address
 
     def norm_weight(self, step: RmsNorm) -> np.uint64:
-        """Returns the address of the norm's weight. A norm without a weight gets ones, which change no number."""
         if step.weight is not None:
             return self.vector(step.weight)
         return self.layout.constant(np.ones(step.width, np.float32))
@@ -124,7 +123,6 @@ class Operands:
         return self.layout.at(("activations", kind), n_bytes)
 
     def quantize(self, x: Buffer, weights: Sequence[str]) -> Iterator[Launch]:
-        """Quantizes x to each format that the weights need and that is not computed yet."""
         for kind in dict.fromkeys(self.weights[weight].activation for weight in weights):
             if kind is not ActivationFormat.F32 and self.quantized.get(kind) != x.name:
                 out = self.activations(kind, x.name, x.width)

@@ -99,7 +99,6 @@ class Weights:
 
     @property
     def pieces(self) -> int:
-        """The number of pieces of a tile (src/matmul/pieces.cuh)."""
         return -(-(self.cols // self.quant_type.info.block_size) // _PIECE_SEGMENTS[self.activation])
 
 
@@ -198,8 +197,7 @@ def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
 
 
 def _gemm_rows(products: Sequence[Product], rows: int, gpu: LaunchLimits) -> int:
-    """Returns a block's rows: twice as many if every multiprocessor still has a block, to decode weights half as
-    often."""
+    """Returns a block's rows, doubled if every multiprocessor still has a block, to decode weights half as often."""
     if gpu.compute_capability != _HOPPER or products[0].weights.activation is ActivationFormat.F32:
         return _GEMM_ROWS
     wide_blocks = _blocks(products, _WIDE_WARPS) * -(-rows // _WIDE_ROWS)
@@ -332,8 +330,7 @@ class _TeamsShape:
 
 
 def _gemm_warps(products: Sequence[Product], items: int, gpu: LaunchLimits) -> int:
-    """Returns the warps of the largest blocks of which every multiprocessor gets one, to read activations least
-    often."""
+    """Returns the warps of the largest blocks that give every multiprocessor one. They read activations least often."""
     most = 12 if gpu.compute_capability == _HOPPER else 16
     return next((warps for warps in (most, 8) if _blocks(products, warps) * items >= gpu.sms), 4)
 

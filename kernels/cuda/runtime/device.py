@@ -23,8 +23,7 @@ LEAST_SHARED_BYTES = 64 << 10
 """The least `Device.shared_bytes` of GPUs from 7.0 on. Older GPUs have PLAIN_SHARED_BYTES."""
 
 PLAIN_SHARED_BYTES = 48 << 10
-"""The shared memory of a block by default. More, up to `Device.shared_bytes`, must be dynamic and needs an
-attribute."""
+"""The default limit of a block's shared memory. More, up to `Device.shared_bytes`, must be dynamic and requested."""
 
 
 class Buffer(Protocol):
@@ -85,8 +84,7 @@ class Device(Protocol):
         """The most bytes that `allocate` can give now."""
 
     def prepare(self, kernels: Iterable[str]) -> None:
-        """Compiles the kernels' modules (seconds, once per machine). `launch` compiles too, but not during a
-        capture."""
+        """Compiles the kernels' modules (seconds, once per machine). `launch` does so too, but not during a capture."""
 
     def allocate(self, n_bytes: int) -> Buffer:
         """Raises InsufficientMemoryError if less memory is free."""

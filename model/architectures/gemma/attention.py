@@ -1,5 +1,4 @@
-"""Attention of Gemma 3n and 4: scores are unscaled, values normed, and the last layers read keys and values of
-others."""
+"""Attention of Gemma 3n and 4: unscaled scores, normed values, and last layers that read keys and values of others."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """Returns the layer whose keys and values each layer reads: itself, or the last layer of its kind that stores
+    """Returns the layer whose keys and values each layer reads: itself, or the last one of its kind that stores
     some."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)

@@ -23,8 +23,7 @@ def gemma(builder: ProgramBuilder) -> None:
 
 
 def gemma2(builder: ProgramBuilder) -> None:
-    """Gemma 2: norms before and after blocks, soft caps, a window in every other layer. Defaults are the published
-    values."""
+    """Gemma 2: norms before and after blocks, soft caps, a window in every other layer. Defaults are as published."""
     hp, keys = builder.hyperparameters, builder.keys
     scale = _scale(hp, _GEMMA2_27B_LAYERS)
     cap = keys.real("attn_logit_softcapping", 50.0, minimum=1e-3, maximum=_MAX_CAP)

@@ -53,8 +53,8 @@ def gemma3n(builder: ProgramBuilder) -> None:
 
 
 def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
-    """Returns each layer's threshold in standard deviations above the mean: lower activations are zeroed. None: none
-    are."""
+    """Returns each layer's threshold, in standard deviations above the mean, below which activations become 0, or
+    None."""
     key = "activation_sparsity_scale"
     numbers = keys.reals(key, layers)
     for number in numbers:
@@ -101,8 +101,7 @@ class _Copies:
         yield ir.Join(self._hidden, projected, self.all)
 
     def merge(self) -> Iterator[ir.Step]:
-        """hidden = the mean of the first copy and of projections of the others that are scaled to the first's
-        magnitude."""
+        """hidden = the mean of the first copy and of projections of the others, scaled to the first one's magnitude."""
         others, projected = (Buffer(name, self.all.width - self.width) for name in ("other copies", "projected copies"))
         yield ir.Slice(self.all, self._hidden, 0)
         yield ir.Slice(self.all, others, self.width)

@@ -23,8 +23,7 @@ _MAX_HEAD = 1 << 12
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Gemma 4: values are normed without a weight, or are the keys. A number in the file multiplies each layer's
-    result."""
+    """Gemma 4: values are the keys or their own product, normed without a weight. Each layer's result may be scaled."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")

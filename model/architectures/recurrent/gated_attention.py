@@ -1,5 +1,4 @@
-"""Attention whose result is multiplied by the sigmoid of a gate, channel by channel. Queries and gate are one
-product."""
+"""Attention whose result is multiplied by the sigmoid of a gate, by channel. Queries and gate are one product."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Kimi Linear: kimi-linear. Delta nets whose states decay channel by channel, and latent attention without a
-rotation."""
+"""Kimi Linear: kimi-linear. Delta nets whose states decay by channel, and latent attention without a rotation."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def without_ones(file: ModelFile) -> ModelFile:
 
 
 def kimi_linear(builder: ProgramBuilder) -> None:
-    """Kimi Linear. Layers with KV heads have latent attention. After dense layers come shared and sigmoid-gated
-    experts."""
+    """Kimi Linear. Layers with KV heads have latent attention. Dense layers come first, then ones with experts."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = latent_variant(builder, 0.0, 0.0)
     latent = replace(latent, table=None, scale=1 / math.sqrt(latent.query))

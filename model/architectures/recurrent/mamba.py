@@ -28,7 +28,6 @@ class MambaShape:
 
     @property
     def convolved(self) -> int:
-        """The channels of the convolution: those of the heads, then those of the input and output matrices."""
         return self.inner + 2 * self.groups * self.state_size
 
     @property

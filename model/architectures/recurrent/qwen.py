@@ -18,8 +18,7 @@ _MAX_WIDTH, _MAX_PERIOD = 1 << 20, 1 << 10
 
 
 def qwen3next(builder: ProgramBuilder) -> None:
-    """Qwen 3 Next: every layer has experts, and a shared expert with a gate. The value heads of a key head are
-    adjacent."""
+    """Qwen 3 Next: every layer has experts and a gated shared expert. A key head's value heads are adjacent."""
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=False)
 
@@ -30,7 +29,7 @@ def qwen35(builder: ProgramBuilder) -> None:
 
 
 def qwen35moe(builder: ProgramBuilder) -> None:
-    """Qwen 3.5 with experts, and with a shared expert that has a gate, in every layer."""
+    """Qwen 3.5 with experts and a gated shared expert in every layer."""
     check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=True)

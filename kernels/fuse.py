@@ -94,7 +94,8 @@ def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
 
 
 def _attend(program: ir.Program, at: int) -> Attend | None:
-    """Returns the attention behind any rotations at `at`, joined with them if nothing else reads their results."""
+    """Returns the attention that follows any rotations at `at`, joined with them if no other step reads their
+    results."""
     ropes: dict[str, ir.Rope] = {}
     step = program.steps[at]
     while isinstance(step, ir.Rope):

@@ -14,8 +14,8 @@ class ReadProbe:
         self._probe = _native.ReadProbe(threads, 16)
 
     def measure(self, seconds: float = 0.3) -> float:
-        """Returns GB/s: the median of several reads in the pattern that was the fastest just before. (Their maximum is
-        a rate that no longer run reaches.) Raises ValueError outside 0..60 seconds."""
+        """Returns GB/s: the median of several reads in the pattern that was the fastest just before. (The maximum would
+        exceed the rate of a longer run.) Raises ValueError outside 0..60 seconds."""
         return self._probe.measure(seconds) / 1e9
 
 

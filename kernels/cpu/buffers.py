@@ -19,7 +19,7 @@ class Buffers:
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     selected: bool = False
     packed: dict[str, ActivationFormat] = field(default_factory=dict)
-    """The int8 formats of newest values, by buffer name. They are in buffers of their own, with their scales."""
+    """The int8 format of a buffer's newest values, by name. These values and their scales have their own buffer."""
 
     def read(self, buffer: ir.Buffer) -> int:
         return self.current[buffer.name][0]

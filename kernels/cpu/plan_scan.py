@@ -1,5 +1,5 @@
-"""Emits scans and norms into a plan of the native executor. In files, each head or group has its weights in a matrix
-row."""
+"""Emits scans and norms into a plan of the native executor. In files, heads and groups have their weights in matrix
+rows."""
 
 from __future__ import annotations
 

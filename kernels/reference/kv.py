@@ -90,8 +90,8 @@ def round_to_bytes(rows: Float32) -> Rounded:
 
 
 class LayerKv:
-    """The keys and values of a layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. Latent attention has only
-    keys."""
+    """The keys and values of a layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. Latent attention has keys
+    only."""
 
     def __init__(self, step: Attention, blocks: int, *, windowed: bool = False) -> None:
         self.windowed = windowed  # its blocks are those of `Batch.window_tables`
@@ -106,8 +106,7 @@ class LayerKv:
         return self._keys.n_bytes + (0 if self._values is None else self._values.n_bytes)
 
     def store(self, table: Int32, positions: Int32, keys: Float32, values: Float32 | None) -> None:
-        """Rounds and stores keys and values [rows, kv_heads * head_dim] of one sequence, whose blocks are in
-        `table`."""
+        """Rounds and stores keys and values [rows, kv_heads * head_dim] of the sequence with this block table."""
         assert (table[positions // KV_BLOCK_TOKENS] >= 0).all(), "a block that is not there is written"
         places = _places(table, positions)
         shape = (len(positions), *self._shape[1:])

@@ -1,5 +1,4 @@
-"""Every kind of step in NumPy: sums in float64, in an order that does not depend on other rows, and results in
-float32."""
+"""Every kind of step in NumPy: sums in float64, in an order that ignores other rows, and results in float32."""
 
 from __future__ import annotations
 

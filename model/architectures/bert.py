@@ -1,5 +1,4 @@
-"""Encoders for embeddings: bert, nomic-bert*, jina-bert-v* (norms after residual sums), modern-bert (norms before
-blocks)."""
+"""Encoders for embeddings, with norms after residual sums (bert, nomic-bert*, jina-bert-v*) or before (modern-bert)."""
 
 from __future__ import annotations
 

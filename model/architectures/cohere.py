@@ -10,7 +10,7 @@ _MAX_SCALE = 1e6
 
 
 def cohere2(builder: ProgramBuilder) -> None:
-    """Cohere 2: attention and inner layer are parallel. Three of four layers have a window; the others no rotation."""
+    """Cohere 2: attention and inner layer are parallel. Every fourth layer has no window and no rotation."""
     hp, keys = builder.hyperparameters, builder.keys
     windowed = keys.windowed_layers(hp.block_count, _PERIOD)
     if hp.sliding_window is None:

@@ -21,8 +21,7 @@ EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
 
 
 class HeadNorms(StrEnum):
-    """Norms of q and k: none, per head before or after the rotation ("unit": without weights), or of the whole
-    width."""
+    """Norms of q and k: none, per head before or after the rotation ("unit": without weights), or over all heads."""
 
     NONE = "none"
     PER_HEAD = "per head"

@@ -20,8 +20,7 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """Returns the layer whose keys and values each layer reads: itself, or the last one of its kind that stores
-    some."""
+    """Returns the layer whose keys and values each layer reads: itself, or the last such layer of its kind before."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}

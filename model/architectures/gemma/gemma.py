@@ -1,5 +1,5 @@
 """Gemma: gemma, gemma2, gemma3, gemma-embedding. The token embedding is scaled, and also serves as the head. The gate
-is a GELU. GGUF files have norm weights with the 1 that the original ones omit already added."""
+is a GELU. In GGUF files, norm weights include the 1 that the original models add to them."""
 
 from __future__ import annotations
 

@@ -53,8 +53,7 @@ def gemma3n(builder: ProgramBuilder) -> None:
 
 
 def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
-    """Returns each layer's threshold, in standard deviations above the mean, below which activations become 0, or
-    None."""
+    """Returns each layer's threshold, in standard deviations above the mean. Lower activations become 0."""
     key = "activation_sparsity_scale"
     numbers = keys.reals(key, layers)
     for number in numbers:

@@ -23,7 +23,8 @@ _MAX_HEAD = 1 << 12
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Gemma 4: values are the keys or their own product, normed without a weight. Each layer's result may be scaled."""
+    """Gemma 4: values are the keys or a product of their own, normed without a weight. Layers' results may be
+    scaled."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")

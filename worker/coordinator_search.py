@@ -1,4 +1,4 @@
-"""Finds a worker's coordinator: all its addresses are tried at once, each with its own backoff; more may be added."""
+"""Finds a worker's coordinator. Tries all known addresses at the same time, each with a backoff; more may be added."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IDLE_LOG_S = 3600.0
 _MOST_LOGGED = 16
 _MOST_FOUND = 64
 _FALSE_AFTER = 3
-"""The failures of a found address after which another one may take its place."""
+"""The number of failures after which a found address may be replaced by another."""
 
 _Result = TypeVar("_Result")
 
@@ -40,12 +40,13 @@ class Place:
 
 
 class CoordinatorSearch:
-    """A worker's search for a coordinator. An address that does not answer delays no other one. A refusal at all known
-    addresses is final unless the search `discovers` others, or `stays` for the next coordinator."""
+    """Searches for a coordinator. An address that does not answer delays no other. Refusals at all known addresses are
+    final, unless the search `discovers` more addresses or `stays` for the next coordinator."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
-        """The time that a lost coordinator has to come back; None for ever, as the worker was never a member."""
+        """The time within which a lost coordinator must return. None: no limit, because the worker was never a
+        member."""
         self._places = [Place(address) for address in addresses]
         self._discovers = discovers
         self._stays = stays
@@ -56,7 +57,7 @@ class CoordinatorSearch:
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """Forgets failures, and found addresses with failures except this one, which may not be announced anew."""
+        """Forgets failures. Drops found addresses that failed, except this one: it may not be announced again."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [
@@ -71,7 +72,8 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. Announcements may be false: only so many are tried, until they have failed."""
+        """Adds an announced address. Announcements may be false, so only a bounded number is tried until they have
+        failed."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]
@@ -89,7 +91,7 @@ class CoordinatorSearch:
         return True
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
-        """Returns the first success. Raises as `failed` does, and WorkerError if no place is reached in time."""
+        """Returns the first success. Raises the errors of `failed`, and WorkerError if no place is reached in time."""
         self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):
@@ -121,7 +123,7 @@ class CoordinatorSearch:
                 return ended
 
     def failed(self, place: Place, error: LlamaclustError) -> None:
-        """Raises the error if the worker was never a member and no attempt at any address would change it."""
+        """Records a failure. Raises it if the worker was never a member and no attempt at any address can succeed."""
         place.failures += 1
         place.is_refused = isinstance(error, UsageError)
         now_s, self._error = asyncio.get_running_loop().time(), error

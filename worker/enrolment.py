@@ -1,4 +1,5 @@
-"""Enrolment of a worker: it trusts the CA that its token names, proves possession of the token, gets a certificate."""
+"""Enrolment of a worker: it verifies the CA by the hash in its token, proves that it has the token, gets a
+certificate."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from llamaclust.wire.security.token import JoinToken
 _CONNECT_S = 10.0
 _EXCHANGE_S = 20.0
 _STAGGER_S = 0.25
-"""The pause between connection attempts to the addresses of one name: a machine that is gone does not answer."""
+"""The pause before the next address of the same name is tried, because a machine that is gone does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Enrolled:
 
 
 async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
-    """Raises UsageError if another try will not help; WorkerError, ProtocolError or DeadlineError otherwise."""
+    """Raises UsageError if another attempt cannot succeed, otherwise WorkerError, ProtocolError or DeadlineError."""
     where = joined_address(host, port)
     async with deadline(f"enrolling at {where}", _EXCHANGE_S):
         authority = await pinned(host, port, token, where)
@@ -64,7 +65,6 @@ async def is_open(host: str, port: int, within_s: float) -> bool:
 
 
 async def speaks_tls(host: str, port: int) -> bool:
-    """True if a server answers with TLS; its certificate is not verified."""
     try:
         async with _connected(host, port, None, ""):
             return True
@@ -73,7 +73,7 @@ async def speaks_tls(host: str, port: int) -> bool:
 
 
 async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
-    """Returns the CA certificate (DER) whose hash is the token's; nothing is sent before."""
+    """Returns the coordinator's CA certificate (DER), whose hash must be the token's. Sends no secret."""
     async with _connected(host, port, None, "") as (reader, _):
         challenge = await _challenge(reader)
     if ca_hash(challenge.ca_certificate) != token.ca_hash:
@@ -105,7 +105,8 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
 
 
 def _context(authority: bytes | None) -> ssl.SSLContext:
-    """`authority` is the CA's certificate (DER); None accepts any, to get the CA's, which the token's hash confirms."""
+    """`authority` is the CA certificate (DER). None accepts any server, to get a CA certificate that its hash then
+    proves."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if authority is None:
@@ -120,7 +121,7 @@ def _context(authority: bytes | None) -> ssl.SSLContext:
 
 
 def _reason(error: OSError) -> str:
-    """Returns the system's text, which asyncio replaces by the address."""
+    """Returns the system's error text, in place of which asyncio states the address."""
     if error.errno is not None and str(error.strerror).startswith("Connect call failed"):
         return os.strerror(error.errno)
     return error.strerror or str(error)

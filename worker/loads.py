@@ -52,7 +52,7 @@ def _span(order: Load) -> str:
 
 
 class Loads:
-    """Loads of one membership. One order at a time holds the worker's `exclusive`."""
+    """Executes the load orders of one membership, one at a time: each holds the worker's `exclusive`."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -173,8 +173,8 @@ class Loads:
         return MemberLinks(epoch, group, links, session.deadlines, self._report)
 
     async def _report(self, fault: GroupFault | PeerUnreachable) -> None:
-        """Reports to the coordinator; another's fault is no error here, since the last error explains this one's
-        end."""
+        """Reports to the coordinator. Another worker's fault is not logged as an error, which would look like this
+        one's."""
         level = logging.ERROR if fault.worker == self._worker.name else logging.INFO
         whose = "" if fault.reason.startswith(f"worker {fault.worker}") else f"worker {fault.worker}: "
         _log.log(level, "epoch %s: %s%s", epoch_text(fault.epoch), whose, fault.reason)

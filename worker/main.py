@@ -32,7 +32,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Returns the exit code; raises UsageError of a worker that a user started. The caller uses `end_process`."""
+    """Returns the exit code for `end_process`. Raises UsageError if a user started this worker."""
     start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
     allow_many_files()
     request_slices(USUAL_SLICE_NS)
@@ -64,7 +64,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def _set_parent_death_signal(parent_pid: int) -> None:
-    """Lets the kernel (Linux) kill this process when the thread that started it ends, or ends it now."""
+    """Makes Linux kill this process when the thread that started it ends. Exits if the parent has already ended."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:

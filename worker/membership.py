@@ -47,7 +47,7 @@ class Renewal:
         self._renewed = asyncio.Event()
 
     async def run(self) -> None:
-        """Requests a certificate after two thirds of the life, and again without an answer, until the stream ends."""
+        """Requests a new certificate after two thirds of its life, again if no answer comes, until the stream ends."""
         from llamaclust.wire.security.certificates import NewKey
 
         with contextlib.suppress(WorkerError):  # of the stream, which its reader reports
@@ -75,7 +75,7 @@ class Renewal:
 
 
 def _retrieved(writing: asyncio.Task[None]) -> None:
-    """Retrieves the error of a stream that ends, which its reader reports."""
+    """Retrieves a write's error, which the stream's reader reports."""
     if not writing.cancelled():
         writing.exception()
 
@@ -117,7 +117,6 @@ class Member:
         return self._credentials.cluster if isinstance(self._credentials, Identity) else ""
 
     def _with_terms(self, registration: messages.Register) -> messages.Register:
-        """Adds the terms that this process has seen, unless they are of another certificate authority."""
         terms = self._worker.terms
         if terms.last.authority != self._authority:
             return registration
@@ -129,7 +128,8 @@ class Member:
         return self._deadlines.coordinator_s
 
     async def serve(self) -> str:
-        """Returns the reason when the coordinator ends the membership. Raises WorkerError if it is lost."""
+        """Returns the reason when the coordinator ends the membership. Raises WorkerError if the coordinator is
+        lost."""
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads = Loads(session)
@@ -208,7 +208,7 @@ class Member:
             return
 
     async def send(self, message: messages.WorkerMessage) -> None:
-        """Completes even if the caller is cancelled: gRPC would end the membership otherwise."""
+        """Completes the write even if the caller is cancelled, because gRPC would otherwise end the stream."""
         writing = asyncio.create_task(self._write(message))
         writing.add_done_callback(_retrieved)  # its caller may be gone
         await asyncio.shield(writing)

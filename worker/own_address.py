@@ -1,4 +1,4 @@
-"""The address under which a worker serves its stages: found anew at each membership, watched during one."""
+"""The address at which a worker serves its stages. It is found for each membership, and watched during it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.worker.settings import WorkerSettings
 _RESOLVE_S = 10.0
 _LOOK_S = 1.0
 _LOOKS = 3
-"""The looks in a row that must show the same new address: interfaces come and go while a machine wakes."""
+"""The successive checks that must find the same new address, since interfaces come and go while a machine wakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class OwnAddress:
-    """The address at which a worker listens, and the advertised one, for the route to one coordinator."""
+    """The listening and the advertised address of a worker, for the route to one coordinator."""
 
     listen: str
     advertised: str  # HOST, or HOST:PORT
@@ -71,11 +71,11 @@ class OwnAddress:
         return address
 
     def at_link_port(self, port: int) -> str:
-        """Returns HOST:PORT for the links of other members, with `port` as it is: address translation must keep it."""
+        """Returns HOST:PORT for links of other members. Address translation must not change `port`."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:
-        """Returns an error once the coordinator has been reached from another address for some seconds."""
+        """Returns an error once this machine's address on the route has been another one for some seconds."""
         now, looks = self.own_host, 0
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -85,7 +85,8 @@ class OwnAddress:
                 return WorkerError(f"this machine's address is {now} now; it was {self.own_host}")
 
     def _host_now(self) -> str | None:
-        """Returns this machine's address on the route now; the old one without a route, or if nothing depends on it."""
+        """Returns this machine's present address on the route, or the old one without a route or if it does not
+        matter."""
         found = source_host(self.route.host, self.route.family, self.route.port)
         return self.own_host if self.own_host is None or found is None else found
 

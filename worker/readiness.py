@@ -1,4 +1,4 @@
-"""Readiness of a worker for its supervisor, such as a kubelet: a file that exists while the worker has settled."""
+"""Shows a worker's readiness to its supervisor, such as a kubelet, by a file that exists while it is ready."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from time import monotonic
 from llamaclust.worker.service import StageService
 
 IDLE_S = 10.0
-"""A member without an order for so long is idle."""
+"""The time without an order after which a member counts as idle."""
 _PERIOD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Shows a member as ready if it is idle, or holds layers and loads none, so that evictions wait for layers."""
+    """Shows a member as ready if it is idle, or holds layers and loads none: no other worker is evicted during a
+    load."""
 
     file: Path | None = None  # None: not wanted
 

@@ -23,7 +23,8 @@ SettingAdapters = Callable[[weights.SetAdapters], Awaitable[weights.AdaptersSet]
 
 
 class Requests:
-    """Requests of one membership. Those that need the machine alone hold the worker's `exclusive`, as loads do."""
+    """Answers requests of one membership. Those that need the whole machine hold the worker's `exclusive`, as loads
+    do."""
 
     def __init__(self, session: Session, set_adapters: SettingAdapters) -> None:
         self._session = session
@@ -61,7 +62,7 @@ class Requests:
         return await worker.kv_disk.answer(request, worker.service.stage(request.epoch).runner)
 
     async def _profile_in_thread(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
-        """Returns, if cancelled, when the thread has ended: another measurement would run beside it."""
+        """Waits until the thread has ended even if cancelled: the next measurement would run at the same time."""
         measuring = asyncio.ensure_future(asyncio.to_thread(self._profile, request))
         try:
             return await asyncio.shield(measuring)
@@ -103,7 +104,7 @@ class Requests:
         return replace(await progress.during(finding, progressed, _REPORT_S), request_id=request.request_id)
 
     async def _probe(self, request: messages.ProbePeer) -> messages.ProbeResult:
-        """Probes on a connection of its own: that of a stage may outlast the link, or be broken."""
+        """Probes with a new connection, because a stage's connection may outlast the link or be broken."""
         peer = self._session.peer(request.address, request.worker)
         reason = ""
         try:

@@ -1,4 +1,4 @@
-"""The terms of coordinators that a worker's process has seen, by cluster: one token may admit it to several."""
+"""The terms of coordinators that this process has seen, by cluster, since one token may admit it to several."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SeenTerms:
         return self._largest.get(self.last, SeenTerm())
 
     def enter(self, cluster: ClusterKey, term: int, proof: TermProof) -> None:
-        """Records an admission. Raises WorkerError for a smaller term, and for another cluster while one is awaited."""
+        """Records an admission. Raises WorkerError if the term is too small, or another cluster is awaited."""
         if self.is_awaited and cluster != self.last:
             raise WorkerError(f"a coordinator of cluster {self.last.name!r} is awaited, not one of {cluster.name!r}")
         self.last = cluster  # its coordinator is told the term at the next attempt where this one is superseded
@@ -41,7 +41,7 @@ class SeenTerms:
         self.is_awaited = True
 
     def see(self, term: int, proof: TermProof | None = None) -> None:
-        """Records the term of the last cluster's coordinator. Raises WorkerError for a smaller one than before."""
+        """Records a term of the last cluster. Raises WorkerError if it is smaller than a term seen before."""
         largest = self.largest
         if term < largest.value:
             seen = f"this worker has seen a newer one (term {largest.value})"
@@ -53,10 +53,10 @@ class SeenTerms:
             del self._largest[next(iter(self._largest))]
 
     def give_up(self) -> None:
-        """Lets a coordinator of any cluster admit the worker; a superseded one is still refused."""
+        """Lets a coordinator of any cluster admit the worker. Superseded coordinators are still refused."""
         self.is_awaited = False
 
     def end(self) -> None:
-        """Forgets the terms of the last cluster, which has ended: the next one of its name counts its own."""
+        """Forgets the terms of the last cluster, which has ended. A new cluster with its name counts its own terms."""
         self.is_awaited = False
         self._largest.pop(self.last, None)

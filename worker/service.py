@@ -21,7 +21,7 @@ LoadedStage = StageStreams | FollowingStage
 
 
 class StageService:
-    """Stages by epoch; two of each model may be there at a time."""
+    """The loaded stages by epoch. A model may have two at the same time."""
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
@@ -69,7 +69,6 @@ class StageService:
 
     @property
     def computing_s(self) -> float:
-        """The longest time that a portion of a stage has been computed without a wait for other members."""
         return max((streams.computing_s for streams in self._stages.values()), default=0.0)
 
     def stage(self, epoch: int) -> LoadedStage:
@@ -78,7 +77,7 @@ class StageService:
         return stage
 
     def keep(self) -> None:
-        """Ends all epochs and their groups' links; loaded stages wait for a load that wants the same."""
+        """Ends all epochs and their groups' links, but keeps the stages in memory for a load of the same layers."""
         for stage in self._stages.values():
             stage.close_links()
         self._kept += self._stages.values()
@@ -98,7 +97,8 @@ class StageService:
         return bool(self._kept)
 
     async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
-        """Returns a kept stage that fits, and frees the others. `file_version` is the file's now; None: it is gone."""
+        """Returns a kept stage that fits and frees the others. `file_version` is the file's present one; None: it is
+        gone."""
         runner = None
         while self._kept:
             streams = self._kept.pop()
@@ -109,7 +109,7 @@ class StageService:
         return runner
 
     async def clear(self, model_id: str) -> list[object]:
-        """Frees all stages of a model but kept ones. The returned list keeps the weights of all of them in memory."""
+        """Frees all stages of a model except kept ones. The returned list keeps all their weights in memory."""
         freed = {epoch: streams for epoch, streams in self._stages.items() if streams.runner.model_id == model_id}
         weights = [streams.runner.weights for streams in (*freed.values(), *self._kept)]
         for epoch in freed:
@@ -134,7 +134,7 @@ _BLOCK_COUNTS = ("kv_blocks", "window_blocks", "state_blocks")
 
 
 def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
-    """True if a stage fits an order: it may have more KV blocks than requested."""
+    """True if a stage fits an order. The stage may have more KV blocks than requested."""
     same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
     same_portion = held.portion == portion_of(order)
     has, asked = held.limits, order.limits

@@ -1,4 +1,4 @@
-"""The state that parts of a membership share, with the ways to the coordinator and to other workers."""
+"""The state that the parts of a membership share, and access to the coordinator and other workers."""
 
 from __future__ import annotations
 

@@ -38,12 +38,12 @@ _OPEN_S = 10.0
 _GRACE_S = 0.5
 _STEP_S = 10.0
 _COORDINATOR_S = 20.0
-"""A coordinator is gone when its machine has not answered for half of this time."""
+"""Twice the time without an answer after which a coordinator counts as gone."""
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Returns the reason when the coordinator ends the cluster, unless the worker stays. Raises UsageError if no
-    coordinator will take it at first, WorkerError if a lost one does not come back in time."""
+    """Returns the reason when the coordinator ends the cluster; a worker that stays waits for the next one instead.
+    Raises UsageError if every coordinator refuses it at first, WorkerError if a lost one does not return in time."""
     worker = _StaticWorker(settings)
     try:
         return await worker.run()
@@ -161,7 +161,7 @@ class _StaticWorker:
             await peer.close()
 
     def _adopted(self, new: Identity | Insecure) -> Credentials:
-        """Adopts new credentials. A server that runs already goes on with the renewed pair."""
+        """Adopts new credentials. A running server continues with the renewed pair."""
         if isinstance(self._credentials, Identity) and isinstance(new, Identity):
             self._credentials.pair = new.pair
         else:
@@ -202,7 +202,7 @@ class _StaticWorker:
 
 
 async def _served(member: Member, own: OwnAddress) -> str:
-    """Returns the coordinator's reason. Raises WorkerError if it is lost, or the advertised address changed."""
+    """Returns the coordinator's reason to end. Raises WorkerError if it is lost, or the advertised address changes."""
     serving, watching = asyncio.create_task(member.serve()), asyncio.create_task(own.changed())
     try:
         await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)

@@ -41,7 +41,7 @@ class Worker:
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Worker:
-        """Raises UsageError for a device that this machine does not have, or that `kv_disk` is not for."""
+        """Raises UsageError if this machine lacks the device, or `kv_disk` does not work with it."""
         kv_disk = _open_kv_disk(settings)
         device, service = Device.open(settings), StageService(settings.name)
         for line in read_cores().lines(device.threads):
@@ -54,7 +54,8 @@ class Worker:
         return {**self.service.handlers, **self.weights.giver.handlers}
 
     async def accept_links(self, stages: str, port: int | None, credentials: Credentials) -> None:
-        """Lets `links` listen beside the stages. Raises UsageError if the user's `port` is taken."""
+        """Makes `links` listen at an address next to that of `stages`. Raises UsageError if the user's `port` is
+        taken."""
         if isinstance(credentials, Identity) and not tls_library():
             _log.info("this worker takes part in no group: links need OpenSSL, without which this llamaclust was built")
             return

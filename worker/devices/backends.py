@@ -22,7 +22,7 @@ class GpuBackend(ExchangingBackend, Protocol):
 
     @property
     def free_bytes(self) -> int:
-        """The memory that may still be taken, a cap considered."""
+        """The memory that this worker may still take, within its cap."""
 
     def gpu(self) -> Gpu:
         """Returns the description of the GPU."""
@@ -34,7 +34,7 @@ class GpuBackend(ExchangingBackend, Protocol):
         """Returns upper bounds of the GPU's speed."""
 
     def cache_flush(self) -> AbstractContextManager[Callable[[], None]]:
-        """Yields a function that makes the GPU's cache cold."""
+        """Yields a function that empties the GPU's cache."""
 
     def close(self) -> None: ...
 
@@ -47,7 +47,7 @@ def open_processor(
     *,
     mlock: bool = False,
 ) -> Backend:
-    """Raises UsageError for a device or feature level that this machine lacks; `mlock` is as in `CpuBackend`."""
+    """Raises UsageError if this machine lacks the device or feature level. `mlock` locks packed weights in RAM."""
     if device == "cpu" or gpu_names(device):
         from llamaclust.kernels.cpu.backend import CpuBackend
 
@@ -68,7 +68,7 @@ def open_gpu(
     *,
     graphs: bool = True,
 ) -> GpuBackend:
-    """Opens GPU "cuda:N", whose weights `threads` pack. Raises UsageError that names what is missing."""
+    """Opens GPU "cuda:N". `threads` CPU threads pack its weights. Raises UsageError that names the missing thing."""
     from llamaclust.kernels.cuda.backend import CudaBackend
     from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
     from llamaclust.kernels.cuda.runtime.device import Device

@@ -36,7 +36,7 @@ class Cores:
 
     @property
     def count(self) -> int:
-        """Compute threads that are worth starting: one for each core, and no more than the quota, rounded up."""
+        """The best number of compute threads: one per core, but not more than the quota, rounded up."""
         return max(1, len(self.cores) if self.quota is None else min(len(self.cores), math.ceil(self.quota)))
 
     @property
@@ -89,7 +89,8 @@ def _kinds(cores: Sequence[Core]) -> str:
 
 
 def read_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> Cores:
-    """Reads /proc and /sys below `root`; without topology a thread is a core. `affinity`: the process's by default."""
+    """Reads /proc and /sys below `root`. Without topology, each thread is a core. `affinity` defaults to this
+    process's."""
     usable = sorted(os.sched_getaffinity(0) if affinity is None else affinity)
     efficiency, nodes = _efficiency(root, usable), _nodes(root)
     siblings: dict[str, list[int]] = {}
@@ -106,7 +107,8 @@ def physical_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) ->
 
 
 def bind_to_node(node: int, root: Path = _ROOT) -> None:
-    """Restricts this thread, and those it starts, to a NUMA node's cores, whose memory Linux then prefers."""
+    """Restricts this thread, and threads that it starts, to a NUMA node's cores. Linux then prefers the node's
+    memory."""
     os.sched_setaffinity(0, read_cores(root).on_node(node).hardware_threads)
 
 

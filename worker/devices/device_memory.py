@@ -1,4 +1,4 @@
-"""The memory that layers will take of each device that holds a part of them."""
+"""The memory that a stage's layers need on each device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DeviceShare:
 def device_shares(
     device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits, portion: Portion | None = None
 ) -> dict[str, DeviceShare]:
-    """Returns memory by the name of the device. Experts in RAM count there, caches of them do not."""
+    """Returns the memory by device name. Experts in RAM count for the CPU; caches of them on a GPU do not count."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
         backend, layers = (

@@ -61,7 +61,7 @@ class Device:
 
     @property
     def free_memory_bytes(self) -> int:
-        """The memory that may still be taken of the machine, and of the cap on all memory of this process."""
+        """The RAM that this process may still take, within its cap."""
         available = system_info.available_memory_bytes()
         if self.memory_cap_bytes is None:
             return available
@@ -80,7 +80,7 @@ class Device:
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 
     def backend_for(self, held: Iterable[DeviceLayers], *, apart: bool = False) -> Backend:
-        """Returns one device's backend, or a chain of several. `apart` gives them threads of their own."""
+        """Returns the backend of one device, or one for several. `apart` gives each CPU backend threads of its own."""
         parts = [BackendLayers(self._backend_for(part), part.start, part.end) for part in held]
         if apart:
             parts = [replace(part, backend=_apart(part.backend)) for part in parts]
@@ -96,7 +96,7 @@ class Device:
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
     def measure(self, model: Model | None = None, quant_types: Iterable[int] = ()) -> Profile:
-        """Measures the machine, the model's steps, and products of these types; blocks for a second or more."""
+        """Measures the machine, the model's steps, and products with these types. Blocks for a second or more."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.product_profiler import measure_products
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
@@ -145,7 +145,7 @@ def _apart(backend: Backend) -> Backend:
 
 
 def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
-    """Describes the GPUs of this machine as a worker would find them. Raises UsageError if one is not there."""
+    """Describes the GPUs of this machine as a worker would find them. Raises UsageError if one is missing."""
     found = []
     for name in gpu_names(device):
         gpu = backends.open_gpu(name, 1, gpu_memory_bytes)
@@ -157,7 +157,8 @@ def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
 def fingerprint(
     kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = (), numa_node: int | None = None
 ) -> str:
-    """Returns the fingerprint of this machine with a device; the level "" is the best. Raises UsageError for others."""
+    """Returns the fingerprint of this machine with a device; level "" is the best. Raises UsageError if one is
+    missing."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
     cores = read_cores() if numa_node is None else read_cores().on_node(numa_node)
     return _fingerprint(kind, threads, level, gpus, len(cores.hardware_threads))

@@ -1,4 +1,4 @@
-"""Advice about NVIDIA's devices that this process is not given."""
+"""Advice about NVIDIA devices that this process cannot open."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SERVICE = "a systemd unit DeviceAllow=char-nvidia* rw and no PrivateDevices="
 
 
 def advice(root: Path = Path("/")) -> str:
-    """Returns advice about devices that are missing or cannot be opened, or "". `root`: of the file system."""
+    """Returns advice if a device is missing or cannot be opened, otherwise "". `root` is that of the file system."""
     if (root / "dev/dxg").exists():  # Windows has the driver, and another device
         return ""
     control, memory = root / "dev/nvidiactl", root / "dev/nvidia-uvm"

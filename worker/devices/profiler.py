@@ -1,7 +1,7 @@
-"""Step times of a model on this worker, measured as a stage computes them: on one layer, on some, and on the last one
-with the head. Between two steps of a cluster this process sleeps, and others read weights. So before each measured
-step, memory that no cache holds is read: weights come from memory, and Python's code is cold. Rows differ, so that
-rows of a mixture choose different experts."""
+"""Measures step times of a model on this worker, with stages of one layer, of several, and of the last one with the
+head. In a cluster, other processes read weights between two steps of this one. So caches are flushed before each
+measured step: weights come from memory, and Python's code is cold. Rows differ, so that they choose different
+experts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _LEAST_BYTES = 32 << 20  # of layers that are tried: fewer stay in caches, and d
 _EPOCH = 1
 
 Sweep = Callable[[], None]
-"""Evicts everything from caches."""
+"""A function that evicts everything from caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
 
 
 _PROMPT_ROWS = 512
-"""The rows of one more try on mixtures, whose cost for a prompt is on no line through fewer rows."""
+"""The rows of one more try for mixtures of experts, whose prompt cost does not follow from fewer rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +88,17 @@ class ProfiledDevice:
 
     @classmethod
     def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> ProfiledDevice:
-        """`feature_level` is that of the sampler, on the processor."""
+        """`feature_level` is that of the sampler, which runs on the CPU."""
         free_bytes = gpu.free_bytes * 3 // 4  # the rest is for what makes its cache cold
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
     def apart(self) -> Backend:
-        """Gives a processor threads of its own: they learn from similar steps when others want the cores."""
+        """Returns a CPU backend with threads of its own: they adapt to similar steps while others need the cores."""
         return self.backend.apart() if isinstance(self.backend, HasThreads) else self.backend
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a sweep of the caches, with a buffer of at most `most_bytes` and what is left of memory."""
+        """Yields a function that flushes caches. Its buffer takes at most `most_bytes`, and at most `left_bytes`."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -122,7 +122,7 @@ class _Part:
 
 
 def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
-    """Returns () if the model is too small or shares KV memory between layers, or memory is short."""
+    """Returns () if memory is short, or if the model is too small or shares KV memory between layers."""
     costs = model.costs(KvType(device.size.limits.kv_type)).layers
     first = _first_tried(costs)
     sizes = [layer.weight_bytes for layer in costs[first:]]
@@ -157,7 +157,7 @@ class _Measurement:
     sweep: Sweep
 
     def parts(self, ranges: Sequence[tuple[int, int]]) -> list[_Part]:
-        """Measures stages of these layers in turns, so that changes of the machine's speed affect all of them alike."""
+        """Measures stages of these layers in turns, so that changes of the machine's speed affect all alike."""
         device, model = self.device, self.model
         limits, options = device.size.limits, StageOptions(device.feature_level, device.threads)
         with ExitStack() as opened:
@@ -177,7 +177,8 @@ class _Measurement:
         ]
 
     async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
-        """Returns each stage's median without the first step, whose caches are empty, unless that takes long."""
+        """Returns each stage's median time, without the first step, whose caches are empty, unless there is no
+        other."""
         vocabulary = self.model.hyperparameters.vocabulary_size
         with closing(Compute()) as compute:
             context = StageContext("profile", compute, Counters())
@@ -204,18 +205,19 @@ def _position(rows: int) -> int:
 
 
 def _moved_bytes(layers: Sequence[LayerCost], rows: int) -> float:
-    """Counts few rows as one sequence each, many rows as one prompt."""
+    """Treats few rows as one sequence each, and many rows as one prompt."""
     return sum(layer.moved_bytes(rows, rows if rows in _DECODE_ROWS else 1) for layer in layers)
 
 
 def _first_tried(costs: Sequence[LayerCost]) -> int:
-    """Skips layers without experts before a mixture's others, since they are unlike most."""
+    """Skips the layers without experts at the beginning of a mixture of experts, since most layers have some."""
     first = next((number for number, layer in enumerate(costs) if layer.idle_bytes), 0)
     return first if len(costs) - first >= _LEAST_LAYERS else 0
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
-    """Returns ranges of one layer, of some, and of the last one; workers begin at different ones, to find them cold."""
+    """Returns ranges of one layer, of `some`, and of the last. Workers begin at different layers, whose weights are
+    cold."""
     start = place * some % (layers - some)
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
@@ -234,7 +236,7 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
 
 
 def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, float]:
-    """Returns (seconds, seconds per byte) of the line through two points (bytes, seconds), from zero or above."""
+    """Returns (seconds at 0 bytes, seconds per byte) of a line through points (bytes, seconds); neither is negative."""
     byte_s = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
     if byte_s * few[0] > few[1]:
         return 0.0, (few[1] + many[1]) / (few[0] + many[0])
@@ -242,7 +244,8 @@ def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, f
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
-    """Returns the frame and sampling inputs of one token of each of some sequences, or of many tokens of one prompt."""
+    """Returns a frame and its sampling inputs: few rows are one token of each sequence, many rows tokens of one
+    prompt."""
     program, source = runner.program, np.random.default_rng(number)
     tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:

@@ -1,4 +1,4 @@
-"""The operating system's figures of this machine and this process. Linux first; elsewhere less is known."""
+"""The operating system's figures of this machine and process. Other systems than Linux tell less."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llamaclust.core.cgroups import memory_groups, read_text
 from llamaclust.core.sizes import MIB
 
 LOADING_BYTES = 16 * MIB
-"""The most that a process takes to load any stage: modules, threads, metadata; 6 to 15 MiB were measured."""
+"""The most memory that a process takes to load any stage: modules, threads, metadata. 6 to 15 MiB were measured."""
 
 _ROOT = Path("/")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def total_memory_bytes(root: Path = _ROOT) -> int:
-    """Returns the memory of the machine, or of the control groups that confine this process."""
+    """Returns the memory of the machine, or the limit of this process's control groups if that is smaller."""
     machine = os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES
     return min([machine, *(group.limit_bytes for group in memory_groups(root))])
 
 
 def available_memory_bytes(root: Path = _ROOT) -> int:
-    """Returns memory that can be taken without swapping or evicting mapped files, which the kernel counts as free."""
+    """Returns the memory that can be taken without swapping. Unlike the kernel, does not count mapped files as free."""
     figures = _figures(root / "proc/meminfo")
     available = figures.get("MemAvailable", os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES)
     mapped = max(
@@ -55,7 +55,7 @@ def resident_bytes() -> int:
 
 
 def release_freed_memory() -> None:
-    """Collects cyclic garbage, and returns to the system what glibc's allocator keeps of freed memory."""
+    """Collects cyclic garbage, and returns freed memory that glibc's allocator keeps to the system."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

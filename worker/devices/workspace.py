@@ -1,4 +1,4 @@
-"""Memory of a stage on a device that need not be there: nothing is opened or loaded."""
+"""Computes the memory of a stage on a device, which need not exist: nothing is opened or loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.worker.stage.stage_runner import model_program
 def planned_workspace_bytes(
     model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
 ) -> int:
-    """Returns bytes beside weights and KV memory on `threads` of a CPU or a GPU. Raises ModelFileError."""
+    """Returns the bytes of a stage without weights and KV memory. Raises ModelFileError."""
     return program_workspace_bytes(model, model_program(model, start, end, limits), limits, threads, device)
 
 
@@ -34,7 +34,7 @@ def program_workspace_bytes(model: Model, program: Program, limits: StageLimits,
 
 
 def weight_rounding_bytes(model: Model, start: int, end: int, device: str, *, experts: bool = True) -> int:
-    """Returns the device memory of weights of layers [start, end), with or without `experts`, beyond their bytes."""
+    """Returns the bytes that weights of layers [start, end) take on the device in addition to their size."""
     if not gpu_names(device):
         return 0
     from llamaclust.kernels.cuda.backend import rounded_weight_bytes

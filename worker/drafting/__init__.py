@@ -1,1 +1,1 @@
-"""Drafts of a small model, computed in the process of a coordinator."""
+"""A small draft model, which runs in the coordinator's process."""

@@ -1,4 +1,4 @@
-"""The tokens of sequences whose keys and values a draft model has."""
+"""KV blocks of a draft model, by sequence, and the tokens whose keys and values are in them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(slots=True)
 class SequenceCache:
-    """The cache of one sequence. Its own tokens come first; drafted ones behind them may be rejected."""
+    """The cache of one sequence. The sequence's own tokens come first; drafted tokens follow and may be rejected."""
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     settled: int = 0  # first tokens that are known to be the sequence's
 
     def keep(self, tokens: Sequence[int], length: int) -> None:
-        """Drops tokens that differ from the sequence's, and the last of `length` tokens, which is to be computed."""
+        """Keeps tokens that equal the sequence's, at most the first `length` - 1: the last one is computed for its
+        logits."""
         end = min(len(self.tokens), length - 1)
         place = min(self.settled, end)
         while place < end and self.tokens[place] == tokens[place]:
@@ -38,14 +39,15 @@ class SequenceCache:
 
 
 class SequenceCaches:
-    """Caches of all sequences; those that were not drafted for longest give up their KV blocks."""
+    """Caches of all sequences. The least recently drafted ones lose their KV blocks first."""
 
     def __init__(self, blocks: int) -> None:
         self._free = list(range(blocks - 1, -1, -1))
         self._caches: OrderedDict[int, SequenceCache] = OrderedDict()
 
     def of(self, order: DraftOrder, rows: int, kept: Collection[int]) -> SequenceCache | None:
-        """Returns None if too few blocks are left for so many rows without those of `kept` sequences."""
+        """Returns a cache with blocks for `rows` rows. Takes none from `kept` sequences; returns None if the others are
+        too few."""
         cache = self._caches.setdefault(order.key, SequenceCache())
         self._caches.move_to_end(order.key)
         wanted = -(-rows // KV_BLOCK_TOKENS) - len(cache.blocks)

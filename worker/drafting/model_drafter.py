@@ -13,9 +13,9 @@ from llamaclust.worker.drafting.caches import SequenceCache, SequenceCaches
 from llamaclust.worker.stage.stage_runner import StageRunner
 
 MOST_ROWS = 256
-"""Tokens of a sequence in one prefill step."""
+"""The most tokens of a sequence in one prefill step."""
 _MOST_BESIDE = 8
-"""Tokens of a sequence that the drafting step itself prefills; more are prefilled before."""
+"""The most tokens of a sequence that the drafting step itself prefills. More are prefilled in a step before."""
 
 
 class ModelDrafter:
@@ -25,8 +25,8 @@ class ModelDrafter:
         self._caches = SequenceCaches(stage.limits.kv_blocks)
 
     def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """Makes no draft without memory, or for too many or unknown tokens. A draft ends before logits that are not
-        finite; `taken_in` is then 0, so the sequence gets no more."""
+        """Drafts tokens. An order gets no draft if memory is short, or its tokens are too many or unknown. A draft ends
+        before logits that are not finite; `taken_in` is then 0, so the sequence gets no more drafts."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
         replies = {order.key: DraftReply(order.key, order.length, order.most > 0, (), 0) for order in orders}

@@ -1,5 +1,5 @@
-"""Chooses the number of bands in which a group's members compute a prompt's rows, by the waits of earlier gathers.
-More bands hide more of a slow network, but each one decodes the weights again."""
+"""Chooses into how many bands a group divides a prompt's rows, from the waits of earlier gathers. More bands hide more
+of a slow network, but each band decodes the weights again."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from llamaclust.kernels.gathers import LEAST_BANDED_ROWS, LEAST_ROWS_OF_BAND, MOST_BANDS
 
 _DECODED_ROWS = 8
-"""The rows that take about as long to compute as the weights to decode."""
+"""The number of rows whose computation takes about as long as decoding the weights."""
 _MANY_ROWS = 256
-"""Runs of so many rows begin with two bands, others with one."""
+"""The number of rows from which on runs begin with two bands instead of one."""
 _MUCH, _LITTLE = 0.04, 0.01
-"""Shares of a run's time: another number of bands is tried if gathers wait longer, or hardly at all."""
+"""Shares of a run's time. More bands are tried if gathers wait longer than the first, fewer if less than the second."""
 _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """The leader's choice, over the runs of an epoch. Runs count as alike if their rows have the same power of two."""
+    """The leader's choice for the runs of an epoch. Runs whose row counts have the same bit length share
+    measurements."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}

@@ -1,4 +1,4 @@
-"""Gathers of a step that is computed again for numbers that were not finite: they find the member at fault."""
+"""Gathers that find the member at fault, in a step that is computed again because numbers were not finite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from llamaclust.model.steps.across import Gather
 
 
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
-    """`accuse` gets the place of the first member with numbers that are not finite, unless all of several have some."""
+    """Calls `accuse` with the place of the first member whose numbers are not finite, unless all of several have
+    such."""
     gathers = [step for step in program.steps if isinstance(step, Gather)]
     bands = bands_of(program, rows, links.bands)
 

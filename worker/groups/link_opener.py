@@ -1,4 +1,4 @@
-"""Opens a member's links to all others of its group, by the order that the coordinator has given to each of them."""
+"""Opens a member's links to the other members of its group, as the coordinator has ordered each of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llamaclust.worker.groups.listener import Hello, LinkListener
 OPEN_S = 30.0
 ANSWER_S = 2.5
 _CONNECT_S = 4.0
-"""The deadline of each address: a host may have one that never answers beside one that does."""
+"""The deadline for each address of a host, because one may never answer while another does."""
 _HANDSHAKE_S = 5.0
 _RETRY_S = 0.1
 
@@ -32,14 +32,14 @@ _Result = TypeVar("_Result")
 
 
 class MemberLostError(LlamaclustError):
-    """A member of a group that cannot be reached, or is another one; `worker` names it."""
+    """A member of a group cannot be reached, or another process is in its place. `worker` names the member."""
 
 
 class LinkOpener:
-    """Opens a member's links to the others, once. Of two members, the later one connects to the earlier one."""
+    """Opens a member's links to the others, once. Of two members, the one with the later place connects."""
 
     def __init__(self, order: GroupOrder, credentials: Credentials, listener: LinkListener) -> None:
-        """Raises UsageError for an address that these credentials do not allow, or if TLS is missing."""
+        """Raises UsageError if these credentials do not allow an address, or TLS is missing."""
         self._order, self._credentials, self._listener = order, credentials, listener
         for place in self._peers():
             check_address(order.members[place].address, credentials)
@@ -51,7 +51,7 @@ class LinkOpener:
         self._threads = ThreadPoolExecutor(MOST_HANDSHAKES * len(order.members), "links")  # no other work delays one
 
     async def open(self, gather_s: float, seconds: float = OPEN_S, answer_s: float = ANSWER_S) -> Links:
-        """May be called once. Raises MemberLostError if a member is not there in time. `answer_s` is as in `Links`."""
+        """May be called once. Raises MemberLostError if a member is not linked in time. `Links` explains `answer_s`."""
         tasks = {place: asyncio.create_task(self._link(place, seconds)) for place in self._peers()}
         try:
             await asyncio.gather(*tasks.values())
@@ -72,7 +72,7 @@ class LinkOpener:
         return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"
 
     def unreached(self, seconds: float) -> Iterator[tuple[str, str]]:
-        """Yields members to whom no connection was made for so long, and reasons; one that accepts is reached."""
+        """Yields (worker, reason) for each member that has accepted no connection for so many seconds."""
         now_s = asyncio.get_running_loop().time()
         for place, since_s in self._unreached_s.items():
             if now_s - since_s >= seconds:
@@ -94,7 +94,7 @@ class LinkOpener:
             raise MemberLostError(f"{late}{reason}", worker=member.worker) from late
 
     async def _connect(self, place: int) -> Link:
-        """Tries again until the member is there: it may not know of the group yet."""
+        """Retries until the member accepts, because it may not know of the group yet."""
         loop = asyncio.get_running_loop()
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
         while True:
@@ -109,7 +109,7 @@ class LinkOpener:
             await asyncio.sleep(_RETRY_S)
 
     async def _accept(self, place: int) -> Link:
-        """Sends this side's hello on the chosen connection only, so that the member tries again on any other."""
+        """Sends this side's hello only on the chosen connection, so that the member retries on any other."""
         own, theirs = self._hello(self._order.member, place), self._hello(place, self._order.member)
 
         def failed(error: LinkError) -> None:
@@ -150,7 +150,8 @@ class LinkOpener:
         return TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, accepts)
 
     async def _connection_to(self, address: str) -> socket.socket:
-        """Raises OSError or DeadlineError of the last address. The caller has a deadline for all of them."""
+        """Tries all addresses; raises the last one's OSError or DeadlineError. The caller has a deadline for all of
+        them."""
         if address.startswith(PREFIX):
             path = address.removeprefix(PREFIX)
             return await _connected(socket.AF_UNIX, path, path)

@@ -28,12 +28,12 @@ _HELLO = struct.Struct("<8s16sII")
 _VERSION = b"lcgroup2"
 HELLO_S = 5.0
 _MOST_SILENT = 64
-"""Connections that have not sent their hello; beyond this, the oldest of the host with the most is closed."""
+"""The most connections without a hello. Beyond this, the oldest one of the host with the most is closed."""
 _BACKLOG = 128
 SOCKET_ENDING = ".l"
-"""The suffix of the Unix socket's path, behind the path for stages."""
+"""The suffix that turns the Unix socket's path for stages into the one for links."""
 LINK_PORTS = 1000
-"""The distance from the port for stages: the next port may be another worker's of the same machine."""
+"""The distance from the port for stages to the port for links. Ports in between may be other workers'."""
 _LAST_PORT = 65535
 _RETRY_S = 0.1
 
@@ -49,7 +49,8 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links beside `stages`. Port 0 is any free one, None fixed if that of `stages` is."""
+    """Returns the address for links of a worker with this address for stages. `port` 0 means any free one. None means a
+    fixed one if the port for stages is fixed."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)
@@ -59,7 +60,7 @@ def link_address(stages: str, port: int | None) -> str:
 
 
 Take = Callable[[socket.socket], None]
-"""Receives a connection whose hello was expected. Raises OSError if it cannot be taken."""
+"""A function that receives a connection with the expected hello. Raises OSError if it cannot."""
 
 
 class LinkListener:
@@ -74,7 +75,8 @@ class LinkListener:
         self._expected: dict[bytes, Take] = {}
 
     async def listen(self, address: str, *, or_any_port: bool = False) -> None:
-        """Listens at HOST:PORT or unix:PATH, and nowhere else. `or_any_port` replaces a port in use. Raises OSError."""
+        """Listens at HOST:PORT or unix:PATH, and nowhere else. `or_any_port` allows another port if it is in use.
+        Raises OSError."""
         if self.address and address == self._requested:
             return
         await self.stop()
@@ -176,7 +178,7 @@ def _listening_socket(address: str) -> socket.socket:
 
 
 async def _first_bytes(connection: socket.socket) -> bytes:
-    """Reads as many bytes as a hello has, and nothing behind them; fewer if the connection ends before."""
+    """Reads exactly the bytes of a hello, or fewer if the connection ends before."""
     loop, data = asyncio.get_running_loop(), b""
     async with deadline("the hello of a member", HELLO_S):
         while len(data) < _HELLO.size and (piece := await loop.sock_recv(connection, _HELLO.size - len(data))):

@@ -1,1 +1,1 @@
-"""KV memory of full blocks on disk, known by content: used after restarts and for long shared prompts."""
+"""Full KV blocks on disk, found by their content: for restarts and long shared prompts."""

@@ -12,7 +12,8 @@ _SUFFIX = ".kv"
 
 
 class KvFolder(DiskCache):
-    """Files are named after what their content depends on: model, KV type and arithmetic."""
+    """The files' names begin with a digest of everything that their content depends on: model, KV type and
+    arithmetic."""
 
     suffixes = (_SUFFIX,)
     content, limit = "KV memory", "kv_disk"
@@ -27,7 +28,7 @@ class KvFolder(DiskCache):
         return f"{content}-{uuid4().hex}{_SUFFIX}"
 
     def mark_used(self, names: Sequence[str]) -> None:
-        """Marks the first ones as used last, since the following ones are of no use without them."""
+        """Marks files as used, the first one last, since the following files are useless without it."""
         for name in reversed(names):
             with suppress(OSError):
                 file = self.open(name)

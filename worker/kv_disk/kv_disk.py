@@ -1,4 +1,4 @@
-"""KV memory on disk of a worker: the coordinator's requests for it, in threads beside the one that computes."""
+"""Answers the coordinator's requests for KV memory on disk, in other threads than the computing one."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ class KvDisk:
         self._writer = ThreadPoolExecutor(1, "write-kv", initializer=_lower_priority)
 
     async def answer(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> KvDone:
-        """Raises ProtocolError for KV blocks that the stage lacks. Counts no block if the folder cannot be used."""
+        """Raises ProtocolError for KV blocks that the stage lacks. The answer is 0 blocks if the folder cannot be
+        used."""
         thread = self._writer if isinstance(request, SaveKv) else self._reader
         done = await asyncio.get_running_loop().run_in_executor(thread, self._done, request, runner)
         return KvDone(done, request.request_id)
 
     async def idle(self) -> None:
-        """Returns when no thread touches KV memory for earlier requests."""
+        """Waits until the threads have finished earlier requests."""
         loop = asyncio.get_running_loop()
         await asyncio.gather(*(loop.run_in_executor(thread, _nothing) for thread in (self._reader, self._writer)))
 

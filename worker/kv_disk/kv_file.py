@@ -7,7 +7,7 @@
         SHA-256 of all before
         the blocks [blocks, layers], without gaps
 
-A file is never changed. It may be damaged nevertheless: nothing is used whose digest is another.
+A file is never changed, but it may be damaged: data with a wrong digest is not used.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ KvLayers = Sequence[Sequence[NDArray[np.uint8]]]
 
 
 class DamagedError(Exception):
-    """A file that is not what its header says, or whose header is damaged."""
+    """A file with a damaged header, or one that does not match its header."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvFile:
-    """A file's header. `layer_bytes` has a block's bytes in each of layers [start, end), all parts together."""
+    """A file's header. `layer_bytes` has the size of a block in each of layers [start, end), all parts together."""
 
     name: str
     start: int
@@ -63,7 +63,7 @@ class KvFile:
 
     @classmethod
     def read(cls, name: str, file: FileIO) -> KvFile:
-        """Raises DamagedError for a damaged header or another size, and OSError."""
+        """Raises OSError, and DamagedError if the header is damaged or the file has another size."""
         prefix = _read(file, 0, _PREFIX.size)
         magic, version, start, end, blocks = _PREFIX.unpack(prefix)
         if (magic, version) != (_MAGIC, _VERSION) or not (start < end <= MAX_LAYERS and 0 < blocks <= MAX_KEYS):
@@ -89,7 +89,8 @@ class KvFile:
         return [header, *(part[block].data for block in blocks for layer in kv for part in layer)]
 
     def restore(self, file: FileIO, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
-        """Reads block `index`, returns the bytes read; `kv` begins with `first_layer`. Raises DamagedError, OSError."""
+        """Reads block `index` into `kv`, whose first layer is `first_layer`; returns the bytes. Raises DamagedError,
+        OSError."""
         count = len(self.layer_bytes)
         layers = range(max(self.start, first_layer), min(self.end, first_layer + len(kv)))
         targets = [_block(kv[layer - first_layer], block) for layer in layers]

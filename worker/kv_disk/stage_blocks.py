@@ -1,4 +1,4 @@
-"""Blocks of one stage on disk: finds, reads and writes them by key, in threads beside the one that computes."""
+"""Finds, reads and writes blocks of one stage on disk by key, in other threads than the computing one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ class KvTraffic:
 
 
 class StageBlocks:
-    """Layers from `start` on, in files of `content`, which other processes write and delete too, with other cuts."""
+    """Blocks of layers from `start` on, in files of `content`. Processes with other stages write and delete files
+    too."""
 
     def __init__(self, folder: KvFolder, content: str, start: int, traffic: KvTraffic) -> None:
         self._folder = folder
@@ -39,7 +40,7 @@ class StageBlocks:
         traffic.used_bytes = folder.used_bytes
 
     def find(self, keys: Sequence[bytes], kv: KvLayers) -> int:
-        """Counts the blocks that are there, up to the first that is missing."""
+        """Counts the leading blocks that are on disk, up to the first missing one."""
         with self._lock:
             self._refresh()
             return next((index for index, key in enumerate(keys) if not self._cover(key, kv)), len(keys))
@@ -59,7 +60,8 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes the missing blocks; returns the number there now. `keys` begins with those of kept blocks before."""
+        """Writes missing blocks; returns the number on disk. `keys` begins with those of earlier blocks, which are
+        kept."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)
@@ -103,7 +105,7 @@ class StageBlocks:
         return False
 
     def _cover(self, key: bytes, kv: KvLayers) -> list[_Place]:
-        """Returns places that together hold all layers of a block; none if some layer is missing."""
+        """Returns places that together hold all layers of a block; [] if a layer is missing."""
         layer, end = self._start, self._start + len(kv)
         chosen: list[_Place] = []
         places = [place for place in self._places.get(key, ()) if _fits(place[0], self._start, kv)]

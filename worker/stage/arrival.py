@@ -1,4 +1,4 @@
-"""A microbatch as a stage receives it: read and checked natively, whatever the backend."""
+"""A microbatch as a stage receives it. Native code reads and checks it for all backends."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def frame_reader(program: Program, limits: StageLimits, model: Model, vocabulary
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A microbatch received at `received_ns`; `wire_ns` is the time to send the frame before it."""
+    """A microbatch received at `received_ns`. `wire_ns` is the time that sending the answer before it took."""
 
     data: bytes
     frame: MicrobatchFrame

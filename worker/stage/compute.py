@@ -1,4 +1,4 @@
-"""Runs a worker's computations: short jobs on the event loop, which saves two changes of thread, others in a thread."""
+"""Runs a worker's computations: short jobs on the event loop, which saves two thread switches, others in a thread."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ from llamaclust.core.errors import DeadlineError, DeviceLostError
 from llamaclust.wire.rpc.deadlines import deadline
 
 INLINE_NS = 200_000_000
-"""The time that heartbeats and the coordinator's orders may wait; a change of thread and back takes 0.1 to 0.3 ms."""
+"""The longest job on the event loop, which delays heartbeats and orders. Two thread switches take 0.1 to 0.3 ms."""
 
 _Answer = TypeVar("_Answer")
 _HOLD_NS = 8_000_000
-"""The longest hold of short jobs' results: a change of thread, and the work that follows, take cores from jobs."""
+"""The longest time that results of short jobs are held: handing them to the event loop takes cores from jobs."""
 
 _Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float, float]
 _WATCH_S = 1.0
-"""The pause between two looks at the time of the thread's job."""
+"""The pause between two checks of the time of the thread's job."""
 _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
-"""Limits far above the effects of other programs on the GPU, a bucket of rows that is captured, or longer contexts."""
+"""Limits far above delays by other programs on the GPU, by the capture of a CUDA graph, or by longer contexts."""
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
-    """Returns the time after which a step counts as hung, by the last one of its kind: infinite if there was none,
-    since kernels may be compiled, or with weights in RAM, which may be read from disk again."""
+    """Returns the time after which a step counts as hung, from the time of the last step of its kind. It is infinite
+    without such a step, since kernels may be compiled, and for weights in RAM, which may be read from disk again."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
 class Compute:
-    """Runs the jobs of all stages one at a time, in the order of their coming. Native calls release the GIL."""
+    """Runs the jobs of all stages one at a time, in order of arrival. Native calls release the GIL."""
 
     def __init__(self, *, inline: bool = True) -> None:
-        """`inline` runs short jobs on the event loop."""
         self._loop = asyncio.get_running_loop()
         self._inline_ns = INLINE_NS if inline else 0
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
@@ -49,13 +48,15 @@ class Compute:
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
-        """Returns or raises as `job` does. A cancelled job that has begun still ends before the next begins."""
+        """Returns the job's result or raises its error. A cancelled job that has begun still ends before the next
+        one."""
         if expected_ns < self._inline_ns and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     def apart(self) -> Compute:
-        """Returns another thread on the same devices, off the event loop; a device that one loses is lost for both."""
+        """Returns a Compute on the same devices that never uses the event loop. A device that one loses is lost for
+        both."""
         twin = Compute(inline=False)
         twin._lost = self._lost
         return twin
@@ -77,8 +78,8 @@ class Compute:
     def queue(
         self, job: Callable[[], _Answer], *, limit_s: float = inf, expected_ns: float = inf
     ) -> asyncio.Future[_Answer]:
-        """Runs `job` on the thread right after those before it. Its device is lost if it takes longer than `limit_s`
-        (see `while_able`). Held answers may wait `expected_ns` for it."""
+        """Runs `job` on the thread, right after earlier jobs. Its device is lost if it takes longer than `limit_s` (see
+        `while_able`). Results that cannot wait `expected_ns` for it are handed back before."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1
@@ -159,7 +160,6 @@ class _Held:
             self.hand_back()
 
     def hand_back(self) -> bool:
-        """Gives all answers to the event loop; returns False if the loop is closed."""
         answers, self._answers = self._answers, []
         try:
             if answers:

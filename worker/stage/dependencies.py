@@ -1,4 +1,4 @@
-"""Inputs of microbatches on other streams: sampling inputs for a last stage, sampled tokens for a first."""
+"""Inputs of microbatches that come on other streams: sampling inputs for a last stage, sampled tokens for a first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokens
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _TOKENS_S = 600.0
-"""The time that a microbatch waits for tokens; a coordinator that misses a result gives up earlier."""
+"""The longest wait of a microbatch for tokens. A coordinator that misses a result gives up earlier."""
 
 
 class Dependencies:
@@ -30,7 +30,7 @@ class Dependencies:
         self.awaits_tokens = False
 
     def put_inputs(self, inputs: StepInputs) -> None:
-        """Raises ProtocolError for inputs out of turn, or too many in flight. Late ones are dropped."""
+        """Raises ProtocolError if inputs are out of order or too many. Drops inputs of a microbatch that is done."""
         found, expected = (inputs.tasks.epoch, inputs.tasks.number), (self._epoch, self._next_put)
         if found != expected:
             raise ProtocolError(f"sampling inputs {place_text(found)} where {place_text(expected)} was expected")
@@ -55,7 +55,7 @@ class Dependencies:
         return self._inputs[number]
 
     async def known(self, number: int | None) -> None:
-        """Returns when the tokens are there. Raises DeadlineError if they do not come, or the error of `fail`."""
+        """Waits for a microbatch's tokens. Raises DeadlineError if they do not come, or the error of `fail`."""
         if number is not None and number not in self.tokens:
             self.awaits_tokens = True
             try:

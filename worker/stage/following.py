@@ -1,4 +1,4 @@
-"""A member of a group that does not lead: its own thread computes its portion of each step that is announced."""
+"""A member of a group that does not lead. Its own thread computes its portion of each step that is announced."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class FollowingStage:
 
     @property
     def computing_s(self) -> float:
-        """The time that the present step has computed since it last waited for another member."""
+        """The time since the present step last waited for another member; 0.0 if there is no thread."""
         is_at_work = self._ended is not None and not self._ended.done()
         return self._member_links.computing_s if is_at_work else 0.0
 
@@ -111,7 +111,7 @@ class FollowingStage:
         self._member_links.close()
 
     async def release(self) -> StageRunner:
-        """Hands the portion to the caller after the present step. Raises DeviceLostError if that does not end."""
+        """Returns the portion after the present step. Raises DeviceLostError if the step does not end."""
         self.close_links()
         if self._ended is not None:
             try:

@@ -1,4 +1,4 @@
-"""Microbatches of a stream, one after the other: the next is received while one is computed."""
+"""Receives the microbatches of a stream one by one: the next one while one is computed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The loop of a loaded stage: it receives, computes and answers microbatches in number order, with a frame for the
-next stage, or from the last one with a result for the coordinator and tokens for the first stage."""
+"""The loop of a loaded stage. It receives, computes and answers microbatches in number order. The answer is a frame for
+the next stage; the last stage sends a result to the coordinator and tokens to the first stage."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from llamaclust.worker.stage.step_inputs import StepInputs
 _log = logging.getLogger(__name__)
 
 _DIRECT_BYTES = 1 << 16
-"""The largest answer that is sent before the next step: the other side takes more only as it reads."""
+"""The largest answer that is sent before the next step. A larger one must wait until the other side reads."""
 
 _RESULT_DELAY_S = 0.001
-"""The delay of results after tokens for a first stage here, whose core the coordinator could take for 0.7 ms."""
+"""The delay of results after tokens for a first stage on this machine: the coordinator may take its core for 0.7 ms."""
 _MIN_ROUND_S = 0.004
 
 _Value = TypeVar("_Value")
 _Kind = tuple[str, int, int]
-"""A job, and the number of bits in rows and attended keys."""
+"""A job's name, and the bit lengths of its numbers of rows and of attended keys."""
 
 
 def _kind(job: str, arrival: Arrival) -> _Kind:
@@ -63,7 +63,7 @@ async def _send_all(waiting: deque[asyncio.Future[Answer]], send: Callable[[list
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
-    """The surroundings of a stage; stages of one membership share them, unless they are held by groups."""
+    """Objects that the stages of a membership share. A stage that a group holds has some of its own."""
 
     worker: str
     compute: Compute
@@ -78,7 +78,7 @@ class Answer:
 
 
 class StageLoop:
-    """The loop of one epoch. A failed microbatch is answered; LinkError and MemberFailedError end the loop."""
+    """The loop of one epoch. A failed microbatch gets an answer; LinkError and MemberFailedError end the loop."""
 
     def __init__(self, epoch: int, runner: StageRunner, context: StageContext, deadlines: Deadlines) -> None:
         self.runner = runner
@@ -100,7 +100,8 @@ class StageLoop:
     async def run(
         self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
     ) -> None:
-        """Serves a stream: one microbatch is computed while the next is received. Only `receiver` takes answers."""
+        """Serves a stream: computes a microbatch while the next is received. `receiver` takes the answers, for
+        errors."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
@@ -155,9 +156,8 @@ class StageLoop:
         self.runner.matchers.receive(inputs.for_matchers)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
-        """Returns when the next microbatch may begin: with the answer, or, for steps of a whole model that are sent
-        ahead, while the thread computes it. A frame that breaks the protocol gives ProtocolError, raised or in the
-        answer."""
+        """Returns when the next microbatch may begin. The answer is done, except in a whole model's step that was sent
+        ahead: the thread still computes that one. ProtocolError is raised here or by the answer."""
         program = self.runner.program
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
@@ -183,7 +183,7 @@ class StageLoop:
         return inputs
 
     def _whole_step(self, kind: _Kind, arrival: Arrival, inputs: StepInputs) -> Answer:
-        """Computes a step in one job: the two changes of thread of `_step`, 0.1 to 0.3 ms each, delay no token."""
+        """Computes a step in one job, so that two thread switches as in `_step`, 0.1 to 0.3 ms each, delay no token."""
         started_ns = perf_counter_ns()
         try:
             queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(arrival.newest_dependency))
@@ -194,7 +194,7 @@ class StageLoop:
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        """Runs a last stage's layers before the wait for its inputs, since making a prompt's matcher can take 50 ms."""
+        """Runs a last stage's layers before it awaits its inputs, since making a prompt's matcher can take 50 ms."""
         program = self.runner.program
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)
@@ -210,7 +210,7 @@ class StageLoop:
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
     def _run_layers(self, arrival: Arrival) -> Logits:
-        """Fills in the tokens of a first stage; later ones read none. Raises WorkerError if a token is not known."""
+        """Fills in tokens for a first stage only, since later ones read none. Raises WorkerError if one is unknown."""
         runner, frame = self.runner, arrival.frame
         if runner.program.is_first:
             self._tokens.fill(frame)
@@ -229,7 +229,7 @@ class StageLoop:
         return step_limit_s(self._taken_ns.get(kind), on_gpus=self.runner.is_on_gpus)
 
     async def _timed(self, kind: _Kind, job: Callable[[], _Value]) -> tuple[_Value, int, int]:
-        """Returns the result of `job`, its start and its time, which is expected of the next job of this kind."""
+        """Returns the job's result, start and duration. The next job of this kind is expected to take as long."""
 
         def timed() -> tuple[_Value, int, int]:
             begun_ns = perf_counter_ns()
@@ -258,7 +258,8 @@ class StageLoop:
         return StageTiming(queue_ns, compute_ns, arrival.wire_ns, rows)
 
     def _failure(self, arrival: Arrival, error: Exception) -> Answer:
-        """Returns the answer of a failed microbatch; the worker serves on. Raises errors that end the loop."""
+        """Returns the answer to a failed microbatch, after which the worker continues. Raises errors that end the
+        loop."""
         if isinstance(error, ProtocolError | LinkError | MemberFailedError):
             self._has_ended = True
             raise error

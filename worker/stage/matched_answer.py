@@ -1,4 +1,4 @@
-"""One answer that its matcher follows at the last stage."""
+"""One answer at the last stage, with the matcher that follows its tokens."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from llamaclust.model.grammars.reasoning_matcher import ReasoningMatcher, answer
 from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 _DRAFTED_NS: Final = 200_000_000
-"""Processor time of a step's matchers from which on drafted rows are deferred."""
+"""The CPU time of a step's matchers after which drafted rows are deferred."""
 _STEP_NS: Final = 500_000_000
-"""Processor time from which on other rows are deferred too; the coordinator then sends few slow answers at a time."""
+"""The CPU time after which other rows are deferred too. The coordinator then sends few slow answers at a time."""
 _TOLD_NS: Final = 1_000_000
 """The least processor time of a row that is reported to the coordinator."""
 _READY_S: Final = 60.0
 """The deadline of making a matcher, which takes a fraction of a second except on a very busy machine."""
 _TOKEN_NS: Final = 50_000_000
-"""Processor time for each token; large schemas take a tenth of that at most."""
+"""The CPU time that each token may take. Large schemas take at most a tenth of it."""
 _GUARD_NS: Final = 2_000_000_000
-"""Further processor time for an answer, which guards other answers if counts (see matcher.py) do not tell the cost."""
+"""The CPU time that an answer may take beyond that, which protects other answers if counts (see matcher.py) fail."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -73,7 +73,7 @@ class MatchedAnswer:
         return not self.is_released
 
     def make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Brings a matcher to the answer's tokens. An error fails the answer."""
+        """Makes a matcher and feeds it the answer's tokens. An error fails the answer."""
         try:
             try:
                 self._make_matcher(vocabulary)
@@ -84,7 +84,8 @@ class MatchedAnswer:
             self.fail(error)
 
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Forces tokens at an answer's beginning alone: later ones came with the token before them, or are sampled."""
+        """Computes forced tokens only at an answer's beginning: later ones came with the token before, or are
+        sampled."""
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
         self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):
@@ -113,9 +114,9 @@ class MatchedAnswer:
         return self._due is not None
 
     def begin(self, row: MatcherRow) -> bool:
-        """Returns False if the row is deferred: its matcher is not ready, or not made for a released answer, or the
-        row before it was deferred. Raises ProtocolError for a row at another place; rows sent before forced tokens
-        were known repeat these."""
+        """Returns False if the row is deferred, because its matcher is not ready or an earlier row was deferred. Raises
+        ProtocolError if the row is at a wrong position. Rows that were sent before forced tokens were known repeat
+        these."""
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None
@@ -136,7 +137,7 @@ class MatchedAnswer:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """The sort key in a step: slow answers come last, of these first the ones that were held most often."""
+        """A sort key in a step. Slow answers come last; among them, those that were deferred most often come first."""
         return self._is_slow, -self._held
 
     @property
@@ -148,13 +149,12 @@ class MatchedAnswer:
 
     @property
     def is_complete(self) -> bool:
-        """True if nothing but the answer's end, or one forced token, is allowed."""
         return self._matcher is not None and self._failed is None and self._matcher.is_complete
 
     def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
-        """Takes in a sampled token. Returns the result, with tokens that must follow; or the allowed tokens for
-        another choice if this one is not allowed; or DEFERRED if the matcher must be made again, or the step has no
-        time left."""
+        """Feeds a sampled token to the matcher. Returns the result with tokens that must follow. If the token is not
+        allowed, returns the allowed tokens, among which to sample again. Returns DEFERRED if the matcher must be made
+        again or the step has no time left."""
         if self._failed is None and self._forced:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
         if self._failed is None and result.failure is not None:
@@ -179,7 +179,7 @@ class MatchedAnswer:
         return replace(result, forced=tuple(self._forced), matcher_ns=self._row_ns if self._is_slow else 0)
 
     def with_forced_draft(self, result: RowResult, time: MatcherTime) -> RowResult:
-        """Adds to the answer's last row that counts the tokens that must follow, if a draft of these is wanted."""
+        """Adds the tokens that must follow to the answer's last row that counts, if they are wanted as a draft."""
         if not self._start.drafts_forced or self._failed is not None or self._matcher is None or not time.may_draft:
             return result
         began_ns = thread_time_ns()
@@ -199,7 +199,7 @@ class MatchedAnswer:
         return replace(result, forced_draft=tuple(forced), matcher_ns=row_ns if row_ns >= _TOLD_NS else 0)
 
     def fail(self, error: Exception) -> None:
-        """Fails the answer: a RequestError is the request's fault, except a refused token; other errors are not."""
+        """Fails the answer. Only a RequestError other than a refused token is the request's fault."""
         message = str(error)
         is_fault = isinstance(error, RequestError) and not isinstance(error, TokenRefusedError)
         if not isinstance(error, LlamaclustError):

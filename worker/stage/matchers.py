@@ -1,8 +1,8 @@
 """Matchers of a last stage's answers, for grammars and budgets of reasoning. A thread makes them when sampling inputs
-arrive, while the stage computes; rows whose matcher is not ready are deferred: the coordinator sends them again. A row
-is sampled as if it had no grammar; only if the grammar refuses the token, all allowed tokens are computed and it is
-sampled again among these. Rows of a step share a bounded processor time. A matcher's state follows from grammar and
-tokens alone, so an answer continues on another pipeline with the same tokens."""
+arrive, while the stage computes. Rows whose matcher is not ready are deferred: the coordinator sends them again. A row
+is first sampled without its grammar. If the grammar refuses the token, the row is sampled again among all allowed
+tokens. The rows of a step share a bounded CPU time. A matcher's state depends only on grammar and tokens, so an answer
+can continue on another pipeline."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
 from llamaclust.worker.stage.step_inputs import MatcherInputs
 
 _ALONE_S: Final = 0.05
-"""The longest wait for matchers if no other row waits: rows would come again and again meanwhile."""
+"""The longest wait for matchers if all rows need it, since deferred rows would only come again and again."""
 _FIRST_S: Final = 0.01
-"""The longest wait beside other rows, for rows not deferred before: most grammars take about a millisecond."""
+"""The longest wait for rows not deferred before, if other rows are ready. Most grammars take about a millisecond."""
 
 
 class StageMatchers:
     """The matchers of one epoch. The event loop uses `receive` and `ready`, the computing thread `begin` and `take`."""
 
     def __init__(self, vocabulary: Callable[[], GrammarVocabulary], most: int) -> None:
-        """`vocabulary` is read at the first matcher; `most` answers are kept at a time."""
+        """`vocabulary` is called for the first matcher. At most `most` answers are kept."""
         self._read_vocabulary = vocabulary
         self._vocabulary: GrammarVocabulary | None = None
         self._most = most
@@ -59,7 +59,7 @@ class StageMatchers:
         self._thread.submit(self._prepare)
 
     def receive(self, inputs: MatcherInputs) -> None:
-        """Drops released answers' matchers and starts new ones. Raises ProtocolError for more than may be in flight."""
+        """Drops released answers' matchers and starts new ones. Raises ProtocolError if too many start."""
         for key in inputs.released:
             if (answer := self._find(inputs.number, key)) is not None:
                 answer.is_released = True
@@ -72,7 +72,7 @@ class StageMatchers:
             self._make(answer)
 
     async def ready(self, inputs: MatcherInputs) -> None:
-        """Returns when the step's matchers are ready, or its other rows cannot wait longer."""
+        """Waits until the step's matchers are ready, or its other rows cannot wait longer."""
         making, timeout_s = self._awaited(inputs)
         if making:
             await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
@@ -89,7 +89,8 @@ class StageMatchers:
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
     def begin(self, inputs: MatcherInputs) -> list[int]:
-        """Returns the places of rows that only the end may follow. Raises ProtocolError for a row without a matcher."""
+        """Returns the places of rows where only the answer's end is allowed. Raises ProtocolError if a row has no
+        matcher."""
         with self._lock:
             for key in inputs.released:
                 self._answers.pop(key, None)
@@ -114,9 +115,9 @@ class StageMatchers:
         return complete
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
-        """Takes in the step's results, of which some are replaced. Returns, by place, the allowed tokens of rows whose
-        token is not allowed; these are sampled again, and all are taken in once more, until none is returned. A
-        drafted row counts only if its token was chosen before it."""
+        """Feeds the step's results to the matchers and replaces some of them. Returns, by place, the allowed tokens of
+        rows whose token is not allowed. The caller samples these again and repeats the call until it returns none. A
+        drafted row counts only if the row before it chose its token."""
         for place in self._deferred:
             results[place] = DEFERRED
         refused: dict[int, AllowedTokens] = {}
@@ -161,7 +162,7 @@ class StageMatchers:
         return taken
 
     def _find(self, number: int, key: int) -> MatchedAnswer | None:
-        """Returns the newest answer of a key up to this microbatch."""
+        """Returns the newest answer with this key that started at or before this microbatch."""
         with self._lock:
             started = [start for start in self._starting if start[0] <= number and start[1] == key]
             return self._starting[max(started)] if started else self._answers.get(key)

@@ -1,6 +1,6 @@
-"""A head for multi-token prediction (MTP) beside the layers of a last stage, which drafts. It has keys and values of
-every row that counted, in blocks of the same ids as the layers; those of drafted tokens are overwritten. Missing or
-wrong ones make drafts worse, but change no answer."""
+"""A head for multi-token prediction (MTP), which drafts after a last stage's layers. It keeps keys and values of every
+row that counted, in blocks with the same ids as the layers' blocks; those of drafted tokens are overwritten. Missing or
+wrong ones make drafts worse but change no answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llamaclust.model.loader import Model
 
 Normed = Callable[[Int32], Float32]
-"""The normed hidden state of rows of the stage's last run, [rows, embedding]."""
+"""A function that returns the normed hidden state of rows of the stage's last run, [rows, embedding]."""
 
 
 def nextn_program_of(model: Model, limits: StageLimits) -> Program:
@@ -37,7 +37,7 @@ def nextn_limits(limits: StageLimits) -> StageLimits:
 
 @dataclass(slots=True)
 class _Taken:
-    """A chunk's rows that count, each with the token behind it."""
+    """The rows of a chunk that count, each with the token that follows it."""
 
     tables: Int32  # [blocks]
     end: int  # positions that they hold
@@ -93,7 +93,7 @@ class NextnDrafter:
                 outcomes.set_drafted(each.output, each.drafted)
 
     def _run(self, taken: Sequence[_Taken], hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns the rows that have logits, those of chunks that request drafts, and the logits [rows, vocabulary]."""
+        """Returns the rows with logits, one for each chunk that requests drafts, and the logits [rows, vocabulary]."""
         counts = [len(each.tokens) for each in taken]
         starts = np.cumsum([0, *counts], dtype=np.int32)
         lines = np.array([end - 1 for end, each in zip(starts[1:], taken, strict=True) if each.most], np.int32)
@@ -110,7 +110,8 @@ class NextnDrafter:
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
     def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
-        """Chooses each next token with the draws due `later` tokens on; drafting ends at logits that are not finite."""
+        """Chooses each next token with the random draw for `later` tokens on. Drafting ends at logits that are not
+        finite."""
         if not drafting:
             return
         rows = self._sampler.sample(logits, tasks.drafts([each.output for each in drafting], later)).rows
@@ -147,8 +148,8 @@ def _taken(frame: MicrobatchFrame, outcomes: RowOutcomes, tasks: SamplingTasks) 
 def following(
     tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
-    """Returns the tokens behind a chunk's leading rows that count, and the index of the output row that chose the last
-    one, or None. A drafted row counts if the row before it chose it."""
+    """Returns the tokens that follow the chunk's leading rows that count, and the index of the output row that chose
+    the last of them, or None. A drafted row counts if the row before it chose its token."""
     for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
         place = len(tokens) - len(chosen) + index
         if is_scored:

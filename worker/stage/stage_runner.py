@@ -1,4 +1,4 @@
-"""One loaded stage: microbatches in, hidden states or row results out. Knows no network; one call at a time."""
+"""One loaded stage: computes hidden states or row results from microbatches. Has no network; one call at a time."""
 
 from __future__ import annotations
 
@@ -96,7 +96,6 @@ def nextn_memory(backend: Backend, model: Model, beside: Program, limits: StageL
 
 
 def nextn_weight_bytes(model: Model, beside: Program, limits: StageLimits) -> int:
-    """Returns the bytes of the head's weights that its stage's program lacks."""
     names = {*nextn_program_of(model, limits).weights} - {*beside.weights}
     return sum(model.file.tensor(name).resident_bytes for name in names)
 
@@ -106,7 +105,7 @@ def portion_of(order: Load) -> Portion | None:
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits, portion: Portion | None = None) -> Program:
-    """Raises UsageError if the model has no such layers, or they cannot be divided so."""
+    """Raises UsageError if the model lacks these layers, or they cannot be divided into such portions."""
     shards = limits.expert_shards
     if not 0 <= start < end <= model.layer_count * shards:
         raise UsageError(f"layers {layer_span(start, end, shards)} of a model that has {model.layer_count}")
@@ -115,7 +114,8 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits, porti
 
 
 def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
-    """Returns a digest of all that KV memory depends on beside tokens, equal for every cut of the model."""
+    """Returns a digest of everything except tokens that KV memory depends on. It is equal for all splits of the
+    model."""
     whole = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
     steps = tuple(step for step in whole if not isinstance(step, Adapt))  # keys of KV blocks have the adapters
     return sha256(repr((NUMERICS_VERSION, manifest, limits.kv_type, steps)).encode()).hexdigest()
@@ -213,7 +213,7 @@ class StageRunner:
         return model_program(model, self.program.start, self.program.end, self.limits, self.portion)
 
     def adapt(self, model: Model, free_bytes: int, progress: Progress) -> None:
-        """Computes other adapters from the next run on; KV memory stays. Raises UsageError, InsufficientMemoryError."""
+        """Replaces the adapters from the next run on; KV memory stays. Raises UsageError or InsufficientMemoryError."""
         program, backend = self.program_of(model), self._backend
         if not isinstance(backend, SharesKv):
             raise UsageError("adapters are computed on processors only")
@@ -237,9 +237,9 @@ class StageRunner:
         self._native_stage = stage if isinstance(stage, RunsFrames) else None
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
-        """Returns hidden states [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the
-        next run; `hidden` [rows, embedding] is None for a first stage. Raises ProtocolError if the microbatch does not
-        fit."""
+        """Returns hidden states [rows, embedding], or the last stage's logits [outputs, vocabulary]. They are valid
+        until the next run. `hidden` is [rows, embedding], or None for a first stage. Raises ProtocolError for an unfit
+        microbatch."""
         self.settle()
         self._frame = frame = self.read(microbatch, hidden)
         return self._stage.run(batch_of(frame), frame.hidden)
@@ -278,7 +278,7 @@ class StageRunner:
         return StepOutputs(rows, embeddings, perf_counter_ns() - begun_ns)
 
     def embeddings(self) -> bytes:
-        """Returns the embedded rows' normed hidden state for `Result`. Raises ProtocolError for more than it holds."""
+        """Returns the embedded rows' normed hidden state. Raises ProtocolError if it does not fit into a `Result`."""
         rows = self._last.embedded_rows
         if not len(rows):
             return b""
@@ -315,7 +315,7 @@ class StageRunner:
 
     @property
     def kv_layers(self) -> Sequence[Sequence[NDArray[np.uint8]]]:
-        """KV memory of each layer. Raises ProtocolError if it lies elsewhere, or has a window or state."""
+        """KV memory of each layer. Raises ProtocolError if it is not in RAM, or layers have a window or a state."""
         if not isinstance(self._stage, KvInRam) or self.limits.window_blocks or self.limits.state_blocks:
             raise ProtocolError("a request for KV memory of a GPU, or of layers with a window or a state")
         return self._stage.kv_layers()

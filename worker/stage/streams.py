@@ -1,4 +1,4 @@
-"""The streams of one loaded stage to its neighbours, to the first stage from the last, and to the coordinator."""
+"""The streams of one loaded stage: to its neighbours, from the last stage to the first, and to the coordinator."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _Use = Callable[[ClientStream], Coroutine[None, None, None]]
 
 
 async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, None, None]) -> None:
-    """Does the work, then ends the stream. Raises WorkerError if the other side ends the stream before."""
+    """Does the work, then ends the stream. Raises WorkerError if the other side ends the stream earlier."""
     is_done = False
 
     async def working() -> None:
@@ -78,7 +78,7 @@ class StageStreams:
         neighbours: Neighbours,
         links: MemberLinks | None = None,
     ) -> None:
-        """`links` are those of a group's leader, whose context has a `compute` of its own."""
+        """`links` is set for a group's leader, whose context has a `compute` of its own."""
         self.epoch = epoch
         self._links = links
         self.runner = runner
@@ -131,7 +131,8 @@ class StageStreams:
             self._loop.dependencies.fail(WorkerError("the last stage sends no more tokens"))
 
     async def forward(self, stream: ServerStream) -> None:
-        """Serves the stream from the stage before, or the coordinator, once the whole chain is open."""
+        """Serves the stream from the previous stage or the coordinator, once the streams to all later stages are
+        open."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise ProtocolError(f"a second stream of microbatches for epoch {epoch_text(self.epoch)}")
@@ -168,7 +169,7 @@ class StageStreams:
             await self._with_stream_to(first, SAMPLED_TOKENS, "first", stream, use)
 
     async def _with_stream_to(self, stage: Peer, method: str, which: str, incoming: ServerStream, use: _Use) -> None:
-        """Reports a failure of the stage's connection, now or later, before our own streams end."""
+        """Uses a stream to `stage`. Reports a failure of its connection before this stage's own streams end."""
         stream = stage.open(method, epoch=self.epoch)
         try:
             await stage.connected()
@@ -186,7 +187,7 @@ class StageStreams:
             await stream.opened()
 
     async def settle(self) -> None:
-        """Frees the memory of former adapters now if no microbatch is under way, otherwise behind it."""
+        """Frees the memory of former adapters if no microbatch is in flight. Otherwise the next run frees it."""
         progress = self._loop.progress
         if progress.received == progress.sent:
             await self._compute.run(self.runner.settle)
@@ -196,7 +197,7 @@ class StageStreams:
             self._links.close()
 
     async def release(self) -> StageRunner:
-        """Ends the stage's streams, and hands the loaded stage to the caller."""
+        """Ends the stage's streams, and returns the loaded stage."""
         if self._forwarding is not None:
             self._forwarding.cancel()
         self.close_links()

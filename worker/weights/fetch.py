@@ -1,4 +1,4 @@
-"""Fetches weights from other workers, several tensors at once: resumes, checks, and tries other sources."""
+"""Fetches weights from other workers, several tensors at once. Resumes, checks hashes, and tries other sources."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class _Source:
 
 
 class WeightFetch:
-    """Fetches once. `sources` are by name, best first."""
+    """Fetches weights once. `sources` are pairs (name, peer), best first."""
 
     def __init__(
         self,
@@ -103,7 +103,8 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` gets counts of fetched bytes, `on_others_bytes` those that another process puts into the cache."""
+        """`on_bytes` gets counts of fetched bytes; `on_others_bytes` gets counts of bytes that another process
+        cached."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
@@ -113,7 +114,7 @@ class WeightFetch:
         self._lanes: asyncio.TaskGroup | None = None
 
     def renew(self, name: str, peer: Peer) -> None:
-        """Replaces or adds a source; it is tried whatever it answered before."""
+        """Replaces or adds a source. It is tried again even if it failed before."""
         _log.info("weights are asked of %s at %s", name, peer.address)
         runs = any(not lane.done() for source in self._sources for lane in source.lanes)
         renewed, names = _Source(name, peer), [source.name for source in self._sources]
@@ -128,7 +129,8 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Returns when the cache, which the caller holds `in_use`, has all. Raises WorkerError if no source has one."""
+        """Returns when the cache has all weights; the caller holds it `in_use`. Raises WorkerError if no source has
+        one."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]
@@ -173,7 +175,7 @@ class WeightFetch:
                 stream.cancel()
 
     async def _next(self, source: _Source) -> _Item | None:
-        """Returns the next item for this source; None: there is nothing, and will be nothing."""
+        """Waits for the next item for this source. Returns None if there will be none."""
         clock = asyncio.get_running_loop().time
         while self._items and source.given_up is None:
             for item in self._items:
@@ -201,7 +203,7 @@ class WeightFetch:
         return stream
 
     async def _get(self, item: _Item, source: _Source, stream: ClientStream) -> None:
-        """Fetches one tensor, from its present end on. ProtocolError and DamagedError are this source's fault."""
+        """Fetches the missing rest of one tensor. A ProtocolError or DamagedError is this source's fault."""
         wanted = item.wanted
         if self._cache.find(wanted.content) is not None:  # another process has fetched it
             self._others_brought(item, wanted.n_bytes)
@@ -267,7 +269,7 @@ class WeightFetch:
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:
-    """Waits for the thread even if cancelled, since the file is in use, and closes a part that was opened."""
+    """Waits for the thread even if cancelled, since it uses the file. Closes a part that the thread has opened."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

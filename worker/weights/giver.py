@@ -1,4 +1,4 @@
-"""Gives weights to workers without the model's file: tensors of files and of a cache, by their SHA-256, in pieces."""
+"""Sends weights to workers that lack the model's file: tensors of files and of the cache, by SHA-256, in pieces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FRAME_S = 30.0
 
 
 class WeightGiver:
-    """The Weights service of one process. Of a file, it holds no more than a piece for each stream in memory."""
+    """The Weights service of one process. It holds at most one piece of a file per stream in memory."""
 
     def __init__(self, cache: WeightCache | None) -> None:
         self.sent_bytes = 0
@@ -34,11 +34,10 @@ class WeightGiver:
 
     @property
     def gives(self) -> bool:
-        """True if there is a cache, which has the manifests."""
         return self._cache is not None
 
     def add(self, file: ModelFile, manifest: str) -> None:
-        """Adds a file, whose manifest with this SHA-256 is in the cache, to those whose tensors are given."""
+        """Offers a file's tensors. The cache must have its manifest, which has this SHA-256."""
         assert self._cache is not None
         for record in read_manifest(self._cache.place(manifest)).tensors:
             self._tensors[record.content] = file.tensor(record.name)

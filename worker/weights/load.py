@@ -1,4 +1,4 @@
-"""Loads a stage, or adapters into one, as the coordinator ordered: from files here, or from other workers."""
+"""Loads a stage, or a stage's adapters, as the coordinator ordered: from files here or from other workers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ async def _load(order: Load, device: Device, files: _Files) -> StageRunner:
 async def load_adapters(
     wanted: Sequence[AdapterFile], runner: StageRunner, device: Device, weights: Weights, reach: Reach
 ) -> None:
-    """Computes these adapters, and no others, from the next microbatch on. Raises as `load_stage`, with no change."""
+    """Replaces the stage's adapters from the next microbatch on. Raises the errors of `load_stage`, and then changes
+    nothing."""
     async with _Files(weights, reach, Progress()) as files:
         adapters = await files.open_adapters(wanted, runner.model.plain)
         names = runner.program_of(runner.model.adapted_by(_files_of(adapters))).weights
@@ -99,7 +100,7 @@ def _files_of(adapters: Mapping[int, _Opened]) -> dict[int, ModelFile]:
 
 
 class _Files(AsyncExitStack):
-    """The files of a load. Fetched weights are kept while it is entered."""
+    """The files of a load. Fetched weights are kept until the context ends."""
 
     def __init__(self, weights: Weights, reach: Reach, progress: Progress) -> None:
         super().__init__()
@@ -132,7 +133,7 @@ class _Files(AsyncExitStack):
         return _Opened(await remote.outline(), remote=remote)
 
     def _here(self, read: Callable[[], ModelFile | None], path: str, known: WeightSources | None) -> ModelFile | None:
-        """Returns the file; None if there is none, or one of other bytes, and the weights may be fetched."""
+        """Returns the file here. Returns None if it is missing or has other bytes, and the weights may be fetched."""
         try:
             file = read()
             if file is not None and known is not None:
@@ -156,7 +157,7 @@ class _Files(AsyncExitStack):
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Waits for the thread even if cancelled: it ends at its next progress, and holds memory until then."""
+    """Waits for the thread even if cancelled. It ends at its next progress report, and holds memory until then."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
@@ -171,7 +172,8 @@ def _in_tiles(limits: StageLimits, model: Model) -> Model:
 
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
-    """Returns memory on all devices. Raises InsufficientMemoryError that names a device with too little."""
+    """Returns the memory on all devices together. Raises InsufficientMemoryError that names a device with too
+    little."""
     shares = device_shares(device, model, device.layers(order), order.limits, portion_of(order))
     release_freed_memory()
     for name, share in shares.items():

@@ -1,4 +1,4 @@
-"""A model or an adapter on other machines, of which the tensors that a stage needs are fetched and checked."""
+"""A model or adapter on other machines, from which the tensors that a stage needs are fetched and checked."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from llamaclust.worker.weights.weights import Weights, key_of
 
 
 class RemoteFile:
-    """Keeps fetched weights while it is entered. Raises LlamaclustError without a cache, ModelFileError for another
-    file."""
+    """Keeps fetched weights until the context ends. Raises LlamaclustError without a cache."""
 
     def __init__(
         self,

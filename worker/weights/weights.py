@@ -1,4 +1,4 @@
-"""A worker's weights of models: files, and tensors fetched from others. It gives both to other workers."""
+"""A worker's model files and fetched tensors. It gives both to other workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _Value = TypeVar("_Value")
 
 
 class Progress:
-    """Bytes that several threads have done, of a total; reported by the event loop."""
+    """Counts the bytes of a total that several threads have done. The event loop reports them."""
 
     def __init__(self) -> None:
         self.total_bytes = 0  # 0: not known yet
@@ -42,7 +42,7 @@ class Progress:
         self._lock = Lock()
 
     def cancel(self) -> None:
-        """Ends any thread that reports progress from now on with LoadCancelledError."""
+        """Raises LoadCancelledError in each thread that reports progress from now on."""
         self._is_cancelled = True
 
     def add(self, n_bytes: int) -> None:
@@ -73,7 +73,8 @@ class Weights:
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
     ) -> None:
-        """`model_dir` has files that are not at the coordinator's path, `models_dir` a folder for each downloaded."""
+        """`model_dir` has files that are not at the coordinator's path; `models_dir` has a folder per downloaded
+        model."""
         self.cache = cache
         self.received_bytes = 0
         self._model_dir = model_dir
@@ -88,12 +89,13 @@ class Weights:
                 file.renew(update.source, reach(update.source))
 
     def open_file(self, model_path: str, model_id: str) -> ModelFile | None:
-        """Returns None if no file is at the model's places. Raises ModelFileError if only others are."""
+        """Returns None if no file is at the model's places. Raises ModelFileError if only other files are there."""
         places = [place for place in self.places(model_path) if place.is_file()]
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """Opens an adapter as `open_file` does. Reads headers and samples; the coordinator checked all weights."""
+        """Opens an adapter like `open_file`. Reads only headers and samples, since the coordinator has checked all
+        weights."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 
@@ -104,7 +106,7 @@ class Weights:
         return [*dict.fromkeys((path, *own, *downloaded))]
 
     def locate(self, wanted: FindWeights, progress: Progress | None = None) -> WeightsFound:
-        """Makes the manifest if it is requested, which reads the whole file; `progress` counts that."""
+        """Finds weights. Makes the manifest if requested, which reads the whole file; `progress` counts its bytes."""
         try:
             file = self._wanted(wanted)
         except ModelFileError as error:
@@ -172,5 +174,5 @@ def weight_cache(settings: WorkerSettings) -> WeightCache | None:
 
 
 def key_of(file_id: str) -> str:
-    """Returns the key of the manifest of a model or an adapter whose file is not here."""
+    """Returns the key of a manifest in the cache, for a model or an adapter whose file is not here."""
     return sha256(f"model {file_id}, manifest {MANIFEST_VERSION}".encode()).hexdigest()

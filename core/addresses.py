@@ -21,8 +21,7 @@ class AddressError(UsageError, ValueError):
 
 
 def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") -> tuple[str, int]:
-    """Raises AddressError, whose message shows the example. A link-local address is an error too, because it means
-    nothing on another machine."""
+    """Raises AddressError with the example, also for a link-local address, which other machines cannot use."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[2]) > 65535:
         shown = "an empty value" if value is None else repr(value)[:_MOST_SHOWN]
@@ -38,8 +37,7 @@ def joined_address(host: str, port: int) -> str:
 
 
 def bounded_host(host: str) -> str:
-    """Returns the key by which connections are counted: an IPv4 address, or an IPv6 /64 network, because a host may use
-    any address in its network."""
+    """Returns an IPv4 address or an IPv6 /64 network, by which connections are counted: a host has all of its /64."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

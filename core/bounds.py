@@ -101,8 +101,7 @@ def _sha256(what: str, value: str) -> str:
 
 
 class Bound:
-    """The bound of one field. `check` is called after decoding. `fit` is called before encoding and shortens text that
-    is too long."""
+    """The bound of one field. `check` is called after decoding; `fit` shortens long text before encoding."""
 
     def __init__(self, check: Callable[..., Any], *limits: Any, fit: Callable[..., Any] | None = None) -> None:
         self._check = check

@@ -16,8 +16,7 @@ _UNLIMITED_BYTES = 1 << 60
 
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
-    """A control group with a memory limit. `used_bytes` includes mapped files, but not the rest of the page cache,
-    which the kernel can free."""
+    """A control group with a memory limit. `used_bytes` counts mapped files, but no other page cache."""
 
     path: Path
     limit_bytes: int
@@ -75,8 +74,7 @@ def is_memory_limited() -> bool:
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """Drops a part of a file from the page cache if a control group limits memory. `n_bytes` of 0 means up to the
-    end."""
+    """Drops a part of a file from the page cache if a group limits memory. `n_bytes` of 0 means up to the end."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 

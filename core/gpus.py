@@ -53,8 +53,7 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns the size of a GPU's expert cache: the `left_bytes` that nothing else uses, at most `limit_bytes` (None:
-    no limit), in whole allocation units."""
+    """Returns the bytes of a GPU's expert cache: `left_bytes`, at most `limit_bytes`, in whole allocation units."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
@@ -111,8 +110,7 @@ class Placement:
         return next((said for said in self.layers[start:end] if said not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
-        """Raises UsageError for rules that a stage cannot obey: RAM must hold its first layers, and the GPUs, in order,
-        the next."""
+        """Raises UsageError for rules that a stage cannot obey: RAM holds its first layers, GPUs the next, in order."""
         if not gpus:
             return
         missing = self.missing(gpus, start, end)
@@ -133,8 +131,7 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """Raises UsageError if a layer is on another device than its rule says: layers that share keys and values must
-        be on one device."""
+        """Raises UsageError for a misplaced layer: layers that share keys and values must be on one device."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):

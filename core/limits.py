@@ -37,8 +37,7 @@ def max_embedded_rows(width: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StageLimits:
-    """Bounds of a stage's buffers, fixed when it is loaded. A call of `run` that exceeds one is a bug in the caller and
-    fails an assertion."""
+    """Bounds of a stage's buffers, fixed when it is loaded. A `run` that exceeds one fails an assertion."""
 
     max_batch_tokens: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
     max_outputs: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
@@ -60,8 +59,7 @@ class StageLimits:
         return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """True if layers with this attention window free KV blocks that have left it. They then have KV blocks of their
-        own."""
+        """True if layers with this attention window free the KV blocks that leave it. They have blocks of their own."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:
@@ -69,8 +67,7 @@ class StageLimits:
 
 
 def layer_place(part: int, expert_shards: int) -> int | float:
-    """Converts the number of a part to a layer number: 4, or 4.5 for the second half of layer 4's experts. The result
-    is exact if `expert_shards` is a power of two."""
+    """Converts a part's number to layers: 4.5 is the second half of layer 4's experts. Exact for powers of two."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 

@@ -60,8 +60,7 @@ def _quoted(value: object) -> str:
 
 
 class _Memory(logging.Handler):
-    """Keeps the last lines, and the last message that is at least a warning, or an error if another package logged
-    it."""
+    """Keeps the last lines and the last warning or error. Of other packages' loggers, only errors count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,8 +81,7 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """A filter that counts errors of exhausted file descriptors and logs the count once per `wait_s`, instead of
-    asyncio's traceback of each."""
+    """A filter that counts errors of exhausted file descriptors, for one line per `wait_s` instead of tracebacks."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()

@@ -17,8 +17,7 @@ _COLLECT_EVERY = 20_000
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null in place of each closed stream. Otherwise the next opened file would take its descriptor and
-    receive printed text."""
+    """Opens /dev/null for each closed stream. Otherwise a file opened later would receive printed text."""
     for descriptor, (name, mode) in enumerate(_STREAMS):
         try:
             os.fstat(descriptor)
@@ -38,19 +37,16 @@ def allow_many_files() -> None:
 
 
 def connections_of_server() -> int:
-    """Returns the most connections of one server. All servers together leave a quarter of the open files for other
-    uses."""
+    """Returns the most connections of one server. All servers leave a quarter of the open files for other uses."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (_MANY_FILES if files == resource.RLIM_INFINITY else files) * 3 // 4 // _SERVERS
 
 
 def share_interpreter() -> None:
-    """Hands the interpreter to a waiting thread after 0.5 ms instead of 5 ms: the event loop and the compute thread
-    share it."""
+    """Hands the GIL to a waiting thread (event loop or compute thread) after 0.5 ms instead of 5 ms."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 def collect_rarely() -> None:
-    """Makes garbage collection rare: few of the many objects are in cycles, and collection takes a tenth of the
-    start-up time."""
+    """Makes garbage collection rare. It takes a tenth of the start, and few of the many objects are in cycles."""
     gc.set_threshold(_COLLECT_EVERY)

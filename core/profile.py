@@ -96,8 +96,7 @@ class DeviceProfile:
         )
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        """Returns the measured step times. Without isolated ones, returns () for an idle machine that has isolated
-        products, because these predict better than concurrent steps."""
+        """Returns () for an idle machine with only isolated products, which predict better than concurrent steps."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent

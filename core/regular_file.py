@@ -19,8 +19,8 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codec
 
 
 def decode_text(data: bytes) -> str:
-    """Decodes UTF-8, or UTF-16 with a byte-order mark, and removes the mark. Raises ValueError with the place of the
-    first fault."""
+    """Decodes UTF-8, or UTF-16 with a byte-order mark, and removes the mark. Raises ValueError with the fault's
+    place."""
     mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)
@@ -35,8 +35,7 @@ def decode_text(data: bytes) -> str:
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
-    """Reads at most `most_bytes` of a file, or of a pipe such as a shell's `<(...)`. Raises OSError for a pipe without
-    a writer."""
+    """Reads the start of a file or a pipe such as a shell's `<(...)`. Raises OSError for a pipe without a writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         first = b""
@@ -137,8 +136,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def take_lock(file: BinaryIO | int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks a file without waiting. Returns False if another process, or another descriptor of this process, holds a
-    lock."""
+    """Locks a file without waiting. Returns False if another process or descriptor has it locked."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

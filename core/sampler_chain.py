@@ -1,5 +1,4 @@
-"""Samplers that the plain sampling parameters lack, and the order of all samplers (rules:
-docs/internals/numerics.md)."""
+"""Samplers that the plain parameters lack, and the order of all samplers (rules: docs/internals/numerics.md)."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ PLAIN_ORDER = (SamplerName.PENALTIES, SamplerName.TOP_K, SamplerName.TOP_P, Samp
 
 @dataclass(frozen=True, slots=True)
 class SamplerChain:
-    """The samplers that change logits, in `order`, with their settings. Settings of samplers outside `order` have no
-    effect."""
+    """The samplers that change logits, in `order`, and their settings. Settings of other samplers have no effect."""
 
     order: tuple[SamplerName, ...] = PLAIN_ORDER  # each once at most
     top_n_sigma: float = number(

@@ -30,14 +30,12 @@ if TYPE_CHECKING:  # clients do not wait for it
 NOT_FINITE = "the logits are not finite numbers"
 
 AllowedTokens: TypeAlias = "NDArray[np.uint32]"
-"""A bit per token of the vocabulary, set if the grammar allows the token. The lowest bit is first; the length is
-vocabulary / 32, rounded up."""
+"""One bit per token of the vocabulary, set if a grammar allows the token: the lowest bit is the first token's."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Parameters of sampling. The defaults choose tokens greedily. The order of the steps is in
-    docs/internals/numerics.md."""
+    """Parameters of sampling. The defaults are greedy. docs/internals/numerics.md has the order of the steps."""
 
     temperature: float = number(
         (0.0, 100.0),
@@ -97,8 +95,7 @@ class SamplingParams:
 
     @property
     def needs_state(self) -> bool:
-        """True if a choice depends on more than earlier tokens: Mirostat also needs the mu that came with the previous
-        token."""
+        """True if a choice depends on more than earlier tokens: Mirostat needs the mu that came with the last one."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property
@@ -126,8 +123,7 @@ class _Windows:
 
 
 SAMPLING_TABLE: Final[Mapping[str, SamplingField]] = {**PARAMS, **rows_of(_Windows), **CHAIN}
-"""All numeric sampling parameters of a request. The keys are OpenAI's names, or vLLM's or llama.cpp's if OpenAI has
-none."""
+"""All numeric sampling parameters of a request, by OpenAI's name, or vLLM's or llama.cpp's if it has none."""
 
 MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
 """The parameters that a chat always shows, with llama.cpp's defaults."""
@@ -239,14 +235,12 @@ _SECOND_DRAW = 1 << 31
 
 
 def second_draw(task: RowTask) -> RowTask:
-    """Returns the same task with an independent random draw, for use when the token of the first draw was not
-    allowed."""
+    """Returns the same task with an independent random draw, for a row whose first token was not allowed."""
     return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task
 
 
 class TopLogprobs(Sequence[tuple[int, float]]):
-    """Pairs (token, float32 logprob), best first. They are packed because a long answer has a million of them. Equals a
-    tuple of the same pairs."""
+    """Pairs (token, float32 logprob), best first, packed: a long answer has a million. Equals a tuple of pairs."""
 
     __slots__ = ("packed",)
     _PAIR: Final = struct.Struct("=if")

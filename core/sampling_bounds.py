@@ -73,8 +73,7 @@ def number(
     llamacpp_name: str = "",
     gguf: str = "",
 ) -> Any:
-    """Declares a dataclass attribute with its row in the sampling table. The attribute's default is `neutral`, or
-    `default` if `neutral` is None. The APIs' defaults that are None become `default` too."""
+    """Declares a dataclass attribute with its row in the sampling table. Its own default is `neutral`, if given."""
     own = [default if value is None else value for value in (llamacpp, ollama)]
     row = SamplingField(*bounds, default, doc, placeholder, own[0], own[1], llamacpp_name, gguf)
     return field(default=default if neutral is None else neutral, metadata={_ROW: row})

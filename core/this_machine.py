@@ -47,8 +47,7 @@ class InterfaceAddress:
 
 
 def interface_addresses() -> list[InterfaceAddress]:
-    """Returns this machine's permanent addresses except link-local ones (fe80::/10), those first that other machines
-    more probably reach."""
+    """Returns lasting addresses except link-local ones (fe80::/10), the most probably reachable ones first."""
     import ifaddr  # only here: its import takes as long as a command's own
 
     default, passing = {source_host(host, family) for host, family in _ELSEWHERE}, _passing_hosts()
@@ -66,8 +65,7 @@ def own_addresses() -> list[str]:
 
 
 def network_addresses() -> list[str]:
-    """Returns the hosts by which other machines probably reach this one. Without a network, returns the best others,
-    such as loopback."""
+    """Returns the hosts by which others probably reach this machine, or the best of its other addresses."""
     return list(dict.fromkeys(address.host for address in _of_networks(interface_addresses())))
 
 
@@ -113,8 +111,7 @@ def _ipv6_flags() -> Iterator[tuple[str, int]]:
 
 @cache
 def machine_id() -> str:
-    """Returns an id that all processes on this machine share until it reboots. Several machines may have the same host
-    name."""
+    """Returns an id that all processes here share until a reboot. Several machines may have the same host name."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -126,8 +123,7 @@ def boot_s() -> float:
 
 
 def process_fields(pid: int | str) -> list[str]:
-    """Returns the fields of /proc/PID/stat from the third on, because the second, the name, may contain any character.
-    Returns [] if there is no such process."""
+    """Returns the fields of /proc/PID/stat from the third on (a name may contain anything); [] without a process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -135,7 +131,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns the start of a process in clock ticks after boot, or None without a process. The start tells processes
-    with the same pid apart, because the kernel reuses pids."""
+    """Returns a process's start in clock ticks after boot, None if it is gone. It tells reused pids apart."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

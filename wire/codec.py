@@ -130,8 +130,7 @@ def read(kind: type[_Value], record: Any) -> _Value:
 
 
 class Envelope(Generic[_Value]):
-    """A protobuf message with one `oneof kind`. Each class of `union` has a field there, such as `peer_unreachable` for
-    `PeerUnreachable`."""
+    """A protobuf message with a `oneof kind`, in which class `PeerUnreachable` is the field `peer_unreachable`."""
 
     def __init__(self, record: type[Message], union: Any, most_bytes: int) -> None:
         self._record = record

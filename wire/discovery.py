@@ -42,8 +42,7 @@ _NO_MULTICAST = "::1"
 
 @asynccontextmanager
 async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None]:
-    """Announces a cluster at `address` (HOST:PORT) to the local network. Raises UsageError if the address has no
-    multicast."""
+    """Announces a cluster at `address` (HOST:PORT) to the local network. Raises UsageError without multicast there."""
     hosts, port = _announced_hosts(address), split_address(address)[1]
 
     def info() -> AsyncServiceInfo:
@@ -71,8 +70,7 @@ async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None
 
 @asynccontextmanager
 async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[str], None]) -> AsyncIterator[None]:
-    """Calls `found` with each address (HOST:PORT) of the cluster with this id, and `other` with each other cluster's
-    name."""
+    """Calls `found` with each address (HOST:PORT) of the cluster with this id, `other` with other clusters' names."""
     async with _multicast(_browsed()) as service:
         browser = _Browser(service.zeroconf, cluster, found, other)
         listening = AsyncServiceBrowser(service.zeroconf, [SERVICE], handlers=[browser.changed])

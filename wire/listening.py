@@ -12,8 +12,7 @@ _BACKLOG = 128
 
 
 def listener(host: str, port: int, cure: str) -> socket.socket:
-    """Opens a non-blocking listening TCP socket. A host in `ANYWHERE` means all addresses, IPv4 and IPv6. Raises
-    UsageError that ends with `cure`."""
+    """Opens a non-blocking listening TCP socket. A host in `ANYWHERE` means all addresses, IPv4 and IPv6."""
     is_anywhere = host in ANYWHERE and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if is_anywhere or ":" in host else socket.AF_INET
     try:
@@ -33,8 +32,7 @@ def listener(host: str, port: int, cure: str) -> socket.socket:
 
 
 def listening_host(opened: socket.socket) -> str:
-    """Returns a host by which this machine reaches a listener. All addresses become 0.0.0.0, which works without IPv6
-    too."""
+    """Returns a host by which this machine reaches a listener: 0.0.0.0 for all addresses, which needs no IPv6."""
     host = str(opened.getsockname()[0])
     takes_both = host == "::" and not opened.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
     return ANYWHERE[0] if takes_both else host

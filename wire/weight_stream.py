@@ -59,8 +59,8 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """Returns the bytes in a frame of a range that lacks `left_bytes` more. Raises WeightsNotFoundError if the peer has
-    none."""
+    """Returns a frame's bytes; `left_bytes` of the range are due. Raises WeightsNotFoundError if the peer lacks
+    them."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
             one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there"

@@ -45,8 +45,7 @@ class CoordinatorSearch:
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
-        """The time within which a lost coordinator must return. None: no limit, because the worker was never a
-        member."""
+        """The time within which a lost coordinator must return; None (no limit) if the worker was never a member."""
         self._places = [Place(address) for address in addresses]
         self._discovers = discovers
         self._stays = stays
@@ -72,8 +71,7 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. Announcements may be false, so only a bounded number is tried until they have
-        failed."""
+        """Adds an announced address. It may be false, so only a bounded number is tried until they have failed."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]

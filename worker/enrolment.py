@@ -1,5 +1,4 @@
-"""Enrolment of a worker: it verifies the CA by the hash in its token, proves that it has the token, gets a
-certificate."""
+"""Enrolment of a worker: it verifies the CA by its token's hash, proves that it has the token, gets a certificate."""
 
 from __future__ import annotations
 
@@ -105,8 +104,7 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
 
 
 def _context(authority: bytes | None) -> ssl.SSLContext:
-    """`authority` is the CA certificate (DER). None accepts any server, to get a CA certificate that its hash then
-    proves."""
+    """`authority` is the CA certificate (DER). None accepts any server, whose CA certificate a hash then proves."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if authority is None:

@@ -128,8 +128,7 @@ class Member:
         return self._deadlines.coordinator_s
 
     async def serve(self) -> str:
-        """Returns the reason when the coordinator ends the membership. Raises WorkerError if the coordinator is
-        lost."""
+        """Returns the reason when the coordinator ends the membership. Raises WorkerError if the stream is lost."""
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads = Loads(session)

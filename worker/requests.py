@@ -23,8 +23,7 @@ SettingAdapters = Callable[[weights.SetAdapters], Awaitable[weights.AdaptersSet]
 
 
 class Requests:
-    """Answers requests of one membership. Those that need the whole machine hold the worker's `exclusive`, as loads
-    do."""
+    """Answers requests of one membership. Those that need the whole machine hold the worker's `exclusive`."""
 
     def __init__(self, session: Session, set_adapters: SettingAdapters) -> None:
         self._session = session

@@ -97,8 +97,7 @@ class StageService:
         return bool(self._kept)
 
     async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
-        """Returns a kept stage that fits and frees the others. `file_version` is the file's present one; None: it is
-        gone."""
+        """Returns a kept stage that fits; frees the others. `file_version` is the present file's; None: it is gone."""
         runner = None
         while self._kept:
             streams = self._kept.pop()

@@ -48,8 +48,7 @@ class Cleared:
 
 @dataclass(frozen=True, slots=True)
 class DiskCache:
-    """The files in folder `path` whose names end with one of `suffixes`, together at most `most_bytes`. Other files in
-    the folder are not touched."""
+    """A cache of the files in `path` that end with one of `suffixes`. Other files there are not touched."""
 
     path: Path
     most_bytes: int
@@ -64,8 +63,7 @@ class DiskCache:
     modified_ns: ClassVar[int | None] = None  # of all files, if set: one that was changed later is damaged
 
     def create(self) -> None:
-        """Creates the folder. Raises OSError, such as PermissionError if it is a link or another user could write
-        there."""
+        """Creates the folder. Raises OSError, such as PermissionError for a link or if others could write there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
@@ -120,8 +118,7 @@ class DiskCache:
 
     @contextmanager
     def locked(self, writing: Writing | None = None) -> Iterator[None]:
-        """Holds the writers' lock, and deletes temporary files that killed writers left. Raises the errors of
-        `files.locked`."""
+        """Holds the writers' lock, and deletes temporary files of killed writers. Raises errors of `files.locked`."""
         with files.locked(self.path / _LOCK, writing or Writing()):
             for file in self.files(files.TEMPORARY):
                 files.remove(file.path)
@@ -178,8 +175,7 @@ class DiskCache:
         return NEVER_NS
 
     def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:
-        """Deletes the least recently used files until `n_bytes` more fit; raises NoRoomError if they cannot. The caller
-        holds the lock."""
+        """Deletes the least recently used files until `n_bytes` more fit, or raises NoRoomError. Needs the lock."""
         held, since_ns = self.files(), min(since_ns, self._needed_since_ns())
         held_bytes, count = sum(file.size_bytes for file in held), len(held)
         disk = os.statvfs(self.path)

@@ -64,8 +64,7 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
 
 @contextmanager
 def locked(path: Path, writing: Writing) -> Iterator[None]:
-    """Holds an exclusive lock on the file `path`, which is created if absent. Raises BusyError if another process holds
-    the lock for long, and StoppedError soon after `writing` was stopped."""
+    """Holds a file's lock. Raises BusyError if another process has it for long, StoppedError soon after a stop."""
     with open_own(path, os.O_RDWR | os.O_CREAT) as file:
         deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
         while not take_lock(file.fileno()):
@@ -117,8 +116,7 @@ def used_ns(status: os.stat_result) -> int:
 
 
 def mark_used(descriptor: int) -> os.stat_result:
-    """Sets the file's last use to now and returns its status before. Sets an explicit time, because the kernel's own
-    timestamps lag by milliseconds."""
+    """Sets the last use to now, exactly (the kernel's time lags by milliseconds). Returns the status before."""
     found = os.fstat(descriptor)
     with suppress(OSError):
         os.utime(descriptor, ns=(time.time_ns(), found.st_mtime_ns))
@@ -131,7 +129,7 @@ def remove(path: Path) -> None:
 
 
 def delete(path: Path) -> int:
-    """Deletes a file or an empty directory. Returns the size of a regular file, otherwise 0. Raises OSError with the
+    """Deletes a file or an empty directory; returns a regular file's size, otherwise 0. Raises OSError with the
     path."""
     found = path.lstat()
     if stat.S_ISDIR(found.st_mode):
@@ -142,7 +140,7 @@ def delete(path: Path) -> int:
 
 
 def delete_unlocked(path: Path) -> bool:
-    """Deletes a file that no process has locked; returns False if one has. Raises OSError if it is gone or cannot be
+    """Deletes a file, or returns False if a process has locked it. Raises OSError if it is gone or cannot be
     deleted."""
     with open_own(path, os.O_RDWR) as file:
         is_free = take_lock(file.fileno())

@@ -59,8 +59,7 @@ FAULTS = ("late", "closed", "wrong", "failed")
 
 @dataclass(frozen=True, slots=True)
 class GroupFault:
-    """A member's report that it has ended its part of an epoch, because another member is at fault or it failed
-    itself."""
+    """A member's report that it has ended an epoch, because another member is at fault or it failed itself."""
 
     epoch: Annotated[int, Integer(0, UINT64 - 1)]
     worker: WorkerName  # at fault, as far as the member knows

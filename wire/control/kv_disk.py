@@ -1,5 +1,4 @@
-"""Control messages about KV blocks on disk, which are found by keys of their content. `KvDone` answers every
-request."""
+"""Control messages about KV blocks on disk, found by keys of their content. `KvDone` answers every request."""
 
 from __future__ import annotations
 
@@ -54,8 +53,7 @@ class RestoreKv:
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """The request to write `blocks` to disk, which have the last of `keys`. Blocks of the earlier keys are not deleted
-    to make room."""
+    """The request to write `blocks`, which have the last keys, to disk. Blocks of earlier keys are not deleted."""
 
     epoch: _Epoch
     keys: _Keys

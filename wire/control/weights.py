@@ -1,5 +1,4 @@
-"""Control messages about weights: where workers find weights of models and adapters, and which adapters a stage
-uses."""
+"""Control messages about weights: where workers find those of models and adapters, which adapters a stage uses."""
 
 from __future__ import annotations
 

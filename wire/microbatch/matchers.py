@@ -1,5 +1,4 @@
-"""Encodes and decodes the starts of matchers in sampling inputs. A message has each grammar once, however many starts
-use it."""
+"""Encodes and decodes the starts of matchers in sampling inputs. A grammar is sent once per message."""
 
 from __future__ import annotations
 

@@ -61,8 +61,7 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True)
 class SamplingInputs:
-    """The last stage's tasks for microbatch (epoch, number), one per output row. The stage first drops `released`
-    matchers."""
+    """The last stage's tasks for a microbatch, one per output row. The stage first drops `released` matchers."""
 
     epoch: int
     number: int

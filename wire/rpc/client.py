@@ -197,8 +197,7 @@ class Peer:
         permit: str | None = None,
         reply_bytes: int | None = None,
     ) -> ClientStream:
-        """Opens a stream. `wait_for_ready` waits until the server is there; `reply_bytes` lowers the method's bound on
-        replies."""
+        """Opens a stream. `wait_for_ready` waits for the server; `reply_bytes` lowers the method's bound on replies."""
         most_bytes = METHODS[method].reply_bytes if reply_bytes is None else reply_bytes
         metadata = [] if permit is None else [(PERMIT_KEY, permit)]
         if isinstance(self._credentials, ClusterToken):
@@ -214,8 +213,7 @@ class Peer:
         return ClientStream(call, self.address, self.worker, most_bytes)
 
     async def connected(self) -> None:
-        """Returns when the newest streams' connection is made or has failed. Raises UnreachableError if that takes too
-        long."""
+        """Returns when the newest streams are connected or have failed. Raises UnreachableError if that takes long."""
         try:
             async with deadline(f"connection to {self.address}", self._answer_s):
                 if self.address.startswith(PREFIX):
@@ -229,8 +227,8 @@ class Peer:
             raise UnreachableError(str(error), worker=self.worker) from error
 
     def _channel(self) -> Any:
-        """Returns a channel with the present certificate. A renewed one needs a new channel, whose certificate is
-        fixed."""
+        """Returns a channel with the present certificate. A channel's is fixed, so a renewed one needs a new
+        channel."""
         if not isinstance(self._credentials, Identity):
             if not self._channels:
                 self._channels.append(aio.insecure_channel(self.address, options=self._options))

@@ -27,8 +27,7 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
         return self._limit.expired()
 
     def move(self, at_s: float | None) -> None:
-        """Moves the deadline to a time of the event loop's clock, which may be in the past. None suspends the
-        deadline."""
+        """Moves the deadline to a time of the event loop's clock, even a past one. None suspends the deadline."""
         self._limit.reschedule(at_s)
 
     async def __aexit__(self, *error: Any) -> None:
@@ -39,9 +38,8 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
 
 
 class recurring_deadline:  # noqa: N801  reads as a statement
-    """A deadline for each pass of a loop: use `async with` around the loop and `with` around each pass. A pass that
-    takes longer than `seconds` ends the loop with a DeadlineError, at most an eighth late. A pass costs next to
-    nothing."""
+    """A deadline for each pass of a loop: use `async with` around the loop and `with` around each pass. A pass longer
+    than `seconds` ends the loop with a DeadlineError, at most an eighth late. A pass costs next to nothing."""
 
     __slots__ = ("_begun_s", "_deadline", "_loop", "_seconds", "_timer")
 

@@ -13,8 +13,7 @@ gRPC's own event loop: equal results, slower links between machines. Figures: be
 
 
 def tune_grpc() -> None:
-    """Selects gRPC's faster event loop for links between machines, if gRPC is not imported yet. The user's settings
-    stay."""
+    """Selects gRPC's faster event loop for links between machines, before gRPC is imported. User settings stay."""
     if "grpc" in sys.modules:
         return
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

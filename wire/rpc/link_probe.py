@@ -25,8 +25,7 @@ _MOST_MESSAGES = 256
 
 
 async def serve_echo(stream: ServerStream) -> None:
-    """Answers messages with short ones. Flushes caches after each ping, because a stage's are cold between two
-    tokens."""
+    """Answers messages with short ones. Flushes caches after each ping: a stage's are cold between two tokens."""
     await stream.accept()
     caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
@@ -41,8 +40,7 @@ async def serve_echo(stream: ServerStream) -> None:
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
-    """Measures for up to a few seconds. Raises StreamBrokenError if the peer is out of reach, DeadlineError without an
-    answer."""
+    """Measures for up to a few seconds. Raises StreamBrokenError if out of reach, DeadlineError without an answer."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):

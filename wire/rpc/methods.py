@@ -34,8 +34,7 @@ class Callers(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Bounds of one method. `streams` counts all streams of a process, `streams_of_caller` those with one certificate
-    name."""
+    """Bounds of one method. `streams` counts those of a process, `streams_of_caller` those of a certificate's name."""
 
     callers: Callers
     streams: int

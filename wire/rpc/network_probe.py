@@ -1,5 +1,4 @@
-"""Measures the network's round trip to another process, without programs: the time until a kernel accepts a
-connection."""
+"""Measures the network's round trip to a process, without programs: the time until a kernel accepts a connection."""
 
 from __future__ import annotations
 
@@ -21,8 +20,7 @@ _MOST_S = 4.0
 
 
 async def network_round_trip(address: str) -> float | None:
-    """Returns the shortest time in seconds of several connections to HOST:PORT or unix:PATH; None if none succeeds in
-    time."""
+    """Returns the shortest time (seconds) to connect to HOST:PORT or unix:PATH, of several; None if all take long."""
     if not address:
         return None
     try:

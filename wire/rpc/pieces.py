@@ -23,8 +23,7 @@ def pieces_of(message: bytes) -> Iterator[bytes]:
 
 
 async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> bytes | None:
-    """Returns the next message, None at the end. Raises ProtocolError, which holds no data, if it is too long or
-    incomplete."""
+    """Returns None at the end. Raises ProtocolError, which holds no data, if a message is too long or incomplete."""
     data: Any = await read()
     if data is _EOF:
         return None

@@ -54,8 +54,7 @@ def _peer_here() -> Iterator[None]:
 
 
 class ServerStream:
-    """This process's end of a stream that a peer opened. `peer` is the identity in the peer's certificate, if it has
-    one."""
+    """This process's end of a stream that a peer opened. `peer` is the identity in its certificate, if any."""
 
     _context: Any
 
@@ -136,8 +135,7 @@ class _Places:
 
     @contextmanager
     def taken(self, caller: Principal | None) -> Iterator[None]:
-        """Counts a stream of `caller`. Raises ProtocolError if too many are open. Callers without a certificate count
-        as one."""
+        """Raises ProtocolError if too many streams are open. Without a certificate, only their total counts."""
         method, total = self._method, self._open.total()
         if total >= method.streams or (caller is not None and self._open[caller] >= method.streams_of_caller):
             of_caller = "" if caller is None else f" ({self._open[caller]} of {caller})"
@@ -225,8 +223,7 @@ def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
 
 
 async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | None = None) -> None:
-    """Ends a stream with an error, unless the peer or the server has gone. `attributed` names the root cause, if
-    known."""
+    """Ends a stream with an error, unless the peer or the server has gone. `attributed` is the root cause."""
     try:
         await context.abort(code, one_line(why), () if attributed is None else ((ROOT_CAUSE_KEY, attributed),))
     except aio.AbortError:
@@ -236,8 +233,7 @@ async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | 
 
 
 async def _started(server: Any) -> None:
-    """Starts the server. If cancelled, completes the start and then stops the server: gRPC breaks if its start is
-    interrupted."""
+    """Starts the server. If cancelled, completes the start before it stops the server: gRPC breaks otherwise."""
     starting = asyncio.ensure_future(server.start())
     try:
         await asyncio.shield(starting)
@@ -258,7 +254,7 @@ class Server:
     async def start(
         cls, address: str, credentials: Credentials, handlers: Mapping[str, Handler], handshake_s: float = HANDSHAKE_S
     ) -> Server:
-        """Starts a server with a handler for each method. Port 0 means any free port. Raises UsageError if it cannot
+        """Starts a server with a handler per method. Port 0 means any free one. Raises UsageError if it cannot
         listen."""
         check_address(address, credentials)
         refusals = RefusalLog(_log)

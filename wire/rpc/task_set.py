@@ -13,8 +13,7 @@ Result = TypeVar("Result")
 
 
 class TaskSet:
-    """Keeps references to tasks, because the event loop has only weak ones, and logs errors of tasks that nothing
-    awaits."""
+    """Keeps references to tasks, which the event loop holds only weakly. Logs errors of tasks that nothing awaits."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -124,7 +124,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame without waiting, after a large message that is being sent. Raises EndedError after the
+        """Sends a small frame without waiting, after a large message that is being sent. Raises EndedError at the
         end."""
         frame = _HEAD.pack(len(data), kind) + data
         if self._is_sending:
@@ -138,8 +138,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._transport.write(data)
 
     def try_send(self, *messages: bytes) -> bool:
-        """Sends messages in one system call, if they are small and none is being sent. Returns False if none was
-        sent."""
+        """Sends small messages in one system call if nothing else is being sent. Returns False if it sent none."""
         transport = self._transport
         if transport is None or transport.is_closing() or self._is_sending or not self._writable.is_set():
             return False
@@ -149,8 +148,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return True
 
     async def send(self, *messages: bytes) -> None:
-        """Returns when the system has taken nearly all bytes. One call at a time; a cancelled call may end the
-        connection."""
+        """Returns when the system has taken nearly all. One call at a time; a cancelled one may end the connection."""
         if sum(map(len, messages)) > _PIECE_BYTES:
             await self._send_in_pieces(messages)
             return

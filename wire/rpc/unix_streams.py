@@ -122,8 +122,7 @@ class UnixCall:
 
 
 class UnixContext:
-    """A stream that another process opened, with the interface of gRPC's contexts. Its handler is cancelled if the peer
-    ends."""
+    """A stream that another process opened, like gRPC's contexts. Its handler is cancelled if the peer ends."""
 
     def __init__(self, server: UnixServer) -> None:
         self.connection = UnixConnection(self._control, self._lost, 0, awaits_call=True)

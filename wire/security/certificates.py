@@ -45,8 +45,7 @@ def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
 
 
 def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
-    """Returns the public key of a request (DER). Raises ProtocolError if the request is damaged or not signed by that
-    key."""
+    """Returns the key of a request (DER). Raises ProtocolError if the request is damaged or not signed by that key."""
     try:
         loaded = x509.load_der_x509_csr(request)
         key = loaded.public_key()
@@ -64,8 +63,7 @@ def sign(pair: KeyPair, statement: bytes) -> bytes:
 
 
 def has_signed(host: str, certificate: bytes, statement: bytes, signature: bytes, ca: bytes) -> bool:
-    """True if the certificate's key signed the statement, and the CA issued the certificate for `host` only. It may
-    have expired."""
+    """True if the certificate's key signed `statement` and the CA issued it for `host` only. It may have expired."""
     try:
         loaded = x509.load_pem_x509_certificate(certificate)
         loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))

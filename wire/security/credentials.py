@@ -59,16 +59,14 @@ class KeyPair:
 
     @property
     def renewal_in_s(self) -> float:
-        """Seconds until two thirds of the certificate's life are over; 0 if the clock was set back to before its
-        beginning."""
+        """Seconds until two thirds of the certificate's life are over; 0 if the clock shows a time before it."""
         age_s = time.time() - self.made_at_s
         return 0.0 if age_s < -MAX_SKEW_S else max(0.0, self.life_s * 2 / 3 - age_s)
 
 
 @dataclass(slots=True, eq=False)
 class Identity:
-    """The certificate that this process shows, and the CA that it accepts. Replacing `pair` interrupts no
-    connection."""
+    """The certificate that this process shows, and the CA that it accepts. Renewal of `pair` breaks no connection."""
 
     ca: bytes  # its certificate, PEM
     cluster: str

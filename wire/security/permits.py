@@ -1,5 +1,4 @@
-"""Permits to measure links. The coordinator signs one for a caller and a worker; the caller shows it with its
-stream."""
+"""Permits to measure links. The coordinator signs one for a caller and a worker; the caller shows it."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ def permit(credentials: Credentials, caller: str, worker: str) -> str:
 
 
 def is_permitted(credentials: Credentials, caller: Principal, shown: str) -> bool:
-    """True if `shown` permits `caller` to measure its link to this process. A permit ends with the certificate that
-    signed it."""
+    """True if `shown` permits `caller` to measure its link to this process. It ends with the signer's certificate."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import ends_at_s, has_signed

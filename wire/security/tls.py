@@ -20,7 +20,7 @@ def channel_credentials(identity: Identity) -> Any:
 
 
 def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> Any:
-    """Returns credentials that use a renewed pair from the next handshake on. Calls `on_handshake` at each, on any
+    """Returns credentials that use a renewed pair from the next handshake on. `on_handshake` is called on any
     thread."""
     shown = identity.pair
 
@@ -39,8 +39,7 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Returns the peer's identity. Raises UsageError if its certificate is not a member's or has ended, which TLS does
-    not check in resumed sessions."""
+    """Raises UsageError if the certificate is not a member's or has ended, which resumed TLS sessions do not check."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]

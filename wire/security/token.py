@@ -45,8 +45,7 @@ class ClusterToken:
 
 @dataclass(frozen=True, slots=True)
 class JoinToken:
-    """The hash of the CA to trust and the secret to join with. Text form: `lc1.<SHA-256 of the CA certificate,
-    hex>.<secret>`."""
+    """The CA to trust and the secret to join with. Text: `lc1.<SHA-256 of the CA certificate, hex>.<secret>`."""
 
     ca_hash: bytes
     secret: bytes = field(repr=False)

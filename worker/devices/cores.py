@@ -89,8 +89,7 @@ def _kinds(cores: Sequence[Core]) -> str:
 
 
 def read_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> Cores:
-    """Reads /proc and /sys below `root`. Without topology, each thread is a core. `affinity` defaults to this
-    process's."""
+    """Reads /proc and /sys below `root`. Without topology, each thread is a core. `affinity`: by default its own."""
     usable = sorted(os.sched_getaffinity(0) if affinity is None else affinity)
     efficiency, nodes = _efficiency(root, usable), _nodes(root)
     siblings: dict[str, list[int]] = {}
@@ -107,8 +106,7 @@ def physical_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) ->
 
 
 def bind_to_node(node: int, root: Path = _ROOT) -> None:
-    """Restricts this thread, and threads that it starts, to a NUMA node's cores. Linux then prefers the node's
-    memory."""
+    """Restricts this thread, and those that it starts, to a NUMA node's cores. Linux then prefers the node's memory."""
     os.sched_setaffinity(0, read_cores(root).on_node(node).hardware_threads)
 
 

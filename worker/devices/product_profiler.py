@@ -32,8 +32,7 @@ _ENOUGH_S: Final = 0.3
 def measure_products(
     quant_types: Iterable[int], threads: int, feature_level: str, free_bytes: int
 ) -> tuple[ProductTime, ...]:
-    """Returns () if memory is short. Blocks for tens of ms per type; slow machines take `_ENOUGH_S` per number of
-    rows."""
+    """Returns () if memory is short. Blocks for tens of ms per type, at most `_ENOUGH_S` per number of rows."""
     known = sorted({QuantType(number) for number in quant_types if number in QUANTIZED_TYPES})
     flush_bytes = min(largest_cache_bytes(), free_bytes - _MOST_BYTES)
     if not known or flush_bytes < SWEEP_BYTES:

@@ -177,8 +177,8 @@ class _Measurement:
         ]
 
     async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
-        """Returns each stage's median time, without the first step, whose caches are empty, unless there is no
-        other."""
+        """Returns each stage's median time. The first step, whose caches are empty, counts only if it is the only
+        one."""
         vocabulary = self.model.hyperparameters.vocabulary_size
         with closing(Compute()) as compute:
             context = StageContext("profile", compute, Counters())
@@ -216,8 +216,7 @@ def _first_tried(costs: Sequence[LayerCost]) -> int:
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
-    """Returns ranges of one layer, of `some`, and of the last. Workers begin at different layers, whose weights are
-    cold."""
+    """Returns ranges of one layer, of `some`, and of the last. Each worker begins at another layer, to find it cold."""
     start = place * some % (layers - some)
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
@@ -244,8 +243,7 @@ def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, f
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
-    """Returns a frame and its sampling inputs: few rows are one token of each sequence, many rows tokens of one
-    prompt."""
+    """Returns a frame and its sampling inputs: few rows are a token of each sequence, many rows are one prompt."""
     program, source = runner.program, np.random.default_rng(number)
     tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:

@@ -20,7 +20,7 @@ class SequenceCache:
     settled: int = 0  # first tokens that are known to be the sequence's
 
     def keep(self, tokens: Sequence[int], length: int) -> None:
-        """Keeps tokens that equal the sequence's, at most the first `length` - 1: the last one is computed for its
+        """Keeps tokens that equal the sequence's, but not the last of `length`, which must be computed for its
         logits."""
         end = min(len(self.tokens), length - 1)
         place = min(self.settled, end)
@@ -46,8 +46,7 @@ class SequenceCaches:
         self._caches: OrderedDict[int, SequenceCache] = OrderedDict()
 
     def of(self, order: DraftOrder, rows: int, kept: Collection[int]) -> SequenceCache | None:
-        """Returns a cache with blocks for `rows` rows. Takes none from `kept` sequences; returns None if the others are
-        too few."""
+        """Returns a cache with blocks for `rows` rows; None if there are too few without those of `kept` sequences."""
         cache = self._caches.setdefault(order.key, SequenceCache())
         self._caches.move_to_end(order.key)
         wanted = -(-rows // KV_BLOCK_TOKENS) - len(cache.blocks)

@@ -17,8 +17,7 @@ _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """The leader's choice for the runs of an epoch. Runs whose row counts have the same bit length share
-    measurements."""
+    """The leader's choice for the runs of an epoch. Runs whose row counts have equal bit lengths share measurements."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}

@@ -1,5 +1,4 @@
-"""Concurrent handshakes with all connections that claim to be one member, so that false ones do not delay the true
-one."""
+"""Concurrent handshakes with all connections that claim to be one member: false ones do not delay the true one."""
 
 from __future__ import annotations
 

@@ -150,8 +150,7 @@ class LinkOpener:
         return TlsSettings(own.ca, own.pair.certificate, own.pair.private_key, host, accepts)
 
     async def _connection_to(self, address: str) -> socket.socket:
-        """Tries all addresses; raises the last one's OSError or DeadlineError. The caller has a deadline for all of
-        them."""
+        """Tries all addresses; raises the last one's OSError or DeadlineError. The caller sets a deadline for all."""
         if address.startswith(PREFIX):
             path = address.removeprefix(PREFIX)
             return await _connected(socket.AF_UNIX, path, path)

@@ -49,8 +49,7 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links of a worker with this address for stages. `port` 0 means any free one. None means a
-    fixed one if the port for stages is fixed."""
+    """Returns a worker's address for links. `port` 0 means any; None means a fixed one if that of `stages` is fixed."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)
@@ -75,8 +74,7 @@ class LinkListener:
         self._expected: dict[bytes, Take] = {}
 
     async def listen(self, address: str, *, or_any_port: bool = False) -> None:
-        """Listens at HOST:PORT or unix:PATH, and nowhere else. `or_any_port` allows another port if it is in use.
-        Raises OSError."""
+        """Listens only at HOST:PORT or unix:PATH. `or_any_port` allows another port if it is in use. Raises OSError."""
         if self.address and address == self._requested:
             return
         await self.stop()

@@ -12,8 +12,7 @@ _SUFFIX = ".kv"
 
 
 class KvFolder(DiskCache):
-    """The files' names begin with a digest of everything that their content depends on: model, KV type and
-    arithmetic."""
+    """The files' names begin with a digest of what their content depends on: model, KV type and arithmetic."""
 
     suffixes = (_SUFFIX,)
     content, limit = "KV memory", "kv_disk"

@@ -35,8 +35,7 @@ class KvDisk:
         self._writer = ThreadPoolExecutor(1, "write-kv", initializer=_lower_priority)
 
     async def answer(self, request: FindKv | RestoreKv | SaveKv, runner: StageRunner) -> KvDone:
-        """Raises ProtocolError for KV blocks that the stage lacks. The answer is 0 blocks if the folder cannot be
-        used."""
+        """Raises ProtocolError for KV blocks that the stage lacks. Reports 0 blocks if the folder cannot be used."""
         thread = self._writer if isinstance(request, SaveKv) else self._reader
         done = await asyncio.get_running_loop().run_in_executor(thread, self._done, request, runner)
         return KvDone(done, request.request_id)

@@ -89,7 +89,7 @@ class KvFile:
         return [header, *(part[block].data for block in blocks for layer in kv for part in layer)]
 
     def restore(self, file: FileIO, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
-        """Reads block `index` into `kv`, whose first layer is `first_layer`; returns the bytes. Raises DamagedError,
+        """Reads block `index` into `kv`, which begins with `first_layer`. Returns the bytes. Raises DamagedError,
         OSError."""
         count = len(self.layer_bytes)
         layers = range(max(self.start, first_layer), min(self.end, first_layer + len(kv)))

@@ -24,8 +24,7 @@ class KvTraffic:
 
 
 class StageBlocks:
-    """Blocks of layers from `start` on, in files of `content`. Processes with other stages write and delete files
-    too."""
+    """Blocks of layers from `start` on, in files of `content`. Processes with other stages change these files too."""
 
     def __init__(self, folder: KvFolder, content: str, start: int, traffic: KvTraffic) -> None:
         self._folder = folder
@@ -60,8 +59,7 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes missing blocks; returns the number on disk. `keys` begins with those of earlier blocks, which are
-        kept."""
+        """Writes missing blocks; returns the number on disk. `keys` begins with those of earlier blocks, to be kept."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)

@@ -48,15 +48,13 @@ class Compute:
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
-        """Returns the job's result or raises its error. A cancelled job that has begun still ends before the next
-        one."""
+        """Returns the job's result or raises its error. A cancelled job that has begun ends before the next one."""
         if expected_ns < self._inline_ns and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     def apart(self) -> Compute:
-        """Returns a Compute on the same devices that never uses the event loop. A device that one loses is lost for
-        both."""
+        """Returns a Compute for the same devices, never on the event loop. A device that one loses is lost for both."""
         twin = Compute(inline=False)
         twin._lost = self._lost
         return twin

@@ -100,8 +100,8 @@ class StageLoop:
     async def run(
         self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
     ) -> None:
-        """Serves a stream: computes a microbatch while the next is received. `receiver` takes the answers, for
-        errors."""
+        """Serves a stream: computes one microbatch while it receives the next. Errors name `receiver` of the
+        answers."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
@@ -258,8 +258,7 @@ class StageLoop:
         return StageTiming(queue_ns, compute_ns, arrival.wire_ns, rows)
 
     def _failure(self, arrival: Arrival, error: Exception) -> Answer:
-        """Returns the answer to a failed microbatch, after which the worker continues. Raises errors that end the
-        loop."""
+        """Returns the answer to a failed microbatch; the worker continues. Raises errors that end the loop."""
         if isinstance(error, ProtocolError | LinkError | MemberFailedError):
             self._has_ended = True
             raise error

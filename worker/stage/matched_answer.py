@@ -84,8 +84,7 @@ class MatchedAnswer:
             self.fail(error)
 
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Computes forced tokens only at an answer's beginning: later ones came with the token before, or are
-        sampled."""
+        """Forces tokens only at an answer's beginning: later ones came with the token before, or are sampled."""
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
         self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):

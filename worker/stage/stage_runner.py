@@ -114,8 +114,7 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits, porti
 
 
 def kv_content(model: Model, manifest: str, limits: StageLimits) -> str:
-    """Returns a digest of everything except tokens that KV memory depends on. It is equal for all splits of the
-    model."""
+    """Returns a digest of everything but tokens that KV memory depends on. It is equal for all splits of the model."""
     whole = model_program(model, 0, model.layer_count, replace(limits, expert_shards=1)).steps
     steps = tuple(step for step in whole if not isinstance(step, Adapt))  # keys of KV blocks have the adapters
     return sha256(repr((NUMERICS_VERSION, manifest, limits.kv_type, steps)).encode()).hexdigest()

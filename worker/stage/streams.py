@@ -131,8 +131,7 @@ class StageStreams:
             self._loop.dependencies.fail(WorkerError("the last stage sends no more tokens"))
 
     async def forward(self, stream: ServerStream) -> None:
-        """Serves the stream from the previous stage or the coordinator, once the streams to all later stages are
-        open."""
+        """Serves the previous stage's or the coordinator's stream, once the streams to all later stages are open."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise ProtocolError(f"a second stream of microbatches for epoch {epoch_text(self.epoch)}")

@@ -103,8 +103,7 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` gets counts of fetched bytes; `on_others_bytes` gets counts of bytes that another process
-        cached."""
+        """`on_bytes` gets counts of fetched bytes; `on_others_bytes` gets those that another process has cached."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
@@ -129,8 +128,7 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Returns when the cache has all weights; the caller holds it `in_use`. Raises WorkerError if no source has
-        one."""
+        """Returns when the cache, held `in_use` by the caller, has all. Raises WorkerError if no source has one."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]

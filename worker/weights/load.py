@@ -68,8 +68,7 @@ async def _load(order: Load, device: Device, files: _Files) -> StageRunner:
 async def load_adapters(
     wanted: Sequence[AdapterFile], runner: StageRunner, device: Device, weights: Weights, reach: Reach
 ) -> None:
-    """Replaces the stage's adapters from the next microbatch on. Raises the errors of `load_stage`, and then changes
-    nothing."""
+    """Replaces the stage's adapters from the next microbatch on, or raises the errors of `load_stage`."""
     async with _Files(weights, reach, Progress()) as files:
         adapters = await files.open_adapters(wanted, runner.model.plain)
         names = runner.program_of(runner.model.adapted_by(_files_of(adapters))).weights
@@ -172,8 +171,7 @@ def _in_tiles(limits: StageLimits, model: Model) -> Model:
 
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
-    """Returns the memory on all devices together. Raises InsufficientMemoryError that names a device with too
-    little."""
+    """Returns the memory on all devices together. Raises InsufficientMemoryError that names the fullest device."""
     shares = device_shares(device, model, device.layers(order), order.limits, portion_of(order))
     release_freed_memory()
     for name, share in shares.items():

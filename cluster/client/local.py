@@ -100,7 +100,7 @@ class LocalClient(ServiceClient):
 
     @property
     def placement(self) -> str:
-        """The number of layers on GPUs, with the names of these GPUs; an empty text without GPUs."""
+        """The number of layers on GPUs, and the layers of each device; an empty text without GPUs."""
         return self._stage.placement
 
     @property

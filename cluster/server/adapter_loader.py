@@ -1,4 +1,4 @@
-"""Adapters that clients load and unload while a model is served: allowed files, numbers, record."""
+"""Loads and unloads adapters for clients while a model is served: allowed files, adapter numbers, the record."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model with its own `config`. `model` has the cluster file's adapters alone, `adapted` also those that clients
-    loaded before the start; `adapters` lists all."""
+    """A model with its own `config`. `model` has only the cluster file's adapters, `adapted` also those that clients
+    loaded before the start. `adapters` lists all."""
 
     config: ClusterConfig
     model: Model
@@ -39,7 +39,7 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the record's unchanged adapters whose names are not in `names`; notices name the others."""
+        """Opens the record's unchanged adapters whose names are not in `names`. Notices name the others."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder
@@ -64,7 +64,7 @@ class OpenedModel:
 
 @dataclass(eq=False, slots=True)
 class AdapterLoader:
-    """The loader of one model. The loaders of all models share `_turn`: one change at a time."""
+    """The loader of one model. The loaders of all models share `_turn`, so that changes run one at a time."""
 
     opened: OpenedModel
     _runner: ActionRunner
@@ -86,9 +86,9 @@ class AdapterLoader:
         return self.opened.adapters
 
     async def load(self, name: str, path: str) -> None:
-        """Returns when requests may use the adapter. Raises ParameterError for a forbidden name or path, HttpError 404
-        or, while the model sleeps, 503, and errors of a load (ModelFileError, InsufficientMemoryError), which changes
-        nothing then."""
+        """Returns when requests may use the adapter. Raises ParameterError for a forbidden name or path, HttpError
+        404, HttpError 503 while the model sleeps, and errors of a load (ModelFileError, InsufficientMemoryError).
+        After an error, nothing is changed."""
         folder, adapters = self.opened.config.api.adapter_folder, self.adapters
         assert folder is not None
         async with self._turn:
@@ -105,8 +105,8 @@ class AdapterLoader:
         self._report(Notice(f"a client loaded adapter {number} {name!r}: {adapter.path}"))
 
     async def unload(self, name: str) -> None:
-        """Returns when the model serves without the adapter and no start loads it again. Raises HttpError 404, or 409
-        while it is used, ParameterError for one of the cluster file, else as `load`."""
+        """Returns when the model serves without the adapter and no start loads it again. Raises HttpError 404, or
+        409 while the adapter is used, ParameterError for an adapter of the cluster file, else the errors of `load`."""
         adapters = self.adapters
         async with self._turn:
             if name not in adapters.names and await self._record.remove(self.name, name):
@@ -125,7 +125,7 @@ class AdapterLoader:
         self._report(Notice(f"a client unloaded adapter {number} {name!r}"))
 
     async def _replace(self, model: Model, loaded: Sequence[tuple[int, ServedAdapter]]) -> None:
-        """Returns when all stages and the record have the model's adapters; after an error nothing is changed."""
+        """Gives all stages and the record the model's adapters. After an error, nothing is changed."""
         await self._runner.set_adapters(model)
         try:
             await self._record.write(self.name, loaded)
@@ -157,7 +157,7 @@ class AdapterLoader:
             raise HttpError(503, "model_not_loaded", f"{what}: load it by POST /models/load, then try again")
 
     def _check_name(self, name: str) -> None:
-        """Raises ParameterError for a taken name; names that differ by Ollama's tag alone collide."""
+        """Raises ParameterError if the name is taken. Names that differ only in Ollama's tag count as equal."""
         if name in self.adapters.names:
             raise ParameterError("lora_name", f"adapter {name!r} is loaded already: unload it first, or choose another")
         taken = fixed_names([other.opened.config for other in self.others])
@@ -181,7 +181,7 @@ def _free_number(adapters: ServedAdapters) -> int:
 
 
 def _opened(model: Model, folder: Path, number: int, wanted: ServedAdapter) -> tuple[ServedAdapter, Model]:
-    """Opens an adapter, reads all of its weights, and adds it to the model's others. Raises as `AdapterLoader.load`."""
+    """Opens an adapter, reads all its weights and adds it to the model. Raises the errors of `AdapterLoader.load`."""
     path = _allowed(folder, wanted.path)
     file = read_adapter(path, model.plain)
     check_adapter_weights([file])
@@ -190,7 +190,7 @@ def _opened(model: Model, folder: Path, number: int, wanted: ServedAdapter) -> t
 
 
 def _allowed(folder: Path, given: str) -> Path:
-    """Returns the resolved path. Raises ParameterError outside the folder, HttpError 404 if there is no adapter."""
+    """Returns the resolved path. Raises ParameterError if it is outside the folder, HttpError 404 if none is there."""
     shown = repr(given[:_MOST_SHOWN])
     try:
         root, path = folder.resolve(), (folder / given).resolve()

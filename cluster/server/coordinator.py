@@ -1,4 +1,4 @@
-"""A running cluster: starts workers, measures, opens the first epoch and the engine; undoes it all at the end."""
+"""A running cluster: starts workers, measures, opens the first epoch and the engine; undoes all of it at the end."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ServedModel:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the epoch that serves, or served last; None: it was never loaded."""
+        """The plan of the epoch that serves, or of the last one that served; None if the model was never loaded."""
         return self.supervisor.plan
 
 
@@ -106,8 +106,9 @@ async def open_cluster(
     report: Report = lambda event: None,
     make_planner: type[ClusterPlanner] = ClusterPlanner,
 ) -> AsyncIterator[Cluster]:
-    """Yields a cluster that is ready for requests; on the way out every worker ends. The caller holds `folder`'s lock.
-    Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError; nothing is left running then."""
+    """Yields a cluster that is ready for requests. At the end of the context, all workers end. The caller holds the
+    lock of `folder`. Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError, and leaves
+    nothing running then."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
@@ -158,8 +159,8 @@ async def _measured(
     report: Report,
     unused_bytes: int,
 ) -> MeasureLinks | None:
-    """Gives planners speeds and links; returns the function that measures links again. `unused_bytes` of this machine's
-    memory count as free but are reserved."""
+    """Gives planners speeds and links. Returns the function that measures links again. `unused_bytes` of this
+    machine's memory are reserved, although they count as free."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -184,7 +185,7 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """Loads the first model, unless on demand; the others sleep. Memory must suffice for each alone."""
+    """Loads the first model if `load_on_demand` is set; the others sleep. Raises an error if one does not fit alone."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())
@@ -231,7 +232,7 @@ def _resident(served: ServedModel, entry: ModelEntry | None) -> Resident:
 async def _shortfall(
     planners: Sequence[ClusterPlanner], registry: Registry, drained: frozenset[str]
 ) -> LlamaclustError | None:
-    """Returns why the undrained workers cannot hold each model, by what they report; None if they can."""
+    """Returns why the undrained workers cannot hold each model, judged by what they report; None if they can."""
     try:
         for planner in planners:
             present = {name: worker for name, worker in registry.present.items() if name not in drained}
@@ -258,7 +259,7 @@ async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report:
 async def _engine(
     config: ClusterConfig, supervisor: Supervisor, sleeping: SchedulerSettings | None
 ) -> AsyncIterator[Engine]:
-    """An engine whose pipeline the supervisor replaces when it is lost. `sleeping`: settings of an unloaded model."""
+    """Yields an engine whose lost pipelines the supervisor replaces. `sleeping`: settings of a model not loaded."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
         with named_errors(config):

@@ -1,4 +1,4 @@
-"""The draft model of a cluster, shared by all models with its tokens."""
+"""The draft model of a cluster. All models with the same tokens share it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from llamaclust.model.loader import Model
 
 Models = Sequence[tuple[ClusterConfig, Model]]
 _SMALL = 2
-"""The least ratio of model to draft model: a larger draft model takes nearly as long for a token."""
+"""The least size of a model relative to its draft model's: a larger draft model takes nearly as long for a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftModelMemory:
-    """The memory of a draft model on the coordinator's machine, and the models that it drafts for."""
+    """The memory that a draft model takes on the coordinator's machine, and the models for which it drafts."""
 
     name: str  # of its file
     bytes: int
@@ -46,7 +46,7 @@ class DraftModelMemory:
 
 
 def draft_model_memory(models: Models) -> DraftModelMemory | None:
-    """Returns None if the cluster names no draft model. Raises as `plan_draft_model`."""
+    """Returns None if the cluster names no draft model. Raises the errors of `plan_draft_model`."""
     plan = _planned(models)
     return None if plan is None else _memory(plan, models)
 
@@ -58,7 +58,7 @@ class Drafting:
 
 
 async def drafting(stack: AsyncExitStack, models: Models, report: Report) -> Drafting:
-    """Loads the draft model, which closes with the stack. Raises as `plan_draft_model` and `open_draft_model`."""
+    """Loads the draft model, which the stack closes. Raises the errors of `plan_draft_model` and `open_draft_model`."""
     for line in filter(None, (unused_mtp(*of) for of in models)):
         report(Notice(line))
     plan = await asyncio.to_thread(_planned, models)

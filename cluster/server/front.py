@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 _MORE_REQUESTS = 64
-"""Requests of a model beside running and waiting ones: those being read or refused, or whose replies are written."""
+"""A model's requests besides running and waiting ones: those being read or refused, or whose reply is being written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Front:
 
 
 def api_settings(config: ClusterConfig) -> ApiSettings:
-    """Raises UsageError for API keys or defaults that cannot be used."""
+    """Returns the settings of the API. Raises UsageError for API keys, defaults or folders that cannot be used."""
     check_defaults(config.api.defaults)
     return ApiSettings(
         listen_host=config.host,
@@ -90,7 +90,7 @@ def _existing(folder: Path | None, key: str) -> Path | None:
 
 @contextmanager
 def open_port(config: ClusterConfig, folder: ClusterDir) -> Iterator[ApiPort]:
-    """The API's port with its certificate, taken before anything is started."""
+    """Yields the API's port with its certificate. The port is taken before anything else is started."""
     certificate = _certificate(config, folder)
     with (
         nullcontext() if certificate is None else certificate.watched(),
@@ -149,7 +149,7 @@ def ready_event(cluster: Cluster, front: Front) -> Ready:
 
 
 def _collector(telemetry: TelemetrySettings | None) -> str | None:
-    """Returns scheme, host and port of the collector's URL, whose other parts may hold a secret."""
+    """Returns scheme, host and port of the collector's URL. The other parts of the URL may hold a secret."""
     target = None if telemetry is None else telemetry.traces or telemetry.metrics
     if target is None:
         return None
@@ -171,7 +171,7 @@ BODIES: Final[tuple[type[Body], ...]] = (
 
 
 def check_defaults(defaults: Mapping[str, Any]) -> None:
-    """Raises UsageError for a name that no endpoint has, and for a value that no endpoint with the name takes."""
+    """Raises UsageError for a field that no endpoint has, and for a value that no endpoint with this field accepts."""
     objects = [part for kind in BODIES for part in (kind, *parts_of(kind).values())]
     for given, value in defaults.items():
         having = [(kind, name) for kind in objects if (name := kind.foreign.name(given)) in kind.model_fields]
@@ -238,12 +238,12 @@ def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[Se
 
 
 KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type", "api", "adapters"})
-"""Keys of the cluster file that change answers; of `api`, its defaults."""
+"""Keys of the cluster file that change answers. Of `api`, only the defaults do."""
 
 
 def answer_digest(config: ClusterConfig, files: str, chat_template: str | None, context_length: int) -> str:
-    """Hashes what determines answers. `files`: identities of the model and its adapters; `chat_template`: its source,
-    which fixes the answers' format; `context_length`: the plan's."""
+    """Hashes all that determines answers. `files`: identities of the model and its adapters. `chat_template`: its
+    source, which determines the answers' format. `context_length`: that of the plan."""
     defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
     adapters = tuple((adapter.name, adapter.scale) for adapter in config.adapters)
     keys = (files, chat_template, context_length, config.wire, config.kv_type.value, defaults, adapters)

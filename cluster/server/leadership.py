@@ -1,4 +1,4 @@
-"""The Lease, whose holder is the coordinator that serves. The others wait, and their API's port says so."""
+"""The Kubernetes Lease, whose holder is the coordinator that serves. The others wait, as their API ports report."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def leading(lease: Lease, port: ApiPort, settings: ApiSettings, report: Report) -> Iterator[bool]:
-    """Waits for the lease and holds it while entered; yields False if a signal ended the wait. A lost lease ends this
-    process at once, as by a kill: another one may hold it."""
+    """Waits for the lease and holds it while entered. Yields False if a signal ended the wait. If the lease is lost,
+    this process ends at once, as if it were killed, because another coordinator may hold the lease."""
 
     def lost(reason: str) -> None:
         _log.error("this coordinator ends: it does not hold the Lease %s any more: %s", lease.name, reason)

@@ -1,4 +1,4 @@
-"""`llamaclust measure`: new measurements of this machine's local workers and their links."""
+"""`llamaclust measure`: measures this machine's local workers and their links anew."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from llamaclust.wire.rpc.sched_slice import short_slices
 
 _PROMPT_ROWS = 128
 _Values = Mapping[tuple[str, str], float]
-"""Measured values by name and unit."""
+"""Measured values by (name, unit)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A measured value, and the one that was stored before."""
+    """A measured value and the one that was stored before."""
 
     name: str
     unit: str
@@ -71,7 +71,7 @@ class Measurements:
 async def measure_workers(
     config: ClusterConfig, paths: Sequence[Path], folder: ClusterDir, report: Report
 ) -> Measurements:
-    """Starts the workers as a cluster does and replaces stored values. The caller holds `folder`'s lock."""
+    """Starts and measures the workers as a cluster does, and replaces stored values. The caller locks `folder`."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
@@ -92,7 +92,7 @@ async def measure_workers(
 
 
 async def _no_shortfall() -> None:
-    """Returns None: all local workers are awaited."""
+    """Returns None, so that all local workers are awaited."""
 
 
 async def _measured(

@@ -57,10 +57,11 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> int:
-    """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them. A
-    standby waits for the end of the coordinator with the name, and ends with one that was stopped in order. With a
-    Lease, all coordinators wait for it and continue the requests of the one before. Returns 128 + SIGINT if SIGINT
-    ended the start, else 0. Raises UsageError for a taken name or port or unusable API keys, else as `open_cluster`."""
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished first; a second signal ends
+    them. A standby waits until the coordinator of this name ends, and ends too if that one was stopped in order.
+    With a Lease, each coordinator waits for it and continues its predecessor's requests. Returns 128 + SIGINT if
+    SIGINT ended the start, else 0. Raises UsageError for a taken name or port and unusable API keys, else the errors
+    of `open_cluster`."""
     folder = ClusterDir(config.state_dir / config.name)
     settings, telemetry = api_settings(config), resolve_telemetry(config)
     if config.lease is not None:
@@ -121,13 +122,13 @@ async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], fold
 
 
 def _starting_replies(config: ClusterConfig, front: Front) -> StartingReplies:
-    """A coordinator that waits for a lease reports itself live, and stays live while it starts."""
+    """Returns the replies during a start. With a Lease, the coordinator counts as live while it waits and starts."""
     is_live = config.lease is not None
     return StartingReplies(front.port, front.settings, front.report, is_live=is_live)
 
 
 def _settle_memory() -> None:
-    """Exempts present objects from garbage collection: scanning them would hold up every request."""
+    """Exempts the present objects from garbage collection, because scanning them would hold up every request."""
     gc.collect()
     gc.freeze()
     collect_rarely()
@@ -218,13 +219,13 @@ async def _ended(serving: asyncio.Task[None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Inheritance:
-    """The parts that a stopped coordinator leaves to the next: accepted requests, and with a Lease its workers."""
+    """The parts that a stopped coordinator leaves to the next one: accepted requests and, with a Lease, its workers."""
 
     journal: Journal
     registry: Registry | None
 
     def leave(self) -> LlamaclustError:
-        """Seals the journal; returns the error that ends requests here."""
+        """Leaves the requests to the next coordinator. Returns the error with which they end here."""
         self.journal.stop_in_order()
         if self.registry is None:
             self.journal.end_sent()
@@ -236,7 +237,7 @@ class _Inheritance:
 
 
 async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inheritance) -> None:
-    """Refuses new requests and finishes accepted ones; the next coordinator gets those left at the time limit."""
+    """Refuses new requests and finishes accepted ones. At the time limit, the rest is left to the next coordinator."""
     admission.stop()
     try:
         with suppress(TimeoutError):
@@ -251,7 +252,7 @@ async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inherit
 
 
 class _Server(uvicorn.Server):
-    """A server that leaves signals to its owner, and sets `answers` once it serves."""
+    """An HTTP server that leaves signals to its owner. It sets `answers` once it serves."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

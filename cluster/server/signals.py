@@ -1,4 +1,4 @@
-"""Signals that end a coordinator."""
+"""Handles the signals that end a coordinator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 
 
 class Signals:
-    """The first signal ends a start at once and a running cluster after its requests; the second ends both at once."""
+    """Handles signals. The first ends a start at once, or a running cluster after its requests; the second at once."""
 
     def __init__(self) -> None:
         self.asked = asyncio.Event()
@@ -27,7 +27,7 @@ class Signals:
         self._received()
 
     def _lose_terminal(self) -> None:
-        """Ignores a repetition: shell and kernel may both send SIGHUP."""
+        """Ignores a repeated SIGHUP, because shell and kernel may both send it."""
         if not self.asked.is_set():
             self._received()
 

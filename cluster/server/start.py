@@ -1,4 +1,4 @@
-"""The start up to the workers' membership: model files, launcher, registry, measurement of links."""
+"""The start of a cluster until its workers are members: model files, launcher, registry, measurement of links."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HEARTBEATS = 5
 async def open_models(
     stack: AsyncExitStack, config: ClusterConfig, paths: Sequence[Path], launcher: Launcher
 ) -> list[tuple[ClusterConfig, Model]]:
-    """Opens each model with its own config. Raises UsageError for faults that no worker can mend."""
+    """Opens each model with its own configuration. Raises UsageError for mistakes that no worker can mend."""
     models = []
     for own, path in zip(config.of_each_model(), paths, strict=True):
         adapters = [adapter.path for adapter in own.adapters]
@@ -52,7 +52,7 @@ async def open_models(
 
 @contextmanager
 def named_errors(config: ClusterConfig) -> Iterator[None]:
-    """Prefixes errors with the model's name if there are several models."""
+    """Prefixes errors with the model's name if the cluster has several models."""
     try:
         yield
     except (UsageError, InsufficientMemoryError) as error:
@@ -63,7 +63,7 @@ def named_errors(config: ClusterConfig) -> Iterator[None]:
 
 @contextmanager
 def launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iterator[Launcher]:
-    """Yields the cluster file's launcher, with its files on disk. The caller holds `folder`'s lock."""
+    """Yields the launcher that the cluster file names. The caller holds the lock of `folder`."""
     match config.launcher:
         case "local":
             with run_directory(folder.path) as run:
@@ -83,7 +83,7 @@ def launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iter
 
 
 def registry_of(config: ClusterConfig, launcher: Launcher, record: ControlRecord) -> Registry:
-    """Sets several heartbeats for each timeout, so that a few may be late."""
+    """Makes the registry. Several heartbeats are due within its timeout, so that a few may be late."""
     timeout_s = config.timeouts.worker
     heartbeat_s = min(_HEARTBEAT_S, timeout_s / _HEARTBEATS)
     settings = JoinSettings(
@@ -107,7 +107,7 @@ def link_meter(
     *,
     anew: bool = False,
 ) -> MeasureLinks | None:
-    """Returns None if default links are assumed. `anew`: known links are measured again."""
+    """Returns the function that measures links; None if default links are assumed. `anew`: known links do not count."""
     if config.launcher_facts.is_local and not hops_matter(measured):
         return None
     return partial(

@@ -1,4 +1,4 @@
-"""The thread that turns records into spans and sends them, and the cluster's metrics, to a collector."""
+"""The thread that makes spans of records and sends them and the cluster's metrics to a collector."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llamaclust.core.version import VERSION
 
 _SCOPE: Final = InstrumentationScope(name="llamaclust", version=VERSION)
 _FLUSH_S: Final = 3.0
-"""The most time for the rest at the end."""
+"""The time limit for what is left to send at the end."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class ExportCounts:
 
 
 class Exporter:
-    """A queue of records and metrics, sent later; without room or collector they are dropped and counted."""
+    """Queues records and metrics, which a thread sends. Without room or a collector, they are dropped and counted."""
 
     def __init__(self, settings: TelemetrySettings, resource: Mapping[str, str], counts: ExportCounts) -> None:
         self._settings = settings
@@ -114,7 +114,7 @@ class Exporter:
                     client.close()
 
     def _step(self) -> None:
-        """Waits for a record, then for more, and sends their spans."""
+        """Waits for a record, then for a while for more, and sends their spans."""
         self._take(self._queue.get())
         due_s = monotonic() + self._settings.span_delay_s
         while self._spans and not self._stopping.is_set():
@@ -137,7 +137,7 @@ class Exporter:
 
     @contextmanager
     def _failure_counted(self, signal: str, count: int) -> Iterator[None]:
-        """Logs an error of the thread and counts what it drops; the thread goes on."""
+        """Logs an error of the thread and counts what the error drops. The thread continues."""
         try:
             yield
         except Exception:  # noqa: BLE001  see above

@@ -1,4 +1,4 @@
-"""Messages to a collector: OTLP over HTTP, with retries. Blocks: a thread's work."""
+"""Sends messages to a collector: OTLP over HTTP, with retries. It blocks, so that a thread must call it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.version import VERSION
 
 _PAUSES_S: Final = (1.0, 2.0, 4.0)
-"""Pauses between attempts for one message; a collector known to be absent gets one attempt."""
+"""Pauses between attempts to send a message. A collector that is known to be absent gets one attempt."""
 _AGAIN: Final = frozenset({429, 502, 503, 504})
-"""The statuses that OTLP says to retry."""
+"""The status codes for which OTLP requires retries."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class OtlpClient:
     """The sender of one signal's messages. Use it from one thread and `close` it."""
 
     def __init__(self, target: Target, stopping: Event) -> None:
-        """`stopping`, once set, ends retries."""
+        """Raises UsageError for an invalid URL. `stopping`, once set, ends retries."""
         self._target = target
         self._stopping = stopping
         self._is_known_absent = False
@@ -68,7 +68,7 @@ class OtlpClient:
         return outcome is _Outcome.TAKEN
 
     def _post(self, body: bytes, timeout_s: float) -> _Outcome:
-        """Leaves the reply's body unread: one without end would block this thread."""
+        """Leaves the reply's body unread, because an endless body would block this thread."""
         try:
             with self._client.stream("POST", self._target.url, content=body, timeout=timeout_s) as reply:
                 status = reply.status_code

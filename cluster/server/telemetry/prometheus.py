@@ -1,4 +1,4 @@
-"""Prometheus' metrics as those of OTLP; known histograms get the names of OpenTelemetry's GenAI conventions."""
+"""Converts Prometheus metrics to OTLP. Known histograms get the names of OpenTelemetry's GenAI conventions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _UNITS: Final = {"_seconds": "s", "_bytes": "By", "_ratio": "1"}
 
 @dataclass(frozen=True, slots=True)
 class MetricTimes:
-    """Unix times in nanoseconds: the start of counting, and the reading."""
+    """Unix times in nanoseconds: when counting began, and when the metrics were read."""
 
     start_ns: int
     read_ns: int
@@ -77,7 +77,7 @@ def _point(sample: Sample, model: Mapping[str, str], times: MetricTimes) -> Numb
 
 @dataclass(slots=True)
 class _Buckets:
-    """The buckets of one histogram: upper bounds, and counts that include all lower ones."""
+    """The buckets of one histogram: upper bounds and cumulative counts."""
 
     bounds: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -110,7 +110,6 @@ def _histogram_points(
 
 
 def _attributes(labels: Mapping[str, str], *, is_known: bool) -> dict[str, str]:
-    """Renames labels of a convention's metric."""
     if not is_known:
         return dict(labels)
     named = {_LABELS.get(name, name): value for name, value in labels.items()}

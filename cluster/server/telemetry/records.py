@@ -1,4 +1,4 @@
-"""The exported records, taken on the event loop: ended requests and sequences, metrics; no text, tokens or keys."""
+"""The exported records (ended requests and sequences, metrics), made on the event loop without text, tokens or keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace
 
 @dataclass(frozen=True, slots=True)
 class ServedRequest:
-    """An HTTP request, with monotonic times. `route`: its path without names."""
+    """An HTTP request, with monotonic times. `route`: its path without the names in it."""
 
     trace: RequestTrace
     method: str
@@ -31,7 +31,7 @@ class ServedRequest:
 
 @dataclass(frozen=True, slots=True)
 class EndedSequence:
-    """A sequence of a traced request. `parameters`: of sampling, by attribute name."""
+    """A sequence of a traced request. `parameters`: its sampling parameters by attribute name."""
 
     trace: TraceContext
     record: RequestRecord

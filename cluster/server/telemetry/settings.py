@@ -1,4 +1,4 @@
-"""Settings of telemetry: the cluster file's section, then OpenTelemetry's variables."""
+"""Settings of telemetry, from the cluster file's section, or else from OpenTelemetry's variables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SAMPLERS: Final = {
     "parentbased_always_off": (0.0, True),
     "parentbased_traceidratio": (None, True),
 }
-"""(ratio, obeys parent) by sampler; None: the ratio of OTEL_TRACES_SAMPLER_ARG."""
+"""(ratio, obeys parent) by sampler name. None stands for the ratio in OTEL_TRACES_SAMPLER_ARG."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class TelemetrySettings:
 
 
 def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Target | None:
-    """Prefers a signal's own variable to the common one."""
+    """Returns where a signal is sent; None if it is not exported. Its own variables precede the common ones."""
     exporter = variables.get(f"OTEL_{signal.upper()}_EXPORTER", "otlp")
     if exporter not in ("otlp", "none"):
         raise UsageError(f"OTEL_{signal.upper()}_EXPORTER={exporter}: not otlp or none")
@@ -110,13 +110,13 @@ def _check_supported(variables: Mapping[str, str], signal: str) -> None:
 
 
 def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[str, str]:
-    """Returns (name, value) of the effective variable; "" if neither is set."""
+    """Returns (name, value) of the signal's own variable, or else of the common one. An unset value is empty."""
     own, common = f"OTEL_EXPORTER_OTLP_{signal.upper()}_{what}", f"OTEL_EXPORTER_OTLP_{what}"
     return (own, variables[own]) if own in variables else (common, variables.get(common, ""))
 
 
 def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
-    """Takes a signal's own variable as the whole URL, others as its base."""
+    """Returns a signal's URL. The signal's own variable is the whole URL, other settings are its base."""
     base = section.endpoint
     if base is None:
         name, value = _of_signal(variables, "ENDPOINT", signal)
@@ -129,7 +129,7 @@ def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
 
 
 def _headers(name: str, value: str) -> dict[str, str]:
-    """Parses NAME=VALUE, separated by commas, percent-encoded. Errors do not show the values, which may be secret."""
+    """Parses percent-encoded NAME=VALUE pairs, separated by commas. Errors do not show values, which may be secret."""
     pairs = [pair.strip() for pair in value.split(",") if pair.strip()]
     return dict(_header(unquote(pair), f"{name}: entry {number}") for number, pair in enumerate(pairs, 1))
 
@@ -171,7 +171,7 @@ def _sampler(section: Telemetry, variables: Mapping[str, str]) -> TraceSampler:
 
 
 def _resource(variables: Mapping[str, str]) -> dict[str, str]:
-    """Raises UsageError for a malformed list, of which a collector would lack entries."""
+    """Returns the resource attributes. Raises UsageError for a malformed list, since entries would be lost."""
     pairs = [pair.partition("=") for pair in variables.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",") if pair.strip()]
     if not all(name.strip() and equals for name, equals, _ in pairs):
         raise UsageError("OTEL_RESOURCE_ATTRIBUTES: not NAME=VALUE with commas between")

@@ -1,7 +1,7 @@
-"""OTLP spans of records, named by OpenTelemetry's GenAI conventions. An HTTP request's span contains those of its
-sequences, these their phases, and computing phases their stages. The coordinator has all times, which come with
-results: microbatches carry no trace context. A stage's span is as long as its share of the phase and begins after the
-stages before it: during many microbatches, stages alternate."""
+"""OTLP spans of records, named by OpenTelemetry's GenAI conventions. The span of an HTTP request contains those of
+its sequences, these contain their phases, and computing phases contain their stages. The coordinator gets all times
+with results, so microbatches carry no trace context. A stage's span is as long as its share of the phase and begins
+after the stages before it, although stages alternate during many microbatches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _any_value(value: Value) -> AnyValue:
 
 
 def spans_of(record: Record, unix_ns: int) -> list[Span]:
-    """`unix_ns`: the Unix time at which the monotonic clock is 0."""
+    """Returns the spans of a record. `unix_ns`: the Unix time at which the monotonic clock is 0."""
     if isinstance(record, ServedRequest):
         return [_request_span(record, unix_ns)]
     return list(_sequence_spans(record, unix_ns))
@@ -98,7 +98,7 @@ def _sequence_attributes(ended: EndedSequence) -> dict[str, Value]:
 
 
 def _phase_spans(phase: WaterfallPhase, sequence: Span, unix_ns: int) -> Iterator[Span]:
-    """Makes the spans of a phase and its stages. A phase merged with later ones may overlap with those between."""
+    """Makes the spans of a phase and its stages. A phase merged with later ones may overlap the phases between."""
     attributes: dict[str, Value] = {}
     if phase.microbatches:
         attributes = {
@@ -130,7 +130,7 @@ def _phase_spans(phase: WaterfallPhase, sequence: Span, unix_ns: int) -> Iterato
 
 
 def _span(name: str, trace: TraceContext, attributes: Mapping[str, Value], *, failed: str | None) -> Span:
-    """Makes a span below the context's. `failed`: the kind of its error."""
+    """Makes a span whose parent is the context's span. `failed`: the kind of its error; None if it did not fail."""
     span = Span(
         trace_id=trace.trace_id,
         span_id=secrets.token_bytes(SPAN_ID_BYTES),

@@ -1,4 +1,4 @@
-"""The choice of traced requests, and their traces."""
+"""Decides which requests are traced, and begins their traces."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llamaclust.cluster.engine.trace_context import TraceContext
 
 _TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
 _COUNTED_BITS = 64
-"""The bits of a trace id that other programs compare, too, so that all keep the same traces."""
+"""The bits of a trace id that decide. Other programs compare the same bits, so that all keep the same traces."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTrace:
-    """A traced request: its own span's context, and the context of the client's span above it."""
+    """A traced request: the context of its own span, and the context of the client's span above it."""
 
     own: TraceContext
     parent: TraceContext | None
@@ -27,7 +27,7 @@ class RequestTrace:
 
 @dataclass(frozen=True, slots=True)
 class TraceSampler:
-    """The rule of traced requests. `ratio`: the kept share; with `obeys_parent`, only of those without a context."""
+    """Decides which requests are traced. `ratio`: the kept fraction; with `obeys_parent`, of those without context."""
 
     ratio: float = 1.0
     obeys_parent: bool = True

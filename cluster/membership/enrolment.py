@@ -1,4 +1,4 @@
-"""The enrolment port: TLS with the coordinator's certificate, then challenge, request and answer."""
+"""The enrolment port: a TLS handshake with the coordinator's certificate, then challenge, request and answer."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from llamaclust.wire.security.server_context import server_context
 MAX_CONNECTIONS = 64
 """The most connections at once; further ones are closed immediately."""
 MAX_OF_HOST = 32
-"""The most connections of one address, so that it cannot keep others out."""
+"""The most connections of one address, so that it cannot keep other addresses out."""
 _HANDSHAKE_S = 5.0
 _EXCHANGE_S = 10.0
 _REST_S = 0.2
-"""The pause after the system had no room for a connection."""
+"""The pause after the system could not accept a connection."""
 _log = logging.getLogger(__name__)
 
 
 class EnrolmentServer:
-    """The server of the enrolment port; it serves while it is entered."""
+    """The server of the enrolment port. It serves while it is entered."""
 
     def __init__(
         self, listen: str, authority: Authority, identity: Identity, refusal: RefusalReason | None, port: int
     ) -> None:
-        """`identity`: the coordinator's; `port`: of the Coordinator service."""
+        """Takes the coordinator's `identity` and the `port` of the Coordinator service."""
         self._listen = listen
         self._authority = authority
         self._identity = identity
@@ -132,7 +132,7 @@ class EnrolmentServer:
         return protocol.Grant(certificate, self._port).proven(token, challenge, request)
 
     def _context(self) -> ssl.SSLContext:
-        """Returns a TLS context with the present certificate, which is renewed."""
+        """Returns a TLS context with the present certificate. A renewed certificate gets a new context."""
         pair = self._identity.pair
         if self._tls is None or self._tls[0] != pair.certificate:
             context = server_context(pair.private_key + pair.certificate, ssl.TLSVersion.TLSv1_3)

@@ -1,4 +1,4 @@
-"""The last error in a worker's log."""
+"""Finds the last error in a worker's log."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ _OTHER_LOGGERS = (
         r"(?: \S+:\d+ -- |: )(?P<message>.*)"
     ),
 )
-"""Lines of glog and Abseil; of Ray's processes; of Ray in Python, and plain `WARNING: ...`."""
+"""Line formats of glog and Abseil, of Ray's processes, and of Ray in Python, which includes plain `WARNING: ...`."""
 _OF_ERRORS = "EFC"
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """Returns the last line about trouble: a warning or an error of the worker, an error of a library, or the end of a
-    traceback. "" if there is none from byte `start` on; a log shorter than `start` was emptied."""
+    """Returns the last line about trouble: a warning or an error of the worker, an error of a library, or the end of
+    a traceback. Reads from byte `start` on, or the whole log if it is shorter, because it was emptied then. Empty if
+    there is none."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size
@@ -43,7 +44,7 @@ def last_error(log: Path, start: int = 0) -> str:
 
 
 def _trouble(text: str) -> str:
-    """Returns a line's message of trouble, or "". Unindented lines that no logger wrote count as trouble."""
+    """Returns the message of a line about trouble, else an empty text. Unindented lines that no logger wrote count."""
     record = read_line(text)
     if record is not None:
         level, message = record
@@ -54,7 +55,7 @@ def _trouble(text: str) -> str:
 
 
 def _without_warnings(lines: list[str]) -> Iterator[str]:
-    """Yields all lines except Python's warnings: the place, perhaps more lines of text, the line of source."""
+    """Yields all lines except Python's warnings, which have a place, perhaps more text, and a line of source."""
     at = 0
     while at < len(lines):
         if _PYTHON_WARNING.match(lines[at]):
@@ -65,7 +66,7 @@ def _without_warnings(lines: list[str]) -> Iterator[str]:
 
 
 def _end_of_warning(lines: list[str], start: int) -> int:
-    """Returns the number of the line after the warning's indented line of source, else after its first line."""
+    """Returns the index after a warning, which ends with its indented line of source, or else is one line."""
     for at in range(start + 1, min(start + 1 + _MOST_WARNING_LINES, len(lines))):
         if lines[at].startswith((" ", "\t")):
             return at + 1

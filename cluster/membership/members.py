@@ -1,4 +1,4 @@
-"""The connected workers: those present, and those lost, with the reason."""
+"""The workers of a cluster: those that are present, and those that are lost, with the reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _EXIT_REPORT_S = 0.5
-"""The wait for the launcher's report of a process's end, which comes a moment after its stream breaks."""
+"""The wait for the launcher's report that a process ended, which comes a moment after its stream breaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class MemberLost:
 
 @dataclass(frozen=True, slots=True)
 class PeerReported:
-    """A member's report that it cannot reach another one."""
+    """A member's report that it cannot reach another member."""
 
     worker: WorkerHandle
     report: PeerUnreachable
@@ -48,10 +48,10 @@ MembershipEvent = MemberJoined | MemberLost | PeerReported | HeartbeatReceived
 
 
 class Members:
-    """The workers by name; a lost one stays until another of its name joins."""
+    """The workers by name. A lost worker stays until another one of its name joins."""
 
     def __init__(self, read_last_error: Callable[[str], str]) -> None:
-        """`read_last_error` returns the last error in the log of a worker of that name."""
+        """Takes a function that returns the last error in the log of the worker of a name."""
         self.read_last_error = read_last_error
         self.joins: dict[str, int] = {}
         self._workers: dict[str, WorkerHandle] = {}
@@ -82,7 +82,7 @@ class Members:
         await self._changed.wait()
 
     async def wait_for(self, names: Collection[str], deadline_s: float) -> None:
-        """Returns when all have joined. Raises DeadlineError with missing names, WorkerError for one that ended."""
+        """Returns when all have joined. Raises DeadlineError with missing names, WorkerError if a process ended."""
         missing = sorted(names)
         try:
             async with deadline("workers joining", deadline_s):
@@ -114,21 +114,21 @@ class Members:
         self._exits.pop(handle.name, None)
 
     def announce(self, handle: WorkerHandle) -> None:
-        """Publishes the join of a worker that knows of its admission, unless it is lost meanwhile."""
+        """Publishes the join of a worker that has received its admission, unless it is lost meanwhile."""
         if handle.loss is not None:
             return
         self._set_changed()
         self.publish(MemberJoined(handle))
 
     def fence(self, handle: WorkerHandle, reason: str) -> None:
-        """Counts a worker as lost, although its process may live on: its messages are ignored."""
+        """Counts a worker as lost and ignores its messages, although its process may live on."""
         if not handle.state.is_gone:
             handle.lose(reason)
             self._set_changed()
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Counts a worker without a connection as lost. The launcher's report, with an exit code, has precedence."""
+        """Counts a worker without a connection as lost. A launcher's report of an exit code is a better reason."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""The service that workers join, with each connection's handshake, messages and end."""
+"""The service that workers join. It handles each connection's handshake, messages and end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class Registry(Members):
-    """The members, and the Coordinator service, which runs while this is entered."""
+    """The members and the Coordinator service, which runs while the registry is entered."""
 
     def __init__(
         self,
@@ -67,7 +67,8 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends the workers, unless another coordinator has them or some were late: the next start may use them."""
+        """Ends the workers, unless another coordinator has or gets them. If some were late, all stay for the next
+        start."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
         for handle in present:
@@ -102,7 +103,7 @@ class Registry(Members):
 
     async def _newer_coordinator(self, register: Register) -> str | None:
         """Returns a refusal if the worker has seen a newer coordinator. This cluster ends only if the newer term is
-        signed and the worker held its layers: no member's word alone ends a cluster."""
+        signed and the worker held its layers, so that no member's word alone ends a cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
             here = f"this is one of {self._settings.cluster!r}"
@@ -127,7 +128,7 @@ class Registry(Members):
             self._superseded.set_exception(SupersededError(f"superseded by a newer coordinator: {newer}"))
 
     async def superseded(self) -> None:
-        """Raises SupersededError once a worker or the record on disk knows a newer coordinator of the cluster."""
+        """Raises SupersededError once a worker or the record on disk shows a newer coordinator of the cluster."""
         record = self._settings.record
         while not self._superseded.done():
             if newer := await asyncio.to_thread(record.newer_term):
@@ -136,7 +137,7 @@ class Registry(Members):
         await self._superseded
 
     def leave_workers(self) -> None:
-        """Leaves the workers running at the end, for the next coordinator."""
+        """Keeps the workers running at the end, for the next coordinator."""
         self._is_left = True
 
     async def _serve(self, register: Register, stream: ServerStream) -> None:
@@ -160,7 +161,7 @@ class Registry(Members):
                 self.report_loss(handle, reason)
 
     async def _prove_term(self) -> None:
-        """Sends members the grown term with its proof, which they may have to show to another coordinator."""
+        """Sends members the larger term with its proof, which they may have to show to another coordinator."""
         with contextlib.suppress(DeadlineError):
             async with deadline("proving a term", HANDSHAKE_S):
                 sends = (handle.channel.send(self._admitted()) for handle in self.present.values())
@@ -221,7 +222,7 @@ class Registry(Members):
 
 
 def _serial_sender(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:
-    """Returns a sender that writes one message at a time, as gRPC requires."""
+    """Returns a function that sends one message at a time, as gRPC requires."""
     writing = asyncio.Lock()
 
     async def write(message: CoordinatorMessage) -> None:

@@ -33,13 +33,13 @@ Send = Callable[[CoordinatorMessage], Awaitable[None]]
 Progress = LoadProgress | FindWeightsProgress
 OnProgress = Callable[[Any], None] | None
 Key = str | int
-"""The key of an answer: an epoch's order, or the request id."""
+"""The key of an answer: the name of an epoch's order, or the id of a request."""
 Request = Callable[[deadline], Awaitable[Any]]
-"""A function that awaits an answer until a limit."""
+"""A function that waits for an answer within a deadline."""
 
 
 class ProgressDeadline:
-    """A deadline that each progress report extends; its error names the worker's progress."""
+    """A deadline that each progress report extends. Its error states the worker's progress."""
 
     def __init__(self, what: str, timeout_s: float) -> None:
         self._what = what
@@ -78,7 +78,7 @@ class WorkerChannel:
         return self._locks.setdefault(what, asyncio.Lock())
 
     async def request(self, request: WorkerRequest, limit: deadline) -> Any:
-        """Returns the answer. Raises the worker's own error, WorkerError if it is lost, and what `limit` raises."""
+        """Returns the answer. Raises the worker's own error, WorkerError if it is lost, and the error of `limit`."""
         request_id = next(self._ids)
         self._expected[request_id] = _ANSWERS[type(request)]
         try:
@@ -99,7 +99,7 @@ class WorkerChannel:
             del self._pending[key]
 
     def answer(self, key: Key, answer: object) -> None:
-        """Resolves a request; late answers are dropped. Raises ProtocolError for an answer of the wrong type."""
+        """Resolves a request. Late answers are dropped. Raises ProtocolError for an answer of the wrong type."""
         pending = self._pending.get(key)
         if pending is None or pending.done():
             return
@@ -113,7 +113,7 @@ class WorkerChannel:
     async def with_progress(
         self, kind: type[Progress], request: Request, limit: ProgressDeadline, on_progress: OnProgress
     ) -> Any:
-        """Returns the answer to a request whose progress messages are of that kind, and extend its limit."""
+        """Returns the answer to a request. Progress messages of type `kind` extend its limit."""
 
         def observe(progress: Progress) -> None:
             limit.report(progress.done_bytes, progress.total_bytes)

@@ -34,7 +34,7 @@ from llamaclust.wire.security.credentials import Credentials
 from llamaclust.wire.security.permits import permit
 
 PROGRESS_TIMEOUT_S = 60.0
-"""The time without progress after which a load counts as hung."""
+"""The time without progress after which a load counts as hanging."""
 _UNLOAD_S = 60.0
 _REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
     kind.__name__: kind
@@ -49,7 +49,7 @@ _REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
         LoadCancelledError,
     )
 }
-"""Errors that a worker may report, by name; all others become WorkerError."""
+"""Errors that a worker may report, by name. All others become WorkerError."""
 _loss_numbers = count()
 
 
@@ -67,7 +67,7 @@ class WorkerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The loss of a worker. `number`: in the order of losses. `last_error`: in the worker's log, if any."""
+    """The loss of a worker. `number`: its place among all losses. `last_error`: from the worker's log, if any."""
 
     reason: str
     number: int
@@ -79,14 +79,14 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class FreshMemory:
-    """Free memory of a worker without stages, newer than its registration."""
+    """Free memory of a worker without stages. It is newer than that in the registration."""
 
     free_bytes: int
     gpus: tuple[Gpu, ...]
 
 
 class UnreachablePeer:
-    """The first report of an epoch's stage that it cannot reach another one."""
+    """The first report of an epoch's stage that it cannot reach another worker."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()
@@ -110,7 +110,7 @@ class GroupFaults:
 
 
 class WorkerHandle:
-    """One member. `lost` is set once it is lost for any reason but the cluster's end; then `loss` has the reason."""
+    """One member. `lost` is set, and `loss` has the reason, if the worker is lost; the cluster's end is no loss."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class WorkerHandle:
         self._faults: dict[int, GroupFaults] = {}  # by epoch
 
     def forget_files(self) -> None:
-        """Forgets which files the worker has: they may have changed since."""
+        """Forgets which files the worker has, because they may have changed."""
         self.weights_found = {key: found for key, found in self.weights_found.items() if not found.has_file}
 
     @property
@@ -184,7 +184,7 @@ class WorkerHandle:
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
 
     def order_of(self, model_id: str) -> Load | None:
-        """Returns the order of its newest stage of a model, loaded or being loaded; None for a worker that is gone."""
+        """Returns the order of the worker's newest stage of a model, loaded or loading; None if the worker is gone."""
         if self.state.is_gone:
             return None
         if self.loading is not None and self.loading.model_id == model_id:
@@ -194,13 +194,13 @@ class WorkerHandle:
 
     @property
     def held_bytes(self) -> int:
-        """The memory of all its stages; 0 for a worker that is gone."""
+        """The memory of all stages of the worker; 0 if it is gone."""
         stages = (loaded for _, loaded in self.stages.values() if not self.state.is_gone)
         return sum(stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes for stage in stages)
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:
-        """Its GPUs, with the free memory of the last heartbeat."""
+        """The worker's GPUs, with the free memory of its last heartbeat."""
         gpus, heartbeat = self.registration.gpus, self.heartbeat
         if heartbeat is None or len(heartbeat.gpu_free_bytes) != len(gpus):
             return gpus
@@ -224,7 +224,7 @@ class WorkerHandle:
         return f"layers of {len(models)} models" if len(models) > 1 else "layers [{}, {})".format(*self.layers or ())
 
     def progress(self, epoch: int) -> StageProgress | None:
-        """Returns the progress of its stage in its last heartbeat; None without one."""
+        """Returns the progress of a stage in the last heartbeat; None if it has none."""
         stages = () if self.heartbeat is None else self.heartbeat.stages
         return next((stage for stage in stages if stage.epoch == epoch), None)
 
@@ -235,7 +235,7 @@ class WorkerHandle:
         return self._faults.setdefault(epoch, GroupFaults())
 
     async def is_responsive(self) -> bool:
-        """Returns True at the next message, False if the worker is lost before."""
+        """Returns True at the worker's next message, False if the worker is lost before."""
         signs = [asyncio.create_task(sign.wait()) for sign in (self._message, self.lost)]
         try:
             await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
@@ -271,7 +271,7 @@ class WorkerHandle:
         return loaded
 
     def cancel_load(self, model_id: str) -> None:
-        """Makes a model's load under way, if any, fail with LoadCancelledError; `load` then unloads it."""
+        """Makes a model's load in progress fail with LoadCancelledError. `load` then unloads the stage."""
         if self.loading is not None and self.loading.model_id == model_id:
             error = LoadCancelledError(f"worker {self.name}: its load is not needed any more")
             self.channel.answer(f"load of epoch {epoch_text(self.loading.epoch)}", error)
@@ -288,7 +288,7 @@ class WorkerHandle:
         self._faults.pop(epoch, None)
 
     def receive(self, message: messages.WorkerMessage) -> None:
-        """Takes in a message. Raises ProtocolError for one that must not follow the registration."""
+        """Processes a message. Raises ProtocolError for one that must not follow the registration."""
         self._message.set()
         self._message = asyncio.Event()
         match message:
@@ -327,7 +327,7 @@ class WorkerHandle:
                 raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 
     def _check_fault(self, fault: GroupFault) -> None:
-        """Raises ProtocolError for a fault outside its group, or of another member that failed by itself."""
+        """Raises ProtocolError for a fault outside the worker's group, or of kind "failed" about another member."""
         group = self.stages[fault.epoch][0].group
         members = () if group is None else tuple(member.worker for member in group.members)
         if fault.worker not in members or (fault.kind == "failed" and fault.worker != self.name):
@@ -335,7 +335,7 @@ class WorkerHandle:
             raise ProtocolError(f"worker {self.name}, {whose}, reports worker {fault.worker} as {fault.kind}")
 
     def lose(self, reason: str) -> None:
-        """Marks the worker lost and fails every pending request. The first reason stays."""
+        """Marks the worker as lost and fails every pending request. The first reason stays."""
         if self.loss is not None or self.left:
             return
         last_error = self._read_last_error() or (self.heartbeat.last_error if self.heartbeat else "")

@@ -1,4 +1,4 @@
-"""Requests to a worker beside its loads: profiles, probes, logs, weights, free memory."""
+"""Requests to a worker that are no loads: profiles, probes, logs, weights, adapters, free memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from llamaclust.wire.control.weights import (
 from llamaclust.wire.rpc.deadlines import deadline
 
 _PROFILE_S = 300.0
-"""The measurement's limit includes reading layers of a large model from a slow disk."""
+"""The limit of a measurement. It includes reading layers of a large model from a slow disk."""
 _LINK_S = 30.0
 _LOG_S = 5.0
 ADAPTERS_S = 600.0
-"""The limit of a change of adapters includes an epoch that is loaded meanwhile, and the fetch of their weights."""
+"""The limit of a change of adapters. It includes the load of an epoch meanwhile and fetching the adapters' weights."""
 _HEARTBEAT_S = 10.0
 
 
@@ -56,7 +56,7 @@ async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: fl
 
 
 async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[AdapterFile, ...]) -> None:
-    """Replaces the stage's adapters. Raises the worker's own error, WorkerError if it is lost, DeadlineError."""
+    """Replaces a stage's adapters. Raises the worker's own error, WorkerError if it is lost, DeadlineError."""
     limit = deadline(f"worker {worker.name}: its adapters", ADAPTERS_S)
     done: AdaptersSet = await worker.channel.request(SetAdapters(epoch, adapters), limit)
     order, loaded = worker.stages[epoch]
@@ -65,7 +65,7 @@ async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[Adapter
 
 
 async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) -> str:
-    """Returns why the worker cannot reach another; "" if it can. Raises WorkerError if it is lost, DeadlineError."""
+    """Returns why the worker cannot reach another; empty if it can. Raises WorkerError if it is lost, DeadlineError."""
     what = f"way to {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)
@@ -83,8 +83,8 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """Takes the free memory from the next heartbeat after a load that did not fit. Stages of other models, which take
-    `held` bytes of the devices, count as free. Raises DeadlineError."""
+    """Takes the worker's free memory from its next heartbeat, after a load that did not fit. The bytes that stages
+    of other models take, `held` by device, count as free. Raises DeadlineError."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
@@ -100,8 +100,8 @@ async def find_weights(
     on_reading: Callable[[FindWeightsProgress], None] | None = None,
     progress_timeout_s: float = PROGRESS_TIMEOUT_S,
 ) -> WeightsFound:
-    """Returns the worker's weights of a model, cached; `describe` adds the manifest, for which it may read its file.
-    Raises StalledError after `progress_timeout_s` without progress."""
+    """Returns what the worker has of a model's weights; answers are cached. `describe` adds the manifest, for which
+    the worker may read its file. Raises StalledError after `progress_timeout_s` without progress."""
     async with worker.channel.one_at_a_time("weights"):
         key = request.file_id, request.describe
         if key not in worker.weights_found:

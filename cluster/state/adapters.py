@@ -1,4 +1,4 @@
-"""The adapters (LoRA) that a model is served with: their numbers, requests, and record for the next coordinator."""
+"""The LoRA adapters of a served model: numbers, uses by requests, and the record for the next coordinator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AdapterUnloadedError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """An adapter of LoRA under its name for clients. `content`: its digest, if a client loaded it."""
+    """A LoRA adapter under its name for clients. `content`: the digest of its file if a client loaded it."""
 
     name: str
     path: str
@@ -92,12 +92,12 @@ class ServedAdapters:
         self._since_ns[number] = monotonic_ns()
 
     def remove(self, number: int) -> None:
-        """Removes an adapter that no request uses; requests that chose it earlier are refused."""
+        """Removes an adapter that no request uses. Requests that chose it but do not use it yet will be refused."""
         assert not self._uses[number]
         self._past.append((number, self._present.pop(number).name, monotonic_ns()))
 
     def names_at(self, time_ns: int) -> dict[int, str]:
-        """Returns names by number for requests that came at a time of the monotonic clock."""
+        """Returns the names by number that were valid for requests at a time of the monotonic clock."""
         names = {number: adapter.name for number, adapter in self._present.items()}
         return names | {number: name for number, name, until_ns in reversed(self._past) if time_ns < until_ns}
 
@@ -107,7 +107,8 @@ class ServedAdapters:
         return self._uses[number]
 
     def use(self, scales: AdapterScales, received_ns: int) -> None:
-        """Counts a request of that time, or of now (0). Raises AdapterUnloadedError if its adapter was unloaded."""
+        """Counts a request that arrived at `received_ns` (0: now). Raises AdapterUnloadedError if its adapter is
+        gone."""
         for number, _ in scales:
             if number not in self._present or 0 < received_ns < self._since_ns.get(number, 0):
                 raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile: send the request again")
@@ -117,7 +118,7 @@ class ServedAdapters:
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """Returns numbers, contents and names of those of the adapters that clients loaded: answers depend on them."""
+        """Returns number, content and name of those adapters that a client loaded, because answers depend on them."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )
@@ -127,7 +128,7 @@ class ServedAdapters:
 
 
 class AdapterRecord:
-    """The file of adapters that clients loaded, by model. An adapter whose file is missing at a start stays in it. The
+    """The file of adapters that clients loaded, by model. It keeps an adapter whose file is missing at a start. The
     event loop does not wait for the disk."""
 
     def __init__(self, path: Path) -> None:
@@ -146,11 +147,11 @@ class AdapterRecord:
         return self._models.get(model, [])
 
     def keep(self, model: str, number: int, adapter: ServedAdapter) -> None:
-        """Keeps an adapter that could not be loaded again, until one of its name is loaded or it is removed."""
+        """Keeps an adapter that could not be loaded again, until it is removed or one of the same name is loaded."""
         self._absent.setdefault(model, []).append((number, adapter))
 
     async def remove(self, model: str, name: str) -> bool:
-        """Returns False if no adapter of this name was kept. Raises the errors of `write`."""
+        """Removes a kept adapter. Returns False if none has this name. Raises the errors of `write`."""
         absent = self._absent.get(model, [])
         left = [(number, adapter) for number, adapter in absent if adapter.name != name]
         if len(left) == len(absent):
@@ -160,7 +161,7 @@ class AdapterRecord:
         return True
 
     async def write(self, model: str, adapters: Sequence[tuple[int, ServedAdapter]]) -> None:
-        """Returns when the record is on disk. Raises LlamaclustError, and keeps the old record, if that fails."""
+        """Returns when the record is on disk. If that fails, raises LlamaclustError and keeps the old record."""
         names = {adapter.name for _, adapter in adapters}
         absent = [(number, adapter) for number, adapter in self._absent.get(model, []) if adapter.name not in names]
         await self._write(model, adapters, absent)

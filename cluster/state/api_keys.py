@@ -1,4 +1,4 @@
-"""The file of the HTTP API's keys: read, and changed by the names of keys."""
+"""Reads the file of the HTTP API's keys; adds and removes keys by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class NamedKey:
-    """A key with the name in the comment above it, or else its number; its lines include the comment."""
+    """A key and its name: the comment above the key, or its number. `start` and `end` include the comment's line."""
 
     name: str
     key: str = field(repr=False)
@@ -32,8 +32,8 @@ class NamedKey:
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """Reads keys, one a line; empty lines and lines that begin with # are skipped. Raises UsageError if the file cannot
-    be read, others may read it, or it has no key or a bad one."""
+    """Reads keys, one per line; empty lines and lines that begin with # are skipped. Raises UsageError if the file
+    cannot be read, if others may read it, or if it has no key or an invalid one."""
     if path is None:
         return ()
     keys = _keys_of(path)
@@ -47,7 +47,7 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
 
 
 class LiveKeys(Sequence[str]):
-    """The keys of a file, which is read again when its date changes; a bad file leaves the old keys valid."""
+    """The keys of a file, which is read again when it changes. If its content is invalid, the old keys stay valid."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -81,7 +81,7 @@ def first_key(path: Path) -> str:
 
 
 def named_keys(path: Path) -> list[NamedKey]:
-    """Returns a file's keys in their order; none without a file. Raises UsageError if it cannot be read."""
+    """Returns a file's keys in their order; none if there is no file. Raises UsageError if it cannot be read."""
     return _named(_lines_of(path)) if path.exists() else []
 
 
@@ -100,7 +100,7 @@ def add_key(path: Path, name: str | None = None) -> NamedKey:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Raises UsageError if the file has no key of that name, or no other key."""
+    """Removes a key. Raises UsageError if no key has this name, or if it is the only key."""
     lines = _lines_of(path)
     keys = _named(lines)
     found = next((each for each in keys if each.name == name), None)

@@ -11,7 +11,7 @@ from llamaclust.core.errors import UsageError
 
 
 def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterRecord]]:
-    """Returns clusters whose coordinator serves or starts, by name; those of `state_dir` come first."""
+    """Returns the clusters whose coordinator serves or starts, by name. Those of `state_dir` come first."""
     found = {folder.path.name: (folder, folder.read_record()) for folder in _folders(state_dir) if folder.is_running}
     return {name: (folder, record) for name, (folder, record) in found.items() if record is not None}
 
@@ -22,7 +22,7 @@ def recorded_clusters(state_dir: Path) -> list[ClusterRecord]:
 
 
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
-    """Returns the only running cluster, or that of the name. Raises UsageError that lists the running clusters."""
+    """Returns the cluster of this name (None: the only one). Raises UsageError that lists the running clusters."""
     running = running_clusters(state_dir)
     if name is None and len(running) == 1:
         name = next(iter(running))
@@ -46,14 +46,14 @@ def _check_record(state_dir: Path, name: str | None) -> None:
 
 
 def _folders(state_dir: Path) -> list[ClusterDir]:
-    """Returns the folders; for clusters elsewhere their real paths, since links go with records, before locks."""
+    """Returns the folders of clusters. Those elsewhere have real paths: their links are removed before their locks."""
     elsewhere = [path.resolve() for path in sorted((state_dir / ELSEWHERE).glob("*")) if path.is_dir()]
     here = [path for path in sorted(state_dir.glob("*")) if path.is_dir() and not path.name.startswith(".")]
     return [ClusterDir(path) for path in (*elsewhere, *here)]
 
 
 def _last_ended(state_dir: Path, name: str | None) -> str:
-    """Describes the end of the last cluster of that name; "" for none. A killed cluster counts as the last one."""
+    """Describes how the last cluster of this name ended; empty if none did. A killed cluster counts as the last one."""
     of_name = [folder for folder in _folders(state_dir) if name in (None, folder.path.name)]
     ended = [folder for folder in of_name if _last_change_s(folder) and not folder.is_running]
     if not ended:

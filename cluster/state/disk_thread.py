@@ -15,11 +15,11 @@ from llamaclust.core.errors import LlamaclustError
 Value = TypeVar("Value")
 
 _CALL_S = 10.0
-"""The time after which a disk counts as hanging, for which at most one request waits."""
+"""The time after which a disk counts as hanging. At most one request waits so long."""
 
 
 class DiskThread:
-    """Makes one call at a time, each with a deadline; a hanging call does not keep the process alive."""
+    """Makes one call at a time, each with a deadline. A hanging call does not keep the process alive."""
 
     def __init__(self, name: str) -> None:
         self.hangs = False  # a call has not returned yet
@@ -33,7 +33,7 @@ class DiskThread:
             raise LlamaclustError(f"{path}: cannot be written: {error.strerror}") from error
 
     async def call(self, work: Callable[[], Value]) -> Value:
-        """Raises the errors of `work`, and TimeoutError if it or an earlier call does not return in time."""
+        """Runs `work` in a thread. Raises its errors; TimeoutError if it or an earlier call does not return in time."""
         if self.hangs:
             raise TimeoutError(errno.ETIMEDOUT, "an earlier write has not returned")
         loop = asyncio.get_running_loop()

@@ -1,7 +1,6 @@
-"""Events that a coordinator reports: progress of its start, notices, requests that its end waits for.
+"""Events that a coordinator reports: progress of its start, notices, requests that delay its end.
 
-Events cross a pipe as JSON lines if the coordinator runs detached from the command that started it.
-"""
+Events cross a pipe as JSON lines if the coordinator runs detached from the command that started it."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, slots=True)
 class AwaitingWorkers:
-    """Instructions to start workers elsewhere, one line an entry."""
+    """Instructions for starting workers elsewhere, one line per entry."""
 
     lines: tuple[str, ...]
     missing: tuple[str, ...] = ("workers",)  # in words
@@ -22,7 +21,7 @@ class AwaitingWorkers:
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
-    """A worker has joined; `missing` lists the others in words."""
+    """A worker has joined. `missing` describes those that have not."""
 
     worker: str
     host: str
@@ -36,7 +35,7 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Measuring:
-    """Workers measure their machine, which takes some seconds; the next start reuses the figures."""
+    """Workers measure their machine, which takes some seconds. The next start reuses the results."""
 
     workers: tuple[str, ...]
     what: str  # is measured
@@ -62,7 +61,7 @@ class WorkerReading:
 
 @dataclass(frozen=True, slots=True)
 class PlanMade:
-    """The plan as `llamaclust plan` prints it, one line an entry."""
+    """The plan as `llamaclust plan` prints it, one line per entry."""
 
     lines: tuple[str, ...]
 
@@ -102,7 +101,7 @@ class Notice:
 
 @dataclass(frozen=True, slots=True)
 class Draining:
-    """The cluster ends after so many requests, or after `limit_s`."""
+    """The cluster ends when this number of requests has ended, or after `limit_s`."""
 
     requests: int
     limit_s: float
@@ -116,7 +115,7 @@ _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 def awaited(event: Event) -> str | None:
-    """Describes what a start waits for after this event; None: as before."""
+    """Describes what a start waits for after this event; None if the event changes nothing about it."""
     match event:
         case AwaitingWorkers() | WorkerJoined():
             return ", ".join(event.missing)

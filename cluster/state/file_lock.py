@@ -1,7 +1,6 @@
-"""A lock that is a file: one process has it, others can check it, and the kernel releases it with its holder.
+"""A file as a lock: one process has it, others can check it, and the kernel releases it when its holder ends.
 
-The `filelock` package cannot check without taking the lock, nor detect a deleted lock file.
-"""
+The `filelock` package can neither check a lock without taking it nor detect a deleted lock file."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from llamaclust.core.regular_file import take_lock
 
 
 class FileLock:
-    """The lock at a path. A deleted file is no lock: take it anew."""
+    """The lock at a path. A deleted file locks nothing, so the lock must be taken again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -22,7 +21,7 @@ class FileLock:
         self._awaited: int | None = None  # the file whose lock another process had at the last look
 
     def take(self) -> bool:
-        """Returns False if another process has the lock. Raises UsageError for a folder."""
+        """Takes the lock. Returns False if another process has it. Raises UsageError if the path is a folder."""
         descriptor = self._open()
         if not take_lock(descriptor):
             os.close(descriptor)
@@ -30,7 +29,8 @@ class FileLock:
         return self._has_taken(descriptor)
 
     def take_next(self) -> bool:
-        """Takes the lock when its present holder has ended, even if the holder's file was deleted."""
+        """Takes the lock if its present holder has ended, even if the holder's file was deleted. True if it is
+        taken."""
         if self._awaited is None:
             self._awaited = self._open()
         if not take_lock(self._awaited):
@@ -64,7 +64,7 @@ class FileLock:
 
 
 def is_locked(path: Path) -> bool:
-    """Checks the lock, for which it takes a shared lock for a moment."""
+    """True if a process holds the lock. The check takes a shared lock for a moment."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:

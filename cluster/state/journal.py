@@ -1,9 +1,8 @@
 """The journal of admitted requests, from which a restarted coordinator answers them again, bit for bit.
 
-An answer is a function of prompt, parameters and seed, so an admission holds a request's body and seed; recorded tokens
-only save computing. A sent reply is kept for a while: its client may not have read it. The file is emptied when no
-request needs it, and rewritten when most of it is of ended requests.
-"""
+An answer is a function of prompt, parameters and seed, so an admission records a request's body and seed. Recorded
+tokens only save computation. A sent reply is kept for a while, because its client may not have read it. The file is
+emptied when no request needs it, and rewritten when most of it belongs to ended requests."""
 
 from __future__ import annotations
 
@@ -31,15 +30,15 @@ from llamaclust.core.regular_file import sync_folder
 from llamaclust.core.sampling import RowResult
 
 _PAUSE_S = 0.02
-"""The least time between the starts of two writes, which admissions share; shorter than a prompt takes."""
+"""The least time between the starts of two writes. Admissions share a write; it is shorter than a prompt takes."""
 _LATER_S = 0.1
-"""The delay of lines that nothing waits for, unless an admission's write includes them."""
+"""The delay of lines for which nothing waits. A write for an admission includes them earlier."""
 _RETRY_S = 5.0
 """The pause between attempts to write to a disk that is full, read-only or unreachable."""
 _ENDED_BYTES = 4 << 20
-"""The bytes of ended requests, beyond those of open ones, after which the file is rewritten."""
+"""The file is rewritten if ended requests take this many bytes more than open ones."""
 _SENT_BYTES = 16 << 20
-"""The most bytes of requests with sent replies; the oldest are removed."""
+"""The most bytes of requests with sent replies. The oldest of these requests are removed first."""
 
 _log = logging.getLogger(__name__)
 
@@ -48,14 +47,14 @@ class Journal:
     """The open journal of one coordinator and event loop. If the disk fails, requests are served without a record."""
 
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """Keeps sent replies for `sent_s`. A newer coordinator than that of `record` owns the file."""
+        """Keeps sent replies for `sent_s`. If there is a newer coordinator than that of `record`, it owns the file."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
         self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
     async def restore(self, requests: Iterable[RequestContext]) -> None:
-        """Begins with the open requests of an earlier coordinator; the file's other content is removed."""
+        """Begins with the open requests of an earlier coordinator. All other content of the file is removed."""
         for request in requests:
             for record in request.records():
                 self._contents.add(record)
@@ -66,17 +65,17 @@ class Journal:
         await self._writer.written(b"", is_synced=True)
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Completes when the record is on disk or cannot be written. Raises SupersededError once sealed."""
+        """Records a request. Completes when it is on disk or cannot be written. Raises SupersededError after `seal`."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator takes no requests any more; try again")
         return self._writer.written(self._contents.add(request), is_synced=True)
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
-        """Records tokens of a choice from token number `start` on; written soon, and not synced."""
+        """Records tokens of a choice, from token number `start` on. They are written soon, but not synced."""
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Counts computations without a new token; returns once the counts survive this process."""
+        """Records how often requests were begun again without a new token. Returns once this survives the process."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             lines = b"".join(self._contents.add(Change(name, restores=count)) for name, count in times.items())
@@ -87,31 +86,32 @@ class Journal:
         self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
-        """Keeps a request whose whole reply was sent for a while; the oldest for less time if there are many."""
+        """Keeps a request for a while after its whole reply was sent. If there are many, the oldest are kept
+        shorter."""
         if not self._writer.is_sealed and (lines := self._contents.sent(request_id)):
             self._writer.add(lines)
             asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
 
     def completed(self, request_id: str, limit_s: float) -> None:
-        """Marks a computed background reply: until `limit_s` after admission, a successor computes it if requested."""
+        """Marks a computed background reply: until `limit_s` after admission, a successor computes it on request."""
         self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
     def end(self, request_id: str) -> None:
         self._add(Change(request_id, is_ended=True))
 
     def end_sent(self) -> None:
-        """Ends all requests with sent replies: clients that come back later are too late."""
+        """Ends all requests whose replies were sent. Clients that come back later are too late."""
         for request_id in tuple(self._contents.sent_ids):
             self._add(Change(request_id, is_ended=True))
 
     def stop_in_order(self) -> None:
-        """Keeps this coordinator's end from counting against the requests that it restored."""
+        """Takes back one counted restore of each request without progress: an orderly stop is not their failure."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()
 
     def seal(self) -> None:
-        """Stops recording: open requests are left to the next coordinator."""
+        """Stops recording. Open requests are left to the next coordinator."""
         self._writer.is_sealed = True
 
     def _add(self, record: Record) -> None:
@@ -119,13 +119,13 @@ class Journal:
             self._writer.add(self._contents.add(record))
 
     async def aclose(self) -> None:
-        """Writes pending lines. Unless the journal is sealed, sent replies end."""
+        """Writes pending lines. Unless the journal is sealed, requests with sent replies end."""
         self.end_sent()
         await self._writer.aclose()
 
 
 class _Contents:
-    """The lines of requests that have not ended. Each change returns the lines to write; none for an ended request."""
+    """The lines of requests that have not ended. Each change returns the lines to write: none for an ended request."""
 
     def __init__(self) -> None:
         self.lines: dict[str, bytearray] = {}  # by request
@@ -188,7 +188,7 @@ class _Writer:
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
     def written(self, lines: bytes, *, is_synced: bool) -> asyncio.Future[None]:
-        """Completes when these and all earlier lines are in the file, or cannot be; with `is_synced`, on disk."""
+        """Completes when these and all earlier lines are in the file (`is_synced`: on disk), or cannot be written."""
         loop = asyncio.get_running_loop()
         self._pending.append(lines)
         self._waiting.append(written := loop.create_future())
@@ -208,7 +208,7 @@ class _Writer:
             self._file.close()
 
     def _write_at(self, due_s: float) -> None:
-        """Schedules a write for this time at the latest, but not too soon after the last write."""
+        """Schedules a write for `due_s` at the latest, but at least `_PAUSE_S` after the start of the last write."""
         if self._writing is not None:
             return
         due_s = max(due_s, self._begun_s + _PAUSE_S)
@@ -262,7 +262,7 @@ class _Writer:
                 _log.warning("%s: can be written again", path)
 
     async def _put(self, data: bytes, *, is_synced: bool) -> None:
-        """Appends or rewrites on the thread, which alone accesses the file."""
+        """Appends the data, or rewrites the file if that is due. Only the thread accesses the file."""
         size = self._file.size + len(data)
         is_mostly_ended = not self._contents.lines or size > 2 * self._contents.size_bytes + _ENDED_BYTES
         if self._failed_s is None and not is_mostly_ended:
@@ -282,7 +282,7 @@ class JournalFile:
         self._descriptor: int | None = None
 
     def append(self, data: bytes, is_synced: bool) -> bool:
-        """Appends all of `data` or nothing. Returns False if the file is missing or replaced: `rewrite` it."""
+        """Appends all of `data` or nothing. Returns False if the file is missing or replaced: then `rewrite` is due."""
         descriptor = self._descriptor
         if descriptor is None or not self._is_in_place(descriptor):
             return False
@@ -298,7 +298,7 @@ class JournalFile:
         return True
 
     def rewrite(self, data: bytes) -> None:
-        """Replaces the content, or leaves the file unchanged. Raises SupersededError if it is a newer coordinator's."""
+        """Replaces the content, or leaves the file unchanged. Raises SupersededError if a newer coordinator owns it."""
         if not data and self._descriptor is not None and self._is_in_place(self._descriptor):
             os.ftruncate(self._descriptor, 0)
             self.size = 0
@@ -321,7 +321,7 @@ class JournalFile:
         self._descriptor, self.size = descriptor, size
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """True if the next process finds this file at its path. The folder may be deleted meanwhile."""
+        """True if the next process finds this file at its path. Its folder may have been deleted."""
         with suppress(OSError):
             return os.path.samestat(os.fstat(descriptor), self.path.lstat())
         return False
@@ -337,7 +337,7 @@ class JournalFile:
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> int:
-    """Returns the new size of the file, whose first line is its version."""
+    """Writes all data, at the start of a file after its version line. Returns the file's new size."""
     view = memoryview(HEAD_LINE + data if data and not offset else data)
     while view:
         written = os.pwrite(descriptor, view, offset)

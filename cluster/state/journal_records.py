@@ -1,8 +1,7 @@
-"""Records of the journal, each a line of a CRC-32, the kind of record and its fields as JSON; and the requests that
-they make up.
+"""Records of the journal, and the requests that they make up. A record is a line with a CRC-32, the kind of record,
+and its fields as JSON.
 
-A damaged line is skipped, and with it the tokens that follow its own.
-"""
+A damaged line is skipped, and with it the tokens that follow its own."""
 
 from __future__ import annotations
 
@@ -26,9 +25,9 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.core.this_machine import boot_s, machine_id
 
 _MAX_LINE_BYTES = 64 << 20
-"""The limit of a line: more than the largest body needs, and the most that is held of a foreign longer line."""
+"""The limit of a line. The largest body needs less. Of a longer line, which is foreign, only this much is held."""
 _ROW = Struct("<id")
-"""A token and its logprob: binary numbers are read several times as fast as decimal ones."""
+"""A token and its logprob in binary, which is read several times as fast as decimal numbers."""
 _CHECKSUM = b"%08x "
 _BASE64 = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
@@ -36,12 +35,12 @@ _log = logging.getLogger(__name__)
 
 ChoiceKey = tuple[int, int]
 _Messages = Annotated[Sequence[Mapping[str, Any]], PlainSerializer(json.dumps), BeforeValidator(json.loads)]
-"""JSON within JSON: texts may have halves of surrogate pairs, which Pydantic refuses."""
+"""JSON within JSON, because texts may have halves of surrogate pairs, which Pydantic refuses."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instant:
-    """A point in time for later processes: the time since the machine started, and Unix time for other machines."""
+    """A point in time for later processes: the time since the machine started and, for other machines, Unix time."""
 
     unix_s: float
     boot_s: float
@@ -52,7 +51,7 @@ class Instant:
         return cls(time.time(), boot_s(), machine_id())
 
     def passed_s(self, until: Instant) -> float:
-        """Returns at least 0 between machines: their clocks may differ."""
+        """Returns the seconds up to `until`. Between machines they are at least 0, because clocks may differ."""
         if self.machine == until.machine:
             return until.boot_s - self.boot_s
         return max(0.0, until.unix_s - self.unix_s)
@@ -60,8 +59,8 @@ class Instant:
 
 @dataclass(slots=True, kw_only=True)
 class RequestContext:
-    """An admitted request: the names of its reply, what makes a second computation give the same reply, and its
-    progress. The first computation adds values that later ones could not determine."""
+    """An admitted request. It has the names of its reply, all that a second computation needs to give the same
+    reply, and its progress. The first computation adds values that later ones could not determine."""
 
     id: str
     seed: int  # where the body has none
@@ -98,14 +97,14 @@ class RequestContext:
 
     @property
     def is_complete(self) -> bool:
-        """True for a background request whose whole reply was computed, read or not."""
+        """True for a background request whose whole reply was computed, whether or not it was read."""
         return self.is_background and self.is_sent
 
     def left_s(self, now: Instant) -> float:
         return self.limit_s - self.admitted.passed_s(now)
 
     def apply(self, change: Change) -> None:
-        """Applies a later record. Tokens that do not follow the known ones are skipped."""
+        """Applies a later record. Tokens that do not continue the known ones are skipped."""
         self.is_sent |= change.is_sent
         self.limit_s = change.limit_s or self.limit_s
         choice = change.prompt, change.choice
@@ -147,7 +146,7 @@ _KINDS: dict[bytes, TypeAdapter[Any]] = {kind.__name__.encode(): TypeAdapter(kin
 
 
 def to_line(record: Record) -> bytes:
-    """Raises RequestError for a record that no coordinator could read again."""
+    """Encodes a record as a line. Raises RequestError if the line is too long to be read again."""
     kind = type(record).__name__.encode()
     later = {each.name for each in fields(record) if not each.init}
     line = _line(kind + b" " + _KINDS[kind].dump_json(record, exclude=later, exclude_defaults=True))
@@ -167,7 +166,7 @@ HEAD_LINE = _line(_HEAD)
 
 
 def read_journal(path: Path, now: Instant) -> list[RequestContext]:
-    """Returns an earlier coordinator's requests that are not too old, in the order of admission; none without a
+    """Returns an earlier coordinator's requests that are not too old, in the order of admission; none if there is no
     journal. Raises OSError if it is unreadable, and ValueError for another version."""
     requests: dict[str, RequestContext] = {}
     for record in _records(path):
@@ -182,7 +181,7 @@ def read_journal(path: Path, now: Instant) -> list[RequestContext]:
 
 
 def _records(path: Path) -> Iterator[Record]:
-    """Yields records of undamaged lines; logs the count of others, except the last line, which a sudden end may cut."""
+    """Yields records of undamaged lines. Logs the number of others; the last line may be cut by a sudden end."""
     damaged, number = [], 0  # numbers of lines
     try:
         file = open_regular(path)
@@ -209,7 +208,7 @@ def _record(text: bytes) -> Record | None:
 
 
 def _texts(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the text of each line behind its checksum; b"" for a damaged line."""
+    """Yields the text of each line after its checksum; empty for a damaged line."""
     while line := file.readline(_MAX_LINE_BYTES):
         text = line[len(_CHECKSUM % 0) :].removesuffix(b"\n")
         is_whole = len(line) < _MAX_LINE_BYTES and line.startswith(_CHECKSUM % zlib.crc32(text))
@@ -219,7 +218,7 @@ def _texts(file: BinaryIO) -> Iterator[bytes]:
 
 
 def left_unanswered(journal: Path) -> str:
-    """Describes the requests that a coordinator leaves in one line; "" for none, or an unreadable journal."""
+    """Describes in one line the requests that a coordinator leaves; empty for none, or an unreadable journal."""
     try:
         number = _unanswered(read_journal(journal, Instant.now()))
     except (OSError, ValueError):
@@ -228,7 +227,7 @@ def left_unanswered(journal: Path) -> str:
 
 
 def found_unanswered(requests: Sequence[RequestContext], restored: Sequence[RequestContext]) -> str:
-    """Describes the requests that a start has found, and those that it answers, in one line; "" for none."""
+    """Describes in one line the requests that a start computes again, and those that it drops; empty for none."""
     number = _unanswered(restored)
     dropped = _unanswered(requests) - number
     lines = [f"{_counted(number)} computed again"] if number else []

@@ -1,8 +1,7 @@
-"""A Lease of Kubernetes as a lock: one coordinator holds it, and renews it in time.
+"""A Kubernetes Lease as a lock, which one coordinator holds and renews in time.
 
 The rules are those of client-go's leader election. Clocks of machines are not compared: a lease has expired when a
-candidate has seen no change of it for its duration. A holder that cannot renew ends itself before that.
-"""
+candidate has seen no change of it for its duration. A holder that cannot renew the lease ends itself earlier."""
 
 from __future__ import annotations
 
@@ -24,12 +23,12 @@ from llamaclust.core.errors import LlamaclustError, SupersededError
 from llamaclust.core.this_machine import boot_s
 
 _RENEWED = 2 / 3
-"""The share of the duration after which a holder that has not renewed counts as none."""
+"""The fraction of the duration after which a holder that has not renewed the lease must end."""
 _RETRIES = 7.5
 _LOOK_S = 0.1
 _CONFLICT, _NOT_FOUND = 409, 404
 _FIELDS = (("holderIdentity", str), ("leaseDurationSeconds", int), ("leaseTransitions", int))
-"""The fields of a Lease's spec that decisions depend on."""
+"""The fields of a Lease's spec on which decisions depend."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ class LeaseLock:
 
     @property
     def is_current(self) -> bool:
-        """True if it was renewed lately, so that no other process can have it."""
+        """True if the lease was renewed so recently that no other process can have it."""
         return self.renewed_s is not None and boot_s() - self.renewed_s < self._lease.duration * _RENEWED
 
     def take(self) -> bool:
@@ -64,7 +63,7 @@ class LeaseLock:
         return self._write(lease, begun_s)
 
     def renew(self) -> None:
-        """Raises SupersededError if another process has the lease, and LlamaclustError if the API server fails."""
+        """Renews the lease. Raises SupersededError if another process has it, LlamaclustError if the server fails."""
         begun_s, lease = boot_s(), self._read()
         holder = _holder(lease)
         if holder not in ("", self.identity):
@@ -72,7 +71,7 @@ class LeaseLock:
         self._write(lease, begun_s)  # after a conflict, the next attempt sees who has it
 
     def release(self) -> None:
-        """Gives up the lease, so that others need not wait until it expires."""
+        """Gives up the lease, so that others need not wait for its expiry."""
         self.renewed_s = None
         lease = self._read()
         if _holder(lease) == self.identity:
@@ -112,7 +111,7 @@ class LeaseLock:
         return lease
 
     def _put(self, lease: dict[str, Any]) -> bool:
-        """Sends the `resourceVersion` that was read, so that no other change is overwritten."""
+        """Writes the lease with the `resourceVersion` that was read. Returns False if it was changed since."""
         reply = self._send("PUT", lease)
         if reply.status_code == _CONFLICT:
             return False
@@ -129,7 +128,7 @@ class LeaseLock:
 
 @contextmanager
 def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
-    """Renews a taken lease, and gives it up at the end. `lost` gets the reason if it expires, in a thread."""
+    """Renews a taken lease, and gives it up at the end. If it is lost, a thread calls `lost` with the reason."""
     end = threading.Event()
     reasons = ["it was not renewed in time"]
 

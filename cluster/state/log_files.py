@@ -1,4 +1,4 @@
-"""The size of log files, which the processes that write them keep open."""
+"""Limits the size of log files, which the processes that write them keep open."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.core.regular_file import open_regular, write_bytes
 MOST_LOG_BYTES = 64 << 20
 _KEPT_BYTES = 1 << 20
 _FORMER = "~.log"
-"""The ending of older logs, which no worker's name has."""
+"""The ending of older logs. No worker's name ends like this."""
 
 
 def limit_logs(folder: Path) -> None:
@@ -20,7 +20,7 @@ def limit_logs(folder: Path) -> None:
 
 
 def limit_log(log: Path) -> None:
-    """Empties a log that is too large; its end replaces an older log. Writers append, so they go on at its start."""
+    """Empties a log that is too large; its end replaces an older log. Writers append, so they continue at its start."""
     with suppress(OSError):
         if log.name.endswith(_FORMER) or log.stat(follow_symlinks=False).st_size <= MOST_LOG_BYTES:
             return

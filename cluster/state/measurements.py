@@ -1,4 +1,4 @@
-"""Measurements in a state directory, and the load of other programs meanwhile, which may make them meaningless."""
+"""Measurements in a state directory, with the load of other programs meanwhile, which may make them meaningless."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ _FILE = ".profiles.json"  # no cluster's name begins with a dot
 _STAT = Path("/proc/stat")
 _PROC = Path("/proc")
 _LEAST_S = 0.1
-"""The shortest measurement: shorter ones are a few ticks of the kernel's counters."""
+"""The shortest measurement. Shorter ones are only a few ticks of the kernel's counters."""
 _CPU_TIMES = slice(11, 15)
-"""The fields of /proc/PID/stat after the name with user and system time, also that of children that have ended."""
+"""The fields of /proc/PID/stat, after the name, with user and system time of the process and its ended children."""
 
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """The load in cores, of the `cores` that this process may use; stolen ones went to other virtual machines."""
+    """The load on this process's `cores`, in cores. `others`: of other programs; `stolen`: of other virtual
+    machines."""
 
     cores: int
     others: float
@@ -61,7 +62,7 @@ def disturbance(loads: Iterable[OtherLoad]) -> str | None:
 
 
 class CpuSeconds(NamedTuple):
-    """Processor time on the cores of this process since the machine started, and the time of the reading."""
+    """Processor seconds since the machine started, on the cores of this process, and the time of the reading."""
 
     busy: float
     stolen: float
@@ -82,7 +83,7 @@ class LoadMeter:
         self._started = _read()
 
     def measure(self) -> OtherLoad | None:
-        """Returns None if /proc/stat is unavailable, and in the first 0.1 s."""
+        """Returns the load since this meter began; None in the first 0.1 s, or if /proc/stat is unavailable."""
         before, after = self._started, _read()
         if before is None or after is None:
             return None
@@ -121,7 +122,7 @@ def _ticks(pid: str) -> int:
 
 
 def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
-    """Adds to the stored profiles. `load`: that of other programs during these measurements."""
+    """Adds to the stored profiles. `load`: the load of other programs during these measurements."""
     loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
     loads |= {} if load is None else dict.fromkeys(profiles, load)
     values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}
@@ -131,7 +132,7 @@ def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: Other
 
 
 def read_profiles(state_dir: Path) -> dict[str, Profile]:
-    """Returns all clusters' profiles by `resource_shares.measurement_key`; empty before the first start."""
+    """Returns the profiles of all clusters by `resource_shares.measurement_key`; empty before the first start."""
     return read_values(state_dir / _FILE, _PROFILES)
 
 

@@ -3,8 +3,7 @@
     python benchmarks/public_shape.py qwen3-30b-a3b:q4_k_m /tmp/shape.gguf --layers 8
 
 The shapes are those of `llamaclust plan --assume` and of the models of the catalog. With fewer layers than its own, a
-model fits into less memory; the speed of a layer stays the same. Layers have the same bytes, so that files are written
-quickly."""
+model fits into less memory; the speed of a layer stays the same. Layers have the same bytes, to be written fast."""
 
 from __future__ import annotations
 
@@ -35,8 +34,8 @@ SIZES = ("layers", "experts", "vocabulary")
 
 
 def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:
-    """Returns the model NAME[:MIX] without its bytes. `sizes` replace the shape's own. Raises UsageError for an unknown
-    name or mix, or for too few layers."""
+    """Returns NAME[:MIX] without bytes and with these `sizes`. Raises UsageError for an unknown name or mix, or too few
+    layers."""
     name, _, mix = spec.lower().partition(":")
     known = {**public_shapes(), **SHAPES}
     if name not in known:
@@ -77,8 +76,8 @@ def sources_of(file: ModelFile, seed: int) -> Iterator[TensorSource]:
 
 
 def _values(generator: np.random.Generator, tensor: Tensor) -> memoryview:
-    """Returns the bytes of a tensor: 1 for norms, 0 for biases and other vectors, random for matrices. Random routers
-    choose among all experts."""
+    """Returns a tensor's bytes: 1 for norms, 0 for other vectors, random for matrices. Routers choose among all
+    experts."""
     if tensor.name.endswith("ffn_gate_inp.weight"):
         router = generator.standard_normal(tensor.shape, np.float32) / np.float32(tensor.shape[-1] ** 0.5)
         return router.data

@@ -27,8 +27,7 @@ from llamaclust.model.quant_types import QuantType
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The dimensions of a model; widths are in channels. If there are `experts`, they replace each feed-forward
-    network."""
+    """The dimensions of a model; widths are in channels. `experts` replace each feed-forward network, unless 0."""
 
     hidden: int
     layers: int
@@ -57,8 +56,8 @@ SHAPES = {
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The layout of random blocks with plausible weights. Each of `scales` is the byte offset of a float16 in the
-    block, and its size relative to the first one. `deviation` is the standard deviation of the weights if the first
-    scale is 1."""
+    block, and its size relative to the first one. `deviation` is the standard deviation of weights at a first scale of
+    1."""
 
     file_type: int
     scales: tuple[tuple[int, float], ...]
@@ -147,7 +146,7 @@ def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: floa
 
 
 def tensors(shape: Shape, quant_type: QuantType, seed: int, alike: bool = False) -> Iterator[TensorSource]:
-    """Yields every tensor of the model in file order. Bytes are made when a tensor is written; `alike` layers share
+    """Yields every tensor of the model in file order. Its bytes are made when it is written; `alike` layers share
     them."""
     generator, made = np.random.default_rng(seed), dict[str, memoryview]()
 

@@ -91,8 +91,7 @@ def _run(settings: ChaosSettings) -> bool:
 
 
 class ChaosView:
-    """Prints lines on standard error. A terminal shows the progress below them; other outputs get it every five
-    seconds."""
+    """Prints lines on standard error. A terminal shows the progress below; other outputs get it every five seconds."""
 
     def __init__(self) -> None:
         from rich.console import Console

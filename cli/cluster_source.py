@@ -1,5 +1,4 @@
-"""Reads the source of a cluster from the command line: a cluster file, a model for workers on this machine, or the
-demo."""
+"""Reads what to run from the command line: a cluster file, a model for workers on this machine, or the demo."""
 
 from __future__ import annotations
 

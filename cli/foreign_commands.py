@@ -1,5 +1,4 @@
-"""Maps commands and arguments of other programs (Ollama, Docker, llama.cpp, package managers) to llamaclust's
-commands."""
+"""Maps commands of other programs (Ollama, Docker, llama.cpp, package managers) to llamaclust's commands."""
 
 from __future__ import annotations
 
@@ -63,9 +62,8 @@ _MOST_SHOWN = 100
 
 
 def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object]) -> str | None:
-    """Returns advice on what to use in place of `group` followed by `words`: the equivalent of another program's
-    command, or a command of a subgroup. Returns None if nothing is known. `commands` are those of the group, subgroups
-    included."""
+    """Returns advice on what to use in place of `group` and `words`: the equivalent of another program's command, or a
+    command of a subgroup. Returns None if nothing is known. `commands` are those of the group, with its subgroups."""
     word, *more = words
     known = _COMMANDS.get(group, {}).get(word)
     if known is None:

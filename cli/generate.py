@@ -337,8 +337,7 @@ class Target:
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
-    """Returns a client for an endpoint. Its API key is the first one in the file; raises UsageError if the file has
-    none."""
+    """Returns a client with the first API key of the file, if one is given. Raises UsageError if the file has none."""
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.state.api_keys import first_key
 

@@ -53,8 +53,7 @@ def ends_at_once() -> Iterator[None]:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """Ends the process without the interpreter's shutdown, which would wait for computing threads or stop them
-    half-way."""
+    """Ends the process without the interpreter's shutdown, which would wait for computing threads or break them off."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -165,6 +164,5 @@ def ends_in_one_line() -> Iterator[None]:
 
 
 def ends_workers_cleanly(workers: int) -> AbstractContextManager[None]:
-    """Returns a context in which SIGTERM and SIGHUP clean up the folders and processes of a cluster of several
-    workers."""
+    """Returns a context in which SIGTERM and SIGHUP clean up what a cluster of several workers has made."""
     return signals_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()

@@ -1,5 +1,4 @@
-"""The options --port and --lan of `up`: addresses of the API, and the API key for other devices on the local
-network."""
+"""The options --port and --lan of `up`: addresses of the API, and the API key for devices on the local network."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _INTERRUPTED = 130
 
 
 def main() -> None:
-    """Runs the command line. Exit codes: 0 success, 1 failure, 2 bad usage or file, 3 too little memory, 130
+    """Runs the command line. Exit codes: 0 done, 1 failed, 2 bad usage or file, 3 too little memory, 130
     interrupted."""
     obey_signals()
     open_standard_streams()

@@ -223,8 +223,7 @@ class Gpus:
 
     @property
     def placement(self) -> tuple[PlacementRule, ...]:
-        """Parses the rules of --override-tensor. Raises UsageError for an invalid rule, too many rules, or rules
-        without a GPU."""
+        """Parses --override-tensor. Raises UsageError for an invalid rule, too many rules, or rules without a GPU."""
         from llamaclust.model.placement import MAX_RULES, read_rules
 
         name = "--override-tensor"

@@ -84,8 +84,7 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
 
 
 class ProgressLines:
-    """Prints a line for each new step, for each tenth of a step, and when ten seconds have passed since the last
-    line."""
+    """Prints a line for each new step and each tenth of a step, and ten seconds after the last line."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, counts_bytes: bool = True) -> None:
         self._clock = clock
@@ -353,7 +352,6 @@ def own_address(url: str) -> str:
 
 
 def draining_text(draining: events.Draining) -> str:
-    """Describes the requests that must finish before the cluster stops."""
     what = f"{_requests(draining)} finished first, for {draining.limit_s:.0f} s at most"
     return f"stopping: {what}; Ctrl-C again stops at once"
 

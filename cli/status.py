@@ -50,8 +50,7 @@ class Watched:
     def find(
         cls, name: str | None, endpoint: str | None, api_key_file: Path | None, ca_file: Path | None = None
     ) -> Watched:
-        """Finds a cluster. Raises UsageError if it does not run on this machine, or if the options contradict each
-        other."""
+        """Finds a cluster. Raises UsageError if it does not run here, or if the options contradict each other."""
         if endpoint is None:
             if ca_file is not None:
                 raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
@@ -202,7 +201,6 @@ def _head(state: State) -> Iterator[str]:
 
 
 def _requests_text(state: State) -> str:
-    """Counts the requests of all models."""
     requests = [each["requests"] for each in state.get("models", ())] or [state["requests"]]
     running, waiting = (sum(counts[what] for counts in requests) for what in ("running", "waiting"))
     return f"{running} running, {waiting} waiting"

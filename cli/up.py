@@ -90,8 +90,8 @@ def _tune_grpc() -> None:
 
 
 def template_of(choice: str) -> str:
-    """Returns a chat template in the form for the cluster file: a built-in name or an absolute path. Raises UsageError
-    if it is neither."""
+    """Returns a built-in name, or the absolute path of a file, for the cluster file. Raises UsageError if it is
+    neither."""
     from llamaclust.model.chat.template_choice import built_in_names, chosen_template
 
     chosen_template(choice)
@@ -106,8 +106,8 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
-    """Serves the cluster in the detached process. Events go to the waiting command; when that has returned, they go to
-    the log."""
+    """Serves the cluster in the detached process. Events go to the waiting command until it returns, then to the
+    log."""
     _tune_grpc()
     from llamaclust.cluster.server.serve import serve
     from llamaclust.tools.progress import silent

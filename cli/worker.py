@@ -1,5 +1,4 @@
-"""The command `worker`, which joins a static cluster, and the command `token rotate` for the secret that joining
-needs."""
+"""The commands `worker`, which joins a static cluster, and `token rotate`, which replaces the secret for that."""
 
 from __future__ import annotations
 
@@ -166,8 +165,7 @@ def _addresses(given: list[str], variables: Environment, *, discover: bool) -> t
 
 
 def _with_port(value: str) -> str:
-    """Adds the default enrolment port to a value without a port. An IPv6 address without brackets is taken as a host
-    alone."""
+    """Adds the default enrolment port if there is none. An IPv6 address without brackets is taken as a host alone."""
     if value.count(":") > 1 and not value.startswith("["):
         value = f"[{value}]"
     return value if ":" in value.rpartition("]")[2] or not value else f"{value}:{JOIN_PORT}"
@@ -221,8 +219,8 @@ def rotate(
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
-    """Returns the trust folder of the named cluster. Without a name, it belongs to the running cluster, or to `default`
-    if none runs."""
+    """Returns the trust folder of the named cluster; without a name, of the running cluster, or of `default` if none
+    runs."""
     from llamaclust.cluster.config.values import parse_name
     from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import find_running, running_clusters

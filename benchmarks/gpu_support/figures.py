@@ -78,8 +78,8 @@ class Figures:
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The time in which the memories could be read, as a share of the time of a step with copies. Hits are read on
-        the GPU."""
+        """The time in which the memories, with hits on the GPU, could be read: a share of the time of a step with
+        copies."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -194,10 +194,10 @@ class Figures:
         ]
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
-        """Returns the figure of several sequences, with its goal. For a dense model, the figure is the speed relative
-        to one sequence. Several sequences of a mixture read more experts than one does, so its figure is the share of
-        the time to read them. The goal is the share of a dense model that decodes at `decode_share` and reaches
-        TIMES_ONE."""
+        """Returns the figure of several sequences, with its goal. For a dense model, the figure is the speed
+        relative to one sequence. Several sequences of a mixture read more experts than one does, so its figure is
+        the share of the time to read them. Its goal is what a dense model has that decodes at `decode_share` and
+        reaches TIMES_ONE."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one
@@ -228,7 +228,6 @@ def _theirs(round_: Round) -> Speed:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Converts all spreads to JSON."""
     return {
         name: _plain(value) if isinstance(value, dict) else asdict(value) if isinstance(value, Spread) else value
         for name, value in values.items()

@@ -50,8 +50,7 @@ _GRACE_S, _POLL_S = 5.0, 0.05
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step. `command` may contain {models}, {results} and {llama}. `needs` is the command that writes the step's
-    model."""
+    """A step. `command` may contain {models}, {results} and {llama}. `needs` is the command that writes its model."""
 
     name: str
     limit_s: int

@@ -1,5 +1,4 @@
-"""Measures llama.cpp's CUDA backend with its `llama-bench`, with all layers on one GPU. docs/gpu.md says how to build
-it."""
+"""Measures llama.cpp's CUDA backend by llama-bench with all layers on one GPU. docs/gpu.md says how to build it."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ _ALL_LAYERS = 999
 
 @dataclass(slots=True)
 class LlamaCpp:
-    """Measures prefill and decode with llama-bench, which does not sample. It runs with and without flash attention,
-    and the faster speed counts."""
+    """Measures prefill and decode with llama-bench, which does not sample. The faster of flash attention and none
+    counts."""
 
     program: Path
     gpu: int  # as CUDA numbers it

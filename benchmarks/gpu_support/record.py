@@ -92,8 +92,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> Path:
 
 @dataclass
 class RecordFile:
-    """A record in a folder, written again after each round. A failed write does not end the measurement; `error` keeps
-    the failure."""
+    """A record in a folder, rewritten after each round. A failed write does not end the measurement; `error` keeps
+    it."""
 
     folder: Path
     error: OSError | UsageError | None = None
@@ -123,7 +123,6 @@ def software() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the checkout; None outside a checkout."""
     here = str(Path(__file__).parent)
     return _first_line("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
 

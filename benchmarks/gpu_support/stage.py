@@ -50,7 +50,6 @@ class Task:
 
     @property
     def context(self) -> int:
-        """The maximum number of tokens of a sequence."""
         return max(self.prompt, self.generate) + 1
 
 
@@ -145,8 +144,8 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Runs everything before it is measured. The first prefill teaches the scheduler to cut prompts; CUDA graphs
-        are captured in the second run."""
+        """Runs what is measured later: the first prefill teaches the scheduler to cut prompts, the second run captures
+        graphs."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):
@@ -155,8 +154,8 @@ class Loaded:
             self._stage.decode(0, self.task.generate, self.task.sequences)
 
     def measure(self) -> Round:
-        """Measures prefill and decode between two measurements of the best rates. Decode is measured again with copies
-        of experts, if there are any."""
+        """Measures prefill and decode, then decode with copies of experts, between two measurements of the best
+        rates."""
         task, stage, counts = self.task, self._stage, (1, self.task.sequences)
         before = self.rates()
         with stage.without_copies():
@@ -179,7 +178,6 @@ class Loaded:
         return Rates(Amount(gpu.read_bytes_s, read), Amount(gpu.int8_macs_s, int8))
 
     def kernels(self) -> DeviceProfile:
-        """Measures the rates of single products on the GPU."""
         return self._probed.measure()
 
     def close(self) -> None:

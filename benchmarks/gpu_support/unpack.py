@@ -41,8 +41,7 @@ def required(tree: Path) -> Iterator[str]:
 
 
 def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
-    """Yields a line for each requirement that neither this Python nor the kit fulfils. Packages in the kit have
-    requirements, too."""
+    """Yields a line for each requirement, also of packages in the kit, that neither this Python nor the kit fulfils."""
     travelled = list(distributions(path=[str(packages)]))
     versions = {canonicalize_name(one.name): one.version for one in travelled}
     theirs = (text for one in travelled for text in one.requires or ())

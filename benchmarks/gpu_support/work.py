@@ -1,5 +1,4 @@
-"""Computes the bytes and products of a model on a GPU, or on a GPU and the processor, and the least time that they
-take."""
+"""Computes the bytes and products of a model on a GPU alone or with the processor, and the least time for them."""
 
 from __future__ import annotations
 
@@ -80,7 +79,6 @@ class Work:
 
     @property
     def is_mixed(self) -> bool:
-        """True if some of the weights are in RAM."""
         return self.weight_bytes[1].cpu > 0
 
     @property
@@ -99,8 +97,8 @@ class Work:
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
 
     def copied_step_s(self, sequences: int, hits: float, read: Amount) -> float:
-        """Returns the least seconds of a decode step with copies. The GPU reads the share `hits` of the experts while
-        the processor reads the others."""
+        """Returns the least seconds of a decode step with copies: the GPU reads the share `hits` of the experts while
+        the processor reads the rest."""
         step, experts = self.step_bytes(sequences), self.expert_bytes[sequences]
         both = Amount(hits * experts, (1 - hits) * experts)
         return Amount(step.gpu, step.cpu - experts).seconds(read) + max(both.each_s(read))

@@ -54,8 +54,7 @@ for connection in connections:
     except OSError as error:
         print(0, 0, type(error).__name__, flush=True)
 """
-"""Programs of clients, whose processes do not hold up other clients. `_POST` sends requests, `_RAW` sends bytes as they
-are."""
+"""Programs that run in separate processes, so as not to delay other clients. `_RAW` sends bytes as they are."""
 
 
 @dataclass(slots=True)
@@ -125,8 +124,8 @@ async def others(client: AsyncClient, bench: Bench, streams: int) -> AsyncIterat
 
 
 async def posted(api: str, path: str, body: bytes, count: int = 1, key: str = "") -> str:
-    """Sends `count` requests and describes the replies. Without a path, the body is sent as raw bytes. `@NUMBER@` in a
-    body is replaced by the number of the request."""
+    """Sends `count` requests and describes the replies. Without a path, sends raw bytes. The number of the request
+    replaces `@NUMBER@` in a body."""
     pipe = asyncio.subprocess.PIPE
     words = (sys.executable, "-c", _POST, f"{api}/{path}") if path else (sys.executable, "-c", _RAW, api[7:])
     process = await asyncio.create_subprocess_exec(*words, key, str(count), stdin=pipe, stdout=pipe)

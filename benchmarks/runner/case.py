@@ -48,8 +48,8 @@ class Case(ABC):
 
     @abstractmethod
     def groups(self) -> AsyncIterator[Group]:
-        """Yields each group while the things that its variants need exist. When the generator goes on, the group has
-        its turns."""
+        """Yields each group while what its variants need exists. When the generator resumes, the group has its
+        turns."""
 
 
 def argument(what: str, read: Callable[[str], Any] = Path, *, nargs: str | None = None, default: Any = MISSING) -> Any:

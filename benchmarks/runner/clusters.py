@@ -98,7 +98,6 @@ class Bench:
         return (self._folder / "coordinator.log").read_text(errors="replace")
 
     def up(self, *options: str) -> subprocess.Popen[bytes]:
-        """Starts a coordinator, or a standby."""
         with (self._folder / "coordinator.log").open("ab") as log:
             words = [*self._command, "up", str(self.file), *options]
             process = subprocess.Popen(
@@ -212,8 +211,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 async def running(
     model: Path, layout: Layout, command: Sequence[str] = _COMMAND
 ) -> AsyncIterator[tuple[Bench, subprocess.Popen[bytes]]]:
-    """Yields a cluster that is ready, and its coordinator. Afterwards, all processes are ended and the folder is
-    removed."""
+    """Yields a cluster that is ready, and its coordinator. At the end, all processes end and the folder is removed."""
     with _ended_by_sigterm(), TemporaryDirectory(prefix="llamaclust-bench-") as folder:
         bench = Bench(model, layout, Path(folder), command)
         async with bench.static_workers():

@@ -40,8 +40,7 @@ class RecordedDrafters:
         self._drafts: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def record(self, prompt: tuple[int, ...], answer: Sequence[int], is_right: Sequence[bool], vocabulary: int) -> None:
-        """Records an answer for later drafts. A token to be drafted wrong is replaced by the next one of the
-        vocabulary."""
+        """Records an answer for later drafts. In place of a token to be drafted wrong, records the next token id."""
         pairs = zip(answer, is_right, strict=True)
         self._drafts[prompt] = tuple(token if right else (token + 1) % vocabulary for token, right in pairs)
 

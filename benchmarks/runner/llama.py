@@ -23,8 +23,7 @@ _DEADLINE_S = 1800
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second; for llamaclust also their shares of the machine's limits. Prefill is None if it is not
-    compared."""
+    """Tokens per second; for llamaclust also shares of the machine's limits. Prefill is None if it is not compared."""
 
     prefill: float | None
     decode: float
@@ -33,8 +32,8 @@ class Speed:
 
 
 def check_program(path: Path, how: str = "the docstring of benchmarks/runner/llama.py") -> Path:
-    """Returns the absolute path of a program. Raises UsageError if it is missing or cannot be run. `how` names the text
-    that says how to build it."""
+    """Returns the absolute path of a program. Raises UsageError if none can be run there; the message says that `how`
+    says how to build it."""
     if path.is_dir():
         raise UsageError(f"--llama-bench {path}: a folder; give the program in it, such as {path}/bin/llama-bench")
     if not path.exists():
@@ -61,8 +60,7 @@ def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
 
 
 def json_of(command: Sequence[str]) -> Any:
-    """Returns the JSON that a program prints. Raises UsageError if it cannot be run, fails, or prints something
-    else."""
+    """Returns the JSON that a program prints. Raises UsageError if it cannot be run, fails, or prints other text."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
     except OSError as error:

@@ -41,8 +41,7 @@ def model_of(quant_type: QuantType, shape: str, models: Path | None = None) -> I
 
 def write_weakened(path: Path, shape: Shape, quant_type: QuantType, first: int = 0, strength: float = 0.0) -> None:
     """Writes a model in which layers from `first` on add only `strength` times the usual amount to the hidden state.
-    With 0, each token follows from the one before, and answers repeat themselves. These layers take as long as
-    others."""
+    With 0, each token follows from the one before, and answers repeat themselves. The layers take as long as others."""
     sources = tensors(shape, quant_type, 1, alike=True)
     write_gguf(path, metadata("random", shape, quant_type), (_weakened(each, first, strength) for each in sources))
 

@@ -38,7 +38,6 @@ def share(text: str) -> float:
 
 
 def listed(one: Callable[[str], _Value]) -> Callable[[str], tuple[_Value, ...]]:
-    """Returns a parser of comma-separated values."""
     return lambda text: tuple(one(part) for part in text.split(","))
 
 

@@ -1,5 +1,4 @@
-"""Writes a model again in F16, padded with zeros: it computes the same, and is wide enough for types in blocks of
-256."""
+"""Writes a model again in F16, padded with zeros: it computes the same, but fits types in blocks of 256."""
 
 from __future__ import annotations
 
@@ -48,8 +47,7 @@ class PaddedModels:
 
     @classmethod
     def of(cls, name: str, hidden: int, text: Path, chunks: int, folder: Path) -> PaddedModels:
-        """Makes the model, its importance matrix from the second half of the text, and its logits for the first
-        `chunks`."""
+        """Makes the model, its importance matrix from the text's second half, and its logits for the first `chunks`."""
         narrow, padded = resolve_model(name), folder / "padded.gguf"
         write_padded(narrow, padded, hidden)
         words = text.read_text()

@@ -44,14 +44,12 @@ class Shape:
 
     @property
     def workers(self) -> dict[str, tuple[int, int | None]]:
-        """Threads and MiB of memory, by worker."""
         memory = self.memory_mib or (None,) * len(self.threads)
         return {chr(97 + index): both for index, both in enumerate(zip(self.threads, memory, strict=True))}
 
 
 def at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
-    """Makes the link of a host, which delays what the host sends by half of the round trip. The delays of two hosts add
-    up."""
+    """Makes a host's link, which delays what the host sends by half of the round trip. Delays of two hosts add up."""
     return Link(round_trip_ms / 2e3, None if rate_mbit is None else rate_mbit * 10**6)
 
 

@@ -1,5 +1,5 @@
-"""Measures the time of a microbatch of one sequence by its number of rows, each of which chooses a token, and computes
-the gain that drafts can have."""
+"""Measures the time of a microbatch by its rows, each of which chooses a token, and computes the gain that drafts can
+have."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class RowCosts:
 
 
 def measured(path: Path, threads: int, position: int, seed: int = 1) -> RowCosts:
-    """Measures the whole model in this process after `position` tokens. Raises UsageError for a model with attention
-    windows or recurrent states."""
+    """Measures the whole model after `position` tokens. Raises UsageError for a model with attention windows or
+    states."""
     with Model.open(path) as model:
         if model.window is not None or model.has_states:
             raise UsageError(f"{path}: has windows or states; give a model whose layers see all tokens")

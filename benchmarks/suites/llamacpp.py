@@ -39,8 +39,7 @@ _FILE_S = 3600
 
 
 def fetch(folder: Path) -> Path:
-    """Downloads the package and returns the folder of llama.cpp's source. Ends the program if the package is
-    unavailable."""
+    """Downloads the package and returns llama.cpp's source in it. Ends the program if the package is unavailable."""
     command = [
         sys.executable,
         "-m",

@@ -1,5 +1,5 @@
-"""Stand-ins for the models that llama.cpp's server tests download, for both servers. Encoders and the models of a
-router are small, with random weights. Another model has an adapter whose scale decides about its words. MODEL stands in
+"""Stand-ins, for both servers, for the models that llama.cpp's server tests download. Encoders and the models of a
+router are small, with random weights. Another model has an adapter whose scale decides about its words. MODEL is used
 for all others."""
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ def model_of(flags: Mapping[str, str]) -> Path | None:
 
 
 def adapter() -> Path:
-    """Returns the file that stands in for every adapter."""
     return _stand_in(_ADAPTER)
 
 

@@ -23,8 +23,7 @@ def _download(url: str, out: str) -> None:
 
 sys.modules.setdefault("wget", types.SimpleNamespace(download=_download))  # type: ignore[arg-type]
 _KEPT: dict[str, Any] = {}
-"""The running server: `server` is the tests' ServerProcess, `flags` are its attributes, `stop` is its original
-method."""
+"""The running `server`, an instance of the tests' ServerProcess, with its `flags` and its original method `stop`."""
 
 
 def pytest_collection_finish(session: object) -> None:

@@ -26,7 +26,6 @@ def count(report: Path) -> dict[str, Counter[str]]:
 
 
 def outcomes(folder: Path) -> Outcomes:
-    """Reads the results of all JUnit files in a folder."""
     found: Outcomes = {}
     for report in sorted(folder.glob("*.xml")):
         for case in ElementTree.parse(report).iter("testcase"):
@@ -44,8 +43,7 @@ def _kind_of(case: ElementTree.Element) -> str:
 
 
 def print_comparison(servers: Mapping[str, Outcomes]) -> None:
-    """Prints a Markdown table of each server's passed tests by file, and the tests that one server passes and another
-    fails."""
+    """Prints each server's passed tests by file in Markdown, and the tests that one server passes and another fails."""
     names = sorted({name for found in servers.values() for name in found})
     print(f"\n| file | {' | '.join(servers)} |\n|---|{'---|' * len(servers)}")
     for name in names:
@@ -64,7 +62,6 @@ def _passed(tests: Mapping[str, str]) -> set[str]:
 
 
 def _share(tests: Mapping[str, str]) -> str:
-    """Describes how many of the tests that ran have passed."""
     kinds = Counter(tests.values())
     return f"{kinds['passed']} of {kinds['passed'] + kinds['failed']}" if tests else ""
 

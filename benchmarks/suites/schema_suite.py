@@ -41,8 +41,7 @@ def source_package(folder: Path) -> Path:
 
 
 def groups(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields each schema of the suite, optional ones included, as the name of its file and a group with its
-    instances."""
+    """Yields each schema of the suite, also optional ones: the name of its file, and the schema with its instances."""
     with tarfile.open(source) as archive:
         for member in sorted(archive.getmembers(), key=lambda entry: entry.name):
             if _SUITE in member.name and (file := archive.extractfile(member)) is not None:
@@ -51,7 +50,6 @@ def groups(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def ordered(instance: Any, schema: Any) -> Any:
-    """Returns the instance with its properties in the order of the schema."""
     if isinstance(instance, list):
         items = schema.get("items") if isinstance(schema, dict) else None
         return [ordered(item, items) for item in instance]

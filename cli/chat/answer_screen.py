@@ -22,8 +22,8 @@ def uses_color(color: Color) -> bool:
 
 
 class AnswerScreen:
-    """One answer on standard output. Reasoning is shown only on a terminal: dimmed, or below a heading if there are no
-    colors."""
+    """One answer on standard output. Reasoning is shown only on a terminal: dimmed, or without colors below a
+    heading."""
 
     def __init__(self, *, is_colored: bool, renders_markdown: bool = False) -> None:
         self._is_colored = is_colored
@@ -59,7 +59,6 @@ class AnswerScreen:
             self._markdown.write(terminal.harmless(text))
 
     def end(self) -> None:
-        """Ends the last line of a complete or interrupted answer."""
         if self._markdown is not None and not (self._is_empty or self._is_reasoning):
             self._markdown.end()
             return

@@ -76,8 +76,8 @@ class Chat:
         }
 
     def run(self) -> None:
-        """Runs until the end of the input or /exit. On a terminal an error ends only the turn; otherwise it ends the
-        chat."""
+        """Runs until the end of the input or /exit. An error ends only the turn on a terminal, but the whole chat
+        elsewhere."""
         is_terminal = sys.stdin.isatty()
         settings = self._settings
         history = environment().state_dir / _HISTORY

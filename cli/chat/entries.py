@@ -15,8 +15,7 @@ _QUOTES: Final = '"""'
 _FIRST_PROMPT: Final = "> "
 _NEXT_PROMPT: Final = ". "
 _BRIGHT: Final = ("\001\033[1;32m\002", "\001\033[0m\002")
-"""Codes that start and end the color of the prompt. The marks around them tell readline that they take no space on the
-screen."""
+"""The codes of the prompt's color. Marks around them tell readline that they take no space on the screen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +27,11 @@ class Entry:
 
 
 class Entries:
-    """Reads entries from standard input. On a terminal, readline's keys edit a line and bring back lines of earlier
-    chats."""
+    """Reads entries from standard input. On a terminal, readline's keys edit lines and bring back earlier ones."""
 
     def __init__(self, history: Path, *, is_colored: bool, takes_commands: bool) -> None:
-        """Opens the input. `history` is the file of earlier lines. Without `takes_commands`, piped lines are literal,
-        because piped text is often written by others."""
+        """Opens the input; `history` is the file of earlier lines. Without `takes_commands`, piped lines are literal,
+        since others may have written them."""
         self._is_terminal = sys.stdin.isatty()
         self._is_literal = not (self._is_terminal or takes_commands)
         self._edits = self._is_terminal and sys.stdout.isatty()
@@ -44,8 +42,7 @@ class Entries:
         self._color = _BRIGHT if is_colored and self._history is not None else ("", "")
 
     def read(self) -> Entry:
-        """Returns the next entry. Raises EOFError at the end of the input, UsageError if the input ends within an
-        entry."""
+        """Returns the next entry. Raises EOFError at the end of the input, UsageError if it ends within an entry."""
         line = self._line(_FIRST_PROMPT)
         if line.startswith(" "):
             return Entry(line.strip(), is_literal=True)

@@ -17,8 +17,7 @@ _PLACE: Final = re.compile(rf'(?<!\S)@(?:"(?P<quoted>[^"\n]+)"|(?P<plain>[^\s"]*
 
 
 def with_files(text: str) -> str:
-    """Inserts the text of each file. Raises UsageError if a file cannot be read, is larger than 1 MiB or is not
-    text."""
+    """Inserts the text of each file. Raises UsageError if one cannot be read, is larger than 1 MiB or is not text."""
     return _PLACE.sub(lambda found: _text(found["quoted"] or found["plain"]), text)
 
 

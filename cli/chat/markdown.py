@@ -1,5 +1,4 @@
-"""Renders the Markdown of an answer on a terminal. The current block is shown as plain text and rendered when it is
-complete."""
+"""Renders Markdown on a terminal. The current block is shown as plain text and rendered when it is complete."""
 
 from __future__ import annotations
 
@@ -30,7 +29,6 @@ class MarkdownScreen:
 
     @property
     def can_render(self) -> bool:
-        """True if the terminal can move its cursor."""
         return not self._console.is_dumb_terminal
 
     def write(self, text: str) -> None:
@@ -73,8 +71,7 @@ def _without_padding(line: list[Segment]) -> list[Segment]:
 
 
 def split_blocks(text: str) -> tuple[str, str]:
-    """Splits a text into its complete blocks and the rest. A block ends with an empty line, a fenced block with its
-    closing fence."""
+    """Splits a text into complete blocks and the rest. A block ends with an empty line, fenced code with its fence."""
     fence, end, at = "", 0, 0
     for line in text.splitlines(keepends=True):
         at += len(line)

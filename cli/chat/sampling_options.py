@@ -50,8 +50,8 @@ _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds sampling options to a command. The command gets the given values in its argument
-    `more`, by request field. Without `recommended`, `more` also has the defaults of the main numbers; with it, the
-    model recommends them."""
+    `more`, by request field. Without `recommended`, it also gets the main numbers' defaults; with it, the model
+    recommends them."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
@@ -79,8 +79,8 @@ def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Calla
 
 
 def _with_most_drafted(more: dict[str, Any]) -> dict[str, Any]:
-    """Merges --speculative and --draft-max into the request field `speculative`. Raises UsageError for invalid or
-    contradictory values."""
+    """Merges --speculative and --draft-max into the field `speculative`. Raises UsageError for invalid or contradictory
+    values."""
     from llamaclust.cluster.config.values import switched
     from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 

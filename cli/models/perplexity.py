@@ -80,7 +80,7 @@ class Source:
 
     @contextmanager
     def opened(self, tokenizer: Tokenizer, sample: str, context: int, sequences: int = 1) -> Iterator[TextClient]:
-        """Opens a client. Raises UsageError if the options contradict each other, or if the cluster serves another
+        """Opens a client. Raises UsageError if the options contradict each other or the cluster serves another
         model."""
         with ends_workers_cleanly(self.workers), self._open(context, sequences) as client:
             if self.endpoint is not None:

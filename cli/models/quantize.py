@@ -1,5 +1,4 @@
-"""The commands `model quantize` and `model imatrix`: they write a smaller model file, and the importance matrix of
-weights."""
+"""The commands `model quantize` and `model imatrix`, which write smaller models and importance matrices."""
 
 from __future__ import annotations
 

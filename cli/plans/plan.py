@@ -187,8 +187,7 @@ def _draft_model(config: ClusterConfig) -> DraftModelMemory | None:
 
 
 def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory | None) -> Iterator[str]:
-    """Yields lines about memory that layers cannot use: the draft model's, and that of worker processes with a `memory`
-    limit."""
+    """Yields lines on memory that layers cannot use: the draft model's, and that of workers with a `memory` limit."""
     if draft_model is not None:
         yield f"  {draft_model.text}, which workers do not have"
         yield from (f"  {remark}" for remark in draft_model.remarks)

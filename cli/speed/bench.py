@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 
 def known_device(devices: list[str], workers: int) -> str:
-    """Parses the value of --device. Raises UsageError for an unknown device, several GPUs, or a GPU for several
-    workers."""
+    """Parses --device. Raises UsageError for an unknown device, several GPUs, or a GPU for several workers."""
     from llamaclust.cluster.config.values import parse_device
 
     known = option_value("--device", parse_device, ",".join(devices) or "cpu")

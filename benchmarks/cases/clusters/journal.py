@@ -67,7 +67,6 @@ class Journal(Case):
         return {"requests/s": self.requests / took_s, "coordinator ms": 1e3 * used_s / self.requests}
 
     async def _connection(self, api: str, numbers: Iterator[int]) -> None:
-        """Sends requests one after the other on the same connection."""
         connection = None
         for number in numbers:
             body = {"prompt": f"{number} words", "max_tokens": self.tokens, "ignore_eos": True}

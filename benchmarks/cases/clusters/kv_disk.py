@@ -96,7 +96,6 @@ async def _written(api: str) -> None:
 
 
 def flip_bytes(folder: Path) -> None:
-    """Flips a bit in each file."""
     for path in sorted(folder.glob("*.kv")):
         with path.open("r+b") as file:
             file.seek(-1 - path.stat().st_size // 3, os.SEEK_END)

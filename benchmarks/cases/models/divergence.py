@@ -105,6 +105,5 @@ def _check_same_types(ours: Path, theirs: Path) -> None:
 
 
 def _goes_without(model: Path, mix: str) -> bool:
-    """True if the mix needs no importance matrix."""
     types = choose_types(open_model(model), Wishes(MIXES[mix]))
     return not any(needs_importance(name, kind, MIXES[mix]) for name, kind in types.items())

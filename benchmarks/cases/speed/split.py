@@ -73,7 +73,6 @@ async def _together_s(cluster: Cluster, requested: Sequence[tuple[int, ...]], to
 
 
 def _workers_s(cluster: Cluster) -> float:
-    """Returns the processor time of all workers in seconds."""
     return sum(processor_s(psutil.Process(worker.registration.pid)) for worker in cluster.registry.present.values())
 
 

@@ -80,8 +80,7 @@ class Streaming(Case):
         return [*words, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
 
     def _decode_tok_s(self, path: Path) -> float:
-        """Returns the speed of one answer by the coordinator's clock. Raises LlamaclustError if the answer is
-        incomplete."""
+        """Returns an answer's speed by the coordinator's clock. Raises LlamaclustError if the answer is incomplete."""
         timings, usage = None, None
         for line in path.read_bytes().splitlines():
             if line.startswith(b"data: {"):

@@ -3,7 +3,8 @@
     python benchmarks/public_shape.py qwen3-30b-a3b:q4_k_m /tmp/shape.gguf --layers 8
 
 The shapes are those of `llamaclust plan --assume` and of the models of the catalog. With fewer layers than its own, a
-model fits into less memory; the speed of a layer stays the same. Layers have the same bytes, to be written fast."""
+model fits into less memory, and the speed of a layer stays the same. All layers have the same bytes, so that files are
+written fast."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from llamaclust.model.quant_types import QuantType
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The dimensions of a model; widths are in channels. `experts` replace each feed-forward network, unless 0."""
+    """The dimensions of a model; widths are in channels. `experts`, unless 0, replace each feed-forward network."""
 
     hidden: int
     layers: int

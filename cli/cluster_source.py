@@ -18,9 +18,10 @@ _MAX_NAME = 63
 def cluster_source(
     source: str | None, workers: int | None, overrides: Sequence[str], *, discover: bool = False
 ) -> tuple[Path | None, list[str]]:
-    """Returns the path of the cluster file, if there is one, and the KEY=VALUE overrides. A model needs no file: its
-    cluster is named after it, and the workers are processes of this machine or, with `discover`, find it. Raises
-    UsageError for a model that is neither a file nor a known name, and for `--workers` with a cluster file."""
+    """Returns the path of the cluster file, if there is one, and the KEY=VALUE overrides. For a model, there is no
+    file: the cluster is named after the model. Its workers are processes of this machine or, with `discover`, workers
+    that find it. Raises UsageError for a model that is neither a file nor a known name, and for --workers with a
+    cluster file."""
     if source is not None and not _is_model(source):
         if workers is not None:
             raise UsageError(f"--workers: {source} lists its workers; give a model in place of the file")

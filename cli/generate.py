@@ -337,7 +337,8 @@ class Target:
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
-    """Returns a client with the first API key of the file, if one is given. Raises UsageError if the file has none."""
+    """Returns a client with the first API key of the file, if a file is given. Raises UsageError if the file has no
+    key."""
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.state.api_keys import first_key
 

@@ -14,8 +14,8 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""Delay before a signal's handler runs again after Python discarded its exception in a destructor. By then the
-destructor has returned."""
+"""If a destructor discarded the exception of a signal's handler, the handler runs again after this delay. The
+destructor has returned by then."""
 
 
 _FIRST_PROCESS = 1

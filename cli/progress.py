@@ -254,8 +254,8 @@ def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Re
 
 @contextmanager
 def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
-    """Yields a function that has events shown by another thread, so that a blocked terminal cannot block the event
-    loop. If too many events wait, new ones are dropped."""
+    """Yields a function whose events another thread shows, so that a blocked terminal cannot block the event loop. If
+    too many events wait, new ones are dropped."""
     waiting: Queue[events.Event | None] = Queue(_MOST_WAITING)
 
     def show_all() -> None:
@@ -345,7 +345,7 @@ def _certificate_text(ready: events.Ready) -> str:
 
 
 def own_address(url: str) -> str:
-    """Returns a URL that other machines can use, for an API that listens at one or all addresses of this machine."""
+    """Returns a URL that other machines can use, even if the API listens at all addresses of this machine."""
     scheme, _, address = url.partition("://")
     host, port = split_address(address)
     return f"{scheme}://{joined_address(reachable_host(host), port)}"

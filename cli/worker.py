@@ -1,4 +1,5 @@
-"""The commands `worker`, which joins a static cluster, and `token rotate`, which replaces the secret for that."""
+"""The commands `worker`, which joins a static cluster, and `token rotate`, which replaces the secret that joining
+needs."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ _CALLER = "_native"
 
 @dataclass(frozen=True, slots=True)
 class LinkSpeed:
-    """Settings of links. Each direction gets half of the round trip. `gbit_s` limits what a worker receives; 0: no
-    limit."""
+    """Settings of links. Each direction is delayed by half of the round trip. `gbit_s` is the rate at which a worker
+    receives; 0 means no limit."""
 
     round_trip_ms: float = 0.0
     gbit_s: float = 0.0
@@ -55,8 +55,7 @@ class Emulation:
         self._settings[:] = speed.encode()
 
     def prefix(self, core: int, speed: float = 1.0) -> tuple[str, ...]:
-        """Returns the words that run a command on a core if they precede it. A `speed` below 1 emulates a slower
-        core."""
+        """Returns words that, put before a command, run it on a core. A `speed` below 1 emulates a slower core."""
         words = [f"{name}={value}" for name, value in self.variables(speed).items()]
         return ("taskset", "-c", str(core), "env", *words)
 

@@ -78,8 +78,8 @@ class Figures:
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The time in which the memories, with hits on the GPU, could be read: a share of the time of a step with
-        copies."""
+        """The time in which the memories could be read if hits are read on the GPU, as a share of the time of a step
+        with copies."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -207,7 +207,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A figure and its goal, which is the least wanted value, or None."""
+    """A figure and its goal: the least wanted value, or None without a goal."""
 
     what: str
     found: float

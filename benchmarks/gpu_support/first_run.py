@@ -223,8 +223,8 @@ def _signals(how: int) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends all processes of a step. SIGTERM lets writers of models remove partial files, which have gigabytes and may
-    lie in RAM. After some seconds, or at another Ctrl-C, the other processes get SIGKILL."""
+    """Ends all processes of a step. SIGTERM lets writers of models remove partial files, which may take gigabytes of
+    RAM. After some seconds, or at another Ctrl-C, the remaining processes get SIGKILL."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         end_s = time.monotonic() + _GRACE_S

@@ -28,7 +28,7 @@ def ready_folder(folder: Path) -> None:
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, at most until this process has ended. Raises UsageError if another run has it."""
+    """Holds the folder's lock, which also ends with the process. Raises UsageError if another run has it."""
     lock = FileLock(folder / _LOCK)
     if not lock.take():
         raise UsageError(f"another run uses {folder}")

@@ -15,8 +15,8 @@ _ALL_LAYERS = 999
 
 @dataclass(slots=True)
 class LlamaCpp:
-    """Measures prefill and decode with llama-bench, which does not sample. The faster of flash attention and none
-    counts."""
+    """Measures prefill and decode with llama-bench, which does not sample. It runs with and without flash attention,
+    and the faster speed counts."""
 
     program: Path
     gpu: int  # as CUDA numbers it

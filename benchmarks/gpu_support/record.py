@@ -73,7 +73,7 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
 
 def record_name(record: dict[str, Any]) -> str:
     """Returns `<gpu>-<model>.json`. The name also has the memory limit, the number of layers with experts in RAM, and
-    the size of copies, if there are any, so that such runs have their own files."""
+    the size of copies, if there are any, so that runs with different settings have different files."""
     placement, cap = record["placement"], record["settings"]["gpu_memory_bytes"]
     layers, copies = len(placement["cpu_moe"]), placement["experts_cache_bytes"]
     parts = [record["gpu"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]
@@ -92,8 +92,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> Path:
 
 @dataclass
 class RecordFile:
-    """A record in a folder, rewritten after each round. A failed write does not end the measurement; `error` keeps
-    it."""
+    """A record in a folder, rewritten after each round. A failed write does not end the measurement; `error` says why
+    it failed."""
 
     folder: Path
     error: OSError | UsageError | None = None

@@ -55,7 +55,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The placement of layers, with all memory that they need. The last layers and the head are on the GPU. The layers
+    """The placement of layers, and all memory that they need. The last layers and the head are on the GPU. The layers
     before them, and the experts of some others, are in RAM."""
 
     parts: tuple[DeviceLayers, ...]
@@ -144,8 +144,8 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Runs what is measured later: the first prefill teaches the scheduler to cut prompts, the second run captures
-        graphs."""
+        """Runs what is measured later. The first prefill teaches the scheduler to cut prompts; CUDA graphs are captured
+        in the second run."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):

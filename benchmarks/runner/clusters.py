@@ -42,8 +42,8 @@ def free_port() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The parts of a cluster. `keys` are further keys of its file. `prefixes` are words before a worker's command, by
-    worker, which run it in another place. With `is_secure`, static workers use mutual TLS."""
+    """The parts of a cluster. `keys` are further keys of its file. `prefixes` has, by worker, words before its command,
+    which run it in another place. With `is_secure`, static workers use mutual TLS."""
 
     launcher: str = "local"
     workers: int = 3
@@ -107,7 +107,7 @@ class Bench:
         return process
 
     async def standby(self) -> subprocess.Popen[bytes]:
-        """Starts a standby. Returns when it waits for the coordinator to end."""
+        """Starts a standby and waits until it is ready to take over."""
         process = self.up("--standby")
         await self._until(lambda: self.directory.has_standby, process, "a standby")
         return process

@@ -32,7 +32,7 @@ class Speed:
 
 
 def check_program(path: Path, how: str = "the docstring of benchmarks/runner/llama.py") -> Path:
-    """Returns the absolute path of a program. Raises UsageError if none can be run there; the message says that `how`
+    """Returns the absolute path of a program. Raises UsageError if none can be run there. `how` names the text that
     says how to build it."""
     if path.is_dir():
         raise UsageError(f"--llama-bench {path}: a folder; give the program in it, such as {path}/bin/llama-bench")

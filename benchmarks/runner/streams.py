@@ -59,7 +59,7 @@ class Answer:
 
     @property
     def token_s(self) -> float:
-        """The mean seconds of a token after the first event."""
+        """The mean seconds per token, without the tokens of the first event."""
         (first_s, first), (last_s, _) = self.arrivals[0], self.arrivals[-1]
         return (last_s - first_s) / (len(self.ids) - first) if len(self.ids) > first else 0.0
 

@@ -127,7 +127,7 @@ def addresses(hosts: str, port: str) -> dict[str, Any]:
 
 def names(flags: dict[str, str]) -> dict[str, Any]:
     """Returns the keys of the cluster file for names and tags. The alphabetically first alias is the model's name. A
-    cluster with `models` has no such keys: they have names of their own."""
+    cluster with `models` has no such keys, because its models have names of their own."""
     if "models" in served(flags):
         return {}
     aliases = sorted(name for name in flags.get("--alias", "").split(",") if name)

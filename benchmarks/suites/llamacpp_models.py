@@ -1,6 +1,6 @@
 """Stand-ins, for both servers, for the models that llama.cpp's server tests download. Encoders and the models of a
-router are small, with random weights. Another model has an adapter whose scale decides about its words. MODEL is used
-for all others."""
+router are small, with random weights. Another model has an adapter whose scale decides its words. MODEL is used for all
+others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ _FILL_IN = ("ggml-org/test-model-stories260K-infill", "fill-in")
 
 
 def build_stand_ins(folder: Path) -> None:
-    """Writes the missing stand-ins."""
     from support.arithmetic.scale_words import build_scale_words
     from support.models.tiny_encoders import RANK, build_encoder
     from support.models.tiny_model import build_tiny_model

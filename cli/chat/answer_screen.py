@@ -22,7 +22,7 @@ def uses_color(color: Color) -> bool:
 
 
 class AnswerScreen:
-    """One answer on standard output. Reasoning is shown only on a terminal: dimmed, or without colors below a
+    """One answer on standard output. Reasoning is shown only on a terminal: dimmed if there are colors, else below a
     heading."""
 
     def __init__(self, *, is_colored: bool, renders_markdown: bool = False) -> None:

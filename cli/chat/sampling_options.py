@@ -50,8 +50,8 @@ _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that adds sampling options to a command. The command gets the given values in its argument
-    `more`, by request field. Without `recommended`, it also gets the main numbers' defaults; with it, the model
-    recommends them."""
+    `more`, by request field. If `recommended`, the model's file decides main numbers that are not given; otherwise
+    `more` has their defaults."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:

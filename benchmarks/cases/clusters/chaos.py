@@ -29,8 +29,8 @@ class Chaos(Case):
     """Injects the faults of `llamaclust chaos` into a cluster of its own: nothing may be lost or changed.
 
     A killed coordinator is restarted at once, or a standby takes over. Joined workers are restarted whenever they end.
-    With --group, this number of workers hold the first two thirds of the layers together, and one more worker has the
-    rest: no other worker can take their places. Pauses are those of all streams, by kind of fault."""
+    With --group, that many workers hold the first two thirds of the layers together, and one more worker has the rest:
+    no other worker can take their places. Pauses are those of all streams, by kind of fault."""
 
     rounds = 1
     model: Path = argument("path of a .gguf", existing)

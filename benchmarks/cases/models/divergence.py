@@ -29,16 +29,17 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, needs_im
 _DEADLINE_S = 1800
 Float64 = NDArray[np.float64]
 _SAME = {"F32", "F16", "BF16"}
-"""Types for which there is nothing to choose: both programs write the same file."""
+"""Types for which there is nothing to choose: both programs write the same values."""
 
 
 @dataclass(frozen=True)
 class Divergence(Case):
     """Effect of quantizing on predictions, compared with llama-quantize: KL divergence from the unquantized model.
 
-    The model is padded with zeros first, so that all types fit. At mixes with `+`, both programs get the same
+    The model is padded with zeros first, so that all types fit. For mixes with `+`, both programs get the same
     importance matrix, made from the second half of TEXT. The first chunks are predicted, token by token. Both files run
-    in our kernels, and must have tensors of the same types. The ratio's standard error is that of pairs of tokens."""
+    in our kernels, and must have tensors of the same types. The ratio's standard error is computed over pairs of
+    tokens."""
 
     rounds = 1
     model: str = argument("catalog name or path of a .gguf", str)

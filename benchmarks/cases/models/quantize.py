@@ -69,7 +69,7 @@ def rows_of(path: Path, most: int) -> Float32:
 class QuantizeCase(Case):
     """Quantizers compared with llama.cpp's: error and time of every type on a model's own weights, in rows of 2304.
 
-    With --llama-quantize, the time of a whole file is measured, too. Errors are roots of mean squares; at types with
+    With --llama-quantize, the time of a whole file is measured, too. Errors are roots of mean squares; for types with
     `+`, a random importance weights them. Both sides get the same float32 rows and run in one thread. For a whole file,
     they run in all --threads."""
 

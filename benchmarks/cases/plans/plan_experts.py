@@ -31,8 +31,8 @@ class PlanExperts(Case):
                 --ffn 768 --experts 128 --experts-used 8
 
     makes a model of 13 GB, of which a token reads a tenth. Three workers of one thread each get memory for less than
-    half of the model. They are processes of this machine, or with --hosts run on hosts of their own (network
-    namespaces, round trip 1 ms, 1 Gbit/s; needs root). Each cluster starts with nothing measured."""
+    half of the model. They run on this machine or, with --hosts, on hosts of their own (network namespaces, round trip
+    1 ms, 1 Gbit/s; needs root). Each cluster starts with nothing measured."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)

@@ -28,9 +28,9 @@ _PROMPT = 64
 class DraftModel(Case):
     """Gain of a draft model. The weights are random, and drafts are right as often as the construction makes them.
 
-    The draft model is the first layers of the model. What the later layers add to the hidden state is weakened by the
-    factor --strengths: with 0 they add nothing, so every draft is right. N-gram drafts are off. Both ways must have the
-    same tokens and logprobs."""
+    The draft model is the first layers of the model. What the later layers add to the hidden state is multiplied by
+    each of --strengths: with 0 they add nothing, so every draft is right. N-gram drafts are off. Both ways must have
+    the same tokens and logprobs."""
 
     warm = 1
     shape: str = option("1.1b", "of the model", chosen("shape", {name: name for name in SHAPES}))

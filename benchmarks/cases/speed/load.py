@@ -22,8 +22,9 @@ class Load(Case):
     """Time until a model is ready and peak memory, for loads from its file and from packed layers.
 
     Each load runs in its own process, with the files in the page cache. `ready` is the time from opening the file to a
-    stage that could run, `process` that from the start of Python. `limit` bounds the peak of resident memory after a
-    prefill: 1.10 of the weights held, plus KV memory, plus 150 MiB. "copied" has the packed layers in small pages."""
+    stage that could run; `process` begins at the start of Python instead. `limit` bounds the peak of resident memory
+    after a prefill: 1.10 of the weights held, plus KV memory, plus 150 MiB. "copied" has the packed layers in small
+    pages."""
 
     rounds = 3
     model: Path = argument("path of a .gguf", existing)

@@ -110,7 +110,7 @@ class Step:
 
 @dataclass(frozen=True)
 class NativeStep(Case):
-    """Cost of a decode step besides its computing: its messages, written by the coordinator and read by a stage.
+    """Cost of a decode step apart from its computing: its messages, written by the coordinator and read by a stage.
 
     Figures are microseconds of a call in a loop, where the caches hold everything. The microbatch follows another one,
     whose tokens are filled in. The model is 576 wide, and rows are sampled from 32 words. Rows are plain, or have

@@ -14,8 +14,8 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""If a destructor discarded the exception of a signal's handler, the handler runs again after this delay. The
-destructor has returned by then."""
+"""Delay of a second call of a signal's handler, for the case that a destructor discarded the exception of the first.
+The destructor has returned by then."""
 
 
 _FIRST_PROCESS = 1

@@ -42,8 +42,8 @@ async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finishe
 
 @contextmanager
 def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
-    """Pins each worker of one thread to a core, in the order of the stages, as long as there are cores. Pins this
-    process, the coordinator, to the second core, because the first stage begins when the coordinator gets a result.
+    """Pins each worker of one thread to a core, in the order of the stages, as long as there are cores. This process,
+    the coordinator, shares the second core, not the first: the first stage begins when the coordinator gets a result.
     Without pins, some virtual machines leave a process that wakes on its last core, even if another core is idle."""
     cores = sorted(os.sched_getaffinity(0))
     present = cluster.registry.present

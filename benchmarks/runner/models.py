@@ -1,4 +1,4 @@
-"""Makes models of random weights, which exist only while a case measures them."""
+"""Makes temporary models of random weights for cases."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ _OWN_MIB = 700  # of a worker, beside its weights
 class PlanExperts(Case):
     r"""Accuracy of plans for a mixture of experts on three workers: decode and prefill, compared with the predictions.
 
-            python benchmarks/shape.py 7b Q4_K moe.gguf --alike --hidden 2048 --layers 40 --heads 32 --kv-heads 4 \
-                --ffn 768 --experts 128 --experts-used 8
+        python benchmarks/shape.py 7b Q4_K moe.gguf --alike --hidden 2048 --layers 40 --heads 32 --kv-heads 4 \
+            --ffn 768 --experts 128 --experts-used 8
 
     makes a model of 13 GB, of which a token reads a tenth. Three workers of one thread each get memory for less than
     half of the model. They run on this machine or, with --hosts, on hosts of their own (network namespaces, round trip

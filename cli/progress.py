@@ -345,7 +345,7 @@ def _certificate_text(ready: events.Ready) -> str:
 
 
 def own_address(url: str) -> str:
-    """Returns a URL that other machines can use, even if the API listens at all addresses of this machine."""
+    """Returns the URL of the API. Where it listens at all addresses, the URL has this machine's own address."""
     scheme, _, address = url.partition("://")
     host, port = split_address(address)
     return f"{scheme}://{joined_address(reachable_host(host), port)}"

@@ -67,7 +67,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankedLogits:
-    """The logits of the last run, which stay on a GPU, and records of rows, which suffice to sample most tokens."""
+    """The logits of the last run, which stay on a GPU. Most tokens are sampled from a short record of each row."""
 
     records: NDArray[np.int64]  # [outputs, words], see cpu/native/sampler/ranked.h
     rows: Callable[[Sequence[int]], Float32]
@@ -153,9 +153,9 @@ class GathersRows(Protocol):
 
 
 Experts = Callable[[int, Float32], Float32 | None]
-"""Computes the exchange with the given number (exchanges are numbered in the order of steps). It takes rows [rows, sum
-of widths], with the buffers that the exchange reads side by side. It returns the result [rows, width], which the next
-call overwrites, or None if it has already put the result in its place on the device."""
+"""Computes exchange `number`, counted in the order of steps, from rows [rows, sum of widths] of the buffers that it
+reads. Returns the result [rows, width], which the next call overwrites, or None if the result is already in its
+place."""
 
 
 class ExchangingStage(Stage, Protocol):
@@ -178,7 +178,7 @@ class ExpertsStage(Protocol):
         """A reference that keeps the weights in memory."""
 
     def run_mixture(self, number: int, batch: Batch, hidden: Float32) -> Float32:
-        """Computes the mixture with this number, in the order of steps. The next call overwrites the result."""
+        """Computes mixture `number`, counted in the order of steps. The next call overwrites the result."""
 
     def route(self, number: int, hidden: Float32) -> tuple[Int32, Float32]:
         """Returns each row's experts, best first, and their weights: [rows, used]. Needs `lines` in `load_experts`."""
@@ -222,7 +222,7 @@ class Backend(Protocol):
         """Returns the weight bytes that are already loaded for other stages: `load` takes no more memory for them."""
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        """Returns a stage's bytes without weights and KV memory. Raises the errors of `load`, but reads no weights."""
+        """Returns the bytes of a stage except weights and KV memory. Raises the errors of `load`; reads no weights."""
 
 
 @runtime_checkable
@@ -260,7 +260,7 @@ class ExpertsBackend(Backend, Protocol):
     def load_experts(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress, lines: int = 0
     ) -> ExpertsStage:
-        """Loads a program of `split_experts.experts_of`. `lines`: the most lines of `route` and `run_lines`."""
+        """Loads a program of `split_experts.experts_of`. `lines` is the most lines of `route` and `run_lines`."""
 
     def experts_workspace_bytes(
         self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, lines: int = 0

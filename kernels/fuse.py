@@ -94,8 +94,7 @@ def _adapts(steps: Sequence[ir.Step]) -> tuple[ir.Adapt, ...]:
 
 
 def _attend(program: ir.Program, at: int) -> Attend | None:
-    """Returns the attention that follows any rotations at `at`, joined with them if no other step reads their
-    results."""
+    """Returns the attention that begins at `at` with any rotations of its q and k, or None if others read these."""
     ropes: dict[str, ir.Rope] = {}
     step = program.steps[at]
     while isinstance(step, ir.Rope):

@@ -26,7 +26,7 @@ class Sampler:
     """
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
-        """Divides rows among `threads`. `feature_level` "" is the best one. Raises ValueError that names all levels."""
+        """Divides rows among `threads`. `feature_level` "" is the best; ValueError for another one names the levels."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
     @property

@@ -38,8 +38,8 @@ def without_experts(program: Program, layers: Collection[int]) -> Program:
 
 
 def experts_of(program: Program, layers: Collection[int]) -> Program | None:
-    """Returns the mixtures of these layers, each from the hidden state to the result, or None if there are none. If a
-    mixture reads two buffers, the hidden state has the second after the first."""
+    """Returns a program of these layers' mixtures alone, or None if there are none. Each reads the hidden state. If a
+    mixture reads two buffers, the second follows the first in the hidden state."""
     mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None

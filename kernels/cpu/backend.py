@@ -134,7 +134,7 @@ class CpuStage:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int) -> int:
-    """Returns the bytes of a stage on `threads` threads without weights and KV memory. Starts no threads."""
+    """Returns the bytes of a stage on `threads` threads except weights and KV memory. Starts no threads."""
     with _explained(program):
         return _native.workspace_bytes(compile_program(program, shapes_only(program, tensors), limits).plan, threads)
 

@@ -148,8 +148,8 @@ class Compiler:
         return read if self._buffers.is_shared(x) else self._copy(read, x.width // lines, lines)
 
     def _gather_packed(self, step: ir.Gather, form: ActivationFormat) -> None:
-        """Packs this member's columns before the gather. The packed values are those to which the products that read
-        the row would quantize it, because each member's columns are whole quantization segments."""
+        """Quantizes and packs this member's columns before the gather. The products that read the row would get the
+        same values, because each member has whole quantization segments."""
         assert step.x is not None
         own, whole = (ir.Buffer(buffer.name, buffer.width // step.lines) for buffer in (step.x, step.out))
         packed = self._buffers.write(_packed(own, form), step.lines)

@@ -1,5 +1,4 @@
-"""Emits scans and norms into a plan of the native executor. In files, heads and groups have their weights in matrix
-rows."""
+"""Emits scans and norms into a plan of the native executor. Files have a matrix row of weights per head or group."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Adapt, Attention, MixtureStep, Program
 
 _RESERVED_SHARE = 256
-"""The reciprocal of the share of a GPU's memory that is left to compiled kernels and graphs, which the driver holds."""
+"""One part in this many of a GPU's memory is left to the driver, for compiled kernels and graphs."""
 
 
 class CudaBackend:
@@ -62,7 +62,7 @@ class CudaBackend:
 
     @property
     def free_bytes(self) -> int:
-        """The bytes for loads: free memory and that of experts caches, less a reserve for kernels and graphs."""
+        """Free memory and that of experts caches, less a reserve for kernels and graphs."""
         cached_bytes = sum(cache.n_bytes for cache in tuple(self._caches))
         with self._gpu_lock.driver_errors():
             return max(0, self._device.free_bytes + cached_bytes - self._device.memory_bytes // _RESERVED_SHARE)
@@ -163,15 +163,15 @@ class CudaBackend:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns the bytes that a stage takes in addition to weights and KV memory, without opening a GPU. Raises
-    ModelFileError or UsageError if GPUs cannot compute the program."""
+    """Returns the bytes of a stage except weights and KV memory, without opening a GPU. Raises ModelFileError or
+    UsageError if GPUs cannot compute the program."""
     plan = _plan(program, tensors, limits)
     rounded = plan.kv_allocated_bytes - kv_bytes(program, limits)
     return plan.buffers_allocated_bytes + rounded + rounded_weight_bytes(program, tensors)
 
 
 def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """Returns an upper bound of `workspace_bytes` for any number of KV blocks, without the rounding of weights."""
+    """Returns an upper bound of `workspace_bytes` for any number of KV blocks. It excludes the rounding of weights."""
     if program.window is not None:
         limits = replace(limits, window_blocks=1)  # they have a table of their own
     weights = _checked_weights(program, tensors)
@@ -180,13 +180,13 @@ def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits
 
 
 def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:
-    """Returns how many bytes allocations add to weights: each layer is one allocation, whose size is rounded up."""
+    """Returns the bytes that rounding adds to weights: each layer is one allocation, whose size is rounded up."""
     layers = layers_of_weights(tensors[name] for name in program.weights)
     return sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)
 
 
 def _check_part(program: Program) -> None:
-    """Raises ModelFileError if these layers read more from other devices than the hidden state."""
+    """Raises ModelFileError if the layers read anything but the hidden state from another device."""
     known = set() if program.is_first else {program.hidden.name}
     stored: set[int] = set()
     for step in program.steps:

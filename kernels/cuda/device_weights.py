@@ -160,7 +160,7 @@ class _Uploads:
 
 
 class LoadProgress:
-    """Reports loaded weight bytes. One in `_KERNELS_SHARE` stands for compiled modules. Thread-safe."""
+    """Reports loaded weight bytes, 1 in `_KERNELS_SHARE` of them as kernels are compiled. Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress

@@ -27,7 +27,7 @@ _FLUSHED_BYTES = 256 << 20
 """More bytes than the largest last-level cache of a GPU (126 MiB)."""
 _SCALES = (1 / 1024, 1 / 64, 1 / 8, 1.0)
 _LONG_S = 0.002
-"""The seconds from which work is large enough to measure a rate. It is then repeated for `_REPEATED_S`."""
+"""Work that takes so many seconds is large enough to measure a rate. It is repeated for `_REPEATED_S`."""
 _REPEATED_S = 0.02
 
 _Work = tuple[Sequence[Launch], float]

@@ -21,7 +21,7 @@ _COMPACT = "as root, before a restart: echo 1 > /proc/sys/vm/compact_memory"
 
 
 def in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
-    """Returns whether each map is in huge pages; True if these are off. Small pages stream weights 6 to 8 % slower."""
+    """Tells for each map if it is in huge pages (True if these are off). Small pages stream weights 6 to 8 % slower."""
     if _no_huge_pages():
         return [True] * len(memories)
     of_files = ("FilePmdMapped:", "ShmemPmdMapped:")
@@ -51,7 +51,7 @@ def move_to_huge_pages(memories: Sequence[Memory], pool: Executor) -> None:
 
 
 def own_huge_bytes(memories: Sequence[Memory]) -> int:
-    """Returns the bytes of these memories in huge pages. The kernel lists adjacent memories as one."""
+    """Returns the bytes of these memories that are in huge pages. The kernel lists adjacent memories as one."""
     found = _huge_bytes(_smaps(), ("AnonHugePages:",))
     return sum(n_bytes for addresses, n_bytes in found if any(memory.address in addresses for memory in memories))
 

@@ -40,7 +40,7 @@ class Memory:
 
 
 def attend(step: ir.Attention, query: Float32, memory: Memory, own: int, sinks: Float32 | None = None) -> Float64:
-    """Computes the row at position `own` from its query [heads * head_dim] and `sinks` [heads]: [heads * value_dim]."""
+    """Returns [heads * value_dim] of the row at position `own`, given query [heads * head_dim] and `sinks` [heads]."""
     first, end = seen_by(step, own, len(memory))
     grouped = query.reshape(step.kv_heads, -1, step.head_dim)
     rounded = round_queries(grouped) if step.kv_type is KvType.INT8 else grouped.astype(np.float64)

@@ -1,4 +1,4 @@
-"""The rounding of attention in int8, except of keys and values: of queries, and of the weights of positions."""
+"""The rounding of queries and of the weights of positions, for attention with int8 keys and values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEAST_QUERY = _LEAST_TOP = 2.0**-100
 
 def round_queries(queries: Float32) -> Float64:
     """Rounds each group of 32 channels of queries [..., channels] to 8 bits, in float32. With m = the group's greatest
-    magnitude, x becomes x * (127 / m) rounded to nearest (ties to even) times m / 127. Zeros if m is below 2^-100."""
+    magnitude, x becomes x * (127 / m), rounded to nearest (ties to even), times m / 127. It becomes 0 if m < 2^-100."""
     channels = queries.shape[-1]
     padded = np.pad(queries, [(0, 0)] * (queries.ndim - 1) + [(0, -channels % KV_GROUP_CHANNELS)])
     groups = padded.reshape(*queries.shape[:-1], -1, KV_GROUP_CHANNELS)

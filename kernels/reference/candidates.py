@@ -29,7 +29,7 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 
 
 def random_bits(task: SampleTask, purpose: int = 0) -> int:
-    """Returns 64 random bits for the next token: purpose 0 is the choice of the token, purpose 1 is XTC."""
+    """Returns 64 random bits for the next token: purpose 0 draws the token, purpose 1 is for XTC."""
     low, high, _, _ = philox((task.position, task.choice, purpose, 0), (task.seed & _MASK, task.seed >> 32))
     return high << 32 | low
 

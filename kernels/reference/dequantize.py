@@ -1,4 +1,4 @@
-"""Dequantizes every type with which ggml computes to float32. Float operations are in ggml's order."""
+"""Dequantizes all types that ggml computes with. Results are float32, by ggml's float operations in the same order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.kernels.reference.bits import Bytes, Float32
 from llamaclust.model.quant_types import QuantType
 
 _MODULES = (simple_quants, k_quants, i_quants)
-"""The modules with one function per quant type, which has the type's name."""
+"""The modules whose functions are named after quant types."""
 
 _DEQUANTIZERS: dict[QuantType, Callable[[Bytes], Float32]] = {
     kind: vars(module)[kind.name.lower()]

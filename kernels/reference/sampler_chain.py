@@ -37,8 +37,7 @@ def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int,
 
 
 def _draw(row: Candidates) -> int:
-    """Draws by the inverse CDF in the candidates' order. The upper 64 bits of (random bits * sum) are uniform in [0,
-    sum)."""
+    """Draws by the inverse CDF in the candidates' order. (random bits * sum) >> 64 is uniform below the sum."""
     target = (random_bits(row.task) * sum(row.weigh())) >> 64
     return next(rank for rank, so_far in enumerate(accumulate(row.w)) if so_far > target)
 

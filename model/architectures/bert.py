@@ -1,4 +1,4 @@
-"""Encoders for embeddings, with norms after residual sums (bert, nomic-bert*, jina-bert-v*) or before (modern-bert)."""
+"""Encoders for embeddings, with norms after blocks (bert, nomic-bert*, jina-bert-v*) or before them (modern-bert)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def nomic_bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert_moe(builder: EncoderBuilder) -> None:
-    """Nomic Embed 2: XLM-RoBERTa with rotations. The second of every n layers has experts, without gates."""
+    """Nomic Embed 2: XLM-RoBERTa with rotations. The second of every n layers has experts, which have no gate."""
     table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():

@@ -15,8 +15,7 @@ _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture. `shared_width` is that of an expert for all tokens, with a sigmoid gate if
-    `shared_gate`."""
+    """Options of a mixture. `shared_width` is that of the shared expert, which has a sigmoid gate if `shared_gate`."""
 
     options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0

@@ -208,8 +208,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, which `mixer` computes from the normed hidden state. If `beside`, that is the one which
-        the attention before it has read."""
+        """hidden += projected, which `mixer` computes from a norm of the hidden state: a new one, or with `beside` the
+        one that attention read."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)
@@ -307,7 +307,7 @@ class ProgramBuilder(CheckedTensors):
         self._matmul(f"{prefix}.ffn_down", activated, self._projected)
 
     def experts(self, layer: int, variant: ExpertsVariant, *, norm: str = "ffn_norm") -> None:
-        """hidden += the weighted sum of the best experts, and the shared expert if any, of the normed hidden state."""
+        """hidden += the weighted sum of the best experts (and the shared one), from the normed hidden state."""
         self._norm(f"blk.{layer}.{norm}", self._hidden)
         self._mix_experts(f"blk.{layer}", variant)
         self._add_projected()
@@ -319,7 +319,7 @@ class ProgramBuilder(CheckedTensors):
             self._shared_expert(prefix, variant)
 
     def _shared_expert(self, prefix: str, variant: ExpertsVariant) -> None:
-        """projected += the shared expert, weighted by a sigmoid of the normed hidden state if it has a gate."""
+        """projected += the shared expert. If it has a gate, a sigmoid of the normed hidden state weights it."""
         gate, up = (Buffer(name, variant.shared_width) for name in ("shared gate", "shared up"))
         out = Buffer("shared", self._projected.width)
         self._matmul(f"{prefix}.ffn_gate_shexp", self._normed, gate)

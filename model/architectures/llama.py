@@ -27,7 +27,7 @@ def llama(builder: ProgramBuilder) -> None:
 
 
 def internlm2(builder: ProgramBuilder) -> None:
-    """InternLM 2 and 2.5: LLaMA with separate q, k and v. Rows of Q and K are permuted as LLaMA's."""
+    """InternLM 2 and 2.5: LLaMA with separate q, k and v. Rows of Q and K are permuted as in LLaMA."""
     table = builder.rope_table()
     for layer in builder.layers():
         builder.attention(layer, AttentionVariant(RopeStyle.NORM, table))

@@ -18,7 +18,7 @@ _LLAMA4_EXPERTS = ExpertOptions(gating=Gating.SIGMOID, normalized=False, weighs_
 
 
 def ernie4_5_moe(builder: ProgramBuilder) -> None:
-    """ERNIE 4.5 with experts in every n-th layer after dense ones. They are chosen with a bias; one more is shared."""
+    """ERNIE 4.5: after dense layers, every n-th layer has experts that are chosen with a bias, and a shared one."""
     keys = builder.keys
     step = keys.count("interleave_moe_layer_step", 1, maximum=_MAX_COUNT)
     experts = read_experts(keys, builder.hyperparameters, gating=Gating.SOFTMAX, shared_width=_shared_width(builder))

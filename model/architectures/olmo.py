@@ -26,7 +26,7 @@ def olmo2(builder: ProgramBuilder) -> None:
 
 
 def exaone4(builder: ProgramBuilder) -> None:
-    """EXAONE 4: q and k are normed per head. Three of four layers of the 32B model have a window and a rotation."""
+    """EXAONE 4: q and k are normed per head. In the 32B model, every fourth layer has no window and no rotation."""
     hp = builder.hyperparameters
     window = hp.sliding_window or (_EXAONE4_32B_WINDOW if hp.block_count == _EXAONE4_32B_LAYERS else None)
     windowed = builder.keys.windowed_layers(hp.block_count, _PERIOD)

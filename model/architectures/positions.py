@@ -45,8 +45,8 @@ def _plain_frequencies(rope: RopeParameters, factors: tuple[float, ...] | None) 
 
 
 def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
-    """Returns the share of the unscaled frequency in each pair's: 1 for pairs that turn often over the original
-    context, 0 for slow pairs, a ramp between. (YaRN, arXiv 2309.00071, section 3.2.)"""
+    """Returns how much of each pair's frequency stays unscaled: 1 for pairs that turn often over the original context,
+    0 for slow pairs, a ramp between. (YaRN, arXiv 2309.00071, section 3.2.)"""
     if rope.frequency_base <= 1:
         raise ModelFileError(f"metadata rope.freq_base: {rope.frequency_base:g}, more than 1 expected with YaRN")
     last = Decimal(rope.dimension_count - 1)

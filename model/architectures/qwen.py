@@ -50,7 +50,7 @@ def qwen3moe(builder: ProgramBuilder) -> None:
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """Qwen 3 VL, text only. It is Qwen 3; only images would add to the first layers."""
+    """Qwen 3 VL, text only, where it equals Qwen 3. (Images would add to the first layers.)"""
     check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     qwen3(builder)
 

@@ -16,7 +16,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
-    """Raises ValueError if the batch exceeds limits. `window`: the largest window whose layers release KV blocks."""
+    """Raises ValueError if the batch exceeds limits. `window` is the largest of layers that release KV blocks."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
     check_range("rows", rows, 1, limits.max_batch_tokens + 1)

@@ -17,7 +17,7 @@ _TAIL = 3
 
 
 def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program:
-    """Keeps the first of equal pairs of a layer's end and the next layer: a launch has steps of at most two layers."""
+    """Keeps two layers for each kind of transition (a layer's end, the next layer): a launch spans at most two."""
     if any(step.shares_kv for step in attention_steps(program)):
         return program  # layers name others
     groups = _by_layer(program.steps)

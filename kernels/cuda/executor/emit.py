@@ -25,7 +25,7 @@ from llamaclust.model.quant_types import ActivationFormat
 
 
 def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.float32]:
-    """Returns one factor per `step.length` positions up to `context_tokens`, the first from -`step.offset` on."""
+    """Returns a factor for each `step.length` positions, from -`step.offset` up to `context_tokens`."""
     lengths = range(1, (context_tokens - 1 + step.offset) // step.length + 2)
     return np.array([1 + step.factor * log(length) for length in lengths], np.float32)
 

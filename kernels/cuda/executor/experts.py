@@ -116,7 +116,7 @@ class ExpertsEmitter:
         return ops.activations(kind, name, step.ffn_width, step.used)
 
     def _lines(self, piece: int, divisor: int) -> matmul.Experts:
-        """Takes the number of lines that share a row of the activations as `divisor`."""
+        """`divisor` is the number of lines that share a row of the activations."""
         chosen, most_items = self._chosen, experts.max_items(self.step, self.ops.rows.bucket, piece)
         return matmul.Experts(
             chosen.items, chosen.item_count, chosen.lines, most_items, piece, divisor, self._bias_rows

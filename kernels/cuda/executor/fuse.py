@@ -41,7 +41,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class Attended:
-    """Attention after norms of query or key heads. `format`: the result's only format, if it is 8-bit."""
+    """Attention after norms of query or key heads. `format` is set if all readers want the same 8-bit format."""
 
     attend: Attend
     norms: tuple[ir.RmsNorm, ...] = ()
@@ -53,7 +53,7 @@ class Attended:
 
     @property
     def rotates(self) -> bool:
-        """True if queries and keys have one rotation, which attention's kernels compute."""
+        """True if queries and keys have the same rotation, which the attention kernels then compute."""
         q, k = self.attend.rotate_q, self.attend.rotate_k
         return q is not None and k is not None and (q.table, q.style) == (k.table, k.style)
 
@@ -85,7 +85,7 @@ class _Reader:
         return is_read(self.program, self.done + makers, out.name)
 
     def formats(self, out: ir.Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """Returns the formats in which the `makers` steps before `reader` must write `out`, if `reader` reads it."""
+        """Returns the formats of `out` that the `makers` steps before `reader` must write for `reader`, if any."""
         if isinstance(reader, ir.Exchange) and out in reader.reads:
             return frozenset({ActivationFormat.F32})
         weights = _weights_of(reader, out)
@@ -169,7 +169,7 @@ def _weights_of(step: FusedStep, x: ir.Buffer) -> tuple[str, ...]:
 
 
 def _weighs_inputs(step: FusedStep) -> bool:
-    """True for a mixture that multiplies its input by the experts' weights, for which it reads the input as floats."""
+    """True for a mixture whose experts weigh the input, which they read as floats. The router reads it quantized."""
     return isinstance(step, ir.Moe) and step.options.weighs_inputs
 
 

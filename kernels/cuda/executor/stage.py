@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _FLOAT = 4
 _MAX_SHAPES = 64
-"""The most shapes that are kept (the last used). Graphs take driver memory, and lists of launches host memory."""
+"""The most shapes that are kept: the last used ones. Graphs take driver memory, and launches host memory."""
 _LEAST_SHAPES = 4
 """The shapes that are kept for any number of segments: enough for prompts, and decode of a few sequences."""
 

@@ -59,7 +59,7 @@ class SlotLayout:
 
 
 def slot_counts(experts: Mapping[SlotLayout, int], n_bytes: int) -> dict[SlotLayout, int]:
-    """Returns the slots of each layout's pool, in `n_bytes` together. Shares follow the bytes of all experts."""
+    """Returns how many slots each layout's pool gets of `n_bytes`, in proportion to the bytes of its experts."""
     total = sum(layout.expert_bytes * count for layout, count in experts.items())
     share = min(1.0, n_bytes / total)
     counts = {

@@ -13,7 +13,7 @@ from llamaclust.kernels.backend import Int32
 _HALF_LIFE_STEPS = 256
 """The number of steps after which a use counts half."""
 _LEAD_USES = 1.0
-"""The lead that an expert needs to take another expert's slot, in uses of the current weight."""
+"""The lead in uses, at their current weight, that an expert needs to take another expert's slot."""
 _GREATEST_WEIGHT = 1e100
 _FREE = -1
 

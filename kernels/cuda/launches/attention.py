@@ -39,7 +39,7 @@ _NO_WINDOW = (1 << 31) - 1
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The memory of all attention steps of a stage. `slots` counts single-row spans that are computed separately."""
+    """The memory that a stage's attention steps share. `slots` is the most single-row spans computed separately."""
 
     max_rows: int
     slots: int
@@ -135,7 +135,7 @@ def _group(step: Attention) -> int:
 
 
 def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
-    """Returns a tile's queries: as many as shared memory has scores for. Raises ModelFileError if no tile fits."""
+    """Returns a tile's queries: as many as shared memory holds scores of. Raises ModelFileError if no tile fits."""
     for queries in _MANY_QUERIES[step.kv_type]:
         if (needed := many_shared_bytes(step, queries) + _STATIC_BYTES) <= gpu.shared_bytes:
             return queries
@@ -223,7 +223,7 @@ def _merged_floats(step: Attention) -> int:
 
 
 def brings_own(step: Attention) -> bool:
-    """True if the kernel for few queries stores the row's key and value, and any GPU has shared memory for them."""
+    """True if the kernel for few queries also stores the row's key and value: they fit any GPU's shared memory."""
     queries = _few_queries(step)
     fits = 4 * (queries * _SCORE_STRIDE + _fresh_floats(step)) + _STATIC_BYTES <= PLAIN_SHARED_BYTES
     return queries > 0 and not step.shares_kv and fits
@@ -290,7 +290,7 @@ class AttentionLaunches:
         return next((queries for queries in sizes if self._have_room(step, queries)), 0)
 
     def _many(self, step: Attention) -> int:
-        """Returns the queries of a thread block for many queries. In decode, it is no larger than needed."""
+        """Returns the queries of a thread block for many queries. In decode, blocks are no larger than needed."""
         most, group = _many_queries(step, self.gpu), _group(step)
         sizes = (queries for queries in reversed(_MANY_QUERIES[step.kv_type]) if queries <= most)
         fewer = (queries for queries in sizes if queries >= group or self._have_room(step, queries))

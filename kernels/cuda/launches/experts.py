@@ -28,7 +28,7 @@ class ExpertBuffers:
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
-    """Returns the bytes of the experts' ids. Their weights take as much, and the lines too."""
+    """Returns the bytes of the experts' ids, of their weights, and of the lines, which are all equal."""
     return 4 * rows * step.used
 
 

@@ -33,7 +33,7 @@ _SUB_BLOCKS = {
 
 _GROUP_ROWS, _GEMM_ROWS, _WIDE_ROWS = 8, 64, 128
 _WIDE_WARPS, _ENOUGH = 8, 0.9
-"""The warps of a block of `_WIDE_ROWS` rows, and the blocks per multiprocessor that are enough."""
+"""The warps of a block of `_WIDE_ROWS` rows, and how many blocks per multiprocessor are enough."""
 LEAST_PIECE = _GROUP_ROWS
 """The smallest number of an expert's lines that products take together."""
 _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}

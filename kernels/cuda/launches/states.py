@@ -46,7 +46,7 @@ class StateLaunches:
     def convolve(
         self, step: Convolution, x: np.uint64, weights: Weights, bias: np.uint64, out: np.uint64, rows: RowCount
     ) -> tuple[Launch, ...]:
-        """Launches the convolution, then a kernel that stores the state, perhaps over the one that the first reads."""
+        """Launches the convolution, then a kernel that stores the new state, perhaps in place of the old one."""
         width, figures = step.x.width, (np.int32(step.taps), np.int32(step.x.width))
         blocks = -(-width // _BLOCK)
         kernel = f"states.convolve_{weights.quant_type.name}"

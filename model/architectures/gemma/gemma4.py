@@ -23,8 +23,7 @@ _MAX_HEAD = 1 << 12
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Gemma 4: values are the keys or a product of their own, normed without a weight. Layers' results may be
-    scaled."""
+    """Gemma 4: values are the keys or products of their own, normed without weights. A layer's result may be scaled."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")

@@ -29,8 +29,7 @@ _PREFIX = "adapter."
 _TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
 _MOST = 65504.0
-"""The largest accepted weight. Rows without the adapter multiply their products by 0, which must therefore be
-finite."""
+"""The largest accepted weight. Products of rows without the adapter are multiplied by 0, so they must be finite."""
 _READ_BYTES = 1 << 22
 _SAMPLE_BYTES = 4096
 _OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
@@ -45,8 +44,8 @@ def adapter_files(path: Path) -> tuple[Path, ...]:
 
 
 def read_adapter(path: Path, model: ModelFile) -> ModelFile:
-    """Reads an adapter. Its identity also covers the first and last bytes of each tensor. Raises ModelFileError like
-    `read_header` and `read_peft`."""
+    """Reads an adapter. Its identity covers samples of each tensor. Raises errors like `read_header` and
+    `read_peft`."""
     header = read_peft(path, model) if is_peft(path) else read_header(path)
     hashed = sha256(header.digest)
     for tensor in header.tensors.values():
@@ -57,9 +56,8 @@ def read_adapter(path: Path, model: ModelFile) -> ModelFile:
 
 
 def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
-    """Returns the model with the tensors of the adapters, which are given by number. Raises ModelFileError unless
-    each one is a LoRA adapter for the model's architecture. `adapted` checks shapes; `check_adapter_weights` checks
-    weights."""
+    """Returns the model with the adapters' tensors. Raises ModelFileError unless each adapter is LoRA for its
+    architecture. `adapted` checks shapes; `check_adapter_weights` checks weights."""
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:
@@ -80,8 +78,8 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
 
 
 def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
-    """Reads every weight, which only the coordinator does. Raises ModelFileError for a weight that is infinite, NaN or
-    too large."""
+    """Reads every weight, which only the coordinator does. Raises ModelFileError for an infinite, NaN or large
+    weight."""
     for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
@@ -91,8 +89,7 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
 
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """Returns the largest absolute weight, or NaN if there is one. Without the sign bit, floats compare like integers,
-    NaN last."""
+    """Returns the largest absolute weight, or NaN. Without signs, floats compare like integers, and NaN is largest."""
     data = tensor.read_range(start, end)
     match tensor.quant_type:
         case QuantType.F32:
@@ -181,8 +178,7 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 
 def own_names(names: Iterable[str], number: int | None) -> list[str]:
-    """Returns the weight names of adapter `number` as its own file has them. If `number` is None, returns those of the
-    model."""
+    """Returns the weight names of adapter `number` as in its own file, or of the model if `number` is None."""
     if number is None:
         return [name for name in names if not name.startswith(_PREFIX)]
     prefix = f"{_PREFIX}{number}."

@@ -19,15 +19,13 @@ def encoded(frame: Mapping[str, Any]) -> bytes:
 
 
 def end_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends. Ignores Ctrl-C, which the parent
-    handles."""
+    """Has the kernel kill this process when the thread that started it ends. The parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def read_frame() -> dict[str, Any]:
-    """Reads the next request. Ends the process if the parent has gone."""
     line = sys.stdin.buffer.readline(_MAX_REQUEST_BYTES)
     if not line.endswith(b"\n"):
         sys.exit(2 if line else 0)

@@ -1,5 +1,4 @@
-"""A child process for untrusted input: its start, requests with deadlines, its end. The child limits its own
-resources."""
+"""A child process for untrusted input: its start, requests with deadlines, its end. It limits its own resources."""
 
 from __future__ import annotations
 
@@ -45,8 +44,7 @@ class ChildUnusableError(ChildEndedError):
 
 @dataclass(frozen=True, slots=True)
 class ChildProgram:
-    """The module that a child runs, and its limits. The child is unusable if it replies to the first frame with an
-    "error"."""
+    """The module that a child runs, and its limits. A reply of "error" to the first frame means: unusable."""
 
     module: str
     first: Callable[[], Mapping[str, Any]]

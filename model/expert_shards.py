@@ -27,8 +27,7 @@ Build = Callable[[int, int], Program]
 
 
 def divided_program(build: Build, start: int, end: int, shards: int) -> Program:
-    """Returns the program of parts [start, end). Raises UsageError if it begins or ends in a layer with too few
-    experts."""
+    """Returns the program of parts [start, end). Raises UsageError if a layer to divide has too few experts."""
     (first, skipped), (last, before) = divmod(start, shards), divmod(end - 1, shards)
     kept, program = before + 1, build(first, last + 1)
     steps, hidden, out, normed = program.steps, program.hidden, program.out, program.normed
@@ -54,8 +53,7 @@ def mixture_of(steps: Sequence[Step], layer: int) -> Moe | None:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A divided layer. `carried` are buffers that steps before the experts write and that the experts or later steps
-    read."""
+    """A divided layer. `carried`: buffers that steps before the experts write, and the experts or later steps read."""
 
     mixture: Moe
     carried: tuple[Buffer, ...]

@@ -119,8 +119,7 @@ def read_architecture(model: ModelFile) -> str:
 
 
 def read_hyperparameters(model: ModelFile) -> Hyperparameters:
-    """Reads `{architecture}.*`. Raises ModelFileError for a key that is missing, out of bounds or contradicts
-    another."""
+    """Reads `{architecture}.*`. Raises ModelFileError for keys that are missing, out of bounds or contradictory."""
     return hyperparameters_of(ModelKeys(model))
 
 
@@ -154,8 +153,7 @@ def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
 
 
 class ModelKeys:
-    """A reader of a model's own keys, which are given without the architecture's name. It records which keys were
-    read."""
+    """Reads a model's own keys, given without the architecture's name, and records which ones were read."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -225,7 +223,6 @@ class ModelKeys:
         return bool(value)
 
     def flags(self, key: str, layers: int) -> list[bool] | None:
-        """Reads a flag for each of the first `layers` layers. Returns None if the file has no such key."""
         self._read.add(key)
         return self._layer_flags(key, layers) if self.has(key) else None
 
@@ -265,7 +262,6 @@ class ModelKeys:
 
 
 def read_block_count(keys: ModelKeys) -> int:
-    """Returns the number of layers, not counting those for multi-token prediction."""
     count = keys.count("block_count", maximum=MAX_LAYERS)
     return count - keys.count(NEXTN_KEY, 0, minimum=0, maximum=count - 1)
 

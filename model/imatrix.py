@@ -1,5 +1,4 @@
-"""Reads and writes importance matrices in llama.cpp's two formats: a weight matrix's squared inputs, summed by
-column."""
+"""Importance matrices in llama.cpp's two formats: squared inputs of weight matrices, summed by column."""
 
 from __future__ import annotations
 
@@ -30,15 +29,13 @@ _NUMBER = Struct("<i")
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """The importance of a matrix, or of experts' matrices: squares summed [experts, columns] over `counts` [experts]
-    inputs."""
+    """The importance of a matrix, or of experts' matrices: sums of squares [experts, columns] over `counts` inputs."""
 
     sums: Float32
     counts: Float32
 
     @property
     def means(self) -> Float32:
-        """The mean squares [experts, columns]. They are 1 for an expert that was never chosen."""
         counts = self.counts[:, None]
         return np.where(counts > 0, self.sums / np.maximum(counts, 1), np.float32(1)).astype(np.float32)
 
@@ -111,8 +108,7 @@ def _from_gguf(file: ModelFile) -> ImportanceMatrix:
 
 
 def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
-    """Reads the old format: entry count | for each entry: name, calls, values times calls | chunk count, name of the
-    text."""
+    """Reads: entry count | for each entry: name, calls, values times calls | chunk count, name of the text."""
     at = 0
 
     def number() -> int:

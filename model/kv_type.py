@@ -5,8 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 
 KV_BLOCK_TOKENS = 16
-"""The number of positions (tokens) in a KV block, the unit that the coordinator allocates and that block tables
-list."""
+"""The number of positions in one KV block, the unit that the coordinator allocates and that block tables list."""
 
 KV_GROUP_CHANNELS = 32
 """The number of channels of a key or value that share a scale, in KV types with scales."""

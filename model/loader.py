@@ -51,8 +51,7 @@ class Model:
     def __init__(
         self, file: ModelFile, chat_template: str | None = None, adapters: Mapping[int, ModelFile] | None = None
     ) -> None:
-        """Raises ModelFileError if the file is no model of a supported architecture. `adapters`: see
-        `with_adapters`."""
+        """Raises ModelFileError if the file is no model of a supported architecture."""
         self.plain = as_programs_read(file)
         self.adapters = adapters or {}
         self.file = file = with_adapters(self.plain, self.adapters)
@@ -176,8 +175,7 @@ class Model:
 
     @property
     def hidden_bytes(self) -> int:
-        """The most bytes of one token between two stages, which occur after the first layer. 0 for a model of one
-        layer."""
+        """The most bytes of one token between stages, reached after the first layer; 0 for a model of one layer."""
         return 4 * self.program(0, 1).out.width if self.layer_count > 1 else 0
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
@@ -245,14 +243,12 @@ class Model:
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
-        """The chat template, made on first use. `close` ends its child processes. Raises ModelFileError like
-        `tokenizer`."""
+        """The chat template, made on first use; `close` ends its processes. Raises errors like `tokenizer`."""
         tokenizer = self.tokenizer
         with _named(self.file.path):
             return load_chat_template(self.file.metadata, tokenizer, chosen=self._chosen_template)
 
     def close(self) -> None:
-        """Ends the child processes of the chat template. No file is held open."""
         if "chat_template" in vars(self):
             self.chat_template.close()
 
@@ -268,8 +264,7 @@ class Model:
             raise keys.error("attention.causal", f"{not self.is_causal}, which is not supported")
 
     def _refuse_unknown_tensors(self) -> None:
-        """Refuses a file with tensors that no step reads. One could be a scale or a norm, without which every answer is
-        wrong."""
+        """Refuses tensors that no step reads: one could be a scale or a norm, without which every answer is wrong."""
         known = {*self._whole.weights, *FACTOR_TENSORS, *nextn_tensors(self.file), *idle_kv_tensors(self.file)}
         unknown = set(self.file.tensors) - known
         if (error := unread_adapter_tensor(self.file, unknown)) is not None:

@@ -144,8 +144,7 @@ class _Layer:
     vectors: set[str] = field(default_factory=set)  # of the rest, norms and biases
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str | None, bool | None]:
-        """Returns the layer's device, and True if its experts are in RAM, False if not. None means that no rule
-        decides."""
+        """Returns the layer's device, and True if its experts are in RAM, else False. None: no rule decides."""
         broad = {rule for name in self.rest.deciding if (rule := decided.get(name)) is not None}
         follow = {name for name in self.experts.others if decided.get(name) in broad}  # named by the way
         own = {name: rule for name, rule in decided.items() if name not in follow | self._following_vectors(decided)}

@@ -9,8 +9,7 @@ from llamaclust.model.hyperparameters import ModelKeys
 
 
 class Pooling(StrEnum):
-    """The pooled rows: each row by itself; the mean; the first row; the last row; the first row's scores (encoders
-    only)."""
+    """The pooled rows: each row by itself; the mean; the first row; the last; the first row's scores (encoders)."""
 
     NONE = "none"
     MEAN = "mean"
@@ -42,8 +41,7 @@ _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
 
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
-    """Returns the file's pooling, RANK for a file with a classifier, or the default. Raises ModelFileError if it is
-    unknown."""
+    """Returns the file's pooling, RANK for a file with a classifier, or the default. Raises ModelFileError."""
     keys = ModelKeys(model)
     if not keys.has("pooling_type") and not _CLASSIFIER.isdisjoint(model.tensors):
         return Pooling.RANK

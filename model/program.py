@@ -187,13 +187,11 @@ class Program:
 
     @property
     def window(self) -> int | None:
-        """The largest attention window of the causal layers, or None. KV memory of positions before the window is
-        released."""
+        """The largest window of the causal layers, or None. KV memory of positions before it is released."""
         return max((kept.window for kept in self.kv_layers if kept.causal and kept.window is not None), default=None)
 
 
 def weights_of(steps: Iterable[Step]) -> tuple[str, ...]:
-    """Returns the names of all tensors that the steps read, each once, in the order of first use."""
     return tuple(dict.fromkeys(weight.name for step in steps for weight in step.weights))
 
 

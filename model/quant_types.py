@@ -1,5 +1,4 @@
-"""A table of ggml's weight types: weights and bytes of a block, and the format of the activations that it
-multiplies."""
+"""A table of ggml's weight types: weights and bytes of a block, and the format of activations to multiply them by."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ from typing import Any, Final, Self
 
 
 class ActivationFormat(IntEnum):
-    """The format of activations in a dot product with weights: float32, or int8 with one scale for each 32 or 256
-    channels."""
+    """The format of activations in products with weights: float32, or int8 with one scale for 32 or 256 channels."""
 
     F32 = 1
     Q8_32 = 32
@@ -48,8 +46,7 @@ _F32, _Q8_32, _Q8_256 = ActivationFormat
 
 
 class QuantType(IntEnum):
-    """ggml's types with their numbers in GGUF files and the fields of `info`. Backends decide which types they
-    support."""
+    """ggml's types: the number in GGUF files and the fields of `info`. Backends decide which types they support."""
 
     info: TypeInfo
 

@@ -27,8 +27,7 @@ class PairTemplate:
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
-        """Makes control tokens of control words in the template, but not in the texts. Raises RequestError if a text
-        has U+FDD0."""
+        """Makes control tokens of words in the template, not in the texts. Raises RequestError for U+FDD0 in a text."""
         (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
         rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
         parts = tokenizer.split_special(rendered, parse_special=True)
@@ -55,7 +54,7 @@ class Ranking:
 
 
 def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: bool) -> Ranking:
-    """Reads the file's template for pairs, or else the form of its special tokens. Raises ModelFileError if it is
+    """Reads the file's template for pairs, or the form of its special tokens. Raises ModelFileError if it is
     invalid."""
     text = metadata.get(_KEY)
     if text is None:

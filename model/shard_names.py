@@ -29,7 +29,6 @@ def whole_name(name: str) -> str:
 
 
 def named_range(name: str) -> tuple[int, range] | None:
-    """Returns the dimension that the name divides (0: the slowest) and the range in it. Returns None for a whole
-    tensor."""
+    """Returns the dimension that the name divides (0: the slowest) and the range in it. None for a whole tensor."""
     found = _SHARD.fullmatch(name)
     return None if found is None else (int(found["inner"] is not None), range(int(found["start"]), int(found["end"])))

@@ -1,5 +1,4 @@
-"""Rewrites the messages of a chat for a strict template that refuses them. A chat that its template renders completely
-is not changed."""
+"""Rewrites chats that a strict template refuses. A chat that its template renders completely is not changed."""
 
 from __future__ import annotations
 
@@ -28,8 +27,7 @@ def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
 
 
 def lacks_system(messages: Sequence[Message], rendered: str) -> bool:
-    """Returns True if the rendered text lacks a system message: some templates silently skip messages that others
-    refuse."""
+    """Returns True if the text lacks a system message: some templates silently skip messages that others refuse."""
     systems = (_text(message).strip() for message in messages if message["role"] == "system")
     return any(text[:_SHOWN] not in rendered or text[-_SHOWN:] not in rendered for text in systems)
 
@@ -57,7 +55,6 @@ def _with_late_systems_joined(messages: Messages) -> Messages:
 
 
 def _with_equal_roles_merged(messages: Messages) -> Messages:
-    """Merges consecutive messages of one role, except tool results."""
     merged: Messages = []
     for role, group in groupby(messages, lambda message: message["role"]):
         same = [*group]

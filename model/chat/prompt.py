@@ -1,5 +1,4 @@
-"""Turns messages into token ids. Control words in a user's text never become control tokens; those in the template's
-text do."""
+"""Turns messages into token ids. Only the template can write control tokens, never the text of a user."""
 
 from __future__ import annotations
 
@@ -11,13 +10,12 @@ from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 GUARD: Final = "\ufdd0"
-"""A Unicode noncharacter. Placed inside a control word in a user's text, it keeps the tokenizer from finding the
-word."""
+"""A Unicode noncharacter that hides a control word in a user's text from the tokenizer if it is inside the word."""
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Puts GUARD into every control word of the messages; `encode_chat` and `unguarded` remove it. Raises RequestError
-    if a message contains GUARD."""
+    """Puts GUARD into control words; `encode_chat` and `unguarded` remove it. Raises RequestError if a text has
+    GUARD."""
     words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
     starts = _starts_of(words)
     longest = max(map(len, words), default=1) - 1
@@ -35,8 +33,7 @@ def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) 
 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
-    """Returns the token ids of a rendered prompt. Control words become control tokens. BOS comes first if the model
-    wants it."""
+    """Returns the token ids of a rendered prompt with control tokens, and with BOS first if the model wants it."""
     parts = tokenizer.split_special(rendered, parse_special=True)
     ids = tokenizer.encode_parts([unguarded(part) if isinstance(part, str) else part for part in parts])
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
@@ -61,7 +58,6 @@ def _guard_words(text: str, words: Sequence[str]) -> str:
 
 
 def _guard_end(text: str, starts: frozenset[str], longest: int) -> str:
-    """Appends GUARD if the text ends with the beginning of a control word, so that the text after it cannot complete
-    the word."""
+    """Appends GUARD to a text that ends with the beginning of a control word: the next text could complete the word."""
     ends = (text[-length:] for length in range(1, min(longest, len(text)) + 1))
     return text + GUARD if any(end in starts for end in ends) else text

@@ -69,8 +69,7 @@ class ChatTemplate:
         limits: TemplateLimits | None = None,
         named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Refuses every render if `source` is None. `named` has templates for chats with tools (TOOL_USE) or documents
-        (RAG)."""
+        """Refuses every render if `source` is None. `named` has the templates named TOOL_USE and RAG, if any."""
         self.source = source
         self.named = {name: ChatTemplate(text, bos_token, eos_token, limits) for name, text in named.items()}
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
@@ -97,11 +96,10 @@ class ChatTemplate:
         return next((self.named[name] for name in names if name in self.named), self)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Returns the prompt for the messages. `extra` holds variables of the template (`tools`, `documents`, ...), and
-        `now_s`, the Unix time that the template sees (default: now).
-        Raises TemplateRefusalError if the template refuses the messages; RequestError, which a retry does not change,
-        if the template is missing, fails or exceeds its limits; and DeadlineError if the render is late, killed or
-        closed."""
+        """Returns the prompt for messages. `extra` has variables of the template (`tools`, `documents`, ...), and
+        `now_s`, the Unix time for the template (default: now). Raises TemplateRefusalError if the template refuses the
+        messages, DeadlineError if the render is late, killed or closed, and RequestError, which a retry does not
+        change, for any other failure."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)

@@ -31,8 +31,7 @@ _CODECS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-32", "unicode-esca
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """The tag `{% generation %}...{% endgeneration %}`, which marks answers for training. Here, its body is simply
-    rendered."""
+    """The tag `{% generation %}...{% endgeneration %}`, which marks answers for training. It renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -122,8 +121,7 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
 
 
 def _limit_resources(memory_bytes: int) -> None:
-    """Limits memory and the number of open files (the interpreter itself needs some), and forbids core dumps and writes
-    to files."""
+    """Limits memory, forbids writes except replies, and allows only as many open files as the interpreter needs."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -131,8 +129,7 @@ def _limit_resources(memory_bytes: int) -> None:
 
 
 def _limit_cpu(seconds: int) -> None:
-    """Allows `seconds` more of CPU time. The system's limit counts from the start of the process, so each render moves
-    it."""
+    """Allows `seconds` more of CPU time: the system's limit counts from the start of the process."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
 

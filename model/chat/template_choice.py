@@ -1,5 +1,4 @@
-"""Chooses chat templates: one that the user names or has in a file, or one suggested by a model's metadata and
-vocabulary."""
+"""Chooses chat templates: the user's (by name or file), or one suggested by a model's metadata and vocabulary."""
 
 from __future__ import annotations
 
@@ -41,8 +40,7 @@ _NAMES: Final = (
     (("mixtral", "instruct"), "mistral"),
     (("llama2", "chat"), "llama-2"),
 )
-"""Parts that a model's name must contain (in lower case, without separators), and the template to suggest. Base models
-have none."""
+"""Parts of model names (lower case, no separators) and the templates that they suggest. Base models have none."""
 
 
 def built_in_names() -> tuple[str, ...]:
@@ -75,8 +73,7 @@ def chosen_template(choice: str) -> str:
 
 
 def suggested_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
-    """Returns the name of the built-in template for which a model without one was most likely made, or None if nothing
-    indicates it."""
+    """Returns the name of the built-in template that a model without one was most likely made for, or None."""
     for words, name in _MARKS:
         if all(tokenizer.token_id(word) is not None for word in words):
             return name

@@ -1,5 +1,4 @@
-"""Chat templates that only put texts around messages. They are stored as data under llama.cpp's names and converted to
-Jinja."""
+"""Chat templates that only put texts around messages, as data under llama.cpp's names; each is converted to Jinja."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "starcoder2": {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
     }
 )
-"""Names by architecture, for matrices with the same rows as their modules. In `PAIRED` architectures, Q and K have the
-same rows in another order."""
+"""Names, by architecture, of matrices with their module's rows. `PAIRED` ones have these in another order in Q and
+K."""
 PAIRED: Final = frozenset({"granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3"})
 """Architectures whose GGUF files interleave the two halves of each head's rows in Q and K: first row of the
 checkpoint's first half, first row of the second half, and so on. RoPE then rotates neighbouring pairs."""
@@ -71,8 +71,7 @@ _MODULE: Final = re.compile(
 
 
 def matrix_name(architecture: str, module: str) -> str | None:
-    """Returns `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`. Returns None if GGUF has no such matrix or stores
-    it differently."""
+    """Returns `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`. None if GGUF has no matrix of this form."""
     found = _MODULE.fullmatch(module)
     name = None if found is None else _MATRICES.get(architecture, {}).get(found["module"])
     return None if found is None or name is None else f"blk.{int(found['layer'])}.{name}"

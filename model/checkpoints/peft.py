@@ -26,8 +26,7 @@ _REFUSED: Final = (
     "target_parameters",
 )
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of `init_lora_weights` that change the base model's matrices. It is `true` if the base model is
-unchanged."""
+"""Beginnings of `init_lora_weights` if the base model's matrices were changed. If they were not, it is `true`."""
 _PLAIN: Final = re.compile(r"[\w.-]+")
 
 
@@ -36,8 +35,7 @@ def plain_name(name: str) -> str:
 
 
 def factor_name(name: str) -> tuple[str, str] | None:
-    """Returns the module and kind (A, B, embedding_A or embedding_B) of a factor's plain name. Returns None for other
-    tensors."""
+    """Returns module and kind (A, B, embedding_A, embedding_B) of a factor's plain name. None for other tensors."""
     found = _FACTOR.fullmatch(name)
     return None if found is None else (found["module"], found["kind"])
 
@@ -95,8 +93,7 @@ def _check_kind(settings: Settings) -> None:
 
 
 def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
-    """Reads a number for a module: the entry of setting `name` whose key is a suffix of the module's name, else
-    `default`."""
+    """Returns the value in setting `name` whose key is a suffix of the module's name, else `default`."""
     inner = settings.inner(name)
     strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
     if strange is not None:

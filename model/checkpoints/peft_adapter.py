@@ -1,5 +1,4 @@
-"""Reads a PEFT folder as if it were an adapter's GGUF file. Tensors get GGUF's names; their bytes stay in the PEFT
-file."""
+"""Reads a PEFT folder like an adapter in GGUF: tensors get GGUF's names, their bytes stay in the PEFT file."""
 
 from __future__ import annotations
 
@@ -27,7 +26,6 @@ _MERGE: Final = "leave the adapter out, or merge it by llamaclust model merge-lo
 
 
 def is_peft(path: Path) -> bool:
-    """Returns True for a PEFT folder, or for the file of weights in one."""
     return path.name == WEIGHTS or (path / CONFIG).is_file()
 
 
@@ -93,8 +91,8 @@ class _Reader:
         )
 
     def alpha(self) -> float:
-        """Returns GGUF's alpha as a float32. The scale of every matrix is alpha / rank. Raises ModelFileError if
-        matrices differ in alpha."""
+        """Returns the alpha of all matrices as a float32 (scale = alpha / rank). Raises ModelFileError if they
+        differ."""
         if len(self._alphas) > 1:
             one, other = list(self._alphas.items())[:2]
             what = f"alpha {one[0]:g} of {shown(one[1])}, {other[0]:g} of {shown(other[1])}: several are not supported"

@@ -97,8 +97,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Creates and locks the hidden file of `path`, the first file. Raises UsageError if another process has the
-    lock."""
+    """Creates and locks the hidden file of `path`. Raises UsageError if another process has the lock."""
     part = hidden_name(path)
     try:
         while True:
@@ -136,8 +135,7 @@ def _clear(paths: Sequence[Path]) -> None:
 
 
 def _delete_unlocked(parts: Sequence[Path]) -> None:
-    """Deletes all parts, the first part last. Does nothing if another process has the lock, which is on the first
-    part."""
+    """Deletes all parts, the first part last. Does nothing if a process holds the lock on the first part."""
     with open(parts[0], "r+b", opener=_no_links) as file:
         if take_lock(file):
             for part in reversed(parts):

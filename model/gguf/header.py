@@ -83,8 +83,7 @@ class _Cursor:
         return fail_at(self._path, f"{self.place} (byte {self.position})", what, advice)
 
     def need(self, count: int) -> None:
-        """Makes the next `count` bytes available. Raises ModelFileError if the file or the largest header ends before
-        that."""
+        """Makes the next `count` bytes available. Raises ModelFileError if there are fewer, or absurdly many."""
         end = self.position + count
         if end <= len(self._buffer):
             return
@@ -126,7 +125,6 @@ class _Cursor:
         return str(self._string_bytes(max_bytes), "utf-8", "replace")
 
     def string(self, max_bytes: int) -> str:
-        """Reads a name: a length and that many bytes, which must be UTF-8."""
         data = self._string_bytes(max_bytes)
         try:
             return str(data, "utf-8")
@@ -213,8 +211,7 @@ def read_header(path: Path) -> Header:
 
 
 def raw_metadata(path: Path) -> dict[str, bytes]:
-    """Returns the type and value of every key as bytes of the file, for an exact copy. Raises errors like
-    `read_header`."""
+    """Returns type and value of every key as bytes of the file, for an exact copy. Raises errors like `read_header`."""
     with open_regular(path) as descriptor:
         cursor = _Cursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
         values = {}

@@ -34,7 +34,6 @@ class ModelFile:
 
     @property
     def is_current(self) -> bool:
-        """True if the files have not changed since they were opened."""
         try:
             there = {path: FileIdentity.from_status(path.stat()) for path, _ in self._files}
         except OSError:
@@ -50,8 +49,7 @@ class ModelFile:
 
     @property
     def copy_id(self) -> str:
-        """A hash of the version and this machine's id, so that every copy of the files has its own. The machine's id is
-        left out on a remote file system."""
+        """A hash of the version and, except for remote file systems, of this machine: every copy has its own."""
         machine = "" if is_remote(self.path) else machine_id()
         return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 
@@ -75,8 +73,7 @@ class ModelFile:
     def metadata_int(
         self, key: str, default: int | None = None, *, minimum: int = 0, maximum: int = (1 << 31) - 1
     ) -> int:
-        """Returns a whole number. If the key is missing, returns `default`, or raises ModelFileError if that is
-        None."""
+        """Returns a whole number. A missing key means `default`, or ModelFileError if that is None."""
         value = self._value(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.error(key, f"{kind_of(value)}, a whole number expected")
@@ -87,8 +84,7 @@ class ModelFile:
     def metadata_float(
         self, key: str, default: float | None = None, *, minimum: float = -math.inf, maximum: float = math.inf
     ) -> float:
-        """Returns a finite number. If the key is missing, returns `default`, or raises ModelFileError if that is
-        None."""
+        """Returns a finite number. A missing key means `default`, or ModelFileError if that is None."""
         value = self._value(key, default)
         if not isinstance(value, float):
             raise self.error(key, f"{kind_of(value)}, a decimal number expected")

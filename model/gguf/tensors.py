@@ -45,8 +45,7 @@ class FileIdentity:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Yields a read-only descriptor. Raises ModelFileError if the path is no regular file: a pipe would block
-    forever."""
+    """Yields a read-only descriptor of a regular file. Raises ModelFileError for any other: a pipe would block."""
     try:
         descriptor = open_descriptor(path)
     except FileNotFoundError:
@@ -111,8 +110,7 @@ class Tensor:
 
     @property
     def source(self) -> tuple[object, ...]:
-        """A key that distinguishes the file with the tensor's bytes from all other files and from its own earlier
-        versions."""
+        """A key that distinguishes the file with the bytes from all others and from its own earlier versions."""
         if self.content is not None:
             return (self.content,)
         return self.path, self.file_identity, self.file_identity.changed_ns
@@ -190,7 +188,6 @@ class Tensor:
             self._check(descriptor)
 
     def _parts(self, view: memoryview, start: int) -> Iterator[tuple[int, memoryview]]:
-        """Yields contiguous pieces of the view, each with its place in the file."""
         each = self.n_bytes // self.shape[0] if self.stride_bytes else self.n_bytes
         while len(view):
             index, skipped = divmod(start, each)

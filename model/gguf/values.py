@@ -20,8 +20,7 @@ class LazyStrings(Sequence[str]):
     __slots__ = ("_count", "_data", "_decoded", "_origin")
 
     def __init__(self, data: bytes, count: int, origin: str) -> None:
-        """Takes the bytes of exactly `count` strings with checked lengths. `origin` names the file and the key in
-        errors."""
+        """Takes the bytes of exactly `count` strings with checked lengths. `origin` names file and key in errors."""
         self._data = data
         self._count = count
         self._origin = origin
@@ -41,8 +40,7 @@ class LazyStrings(Sequence[str]):
         return f"LazyStrings({self._origin}, {self._count} strings)"
 
     def decoded(self) -> list[str]:
-        """Returns all strings. Raises ModelFileError if one is not UTF-8. The list is cached and must not be
-        changed."""
+        """Returns all strings, cached: do not change the list. Raises ModelFileError if one is not UTF-8."""
         if self._decoded is not None:
             return self._decoded
         data, unpack = self._data, LENGTH.unpack_from

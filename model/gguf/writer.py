@@ -28,9 +28,8 @@ class RawValue:
 
 
 WritableValue = MetadataValue | np.generic | Sequence[str] | RawValue
-"""A value of metadata. A Python int becomes uint32 if it fits, else int32 or a 64-bit type. A float becomes float32.
-NumPy scalars and arrays keep their type. A sequence of text becomes an array of strings, any other an array of
-arrays."""
+"""A metadata value. A Python int becomes uint32 if it fits, else int32 or a 64-bit type; a float becomes float32. NumPy
+values keep their type. A sequence of text becomes an array of strings, any other an array of arrays."""
 
 Bytes = bytes | bytearray | memoryview
 Produce = Callable[[], Bytes | Iterator[Bytes]]

@@ -21,8 +21,7 @@ _KEPT_CHARACTERS: Final = 1 << 16  # of a converted definition
 
 
 class GuardedGrammarError(ParameterError):
-    """The check of a grammar reached its limit of CPU time or memory. The check of a part of the grammar may take as
-    long."""
+    """The check of a grammar met its limit of time or memory. The check of a part of it may take as long."""
 
 
 class GrammarChecker:

@@ -25,9 +25,9 @@ _MAX_REPLY_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """Limits of a check. Counts of work decide whether a grammar is accepted (see matcher.py). If they do not stop the
-    check, `guard_cpu_s` of CPU time or `memory_bytes` end the process. `wall_s`, `start_s` and `wait_s` (for other
-    checks) bound delays of the machine."""
+    """Limits of a check. Counts of work decide about a grammar (see matcher.py). If they do not stop its check,
+    `guard_cpu_s` or `memory_bytes` do. `wall_s`, `start_s` and `wait_s` (for other checks) bound the machine's
+    delays."""
 
     guard_cpu_s: float = 20.0
     memory_bytes: int = 1 << 30
@@ -42,8 +42,7 @@ class CheckGuardError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The reason why a grammar is refused (empty if it is accepted), and its converted definition (empty if there is
-    none)."""
+    """The reason why a grammar is refused, empty if it is not, and its converted definition, empty if there is none."""
 
     reason: str
     definition: str = ""
@@ -57,8 +56,7 @@ class CheckerProcess:
         self.child = BoundedChild(program, "grammar-check")
 
     def submit(self, definition: str) -> Future[Verdict]:
-        """Checks a definition on the child's thread. The future raises CheckGuardError, or DeadlineError if the
-        machine, not the grammar, is too slow."""
+        """Checks a definition. The future raises CheckGuardError, or DeadlineError if only the machine is too slow."""
         return self.child.submit(partial(self._checked, definition))
 
     def _checked(self, definition: str) -> Verdict:

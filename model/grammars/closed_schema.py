@@ -1,5 +1,4 @@
-"""Closes JSON schemas as in OpenAI's strict mode: objects have only named properties, unless the schema allows
-others."""
+"""Closes JSON schemas: by default, objects have only their named properties, as in OpenAI's strict mode."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects. Returns the schema unchanged if it applies several schemas to one object, because closed ones
-    would refuse each other's properties."""
+    """Closes all objects, unless several schemas apply to one object: each would refuse the others' properties."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # too deep for llguidance, too

@@ -22,13 +22,11 @@ GBNF_START = f'{{"{GBNF}"'
 
 
 OWN_RULES = "own_rules"
-"""The name of a part whose rules are made here. A user's grammar is only the text of a part, so it cannot have this
-name."""
+"""The name of a part whose rules are made here. A user's grammar is the text of a part and cannot name it."""
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
-    """Allows the JSON texts of a schema. Raises ParameterError, with the place, for a keyword that no grammar can
-    obey."""
+    """Allows the JSON texts of a schema. Raises ParameterError for a keyword that no grammar can obey."""
     try:
         normal = normal_schema(schema, closes_objects=closes_objects)
     except RecursionError:
@@ -55,14 +53,12 @@ def of_lark(text: str, origin: str) -> Grammar:
 
 
 def of_calls(rules: str, origin: str) -> Grammar:
-    """Allows the calls that `rules` describe: rules made here, in llguidance's dialect of Lark, with the tools'
-    schemas."""
+    """Allows the calls of rules that are made here, in llguidance's dialect of Lark, with the tools' schemas."""
     return _grammar({"name": OWN_RULES, "lark_grammar": rules}, origin)
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """Allows the texts of a grammar in GBNF or Lark. The check converts it later, because the conversion may take
-    long."""
+    """Allows the texts of a grammar in GBNF or Lark. The check converts it, because that may take long."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {_MAX_GBNF_BYTES} are taken")
     return _defined({GBNF: text}, origin)
@@ -82,8 +78,7 @@ def either(calls: str, other: Grammar) -> Grammar:
 
 
 def has_schemas_only(definition: str) -> bool:
-    """Returns True if the definition consists only of schemas and of rules made here, so that a user wrote none of the
-    rules."""
+    """Returns True if the definition has only schemas and rules that are made here, and no rule of a user."""
     try:
         parts = json.loads(definition)["grammars"]
         return all("json_schema" in part or part.get("name") == OWN_RULES for part in parts)
@@ -111,7 +106,6 @@ def _grammar(part: Mapping[str, Any], origin: str) -> Grammar:
 
 
 def _defined(whole: Mapping[str, Any], origin: str) -> Grammar:
-    """Raises ParameterError if the definition is too long or cannot be written as JSON."""
     try:
         definition = json.dumps(whole, ensure_ascii=False, allow_nan=False)
         size = len(definition.encode())

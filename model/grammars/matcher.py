@@ -1,5 +1,4 @@
-"""The state of one answer in a grammar: the tokens that may come next. It depends only on the grammar and the
-tokens."""
+"""The state of one answer in a grammar: which tokens may come next. It depends on grammar and tokens only."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ def _limits(definition: str) -> LLParserLimits:
 
 
 def compiled(definition: str, vocabulary: GrammarVocabulary) -> LLMatcher:
-    """Returns the state before the first token. Each answer compiles its own, because copies share the lexer's
-    limits."""
+    """Returns the state before the first token. Each answer compiles its own: copies share the lexer's limits."""
     from llguidance import LLMatcher
 
     return LLMatcher(vocabulary.native, definition, log_level=0, limits=_limits(definition))
@@ -67,11 +65,10 @@ class LexerUsedUpError(RequestError):
 
 
 class GrammarMatcher:
-    """The state of one answer, for one thread at a time. Methods raise RequestError if the grammar cannot be followed.
-    They release the GIL while they work.
-    llguidance limits its lexer's work from one computation of the allowed tokens to the next. A usual matcher seldom
-    computes them and raises LexerUsedUpError at the limit. A costly matcher computes them at each token and can go
-    on."""
+    """The state of one answer, for one thread at a time. Methods raise RequestError if the grammar cannot be followed,
+    and release the GIL while they work. llguidance limits its lexer's work from one computation of allowed tokens to
+    the next. A usual matcher seldom computes them, and raises LexerUsedUpError at the limit. A costly matcher computes
+    them at each token and can go on."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # tokens taken in
@@ -108,8 +105,7 @@ class GrammarMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes in a sampled token if it is allowed, and returns None; this is quick. Otherwise returns the allowed
-        tokens."""
+        """Takes in a sampled token and returns None if it is allowed. Otherwise returns the allowed tokens."""
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):
@@ -132,7 +128,6 @@ class GrammarMatcher:
         return self._allowed
 
     def forced(self) -> list[int]:
-        """Takes in and returns the tokens that must come next."""
         tokens: list[int] = []
         while len(tokens) < MAX_FORCED_TOKENS and (following := self.next_forced()) is not None:
             self.take((following,))
@@ -241,8 +236,7 @@ class _Triggers:
         return found
 
     def _tokens_from(self, place: int) -> list[int]:
-        """Returns the answer's tokens from byte `place` of the tail on. If no token begins there, tokenizes these bytes
-        anew."""
+        """Returns the answer's tokens from byte `place` on. If no token begins there, tokenizes the bytes anew."""
         start = 0
         for index, (_, length) in enumerate(self._newest):
             if start == place:

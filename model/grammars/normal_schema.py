@@ -1,5 +1,4 @@
-"""Rewrites JSON schemas of any dialect in keywords that llguidance obeys, and lists the keywords that it cannot
-obey."""
+"""Rewrites JSON schemas of any dialect in keywords that llguidance obeys, and lists those that it cannot obey."""
 
 from __future__ import annotations
 
@@ -30,16 +29,14 @@ _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "depend
 
 @dataclass(frozen=True, slots=True)
 class NormalSchema:
-    """A schema that allows at least what the given one allows. `unobeyed`: omitted keywords, such as
-    `properties.a.not`."""
+    """A schema that allows at least what the given one allows. `unobeyed`: places such as `properties.a.not`."""
 
     schema: dict[str, Any]
     unobeyed: tuple[str, ...] = ()
 
 
 def normal_schema(schema: Any, *, closes_objects: bool = False) -> NormalSchema:
-    """Normalizes a schema. `closes_objects`: as in `closed_schema`. Raises RecursionError if it is nested too
-    deeply."""
+    """Normalizes a schema. `closes_objects`: see `closed_schema`. Raises RecursionError if it is nested too deeply."""
     reader = _Reader(schema)
     read = reader.read(schema, "")
     made = {"allOf": [read]} if isinstance(read, bool) else read
@@ -128,8 +125,7 @@ class _Reader:
         return made | self._property_counts(schema, made, place)
 
     def _name_properties(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> None:
-        """Converts `propertyNames` to properties or to a pattern of their names. Works only if no other properties are
-        named."""
+        """Converts `propertyNames` to properties, or to a pattern of names, if there are no other properties."""
         given = schema.get("propertyNames")
         rule = {} if given is None else self.read(given, f"{place}.propertyNames")
         if rule is True or rule in ({}, {"type": "string"}):
@@ -146,8 +142,7 @@ class _Reader:
             self._leave_out(place, "propertyNames")
 
     def _property_counts(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> dict[str, int]:
-        """Returns bounds on the number of properties. llguidance obeys them only if all named properties are
-        required."""
+        """Returns bounds of the number of properties. llguidance obeys them if all named properties are required."""
         least, most = (count(schema, key) for key in ("minProperties", "maxProperties"))
         named, required = made.get("properties", {}), made.get("required", ())
         if all(name in required for name in named):
@@ -225,7 +220,6 @@ def _is_required(part: Any) -> bool:
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """Adds null to the types of a schema, for OpenAPI 3.0's `nullable`."""
     if not schema or _allows_null(schema):
         return schema
     simple = schema.get("type")

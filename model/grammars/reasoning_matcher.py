@@ -77,8 +77,7 @@ class ReasoningMatcher:
 
     @property
     def _ruling(self) -> GrammarMatcher | None:
-        """The grammar that applies, or None while the reasoning delays it. A grammar that has begun to apply is not
-        delayed."""
+        """The grammar, or None while the reasoning delays it. A grammar that has begun to apply is not delayed."""
         grammar = self._grammar
         if grammar is None or not self._delays or not self._state.is_inside:
             return grammar

@@ -11,8 +11,7 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 
 
 def endless_reference(schema: Any) -> str | None:
-    """Returns the first used reference that no finite value can obey. References to other documents are not
-    followed."""
+    """Returns the first used reference that no finite value obeys. Does not follow references to other documents."""
     targets = _targets(schema)
     conditions = _Conditions(targets)
     return next((reference for reference in targets if not conditions.ends(reference)), None)

@@ -66,8 +66,7 @@ def matches_all(pattern: Any) -> bool:
 
 
 def count(schema: Mapping[str, Any], key: str) -> int | None:
-    """Reads a bound on a length or an item count, such as `minLength`. Returns None if it is absent or excludes
-    nothing."""
+    """Reads a bound on a length or an item count, such as `minLength`. None if it is absent or excludes nothing."""
     value = schema.get(key)
     if not _is_number(value) or value < (0 if key.startswith("max") else 1):
         return None
@@ -75,8 +74,7 @@ def count(schema: Mapping[str, Any], key: str) -> int | None:
 
 
 def text_forms(schema: Mapping[str, Any]) -> tuple[dict[str, str], bool]:
-    """Returns `pattern` and `format`, and False if a pattern with look-around is omitted without a format in its
-    place."""
+    """Returns `pattern` and `format`, and False if a pattern with look-around is omitted and no format replaces it."""
     form, pattern = schema.get("format"), schema.get("pattern")
     made: dict[str, str] = {}
     if isinstance(form, str) and (form := _OTHER_FORMATS.get(form, form)) in FORMATS:

@@ -15,15 +15,13 @@ if TYPE_CHECKING:
 _SPECIAL: Final = b"\xff"
 """llguidance's prefix for the name of a token that stands for no text."""
 _SLICES: Final = [r'[^"\\\x00-\x1F\x7F]{1,30}', r'[^"\\\x00-\x1F\x7F]+']
-"""Regular expressions of text in JSON strings, whose tokens are found together. llguidance's default takes half as much
-time and memory again."""
+"""Patterns of text in JSON strings, whose tokens are found together. llguidance's default costs half as much again."""
 _KEPT_TEXTS: Final = 1024
 _KEPT_TAGS: Final = 16
 
 
 class GrammarVocabulary:
-    """The bytes of each token (`words`), the tokens that end an answer, and a function that encodes plain text as token
-    ids."""
+    """The bytes of each token (`words`), the tokens that end an answer, and a function that encodes plain text."""
 
     def __init__(self, words: Sequence[bytes], end_ids: Sequence[int], encode: Callable[[str], list[int]]) -> None:
         self.words = words
@@ -35,8 +33,7 @@ class GrammarVocabulary:
 
     @cached_property
     def native(self) -> LLTokenizer:
-        """llguidance's tokenizer. Building it takes a quarter of a second for 256 Ki tokens and blocks other
-        threads."""
+        """llguidance's tokenizer. Building it takes 0.25 s for 256 Ki tokens and blocks other threads."""
         from llguidance import LLTokenizer  # only here: its import is a fifteenth of a worker's start
 
         words = _Words(self.words, self.end_ids, self._encode)

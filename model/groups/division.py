@@ -15,13 +15,11 @@ from llamaclust.model.program import Buffer, Embed, Gather, Program, Slice, Step
 from llamaclust.model.steps.step import Units
 
 LEADER = 0
-"""The number of the leader, which samples. Only the leader needs the last stage's results and has the token
-embeddings."""
+"""The member that samples. Only this member needs the last stage's results and holds the token embeddings."""
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
-    """Returns the program of `member`, in proportion to its share. Raises UsageError for a program of parts of
-    layers."""
+    """Returns the program of `member`, in proportion to its share. Raises UsageError for parts of layers."""
     return _Member(shares, member).program(Division.of(program, len(shares)))
 
 

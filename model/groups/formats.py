@@ -11,8 +11,7 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 def format_of_readers(
     steps: Sequence[Step], buffer: Buffer, results: Sequence[Buffer | None], type_of: Callable[[str], QuantType]
 ) -> ActivationFormat | None:
-    """Returns the format to which all readers of the buffer quantize it, or None. `results` are also read at the
-    end."""
+    """Returns the format to which all readers of the buffer quantize it, or None. `results` are read at the end."""
     formats = set[ActivationFormat | None]()
     for step in steps:
         if buffer in step.reads:

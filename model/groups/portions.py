@@ -29,8 +29,7 @@ _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Returns the borders of the portions, each of which has at least one unit and is nearly in proportion to its
-    share."""
+    """Returns the borders of portions, which have at least one unit each and are nearly in proportion to shares."""
     assert units >= len(shares)
     found, total = [0], sum(shares)
     for i in range(1, len(shares)):
@@ -92,7 +91,6 @@ class Division:
 
     @classmethod
     def of(cls, program: Program, members: int) -> Division:
-        """Raises UsageError for a program of parts of layers."""
         if program.shards > 1:
             raise UsageError("a group holds whole layers, not parts of their experts")
         steps = tuple(separated(program.steps))
@@ -121,8 +119,7 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products for the keys and values of an attention with one KV head. Each member computes them whole,
-    which takes less time than a gather."""
+    """Returns the products that make the only KV head of an attention. Computing them twice is faster than a gather."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name
@@ -164,8 +161,7 @@ class _Rows:
 
 
 def _product_units(width: int, members: int) -> int:
-    """Returns the units of a product: segments, which the next product quantizes before a gather, or tiles of
-    weights."""
+    """Returns the number of the next product's segments, quantized before a gather, or of tiles of weights."""
     for segment, least in _LEAST_UNITS.items():
         if width % segment == 0 and width // segment >= least * members:
             return width // segment

@@ -1,5 +1,4 @@
-"""Splits steps whose parts are divided separately: a fused product into one for each slice, a mixture into its
-parts."""
+"""Splits steps whose parts are divided separately: fused products by their slices, and mixtures of experts."""
 
 from __future__ import annotations
 

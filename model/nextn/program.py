@@ -35,8 +35,7 @@ def check_nextn(model: Model) -> None:
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
-    """Returns the first head's program. Raises UsageError if there is none, or ModelFileError if a tensor does not
-    fit."""
+    """Returns the first head's program. Raises UsageError if there is none, ModelFileError if a tensor does not fit."""
     check_nextn(model)
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)

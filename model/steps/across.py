@@ -10,8 +10,7 @@ from llamaclust.model.steps.step import Buffer, StepFacts
 
 @dataclass(frozen=True, slots=True)
 class Exchange(StepFacts):
-    """out[r] = the part of row r that another device computes from `inputs`, such as the results of experts in its
-    memory."""
+    """out[r] = the part of row r that another device computes from `inputs`, such as results of its experts."""
 
     inputs: tuple[Buffer, ...]
     out: Buffer

@@ -11,14 +11,12 @@ from llamaclust.model.steps.options import RopeStyle
 from llamaclust.model.steps.step import Buffer, DivisionRule, StepFacts, StepWeight, Units, optional_weight
 
 SPAN_TOKENS = 512
-"""The number of positions in a span, counted from position 0. Attention computes each span whole and merges spans in
-order."""
+"""The number of positions in a span, counted from position 0. Spans are computed whole and merged in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class RopeTable:
-    """RoPE's rotation: angle(position, i) = position * frequencies[i] in float64. cos and sin are multiplied by
-    `scale`."""
+    """The rotation by angle(position, i) = position * frequencies[i] in float64; `scale` multiplies cos and sin."""
 
     frequencies: tuple[float, ...]
     scale: float = 1.0

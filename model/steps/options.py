@@ -7,8 +7,7 @@ from enum import StrEnum
 
 
 class RopeStyle(StrEnum):
-    """The pairs of a head's channels that rotate together: (2i, 2i + 1) in NORM, (i, i + rotated channels / 2) in
-    NEOX."""
+    """The pairs of a head's channels that rotate together: NORM (2i, 2i + 1), NEOX (i, i + rotated channels / 2)."""
 
     NORM = "norm"
     NEOX = "neox"

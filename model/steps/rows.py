@@ -1,5 +1,4 @@
-"""Steps that compute a row of a buffer from the same row of other buffers, without weights or with a vector of
-weights."""
+"""Steps that compute a row of a buffer from the same row of others, without weights or with a vector of weights."""
 
 from __future__ import annotations
 
@@ -150,8 +149,7 @@ class Scale(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class PositionScale(UnaryStep):
-    """out = x * (1 + factor * ln(1 + (position + offset) // length)), with this factor rounded to float32; out may be
-    x."""
+    """out = x * (1 + factor * ln(1 + (position + offset) // length)), its factor in float32; out may be x."""
 
     factor: float
     length: int

@@ -11,8 +11,7 @@ from llamaclust.model.steps.step import Buffer, StepFacts, StepWeight, UnaryStep
 MAX_TAPS = 16
 MAX_KEY_CHANNELS = 256
 MAX_STATE_FLOATS = 1 << 26
-"""The most numbers in one state of a layer. Kernels have no room for more; the other limits here have the same
-reason."""
+"""The most numbers in one state of a layer. Like the other limits here, it is the kernels' limit."""
 VALUE_CHANNELS = 16
 """The number of channels of a delta rule's value is a multiple of this number."""
 MAX_HEADS = 1 << 10
@@ -72,8 +71,7 @@ def excess_of_heads(heads: int, channels: int) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Decay(UnaryStep):
-    """out = exp(weight * softplus(x + bias)). weight is [heads] and negative in models, bias [x.width]; out may be
-    x."""
+    """out = exp(weight * softplus(x + bias)); weight [heads] is negative in models; bias [x.width]; out may be x."""
 
     weight: str
     bias: str

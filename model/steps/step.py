@@ -39,7 +39,6 @@ class StepWeight:
 
     @property
     def macs(self) -> int:
-        """The multiply-accumulates of a row, which uses only some of the experts."""
         return 0 if self.kind is WeightKind.NUMBERS else prod(self.shape) * self.used // self.experts
 
 
@@ -120,8 +119,7 @@ class StepFacts(ABC):
         return DivisionRule(self.reads) if self.is_elementwise else WHOLE
 
     def portion(self, own: Units) -> Self:
-        """Returns the step with a member's part of its weights, if they are divided. Its buffers and heads stay
-        whole."""
+        """Returns the step with a member's part of its weights, if they are divided. Buffers and heads stay whole."""
         return self
 
 

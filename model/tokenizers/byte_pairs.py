@@ -20,8 +20,8 @@ _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, Token
 
 
 def stand_ins() -> dict[str, bytes]:
-    """Returns GPT-2's letters of bytes. Printable Latin-1 characters are themselves; other bytes have letters from
-    U+0100 on."""
+    """Returns the bytes of GPT-2's letters: printable Latin-1 characters stand for themselves, U+0100... for the
+    others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     pairs = [(chr(byte), byte) for byte in printable] + [(chr(256 + i), byte) for i, byte in enumerate(others)]
@@ -32,8 +32,7 @@ _BYTE_OF: Final = stand_ins()
 _LATIN_1: Final = dict.fromkeys(range(0x80, 0x100), "\uffff") | {
     ord(letter): byte.decode("latin-1") for letter, byte in _BYTE_OF.items()
 }
-"""Maps letters of words to Latin-1 characters of their bytes, and letters of no byte to one that Latin-1 cannot
-encode."""
+"""Maps letters of words to Latin-1 characters of their bytes, and letters of no byte to one outside Latin-1."""
 
 
 class BytePairTokenizer(Tokenizer):
@@ -77,8 +76,7 @@ def splitter(kind: PreTokenizer) -> Any:
 
 
 def merge_model(vocabulary: Vocabulary, merges: list[str], **options: bool) -> models.BPE:
-    """Returns the library's model, without control tokens, which no text may become, and without merges of missing
-    words."""
+    """Returns the library's model. It omits control tokens, which no text may become, and merges of missing words."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
     return models.BPE(vocab=words, merges=_known_pairs(merges, words), **options)

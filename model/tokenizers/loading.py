@@ -12,7 +12,6 @@ from llamaclust.model.tokenizers.vocabulary import read_vocabulary
 
 
 def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Raises ModelFileError if the file has no tokenizer, a damaged one, or one of an unsupported kind."""
     from llamaclust.model.tokenizers.byte_pairs import BytePairTokenizer
     from llamaclust.model.tokenizers.sentence_pieces import SentencePieceTokenizer
     from llamaclust.model.tokenizers.spaced_byte_pairs import SpacedBytePairTokenizer

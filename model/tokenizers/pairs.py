@@ -31,7 +31,6 @@ class PairForm:
 
 
 def read_pair_form(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> PairForm:
-    """Raises ModelFileError if the file wants a token that it does not name."""
     kind, size = metadata.get("tokenizer.ggml.model"), tokenizer.vocabulary_size
     is_word_pieces = kind == "bert"
     separator = read_token_id(metadata, "seperator_token_id", size)  # spelt so in the format

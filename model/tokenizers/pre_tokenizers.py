@@ -63,8 +63,7 @@ _DEEPSEEK_MARKS: Final = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u30
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """Expressions to cut by. `ignore_merges`: words of the vocabulary stay whole. `add_bos`: the default of the file's
-    flag."""
+    """Expressions to cut by. `ignore_merges`: words of the vocabulary stay whole. `add_bos`: the file's default."""
 
     expressions: tuple[str, ...]
     ignore_merges: bool = False
@@ -110,7 +109,6 @@ def known_pre_tokenizers() -> Mapping[str, PreTokenizer]:
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:
-    """Raises ModelFileError for an unknown name."""
     found = _BY_NAME.get(name)
     if found is None:
         raise ModelFileError(

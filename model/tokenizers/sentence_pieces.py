@@ -84,8 +84,7 @@ def _processor(model: Any) -> Any:
 
 
 def _model_proto(vocabulary: Vocabulary) -> Any:
-    """Returns a ModelProto that merges by score. If the file names no piece for unknown text, one is added at the
-    end."""
+    """Returns a ModelProto that merges by score. Adds a last piece for unknown text if the file names none."""
     model = _PROTO.ModelProto()
     model.trainer_spec.model_type = _PROTO.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = vocabulary.types.count(TokenType.BYTE) == 256
@@ -105,8 +104,7 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """Returns SentencePiece's types, which are GGUF's numbers. Only one unknown piece is allowed; others become control
-    pieces."""
+    """Returns SentencePiece's types (GGUF's numbers). It allows one unknown piece; others become control pieces."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL

@@ -18,8 +18,7 @@ _LINES: Final = r"[^\n]+|\n+"
 
 
 class SpacedBytePairTokenizer(Tokenizer):
-    """Merges by rank inside lines and runs of line ends. BOS always comes first, because early files wrongly deny
-    it."""
+    """Merges by rank inside lines and runs of line ends. BOS comes first even where early files wrongly deny it."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         super().__init__(

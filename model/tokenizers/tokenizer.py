@@ -72,7 +72,6 @@ class Tokenizer(ABC):
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
-        """Returns the text of tokens. Bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
 
     def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes:
@@ -95,8 +94,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        """Returns the ids of a text without special tokens. `after_special`: the text comes first or follows a special
-        token."""
+        """Returns the ids of text without special tokens. `after_special`: it comes first or after a special token."""
 
     @abstractmethod
     def word_bytes(self, word: str) -> bytes:
@@ -159,7 +157,6 @@ def _texts_of(vocabulary: Vocabulary, *kinds: TokenType) -> list[tuple[str, int]
 
 
 def _split(text: str, special: Sequence[tuple[str, int]]) -> list[str | int]:
-    """Splits a text at special tokens, longer ones before shorter ones."""
     parts: list[str | int] = [text] if text else []
     for word, token_id in special:
         if word in text:

@@ -62,7 +62,6 @@ def key(name: str) -> str:
 
 
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
-    """Raises ModelFileError if a field is missing, of the wrong kind or inconsistent."""
     words = _read_words(metadata)
     ids = _ids_by_word(words)
     types = _read_types(metadata, len(words))
@@ -103,7 +102,6 @@ def read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
 
 
 def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:
-    """Raises ModelFileError if the field is missing or not an array of text."""
     value = metadata.get(key(name))
     if value is None or isinstance(value, str) or not isinstance(value, Sequence):
         raise ModelFileError(f"{key(name)} is missing or not an array of text; the model cannot read or write text")

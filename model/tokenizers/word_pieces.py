@@ -15,8 +15,7 @@ _BEGIN: Final = "▁"
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
 """BERT's token ids, for files that do not name them."""
 _LONGEST_WORD: Final = 256
-"""The most characters for each token of a prompt, on average. Longer words, or so many blanks, are data and not
-text."""
+"""The most characters for each token of a prompt, on average: longer words or so many blanks are not text."""
 _MOST_CHARACTERS: Final = 1 << 18
 """The longest text, because Python takes about 25 microseconds for each character of a long word."""
 _HAN: Final = (
@@ -33,8 +32,7 @@ _HAN: Final = (
 
 
 class WordPieceTokenizer(Tokenizer):
-    """Lowers case and strips accents unless the file says otherwise. A word that has no spelling is one unknown
-    token."""
+    """Lowers case and strips accents if the file does not deny it. A word without a spelling is one unknown token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         size = len(vocabulary)
@@ -102,7 +100,6 @@ def _stands_alone(character: str, kind: str) -> bool:
 
 
 def _named(metadata: Mapping[str, Any], names: tuple[str, ...], size: int, default: int) -> int:
-    """Raises ModelFileError if the file has none of these ids and the vocabulary is too small for the default."""
     for name in names:
         if (found := read_token_id(metadata, name, size)) is not None:
             return found

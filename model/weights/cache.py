@@ -44,7 +44,6 @@ class WeightCache(DiskCache):
             self.create()
 
     def place(self, content: str) -> Path:
-        """Returns the path for the bytes with this SHA-256. There need not be a file."""
         assert _HASH.fullmatch(content)
         return self.path / f"{content}{WHOLE}"
 
@@ -62,8 +61,7 @@ class WeightCache(DiskCache):
             return 0
 
     def find(self, content: str) -> FileIdentity | None:
-        """Returns the identity of the file and marks it as used. Returns None if it is missing. Deletes a changed
-        file."""
+        """Returns the file's identity and marks it as used. Returns None if it is missing. Deletes a changed file."""
         with suppress(OSError):
             file = self.open(self.place(content).name)
             if file is not None:
@@ -88,7 +86,6 @@ class WeightCache(DiskCache):
         return content
 
     def remember_manifest(self, key: str, content: str) -> None:
-        """Raises LlamaclustError if it cannot be written."""
         assert _HASH.fullmatch(key)
         if self.known_manifest(key) != content:
             (self.path / f"{key}{KNOWN}").unlink(missing_ok=True)
@@ -113,8 +110,7 @@ class WeightCache(DiskCache):
             yield
 
     def make_room(self, n_bytes: int) -> None:
-        """Deletes files that no load uses, least recently used first. Raises LlamaclustError if the room is not
-        enough."""
+        """Deletes files that no load uses, least recently used first. Raises LlamaclustError if that is not enough."""
         with self._errors(), self.locked():
             self._make_room(n_bytes)
 
@@ -171,8 +167,7 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process is writing the tensor or has finished it. Raises LlamaclustError if writing
-        fails."""
+        """Returns None if another process is writing or has finished the tensor. Raises LlamaclustError on failure."""
         path = cache.part_path(content)
         try:
             file = open_own(path, os.O_RDWR | os.O_CREAT)
@@ -217,7 +212,6 @@ class WeightPart:
             return True
 
     def close(self) -> None:
-        """Closes the file, which the next load can resume."""
         with self._lock:
             self._file.close()
 

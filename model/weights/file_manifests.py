@@ -27,8 +27,7 @@ class FileManifest:
 
 
 class FileManifests:
-    """The manifests that one process knows. Without a cache, each process makes its own, and their bytes are not
-    kept."""
+    """The manifests that one process knows. Without a cache, each process makes its own and keeps no bytes."""
 
     def __init__(self, cache: WeightCache | None = None) -> None:
         self.cache = cache

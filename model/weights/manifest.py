@@ -56,8 +56,7 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
 
     def file(self, path: Path, held: Mapping[str, tuple[Path, FileIdentity]]) -> ModelFile:
-        """Returns the model as if from its file. `path` is the name in errors. `held` has the places of bytes by
-        SHA-256."""
+        """Returns the model as if from its file. `path`: the name in errors. `held`: places of bytes by SHA-256."""
         tensors = {}
         for record in self.tensors:
             place, identity = held.get(record.content, (path, _NOWHERE))
@@ -117,7 +116,6 @@ def _table(file: ModelFile, tensors: Sequence[Tensor], contents: Sequence[str]) 
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Raises ModelFileError for a file that is not a manifest of this version."""
     metadata = read_header(path).metadata
     own = {key: value for key, value in metadata.items() if not key.startswith(_PREFIX)}
     try:

@@ -1,2 +1,1 @@
-"""Tool calls and reasoning in answers: derives their format from the chat template, parses answers, and constrains
-calls."""
+"""Tool calls and reasoning in answers: finds a model's format, parses answers, and constrains calls."""

@@ -1,5 +1,4 @@
-"""Parses an answer as it arrives: text in, events out. The events do not depend on how the text is split into
-pieces."""
+"""Parses answers as they arrive: text in, events out. Events do not depend on how the text is split."""
 
 from __future__ import annotations
 
@@ -38,10 +37,9 @@ class AnswerParser:
         begun: str = "",
         reads_unmarked: bool = False,
     ) -> None:
-        """Reads calls only if there are `tools`, and separates reasoning only if `splits_reasoning`; otherwise it stays
-        in the content, with its markers. `begun` is the part of the answer that the prompt has written. It makes no
-        events, except for a call that is open at its end. `reads_unmarked`: an answer that consists only of calls
-        without markers is read as calls."""
+        """Reads calls only if there are `tools`. Reasoning stays in the content, with its markers, if not
+        `splits_reasoning`. `begun` is the prompt's part of the answer; it makes no events, except for a call that it
+        leaves open. `reads_unmarked`: an answer that consists only of calls without markers is read as calls."""
         self._form = form
         self._source = TextSource()
         self._sink = CallSink(tools, most_calls)
@@ -93,8 +91,7 @@ class AnswerParser:
         self._reasoning.end()
 
     def _next(self) -> Reading[bool]:
-        """Reads content up to the next marker, and the part of the answer that this marker begins. Returns False at the
-        end of the answer."""
+        """Reads content up to the next marker, and the part that this marker begins. Returns False at the end."""
         if (yield from self._unmarked_calls()):
             return True
         tags = self._tags

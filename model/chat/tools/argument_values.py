@@ -19,8 +19,7 @@ _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
-    """Parses the arguments of a complete call. Returns None if they are not a JSON object or contain numbers beyond
-    float64."""
+    """Parses a complete call's arguments. Returns None if they are no JSON object or have numbers beyond float64."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -119,8 +118,7 @@ def _finite(text: str) -> float:
 
 
 class TextValue:
-    """A string value that is written as JSON while its text arrives, without the white space that the format puts
-    around it."""
+    """Writes a string value as JSON while its text arrives, without the white space that the format adds around it."""
 
     def __init__(self, put: Callable[[str], None], indent: str, dedent: str) -> None:
         self._put = put

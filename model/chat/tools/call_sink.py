@@ -15,8 +15,7 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Numbers calls and collects their events. Calls that the prompt has completed are not counted. At most one call is
-    open."""
+    """Collects events of calls and numbers the calls that the prompt has not completed. At most one call is open."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
         self.tools = tools
@@ -38,8 +37,7 @@ class CallSink:
         self._events.append(event)
 
     def drop_begun(self) -> None:
-        """Drops the events of the prompt's text. Events of a call that is still open are kept, because the answer
-        begins with them."""
+        """Drops the events of the prompt's text, except those of an open call, which the answer continues."""
         of_call = (event for event in self.take_events() if isinstance(event, CallBegun | ArgumentText))
         self._prompt_calls = self._calls
         if self.is_open:

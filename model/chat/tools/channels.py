@@ -1,5 +1,4 @@
-"""Reads answers that consist of messages with headers. A header says whether its message is reasoning, content or a
-call."""
+"""Reads answers that consist of messages. Each message's header marks it as reasoning, content or a call."""
 
 from __future__ import annotations
 

@@ -20,8 +20,7 @@ class ContentText:
 
 @dataclass(frozen=True, slots=True)
 class CallBegun:
-    """The start of a tool call. Calls are numbered from 0. `call_id` is empty if the model has not written an id
-    yet."""
+    """The start of a tool call. Calls are numbered from 0. `call_id` is empty until the model writes one."""
 
     index: int
     name: str

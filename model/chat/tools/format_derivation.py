@@ -38,8 +38,7 @@ _ARGUMENTS: Final = {KEYS[0]: VALUES[0]}
 
 
 def derive_format(source: str, render: Render) -> ToolFormat:
-    """Renders the template about twenty times with sentinel messages. Messages that the template refuses are
-    information too."""
+    """Renders the template about twenty times with test messages. A refusal is information too."""
     known = next((form for form in KNOWN_FORMATS if all(mark in source for mark in form.marks)), KnownFormat(()))
     plain = Probe(render, _takes_text(Probe(render)))
     reasoning = known.reasoning or _derived_reasoning(plain) or _shown_reasoning(source, plain)
@@ -69,8 +68,7 @@ def _call_and_result(probe: Probe, call_id: str) -> tuple[Message, Message]:
 
 
 def _takes_text(probe: Probe) -> bool:
-    """Returns True if calls' arguments must be JSON text: the template refuses an object, or writes it in Python's
-    notation."""
+    """Returns True if the template needs arguments as JSON text: it refuses objects or writes them as Python does."""
     message = call_message([_ARGUMENTS], text_arguments=False)
     as_object = probe.text(message)
     if KEYS[0] in as_object and f"'{KEYS[0]}'" not in as_object:

@@ -39,8 +39,7 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
 
 
 def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
-    """Gives every call an id of `length` characters. A result without an id belongs to the first open call of its name,
-    or else to the first open call."""
+    """Gives calls ids of `length` characters. A result without an id belongs to the first open call of its name."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # ids and names of calls without results
     calls = 0
@@ -68,7 +67,6 @@ def _result_id(message: Message, waiting: Sequence[tuple[str, str]], length: int
 
 
 def _id_of(given: str, length: int) -> str:
-    """Returns the given id if it consists of `length` letters and digits, else a hash of it."""
     is_usual = re.fullmatch(rf"[a-zA-Z0-9]{{{length}}}", given) is not None
     return given if is_usual else sha256(given.encode("utf-8", "replace")).hexdigest()[:length]
 
@@ -92,8 +90,7 @@ def _shaped(form: ToolFormat, function: Message) -> Any:
 
 
 def _arguments(function: Message) -> Any:
-    """Returns the arguments as an object if their text is one, because templates that iterate over keys need an
-    object."""
+    """Parses arguments that are the text of an object, because templates that iterate over keys need an object."""
     given = function.get("arguments") or {}
     if not isinstance(given, str):
         return given
@@ -105,8 +102,7 @@ def _arguments(function: Message) -> Any:
 
 
 def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Message, names: Mapping[str, str]) -> None:
-    """Adds a tool's result. If the template has no tool role, a user message takes it, with the results just before
-    it."""
+    """Adds a tool's result. If the template has no tool role, results go into a user message, several into one."""
     name = message.get("name") or names.get(str(message.get("tool_call_id", "")))
     named = {} if name is None else {"name": name}
     if form.takes_tool_role:
@@ -120,7 +116,6 @@ def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Messag
 
 
 def _instructed(form: ToolFormat, messages: list[dict[str, Any]], tools: Sequence[Message]) -> list[dict[str, Any]]:
-    """Describes the tools in the system message, or in the first message if the template has no system role."""
     definitions = "\n".join(_dumped(tool.get("function", tool)) for tool in tools)
     text = _INSTRUCTIONS.format(tools=definitions)
     if messages and (messages[0]["role"] == "system" or not form.takes_system_role):

@@ -1,5 +1,4 @@
-"""Known formats, for chat templates from whose output no format can be derived. They are found by marks in the
-template's text."""
+"""Formats, by marks in a chat template's text, for templates whose output does not reveal their format."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ GENERIC_CALLS: Final = ObjectCalls(Frame(call_begin="<tool_call>", call_end="</t
 
 @dataclass(frozen=True, slots=True)
 class KnownFormat:
-    """The known parts of a format, for templates that contain all `marks`. None or an empty value means that the part
-    is not known."""
+    """Known parts of the format of templates with all `marks`. None or an empty value means: not known."""
 
     marks: tuple[str, ...]
     calls: Calls | None = None

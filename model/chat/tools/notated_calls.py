@@ -135,8 +135,7 @@ class NotatedReader:
 
 
 class _Elements:
-    """Converts the elements of one call to JSON. An element without inner elements, or whose value may be a string, is
-    read as text."""
+    """Converts a call's elements to JSON. Content without inner elements, or that may be a string, is text."""
 
     def __init__(self, text: str, mark: str) -> None:
         self._text = text

@@ -13,8 +13,7 @@ from llamaclust.model.chat.tools.tool_format import ReasoningTags
 
 Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool, Mapping[str, Any]], str]
-"""A function that renders messages. The flag adds the generation prompt; the mapping holds variables. It raises
-RequestError if the template refuses the messages."""
+"""A function that renders messages (flag: with a generation prompt; mapping: variables) or raises RequestError."""
 
 NAMES: Final = ("zqfirsttool", "zqsecondtool")
 KEYS: Final = ("zqfirstkey", "zqsecondkey")
@@ -36,8 +35,7 @@ _FIRST_MARKUP: Final = re.compile(r"\s*(<[^<>\s]+>|\[[^\[\]]+\])")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A template, the form in which it takes arguments, and its reasoning tags, which are removed from the texts of
-    calls."""
+    """A template, the form of arguments that it takes, and its reasoning tags, which are cut out of calls' texts."""
 
     render: Render
     text_arguments: bool = False
@@ -56,8 +54,7 @@ class Probe:
             return ""
 
     def call_text(self, *arguments: Mapping[str, Any]) -> str:
-        """Returns the text that calls with these arguments add to a message. Empty if the template does not render
-        calls."""
+        """Returns the text that calls with these arguments add to a message. Empty if the template shows no calls."""
         text = difference(self.text(call_message(arguments, text_arguments=self.text_arguments)), self.content_text())
         tags = self.reasoning
         if tags is None:

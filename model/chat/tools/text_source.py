@@ -1,5 +1,4 @@
-"""Text that arrives piece by piece. Its readers are generators that wait for more text. Their results do not depend on
-how the text is split."""
+"""Text that arrives in pieces, and generators that read it and wait for more. Results do not depend on the pieces."""
 
 from __future__ import annotations
 
@@ -22,13 +21,11 @@ class Markers:
         self._longest = len(self._texts[0]) if self._texts else 0
 
     def find(self, text: str, start: int) -> tuple[int, int]:
-        """Returns the begin and the end of the first marker. If there is none, both are the end of the text."""
         found = self._pattern.search(text, start)
         return (found.start(), found.end()) if found else (len(text), len(text))
 
     def cut_at(self, text: str, start: int) -> int:
-        """Returns the first place where the text may be the beginning of a marker that is not complete yet, else its
-        length."""
+        """Returns the place from which the text may be an incomplete marker; the end of the text if there is none."""
         for place in range(max(start, len(text) - self._longest + 1), len(text)):
             rest = text[place:]
             if any(len(marker) > len(rest) and marker.startswith(rest) for marker in self._texts):
@@ -105,8 +102,7 @@ class TextSource:
             yield
 
     def until(self, markers: Markers, sink: Callable[[str], None]) -> Reading[str]:
-        """Passes the text before the next marker to `sink` as it arrives, then takes and returns the marker. Returns ""
-        at the end."""
+        """Passes text to `sink` as it arrives, up to the next marker. Takes and returns the marker; "" at the end."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)
@@ -119,8 +115,7 @@ class TextSource:
             yield
 
     def word(self, markers: Markers, most: int) -> Reading[str | None]:
-        """Takes and returns the text before the next marker or the end. Returns None if neither comes within `most`
-        characters."""
+        """Takes and returns the text before the next marker or the end. None if this is over `most` characters."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

@@ -1,5 +1,4 @@
-"""The format in which a model writes reasoning and tool calls, as data for the parser, the grammar and the template
-probe."""
+"""The format of a model's reasoning and tool calls, as data for the parser, the grammar and the template probe."""
 
 from __future__ import annotations
 
@@ -13,8 +12,7 @@ _BETWEEN_TAGS: Final = re.compile(r"\n|(?<=[>`])(?=<)")
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """The tags of reasoning. It stands between `begin` and the first of `ends` that occurs; `ends[0]` is the usual
-    one."""
+    """The tags around reasoning, which ends at the first of `ends` that occurs; `ends[0]` is the usual one."""
 
     begin: str
     ends: tuple[str, ...]
@@ -42,8 +40,7 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Markers that begin calls: the first line, and other lines that look like markup, because models skip some
-        lines."""
+        """Markers that begin calls: the first line, and lines that look like markup, because models skip lines."""
         lines = self.lines
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
@@ -55,8 +52,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class ObjectCalls:
-    """Calls that are JSON objects, single or in a list. If the frame has no markers, the answer begins with the
-    calls."""
+    """Calls that are JSON objects, single or in a list. If the frame has no markers, calls begin the answer."""
 
     frame: Frame
     name_key: str = "name"
@@ -79,9 +75,8 @@ class NamedCalls:
 
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
-    """Calls that consist of a name and arguments. Markers stand around the key and the value of each argument. If
-    `value_begin` is not empty, an attribute stands before it. The attribute is `string_attribute` if the value is a
-    string."""
+    """Calls that consist of a name and arguments, with markers around each key and value. A `value_begin` that is not
+    empty has an attribute before it: `string_attribute` if the value is a string, any other if not."""
 
     frame: Frame
     name_end: str
@@ -112,9 +107,8 @@ class NotatedCalls:
 
 @dataclass(frozen=True, slots=True)
 class ChannelCalls:
-    """An answer that consists of messages, each with a header that names its recipient or channel. Three regular
-    expressions are searched in headers: `recipient` finds the name of a tool, `reasoning` the headers of reasoning, and
-    `ignored` recipients that are not tools."""
+    """An answer that consists of messages with headers that name a recipient or a channel. These regular expressions
+    match headers: `recipient` (finds a tool's name), `reasoning`, and `ignored` (recipients that are not tools)."""
 
     message_begin: str  # before a header; the prompt ends with the first one
     header_end: str
@@ -133,8 +127,7 @@ Calls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls | ChannelCalls
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """The format of a model's answers, and the parts of a chat that its template takes. By default, answers are plain
-    text."""
+    """The format of a model's answers, and the parts of a chat that its template takes. The default is plain text."""
 
     calls: Calls | None = None
     reasoning: ReasoningTags | None = None
@@ -153,7 +146,6 @@ class ToolFormat:
 
     @property
     def markers(self) -> tuple[str, ...]:
-        """Every text of the format. Some contain control words of the vocabulary."""
         return (*_texts_in(self.calls), *_texts_in(self.reasoning), *self.dropped)
 
 

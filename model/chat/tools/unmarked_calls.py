@@ -28,8 +28,7 @@ class UnmarkedReader:
     """A reader that holds the answer back only as long as the answer may consist of calls."""
 
     def __init__(self, source: TextSource, tools: Tools, calls: Calls | None, dropped: Iterable[str]) -> None:
-        """Knows the keys in `calls`, the model's own format, in addition to the usual keys. `dropped` markers may
-        follow the calls."""
+        """Knows the usual keys and those of `calls`, the model's format. `dropped` markers may follow the calls."""
         self._source = source
         self._tools = tools
         form = calls if isinstance(calls, ObjectCalls) else None
@@ -38,8 +37,7 @@ class UnmarkedReader:
         self._dropped = tuple(dropped)
 
     def read(self) -> Reading[list[ToolCall]]:
-        """Returns the calls that make up the rest of the answer. If the rest is anything else, puts it back and returns
-        no calls."""
+        """Returns the calls that are the whole rest of the answer. Puts the text back if it is anything else."""
         self._source.record()
         try:
             calls = yield from self._whole()

@@ -12,8 +12,7 @@ ANY_ARGUMENTS: Final[Schema] = {"type": "object"}
 
 
 def arguments_schema(schema: Any) -> NormalSchema:
-    """Returns the schema of a tool's arguments with closed objects. Allows any object if the schema is nested too
-    deeply or does not allow an object."""
+    """Returns a tool's schema with closed objects. Allows any object if it is nested too deeply or not of an object."""
     try:
         normal = normal_schema(schema, closes_objects=True)
     except RecursionError:

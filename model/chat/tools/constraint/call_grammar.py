@@ -41,8 +41,7 @@ class CallStart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """A grammar of calls in `lark`. It rules from the first token on, or, if there are triggers, from the first trigger
-    on."""
+    """Lark rules of calls. They apply from the first token on or, if there are triggers, from the first trigger on."""
 
     lark: str
     triggers: tuple[str, ...] = ()
@@ -51,8 +50,7 @@ class CallGrammar:
 def call_grammar(
     form: ToolFormat, tools: Tools, split: Split, start: CallStart, *, is_parallel: bool
 ) -> CallGrammar | None:
-    """Returns None if there are no tools or nothing marks the beginning of calls. The schemas in `tools` are those that
-    `arguments_schema` returns."""
+    """Returns None if nothing marks the beginning of calls. `arguments_schema` makes the schemas in `tools`."""
     rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:
@@ -94,8 +92,7 @@ def _section(rules: LarkRules, calls: FramedCalls, tools: Tools, *, is_parallel:
 
 
 def _marker(rules: LarkRules, text: str) -> str:
-    """Returns the rule of a marker, which may have several lines. White space may separate the lines and follow the
-    marker."""
+    """Returns the rule of a marker. White space may separate its lines and follow it."""
     lines = [rules.literal(line.strip()) for line in text.split("\n") if line.strip()]
     opens_name = text.rstrip().endswith(("=", '"', ":", "."))
     return f" {SPACE} ".join(lines) + ("" if opens_name or not lines else f" {SPACE}")
@@ -128,8 +125,7 @@ def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> 
 
 
 def _json_parts(text: str) -> str:
-    """Splits JSON text into the lexemes that JSON schemas use: if calls have no marker, other JSON may stand in their
-    place."""
+    """Splits JSON text into lexemes of JSON schemas: other JSON may be allowed in place of a call without markers."""
     return joined(*map(quoted, _JSON_PART.findall(text)))
 
 

@@ -15,13 +15,11 @@ _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 
 
 class _FreeValue(Exception):
-    """Raised if a value may be anything. It may then contain elements with its own tag, so that no closing tag marks
-    its end."""
+    """A value may be anything, even elements with its own tag, so that no closing tag marks its end."""
 
 
 class ElementValues:
-    """Makes grammar rules for a call's arguments. `mark` stands before each tag. If one value may be anything, no
-    argument of the call is constrained."""
+    """Makes rules for a call's arguments; `mark` stands before each tag. One value without a schema frees them all."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         self._rules = rules

@@ -35,8 +35,7 @@ class InlineValues(ABC):
 
     @abstractmethod
     def key(self, key: str) -> str:
-        """Returns the rule for one key, including the separator after it. Empty if the notation cannot write the
-        key."""
+        """Returns the rule for one key and the separator after it. Empty if the notation cannot write the key."""
 
     @abstractmethod
     def constant(self, value: Any) -> str:
@@ -107,8 +106,7 @@ class InlineValues(ABC):
 
 
 class PythonValues(InlineValues):
-    """Values such as "text" or 'text', 1, True, None, ["text"] and {"key": 1}. JSON's true, false and null are allowed
-    too."""
+    """Values such as "text" or 'text', 1, True, None, ["text"], {"key": 1}, and JSON's true, false and null."""
 
     @property
     def text(self) -> str:
@@ -148,8 +146,7 @@ class PythonArguments(PythonValues):
 
 
 class GemmaValues(InlineValues):
-    """Values such as <|"|>text<|"|>, 1, true, null, [1,2] and {key:1}. The keys of objects are sorted, as in Gemma's
-    template."""
+    """Values such as <|"|>text<|"|>, 1, true, null, [1,2], {key:1}. Gemma's template sorts the keys of objects."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         super().__init__(rules)

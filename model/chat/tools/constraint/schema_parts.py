@@ -1,5 +1,4 @@
-"""Reads the parts of a schema that are enforced in notations other than JSON: types, bounds of numbers, enumerations,
-properties."""
+"""The parts of a schema that are enforced in notations other than JSON: types, bounds, enumerations, properties."""
 
 from __future__ import annotations
 
@@ -17,7 +16,6 @@ _COMBINED: Final = frozenset(("$ref", "allOf", "not", "if"))
 
 
 def constants(schema: Schema) -> Sequence[Any]:
-    """Returns the values that the schema lists. Empty if it lists none, or if one of them is a list or an object."""
     values = schema.get("enum", [schema["const"]] if "const" in schema else ())
     is_flat = isinstance(values, list) and not any(isinstance(value, list | dict) for value in values)
     return values if is_flat else ()
@@ -40,8 +38,7 @@ def number(kind: str, schema: Schema) -> str:
 
 
 def properties(schema: Schema) -> list[tuple[str, Any, bool]] | None:
-    """Returns name, schema and "is required" of each property, required ones first. Returns None if other properties
-    are allowed."""
+    """Returns (name, schema, is required) of each property, required ones first; None if others are allowed."""
     named, required = schema.get("properties"), schema.get("required")
     if not isinstance(named, Mapping) or schema.get("additionalProperties") is not False:
         return None

@@ -154,8 +154,7 @@ class GathersRows(Protocol):
 
 Experts = Callable[[int, Float32], Float32 | None]
 """Computes exchange `number`, counted in the order of steps, from rows [rows, sum of widths] of the buffers that it
-reads. Returns the result [rows, width], which the next call overwrites, or None if the result is already in its
-place."""
+reads. Returns the result [rows, width], which the next call overwrites, or None if the result is in place already."""
 
 
 class ExchangingStage(Stage, Protocol):

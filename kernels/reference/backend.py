@@ -100,7 +100,7 @@ class ReferenceStage:
 
 
 class ReferenceGroup:
-    """All members of a group in one process. Tests compare other backends' groups with it."""
+    """All members of a group in one process, step by step. It is the oracle in tests of divided programs."""
 
     def __init__(self, members: Sequence[ReferenceStage]) -> None:
         self.members = members

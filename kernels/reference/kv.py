@@ -90,8 +90,7 @@ def round_to_bytes(rows: Float32) -> Rounded:
 
 
 class LayerKv:
-    """The keys and, except for latent attention, the values of a layer, [blocks * KV_BLOCK_TOKENS, kv_heads,
-    head_dim]."""
+    """The keys and values of a layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. MLA stores no values."""
 
     def __init__(self, step: Attention, blocks: int, *, windowed: bool = False) -> None:
         self.windowed = windowed  # its blocks are those of `Batch.window_tables`

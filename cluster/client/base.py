@@ -1,4 +1,4 @@
-"""The interfaces of clients, which give whole answers or streams: for asyncio, or synchronous with an own thread."""
+"""The interfaces of clients, which give whole answers or streams: one for asyncio, one synchronous on a thread."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class LoopThread(Generic[_Opened]):
             raise
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop. An interrupt of the caller cancels it. Raises LlamaclustError once it is closed."""
+        """Runs `work` in the loop. A caller's interrupt cancels it. Raises LlamaclustError if the thread is closed."""
         with self._lock:
             if self._is_closed:
                 work.close()

@@ -18,8 +18,8 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import own_addresses
 
 Verify = str | PathLike[str] | ssl.SSLContext | None
-"""A PEM file of certificates to trust, or an SSL context. None: the certificates that this machine trusts, or for a
-cluster that runs here its own certificate."""
+"""A PEM file of certificates to trust, or an SSL context. None: the certificates that this machine trusts; for a
+cluster that runs here, that cluster's own."""
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 _CONNECT_S = 10.0
@@ -185,7 +185,7 @@ class _PinnedContext(ssl.SSLContext):
 
 
 def explain_refusal(where: str, error: httpx.HTTPError) -> str | None:
-    """Returns advice if the server's certificate is not trusted or it does not speak TLS; None for other errors."""
+    """Returns advice if the server's certificate is not trusted or the server lacks TLS; None for other errors."""
     reason = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in reason:
         why = reason.partition("certificate verify failed: ")[2].partition(" (_ssl")[0] or reason

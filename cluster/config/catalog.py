@@ -134,7 +134,7 @@ def catalog_names() -> list[str]:
 
 
 def nearest_names(name: str, names: Iterable[str]) -> str:
-    """Returns a question with the nearest names, which ends a message. Empty if no name is near."""
+    """Returns a question with the nearest names, for the end of a message. Empty if no name is near."""
     near = near_names(name, names)
     return f", did you mean {' or '.join(near)}?" if near else ""
 

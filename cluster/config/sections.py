@@ -35,7 +35,7 @@ _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
 _LEAST_LEASE_S = 1.0
 CpuMoe = Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)]
-"""Number of layers, from the first, whose experts stay in RAM although there is a GPU; None: the fastest choice."""
+"""Number of layers, from the first, whose experts stay in RAM despite a GPU; None: the fastest choice."""
 LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | None, OrAuto(), OrOff(1)]
 """Most workers that may hold a stage together; None: as many as make it faster."""
 _URL = r"^https?://[^\s/?#@]+(/[^\s?#]*)?$"
@@ -114,7 +114,7 @@ class Ray(Section):
     """The Ray cluster that starts and places the workers."""
 
     address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
-    """auto: the Ray cluster of this machine, else a new one; HOST:PORT: the one with this head; none: a new one."""
+    """auto: the Ray cluster of this machine, else a new one; HOST:PORT: that of this head node; none: a new one."""
     strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
     """Ray's placement strategy for the workers."""
     allow_unauthenticated: bool = False
@@ -193,7 +193,7 @@ class AdapterConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}$", examples=["poet"])]
     """Name of the adapter, which requests give as their model."""
     path: FilePath
-    """The adapter's GGUF file. A worker without the file here and in its models folder fetches its layers."""
+    """The adapter's GGUF file. A worker that lacks it here and in its models folder fetches its layers."""
     scale: Annotated[float, Field(ge=-MAX_ADAPTER_SCALE, le=MAX_ADAPTER_SCALE, allow_inf_nan=False)] = 1.0
     """Scale of the adapter in requests that name it."""
 
@@ -256,10 +256,9 @@ class Speculative(Section):
     shared_answers: Annotated[int, Field(ge=0, le=_MOST_SHARED)] = 0
     """Tokens of recent answers from which requests with the same `cache_salt` draft: 1024 or more, or 0 for none."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None = None
-    """Draft model, given like the key `model`: a small one with the same tokens. It runs on the machine of the
-    coordinator."""
-    mtp: bool = False
     """Draft model, given like the key `model`: small, with the same tokens. It runs on the coordinator's machine."""
+    mtp: bool = False
+    """true: the model's own head for multi-token prediction (MTP) drafts. It is loaded with the last stage."""
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Threads of the draft model; by default one per core."""
 

@@ -171,7 +171,7 @@ class ClusterState:
 
     @property
     def has_failing_workers(self) -> bool:
-        """True if a quarantined worker serves that the newest plan does not use."""
+        """True if a quarantined worker of the serving epoch is absent from the newest plan."""
         planned = {stage.worker for stage in self.planning.plan.stages} if self.planning and self.planning.plan else {}
         serving = () if self.serving is None else self.serving.workers
         return any(name in self.inputs.quarantined and name not in planned for name, _ in serving)

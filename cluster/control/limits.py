@@ -181,7 +181,7 @@ def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
 
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
-    """Returns the model's costs, with the MTP head if it drafts. Raises UsageError if it should but does not exist."""
+    """Returns the model's costs, with the MTP head if it drafts. Raises UsageError if the model lacks that head."""
     return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 
@@ -195,7 +195,7 @@ def _blocks(plan: Plan) -> BlockCounts:
 
 
 def speculation_settings(config: ClusterConfig, draft_model: DraftModel | None) -> SpeculationSettings | None:
-    """Returns the settings that all pipelines of a model share, with kept answers and draft model. None: no drafts."""
+    """Returns the speculation settings that all pipelines of a model share; None if nothing drafts."""
     given = config.speculative
     if given is None:
         return None

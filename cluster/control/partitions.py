@@ -22,7 +22,7 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
 """A pair that breaks again within this time after it healed is probed at longer intervals than before."""
 _MAX_PROBES = 256
-"""The most links that are probed at the same time. If there are more, only links of workers with a broken one are."""
+"""The most links probed at the same time. Beyond it, only links of workers with a broken link are probed."""
 
 _Direction = tuple[WorkerHandle, WorkerHandle]
 
@@ -81,7 +81,7 @@ class PartitionTracker:
             self._on_change(self.pairs)
 
     async def _investigate(self, caller: WorkerHandle, other: WorkerHandle, message: PeerUnreachable) -> None:
-        """Confirms a report, then probes all links: partitions often come together, and each one takes another plan."""
+        """Confirms a report, then probes all links. Partitions often come together, and one plan should avoid all."""
         if await self._ports.is_found(caller, other, message.epoch):
             return
         found = {(caller, other)} if await self._confirm(caller, other, message.reason) else set()

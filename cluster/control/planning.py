@@ -65,7 +65,7 @@ class ClusterResources:
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs of workers that cannot reach each other
     free_bytes: int | None = None
-    """Free memory of the machine that all workers share, before any held a layer. None: each reported its own."""
+    """Free memory of the machine that all workers share, before any held a layer. None: workers report their own."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
     """Bytes that other models hold, by (worker, device)."""
 

@@ -30,7 +30,7 @@ class LoadEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Continues the engine on the loaded epoch. An older epoch that still serves retires."""
+    """Continues the engine on the loaded epoch. If an older epoch serves, it retires."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """Counts workers as lost. Those that `stays` is set for only get no layers of this model."""
+    """Counts workers as lost. One with `stays` remains a member, but gets no layers of this model."""
 
     expulsions: tuple[Expulsion, ...]
 
@@ -155,7 +155,7 @@ def _recover(state: ClusterState) -> Action | None:
 
 
 def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
-    """Reports the reason once. After the wait, a start is aborted; later, requests fail, but the cluster waits on."""
+    """Reports the reason once. After a time, a start is aborted. A running cluster fails its requests and waits on."""
     loss = state.loss
     assert loss is not None and state.planning is not None
     is_link = isinstance(why, NetworkPartitionError)

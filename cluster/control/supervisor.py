@@ -88,7 +88,7 @@ class Supervisor:
         return self._runner.recoveries
 
     async def start(self) -> Epoch:
-        """Opens and returns the first epoch. Errors that no other worker can mend are raised at once, others later."""
+        """Opens and returns the first epoch. Raises errors that no worker can mend at once, others after a wait."""
         await self._loop(is_start=True)
         return self.epoch
 

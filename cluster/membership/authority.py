@@ -132,7 +132,7 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
-        """Returns the key id that the CA certificate states (programs derive it differently), else a derived one."""
+        """Returns the key id that the CA certificate states, or a derived one if it states none."""
         try:
             named = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         except x509.ExtensionNotFound:

@@ -66,7 +66,7 @@ def _without_warnings(lines: list[str]) -> Iterator[str]:
 
 
 def _end_of_warning(lines: list[str], start: int) -> int:
-    """Returns the index after a warning, which ends with its indented line of source, or else is one line."""
+    """Returns the index after a warning: after its indented line of source or, without one, after its first line."""
     for at in range(start + 1, min(start + 1 + _MOST_WARNING_LINES, len(lines))):
         if lines[at].startswith((" ", "\t")):
             return at + 1

@@ -128,7 +128,7 @@ class Members:
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Counts a worker without a connection as lost. A launcher's report of an exit code is a better reason."""
+        """Counts a disconnected worker as lost. If the launcher reports its exit in time, that is the reason."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

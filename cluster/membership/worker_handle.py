@@ -67,7 +67,7 @@ class WorkerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The loss of a worker. `number`: its place among all losses. `last_error`: from the worker's log, if any."""
+    """The loss of a worker. `number`: its place in the order of losses. `last_error`: from the worker's log, if any."""
 
     reason: str
     number: int

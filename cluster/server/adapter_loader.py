@@ -39,7 +39,7 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the record's unchanged adapters whose names are not in `names`. Notices name the others."""
+        """Opens the record's unchanged adapters whose names are not in `names`. Notices report the others."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder
@@ -190,7 +190,7 @@ def _opened(model: Model, folder: Path, number: int, wanted: ServedAdapter) -> t
 
 
 def _allowed(folder: Path, given: str) -> Path:
-    """Returns the resolved path. Raises ParameterError if it is outside the folder, HttpError 404 if none is there."""
+    """Returns the resolved path. Raises ParameterError for one outside the folder, HttpError 404 without an adapter."""
     shown = repr(given[:_MOST_SHOWN])
     try:
         root, path = folder.resolve(), (folder / given).resolve()

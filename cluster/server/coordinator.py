@@ -185,7 +185,7 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """Loads the first model if `load_on_demand` is set; the others sleep. Raises an error if one does not fit alone."""
+    """Loads the first model if `load_on_demand` is set; the others sleep. Raises an error if one cannot fit."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())
@@ -259,7 +259,7 @@ async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report:
 async def _engine(
     config: ClusterConfig, supervisor: Supervisor, sleeping: SchedulerSettings | None
 ) -> AsyncIterator[Engine]:
-    """Yields an engine whose lost pipelines the supervisor replaces. `sleeping`: settings of a model not loaded."""
+    """Yields an engine whose lost pipelines the supervisor replaces. `sleeping`: settings of an unloaded model."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
         with named_errors(config):

@@ -1,4 +1,4 @@
-"""The Kubernetes Lease, whose holder is the coordinator that serves. The others wait, as their API ports report."""
+"""The Kubernetes Lease. Its holder is the coordinator that serves; the others wait and say so at their API ports."""
 
 from __future__ import annotations
 

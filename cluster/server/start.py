@@ -107,7 +107,7 @@ def link_meter(
     *,
     anew: bool = False,
 ) -> MeasureLinks | None:
-    """Returns the function that measures links; None if default links are assumed. `anew`: known links do not count."""
+    """Returns a function that measures links, or None to assume default links. `anew`: it measures known ones again."""
     if config.launcher_facts.is_local and not hops_matter(measured):
         return None
     return partial(

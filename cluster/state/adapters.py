@@ -118,7 +118,7 @@ class ServedAdapters:
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """Returns number, content and name of those adapters that a client loaded, because answers depend on them."""
+        """Returns a text for each of the adapters that a client loaded: its number, content and name affect answers."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )

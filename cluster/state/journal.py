@@ -30,7 +30,7 @@ from llamaclust.core.regular_file import sync_folder
 from llamaclust.core.sampling import RowResult
 
 _PAUSE_S = 0.02
-"""The least time between the starts of two writes. Admissions share a write; it is shorter than a prompt takes."""
+"""The least time between the starts of two writes, shorter than a prompt takes. Admissions share a write."""
 _LATER_S = 0.1
 """The delay of lines for which nothing waits. A write for an admission includes them earlier."""
 _RETRY_S = 5.0
@@ -47,7 +47,7 @@ class Journal:
     """The open journal of one coordinator and event loop. If the disk fails, requests are served without a record."""
 
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """Keeps sent replies for `sent_s`. If there is a newer coordinator than that of `record`, it owns the file."""
+        """Keeps sent replies for `sent_s`. The file belongs to the newest coordinator, by the terms in `record`."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
@@ -65,7 +65,7 @@ class Journal:
         await self._writer.written(b"", is_synced=True)
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Records a request. Completes when it is on disk or cannot be written. Raises SupersededError after `seal`."""
+        """Records a request; the future ends when that is on disk or cannot be. Raises SupersededError after `seal`."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator takes no requests any more; try again")
         return self._writer.written(self._contents.add(request), is_synced=True)
@@ -75,7 +75,7 @@ class Journal:
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records how often requests were begun again without a new token. Returns once this survives the process."""
+        """Records how often requests were begun again without a new token. Returns once the counts are in the file."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             lines = b"".join(self._contents.add(Change(name, restores=count)) for name, count in times.items())
@@ -86,8 +86,7 @@ class Journal:
         self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
-        """Keeps a request for a while after its whole reply was sent. If there are many, the oldest are kept
-        shorter."""
+        """Keeps a request for a while after its whole reply was sent; if there are many, the oldest for less time."""
         if not self._writer.is_sealed and (lines := self._contents.sent(request_id)):
             self._writer.add(lines)
             asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)

@@ -25,7 +25,7 @@ from llamaclust.core.sampling import RowResult
 from llamaclust.core.this_machine import boot_s, machine_id
 
 _MAX_LINE_BYTES = 64 << 20
-"""The limit of a line. The largest body needs less. Of a longer line, which is foreign, only this much is held."""
+"""The limit of a line. The largest body needs less. Of a longer, foreign line, only this much is held in memory."""
 _ROW = Struct("<id")
 """A token and its logprob in binary, which is read several times as fast as decimal numbers."""
 _CHECKSUM = b"%08x "

@@ -14,8 +14,7 @@ from llamaclust.wire.control.groups import GroupFault
 _ATTRIBUTION_S = 1.0
 """The wait for the loss of a worker, which becomes known later than the end of its streams."""
 _REPORTS_S = 10.0
-"""The wait for more members' reports: a member reports at its next gather, and one alone may accuse the wrong
-worker."""
+"""The wait for further members' reports. Each reports at its next gather, and a single report may be wrong."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:

@@ -18,7 +18,7 @@ _FREE = 1
 _REMEMBERED_S = 600.0
 _MOST_RECORDS = 1000
 _PAUSES_REMEMBERED = 10
-"""A worker's failures are forgotten this many times its last pause after the pause, but not before `_REMEMBERED_S`."""
+"""Failures are forgotten after this multiple of the worker's last pause, but not before `_REMEMBERED_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Quarantine:
         return replace(self, records={name: record for name, record in self.records.items() if name not in names})
 
     def exonerate(self, requests: frozenset[int]) -> Quarantine:
-        """Releases the workers at all of whose failures one of these requests was in flight, since it was the cause."""
+        """Releases the workers that had one of these requests in flight at each failure: the request was the cause."""
         return self.release([name for name, record in self.records.items() if record.requests & requests])
 
     def exonerate_rows(self, key: int, now_s: float) -> Quarantine:

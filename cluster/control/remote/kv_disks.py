@@ -34,8 +34,8 @@ class RemoteKvDisks:
         return await self._least(SaveKv(self._epoch, joined(keys), tuple(blocks)), len(blocks))
 
     async def _least(self, request: FindKv | RestoreKv | SaveKv, most: int) -> int:
-        """Sends the request to all workers and returns the smallest number of blocks in an answer. Raises once all
-        have answered, preferably DeadlineError."""
+        """Sends the request to all workers and returns the smallest number of blocks in an answer. Once all have
+        answered, raises their errors, DeadlineError first."""
 
         async def done(worker: WorkerHandle) -> int:
             limit = deadline(f"worker {worker.name}: KV memory on its disk (kv_disk)", _DISK_S)

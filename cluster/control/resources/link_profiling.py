@@ -128,7 +128,7 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
 
 
 class _Place(NamedTuple):
-    """The place where a worker is served. It has no address, because pods keep only their host names."""
+    """The place where a worker is served. Its host name tells it, since pods keep host names but not addresses."""
 
     machine: str
     host: str

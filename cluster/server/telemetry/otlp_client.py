@@ -1,4 +1,4 @@
-"""Sends messages to a collector: OTLP over HTTP, with retries. It blocks, so that a thread must call it."""
+"""Sends messages to a collector: OTLP over HTTP, with retries. It blocks, so a thread calls it."""
 
 from __future__ import annotations
 

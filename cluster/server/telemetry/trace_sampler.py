@@ -27,7 +27,7 @@ class RequestTrace:
 
 @dataclass(frozen=True, slots=True)
 class TraceSampler:
-    """Decides which requests are traced. `ratio`: the kept fraction; with `obeys_parent`, of those without context."""
+    """The rule for tracing. `ratio`: the fraction of requests kept; with `obeys_parent`, of those without a context."""
 
     ratio: float = 1.0
     obeys_parent: bool = True

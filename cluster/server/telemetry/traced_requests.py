@@ -1,4 +1,4 @@
-"""An ASGI app that wraps the API's. It begins the trace of each request that may compute, and records the end."""
+"""An ASGI app that wraps the API's. It begins the trace of each request that may compute, and records its end."""
 
 from __future__ import annotations
 

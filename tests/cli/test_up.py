@@ -163,6 +163,7 @@ def test_a_closed_terminal_ends_it_as_sigterm_does(line: CommandLine) -> None:
     nothing_left(line)
 
 
+@pytest.mark.promise
 def test_nohup_is_obeyed(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("support.clusters.command_line.COMMAND", ("nohup", *COMMAND))
     monkeypatch.setattr("support.clusters.command_line.fork_server", lambda program: None)  # nohup starts it
@@ -203,15 +204,15 @@ def test_a_terminal_that_goes_away_leaves_nothing(line: CommandLine) -> None:
     [
         (
             ("-ngl", "99"),
-            "-ngl: is a key of a worker here, `gpu_layers` in the cluster file: --set workers.0.gpu_layers=99",
+            "-ngl: set `workers[].gpu_layers` in the cluster file instead: --set workers.0.gpu_layers=99",
         ),
         (
             ("--gpu-layers=9",),
-            "--gpu-layers: is a key of a worker here, `gpu_layers` in the cluster file: --set workers.0.",
+            "--gpu-layers: set `workers[].gpu_layers` in the cluster file instead: --set workers.0.",
         ),
         (
             ("--device", "cuda:0"),
-            "--device: is a key of a worker here, `device` in the cluster file: --set workers.0.device=",
+            "--device: set `workers[].device` in the cluster file instead: --set workers.0.device=",
         ),
     ],
 )

@@ -79,6 +79,7 @@ def path_without_compilers(folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.promise
 @pytest.mark.timeout(2 * DEADLINE_S)
 def test_it_answers_where_there_is_no_compiler(wheel: Path, tmp_path: Path) -> None:
     if not (environment().home / "models/smollm2-135m-instruct").is_dir():

@@ -34,6 +34,7 @@ def end_coordinator(folder: ClusterDir, numbers: Sequence[signal.Signals]) -> No
         os.kill(record.pid, number)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("end", ["kill", "kill with a standby", "stop at once"])
 async def test_requests_outlive_a_coordinator(line: CommandLine, model: Path, end: str) -> None:
     """Also one that is stopped by two signals, without an end of its requests. What clients had just read to the end

@@ -166,6 +166,7 @@ ways = st.builds(
 )
 
 
+@pytest.mark.promise
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(way=ways)
 def test_random_ways(way: Way, models: Models, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -37,6 +37,7 @@ def expected(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list
         return run(demo_model, Way((0, LAYERS), every=True), work(), tmp_path_factory.mktemp("expected"), patch)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_fixed_ways(
     way: Way, demo_model: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -59,6 +59,7 @@ async def fails(run: Recovering) -> None:
     await run.until("no quarantine", lambda: not run.cluster.supervisor.observed.state.inputs.quarantined, within_s=1.0)
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("what", BREAKS)
 async def test_a_request_that_breaks_workers_fails_alone(

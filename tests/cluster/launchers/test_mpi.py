@@ -59,6 +59,7 @@ def all_gone(processes: Sequence[psutil.Process]) -> None:
     eventually(lambda: not any(map(is_there, processes)), 30.0, "the end of every process of the job")
 
 
+@pytest.mark.promise
 def test_three_ranks_give_the_single_workers_bits(line: CommandLine, model: Path, undisturbed: Answers) -> None:
     command = start(line, model)
     with ready(command, line) as cluster:

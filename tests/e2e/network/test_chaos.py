@@ -134,6 +134,7 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("plan", PLANS)
 def test_workers_on_other_machines_change_no_answer(model: Path, plan: str) -> None:
     with (

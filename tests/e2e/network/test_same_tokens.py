@@ -42,6 +42,7 @@ LINKS = {
 }
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("link", LINKS.values(), ids=LINKS.keys())
 def test_same_tokens_and_bits(cluster: DistantCluster, expected: list[Answer], link: Link) -> None:
     cluster.box.set_link(link)

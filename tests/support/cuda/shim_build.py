@@ -98,3 +98,7 @@ def _run(made: Path, *arguments: str) -> None:
 
 def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+if __name__ == "__main__":
+    print(f"GPU kernels for the CPU: {build()}")

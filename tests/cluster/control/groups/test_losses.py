@@ -27,6 +27,7 @@ def is_lost(run: Recovering, name: str) -> bool:
     return any(f"worker {name} " in text and "is lost" in text for text in run.told)
 
 
+@pytest.mark.promise
 @SIGNALS
 @pytest.mark.parametrize("victim", [*GROUP, LAST])
 async def test_a_member_is_lost(

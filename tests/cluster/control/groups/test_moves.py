@@ -15,6 +15,7 @@ from support.plans.automatic_groups import FAR_S, NAMES, NEAR_S, automatic, grou
 TOKENS = 150
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("stays", [True, False], ids=["requests stay", "requests move"])
 async def test_plans_change_between_stages_and_groups(
     stays: bool,

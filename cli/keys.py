@@ -13,7 +13,7 @@ from llamaclust.cli.terminal import printable
 
 File = Annotated[
     Path | None,
-    Option("--file", metavar="FILE", help="`api_keys_file` of the cluster file. Default: api-keys in the state dir."),
+    Option("--file", metavar="FILE", help="File of API keys, as `api_keys_file`. Default: api-keys in the state dir."),
 ]
 _AT_ONCE = "clusters that run with this file know it at once"
 

@@ -84,6 +84,25 @@ _KEYS = {
 }
 
 
+def _key_of(option: str, value: str) -> tuple[str, str] | None:
+    """Returns the key of the cluster file for an option, and how `--set` sets it. `value` "": not given."""
+    given = value or "..."
+    match option:
+        case "--cpu-moe" | "-cmoe":
+            return "cpu_moe", "cpu_moe=all"
+        case "--n-cpu-moe" | "-ncmoe":
+            return "cpu_moe", f"cpu_moe={given}"
+        case "--override-tensor" | "-ot":
+            rules = json.dumps((value or "exps=CPU").split(","))
+            return "placement", f"'placement={rules}'"
+        case "--speculative" | "--draft-max" | "--spec-draft-n-max":
+            name = "speculative" if option == "--speculative" or given == "0" else "speculative.max_window"
+            return name, f"{name}={'off' if given == '0' else given}"
+        case "--mtp":
+            return "speculative.mtp", "speculative.mtp=true"
+    return (f"workers[].{key}", f"workers.0.{key}={given}") if (key := _KEYS.get(option)) else None
+
+
 class FileCommand(PlainCommand):
     """A command that reads a cluster file."""
 
@@ -91,22 +110,9 @@ class FileCommand(PlainCommand):
         """Raises UsageError for an option that belongs in the cluster file, and names the key to set there."""
         for word, following in zip_longest(args, args[1:], fillvalue=""):
             option, _, value = word.partition("=")
-            if option in ("--cpu-moe", "-cmoe", "--n-cpu-moe", "-ncmoe"):
-                count = "all" if option in ("--cpu-moe", "-cmoe") else value or following or "..."
-                raise UsageError(f"{option}: is `cpu_moe` in the cluster file: --set cpu_moe={count}")
-            if option in ("--override-tensor", "-ot"):
-                rules = json.dumps((value or following or "exps=CPU").split(","))
-                raise UsageError(f"{option}: is `placement` in the cluster file: --set 'placement={rules}'")
-            if option in ("--speculative", "--draft-max", "--spec-draft-n-max"):
-                given = value or following or "..."
-                name = "speculative" if option == "--speculative" or given == "0" else "speculative.max_window"
-                hint = f"--set {name}={'off' if given == '0' else given}"
-                raise UsageError(f"{option}: is `{name}` in the cluster file: {hint}")
-            if option == "--mtp":
-                raise UsageError(f"{option}: is `speculative.mtp` in the cluster file: --set speculative.mtp=true")
-            if key := _KEYS.get(option):
-                told = f"--set workers.0.{key}={value or following or '...'}"
-                raise UsageError(f"{option}: is a key of a worker here, `{key}` in the cluster file: {told}")
+            if (key := _key_of(option, value or following)) is not None:
+                name, setting = key
+                raise UsageError(f"{option}: set `{name}` in the cluster file instead: --set {setting}")
         rest: list[str] = super().parse_args(ctx, args)
         return rest
 
@@ -155,7 +161,7 @@ Threads = Annotated[
 ]
 ModelDraft = Annotated[
     str | None,
-    Option("--model-draft", "-md", metavar="DRAFT", help="Small model with the same tokens that drafts for --model."),
+    Option("--model-draft", "-md", metavar="DRAFT", help="Small model that drafts for --model, with the same tokens."),
 ]
 Mtp = Annotated[bool, Option("--mtp", help="Draft with the own head of --model for multi-token prediction.")]
 Workers = Annotated[

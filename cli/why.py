@@ -17,7 +17,7 @@ from llamaclust.core.errors import UsageError
 Request = Annotated[
     str | None,
     Argument(
-        metavar="REQUEST", help="A request's id, or its first 4 characters or more. Without it: a list of requests."
+        metavar="REQUEST", help="A request's id, or at least its first 4 characters. Without it: a list of requests."
     ),
 ]
 _SINGULAR = {"tokens": "token", "microbatches": "microbatch"}

@@ -40,7 +40,8 @@ def worker(
     listen: Annotated[
         str,
         Option(
-            metavar="HOST:PORT", help="Address for other members. Default: any port of the address that reaches --join."
+            metavar="HOST:PORT",
+            help="Address for other members. Default: a free port of the address that reaches --join.",
         ),
     ] = "",
     advertise: Annotated[

@@ -54,7 +54,7 @@ def quantize(
     pure: Annotated[bool, Option("--pure", help="Use one type for all matrices.")] = False,
     allow_requantize: Annotated[
         bool,
-        Option("--allow-requantize", help="Accept weights that are already quantized, which lowers the quality twice."),
+        Option("--allow-requantize", help="Accept weights that are already quantized; quality is lost a second time."),
     ] = False,
     keep_split: Annotated[
         bool, Option("--keep-split", help="Write as many files as the model has. Default: one.")

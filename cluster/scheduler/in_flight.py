@@ -121,7 +121,8 @@ class InFlight:
             rows = f"{embedded} embedded rows of {self._row_bytes} bytes"
             raise ProtocolError(f"microbatch {due.number} came back with {found} bytes for {rows}")
         if (token := max(map(_highest_token, result.rows), default=0)) >= self._vocabulary:
-            raise ProtocolError(f"microbatch {due.number} came back with token {token} of {self._vocabulary}")
+            what = f"token id {token}; the vocabulary has {self._vocabulary}"
+            raise ProtocolError(f"microbatch {due.number} came back with {what}")
         deferred = any(row.is_deferred for row in result.rows)
         if deferred or self._deferred_ns:
             self._check_deferred(due, result.rows, now_ns)

@@ -327,7 +327,7 @@ class JournalFile:
 
     def _check_owner(self) -> None:
         if newer := self._record.newer_term():
-            raise SupersededError(f"is a newer coordinator's (term {newer}), and not written any more")
+            raise SupersededError(f"belongs to a newer coordinator (term {newer}); this one no longer writes it")
 
     def close(self) -> None:
         if self._descriptor is not None:

@@ -105,7 +105,7 @@ def _text(text: str) -> bytes:
     try:
         data = text.encode()
     except UnicodeEncodeError:
-        raise ModelFileError(f"{shown(text)} cannot be written: it is no text, but half of a pair of UTF-16") from None
+        raise ModelFileError(f"{shown(text)} cannot be written: it contains half of a UTF-16 surrogate pair") from None
     return pack("<Q", len(data)) + data
 
 

@@ -196,11 +196,17 @@ def test_options_of_drafts_that_cannot_be_are_refused(here: Here, options: tuple
     [
         (
             ("--draft-max", "8"),
-            "--draft-max: is `speculative.max_window` in the cluster file: --set speculative.max_window=8",
+            "--draft-max: set `speculative.max_window` in the cluster file instead: --set speculative.max_window=8",
         ),
-        (("--spec-draft-n-max=0",), "--spec-draft-n-max: is `speculative` in the cluster file: --set speculative=off"),
-        (("--mtp",), "--mtp: is `speculative.mtp` in the cluster file: --set speculative.mtp=true"),
-        (("--speculative", "off"), "--speculative: is `speculative` in the cluster file: --set speculative=off"),
+        (
+            ("--spec-draft-n-max=0",),
+            "--spec-draft-n-max: set `speculative` in the cluster file instead: --set speculative=off",
+        ),
+        (("--mtp",), "--mtp: set `speculative.mtp` in the cluster file instead: --set speculative.mtp=true"),
+        (
+            ("--speculative", "off"),
+            "--speculative: set `speculative` in the cluster file instead: --set speculative=off",
+        ),
     ],
 )
 def test_commands_with_a_cluster_file_name_its_key_for_drafts(here: Here, options: tuple[str, ...], told: str) -> None:

@@ -57,7 +57,7 @@ def _headers(settings: HubSettings) -> dict[str, str]:
     if token is None:
         return {}
     if not _TOKEN.fullmatch(token):
-        raise UsageError("HF_TOKEN: not 1 to 512 printable ASCII characters without spaces")
+        raise UsageError("HF_TOKEN: must be 1 to 512 printable ASCII characters, without spaces")
     parts = urlsplit(settings.endpoint)
     if parts.scheme != "https" and not is_loopback(parts.hostname or ""):
         raise UsageError(f"HF_ENDPOINT={settings.endpoint}: a token goes to https addresses only")

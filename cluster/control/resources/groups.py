@@ -19,7 +19,7 @@ def check_groups(config: ClusterConfig, model: Model, gpus: Mapping[str, Sequenc
             raise UsageError(f"{group}: {problem} give each of them layers of its own")
         with_gpu = next((name for name in entry.workers if gpus.get(name)), None)
         if with_gpu is not None and model.hyperparameters.expert_count:
-            what = f"experts are divided on processors alone, and {with_gpu} has {', '.join(gpus[with_gpu])}"
+            what = f"a group divides experts on processors only, but {with_gpu} has {', '.join(gpus[with_gpu])}"
             raise UsageError(f"{group}: {what}; set device: cpu for {with_gpu}, or give it layers of its own")
 
 

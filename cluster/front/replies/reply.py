@@ -66,7 +66,8 @@ def identified(request: CompletionRequest, context: RequestContext, prompt: int)
     if context.has_grammar is None:
         context.has_grammar = named.grammar is not None
     if context.has_grammar and named.grammar is None:
-        raise WorkerError("the grammar of this request's calls could not be made in time again; send it anew")
+        what = "this request is computed again, but the grammar of its calls was not ready in time; send it anew"
+        raise WorkerError(what)
     return named if context.has_grammar or named.grammar is None else _without_grammar(named)
 
 

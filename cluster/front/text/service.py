@@ -324,9 +324,9 @@ class TextService:
         """Raises an error if `tokens`, a lower bound of the real number, exceeds the limit."""
         context = self.settings.context_length
         if most_tokens is None and tokens > context:
-            raise ContextLengthError(f"{has}, more than {context} tokens can hold", tokens, context, param)
+            raise ContextLengthError(f"{has}, too many for {context} tokens", tokens, context, param)
         if most_tokens is not None and tokens > most_tokens:
-            raise ParameterError(param, f"{has}, more than {most_tokens} tokens can hold; shorten it")
+            raise ParameterError(param, f"{has}, too many for {most_tokens} tokens; shorten it")
 
     async def _breakers(self, request: CompletionRequest) -> Breakers:
         """Returns the sequence breakers of the DRY sampler, or {} if it is not used."""

@@ -65,7 +65,7 @@ def test_the_first_decision_about_a_grammar_counts() -> None:
     assert first.has_grammar is False
     first = context(None)
     assert identified(bound, first, 0).grammar == GRAMMAR
-    with pytest.raises(WorkerError, match="could not be made in time again"):
+    with pytest.raises(WorkerError, match="was not ready in time"):
         identified(free, first, 0)
 
 

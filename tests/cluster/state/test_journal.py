@@ -294,7 +294,7 @@ async def test_a_superseded_coordinator_does_not_touch_its_successors_files(
     assert read_journal(path, NOW) == [left(admission(0), {(0, 0): [row(5)]})]
     assert (ControlRecord.begin(tmp_path / "control.json").term, newer.drained) == (3, frozenset())
     assert [entry.message.partition(": ")[2] for entry in caplog.records if entry.levelname == "ERROR"] == [
-        "is a newer coordinator's (term 2), and not written any more"
+        "belongs to a newer coordinator (term 2); this one no longer writes it"
     ]
 
 

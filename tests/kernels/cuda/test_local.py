@@ -260,7 +260,7 @@ def test_rules_on_the_command_line(shim: None, request: pytest.FixtureRequest, m
         words = ("generate", "--model", mixture, "-t", "1", "-n", "2", "Hello", "--device", "cuda:0")
         done = line.start(*words, "-ot", r"blk\.[13]\.ffn_.*_exps=CPU").wait()
         assert "[0, 4) cuda:0, experts of [1, 2), [3, 4) cpu" in done.err
-        told = "-ot: is `placement` in the cluster file: --set 'placement=[\"exps=CPU\"]'"
+        told = "-ot: set `placement` in the cluster file instead: --set 'placement=[\"exps=CPU\"]'"
         assert told in line.run("plan", "-ot", "exps=CPU").error
 
 

@@ -1,1 +1,1 @@
-"""Runs the scheduler on a pipeline: schedule, run, complete."""
+"""Runs the scheduler on a pipeline."""

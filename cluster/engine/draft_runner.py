@@ -1,4 +1,4 @@
-"""A lane's draft model at work: it gets the scheduler's orders, one batch after the other."""
+"""Passes the scheduler's orders to a lane's draft model, one batch after the other."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from llamaclust.core.drafts import DraftReplies
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
-"""Seconds for one batch; a model that takes longer is disabled."""
+"""The most seconds for one batch. A model that takes longer is disabled."""
 _SLICE_S = 1.0
-"""Seconds of one part of the deadline: a pause of the whole process, however long, ends at most one part."""
+"""The seconds of one part of the deadline. A pause of the whole process, however long, uses up only one part."""
 
 _log = logging.getLogger(__name__)
 
 
 class DraftRunner:
-    """Sequences wait for drafts, so if the model fails in any way, they go on without it."""
+    """Runs a draft model. If it fails in any way, it is disabled, and sequences that wait for drafts go on."""
 
     def __init__(self, scheduler: Scheduler, drafted: Callable[[], None]) -> None:
         self._scheduler = scheduler
@@ -63,7 +63,7 @@ class DraftRunner:
 
 
 async def _in_time(drafting: Awaitable[DraftReplies]) -> DraftReplies:
-    """Raises DeadlineError for a model that does not answer while this process runs."""
+    """Raises DeadlineError if the model does not answer. A pause of this process hardly counts."""
     awaited = asyncio.ensure_future(drafting)
     try:
         for _ in range(round(_DEADLINE_S / _SLICE_S)):

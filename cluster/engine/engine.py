@@ -1,4 +1,4 @@
-"""Runs requests on a pipeline: schedule, run, complete. The scheduler decides what to run."""
+"""Runs requests on a pipeline: sends the microbatches that the scheduler makes, and processes their results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Returns when each result was computed, by the fastest stage's times of the later ones."""
+    """Returns when each result was computed: `now_ns` less the fastest stage's times for all later results."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
@@ -62,10 +62,10 @@ class _Phase(Enum):
 
 
 class Engine:
-    """A context manager that runs while it is open. The pipelines' owner closes them, after the engine.
+    """Runs requests while this context manager is open. The owner of the pipelines closes them, after the engine.
 
-    A lost pipeline closes the engine. With an `owner`, requests wait instead, until `resume` with another pipeline or
-    `give_up`. A pipeline without stages is still to be loaded: the engine sleeps until `resume`.
+    Without an `owner`, a lost pipeline closes the engine. With one, requests wait until `resume` with another pipeline,
+    or `give_up`. A pipeline without stages is not loaded yet: the engine sleeps until `resume`.
     """
 
     def __init__(
@@ -142,8 +142,9 @@ class Engine:
         return RequestStream(partial(self.begin, request))
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
-        """Queues a request. Raises RequestError, QueueFullError, or WorkerError if the engine refuses or is down. A
-        draining engine accepts requests: the API refuses new ones, but open ones still submit further choices."""
+        """Queues a request. Raises RequestError or QueueFullError, or WorkerError if the engine refuses or is down. A
+        draining engine still accepts requests, as open API requests submit further choices. The API refuses new
+        ones."""
         if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
@@ -231,7 +232,7 @@ class Engine:
     # -- lanes -----------------------------------------------------------------------------------------------------
 
     def resume(self, pipeline: Pipeline, settings: SchedulerSettings) -> Retirement | None:
-        """Continues on a new pipeline. The old one retires if it works; if not, all sequences are computed again."""
+        """Continues on a new pipeline. If the old one works, it retires; if not, all sequences are computed again."""
         if self._phase is _Phase.CLOSED:
             return None
         self._end_retirement()
@@ -266,7 +267,7 @@ class Engine:
                 self._end_retirement()
 
     def _end_retirement(self, error: LlamaclustError | None = None) -> None:
-        """Ends a retirement, if there is one. Sequences that are left, as after an error, are computed again."""
+        """Ends the retirement, if there is one. Sequences left on the old lane are computed again."""
         if self.retirement is not None:
             ended, self.retirement = self.retirement, None
             self._ended += ended.end(error)
@@ -281,7 +282,7 @@ class Engine:
         self._lose(self._lane, error)
 
     def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
-        """Handles a pipeline's failure, in `microbatch` if it is known: a request in flight may be the cause."""
+        """Handles a pipeline's failure. Requests in flight (only those in `microbatch`, if known) may be the cause."""
         if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
             self.interrupt(error)
             return
@@ -309,7 +310,7 @@ class Engine:
         self._owner.pipeline_lost(failure)
 
     def sleep(self, *, gives_way: bool = False) -> bool:
-        """Gives up the pipeline until `resume`, if no request is open or the engine gives way; True if it does."""
+        """Gives up the pipeline until `resume`. Returns False if a request is open and the engine does not give way."""
         if self._phase is _Phase.CLOSED or not (gives_way or self.requests.are_empty):
             return False
         self._lane.stop()
@@ -321,12 +322,12 @@ class Engine:
         return True
 
     def give_up(self, error: LlamaclustError) -> None:
-        """Ends every request with `error`; no more are accepted until `resume`."""
+        """Ends every request with `error`. New ones are refused until `resume`."""
         if self._phase is not _Phase.CLOSED:
             self._fail(_Phase.GIVEN_UP, error)
 
     def break_down(self, error: BaseException) -> None:
-        """Ends every request with `error`; no more are ever accepted."""
+        """Ends every request with `error`. New ones are refused for good."""
         if self._phase is _Phase.CLOSED:
             return
         if not isinstance(error, LlamaclustError):

@@ -1,4 +1,4 @@
-"""A pipeline's failure as its owner gets it: the worker at fault, and the requests in flight."""
+"""Failures of a pipeline, as its owner gets them: the worker at fault, and the requests in flight."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from llamaclust.wire.microbatch.messages import Result
 
 
 class EngineOwner(Protocol):
-    """The keeper of an engine's pipeline; while there is none, requests wait."""
+    """The owner of an engine's pipelines. After a loss, requests wait until it has another pipeline."""
 
     def pipeline_lost(self, failure: PipelineFailure) -> None: ...
 
     @property
     def may_suspect_workers(self) -> bool:
-        """True if rows without a result may be the fault of a worker that others can replace."""
+        """True if a worker can be replaced that is suspected because rows have no result."""
         ...
 
     def rows_failed(self, key: int) -> None:
-        """Reports that a request ends, as rows of it have no result on the suspected worker nor elsewhere."""
+        """Reports that a request ends because its rows had no result on the suspected worker and on another."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PipelineFailure:
-    """A failure, whose `error` names the worker at fault if that is known."""
+    """A pipeline's failure. `error` names the worker at fault if it is known."""
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()  # keys of those in flight
@@ -44,7 +44,7 @@ class PipelineFailure:
 
 
 def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
-    """Returns the error of a microbatch that a stage could not compute: only the stages before it have timings."""
+    """Returns the error of a microbatch that failed at a stage, which is the first stage without timings."""
     assert result.failure is not None
     return WorkerError(result.failure, worker=stages[min(len(result.timings), len(stages) - 1)].worker)
 
@@ -52,7 +52,7 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Returns the failure of a microbatch, or of all. Results that break the protocol are the last stage's fault."""
+    """Returns the failure of one microbatch, or of all in flight. Invalid results are the last stage's fault."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)
@@ -69,8 +69,8 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
-    """Returns a request's error. A worker is the cause if it alone was at fault: no other could take its place, and
-    other stages computed the same request, or nothing was computed meanwhile."""
+    """Returns the error that ends a request. A worker is the cause if every failure was at this worker. But if it is
+    the only stage and computed something meanwhile, the request is the cause."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):

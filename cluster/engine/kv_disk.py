@@ -1,5 +1,5 @@
-"""KV memory on disk, as an engine uses it: prompts are written after their first token, and read before they run.
-Blocks are read and written while no microbatch in flight uses them: stages do not wait."""
+"""An engine's KV memory on disk. Prompts are written after their first token, and read before they run. Blocks are read
+and written while no microbatch in flight uses them, so stages do not wait."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LEAST_BLOCKS = 8
-"""The fewest blocks worth reading: fewer are computed about as soon."""
+"""The fewest blocks worth reading. Fewer are computed about as fast."""
 _MOST_BLOCKS = 4096
-"""The most blocks of a prompt; wire.control.kv_disk.MAX_KEYS allows as many."""
+"""The most blocks of a prompt that are read or written. wire.control.kv_disk.MAX_KEYS allows as many."""
 _SAVED_TOGETHER = 32
-"""Blocks that are held while they are written, and that make one file of each stage."""
+"""The blocks that are written together into one file of each stage. They are held meanwhile."""
 _MOST_SAVES = 8
-"""The most prompts that wait to be written; further ones are not written."""
+"""The most prompts that wait to be written. Further ones are not written."""
 
 
 class KvDisk:
-    """KV memory on disk for one lane. It does nothing without disks or the prefix cache, or with a window group."""
+    """Reads and writes KV memory of one lane. Does nothing without disks or prefix cache, or with a sliding window."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings
@@ -130,7 +130,7 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits for microbatches in flight, which may use released blocks or have yet to fill shared ones."""
+        """Waits for the microbatches in flight, which may still use released blocks or fill shared ones."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -138,7 +138,7 @@ class KvDisk:
             await returned
 
     def _failed(self, error: LlamaclustError) -> None:
-        """Logs a failure to read or write; a deadline ends the lane. A lost worker ends the pipeline by itself."""
+        """Logs a failure to read or write. A missed deadline ends the lane. A lost worker ends it in any case."""
         _log.warning("KV memory on disk: %s", error)
         if isinstance(error, DeadlineError):
             self._lane.disk_hangs(error)

@@ -57,7 +57,7 @@ class Lane:
         self._engine.kv_restored(tokens)
 
     def disk_hangs(self, error: DeadlineError) -> None:
-        """Gives up the pipeline: a stage that does not answer may still use blocks."""
+        """Ends the pipeline, because a stage that does not answer may still use blocks."""
         self._engine.lane_lost(self, error)
 
     def arrived(self, sequence: sequences.Sequence) -> None:
@@ -84,7 +84,7 @@ class Lane:
         self._guard(lambda: self._engine.completed(self, results))
 
     def _guard(self, work: Callable[[], None]) -> None:
-        """Runs work for the event loop; an error ends the pipeline, so that readers get it."""
+        """Calls `work`. An error ends the pipeline, so that the readers of requests get it."""
         if not self._is_running:
             return
         try:

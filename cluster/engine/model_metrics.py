@@ -1,4 +1,4 @@
-"""The metrics of several models as one text: each sample has its model as a label."""
+"""Metrics of several models as one text. Each sample has a label with its model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Labelled(Collector):
 
 
 def render_all(metrics: Mapping[str, Metrics]) -> bytes:
-    """Returns the text of `GET /metrics`, by model. The cluster's metrics have no model."""
+    """Returns the text of `GET /metrics`. Metrics of the cluster have no model label."""
     registry = CollectorRegistry()
     registry.register(_Labelled(metrics))
     clusters = {id(each.cluster): each.cluster for each in metrics.values()}

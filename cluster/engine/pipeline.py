@@ -14,8 +14,8 @@ from llamaclust.wire.microbatch.messages import Result
 
 @dataclass(frozen=True, slots=True)
 class StageInfo:
-    """One stage of a running pipeline: layers [start, end) on a worker, of which its GPUs hold `devices`. A stage that
-    a group holds has an entry for each member, as in a plan."""
+    """One stage of a running pipeline: layers [start, end) on a worker. `devices` are the layers on its GPUs. If a
+    group holds the stage, each member has an entry, as in a plan."""
 
     worker: str
     start: int
@@ -27,29 +27,29 @@ class StageInfo:
 
     @property
     def layers(self) -> tuple[float, float]:
-        """The layers, half-open, with fractions inside a layer whose experts are divided."""
+        """The half-open range of layers. It has fractions inside a layer whose experts are divided."""
         return layer_place(self.start, self.expert_shards), layer_place(self.end, self.expert_shards)
 
 
 class KvDisks(Protocol):
-    """Disks of a pipeline's stages, by the keys of KV blocks; results hold for each stage. Raises LlamaclustError if a
-    stage does not answer, DeadlineError if it may still use the blocks."""
+    """Disks of a pipeline's stages, which store KV blocks by key. Results are those that hold for all stages. Raises
+    LlamaclustError if a stage does not answer, and DeadlineError if that stage may still use the blocks."""
 
     async def find(self, keys: Sequence[bytes]) -> int:
-        """Returns how many of the blocks all stages have, from the first one on."""
+        """Returns how many leading blocks all stages have on disk."""
         ...
 
     async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Reads blocks from disk; returns how many all stages have read."""
+        """Reads blocks from disk. Returns how many leading ones all stages have read."""
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes blocks, of the last keys, to disk; returns how many all stages have there now."""
+        """Writes blocks to disk, which belong to the last keys. Returns how many all stages have there now."""
         ...
 
 
 class Pipeline(Protocol):
-    """A loaded model, cut into stages, that runs microbatches strictly in number order."""
+    """A loaded model, divided into stages. It runs microbatches strictly in number order."""
 
     epoch: int
     stages: tuple[StageInfo, ...]
@@ -60,22 +60,22 @@ class Pipeline(Protocol):
         ...
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
-        """Sends microbatches to the first stage and their sampling inputs to the last, and does not wait for them."""
+        """Sends microbatches to the first stage and their sampling inputs to the last. Does not wait."""
         ...
 
     def prepare_matchers(self) -> None:
-        """Tells the last stage, the first time, that answers with a matcher are about to come."""
+        """Tells the last stage that requests with matchers will come. Further calls have no effect."""
         ...
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
-        """Gives results in number order to `on_results`. Raises a LlamaclustError once the pipeline is lost."""
+        """Passes results to `on_results` in number order. Raises LlamaclustError once the pipeline is lost."""
         ...
 
     async def close(self) -> None: ...
 
 
 class NoPipeline:
-    """A pipeline that is still to be loaded: it is never run."""
+    """The stand-in for a pipeline that is not loaded yet. It is never run."""
 
     epoch = 0
     stages: tuple[StageInfo, ...] = ()

@@ -1,4 +1,4 @@
-"""A submitted request: events for its sink, or for a reader as a stream, and cancellation."""
+"""Submitted requests. Their events go to a sink, or to a reader as a stream, and they can be aborted."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ _log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """A receiver of events within the engine's own work: it must return soon, raise nothing, and end no request."""
+    """Receives a request's events while the engine works. Methods must return soon, raise nothing, and end no
+    request."""
 
     def begin(self, request: SubmittedRequest) -> None:
-        """Takes the request once, before any event."""
+        """Receives the request once, before any event."""
         ...
 
     def take(self, event: Event) -> None: ...
 
     def end(self, error: LlamaclustError | None) -> None:
-        """Takes the end of all events; `error` says why a request failed."""
+        """Receives the end of all events. `error` is set if the request failed."""
         ...
 
 
@@ -47,7 +48,7 @@ class SubmittedRequest:
         self.sink = sink
         self.deadline: asyncio.TimerHandle | None = None
         self.abort = abort
-        """Ends the request if it has not ended; its last event is `Finished` with reason ABORT."""
+        """Ends the request if it is still open. Its last event is then `Finished` with reason ABORT."""
 
     @property
     def timings(self) -> Timings:
@@ -145,8 +146,9 @@ class OpenRequests:
 
 
 class RequestStream:
-    """The events of one request for one reader, `Finished` last; a request that failed ends with an exception instead.
-    Leaving `async with`, `abort`, cancelling the reading task, and the deadline end the request."""
+    """The events of one request for one reader. The last one is `Finished`, but a failed request raises an exception
+    instead. The request ends early when `async with` is left, on `abort`, if the reading task is cancelled, and at the
+    deadline."""
 
     def __init__(self, submit: Callable[[Sink], SubmittedRequest]) -> None:
         self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them

@@ -1,4 +1,5 @@
-"""The end of a lane that another one has replaced: its sequences move there, without a pause."""
+"""Retires a lane (a pipeline with its scheduler) that was replaced: its sequences move to the new lane without a
+pause."""
 
 from __future__ import annotations
 
@@ -17,14 +18,14 @@ from llamaclust.core.errors import LlamaclustError
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _TAIL_TOKENS = 3 * KV_BLOCK_TOKENS
-"""Tokens that are quickly computed when a sequence moves."""
+"""The most tokens that a moving sequence may lack on the new lane. They are computed quickly."""
 _LEAST_LEFT = 32
-"""Tokens before an answer's end within which a sequence is not moved."""
+"""The fewest tokens that a sequence must have left to generate if it is to move."""
 
 
 @dataclass(frozen=True, slots=True)
 class _PreCopy:
-    """A sequence of the new lane that computes the first tokens of one of the old lane, for the prefix cache."""
+    """A sequence of the new lane that computes the tokens of one of the old lane, so that the prefix cache has them."""
 
     key: int
     of: Sequence
@@ -33,9 +34,9 @@ class _PreCopy:
 
 
 class Retirement:
-    """Moves the sequences of `old` to `new`. Those with nothing computed move at once; those in decode one after the
-    other: the new pipeline computes a copy of their tokens while the old one continues, so that at the move all but the
-    newest are in the prefix cache."""
+    """Moves the sequences of `old` to `new`. Waiting ones move at once, decoding ones one after the other. The new
+    pipeline first computes a copy of such a sequence while the old one goes on generating. So only the newest tokens
+    are not in the prefix cache when the sequence moves."""
 
     def __init__(self, old: Lane, new: Lane) -> None:
         self.old = old
@@ -61,7 +62,7 @@ class Retirement:
         return [(key, updates) for key, updates in updated if key != pre_copy.key]
 
     def advance(self) -> None:
-        """Moves what can be moved; to be called after each change of either lane."""
+        """Moves the sequences that can move now. Must be called after each change of either lane."""
         old = self.old.scheduler
         self._take_over(old.movable)
         if self._pre_copy is not None and not self._is_on_old(self._pre_copy.of):
@@ -82,7 +83,7 @@ class Retirement:
         self._take_over(old.movable)
 
     def end(self, error: LlamaclustError | None) -> Counts:
-        """Ends the old lane and returns its counts; sequences that it still has are computed again."""
+        """Ends the old lane and returns its counts. Sequences left there are computed again on the new lane."""
         self.error = error
         self.old.stop()
         self._drop_pre_copy()
@@ -101,7 +102,7 @@ class Retirement:
         return sequence in self.old.scheduler.queues.running
 
     def _next(self) -> Sequence | None:
-        """Returns the sequence that would keep the old lane for longest, if the new lane has room for a copy now."""
+        """Returns the sequence with the most tokens left to generate, if the new lane has room for a copy now."""
         if self._moving is not None and self._moving.phase not in (Phase.DECODE, Phase.FINISHED):
             return None
         movable = [
@@ -128,7 +129,7 @@ class Retirement:
         self.new.launch_soon()
 
     def _copied(self, pre_copy: _PreCopy) -> None:
-        """Moves the sequence, or copies the rest first if it has become much longer."""
+        """Moves the sequence. If many tokens were added meanwhile, copies these first."""
         sequence = pre_copy.of
         tail = len(sequence.tokens) - pre_copy.tokens
         if _TAIL_TOKENS < tail < pre_copy.tail and self._can_copy(sequence):

@@ -1,4 +1,4 @@
-"""The W3C trace context: the trace that a request's spans belong to, and the span above them."""
+"""The W3C trace context: the trace that a request's spans belong to, and their parent span."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class TraceContext:
 
     @classmethod
     def parse(cls, traceparent: Sequence[str], tracestate: Sequence[str] = ()) -> TraceContext | None:
-        """Returns the context in both headers' values; None without exactly one well-formed `traceparent`. A
-        `tracestate` that is malformed or too long is dropped."""
+        """Returns the context given by the headers' values. Returns None if `traceparent` is malformed or not given
+        exactly once. A `tracestate` that is malformed or too long is dropped."""
         if len(traceparent) != 1 or len(traceparent[0]) > _MAX_CHARACTERS:
             return None
         found = _TRACEPARENT.fullmatch(traceparent[0].strip())
@@ -44,4 +44,4 @@ class TraceContext:
 
 
 current_trace: ContextVar[TraceContext | None] = ContextVar("trace", default=None)
-"""The context of the request that a task works for; None if it is not traced."""
+"""The context of the request that the current task works for. None if the request is not traced."""

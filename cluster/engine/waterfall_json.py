@@ -1,4 +1,4 @@
-"""Waterfalls as JSON, for `GET /cluster/requests`, in seconds; times of a phase's parts add up to the phase's."""
+"""Waterfalls as JSON for `GET /cluster/requests`, in seconds. The times of a phase's parts add up to the phase's."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llamaclust.cluster.engine.waterfall import WaterfallPhase
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 
 SHOWN_CHARACTERS = 8
-"""Characters of a request's id that are shown. A whole id names a reply, which others could read or end; characters
-that follow are not compared either, or they could be found one after another."""
+"""The number of characters of a request's id that are shown. With the whole id, others could read or end its reply.
+Further characters are not compared either, so that nobody can find them one after another."""
 
 _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Returns a request's records, by its id, its reply's id, or at least the first 4 characters."""
+    """Returns the records of a request. `name` is its id or its reply's id, or 4 or more first characters."""
     if not (found := _ID.findall(name)):
         return []
     beginning = max(found, key=len)[:SHOWN_CHARACTERS]
@@ -26,7 +26,7 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """Returns a sequence without its phases. `adapters` has names by number; one unloaded long ago becomes null."""
+    """Returns a record without its phases. `adapters` has names by number; the name of a long unloaded one is null."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],

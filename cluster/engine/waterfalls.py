@@ -1,4 +1,4 @@
-"""Waterfalls of an engine's open requests and of the last ones that ended, without text or tokens."""
+"""Waterfalls of an engine's open requests and of the last ended ones, without text or tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.core.limits import AdapterScales
 
 _ENDED = 256
 _EMBEDDED = "embedded"
-"""The end of a sequence that has its embeddings: nothing is generated."""
+"""The `end` of a sequence whose embeddings are complete. It generates nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class RequestRecord:
 
 
 class SpanSink(Protocol):
-    """A maker of spans of traced requests. It is called on the event loop, and must return at once."""
+    """Makes spans of traced requests. It is called on the event loop, and must return at once."""
 
     def ended(self, record: RequestRecord, request: GenerationRequest, trace: TraceContext) -> None: ...
 
@@ -44,7 +44,7 @@ class _Open:
 
 
 class Waterfalls:
-    """Time between a loss and the next pipeline is recovery, that without a loaded model is loading."""
+    """Owns the waterfalls. Time without a pipeline is recovery after a loss, and loading without a loaded model."""
 
     def __init__(self) -> None:
         self.spans: SpanSink | None = None  # None: without telemetry

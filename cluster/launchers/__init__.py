@@ -1,1 +1,1 @@
-"""The ways to start workers, a file each."""
+"""Launchers, which start workers in different ways."""

@@ -1,4 +1,4 @@
-"""The start waits for workers on other machines: for all of them a while, then for as many as a plan needs."""
+"""Waits at the start for workers on other machines: first for all of them, then for as many as a plan needs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Shortfall = Callable[[], Awaitable[LlamaclustError | None]]
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """The workers of a start: `names`, and `count` in all. After `grace_s` without another join, the start goes on with
-    those present, if they suffice; it fails after `wait_s`."""
+    """The workers that a start waits for: those in `names`, and `count` in all. If no worker joins for `grace_s`, the
+    start goes on with the present ones if they suffice. It fails after `wait_s`."""
 
     names: tuple[str, ...]
     count: int
@@ -43,7 +43,7 @@ class Arrivals:
         self._short: LlamaclustError | None = None
 
     async def wait(self) -> None:
-        """Raises DeadlineError that names missing workers, and WorkerError for one that ended before it joined."""
+        """Raises DeadlineError with the missing workers, or WorkerError if one ended before it joined."""
         wait_s = self._awaited.wait_s
         try:
             async with deadline("workers joining", wait_s):

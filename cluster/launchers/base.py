@@ -1,4 +1,4 @@
-"""The base of launchers, which start worker processes somewhere, watch them and end them."""
+"""The base class of launchers, which start worker processes, watch them and end them."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ GaveUp = Callable[[str, str], None]
 
 
 class Launcher(ABC):
-    """The workers of one cluster, their address to join, and their credentials. Defaults are for workers elsewhere."""
+    """The workers of one cluster, with its address and credentials. Defaults are for workers on other machines."""
 
     listen: str
     """The coordinator's address in gRPC's form."""
     credentials: Credentials
     certify: Certify | None = None
     coordinator_s = 0.0
-    """The time that workers wait for a lost coordinator."""
+    """The time that workers wait for a lost coordinator to come back."""
 
     @abstractmethod
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         """Raises UsageError or ModelFileError if a worker is known to be unable to run the model."""
 
     def missing(self, present: Collection[str]) -> list[str]:
-        """Returns in words the workers of the cluster file that are not present."""
+        """Returns a text for each worker of the cluster file that is not present."""
         return []
 
     def refusal(self, name: str) -> str | None:
-        """Returns the reason why a worker of this name is not the cluster's, or None."""
+        """Returns the reason why a worker with this name may not join, or None."""
         return None
 
     @abstractmethod
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
-        """Starts all workers, which register with the coordinator at `join`. `exited` gets every end but `stop`'s."""
+        """Starts all workers, which join at the address `join`. Calls `exited` for each that ends before `stop`."""
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """Waits until all workers are members, or enough if others stay away. Raises DeadlineError that names the
-        missing ones, and WorkerError for one that ended before."""
+        """Waits until all workers have joined, or enough of them if others stay away. Raises DeadlineError with the
+        missing ones, or WorkerError if one ended before it joined."""
 
     @abstractmethod
     async def stop(self) -> None:
@@ -57,15 +57,15 @@ class Launcher(ABC):
 
     @abstractmethod
     def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """Restarts workers whose process ended or ends, while the context lasts, if this launcher can."""
+        """Restarts ended workers while the context is open, if this launcher can restart workers."""
 
     @abstractmethod
     def reset_restarts(self) -> None:
-        """Resets the counts: the workers ended because of a request that has failed."""
+        """Resets the counts of restarts, because a failed request was the reason why workers ended."""
 
     @abstractmethod
     async def end(self, name: str) -> None:
-        """Ends the process of a lost worker, if it still exists and can be reached; returns when it has ended."""
+        """Ends the process of a lost worker if it can be reached, and returns when the process has ended."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -74,7 +74,7 @@ class Launcher(ABC):
         await self.stop()
 
     def free_memory_bytes(self) -> int | None:
-        """Returns the bytes of this machine that its workers may take together; None if they run elsewhere."""
+        """Returns the bytes that all workers on this machine may take together. None if they run elsewhere."""
         return None
 
     @abstractmethod

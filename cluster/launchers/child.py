@@ -1,4 +1,4 @@
-"""A worker as a child process of a Ray actor or an MPI rank; it enrols and joins like a static worker."""
+"""A worker as a child process of a Ray actor or an MPI rank. It enrols and joins like a static worker."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Ended = Callable[[int], None]
 
 
 class Child:
-    """One worker process. It ends with this process, however that ends."""
+    """One worker process. It ends when this process ends, in whatever way."""
 
     def __init__(self, settings: WorkerSettings, ended: Ended, log: IO[bytes] | None = None) -> None:
-        """Starts it with this machine's caches. `settings` have the enrolment address and a join token. `ended` is
-        called from another thread. `log` None: the output of this process."""
+        """Starts the worker with this machine's caches. `settings` must have the enrolment address and a join token.
+        `ended` is called on another thread. Without a `log`, the worker writes to this process's output."""
         self._started = threading.Event()
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,7 +41,7 @@ class Child:
         self._process.send_signal(number)
 
     def _live(self, settings: WorkerSettings, ended: Ended) -> None:
-        """Runs in a thread that lives as long as the worker, since the kernel ends the worker with that thread."""
+        """Runs on a thread that lives as long as the worker: the kernel ends the worker when the thread ends."""
         try:
             self._process = process = subprocess.Popen(
                 worker_command(settings),

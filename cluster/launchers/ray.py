@@ -1,4 +1,4 @@
-"""Workers that Ray starts and places: a placement group, and in it one named, detached actor for each worker."""
+"""Workers that Ray starts and places. Each is a named, detached actor in one placement group."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Value = TypeVar("_Value")
 
 
 class RayLauncher(RestartingLauncher):
-    """Runs workers in Ray. Calls into Ray block, so a thread of their own makes them."""
+    """Runs workers in Ray. Calls into Ray block, so they run on a thread of their own."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
@@ -63,7 +63,7 @@ class RayLauncher(RestartingLauncher):
         ]
 
     async def stop(self) -> None:
-        """Gives the workers a moment to end; then removes all, and ends a Ray cluster that was started here."""
+        """Gives the workers a moment to end, then removes them. Ends the Ray cluster if it was started here."""
         self._stopping = True
         self._restarts.end()
         if self._watches:
@@ -79,7 +79,7 @@ class RayLauncher(RestartingLauncher):
             await super().stop()
 
     async def end(self, name: str) -> None:
-        """Kills its actor, unless Ray has started another worker already."""
+        """Kills the worker's actor, unless Ray has already started it again."""
         from ray.exceptions import RayError
 
         with contextlib.suppress(DeadlineError, RayError):
@@ -98,7 +98,8 @@ class RayLauncher(RestartingLauncher):
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
-        """Raises DeadlineError after `join.wait`: nodes may still be starting."""
+        """Waits for room in the Ray cluster, whose nodes may still be starting. Raises DeadlineError after
+        `join.wait`."""
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S
@@ -135,7 +136,7 @@ class RayLauncher(RestartingLauncher):
 
 
 def _restore_signal_handlers() -> None:
-    """Restores our signal handlers: Ray has put handlers that print stacks in front of them."""
+    """Restores this process's signal handlers. Ray has put handlers in front that print stacks."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.getsignal(number))
@@ -160,7 +161,7 @@ async def _end_of(actor: Any) -> tuple[str, str]:
 
 
 async def _replaced(actor: Any) -> None:
-    """Returns when the process of an actor whose worker has ended is gone too."""
+    """Waits until the process of an actor whose worker has ended is gone, too."""
     from ray.exceptions import RayError
 
     with contextlib.suppress(RayError):
@@ -189,6 +190,6 @@ def _listed(amounts: dict[str, float]) -> str:
 
 
 def _gone(error: Exception) -> str:
-    """Describes the error by the most telling line of Ray's report: the last one of a traceback, else the first."""
+    """Describes the error by one line of Ray's report: the last line of a traceback, or else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"its Ray actor is gone: {lines[-1] if 'Traceback' in str(error) else lines[0]}"

@@ -1,4 +1,4 @@
-"""The Ray cluster to use: found and checked before it gets any secret, or started here with a token of its own."""
+"""The Ray cluster to use. A given one is checked before it gets any secret. One started here has its own token."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _PROBE_S = 10.0
 _STARTS = 3  # now and then one of Ray's own processes ends as it begins, which Ray notices after 30 s
 _STORE_BYTES = 80_000_000  # Ray's object store, unused here; the minimum is 75 MiB
 _DASHBOARD = "aiohttp_cors"
-"""The package that `ray[default]` brings for its dashboard, which `ray logs` and `ray list` need."""
+"""A package that `ray[default]` installs for its dashboard, which `ray logs` and `ray list` need."""
 _INSTALL = "launcher ray needs Ray: pip install 'llamaclust[ray]'"
 
 
 def import_ray(*, authenticated: bool) -> Any:
-    """Imports Ray with tokens switched on. Raises UsageError if it is not installed."""
+    """Imports Ray. `authenticated` switches tokens on. Raises UsageError if Ray is not installed."""
     if authenticated:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -44,7 +44,7 @@ def import_ray(*, authenticated: bool) -> Any:
 
 
 class RayCluster:
-    """A connection of this process to a Ray cluster; its calls block."""
+    """The connection of this process to a Ray cluster. Its calls block."""
 
     def __init__(self, settings: Ray, namespace: str, folder: Path) -> None:
         self._settings = settings
@@ -54,7 +54,7 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects. Raises UsageError for a cluster that must not be used, and LlamaclustError if there is none."""
+        """Connects. Raises UsageError if the cluster must not be used, or LlamaclustError if none answers."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)
@@ -72,7 +72,7 @@ class RayCluster:
             shutil.rmtree(self._own, ignore_errors=True)
 
     def _start(self, workers: Sequence[WorkerSettings]) -> None:
-        """Starts a cluster of this machine in a private folder, so that no other program finds it."""
+        """Starts a cluster on this machine in a private folder, so that no other program finds it."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         token = self._folder / "token"
         write_private(token, secrets.token_urlsafe(32))
@@ -116,7 +116,7 @@ def _address(given: str) -> str | None:
 
 
 def _check(address: str, settings: Ray) -> None:
-    """Probes the head, without a token and then with it: Ray itself only reports a failed connection after minutes."""
+    """Probes the head node without a token and with it, since Ray reports a failed connection only after minutes."""
     open_to_all = _probe(address, None)
     if open_to_all and not settings.allow_unauthenticated:
         why = "requires no token, so any client can run programs on it and read this cluster's secrets"
@@ -130,7 +130,7 @@ def _check(address: str, settings: Ray) -> None:
 
 
 def _probe(address: str, token: str | None) -> bool:
-    """Returns True if the head accepts the token. Raises LlamaclustError if it cannot be reached."""
+    """Returns True if the head node accepts the token. Raises LlamaclustError if the node cannot be reached."""
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:

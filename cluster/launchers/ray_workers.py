@@ -1,4 +1,4 @@
-"""The placement group and actors of one cluster in Ray: reserved, made, found again, removed. Calls block."""
+"""The placement group and the actors of one cluster in Ray. Calls block."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _READY_S = 0.05
 
 
 class RayWorkers:
-    """The actors in the namespace of `library`'s connection."""
+    """The actors in the Ray namespace to which `library` is connected."""
 
     def __init__(self, library: Any, cluster: str) -> None:
-        """Recognizes the cluster's own actors by `cluster`, its id in certificates."""
+        """Takes in `cluster` the cluster's id in certificates, by which its own actors are recognized."""
         self._ray = library
         self._cluster = cluster
         self._group: Any = None
         self.actors: dict[str, Any] = {}
 
     def take_back(self, wanted: Sequence[Any]) -> bool:
-        """Takes over actors of an earlier coordinator if they are the wanted ones, else removes them. Raises UsageError
-        if they are of another cluster."""
+        """Takes over the actors of an earlier coordinator and returns True, if they are the wanted ones. Removes them
+        if not. Raises UsageError if they belong to another cluster."""
         names = self._names()
         found = {name: self._request(name, "given") for name in names}
         if any(given is not None and given.cluster != self._cluster for given in found.values()):
@@ -43,7 +43,7 @@ class RayWorkers:
         return False
 
     def reserve(self, workers: Sequence[WorkerSettings], strategy: str) -> None:
-        """Requests room for each worker; `is_ready` tells when it is there."""
+        """Requests room for each worker. `is_ready` tells when there is room for all."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
         bundles = [resources(worker) for worker in workers]
@@ -58,7 +58,7 @@ class RayWorkers:
         return free
 
     def make(self, wanted: Sequence[Any]) -> None:
-        """Makes an actor in each reserved place. Ray starts them, and again elsewhere when a node is lost."""
+        """Makes an actor in each reserved place. Ray starts it, and starts it elsewhere if its node is lost."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from llamaclust.cluster.launchers.ray_actor import CONCURRENCY, WorkerActor
@@ -86,7 +86,7 @@ class RayWorkers:
         self._ray.kill(self.actors[name])
 
     def remove(self) -> None:
-        """Removes all actors and their group; returns when they are gone. Raises LlamaclustError if they stay."""
+        """Removes all actors and their group, and waits until they are gone. Raises LlamaclustError if they stay."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
         with suppress(ValueError):  # there is none of that name

@@ -1,4 +1,4 @@
-"""Restarts of workers whose process ended: how often, with exponential backoff."""
+"""Limits how often ended workers are restarted, with exponential backoff."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.core.backoff import Backoff
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """The limits of restarts: the first is immediate, later ones within `within_s` seconds back off."""
+    """The limits of a worker's restarts within `within_s` seconds. The first is immediate, later ones back off."""
 
     most: int = 6
     within_s: float = 60.0
@@ -21,7 +21,7 @@ class RestartLimits:
 
 
 class RestartPolicy:
-    """Decides when workers of one launcher restart; the launcher starts them. See `Launcher.restarting`."""
+    """Decides when a launcher's workers are restarted. The launcher starts them (see `Launcher.restarting`)."""
 
     def __init__(self) -> None:
         self.limits = RestartLimits()
@@ -35,7 +35,7 @@ class RestartPolicy:
 
     @contextmanager
     def on(self, gave_up: GaveUp) -> Iterator[None]:
-        """Restarts workers while the context lasts; one that ends too often is given up."""
+        """Allows restarts while the context is open. A worker that ends too often is given up."""
         self._gave_up = gave_up
         self._begun.set()
         try:
@@ -56,7 +56,7 @@ class RestartPolicy:
         self._starts_s.clear()
 
     async def may_restart(self, name: str, how: str) -> bool:
-        """Waits for restarts to be on, and for the worker's backoff. False if it is not started again."""
+        """Waits until restarts are on and the worker's backoff is over. False if it must not be restarted."""
         await self._begun.wait()
         now_s, limits = asyncio.get_running_loop().time(), self.limits
         starts_s = [start_s for start_s in self._starts_s.get(name, ()) if start_s > now_s - limits.within_s]

@@ -1,4 +1,4 @@
-"""The meeting place of a local cluster's processes: sockets and the token, private to their user."""
+"""The directory where the processes of a local cluster meet. Its sockets and its token are private to their user."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ class RunDirectory:
 
 @contextmanager
 def run_directory(parent: Path) -> Iterator[RunDirectory]:
-    """Makes a run directory in `parent`, or in the machine's temporary directory if paths would be too long.
+    """Makes a run directory in `parent`. If paths were too long, it is in the temporary directory, with a link in
+    `parent`.
 
-    A killed cluster's directory is removed: the caller holds the lock on `parent`, where a link names the temporary
-    directory. Raises UsageError if another file is in the way.
+    Removes the directory that a killed cluster has left there: the caller must hold the lock on `parent`. Raises
+    UsageError if another file is in the way.
     """
     path = place = parent / "run"
     _clear(place)
@@ -69,7 +70,7 @@ def _new_token(path: Path) -> ClusterToken:
 
 
 def _clear(place: Path) -> None:
-    """Removes a run directory or the link to one, and the link's target if it is one of ours."""
+    """Removes a run directory, or a link to one together with the directory that it names."""
     if not place.is_symlink():
         if place.is_dir():  # a pipe would be opened, and waited for
             shutil.rmtree(place, ignore_errors=True)

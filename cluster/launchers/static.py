@@ -1,4 +1,4 @@
-"""Workers that are started by hand or by another system, on any machine; they enrol and join in any order."""
+"""Workers that are started by hand or by another system, on any machine. They enrol and join in any order."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ INSECURE = (
 
 
 class StaticLauncher(Launcher):
-    """Starts no process: it serves the enrolment port and prints the commands for other machines."""
+    """Starts no process: serves the enrolment port, and prints the commands for other machines."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         """Makes the cluster's certificate authority if there is none yet. Raises the errors of `Authority.open`."""
@@ -59,7 +59,7 @@ class StaticLauncher(Launcher):
         self._report(AwaitingWorkers(tuple(self._instructions(await self.open(join))), tuple(self.missing(()))))
 
     async def open(self, join: str) -> str:
-        """Lets workers in; returns the address (HOST:PORT) that they join."""
+        """Opens the enrolment port. Returns the address (HOST:PORT) that workers join."""
         if self.authority is None or not isinstance(self.credentials, Identity):
             return join
         renewing = asyncio.create_task(keep_renewed(self.authority, self.credentials))
@@ -74,7 +74,7 @@ class StaticLauncher(Launcher):
         return address
 
     async def stop(self) -> None:
-        """Closes the enrolment port. Workers have heard the registry's goodbye, and their starter ends them."""
+        """Closes the enrolment port. Workers know that the cluster ends; whoever started them ends them."""
         await self._ends.aclose()
 
     def restarting(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
@@ -84,7 +84,7 @@ class StaticLauncher(Launcher):
         """Does nothing, since no restarts are counted."""
 
     async def end(self, name: str) -> None:
-        """Does nothing: a lost worker ends its stages itself when it hears that it is no member any more."""
+        """Does nothing: a lost worker ends its stages when it hears that it is no longer a member."""
 
     def last_error(self, name: str) -> str:
         return ""
@@ -103,7 +103,7 @@ class StaticLauncher(Launcher):
 
     @property
     def awaited(self) -> Awaited:
-        """The workers that a start awaits; those of the plan if the file has no names."""
+        """The workers that a start waits for. If the cluster file names none, they are those of its plan."""
         config = self._config
         planned = dict.fromkeys(name for entry in config.plan or () for name in entry.names)
         names = tuple(planned) if self._names is None else tuple(self._names)
@@ -111,11 +111,11 @@ class StaticLauncher(Launcher):
 
     @property
     def _grace_s(self) -> float:
-        """The time in which a worker notices that its coordinator started again, and is back."""
+        """The time in which a worker notices a restart of its coordinator, and joins again."""
         return 2 * self._config.timeouts.worker
 
     def _instructions(self, listen: str) -> list[str]:
-        """Returns the commands for the other machines; the secret itself is in a file."""
+        """Returns the commands for other machines. They name a file that has the secret."""
         host, port = split_address(listen)
         hosts = one_of_each_interface()[:_MOST_HOSTS] if host in ANYWHERE else [host]
         addresses = self._config.join.addresses or [joined_address(each, port) for each in hosts or [host]]
@@ -134,7 +134,7 @@ class StaticLauncher(Launcher):
 
 
 class RestartingLauncher(StaticLauncher):
-    """The base of launchers that start and restart workers elsewhere, which join like a static cluster's."""
+    """The base class of launchers that start and restart workers elsewhere. These workers join like static ones."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)

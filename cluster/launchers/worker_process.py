@@ -1,4 +1,4 @@
-"""A worker's process as launchers on its machine start it: its command line, what it inherits, how it ended."""
+"""The process of a worker: its command line, input and environment, and a description of its end."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def worker_command(settings: WorkerSettings) -> list[str]:
 
 
 def worker_input(settings: WorkerSettings) -> bytes:
-    """Returns the settings of a worker that ends with this process."""
+    """Returns a worker's settings as JSON. The worker ends when this process ends."""
     return replace(settings, parent_pid=os.getpid()).to_json().encode()
 
 
 def worker_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variables that a worker inherits: none that may hold a secret."""
+    """Returns the environment variables that a worker inherits, without any that may hold a secret."""
     inherited = {
         name: value for name, value in variables.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
     }

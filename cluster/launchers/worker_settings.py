@@ -13,12 +13,12 @@ from llamaclust.worker.settings import WorkerSettings
 
 _SETTINGS = {field.name.removesuffix("_bytes"): field.name for field in fields(WorkerSettings)}
 _KEYS = {key: _SETTINGS[key] for key in WorkerConfig.model_fields if key in _SETTINGS}
-"""The keys of the cluster file that are settings of the same name; sizes are in bytes."""
+"""The keys of the cluster file that are also settings of a worker, with the setting's name (a size is in bytes)."""
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:
-    """Returns the threads of each worker: those without a number of their own share the physical cores of this machine,
-    or of their NUMA node on it. Raises UsageError for a missing node."""
+    """Returns each worker's number of threads. Workers without a number in the cluster file share the physical cores of
+    this machine or of their NUMA node. Raises UsageError if a node is missing."""
     cores, nodes = read_cores(), numa_nodes(config)
     sharers = Counter(nodes.values())
     found = {}

@@ -143,8 +143,7 @@ class Engine:
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
         """Queues a request. Raises RequestError or QueueFullError, or WorkerError if the engine refuses or is down. A
-        draining engine still accepts requests, as open API requests submit further choices. The API refuses new
-        ones."""
+        draining engine accepts further choices of open API requests; the API refuses new requests."""
         if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())

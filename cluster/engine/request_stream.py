@@ -28,8 +28,7 @@ _log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Receives a request's events while the engine works. Methods must return soon, raise nothing, and end no
-    request."""
+    """Receives a request's events during the engine's own work. Methods must return soon and raise nothing."""
 
     def begin(self, request: SubmittedRequest) -> None:
         """Receives the request once, before any event."""
@@ -146,9 +145,8 @@ class OpenRequests:
 
 
 class RequestStream:
-    """The events of one request for one reader. The last one is `Finished`, but a failed request raises an exception
-    instead. The request ends early when `async with` is left, on `abort`, if the reading task is cancelled, and at the
-    deadline."""
+    """The events of one request for one reader, `Finished` last. A failed request raises an exception instead. `abort`,
+    the end of `async with`, cancelling the reading task and the deadline end the request."""
 
     def __init__(self, submit: Callable[[Sink], SubmittedRequest]) -> None:
         self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them

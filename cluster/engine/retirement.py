@@ -1,5 +1,4 @@
-"""Retires a lane (a pipeline with its scheduler) that was replaced: its sequences move to the new lane without a
-pause."""
+"""Retires a lane (a pipeline with its scheduler): its sequences move to another lane without a pause."""
 
 from __future__ import annotations
 

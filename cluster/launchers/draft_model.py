@@ -60,9 +60,8 @@ class DraftModelPlan:
 
 
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
-    """Plans a draft model, of whose file only the header is read. KV memory is for sequences of `context_length`
-    tokens. `threads` is limited to the available ones. Raises UsageError if the model can draft for no target, and the
-    errors of `Model.open`."""
+    """Reads only the header of the file. KV memory is for sequences of `context_length`, and `threads` is limited to
+    the available ones. Raises UsageError if it can draft for no target, and the errors of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
     if threads is not None:
@@ -179,8 +178,7 @@ def of_draft_model() -> Iterator[None]:
 
 @asynccontextmanager
 async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
-    """Loads and closes the model without blocking the event loop. If loading is cancelled, the model is closed once
-    loaded."""
+    """Loads and closes the model without blocking the event loop. A cancelled load is closed once it is done."""
     thread = ThreadPoolExecutor(1, "draft model")
     loading = thread.submit(open_draft_model, plan)
     thread.shutdown(wait=False)

@@ -195,8 +195,7 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Computes logits of the rows [first, len(tokens)) and passes them to `use` as arrays [rows, vocabulary]. Runs
-        between the engine's microbatches."""
+        """Computes logits [rows, vocabulary] of the rows [first, len(tokens)), between the engine's microbatches."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")

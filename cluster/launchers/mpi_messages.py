@@ -27,7 +27,7 @@ class EndWorker:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """An order to a rank: it kills its worker and ends, by MPI's rules if all ranks do."""
+    """An order to a rank to kill its worker and end. If all ranks do so, they end the job by MPI's rules."""
 
     rank: int
     with_all: bool

@@ -39,11 +39,10 @@ class RunDirectory:
 
 @contextmanager
 def run_directory(parent: Path) -> Iterator[RunDirectory]:
-    """Makes a run directory in `parent`. If paths were too long, it is in the temporary directory, with a link in
-    `parent`.
+    """Makes a run directory in `parent`, or in the temporary directory with a link in `parent` if paths were too long.
 
-    Removes the directory that a killed cluster has left there: the caller must hold the lock on `parent`. Raises
-    UsageError if another file is in the way.
+    Removes what a killed cluster has left there: the caller must hold the lock on `parent`. Raises UsageError if
+    another file is in the way.
     """
     path = place = parent / "run"
     _clear(place)

@@ -1,1 +1,1 @@
-"""Pure functions from facts about model, workers and links to a plan of layer ranges."""
+"""Pure functions that make a plan of layer ranges from facts about the model, the workers and the links."""

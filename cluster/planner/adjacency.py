@@ -1,4 +1,4 @@
-"""Pairs of workers that cannot reach each other, and so must not be neighbours in a plan."""
+"""Pairs of workers that cannot reach each other, and therefore must not be neighbours in a plan."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from itertools import combinations
 
 Pair = frozenset[str]
 Pairs = frozenset[Pair]
-"""Pairs of workers that must not be neighbours, by name."""
+"""The names of pairs of workers that must not be neighbours."""
 
 
 def violated_pair(stages: Sequence[Sequence[str]], partitions: Pairs) -> Pair | None:
-    """Returns a pair of neighbours that cannot reach each other, if any. Neighbours are the first workers of
-    consecutive stages, and of the last and the first one, and all members of a group."""
+    """Returns two neighbours that cannot reach each other, or None. Neighbours are the first workers of consecutive
+    stages, the first workers of the last and the first stage, and all members of a group."""
     leaders = [workers[0] for workers in stages]
     neighbours = [*zip(leaders, (leaders[-1:] + leaders), strict=False)]
     neighbours += [pair for workers in stages for pair in combinations(workers, 2)]

@@ -1,4 +1,4 @@
-"""A chain of stages from the assignments of a plan: their layers by device, KV blocks and prediction."""
+"""Builds a chain of stages from the assignments of a plan: layers on each device, KV blocks, and a prediction."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Chain:
     def of(
         cls, sizes: MemoryModel, entries: Sequence[Assignment], workers: Mapping[str, WorkerFacts], contexts: int
     ) -> Self:
-        """Builds the chain with KV memory for at least so many whole contexts."""
+        """Builds the chain with KV memory for at least `contexts` whole contexts."""
         return cls(sizes, tuple(_held_stage(sizes, entry, workers, contexts) for entry in entries))
 
     @property
@@ -38,7 +38,6 @@ class Chain:
 
     @property
     def prediction(self) -> Prediction | None:
-        """The prediction; None if a device was not measured."""
         if not is_measured([part.device for member in self.members for part in member.parts]):
             return None
         request = self.sizes.request

@@ -1,5 +1,5 @@
-"""Costs of a stage on a worker: bytes of memory, and seconds by measured steps or else by the roofline. Seconds count
-the bytes that a step touches, which are fewer than held in a mixture of experts."""
+"""Costs of a stage on a worker: bytes of memory, and seconds. Seconds are from measured steps, or else from the
+roofline. They count the bytes that a step touches, which in a mixture of experts are fewer than those held."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _Compute = Callable[[DeviceProfile, str, int, bool], Table]
 
 
 EXCHANGE_S = 50e-6
-"""The time of two waits for a GPU and two copies; assumed, not measured."""
+"""The time of two waits for a GPU and two copies. It is assumed, not measured."""
 EXCHANGE_BYTE_S = 1 / 12e9
-"""The time of a byte over PCIe 3.0 with 16 lanes; assumed, not measured."""
+"""The time of a byte over PCIe 3.0 with 16 lanes. It is assumed, not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageCosts:
-    """Sums over layers [start, end) of a model, with embedding and head in the first and last stage. Tables and counts
-    are [layers + 1, layers + 1], by start and end; values with end <= start are meaningless."""
+    """Sums over layers [start, end) of a model, including the embedding in the first stage and the head in the last
+    one. Tables and counts are [layers + 1, layers + 1], by start and end. Values with end <= start are meaningless."""
 
     layers: int
     hidden_bytes: int  # bytes of a row between stages of whole layers
@@ -114,11 +114,12 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Seconds of a microbatch with a token of each of `rows` sequences. `concurrent`: other stages compute."""
+        """Returns the seconds of a step with a token of each of `rows` sequences. `concurrent`: other stages
+        compute."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
-        """Seconds of a microbatch of `rows` prompt tokens, none of them an output row."""
+        """Returns the seconds of a microbatch with `rows` prompt tokens and no output rows."""
         return float(self.prefill_table(worker, rows, concurrent=concurrent)[start, end])
 
     def decode_table(self, worker: WorkerFacts, rows: int = 1, *, concurrent: bool = False) -> Table:
@@ -153,7 +154,7 @@ class StageCosts:
         return self._roofline_s(Roofline.of(profile, device, self.hidden_bytes, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
-        """Seconds of the routers and experts of `layers` in a step of `rows` rows, by stage."""
+        """Returns by stage the seconds of the routers and experts of `layers` in a step of `rows` rows."""
         profile = worker.profile
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
@@ -163,7 +164,7 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Seconds to bring the inputs of mixtures in `layers` to another device, and their sums back, by stage."""
+        """Returns by stage the seconds to move inputs and sums of mixtures in `layers` to another device and back."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds
@@ -183,8 +184,8 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Bytes that a prompt moves. Dense layers beside mixtures count by their products: these take the time of a
-        prompt, and seconds are measured on mixtures."""
+        """Returns the bytes that a prompt moves. A dense layer in a model with mixtures counts by its products, which
+        take a prompt's time, while seconds a byte are measured on mixtures."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0
@@ -197,14 +198,14 @@ class StageCosts:
 
 
 def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
-    """Flags of stages with no border inside an undivided layer, or between layers with shared KV memory."""
+    """Returns flags of stages without a border inside an undivided layer or between layers that share KV memory."""
     borders = np.zeros(len(costs.layers) + 1, np.bool_)
     borders[list(costs.borders)] = True
     return np.logical_and.outer(borders, borders)
 
 
 def _saved_bytes(costs: ModelCosts) -> Counts:
-    """Bytes that a stage's whole layers take less than the sum of their parts."""
+    """Returns by how many bytes the whole layers of a stage are smaller than the sum of their parts."""
     shards, layers = costs.expert_shards, costs.layers
     before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
     borders = np.arange(len(layers) + 1)

@@ -1,4 +1,4 @@
-"""Explanations: why a model or a plan does not fit, and why workers are idle."""
+"""Explains why a model or a plan does not fit, and why workers are idle."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _fitting_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> int 
 def idle_workers(
     sizes: MemoryModel, workers: Sequence[WorkerFacts], used: Collection[str], contexts: int
 ) -> tuple[IdleWorker, ...]:
-    """Explains the workers without layers. `contexts`: whole contexts that the plan has KV memory for."""
+    """Explains the workers without layers. `contexts` is the number of whole contexts that KV memory is planned for."""
     idle = [worker for worker in workers if worker.name not in used]
     if sizes.request.manual is not None:
         return tuple(IdleWorker(worker.name, "the plan gives it no layers") for worker in idle)

@@ -1,4 +1,4 @@
-"""Times of gathers: the latency of a group's slowest link, and the bytes on its links."""
+"""Times of gathers, from the latency of a group's slowest link and the bytes on all its links."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llamaclust.cluster.planner.links import Links
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
 GATHER_S = 35e-6
-"""The time of a gather beside the network: members that are not ready together, encryption, system calls, copied rows.
-Members of served groups of two wait 30 to 40 us on loopback (docs/internals/groups.md)."""
+"""The time of a gather in addition to the network: members that are not ready together, encryption, system calls,
+copied rows. In served groups of two, members wait 30 to 40 us on loopback (docs/internals/groups.md)."""
 HIDDEN_SHARE = 0.5
-"""The largest share of a prompt's bytes that travels while members compute other rows."""
+"""The largest share of a prompt's bytes that can travel while members compute other rows."""
 
 Seconds = TypeVar("Seconds", float, Table)
 
@@ -36,7 +36,7 @@ class GroupLinks:
         return cls(latency_s + GATHER_S, byte_s)
 
     def all_to_all_s(self, sent: Table) -> Table:
-        """Seconds in which each member sends `sent` bytes, [members, ...], to each other one, all at once."""
+        """Returns the seconds in which each member sends `sent` bytes, [members, ...], to each other, all at once."""
         out = sent * self.byte_s.sum(axis=1).reshape(-1, *[1] * (sent.ndim - 1))
         into = np.tensordot(self.byte_s.T, sent, axes=1)
         slowest: Table = np.maximum(out, into).max(axis=0)
@@ -47,14 +47,14 @@ class GroupLinks:
         return float(self.byte_s[0].sum())
 
     def to_leader_s(self, sent: Table) -> Table:
-        """Seconds in which each follower sends `sent` bytes, [members, ...], to the leader."""
+        """Returns the seconds in which each follower sends `sent` bytes, [members, ...], to the leader."""
         found: Table = np.tensordot(self.byte_s[:, 0], sent, axes=1)
         return found
 
 
 @dataclass(frozen=True, slots=True)
 class GatherTimes(Generic[Seconds]):
-    """Seconds of one stage's gathers, or tables for many stages: of layers and embedding, and of sampled rows."""
+    """Seconds of one stage's gathers, or tables for many stages: of layers with the embedding, and of output rows."""
 
     layers_s: Seconds
     row_s: Seconds  # more for each row
@@ -65,7 +65,7 @@ class GatherTimes(Generic[Seconds]):
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
     def prefill_s(self, rows: int, computing_s: Seconds) -> Seconds:
-        """The time in a step of `rows` prompt tokens, beside the computation that hides a part of it."""
+        """Returns the seconds in a step of `rows` prompt tokens, less those hidden by computation."""
         bytes_s = rows * self.row_s
         found: Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
         return found
@@ -84,7 +84,7 @@ def gather_times(
 
 
 def _seconds(gathers: Iterable[GatherCost], shares: Sequence[int], links: GroupLinks) -> tuple[float, float]:
-    """Returns the seconds of all gathers, and those that each row adds."""
+    """Returns (seconds of all gathers without rows, seconds that each row adds)."""
     fixed_s = row_s = 0.0
     known: dict[GatherCost, float] = {}
     for gather in gathers:

@@ -1,4 +1,4 @@
-"""Latency and transfer time between workers and coordinator."""
+"""Latency and transfer time of links between workers and the coordinator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COORDINATOR = ""
 _NOISE_S = 5e-5
 _NOISE_BYTE_S = 5e-11
 _NOISE = 0.1
-"""The relative difference below which workers count as equally far away."""
+"""The relative difference of links below which workers count as equally far away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +25,22 @@ class Link:
 
     @property
     def gather_s(self) -> float:
-        """Seconds of one way between threads that poll sockets, without the programs' part."""
+        """The seconds of one way between threads that poll sockets, without the time of other programs."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 
 _PROGRAMS_S = 1.5e-4
 USUAL = Link(one_way_s=_PROGRAMS_S, byte_s=1e-9)
-"""A link between processes of one machine, if it was not measured."""
+"""The assumed link if it was not measured, as between processes of one machine."""
 
 
 NO_REACH = Link(one_way_s=0.0, byte_s=0.0)
-"""The part of a process, of which nothing is known, in each of its links."""
+"""The part of a link's times that a process adds if nothing is known of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Links by pairs of names; `USUAL` if a pair is unknown."""
+    """Links by pairs of names. Unknown ones count as `USUAL`."""
 
     measured: Mapping[frozenset[str], Link] = field(default_factory=dict)
 
@@ -51,12 +51,12 @@ class Links:
         return all(frozenset(pair) in self.measured for pair in combinations(names, 2))
 
     def round(self, stages: Sequence[str]) -> list[Link]:
-        """The links that a token takes from stage to stage and back to the first one."""
+        """Returns the links on a token's way from stage to stage and back to the first one."""
         pairs = pairwise([*stages, stages[0]]) if len(stages) > 1 else ()
         return [self.between(*pair) for pair in pairs]
 
     def estimated(self, pairs: Iterable[frozenset[str]]) -> Links:
-        """Adds links between unmeasured pairs, as sums of their ends' parts."""
+        """Returns these links with estimates for unmeasured pairs. An estimate is the sum of both ends' parts."""
         reaches = self.reaches({name for pair in self.measured for name in pair})
         known = (sorted(pair) for pair in pairs if pair <= reaches.keys())
         sums = {
@@ -68,8 +68,8 @@ class Links:
         return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
-        """Fits each link as the sum of its two ends' parts (least squares): then the order of stages does not matter,
-        and the search can treat workers one by one."""
+        """Returns each worker's part of its links: least squares fit each link as the sum of two parts. The order of
+        stages then does not matter, and the search can treat workers one by one."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
             return dict.fromkeys(names, NO_REACH)

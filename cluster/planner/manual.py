@@ -1,4 +1,4 @@
-"""Manual plans: every layer exactly once, every worker known."""
+"""Checks manual plans: every layer occurs exactly once, and every worker is known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.core.limits import layer_place, layer_span
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """Layers [start, end), or parts of layers, on a worker, or divided among a group of workers by their shares."""
+    """Layers [start, end), or parts of layers, on one worker, or divided among a group of workers by shares."""
 
     workers: tuple[str, ...]
     start: int
@@ -31,7 +31,7 @@ class Assignment:
 def checked(
     plan: Sequence[Assignment], workers: Collection[str], layers: int, expert_shards: int = 1
 ) -> tuple[Assignment, ...]:
-    """Returns the plan in order of layers. Raises UsageError that names the wrong layers or worker."""
+    """Returns the plan ordered by layers. Raises UsageError with the wrong layers or worker."""
     span = partial(layer_span, expert_shards=expert_shards)
     for entry in plan:
         if unknown := [worker for worker in entry.workers if worker not in workers]:
@@ -46,7 +46,7 @@ def checked(
 
 
 def check_possible(plan: Sequence[Assignment], possible: NDArray[np.bool_], expert_shards: int = 1) -> None:
-    """Raises UsageError for a border between layers with shared KV memory, or inside a layer that cannot be divided."""
+    """Raises UsageError if a border divides layers that share KV memory, or a layer that cannot be divided."""
     borders = np.flatnonzero(possible.diagonal())
     for entry in plan:
         if not possible[entry.start, entry.end]:

@@ -1,4 +1,4 @@
-"""Memory of stages: weights, KV blocks, workspace; what fits, and shortfalls."""
+"""The memory of stages: weights, KV blocks and workspace. Computes what fits, and shortfalls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StagePlace:
-    """The facts that a stage's workspace depends on, besides the model and the rows of a microbatch."""
+    """The facts that a stage's workspace depends on, in addition to the model and the rows of a microbatch."""
 
     threads: int
     context_length: int
@@ -35,9 +35,9 @@ class StagePlace:
 
 
 Workspace = Callable[[StagePlace], int]
-"""The most bytes of any stage at the place. The function must cache: it is called often with equal places."""
+"""Returns the most workspace bytes of any stage at the place. It must cache: it is called often with equal places."""
 Rounding = Callable[[str], Counts | int]
-"""The bytes that rounding adds to weights of layers [start, end) on a device. The function must cache."""
+"""Returns the bytes that rounding adds to weights of layers [start, end) on a device. It must cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +82,13 @@ class MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Bytes of a stage beside weights and KV memory, without the experts of `cpu_moe`."""
+        """Returns a stage's bytes in addition to weights and KV memory, without those of the experts of `cpu_moe`."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Bytes for a chosen stage; at most `workspace_bytes`, which is for the largest stage at its place."""
+        """Returns the workspace of a chosen stage. `workspace_bytes` is for the largest stage, so it may be more."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -97,7 +97,7 @@ class MemoryModel:
         return self.request.workspace(place)
 
     def _expert_rounding(self, worker: WorkerFacts) -> Counts:
-        """Rounding that experts on a device add to that of their layer, by layer."""
+        """Returns by layer the rounding of experts on a device, in addition to the rounding of their layer."""
         rounding = np.asarray(self.request.rounding(worker.device)) - self.request.rest_rounding(worker.device)
         each: Counts = np.diagonal(np.broadcast_to(rounding, self.stages.held_bytes.shape), 1)
         return each
@@ -115,7 +115,7 @@ class MemoryModel:
 
     @property
     def max_drafted(self) -> int:
-        """The most drafted tokens of a sequence in a step; 0 for layers with states, which they would change."""
+        """The most drafted tokens of a sequence in a step. It is 0 if layers have states, which drafts would change."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window
@@ -143,7 +143,7 @@ class MemoryModel:
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
-        """Bytes by kind, with KV memory for so many whole contexts, or the given KV memory if that is less."""
+        """Returns bytes by kind. KV memory is for `contexts` whole contexts, or the given KV memory if that is less."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts:
             return {"weights": self.weight_bytes(held), "workspace": self._workspace_to(device, end - 1)}
@@ -159,7 +159,7 @@ class MemoryModel:
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Sequence[Held]) -> int:
-        """KV blocks that every stage has room for: `most_blocks` at most, unless KV memory is given."""
+        """Returns the number of KV blocks that every stage has room for, at most `most_blocks` unless it is given."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
         for held in split:
@@ -180,11 +180,11 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Bytes that the worker's devices lack with KV memory for so many contexts; infinite if start >= end."""
+        """Returns the bytes that a worker's devices lack with KV memory for `contexts`. Infinite if start >= end."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Bytes that stages need beyond the memory of a worker without GPUs; negative if some are free."""
+        """Returns the bytes that stages lack on a worker without GPUs. Negative numbers are free bytes."""
         return self._needs(worker, contexts, None).excess
 
     def _shortfall(self, division: Division, contexts: int) -> Table:
@@ -217,7 +217,7 @@ class MemoryModel:
         yield from found.values()
 
     def _needs(self, device: WorkerFacts, contexts: int, moe: MoeLayers | None) -> DeviceNeeds:
-        """Computes the needs of a device; `moe` is None if no experts can be in RAM instead."""
+        """Computes the needs of a device. `moe` is None if its experts cannot be in RAM instead."""
         stages, given = self.stages, self.request.kv_memory_bytes
         context = self._kv_table(self.request.context_blocks)
         excess: Table = np.full(context.shape, -np.inf)
@@ -236,7 +236,7 @@ class MemoryModel:
         return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
-        """Divides stages among the worker's devices, with open experts where it is faster and fits."""
+        """Divides stages among the worker's devices. Open experts are in RAM if that is needed or faster."""
         moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
 
         def needs(device: WorkerFacts) -> DeviceNeeds:

@@ -1,4 +1,4 @@
-"""Values of a plan: the layers of each worker, their memory, and the predicted speed."""
+"""The values of a plan: layers and memory of each worker, and the predicted speed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """Layers of a worker, or its portion of them. A group's members are consecutive and have equal layers."""
+    """The layers of a worker, or its portion of a group's. A group's members are consecutive and have equal layers."""
 
     worker: str
     shares: tuple[int, ...] = ()  # shares of output rows by member of the group; (): the worker holds the layers alone
@@ -64,7 +64,7 @@ class IdleWorker:
 
 @dataclass(frozen=True, slots=True)
 class UnusedGpu:
-    """A GPU without layers, of a worker that has some, and why."""
+    """A GPU that has no layers although its worker has some, and the reason."""
 
     worker: str
     device: str
@@ -80,7 +80,7 @@ class StagePrediction:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A step of one sequence with so many drafted tokens behind the known one."""
+    """A step of one sequence that computes `drafted` drafted tokens after the known token."""
 
     drafted: int
     seconds: float  # time until its tokens are known
@@ -105,7 +105,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class RejectedGroup:
-    """A group for all layers that is worse for the objective than stages."""
+    """A group that could hold all layers, but is worse for the objective than the plan's stages."""
 
     workers: tuple[str, ...]  # the leader first
     shares: tuple[int, ...]
@@ -115,7 +115,7 @@ class RejectedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Stages in order, from the embedding to the head: an entry for each worker that holds layers."""
+    """Stages from the embedding to the head, with an entry for each worker that holds layers."""
 
     stages: tuple[StagePlan, ...]
     kv_blocks: int
@@ -135,7 +135,7 @@ class Plan:
 
     @property
     def leaders(self) -> tuple[StagePlan, ...]:
-        """The entries that the streams of stages begin and end at, one for each stage."""
+        """The first entry of each stage, whose worker receives and sends the stage's streams."""
         return tuple(stage for stage in self.stages if stage.member == 0)
 
     @property

@@ -1,11 +1,11 @@
-"""Assigns layers to workers and groups, and predicts the speed of the plan; pure functions.
+"""Assigns layers to workers and groups, and predicts the speed of the plan, in pure functions.
 
-Objective `latency`: the time of a usual request alone, with 512 tokens of prompt and 128 of answer. Objective
-`throughput`: the slowest stage's time, with the head, for such requests of eight concurrent sequences. A plan that is
-better by less than 2 % gives way to a simpler one: of single workers, in the file's order; equal splits to the one with
-fewer stages. KV memory is for several whole contexts, or for one if that makes a plan faster by a tenth.
+The objective `latency` is the time of a usual request alone, with 512 tokens of prompt and 128 of answer. The objective
+`throughput` is the slowest stage's time, head included, for such requests of eight concurrent sequences. A plan that
+gains less than 2 % gives way to a simpler one: without groups, in the file's order, or with fewer stages. KV memory is
+for several whole contexts, or for one if the plan is then faster by a tenth.
 
-Unless every worker has a profile, all count as equal.
+If any worker has no profile, all workers count as equal.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.costs import ModelCosts
 
 _WANTED_CONTEXTS = 4
-"""The whole contexts that a split should have KV memory for; one is the least."""
+"""The number of whole contexts that KV memory should hold. One is the least."""
 
 _NOMINAL_CPU = DeviceProfile(read_bytes_s=20e9, int8_macs_s=300e9)
 _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """Raises UsageError for a wrong manual plan, InsufficientMemoryError, NetworkPartitionError because of
-    `partitions`."""
+    """Raises UsageError for a wrong manual plan, InsufficientMemoryError, and NetworkPartitionError if no plan avoids
+    the pairs in `partitions`."""
     stages = StageCosts.of(costs)
     sizes = MemoryModel(stages, request)
     if request.manual is not None:
@@ -131,7 +131,7 @@ def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
 
 
 def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> Found:
-    """Omits unmeasured workers if the others suffice; one that lacks only measurements of GPUs is used."""
+    """Omits unmeasured workers if the others suffice. A worker counts as measured if its processor was."""
     measured = [worker for worker in workers if worker.profile is not None]
     if 0 < len(measured) < len(workers):
         with suppress(InsufficientMemoryError, NetworkPartitionError):

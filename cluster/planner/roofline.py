@@ -1,4 +1,4 @@
-"""Seconds of unmeasured layers: products by quant type, all else by memory bandwidth and 8-bit products."""
+"""Estimated seconds of unmeasured layers: products by quant type, the rest by memory bandwidth and 8-bit products."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llamaclust.core.profile import DeviceProfile, StepTime
 from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 
 LAUNCHES_S: Final = 30e-6
-"""The launches of a layer's kernels on a GPU; assumed, not measured."""
+"""The time to launch a layer's kernels on a GPU. It is assumed, not measured."""
 LAYER_S: Final = 60e-6
-"""The time of a processor's layer beside its products: threads that wait for each other, and steps of few rows."""
+"""The time of a layer on a processor in addition to its products: threads that wait, and steps of few rows."""
 ROW_MACS: Final = 3000
-"""The 8-bit multiply-accumulates for each row and channel that take as long as norms, rotation, attention etc."""
+"""The 8-bit multiply-accumulates that take as long as norms, rotation, attention etc. of one row and channel."""
 _STATE_MACS: Final = 4
-"""The 8-bit multiply-accumulates that take as long as one of a state, which is of floats."""
+"""The 8-bit multiply-accumulates that take as long as one of a state, which is in floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +29,18 @@ class Roofline:
 
     @classmethod
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
-        """Derives the limits of a device. `hidden_bytes`: of a row, in float32."""
+        """Derives the limits of a device. `hidden_bytes` are the float32 bytes of a row."""
         products = ProductTimes.of(profile, concurrent=concurrent) if device == "cpu" else None
         limits = profile.limits(concurrent=concurrent)
         row_s = ROW_MACS * hidden_bytes / 4 / limits.int8_macs_s
         return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
-        """Adds experts apart: their bound does not hide the rest's, and a part takes as long on another device."""
+        """Adds experts separately: they are bound by other limits than the rest, and may be on another device."""
         return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
 
     def experts_s(self, layer: LayerCost, rows: int) -> float:
-        """Seconds of a layer's router and experts. Each row has products with the experts that it chooses."""
+        """Returns the seconds of a layer's router and experts. Each row has products with its chosen experts."""
         weights, share = self._typed(layer.expert_weights), layer.touched_share(rows)
         n_bytes = layer.touched_expert_bytes(rows) - share * _bytes_of(weights)
         macs = rows * (layer.expert_macs_per_token - _macs_of(weights))
@@ -71,7 +71,7 @@ class Roofline:
 
 
 def retimed(profile: DeviceProfile, measured: ModelCosts, other: ModelCosts) -> DeviceProfile:
-    """Converts a processor's profile to costs that differ only in types and bytes of weight tiles."""
+    """Converts a processor's profile to other costs. They may differ only in the types and bytes of weight tiles."""
     return replace(
         profile,
         concurrent=tuple(_retimed(time, profile, measured, other, concurrent=True) for time in profile.concurrent),

@@ -1,4 +1,4 @@
-"""The gain of speculation for a share of right drafted tokens, with the scheduler's choice of windows."""
+"""Predicts the gain of speculation for a given acceptance rate, with the windows that the scheduler would choose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ class SpeculationGain:
 
 
 def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain | None:
-    """Returns None if nothing is drafted, or layers have states."""
     if not prediction.rounds:
         return None
     times = _PlannedRounds(prediction)
@@ -40,7 +39,7 @@ def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain |
 
 
 class _PlannedRounds:
-    """Times of one sequence in one microbatch, interpolated between windows."""
+    """Predicted `RoundTimes` for one sequence in one microbatch, interpolated between window sizes."""
 
     def __init__(self, prediction: Prediction) -> None:
         self._plain_s = prediction.token_s
@@ -61,5 +60,5 @@ class _PlannedRounds:
 
 
 def _ns(seconds: float) -> float:
-    """Converts to at least 1 ns, since a worker may report steps that take no time."""
+    """Converts to nanoseconds, at least 1, since a worker may report steps that take no time."""
     return max(1e9 * seconds, 1.0)

@@ -1,4 +1,4 @@
-"""Stages in the planner: the layers on devices of their workers, and how long they compute."""
+"""The planner's view of stages: layers on the devices of workers, and the time to compute them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llamaclust.model.groups.costs import GroupCosts
 from llamaclust.model.groups.portion import Portion
 
 GroupCostsOf = Callable[[int], GroupCosts]
-"""Returns the costs of a model in groups of so many members; it must cache them."""
+"""Returns a model's costs in groups of a given number of members. It must cache them."""
 HeldOf = Callable[[str, StageCosts, Portion], tuple[Held, ...]]
-"""Returns the layers on each device of a worker, by the costs of its portion."""
+"""Returns the layers on each device of a worker, for the costs of its portion."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageParts:
-    """A worker's stage, or its portion: the layers on its devices, which compute one after the other."""
+    """The stage of a worker, or its portion of a group's. Its devices compute one after the other."""
 
     worker: str
     parts: tuple[Held, ...]
@@ -69,14 +69,13 @@ class HeldStage:
         return len(self.members) > 1
 
     def decode_s(self, rows: int = 1, *, concurrent: bool = False) -> float:
-        """The time of the slowest member, with the gathers, at which all of them meet."""
         return max(self.member_decode_s(rows, concurrent=concurrent))
 
     def prefill_s(self, rows: int, *, concurrent: bool = False) -> float:
         return max(self.member_prefill_s(rows, concurrent=concurrent))
 
     def member_decode_s(self, rows: int = 1, *, concurrent: bool = False) -> list[float]:
-        """The time of each member, if none waits for another one."""
+        """Returns the time of each member as if it never waited for another one."""
         gathers_s, concurrent = self.gathers.decode_s(rows), concurrent or self._is_group
         return [member.decode_s(rows, concurrent=concurrent) + gathers_s for member in self.members]
 

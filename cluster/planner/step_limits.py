@@ -1,4 +1,4 @@
-"""Limits of the time of a step, after which a worker counts as hung."""
+"""Time limits of a step. A worker that exceeds them counts as hung."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from llamaclust.cluster.planner.plan import StagePrediction
 
 UNPREDICTED_S = 30.0
 _LEAST_S = 4.0
-"""The least limit; with the interval of heartbeats, a hang is found in five seconds."""
+"""The least limit. Together with the interval of heartbeats, it lets a hang be found in five seconds."""
 _TIMES_PREDICTED = 10.0
 _RULE = f"{_TIMES_PREDICTED:g} times its predicted time, at least {_LEAST_S:g} s"
 
 
 def step_limit_s(rows: int, measured_s: Sequence[float], planned: Sequence[StagePrediction]) -> float:
-    """Returns ten times the longest predicted time of a step, by the `measured_s` predictions and those of the plan."""
+    """Returns ten times the longest prediction for a step, of those in `measured_s` and in the plan."""
     if rows == 0:
         return UNPREDICTED_S
     predicted_s = [*measured_s, *(max(stage.decode_s, rows * stage.prefill_s) for stage in planned)]

@@ -1,4 +1,4 @@
-"""The work that splits are judged by: a usual request alone, or several at once."""
+"""The work by which splits are compared: a usual request alone, or several at once."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Final
 from llamaclust.cluster.planner.plan import ANSWER_TOKENS
 
 CHUNKS: Final = (1, 2, 4, 8, 16)
-"""Numbers of equal parts of a prompt, which stages compute one behind the other."""
+"""The numbers of equal chunks that a prompt may be divided into. Stages compute them one after the other."""
 TOGETHER: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Steps of `rows` rows each: of a prompt, or of a token of each of so many sequences."""
+    """Steps of `rows` rows each: tokens of a prompt, or one token of each of `rows` sequences."""
 
     rows: int
     steps: float
@@ -24,7 +24,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A split costs its slowest stage's time for `slowest`, plus all stages' times for `each` if `adds_up`."""
+    """The times that count for a split: its slowest stage's for `slowest`, and if `adds_up`, all stages' for `each`."""
 
     slowest: tuple[Rows, ...]
     slowest_rows: int  # rows that a link carries meanwhile
@@ -38,7 +38,7 @@ class Work:
 
 
 def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
-    """Lists the works of the objective, of which the fastest counts."""
+    """Returns the works of the objective. The one that takes the least time counts."""
     if objective == "latency":
         return tuple(_request(prompt_tokens, chunks) for chunks in CHUNKS)
     steps = (
@@ -49,7 +49,8 @@ def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
 
 
 def _request(prompt_tokens: int, chunks: int) -> Work:
-    """The first chunk passes through all stages; each other one adds the time of the slowest stage."""
+    """Returns the work of a request. Its first chunk passes all stages; each further one adds the slowest stage's
+    time."""
     rows = -(-prompt_tokens // chunks)
     chunk = Rows(rows, 1, is_prompt=True, concurrent=chunks > 1)
     behind = (Rows(rows, chunks - 1, is_prompt=True, concurrent=True),) if chunks > 1 else ()

@@ -149,7 +149,6 @@ class SequenceQueues:
         return None if shortest is prefilling[0] else shortest
 
     def _overtake(self, sequence: Sequence, first: Sequence) -> bool:
-        """Starts a sequence if it is the first in turn, or if a place and memory remain for the first."""
         running = len(self.running)
         if sequence is not first and (
             running + 2 > self.max_running

@@ -73,7 +73,6 @@ class Sequence:
 
     @property
     def counts_results(self) -> bool:
-        """True if results in flight still count: the sequence is neither finished nor discarded."""
         return self.phase is not _FINISHED and self.phase is not _DISCARDED
 
     @property

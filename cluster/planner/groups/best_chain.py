@@ -1,4 +1,4 @@
-"""The chain of workers and groups that takes the least time by the objective."""
+"""Finds the chain of workers and groups that takes the least time by the objective."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llamaclust.cluster.planner.splits.stage_tables import stage_tables
 from llamaclust.cluster.planner.work import Work, works_of
 
 _WORTH_ROOM = 1.1
-"""The factor by which a plan with KV memory for fewer whole contexts must be faster."""
+"""The factor by which a plan must be faster if its KV memory is for fewer whole contexts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Found:
 
 
 def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
-    """Returns None if nothing fits. `contexts`: wanted numbers of whole contexts in KV memory, the best first."""
+    """Returns None if nothing fits. `contexts` are numbers of whole contexts to have KV memory for, the best first."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
     unlike = frozenset[str]().union(*sizes.request.partitions)
     found: Found | None = None
@@ -102,14 +102,14 @@ class _Search:
         return GroupSearch(self.sizes, self.workers, classes, self.works, tables, self._apart).best(below, known)
 
     def _fitted(self, found: Found) -> Found | None:
-        """Fits whole units of a group's portions into its memories; None if that fails."""
+        """Fits a group's portions into memory in whole units. None if they do not fit."""
         by_name = {worker.name: worker for worker in self.workers}
         entries = tuple(fitted(self.sizes, entry, by_name, self.contexts) for entry in found.entries)
         blocks = Chain.of(self.sizes, entries, by_name, self.contexts).kv_blocks
         return replace(found, entries=entries) if blocks >= self.sizes.request.context_blocks else None
 
     def _entries(self, best: Best) -> tuple[Assignment, ...]:
-        """Assigns workers of the same class in turn, so that none is used twice."""
+        """Assigns workers of a class one after the other, so that none is used twice."""
         holders, work = best.way.steps.holders, best.way.steps.work
         classes = [holder for holder in holders if isinstance(holder, WorkerClass)]
         numbers, left = class_numbers(classes), [list(one.workers) for one in classes]

@@ -1,4 +1,4 @@
-"""Lower bounds of the time of layers on workers and groups, by which the search prunes chains."""
+"""Lower bounds of the time of layers on workers and groups. The search prunes chains by them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NEVER_S = 1e300
 
 @dataclass(slots=True, eq=False)
 class LayerBounds:
-    """The bounds for one work, as if members of a group could divide a layer at will."""
+    """Bounds for one work. They assume that a group can divide a layer in any ratio."""
 
     _rates: Table  # [classes, layers]: layers a second of one worker
     _gathers_s: Table  # seconds of each layer's gathers in a group
@@ -52,7 +52,7 @@ class LayerBounds:
 
 
 def _layers_s(total: Table) -> Table:
-    """The least time that each layer adds to stages of any length."""
+    """Returns the least time that each layer adds to any stage."""
     layers = len(total) - 1
     starts, ends = np.triu_indices(layers + 1, 1)
     longer: Table = np.full(layers, np.inf)

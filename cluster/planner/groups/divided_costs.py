@@ -1,4 +1,4 @@
-"""Costs of a worker's portion of a stage, as sums of whole and divided parts."""
+"""Costs of a worker's portion of a stage, as a sum of undivided and divided parts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
-"""Values of at least so many units count as divided at will, others (heads, say) in whole units."""
+"""The number of units from which a part counts as divisible in any ratio. Others, such as heads, keep whole units."""
 
 Shares = Table
-"""Shares of the members, [members, ...]; they sum to 1."""
+"""The shares of members, [members, ...], with sum 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
-    """Costs of a model in groups, by kind of division. `whole`: undivided parts of the leader; `follower`: of others.
-    `coarse`: `whole` plus the parts of so many units; `fine`: `whole` plus the parts that are divided at will."""
+    """A model's costs in groups, by the way of division. `whole` are the leader's undivided parts, and `follower` those
+    of other members. An entry of `coarse` is `whole` plus the parts with so many units; `fine` is `whole` plus the
+    parts that are divisible in any ratio."""
 
     whole: StageCosts
     follower: StageCosts
@@ -58,7 +59,7 @@ class DividedCosts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DividedTables:
-    """A table of stages as sums of parts, of one member or [members, ...]."""
+    """A table of stages as a sum of parts, for one member or for [members, ...]."""
 
     whole: Table
     coarse: tuple[Table, ...]
@@ -99,7 +100,7 @@ def _divided(costs: GroupCosts) -> tuple[DividedLayer, ...]:
 
 
 def _costs(costs: GroupCosts, kinds: set[int]) -> StageCosts:
-    """Costs of a leader with all divided parts of `kinds` of units, and no others."""
+    """Returns the costs of a leader with the divided parts whose number of units is in `kinds`, all of them its own."""
     alike = {id(layer): _kept(layer, kinds) for layer in costs.layers}
     kept = replace(
         costs, members=1, layers=tuple(alike[id(layer)] for layer in costs.layers), head=_kept(costs.head, kinds)
@@ -121,13 +122,13 @@ def _portions(layer: DividedLayer, kinds: set[int]) -> Iterator[PortionCost]:
 
 
 def _more(table: Table, whole: Table) -> Table:
-    """The part of `table` beyond `whole`; 0 where one is not finite."""
+    """Returns `table` less `whole`, or 0 where one of them is not finite."""
     both = np.isfinite(table) & np.isfinite(whole)
     return np.subtract(table, whole, out=np.zeros_like(whole), where=both)
 
 
 def _in_units(units: int, shares: Shares) -> Shares:
-    """Shares in whole units, at least one each, as `borders` divides them."""
+    """Returns the shares rounded to whole units, at least one each, as `borders` divides them."""
     members = len(shares)
     places = np.rint(units * np.cumsum(shares, axis=0))
     before: Table = np.zeros(shares.shape[1:])

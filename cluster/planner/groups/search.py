@@ -1,4 +1,4 @@
-"""Search for chains of workers and groups: over all sets if these are few, else over neighbours in likely orders."""
+"""Searches chains of workers and groups: over all sets if they are few, or else over neighbours in likely orders."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from llamaclust.cluster.planner.splits.stage_tables import link_table
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 3**8
-"""The most steps for which all sets are tried, as many as for eight workers that are all different."""
+"""The most steps for which all sets are tried. Eight workers that all differ need as many."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _MEMBER = 1e-3
 """The share of the least possible time that each member of a group must gain."""
@@ -40,13 +40,13 @@ _LIMITS = 512
 _ROUNDS = 6
 _NOTHING = 1.01
 _AT_LEAST = 0.97
-"""A margin, because a layer's share of the time differs between workers."""
+"""The factor of a lower bound, below 1 because a layer's share of the time differs between workers."""
 _NEVER_S = 1e300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Workers that may hold a stage together, the leader first; tables are computed on demand."""
+    """Workers that may hold a stage together, the leader first. Tables are computed on demand."""
 
     members: tuple[int, ...]
     search: GroupSearch
@@ -58,7 +58,7 @@ class Group:
         return self.search.costs_of(self.members).integer_shares(start, end, self.search.works[work])[0]
 
     def takes_longer(self, start: int, end: int, work: int) -> bool:
-        """Returns True and raises the table's factor if whole shares take longer than the table says."""
+        """Returns True if whole-number shares take longer than the table says, and raises the table's factor."""
         costs = self.search.costs_of(self.members)
         factor = costs.integer_shares(start, end, self.search.works[work])[1]
         is_longer = _NOTHING * costs.factor < factor < inf
@@ -69,7 +69,7 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """The search for the best split. `classes` have equal links to others; pairs in `apart` cannot reach each other."""
+    """The search for the best split. Workers of a class have equal links. Pairs in `apart` cannot reach each other."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
@@ -85,7 +85,7 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """Returns the best split below that time; repeats the search while its groups take longer in whole shares."""
+        """Returns the best split that takes less than `below`. Searches again if groups take longer in whole shares."""
         best = None
         for _ in range(_ROUNDS):
             best = self._best(below, known)
@@ -100,7 +100,7 @@ class GroupSearch:
         return any(longer)
 
     def _best(self, below: float, known: Best | None) -> Best | None:
-        """Searches neighbours first; their best work, or that of `known`, is then searched over all sets."""
+        """Searches groups of neighbours first, then all sets for the best work of these, or of `known`."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
             return None
@@ -120,7 +120,7 @@ class GroupSearch:
         return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
     def _slow_s(self, number: int) -> Iterator[float]:
-        """Yields each worker's least time for the slowest stage's work with all layers, as if memory sufficed."""
+        """Yields each worker's least time for the slowest stage's work on all layers, as if its memory sufficed."""
         stages = self.sizes.stages
         for worker, found in enumerate(self.workers):
             on_processor = sum(
@@ -146,7 +146,7 @@ class GroupSearch:
         )
 
     def _places(self) -> tuple[list[Places], list[Places]]:
-        """Returns neighbours in likely orders, whose best split prunes, and all sets if these are few."""
+        """Returns neighbours in likely orders, whose best split prunes, and then all sets if these are few."""
         order = [worker for worker_class in self.classes for worker in worker_class.workers]
         by_speed = tuple(sorted(order, key=self._token_s.__getitem__))
         by_memory = tuple(sorted(order, key=self._memory))
@@ -186,7 +186,7 @@ class GroupSearch:
         return self._numbers[key]
 
     def _may_hold(self, members: tuple[int, ...]) -> bool:
-        """True if gathers take less than the slowest member for all layers, else a chain would be as fast."""
+        """True if gathers take less time than the slowest member does for all layers. Otherwise a chain is as fast."""
         request, facts = self.sizes.request, [self.workers[member] for member in members]
         if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False
@@ -202,13 +202,13 @@ class GroupSearch:
 
     @cached_property
     def _token_s(self) -> list[float]:
-        """The time of a token by worker with all layers, as if memory sufficed."""
+        """The time that each worker takes for a token with all layers, as if its memory sufficed."""
         stages = self.sizes.stages
         return [stages.decode_s(worker, 0, stages.layers) for worker in self.workers]
 
     @cached_property
     def _rank(self) -> dict[int, tuple[bool, float, int]]:
-        """The order of leaders: workers that reach all others first, then the fastest."""
+        """The order in which workers lead: those that reach all others first, then the fastest."""
         bound = frozenset[int]().union(*self.apart)
         return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 

@@ -1,4 +1,4 @@
-"""Costs of stages that sets of workers hold as groups, by start and end of the stage."""
+"""Costs of stages held by groups, as tables by start and end of the stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Kinds of stages: those of one kind have equal layers, and begin and end with the model alike."""
+    """Kinds of stages. Stages of a kind have equal layers, and equally begin or end with the model."""
 
     kind_of: Counts  # by start and end
     places: tuple[Counts, Counts]  # start and end of one of each kind
@@ -47,7 +47,7 @@ class _Kinds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _GatherTables:
-    """Numbers of gathers and bytes of a row, by kind of stage."""
+    """The number of gathers and their bytes for one row, by kind of stage."""
 
     count: Table
     row_bytes: Table
@@ -85,13 +85,13 @@ class _DividedModel:
 
 @dataclass(slots=True, eq=False)
 class GroupTables:
-    """Tables of all sets of workers, computed on demand; workers with equal facts share them."""
+    """Tables of all sets of workers, computed on demand. Workers with equal facts share them."""
 
     _sizes: MemoryModel
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
-    """Stages fit with exact shares and workspaces of portions; `fitted` then finds whole units."""
+    """True if stages need only fit with exact shares and workspaces of portions. `fitted` then finds whole units."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
@@ -116,7 +116,7 @@ class GroupTables:
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
     def least_gathers_s(self, work: Work, link: Link) -> Table:
-        """The least time of each layer's gathers in any group: at least half of each row goes to one member."""
+        """Returns the least time of each layer's gathers in any group: half of each row or more goes to one member."""
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
         every = [
@@ -141,7 +141,7 @@ class GroupTables:
         return DividedTables.of_members(found)
 
     def lacking(self, divided: _DividedModel, members: Sequence[WorkerFacts]) -> DividedTables:
-        """The bytes that memory lacks, by member and kind of stage; the first member leads."""
+        """Returns the bytes of memory that are lacking, by member and kind of stage. The first member leads."""
         found = []
         for place, member in enumerate(members):
             portion = Portion((1,) * len(members), min(place, 1)) if self.nearly else None
@@ -163,10 +163,10 @@ class GroupTable:
     links: GroupLinks
     divided: _DividedModel
     factor: float = 1.0
-    """The time in whole shares, relative to exact shares: see `GroupSearch.best`."""
+    """The time with whole-number shares relative to exact ones (see `GroupSearch.best`)."""
 
     def of_work(self, work: Work) -> StageTable:
-        """The seconds of the work without links to other stages; infinite if the stage does not fit."""
+        """Returns the seconds of the work without links to other stages. Infinite if the stage does not fit."""
         kind_of = self.divided.kinds.kind_of
         slow = np.where(self._fits, self.factor * self._work_s(work.slowest), np.inf)
         starts, ends = np.indices(kind_of.shape)
@@ -180,12 +180,12 @@ class GroupTable:
         return total
 
     def _computing(self, step: Rows) -> DividedTables:
-        """The time of one such step by member and kind of stage, while other stages of a machine compute too."""
+        """Returns the time of one such step by member and kind of stage, while other stages on a machine compute."""
         return self.tables.seconds(self.divided, self.members, Rows(step.rows, 1, step.is_prompt, concurrent=True))
 
     @cached_property
     def _shares(self) -> Shares:
-        """Shares, [members, cells]: see `_cells`."""
+        """The shares, [members, cells], where `_cells` numbers the cells."""
         kinds = self.divided.kinds
         layers = len(kinds.kind_of) - 1
         numbers = kinds.kind_of[_places(layers)]
@@ -227,7 +227,7 @@ class GroupTable:
         )
 
     def integer_shares(self, start: int, end: int, work: Work) -> tuple[tuple[int, ...], float]:
-        """The fastest integer shares that fit, and their time relative to that of exact shares."""
+        """Returns the fastest whole-number shares that fit, and their time relative to that of exact shares."""
         kind = np.array([self.divided.kinds.kind_of[start, end]])
         lacking, parts = self._lack.chosen(kind), self.divided.parts
         steps = [*work.slowest, *(work.each if work.adds_up else ())]
@@ -260,7 +260,7 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """Numbers by start and end, equal for stages of equal length and ends: these get equal shares."""
+    """Numbers stages by length, and by their being first or last. Stages with equal numbers get equal shares."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)
@@ -268,7 +268,7 @@ def _cells(layers: int) -> Counts:
 
 
 def _places(layers: int) -> tuple[Counts, Counts]:
-    """Start and end of each cell; those of another stage if a cell has none."""
+    """Returns start and end of a stage for each cell. A cell without stages gets another cell's stage."""
     counts = np.arange(layers + 1)
     some = np.clip(counts, 1, layers)
     starts = [np.where(some < layers - 1, 1, 0), np.zeros_like(some), layers - some, np.zeros_like(some)]

@@ -1,4 +1,4 @@
-"""Classes of workers with equal links, so that they stand for each other in groups."""
+"""Classes of workers with equal links, which are interchangeable in groups."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ _NOISE_S = 3e-5
 
 
 def split_by_links(worker_class: WorkerClass, workers: Sequence[WorkerFacts], links: Links) -> list[WorkerClass]:
-    """Splits a class so that the workers of each part have equal links to all others."""
     parts: list[list[int]] = []
     for worker in worker_class.workers:
         part = next((part for part in parts if _are_alike(worker, part[0], workers, links)), None)

@@ -1,1 +1,1 @@
-"""Splits of layers into stages: classes of workers, and the search for the best split."""
+"""Splits of layers into stages, classes of equal workers, and the search for the best split."""

@@ -1,4 +1,4 @@
-"""Lower bounds of all splits, every worker as good as at its best position."""
+"""Lower bounds for all splits, which assume that every worker has its best position."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _POINTS = 8
 
 
 def least_seconds(classes: Sequence[WorkerClass], works: Sequence[Work]) -> float:
-    """A lower bound of the time of all splits of single workers, by the best of `works`."""
+    """Returns a lower bound of the time of all splits of single workers, for the best of `works`."""
     return min((_least_seconds(classes, number, work) for number, work in enumerate(works)), default=inf)
 
 
 def _least_seconds(classes: Sequence[WorkerClass], number: int, work: Work) -> float:
-    """Bounds each interval of limits by its lower end for the slowest stage, and its upper end for the total."""
+    """Bounds each interval of limits: the slowest stage by the lower limit, and the total with the upper limit."""
     sized = [(len(one.workers), one.table(number)) for one in classes]
     limits, layers = stage_limits(table for _, table in sized), sized[0][1].layers
     first = bisect_left(limits, layers, key=lambda limit: _most_layers(sized, limit))
@@ -55,14 +55,14 @@ def _most_layers(sized: Sequence[tuple[int, StageTable]], limit: float) -> int:
 
 
 def _longest(table: StageTable, limit: float) -> tuple[int, int]:
-    """Returns the most layers of (a stage without the last one, a stage with it) within the limit."""
+    """Returns the most layers within the limit, as (of a stage without the last layer, of a stage with it)."""
     ends = np.arange(table.layers + 1)
     sizes: Table = np.where(table.within(limit), ends - ends[:, np.newaxis], 0)
     return int(sizes[:, :-1].max()), int(sizes[:, -1].max())
 
 
 def _cheapest(count: int, table: StageTable, limit: float) -> tuple[float, int]:
-    """Returns (least cost of a layer, most layers) on all `count` workers of a class."""
+    """Returns (least cost of a layer, most layers) for all `count` workers of a class."""
     ends = np.arange(table.layers + 1)
     inner = table.allowed(limit)[:, :-1] / np.maximum(ends[:-1] - ends[:, np.newaxis], 1)
     room = count * _longest(table, limit)[0]

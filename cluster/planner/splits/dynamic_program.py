@@ -1,4 +1,4 @@
-"""Splits with the least total cost, by dynamic programming: each step gives the next layers to one more holder."""
+"""Finds splits with the least total cost by dynamic programming. Each step gives the next layers to one more holder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.splits.holders import Holder, StageTable
 
 Stage = tuple[int, int, int]
-"""The layers [start, end) of a holder, by its number: (holder, start, end)."""
+"""A stage as (number of the holder, start, end): the holder has layers [start, end)."""
 
 Ways = frozenset[frozenset[int]]
-"""Pairs of workers, by their places in the file."""
+"""Pairs of workers, by their index in the cluster file."""
 
 Counts = tuple[int, ...]
 """The number of workers of each class."""
@@ -33,7 +33,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A holder that gets the next layers. `before`: positions of possible predecessors among steps and choices."""
+    """A holder (a worker or group) that gets the next layers. `before` are the places of possible predecessors."""
 
     holder: int
     before: tuple[int, ...]
@@ -44,7 +44,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The cheapest of its predecessors; the first one of equals."""
+    """The cheapest of the places in `before`, or the first of equal ones."""
 
     before: tuple[int, ...]
 
@@ -54,21 +54,21 @@ Places = Sequence[Step | Choice]
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Leaders of stages that may be first (None: all), and that must not be last then."""
+    """Leaders of stages that may be first (None: all), and leaders that must then not be last."""
 
     first: Collection[int] | None = None
     not_last: Collection[int] = ()
 
 
 class Bounds(Protocol):
-    """Lower bounds of the costs of layers on so many workers of each class."""
+    """Lower bounds of the cost of layers on given numbers of workers of each class."""
 
     def together(self, workers: Counts) -> Table:
-        """The first layers, by their number, on all of these workers together."""
+        """Returns bounds for the first n layers, by n, on all of these workers together."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """The layers from each one on, on any of these workers."""
+        """Returns bounds for all layers from layer n on, by n, on any of these workers."""
         ...
 
 
@@ -83,7 +83,7 @@ class Steps:
     bounds: Bounds | None = None
 
     def least(self, limit: float, most_total: float = inf) -> Split | None:
-        """Returns the split with the least total whose slowest stage is within the limit; None if there is none."""
+        """Returns the split with the least total whose slowest stage is within the limit. None if there is none."""
         tables = dict[int, tuple[StageTable, Table]]()
         runs = (_Run(self, ends, tables, limit, most_total) for ends in self.ends)
         splits = [split for run in runs if (split := run.least()) is not None]
@@ -132,7 +132,7 @@ class _Run:
         return self._tables[holder]
 
     def _extended(self, costs: Table, place: Step) -> Table:
-        """Adds the step's own stage; infinite if the rest's lower bounds exceed the limit of the total."""
+        """Adds the step's own stage. A cost is infinite if it and the rest's lower bound exceed the total's limit."""
         bounds = self._steps.bounds if place.own and self._most < inf else None
         rest: Table = np.zeros(1)
         if bounds is not None:
@@ -169,14 +169,14 @@ class _Run:
 
 
 HolderOf = Callable[[tuple[int, ...]], int | None]
-"""The number of these workers as one stage; None if they cannot be one."""
+"""Returns the number of the holder that consists of these workers, or None if they cannot hold a stage together."""
 LeaderOf = Callable[[int], int]
 
 
 def in_order(
     order: Sequence[int], sizes: Sequence[int], holder_of: HolderOf, leader_of: LeaderOf, apart: Ways = frozenset()
 ) -> Places:
-    """Steps along one order of workers; groups are neighbours in it, leaders of pairs in `apart` are not adjacent."""
+    """Returns steps along one order of workers, with groups of neighbours. Leaders in `apart` are not adjacent."""
     places: list[Step | Choice] = []
     upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]  # positions of steps, and of the choice of them
     for end in range(1, len(order) + 1):
@@ -199,8 +199,8 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Steps through all sets in all orders. Of each class, the first workers are used first; `held_by` has holders'
-    workers by class, and their numbers. Workers of pairs in `apart` have classes of their own."""
+    """Returns steps through all sets in all orders. The first workers of a class are used first. `held_by` has the
+    workers of each holder by class, and its number. Workers of pairs in `apart` must have classes of their own."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # steps by workers used
@@ -222,7 +222,7 @@ def any_order(
 
 
 def _within(used: Counts, held_by: Collection[Counts]) -> Sequence[Counts]:
-    """Lists candidates with no more workers of any class; some of them may have no holder."""
+    """Returns candidates that have no more workers of any class than `used`. Some of them may have no holder."""
     subsets = 1
     for count in used:
         subsets *= count + 1
@@ -261,7 +261,8 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """Lists the first leaders to try, apart for each worker of a pair: the last stage is adjacent to the first."""
+    """Returns the possible first and last leaders. As the last stage is adjacent to the first, each worker of a pair in
+    `apart` is tried as the first one on its own."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

@@ -1,4 +1,4 @@
-"""Holders of stages: workers, of which equal ones stand for each other, and groups of them."""
+"""Holders of stages: groups of workers, and classes of equal workers, which are interchangeable."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ class StageTable:
         return StageTable(np.where(fits, self.slow, inf), self.total)
 
     def within(self, limit: float) -> Flags:
-        """Flags of possible stages within the limit."""
         return (self.slow <= limit) & (self.slow < inf)
 
     def allowed(self, limit: float) -> Table:
@@ -40,7 +39,7 @@ class Holder(Protocol):
 
     @property
     def members(self) -> tuple[int, ...]:
-        """Workers by their places in the file, the leader first; equal ones stand for each other."""
+        """Workers by their index in the cluster file, the leader first. One worker stands for all of its class."""
         ...
 
     def table(self, work: int) -> StageTable: ...
@@ -67,7 +66,7 @@ def worker_classes(
     tables: Callable[[WorkerFacts], tuple[StageTable, ...]],
     unlike: Collection[str] = (),
 ) -> list[WorkerClass]:
-    """Groups workers with equal facts, those in `unlike` each alone; `tables` is called for one of each class."""
+    """Groups workers with equal facts into classes, those in `unlike` each alone. Calls `tables` once a class."""
     alike: dict[WorkerFacts, list[int]] = {}
     for index, worker in enumerate(workers):
         alike.setdefault(worker if worker.name in unlike else replace(worker, name=""), []).append(index)

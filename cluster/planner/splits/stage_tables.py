@@ -1,4 +1,4 @@
-"""Seconds of stages on a worker, by start and end, for the search for splits."""
+"""Tables of a stage's seconds on a worker, by start and end, for the search for splits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Rows, Work
 
 _STAGE_S = 1e-9
-"""A tie break: of equal splits, the one with fewer stages is taken."""
+"""A small cost of each stage, so that of equal splits, the one with fewer stages is taken."""
 
 
 def stage_tables(
     sizes: MemoryModel, contexts: int, works: Sequence[Work], worker: WorkerFacts
 ) -> tuple[StageTable, ...]:
-    """Returns the worker's table for each work; infinite for stages that do not fit."""
+    """Returns the worker's table for each work. Stages that do not fit are infinite."""
     division = sizes.division(worker, contexts)
     fits = (sizes.shortfall_table(worker, contexts) == 0) & sizes.stages.possible
     return tuple(_table(sizes, division, work, worker).where(fits) for work in works)
@@ -58,7 +58,7 @@ def _step_s(sizes: MemoryModel, division: Division, worker: WorkerFacts, step: R
 
 
 def link_table(sizes: MemoryModel, work: Work, reach: Link) -> StageTable:
-    """Costs of a stage's messages over such links: rows that travel while stages compute, and hops."""
+    """Returns the link costs of a stage: rows that travel while stages compute, and messages from stage to stage."""
     stages = sizes.stages
     others = np.ones(stages.held_bytes.shape)
     others[0, stages.layers] = 0  # a stage of all layers has no links

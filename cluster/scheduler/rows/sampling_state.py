@@ -14,7 +14,6 @@ class SamplingState:
         params = request.params
         uses_tokens = params.needs_history or params.chain is not None or bool(request.breakers)
         self.is_plain = not (uses_tokens or request.needs_matcher)
-        """True if samplers look at logits alone and the request needs no matcher."""
         self.window = request.history_window
         self.stop_ids = tuple(sorted(request.stop_token_ids))
         self.breakers = SeenBreakers(request.breakers, request.prompt)  # for DRY

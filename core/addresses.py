@@ -37,7 +37,8 @@ def joined_address(host: str, port: int) -> str:
 
 
 def bounded_host(host: str) -> str:
-    """Returns an IPv4 address or an IPv6 /64 network, by which connections are counted: a host has all of its /64."""
+    """Returns the unit in which connections are counted: the IPv4 address, or the IPv6 /64 network, because a host may
+    use any address in its network."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

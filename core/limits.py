@@ -59,7 +59,7 @@ class StageLimits:
         return layer_place(start, self.expert_shards), layer_place(end, self.expert_shards)
 
     def gives_up(self, window: int | None) -> bool:
-        """True if layers with this attention window free the KV blocks that leave it. They have blocks of their own."""
+        """True if layers with this window free the KV blocks that have left it. These layers have their own blocks."""
         return window is not None and self.window_blocks > 0
 
     def layer_blocks(self, window: int | None) -> int:
@@ -67,7 +67,7 @@ class StageLimits:
 
 
 def layer_place(part: int, expert_shards: int) -> int | float:
-    """Converts a part's number to layers: 4.5 is the second half of layer 4's experts. Exact for powers of two."""
+    """Returns the layer at which a part starts: 4.5 is the middle of layer 4's experts. Exact for powers of two."""
     return part // expert_shards if part % expert_shards == 0 else part / expert_shards
 
 

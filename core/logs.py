@@ -60,7 +60,7 @@ def _quoted(value: object) -> str:
 
 
 class _Memory(logging.Handler):
-    """Keeps the last lines and the last warning or error. Of other packages' loggers, only errors count."""
+    """Keeps the last lines and the last warning or error. Warnings of other packages' loggers do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """A filter that counts errors of exhausted file descriptors, for one line per `wait_s` instead of tracebacks."""
+    """A filter that replaces tracebacks of exhausted file descriptors by one line per `wait_s` with their count."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()

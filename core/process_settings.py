@@ -37,7 +37,7 @@ def allow_many_files() -> None:
 
 
 def connections_of_server() -> int:
-    """Returns the most connections of one server. All servers leave a quarter of the open files for other uses."""
+    """Returns the most connections of one server. All servers together leave a quarter of the open files free."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (_MANY_FILES if files == resource.RLIM_INFINITY else files) * 3 // 4 // _SERVERS
 
@@ -48,5 +48,5 @@ def share_interpreter() -> None:
 
 
 def collect_rarely() -> None:
-    """Makes garbage collection rare. It takes a tenth of the start, and few of the many objects are in cycles."""
+    """Makes garbage collection rare: it takes a tenth of the start-up time, and few objects are in cycles."""
     gc.set_threshold(_COLLECT_EVERY)

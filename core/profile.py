@@ -16,8 +16,8 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The time of a step: stage_s + layers_byte_s * bytes + head_s, the last only on the last stage. The bytes are the
-    states and layer weights that the step touches, of experts only the chosen ones."""
+    """The time of a step: stage_s + layers_byte_s * bytes, plus head_s on the last stage. The bytes are those of states
+    and layer weights that the step touches; of experts, only the chosen ones count."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
@@ -96,7 +96,8 @@ class DeviceProfile:
         )
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        """Returns () for an idle machine with only isolated products, which predict better than concurrent steps."""
+        """Returns the step times for a busy (`concurrent`) or an idle machine. If only products were measured on the
+        idle machine, returns () for it: products predict better than concurrent steps."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent

@@ -19,8 +19,7 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codec
 
 
 def decode_text(data: bytes) -> str:
-    """Decodes UTF-8, or UTF-16 with a byte-order mark, and removes the mark. Raises ValueError with the fault's
-    place."""
+    """Decodes UTF-8, or UTF-16 with a byte-order mark, and removes the mark. Raises ValueError with the place."""
     mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)
@@ -64,8 +63,7 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = False) -> BinaryIO:
-    """Raises OSError if the file cannot be opened or is not regular, or if it is a link and `follows_links` is
-    False."""
+    """Raises OSError if the file cannot be opened or is not regular, or for a link unless `follows_links`."""
     flags = (os.O_RDWR if is_writable else os.O_RDONLY) | (0 if follows_links else os.O_NOFOLLOW)
     file: BinaryIO = os.fdopen(open_descriptor(path, flags), "r+b" if is_writable else "rb")
     return file
@@ -103,9 +101,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 atomically, even if several machines write it at once. If `is_synced`, the file
-    survives a power failure after the return. Raises OSError, for example on a full disk, and leaves no temporary
-    file."""
+    """Writes a file of mode 0600 atomically, even if several machines write it at once. If `is_synced`, it then
+    survives a power failure. Raises OSError, for example on a full disk, and leaves no temporary file."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
@@ -136,7 +133,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def take_lock(file: BinaryIO | int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks a file without waiting. Returns False if another process or descriptor has it locked."""
+    """Locks a file without waiting. Returns False if another process, or another descriptor here, has the lock."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # clients do not wait for it
 NOT_FINITE = "the logits are not finite numbers"
 
 AllowedTokens: TypeAlias = "NDArray[np.uint32]"
-"""One bit per token of the vocabulary, set if a grammar allows the token: the lowest bit is the first token's."""
+"""One bit per token, set if a grammar allows the token, lowest bit first. Shape: [vocabulary / 32, rounded up]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class SamplingParams:
 
     @property
     def needs_state(self) -> bool:
-        """True if a choice depends on more than earlier tokens: Mirostat needs the mu that came with the last one."""
+        """True if a choice depends on more than earlier tokens: Mirostat needs the mu that came with the last token."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property
@@ -123,7 +123,7 @@ class _Windows:
 
 
 SAMPLING_TABLE: Final[Mapping[str, SamplingField]] = {**PARAMS, **rows_of(_Windows), **CHAIN}
-"""All numeric sampling parameters of a request, by OpenAI's name, or vLLM's or llama.cpp's if it has none."""
+"""All numeric sampling parameters of a request, by OpenAI's name; others by vLLM's or llama.cpp's name."""
 
 MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
 """The parameters that a chat always shows, with llama.cpp's defaults."""

@@ -73,7 +73,8 @@ def number(
     llamacpp_name: str = "",
     gguf: str = "",
 ) -> Any:
-    """Declares a dataclass attribute with its row in the sampling table. Its own default is `neutral`, if given."""
+    """Declares a dataclass attribute and its row in the sampling table. The attribute's default is `neutral`, if given.
+    `default` is the default of requests, and of each API whose own argument is None."""
     own = [default if value is None else value for value in (llamacpp, ollama)]
     row = SamplingField(*bounds, default, doc, placeholder, own[0], own[1], llamacpp_name, gguf)
     return field(default=default if neutral is None else neutral, metadata={_ROW: row})

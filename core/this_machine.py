@@ -65,7 +65,7 @@ def own_addresses() -> list[str]:
 
 
 def network_addresses() -> list[str]:
-    """Returns the hosts by which others probably reach this machine, or the best of its other addresses."""
+    """Returns the hosts by which others probably reach this machine; if there are none, its best addresses."""
     return list(dict.fromkeys(address.host for address in _of_networks(interface_addresses())))
 
 
@@ -123,7 +123,7 @@ def boot_s() -> float:
 
 
 def process_fields(pid: int | str) -> list[str]:
-    """Returns the fields of /proc/PID/stat from the third on (a name may contain anything); [] without a process."""
+    """Returns the fields of /proc/PID/stat after the name, which may contain anything; [] without a process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -131,6 +131,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns a process's start in clock ticks after boot, None if it is gone. It tells reused pids apart."""
+    """Returns a process's start in clock ticks after boot; None if it is gone. Pids are reused, starts differ."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

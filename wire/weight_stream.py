@@ -1,4 +1,4 @@
-"""Messages of a Weights stream: requests for a range of bytes of a content with a SHA-256, and frames of the bytes.
+"""Messages of a Weights stream: requests for bytes of a content, named by its SHA-256, and frames of these bytes.
 
 request   SHA-256 | start u64 | end u64                                      little-endian
 answer    1 | bytes: FRAME_BYTES of them, fewer only in the last frame of a range
@@ -59,8 +59,7 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """Returns a frame's bytes; `left_bytes` of the range are due. Raises WeightsNotFoundError if the peer lacks
-    them."""
+    """Returns a frame's bytes. `left_bytes` of the range are due. Raises WeightsNotFoundError if there are none."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
             one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there"

@@ -71,7 +71,8 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. It may be false, so only a bounded number is tried until they have failed."""
+        """Adds an announced address. Announcements may be false, so at most 64 of these addresses are tried at a time;
+        a new one replaces one that has failed often."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]

@@ -104,7 +104,8 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
 
 
 def _context(authority: bytes | None) -> ssl.SSLContext:
-    """`authority` is the CA certificate (DER). None accepts any server, whose CA certificate a hash then proves."""
+    """`authority` is the CA certificate (DER) that must have issued the server's. None accepts any server: its CA
+    certificate is then checked by the hash in the token."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if authority is None:

@@ -52,7 +52,7 @@ def _span(order: Load) -> str:
 
 
 class Loads:
-    """Executes the load orders of one membership, one at a time: each holds the worker's `exclusive`."""
+    """Loads and unloads stages of one membership, one order at a time: each holds the worker's `exclusive`."""
 
     def __init__(self, session: Session) -> None:
         self._session = session

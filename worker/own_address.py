@@ -85,7 +85,7 @@ class OwnAddress:
                 return WorkerError(f"this machine's address is {now} now; it was {self.own_host}")
 
     def _host_now(self) -> str | None:
-        """Returns this machine's present address on the route; the old one without a route or if it does not matter."""
+        """Returns this machine's present address on the route; the old one if there is none or it does not matter."""
         found = source_host(self.route.host, self.route.family, self.route.port)
         return self.own_host if self.own_host is None or found is None else found
 

@@ -16,7 +16,7 @@ _PERIOD_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Shows a member as ready if it is idle, or holds layers and loads none. Evictions wait while it is not."""
+    """Shows a member as ready if it is idle, or holds layers and loads none. Evictions wait until it is ready."""
 
     file: Path | None = None  # None: not wanted
 

@@ -51,7 +51,7 @@ class WorkerSettings:
     gpu_memory_bytes: int | None = None  # cap on what is taken of each GPU; None: what is free there
 
     def to_json(self) -> str:
-        """Includes the secret token: for a pipe, not for a log."""
+        """Returns JSON that includes the secret token: for a pipe, not for a log."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod

@@ -54,7 +54,7 @@ class Worker:
         return {**self.service.handlers, **self.weights.giver.handlers}
 
     async def accept_links(self, stages: str, port: int | None, credentials: Credentials) -> None:
-        """Makes `links` listen next to the address `stages`. Raises UsageError if the user's `port` is taken."""
+        """Makes `links` listen at an address derived from `stages`. Raises UsageError if the user's `port` is taken."""
         if isinstance(credentials, Identity) and not tls_library():
             _log.info("this worker takes part in no group: links need OpenSSL, without which this llamaclust was built")
             return

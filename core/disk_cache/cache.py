@@ -1,6 +1,6 @@
 """A cache folder of bounded size, whose files can be computed again. It is private to this user and shared by the
-user's processes. A file gets its name when it is complete, never changes, and stays readable for those who have it open
-when it is deleted. One process writes at a time; readers need no lock. A file's access time is its last use."""
+user's processes. A file gets its name when it is complete, and never changes. A process that has a file open can read
+it even after its deletion. One process writes at a time; readers need no lock. A file's access time is its last use."""
 
 from __future__ import annotations
 
@@ -73,9 +73,8 @@ class DiskCache:
             raise PermissionError(errno.EPERM, f"{what} (mode {mode:o})", str(self.path))
 
     def open(self, name: str, *, is_use: bool = True) -> FileIO | None:
-        """Opens a file and, if `is_use`, marks it used. Returns None if the file is absent, and also if it was changed
-        after it was written or is not this user's regular file; it is then deleted. Raises OSError, with the path, if
-        reading or deleting fails."""
+        """Opens a file and, if `is_use`, marks it used. Returns None if it is absent. Deletes it and returns None if it
+        was changed after it was written, or is not a regular file of this user. Raises OSError with the path."""
         path = self.path / name
         try:
             file = files.open_own(path)
@@ -175,7 +174,7 @@ class DiskCache:
         return NEVER_NS
 
     def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:
-        """Deletes the least recently used files until `n_bytes` more fit, or raises NoRoomError. Needs the lock."""
+        """Deletes least recently used files until `n_bytes` fit, or raises NoRoomError. The caller holds the lock."""
         held, since_ns = self.files(), min(since_ns, self._needed_since_ns())
         held_bytes, count = sum(file.size_bytes for file in held), len(held)
         disk = os.statvfs(self.path)

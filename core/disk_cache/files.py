@@ -64,7 +64,8 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
 
 @contextmanager
 def locked(path: Path, writing: Writing) -> Iterator[None]:
-    """Holds a file's lock. Raises BusyError if another process has it for long, StoppedError soon after a stop."""
+    """Holds the lock of file `path`, which is created if absent. Raises BusyError if another process holds the lock for
+    long, StoppedError soon after `writing` was stopped."""
     with open_own(path, os.O_RDWR | os.O_CREAT) as file:
         deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
         while not take_lock(file.fileno()):
@@ -129,8 +130,7 @@ def remove(path: Path) -> None:
 
 
 def delete(path: Path) -> int:
-    """Deletes a file or an empty directory; returns a regular file's size, otherwise 0. Raises OSError with the
-    path."""
+    """Deletes a file or an empty directory. Returns a regular file's size, otherwise 0. Raises OSError."""
     found = path.lstat()
     if stat.S_ISDIR(found.st_mode):
         path.rmdir()
@@ -140,8 +140,7 @@ def delete(path: Path) -> int:
 
 
 def delete_unlocked(path: Path) -> bool:
-    """Deletes a file, or returns False if a process has locked it. Raises OSError if it is gone or cannot be
-    deleted."""
+    """Deletes a file. Returns False if a process has locked it. Raises OSError if the file cannot be deleted."""
     with open_own(path, os.O_RDWR) as file:
         is_free = take_lock(file.fileno())
         if is_free:

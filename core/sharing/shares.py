@@ -8,9 +8,8 @@ from contextlib import contextmanager
 
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
-    """True if an owner that has `own` of the `held` units may have `more`. It then has at most `room`, and at most one
-    more than stays free of 2 * `room`. So a single owner may have all of `room`, and a new owner up to half of the free
-    units."""
+    """True if an owner with `own` of all `held` units may have `more`. The owner then has at most `room`, and at most
+    one more than stays free of 2 * `room`: one owner alone gets `room`, a new one up to half of the free units."""
     return not more or own + more <= min(room, 2 * room - held - more + 1)
 
 

@@ -53,7 +53,7 @@ class RestoreKv:
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """The request to write `blocks`, which have the last keys, to disk. Blocks of earlier keys are not deleted."""
+    """The request to write `blocks` to disk. `keys` ends with their keys; blocks of earlier keys are not deleted."""
 
     epoch: _Epoch
     keys: _Keys

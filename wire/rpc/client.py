@@ -227,8 +227,8 @@ class Peer:
             raise UnreachableError(str(error), worker=self.worker) from error
 
     def _channel(self) -> Any:
-        """Returns a channel with the present certificate. A channel's is fixed, so a renewed one needs a new
-        channel."""
+        """Returns a channel with this process's present certificate. A channel keeps its certificate, so another
+        channel is made after each renewal."""
         if not isinstance(self._credentials, Identity):
             if not self._channels:
                 self._channels.append(aio.insecure_channel(self.address, options=self._options))

@@ -40,7 +40,7 @@ async def serve_echo(stream: ServerStream) -> None:
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
-    """Measures for up to a few seconds. Raises StreamBrokenError if out of reach, DeadlineError without an answer."""
+    """Takes a few seconds. Raises StreamBrokenError if the peer is out of reach, DeadlineError if it is silent."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):

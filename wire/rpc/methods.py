@@ -19,7 +19,7 @@ ECHO = "/llamaclust.v1.Stage/Echo"
 FETCH = "/llamaclust.v1.Weights/Fetch"
 
 PIECE_BYTES = 1 << 20
-"""The size of the largest gRPC message. A longer message is sent in pieces; its last piece is shorter, even empty."""
+"""The size of the largest gRPC message. A longer message is sent in pieces; its last piece is shorter or empty."""
 PROBE_BYTES = 1 << 19
 
 
@@ -34,7 +34,7 @@ class Callers(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Bounds of one method. `streams` counts those of a process, `streams_of_caller` those of a certificate's name."""
+    """Bounds of one method. `streams` counts all streams of a process, `streams_of_caller` those of one caller."""
 
     callers: Callers
     streams: int

@@ -1,4 +1,4 @@
-"""Measures the network's round trip to a process, without programs: the time until a kernel accepts a connection."""
+"""Measures the network round trip to a process: the time until the kernel there accepts a connection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_S = 4.0
 
 
 async def network_round_trip(address: str) -> float | None:
-    """Returns the shortest time (seconds) to connect to HOST:PORT or unix:PATH, of several; None if all take long."""
+    """Returns the least of several times, in seconds, to connect to HOST:PORT or unix:PATH; None if all fail."""
     if not address:
         return None
     try:

@@ -23,7 +23,7 @@ def pieces_of(message: bytes) -> Iterator[bytes]:
 
 
 async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> bytes | None:
-    """Returns None at the end. Raises ProtocolError, which holds no data, if a message is too long or incomplete."""
+    """Returns None at the end. Raises ProtocolError, and keeps no data, if a message is too long or incomplete."""
     data: Any = await read()
     if data is _EOF:
         return None
@@ -46,7 +46,7 @@ async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> b
 
 
 def whole(data: bytes, most_bytes: int) -> bytes:
-    """Returns `data`. Raises ProtocolError, which does not hold `data`, if it is too large."""
+    """Returns `data`. Raises ProtocolError, and keeps no data, if it is too large."""
     if (size := len(data)) > most_bytes:
         del data
         raise too_large(size, most_bytes)

@@ -1,4 +1,4 @@
-"""Time slices of threads. Threads that only pass messages on request short slices, so that they soon run on cores where
+"""Time slices of threads. Threads that only forward messages request short slices, so that they soon run on cores where
 others compute. A worker's own threads all compute and keep the usual slices. Linux 6.12 and later obey. Figures:
 benchmarks/run.py split."""
 

@@ -18,7 +18,7 @@ class Sink(Writable, Protocol):
 
 class SendQueue:
     def __init__(self, stream: Sink, what: str, seconds: float) -> None:
-        """`what` names a message in errors; `seconds` limits the time to hand one on."""
+        """`what` names a message in errors; `seconds` limits the time to send one."""
         self._stream = stream
         self._what = what
         self._seconds = seconds

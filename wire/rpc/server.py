@@ -223,7 +223,7 @@ def _guarded(name: str, handler: Handler, entry: _Entry) -> Serve:
 
 
 async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | None = None) -> None:
-    """Ends a stream with an error, unless the peer or the server has gone. `attributed` is the root cause."""
+    """Ends a stream with an error, unless the peer or the server has gone. `attributed` is the worker at fault."""
     try:
         await context.abort(code, one_line(why), () if attributed is None else ((ROOT_CAUSE_KEY, attributed),))
     except aio.AbortError:
@@ -254,8 +254,7 @@ class Server:
     async def start(
         cls, address: str, credentials: Credentials, handlers: Mapping[str, Handler], handshake_s: float = HANDSHAKE_S
     ) -> Server:
-        """Starts a server with a handler per method. Port 0 means any free one. Raises UsageError if it cannot
-        listen."""
+        """Starts a server with a handler per method. Port 0 means any free one. Raises UsageError if that fails."""
         check_address(address, credentials)
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)

@@ -124,8 +124,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return data
 
     def post(self, kind: FrameKind, data: bytes = b"") -> None:
-        """Sends a small frame without waiting, after a large message that is being sent. Raises EndedError at the
-        end."""
+        """Sends a small frame without waiting, after a large message in progress. Raises EndedError at the end."""
         frame = _HEAD.pack(len(data), kind) + data
         if self._is_sending:
             self._behind += frame

@@ -21,7 +21,7 @@ class NewKey:
 
     @property
     def request(self) -> bytes:
-        """A certificate request (DER) with an empty subject; the name is sent next to it."""
+        """A certificate request (DER) with an empty subject; the name is sent separately."""
         builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
@@ -63,7 +63,7 @@ def sign(pair: KeyPair, statement: bytes) -> bytes:
 
 
 def has_signed(host: str, certificate: bytes, statement: bytes, signature: bytes, ca: bytes) -> bool:
-    """True if the certificate's key signed `statement` and the CA issued it for `host` only. It may have expired."""
+    """True if the certificate's key signed `statement` and the CA issued it for `host` only, even if it has expired."""
     try:
         loaded = x509.load_pem_x509_certificate(certificate)
         loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))

@@ -59,7 +59,7 @@ class KeyPair:
 
     @property
     def renewal_in_s(self) -> float:
-        """Seconds until two thirds of the certificate's life are over; 0 if the clock shows a time before it."""
+        """Seconds until two thirds of the certificate's life are over; 0 if the clock shows a time before its start."""
         age_s = time.time() - self.made_at_s
         return 0.0 if age_s < -MAX_SKEW_S else max(0.0, self.life_s * 2 / 3 - age_s)
 
@@ -76,14 +76,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Insecure:
-    """The choice of links that anybody can read, change and open. Only the user can make it."""
+    """The user's choice of links that anybody can read, change and open."""
 
 
 Credentials = ClusterToken | Identity | Insecure
 
 
 def check_address(address: str, credentials: Credentials) -> None:
-    """Raises UsageError if this is not an address, or one that must not be used with these credentials."""
+    """Raises UsageError if the text is no address, or one that the credentials do not allow."""
     if isinstance(credentials, ClusterToken):
         check_private(address)
     else:
@@ -91,7 +91,7 @@ def check_address(address: str, credentials: Credentials) -> None:
 
 
 def check_private(address: str) -> None:
-    """Raises UsageError if the address is not of this machine only: these links are not encrypted."""
+    """Raises UsageError unless the address is a Unix socket or loopback, because these links are not encrypted."""
     if not (address.startswith("unix:") or is_loopback(address.rpartition(":")[0].strip("[]"))):
         what = "only unix:PATH and loopback HOST:PORT are possible here, because these links are not encrypted"
         raise UsageError(f"address {address!r}: {what}")

@@ -22,7 +22,7 @@ def permit(credentials: Credentials, caller: str, worker: str) -> str:
 
 
 def is_permitted(credentials: Credentials, caller: Principal, shown: str) -> bool:
-    """True if `shown` permits `caller` to measure its link to this process. It ends with the signer's certificate."""
+    """True if `shown` permits `caller` to measure its link here. A permit ends with its signer's certificate."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import ends_at_s, has_signed

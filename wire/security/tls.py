@@ -20,8 +20,7 @@ def channel_credentials(identity: Identity) -> Any:
 
 
 def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> Any:
-    """Returns credentials that use a renewed pair from the next handshake on. `on_handshake` is called on any
-    thread."""
+    """Returns credentials that show a renewed pair from the next handshake on. Any thread calls `on_handshake`."""
     shown = identity.pair
 
     def configuration(pair: KeyPair) -> Any:
@@ -39,7 +38,8 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Raises UsageError if the certificate is not a member's or has ended, which resumed TLS sessions do not check."""
+    """Returns the identity in the peer's certificate. Raises UsageError if it is not a member's or has ended: TLS does
+    not check the end in resumed sessions."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]

@@ -89,7 +89,7 @@ def _kinds(cores: Sequence[Core]) -> str:
 
 
 def read_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> Cores:
-    """Reads /proc and /sys below `root`. Without topology, each thread is a core. `affinity`: by default its own."""
+    """Reads /proc and /sys below `root`. Without topology, each thread is a core. `affinity`: None is the process's."""
     usable = sorted(os.sched_getaffinity(0) if affinity is None else affinity)
     efficiency, nodes = _efficiency(root, usable), _nodes(root)
     siblings: dict[str, list[int]] = {}

@@ -98,7 +98,7 @@ class ProfiledDevice:
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a function that flushes caches. Its buffer takes at most `most_bytes`, and at most `left_bytes`."""
+        """Yields a function that flushes caches. For a CPU, its buffer takes at most `most_bytes` and `left_bytes`."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -177,8 +177,7 @@ class _Measurement:
         ]
 
     async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
-        """Returns each stage's median time. The first step, whose caches are empty, counts only if it is the only
-        one."""
+        """Returns each stage's median time. Its first step, with empty caches, counts only if there is no other."""
         vocabulary = self.model.hyperparameters.vocabulary_size
         with closing(Compute()) as compute:
             context = StageContext("profile", compute, Counters())

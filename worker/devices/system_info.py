@@ -55,7 +55,7 @@ def resident_bytes() -> int:
 
 
 def release_freed_memory() -> None:
-    """Collects cyclic garbage, and returns freed memory that glibc's allocator keeps to the system."""
+    """Collects cyclic garbage, and makes glibc's allocator return freed memory to the system."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -46,8 +46,9 @@ def held_layers(
     experts_cache: int | None = None,
 ) -> tuple[DeviceLayers, ...]:
     """Places layers on devices, the last layers on the last GPU. If `placement` has no rule for experts, those that do
-    not fit on the first GPU go to RAM. Memory that is left on that GPU, up to `experts_cache` bytes, then caches copies
-    of them. Raises UsageError for an impossible placement, InsufficientMemoryError if memory is short."""
+    not fit on the first GPU go to RAM. Memory that is left on a GPU, up to `experts_cache` bytes, then holds copies of
+    its layers' experts in RAM. Raises UsageError for an impossible placement, InsufficientMemoryError if memory is
+    short."""
     placement, end = placement or Placement(cpu_moe=None), model.layer_count
     placement.check([gpu.device for gpu in device.gpus], 0, end)
     borders = model.costs(KvType(limits.kv_type)).borders

@@ -14,7 +14,7 @@ from llamaclust.worker.stage.stage_runner import model_program
 def planned_workspace_bytes(
     model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
 ) -> int:
-    """Returns the bytes of a stage without weights and KV memory. Raises ModelFileError."""
+    """Returns a stage's workspace bytes: its memory except weights and KV memory. Raises ModelFileError."""
     return program_workspace_bytes(model, model_program(model, start, end, limits), limits, threads, device)
 
 

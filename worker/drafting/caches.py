@@ -20,8 +20,7 @@ class SequenceCache:
     settled: int = 0  # first tokens that are known to be the sequence's
 
     def keep(self, tokens: Sequence[int], length: int) -> None:
-        """Keeps tokens that equal the sequence's, but not the last of `length`, which must be computed for its
-        logits."""
+        """Keeps tokens that equal the sequence's, except the last of `length`, which is computed for its logits."""
         end = min(len(self.tokens), length - 1)
         place = min(self.settled, end)
         while place < end and self.tokens[place] == tokens[place]:

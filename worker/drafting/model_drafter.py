@@ -15,7 +15,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 MOST_ROWS = 256
 """The most tokens of a sequence in one prefill step."""
 _MOST_BESIDE = 8
-"""The most tokens of a sequence that the drafting step itself prefills. More are prefilled in a step before."""
+"""The most tokens of a sequence that the drafting step itself prefills. More are prefilled in an earlier step."""
 
 
 class ModelDrafter:

@@ -12,7 +12,8 @@ from llamaclust.model.steps.across import Gather
 
 
 def checked_gathers(links: Gatherer, program: Program, rows: int, accuse: Callable[[int], None]) -> PythonGatherer:
-    """Calls `accuse` with the place of the first member whose numbers are not finite, unless several all have such."""
+    """Calls `accuse` with the place of the first member whose numbers are not finite. If the numbers of all of several
+    members are not finite, none is accused."""
     gathers = [step for step in program.steps if isinstance(step, Gather)]
     bands = bands_of(program, rows, links.bands)
 

@@ -72,7 +72,7 @@ class LinkOpener:
         return member.worker, f"no link to worker {member.worker} at {member.address}: {reason}"
 
     def unreached(self, seconds: float) -> Iterator[tuple[str, str]]:
-        """Yields (worker, reason) for each member that has accepted no connection for so many seconds."""
+        """Yields (worker, reason) for each member that has accepted no connection for this many `seconds`."""
         now_s = asyncio.get_running_loop().time()
         for place, since_s in self._unreached_s.items():
             if now_s - since_s >= seconds:

@@ -49,7 +49,8 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns a worker's address for links. `port` 0 means any; None means a fixed one if that of `stages` is fixed."""
+    """Returns the address for links that belongs to a worker's address for stages. `port` 0 means any free port. None
+    means a fixed distance from the port for stages, or any free port if that is 0."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)

@@ -73,7 +73,7 @@ class MemberLinks:
             on_open(self._links)
 
     async def opened(self, seconds: float) -> None:
-        """Waits until the links are open. Raises WorkerError that names a missing member after so many seconds."""
+        """Waits until the links are open. Raises WorkerError that names a member that is missing after `seconds`."""
         assert self._opening is not None
         try:
             async with deadline("the links of a group", seconds):

@@ -89,8 +89,8 @@ class KvFile:
         return [header, *(part[block].data for block in blocks for layer in kv for part in layer)]
 
     def restore(self, file: FileIO, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
-        """Reads block `index` into `kv`, which begins with `first_layer`. Returns the bytes. Raises DamagedError,
-        OSError."""
+        """Reads the file's block `index` into block `block` of `kv`, whose first layer is `first_layer`. Returns the
+        bytes read. Raises DamagedError and OSError."""
         count = len(self.layer_bytes)
         layers = range(max(self.start, first_layer), min(self.end, first_layer + len(kv)))
         targets = [_block(kv[layer - first_layer], block) for layer in layers]

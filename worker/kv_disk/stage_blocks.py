@@ -59,7 +59,8 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes missing blocks; returns the number on disk. `keys` begins with those of earlier blocks, to be kept."""
+        """Writes the missing blocks; returns the number of blocks on disk. The last of `keys` belong to `blocks`; files
+        with blocks of the earlier keys are not deleted to make room."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)

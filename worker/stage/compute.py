@@ -54,7 +54,8 @@ class Compute:
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     def apart(self) -> Compute:
-        """Returns a Compute for the same devices, never on the event loop. A device that one loses is lost for both."""
+        """Returns a second Compute for the same devices, which never uses the event loop. If one of the two loses a
+        device, both have lost it."""
         twin = Compute(inline=False)
         twin._lost = self._lost
         return twin
@@ -76,8 +77,8 @@ class Compute:
     def queue(
         self, job: Callable[[], _Answer], *, limit_s: float = inf, expected_ns: float = inf
     ) -> asyncio.Future[_Answer]:
-        """Runs `job` on the thread, right after earlier jobs. Its device is lost if it takes longer than `limit_s` (see
-        `while_able`). Results that cannot wait `expected_ns` for it are handed back before."""
+        """Runs `job` on the thread, right after earlier jobs. The device counts as lost if the job takes longer than
+        `limit_s` (see `while_able`). Earlier results that cannot wait `expected_ns` are handed back before the job."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1

@@ -1,4 +1,4 @@
-"""Receives the microbatches of a stream one by one: the next one while one is computed."""
+"""Receives the microbatches of a stream, each while the one before it is computed."""
 
 from __future__ import annotations
 

@@ -100,8 +100,8 @@ class StageLoop:
     async def run(
         self, stream: ServerStream, outlet: Writable, to_first: Writable | None = None, receiver: str | None = None
     ) -> None:
-        """Serves a stream: computes one microbatch while it receives the next. Errors name `receiver` of the
-        answers."""
+        """Serves a stream: computes one microbatch while it receives the next. `outlet` takes the answers, `to_first`
+        the sampled tokens. Errors in sending name `receiver`."""
         incoming = Incoming(stream)
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)

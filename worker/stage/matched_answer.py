@@ -20,13 +20,13 @@ _DRAFTED_NS: Final = 200_000_000
 _STEP_NS: Final = 500_000_000
 """The CPU time after which other rows are deferred too. The coordinator then sends few slow answers at a time."""
 _TOLD_NS: Final = 1_000_000
-"""The least processor time of a row that is reported to the coordinator."""
+"""The least CPU time of a row that is reported to the coordinator."""
 _READY_S: Final = 60.0
 """The deadline of making a matcher, which takes a fraction of a second except on a very busy machine."""
 _TOKEN_NS: Final = 50_000_000
 """The CPU time that each token may take. Large schemas take at most a tenth of it."""
 _GUARD_NS: Final = 2_000_000_000
-"""The CPU time that an answer may take beyond that, which protects other answers if counts (see matcher.py) fail."""
+"""The CPU time that an answer may take beyond its tokens'. Protects other answers if counts (see matcher.py) fail."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)

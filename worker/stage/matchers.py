@@ -89,7 +89,7 @@ class StageMatchers:
         return [answer.ready for answer in (late if is_alone else first)], _ALONE_S if is_alone else _FIRST_S
 
     def begin(self, inputs: MatcherInputs) -> list[int]:
-        """Returns the places of rows where only the answer's end is allowed. Raises ProtocolError without a matcher."""
+        """Returns places of rows where only the end is allowed. Raises ProtocolError for a row without a matcher."""
         with self._lock:
             for key in inputs.released:
                 self._answers.pop(key, None)
@@ -177,7 +177,6 @@ class StageMatchers:
         answer.ready = self._thread.submit(self._make_now, answer)
 
     def _make_now(self, answer: MatchedAnswer) -> None:
-        """Runs in a thread."""
         if not answer.begin_making():
             return
         try:
@@ -188,7 +187,6 @@ class StageMatchers:
         answer.make_matcher(vocabulary)
 
     def _prepare(self) -> GrammarVocabulary:
-        """Runs in a thread."""
         if self._vocabulary is None:
             self._vocabulary = self._read_vocabulary()
             self._vocabulary.native  # noqa: B018  builds it

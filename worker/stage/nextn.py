@@ -110,7 +110,7 @@ class NextnDrafter:
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
     def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
-        """Chooses next tokens with the random draws for `later` tokens on. Logits that are not finite end drafting."""
+        """Chooses next tokens with random draws of `later` positions on. Logits that are not finite end drafting."""
         if not drafting:
             return
         rows = self._sampler.sample(logits, tasks.drafts([each.output for each in drafting], later)).rows

@@ -1,4 +1,4 @@
-"""One loaded stage: computes hidden states or row results from microbatches. Has no network; one call at a time."""
+"""One loaded stage: computes hidden states or row results from microbatches, one call at a time, without network."""
 
 from __future__ import annotations
 
@@ -237,8 +237,8 @@ class StageRunner:
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
         """Returns hidden states [rows, embedding], or the last stage's logits [outputs, vocabulary]. They are valid
-        until the next run. `hidden` is [rows, embedding], or None for a first stage. Raises ProtocolError for an unfit
-        microbatch."""
+        until the next run. `hidden` is [rows, embedding], or None for a first stage. Raises ProtocolError if the
+        microbatch does not fit."""
         self.settle()
         self._frame = frame = self.read(microbatch, hidden)
         return self._stage.run(batch_of(frame), frame.hidden)

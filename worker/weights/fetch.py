@@ -128,7 +128,8 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Returns when the cache, held `in_use` by the caller, has all. Raises WorkerError if no source has one."""
+        """Returns when the cache has all wanted weights; the caller holds the cache `in_use`. Raises WorkerError if no
+        source has one of them."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]

@@ -132,7 +132,7 @@ class _Files(AsyncExitStack):
         return _Opened(await remote.outline(), remote=remote)
 
     def _here(self, read: Callable[[], ModelFile | None], path: str, known: WeightSources | None) -> ModelFile | None:
-        """Returns the file here. Returns None if it is missing or has other bytes, and the weights may be fetched."""
+        """Returns this machine's file; None if it is missing or has other bytes, and the weights may be fetched."""
         try:
             file = read()
             if file is not None and known is not None:
@@ -156,7 +156,7 @@ class _Files(AsyncExitStack):
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Waits for the thread even if cancelled. It ends at its next progress report, and holds memory until then."""
+    """Waits for the thread even if cancelled. The thread holds memory until it ends, at its next progress report."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
@@ -171,7 +171,7 @@ def _in_tiles(limits: StageLimits, model: Model) -> Model:
 
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
-    """Returns the memory on all devices together. Raises InsufficientMemoryError that names the fullest device."""
+    """Returns the memory on all devices together. Raises InsufficientMemoryError that names one with too little."""
     shares = device_shares(device, model, device.layers(order), order.limits, portion_of(order))
     release_freed_memory()
     for name, share in shares.items():

@@ -73,7 +73,7 @@ class Weights:
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
     ) -> None:
-        """`model_dir` has files that the coordinator's path lacks; `models_dir` has a folder per downloaded model."""
+        """`model_dir` has files that are not where the coordinator has them; `models_dir` has a folder per model."""
         self.cache = cache
         self.received_bytes = 0
         self._model_dir = model_dir
@@ -93,8 +93,7 @@ class Weights:
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
     def open_adapter(self, wanted: AdapterFile, plain: ModelFile) -> ModelFile | None:
-        """Opens an adapter like `open_file`. Reads only headers and samples: the coordinator has checked all
-        weights."""
+        """Opens an adapter like `open_file`. Reads only headers and samples; the coordinator checked all weights."""
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 

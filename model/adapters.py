@@ -1,5 +1,5 @@
 """Reads and checks LoRA adapters (GGUF files or PEFT folders), and adds their steps to programs. A model with adapters
-holds the tensors of adapter i under the names `adapter.i.*`. Its identity is the one that it has without adapters."""
+holds the tensors of adapter i under the names `adapter.i.*`. It keeps the identity of the model without adapters."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def read_adapter(path: Path, model: ModelFile) -> ModelFile:
 
 
 def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
-    """Returns the model with the adapters' tensors. Raises ModelFileError unless each adapter is LoRA for its
-    architecture. `adapted` checks shapes; `check_adapter_weights` checks weights."""
+    """Returns the model with the tensors of the adapters. Raises ModelFileError for an adapter that is not LoRA or is
+    for another architecture. `adapted` checks shapes; `check_adapter_weights` checks weights."""
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:
@@ -78,8 +78,8 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
 
 
 def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
-    """Reads every weight, which only the coordinator does. Raises ModelFileError for an infinite, NaN or large
-    weight."""
+    """Reads every weight, which only the coordinator does. Raises ModelFileError if a weight is not finite or exceeds
+    `_MOST`."""
     for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
@@ -178,7 +178,8 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 
 def own_names(names: Iterable[str], number: int | None) -> list[str]:
-    """Returns the weight names of adapter `number` as in its own file, or of the model if `number` is None."""
+    """Returns the weight names of adapter `number` as its own file has them. If `number` is None, returns those of the
+    model."""
     if number is None:
         return [name for name in names if not name.startswith(_PREFIX)]
     prefix = f"{_PREFIX}{number}."

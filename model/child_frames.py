@@ -19,7 +19,7 @@ def encoded(frame: Mapping[str, Any]) -> bytes:
 
 
 def end_with_parent() -> None:
-    """Has the kernel kill this process when the thread that started it ends. The parent handles Ctrl-C."""
+    """Has the kernel kill this process when the thread that started it ends. Leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

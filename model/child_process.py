@@ -44,7 +44,8 @@ class ChildUnusableError(ChildEndedError):
 
 @dataclass(frozen=True, slots=True)
 class ChildProgram:
-    """The module that a child runs, and its limits. A reply of "error" to the first frame means: unusable."""
+    """The module that a child runs, and its limits. If the reply to the first frame has the key "error", the child is
+    unusable."""
 
     module: str
     first: Callable[[], Mapping[str, Any]]

@@ -45,13 +45,14 @@ _NEUTRAL_VALUES = {
 
 
 LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
-"""Keys of a head's query and value widths in latent attention, where other keys of widths refer to the stored keys."""
+"""Metadata keys with the widths of a head's query and value in latent attention. There, the usual metadata keys have
+the widths of the stored keys."""
 
 MAX_LAYERS = 1 << 10
 SHARED_KV_KEY = "attention.shared_kv_layers"
-"""The number of layers at the end that read the keys and values of earlier layers."""
+"""The metadata key with the number of last layers that read the keys and values of earlier layers."""
 NEXTN_KEY = "nextn_predict_layers"
-"""The number of layers at the end that are heads for multi-token prediction (MTP)."""
+"""The metadata key with the number of last layers that are heads for multi-token prediction (MTP)."""
 
 
 class RopeScaling(StrEnum):
@@ -63,9 +64,9 @@ class RopeScaling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RopeParameters:
-    """The rotary embedding of the first `dimension_count` channels of a head. `extrapolation_factor`, `beta_fast`,
-    `beta_slow`, `log_multiplier` and `truncated` are YaRN's. cos and sin are divided by 1 + 0.1 * log_multiplier *
-    ln(factor). `truncated`: YaRN's ramp begins and ends at whole pairs."""
+    """The rotary embedding of the first `dimension_count` channels of a head. YaRN uses `extrapolation_factor`,
+    `beta_fast`, `beta_slow`, `log_multiplier` and `truncated`. It divides cos and sin by 1 + 0.1 * log_multiplier *
+    ln(factor). If `truncated`, its ramp begins and ends at whole pairs."""
 
     dimension_count: int
     frequency_base: float

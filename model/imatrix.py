@@ -49,7 +49,7 @@ class ImportanceMatrix:
 
 
 def read_imatrix(path: Path) -> ImportanceMatrix:
-    """Reads either format, which the first bytes show. Raises ModelFileError for another or a damaged file."""
+    """Reads a file of either format. Raises ModelFileError for any other file, or a damaged one."""
     with open_regular(path) as descriptor:
         size_bytes = FileIdentity.of(descriptor).size_bytes
         if size_bytes > _MOST_BYTES:

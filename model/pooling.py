@@ -41,7 +41,8 @@ _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
 
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:
-    """Returns the file's pooling, RANK for a file with a classifier, or the default. Raises ModelFileError."""
+    """Returns the file's pooling, RANK if the file has a classifier, or the default. Raises ModelFileError for an
+    unknown number."""
     keys = ModelKeys(model)
     if not keys.has("pooling_type") and not _CLASSIFIER.isdisjoint(model.tensors):
         return Pooling.RANK

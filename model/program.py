@@ -122,7 +122,8 @@ Across = Exchange | Gather
 Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Across | SelectRows | RowStep
 
 KvLayer = Attention | SequenceState
-"""Everything that has KV memory. A layer has at most one attention, and at most one state of each `StatePart`."""
+"""Steps and states that have KV memory. A layer has at most one attention, and at most one state of each
+`StatePart`."""
 
 
 @dataclass(frozen=True, slots=True)

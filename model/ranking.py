@@ -27,7 +27,8 @@ class PairTemplate:
     text: str
 
     def prompt(self, tokenizer: Tokenizer, query: str, document: str) -> tuple[int, ...]:
-        """Makes control tokens of words in the template, not in the texts. Raises RequestError for U+FDD0 in a text."""
+        """Turns control words into control tokens in the template, but not in the two texts. Raises RequestError if a
+        text contains U+FDD0."""
         (texts,) = guard_messages([dict(zip(_FIELDS, (query, document), strict=True))], tokenizer)
         rendered = _PLACES.sub(lambda place: str(texts[place[0][1:-1]]), self.text)
         parts = tokenizer.split_special(rendered, parse_special=True)

@@ -60,7 +60,7 @@ class _Program(ctypes.Structure):
 
 
 def confine() -> str | None:
-    """Makes all other system calls of this process fail with EPERM. Returns a reason if there is no such filter."""
+    """Makes all other system calls of this process fail with EPERM. Returns the reason if there is no such filter."""
     machine = os.uname().machine
     architecture = _ARCHITECTURES.get(machine) if sys.platform == "linux" else None
     if architecture is None:

@@ -10,12 +10,12 @@ from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 GUARD: Final = "\ufdd0"
-"""A Unicode noncharacter that hides a control word in a user's text from the tokenizer if it is inside the word."""
+"""A Unicode noncharacter. Inside a control word of a user's text, it hides the word from the tokenizer."""
 
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """Puts GUARD into control words; `encode_chat` and `unguarded` remove it. Raises RequestError if a text has
-    GUARD."""
+    """Puts GUARD into every control word of the messages; `encode_chat` and `unguarded` remove it. Raises RequestError
+    if a message already has GUARD."""
     words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
     starts = _starts_of(words)
     longest = max(map(len, words), default=1) - 1
@@ -58,6 +58,6 @@ def _guard_words(text: str, words: Sequence[str]) -> str:
 
 
 def _guard_end(text: str, starts: frozenset[str], longest: int) -> str:
-    """Appends GUARD to a text that ends with the beginning of a control word: the next text could complete the word."""
+    """Appends GUARD to a text that ends with the beginning of a control word, which the next text could complete."""
     ends = (text[-length:] for length in range(1, min(longest, len(text)) + 1))
     return text + GUARD if any(end in starts for end in ends) else text

@@ -69,7 +69,8 @@ class ChatTemplate:
         limits: TemplateLimits | None = None,
         named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Refuses every render if `source` is None. `named` has the templates named TOOL_USE and RAG, if any."""
+        """Refuses every render if `source` is None. `named` may have other templates for chats with tools (TOOL_USE) or
+        documents (RAG)."""
         self.source = source
         self.named = {name: ChatTemplate(text, bos_token, eos_token, limits) for name, text in named.items()}
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}

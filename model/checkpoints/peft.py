@@ -26,7 +26,8 @@ _REFUSED: Final = (
     "target_parameters",
 )
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of `init_lora_weights` if the base model's matrices were changed. If they were not, it is `true`."""
+"""Beginnings of `init_lora_weights` for initializations that change the base model's matrices. The setting is `true` if
+the base model is unchanged."""
 _PLAIN: Final = re.compile(r"[\w.-]+")
 
 

@@ -91,8 +91,8 @@ class _Reader:
         )
 
     def alpha(self) -> float:
-        """Returns the alpha of all matrices as a float32 (scale = alpha / rank). Raises ModelFileError if they
-        differ."""
+        """Returns the alpha of all matrices as a float32 (scale = alpha / rank). Raises ModelFileError if matrices have
+        different alphas."""
         if len(self._alphas) > 1:
             one, other = list(self._alphas.items())[:2]
             what = f"alpha {one[0]:g} of {shown(one[1])}, {other[0]:g} of {shown(other[1])}: several are not supported"

@@ -49,7 +49,8 @@ class ModelFile:
 
     @property
     def copy_id(self) -> str:
-        """A hash of the version and, except for remote file systems, of this machine: every copy has its own."""
+        """A hash of the version and of this machine, so that every copy of the files has its own. On a remote file
+        system, the machine does not count."""
         machine = "" if is_remote(self.path) else machine_id()
         return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 

@@ -30,7 +30,8 @@ _PAGES: Final = (b"<!doctype", b"<html", b"<?xml", b"<head")
 
 
 def other_kind(start: bytes) -> tuple[str, str]:
-    """Returns a file's kind and advice. `start`: its first `START_BYTES` bytes, or all; they are not those of GGUF."""
+    """Returns the kind of a file that is not GGUF, and advice. `start` has its first `START_BYTES` bytes, or all of
+    them."""
     for magic, what, advice in _KINDS:
         if start.startswith(magic):
             return what, advice

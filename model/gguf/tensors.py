@@ -45,7 +45,7 @@ class FileIdentity:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[int]:
-    """Yields a read-only descriptor of a regular file. Raises ModelFileError for any other: a pipe would block."""
+    """Yields a read-only descriptor of a regular file. Raises ModelFileError for other files: a pipe would block."""
     try:
         descriptor = open_descriptor(path)
     except FileNotFoundError:

@@ -15,7 +15,8 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects, unless several schemas apply to one object: each would refuse the others' properties."""
+    """Closes all objects. If several schemas apply to one object, changes nothing: each of them would refuse the
+    properties of the others."""
     try:
         return schema if _combines(schema) else _closed(schema)
     except RecursionError:  # too deep for llguidance, too

@@ -53,7 +53,7 @@ def of_lark(text: str, origin: str) -> Grammar:
 
 
 def of_calls(rules: str, origin: str) -> Grammar:
-    """Allows the calls of rules that are made here, in llguidance's dialect of Lark, with the tools' schemas."""
+    """Allows the calls that `rules` describe. These rules are made here, in llguidance's dialect of Lark."""
     return _grammar({"name": OWN_RULES, "lark_grammar": rules}, origin)
 
 

@@ -19,7 +19,7 @@ LEADER = 0
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
-    """Returns the program of `member`, in proportion to its share. Raises UsageError for parts of layers."""
+    """Returns the program of `member`, in proportion to its share. Raises UsageError if layers are in parts."""
     return _Member(shares, member).program(Division.of(program, len(shares)))
 
 

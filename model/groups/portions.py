@@ -1,5 +1,5 @@
-"""Finds the values of a program that the members of a group divide, and the units that they divide them into: results
-of products, and values that follow from them channel by channel or head by head. Other steps read whole rows."""
+"""Finds which values of a program the members of a group divide, and into how many units. Results of products are
+divided, and values that follow from them channel by channel or head by head. Other steps read whole rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Returns the borders of portions, which have at least one unit each and are nearly in proportion to shares."""
+    """Returns the borders of the portions. Each portion has at least one unit and nearly its share of all units."""
     assert units >= len(shares)
     found, total = [0], sum(shares)
     for i in range(1, len(shares)):
@@ -119,7 +119,8 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products that make the only KV head of an attention. Computing them twice is faster than a gather."""
+    """Returns the products that make the only KV head of an attention. Every member computes them, which is faster than
+    a gather."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name
@@ -161,7 +162,8 @@ class _Rows:
 
 
 def _product_units(width: int, members: int) -> int:
-    """Returns the number of the next product's segments, quantized before a gather, or of tiles of weights."""
+    """Returns the number of units of a product: segments of the next product, or else tiles of weights. Segments are
+    quantized before a gather."""
     for segment, least in _LEAST_UNITS.items():
         if width % segment == 0 and width // segment >= least * members:
             return width // segment

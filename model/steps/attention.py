@@ -98,7 +98,7 @@ class Attention(StepFacts):
 
     @property
     def division(self) -> DivisionRule:
-        """The rule for one KV head leaves keys and values whole, as in latent attention."""
+        """Keys and values are not divided if there is one KV head, as in latent attention."""
         if self.kv_heads == 1:
             return DivisionRule((self.q,), self.heads)
         return DivisionRule(self.reads, self.kv_heads, has_part=True)

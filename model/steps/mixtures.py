@@ -17,12 +17,12 @@ class Moe(StepFacts):
     multiplied by `scale` and by `expert_scales` [experts]. out = the sum in rank order of weight *
     down_e(activation(gate_e(x), up_e(x))), with the experts' biases. Without a gate, the activation is a function of
     up_e(x) only.
-    Experts are chosen by weights + `selection_bias`. With several `groups`, only the experts in the `used_groups`
-    groups whose two best experts have the greatest sums are candidates (ties: the lower group). If `routed` is given,
-    the router reads it instead of x.
+    Experts are chosen by weights + `selection_bias`. With several `groups`, only experts in the best `used_groups`
+    groups are candidates. The best groups have the greatest sums of their two best experts (ties: the lower group). If
+    `routed` is given, the router reads it instead of x.
     router [experts, width of x or routed]; gate, up [experts, ffn, x.width]; down [experts, out.width, ffn]; biases
-    [experts] and [experts, ffn or out.width]. If `fused`, up [experts, 2 * ffn, x.width] has the rows of gate before
-    its own."""
+    [experts] and [experts, ffn or out.width]. If `fused`, up [experts, 2 * ffn, x.width] has the rows of gate, then
+    those of up."""
 
     x: Buffer
     out: Buffer
@@ -145,10 +145,10 @@ class ExpertChoice(StepFacts):
 
 @dataclass(frozen=True, slots=True)
 class ExpertShards(StepFacts):
-    """Computes the chosen experts in `shards`, which are consecutive ranges of ids. Their results, not yet weighted,
-    are stored by rank in `choice`. Results of other experts are copied from the end of `given`, or are 0. out = the
-    results [used * width of the mixture's out] or, for the next stage, the `carried` buffers, the choice and the
-    results, joined."""
+    """Computes the chosen experts in `shards`, which are consecutive ranges of ids. Each result, not yet weighted, is
+    stored at its expert's rank in the choice. Results of other experts are copied from the end of `given`, or are 0.
+    out = the results [used * width of the mixture's out] or, for the next stage, the `carried` buffers, the choice and
+    the results, joined."""
 
     mixture: Moe
     choice: Buffer

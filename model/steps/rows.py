@@ -149,7 +149,8 @@ class Scale(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class PositionScale(UnaryStep):
-    """out = x * (1 + factor * ln(1 + (position + offset) // length)), its factor in float32; out may be x."""
+    """out = x * (1 + factor * ln(1 + (position + offset) // length)); out may be x. The number that multiplies x is
+    rounded to float32."""
 
     factor: float
     length: int

@@ -84,7 +84,7 @@ class Decay(UnaryStep):
 
 @dataclass(frozen=True, slots=True)
 class DeltaRule(StepFacts):
-    """A delta rule: each head has a state [key channels, value channels], which a row reads and updates:
+    """A gated delta rule: each head has a state [key channels, value channels], which each row reads and updates:
     decayed = state * decay; delta = (v - decayed^T @ k) * beta; state' = decayed + k @ delta^T; out = state'^T @ q.
     q, k [rows, key_heads * key channels]; v, out [rows, heads * value channels]; beta [rows, heads]; decay [rows,
     heads], or [rows, heads * key channels]. Head h has key head h % key_heads if `tiled`, else h // (heads /

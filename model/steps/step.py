@@ -1,4 +1,4 @@
-"""The base of all kinds of steps: buffers, weights, costs and division. Backends have the arithmetic."""
+"""The base of all kinds of steps: buffers, weights, costs and division. The arithmetic is in the backends."""
 
 from __future__ import annotations
 

@@ -104,7 +104,8 @@ def _model_proto(vocabulary: Vocabulary) -> Any:
 
 
 def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> bytes:
-    """Returns SentencePiece's types (GGUF's numbers). It allows one unknown piece; others become control pieces."""
+    """Returns SentencePiece's types, which have GGUF's numbers. SentencePiece allows one unknown piece; others become
+    control pieces."""
     changed = {TokenType.UNDEFINED: TokenType.UNUSED, TokenType.UNKNOWN: TokenType.CONTROL}
     if not byte_fallback:
         changed[TokenType.BYTE] = TokenType.CONTROL

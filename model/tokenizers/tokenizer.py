@@ -94,7 +94,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        """Returns the ids of text without special tokens. `after_special`: it comes first or after a special token."""
+        """Returns the ids of text without special tokens. `after_special`: the text comes first or after a special
+        token."""
 
     @abstractmethod
     def word_bytes(self, word: str) -> bytes:

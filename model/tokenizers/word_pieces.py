@@ -32,7 +32,8 @@ _HAN: Final = (
 
 
 class WordPieceTokenizer(Tokenizer):
-    """Lowers case and strips accents if the file does not deny it. A word without a spelling is one unknown token."""
+    """Lowers case and strips accents, unless the file has flags against it. A word that no pieces spell is one unknown
+    token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
         size = len(vocabulary)

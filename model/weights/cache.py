@@ -167,7 +167,8 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process is writing or has finished the tensor. Raises LlamaclustError on failure."""
+        """Returns None if another process is writing or has finished the tensor. Raises LlamaclustError if the file
+        cannot be opened."""
         path = cache.part_path(content)
         try:
             file = open_own(path, os.O_RDWR | os.O_CREAT)

@@ -27,7 +27,8 @@ class FileManifest:
 
 
 class FileManifests:
-    """The manifests that one process knows. Without a cache, each process makes its own and keeps no bytes."""
+    """The manifests that one process knows. Without a cache, each process makes its own manifests, whose bytes are not
+    kept."""
 
     def __init__(self, cache: WeightCache | None = None) -> None:
         self.cache = cache

@@ -56,7 +56,7 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
 
     def file(self, path: Path, held: Mapping[str, tuple[Path, FileIdentity]]) -> ModelFile:
-        """Returns the model as if from its file. `path`: the name in errors. `held`: places of bytes by SHA-256."""
+        """Returns the model as a ModelFile. `path` is its name in errors; `held` has the places of bytes by SHA-256."""
         tensors = {}
         for record in self.tensors:
             place, identity = held.get(record.content, (path, _NOWHERE))

@@ -102,7 +102,8 @@ def _arguments(function: Message) -> Any:
 
 
 def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Message, names: Mapping[str, str]) -> None:
-    """Adds a tool's result. If the template has no tool role, results go into a user message, several into one."""
+    """Adds a tool's result. A template without a tool role gets it in a user message, together with adjacent
+    results."""
     name = message.get("name") or names.get(str(message.get("tool_call_id", "")))
     named = {} if name is None else {"name": name}
     if form.takes_tool_role:

@@ -115,7 +115,7 @@ class TextSource:
             yield
 
     def word(self, markers: Markers, most: int) -> Reading[str | None]:
-        """Takes and returns the text before the next marker or the end. None if this is over `most` characters."""
+        """Takes the text before the next marker or the end. Returns None if it is longer than `most` characters."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

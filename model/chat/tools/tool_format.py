@@ -75,8 +75,8 @@ class NamedCalls:
 
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
-    """Calls that consist of a name and arguments, with markers around each key and value. A `value_begin` that is not
-    empty has an attribute before it: `string_attribute` if the value is a string, any other if not."""
+    """Calls that consist of a name and arguments, with markers around each key and each value. If `value_begin` is set,
+    an attribute stands before it: `string_attribute` for a string, another attribute for other values."""
 
     frame: Frame
     name_end: str

@@ -125,7 +125,8 @@ def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> 
 
 
 def _json_parts(text: str) -> str:
-    """Splits JSON text into lexemes of JSON schemas: other JSON may be allowed in place of a call without markers."""
+    """Splits JSON text into the lexemes that JSON schemas have in llguidance. A call without markers may be an
+    alternative to other JSON."""
     return joined(*map(quoted, _JSON_PART.findall(text)))
 
 

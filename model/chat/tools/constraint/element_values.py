@@ -15,11 +15,12 @@ _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 
 
 class _FreeValue(Exception):
-    """A value may be anything, even elements with its own tag, so that no closing tag marks its end."""
+    """A value that may be anything, even elements with its own tag. No closing tag marks its end."""
 
 
 class ElementValues:
-    """Makes rules for a call's arguments; `mark` stands before each tag. One value without a schema frees them all."""
+    """Makes rules for a call's arguments. `mark` stands before each tag. If the schema allows anything for one value,
+    all arguments of the call are unconstrained."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         self._rules = rules

@@ -53,7 +53,8 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns the bytes of a GPU's expert cache: `left_bytes`, at most `limit_bytes`, in whole allocation units."""
+    """Returns the bytes for a GPU's expert cache, a multiple of the allocation unit. `left_bytes` is the memory that
+    everything else leaves; `limit_bytes` is the most that the cache may take (None: no limit)."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 

@@ -72,7 +72,7 @@ async def speaks_tls(host: str, port: int) -> bool:
 
 
 async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
-    """Returns the coordinator's CA certificate (DER), whose hash must be the token's. Sends no secret."""
+    """Returns the coordinator's CA certificate (DER), after comparing its hash with the token's. Sends no secret."""
     async with _connected(host, port, None, "") as (reader, _):
         challenge = await _challenge(reader)
     if ca_hash(challenge.ca_certificate) != token.ca_hash:

@@ -147,7 +147,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return True
 
     async def send(self, *messages: bytes) -> None:
-        """Returns when the system has taken nearly all. One call at a time; a cancelled one may end the connection."""
+        """Returns once the system has nearly all bytes. One call at a time; a cancelled call may end the connection."""
         if sum(map(len, messages)) > _PIECE_BYTES:
             await self._send_in_pieces(messages)
             return

@@ -26,7 +26,8 @@ _READY_S: Final = 60.0
 _TOKEN_NS: Final = 50_000_000
 """The CPU time that each token may take. Large schemas take at most a tenth of it."""
 _GUARD_NS: Final = 2_000_000_000
-"""The CPU time that an answer may take beyond its tokens'. Protects other answers if counts (see matcher.py) fail."""
+"""The CPU time that an answer may take in addition to that of its tokens. The limit protects other answers if the
+counts (see matcher.py) do not show an answer's cost."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)

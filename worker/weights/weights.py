@@ -42,7 +42,7 @@ class Progress:
         self._lock = Lock()
 
     def cancel(self) -> None:
-        """Raises LoadCancelledError in each thread that reports progress from now on."""
+        """Makes `add` raise LoadCancelledError from now on, in every thread."""
         self._is_cancelled = True
 
     def add(self, n_bytes: int) -> None:

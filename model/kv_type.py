@@ -11,7 +11,7 @@ KV_GROUP_CHANNELS = 32
 """The number of channels of a key or value that share a scale, in KV types with scales."""
 
 KV_VALUE_CHANNELS = 16
-"""The number of lanes that sum values. A stored value is padded to a multiple of as many channels."""
+"""The number of lanes that sum values. The channels of a stored value are padded to a multiple of this number."""
 
 
 class KvType(StrEnum):

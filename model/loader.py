@@ -67,8 +67,8 @@ class Model:
 
     @classmethod
     def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
-        """Opens a model. Reads only headers, except of `adapters`, which are read completely. `chat_template` is the
-        name or the file of a template that replaces the model's. Raises UsageError if there is no such template, and
+        """Opens a model. Reads only the header of `path`, but all bytes of `adapters`. `chat_template` is the name or
+        the file of a template that replaces the model's. Raises UsageError if there is no such template, and
         ModelFileError like `open_model`, `with_adapters` and `check_adapter_weights`."""
         plain = open_model(path)
         numbered = {number: read_adapter(adapter, plain) for number, adapter in enumerate(adapters)}
@@ -253,7 +253,7 @@ class Model:
             self.chat_template.close()
 
     def _refuse_other_uses(self) -> None:
-        """Refuses models without attention or state, decoders that rank, and an unusual `attention.causal`."""
+        """Refuses models without attention or state, decoders that rank, and an `attention.causal` that is unusual."""
         keys = ModelKeys(self.file)
         if not self._whole.kv_memory:
             what = f"none of its {self.layer_count} layers has attention or a state of the sequence"

@@ -40,7 +40,8 @@ _NAMES: Final = (
     (("mixtral", "instruct"), "mistral"),
     (("llama2", "chat"), "llama-2"),
 )
-"""Parts of model names (lower case, no separators) and the templates that they suggest. Base models have none."""
+"""Parts of model names (lower case, no separators) and the templates that they suggest. Base models have no
+template."""
 
 
 def built_in_names() -> tuple[str, ...]:

@@ -40,7 +40,8 @@ class LazyStrings(Sequence[str]):
         return f"LazyStrings({self._origin}, {self._count} strings)"
 
     def decoded(self) -> list[str]:
-        """Returns all strings in a cached list: do not change it. Raises ModelFileError if one is not UTF-8."""
+        """Returns all strings in a cached list, which must not be changed. Raises ModelFileError if one is not
+        UTF-8."""
         if self._decoded is not None:
             return self._decoded
         data, unpack = self._data, LENGTH.unpack_from

@@ -21,7 +21,7 @@ _KEPT_CHARACTERS: Final = 1 << 16  # of a converted definition
 
 
 class GuardedGrammarError(ParameterError):
-    """The check of a grammar met its limit of time or memory. The check of a part of it may take as long."""
+    """The check of a grammar reached its limit of time or memory. Checking only a part of it may take as long."""
 
 
 class GrammarChecker:

@@ -108,7 +108,6 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        """The scheduler of the lane that gets new requests."""
         return self._lane.scheduler
 
     @property

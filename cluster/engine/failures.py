@@ -25,7 +25,7 @@ class EngineOwner(Protocol):
         ...
 
     def rows_failed(self, key: int) -> None:
-        """Reports that a request ends because its rows had no result on the suspected worker and on another."""
+        """Reports that a request ends: its rows had no result, neither on the suspected worker nor on another."""
         ...
 
 
@@ -69,8 +69,8 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
-    """Returns the error that ends a request. A worker is the cause if every failure was at this worker. But if it is
-    the only stage and computed something meanwhile, the request is the cause."""
+    """Returns the error that ends a request. A worker is the cause if every failure was at this worker. With only one
+    stage, the request is the cause nevertheless if results came between the failures."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):

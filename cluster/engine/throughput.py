@@ -56,8 +56,6 @@ def _first_second(now_ns: int) -> int:
 
 
 class SpeedMeter:
-    """The recent speed of one engine. All `now_ns` values must come from the same monotonic clock."""
-
     def __init__(self, since_ns: int) -> None:
         self._since_ns = since_ns
         self._sampled = RecentSums()

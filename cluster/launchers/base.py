@@ -44,7 +44,7 @@ class Launcher(ABC):
 
     @abstractmethod
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
-        """Starts all workers, which join at the address `join`. Calls `exited` for each that ends before `stop`."""
+        """Starts all workers, which join at the address `join`. `exited` is called if a worker ends before `stop`."""
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:

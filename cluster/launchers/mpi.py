@@ -72,7 +72,6 @@ class MpiLauncher(RestartingLauncher):
         await super().stop()
 
     async def end(self, name: str) -> None:
-        """Sends SIGKILL, because a lost worker may not react to anything else."""
         running = self._running.get(name)
         if running is None or running.is_set() or name in self._lost:
             return

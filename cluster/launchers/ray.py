@@ -79,7 +79,7 @@ class RayLauncher(RestartingLauncher):
             await super().stop()
 
     async def end(self, name: str) -> None:
-        """Kills the worker's actor, unless Ray has already started it again."""
+        """Kills the worker's actor, so that Ray restarts it, unless Ray has already done so."""
         from ray.exceptions import RayError
 
         with contextlib.suppress(DeadlineError, RayError):

@@ -17,10 +17,8 @@ _READY_S = 0.05
 
 
 class RayWorkers:
-    """The actors in the Ray namespace to which `library` is connected."""
-
     def __init__(self, library: Any, cluster: str) -> None:
-        """Takes in `cluster` the cluster's id in certificates, by which its own actors are recognized."""
+        """Takes `cluster`, the cluster's id in certificates, by which its own actors are recognized."""
         self._ray = library
         self._cluster = cluster
         self._group: Any = None

@@ -7,7 +7,6 @@ from itertools import combinations
 
 Pair = frozenset[str]
 Pairs = frozenset[Pair]
-"""The names of pairs of workers that must not be neighbours."""
 
 
 def violated_pair(stages: Sequence[Sequence[str]], partitions: Pairs) -> Pair | None:

@@ -114,7 +114,7 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a step with a token of each of `rows` sequences. `concurrent`: other stages
+        """Returns the seconds of a step with one row of each of `rows` sequences. `concurrent`: other stages
         compute."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
@@ -184,8 +184,8 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Returns the bytes that a prompt moves. A dense layer in a model with mixtures counts by its products, which
-        take a prompt's time, while seconds a byte are measured on mixtures."""
+        """Returns the bytes that a prompt moves. In models with mixtures, dense layers count by their products: these
+        take a prompt's time, but the seconds of a byte were measured on mixtures."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0

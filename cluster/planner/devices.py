@@ -15,7 +15,7 @@ from llamaclust.core.gpus import Placement
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Layers [start, end) on one device of a worker. The device has facts as if it were a worker."""
+    """Layers [start, end) on one device of a worker. `device` describes it like a worker of its own."""
 
     device: WorkerFacts
     start: int
@@ -126,7 +126,7 @@ class DeviceNeeds:
     held_experts: Counts  # bytes of open experts of the first n layers, by n: rounding may make them free nothing
 
     def first_moe_end(self) -> Counts:
-        """Returns where the first layers that must have their experts in RAM end, by start and end of the stage."""
+        """Returns the layer up to which a stage's open experts must be in RAM so that it fits, by start and end."""
         starts = np.arange(len(self.experts))[:, np.newaxis]
         found: Counts = np.searchsorted(self.experts, self.excess + self.experts[:, np.newaxis])
         return np.maximum(found, starts)
@@ -140,8 +140,8 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Divides all `possible` stages. With `apart`, open experts are in RAM for as many layers as the first GPU lacks
-    memory. If `gpu_layers` is set, the first GPU takes those that the other GPUs leave."""
+    """Divides all `possible` stages. With `apart`, as many layers have their open experts in RAM as the first GPU lacks
+    memory for; otherwise none have. If `gpu_layers` is set, the first GPU takes those that other GPUs leave."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers
@@ -189,7 +189,7 @@ def _next_border(borders: Flags) -> Counts:
 
 
 def _first_that_fits(fits: Flags) -> Counts:
-    """Returns by end the start of the longest range that fits, or the end itself if none fits."""
+    """Returns for each end the start of the longest range that fits, or the end itself if none fits."""
     ends = np.arange(len(fits))
     first: Counts = np.where(fits.any(axis=0), fits.argmax(axis=0), ends)
     return first

@@ -17,7 +17,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _MOST_SHARE = 12
 _SPARSE = 0.75
-"""The share of weights that a token reads, below which the text states these bytes."""
+"""The share of weights read by a token below which the text states how many bytes a token reads."""
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:

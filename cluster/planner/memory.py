@@ -159,7 +159,7 @@ class MemoryModel:
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Sequence[Held]) -> int:
-        """Returns the number of KV blocks that every stage has room for, at most `most_blocks` unless it is given."""
+        """Returns the KV blocks that every stage has room for, at most `most_blocks` unless KV memory is given."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
         for held in split:

@@ -50,7 +50,8 @@ def predict(
     max_drafted: int = 0,
     may_chain: bool = True,
 ) -> Prediction:
-    """Predicts stages whose workers were all measured. With `may_chain`, windows are sent without waiting."""
+    """Predicts stages whose workers were all measured. With `may_chain`, a window of drafted tokens may be sent before
+    the previous one is back."""
     path = _Path.of(split, links)
     times = [time for stage in split for time in _times(stage, prompt_tokens)]
     slowest = max(times, key=lambda time: time[1].decode_s)

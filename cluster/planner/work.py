@@ -49,8 +49,7 @@ def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
 
 
 def _request(prompt_tokens: int, chunks: int) -> Work:
-    """Returns the work of a request. Its first chunk passes all stages; each further one adds the slowest stage's
-    time."""
+    """Returns the work of a request. The first chunk passes all stages; each other adds the slowest stage's time."""
     rows = -(-prompt_tokens // chunks)
     chunk = Rows(rows, 1, is_prompt=True, concurrent=chunks > 1)
     behind = (Rows(rows, chunks - 1, is_prompt=True, concurrent=True),) if chunks > 1 else ()

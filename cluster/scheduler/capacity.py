@@ -15,7 +15,6 @@ from llamaclust.model.nextn.costs import with_nextn
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 ROWS = 512
-"""The rows of a microbatch in addition to one row for each sequence."""
 
 
 def blocks_of(tokens: int) -> int:

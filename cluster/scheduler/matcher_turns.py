@@ -25,8 +25,8 @@ _LEAST_NS = 50_000_000
 _LONGER = 0.25
 """The share of a decode microbatch's time that slow matchers may take if this is longer than `_LEAST_NS`."""
 _MOST_NS = 400_000_000
-"""The most nanoseconds of slow matchers in flight. It is the limit if one owner has all that runs, with slow
-matchers."""
+"""The most nanoseconds of slow matchers in flight. All of it is allowed only if all running sequences have slow
+matchers and the same owner."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
 """The most remaining rows of a sequence that may be held back. One with more is in prefill and not yet sampled."""
 
@@ -54,7 +54,8 @@ class MatcherTurns:
         return frozenset(idle).difference(self._next)
 
     def _in_turn(self, slow: Iterable[Sequence], idle: Iterable[Sequence]) -> Iterable[Sequence]:
-        """Yields the idle sequences in turn: by the oldest last turn of owner, then of request, then of sequence."""
+        """Yields the idle sequences in turn. The owner whose last turn was longest ago comes first, then its request,
+        then the request's sequence."""
         owners, requests, turn = Counter[str](), Counter[str](), self._turn
         for sequence in sorted(slow, key=_by_turn):
             owners[sequence.request.owner] = requests[turn_of(sequence)] = sequence.matcher.turn

@@ -18,7 +18,7 @@ _MARGIN = 0.05
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096
-"""Decode microbatches between two decisions, and between fresh measurements of several groups."""
+"""The numbers of decode microbatches between two decisions, and between fresh measurements of several groups."""
 
 
 def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:
@@ -26,8 +26,8 @@ def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:
 
 
 def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float | None:
-    """Returns None without measurements. One group and several groups have separate measurements, because stages that
-    compute at the same time share cores and memory."""
+    """Returns the predicted nanoseconds of a cycle, or None without measurements. One group and several groups are
+    measured separately, as stages that work at the same time share cores and memory."""
     own, other = (times.alone, times.beside) if groups == 1 else (times.beside, times.alone)
     stage_ns = own.predict(-(-sequences // groups), other)
     if stage_ns is None:

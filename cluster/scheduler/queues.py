@@ -111,7 +111,8 @@ class SequenceQueues:
 
     def give_turn(self) -> None:
         """Preempts the youngest sequence of the owner and request with most running ones, if the first waiting sequence
-        has no place or memory and `takes_turn`. Must not be called while a microbatch is being made."""
+        may take its turn (`takes_turn`) but lacks a place or memory. Must not be called while a microbatch is being
+        made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)

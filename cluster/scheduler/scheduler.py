@@ -149,7 +149,7 @@ class Scheduler:
             self.queues.put_back(sequence)
 
     def take_over(self, other: Scheduler, sequences: Iterable[Sequence]) -> None:
-        """Takes over another scheduler's sequences, movable or of a lost pipeline. They wait in order of arrival."""
+        """Takes over another scheduler's sequences (movable, or of a lost pipeline), in order of arrival."""
         for sequence in sequences:
             other.put_back(sequence)
             other.queues.waiting.remove(sequence)
@@ -311,7 +311,7 @@ class Scheduler:
         return self._launch((take_token(sequence),), 1, now_ns) if sequence.drafting.next else None
 
     def _next_alone(self, sequence: Sequence, now_ns: int) -> ScheduledMicrobatch | None:
-        """Returns a microbatch of one sequence only. Others are preempted for its memory. Nothing may be in flight."""
+        """Returns a microbatch of this sequence alone. Others are preempted if needed. Nothing may be in flight."""
         queues = self.queues
         queues.make_room(sequence)
         if sequence.phase is Phase.DECODE:

@@ -26,8 +26,7 @@ def _occupied_ns(timing: StageTiming) -> int:
 
 
 class Curve:
-    """The time of one stage by the rows of a microbatch: a point for each power of two, and lines between the
-    points."""
+    """The time of one stage by a microbatch's rows: a point for each power of two, and lines between the points."""
 
     __slots__ = ("_learned", "_learned_at", "_points")
 
@@ -103,7 +102,7 @@ class StageCurves:
 
 
 class StageTimes:
-    """Curves of decode alone in the pipeline, decode while other microbatches are in it, prefill, and scored rows."""
+    """Curves for decode alone in the pipeline, decode with other microbatches in it, prefill, and scored rows."""
 
     def __init__(self, stages: int) -> None:
         self.stages = stages

@@ -97,8 +97,7 @@ class Strikes:
         return None if self._is_paused else max(found, key=lambda r: (-r.interrupted, r.strikes), default=None)
 
     def rows(self, isolated: Sequence) -> int:
-        """Returns how many rows of the isolated sequence come next: all before suspected rows, or a few suspected
-        ones."""
+        """Returns how many rows of the isolated sequence come next: all before suspected rows, or a few of these."""
         scheduled = isolated.scheduled
         ahead = [each.start - scheduled for each in self._records[isolated.key].suspected if each.end > scheduled]
         to_suspected = min(ahead, default=0)

@@ -10,7 +10,8 @@ from heapq import nsmallest
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _LARGE_GRAMMAR = 1 << 12
-"""The least characters of a large grammar. Making its matcher may take tens of milliseconds, one after the other."""
+"""The number of characters above which a grammar is large. Making its matcher may take tens of milliseconds, and the
+last stage makes one at a time."""
 _MOST_MATCHERS = 2
 """The most large matchers made for one owner at a time. Two keep the last stage busy; others wait only for these."""
 
@@ -68,8 +69,8 @@ def gives_way(running: Reversible[Sequence], counts: Running) -> Sequence:
 
 
 def takes_turn(sequence: Sequence, running: Reversible[Sequence], counts: Running) -> bool:
-    """True if another sequence must give way: the owner runs none, and another owner several. Or the request runs none,
-    and another request several, whose owner runs at least as many."""
+    """True if a running sequence must give way. Either the owner of `sequence` runs none, and another owner several. Or
+    the request of `sequence` runs none, and another request several, whose owner runs at least as many."""
     if not running:
         return False
     owner, request = counts.rank(sequence)

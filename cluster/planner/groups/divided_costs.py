@@ -100,7 +100,7 @@ def _divided(costs: GroupCosts) -> tuple[DividedLayer, ...]:
 
 
 def _costs(costs: GroupCosts, kinds: set[int]) -> StageCosts:
-    """Returns the costs of a leader with the divided parts whose number of units is in `kinds`, all of them its own."""
+    """Returns a leader's costs with all parts whose number of units is in `kinds`, and without other divided parts."""
     alike = {id(layer): _kept(layer, kinds) for layer in costs.layers}
     kept = replace(
         costs, members=1, layers=tuple(alike[id(layer)] for layer in costs.layers), head=_kept(costs.head, kinds)

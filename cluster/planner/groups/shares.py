@@ -11,7 +11,7 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, DividedTables, Shares
 
 _FEW = 100
-"""The largest sum of whole-number shares, unless a sum of `MANY` is faster."""
+"""The largest sum of whole-number shares, except for the sum `MANY`, which is taken if it is faster."""
 MANY = 1000
 _NOTHING = 1.003
 _LEAST_DIVIDED = 1e-6
@@ -59,8 +59,8 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Returns small whole numbers near the exact shares at almost the least cost, and the cost (infinite if none
-    fit)."""
+    """Returns small whole numbers near the exact shares at almost the least cost, and this cost (infinite: none
+    fits)."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _NOTHING * min(costs.values())

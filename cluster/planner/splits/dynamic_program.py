@@ -176,7 +176,8 @@ LeaderOf = Callable[[int], int]
 def in_order(
     order: Sequence[int], sizes: Sequence[int], holder_of: HolderOf, leader_of: LeaderOf, apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps along one order of workers, with groups of neighbours. Leaders in `apart` are not adjacent."""
+    """Returns steps along one order of workers. Members of a group are neighbours in it. Leaders that are a pair in
+    `apart` are not adjacent."""
     places: list[Step | Choice] = []
     upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]  # positions of steps, and of the choice of them
     for end in range(1, len(order) + 1):

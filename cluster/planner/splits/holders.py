@@ -35,8 +35,6 @@ class StageTable:
 
 
 class Holder(Protocol):
-    """A worker or a group that may hold a stage."""
-
     @property
     def members(self) -> tuple[int, ...]:
         """Workers by their index in the cluster file, the leader first. One worker stands for all of its class."""

@@ -128,7 +128,7 @@ _Tables = Sequence[tuple[int, StageTable]]
 
 
 def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
-    """Returns orders of different numbers of workers with the best first and last one. Others hardly matter."""
+    """Returns orders of several lengths with the best first and last worker. The order between hardly matters."""
     by_total = sorted(file, key=lambda one: float(one[1].total[0, one[1].layers]))
     counts = range(1, len(file) + 1)
     fewest = bisect_left(counts, True, key=lambda count: _best_ends(by_total[:count], inf) is not None)

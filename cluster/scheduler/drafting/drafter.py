@@ -11,8 +11,7 @@ CLASSES = 20
 SUBSTITUTED = 1
 """The class of drafts after a replaced token, if the 8 tokens before it match."""
 SHORT = 2
-"""The first of 3 classes after matches of 2 or 3 tokens: different tokens followed; one match; one token followed
-all."""
+"""The first of 3 classes after matches of 2 or 3 tokens: other tokens followed; one match; one token followed all."""
 MIDDLE = 5
 """The first of 3 classes after matches of 4 to 7 tokens, as for `SHORT`."""
 LONG = 8

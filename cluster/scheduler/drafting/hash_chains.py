@@ -12,7 +12,7 @@ NONE = -1
 LONGEST = 32
 """The most tokens of a match. Longer matches count as equally long."""
 CANDIDATES = 8
-"""The most places that a search looks at. It limits what clients can cost by tokens that make long chains."""
+"""The most places that a search looks at. It bounds the time that clients can cost by tokens with long chains."""
 STEP_TOKENS = 1024
 """The most tokens that one call adds to an index, in about half a millisecond."""
 _FIRST_BUCKETS = 64

@@ -79,8 +79,7 @@ class NgramDrafter:
         return Draft(_cycled(tokens, place + 1, most), confidence)
 
     def _guessed(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft for a new pair of last tokens: after a replaced token of a copy, or else after the last
-        token."""
+        """Returns a draft for a new pair of last tokens: after a replaced token of a copy, or after the last token."""
         place, before = len(tokens) - 1 - self._distance, tokens[-_COPIED - 1 : -1]
         if self._distance and place >= _COPIED and tokens[place - _COPIED : place] == before:
             return Draft(_cycled(tokens, place + 1, most), SUBSTITUTED)
@@ -96,14 +95,12 @@ def _cycled(tokens: Sequence[int], start: int, most: int) -> tuple[int, ...]:
 
 
 def _confidence(match: Match) -> int:
-    """Returns the confidence class. Short matches count less by length than by the tokens that followed them."""
     if match.length >= 8:
         return LONG + (match.length >= 16)
     return (MIDDLE if match.length >= 4 else SHORT) + _votes(match)
 
 
 def _votes(match: Match) -> int:
-    """Returns 0 if different tokens followed the matches, 1 for a single match, 2 if the same token followed all."""
     return 1 if match.followers == 1 else 2 if match.agree else 0
 
 

@@ -48,7 +48,6 @@ class KvBlocks:
         return block
 
     def is_idle(self, key: bytes) -> bool | None:
-        """True if the block with this content has no holder. None if there is no such block."""
         block = self._by_key.get(key)
         return None if block is None else block in self._idle
 
@@ -70,7 +69,7 @@ class KvBlocks:
                 self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Removes a holder of each block of a table. Of blocks that become idle, those at its end are reused first."""
+        """Removes a holder of each block. If several become idle, those at the end of the table are reused first."""
         for block in reversed(list(blocks)):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, "a block was released twice"

@@ -14,7 +14,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 Sizes = TypeVar("Sizes", int, NDArray[np.int64])
 _MOST_STATE_POSITIONS = 1024
 _SEQUENCES_A_CONTEXT = 4
-"""The number of sequences with whole windows for each full context in KV memory, except the first context."""
+"""The number of sequences that get window blocks for each whole context in KV memory after the first one."""
 
 
 @dataclass(frozen=True, slots=True)

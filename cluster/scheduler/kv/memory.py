@@ -20,8 +20,7 @@ RESERVE_BLOCKS = 2
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """The state at a refusal: the blocks that the sequence could get, and the first key of its prefix that was not
-    cached."""
+    """A refusal: the blocks that the sequence could get, and the first key of its prefix that was not cached."""
 
     room: int
     missing: bytes | None
@@ -47,7 +46,7 @@ class KvMemory:
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
         """Gives a sequence blocks for all its rows if `reserve` blocks remain. Returns False if they do not, or if the
-        microbatch being made fills a block to share: its rows must not depend on each other."""
+        microbatch being made fills blocks that the sequence would share: it cannot read them in the same microbatch."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False
@@ -119,7 +118,7 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Settles drafted rows that came back. Full blocks are shared now, since no further microbatch may come."""
+        """Keeps or releases memory of drafted rows that came back. Shares full blocks, as no microbatch may follow."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:

@@ -102,7 +102,7 @@ class KvStates:
             self.blocks.release(states.clear())
 
     def _checkpoints(self, sequence: Sequence, start: int, end: int) -> Iterator[int]:
-        """Yields the positions in [start, end) of checkpoints, while more blocks are available than sequences need."""
+        """Yields positions of checkpoints in [start, end), as long as more blocks are free than sequences need."""
         if not self._cache.is_enabled:
             return
         last = (sequence.prompt_length - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS

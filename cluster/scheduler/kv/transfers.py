@@ -48,7 +48,7 @@ class KvTransfers:
         return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
-        """Holds the cached blocks of keys[start:]. None if the first is missing. Microbatches in flight may still fill
+        """Holds the cached blocks of keys[start:]; None if the first is missing. Microbatches in flight may fill
         them."""
         there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
         if not there:

@@ -73,7 +73,6 @@ class KvWindow:
         self._out_of_window += sequence.kv.window.drop_before(self.group.first_seen(sequence.settled))
 
     def settle(self, sequence: Sequence) -> None:
-        """Releases the blocks of drafted rows that were refused."""
         table, kept = sequence.kv.window, -(-sequence.scheduled // KV_BLOCK_TOKENS)
         if table.end > max(kept, table.start):
             self.blocks.release(table.drop_behind(max(kept, table.start)))

@@ -61,7 +61,7 @@ def scored_rows(settings: SchedulerSettings, times: StageTimes, decoding: int) -
 
 
 def embedded_rows(settings: SchedulerSettings, *, is_beside_decode: bool) -> int:
-    """Returns the most embedded rows. Sampled tokens of other sequences wait on the link for their hidden states."""
+    """Returns the most rows whose hidden states may come back. These delay the sampled tokens of other sequences."""
     if not is_beside_decode or not settings.embedding_length:
         return settings.max_embedded_rows
     return min(settings.max_embedded_rows, max(1, _EMBEDDED_BYTES // (4 * settings.embedding_length)))

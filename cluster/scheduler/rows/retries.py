@@ -12,7 +12,7 @@ from llamaclust.core.sampling import NOT_FINITE
 
 @dataclass(frozen=True, slots=True)
 class RowFault:
-    """A second failure of the last stage on a sequence's rows, although it received finite hidden states."""
+    """A second failure of the last stage on a sequence's rows, although the stage received finite hidden states."""
 
     key: int
     failure: str

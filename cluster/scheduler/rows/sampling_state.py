@@ -18,7 +18,6 @@ class SamplingState:
         self.stop_ids = tuple(sorted(request.stop_token_ids))
         self.breakers = SeenBreakers(request.breakers, request.prompt)  # for DRY
         self.mu = 0.0 if params.chain is None else params.chain.first_mu
-        """Mirostat's mu for the next token."""
 
     def add(self, row: RowResult) -> None:
         self.breakers.add(row.token)

@@ -71,7 +71,7 @@ def _task(
 
 
 def matcher_start(sequence: Sequence, *, may_draft: bool) -> MatcherStart | None:
-    """Returns the matcher's start, or None if it was sent. It is sent early, to be ready for the first token."""
+    """Returns the matcher's start, or None if it was sent. It is sent early, so that the matcher is ready in time."""
     if not sequence.lacks_matcher:
         return None
     sequence.matcher.is_started = True

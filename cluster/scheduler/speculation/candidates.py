@@ -24,7 +24,7 @@ class Candidate:
 
     @property
     def most_gain(self) -> float:
-        """The upper bound of `gain` summed over the tokens of a draft with these rates, however long it is."""
+        """The upper bound of the expected accepted tokens of a draft with these rates, however long it is."""
         others = self.rate / (1 - min(self.rate, 0.999)) if len(self.tokens) > self.forced else 0.0
         return self.forced + others
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Self
 
 Kinds = Mapping[str, tuple[int, int]]
-"""Numbers of drafted and of accepted tokens, by the kind of draft."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _LATE = 4.0
-"""The most that a sample counts, as a multiple of the expected time, since machines sometimes pause."""
+"""The largest multiple of the expected time that a sample may count as, since machines sometimes pause."""
 _USUAL_OVERHEAD = 0.125
 """The overhead of a draft that is assumed before it is measured, as a share of a step's time."""
 

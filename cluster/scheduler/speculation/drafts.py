@@ -14,7 +14,7 @@ _PRIORS = (0.3, 0.2, 0.2, 0.3, 0.7, 0.4, 0.6, 0.9, 0.85, 0.95, 0.6, 0.9, 0.7, 0.
 
 class SequenceDrafts:
     def __init__(self, drafter: Drafter, vocabulary: int, common: Sequence[Acceptance]) -> None:
-        """Takes in `common` the acceptance over all sequences, by confidence class."""
+        """Takes `common`, the acceptance over all sequences by confidence class."""
         self._drafter = drafter
         self._vocabulary = vocabulary
         self._common = common
@@ -37,7 +37,7 @@ class SequenceDrafts:
         return Candidate(draft.tokens[:most], rate, min(draft.forced, most), self.rate(FORCED) if draft.forced else 1.0)
 
     def further(self, tokens: Sequence[int], ahead: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """Returns the draft's tokens after those in flight (`ahead`), or none if the latter differ from the draft."""
+        """Returns the draft's tokens after those in flight (`ahead`), or none if `ahead` is not part of the draft."""
         self._compare(tokens)
         under_way = (*tokens[self._at :], *ahead)
         if self._draft.tokens[: len(under_way)] != under_way:
@@ -56,8 +56,7 @@ class SequenceDrafts:
         return self._own[confidence].rate(self._common[confidence].rate(_PRIORS[confidence]))
 
     def offer(self, tokens: Sequence[int], length: int, drafted: tuple[int, ...]) -> None:
-        """Takes what a draft model drafted after the first `length` tokens. It is dropped if more tokens are known by
-        now."""
+        """Takes a draft model's draft after the first `length` tokens. It is dropped if tokens were added since."""
         self._compare(tokens)
         if length == len(tokens):
             self._offered = length

@@ -69,7 +69,7 @@ class ModelDrafts:
         return best
 
     def order(self, sequences: Iterable[Sequence], most: Mapping[int, int], count: int) -> list[Sequence]:
-        """Orders up to `count` tokens for sequences in `most` that the model has nearly read. Returns the others."""
+        """Orders up to `count` tokens for sequences in `most` of which the model lacks few. Returns the others."""
         others = []
         for sequence in sequences:
             if most.get(sequence.key) and self._is_close(sequence):
@@ -149,7 +149,7 @@ class _Retry:
         return self.left > 0 or tokens >= self.again
 
     def asked(self, tokens: int) -> None:
-        """Counts a draft. A model in use that is not on trial pays, so the wait for a retry is short again."""
+        """Counts a draft. If it is not part of a retry, the model pays, and the wait for a retry is short again."""
         if tokens >= self.again:
             self.left, self.wait = _DRAFTS, min(2 * self.wait, _AGAIN_MOST)
         elif self.left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _WEIGHT = 0.125
 _LATE = 4.0
-"""The most that a sample counts, as a multiple of the expected time, since machines sometimes pause."""
+"""The largest multiple of the expected time that a sample may count as, since machines sometimes pause."""
 
 
 class MtpTimes:

@@ -1,8 +1,8 @@
 """Chooses how many drafted tokens each sequence computes, for the most tokens a second.
 
-A round without drafts chooses n tokens for n sequences. A drafted row makes it longer. At depth d of a draft with the
-acceptance rate a, it adds a ** d tokens on average. Rows are taken by this gain, as many as give the most tokens a
-second. None are taken unless the round is then clearly faster.
+A round without drafts chooses n tokens for n sequences. A drafted row makes the round longer, and adds a ** d tokens on
+average, with its depth d in the draft and the acceptance rate a. The rows that add most are taken, as many as give the
+most tokens a second. None are taken unless the round is then clearly faster.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
     or if the first window would come back before a second is sent.
 
     A wrong token is known a whole round after its window was sent. The windows before it came back meanwhile, as fast
-    as the slowest stage computes them; the windows after it are wasted. That these delay the next one is not counted:
-    when half a stage's time was counted for it, answers became slower (benchmarks/notebook.md).
+    as the slowest stage computes them; the windows after it are wasted. The delay that wasted windows cause is not
+    counted: when half a stage's time was counted for it, answers became slower (benchmarks/notebook.md).
     """
     rate = min(rate, 0.999)
     best: Chain | None = None

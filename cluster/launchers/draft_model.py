@@ -61,7 +61,7 @@ class DraftModelPlan:
 
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
     """Reads only the header of the file. KV memory is for sequences of `context_length`, and `threads` is limited to
-    the available ones. Raises UsageError if it can draft for no target, and the errors of `Model.open`."""
+    the available ones. Raises UsageError if the model can draft for no target, and the errors of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
     if threads is not None:
@@ -207,7 +207,7 @@ def _too_short(path: Path, context: int, own_context: int) -> str:
 
 
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
-    """Returns the indices of targets with the same tokens. Raises UsageError if there are none or it cannot draft."""
+    """Returns the indices of targets with the same tokens. Raises UsageError if none has, or the model cannot draft."""
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
         raise UsageError(f"draft model {path}: layers with states, encoders and rerankers cannot draft; name another")

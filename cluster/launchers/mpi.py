@@ -35,7 +35,7 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """Starts the i-th worker by rank i. Standard input is a socket to the rank that started this process."""
+    """Lets rank i start the i-th worker. Standard input is a socket to the rank that started this process."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)

@@ -115,7 +115,7 @@ class _Ranks:
         self._world.Abort(1)
 
     def leave(self) -> None:
-        """Ends the job. MPI waits for all ranks, and would wait for ever if one is lost, so this is then omitted."""
+        """Ends the job if no rank is lost. MPI waits for all ranks here, and would wait for a lost one for ever."""
         if self.with_all and not self.lost:
             self._mpi.Finalize()
 

@@ -65,7 +65,7 @@ class WorkerActor:
         Child(self._given.settings, self._worker_ended)
 
     def _worker_ended(self, code: int) -> None:
-        """Lets the coordinator restart the actor. If it is gone, Ray restarts the actor if the worker was killed."""
+        """Lets the coordinator restart the actor. Without a coordinator, Ray restarts the actor of a killed worker."""
         if code == UsageError.exit_code and self._is_again:  # refused: the lost one still counts as a member
             time.sleep(_LOOK_S)
             self._start()

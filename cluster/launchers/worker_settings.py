@@ -13,7 +13,7 @@ from llamaclust.worker.settings import WorkerSettings
 
 _SETTINGS = {field.name.removesuffix("_bytes"): field.name for field in fields(WorkerSettings)}
 _KEYS = {key: _SETTINGS[key] for key in WorkerConfig.model_fields if key in _SETTINGS}
-"""The keys of the cluster file that are also settings of a worker, with the setting's name (a size is in bytes)."""
+"""The settings that a worker takes from the cluster file, by their keys there. Names of sizes end in `_bytes`."""
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:

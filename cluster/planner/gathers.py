@@ -54,7 +54,8 @@ class GroupLinks:
 
 @dataclass(frozen=True, slots=True)
 class GatherTimes(Generic[Seconds]):
-    """Seconds of one stage's gathers, or tables for many stages: of layers with the embedding, and of output rows."""
+    """Seconds of one stage's gathers, or tables of seconds for many stages. Gathers of layers (and of the embedding)
+    and gathers of output rows are separate."""
 
     layers_s: Seconds
     row_s: Seconds  # more for each row

@@ -38,8 +38,8 @@ _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """Raises UsageError for a wrong manual plan, InsufficientMemoryError, and NetworkPartitionError if no plan avoids
-    the pairs in `partitions`."""
+    """Raises UsageError for a wrong manual plan, InsufficientMemoryError if memory does not suffice, and
+    NetworkPartitionError if no plan avoids the pairs in `partitions`."""
     stages = StageCosts.of(costs)
     sizes = MemoryModel(stages, request)
     if request.manual is not None:

@@ -17,7 +17,7 @@ LAYER_S: Final = 60e-6
 ROW_MACS: Final = 3000
 """The 8-bit multiply-accumulates that take as long as norms, rotation, attention etc. of one row and channel."""
 _STATE_MACS: Final = 4
-"""The 8-bit multiply-accumulates that take as long as one of a state, which is in floats."""
+"""The 8-bit multiply-accumulates that take as long as one multiply-accumulate of a state in floats."""
 
 
 @dataclass(frozen=True, slots=True)

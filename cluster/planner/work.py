@@ -24,7 +24,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """The times that count for a split: its slowest stage's for `slowest`, and if `adds_up`, all stages' for `each`."""
+    """Work that a split is judged by: its slowest stage's time for `slowest`, plus all stages' times for `each` if
+    `adds_up` is set."""
 
     slowest: tuple[Rows, ...]
     slowest_rows: int  # rows that a link carries meanwhile

@@ -28,7 +28,7 @@ _MOST_NS = 400_000_000
 """The most nanoseconds of slow matchers in flight. All of it is allowed only if all running sequences have slow
 matchers and the same owner."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
-"""The most remaining rows of a sequence that may be held back. One with more is in prefill and not yet sampled."""
+"""The most remaining rows of a sequence that may be held back. With more, it is in prefill and not yet sampled."""
 
 
 class MatcherTurns:

@@ -126,8 +126,8 @@ class StageTimes:
         was_lookahead: bool = False,
         was_scored: bool = False,
     ) -> None:
-        """Learns from a microbatch that took `elapsed_ns`, counted for a lookahead step from the result before it.
-        `was_alone`: only lookahead steps before or after it were in flight."""
+        """Learns from a microbatch that took `elapsed_ns`. For a lookahead step, this time begins with the result
+        before it. `was_alone` means that only lookahead steps before or after the microbatch were in flight."""
         timings = result.timings
         if len(timings) != self.stages:
             return

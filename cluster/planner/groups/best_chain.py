@@ -41,7 +41,8 @@ class Found:
 
 
 def best_chain(sizes: MemoryModel, workers: Sequence[WorkerFacts], contexts: Sequence[int]) -> Found | None:
-    """Returns None if nothing fits. `contexts` are numbers of whole contexts to have KV memory for, the best first."""
+    """Returns the best chain, or None if nothing fits. `contexts` are the numbers of whole contexts that KV memory may
+    be planned for, the preferred number first."""
     works = works_of(sizes.request.objective, usual_prompt_tokens(sizes.request.context_length))
     unlike = frozenset[str]().union(*sizes.request.partitions)
     found: Found | None = None

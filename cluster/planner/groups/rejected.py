@@ -17,7 +17,7 @@ from llamaclust.cluster.planner.plan import RejectedGroup, usual_prompt_tokens
 from llamaclust.cluster.planner.work import works_of
 
 _ALL_SETS = 4
-"""The most workers of which all sets are tried. Of more workers, only the fastest ones are."""
+"""The most workers of which all sets are tried. Of more, only the set of the fastest is tried for each size."""
 _NO_LINKS = "accepts no links of groups", "accept no links of groups"
 _Candidate = tuple[Assignment, Chain]
 

@@ -100,7 +100,8 @@ class GroupSearch:
         return any(longer)
 
     def _best(self, below: float, known: Best | None) -> Best | None:
-        """Searches groups of neighbours first, then all sets for the best work of these, or of `known`."""
+        """Searches groups of neighbours first, then all sets for the work of the best split so far (at first
+        `known`)."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
             return None

@@ -25,7 +25,7 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Kinds of stages. Stages of a kind have equal layers, and all or none are the first, or the last."""
+    """Kinds of stages. Stages are of one kind if their layers are equal and both or neither begin (end) the model."""
 
     kind_of: Counts  # by start and end
     places: tuple[Counts, Counts]  # start and end of one of each kind

@@ -19,7 +19,8 @@ _SEQUENCES_A_CONTEXT = 4
 
 @dataclass(frozen=True, slots=True)
 class KvSizes(Generic[Sizes]):
-    """Bytes of layers: keys and values of a position, those of layers with a sliding window, and a sequence's state."""
+    """Bytes of some layers. `token_bytes` are the keys and values of a position, `window_token_bytes` the part of these
+    in layers with a sliding window, and `state_bytes` one sequence's state."""
 
     token_bytes: Sizes
     window_token_bytes: Sizes
@@ -53,8 +54,8 @@ class WindowGroup:
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
-        """Returns the group's number of blocks if other layers have `kv_blocks`. One sequence has its blocks for the
-        first context, and several for each further one, since most sequences are shorter than a context."""
+        """Returns the group's number of blocks if other layers have `kv_blocks`. There are blocks of one sequence for
+        the first context, and of several for each further one, since most sequences are shorter than a context."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         most = max(self.sequence_blocks, kv_blocks - self.row_blocks)  # never more than of other layers
@@ -122,7 +123,7 @@ class KvGroups:
 
 
 def window_group(window: int | None, context_length: int, rows: int) -> WindowGroup | None:
-    """Returns None if blocks of their own would save nothing for layers with a sliding window."""
+    """Returns None if layers with a sliding window would save no memory by having their own blocks."""
     if window is None:
         return None
     group = WindowGroup(window, rows)

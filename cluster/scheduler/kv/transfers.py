@@ -37,8 +37,9 @@ class KvTransfers:
         return range(found, sequence.first_output // KV_BLOCK_TOKENS)
 
     def begin_restore(self, sequence: Sequence, end: int, reserve: int) -> Transfer | None:
-        """Takes blocks for a sequence's missing ones before number `end`, and holds the cached ones before these. None
-        if `reserve` blocks would not remain. Microbatches in flight may still use the taken blocks."""
+        """Takes blocks for a sequence's missing blocks before number `end`, and holds the cached blocks before these.
+        Returns None if fewer than `reserve` blocks would remain. Microbatches in flight may still use the taken
+        blocks."""
         found, idle = self._cache.find(sequence.kv.keys, sequence.tokens, sequence.first_output)
         if found >= end or end - found + idle + reserve > self._blocks.available:
             return None
@@ -48,8 +49,8 @@ class KvTransfers:
         return Transfer(tuple(sequence.kv.keys[:end]), (*prefix, *taken), found)
 
     def begin_save(self, keys: Items[bytes], start: int) -> Transfer | None:
-        """Holds the cached blocks of keys[start:]; None if the first is missing. Microbatches in flight may fill
-        them."""
+        """Holds the cached blocks of keys[start:], which microbatches in flight may still fill. None if there are
+        none."""
         there = list(takewhile(lambda key: self._blocks.is_idle(key) is not None, keys[start:]))
         if not there:
             return None

@@ -17,7 +17,7 @@ MemoryUse = Counter[tuple[str, str]]
 
 
 class ModelLimitError(InsufficientMemoryError):
-    """The error of a plan if as many other models hold memory as `max_loaded_models` allows."""
+    """A model cannot be planned because `max_loaded_models` other models already hold memory."""
 
     def __init__(self, most: int) -> None:
         loaded = "1 model is" if most == 1 else f"{most} models are"

@@ -37,7 +37,8 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Returns when each result was computed: `now_ns` less the fastest stage's times for all later results."""
+    """Estimates when each result was computed: the last one at `now_ns`, each other one before its successor by the
+    successor's time on its fastest stage."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))

@@ -173,8 +173,8 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """Returns the text that the model passed to a custom tool. If the arguments are not of the expected form, as in an
-    answer that was cut, they are the text."""
+    """Returns the text that the model passed to a custom tool. Arguments of another form, as in an answer that was cut,
+    are returned as they are."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 

@@ -29,9 +29,9 @@ _OF_ERRORS = "EFC"
 
 
 def last_error(log: Path, start: int = 0) -> str:
-    """Returns the last line about trouble: a warning or an error of the worker, an error of a library, or the end of
-    a traceback. Reads from byte `start` on, or the whole log if it is shorter, because it was emptied then. Empty if
-    there is none."""
+    """Returns the last line about trouble: a warning or an error of the worker, an error of a library, or the end of a
+    traceback. Reads from byte `start`; a log that is shorter by now was emptied since, and is read from its beginning.
+    Returns an empty text if there is no such line."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size

@@ -156,7 +156,8 @@ class StageTimes:
 
     @property
     def in_flight(self) -> int:
-        """The number of microbatches that keeps all stages busy: ceil(cycle time / slowest stage time) or more."""
+        """The number of microbatches that keeps all stages busy: the cycle time in units of the slowest stage's time,
+        rounded up and bounded by the number of stages."""
         if self._recent_ns is None:
             return self.stages + 1
         slowest = max(*self._recent_ns, 1.0)

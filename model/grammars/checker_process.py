@@ -25,9 +25,9 @@ _MAX_REPLY_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """Limits of a check. Counts of work decide about a grammar (see matcher.py). If they do not stop its check,
-    `guard_cpu_s` or `memory_bytes` do. `wall_s`, `start_s` and `wait_s` (for other checks) bound the machine's
-    delays."""
+    """Limits of a grammar's check. Normally counts of work decide whether a grammar is refused (see matcher.py);
+    `guard_cpu_s` and `memory_bytes` stop a check that the counts do not. `start_s`, `wall_s` and `wait_s` (the wait
+    while other checks run) bound the delays of a slow machine."""
 
     guard_cpu_s: float = 20.0
     memory_bytes: int = 1 << 30

@@ -49,7 +49,8 @@ class Injector:
 
     @property
     def held(self) -> frozenset[str]:
-        """Targets of lasting faults: workers, or the cluster's name for a fault of its coordinator."""
+        """The targets whose lasting faults still go on: names of workers, or the cluster's name if its coordinator is
+        the target."""
         return self._stops.names | self._disks.names | self._drains.names | self._links.names | self._failing
 
     def targets(self) -> Targets:

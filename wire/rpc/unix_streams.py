@@ -122,7 +122,8 @@ class UnixCall:
 
 
 class UnixContext:
-    """A stream that another process opened, like gRPC's contexts. Its handler is cancelled if the peer ends."""
+    """The server's side of a stream that another process opened; it has the interface of gRPC's contexts. The stream's
+    handler is cancelled if the peer ends."""
 
     def __init__(self, server: UnixServer) -> None:
         self.connection = UnixConnection(self._control, self._lost, 0, awaits_call=True)

@@ -83,8 +83,8 @@ class Leader:
 
 
 def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> bytes:
-    """Encodes the number of bands, the number of token messages, each of these after its length, and the received
-    frame."""
+    """Encodes a step: the number of bands, the number of token messages, each of these messages after its length, then
+    the received frame."""
     parts = [_LENGTH.pack(bands), _LENGTH.pack(len(followed))]
     for sampled in followed:
         tokens = encode_sampled_tokens(sampled)
@@ -93,7 +93,7 @@ def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> 
 
 
 def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int]:
-    """Returns the frame, the tokens that it depends on, and the bands. Raises ProtocolError for damaged data."""
+    """Returns the frame, the tokens that it depends on, and the number of bands. Raises ProtocolError for damaged data."""
     box, at = SampledTokensBox(), 2 * _LENGTH.size
     bands = _number(data, 0, MOST_BANDS)
     if bands == 0:

@@ -199,7 +199,7 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Writes a piece. Returns False if it must be sent through ASGI, after writing all earlier pieces."""
+        """Writes a piece. If it must go through ASGI instead, writes only the earlier pieces and returns False."""
         if not self._connection.takes_body(self._cycle):
             self.flush()
             return False

@@ -104,7 +104,7 @@ class ChatFormat:
     async def _render(
         self, chat: ChatRequest, form: ToolFormat, history: ToolFormat
     ) -> tuple[str, AnswerReading | None]:
-        """Renders a chat. `history`: the form of the calls in its messages."""
+        """Renders a chat. `history`: the tool-call format in which earlier calls in its messages are written."""
         *messages, more = await run_on(TOKENIZING, self._guarded, chat, history)
         more |= {"now_s": chat.created}
         if chat.end is not PromptEnd.LAST_MESSAGE:
@@ -138,8 +138,8 @@ class ChatFormat:
         return shortened
 
     def _guarded(self, chat: ChatRequest, history: ToolFormat) -> list[dict[str, Any]]:
-        """Returns the guarded messages, followed by the template's variables. These include llama.cpp's, which some
-        publishers' templates need."""
+        """Returns the messages, followed by a dict of the template's variables, all with GUARD in their control words.
+        The variables include those that llama.cpp sets, because some publishers' templates need them."""
         tools, today = chat.offered_tools, datetime.fromtimestamp(chat.created).astimezone()
         variables = {
             "date_string": today.strftime("%d %b %Y"),

@@ -321,7 +321,7 @@ class TextService:
         )
 
     def _check_room(self, has: str, tokens: int, param: str, most_tokens: int | None) -> None:
-        """Raises an error if `tokens`, a lower bound of the real number, exceeds the limit."""
+        """Raises an error if `tokens`, a lower bound of the actual count, exceeds the limit."""
         context = self.settings.context_length
         if most_tokens is None and tokens > context:
             raise ContextLengthError(f"{has}, too many for {context} tokens", tokens, context, param)

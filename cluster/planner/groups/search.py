@@ -121,7 +121,8 @@ class GroupSearch:
         return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
     def _slow_s(self, number: int) -> Iterator[float]:
-        """Yields each worker's least time for the slowest stage's work on all layers, as if its memory sufficed."""
+        """Yields, for each worker, the least time in which it does the slowest stage's work for all layers, if memory
+        did not limit it."""
         stages = self.sizes.stages
         for worker, found in enumerate(self.workers):
             on_processor = sum(

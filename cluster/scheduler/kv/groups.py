@@ -29,9 +29,9 @@ class KvSizes(Generic[Sizes]):
 
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
-    """Layers that keep keys and values only of their sliding window, of which the largest counts. A row sees `window`
-    positions, its own included. Blocks that leave the window are released once a microbatch that may read them is made.
-    Rows of a prompt therefore take further blocks while it is made."""
+    """Layers that keep keys and values of a sliding window only. `window` is the largest of their windows, and includes
+    the row's own position. Blocks that leave the window are released only when the microbatch whose rows may read them
+    is complete as an object, before it is computed. Until then, rows of a prompt take additional blocks."""
 
     window: int
     rows: int  # the most rows of a microbatch

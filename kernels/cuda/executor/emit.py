@@ -25,7 +25,8 @@ from llamaclust.model.quant_types import ActivationFormat
 
 
 def position_factors(step: ir.PositionScale, context_tokens: int) -> NDArray[np.float32]:
-    """Returns a factor for each `step.length` positions, from -`step.offset` up to `context_tokens`."""
+    """Returns one factor for each run of `step.length` positions. The first run begins at position -`step.offset`; the
+    last one contains `context_tokens` - 1."""
     lengths = range(1, (context_tokens - 1 + step.offset) // step.length + 2)
     return np.array([1 + step.factor * log(length) for length in lengths], np.float32)
 

@@ -24,7 +24,8 @@ _MOST = np.finfo(np.float32).max
 def gather_rows(
     gatherer: Gatherer, program: Program, host: HostStep, batch_rows: int, own: Float32, whole: Float32
 ) -> None:
-    """Fills `whole` with all members' rows. If they were sent as int8, products quantize them to the same values."""
+    """Fills `whole` with the rows of all members. Rows that were sent as int8 become floats that a matrix product
+    quantizes to exactly the int8 values and scales that were sent."""
     step = host.step
     assert isinstance(step, Gather)
     places, borders, given = band_borders(program, batch_rows, gatherer.bands), list(step.borders), whole

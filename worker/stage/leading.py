@@ -93,7 +93,7 @@ def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> 
 
 
 def decode_step(data: bytes) -> tuple[bytes, SampledTokensBox, int]:
-    """Returns the frame, the tokens that it depends on, and the number of bands. Raises ProtocolError for damaged data."""
+    """Returns the frame, the tokens it depends on, and the number of bands. Raises ProtocolError for damaged data."""
     box, at = SampledTokensBox(), 2 * _LENGTH.size
     bands = _number(data, 0, MOST_BANDS)
     if bands == 0:

@@ -145,7 +145,7 @@ def status(
 
     one = cluster or endpoint or api_key_file or ca_file or watch
     if every and one:
-        raise UsageError("--all: shows all clusters once; leave out the other options but --json")
+        raise UsageError("--all: shows all clusters once; remove the other options but --json")
     if every or not (one or as_json):
         several = _all_running()
         if every or len(several) > 1:
@@ -256,7 +256,7 @@ def plan(
         from llamaclust.cli.plans.assumed_plan import show_assumed_plan
 
         if source is not None or workers is not None:
-            raise UsageError("--assume: describes the machines: leave out FILE and --workers")
+            raise UsageError("--assume: describes the machines: remove FILE and --workers")
         show_assumed_plan(assume, model, overrides, as_json, acceptances)
         return
     from llamaclust.cli.plans.plan import show_plan

@@ -326,14 +326,14 @@ class Target:
             raise UsageError("--mtp is for --model: a cluster's is `speculative.mtp` in the cluster file")
         if self.threads is not None and self.model is None:
             raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")
-        if self.gpus != NO_GPUS and self.model is None:
-            raise UsageError("--device and --gpu-layers are for --model: a cluster's workers have theirs")
+        if (option := self.gpus.first_option) is not None and self.model is None:
+            raise UsageError(f"{option} is for --model: a cluster's workers have theirs in the cluster file")
         if self.chat_template is not None and self.model is None:
             raise UsageError("--chat-template is for --model: a cluster's is in its file, or given to `up`")
         if self.ca_file is not None and self.endpoint is None:
             raise UsageError("--ca-file is for --endpoint: the certificate of a cluster on this machine is known")
         if self.api_key_file is not None and self.model is not None:
-            raise UsageError("--api-key-file is for a cluster: a model in this process asks for no key")
+            raise UsageError("--api-key-file is for a cluster: a model in this process needs no key")
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -226,6 +226,13 @@ class Gpus:
     all_cpu_moe: bool = False
     n_cpu_moe: int | None = None
     override_tensors: Sequence[str] = ()
+
+    @property
+    def first_option(self) -> str | None:
+        """The name of the first given option. None: no option is given."""
+        names = ("--device", "--gpu-layers", "--gpu-memory", "--cpu-moe", "--n-cpu-moe", "--override-tensor")
+        pairs = zip(names, astuple(self), astuple(NO_GPUS), strict=True)
+        return next((name for name, value, default in pairs if value != default), None)
 
     @property
     def placement(self) -> tuple[PlacementRule, ...]:

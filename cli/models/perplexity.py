@@ -121,7 +121,7 @@ class Source:
         if self.endpoint is not None:
             if self.workers > 1 or self.threads is not None or self.kv_type is not None:
                 given = "--workers, --threads and --kv-type"
-                raise UsageError(f"--endpoint asks a cluster that runs already: {given} are not for it")
+                raise UsageError(f"--endpoint uses a cluster that runs already: {given} are not for it")
             return connect(self.endpoint, self.api_key_file, self.ca_file)
         self._check_no_endpoint()
         if self.workers == 1:

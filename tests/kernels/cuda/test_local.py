@@ -344,7 +344,7 @@ def test_generate_on_the_command_line(shim: None, request: pytest.FixtureRequest
         assert both[0]["token_ids"] == both[1]["token_ids"] and both[0]["logprobs"] == both[1]["logprobs"]
         assert "set device to" not in (done := line.run(*words, "-ngl", "3")).error and done.code == 2
         assert "--gpu-layers: is for workers with a GPU: give --device cuda:0 as well" in done.error
-        assert "are for --model" in line.run("generate", "x", "--device", "cuda:0").error
+        assert "--device is for --model" in line.run("generate", "x", "--device", "cuda:0").error
 
 
 @pytest.mark.parametrize(

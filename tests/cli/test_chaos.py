@@ -190,4 +190,4 @@ def test_faults_within_workers_change_no_answer(line: CommandLine) -> None:
 
 def test_faults_within_workers_need_workers_that_have_them(line: CommandLine, cluster: Cluster) -> None:
     done = line.run("chaos", "--faults", "kill,mute")
-    assert f"start workers with PYTHONPATH={PRELOAD}" in done.error and done.code == 2
+    assert f"started with PYTHONPATH={PRELOAD}" in done.error and done.code == 2

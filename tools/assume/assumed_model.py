@@ -149,7 +149,9 @@ def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedMo
     if shape is None:
         near = near_names(plain, _known_names())
         like = f"; similar names with a known shape: {', '.join(near)}" if near else ""
-        raise UsageError(f"--model: {spec}: of {entry.shown_size}, but its shape is not known{like}; {_ALL}")
+        raise UsageError(
+            f"--model: {spec}: the file has {entry.shown_size}, but the model's shape is unknown{like}; {_ALL}"
+        )
     return shape_model(plain, shape, mix or _mix(quantization))
 
 

@@ -172,7 +172,7 @@ class Survey:
             aligned = (cell.rjust(w) if at in _RIGHT else cell.ljust(w) for at, (cell, w) in enumerate(cells))
             yield "  ".join(aligned).rstrip()
         prompts = {plan.plan.prompt_tokens for plan in self.plans if plan.plan is not None}
-        yield from (f"  first token: of a prompt of {tokens} tokens" for tokens in sorted(prompts))
+        yield from (f"  first token: after a prompt of {tokens} tokens" for tokens in sorted(prompts))
         yield "  the whole plan: --model NAME[:QUANTIZATION], also with a name of `llamaclust model list` or a file"
         yield from (f"  assumed: {text}" for text in rates.assumptions(self.assumed))
 

@@ -130,7 +130,7 @@ def _group(reader: _Reader) -> _Group:
         raise reader.error("memory as 16GB, or machines as 3x16GB", memory_at)
     behind = reader.take(_COUNT_BEHIND)
     if before is not None and behind is not None:
-        raise reader.error("one number of machines, before the memory or behind it", begun)
+        raise reader.error("the number of machines once, before or after the memory", begun)
     counted = before or behind
     count = 1 if counted is None else int(counted["count"])
     memory_bytes = int(float(memory["memory"]) * _UNIT_BYTES[memory["unit"].upper()])
@@ -157,7 +157,7 @@ def _named_gpus(reader: _Reader, *, is_first: bool) -> _Group | None:
         raise reader.error(f"the name of a GPU ({', '.join(known)}, ...) or its memory and bandwidth", at)
     behind = reader.take(_COUNT_BEHIND)
     if before is not None and behind is not None:
-        raise reader.error("one number of GPUs, before the name or behind it", begun)
+        raise reader.error("the number of GPUs once, before or after the name", begun)
     counted = before or behind
     count = 1 if counted is None else int(counted["count"])
     if not count:
@@ -220,7 +220,7 @@ def _add(groups: list[list[Machine]], group: _Group, reader: _Reader) -> None:
         raise reader.error("@TOPS: a GPU has no threads", group.begun)
     gpus = (*groups[-1][0].gpus, *((group.device,) * min(group.count, MAX_GPUS_EACH + 1)))
     if len(gpus) > MAX_GPUS_EACH:
-        raise reader.error(f"{MAX_GPUS_EACH} GPUs a machine at most", group.begun)
+        raise reader.error(f"at most {MAX_GPUS_EACH} GPUs for each machine", group.begun)
     groups[-1] = [replace(machine, gpus=gpus) for machine in groups[-1]]
 
 

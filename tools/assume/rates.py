@@ -87,7 +87,8 @@ def assumptions(assumed: AssumedMachines) -> Iterator[str]:
     yield (
         f"decode reads weights at {READ_SHARE:.2f} of the memory bandwidth, or slower where their type takes long to "
         f"decode, prefill multiplies at {min(shares):.2f} to {max(shares):.2f} of the 8-bit peak by type; "
-        f"beside products {1e6 * LAYER_S:.0f} µs a layer, and {ROW_MACS} multiply-accumulates a channel of each row"
+        f"in addition to products {1e6 * LAYER_S:.0f} µs a layer, and {ROW_MACS} multiply-accumulates a channel of "
+        "each row"
     )
     if any(cpu.macs_s is None for cpu in cpus):
         default = "" if all(cpu.threads for cpu in cpus if cpu.macs_s is None) else f"{THREADS} threads a machine, "
@@ -136,8 +137,8 @@ def _memories(cpus: Sequence[Device]) -> Iterator[str]:
 
 
 def _network(network: Network) -> str:
-    advice = " (none given; say 2.5Gbit or 100Mbit behind a comma)" if network.bits_s is None else ""
-    default = " (none given; say 0.3ms behind a comma)" if network.round_trip_s is None else ""
+    advice = " (none given; add it after a comma, such as `, 2.5Gbit`)" if network.bits_s is None else ""
+    default = " (none given; add it after a comma, such as `, 0.3ms`)" if network.round_trip_s is None else ""
     return (
         f"a network of {bits_s(network) / 1e9:g} Gbit/s{advice}, used to {NETWORK_SHARE:.2f}, "
         f"round trip {1e3 * round_trip_s(network):g} ms{default}; half of it and {1e3 * HOP_S:g} ms of the programs "

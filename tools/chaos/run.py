@@ -30,20 +30,17 @@ _SHOW_S = 1.0
 _FINISH_S = 180.0
 """The longest wait for the last answers after the last fault."""
 _NOT_HERE = "has no coordinator of this user on this machine"
-_NO_LINKS = "has no worker with a network link to this machine (those of `launcher: local` have Unix sockets)"
-_NOT_PRELOADED = (
-    f"has no worker on this machine with these faults, beside which another one serves; start workers with "
-    f"PYTHONPATH={PRELOAD}"
-)
+_LINK = "a network link to this machine (those of `launcher: local` have Unix sockets)"
+_NOT_PRELOADED = f"needs two connected workers, one of them on this machine and started with PYTHONPATH={PRELOAD}"
 _IMPOSSIBLE = {
     FaultKind.KILL: "has no workers on this machine that it starts again itself; --kill-joined: something else does",
-    FaultKind.STOP: "has no worker on this machine beside which another one serves",
-    FaultKind.DRAIN: "has no worker beside which another one serves",
+    FaultKind.STOP: "needs two connected workers, one of them on this machine",
+    FaultKind.DRAIN: "needs two connected workers",
     FaultKind.COORDINATOR_KILL: "has no standby (`llamaclust up FILE --standby`); --coordinator: something restarts it",
     FaultKind.COORDINATOR_STOP: _NOT_HERE,
     FaultKind.DISK_FULL: _NOT_HERE,
-    FaultKind.PARTITION: f"{_NO_LINKS} beside which another one serves",
-    FaultKind.SLOW_LINK: _NO_LINKS,
+    FaultKind.PARTITION: f"needs two connected workers, one of them with {_LINK}",
+    FaultKind.SLOW_LINK: f"has no worker with {_LINK}",
     FaultKind.FAILS: _NOT_PRELOADED,
     FaultKind.MUTE: _NOT_PRELOADED,
 }
@@ -102,7 +99,9 @@ def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[s
         status, context_tokens = api.status(), api.context_length()
     busy = status["requests"]["running"] + status["requests"]["waiting"]
     if busy and not settings.with_other_requests:
-        raise UsageError(f"{record.name} serves {counted(busy, 'request')} of other clients; --yes: disturb them too")
+        raise UsageError(
+            f"{record.name} serves {counted(busy, 'request')} of other clients; add --yes to disturb them, too"
+        )
     return status, context_tokens
 
 
@@ -131,7 +130,7 @@ def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: Vie
         if kind in settings.required and kind not in kinds:
             raise UsageError(f"--faults {kind.option}: {cluster} {_IMPOSSIBLE[kind]}")
     if not kinds:
-        raise UsageError(f"{cluster} has no process on this machine that can be disturbed, and no worker to drain")
+        raise UsageError(f"{cluster}: nothing here can be disturbed")
     streams = counted(settings.streams, "stream")
     view.line(f"{cluster}: {settings.duration_s / 60:g} min of faults under {streams}, seed {settings.seed}:")
     view.line("  " + "; ".join(f"{kind.value} ({', '.join(targets.names[kind])})" for kind in kinds))

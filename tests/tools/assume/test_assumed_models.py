@@ -172,7 +172,9 @@ def test_models_of_the_catalog_without_a_shape_say_so(tmp_path: Path, monkeypatc
     with pytest.raises(UsageError) as error:
         model_of("glm-4.7-flash:q6_k")
     text = str(error.value)
-    assert text.startswith("--model: glm-4.7-flash:q6_k: of about 24.7 GB, but its shape is not known; similar names ")
+    assert text.startswith(
+        "--model: glm-4.7-flash:q6_k: the file has about 24.7 GB, but the model's shape is unknown; similar names "
+    )
     assert "glm-4.5-air" in text and "`llamaclust plan --assume MACHINES` lists all" in text and len(text) < 300
 
 

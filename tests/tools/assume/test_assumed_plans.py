@@ -171,7 +171,7 @@ def test_machines_on_a_fast_network_are_a_group(machines: str, model: str, least
     assert all(stage.memory_bytes is not None and stage.bytes <= stage.memory_bytes for stage in found.plan.stages)
     assert len(found.plan.chain) == 1 and 1 / token_s(found) >= least
     text = "\n".join(found.lines())
-    assert "round trip 0.1 ms (none given; say 0.3ms " in text and "half of it and 35 µs for a gather" in text
+    assert "round trip 0.1 ms (none given; add it " in text and "half of it and 35 µs for a gather" in text
     if "16GB" not in machines or model != "70b":  # whole layers do not fit there
         assert token_s(found) < token_s(plan_assumed(machines, model, ("groups=off",))) / 1.5
 
@@ -247,7 +247,7 @@ def test_the_text_says_what_was_assumed() -> None:
     lines = list(plan_assumed("3x16GB@40GB/s", "gpt-oss-20b", ()).lines())
     assert lines[0].startswith("gpt-oss 20b MXFP4 (12.1 GB) on 3 of 3 machines: it fits, ")
     text = "\n".join(lines)
-    assert "4 threads a machine, 90 GMAC/s" in text and "1 Gbit/s (none given; say " in text and "GPUs" not in text
+    assert "4 threads a machine, 90 GMAC/s" in text and "1 Gbit/s (none given; add " in text and "GPUs" not in text
     gpu = "\n".join(plan_assumed("16GB + 24GB@900GB/s gpu", "8b", ()).lines())
     assert "30 µs a layer to launch kernels, 50 µs more where its experts are in RAM, at 12 GB/s" in gpu
     given = "\n".join(plan_assumed("2x16GB@40GB/s@1TOPS,2.5Gbit,0.2ms", "8b", ()).lines())
@@ -274,7 +274,7 @@ def test_a_survey_has_each_shape_with_its_answer() -> None:
     assert f"; {mib(error.value.missing_bytes)} MiB are missing" in str(error.value)
     shown = rows["qwen3-30b-a3b"]
     assert f"{1 / token_s(alone):.0f} " in shown and f"{ttft_s(alone):.1f} s" in shown and "yes, on 3 machines" in shown
-    assert any("memory is read at 40 GB/s" in line for line in lines) and "first token: of a prompt of 512" in "".join(
+    assert any("memory is read at 40 GB/s" in line for line in lines) and "first token: after a prompt" in "".join(
         lines
     )
     assert " one would do " not in shown and "yes, on 3 machines; one would do " in rows["8b"]

@@ -168,7 +168,7 @@ def test_random_descriptions_are_read_back() -> None:
         ("16GB@DDR7", 5, "or the kind of memory as @DDR3, @DDR4 or @DDR5, found '@DDR7'"),
         ("16GB@DDR4x99", 5, "1 to 24 channels of memory"),
         ("16GB@DDR4-000", 5, "above 0"),
-        ("3x16GB x 2", 1, "one number of machines"),
+        ("3x16GB x 2", 1, "the number of machines once"),
         ("3x16GB@40GB/s 1Gbit", 15, 'expected "+" and further machines, or "," and the network'),
         ("3x16GB 2x8GB", 8, 'expected "+" before machines that differ, as in "3x16GB + 8GB", found \'2x8GB\''),
         ("3x16GB, 2x8GB", 9, 'expected "+" before machines that differ'),
@@ -196,7 +196,7 @@ def test_random_descriptions_are_read_back() -> None:
         ("16GB + rtx3091", 8, "the name of a GPU (rtx3090, "),
         ("16GB + a very fast one", 8, "the name of a GPU (rtx3090, p40, h100, ...) or its memory and bandwidth"),
         ("16GB + 0x p40", 8, "above 0"),
-        ("16GB + 2x p40 x2", 8, "one number of GPUs"),
+        ("16GB + 2x p40 x2", 8, "the number of GPUs once"),
     ],
 )
 def test_mistakes_are_named_with_their_place_and_an_example(text: str, place: int, what: str) -> None:

@@ -122,8 +122,8 @@ def test_tekken(tmp_path: Path) -> None:
         ({"vocab": [{"rank": 0}]}, "a word without rank or bytes"),
         ({"vocab": 7}, "vocab is no list of objects"),
         ({"special_tokens": [{"rank": 99, "token_str": "<s>"}]}, "'<s>' has the rank 99 of 30"),
-        ({"pattern": "\\w+"}, "cuts text like none of those that are known"),
-        ({"pattern": "(" * 9}, "its pattern is none"),
+        ({"pattern": "\\w+"}, "splits text unlike any known pre-tokenizer"),
+        ({"pattern": "(" * 9}, "invalid pattern"),
     ],
 )
 def test_damaged_tekken_files_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:

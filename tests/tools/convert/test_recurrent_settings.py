@@ -163,7 +163,7 @@ def test_layers_that_predict_further_tokens_are_left_out_of_nemotron_with_a_note
         ("llama4", {"no_rope_layers": [1] * 5}, "chunks in layers other than those that rotate"),
         ("llama4", {"attention_chunk_size": -1}, "-1, a whole number of 1 to"),
         ("qwen3vl", {"rope_parameters": {"mrope_section": [6, 5]}}, "2 numbers, 3 or 4 expected"),
-        ("qwen3vl", {"rope_parameters": {"mrope_section": [16, 5, 5]}}, "together at most 16, the pairs that turn"),
+        ("qwen3vl", {"rope_parameters": {"mrope_section": [16, 5, 5]}}, "expected a sum of at most 16"),
         ("qwen3vlmoe", {"mlp_only_layers": [1]}, "layers without experts among those with them"),
         ("qwen3vlmoe", {"norm_topk_prob": False}, "false is not what qwen3vlmoe computes"),
     ],

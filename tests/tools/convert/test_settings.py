@@ -133,7 +133,7 @@ _TWO_BASES = {"full_attention": {"rope_theta": 20000.0}, "sliding_attention": {"
         (_QWEN35, {"layer_types": None, "full_attention_interval": 0}, "0, a whole number of 1 to 1024"),
         (_QWEN35, {"mtp_num_hidden_layers": 2}, "'mtp.layers.1.input_layernorm.weight': missing"),
         (_QWEN35, {"rope_parameters": {"mrope_section": [99]}}, "whole numbers of 0 to 2 expected"),
-        (_QWEN35, {"rope_parameters": {"mrope_section": [2, 1, 0]}}, r"\[2, 1, 0\], together at most 2, the pairs"),
+        (_QWEN35, {"rope_parameters": {"mrope_section": [2, 1, 0]}}, r"\[2, 1, 0\]; expected a sum of at most 2 "),
         (_QWEN35, {"rope_parameters": {"mrope_section": [0] * 5}}, "5 numbers, 3 or 4 expected"),
         (_QWEN35, {"rope_parameters": {"mrope_section": [1]}}, "1 numbers, 3 or 4 expected"),
         ("Qwen3NextForCausalLM", {"norm_topk_prob": False}, "false is not what qwen3next computes"),

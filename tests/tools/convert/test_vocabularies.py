@@ -85,7 +85,7 @@ def test_another_way_to_cut_text_is_refused(tmp_path: Path) -> None:
     said = json.loads(tokenizer_json())
     for cutter in ({"type": "Whitespace"}, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}):
         (tmp_path / "tokenizer.json").write_text(json.dumps(said | {"pre_tokenizer": cutter}))
-        with pytest.raises(ModelFileError, match="cuts text like none of those that are known"):
+        with pytest.raises(ModelFileError, match="splits text unlike any known pre-tokenizer"):
             read(tmp_path, 320)
     (tmp_path / "tokenizer.json").write_text(json.dumps(said | {"normalizer": {"type": "Lowercase"}}))
     with pytest.raises(ModelFileError, match="'Lowercase' is not supported"):

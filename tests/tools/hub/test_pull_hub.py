@@ -128,7 +128,7 @@ def test_no_token_over_plain_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (404, "EntryNotFound", "has no such file at revision main"),
         (404, "RevisionNotFound", "has no revision main"),
         (401, "RepoNotFound", "no such repository, or a private one: give a token in HF_TOKEN"),
-        (403, "GatedRepo", "wants its conditions accepted on its page first"),
+        (403, "GatedRepo", "accept its conditions on its page first"),
         (401, "", "the hub answered 401: give a token"),
         (410, "", "the hub answered 410 Gone"),
         (503, "", "the hub answered 503"),

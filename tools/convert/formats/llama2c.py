@@ -96,7 +96,7 @@ def _read_header(file: SourceFile) -> _Header:
     numbers = unpack("<7i", file.read(8, 28))
     header = _checked(numbers, tied=file.read(36, 1) == b"\1")
     if header is None:
-        raise file.error(f"its header makes no sense: {list(numbers)}")
+        raise file.error(f"its header has impossible sizes: {list(numbers)}")
     (group,) = unpack("<i", file.read(37, 4)) if version == 2 else (0,)
     if version == 2 and not 0 < group <= header.width:
         raise file.error(f"groups of {group} weights, 1 to {header.width} expected")

@@ -149,7 +149,9 @@ def read_tencent_pretrain(
     """`config` is TencentPretrain's configuration file, such as models/llama/7b_config.json."""
     place = config or path.with_suffix(".json")
     if not place.is_file():
-        raise ModelFileError(f"{path}: how many heads it has is not in it: name its configuration with --config")
+        raise ModelFileError(
+            f"{path}: the file does not state the number of heads; name its configuration with --config"
+        )
     said = Settings(read_json(place), str(place))
     for name, wanted in _TENCENT_SETTINGS.items():
         if said.values.get(name, wanted) != wanted:

@@ -202,7 +202,7 @@ def _storage(said: Any) -> StorageRef:
 
 def _allowed(module: Any, name: Any) -> _Named:
     if not isinstance(module, str) or not isinstance(name, str):
-        raise _Refused("the pickle names something by what is no text")
+        raise _Refused("the pickle has a name that is not text")
     full = f"{module}.{name}"
     if module in ("torch", "torch.storage") and name in _STORAGES:
         return _Named(name, _refuse_call)
@@ -221,7 +221,7 @@ def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
         raise _Refused("the pickle makes a tensor of something that is no storage")
     numbers = [arguments[1], *_shape(arguments[2]), *_shape(arguments[3])]
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
-        raise _Refused("the pickle makes a tensor whose shape is no numbers")
+        raise _Refused("the pickle makes a tensor with a shape that is not numbers")
     return TensorRef(arguments[0], arguments[1], arguments[2], arguments[3])
 
 

@@ -200,11 +200,11 @@ def _pre_tokenizer(path: Path, pattern: str) -> str:
     try:
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
     except Exception as error:  # noqa: BLE001 - the library has no class of its own
-        raise ModelFileError(f"{path}: its pattern is none: {shown(str(error))}") from None
+        raise ModelFileError(f"{path}: invalid pattern: {shown(str(error))}") from None
     whole = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     name = recognised(whole, ignore_merges=True, adds_bos=True)
     if name is None:
-        raise ModelFileError(f"{path}: its pattern cuts text like none of those that are known")
+        raise ModelFileError(f"{path}: its pattern splits text unlike any known pre-tokenizer")
     return name
 
 

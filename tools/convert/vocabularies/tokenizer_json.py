@@ -83,7 +83,7 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
     name = _pre_tokenizer_name(_library(path), said)
     if name is None:
         raise ModelFileError(
-            f"{path}: its pre-tokenizer cuts text like none of those that are known (docs/models.md lists them); "
+            f"{path}: its pre-tokenizer splits text unlike any known pre-tokenizer (docs/models.md lists them); "
             "a file would give wrong tokens"
         )
     return Words(

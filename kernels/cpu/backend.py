@@ -184,7 +184,7 @@ class CpuBackend:
         if self.feature_level not in levels:
             there = ", ".join(levels)
             raise UsageError(
-                f"feature level {self.feature_level!r} is not available on this machine; there is: {there}"
+                f"feature level {self.feature_level!r} is not available on this machine; available: {there}"
             )
         self.threads = threads
         self._yields = yields

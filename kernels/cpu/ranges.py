@@ -17,7 +17,7 @@ def check_ranges(program: Program, limits: StageLimits) -> None:
     for value in (limits, program.hidden, program.out, *program.steps, *program.states):
         for place, number in _integers(value):
             if not -_MAX <= number <= _MAX:
-                raise ValueError(f"{type(value).__name__} has {place} = {number}, at most {_MAX} is possible")
+                raise ValueError(f"{type(value).__name__} has {place} = {number}, which exceeds the maximum of {_MAX}")
 
 
 def _integers(value: Any, prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -101,7 +101,9 @@ class PackedCache:
         if blocked:
             others = f", and {len(blocked) - 1} more" if len(blocked) > 1 else ""
             what = f"{reason(blocked[0])}{others}"
-            _log.warning("packed-weight cache cannot be used: %s; they are packed anew", what)
+            _log.warning(
+                "some layers cannot be read from the packed-weight cache: %s; these layers are packed again", what
+            )
 
     def _find(self, layer: PackedLayer) -> _Found | OSError | None:
         key = self._keys[layer]

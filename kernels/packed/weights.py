@@ -65,12 +65,12 @@ def _check(tensor: Tensor, wanted: tuple[int, ...]) -> None:
     allowed = _VECTOR_TYPES if len(wanted) == 1 else SUPPORTED_TYPES
     if tensor.quant_type not in allowed:
         known = ", ".join(kind.name for kind in allowed)
-        what = f"type {tensor.quant_type.name} cannot be computed with on cpu, only {known}"
+        what = f"type {tensor.quant_type.name} has no CPU kernels, only {known}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the model")
     fits = len(wanted) == len(tensor.shape) and all(map(_is_size, wanted, tensor.shape))
     if not fits or max(tensor.shape) >= 1 << 31:
         sizes = [size if size >= 0 else "any" for size in wanted]
-        what = f"shape {list(tensor.shape)}, the model's own figures ask for {sizes}"
+        what = f"shape {list(tensor.shape)}, but the metadata requires {sizes}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; the file is damaged")
 
 

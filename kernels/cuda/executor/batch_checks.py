@@ -19,15 +19,15 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
     """Raises ValueError if the batch exceeds limits. `window` is the largest of layers that release KV blocks."""
     starts, table_starts = batch.sequence_starts.tolist(), batch.table_starts.tolist()
     outputs, rows, blocks = batch.output_rows.tolist(), batch.rows, len(batch.block_tables)
-    check_range("rows", rows, 1, limits.max_batch_tokens + 1)
+    check_range("number of rows", rows, 1, limits.max_batch_tokens + 1)
     _check_starts("sequence_starts", starts, rows, 1)
-    check_range("sequences", len(starts) - 1, 1, limits.max_sequences + 1)
-    check_range("outputs", len(outputs), 0, limits.max_outputs + 1)
+    check_range("number of sequences", len(starts) - 1, 1, limits.max_sequences + 1)
+    check_range("number of outputs", len(outputs), 0, limits.max_outputs + 1)
     _check_starts("table_starts", table_starts, blocks, 0)
     if len(table_starts) != len(starts):
-        raise ValueError(f"batch: table_starts {len(table_starts)} against {len(starts)}")
+        raise ValueError(f"batch: number of table_starts is {len(table_starts)}, expected {len(starts)}")
     if len(batch.tokens) != rows:
-        raise ValueError(f"batch: tokens {len(batch.tokens)} against {rows}")
+        raise ValueError(f"batch: number of tokens is {len(batch.tokens)}, expected {rows}")
     least = 0
     for row in outputs:
         check_range("output row", row, least, rows)
@@ -36,7 +36,7 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
         _check_blocks("KV block", batch.block_tables, limits.kv_blocks)
     if window is not None and (batch.window_tables is None or len(batch.window_tables) != blocks):
         entries = 0 if batch.window_tables is None else len(batch.window_tables)
-        raise ValueError(f"batch: window_tables {entries} against block_tables {blocks}")
+        raise ValueError(f"batch: number of window_tables is {entries}, expected {blocks} like block_tables")
     positions = batch.positions.tolist()
     for (begin, end), (first_block, end_block) in zip(pairwise(starts), pairwise(table_starts), strict=True):
         first, last = positions[begin], positions[begin] + end - begin - 1
@@ -48,12 +48,12 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
 
 def _check_starts(what: str, starts: Sequence[int], end: int, least: int) -> None:
     if not starts or starts[0] != 0:
-        raise ValueError(f"batch: {what} {starts[0] if starts else -1} against 0")
+        raise ValueError(f"batch: {what} is {starts[0] if starts else -1}, expected 0")
     for before, start in pairwise(starts):
         if start - before < least:
-            raise ValueError(f"batch: {what} {start} against {before}")
+            raise ValueError(f"batch: {what} is {start}, expected {before + least} or more")
     if starts[-1] != end:
-        raise ValueError(f"batch: {what} {starts[-1]} against {end}")
+        raise ValueError(f"batch: {what} is {starts[-1]}, expected {end}")
 
 
 def _check_positions(positions: Sequence[int], context_tokens: int, room: int) -> None:
@@ -61,9 +61,9 @@ def _check_positions(positions: Sequence[int], context_tokens: int, room: int) -
     check_range("position", positions[0], 0, context_tokens - len(positions) + 1)
     for wanted, position in zip(range(positions[0], end), positions, strict=True):
         if position != wanted:
-            raise ValueError(f"batch: position {position} against {wanted}")
+            raise ValueError(f"batch: position is {position}, expected {wanted}")
     if end > room:
-        raise ValueError(f"batch: positions of a block table {end} against {room}")
+        raise ValueError(f"batch: positions of a block table are {end}, at most {room} fit")
 
 
 def _check_blocks(what: str, blocks: NDArray[np.int32], end: int) -> None:
@@ -73,4 +73,4 @@ def _check_blocks(what: str, blocks: NDArray[np.int32], end: int) -> None:
 
 def check_range(what: str, value: int, begin: int, end: int) -> None:
     if not begin <= value < end:
-        raise ValueError(f"batch: {what} {value} against [{begin}, {end})")
+        raise ValueError(f"batch: {what} is {value}, outside [{begin}, {end})")

@@ -200,7 +200,7 @@ class CudaStage:
         *read, result = (place.view(np.float32).reshape(rows, -1) for place in places)
         if isinstance(host.step, Gather):
             if self._gatherer is None:
-                raise ValueError("batch: a group's member that was given no gatherer")
+                raise ValueError("batch: this member of a group has no gatherer")
             own = read[0] if read else np.empty((rows, 0), np.float32)
             gather_rows(self._gatherer, plan.program, host, batch.rows, own, result)
         elif not _exchanged(host, read, result, experts):

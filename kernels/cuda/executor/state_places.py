@@ -43,7 +43,7 @@ def state_places(batch: Batch, limits: StageLimits) -> StatePlaces:
 def _own_places(batch: Batch, blocks: int) -> StatePlaces:
     states, sequences = batch.states, len(batch.sequence_starts) - 1
     if states is None:
-        raise ValueError(f"batch: states of 0 against {sequences} sequences")
+        raise ValueError(f"batch: states are missing for {sequences} sequences")
     before, starts, rows, written = (
         numbers.tolist() for numbers in (states.before, states.starts, states.rows, states.blocks)
     )
@@ -59,21 +59,21 @@ def _own_places(batch: Batch, blocks: int) -> StatePlaces:
             check_range("state block", written[entry], 0, blocks)
             least = rows[entry] + 1
         if least != end:
-            raise ValueError(f"batch: last state behind row {least - 1} against {end - 1}")
+            raise ValueError(f"batch: last state is after row {least - 1}, expected {end - 1}")
     return StatePlaces(before, starts, rows, written)
 
 
 def _check_counts(places: StatePlaces, sequences: int) -> None:
     starts, entries = places.starts, len(places.rows)
     for what, found, wanted in (
-        ("states before sequences", len(places.before), sequences),
-        ("starts of states", len(starts), sequences + 1),
-        ("blocks of states", len(places.blocks), entries),
+        ("number of states before sequences", len(places.before), sequences),
+        ("number of starts of states", len(starts), sequences + 1),
+        ("number of blocks of states", len(places.blocks), entries),
         ("first start of states", starts[0] if starts else -1, 0),
         ("last start of states", starts[-1] if starts else -1, entries),
     ):
         if found != wanted:
-            raise ValueError(f"batch: {what} {found} against {wanted}")
+            raise ValueError(f"batch: {what} is {found}, expected {wanted}")
     for start, end in pairwise(starts):
         if end <= start:
-            raise ValueError(f"batch: states of sequences {end} against {start}")
+            raise ValueError(f"batch: end of a sequence's states is {end}, expected {start + 1} or more")

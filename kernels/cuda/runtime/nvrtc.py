@@ -11,7 +11,7 @@ from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 
 _ALL_ON_DEVICE = "--device-as-default-execution-space"
-_NOT_THERE = "device cuda compiles kernels by NVRTC, which is not there: pip install 'llamaclust[cuda13]' (or cuda12)"
+_NOT_THERE = "device cuda needs NVRTC, which is not installed: pip install 'llamaclust[cuda13]' (or cuda12)"
 _HOPPER = 90
 _OLDEST = (12, 0)
 """The first version that supports C++20."""

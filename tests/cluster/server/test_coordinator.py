@@ -113,7 +113,7 @@ def test_a_feature_level_that_is_not_there_is_refused_before_a_worker_starts(
     there = _native.available_levels()
     level = next(level for level in FEATURE_LEVELS if level not in there)
     monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", level)
-    says = f"feature level {level!r} is not available on this machine; there is: {', '.join(there)}"
+    says = f"feature level {level!r} is not available on this machine; available: {', '.join(there)}"
 
     async def start() -> None:
         async with opened(tiny, tmp_path):

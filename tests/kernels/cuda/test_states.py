@@ -164,7 +164,7 @@ def test_a_state_that_is_not_there_is_refused(opened: Open, cuda: CudaBackend) -
     for before, row, block in ((-1, 0, 3), (4, 0, 3), (3, 0, 4), (3, 0, -1), (3, 1, 3)):
         with pytest.raises(ValueError, match=r"batch: .*state"):
             stage.run(replace(batch, states=own_states([before], [0, 1], [row], [block])), None)
-    with pytest.raises(ValueError, match="states of 0 against 1 sequences"):
+    with pytest.raises(ValueError, match="states are missing for 1 sequences"):
         stage.run(batch, None)
     stage.close()
 
@@ -172,21 +172,21 @@ def test_a_state_that_is_not_there_is_refused(opened: Open, cuda: CudaBackend) -
 @pytest.mark.parametrize(
     ("before", "starts", "rows", "blocks", "message"),
     [
-        ([2], [0, 2, 3], [3, 19, 20], [1, 2, 3], "states before sequences 1 against 2"),
-        ([2, 4], [0, 3], [3, 19, 20], [1, 2, 3], "starts of states 2 against 3"),
-        ([2, 4], [0, 2, 3], [3, 19, 20], [1, 2], "blocks of states 2 against 3"),
-        ([2, 4], [1, 2, 3], [3, 19, 20], [1, 2, 3], "first start of states 1 against 0"),
-        ([2, 4], [0, 2, 4], [3, 19, 20], [1, 2, 3], "last start of states 4 against 3"),
-        ([2, 4], [0, 3, 3], [3, 19, 20], [1, 2, 3], "states of sequences 3 against 3"),
-        ([2, 4], [0, 4, 3], [3, 19, 20], [1, 2, 3], "states of sequences 3 against 4"),
-        ([-1, 4], [0, 2, 3], [3, 19, 20], [1, 2, 3], r"state block -1 against \[0, 5\)"),
-        ([2, 5], [0, 2, 3], [3, 19, 20], [1, 2, 3], r"state block 5 against \[0, 5\)"),
-        ([2, 4], [0, 2, 3], [3, 19, 20], [-1, 2, 3], r"state block -1 against \[0, 5\)"),
-        ([2, 4], [0, 2, 3], [-1, 19, 20], [1, 2, 3], r"row of a state -1 against \[0, 20\)"),
-        ([2, 4], [0, 2, 3], [20, 19, 20], [1, 2, 3], r"row of a state 20 against \[0, 20\)"),
-        ([2, 4], [0, 3, 4], [5, 3, 19, 20], [1, 2, 3, 0], r"row of a state 3 against \[6, 20\)"),
-        ([2, 4], [0, 2, 4], [3, 19, 7, 20], [1, 2, 3, 0], r"row of a state 7 against \[20, 21\)"),
-        ([2, 4], [0, 2, 3], [3, 18, 20], [1, 2, 3], "last state behind row 18 against 19"),
+        ([2], [0, 2, 3], [3, 19, 20], [1, 2, 3], "number of states before sequences is 1, expected 2"),
+        ([2, 4], [0, 3], [3, 19, 20], [1, 2, 3], "number of starts of states is 2, expected 3"),
+        ([2, 4], [0, 2, 3], [3, 19, 20], [1, 2], "number of blocks of states is 2, expected 3"),
+        ([2, 4], [1, 2, 3], [3, 19, 20], [1, 2, 3], "first start of states is 1, expected 0"),
+        ([2, 4], [0, 2, 4], [3, 19, 20], [1, 2, 3], "last start of states is 4, expected 3"),
+        ([2, 4], [0, 3, 3], [3, 19, 20], [1, 2, 3], "end of a sequence's states is 3, expected 4 or more"),
+        ([2, 4], [0, 4, 3], [3, 19, 20], [1, 2, 3], "end of a sequence's states is 3, expected 5 or more"),
+        ([-1, 4], [0, 2, 3], [3, 19, 20], [1, 2, 3], r"state block is -1, outside \[0, 5\)"),
+        ([2, 5], [0, 2, 3], [3, 19, 20], [1, 2, 3], r"state block is 5, outside \[0, 5\)"),
+        ([2, 4], [0, 2, 3], [3, 19, 20], [-1, 2, 3], r"state block is -1, outside \[0, 5\)"),
+        ([2, 4], [0, 2, 3], [-1, 19, 20], [1, 2, 3], r"row of a state is -1, outside \[0, 20\)"),
+        ([2, 4], [0, 2, 3], [20, 19, 20], [1, 2, 3], r"row of a state is 20, outside \[0, 20\)"),
+        ([2, 4], [0, 3, 4], [5, 3, 19, 20], [1, 2, 3, 0], r"row of a state is 3, outside \[6, 20\)"),
+        ([2, 4], [0, 2, 4], [3, 19, 7, 20], [1, 2, 3, 0], r"row of a state is 7, outside \[20, 21\)"),
+        ([2, 4], [0, 2, 3], [3, 18, 20], [1, 2, 3], "last state is after row 18, expected 19"),
     ],
 )
 def test_states_of_no_use_are_refused(
@@ -203,6 +203,6 @@ def test_tables_of_windows_are_as_long_as_those_of_blocks(opened: Open, cuda: Cu
     stage = load_stage(cuda, opened("gemma2"), limits=replace(LIMITS, window_blocks=4))
     batch = batch_of([([5], [32], [0, 1, 2])])
     for tables, entries in ((None, 0), (np.array([0, 1], np.int32), 2)):
-        with pytest.raises(ValueError, match=f"window_tables {entries} against block_tables 3"):
+        with pytest.raises(ValueError, match=f"window_tables is {entries}, expected 3 like block_tables"):
             stage.run(replace(batch, window_tables=tables), None)
     stage.close()

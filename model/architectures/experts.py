@@ -41,7 +41,7 @@ def read_experts(
     used_groups = keys.count("expert_group_used_count", 1, minimum=0, maximum=groups) or 1
     if hp.expert_count % groups or hp.expert_used_count > used_groups * (hp.expert_count // groups):
         what = f"{groups}, of which {used_groups} are used, for {hp.expert_used_count} of {hp.expert_count} experts"
-        raise keys.error("expert_group_count", what)
+        raise keys.error("expert_group_count", f"{what}; groups must divide the experts, used groups hold enough")
     options = ExpertOptions(
         gating=_GATINGS.get(number, gating),
         normalized=keys.flag("expert_weights_norm", normalized),

@@ -83,8 +83,8 @@ def check_sections(keys: ModelKeys, pairs: int) -> None:
     if len(sections) < _LEAST_SECTIONS:
         raise keys.error(key, f"{len(sections)} sections, at least {_LEAST_SECTIONS} expected")
     if min(sections) < 0 or sum(sections) > pairs:
-        what = f"{shown(str(list(sections)))}, together {sum(sections)}; numbers from 0 up and together at most"
-        raise keys.error(key, f"{what} {pairs}, the pairs that turn, expected")
+        what = f"{shown(str(list(sections)))}, together {sum(sections)}; expected non-negative numbers"
+        raise keys.error(key, f"{what} with a sum of at most {pairs} (rotated pairs)")
 
 
 @lru_cache(maxsize=64)

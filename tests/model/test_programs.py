@@ -340,9 +340,9 @@ def test_sections_that_make_no_sense_are_refused(make: Callable[..., ModelFile],
         (4, "'4', an array of whole numbers expected"),
         (np.array([2, 1, 1], np.float32), r"'\[2. 1. 1.\]', an array of whole numbers"),
         (np.array([2, 2], np.int32), "2 sections, at least 3 expected"),
-        (np.array([1, -1, 0], np.int32), rf"\[1, -1, 0\]', together 0; numbers .* at most {pairs}, the pairs"),
-        (np.array([pairs, 1, 0, 0], np.int32), rf"together {pairs + 1}; numbers .* at most {pairs}, the pairs"),
-        (np.array([1 << 31] * 3, np.uint32), f"together {3 << 31}; numbers"),
+        (np.array([1, -1, 0], np.int32), rf"\[1, -1, 0\]', together 0; expected .* at most {pairs} "),
+        (np.array([pairs, 1, 0, 0], np.int32), rf"together {pairs + 1}; expected .* at most {pairs} "),
+        (np.array([1 << 31] * 3, np.uint32), f"together {3 << 31}; expected"),
     ):
         with pytest.raises(ModelFileError, match=message):
             whole(make(name, rope__dimension_sections=value))

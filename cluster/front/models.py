@@ -222,8 +222,8 @@ class ModelRouter:
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")
         if model.replies.cache.named(own, key) is None:
-            what = "and requests load none (load_on_demand: false)"
-            message = f"model: {model.name!r} is not loaded, {what}: POST /models/load with this model first"
+            what = "and requests may not load models (load_on_demand: false)"
+            message = f"model: {model.name!r} is not loaded, {what}; load it with POST /models/load"
             raise HttpError(400, "model_not_loaded", message, param="model")
 
 

@@ -63,7 +63,7 @@ class GrammarFields(Body):
         first = next(iter(made), "")
         for name, grammar in made.items():
             if grammar != made[first]:
-                raise ParameterError(name, f"cannot be used together with {first}, which asks for another form")
+                raise ParameterError(name, f"cannot be used together with {first}, which requires another form")
         return made.get(first)
 
 

@@ -32,16 +32,16 @@ def media_text(kind: str, context: object) -> str:
     `context`, the context of validation, is a `Leniency`."""
     word = next(word for word in _MEDIA if word in kind)
     if not isinstance(context, Leniency):
-        raise ValueError(f"{word} input is not supported by this server; leave it out")
+        raise ValueError(f"{word} input is not supported by this server; remove it")
     context.ignore(f"content.{kind}")
-    return f"[{word} left out: this model reads text only]"
+    return f"[{word} omitted: this model reads text only]"
 
 
 def leave_out(place: str, kind: str, context: object) -> None:
     """Reports a tool or an item as without effect. Raises ValueError unless `context`, the context of validation, is a
     `Leniency`."""
     if not isinstance(context, Leniency):
-        raise ValueError(f"{kind[:60]!r} is not supported by this server; leave it out")
+        raise ValueError(f"{kind[:60]!r} is not supported by this server; remove it")
     context.ignore(f"{place}.{kind}")
 
 

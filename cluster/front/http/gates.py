@@ -219,7 +219,7 @@ class Admission:
         whole = [request for request in self._open if not request.awaits_body]
         own = sum(request.owner == current_owner.get() for request in whole)
         if not fits(own, len(whole), self._settings.max_requests):
-            raise _busy(f"{own} requests")
+            raise _busy(f"the server is busy with {own} requests")
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
@@ -232,7 +232,7 @@ class Admission:
         if len(unfinished := self._unfinished) > self._settings.max_requests:
             counts = Counter(each.owner for each in unfinished)
             oldest = max(unfinished, key=lambda each: counts[each.owner])
-            self._refuse([oldest], _busy("newer requests, and the body had not arrived"))
+            self._refuse([oldest], _busy("the request was cancelled for newer ones, because its body had not arrived"))
         try:
             yield request
         finally:
@@ -246,7 +246,7 @@ class Admission:
             request.awaits_body = False
         size = len(message.get("body", b""))
         if not self._body_bytes.fits(request.owner, size):
-            raise _busy(f"{self._body_bytes.held[request.owner] + size} bytes of requests")
+            raise _busy(f"the server is busy with {self._body_bytes.held[request.owner] + size} bytes of requests")
         request.body_bytes += size
         self._body_bytes.take(request.owner, size)
 
@@ -309,6 +309,5 @@ def _stopping() -> HttpError:
     )
 
 
-def _busy(what: str) -> HttpError:
-    message = f"the server is busy with {what}; try again"
-    return HttpError(503, "server_busy", message, {"Retry-After": "1", "Connection": "close"})
+def _busy(why: str) -> HttpError:
+    return HttpError(503, "server_busy", f"{why}; try again", {"Retry-After": "1", "Connection": "close"})

@@ -23,7 +23,7 @@ _REFUSALS: Final = {
     "401": "no API key, or an unknown one",
     "403": "a Host header, an origin or an operation that is not allowed",
     "404": "an unknown path, model or reply",
-    "405": "a method that the path has not",
+    "405": "a method that the path does not support",
     "408": "a body that came too slowly",
     "409": "a stream that was computed again; another download",
     "413": "a body that is too large",

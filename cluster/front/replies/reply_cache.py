@@ -146,7 +146,9 @@ class ReplyCache:
         if largest is not None:
             most = self.settings.max_kept_bytes >> 20
             what = f"kept replies are larger than {most} MiB together, and this one was large and not read"
-            error = HttpError(500, "reply_too_large", f"{what}; read replies sooner, or ask for less at once")
+            error = HttpError(
+                500, "reply_too_large", f"{what}; read replies sooner, or lower max_tokens, n or logprobs"
+            )
             largest.kept.fail(error)
         return largest is not None
 

@@ -179,7 +179,7 @@ class AnswerLog:
         if self._lets_go:
             self._unread_rows += _rows(item)
             if self._most_unread_rows is not None and self._unread_rows > self._most_unread_rows:
-                waited = f"{self._unread_rows} tokens waited for their reader"
+                waited = f"{self._unread_rows} tokens were waiting to be read"
                 raise DeadlineError(f"the answer was read too slowly: {waited}")
         self._entries.append((prompt, item))
         for reader in self.readers:

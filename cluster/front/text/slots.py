@@ -40,7 +40,9 @@ class Slots:
     def check(self, slot: int | None) -> None:
         """Raises ParameterError for an unknown slot, unless no slots are kept."""
         if slot is not None and self.count and not 0 <= slot < self.count:
-            raise ParameterError("id_slot", f"{slot}, but there are {self.count} slots, numbered from 0")
+            raise ParameterError(
+                "id_slot", f"slot {slot} does not exist: there are {self.count} slots, numbered from 0"
+            )
 
     def recording(self, slot: int, request: GenerationRequest, prompt: int) -> Subscriber:
         """Stores the request's prompt in the slot. Returns a subscriber that adds the tokens of the first answer, from

@@ -242,7 +242,7 @@ async def test_bodies_that_do_not_come_keep_no_others_out() -> None:
             await until(lambda: len(admission._unfinished) == len(halves))
         assert (await http.post("/v1/completions", json=GENERATION)).status_code == 200
         head = await halves[0][0].read()  # the oldest gave way
-        assert head.startswith(b"HTTP/1.1 503 ") and b"the body had not arrived" in head
+        assert head.startswith(b"HTTP/1.1 503 ") and b"its body had not arrived" in head
         assert len(admission._unfinished) == 3
         engine.gate.clear()
         whole = [asyncio.create_task(http.post("/v1/completions", json=GENERATION)) for _ in range(4)]

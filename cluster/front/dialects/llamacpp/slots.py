@@ -100,7 +100,9 @@ class SlotActions:
     def _slot(self, given: Any) -> int:
         count = self._service.slots.count
         if not given.isascii() or not given.isdigit() or len(given) > 9 or int(given) >= count:
-            raise ParameterError("id_slot", f"{given[:60]!r}, but there are {count} slots, numbered from 0")
+            raise ParameterError(
+                "id_slot", f"slot {given[:60]!r} does not exist: there are {count} slots, numbered from 0"
+            )
         return int(given)
 
 

@@ -275,7 +275,7 @@ class CompletionBody(GenerationBody, foreign=COMPLETION):
         answers = len(self.prompt) * self.n
         if answers > MAX_CHOICES:
             prompts = f" to {len(self.prompt)} prompts" if len(self.prompt) > 1 else ""
-            raise ParameterError("n", f"asks for {shown(answers)} answers{prompts}, at most {MAX_CHOICES} are given")
+            raise ParameterError("n", f"requests {shown(answers)} answers{prompts}, at most {MAX_CHOICES} are possible")
 
     def requests(self) -> list[CompletionRequest]:
         more = {

@@ -91,9 +91,9 @@ async def test_parts_that_are_no_text(path: str, fields: dict[str, Any], named: 
     reply, prompt = await post(path, **fields)
     assert reply.status_code == 200, reply.text
     assert named in reply.headers[HEADER].split(", ")
-    assert f"{shown} left out: this model reads text only]" in prompt
+    assert f"{shown} omitted: this model reads text only]" in prompt
     refused, prompt = await post(path, is_strict=True, **fields)
-    assert refused.status_code == 400 and not prompt and "leave it out" in refused.text
+    assert refused.status_code == 400 and not prompt and "remove it" in refused.text
 
 
 TOOLS: list[tuple[str, dict[str, Any], str]] = [

@@ -118,7 +118,7 @@ def test_grammars_of_custom_tools() -> None:
     first, second = (tool.function["function"] for tool in read_tools(named, context).client)
     assert first["parameters"]["properties"]["input"]["pattern"] == "^(?:[a-z]+|x)$"
     assert 'start: "a"' in second["description"] and context.ignored == ["tools.custom.format"]
-    with pytest.raises(ValueError, match="leave it out"):
+    with pytest.raises(ValueError, match="remove it"):
         read_tools(named, None)
 
 

@@ -99,7 +99,7 @@ async def test_a_log_of_streamed_rows_lets_go_of_what_was_taken(monkeypatch: pyt
         assert reader.take() is not None
         for _ in range(6):
             log.append(0, chunk("a"))
-        with pytest.raises(DeadlineError, match="15 tokens waited"):
+        with pytest.raises(DeadlineError, match="15 tokens were waiting to be read"):
             log.append(0, chunk("a"))
         log.append(1, chunk("b"))
         texts(reader)

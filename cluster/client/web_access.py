@@ -43,7 +43,7 @@ def http_options(base_url: str, api_key: str | None, timeout: float, verify: Ver
     headers = {"Content-Type": "application/json"}
     if api_key is not None:
         if not api_key.isascii() or not api_key.isprintable() or not api_key.strip():
-            raise UsageError("the API key is empty or has characters that no key has")
+            raise UsageError("the API key is empty or has characters that are not allowed in a key")
         headers["Authorization"] = f"Bearer {api_key}"
     return {
         "base_url": url,

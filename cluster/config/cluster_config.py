@@ -195,7 +195,7 @@ class ClusterConfig(Section):
         if not isinstance(values, dict) or not isinstance(models := values.get("models"), list | tuple) or not models:
             return values
         if "model" in values:
-            raise PlaceError(("model",), "is for one model: put it among `models`, or leave those out")
+            raise PlaceError(("model",), "is for one model: put it among `models`, or remove those")
         first = models[0]
         return {**values, "model": first.get("model", "") if isinstance(first, dict) else ""}
 
@@ -286,7 +286,7 @@ class ClusterConfig(Section):
                 why = f"Ray gives each worker GPUs of its own, numbered from 0: set {','.join(sorted(own))}"
                 raise PlaceError(("workers", index, "device"), why)
             if facts.is_one_program and worker.numa_node is not None:
-                why = "MPI binds its ranks: leave it out and start mpirun with --map-by numa --bind-to numa"
+                why = "MPI binds its ranks: remove it and start mpirun with --map-by numa --bind-to numa"
                 raise PlaceError(("workers", index, "numa_node"), why)
             if facts.uses_ray and worker.threads is None:
                 raise PlaceError(("workers", index), "threads is needed with launcher: ray: Ray reserves so many CPUs")
@@ -321,7 +321,7 @@ class ClusterConfig(Section):
                 why = f"are computed on processors only, and {with_gpu.name} has {with_gpu.device}: set device: cpu"
                 raise PlaceError((*place, "adapters"), why)
         if self.api.adapter_folder is not None and with_gpu is not None:
-            why = f"adapters are computed on processors only, and {with_gpu.name} has {with_gpu.device}: leave it out"
+            why = f"adapters are computed on processors only, and {with_gpu.name} has {with_gpu.device}: remove it"
             raise PlaceError(("api", "adapter_folder"), why)
         return self
 

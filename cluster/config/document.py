@@ -88,7 +88,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag != _TEXT:
                 raise yaml.MarkedYAMLError(None, None, f"key {key.value[:60]!r} is no word", key.start_mark)
             if key.value in seen:
-                raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} stands here twice", key.start_mark)
+                raise yaml.MarkedYAMLError(None, None, f"duplicate key {key.value!r}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

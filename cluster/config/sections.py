@@ -84,7 +84,7 @@ class WorkerConfig(Section):
             why = "memory_bandwidth_gb_s and int8_gmac_s go together: give both, or none to have them measured"
             raise PlaceError((given,), why)
         if self.memory_bandwidth_gb_s is not None and self.device != "cpu":
-            why = "is of a processor: a worker with GPUs measures itself; leave it out"
+            why = "is of a processor: a worker with GPUs measures itself; remove it"
             raise PlaceError(("memory_bandwidth_gb_s",), why)
         return self
 
@@ -242,7 +242,7 @@ class PlanEntry(Section):
             given = "names no worker" if self.worker is None else "has both"
             raise PlaceError((), f"{given}: give `worker`, or `workers` for a group")
         if self.workers is None and self.shares is not None:
-            raise PlaceError(("shares",), "is for the `workers` of a group, and this is one worker; leave it out")
+            raise PlaceError(("shares",), "is for the `workers` of a group, and this is one worker; remove it")
         if self.workers and self.shares and len(self.shares) != len(self.workers):
             raise PlaceError(("shares",), f"{len(self.shares)} shares for {len(self.workers)} workers; give one each")
         return self
@@ -266,7 +266,7 @@ class Speculative(Section):
     def _check_draft_model(self) -> Self:
         if self.threads is not None and self.model is None:
             raise PlaceError(
-                ("threads",), "these are threads of a draft model: name it as speculative.model, or leave them out"
+                ("threads",), "these are threads of a draft model: name it as speculative.model, or remove them"
             )
         return self
 

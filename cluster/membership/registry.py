@@ -117,7 +117,7 @@ class Registry(Members):
             if record.term > former:
                 await self._prove_term()
         is_proven = is_term_proven(self._credentials, seen, register.term_proof, self._settings.cluster)
-        terms = f"term {seen}{'' if is_proven else ', which none has signed'}, this one: {record.term}"
+        terms = f"term {seen}{'' if is_proven else ', without a valid signature'}, this one: {record.term}"
         newer = f"worker {name} has seen a newer coordinator of this cluster ({terms})"
         if is_proven and name in self.workers and self.workers[name].stages:
             self._supersede(newer)

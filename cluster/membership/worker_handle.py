@@ -324,7 +324,9 @@ class WorkerHandle:
                     self._check_fault(message)
                     self.group_faults(epoch).report(message)
             case messages.Register() | messages.RenewCertificate():
-                raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
+                raise ProtocolError(
+                    f"worker {self.name} sends {type(message).__name__}, which is not allowed after registration"
+                )
 
     def _check_fault(self, fault: GroupFault) -> None:
         """Raises ProtocolError for a fault outside the worker's group, or of kind "failed" about another member."""

@@ -196,7 +196,7 @@ def _records(path: Path) -> Iterator[Record]:
             elif text != _HEAD:
                 damaged.append(number)
     if inner := [line for line in damaged if line < number]:
-        _log.warning("%s: %d damaged lines are left out, the first is line %d", path, len(inner), inner[0])
+        _log.warning("%s: %d damaged lines are skipped, the first is line %d", path, len(inner), inner[0])
 
 
 def _record(text: bytes) -> Record | None:

@@ -61,7 +61,7 @@ def test_a_lost_worker_gets_a_line(line: CommandLine) -> None:
         os.kill(cluster.worker_pids["b"], signal.SIGKILL)
         cluster.command.says("worker b (layers [2, 4)) is lost: its process was killed by signal 9 (SIGKILL)")
         cluster.command.says("its log has no error\nnew plan: a [0, 4), 2 to load\nrecovered in ")
-        cluster.command.says("worker b is here (pid ")
+        cluster.command.says("worker b joined (pid ")
         cluster.command.press_ctrl_c()
         ended = cluster.command.wait()
     assert ended.code == 0 and ended.err.count("is lost") == 1 and "Traceback" not in ended.err

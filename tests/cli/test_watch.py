@@ -211,7 +211,7 @@ def test_each_worker_that_measures_has_a_line(capsys: pytest.CaptureFixture[str]
         "measuring worker b: bandwidth",
         "measuring worker a: links",
     ]
-    assert len(shown(capsys, one, Notice("worker b is here"), one)) == 3
+    assert len(shown(capsys, one, Notice("worker b joined"), one)) == 3
 
 
 def test_weights_that_were_kept_are_not_loading(capsys: pytest.CaptureFixture[str]) -> None:

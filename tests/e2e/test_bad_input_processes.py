@@ -200,7 +200,7 @@ def test_a_worker_that_hangs_is_replaced(line: CommandLine) -> None:
         reply = pool.submit(cluster.http.post, COMPLETIONS, json={"prompt": "a"}).result(60.0)
         assert reply.status_code == 200
         cluster.command.says("worker a (layers [0, 2)) is lost: no sign of life for 1 s")
-        cluster.command.says("worker a is here (pid ")
+        cluster.command.says("worker a joined (pid ")
         assert line.run("down").code == 0
     nothing_left(line)
 

@@ -54,7 +54,7 @@ class WorkerOperations:
         excluded = self.drained | {name}
         others = {other: worker for other, worker in self._registry.present.items() if other not in excluded}
         if not others:
-            raise WorkerError(f"no other worker is there that is not drained: {name} keeps its layers")
+            raise WorkerError(f"all other workers are drained or absent: {name} keeps its layers")
         await self._plan_all(others)
         if self._undrained[name] != undrained:
             raise WorkerError(f"worker {name} was undrained before its layers moved")

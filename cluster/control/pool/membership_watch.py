@@ -58,7 +58,7 @@ class MembershipWatch:
         elif isinstance(event, MemberJoined):
             if self._registry.joins[worker.name] in self._first_joins:
                 return  # its admission reached it only now
-            self._report(Notice(f"worker {worker.name} is here (pid {worker.registration.pid})"))
+            self._report(Notice(f"worker {worker.name} joined (pid {worker.registration.pid})"))
             self._newcomers.joined(worker)
         else:
             self._lost(worker)

@@ -121,7 +121,7 @@ class RemotePipeline:
     def _result(self, data: bytes, number: int) -> Result:
         most_bytes = self._due_bytes.popleft() if self._due_bytes else 0
         if len(data) > most_bytes:
-            raise ProtocolError(f"a result of {len(data)} bytes, at most {most_bytes} were asked for")
+            raise ProtocolError(f"a result of {len(data)} bytes, at most {most_bytes} were requested")
         result = decode_result(data)
         found, expected = (result.epoch, result.number), (self.epoch, number)
         if found != expected:
@@ -140,7 +140,7 @@ async def _opened(stream: ClientStream, epoch: int, workers: Sequence[WorkerHand
     try:
         await asyncio.wait((opening, failing), return_when=asyncio.FIRST_COMPLETED)
         if not opening.done():
-            raise WorkerError("a worker of it has failed")
+            raise WorkerError("a worker of the pipeline has failed")
         opening.result()
     finally:
         opening.cancel()

@@ -44,7 +44,7 @@ class ExportCounts:
         )
         self._dropped = Counter(
             "llamaclust_telemetry_dropped",
-            "Spans, and exports of metrics, that none took",
+            "Spans, and exports of metrics, that no collector accepted",
             ["signal"],
             registry=registry,
         )

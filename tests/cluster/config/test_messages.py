@@ -60,7 +60,7 @@ TOP_KEYS = {
         "speculative.shared_answers: 9 tokens hold no answers; set 1024 or more, or 0 for none"
     ),
     "speculative: {threads: 3}": (
-        "speculative.threads: these are threads of a draft model: name it as speculative.model, or leave them out"
+        "speculative.threads: these are threads of a draft model: name it as speculative.model, or remove them"
     ),
     "speculative: {n_max: 3}": (
         "unknown key 'n_max' in speculative; known: max_window, shared_answers, model, mtp, threads"
@@ -120,7 +120,7 @@ TOP_KEYS = {
         "plan[0].shares[0]: 0 is not possible; give a whole number from 1 to 10000"
     ),
     "plan: [{worker: a, layers: [0, 3], shares: [2, 1]}]": (
-        "plan[0].shares: is for the `workers` of a group, and this is one worker; leave it out"
+        "plan[0].shares: is for the `workers` of a group, and this is one worker; remove it"
     ),
     "plan: [{worker: a, layers: 3}]": (
         "plan[0].layers: 3 is not a layer range; write it like [0, 12], the end not included"
@@ -163,7 +163,7 @@ TOP_KEYS = {
     ),
     "timeouts: {load: 900ms}": "timeouts.load: 0.9 s is too short to tell a load that hangs; set 1s or more",
     "timeouts: {worker: 10ms}": "timeouts.worker: 0.01 s is too short to tell a lost worker; set 500ms or more",
-    "model: x": "not valid YAML: key 'model' stands here twice",
+    "model: x": "not valid YAML: duplicate key 'model'",
     "5: x": "not valid YAML: key '5' is no word",
     "timeouts: {yes: 5s}": "not valid YAML: key 'yes' is no word",
     "plan: &a [*a]": "not valid YAML: aliases (*name) are not accepted",

@@ -151,7 +151,7 @@ async def test_a_member_that_invents_a_newer_coordinator_is_refused_and_ends_not
             for proof in proofs:
                 _, refused = await join(there, own, replace(REGISTER, largest_term=4, term_proof=proof))
                 assert isinstance(refused, Rejected) and not superseded.done(), proof
-                assert "(term 4, which none has signed, this one: 3)" in refused.reason
+                assert "(term 4, without a valid signature, this one: 3)" in refused.reason
         superseded.cancel()
 
 

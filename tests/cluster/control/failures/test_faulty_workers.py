@@ -148,7 +148,7 @@ async def test_a_worker_that_is_lost_again_and_again_does_not_interrupt_the_othe
         await run.until("the quarantine", lambda: bool(notices(run)))
         quarantined(run, "c")
         for count in range(2, 4):
-            await run.until("its return", lambda count=count: sum("c is here" in text for text in run.told) == count)  # type: ignore[misc]
+            await run.until("its return", lambda count=count: sum("c joined" in text for text in run.told) == count)  # type: ignore[misc]
             assert await answers_without(run, "c", requests) == expected
         assert run.cluster.supervisor.recoveries == 2, "it held no layers any more"
 

@@ -117,7 +117,7 @@ def test_clusters_that_serve_others_are_refused(
     busy = cluster.status | {"requests": {"running": 2, "waiting": 1}}
     monkeypatch.setattr(ClusterApi, "status", lambda api: busy)
     assert run_here(line, monkeypatch, "chaos", "--minutes", "0.01") == 2
-    assert "serves 3 requests of other clients; --yes" in capsys.readouterr().err
+    assert "serves 3 requests of other clients; add --yes" in capsys.readouterr().err
 
 
 def file_limit(pid: int) -> int:

@@ -34,6 +34,7 @@ class Against(Case):
         if not other.exists():
             raise UsageError(f"--against {self.tree}: it has no {other}; run `make build` there")
         there, here = [await _start(str(python), self.arguments) for python in (other, sys.executable)]
+        is_done = False
         try:
             while (head := await _answer(there)) is not None and await _answer(here) is not None:
                 for variant in head["variants"]:
@@ -41,13 +42,11 @@ class Against(Case):
                     yield Group(f"{head['name']} {variant}".strip(), measured)
                 for process in (there, here):
                     _tell(process, None)
-        except BaseException:
-            for process in (there, here):
-                if process.returncode is None:
-                    process.terminate()
-            raise
+            is_done = True
         finally:
             for process in (there, here):
+                if not is_done and process.returncode is None:
+                    process.terminate()
                 await process.wait()
 
 

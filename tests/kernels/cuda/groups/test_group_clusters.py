@@ -111,7 +111,10 @@ def test_experts_and_a_gpu_are_refused_by_name(tmp_path: Path) -> None:
     path = build(tmp_path / "mixture.gguf", experts=4)
     given = [f"model={path}", "context_length=64", "workers=[{name: a}, {name: b, device: cuda:0}]"]
     config = load_config(None, [*given, "plan=[{workers: [a, b], layers: [0, 4], shares: [1, 1]}]"])
-    with Model.open(path) as opened, pytest.raises(UsageError, match=r"experts are divided .* and b has cuda:0; set"):
+    with (
+        Model.open(path) as opened,
+        pytest.raises(UsageError, match=r"divides experts on processors only, but b has cuda:0; set device: cpu"),
+    ):
         plan_cluster(
             config,
             opened,

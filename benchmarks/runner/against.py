@@ -32,7 +32,7 @@ class Against(Case):
     async def groups(self) -> AsyncIterator[Group]:
         other = self.tree / ".venv" / "bin" / "python"
         if not other.exists():
-            raise UsageError(f"--against {self.tree}: it has no {other}; run `make build` there")
+            raise UsageError(f"--against {self.tree}: it has no {other}; run `make build .venv/.test` there")
         there, here = [await _start(str(python), self.arguments) for python in (other, sys.executable)]
         is_done = False
         try:

@@ -27,7 +27,7 @@ class Group:
     turns: list[dict[str, Measures]] = field(default_factory=list)  # filled by the runner
 
     def values(self, variant: str, name: str) -> list[float]:
-        return [float(turn[variant][name]) for turn in self.turns]
+        return [float(turn[variant][name]) for turn in self.turns if variant in turn]
 
     def ratios(self, variant: str, name: str) -> list[float]:
         first = next(iter(self.variants))

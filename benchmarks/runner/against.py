@@ -47,6 +47,8 @@ class Against(Case):
             for process in (there, here):
                 if not is_done and process.returncode is None:
                     process.terminate()
+                assert process.stdin is not None
+                process.stdin.close()  # a thread of the process may wait for a line
                 await process.wait()
 
 

@@ -41,6 +41,14 @@ class BatchStates:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenRows:
+    """Rows that `ir.GivenRows` reads, such as those of an image: one part for each level."""
+
+    rows: Int32  # [given] ascending row numbers
+    values: Float32  # [given, levels * width]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """The rows of one microbatch, grouped by sequence.
 
@@ -48,6 +56,9 @@ class Batch:
     Position p of sequence s is in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS]. Layers with a window
     and KV blocks of their own use window_tables instead, at the same index; it has -1 for blocks that no row of the
     batch reads or writes.
+
+    Rows of a sequence with equal `groups` are adjacent, all in this batch, at positions [start, end) of the group. A
+    row in no group is one of its own. Steps that merge rows take a whole number of rows from each sequence.
     """
 
     tokens: Int32  # [rows] token ids; read by a first stage only
@@ -59,6 +70,9 @@ class Batch:
     window_tables: Int32 | None = None  # [sum of table lengths] block ids, where limits.window_blocks > 0
     adapter_scales: Float32 | None = None  # [rows, adapters]; None: no row has one
     states: BatchStates | None = None  # where limits.state_blocks > 0
+    rope_positions: Int32 | None = None  # [sections, rows] below limits.max_context_tokens; None: `positions` in all
+    groups: Int32 | None = None  # [rows, 2] positions [start, end) of each row's group; None: each row is one
+    given: GivenRows | None = None  # None: no row
 
     @property
     def rows(self) -> int:

@@ -44,7 +44,7 @@ FusedStep = (
     | ir.MixtureStep
     | ir.Exchange
     | ir.Gather
-    | ir.SelectRows
+    | ir.RowsChange
     | ir.RowStep
 )
 

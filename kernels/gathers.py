@@ -24,7 +24,8 @@ _PACKED = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 def band_borders(program: ir.Program, rows: int, most: int) -> list[int]:
     """Returns the borders of at most `most` bands, into which the native executor divides a run of `rows`. Until output
-    rows are selected, each band has its own gathers. The first band has two thirds of the rows of another one."""
+    rows are selected, each band has its own gathers. The first band has two thirds of the rows of another one. Runs
+    whose batches have groups are one band: `most` is 1 then."""
     before = takewhile(lambda step: not isinstance(step, ir.SelectRows), program.steps)
     is_whole = rows < LEAST_BANDED_ROWS or program.states or not program.is_causal
     if is_whole or not any(isinstance(step, ir.Gather) for step in before):

@@ -71,7 +71,7 @@ class MultiDeviceStage:
     def __init__(self, stages: Sequence[Stage], programs: Sequence[Program]) -> None:
         self.stages = tuple(stages)
         self._programs = tuple(programs)
-        self._rows = 0  # of the run
+        self._rows, self._has_groups = 0, False  # of the run
         self._gatherers: list[tuple[Gatherer, Gatherer]] = []  # of a part, and of the whole stage
         self.weight_bytes = sum(stage.weight_bytes for stage in stages)
         self.kv_bytes = sum(stage.kv_bytes for stage in stages)
@@ -102,7 +102,7 @@ class MultiDeviceStage:
         return last.run_ranked(batch, hidden)
 
     def _begin(self, batch: Batch) -> None:
-        self._rows = batch.rows
+        self._rows, self._has_groups = batch.rows, batch.groups is not None
         for own, whole in self._gatherers:
             own.bands = whole.bands
 
@@ -120,7 +120,7 @@ class MultiDeviceStage:
         gathers = [step for step in program.steps if isinstance(step, Gather)]
 
         def gather(number: int, own: Float32, whole: Float32) -> None:
-            bands = bands_of(program, self._rows, gatherer.bands)
+            bands = bands_of(program, self._rows, 1 if self._has_groups else gatherer.bands)
             step = gathers[number // bands]
             gatherer.gather(first * bands + number, own, whole, borders_in(step, whole.shape[1]), step.to)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from llamaclust.model.kv_type import KV_BLOCK_TOKENS
 from llamaclust.model.steps.across import Exchange, Gather
@@ -21,9 +22,12 @@ from llamaclust.model.steps.rows import (
     AddRow,
     Embed,
     GaussianTopK,
+    GivenRows,
     Join,
     LayerNorm,
     MatchMagnitude,
+    MeanRows,
+    MergeRows,
     Mix,
     Mul,
     PositionScale,
@@ -61,11 +65,14 @@ __all__ = [
     "ExpertSum",
     "Gather",
     "GaussianTopK",
+    "GivenRows",
     "HeadMatMul",
     "Join",
     "LayerNorm",
     "MatMul",
     "MatchMagnitude",
+    "MeanRows",
+    "MergeRows",
     "Mix",
     "Moe",
     "Mul",
@@ -103,6 +110,7 @@ RowStep = (
     | Mix
     | MatchMagnitude
     | GaussianTopK
+    | GivenRows
     | PositionScale
     | SoftCap
     | Slice
@@ -110,7 +118,9 @@ RowStep = (
     | SigmoidGate
     | Decay
 )
-"""Steps that compute a row of `out` from the same row of other buffers, the row's position and a vector of weights."""
+"""Steps that compute a row of `out` from the same row of other buffers and of the batch, and a vector of weights."""
+
+FewerRows = MergeRows | MeanRows
 
 StateStep = Convolution | DeltaRule | Scan
 
@@ -119,7 +129,9 @@ MixtureStep = ExpertChoice | ExpertInner | ExpertDown | ExpertShards | ExpertSum
 Across = Exchange | Gather
 """Steps of which another device, or another member of a group, computes a part."""
 
-Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Across | SelectRows | RowStep
+RowsChange = SelectRows | FewerRows
+
+Step = Embed | MatMul | HeadMatMul | Adapt | Attention | StateStep | Moe | MixtureStep | Across | RowsChange | RowStep
 
 KvLayer = Attention | SequenceState
 """Steps and states that have KV memory. A layer has at most one attention, and at most one state of each
@@ -176,6 +188,27 @@ class Program:
     @property
     def states(self) -> tuple[SequenceState, ...]:
         return tuple(kept for kept in self.kv_memory if isinstance(kept, SequenceState))
+
+    @property
+    def rows_together(self) -> int:
+        """The number of rows of a batch that become one row of `out`, apart from `SelectRows`."""
+        return prod(step.factor for step in self.steps if isinstance(step, FewerRows))
+
+    @property
+    def rope_sections(self) -> int:
+        """The least number of sections of a batch's rope positions; 0 if all rotations are by one position."""
+        sections = (step.sections for step in self.steps if isinstance(step, Rope) and step.sections is not None)
+        return max((max(each) + 1 for each in sections), default=0)
+
+    @property
+    def given_levels(self) -> int:
+        """The least number of levels of a batch's given rows; 0 if the program reads none."""
+        return max((step.level + 1 for step in self.steps if isinstance(step, GivenRows)), default=0)
+
+    @property
+    def given_width(self) -> int:
+        """The width of a level of a batch's given rows; 0 if the program reads none."""
+        return next((step.out.width for step in self.steps if isinstance(step, GivenRows)), 0)
 
     @property
     def is_causal(self) -> bool:

@@ -78,6 +78,9 @@ class CpuStage:
             hidden,
             batch.window_tables,
             None if (states := batch.states) is None else (states.before, states.starts, states.rows, states.blocks),
+            batch.rope_positions,
+            batch.groups,
+            None if (given := batch.given) is None else (given.rows, given.values),
         )
         return self._result[:lines]
 

@@ -79,7 +79,7 @@ class Compiler:
         self._buffers = Buffers(self.plan)
         self._kv = PlanKv(self.plan, limits)
         self._gather_formats = gather_formats(program, {name: weight.quant_type for name, weight in weights.items()})
-        self._rotations: dict[ir.RopeTable, int] = {}
+        self._rotations: dict[tuple[ir.RopeTable, tuple[int, ...] | None], int] = {}
         self._scales: dict[tuple[int, float, int], RowScales] = {}  # by adapter, factor and rank
 
     @property
@@ -128,6 +128,9 @@ class Compiler:
                     self.normed = self._copy(buffers.read(normed), normed.width)
                 buffers.selected = True
                 self.plan.select_rows(x, buffers.write(step.out, private=True))
+            case ir.MergeRows() | ir.MeanRows():
+                x, out = buffers.read(step.x), buffers.write(step.out, private=True)
+                self.plan.merge_rows(x, out, step.factor, isinstance(step, ir.MeanRows))
             case ir.Exchange():
                 raise AssertionError("a processor computes its experts itself")
             case ir.Gather():
@@ -184,6 +187,8 @@ class Compiler:
                 plan.scale_channels(x, out, self._weights[step.weight].vector)
             case ir.ScaleByWeight():
                 plan.elementwise("scale", x, x, out, float(self._weights[step.weight].vector[0]))
+            case ir.GivenRows():
+                plan.add_given(x, out, step.level, step.adds)
             case ir.Mix():
                 coefficients = None if step.coefficients is None else others[1]
                 plan.mix(x, y, out, coefficients, step.width, step.first, step.offset)
@@ -211,9 +216,10 @@ class Compiler:
         self.plan.set_result(result if self._buffers.is_shared(out) else self._copy(result, out.width))
 
     def _rotation(self, step: ir.Rope) -> tuple[int, bool]:
-        if step.table not in self._rotations:
-            self._rotations[step.table] = self.plan.add_rotation(list(step.table.frequencies), step.table.scale)
-        return self._rotations[step.table], step.style is RopeStyle.NEOX
+        table, sections = key = step.table, step.sections
+        if key not in self._rotations:
+            self._rotations[key] = self.plan.add_rotation(table.frequencies, table.scale, sections or ())
+        return self._rotations[key], step.style is RopeStyle.NEOX
 
     def _quantize(self, x: int, types: Sequence[QuantType]) -> list[int]:
         """Quantizes x once for each activation format of the weight types. Returns the slot of each type."""
@@ -315,7 +321,7 @@ class Compiler:
             None if step.window is None else (step.window, step.chunked),
             None if rotate_q is None else self._rotation(rotate_q),
             None if rotate_k is None else self._rotation(rotate_k),
-            step.causal,
+            (step.causal, step.grouped),
             self._vector(step.sinks),
         )
 

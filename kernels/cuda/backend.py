@@ -206,11 +206,15 @@ def _plan(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, 
     return Plan(program, _checked_weights(program, tensors), limits, gpu)
 
 
+def _has_windows_ahead(program: Program) -> bool:
+    return any(not step.causal and step.window is not None for step in program.kv_layers)
+
+
 def _checked_weights(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weights]:
     """Returns weights without addresses. Raises ModelFileError or UsageError for a program that GPUs cannot compute."""
     if any(isinstance(step, MixtureStep) for step in program.steps):
         raise ModelFileError("a part of the experts of a layer is not computed on GPUs; set device: cpu for its worker")
-    if not program.is_causal:
+    if not program.is_causal and (program.is_first or program.is_last or _has_windows_ahead(program)):
         raise ModelFileError("an encoder is not computed on GPUs; set device: cpu for its workers")
     if program.is_last and not program.has_logits:
         raise ModelFileError("a reranker is not computed on GPUs; set device: cpu for its workers")

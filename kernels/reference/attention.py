@@ -39,9 +39,11 @@ class Memory:
         return out
 
 
-def attend(step: ir.Attention, query: Float32, memory: Memory, own: int, sinks: Float32 | None = None) -> Float64:
+def attend(
+    step: ir.Attention, query: Float32, memory: Memory, own: int, group: range, sinks: Float32 | None = None
+) -> Float64:
     """Returns [heads * value_dim] of the row at position `own`, given query [heads * head_dim] and `sinks` [heads]."""
-    first, end = seen_by(step, own, len(memory))
+    first, end = seen_by(step, own, len(memory), group)
     grouped = query.reshape(step.kv_heads, -1, step.head_dim)
     rounded = round_queries(grouped) if step.kv_type is KvType.INT8 else grouped.astype(np.float64)
     scores = np.einsum("kgd,pkd->kgp", rounded, memory.keys[first:end]) * step.scale
@@ -55,11 +57,14 @@ def attend(step: ir.Attention, query: Float32, memory: Memory, own: int, sinks: 
     return memory.sums(softmax(scores)[:, :, : end - first], first, end).reshape(-1)
 
 
-def seen_by(step: ir.Attention, own: int, length: int) -> tuple[int, int]:
+def seen_by(step: ir.Attention, own: int, length: int, group: range = range(0)) -> tuple[int, int]:
+    if step.grouped:
+        return group.start, group.stop
+    end = max(own + 1, group.stop)
     if step.chunked and step.window is not None:
-        return own // step.window * step.window, own + 1
+        return own // step.window * step.window, end
     if step.causal:
-        return 0 if step.window is None else max(0, own + 1 - step.window), own + 1
+        return 0 if step.window is None else max(0, own + 1 - step.window), end
     if step.window is None:
         return 0, length
     return max(0, own - step.window // 2), min(length, own + step.window // 2 + 1)

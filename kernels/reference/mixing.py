@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.reference.kv import Float64
 from llamaclust.model import program as ir
 
@@ -34,3 +34,12 @@ def gaussian_top_k(x: Float32, factor: float) -> Float64:
     centred: Float64 = wide - np.mean(wide, axis=1, keepdims=True)
     deviation = np.sqrt(np.mean(centred**2, axis=1, keepdims=True))
     return np.asarray(np.maximum(centred - np.float32(factor) * deviation, 0))
+
+
+def with_given_rows(step: ir.GivenRows, x: Float32, batch: Batch) -> Float32:
+    if batch.given is None:
+        return x
+    out, rows, width = x.copy(), batch.given.rows, step.out.width
+    values = batch.given.values[:, step.level * width : (step.level + 1) * width]
+    out[rows] = out[rows] + values if step.adds else values
+    return out

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from llamaclust.kernels.backend import Batch, Float32
+from llamaclust.kernels.backend import Batch, Float32, Int32
 from llamaclust.kernels.reference.attention import Memory, attend, soft_cap, softmax
 from llamaclust.kernels.reference.delta_rule import decay, delta_rule
 from llamaclust.kernels.reference.kv import Float64, LayerKv
-from llamaclust.kernels.reference.mixing import gaussian_top_k, match_magnitude, mix
+from llamaclust.kernels.reference.mixing import gaussian_top_k, match_magnitude, mix, with_given_rows
 from llamaclust.kernels.reference.scan import scan
 from llamaclust.kernels.reference.states import StateMemory, convolve
 from llamaclust.model import program as ir
@@ -80,6 +80,14 @@ def run_step(step: ir.Step, state: State) -> None:
             state[step.out] = expert_sum(step.mixture, state[step.choice], state[step.x])
         case ir.SelectRows():
             state[step.out] = state[step.x][state.batch.output_rows]
+        case ir.GivenRows():
+            state[step.out] = with_given_rows(step, state[step.x], state.batch)
+        case ir.MergeRows():
+            state[step.out] = state[step.x].reshape(-1, step.out.width)
+        case ir.MeanRows():
+            state[step.out] = of_heads(state[step.x].reshape(-1, step.factor * step.x.width), step.factor).mean(
+                axis=1, dtype=np.float64
+            )
         case ir.RmsNorm():
             norm_weight = state.weights[step.weight] if step.weight else np.ones(step.width, np.float32)
             state[step.out] = rms_norm(state[step.x], norm_weight, step.epsilon, step.heads)
@@ -187,6 +195,11 @@ def gelu_tanh(x: Float64) -> Float64:
     return np.asarray(x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
+def gelu_quick(x: Float64) -> Float64:
+    with np.errstate(over="ignore"):
+        return np.asarray(x / (1 + np.exp(-1.702 * x)))
+
+
 def relu_squared(x: Float64) -> Float64:
     return np.asarray(np.maximum(x, 0) ** 2)
 
@@ -195,6 +208,7 @@ ACTIVATIONS: Mapping[ActivationFunction, Callable[[Float64], Float64]] = {
     ActivationFunction.SILU: silu,
     ActivationFunction.GELU_ERF: gelu_erf,
     ActivationFunction.GELU_TANH: gelu_tanh,
+    ActivationFunction.GELU_QUICK: gelu_quick,
     ActivationFunction.SIGMOID: sigmoid,
     ActivationFunction.RELU_SQUARED: relu_squared,
 }
@@ -202,7 +216,7 @@ ACTIVATIONS: Mapping[ActivationFunction, Callable[[Float64], Float64]] = {
 
 def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:
     pairs = len(step.table.frequencies)
-    angles = batch.positions[:, None, None] * np.array(step.table.frequencies)
+    angles = _rope_positions(step, batch)[:, None] * np.array(step.table.frequencies)
     cos, sin = np.cos(angles) * step.table.scale, np.sin(angles) * step.table.scale
     heads = x.reshape(len(x), step.heads, step.head_dim).astype(np.float64)
     if step.style is RopeStyle.NORM:
@@ -215,9 +229,16 @@ def rope(step: ir.Rope, x: Float32, batch: Batch) -> Float64:
     return out.reshape(x.shape)
 
 
+def _rope_positions(step: ir.Rope, batch: Batch) -> Int32:
+    """Returns the position by which each pair of a row turns: [rows, pairs], or [rows, 1] if there is one for all."""
+    if step.sections is None or batch.rope_positions is None:
+        return batch.positions[:, None]
+    return batch.rope_positions[list(step.sections)].T
+
+
 def attention(step: ir.Attention, state: State) -> Float32:
-    """Stores the rows' keys and values first. A row sees its own position and earlier ones in its window; if attention
-    is not causal, it sees later ones too."""
+    """Stores the rows' keys and values first. A row sees its own position and earlier ones in its window, and all of
+    its group; if attention is not causal, it sees later ones too."""
     batch, kv = state.batch, state.kv[step.layer]
     tables = batch.window_tables if kv.windowed else batch.block_tables
     assert tables is not None
@@ -231,7 +252,9 @@ def attention(step: ir.Attention, state: State) -> Float32:
             kv.store(table, batch.positions[rows], state[step.k][rows], stored)
         memory = Memory.of(step, kv, table, int(batch.positions[rows][-1]) + 1)
         for row in range(rows.start, rows.stop):
-            out[row] = attend(step, state[step.q][row], memory, int(batch.positions[row]), sinks)
+            own = int(batch.positions[row])
+            group = range(own, own + 1) if batch.groups is None else range(*batch.groups[row].tolist())
+            out[row] = attend(step, state[step.q][row], memory, own, group, sinks)
     return out
 
 

@@ -24,13 +24,15 @@ class RopeTable:
 
 @dataclass(frozen=True, slots=True)
 class Rope(StepFacts):
-    """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position."""
+    """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position. With
+    `sections`, pair i turns by the row's position in section sections[i] if the batch has such positions."""
 
     x: Buffer
     heads: int
     head_dim: int
     style: RopeStyle
     table: RopeTable
+    sections: tuple[int, ...] | None = None
 
     @property
     def reads(self) -> tuple[Buffer, ...]:
@@ -57,7 +59,9 @@ class Attention(StepFacts):
     [rows, heads * value_dim]; neither window nor slopes. If not `causal`, a row sees all of its sequence, which is in
     one microbatch, or with a `window` the positions at most window // 2 before and after its own. `sinks` [heads] has a
     score for each query head that enters the softmax without a value. If `shares_kv`, an earlier step has stored the
-    keys and values of `layer`, and k and v are not read."""
+    keys and values of `layer`, and k and v are not read.
+    If the batch has groups, a row of causal attention also sees the later positions of its group. If attention is
+    `grouped`, which is not causal and has no window, a row sees exactly its group."""
 
     q: Buffer
     k: Buffer
@@ -76,6 +80,7 @@ class Attention(StepFacts):
     sinks: str | None = None
     shares_kv: bool = False
     chunked: bool = False
+    grouped: bool = False
 
     @property
     def value_dim(self) -> int:

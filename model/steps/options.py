@@ -15,11 +15,13 @@ class RopeStyle(StrEnum):
 
 class ActivationFunction(StrEnum):
     """silu: x / (1 + exp(-x)); gelu_erf: x * (1 + erf(x / sqrt(2))) / 2; gelu_tanh: x * (1 + tanh(sqrt(2 / pi) * (x +
-    0.044715 x^3))) / 2; sigmoid: 1 / (1 + exp(-x)); relu_squared: max(x, 0)^2. Kernels have the names of the values."""
+    0.044715 x^3))) / 2; gelu_quick: x / (1 + exp(-1.702 x)); sigmoid: 1 / (1 + exp(-x)); relu_squared: max(x, 0)^2.
+    Kernels have the names of the values."""
 
     SILU = "silu"
     GELU_ERF = "gelu_erf"
     GELU_TANH = "gelu_tanh"
+    GELU_QUICK = "gelu_quick"
     SIGMOID = "sigmoid"
     RELU_SQUARED = "relu_squared"
 

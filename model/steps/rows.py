@@ -251,3 +251,29 @@ class SigmoidGate(BinaryStep):
 @dataclass(frozen=True, slots=True)
 class SelectRows(UnaryStep):
     """out = the rows of x whose logits are wanted (the microbatch's output rows); later steps have only these."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenRows(UnaryStep):
+    """out[r] = part `level` of the batch's given row for r, or x[r] plus it if the step `adds`. Other rows are copied.
+    A given row has one part as wide as x for each level. out may be x."""
+
+    level: int = 0
+    adds: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _FewerRows(UnaryStep):
+    """A step after which `factor` consecutive rows of a sequence are one row. Later steps have only these."""
+
+    factor: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergeRows(_FewerRows):
+    """out[r] = rows [factor * r, factor * (r + 1)) of x, one after the other; out.width is factor * x.width."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeanRows(_FewerRows):
+    """out[r] = the sum of rows [factor * r, factor * (r + 1)) of x in ascending order, times 1 / factor as float32."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.backend import Batch, GivenRows
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
@@ -44,6 +44,56 @@ def check_batch(batch: Batch, limits: StageLimits, window: int | None) -> None:
         if window is not None and batch.window_tables is not None:
             reached = slice(max(0, first - window + 1) // KV_BLOCK_TOKENS, last // KV_BLOCK_TOKENS + 1)
             _check_blocks("window block", batch.window_tables[first_block:end_block][reached], limits.window_blocks)
+
+
+def check_images(
+    batch: Batch, limits: StageLimits, sections: int, given: tuple[int, int], merged: Sequence[int]
+) -> None:
+    """Checks what microbatches with images have in addition. The program reads so many `sections` of rope positions,
+    and `given` rows of so many levels and such a width; `merged` is empty or the number of rows that become one."""
+    for together in merged:
+        for start in batch.sequence_starts.tolist():
+            if start % together:
+                raise ValueError(f"batch: rows of sequences before merging are {start}, not a multiple of {together}")
+    if batch.groups is not None:
+        _check_groups(batch, batch.groups)
+    if sections and batch.rope_positions is not None:
+        _check_rope_positions(batch.rope_positions, (sections, batch.rows), limits.max_context_tokens)
+    levels, width = given
+    if levels and batch.given is not None:
+        _check_given(batch.given, batch.rows, levels * width)
+
+
+def _check_groups(batch: Batch, groups: NDArray[np.int32]) -> None:
+    """A group's rows are adjacent, in one sequence, and all there."""
+    if groups.shape != (batch.rows, 2):
+        raise ValueError(f"batch: groups are {list(groups.shape)}, expected {[batch.rows, 2]}")
+    starts, positions = batch.sequence_starts.tolist(), batch.positions.tolist()
+    for begin, end in pairwise(starts):
+        group_start, group_end = 0, positions[begin]
+        for position, (first, last) in zip(positions[begin:end], groups[begin:end].tolist(), strict=True):
+            if position == group_end:
+                group_start, group_end = position, last
+            if (first, last) != (group_start, group_end) or last <= position:
+                raise ValueError(f"batch: group of position {position} is [{first}, {last})")
+        if group_end != positions[end - 1] + 1:
+            raise ValueError(f"batch: end of a group is {group_end}, expected {positions[end - 1] + 1}")
+
+
+def _check_rope_positions(positions: NDArray[np.int32], least: tuple[int, int], context_tokens: int) -> None:
+    if positions.ndim != 2 or positions.shape[0] < least[0] or positions.shape[1] != least[1]:
+        raise ValueError(f"batch: rope positions are {list(positions.shape)}, expected {list(least)}")
+    for position in (int(positions.min()), int(positions.max())):
+        check_range("rope position", position, 0, context_tokens)
+
+
+def _check_given(given: GivenRows, rows: int, least_width: int) -> None:
+    if given.values.ndim != 2 or len(given.values) != len(given.rows) or given.values.shape[1] < least_width:
+        raise ValueError(f"batch: given rows are {list(given.values.shape)}, expected {[len(given.rows), least_width]}")
+    least = 0
+    for row in given.rows.tolist():
+        check_range("given row", row, least, rows)
+        least = row + 1
 
 
 def _check_starts(what: str, starts: Sequence[int], end: int, least: int) -> None:

@@ -51,8 +51,16 @@ class Emitter:
         yield from self._head_lines()
         yield from _first_in_order(self._steps())
 
-    def _steps(self) -> Iterator[Launch | HostStep]:
+    def _program(self) -> ir.Program:
+        """Without given rows in place, if the microbatch has none: they cost no launch then, and part no fusion."""
         program = self.ops.program
+        if self.ops.shape.given or not program.given_levels:
+            return program
+        kept = (step for step in program.steps if not (isinstance(step, ir.GivenRows) and step.x == step.out))
+        return replace(program, steps=tuple(kept))
+
+    def _steps(self) -> Iterator[Launch | HostStep]:
+        program = self._program()
         numbers: defaultdict[type[ir.Step], count[int]] = defaultdict(count)
         forms = gather_formats(program, {name: weight.quant_type for name, weight in self.ops.weights.items()})
         for step in fuse_for_gpu(program, lambda name: self.ops.weights[name].quant_type):
@@ -62,10 +70,20 @@ class Emitter:
                 self.ops.out(step.out)
                 form = next(forms) if isinstance(step, ir.Gather) else None
                 yield HostStep(step, next(numbers[type(step)]), self.ops.selected, form)
+            elif isinstance(step, ir.GivenRows):
+                yield from self._given(step)
             else:
                 yield from self._emit(step)
         if program.is_last:
             yield from self._ranked()
+
+    def _given(self, step: ir.GivenRows) -> Iterator[Launch | HostStep]:
+        self.ops.is_written(step.out.name)
+        if step.x != step.out:
+            x = self.ops.current[step.x.name]
+            yield elementwise.copy_rows(x, self.ops.out(step.out), step.out.width, self.ops.rows)
+        if self.ops.shape.given:
+            yield HostStep(step, step.level, self.ops.selected)
 
     def _ranked(self) -> Iterator[Launch]:
         ops, vocabulary = self.ops, self.ops.program.out.width
@@ -104,7 +122,9 @@ class Emitter:
                 yield from ExpertsEmitter(self.ops, step).launches()
             case ir.ExpertChoice() | ir.ExpertInner() | ir.ExpertDown() | ir.ExpertShards() | ir.ExpertSum():
                 raise AssertionError("programs with a part of the experts of a layer are refused")
-            case ir.Exchange() | ir.Gather():
+            case ir.MergeRows() | ir.MeanRows():
+                yield self._merge_rows(step)
+            case ir.Exchange() | ir.Gather() | ir.GivenRows():
                 raise AssertionError("the host computes these")
             case ir.SelectRows():
                 x, self.ops.selected = self.ops.current[step.x.name], True
@@ -113,6 +133,14 @@ class Emitter:
                 yield elementwise.select_rows(x, self.ops.inputs.output_rows, out, step.x.width, self.ops.rows)
             case _:
                 yield from self._row_step(step)
+
+    def _merge_rows(self, step: ir.FewerRows) -> Launch:
+        x = self.ops.current[step.x.name]
+        self.ops.merge(step.factor)
+        out = self.ops.out(step.out)
+        if isinstance(step, ir.MeanRows):
+            return mixing.mean_rows(step, x, out, self.ops.rows)
+        return elementwise.copy_rows(x, out, step.out.width, self.ops.rows)
 
     def _embed(self, weight: str, ids: np.uint64, out: np.uint64) -> Launch:
         return matmul.embed(self.ops.weights[weight], ids, self.ops.rows, out)
@@ -197,8 +225,8 @@ class Emitter:
                 added = self.ops.scratch("positions", width)
                 yield self._embed(step.weight, self.ops.inputs.positions, added)
                 yield elementwise.elementwise("add", (x, added), out, width, rows)
-            case ir.AddRow():
-                raise AssertionError("encoders are refused")
+            case ir.AddRow() | ir.GivenRows():
+                raise AssertionError("encoders are refused, and the host gives rows")
             case ir.Decay():
                 yield states.decay(step, x, (self.ops.vector(step.weight), self.ops.vector(step.bias)), out, rows)
             case ir.PositionScale():
@@ -235,14 +263,22 @@ class Emitter:
         return self.ops.layout.constant(factors)
 
     def _rotations(self) -> Iterator[Launch]:
-        positions, steps = self.ops.inputs.positions, self.ops.program.steps
-        for table in dict.fromkeys(step.table for step in steps if isinstance(step, ir.Rope)):
-            frequencies = self.ops.layout.constant(np.array(table.frequencies, np.float64))
-            yield elementwise.rotation(table, positions, frequencies, self.ops.angles(table), self.ops.rows)
+        ops, steps = self.ops, self.ops.program.steps
+        ropes = {(step.table, step.sections): step for step in steps if isinstance(step, ir.Rope)}
+        for (table, sections), rope in ropes.items():
+            frequencies = ops.layout.constant(np.array(table.frequencies, np.float64))
+            if sections is not None and ops.shape.placed:
+                places = ops.inputs.rope_positions, ops.limits.max_batch_tokens
+                of_pairs = ops.layout.constant(np.array(sections, np.int32))
+                yield elementwise.rotation_in_sections(
+                    table, *places, of_pairs, frequencies, ops.angles(rope), ops.rows
+                )
+            else:
+                yield elementwise.rotation(table, ops.inputs.positions, frequencies, ops.angles(rope), ops.rows)
 
     def _rotated(self, step: ir.Rope, x: np.uint64) -> Launch:
         self.ops.is_written(step.x.name)
-        return elementwise.rope(step, x, self.ops.angles(step.table), self.ops.rows)
+        return elementwise.rope(step, x, self.ops.angles(step), self.ops.rows)
 
     @property
     def _attention(self) -> attention.AttentionLaunches:
@@ -250,7 +286,9 @@ class Emitter:
         room = attention.room_of(
             attention.attention_steps(ops.program), limits.max_batch_tokens, limits.max_context_tokens
         )
-        return attention.AttentionLaunches(ops.gpu, room, ops.inputs, shape.rows, limits.max_sequences, shape.decode)
+        return attention.AttentionLaunches(
+            ops.gpu, room, ops.inputs, shape.rows, limits.max_sequences, shape.decode, shape.grouped
+        )
 
     def _attention_plan(self, step: ir.Attention) -> np.uint64:
         return self.ops.layout.at(("attention", attention.likeness(step)), self._attention.room.plan_bytes)
@@ -284,5 +322,5 @@ class Emitter:
         of_heads = norms.get(step.q, attention.NO_NORM), norms.get(step.k, attention.NO_NORM)
         rotation = attention.NO_ROTATION
         if attended.rotates and rope is not None:
-            rotation = attention.Rotation(self.ops.angles(rope.table), len(rope.table.frequencies), rope.style)
+            rotation = attention.Rotation(self.ops.angles(rope), len(rope.table.frequencies), rope.style)
         return attention.HeadTransform(rotation, *of_heads)

@@ -55,7 +55,7 @@ class Attended:
     def rotates(self) -> bool:
         """True if queries and keys have the same rotation, which the attention kernels then compute."""
         q, k = self.attend.rotate_q, self.attend.rotate_k
-        return q is not None and k is not None and (q.table, q.style) == (k.table, k.style)
+        return q is not None and k is not None and (q.table, q.style, q.sections) == (k.table, k.style, k.sections)
 
 
 GpuStep = FusedStep | Norm | Gated | Attended

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.cuda.executor.host_steps import HostStep
 from llamaclust.kernels.gathers import band_borders, packed_width
 from llamaclust.model.program import Gather, Program
@@ -22,13 +22,17 @@ _MOST = np.finfo(np.float32).max
 
 
 def gather_rows(
-    gatherer: Gatherer, program: Program, host: HostStep, batch_rows: int, own: Float32, whole: Float32
+    gatherer: Gatherer, program: Program, host: HostStep, batch: Batch, own: Float32, whole: Float32
 ) -> None:
     """Fills `whole` with the rows of all members. Rows that were sent as int8 become floats that a matrix product
     quantizes to exactly the int8 values and scales that were sent."""
     step = host.step
     assert isinstance(step, Gather)
-    places, borders, given = band_borders(program, batch_rows, gatherer.bands), list(step.borders), whole
+    places, borders, given = (
+        band_borders(program, batch.rows, 1 if batch.groups is not None else gatherer.bands),
+        list(step.borders),
+        whole,
+    )
     bands = len(places) - 1
     if host.form is not None:
         borders = [packed_width(border, host.form) for border in borders]

@@ -1,16 +1,17 @@
-"""Steps of a program that the host computes between launches: exchanges with other devices, and gathers of a group."""
+"""Steps of a program that the host computes between launches: exchanges with other devices, gathers of a group, and
+given rows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.model.program import Across, Buffer
+from llamaclust.model.program import Across, Buffer, GivenRows
 from llamaclust.model.quant_types import ActivationFormat
 
 
 @dataclass(frozen=True, slots=True)
 class HostStep:
-    step: Across
+    step: Across | GivenRows
     number: int  # of its kind, in the order of steps
     selected: bool  # it has output rows alone
     form: ActivationFormat | None = None  # in which the members of a group send its rows; None: as floats

@@ -16,7 +16,7 @@ from llamaclust.kernels.cuda.launches.limits import LaunchLimits
 from llamaclust.kernels.cuda.launches.matmul import Weights, activation_bytes, quantize
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.cuda.runtime.memory import aligned
-from llamaclust.model.program import Buffer, KvLayer, Program, RmsNorm, RopeTable, SequenceState, StatePart
+from llamaclust.model.program import Buffer, KvLayer, Program, RmsNorm, Rope, SequenceState, StatePart
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 _FLOAT = 4
@@ -76,6 +76,8 @@ class Operands:
     gpu: LaunchLimits
     shape: Shape
     selected: bool = False
+    merges: int = 0  # how many steps have merged rows
+    together: int = 1  # the rows that are one row by now
     current: dict[str, np.uint64] = field(default_factory=dict)  # where a buffer's newest values are
     quantized: dict[ActivationFormat, str] = field(default_factory=dict)  # the buffer that is there in this format
 
@@ -83,6 +85,8 @@ class Operands:
     def rows(self) -> RowCount:
         if self.selected:
             return RowCount(self.shape.outputs, self.inputs.outputs)
+        if self.merges:
+            return RowCount(-(-self.shape.rows // self.together), self.inputs.merged[self.merges - 1])
         return RowCount(self.shape.rows, self.inputs.rows)
 
     @property
@@ -113,9 +117,14 @@ class Operands:
             return self.vector(step.weight)
         return self.layout.constant(np.ones(step.width, np.float32))
 
-    def angles(self, table: RopeTable) -> np.uint64:
-        n_bytes = _FLOAT * 2 * len(table.frequencies) * self.limits.max_batch_tokens
-        return self.layout.at(("rotation", table), n_bytes)
+    def angles(self, rope: Rope) -> np.uint64:
+        """Returns the address of the cosines and sines that all steps with this table and these sections share."""
+        n_bytes = _FLOAT * 2 * len(rope.table.frequencies) * self.limits.max_batch_tokens
+        return self.layout.at(("rotation", rope.table, rope.sections), n_bytes)
+
+    def merge(self, factor: int) -> None:
+        self.merges, self.together = self.merges + 1, self.together * factor
+        self.quantized.clear()
 
     def activations(self, kind: ActivationFormat, name: str, width: int, multiple: int = 1) -> np.uint64:
         self.quantized[kind] = name

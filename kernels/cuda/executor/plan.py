@@ -11,7 +11,7 @@ from llamaclust.kernels.cuda.executor.emit import Emitter
 from llamaclust.kernels.cuda.executor.host_steps import HostStep
 from llamaclust.kernels.cuda.executor.inputs import InputBuffer
 from llamaclust.kernels.cuda.executor.operands import BufferLayout, Operands, kv_name
-from llamaclust.kernels.cuda.executor.shapes import Shape
+from llamaclust.kernels.cuda.executor.shapes import ImageReads, Shape
 from llamaclust.kernels.cuda.launches import sampling
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.launches.limits import ANY_GPU, LaunchLimits
@@ -37,10 +37,12 @@ class Plan:
         *offsets, self._kv_end = layer_offsets(program.kv_memory, limits)
         self._kv_offsets = dict(zip(map(kv_name, program.kv_memory), offsets, strict=True))
         self._kv_base, self._gpu = 0, gpu
-        largest, *others = Shape.all(limits)
-        self.host_steps = tuple(step for step in self._emitted(largest) if isinstance(step, HostStep))
+        self.reads = ImageReads.of(program)
+        largest, *others = Shape.all(limits, looks_ahead=self.reads.looks_ahead)
+        self.host_steps = self._host_steps(largest)
         for shape in others:
             self.launches(shape)
+        self._with_given = self._host_steps(Shape.with_images(limits, self.reads))
         self._layout.lay_out()
 
     @property
@@ -57,7 +59,8 @@ class Plan:
 
     @property
     def kernels(self) -> frozenset[str]:
-        found = {launch.kernel for shape in Shape.all(self.limits) for launch in self.launches(shape)}
+        shapes = Shape.all(self.limits, looks_ahead=self.reads.looks_ahead)
+        found = {launch.kernel for shape in shapes for launch in self.launches(shape)}
         return frozenset({*found, sampling.TOTALS} if self.program.is_last else found)
 
     @property
@@ -104,6 +107,12 @@ class Plan:
 
     def offset(self, host_step: HostStep, name: str) -> int:
         return self._layout.offset((name, host_step.selected))
+
+    def host_steps_of(self, shape: Shape) -> tuple[HostStep, ...]:
+        return self._with_given if shape.given else self.host_steps
+
+    def _host_steps(self, shape: Shape) -> tuple[HostStep, ...]:
+        return tuple(step for step in self._emitted(shape) if isinstance(step, HostStep))
 
     def launches(self, shape: Shape) -> tuple[Launch, ...]:
         return tuple(launch for segment in self.segments(shape) for launch in segment)

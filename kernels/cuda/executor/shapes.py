@@ -6,34 +6,79 @@ from dataclasses import dataclass
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
+from llamaclust.model.program import Attention, Program
 
 _EDGES = tuple(1 << power for power in range(12))
 
 
 @dataclass(frozen=True, slots=True)
+class ImageReads:
+    """The inputs of images that a program reads: whether rows are given, the sections of rope positions, whether rows
+    may see their groups, and whether they see later ones in any microbatch."""
+
+    gives: bool = False
+    sections: int = 0
+    groups: bool = False
+    looks_ahead: bool = False
+
+    @classmethod
+    def of(cls, program: Program) -> ImageReads:
+        has_kernels = all(step.v is not None for step in program.steps if isinstance(step, Attention))
+        return cls(program.given_levels > 0, program.rope_sections, has_kernels, not program.is_causal)
+
+
+NO_IMAGES = ImageReads()
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
-    """A bucket: the most rows and output rows. In `decode`, each row belongs to another sequence."""
+    """A bucket: the most rows and output rows. In `decode`, each row belongs to another sequence. Of a microbatch with
+    images, some rows may be given, rotations may be by sections (`placed`), and rows may see later ones (`grouped`)."""
 
     rows: int
     outputs: int
     decode: bool
+    given: bool = False
+    placed: bool = False
+    grouped: bool = False
 
     @classmethod
-    def of(cls, batch: Batch, limits: StageLimits) -> Shape:
+    def of(cls, batch: Batch, limits: StageLimits, reads: ImageReads = NO_IMAGES) -> Shape:
         decode = batch.rows == len(batch.sequence_starts) - 1
-        outputs = _bucket(len(batch.output_rows), limits.max_outputs)
-        return cls(_bucket(batch.rows, limits.max_batch_tokens), outputs, decode)
+        grouped = reads.looks_ahead or (reads.groups and batch.groups is not None and not decode)
+        return cls(
+            _bucket(batch.rows, limits.max_batch_tokens),
+            _bucket(len(batch.output_rows), limits.max_outputs),
+            decode and not grouped,
+            reads.gives and batch.given is not None and len(batch.given.rows) > 0,
+            reads.sections > 0 and batch.rope_positions is not None,
+            grouped,
+        )
 
     @classmethod
-    def all(cls, limits: StageLimits) -> list[Shape]:
-        """Returns buckets that have every kind of launch at its largest: few and many rows, with and without decode."""
+    def with_images(cls, limits: StageLimits, reads: ImageReads) -> Shape:
+        """Returns the largest bucket of microbatches with images."""
+        outputs = min(limits.max_batch_tokens, limits.max_outputs)
+        return cls(
+            limits.max_batch_tokens,
+            outputs,
+            decode=False,
+            given=reads.gives,
+            placed=reads.sections > 0,
+            grouped=reads.groups,
+        )
+
+    @classmethod
+    def all(cls, limits: StageLimits, *, looks_ahead: bool = False) -> list[Shape]:
+        """Returns buckets that have every kind of launch at its largest: few and many rows, with and without decode.
+        Without images, unless the program `looks_ahead`."""
         most = limits.max_batch_tokens
         rows = {_bucket(min(count, most), most) for count in (*_EDGES, most)}
         return [
-            cls(count, min(count, limits.max_outputs), decode)
+            cls(count, min(count, limits.max_outputs), decode, grouped=looks_ahead)
             for count in sorted(rows, reverse=True)
             for decode in (False, True)
-            if not decode or count <= limits.max_sequences
+            if not decode or (count <= limits.max_sequences and not looks_ahead)
         ]
 
 

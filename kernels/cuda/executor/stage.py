@@ -19,7 +19,7 @@ from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches.sampling import record_words, sums_of_row
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Graph, Launch
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
-from llamaclust.model.program import Exchange, Gather
+from llamaclust.model.program import Exchange, Gather, GivenRows
 
 if TYPE_CHECKING:
     from llamaclust.kernels._native import Gatherer
@@ -169,19 +169,26 @@ class CudaStage:
         return self._result[: row_bytes * len(rows)].view(np.float32).reshape(len(rows), -1)
 
     def _compute(self, batch: Batch, hidden: Float32 | None, experts: Experts | None) -> None:
+        shape = Shape.of(batch, self._plan.limits, self._plan.reads)
         with self._gpu_lock.exclusive():
-            self._bring(batch, hidden)
-            first, *others = self._launches.segments(Shape.of(batch, self._plan.limits))
+            self._bring(batch, hidden, shape)
+            first, *others = self._launches.segments(shape)
             first()
-        for step, launch in zip(self._plan.host_steps, others, strict=False):
-            self._on_host(step, batch, experts)
+        for step, launch in zip(self._plan.host_steps_of(shape), others, strict=False):
+            if isinstance(step.step, GivenRows):
+                self._give(step, step.step, batch)
+            else:
+                self._on_host(step, batch, experts)
             with self._gpu_lock.exclusive():
                 launch()
 
-    def _bring(self, batch: Batch, hidden: Float32 | None) -> None:
+    def _bring(self, batch: Batch, hidden: Float32 | None, shape: Shape) -> None:
         plan, device = self._plan, self._gpu_lock.device
         n_bytes = plan.inputs.fill(self._inputs, batch)
         device.copy_in(self._buffers, plan.inputs_offset, self._inputs[:n_bytes])
+        if shape.placed or shape.grouped:
+            part = plan.inputs.fill_images(self._inputs, batch, shape)
+            device.copy_in(self._buffers, plan.inputs_offset + part.start, self._inputs[part])
         if not plan.program.is_first:
             assert hidden is not None and hidden.shape == (batch.rows, plan.program.hidden.width)
             staged = self._hidden[: hidden.nbytes]
@@ -202,11 +209,31 @@ class CudaStage:
             if self._gatherer is None:
                 raise ValueError("batch: this member of a group has no gatherer")
             own = read[0] if read else np.empty((rows, 0), np.float32)
-            gather_rows(self._gatherer, plan.program, host, batch.rows, own, result)
+            gather_rows(self._gatherer, plan.program, host, batch, own, result)
         elif not _exchanged(host, read, result, experts):
             return
         with self._gpu_lock.exclusive():
             device.copy_in(self._buffers, plan.offset(host, host.out.name), out)
+
+    def _give(self, host: HostStep, step: GivenRows, batch: Batch) -> None:
+        """Writes given rows in place of those on the GPU, or adds them, in float32 as a kernel would."""
+        assert batch.given is not None, "the shape says so"
+        device, width = self._gpu_lock.device, step.out.width
+        row_bytes, offset = _FLOAT * width, self._plan.offset(host, step.out.name)
+        rows, values = batch.given.rows, batch.given.values[:, step.level * width : (step.level + 1) * width]
+        places = [
+            (self._hidden[row_bytes * at : row_bytes * (at + len(run))], offset + row_bytes * run.start)
+            for at, run in _runs(rows)
+        ]
+        staged = self._hidden[: row_bytes * len(rows)].view(np.float32).reshape(len(rows), width)
+        with self._gpu_lock.exclusive():
+            if step.adds:
+                for part, at in places:
+                    device.copy_out(part, self._buffers, at)
+            device.synchronize()
+            np.add(staged, values, out=staged) if step.adds else np.copyto(staged, values)
+            for part, at in places:
+                device.copy_in(self._buffers, at, part)
 
     def _host_places(self, host: HostStep, rows: int) -> Iterator[Bytes]:
         at = 0
@@ -226,7 +253,7 @@ class CudaStage:
 
     def _fetch(self, batch: Batch) -> Float32:
         plan, device = self._plan, self._gpu_lock.device
-        rows = len(batch.output_rows) if plan.program.is_last else batch.rows
+        rows = len(batch.output_rows) if plan.program.is_last else batch.rows // plan.program.rows_together
         width = plan.program.out.width
         result = self._result[: _FLOAT * rows * width]
         if rows:

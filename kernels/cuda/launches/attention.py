@@ -35,6 +35,7 @@ _SLICE_CHANNELS, _LATENT_SLICE_CHANNELS = 32, 128  # of these, each half of a wa
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS, _MOST_MERGED_HEADS = 256, (32, 64, 128, 256), 16
 _MERGER_FLOATS = 4 * 256 + 3 * _MOST_MERGED_HEADS
 _NO_WINDOW = (1 << 31) - 1
+_CAUSAL, _GROUP, _SEQUENCE = range(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,8 @@ def tile_rows(step: Attention, gpu: LaunchLimits) -> int:
 
 def likeness(step: Attention) -> tuple[object, ...]:
     """Returns a key of layers whose rows are divided into the same tiles on any GPU, so that they can share a plan."""
-    return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window, step.chunked, step.v is None
+    seen = step.window, step.chunked, step.causal, step.grouped
+    return step.heads, step.kv_heads, step.head_dim, step.kv_type, seen, step.v is None
 
 
 def _stage_channels(step: Attention) -> int:
@@ -259,7 +261,8 @@ def _quantized_together(step: Attention) -> int:
 
 @dataclass(frozen=True, slots=True)
 class AttentionLaunches:
-    """The launches for microbatches of up to `rows` rows. In `decode`, each row belongs to another sequence."""
+    """The launches for microbatches of up to `rows` rows. In `decode`, each row belongs to another sequence. If
+    `grouped`, rows may see later positions; all tiles are of many queries then."""
 
     gpu: LaunchLimits
     room: Room
@@ -267,6 +270,7 @@ class AttentionLaunches:
     rows: int
     max_sequences: int
     decode: bool = False
+    grouped: bool = False
 
     def plan(self, step: Attention, plan: np.uint64) -> Launch:
         """Plans a microbatch's tiles and spans. Runs once for each likeness, before the first attention."""
@@ -277,11 +281,18 @@ class AttentionLaunches:
         tiles = (tile_rows(step, self.gpu), max(1, few // _group(step)) if few else 0, *_window(step))
         arrays = (inputs.rows, inputs.positions, inputs.sequence_starts, inputs.table_starts)
         figures = map(np.int32, (*tiles, room.max_rows, room.slots, split_below, *slices))
-        return Launch("attention.rows.plan", (1, 1, 1), (256, 1, 1), (*arrays, *figures, plan))
+        kernel = "attention.grouped.plan" if self.grouped else "attention.rows.plan"
+        return Launch(kernel, (1, 1, 1), (256, 1, 1), (*arrays, *figures, plan, *self._seen(step)))
+
+    def _seen(self, step: Attention) -> tuple[Scalar, ...]:
+        sees = _CAUSAL if step.causal else _GROUP if step.grouped else _SEQUENCE
+        return (self.inputs.seen, np.int32(sees)) if self.grouped else ()
 
     def _few(self, step: Attention) -> int:
         """Returns the queries of a thread block for few queries, or 0 if there are no such blocks. In decode, heads
         that are too many for a block are divided into parts if the GPU would otherwise be idle."""
+        if self.grouped:
+            return 0
         if queries := _few_queries(step):
             return queries if self.decode else max(queries, _PART_QUERIES[0])  # of some rows
         if not self.decode:
@@ -319,8 +330,10 @@ class AttentionLaunches:
             heads = step.kv_heads * _parts(step, many)
             tiles = min(rows, rows // tile_rows(step, self.gpu) + self.max_sequences)
             grid = max(tiles, min(rows * spans, -(-2 * sms // heads))), heads, 1
-            kernel = "tile.tile" if step.v is not None else "latent.latent"
-            yield self._attend(f"{kernel}_{step.kv_type}_{many}", grid, many_shared_bytes(step, many), step, at)
+            module = "grouped" if self.grouped else "tile"
+            kernel = f"{module}.tile" if step.v is not None else "latent.latent"
+            shared_bytes = many_shared_bytes(step, many)
+            yield self._attend(f"{kernel}_{step.kv_type}_{many}", grid, shared_bytes, step, at, self._seen(step))
         if _merges(step, self.room) and together == 0:
             yield self._merge(step, at)
 

@@ -133,6 +133,27 @@ def rotation(table: RopeTable, positions: np.uint64, frequencies: np.uint64, out
     return _launch("rope.rotation", -(-pairs // _ROTATION_BLOCK), rows, args, _ROTATION_BLOCK)
 
 
+def rotation_in_sections(
+    table: RopeTable,
+    positions: np.uint64,
+    max_rows: int,
+    sections: np.uint64,
+    frequencies: np.uint64,
+    out: np.uint64,
+    rows: RowCount,
+) -> Launch:
+    """Likewise, by each pair's section of `positions` [sections, max_rows]."""
+    pairs = len(table.frequencies)
+    figures = np.float64(table.scale), np.int32(pairs)
+    args = (positions, np.int32(max_rows), sections, frequencies, *figures, rows.address, out)
+    return _launch("rope.rotation_in_sections", -(-pairs // _ROTATION_BLOCK), rows, args, _ROTATION_BLOCK)
+
+
+def copy_rows(x: np.uint64, out: np.uint64, width: int, rows: RowCount) -> Launch:
+    figures = map(np.int32, (width, 0, width, 1))
+    return _launch("rows.slice", _blocks(width), rows, (x, *figures, rows.address, out))
+
+
 def rope(step: Rope, x: np.uint64, angles: np.uint64, rows: RowCount) -> Launch:
     """Rotates x in place by the `angles` that `rotation` computed from the step's table."""
     pairs = len(step.table.frequencies)

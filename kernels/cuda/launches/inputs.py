@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -26,6 +26,11 @@ class Inputs:
     state_starts: np.uint64 = NULL
     state_rows: np.uint64 = NULL
     state_blocks: np.uint64 = NULL
+    rope_positions: np.uint64 = NULL  # a section has room for the most rows of a microbatch
+    seen: np.uint64 = NULL  # of each row its group's start and end, its sequence's end, 0
+    merged: tuple[np.uint64, ...] = field(
+        default=(), kw_only=True
+    )  # how many rows there are after each step that merges rows
 
 
 @dataclass(frozen=True, slots=True)

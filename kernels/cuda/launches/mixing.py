@@ -9,7 +9,7 @@ import numpy as np
 from llamaclust.kernels.cuda.launches.elementwise import elementwise
 from llamaclust.kernels.cuda.launches.inputs import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
-from llamaclust.model.steps.rows import GaussianTopK, MatchMagnitude, Mix, ScaleByWeight
+from llamaclust.model.steps.rows import GaussianTopK, MatchMagnitude, MeanRows, Mix, ScaleByWeight
 
 _BLOCK = 256
 _BLOCK_CHANNELS = 1024
@@ -35,6 +35,11 @@ def mix(step: Mix, reads: Sequence[np.uint64], out: np.uint64, rows: RowCount) -
     figures = np.float32(step.offset), np.int32(step.width), np.int32(step.first), x_parts, parts
     args = (x, y, coefficients, *figures, rows.address, out)
     return _launch("mix", -(-step.out.width // _BLOCK_CHANNELS), rows, args)
+
+
+def mean_rows(step: MeanRows, x: np.uint64, out: np.uint64, rows: RowCount) -> Launch:
+    figures = np.int32(step.factor), np.float32(1) / np.float32(step.factor), np.int32(step.out.width)
+    return _launch("mean_parts", -(-step.out.width // _BLOCK_CHANNELS), rows, (x, *figures, rows.address, out))
 
 
 def match_magnitude(step: MatchMagnitude, x: np.uint64, y: np.uint64, out: np.uint64, rows: RowCount) -> Launch:

@@ -17,6 +17,7 @@ using namespace nb::literals;
 template <typename T, int dimensions = 1>
 using Array = nb::ndarray<T, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
 using Ints = Array<const int32_t>;
+using IntRows = Array<const int32_t, 2>;
 using Words = Array<const uint32_t>;
 using Floats = Array<const float>;
 using FloatRows = Array<const float, 2>;

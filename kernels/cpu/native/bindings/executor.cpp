@@ -45,6 +45,19 @@ StateTables states_of(const PythonStates& states) {
   return {span_of(before), span_of(starts), span_of(rows), span_of(blocks)};
 }
 
+std::span<const int32_t> span_of(const std::optional<IntRows>& x, size_t rows, size_t columns) {
+  if (!x) return {};
+  if ((rows > 0 && x->shape(0) != rows) || x->shape(1) != columns) throw std::invalid_argument("batch: an array's shape");
+  return {x->data(), x->size()};
+}
+
+GivenTable given_of(const std::optional<std::pair<Ints, FloatRows>>& given) {
+  if (!given) return {};
+  const auto& [rows, values] = *given;
+  if (values.shape(0) != rows.size()) throw std::invalid_argument("batch: given rows without values");
+  return {span_of(rows), values.data(), static_cast<int>(values.shape(1))};
+}
+
 // A plan and the Python objects whose memory it points into.
 struct PlanBuilder {
   PlanBuilder(int max_tokens, int max_outputs, int max_sequences, int max_context_tokens, int kv_blocks,
@@ -73,7 +86,9 @@ struct NativeStage {
 
   int run(const Ints& tokens, const Ints& positions, const Ints& sequence_starts, const Ints& table_starts,
           const Ints& block_tables, const Ints& output_rows, const std::optional<FloatRows>& hidden,
-          const std::optional<Ints>& window_tables, const PythonStates& states) {
+          const std::optional<Ints>& window_tables, const PythonStates& states,
+          const std::optional<IntRows>& rope_positions, const std::optional<IntRows>& groups,
+          const std::optional<std::pair<Ints, FloatRows>>& given) {
     if (hidden &&
         (hidden->shape(0) != positions.size() || hidden->shape(1) != static_cast<size_t>(executor.hidden_width())))
       throw std::invalid_argument("batch: hidden states must be [rows, " + std::to_string(executor.hidden_width()) +
@@ -82,7 +97,8 @@ struct NativeStage {
                       span_of(sequence_starts), span_of(table_starts),
                       span_of(block_tables),    window_tables ? span_of(*window_tables) : std::span<const int32_t>(),
                       span_of(output_rows),     hidden ? hidden->data() : nullptr,
-                      states_of(states)};
+                      states_of(states),        span_of(rope_positions, 0, positions.size()),
+                      span_of(groups, positions.size(), 2), given_of(given)};
     const nb::gil_scoped_release unlocked;
     return executor.run(batch);
   }
@@ -177,7 +193,7 @@ void add_heads(PlanBuilder& builder, const std::vector<nb::object>& weights, int
 void add_attention(PlanBuilder& builder, int q, std::optional<std::pair<int, std::optional<int>>> kv, int out,
                    int layer, int heads, int kv_heads, std::pair<int, int> head_dims, float scale,
                    std::optional<float> soft_cap, std::vector<float> slopes, std::optional<std::pair<int, bool>> window,
-                   PythonRotation rotate_q, PythonRotation rotate_k, bool causal,
+                   PythonRotation rotate_q, PythonRotation rotate_k, std::pair<bool, bool> causal_grouped,
                    const std::optional<Floats>& sinks) {
   require(!soft_cap || *soft_cap > 0, "a soft cap that is no positive number");
   const int k = kv ? kv->first : -1, v = kv ? kv->second.value_or(-1) : -1;
@@ -186,7 +202,8 @@ void add_attention(PlanBuilder& builder, int q, std::optional<std::pair<int, std
                                  soft_cap.value_or(0.0f), std::move(slopes),
                                  window ? window->first : std::numeric_limits<int>::max(), window && window->second,
                                  rotation_of(rotate_q),
-                                 rotation_of(rotate_k), causal, vector_of(sinks)});
+                                 rotation_of(rotate_k), causal_grouped.first, causal_grouped.second,
+                                 vector_of(sinks)});
 }
 
 void add_choice(PlanBuilder& builder, int logits, int out, int experts, int used, int gating, bool normalized,
@@ -268,6 +285,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
       .def("add_adapted", &add<AddAdaptedStep, int, int, int>)
       .def("scale_by_position", &add<PositionScaleStep, int, int, double, int, int>)
       .def("copy_channels", &add<CopyChannelsStep, int, int, int, int, int, int>)
+      .def("add_given", &add<GivenStep, int, int, int, bool>)
       .def("mix", &add_mix, "x"_a, "y"_a, "out"_a, "coefficients"_a.none(), "width"_a, "first"_a, "offset"_a)
       .def("match_magnitude", &add<MagnitudeStep, int, int, int, float>)
       .def("gaussian_top_k", &add<TopKStep, int, int, float>)
@@ -293,6 +311,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
            "decay"_a, "beta"_a, "out"_a, "layer"_a, "heads"_a, "key_heads"_a, "tiled"_a)
       .def("scan", &add_scan)
       .def("select_rows", &add<SelectStep, int, int>)
+      .def("merge_rows", &add<MergeStep, int, int, int, bool>)
       .def("write_result", &add<OutputStep, int, int>);
 }
 
@@ -327,8 +346,10 @@ void bind_executor(nb::module_& module) {
             return b.plan.add_buffer({width, multiple, private_copy, outputs_only});
           },
           "width"_a, "multiple"_a, "private_copy"_a, "outputs_only"_a)
-      .def("add_rotation", [](PlanBuilder& b, std::vector<double> frequencies,
-                              double scale) { return b.plan.add_rotation({std::move(frequencies), scale}); })
+      .def("add_rotation",
+           [](PlanBuilder& b, std::vector<double> frequencies, double scale, std::vector<int> sections) {
+             return b.plan.add_rotation({std::move(frequencies), scale, std::move(sections)});
+           })
       .def(
           "add_kv_layer",
           [](PlanBuilder& b, int kv_heads, int head_dim, int kv_type, bool windowed, bool latent) {
@@ -348,7 +369,7 @@ void bind_executor(nb::module_& module) {
       .def("multiply_heads", &add_heads, "weights"_a, "out"_a, "slot"_a)
       .def("attend", &add_attention, "q"_a, "kv"_a.none(), "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dims"_a,
            "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none(),
-           "causal"_a, "sinks"_a.none())
+           "causal_grouped"_a, "sinks"_a.none())
       .def("choose_experts", &add_choice, "logits"_a, "out"_a, "experts"_a, "used"_a, "gating"_a, "normalized"_a,
            "scale"_a, "groups"_a, "selection_bias"_a.none(), "expert_scales"_a.none());
   bind_row_steps(plan);
@@ -359,7 +380,8 @@ void bind_executor(nb::module_& module) {
            "`shares_kv`: a stage of the same layers, whose KV memory it also uses; runs of the two take turns.")
       .def("run", &NativeStage::run, "tokens"_a, "positions"_a, "sequence_starts"_a, "table_starts"_a, "block_tables"_a,
            "output_rows"_a, "hidden"_a.none(), "window_tables"_a.none() = nb::none(),
-           "states"_a.none() = nb::none())
+           "states"_a.none() = nb::none(), "rope_positions"_a.none() = nb::none(), "groups"_a.none() = nb::none(),
+           "given"_a.none() = nb::none())
       .def("run_frame", &NativeStage::run_frame, "frame"_a)
       .def(
           "set_adapters", [](NativeStage& stage, uint32_t adapters) { stage.executor.set_adapters(adapters); },

@@ -37,11 +37,13 @@ struct AttentionUnits {
   int position(int row) const { return batch.positions[row]; }
   // The first and the last position that a row sees.
   int first_seen(int row) const {
+    if (step.grouped && !batch.groups.empty()) return batch.groups[2 * row];
+    if (step.grouped) return position(row);
     if (step.chunked) return position(row) / step.window * step.window;
     return std::max(0, step.causal ? position(row) - step.window + 1 : position(row) - step.window / 2);
   }
   int last_seen(const RowTile& tile, int row) const {
-    if (step.causal) return position(row);
+    if (step.causal || step.grouped) return batch.groups.empty() ? position(row) : batch.groups[2 * row + 1] - 1;
     return std::min(position(batch.sequence_starts[tile.sequence + 1] - 1), position(row) + step.window / 2);
   }
   // Spans that a tile's rows see.
@@ -128,8 +130,8 @@ class AttentionWork {
 
   const float* rotated(const std::optional<Rotation>& rotation, const float* x, int row, float* out) const {
     if (!rotation) return x;
-    const RotationTable& angles = worker_.stage_.rotations[rotation->table];
-    level_.vector.rope(x, angles.row(units_.position(row)), angles.pairs(), step_.head_dim, rotation->style, out);
+    const int pairs = worker_.stage_.rotations[rotation->table].pairs();
+    level_.vector.rope(x, worker_.angles(rotation->table, row), pairs, step_.head_dim, rotation->style, out);
     return out;
   }
 

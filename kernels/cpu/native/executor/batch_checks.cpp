@@ -68,6 +68,42 @@ void check_states(const Batch& batch, const Plan& plan) {
   }
 }
 
+// A group's rows are adjacent, in one sequence, and all there.
+void check_groups(const Batch& batch) {
+  if (batch.groups.size() != 2 * batch.positions.size())
+    refuse("groups", static_cast<int64_t>(batch.groups.size()), 2 * int64_t{batch.rows()});
+  for (int sequence = 0; sequence < batch.sequences(); sequence++) {
+    const int end = batch.sequence_starts[sequence + 1];
+    int32_t group_start = 0, group_end = batch.positions[batch.sequence_starts[sequence]];
+    for (int row = batch.sequence_starts[sequence]; row < end; row++) {
+      if (batch.positions[row] == group_end) group_start = group_end, group_end = batch.groups[2 * row + 1];
+      if (batch.groups[2 * row] != group_start) refuse("start of a group", batch.groups[2 * row], group_start);
+      if (batch.groups[2 * row + 1] != group_end || group_end <= batch.positions[row])
+        refuse("end of a group", batch.groups[2 * row + 1], group_end);
+    }
+    if (group_end != batch.positions[end - 1] + 1) refuse("end of a group", group_end, batch.positions[end - 1] + 1);
+  }
+}
+
+void check_rope_positions(const Batch& batch, const Plan& plan) {
+  const size_t rows = batch.positions.size(), size = batch.rope_positions.size();
+  if (size % rows != 0 || size / rows < static_cast<size_t>(plan.sections))
+    refuse("rope positions", static_cast<int64_t>(size), static_cast<int64_t>(rows) * plan.sections);
+  for (const int32_t position : batch.rope_positions)
+    check_range("rope position", position, 0, plan.limits.max_context_tokens);
+}
+
+void check_given(const Batch& batch, const Plan& plan) {
+  const GivenTable& given = batch.given;
+  if (given.width % plan.given_width != 0 || given.width / plan.given_width < plan.given_levels)
+    refuse("width of given rows", given.width, int64_t{plan.given_width} * plan.given_levels);
+  int64_t least = 0;
+  for (const int32_t row : given.rows) {
+    check_range("given row", row, least, batch.rows());
+    least = row + 1;
+  }
+}
+
 }  // namespace
 
 void check_batch(const Batch& batch, const Plan& plan) {
@@ -92,6 +128,11 @@ void check_batch(const Batch& batch, const Plan& plan) {
   if (plan.vocabulary > 0)
     for (const int32_t token : batch.tokens) check_range("token", token, 0, plan.vocabulary);
   if (plan.hidden_width > 0 && batch.hidden == nullptr) refuse("hidden states", 0, rows);
+  if (!batch.groups.empty()) check_groups(batch);
+  if (plan.sections > 0 && !batch.rope_positions.empty()) check_rope_positions(batch, plan);
+  if (plan.given_width > 0 && !batch.given.rows.empty()) check_given(batch, plan);
+  for (const int32_t start : batch.sequence_starts)
+    if (start % plan.merged != 0) refuse("rows of sequences before merging", start, plan.merged);
   if (!plan.selects) return;
   check_range("outputs", static_cast<int64_t>(batch.output_rows.size()), 0,
               static_cast<int64_t>(limits.max_outputs) + 1);

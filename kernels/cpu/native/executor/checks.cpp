@@ -10,6 +10,8 @@
 
 namespace llamaclust {
 
+constexpr int kMaxMerged = 1 << 12, kMaxLevels = 1 << 6;
+
 struct Plan::Checks {
   Plan& plan;
 
@@ -55,13 +57,13 @@ struct Plan::Checks {
 
   Access operator()(const EmbedStep& step) const {
     check_embedding(step.weight, step.out);
-    require(step.weight.rows > 0 && !plan.selects, "an embedding of nothing");
+    require(step.weight.rows > 0 && plan.has_all_rows(), "an embedding of nothing");
     plan.vocabulary = plan.vocabulary > 0 ? std::min(plan.vocabulary, step.weight.rows) : step.weight.rows;
     return {{}, {step.out}, true};
   }
 
   Access operator()(const InputStep& step) const {
-    require(is_line(step.out) && !plan.selects, "a hidden state is one line a row");
+    require(is_line(step.out) && plan.has_all_rows(), "a hidden state is one line a row");
     require(plan.hidden_width == 0 || plan.hidden_width == buffer(step.out).width, "hidden states of two widths");
     plan.hidden_width = buffer(step.out).width;
     return {{}, {step.out}, true};
@@ -89,7 +91,7 @@ struct Plan::Checks {
 
   Access operator()(const PositionStep& step) const {
     check_alike(step.x, step.out);
-    require(step.x != step.out && !plan.selects, "positions added in place");
+    require(step.x != step.out && plan.has_all_rows(), "positions added in place");
     check_embedding(step.weight, step.out);
     require(step.weight.rows >= plan.limits.max_context_tokens, "fewer positions than the context has");
     return {{step.x}, {step.out}, true};
@@ -142,6 +144,16 @@ struct Plan::Checks {
     require(step.parts > 0 && step.channels > 0 && step.x != step.out, "channels copied in place");
     require(buffer(step.x).multiple == buffer(step.out).multiple, "as many lines");
     require(holds(step.x, step.x_start) && holds(step.out, step.out_start), "channels beyond their part");
+    return {{step.x}, {step.out}, true};
+  }
+
+  Access operator()(const GivenStep& step) const {
+    check_alike(step.x, step.out);
+    const int width = buffer(step.out).width;
+    require(is_line(step.x) && plan.has_all_rows() && step.level >= 0 && step.level < kMaxLevels, "given rows");
+    require(plan.given_width == 0 || plan.given_width == width, "given rows of two widths");
+    plan.given_width = width;
+    plan.given_levels = std::max(plan.given_levels, step.level + 1);
     return {{step.x}, {step.out}, true};
   }
 
@@ -254,8 +266,17 @@ struct Plan::Checks {
 
   Access operator()(const SelectStep& step) const {
     check_alike(step.x, step.out);
-    require(!plan.selects && step.x != step.out && is_line(step.x), "rows selected twice or in place");
+    require(plan.has_all_rows() && step.x != step.out && is_line(step.x), "rows selected twice or in place");
     plan.selects = true;
+    return {{step.x}, {step.out}, true};
+  }
+
+  Access operator()(const MergeStep& step) const {
+    const int64_t width = int64_t{buffer(step.x).width} * (step.is_mean ? 1 : step.factor);
+    require(!plan.selects && step.x != step.out && is_line(step.x) && is_line(step.out), "rows merged in place");
+    require(step.factor > 0 && step.factor <= kMaxMerged / plan.merged, "too many rows merged");
+    require(buffer(step.out).width == width, "merged rows of another width");
+    plan.merged *= step.factor;
     return {{step.x}, {step.out}, true};
   }
 
@@ -321,13 +342,15 @@ struct Plan::Checks {
     for (BufferId id : reads) require(is_line(id) && id != step.out, "attention in place");
     for (size_t i = 1; i < reads.size(); i++)
       require(buffer(reads[i]).width == step.kv_heads * step.head_dim, "key and value width");
-    require(is_line(step.out) && !plan.selects, "one line a row");
+    require(is_line(step.out) && plan.has_all_rows(), "one line a row");
     require(std::isfinite(step.scale), "an attention scale that is no number");
     require(std::isfinite(step.soft_cap) && step.soft_cap >= 0, "a soft cap that is no positive number");
     require(step.slopes.empty() || step.slopes.size() == static_cast<size_t>(step.heads), "a slope for each head");
     require(step.sinks.empty() || step.sinks.size() == static_cast<size_t>(step.heads), "a sink for each head");
     for (float slope : step.slopes) require(std::isfinite(slope), "a slope that is no number");
     require(step.window > 0 && (step.causal || !step.chunked), "an attention window of nothing");
+    require(!step.grouped || (!step.causal && step.window == std::numeric_limits<int>::max()),
+            "attention of groups with a window");
     if (shape.windowed) plan.window = std::max(plan.window, step.window);
     for (const auto& rotation : {step.rotate_q, step.rotate_k})
       if (rotation) check_rotation(*rotation, step.head_dim);
@@ -336,7 +359,7 @@ struct Plan::Checks {
 
   void check_state(int layer, int64_t floats) const {
     const KvShape& shape = at(layer, plan.kv_layers, "unknown layer of KV memory");
-    require(!plan.selects, "a state of the wanted rows alone");
+    require(plan.has_all_rows(), "a state of the wanted rows alone");
     require(shape.state_floats == floats, "a state of another size");
   }
 

@@ -15,6 +15,24 @@ std::vector<RotationTable> tables_of(const Plan& plan) {
   return tables;
 }
 
+std::vector<std::vector<float>> section_angles_of(const Plan& plan) {
+  std::vector<std::vector<float>> found;
+  for (const RotationAngles& angles : plan.rotations)
+    found.emplace_back(angles.sections.empty() ? 0 : static_cast<size_t>(plan.limits.max_tokens) * angles.floats());
+  return found;
+}
+
+// Of a batch with rope positions: each pair's angle is that of its section's position.
+void set_section_angles(const Batch& batch, const RotationAngles& angles, const RotationTable& table, float* out) {
+  const size_t pairs = static_cast<size_t>(angles.pairs()), rows = static_cast<size_t>(batch.rows());
+  for (size_t row = 0; row < rows; row++, out += 2 * pairs)
+    for (size_t i = 0; i < pairs; i++) {
+      const float* from = table.row(batch.rope_positions[static_cast<size_t>(angles.sections[i]) * rows + row]);
+      out[i] = from[i];
+      out[pairs + i] = from[pairs + i];
+    }
+}
+
 std::vector<Tiling> tilings_of(const Plan& plan) {
   std::vector<Tiling> tilings;
   for (const PlannedStep& planned : plan.steps)
@@ -34,7 +52,7 @@ size_t joins_at_of(const Plan& plan) {
     const auto* step = std::get_if<AttentionStep>(&planned.step);
     return step != nullptr && !step->causal;
   };
-  if (plan.has_states || !plan.parts.empty() || std::ranges::any_of(plan.steps, looks_ahead)) return 0;
+  if (plan.has_states || plan.merged > 1 || !plan.parts.empty() || std::ranges::any_of(plan.steps, looks_ahead)) return 0;
   size_t found = 0;
   for (size_t i = 0; i < plan.steps.size() && !std::holds_alternative<SelectStep>(plan.steps[i].step); i++)
     if (std::holds_alternative<GatherStep>(plan.steps[i].step)) found = i + 1;
@@ -116,7 +134,10 @@ void set_band(Band& band, const Batch& batch, int first, int end) {
 
 void Stage::set_batch(const Batch& batch) {
   whole.batch = batch;
-  const int rows = batch.rows(), count = joins_at > 0 && gatherer != nullptr ? bands_of(rows, gatherer->bands()) : 1;
+  for (size_t i = 0; i < rotations.size() && !batch.rope_positions.empty(); i++)
+    if (!section_angles[i].empty()) set_section_angles(batch, plan.rotations[i], rotations[i], section_angles[i].data());
+  const bool has_bands = joins_at > 0 && gatherer != nullptr && batch.groups.empty();
+  const int rows = batch.rows(), count = has_bands ? bands_of(rows, gatherer->bands()) : 1;
   bands.resize(count > 1 ? static_cast<size_t>(count) : 0);
   for (int at = 0; Band& band : bands) {
     const int first = band_border(rows, count, at);
@@ -231,6 +252,7 @@ Stage::Stage(Plan given, const Level& level, int threads, const Stage* shares_kv
       workspace(plan, threads),
       kv(kv_of(plan, shares_kv)),
       rotations(tables_of(plan)),
+      section_angles(section_angles_of(plan)),
       whole{0, {}, tilings_of(plan), {}},
       next_matmul(next_matmul_of(plan)),
       joins_at(joins_at_of(plan)) {
@@ -253,7 +275,7 @@ int Executor::run(const Batch& batch) {
   stage_.ends_at.store(std::numeric_limits<int>::max(), std::memory_order_relaxed);
   pool_.run(work, batch.rows());
   if (stage_.failure) std::rethrow_exception(std::exchange(stage_.failure, nullptr));
-  return stage_.plan.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
+  return stage_.plan.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows() / stage_.plan.merged;
 }
 
 int Executor::capacity(BufferId id) const {
@@ -264,13 +286,16 @@ int Executor::capacity(BufferId id) const {
 size_t Executor::workspace_bytes() const {
   size_t bytes = stage_.workspace.bytes();
   for (const RotationTable& table : stage_.rotations) bytes += table.bytes();
+  for (const std::vector<float>& angles : stage_.section_angles) bytes += angles.size() * sizeof(float);
   return bytes;
 }
 
 size_t workspace_bytes(const Plan& plan, int threads) {
   size_t bytes = Workspace(plan, threads).bytes();
-  for (const RotationAngles& angles : plan.rotations)
-    bytes += static_cast<size_t>(plan.limits.max_context_tokens) * 2 * angles.frequencies.size() * sizeof(float);
+  for (const RotationAngles& angles : plan.rotations) {
+    const int rows = plan.limits.max_context_tokens + (angles.sections.empty() ? 0 : plan.limits.max_tokens);
+    bytes += static_cast<size_t>(rows) * angles.floats() * sizeof(float);
+  }
   return bytes;
 }
 

@@ -23,6 +23,14 @@ struct StateTables {
   std::span<const int32_t> before, starts, rows, blocks;
 };
 
+// Rows that are given instead of computed, such as those of an image: for each of `rows`, ascending, `width` numbers, which
+// have a part for each level.
+struct GivenTable {
+  std::span<const int32_t> rows;
+  const float* values = nullptr;  // [rows][width]
+  int width = 0;
+};
+
 // One microbatch as run() is given it.
 // Rows sequence_starts[s] .. sequence_starts[s + 1] belong to sequence s, at consecutive positions; position p lives in
 // KV block block_tables[table_starts[s] + p / 16], and in windowed layers in window_tables[the same], which is -1 where
@@ -37,6 +45,9 @@ struct Batch {
   std::span<const int32_t> output_rows;
   const float* hidden;  // [rows][hidden width]; null where the stage reads none
   StateTables states = {};
+  std::span<const int32_t> rope_positions = {};  // [sections][rows]; empty: `positions` in each
+  std::span<const int32_t> groups = {};  // [rows][2] positions [start, end) of a row's group; empty: each row is one
+  GivenTable given = {};
 
   int rows() const { return static_cast<int>(positions.size()); }
   int sequences() const { return static_cast<int>(sequence_starts.size()) - 1; }
@@ -115,11 +126,20 @@ struct Stage {
   // What the next run computes.
   void set_batch(const Batch& batch);
 
+  // Cosines and sines of a row of the run, as RotationTable has them.
+  const float* angles(int table, int row) const {
+    const std::vector<float>& own = section_angles[static_cast<size_t>(table)];
+    const RotationTable& all = rotations[static_cast<size_t>(table)];
+    if (own.empty() || whole.batch.rope_positions.empty()) return all.row(whole.batch.positions[row]);
+    return own.data() + static_cast<size_t>(row) * 2 * static_cast<size_t>(all.pairs());
+  }
+
   const Plan plan;
   const Level& level;
   Workspace workspace;
   const std::shared_ptr<const KvCache> kv;
   const std::vector<RotationTable> rotations;
+  std::vector<std::vector<float>> section_angles;  // [max_tokens][2 * pairs] of each rotation that has sections
   Band whole;               // of this run, with all rows
   std::vector<Band> bands;  // with some of them; empty where they are computed together
   const std::vector<const MatmulStep*> next_matmul;  // for each step

@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kMaxWidth = 1 << 24;
 constexpr int kMaxStateFloats = 1 << 26;
+constexpr int kMaxSections = 16;
 constexpr double kMaxAngle = 4e6;  // of sincos_double
 
 // Of skipped steps, others read sums alone.
@@ -56,6 +57,11 @@ int Plan::add_rotation(RotationAngles angles) {
   for (const double frequency : angles.frequencies)
     require(std::abs(frequency) * limits.max_context_tokens <= kMaxAngle, "rotation angles out of range");
   require(std::isfinite(angles.scale), "a rotation scale that is no number");
+  require(angles.sections.empty() || angles.sections.size() == angles.frequencies.size(), "a section for each pair");
+  for (const int section : angles.sections) {
+    require(section >= 0 && section < kMaxSections, "a section of rope positions out of range");
+    sections = std::max(sections, section + 1);
+  }
   rotations.push_back(std::move(angles));
   return static_cast<int>(rotations.size()) - 1;
 }
@@ -123,7 +129,7 @@ void Plan::add(Step step) {
             "a buffer written by both kinds of steps");
     require(!buffer(id).outputs_only || selects, "a buffer for wanted rows written before they are selected");
   }
-  const bool is_select = std::holds_alternative<SelectStep>(step);
+  const bool is_select = std::holds_alternative<SelectStep>(step) || std::holds_alternative<MergeStep>(step);
   const Sync before = sync_before(access, is_select || in_place);
   after_shared_ = after_shared_ || in_place;  // no thread reads what another is still writing
   steps.push_back({std::move(step), before, access.row_by_row && !is_select, adapter_});

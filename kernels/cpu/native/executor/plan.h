@@ -119,6 +119,11 @@ struct CopyChannelsStep {  // of each part of a line of x channels [x_start, x_s
   BufferId x, out;
   int parts, x_start, out_start, channels;
 };
+struct GivenStep {  // out = the row's part `level` of the given rows, or x and that; of rows that are not given, x
+  BufferId x, out;
+  int level;
+  bool adds;
+};
 struct MixStep {  // part i of out = that of y + the sum over j of (coefficients[i][j] + offset) * part j of x, of `width`
                   // channels each; those before `first` are copied
   BufferId x, y, out;
@@ -205,6 +210,11 @@ struct CombineStep {  // out = sum over ranks of weight * x[rank], or of x[rank]
 struct SelectStep {  // from all rows to the wanted ones
   BufferId x, out;
 };
+struct MergeStep {  // each line of out = `factor` lines of x one after the other, or their mean; later steps have only these
+  BufferId x, out;
+  int factor;
+  bool is_mean;
+};
 struct OutputStep {  // a copy for the caller, into a buffer that no other step writes
   BufferId x, out;
 };
@@ -254,6 +264,7 @@ struct AttentionStep {
   bool chunked;               // or of those only positions from its own multiple of window on
   std::optional<Rotation> rotate_q, rotate_k;
   bool causal;  // else a row sees those behind it, too, with a window at most window / 2 on either side
+  bool grouped;  // or exactly its group. Of causal attention, a row also sees its group's positions behind it
   std::vector<float> sinks;  // a score without a value, one a query head; empty: none
   bool stores() const { return k >= 0; }
 };
@@ -295,9 +306,9 @@ struct GatherStep {  // out = the columns of all members of a group, of which x 
 
 using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, AddRowStep, RopeStep,
                           ElementwiseStep, AddAdaptedStep, PositionScaleStep, CopyChannelsStep, SigmoidGateStep,
-                          MixStep, MagnitudeStep, TopKStep, ChannelScaleStep,
+                          GivenStep, MixStep, MagnitudeStep, TopKStep, ChannelScaleStep,
                           DecayStep, QuantizeStep, PackStep, UnpackStep, ChooseStep, ExpertRowStep, PlaceExpertsStep,
-                          WeighStep, CombineStep, SelectStep, OutputStep, MatmulStep, ExpertsStep, HeadsStep,
+                          WeighStep, CombineStep, SelectStep, MergeStep, OutputStep, MatmulStep, ExpertsStep, HeadsStep,
                           AttentionStep, ConvolveStep, DeltaRuleStep, ScanStep, GatherStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
@@ -312,10 +323,13 @@ struct PlannedStep {
 
 inline constexpr int kMaxAdapters = 32;
 
-// angle(position, i) = position * frequencies[i]; cos and sin are multiplied by `scale`.
+// angle(position, i) = position * frequencies[i]; cos and sin are multiplied by `scale`. Pair i turns by the position in
+// section sections[i] of a batch's rope positions, if there are both.
 struct RotationAngles {
   std::vector<double> frequencies;
   double scale;
+  std::vector<int> sections = {};
+  size_t floats() const { return 2 * frequencies.size(); }
   int pairs() const { return static_cast<int>(frequencies.size()); }
 };
 
@@ -367,6 +381,11 @@ class Plan {
   int gathers = 0;       // > 0: it is a group's member, which needs a gatherer
   bool has_states = false;
   bool selects = false;  // the result has lines for the wanted rows only
+  int merged = 1;        // rows that become one row of the result
+  int sections = 0;      // at least so many sections of rope positions are read
+  int given_width = 0;   // of a part of given rows; 0: none are read
+  int given_levels = 0;  // at least so many parts
+  bool has_all_rows() const { return !selects && merged == 1; }
 
  private:
   const Buffer& buffer(BufferId id) const;

@@ -81,10 +81,10 @@ struct RowStep {
   }
 
   void operator()(const RopeStep& step) const {
-    const RotationTable& table = worker.stage_.rotations[step.rotation.table];
-    const float* angles = table.row(batch().positions[row]);
+    const int pairs = worker.stage_.rotations[step.rotation.table].pairs();
+    const float* angles = worker.angles(step.rotation.table, row);
     for (int i = 0; i < step.heads * step.head_dim; i += step.head_dim)
-      vector().rope(line(step.x) + i, angles, table.pairs(), step.head_dim, step.rotation.style, line(step.out) + i);
+      vector().rope(line(step.x) + i, angles, pairs, step.head_dim, step.rotation.style, line(step.out) + i);
   }
 
   void operator()(const ElementwiseStep& step) const {
@@ -111,6 +111,21 @@ struct RowStep {
     float* to = line(step.out) + step.out_start;
     for (int i = 0; i < x.multiple * step.parts; i++, from += x.width / step.parts, to += out.width / step.parts)
       memcpy(to, from, static_cast<size_t>(step.channels) * sizeof(float));
+  }
+
+  // Rows are found by their numbers in the run.
+  void operator()(const GivenStep& step) const {
+    const GivenTable& given = batch().given;
+    const int32_t own = worker.band_->first + row;
+    const auto found = std::ranges::lower_bound(given.rows, own);
+    const int width = worker.line_width(step.out);
+    if (found == given.rows.end() || *found != own) {
+      if (step.out != step.x) copy(line(step.x), step.out);
+      return;
+    }
+    const float* from = given.values + (found - given.rows.begin()) * given.width + step.level * width;
+    if (step.adds) return vector().elementwise(RowOp::add, line(step.x), from, 0, width, line(step.out));
+    copy(from, step.out);
   }
 
   void operator()(const MixStep& step) const {
@@ -272,6 +287,26 @@ void Worker::execute(const SelectStep& step) {
   for (int row = rows.begin; row < rows.end; row++) {
     const size_t from = static_cast<size_t>(batch().output_rows[row]);
     memcpy(line(step.out, row), x + from * width, width * sizeof(float));
+  }
+}
+
+void Worker::execute(const MergeStep& step) {
+  const float* x = line(step.x, 0);
+  const int width = line_width(step.x);
+  set_rows(rows_ / step.factor);
+  const Range rows = own_rows();
+  x += int64_t{rows.begin} * step.factor * width;
+  for (int row = rows.begin; row < rows.end; row++) {
+    float* out = line(step.out, row);
+    for (int i = 0; i < step.factor; i++, x += width) {
+      const bool adds = step.is_mean && i > 0;
+      if (adds)
+        stage_.level.vector.elementwise(RowOp::add, out, x, 0, width, out);
+      else
+        memcpy(out + (step.is_mean ? 0 : i * width), x, static_cast<size_t>(width) * sizeof(float));
+    }
+    if (step.is_mean)
+      stage_.level.vector.elementwise(RowOp::scale, out, out, 1.0f / static_cast<float>(step.factor), width, out);
   }
 }
 

@@ -66,6 +66,7 @@ class Worker {
 
   // Steps of their own.
   void execute(const SelectStep& step);
+  void execute(const MergeStep& step);
   void execute(const MatmulStep& step);
   void execute(const ExpertsStep& step);
   void execute(const HeadsStep& step);
@@ -103,6 +104,7 @@ class Worker {
   int line_width(BufferId id) const { return buffer(id).width * buffer(id).multiple; }
 
   const Batch& batch() const { return band_->batch; }
+  const float* angles(int table, int row) const { return stage_.angles(table, band_->first + row); }
 
   // A row's lines: this thread's own copy where it does all rows for itself.
   float* line(BufferId id, int row) const {

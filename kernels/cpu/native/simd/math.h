@@ -83,6 +83,9 @@ ELEMENTARY F32x16 gelu_tanh(F32x16 x) {
 // x / (1 + e^-x)
 ELEMENTARY F32x16 silu(F32x16 x) { return div(x, add(broadcast(1.0f), exp(sub(zero(), x)))); }
 
+// x / (1 + e^(-1.702 x))
+ELEMENTARY F32x16 gelu_quick(F32x16 x) { return div(x, add(broadcast(1.0f), exp(mul(x, broadcast(-1.702f))))); }
+
 // max(x, 0)^2; NaN of NaN
 ELEMENTARY F32x16 relu_squared(F32x16 x) {
   const F32x16 positive = max(zero(), x);  // the second operand wins where one is NaN

@@ -6,6 +6,7 @@
 #include "span.cuh"
 
 namespace llamaclust::cuda {
+inline namespace SEEN_NAMESPACE {
 
 // C channels at a time.
 template <int TQ, int C>
@@ -150,4 +151,5 @@ DEVICE void add_values(const Span<Int8Kv, TQ>& span) {
   for (int channel = 0; channel < span.step.head_dim; channel += 128) ByteValues<TQ, 128>{span, channel}.run();
 }
 
+}  // namespace SEEN_NAMESPACE
 }  // namespace llamaclust::cuda

@@ -4,6 +4,7 @@
 #include "span.cuh"
 
 namespace llamaclust::cuda {
+inline namespace SEEN_NAMESPACE {
 
 // Float32 [channels, filled up to whole chunks of keys][TQ]; others are zero.
 template <int TQ>
@@ -53,4 +54,5 @@ DEVICE void load_queries(const Span<Kv, TQ>& span, int32_t* to) {
   });
 }
 
+}  // namespace SEEN_NAMESPACE
 }  // namespace llamaclust::cuda

@@ -7,6 +7,7 @@
 #include "math.cuh"
 
 namespace llamaclust::cuda {
+inline namespace SEEN_NAMESPACE {
 
 inline constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 // Scores [queries][kSpanTokens]: neighbouring queries are four banks apart.
@@ -58,18 +59,21 @@ struct Span {
     return step.q + (row(query) * step.heads + head_of(query)) * step.head_dim;
   }
   DEVICE bool sees(int query) const { return queries.ends[query] > queries.firsts[query]; }
-  DEVICE bool begins(int query) const { return step.window.first_seen(position(query)) / kSpanTokens == span; }
-  DEVICE bool ends(int query) const { return position(query) / kSpanTokens == span; }
+  DEVICE int first_seen(int query) const { return step.window.first_seen(row(query), position(query)); }
+  DEVICE int end_seen(int query) const { return step.window.end_seen(row(query), position(query)); }
+  DEVICE bool begins(int query) const { return first_seen(query) / kSpanTokens == span; }
+  DEVICE bool ends(int query) const { return (end_seen(query) - 1) / kSpanTokens == span; }
 
   // Positions of the span, from its start, that some query sees, and that all see.
   DEVICE int within(int position) const {
     const int at = position - start();
     return at < 0 ? 0 : at < kSpanTokens ? at : kSpanTokens;
   }
-  DEVICE int first() const { return within(step.window.first_seen(from)); }
-  DEVICE int end() const { return within(last() + 1); }
-  DEVICE int all_first() const { return within(step.window.first_seen(last())); }
-  DEVICE int all_end() const { return within(from + 1); }
+  DEVICE int last_row() const { return item.row + item.rows - 1; }
+  DEVICE int first() const { return within(step.window.first_seen(item.row, from)); }
+  DEVICE int end() const { return within(step.window.end_seen(last_row(), last())); }
+  DEVICE int all_first() const { return within(step.window.first_seen(last_row(), last())); }
+  DEVICE int all_end() const { return within(step.window.end_seen(item.row, from)); }
 
   DEVICE const uint8_t* piece(int at) const {
     const int block = queries.blocks[at / kBlockTokens];
@@ -82,8 +86,8 @@ struct Span {
       queries.blocks[i] = step.tables[item.table + span * kSpanBlocks + i];
     if (i >= TQ) return;
     const bool there = i < count();
-    const int first = there ? within(step.window.first_seen(position(i))) : 0;
-    const int end = there ? within(position(i) + 1) : 0;
+    const int first = there ? within(first_seen(i)) : 0;
+    const int end = there ? within(end_seen(i)) : 0;
     queries.firsts[i] = first < end ? first : 0;
     queries.ends[i] = first < end ? end : 0;
   }
@@ -96,8 +100,8 @@ struct Span {
       float& score = scores[query * kScoreStride + at];
       if (step.soft_cap > 0) score = soft_cap(score, step.soft_cap);
       if (step.slopes != nullptr) {
-        const float ahead = __int2float_rn(start() + at - position(query));
-        score = fma(step.slopes[head_of(query)], ahead, score);
+        const float away = __int2float_rn(Window::away(start() + at - position(query)));
+        score = fma(step.slopes[head_of(query)], away, score);
       }
     }
   }
@@ -222,14 +226,16 @@ DEVICE void attend(const Step& step, const Work& work, int kind, const Share& sh
   }
 }
 
+}  // namespace SEEN_NAMESPACE
+
 #define ATTENTION_ARGUMENTS                                                                                           \
   int32_t *plan, int32_t max_rows, int32_t slots, const int32_t *tables, const float *q,                              \
       uint8_t *kv, const float *slopes, const float *sinks, int32_t heads, int32_t kv_heads, int32_t head_dim,        \
       int32_t value_dim, int32_t piece_bytes, int32_t window, int32_t chunked, float scale, float soft_cap,           \
-      float *partials, float *out
+      float *partials, float *out SEEN_ARGUMENTS
 #define ATTENTION_STEP                                                                                                \
   {tables, q, kv, slopes, sinks, partials, out, heads, kv_heads, head_dim, value_dim, piece_bytes, slots,  \
-   {window, chunked}, scale, soft_cap}
+   {window, chunked SEEN_VALUES}, scale, soft_cap}
 
 // A kernel for tiles of up to TQ queries; `stage` floats after the scores' begin there is room for values, which
 // add_values(span) computes and keeps.

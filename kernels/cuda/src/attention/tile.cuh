@@ -236,4 +236,10 @@ DEVICE int scores_floats(Scores, int head_dim) {
 
 }  // namespace
 
+// Grid: (any number of blocks, KV heads times parts of TQ query heads that share one), blocks of 256. A tile has TQ
+// divided by these heads rows, one at least (attention_rows.plan's tile_rows).
+#define TILE(kv_name, TQ, Kv, Scores)                                                                                 \
+  ATTENTION_KERNEL(tile_##kv_name##_##TQ, TQ, Kv, Scores, Work::kMany, scores_floats<TQ>(Scores<TQ>{}, head_dim), \
+                   add_values<1>)
+
 }  // namespace llamaclust::cuda

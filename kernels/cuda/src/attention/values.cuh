@@ -5,6 +5,7 @@
 #include "span.cuh"
 
 namespace llamaclust::cuda {
+inline namespace SEEN_NAMESPACE {
 
 // C channels at a time, of BLOCKS blocks.
 template <class Kv, int TQ, int BLOCKS, int C>
@@ -193,4 +194,5 @@ DEVICE void add_values(const Span<Kv, TQ>& span) {
   for (int channel = 0; channel < span.step.head_dim; channel += 128) Values<Kv, TQ, BLOCKS, 128>{span, channel}.run();
 }
 
+}  // namespace SEEN_NAMESPACE
 }  // namespace llamaclust::cuda

@@ -64,15 +64,57 @@ struct SinkFactors {
   static DEVICE float value(float before, float keep, float gain) { return fma(0.0f, gain, mul(before, keep)); }
 };
 
-// What a row sees: its own position and the `length` - 1 before it; or, if `chunked`, those from the last multiple of
-// `length` on.
+// The first position that a row of causal attention sees: it sees its own one and the `length` - 1 before it; or, if
+// `chunked`, those from the last multiple of `length` on.
+DEVICE int first_in_window(int position, int length, int chunked) {
+  if (chunked != 0) return position / length * length;
+  return position - length + 1 > 0 ? position - length + 1 : 0;
+}
+
+// Which positions a row sees, from the first one to the end. Rows that see later positions have kernels of their own
+// (grouped.cu): what depends on this is in a namespace of the same name.
+#ifndef LLAMACLUST_GROUPS
+#define SEEN_NAMESPACE causal
+#define SEEN_ARGUMENTS
+#define SEEN_VALUES
+inline namespace SEEN_NAMESPACE {
+
 struct Window {
   int length, chunked;
 
-  DEVICE int first_seen(int position) const {
-    if (chunked != 0) return position / length * length;
-    return position - length + 1 > 0 ? position - length + 1 : 0;
-  }
+  DEVICE int first_seen(int, int position) const { return first_in_window(position, length, chunked); }
+  DEVICE int end_seen(int, int position) const { return position + 1; }
+  // From an own position to `ahead` positions behind it, the negative distance.
+  DEVICE static int away(int ahead) { return ahead; }
 };
+
+}  // namespace SEEN_NAMESPACE
+#else
+#define SEEN_NAMESPACE grouped
+#define SEEN_ARGUMENTS , const int32_t *seen, int32_t sees
+#define SEEN_VALUES , seen, sees
+inline namespace SEEN_NAMESPACE {
+
+// `seen` has four numbers of each row: its group's first position and end, its sequence's end in the microbatch, 0.
+struct Window {
+  int length, chunked;
+  const int32_t* seen;
+  int sees;
+
+  static constexpr int kGroup = 1, kSequence = 2;  // else causal, and all of the group
+
+  DEVICE int first_seen(int row, int position) const {
+    if (sees == kSequence) return 0;
+    return sees == kGroup ? seen[4 * row] : first_in_window(position, length, chunked);
+  }
+  DEVICE int end_seen(int row, int position) const {
+    const int end = seen[4 * row + (sees == kSequence ? 2 : 1)];
+    return end > position ? end : position + 1;
+  }
+  DEVICE static int away(int ahead) { return ahead > 0 ? -ahead : ahead; }
+};
+
+}  // namespace SEEN_NAMESPACE
+#endif
 
 }  // namespace llamaclust::cuda

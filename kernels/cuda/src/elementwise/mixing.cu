@@ -34,6 +34,20 @@ KERNEL(256, mix, const float* __restrict__ x, const float* y, const float* __res
   }
 }
 
+// out[row] = the sum of `count` parts of x[row], in their order, times `share`. Grid: that of out, which is not x, as above.
+KERNEL(256, mean_parts, const float* __restrict__ x, int32_t count, float share, int32_t width, const int32_t* rows,
+       float* __restrict__ out) {
+  const int row = blockIdx.y;
+  if (row >= *rows) return;
+  x += line(row, count * width), out += line(row, width);
+  for (int i = kPiece * blockIdx.x + threadIdx.x, k = 0; k < 4; i += 256, k++) {
+    if (i >= width) return;
+    float total = x[i];
+    for (int part = 1; part < count; part++) total = add(total, x[part * width + i]);
+    out[i] = mul(total, share);
+  }
+}
+
 // Each of the `parts` of x, which are as wide as y, times the root of y's mean square over its own, which is at least
 // epsilon; out may be x. A warp for a part. Grid: (parts / 8 rounded up, rows), blocks of 256.
 KERNEL(256, match_magnitude, const float* x, const float* __restrict__ y, float epsilon, int32_t parts, int32_t width,

@@ -17,6 +17,18 @@ KERNEL(64, rotation, const int32_t* __restrict__ positions, const double* __rest
   rotation[line(row, 2 * pairs) + pairs + i] = static_cast<float>(sine * scale);
 }
 
+// Likewise, of pairs that turn by positions[sections[i]][row]. A section of positions has max_rows numbers.
+KERNEL(64, rotation_in_sections, const int32_t* __restrict__ positions, int32_t max_rows,
+       const int32_t* __restrict__ sections, const double* __restrict__ frequencies, double scale, int32_t pairs,
+       const int32_t* rows, float* __restrict__ rotation) {
+  const int row = blockIdx.y, i = 64 * blockIdx.x + threadIdx.x;
+  if (row >= *rows || i >= pairs) return;
+  double sine, cosine;
+  sine_and_cosine(positions[line(sections[i], max_rows) + row] * frequencies[i], sine, cosine);
+  rotation[line(row, 2 * pairs) + i] = static_cast<float>(cosine * scale);
+  rotation[line(row, 2 * pairs) + pairs + i] = static_cast<float>(sine * scale);
+}
+
 // x[row] in place: of each head the pairs (2i, 2i + 1), or (i, i + pairs) where neox; channels after them stay. Grid:
 // (heads * pairs / 256 rounded up, rows), blocks of 256.
 KERNEL(256, rope, float* __restrict__ x, const float* __restrict__ rotation, int32_t heads, int32_t head_dim,

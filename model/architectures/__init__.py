@@ -78,6 +78,7 @@ ARCHITECTURES: Mapping[str, Callable[[EncoderBuilder], None]] = MappingProxyType
         "phi3": phi3.phi3,
         "qwen2": qwen.qwen2,
         "qwen2moe": qwen.qwen2moe,
+        "qwen2vl": qwen.qwen2vl,
         "qwen3": qwen.qwen3,
         "qwen35": recurrent_qwen.qwen35,
         "qwen35moe": recurrent_qwen.qwen35moe,

@@ -42,7 +42,7 @@ class Norms(StrEnum):
 class AttentionVariant:
     """Options of an attention block. Without `table` nothing is rotated. `scale` is 1 / sqrt(head_dim) by default.
     `window`, `chunked`, `soft_cap` and `slopes` are those of `Attention`. `sinks`: the layer has a tensor of sinks.
-    `temperature`: the arguments of a `PositionScale` of queries."""
+    `temperature`: the arguments of a `PositionScale` of queries. `sections`: those of `Rope`."""
 
     style: RopeStyle = RopeStyle.NEOX
     table: RopeTable | None = None
@@ -55,6 +55,7 @@ class AttentionVariant:
     sinks: bool = False
     temperature: tuple[float, int] | tuple[float, int, int] | None = None
     chunked: bool = False
+    sections: tuple[int, ...] | None = None
 
 
 class ProgramBuilder(CheckedTensors):
@@ -132,6 +133,7 @@ class ProgramBuilder(CheckedTensors):
         self._steps.append(steps.Embed(embedded, self.weight(EMBEDDING, shape)))
         if factor != 1.0:
             self._steps.append(steps.Scale(embedded, embedded, factor))
+        self._steps.append(steps.GivenRows(embedded, embedded))
         if positions:
             self._add_positions(embedded, self._hidden)
 
@@ -204,6 +206,10 @@ class ProgramBuilder(CheckedTensors):
             raise self.keys.error("attention.head_count_kv", f"0 in layer {layer}, which has attention")
         return count
 
+    def add_given(self, level: int) -> None:
+        """hidden += a level of the given rows."""
+        self._steps.append(steps.GivenRows(self._hidden, self._hidden, level, adds=True))
+
     def append(self, added: Iterable[steps.Step]) -> None:
         self._steps += added
 
@@ -253,7 +259,8 @@ class ProgramBuilder(CheckedTensors):
             self._steps.append(steps.PositionScale(query, query, *variant.temperature))
         if variant.table is not None:
             for _, x, heads in parts:
-                self._steps.append(steps.Rope(x, heads, hp.key_length, variant.style, variant.table))
+                rope = steps.Rope(x, heads, hp.key_length, variant.style, variant.table, variant.sections)
+                self._steps.append(rope)
         if norms is HeadNorms.PER_HEAD_AFTER_ROPE:
             self._norm_heads(prefix, parts)
         if norms is HeadNorms.UNIT_AFTER_ROPE:

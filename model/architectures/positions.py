@@ -75,9 +75,11 @@ def yarn_score_scale(rope: RopeParameters, multiplier: float, width: int) -> flo
         return float(magnitude * magnitude / Decimal(width).sqrt())
 
 
-def check_sections(keys: ModelKeys, pairs: int) -> None:
-    """Checks the sections by which some pairs turn with a picture's height and width. Text has its position in all
-    sections, so its pairs turn as without them. Raises ModelFileError for missing sections or too many pairs."""
+def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[int, ...]:
+    """Returns the section of each pair: time, height or width (0, 1, 2), or the file's fourth. Sections are runs of
+    pairs; if `interleaved`, they take turns, each as often as its number of pairs. Pairs of no section turn by time.
+    (llama.cpp turns them by the fourth section. In existing models, these pairs turn very slowly.) Text has its
+    position in all sections. Raises ModelFileError for missing sections or too many pairs."""
     key = _SECTIONS_KEY
     sections = keys.integers(key)
     if len(sections) < _LEAST_SECTIONS:
@@ -85,6 +87,10 @@ def check_sections(keys: ModelKeys, pairs: int) -> None:
     if min(sections) < 0 or sum(sections) > pairs:
         what = f"{shown(str(list(sections)))}, together {sum(sections)}; expected non-negative numbers"
         raise keys.error(key, f"{what} with a sum of at most {pairs} (rotated pairs)")
+    if interleaved:
+        return tuple(i % 3 if i < 3 * sections[i % 3] else 0 for i in range(pairs))
+    runs = [section for section, count in enumerate(sections) for _ in range(count)]
+    return *runs, *(0 for _ in range(pairs - len(runs)))
 
 
 @lru_cache(maxsize=64)

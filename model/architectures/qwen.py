@@ -1,11 +1,13 @@
-"""Qwen: qwen2, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. LLaMA with rotations of channels half a head apart. A
-window in the file is ignored: the models turn it off (`use_sliding_window`), for which GGUF has no key."""
+"""Qwen: qwen2, qwen2vl, qwen2moe, qwen3, qwen3moe, qwen3vl, qwen3vlmoe. LLaMA with rotations of channels half a head
+apart. A window in the file is ignored: the models turn it off (`use_sliding_window`), for which GGUF has no key."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llamaclust.model.architectures.experts import ExpertsVariant
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
-from llamaclust.model.architectures.positions import check_sections
+from llamaclust.model.architectures.positions import rope_sections
 from llamaclust.model.steps.options import ExpertOptions, RopeStyle
 
 _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
@@ -13,10 +15,19 @@ _BIASES = ("attn_q.bias", "attn_k.bias", "attn_v.bias")
 
 def qwen2(builder: ProgramBuilder) -> None:
     """Qwen 2 and 2.5: biases on q, k and v."""
-    table = builder.rope_table()
+    _qwen2_layers(builder, AttentionVariant(RopeStyle.NEOX, builder.rope_table()))
+
+
+def qwen2vl(builder: ProgramBuilder) -> None:
+    """The text of Qwen 2 VL and 2.5 VL: Qwen 2, whose pairs turn by sections."""
+    sections = rope_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2, interleaved=False)
+    _qwen2_layers(builder, AttentionVariant(RopeStyle.NEOX, builder.rope_table(), sections=sections))
+
+
+def _qwen2_layers(builder: ProgramBuilder, variant: AttentionVariant) -> None:
     for layer in builder.layers():
         builder.require(layer, *_BIASES)
-        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
+        builder.attention(layer, variant)
         builder.feed_forward(layer)
 
 
@@ -35,26 +46,50 @@ def qwen2moe(builder: ProgramBuilder) -> None:
 
 def qwen3(builder: ProgramBuilder) -> None:
     """Qwen 3: q and k are normed per head before the rotation. A reranker has a head of two rows, `yes` and `no`."""
-    table = builder.rope_table()
+    variant = _with_head_norms(builder)
     for layer in builder.layers(may_rank=True):
-        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD))
+        builder.attention(layer, variant)
         builder.feed_forward(layer)
 
 
 def qwen3moe(builder: ProgramBuilder) -> None:
     """Qwen 3 with experts in every layer. Their weights are normalized (`norm_topk_prob` in all these models)."""
-    table = builder.rope_table()
+    variant = _with_head_norms(builder)
     for layer in builder.layers():
-        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=HeadNorms.PER_HEAD))
+        builder.attention(layer, variant)
         builder.experts(layer, ExpertsVariant())
 
 
 def qwen3vl(builder: ProgramBuilder) -> None:
-    """Qwen 3 VL, text only, where it equals Qwen 3. (Images would add to the first layers.)"""
-    check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
-    qwen3(builder)
+    """The text of Qwen 3 VL: Qwen 3, whose pairs turn by sections in turn, and whose first layers add to the rows of
+    images."""
+    variant, levels = _with_sections(builder), _image_levels(builder)
+    for layer in builder.layers(may_rank=True):
+        builder.attention(layer, variant)
+        builder.feed_forward(layer)
+        if layer < levels:
+            builder.add_given(1 + layer)
 
 
 def qwen3vlmoe(builder: ProgramBuilder) -> None:
-    check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
-    qwen3moe(builder)
+    variant, levels = _with_sections(builder), _image_levels(builder)
+    for layer in builder.layers():
+        builder.attention(layer, variant)
+        builder.experts(layer, ExpertsVariant())
+        if layer < levels:
+            builder.add_given(1 + layer)
+
+
+def _with_head_norms(builder: ProgramBuilder) -> AttentionVariant:
+    return AttentionVariant(RopeStyle.NEOX, builder.rope_table(), head_norms=HeadNorms.PER_HEAD)
+
+
+def _with_sections(builder: ProgramBuilder) -> AttentionVariant:
+    sections = rope_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2, interleaved=True)
+    return replace(_with_head_norms(builder), sections=sections)
+
+
+def _image_levels(builder: ProgramBuilder) -> int:
+    """Returns the number of layers that add a level of the given rows."""
+    layers = builder.hyperparameters.block_count
+    return builder.keys.count("n_deepstack_layers", 0, minimum=0, maximum=layers)

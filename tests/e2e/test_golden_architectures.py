@@ -162,6 +162,7 @@ def error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
 
 def test_every_architecture_is_here() -> None:
     elsewhere = {"baichuan", "qwen2", "glm4", *ENCODERS}  # test_golden.py, test_convert_originals.py, test_encoders.py
+    elsewhere.add("qwen2vl")  # as qwen2: tests/model/test_image_sections.py
     assert {tiny.architecture for tiny in MODELS.values()} | elsewhere == set(ARCHITECTURES)
 
 

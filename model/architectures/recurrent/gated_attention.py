@@ -11,7 +11,9 @@ from llamaclust.model.program import Buffer, RopeTable
 from llamaclust.model.steps.options import ActivationFunction, RopeStyle
 
 
-def gated_attention(builder: ProgramBuilder, layer: int, table: RopeTable) -> Iterator[ir.Step]:
+def gated_attention(
+    builder: ProgramBuilder, layer: int, table: RopeTable, sections: tuple[int, ...] | None = None
+) -> Iterator[ir.Step]:
     """hidden += output(attention(rope(norm(q)), rope(norm(k)), v) * sigmoid(gate)), from the normed hidden state."""
     hp, prefix, kv_heads = builder.hyperparameters, f"blk.{layer}", builder.kv_heads(layer)
     hidden, normed, projected = (Buffer(name, hp.embedding_length) for name in ("hidden", "normed", "projected"))
@@ -27,7 +29,7 @@ def gated_attention(builder: ProgramBuilder, layer: int, table: RopeTable) -> It
         weight = builder.vector(f"{prefix}.attn_{name}_norm.weight", hp.key_length)
         yield ir.RmsNorm(x, x, weight, builder.rms_epsilon, heads)
     for _, x, heads in parts:
-        yield ir.Rope(x, heads, hp.key_length, RopeStyle.NEOX, table)
+        yield ir.Rope(x, heads, hp.key_length, RopeStyle.NEOX, table, sections)
     yield ir.Attention(
         query,
         key,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from llamaclust.model.architectures.experts import ExpertsVariant, read_experts
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.architectures.positions import check_sections
+from llamaclust.model.architectures.positions import rope_sections
 from llamaclust.model.architectures.recurrent.delta_net import delta_net, read_delta_net
 from llamaclust.model.architectures.recurrent.gated_attention import gated_attention
 from llamaclust.model.hyperparameters import read_block_count
@@ -24,22 +24,25 @@ def qwen3next(builder: ProgramBuilder) -> None:
 
 
 def qwen35(builder: ProgramBuilder) -> None:
-    check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     _layers(builder, lambda layer: builder.feed_forward(layer, norm=_FEED_FORWARD_NORM), tiled=True)
 
 
 def qwen35moe(builder: ProgramBuilder) -> None:
     """Qwen 3.5 with experts and a gated shared expert in every layer."""
-    check_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
     experts = _experts(builder)
     _layers(builder, lambda layer: builder.experts(layer, experts, norm=_FEED_FORWARD_NORM), tiled=True)
 
 
 def _layers(builder: ProgramBuilder, feed_forward: Callable[[int], None], *, tiled: bool) -> None:
-    net, table = read_delta_net(builder.keys, tiled=tiled), builder.rope_table()
+    net, table, sections = read_delta_net(builder.keys, tiled=tiled), builder.rope_table(), None
+    if tiled:  # those that read images
+        sections = rope_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2, interleaved=True)
     recurrent = _recurrent_layers(builder)
     for layer in builder.layers():
-        builder.append(delta_net(builder, layer, net) if recurrent[layer] else gated_attention(builder, layer, table))
+        if recurrent[layer]:
+            builder.append(delta_net(builder, layer, net))
+        else:
+            builder.append(gated_attention(builder, layer, table, sections))
         feed_forward(layer)
 
 

@@ -16,6 +16,8 @@ from llamaclust.model.quant_types import QuantType
 from support.models.tiny_quantizers import quantize
 from support.models.tiny_tokenizers import byte_level, sentencepiece
 
+_WITH_BIASES = ("qwen2", "qwen2vl")
+
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
@@ -58,7 +60,7 @@ def build_tiny_model(
     Matrices and embedding have `quant_type`, norms, biases and routers float32; `other_types` gives matrices another
     type by a part of their name. `tied` leaves out `output.weight`, `rope_factors` adds `rope_freqs.weight`, `experts`
     (2 of them used) replaces each feed-forward network, `extra` adds or overrides metadata. The tokenizer is
-    SentencePiece for `llama`, byte-level BPE for `qwen2`.
+    SentencePiece for `llama`, byte-level BPE for `qwen2` and `qwen2vl`.
     """
     shape = _Shape(architecture, hidden, layers, heads, kv_heads, ffn, vocabulary, experts, context)
     tensors = [*_ends(shape, tied, rope_factors)]
@@ -112,7 +114,7 @@ def _layer(shape: _Shape, name: str) -> Iterator[RandomTensor]:
     yield matrix(f"{name}.attn_k", kv_width, shape.hidden, gain=1.5)
     yield matrix(f"{name}.attn_v", kv_width, shape.hidden)
     yield matrix(f"{name}.attn_output", shape.hidden, shape.hidden)
-    if shape.architecture == "qwen2":
+    if shape.architecture in _WITH_BIASES:
         for part, width in (("attn_q", shape.hidden), ("attn_k", kv_width), ("attn_v", kv_width)):
             yield RandomTensor(f"{name}.{part}.bias", (width,), 0.2, exact=True)
     yield norm(f"{name}.ffn_norm", shape.hidden)
@@ -166,6 +168,6 @@ def _metadata(shape: _Shape) -> dict[str, WritableValue]:
         "general.architecture": shape.architecture,
         "general.name": "tiny random model",
     }
-    tokenizer = byte_level if shape.architecture == "qwen2" else sentencepiece
+    tokenizer = byte_level if shape.architecture in _WITH_BIASES else sentencepiece
     own = {f"{shape.architecture}.{key}": value for key, value in numbers.items()}
     return general | own | tokenizer(shape.vocabulary)

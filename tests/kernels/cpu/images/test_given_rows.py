@@ -13,10 +13,11 @@ from llamaclust.kernels.backend import Batch, Float32, GivenRows
 from llamaclust.model import program as ir
 from llamaclust.model.loader import Model
 from support.arithmetic.backends import BACKENDS
+from support.arithmetic.batches import LIMITS as MODEL_LIMITS
 from support.arithmetic.batches import batch_of, load_stage
 from support.arithmetic.conformance_cases import generator_of
 from support.arithmetic.single_steps import LIMITS, normal, program_of
-from support.models.tiny_architectures import VOCABULARY, build_architecture
+from support.models.tiny_architectures import MODELS, VOCABULARY, build_architecture
 
 WIDTH, LEVELS = 96, 3
 X, OUT, NEXT = (ir.Buffer(name, WIDTH) for name in ("x", "out", "next"))
@@ -94,7 +95,8 @@ def test_the_embeddings_of_tokens_give_the_bits_of_the_tokens(tmp_path: Path, na
         at = next(at for at, step in enumerate(program.steps) if isinstance(step, ir.GivenRows))
         first = program.steps[at]
         assert isinstance(first, ir.GivenRows)
-        stage = load_stage(BACKENDS[name](), model)
+        limits = replace(MODEL_LIMITS, max_context_tokens=min(1024, MODELS[architecture].context))
+        stage = load_stage(BACKENDS[name](), model, limits=limits)
         batch = batch_of([(tokens, range(40), range(3))])
         wanted = stage.run(batch, None).copy()
         embedding = ir.Program(0, 1, 2, program.hidden, first.x, program.steps[:at])

@@ -220,15 +220,15 @@ def test_an_encoder_of_images(tmp_path: Path, cpu: CpuBackend, cuda: CudaBackend
         ({"groups": np.zeros((3, 3), np.int32)}, r"groups are \[3, 3\]"),
         ({"rope_positions": np.zeros((2, 3), np.int32)}, r"rope positions are \[2, 3\]"),
         ({"rope_positions": np.full((3, 3), 1100, np.int32)}, "rope position is 1100"),
-        ({"given": GivenRows(np.array([1, 1], np.int32), np.zeros((2, 384), np.float32))}, "given row is 1"),
-        ({"given": GivenRows(np.array([3], np.int32), np.zeros((1, 384), np.float32))}, "given row is 3"),
-        ({"given": GivenRows(np.array([0], np.int32), np.zeros((1, 300), np.float32))}, r"given rows are \[1, 300\]"),
-        ({"given": GivenRows(np.array([0], np.int32), np.zeros((2, 384), np.float32))}, r"given rows are \[2, 384\]"),
+        ({"given": GivenRows(np.array([1, 1], np.int32), np.zeros((2, 192), np.float32))}, "given row is 1"),
+        ({"given": GivenRows(np.array([3], np.int32), np.zeros((1, 192), np.float32))}, "given row is 3"),
+        ({"given": GivenRows(np.array([0], np.int32), np.zeros((1, 150), np.float32))}, r"given rows are \[1, 150\]"),
+        ({"given": GivenRows(np.array([0], np.int32), np.zeros((2, 192), np.float32))}, r"given rows are \[2, 192\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(opened: Open, cuda: CudaBackend, change: dict[str, object], reason: str) -> None:
     model = opened("qwen3vl")
-    assert model.program(0, 1).given_width == 128
+    assert model.program(0, 1).given_width == 64
     stage = load_stage(cuda, model, limits=LIMITS)
     batch = replace(batch_of([([5, 6, 7], range(3), [0])]), **change)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=reason):

@@ -15,6 +15,7 @@ MAX_SEQUENCES = 1024
 MAX_BATCH_TOKENS = 8192
 MAX_TOP_LOGPROBS = 128
 MAX_EMBEDDING_BYTES = 1 << 24  # of hidden states in the result of one microbatch
+MAX_GIVEN_BYTES = 3 << 23  # of rows of images in one microbatch
 MAX_KV_BLOCKS = 1 << 26
 MAX_EXPERT_SHARDS = 64  # of a layer
 MAX_GROUP_MEMBERS = 16  # workers that hold a stage together

@@ -85,6 +85,8 @@ class FrameReader:
         state_blocks: int,
         adapters: int,
         hidden_width: int,
+        given_width: int,
+        rope_sections: int,
         max_stages: int,
         max_rows: int,
         max_kv_blocks: int,
@@ -129,6 +131,9 @@ class MicrobatchFrame:
         NDArray[np.int32] | None,
         NDArray[np.float32] | None,
         tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]] | None,
+        NDArray[np.int32] | None,
+        NDArray[np.int32] | None,
+        tuple[NDArray[np.int32], NDArray[np.float32]] | None,
     ]: ...
     @property
     def adapter_scales(self) -> NDArray[np.float32] | None: ...

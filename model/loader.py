@@ -166,6 +166,15 @@ class Model:
         """The length of an embedding, or the number of a reranker's scores."""
         return (self._whole.normed or self._whole.hidden).width
 
+    @property
+    def image_width(self) -> int:
+        """The floats of an image's row, which takes the place of an embedding; 0 if no row can be given."""
+        return self._whole.given_levels * self.hyperparameters.embedding_length
+
+    @property
+    def rope_sections(self) -> int:
+        return self._whole.rope_sections
+
     @cached_property
     def ranking(self) -> Ranking | None:
         if self.pooling is not Pooling.RANK:

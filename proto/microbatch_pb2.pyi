@@ -41,6 +41,7 @@ class Microbatch(_message.Message):
     STATES_BEFORE_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
     DRAFTS_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
     model_id: _builtins.str
     """Identity of the model file's content; a stage refuses another."""
     epoch: _builtins.int
@@ -86,6 +87,10 @@ class Microbatch(_message.Message):
     """What MTP heads read, three int32: a chunk, the token behind its last one, -1 where that is not known, and how many
     tokens a head is to draft behind the one that the chunk's last row that counts chooses.
     """
+    @_builtins.property
+    def images(self) -> Global___ImageRows:
+        """What rows of images have; absent where no chunk has any."""
+
     def __init__(
         self,
         *,
@@ -103,14 +108,55 @@ class Microbatch(_message.Message):
         states_before: _builtins.bytes = ...,
         states: _builtins.bytes = ...,
         drafts: _builtins.bytes = ...,
+        images: Global___ImageRows | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["images", b"images"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "chunks", b"chunks", "drafts", b"drafts", "embedded", b"embedded", "epoch", b"epoch", "followed", b"followed", "model_id", b"model_id", "number", b"number", "states", b"states", "states_before", b"states_before", "tables", b"tables", "tokens", b"tokens", "window_tables", b"window_tables", "windows", b"windows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "chunks", b"chunks", "drafts", b"drafts", "embedded", b"embedded", "epoch", b"epoch", "followed", b"followed", "images", b"images", "model_id", b"model_id", "number", b"number", "states", b"states", "states_before", b"states_before", "tables", b"tables", "tokens", b"tokens", "window_tables", b"window_tables", "windows", b"windows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Microbatch: _TypeAlias = Microbatch  # noqa: Y015
+
+@_typing.final
+class ImageRows(_message.Message):
+    """What rows of images have beside tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GIVEN_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    ROPE_CHUNKS_FIELD_NUMBER: _builtins.int
+    ROPE_POSITIONS_FIELD_NUMBER: _builtins.int
+    given: _builtins.bytes
+    """Rows whose embedding is given, three int32: a chunk, and the rows [first, end) of it; of a chunk several, ascending."""
+    values: _builtins.bytes
+    """These rows in order, float32: each as wide as the model's embedding, or several times (a width for each level)."""
+    groups: _builtins.bytes
+    """Groups of rows that see each other both ways, three int32: a chunk, and the rows [first, end) of it; of a chunk
+    several, ascending.
+    """
+    rope_chunks: _builtins.bytes
+    """Chunks (int32, ascending) some of whose rows have rope positions other than their positions."""
+    rope_positions: _builtins.bytes
+    """The rope positions of all rows of these chunks, int32: for each row one of each section."""
+    def __init__(
+        self,
+        *,
+        given: _builtins.bytes = ...,
+        values: _builtins.bytes = ...,
+        groups: _builtins.bytes = ...,
+        rope_chunks: _builtins.bytes = ...,
+        rope_positions: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["given", b"given", "groups", b"groups", "rope_chunks", b"rope_chunks", "rope_positions", b"rope_positions", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImageRows: _TypeAlias = ImageRows  # noqa: Y015
 
 @_typing.final
 class SampledTokens(_message.Message):

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError, Message
 from llamaclust.core.bounds import Bound
 from llamaclust.core.errors import ProtocolError
 
-PROTOCOL_VERSION = 5  # other versions are refused at the handshake
+PROTOCOL_VERSION = 6  # other versions are refused at the handshake
 
 _Message = TypeVar("_Message", bound=Message)
 _Value = TypeVar("_Value")

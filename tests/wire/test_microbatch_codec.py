@@ -32,10 +32,19 @@ from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
 from llamaclust.proto import sampling_pb2
 from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_tokens
 from llamaclust.wire.microbatch.inputs import encode_inputs
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.messages import (
+    Chunk,
+    ImageRows,
+    Microbatch,
+    Result,
+    SampledTokens,
+    SamplingInputs,
+    StageTiming,
+)
 from llamaclust.wire.microbatch.results import decode_result
 from support.arithmetic.sampling_cases import numbers_within
 from support.paths import ROOT
+from support.wire.frame_reader import GIVEN_WIDTH, SECTIONS
 from support.wire.rows_of_tasks import chained, in_a_row
 from support.wire.slow_codec import (
     decode_frame,
@@ -47,6 +56,20 @@ from support.wire.slow_codec import (
 )
 
 PROTO = ROOT / "proto"
+
+
+def image_rows(rows: int, first: int) -> st.SearchStrategy[ImageRows]:
+    given, values = ((first, rows),), np.arange((rows - first) * GIVEN_WIDTH, dtype="<f4").tobytes()
+    positions = np.arange(rows * SECTIONS, dtype="<i4").tobytes()
+    return st.sampled_from(
+        [
+            ImageRows(given, values),
+            ImageRows(given, values, given),
+            ImageRows(given, values, given, positions),
+            ImageRows(rope_positions=positions),
+        ]
+    )
+
 
 tokens = st.integers(0, MAX_VOCABULARY - 1)
 uint64 = st.integers(0, 2**64 - 1)
@@ -66,6 +89,7 @@ chunks = st.lists(tokens, min_size=1, max_size=9).flatmap(
         st.integers(0, MAX_CONTEXT_TOKENS // 16),
         st.sampled_from([(0, 0), (0, 1)]),
         st.sampled_from([(), ((0, 1.0),), ((3, -0.5), (15, MAX_ADAPTER_SCALE))]),
+        images=st.none() | st.integers(0, len(ids) - 1).flatmap(lambda first: image_rows(len(ids), first)),
     )
 )
 many_chunks = st.lists(chunks, min_size=1, max_size=5).map(tuple)
@@ -216,6 +240,14 @@ BAD_CHUNKS = {
     "last block": Chunk((1,), 0, (MAX_KV_BLOCKS - 1, 2), 0),
     "empty run of a window": Chunk((1,), 0, (0, 1), 0, None, (0, 0)),
     "window_start": Chunk((1,), 0, (0, 1), 0, None, (0, 1), MAX_CONTEXT_TOKENS + 1),
+    "no such given row": Chunk((1,), 0, (0, 1), 0, images=ImageRows(((0, 2),), bytes(8 * GIVEN_WIDTH))),
+    "given rows out of order": Chunk((1, 2), 0, (0, 1), 0, images=ImageRows(((1, 2), (0, 1)), bytes(8 * GIVEN_WIDTH))),
+    "a given row twice": Chunk((1, 2), 0, (0, 1), 0, images=ImageRows(((0, 1), (0, 2)), bytes(12 * GIVEN_WIDTH))),
+    "a given row without values": Chunk((1,), 0, (0, 1), 0, images=ImageRows(((0, 1),), bytes(4))),
+    "values without a row": Chunk((1,), 0, (0, 1), 0, images=ImageRows(values=bytes(4 * GIVEN_WIDTH))),
+    "group behind the chunk": Chunk((1,), 0, (0, 1), 0, images=ImageRows(groups=((0, 2),))),
+    "rope positions of a row too few": Chunk((1, 2), 0, (0, 1), 0, images=ImageRows(rope_positions=bytes(12))),
+    "negative rope position": Chunk((1,), 0, (0, 1), 0, images=ImageRows(rope_positions=b"\xff" * 12)),
     "adapter": Chunk((1,), 0, (0, 1), 0, adapters=((MAX_ADAPTERS, 1.0),)),
     "adapter twice": Chunk((1,), 0, (0, 1), 0, adapters=((1, 1.0), (1, 1.0))),
     "scale": Chunk((1,), 0, (0, 1), 0, adapters=((0, math.nan),)),

@@ -16,7 +16,7 @@ from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import Grammar, MatcherRow, MatcherStart, SampleTask, SamplingParams, ScoreTask
 from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_tokens
 from llamaclust.wire.microbatch.inputs import encode_inputs
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.messages import Chunk, ImageRows, Microbatch, SampledTokens, SamplingInputs, StageTiming
 from support.paths import ROOT
 from support.wire.frame_reader import MODEL_ID
 from support.wire.fuzzed import COUNT, SEED, damaged
@@ -33,7 +33,10 @@ FLAGS = (
 )
 FRAME, HIDDEN_FRAME, STATEFUL_FRAME, INPUTS, TOKENS = range(5)  # as damaged_frames.cpp numbers them
 
-CHUNK = Chunk((1, 2, 3), 4, (3, 1), 2, embedded=(0, 2), adapters=((0, 1.5), (2, -0.5)), next_token=9, drafts=2)
+IMAGES = ImageRows(((0, 1), (2, 3)), bytes(16), ((1, 3),), bytes(36))
+CHUNK = Chunk(
+    (1, 2, 3), 4, (3, 1), 2, embedded=(0, 2), adapters=((0, 1.5), (2, -0.5)), next_token=9, drafts=2, images=IMAGES
+)
 TASK = SampleTask(SamplingParams(0.5, logit_bias=((3, 1.0), (4, -1.0))), 1, 0, 5, (1, 2), (7,), 3, 1, 4, 5)
 CHAINED = replace(
     TASK, params=SamplingParams(chain=SamplerChain(unpenalized=(3,))), breakers=((3,), (4, 5)), matcher=MatcherRow(7, 2)

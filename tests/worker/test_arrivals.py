@@ -23,7 +23,7 @@ from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_tokens
 from llamaclust.wire.microbatch.frames import encode_hidden
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, StageTiming
+from llamaclust.wire.microbatch.messages import Chunk, ImageRows, Microbatch, SampledTokens, StageTiming
 from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
 from llamaclust.worker.stage.stage_runner import StageRunner, batch_of
@@ -31,7 +31,7 @@ from support.clusters.real_cluster import LIMITS as STAGE_LIMITS
 from support.clusters.stage_chain import runner_of
 from support.models.tiny_model import build_tiny_model
 from support.wire.batches import plain_batch
-from support.wire.frame_reader import ADAPTERS, LIMITS, MODEL_ID, VOCABULARY, reader
+from support.wire.frame_reader import ADAPTERS, GIVEN_WIDTH, LIMITS, MODEL_ID, SECTIONS, VOCABULARY, reader
 from support.wire.plain_tokens import PlainTokensBox
 from support.wire.slow_codec import decode_sampled_tokens, encode_frame, plain_frame, plain_microbatch
 
@@ -67,6 +67,22 @@ def known(draw: st.DrawFn) -> Chunk:
         next_token=draw(st.none() | st.integers(0, VOCABULARY)),
         drafts=draw(st.integers(0, 3)),
         checked=draw(st.booleans()),
+        images=draw(st.none() | images(len(ids))),
+    )
+
+
+@st.composite
+def images(draw: st.DrawFn, rows: int) -> ImageRows:
+    """Mostly as many numbers as its rows need."""
+    places = st.lists(st.integers(0, rows + 1), max_size=4).map(sorted)
+    given, groups = ([*zip(ends[::2], ends[1::2], strict=False)] for ends in (draw(places), draw(places)))
+    count = sum(end - first for first, end in given)
+    values = draw(st.lists(st.floats(width=32, allow_nan=False), min_size=(few := count * GIVEN_WIDTH), max_size=few))
+    wrong = draw(st.integers(0, 9)) == 0
+    turned = rows * SECTIONS * draw(st.integers(0, 1)) + wrong
+    positions = draw(st.lists(st.integers(-wrong, LIMITS.max_context_tokens - 1), min_size=turned, max_size=turned))
+    return ImageRows(
+        tuple(given), np.array(values, "<f4").tobytes(), tuple(groups), np.array(positions, "<i4").tobytes()
     )
 
 
@@ -98,11 +114,12 @@ def by_plain_reader(data: bytes, hidden_width: int = 0, window: int | None = Non
     microbatch = plain_microbatch(frame.header)
     if len(frame.body) != microbatch.rows * hidden_width * 4 or microbatch.model_id != MODEL_ID:
         raise ProtocolError("another hidden state or model")
-    return microbatch, plain_batch(microbatch, STATEFUL, VOCABULARY, window, ADAPTERS)
+    return microbatch, plain_batch(microbatch, STATEFUL, VOCABULARY, window, ADAPTERS, (GIVEN_WIDTH, SECTIONS))
 
 
 def flat(batch: Batch) -> list[object]:
-    arrays = [*astuple(replace(batch, states=None)), *(astuple(batch.states) if batch.states else ())]
+    parts = [part for part in (batch.states, batch.given) if part is not None]
+    arrays = [*astuple(replace(batch, states=None, given=None)), *chain.from_iterable(map(astuple, parts))]
     return [None if array is None else (array.dtype, array.tolist()) for array in arrays]
 
 

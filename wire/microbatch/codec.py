@@ -8,9 +8,9 @@ from itertools import chain
 
 from llamaclust.core import limits
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens
+from llamaclust.wire.microbatch.messages import Chunk, ImageRows, Microbatch, SampledTokens
 
-MAX_MICROBATCH_BYTES = 1 << 23
+MAX_MICROBATCH_BYTES = (1 << 23) + limits.MAX_GIVEN_BYTES
 MAX_INPUTS_BYTES = 1 << 27
 MAX_INPUTS_TOKENS = 1 << 26
 MAX_STAGES = 255
@@ -38,6 +38,7 @@ def _has_more(chunk: Chunk) -> bool:
     return (
         chunk.depends_on is not None
         or chunk.next_token is not None
+        or chunk.images is not None
         or bool(chunk.window_table or chunk.state_to or chunk.adapters or chunk.drafts or chunk.embedded_rows)
     )
 
@@ -67,6 +68,17 @@ def _add_sections(chunks: tuple[Chunk, ...], message: microbatch_proto.Microbatc
         for place, chunk in numbered
         if chunk.drafts or chunk.next_token is not None
     )
+    if images := [(place, chunk.images) for place, chunk in numbered if chunk.images is not None]:
+        _add_images(images, message.images)
+
+
+def _add_images(images: list[tuple[int, ImageRows]], message: microbatch_proto.ImageRows) -> None:
+    turned = [(place, each.rope_positions) for place, each in images if each.rope_positions]
+    message.given = int32((place, *rows) for place, each in images for rows in each.given)
+    message.values = b"".join(each.values for _, each in images)
+    message.groups = int32((place, *rows) for place, each in images for rows in each.groups)
+    message.rope_chunks = int32((place,) for place, _ in turned)
+    message.rope_positions = b"".join(positions for _, positions in turned)
 
 
 def int32(records: Iterable[Iterable[int]]) -> bytes:

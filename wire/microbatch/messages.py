@@ -9,6 +9,17 @@ from llamaclust.core.sampling import MatcherStart, RowResult, RowTask
 
 
 @dataclass(frozen=True, slots=True)
+class ImageRows:
+    """The data that rows of images add to a chunk. Rows are numbered from the chunk's first one, and listed in ranges
+    [first, end) in ascending order."""
+
+    given: tuple[tuple[int, int], ...] = ()  # rows whose embedding is given
+    values: bytes = b""  # these embeddings: float32, little endian [given rows, levels * embedding]
+    groups: tuple[tuple[int, int], ...] = ()  # rows that see each other both ways
+    rope_positions: bytes = b""  # int32, little endian [rows of the chunk, sections]; empty: the rows' positions
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Consecutive tokens of one sequence to compute now: one in decode, more in prefill.
 
@@ -35,10 +46,15 @@ class Chunk:
     next_token: int | None = None
     drafts: int = 0
     checked: bool = False
+    images: ImageRows | None = None
 
     @property
     def embedded_rows(self) -> int:
         return self.embedded[1] - self.embedded[0]
+
+    @property
+    def image_bytes(self) -> int:
+        return 0 if self.images is None else len(self.images.values)
 
 
 @dataclass(frozen=True, slots=True)

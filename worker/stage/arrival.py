@@ -36,6 +36,8 @@ def frame_reader(program: Program, limits: StageLimits, model: Model, vocabulary
         state_blocks=limits.state_blocks,
         adapters=max(model.adapters, default=-1) + 1,
         hidden_width=0 if program.is_first else program.hidden.width,
+        given_width=model.image_width,
+        rope_sections=model.rope_sections,
         max_stages=MAX_STAGES,
         max_rows=MAX_BATCH_TOKENS,
         max_kv_blocks=MAX_KV_BLOCKS,

@@ -24,6 +24,7 @@ from llamaclust.kernels.backend import (
     CacheCounts,
     Float32,
     GathersRows,
+    GivenRows,
     KvInRam,
     Logits,
     Progress,
@@ -141,7 +142,8 @@ class StepOutputs:
 
 def batch_of(frame: MicrobatchFrame) -> Batch:
     arrays = frame.arrays
-    return Batch(*arrays[:8], None if arrays[8] is None else BatchStates(*arrays[8]))
+    states = None if arrays[8] is None else BatchStates(*arrays[8])
+    return Batch(*arrays[:8], states, *arrays[9:11], None if arrays[11] is None else GivenRows(*arrays[11]))
 
 
 @dataclass(frozen=True, slots=True)

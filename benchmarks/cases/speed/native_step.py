@@ -71,6 +71,8 @@ class Step:
             state_blocks=64 if kind == "states" else 0,
             adapters=2,
             hidden_width=0,
+            given_width=0,
+            rope_sections=0,
             max_stages=MAX_STAGES,
             max_rows=MAX_BATCH_TOKENS,
             max_kv_blocks=MAX_KV_BLOCKS,

@@ -20,7 +20,7 @@ FrameLimits limits_of(uint8_t kind) {
   const bool is_stateful = kind == kStatefulFrame;
   const size_t width = kind == kHiddenFrame ? 3 : 0;
   const int32_t window = is_stateful ? 16 : 0, states = is_stateful ? 30 : 0;
-  return {"ab12", 12, 5, 4, 96, 40, 300, window, 9, states, 3, width, 255, 65536, 1 << 24, 32, 1e4f, 1 << 23, 1 << 14};
+  return {"ab12", 12, 5, 4, 96, 40, 300, window, 9, states, 3, width, 2, 3, 255, 65536, 1 << 24, 32, 1e4f, 1 << 23, 1 << 14};
 }
 
 const InputsBounds& bounds() {

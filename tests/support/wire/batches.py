@@ -11,18 +11,24 @@ from numpy.typing import NDArray
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.backend import Batch, BatchStates
+from llamaclust.kernels.backend import Batch, BatchStates, GivenRows
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch
+from llamaclust.wire.microbatch.messages import Chunk, ImageRows, Microbatch
 
 _FEW = 256  # so many numbers are made faster by plain Python than by NumPy's calls
 
 
 def plain_batch(
-    microbatch: Microbatch, limits: StageLimits, vocabulary: int, window: int | None = None, adapters: int = 0
+    microbatch: Microbatch,
+    limits: StageLimits,
+    vocabulary: int,
+    window: int | None = None,
+    adapters: int = 0,
+    images: tuple[int, int] = (0, 0),
 ) -> Batch:
-    """The batch of a microbatch, for layers of which one has that window, and so many adapters. ProtocolError where it
-    exceeds the limits, the vocabulary, the adapters or its own block tables."""
+    """The batch of a microbatch, for layers of which one has that window, so many adapters, and the width of an image's
+    row and the rope sections `images`. ProtocolError where it exceeds the limits, the vocabulary, the adapters, its own
+    block tables or its chunks."""
     chunks = microbatch.chunks
     lengths = [len(chunk.tokens) for chunk in chunks]
     outputs = [chunk.outputs for chunk in chunks]
@@ -48,7 +54,64 @@ def plain_batch(
         window_tables=_window_tables(chunks, table_lengths, limits, window) if limits.gives_up(window) else None,
         adapter_scales=_adapter_scales(chunks, lengths, adapters) if any(chunk.adapters for chunk in chunks) else None,
         states=batch_states(chunks, limits) if limits.state_blocks else None,
+        rope_positions=_rope_positions(chunks, limits, images[1]),
+        groups=_groups(chunks),
+        given=_given(chunks, images[0]),
     )
+
+
+def _image_rows(chunks: tuple[Chunk, ...]) -> list[tuple[int, Chunk, ImageRows]]:
+    """The first row of each chunk with rows of images. ProtocolError where ranges do not follow each other in it."""
+    starts = accumulate((len(chunk.tokens) for chunk in chunks), initial=0)
+    found = [
+        (start, chunk, chunk.images) for start, chunk in zip(starts, chunks, strict=False) if chunk.images is not None
+    ]
+    for _, chunk, images in found:
+        for ranges in (images.given, images.groups):
+            ends = [0, *(end for _, end in ranges)]
+            if any(not before <= first < end for before, (first, end) in zip(ends, ranges, strict=False)):
+                raise ProtocolError("ranges of rows that are empty or not in order")
+            if ends[-1] > len(chunk.tokens):
+                raise ProtocolError("rows behind the last one")
+    return found
+
+
+def _given(chunks: tuple[Chunk, ...], width: int) -> GivenRows | None:
+    found = _image_rows(chunks)
+    rows = [start + row for start, _, images in found for ranges in images.given for row in range(*ranges)]
+    values = np.frombuffer(b"".join(images.values for *_, images in found), np.float32)
+    if len(values) != len(rows) * width:
+        raise ProtocolError(f"{len(values)} values of {len(rows)} rows")
+    return GivenRows(np.array(rows, np.int32), values.reshape(-1, width)) if rows else None
+
+
+def _groups(chunks: tuple[Chunk, ...]) -> NDArray[np.int32] | None:
+    """[rows, 2]."""
+    own = [[position, position + 1] for chunk in chunks for position in _positions(chunk)]
+    found = _image_rows(chunks)
+    for start, chunk, images in found:
+        for first, end in images.groups:
+            own[start + first : start + end] = [[chunk.position + first, chunk.position + end]] * (end - first)
+    return np.array(own, np.int32) if any(images.groups for *_, images in found) else None
+
+
+def _rope_positions(chunks: tuple[Chunk, ...], limits: StageLimits, sections: int) -> NDArray[np.int32] | None:
+    """[sections, rows]."""
+    if not any(images.rope_positions for *_, images in _image_rows(chunks)):
+        return None
+    parts = [
+        np.frombuffer(chunk.images.rope_positions, np.int32).reshape(len(chunk.tokens), -1)
+        if chunk.images is not None and chunk.images.rope_positions
+        else np.repeat(np.array(_positions(chunk), np.int32)[:, None], sections, axis=1)
+        for chunk in chunks
+    ]
+    if any(part.shape[1] != sections or part.min() < 0 or part.max() >= limits.max_context_tokens for part in parts):
+        raise ProtocolError(f"rope positions that are not {sections} within the context")
+    return np.concatenate(parts).T
+
+
+def _positions(chunk: Chunk) -> range:
+    return range(chunk.position, chunk.position + len(chunk.tokens))
 
 
 def embedded_rows(microbatch: Microbatch) -> NDArray[np.int32]:

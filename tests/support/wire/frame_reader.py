@@ -21,15 +21,19 @@ from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch
 from llamaclust.worker.stage.stage_runner import batch_of
 
-MODEL_ID, VOCABULARY, ADAPTERS = "ab12", 300, 3
+MODEL_ID, VOCABULARY, ADAPTERS, GIVEN_WIDTH, SECTIONS = "ab12", 300, 3, 2, 3
 LIMITS = StageLimits(
     max_batch_tokens=12, max_outputs=5, max_sequences=4, max_context_tokens=96, kv_blocks=40, window_blocks=9
 )
 
 
-def reader(hidden_width: int = 0, window: int = 0, state_blocks: int = 0) -> FrameReader:
-    """A reader of a stage with small limits; its width is 0 for the first one, its window 0 where no layer has one."""
-    return _reader(MODEL_ID, replace(LIMITS, state_blocks=state_blocks), VOCABULARY, ADAPTERS, hidden_width, window)
+def reader(
+    hidden_width: int = 0, window: int = 0, state_blocks: int = 0, images: tuple[int, int] = (GIVEN_WIDTH, SECTIONS)
+) -> FrameReader:
+    """A reader of a stage with small limits; its width is 0 for the first one, its window 0 where no layer has one.
+    `images`: the width of an image's row and the rope sections, 0 where the model has none."""
+    limits = replace(LIMITS, state_blocks=state_blocks)
+    return _reader(MODEL_ID, limits, VOCABULARY, ADAPTERS, hidden_width, window, images)
 
 
 def build_batch(
@@ -42,7 +46,7 @@ def build_batch(
 
 
 def wire_reader(model_id: str, hidden_width: int = 0, state_blocks: int = 0) -> FrameReader:
-    """A reader that takes what any stage takes."""
+    """A reader that takes what any stage takes, apart from the width of an image's row and the rope sections."""
     limits = StageLimits(
         *(MAX_BATCH_TOKENS, MAX_BATCH_TOKENS, MAX_SEQUENCES, MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS),
         state_blocks=state_blocks,
@@ -51,7 +55,13 @@ def wire_reader(model_id: str, hidden_width: int = 0, state_blocks: int = 0) -> 
 
 
 def _reader(
-    model_id: str, limits: StageLimits, vocabulary: int, adapters: int, hidden_width: int, window: int = 0
+    model_id: str,
+    limits: StageLimits,
+    vocabulary: int,
+    adapters: int,
+    hidden_width: int,
+    window: int = 0,
+    images: tuple[int, int] = (GIVEN_WIDTH, SECTIONS),
 ) -> FrameReader:
     return FrameReader(
         model_id,
@@ -66,6 +76,8 @@ def _reader(
         state_blocks=limits.state_blocks,
         adapters=adapters,
         hidden_width=hidden_width,
+        given_width=images[0],
+        rope_sections=images[1],
         max_stages=MAX_STAGES,
         max_rows=MAX_BATCH_TOKENS,
         max_kv_blocks=MAX_KV_BLOCKS,

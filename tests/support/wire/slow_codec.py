@@ -21,10 +21,18 @@ from llamaclust.proto import microbatch_pb2, sampling_pb2
 from llamaclust.wire.codec import parse
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_MICROBATCH_BYTES
 from llamaclust.wire.microbatch.matchers import starts_in
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.messages import (
+    Chunk,
+    ImageRows,
+    Microbatch,
+    Result,
+    SampledTokens,
+    SamplingInputs,
+    StageTiming,
+)
 from llamaclust.worker.stage.sampled_tokens import read_sampled_tokens
 from llamaclust.worker.stage.step_inputs import MatcherInputs, StepInputs
-from support.wire.frame_reader import wire_reader
+from support.wire.frame_reader import GIVEN_WIDTH, SECTIONS, wire_reader
 
 PREFIX = struct.Struct("<4sBBHII")
 TASK = np.dtype(
@@ -112,6 +120,7 @@ def plain_microbatch(data: bytes) -> Microbatch:
     adapters = np.frombuffer(message.adapters, ADAPTER).tolist()
     before, states = _ints(message.states_before, 1).ravel().tolist(), _ints(message.states, 3).tolist()
     drafts = {chunk: (token, count) for chunk, token, count in _ints(message.drafts, 3).tolist()}
+    images = _images(message.images, chunks[:, 0].tolist())
     found = []
     for index, (count, position, outputs, runs, checked) in enumerate(chunks.tolist()):
         own, tokens = tokens[:count], tokens[count:]
@@ -135,9 +144,31 @@ def plain_microbatch(data: bytes) -> Microbatch:
                 None if next_token < 0 else next_token,
                 drafted,
                 bool(checked),
+                images.get(index),
             )
         )
     return Microbatch(message.model_id, message.epoch, message.number, tuple(found))
+
+
+def _images(message: microbatch_pb2.ImageRows, rows: list[int]) -> dict[int, ImageRows]:
+    """By chunk, each of so many rows."""
+    given, groups = _ints(message.given, 3).tolist(), _ints(message.groups, 3).tolist()
+    values, positions = _array(message.values, "<f4", GIVEN_WIDTH), _ints(message.rope_positions, SECTIONS)
+    turned = _ints(message.rope_chunks, 1).ravel().tolist()
+    found = {}
+    for place in sorted({*turned, *(chunk for chunk, *_ in (*given, *groups))}):
+        ranges = tuple((first, end) for chunk, first, end in given if chunk == place)
+        count, moved = sum(end - first for first, end in ranges), rows[place] if place in turned else 0
+        found[place] = ImageRows(
+            ranges,
+            values[:count].tobytes(),
+            tuple((first, end) for chunk, first, end in groups if chunk == place),
+            positions[:moved].tobytes(),
+        )
+        values, positions = values[count:], positions[moved:]
+    if len(values) or len(positions):
+        raise ProtocolError("values of no row")
+    return found
 
 
 def decode_sampled_tokens(data: bytes) -> SampledTokens:

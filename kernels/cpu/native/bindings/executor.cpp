@@ -58,6 +58,12 @@ GivenTable given_of(const std::optional<std::pair<Ints, FloatRows>>& given) {
   return {span_of(rows), values.data(), static_cast<int>(values.shape(1))};
 }
 
+GivenTable given_of(const MicrobatchFrame& frame) {
+  if (frame.given_rows.empty()) return {};
+  const size_t width = frame.given_values.size() / frame.given_rows.size();
+  return {frame.given_rows, frame.given_values.data(), static_cast<int>(width)};
+}
+
 // A plan and the Python objects whose memory it points into.
 struct PlanBuilder {
   PlanBuilder(int max_tokens, int max_outputs, int max_sequences, int max_context_tokens, int kv_blocks,
@@ -110,7 +116,8 @@ struct NativeStage {
     const MicrobatchFrame& frame = read.frame;
     const Batch batch{frame.tokens,       frame.positions,     frame.sequence_starts, frame.table_starts,
                       frame.block_tables, frame.window_tables, frame.output_rows,     read.hidden(),
-                      {frame.states_before, frame.state_starts, frame.state_rows, frame.state_blocks}};
+                      {frame.states_before, frame.state_starts, frame.state_rows, frame.state_blocks},
+                      frame.rope_positions, frame.groups,        given_of(frame)};
     const nb::gil_scoped_release unlocked;
     return executor.run(batch);
   }

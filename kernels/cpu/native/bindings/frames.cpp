@@ -33,25 +33,36 @@ nb::object array_of(nb::handle owner, const std::vector<T>& numbers) {
   return nb::cast(nb::ndarray<nb::numpy, const T>(numbers.data(), 1, shape, owner));
 }
 
-nb::object adapter_scales_of(nb::handle self) {
-  const MicrobatchFrame& frame = nb::cast<ReadFrame&>(self).frame;
-  if (frame.adapter_scales.empty()) return nb::none();
-  const size_t rows = frame.positions.size(), shape[2] = {rows, frame.adapter_scales.size() / rows};
-  return nb::cast(nb::ndarray<nb::numpy, const float>(frame.adapter_scales.data(), 2, shape, self));
+template <typename T>
+nb::object matrix_of(nb::handle owner, const std::vector<T>& numbers, size_t rows) {
+  if (numbers.empty()) return nb::none();
+  const size_t shape[2] = {rows, numbers.size() / rows};
+  return nb::cast(nb::ndarray<nb::numpy, const T>(numbers.data(), 2, shape, owner));
 }
 
-// In the order of kernels.backend.Batch; those of its states are a tuple.
+nb::object adapter_scales_of(nb::handle self) {
+  const MicrobatchFrame& frame = nb::cast<ReadFrame&>(self).frame;
+  return matrix_of(self, frame.adapter_scales, frame.positions.size());
+}
+
+// In the order of kernels.backend.Batch; those of its states and of its given rows are tuples.
 nb::tuple arrays_of(nb::handle self) {
   const MicrobatchFrame& frame = nb::cast<ReadFrame&>(self).frame;
-  nb::object windows = nb::none(), states = nb::none();
+  nb::object windows = nb::none(), states = nb::none(), given = nb::none();
   if (!frame.window_tables.empty()) windows = array_of(self, frame.window_tables);
   if (!frame.states_before.empty())
     states = nb::make_tuple(array_of(self, frame.states_before), array_of(self, frame.state_starts),
                             array_of(self, frame.state_rows), array_of(self, frame.state_blocks));
+  if (const size_t rows = frame.given_rows.size(); rows > 0)
+    given = nb::make_tuple(array_of(self, frame.given_rows), matrix_of(self, frame.given_values, rows));
+  const nb::object rope = frame.rope_positions.empty()
+                              ? nb::none()
+                              : matrix_of(self, frame.rope_positions, frame.rope_positions.size() / frame.positions.size());
   return nb::make_tuple(array_of(self, frame.tokens), array_of(self, frame.positions),
                         array_of(self, frame.sequence_starts), array_of(self, frame.table_starts),
                         array_of(self, frame.block_tables), array_of(self, frame.output_rows), windows,
-                        adapter_scales_of(self), states);
+                        adapter_scales_of(self), states, rope, matrix_of(self, frame.groups, frame.positions.size()),
+                        given);
 }
 
 nb::object hidden_of(nb::handle self) {
@@ -262,18 +273,19 @@ void bind_frames(nb::module_& module) {
           "__init__",
           [](FrameLimits* self, std::string model_id, int32_t max_batch_tokens, int32_t max_outputs,
              int32_t max_sequences, int32_t max_context_tokens, int32_t kv_blocks, int32_t vocabulary, int32_t window,
-             int32_t window_blocks, int32_t state_blocks, int32_t adapters, size_t hidden_width, int32_t max_stages,
-             int32_t max_rows, int32_t max_kv_blocks, int32_t max_drafts, float max_scale, size_t max_header_bytes,
-             size_t max_failure_bytes) {
+             int32_t window_blocks, int32_t state_blocks, int32_t adapters, size_t hidden_width, size_t given_width,
+             int32_t rope_sections, int32_t max_stages, int32_t max_rows, int32_t max_kv_blocks, int32_t max_drafts,
+             float max_scale, size_t max_header_bytes, size_t max_failure_bytes) {
             new (self) FrameLimits{std::move(model_id), max_batch_tokens, max_outputs,   max_sequences,
                                    max_context_tokens,  kv_blocks,        vocabulary,    window,
                                    window_blocks,       state_blocks,     adapters,      hidden_width,
-                                   max_stages,          max_rows,         max_kv_blocks, max_drafts,
-                                   max_scale,           max_header_bytes, max_failure_bytes};
+                                   given_width,         rope_sections,    max_stages,    max_rows,
+                                   max_kv_blocks,       max_drafts,       max_scale,     max_header_bytes,
+                                   max_failure_bytes};
           },
           "model_id"_a, "max_batch_tokens"_a, "max_outputs"_a, "max_sequences"_a, "max_context_tokens"_a, "kv_blocks"_a,
-          "vocabulary"_a, "window"_a, "window_blocks"_a, "state_blocks"_a, "adapters"_a, "hidden_width"_a, "max_stages"_a,
-          "max_rows"_a, "max_kv_blocks"_a, "max_drafts"_a, "max_scale"_a, "max_header_bytes"_a, "max_failure_bytes"_a)
+          "vocabulary"_a, "window"_a, "window_blocks"_a, "state_blocks"_a, "adapters"_a, "hidden_width"_a,
+          "given_width"_a, "rope_sections"_a, "max_stages"_a, "max_rows"_a, "max_kv_blocks"_a, "max_drafts"_a, "max_scale"_a, "max_header_bytes"_a, "max_failure_bytes"_a)
       .def("read", &read, "data"_a);
   nb::class_<ReadFrame>(module, "MicrobatchFrame")
       .def_prop_ro("epoch", [](const ReadFrame& read) { return read.frame.epoch; })

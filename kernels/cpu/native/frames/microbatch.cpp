@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "frames/image_rows.h"
+
 namespace llamaclust {
 namespace {
 
@@ -63,10 +65,11 @@ class Reading {
     read_adapters({"adapters", sections[11]});
     read_states({"states before", sections[12]}, {"states", sections[13]});
     read_drafts({"drafts", sections[14]});
+    read_image_rows(sections[15], limits_, frame_);
   }
 
  private:
-  static constexpr uint32_t kSections = 15;
+  static constexpr uint32_t kSections = 16;
   static constexpr size_t kModelIdBytes = 128;
 
   void check_model(Bytes id) const {

@@ -20,6 +20,8 @@ struct FrameLimits {
   int32_t state_blocks;           // 0: states have no blocks of their own
   int32_t adapters;               // of the model
   size_t hidden_width;            // 0: of a first stage
+  size_t given_width;             // of a row of an image; 0: the model takes none
+  int32_t rope_sections;          // of the model; 0: a row has one rope position, its own
   int32_t max_stages, max_rows, max_kv_blocks, max_drafts;  // of any stage
   float max_scale;                                          // of an adapter, positive or negative
   size_t max_header_bytes, max_failure_bytes;
@@ -51,6 +53,10 @@ struct MicrobatchFrame {
   std::vector<int32_t> window_tables;   // empty where the stage has no window
   std::vector<float> adapter_scales;    // [rows][adapters of the model]; empty: no row has one
   std::vector<int32_t> states_before, state_starts, state_rows, state_blocks;  // empty where the stage has none
+  std::vector<int32_t> given_rows;      // of images
+  std::vector<float> given_values;      // [given rows][given width]
+  std::vector<int32_t> groups;          // [rows][start, end); empty: no row is in one
+  std::vector<int32_t> rope_positions;  // [sections][rows]; empty: those of all rows are their positions
   std::vector<int32_t> embedded_rows;   // whose hidden state is wanted
   std::vector<int32_t> checked_chunks;  // whose hidden state was not finite before
   std::vector<DraftOrder> draft_orders;

@@ -121,8 +121,16 @@ class Retirement:
     def _start_pre_copy(self, sequence: Sequence, tail: float = inf) -> None:
         request = sequence.request
         name, tokens = f"{request.request_id} (pre-copy)", tuple(sequence.tokens)
-        salt, adapters, turn = request.cache_salt, request.adapters, turn_of(sequence)
-        copy = GenerationRequest(name, tokens, 1, cache_salt=salt, adapters=adapters, group=turn, owner=request.owner)
+        copy = GenerationRequest(
+            name,
+            tokens,
+            1,
+            cache_salt=request.cache_salt,
+            adapters=request.adapters,
+            images=request.images,
+            group=turn_of(sequence),
+            owner=request.owner,
+        )
         added = self.new.scheduler.add(copy, monotonic_ns())
         self._pre_copy = _PreCopy(added.key, sequence, len(tokens), tail)
         self.new.launch_soon()

@@ -98,5 +98,7 @@ class Capacity:
             window_blocks=blocks.window,
             has_states=model.has_states,
             state_blocks=blocks.states,
+            image_width=model.image_width,
+            rope_sections=model.rope_sections,
             state_span=self.groups(self.costs(model)).state_span,
         )

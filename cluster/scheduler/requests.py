@@ -7,6 +7,9 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import Grammar, Reasoning, RowResult, SamplingParams
 
@@ -44,6 +47,26 @@ class AnswerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageSpan:
+    """Rows of a picture at positions [start, end) of a prompt, which has token 0 there. `offset`: the picture's row at
+    `start`. Equal digests mean the same picture, projector and settings: their rows and rope positions are equal. If
+    `is_bidirectional`, the rows see each other both ways. `rope_positions` are relative to the rope position of the
+    first row; the row after the span has the next position after the highest of them."""
+
+    start: int
+    end: int
+    rows: NDArray[np.float32] = field(compare=False, repr=False)  # [end - start, levels * embedding]
+    digest: bytes  # SHA-256
+    is_bidirectional: bool = False
+    rope_positions: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)  # [sections, end - start]
+    offset: int = 0
+
+    @property
+    def row_bytes(self) -> int:
+        return self.rows.nbytes // len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest(AnswerOptions):
     request_id: str
     prompt: tuple[int, ...]
@@ -57,6 +80,7 @@ class GenerationRequest(AnswerOptions):
     dry_window: int = 0  # tokens before the one to be chosen that DRY looks at
     breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # for DRY, by first token
     embedded: tuple[int, int] | None = None  # hidden states of prompt tokens [first, end) are wanted, none is sampled
+    images: tuple[ImageSpan, ...] = ()  # ascending
     group: str = ""  # the same for requests that came as one; empty: a group of its own
     owner: str = field(default="", compare=False)  # whom the request belongs to: owners take turns
     answered: tuple[RowResult, ...] = ()  # the answer's first tokens, known from an earlier run; without Mirostat

@@ -36,7 +36,7 @@ from llamaclust.cluster.scheduler.speculation.speculation import Speculation
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.strikes import Strikes
 from llamaclust.cluster.scheduler.usage import Usage
-from llamaclust.cluster.scheduler.validation import validate
+from llamaclust.cluster.scheduler.validation import check_images, validate
 from llamaclust.core.sampling import RowResult
 from llamaclust.wire.microbatch.messages import Result
 
@@ -109,11 +109,12 @@ class Scheduler:
         )
         self._next_key += 1
         max_new_tokens = min(request.max_new_tokens, settings.max_sequence_tokens - len(request.prompt))
-        is_whole, drafting = settings.whole_prompts, Drafting(settings.has_mtp)
+        check_images(request, settings)
+        is_whole, drafting = settings.whole_prompts, Drafting(settings.has_mtp and not request.images)
         sequence = Sequence(self._next_key, request, max_new_tokens, Usage(now_ns), is_whole, drafting=drafting)
         if request.adapters:
             computed_by = [(settings.adapters[number], scale) for number, scale in sorted(request.adapters)]
-            sequence.kv.keys = BlockKeys(request.cache_salt, computed_by)
+            sequence.kv.keys = BlockKeys(request.cache_salt, computed_by, request.images)
         if sequence.known_end is None:
             self.queues.add(sequence, settings.max_waiting)
             self._sequences[sequence.key] = sequence
@@ -318,8 +319,17 @@ class Scheduler:
             return self._launch((take_token(sequence),), 1, now_ns)
         rows = chunk_rows(self.settings, self.times, sequence.remaining, sequence.remaining, 0, alone=True)
         rows = sequence.remaining if sequence.is_whole else min(rows, self.strikes.rows(sequence))
-        most = self.settings
-        batch = PrefillBatch(queues.memory, now_ns, rows, most.max_outputs, most.max_outputs, most.max_embedded_rows)
+        limits = self.settings
+        batch = PrefillBatch(
+            queues.memory,
+            now_ns,
+            rows_left=rows,
+            room=limits.max_batch_tokens,
+            outputs_left=limits.max_outputs,
+            scored_left=limits.max_outputs,
+            embedded_left=limits.max_embedded_rows,
+            image_bytes_left=limits.max_image_bytes,
+        )
         batch.add(sequence)
         slices = tuple(batch.slices.values())
         self._computed_tokens += len(slices[0].chunk.tokens)
@@ -330,7 +340,7 @@ class Scheduler:
     def _prefill_slices(self, ready: list[Sequence], now_ns: int) -> list[SequenceSlice]:
         """Returns the prompt slices of a microbatch. Half of the rows go to the sequences with the fewest rows left, so
         that short prompts do not wait for long ones. The rest goes by order of arrival, so that the oldest never
-        starves. Prompts that must be computed as a whole all go by order of arrival."""
+        starves. All go by order of arrival if prompts, or the oldest one's next rows, must be computed together."""
         prefilling = self.queues.prefilling
         if not prefilling and not self.queues.can_start:
             return []
@@ -341,8 +351,18 @@ class Scheduler:
         outputs = self.settings.max_outputs - len(ready)
         scored = scored_rows(self.settings, self.times, decoding) if self.queues.decoding else outputs
         embedded = embedded_rows(self.settings, is_beside_decode=self.queues.decoding > 0)
-        batch = PrefillBatch(self.queues.memory, now_ns, rows, outputs, scored, embedded)
-        kept = batch.rows_left if self.settings.whole_prompts else batch.rows_left // 2
+        batch = PrefillBatch(
+            self.queues.memory,
+            now_ns,
+            rows_left=rows,
+            room=self.settings.max_batch_tokens - decoding,
+            outputs_left=outputs,
+            scored_left=scored,
+            embedded_left=embedded,
+            image_bytes_left=self.settings.max_image_bytes,
+        )
+        in_order = self.settings.whole_prompts or (bool(prefilling) and prefilling[0].begins_with_group)
+        kept = batch.rows_left if in_order else batch.rows_left // 2
         while batch.rows_left > kept and (shortest := self.queues.shortest(self.queues.prefilling)) is not None:
             if shortest.key in batch.slices or not batch.add(shortest, share=2):
                 break

@@ -9,6 +9,7 @@ from llamaclust.cluster.scheduler.kv.prefix_cache import BlockKeys
 from llamaclust.cluster.scheduler.kv.sequence_kv import SequenceKv
 from llamaclust.cluster.scheduler.matcher_use import MatcherUse
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, Timings
+from llamaclust.cluster.scheduler.rows.images import SequenceImages
 from llamaclust.cluster.scheduler.rows.prompt_outputs import PromptOutputs
 from llamaclust.cluster.scheduler.rows.sampling_state import SamplingState
 from llamaclust.cluster.scheduler.speculation.sequence_drafting import Drafting
@@ -39,6 +40,7 @@ class Sequence:
     sampler: SamplingState = field(init=False)
     kv: SequenceKv = field(init=False)
     outputs: PromptOutputs = field(init=False)
+    images: SequenceImages | None = field(init=False)
     drafting: Drafting = field(default_factory=Drafting)
     matcher: MatcherUse = field(default_factory=MatcherUse)
     scheduled: int = 0  # tokens whose keys and values are computed or under way
@@ -57,7 +59,8 @@ class Sequence:
         if request.embedded is not None:
             first, end = request.embedded
         self.outputs = PromptOutputs(first, end, first)
-        self.kv = SequenceKv(BlockKeys(request.cache_salt))
+        self.kv = SequenceKv(BlockKeys(request.cache_salt, images=request.images))
+        self.images = SequenceImages(request.images) if request.images else None
         self.tokens, self.sampler = list(request.prompt), SamplingState(request)
         for row in request.answered:
             self.append(row)
@@ -175,6 +178,11 @@ class Sequence:
         keeps states, the rows before them are then repeated as well."""
         ahead = self.drafting.ahead
         return self.computed if ahead and self.kv.states.is_begun else self.scheduled - len(ahead)
+
+    @property
+    def begins_with_group(self) -> bool:
+        """True if the next rows belong to an image whose rows see each other both ways."""
+        return self.images is not None and self.images.begins_with_group(self.scheduled)
 
     def rows_within(self, rows: int, outputs: int) -> int:
         if self.is_whole:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
+from llamaclust.core.limits import MAX_GIVEN_BYTES
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -38,6 +39,9 @@ class SchedulerSettings:
     window_blocks: int = 0  # blocks of layers with a window
     has_states: bool = False  # layers keep a state of each sequence
     state_blocks: int = 0  # blocks of states; 0: states are in KV blocks
+    image_width: int = 0  # floats of an image's row; 0: the model takes no images
+    max_image_bytes: int = MAX_GIVEN_BYTES  # of rows of images in one microbatch
+    rope_sections: int = 0  # rope positions of a row; 0: one, its position
     speculation: SpeculationSettings | None = None  # None: no tokens are drafted
     state_span: int = KV_BLOCK_TOKENS  # positions from one state that is kept for other sequences to the next
 
@@ -71,6 +75,11 @@ class SchedulerSettings:
     def may_repeat_rows(self) -> bool:
         """True if the last row may be computed again in place: it updates no state, and its blocks are not released."""
         return self.window is None and not self.has_states
+
+    @property
+    def max_group_rows(self) -> int:
+        """The most rows that can be computed together while all other sequences decode."""
+        return self.max_batch_tokens - self.max_sequences
 
     @property
     def max_sequence_tokens(self) -> int:

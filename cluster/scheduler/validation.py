@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from hashlib import sha256
+
+import numpy as np
 
 from llamaclust.cluster.scheduler.breakers import check_size
-from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.requests import GenerationRequest, ImageSpan
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core import sampling_bounds as bounds
 from llamaclust.core.errors import ContextLengthError, ParameterError
@@ -56,6 +60,41 @@ def validate(
         reason = f"has {len(request.grammar.definition)} characters, at most {bounds.MAX_GRAMMAR_BYTES} bytes are taken"
         raise ParameterError(request.grammar.origin, reason)
     check_size(sum(len(sequence) for sequences in request.breakers.values() for sequence in sequences))
+
+
+def check_images(request: GenerationRequest, settings: SchedulerSettings) -> None:
+    """Raises ParameterError if the model or a microbatch cannot take the request's images."""
+    if not request.images:
+        return
+    if not settings.image_width:
+        raise ParameterError("images", "the model takes none: leave them out")
+    if request.embedded is not None or request.score_from is not None:
+        raise ParameterError("images", "embeddings and scores are of text only: leave the images out")
+    end = 0
+    for number, span in enumerate(request.images):
+        assert end <= span.start < span.end <= len(request.prompt) and span.offset >= 0, (number, span)
+        assert not any(request.prompt[span.start : span.end]) and len(span.digest) == sha256().digest_size, number
+        end = span.end
+        _check_rows_of_image(f"image {number}", span, settings)
+
+
+def _check_rows_of_image(name: str, span: ImageSpan, settings: SchedulerSettings) -> None:
+    count, width = span.end - span.start, settings.image_width
+    if span.rows.shape != (count, width):
+        shape = " x ".join(map(str, span.rows.shape))
+        raise ParameterError("images", f"{name} has rows of {shape} numbers, the model takes {count} x {width}")
+    if not np.isfinite(span.rows).all():
+        raise ParameterError("images", f"{name} has rows of numbers that are not finite")
+    if span.is_bidirectional and count > settings.max_group_rows:
+        together = f"{name} has {count} rows that are computed together, a microbatch has {settings.max_group_rows}"
+        raise ParameterError("images", f"{together}: set prefill_chunk: {count}")
+    if span.is_bidirectional and count * span.row_bytes > settings.max_image_bytes:
+        together = f"{name} has {count * span.row_bytes} bytes of rows that are computed together"
+        raise ParameterError("images", f"{together}, at most {settings.max_image_bytes} are taken")
+    positions = span.rope_positions
+    if positions is not None:
+        assert settings.rope_sections and positions.shape == (settings.rope_sections, count), positions.shape
+        assert positions.min() >= 0 and positions.max() < count, "no row is behind the image's last one"
 
 
 def check_chain(chain: SamplerChain) -> None:

@@ -46,14 +46,15 @@ class Slots:
 
     def recording(self, slot: int, request: GenerationRequest, prompt: int) -> Subscriber:
         """Stores the request's prompt in the slot. Returns a subscriber that adds the tokens of the first answer, from
-        the chunks of the log's prompt with index `prompt`."""
-        tokens = array("I", request.prompt)
+        the chunks of the log's prompt with index `prompt`. Of a prompt with images, it keeps the text before."""
+        text = request.prompt[: request.images[0].start] if request.images else request.prompt
+        tokens = array("I", text)
         self._tokens[slot] = SlotTokens(tokens, request.cache_salt, request.adapters)
         last: int | None = None
 
         def take(of: int, chunk: TextChunk) -> None:
             nonlocal last
-            if of == prompt and chunk.index == 0:
+            if of == prompt and chunk.index == 0 and not request.images:
                 for row in chunk.rows:
                     if last is not None:  # it has no keys and values before its successor is computed
                         tokens.append(last)

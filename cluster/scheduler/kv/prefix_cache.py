@@ -1,22 +1,30 @@
-"""The prefix cache. Its keys are SHA-256 chains over model (without adapters), KV type, adapters, salt and tokens."""
+"""The prefix cache. Its keys are SHA-256 chains over model (without adapters), KV type, adapters, salt, tokens and rows
+of images."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256
+from struct import Struct
 
 from llamaclust.cluster.scheduler.kv.blocks import KvBlocks
+from llamaclust.cluster.scheduler.requests import ImageSpan
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
+
+_IMAGE = Struct("<5q")
 
 
 class BlockKeys(list[bytes]):
     """Keys of a sequence's full blocks. Sequences with different salts, adapters or scales share no block."""
 
-    def __init__(self, salt: str = "", adapters: Sequence[tuple[str, float]] = ()) -> None:
+    def __init__(
+        self, salt: str = "", adapters: Sequence[tuple[str, float]] = (), images: Sequence[ImageSpan] = ()
+    ) -> None:
         """Takes the digest and scale of each adapter, in the order in which they are computed."""
         super().__init__()
+        self.images = images
         self.salt = f"{[*adapters]}\0{salt}" if adapters else f"\0{salt}"
 
 
@@ -58,5 +66,15 @@ class PrefixCache:
         for index in range(len(keys), count):
             start = index * KV_BLOCK_TOKENS
             part = array("I", tokens[start : start + KV_BLOCK_TOKENS])
-            before = sha256(before + part.tobytes()).digest()
+            images = b"".join(_part_of(span, start) for span in keys.images)
+            before = sha256(before + part.tobytes() + images).digest()
             keys.append(before)
+
+
+def _part_of(span: ImageSpan, start: int) -> bytes:
+    """Returns what identifies the image's rows in the block at position `start`: of rows that see each other, all."""
+    first, end = max(span.start, start), min(span.end, start + KV_BLOCK_TOKENS)
+    if first >= end:
+        return b""
+    place = first - start, end - start, span.offset + first - span.start, span.end - span.start
+    return span.digest + _IMAGE.pack(*place, span.is_bidirectional)

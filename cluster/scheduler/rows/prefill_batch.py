@@ -17,10 +17,12 @@ _MAX_STARTS = 32
 class PrefillBatch:
     memory: KvMemory
     now_ns: int
-    rows_left: int
+    rows_left: int  # by predicted time; rows that must be computed together may exceed it
+    room: int  # rows that the microbatch can hold
     outputs_left: int
     scored_left: int  # output rows that may be scored
     embedded_left: int
+    image_bytes_left: int
     starts_left: int = _MAX_STARTS
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
 
@@ -31,13 +33,19 @@ class PrefillBatch:
             return False
         outputs = min(self.outputs_left, self.scored_left) if is_scored else self.outputs_left
         outputs = self.embedded_left if sequence.request.embedded is not None else outputs
-        rows = sequence.rows_within(max(self.rows_left // share, min(1, self.rows_left)), -(-outputs // share))
+        outputs = -(-outputs // share)
+        rows = sequence.rows_within(max(self.rows_left // share, min(1, self.rows_left)), outputs)
+        if sequence.images is not None and rows > 0:
+            most = sequence.rows_within(self.room, outputs)
+            rows = sequence.images.fitting(sequence.scheduled, rows, most, self.image_bytes_left // share)
         if rows > 0 and sequence.key not in self.slices:
             sequence.usage.started(self.now_ns)
             self.memory.reserve(sequence, rows)
             taken = self.slices[sequence.key] = take_rows(sequence, rows)
             self.memory.filled(sequence)
             self.rows_left -= rows
+            self.room -= rows
+            self.image_bytes_left -= taken.chunk.image_bytes
             self.outputs_left -= len(taken.tasks)
             self.scored_left -= len(taken.tasks) if is_scored else 0
             self.embedded_left -= taken.chunk.embedded_rows

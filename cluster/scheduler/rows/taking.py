@@ -52,7 +52,8 @@ def _slice(
     following = sequence.tokens[end] if drafting.has_mtp and end < len(sequence.tokens) else None
     head, checked = (following, drafting.mtp.take()), sequence.is_checked and sequence.failures > 0
     place = tokens, sequence.scheduled, kv.table.runs, len(tasks), follows
-    chunk = Chunk(*place, window.runs, start, *rest, *states, *head, checked=checked)
+    images = None if sequence.images is None else sequence.images.rows_of(sequence.scheduled, len(tokens))
+    chunk = Chunk(*place, window.runs, start, *rest, *states, *head, checked, images)
     sequence.scheduled = end
     sequence.in_flight += 1
     sequence.sampling += sampled > 0

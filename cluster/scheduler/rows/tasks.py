@@ -24,14 +24,16 @@ def prompt_tasks(sequence: Sequence, start: int, end: int) -> tuple[RowTask, ...
 def sample_task(sequence: Sequence, unknown: int = 0) -> SampleTask:
     """Returns the next token's task, with `unknown` unknown tokens before it: at most 1 if samplers look at tokens."""
     window, tokens = sequence.sampler.window, sequence.tokens
-    return _task(sequence, tokens[max(0, len(tokens) - window + unknown) :] if window else (), unknown)
+    history = _history(sequence, len(tokens), window - unknown) if window else ()
+    return _task(sequence, history, unknown)
 
 
 def window_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleTask, ...]:
     """Returns the tasks of the last token's row and of the drafted rows after it, the same as without speculation."""
     window, tokens = sequence.sampler.window, sequence.tokens
     end = len(tokens) - 1
-    first = _task(sequence, tokens[max(0, end + 1 - window) : end] if window else (), 0, drafted, follows=window > 0)
+    history = _history(sequence, end, window - 1) if window else ()
+    first = _task(sequence, history, 0, drafted, follows=window > 0)
     tasks = accumulate(repeat(first, 1 + len(drafted)), lambda before, _: before.next())
     if not first.suppressed:
         return tuple(tasks)
@@ -49,6 +51,13 @@ def further_tasks(sequence: Sequence, drafted: tuple[int, ...]) -> tuple[SampleT
         task if sequence.generated + unknown + row < most else replace(task, suppressed=())
         for row, task in enumerate(tasks)
     )
+
+
+def _history(sequence: Sequence, end: int, count: int) -> Items[int]:
+    """Returns the last `count` tokens before position `end`. Rows of images are no tokens."""
+    if sequence.images is None:
+        return sequence.tokens[max(0, end - count) : end]
+    return sequence.images.last_tokens(sequence.tokens, end, count)
 
 
 def _task(

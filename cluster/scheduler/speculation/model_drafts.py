@@ -84,7 +84,7 @@ class ModelDrafts:
         orders, self._orders = self._orders[:MOST_ORDERS], self._orders[MOST_ORDERS:]
         if orders:
             return orders
-        decoding = [sequence for sequence in running if sequence.may_draft]
+        decoding = [sequence for sequence in running if sequence.may_draft and sequence.images is None]
         if len(decoding) > MOST_ORDERS:
             return []
         lacking = next((sequence for sequence in decoding if self._is_worth(sequence)), None)

@@ -55,7 +55,8 @@ def order_drafts(sequences: Iterable[Sequence], count: int) -> None:
 
 
 def may_order(sequence: Sequence) -> bool:
-    return sequence.may_draft and sequence.left > 2 and sequence.drafting.drafts is not None
+    drafting = sequence.drafting
+    return drafting.has_mtp and sequence.may_draft and sequence.left > 2 and drafting.drafts is not None
 
 
 def _is_due(sequence: Sequence) -> bool:

@@ -136,6 +136,7 @@ class Speculation:
             sequence.key: self._most_of(sequence)
             for sequence in sequences
             if sequence.may_draft
+            and sequence.images is None
             and not sequence.drafting.forced
             and sequence.drafting.drafts is not None
             and not sequence.drafting.drafts.has_offer(sequence.tokens)

@@ -1,0 +1,115 @@
+"""The rows of images in one sequence: the data that chunks have of them, and the rows at which chunks may end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.cluster.scheduler.requests import ImageSpan
+from llamaclust.wire.microbatch.messages import ImageRows
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A span with the differences of rope position and position, of rows before it and of rows after it."""
+
+    span: ImageSpan
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    placed: _Placed
+    first: int
+    end: int
+
+    @property
+    def span(self) -> ImageSpan:
+        return self.placed.span
+
+    @property
+    def within(self) -> slice:
+        return slice(self.first - self.span.start, self.end - self.span.start)
+
+
+class SequenceImages:
+    def __init__(self, spans: Sequence[ImageSpan]) -> None:
+        self._placed = _placed(spans)
+        self._sections = max((len(s.rope_positions) for s in spans if s.rope_positions is not None), default=0)
+
+    def rows_of(self, position: int, count: int) -> ImageRows | None:
+        """Returns the data of a chunk with rows [position, position + count); None if it needs none."""
+        parts = [*self._parts(position, position + count)]
+        rope_positions = self._rope_positions(position, parts, count)
+        if not parts and not rope_positions:
+            return None
+        return ImageRows(
+            tuple((part.first - position, part.end - position) for part in parts),
+            b"".join(np.ascontiguousarray(part.span.rows[part.within], "<f4").tobytes() for part in parts),
+            tuple((part.first - position, part.end - position) for part in parts if part.span.is_bidirectional),
+            rope_positions,
+        )
+
+    def fitting(self, position: int, rows: int, most_rows: int, most_bytes: int) -> int:
+        """Returns how many rows a chunk takes that would take `rows` without images, and may have `most_bytes` of them.
+        Rows that see each other stay together: a chunk that begins with such rows takes all of them, up to `most_rows`.
+        It takes 0 rows if they do not fit."""
+        chunk_end = position + rows
+        for part in self._parts(position, chunk_end):
+            span, end = part.span, part.end
+            if span.is_bidirectional and part.first == position and span.end - position <= most_rows:
+                end = span.end
+                chunk_end = max(chunk_end, end)
+            fit = most_bytes // span.row_bytes
+            if span.is_bidirectional and (end < span.end or end - part.first > fit):
+                return part.first - position
+            if end - part.first > fit:
+                return part.first + fit - position
+            most_bytes -= (end - part.first) * span.row_bytes
+        return chunk_end - position
+
+    def begins_with_group(self, position: int) -> bool:
+        return any(part.span.is_bidirectional for part in self._parts(position, position + 1))
+
+    def last_tokens(self, tokens: Sequence[int], end: int, count: int) -> list[int]:
+        """Returns the last `count` tokens before position `end`, without those in place of rows."""
+        found: list[int] = []
+        for placed in reversed(self._placed):
+            if placed.span.start < end:
+                found[:0] = tokens[max(placed.span.end, end - count) : end]
+                end = placed.span.start
+        found[:0] = tokens[max(0, end - count) : end]
+        return found[max(0, len(found) - count) :]
+
+    def _parts(self, start: int, end: int) -> Iterator[_Part]:
+        for placed in self._placed:
+            span = placed.span
+            if span.start < end and start < span.end:
+                yield _Part(placed, max(span.start, start), min(span.end, end))
+
+    def _rope_positions(self, position: int, parts: Sequence[_Part], count: int) -> bytes:
+        own = np.arange(position, position + count, dtype="<i4")
+        turned: NDArray[np.int32] = np.repeat(own[:, None], self._sections, axis=1)
+        for placed in self._placed:
+            behind = max(0, placed.span.end - position)
+            turned[behind:] = own[behind:, None] + placed.after
+        for part in parts:
+            if (relative := part.span.rope_positions) is not None:
+                first = part.span.start + part.placed.before
+                turned[part.first - position : part.end - position] = first + relative[:, part.within].T
+        return b"" if (turned == own[:, None]).all() else turned.tobytes()
+
+
+def _placed(spans: Sequence[ImageSpan]) -> list[_Placed]:
+    placed, before = [], 0
+    for span in spans:
+        after = before
+        if span.rope_positions is not None:
+            after += int(span.rope_positions.max()) + 1 - (span.end - span.start)
+        placed.append(_Placed(span, before, after))
+        before = after
+    return placed

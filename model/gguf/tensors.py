@@ -82,7 +82,8 @@ class Tensor:
     `content` is the SHA-256 of its bytes in hex, if known. `paired_heads`: the number of heads whose rows are
     interleaved on reading, because the file has their halves one after the other; 0: bytes are read as they are.
     `packed_as`: the type of the tiles if it is not `quant_type` (`WIDER_TILES`). `stride_bytes`: the distance in the
-    file between entries of the slowest dimension; 0: they are contiguous."""
+    file between entries of the slowest dimension; 0: they are contiguous. `stored`: rows and columns of the matrices,
+    one after the other in the file, which are transposed on reading; None: no matrix is."""
 
     name: str
     quant_type: QuantType
@@ -95,6 +96,7 @@ class Tensor:
     paired_heads: int = 0
     packed_as: QuantType | None = None
     stride_bytes: int = 0
+    stored: tuple[int, int] | None = None
 
     @property
     def tile_type(self) -> QuantType:
@@ -106,6 +108,8 @@ class Tensor:
         place = self.offset, self.n_bytes, self.shape
         if self.stride_bytes:
             return (*place, "stride", self.stride_bytes)
+        if self.stored is not None:
+            return (*place, "stored", self.stored)
         return (*place, self.paired_heads) if self.paired_heads else place
 
     @property
@@ -145,6 +149,7 @@ class Tensor:
     def shard(self, name: str) -> Tensor:
         if (found := named_range(name)) is None:
             return self
+        assert self.stored is None, self.name
         dimension, part = found
         outer, inner = self.shape[:dimension], self.shape[dimension:]
         count = inner[0]
@@ -182,6 +187,8 @@ class Tensor:
             for at, part in self._parts(view, start):
                 if self.paired_heads:
                     self._read_paired(descriptor, part, start)
+                elif self.stored is not None:
+                    self._read_transposed(descriptor, part, start, *self.stored)
                 else:
                     read_exactly(descriptor, self.path, at, part)
                 drop_cached_pages(descriptor, at, len(part))
@@ -202,6 +209,15 @@ class Tensor:
         read_exactly(descriptor, self.path, self.offset + first * head_bytes, halves.data.cast("B"))
         begin = start - first * head_bytes
         view[:] = halves.swapaxes(1, 2).tobytes()[begin : begin + len(view)]
+
+    def _read_transposed(self, descriptor: int, view: memoryview, start: int, rows: int, columns: int) -> None:
+        item_bytes = self.quant_type.info.block_bytes
+        matrix_bytes = rows * columns * item_bytes
+        first, last = start // matrix_bytes, -(-(start + len(view)) // matrix_bytes)
+        found = np.empty((last - first, rows, columns, item_bytes), np.uint8)
+        read_exactly(descriptor, self.path, self.offset + first * matrix_bytes, found.data.cast("B"))
+        begin = start - first * matrix_bytes
+        view[:] = found.swapaxes(1, 2).tobytes()[begin : begin + len(view)]
 
     def _check(self, descriptor: int) -> None:
         now = FileIdentity.of(descriptor)

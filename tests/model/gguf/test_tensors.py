@@ -56,3 +56,13 @@ def test_whole_heads_of_rows_in_halves(tmp_path: Path) -> None:
         assert query.shard(shard_name(query.name, part)).read() == rows[part.start : part.stop].tobytes()
     with pytest.raises(AssertionError):
         query.shard(shard_name(query.name, range(16, 64)))
+
+
+@pytest.mark.parametrize("stored", [(256, 256), (64, 4), (4, 64)])
+def test_transposed_matrices_in_parts(stored: tuple[int, int], tmp_path: Path) -> None:
+    plain = open_model(build_tiny_model(tmp_path / "m.gguf", layers=1)).tensor("blk.0.attn_q.weight")
+    matrices = np.frombuffer(plain.read(), np.uint16).reshape(-1, *stored)
+    wanted, tensor = matrices.swapaxes(1, 2).tobytes(), replace(plain, stored=stored)
+    assert tensor.read() == wanted != plain.read() and tensor.place != plain.place
+    for start, end in ((0, 2), (510, 1030), (4098, 70000), (131070, 131072)):
+        assert tensor.read_range(start, end) == wanted[start:end]

@@ -1,0 +1,49 @@
+"""Encoders with a row for the whole tile beside those of its patches (class embedding): InternVL and Llama 4. The
+input has this row behind the others, then rows of zeros up to a whole merge group. These see only themselves, so that
+attention is in groups; the result of this last merge group is not used."""
+
+from __future__ import annotations
+
+from llamaclust.model import program as steps
+from llamaclust.model.architectures.vision.layers import VisionAttention, VisionBuilder
+from llamaclust.model.architectures.vision.rotations import HEIGHT, WIDTH, halves
+from llamaclust.model.program import Buffer
+from llamaclust.model.steps.options import ActivationFunction, RopeStyle
+
+_ROPE_BASE = 10000.0
+_PROJECTOR_EPSILON = 1e-5  # PyTorch's own
+_LARGE = (3200, 45)
+"""The width and the layers of InternViT 6B, which has RMS norms. Files do not tell the kind of norm."""
+
+
+def internvl(builder: VisionBuilder) -> Buffer:
+    """InternVL 2.5 to 3.5: learned factors of residuals (`ls1`, `ls2`), groups of patches, and a norm before the
+    projector."""
+    hp = builder.hyperparameters
+    builder.rms = (hp.embedding_length, hp.block_count) == _LARGE
+    builder.embed(bias=False)
+    for layer in range(hp.block_count):
+        builder.attention(layer, VisionAttention(grouped=True))
+        builder.feed_forward(layer)
+    builder.rms = False
+    merged = builder.merge(builder.hidden)
+    builder.norm("mm.model.mlp.0", merged, merged, epsilon=_PROJECTOR_EPSILON)
+    return builder.perceptron(merged, ("mm.model.mlp.1", "mm.model.mlp.3"), ActivationFunction.GELU_ERF, "rows")
+
+
+def llama4(builder: VisionBuilder) -> Buffer:
+    """Llama 4: rotations by place, counted from 1, and two activated products before the last one."""
+    hp = builder.hyperparameters
+    rotation = halves(hp.head_dim, _ROPE_BASE, RopeStyle.NORM, (WIDTH, HEIGHT))
+    builder.embed(bias=False)
+    for layer in range(hp.block_count):
+        builder.attention(layer, VisionAttention(rotation, grouped=True))
+        builder.feed_forward(layer)
+    builder.norm("v.post_ln", builder.hidden, builder.hidden)
+    merged = builder.merge(builder.hidden)
+    inner = builder.perceptron(merged, ("mm.model.mlp.1", "mm.model.mlp.2"), ActivationFunction.GELU_ERF, "adapted")
+    out = Buffer("rows", builder.width("mm.model.fc"))
+    builder.append(
+        steps.Activate(inner, inner, ActivationFunction.GELU_ERF), builder.product("mm.model.fc", inner, out)
+    )
+    return out

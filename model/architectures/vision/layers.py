@@ -1,0 +1,248 @@
+"""Blocks from which encoders of images are built. Every weight is checked against the file when it is named."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamaclust.model import program as steps
+from llamaclust.model.architectures.tensors import CheckedTensors
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.kv_type import KvType
+from llamaclust.model.program import Buffer, Program, RopeTable
+from llamaclust.model.steps.options import ActivationFunction, RopeStyle
+
+PATCH_WEIGHT, SECOND_PATCH_WEIGHT, PATCH_BIAS = "v.patch_embd.weight", "v.patch_embd.weight.1", "v.patch_embd.bias"
+CHANNELS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class VisionHyperparameters:
+    """Widths and counts of an encoder. `patch_size` is in pixels; `merge` patches a side become one row for the text
+    model. `added_width` is the number of channels after a patch's pixels, which are added to its embedding."""
+
+    block_count: int
+    embedding_length: int
+    head_count: int
+    epsilon: float
+    activation: ActivationFunction
+    patch_size: int
+    merge: int
+    added_width: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.embedding_length // self.head_count
+
+    @property
+    def merged(self) -> int:
+        return self.merge * self.merge
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """The rotation of queries and keys: pair i of a head turns by the position in section sections[i]. If `split`, each
+    half of a head is rotated like a head of its own, with `table`, and has its half of `sections`."""
+
+    style: RopeStyle
+    table: RopeTable
+    sections: tuple[int, ...]
+    split: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class VisionAttention:
+    """Options of an attention block. If `grouped`, a row sees its window only. `scale` is 1 / sqrt(head_dim) by
+    default. With `unit_values`, each head's value has an RMS norm without weights."""
+
+    rotation: Rotation | None = None
+    grouped: bool = False
+    scale: float | None = None
+    unit_values: bool = False
+
+
+class VisionBuilder(CheckedTensors):
+    """Builds the program of an encoder: it receives the patches of one tile and returns rows for a text model. Methods
+    append steps in the order of computation. With `rms`, norms have no mean."""
+
+    def __init__(self, model: ModelFile, hyperparameters: VisionHyperparameters) -> None:
+        super().__init__(model)
+        self.hyperparameters = hp = hyperparameters
+        self.rms = False
+        self.hidden = Buffer("hidden", hp.embedding_length)
+        self._steps: list[steps.Step] = []
+        pixels = CHANNELS * hp.patch_size * hp.patch_size
+        self._patches = Buffer("patches", pixels + hp.added_width)
+        self._pixels = Buffer("pixels", pixels) if hp.added_width else self._patches
+
+    def program(self, out: Buffer) -> Program:
+        """Returns the program, which has the form of a stage in the middle: rows are given, and rows are the result."""
+        layers = self.hyperparameters.block_count
+        return Program(1, layers + 1, layers + 2, self._patches, out, tuple(self._steps))
+
+    def append(self, *added: steps.Step) -> None:
+        self._steps += added
+
+    def embed(self, *, bias: bool = True, norm: str | None = None) -> None:
+        """hidden = the products of patches with the patch embedding (and its bias), normed if a norm is named, plus the
+        added channels."""
+        hp, embedded = self.hyperparameters, self.hidden
+        if hp.added_width:
+            self.append(steps.Slice(self._patches, self._pixels, 0))
+        self._embed_pixels(embedded, bias and self.has(PATCH_BIAS))
+        if norm is not None:
+            self.norm(norm, embedded, embedded)
+        if hp.added_width:
+            added = Buffer("added", hp.added_width)
+            self.append(steps.Slice(self._patches, added, self._pixels.width), steps.Add(embedded, added, embedded))
+        if self.has("v.pre_ln.weight"):
+            self.norm("v.pre_ln", self.hidden, self.hidden)
+
+    def _embed_pixels(self, embedded: Buffer, has_bias: bool) -> None:
+        """A video's frames have a weight each. An image is both frames."""
+        shape = (embedded.width, self._pixels.width)
+        bias = self.vector(PATCH_BIAS, embedded.width) if has_bias else None
+        self.append(steps.MatMul(self._pixels, embedded, self.weight(PATCH_WEIGHT, shape), bias))
+        if self.has(SECOND_PATCH_WEIGHT):
+            second = Buffer("second", embedded.width)
+            self.append(
+                steps.MatMul(self._pixels, second, self.weight(SECOND_PATCH_WEIGHT, shape)),
+                steps.Add(embedded, second, embedded),
+            )
+
+    def attention(self, layer: int, variant: VisionAttention = VisionAttention()) -> None:
+        """hidden += output(attention(rope(q), rope(k), v)): q, k and v are products of the normed hidden state."""
+        hp, prefix = self.hyperparameters, f"v.blk.{layer}"
+        query, key, value, attended, projected = (
+            Buffer(name, hp.embedding_length) for name in ("query", "key", "value", "attended", "projected")
+        )
+        normed = self._normed(f"{prefix}.ln1")
+        self._project(prefix, normed, query, key, value)
+        self._norm_heads(prefix, query, key)
+        if variant.rotation is not None:
+            for x in (query, key):
+                self._rotate(x, variant.rotation)
+        if variant.unit_values:
+            self.append(steps.RmsNorm(value, value, None, hp.epsilon, hp.head_count))
+        self.append(self._attend(layer, (query, key, value, attended), variant))
+        self.append(self.product(f"{prefix}.attn_out", attended, projected))
+        self._add(projected, f"{prefix}.ls1", f"{prefix}.attn_post_norm")
+
+    def _attend(
+        self, layer: int, buffers: tuple[Buffer, Buffer, Buffer, Buffer], variant: VisionAttention
+    ) -> steps.Attention:
+        hp = self.hyperparameters
+        return steps.Attention(
+            *buffers,
+            layer=layer + 1,
+            heads=hp.head_count,
+            kv_heads=hp.head_count,
+            head_dim=hp.head_dim,
+            scale=1 / math.sqrt(hp.head_dim) if variant.scale is None else variant.scale,
+            kv_type=KvType.F16,
+            causal=False,
+            grouped=variant.grouped,
+        )
+
+    def _project(self, prefix: str, normed: Buffer, *parts: Buffer) -> None:
+        if self.has(f"{prefix}.attn_qkv.weight"):
+            self.append(*self.product_parts(f"{prefix}.attn_qkv", normed, parts))
+            return
+        for name, out in zip(("attn_q", "attn_k", "attn_v"), parts, strict=True):
+            self.append(self.product(f"{prefix}.{name}", normed, out))
+
+    def _norm_heads(self, prefix: str, query: Buffer, key: Buffer) -> None:
+        for name, x in (("attn_q_norm", query), ("attn_k_norm", key)):
+            if self.has(f"{prefix}.{name}.weight"):
+                self.norm(f"{prefix}.{name}", x, x, self.hyperparameters.head_count)
+
+    def _rotate(self, x: Buffer, rotation: Rotation) -> None:
+        heads, width = self.hyperparameters.head_count, self.hyperparameters.head_dim
+        style, table, sections = rotation.style, rotation.table, rotation.sections
+        if not rotation.split:
+            self.append(steps.Rope(x, heads, width, style, table, sections))
+            return
+        halves = [Buffer(f"half {number} of {x.name}", x.width // 2) for number in range(2)]
+        pairs = len(table.frequencies)
+        for number, half in enumerate(halves):
+            own = sections[number * pairs : (number + 1) * pairs]
+            self.append(steps.Slice(x, half, number * width // 2, heads))
+            self.append(steps.Rope(half, heads, width // 2, style, table, own))
+        self.append(steps.Join(*halves, x, heads))
+
+    def feed_forward(self, layer: int, *, out: Buffer | None = None) -> None:
+        """hidden += down(activation(up)), or down(activation(gate) * up) if the file has a gate. The sum is written to
+        `out` if it is given, and is the hidden state from then on."""
+        prefix, activation = f"v.blk.{layer}", self.hyperparameters.activation
+        normed = self._normed(f"{prefix}.ln2")
+        up_name, down_name = self._inner_names(prefix)
+        up = Buffer("up", self.width(up_name))
+        inner = Buffer("inner", up.width)
+        self.append(self.product(up_name, normed, up))
+        if self.has(f"{prefix}.ffn_gate.weight"):
+            self.append(
+                self.product(f"{prefix}.ffn_gate", normed, inner),
+                steps.Activate(inner, inner, activation),
+                steps.Mul(inner, up, inner),
+            )
+        else:
+            self.append(steps.Activate(up, inner, activation))
+        projected = Buffer("projected", self.hidden.width)
+        self.append(self.product(down_name, inner, projected))
+        self._add(projected, f"{prefix}.ls2", f"{prefix}.ffn_post_norm", out)
+
+    def _inner_names(self, prefix: str) -> tuple[str, str]:
+        """Returns the names of the tensors up and down, which are exchanged in files of before April 2025."""
+        names = f"{prefix}.ffn_up", f"{prefix}.ffn_down"
+        down = self.model.tensor(f"{names[1]}.weight")
+        return names[::-1] if down.shape[-1] == self.hyperparameters.embedding_length else names
+
+    def _normed(self, name: str) -> Buffer:
+        normed = Buffer("normed", self.hidden.width)
+        self.norm(name, self.hidden, normed)
+        return normed
+
+    def _add(self, x: Buffer, scale: str, norm: str, out: Buffer | None = None) -> None:
+        if self.has(f"{norm}.weight"):
+            self.norm(norm, x, x)
+        if self.has(f"{scale}.weight"):
+            self.append(steps.ScaleByWeight(x, x, self.vector(f"{scale}.weight", x.width), by_channel=True))
+        out = out or Buffer("hidden", self.hidden.width)
+        self.append(steps.Add(self.hidden, x, out))
+        self.hidden = out
+
+    def norm(self, name: str, x: Buffer, out: Buffer, heads: int = 1, epsilon: float | None = None) -> None:
+        """out = the norm of x, or of each of its `heads` equal parts if the weight is as wide as one part."""
+        epsilon = epsilon or self.hyperparameters.epsilon
+        if self.rms:
+            parts = heads if self.model.tensor(f"{name}.weight").shape == (x.width // heads,) else 1
+            weight = self.vector(f"{name}.weight", x.width // parts)
+            self.append(steps.RmsNorm(x, out, weight, epsilon, parts))
+            return
+        weight = self.vector(f"{name}.weight", x.width)
+        self.append(steps.LayerNorm(x, out, weight, self.optional_vector(f"{name}.bias", x.width), epsilon))
+
+    def merge(self, x: Buffer) -> Buffer:
+        """Joins the rows of each merge group, which are consecutive."""
+        factor = self.hyperparameters.merged
+        if factor == 1:
+            return x
+        merged = Buffer("merged", factor * x.width)
+        self.append(steps.MergeRows(x, merged, factor))
+        return merged
+
+    def perceptron(self, x: Buffer, names: Sequence[str], activation: ActivationFunction, out: str) -> Buffer:
+        """Returns second(activation(first(x))). The buffer is named `out`."""
+        first, second = names
+        inner, result = Buffer(f"{out} inner", self.width(first)), Buffer(out, self.width(second))
+        self.append(self.product(first, x, inner))
+        self.append(steps.Activate(inner, inner, activation), self.product(second, inner, result))
+        return result
+
+    def width(self, name: str) -> int:
+        """Returns the number of results of a product."""
+        shape = self.model.tensor(f"{name}.weight").shape
+        if len(shape) != 2:
+            raise self.error(f"{name}.weight", f"{len(shape)} dimensions, 2 expected")
+        return shape[0]

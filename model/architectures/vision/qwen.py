@@ -1,0 +1,79 @@
+"""The encoders of Qwen 2.5 VL and Qwen 3 VL: rotations by place, and a merger of 2 x 2 patches."""
+
+from __future__ import annotations
+
+from llamaclust.model import program as steps
+from llamaclust.model.architectures.vision.layers import Rotation, VisionAttention, VisionBuilder
+from llamaclust.model.architectures.vision.rotations import HEIGHT, WIDTH, halves
+from llamaclust.model.hyperparameters import ModelKeys
+from llamaclust.model.program import Buffer
+from llamaclust.model.steps.options import ActivationFunction, RopeStyle
+
+_ROPE_BASE = 10000.0
+_MERGER = ("mm.0", "mm.2")
+
+
+def qwen25vl(builder: VisionBuilder) -> Buffer:
+    """Qwen 2.5 VL: RMS norms, gated feed-forward networks, and windows in all layers but each `n_wa_pattern`-th."""
+    builder.rms = True
+    layers = builder.hyperparameters.block_count
+    period = ModelKeys(builder.model).count("vision.n_wa_pattern", minimum=0, maximum=1 << 10)
+    rotation = _rotation(builder)
+    builder.embed()
+    for layer in range(layers):
+        builder.attention(layer, VisionAttention(rotation, grouped=period > 0 and (layer + 1) % period > 0))
+        builder.feed_forward(layer)
+    builder.norm("v.post_ln", builder.hidden, builder.hidden)
+    return builder.perceptron(builder.merge(builder.hidden), _MERGER, ActivationFunction.GELU_ERF, "rows")
+
+
+def qwen3vl(builder: VisionBuilder) -> Buffer:
+    """Qwen 3 VL: norms with a mean, interpolated positions, and further rows for the text model's first layers
+    (deepstack), which are merged from the results of some layers."""
+    layers = builder.hyperparameters.block_count
+    kept: list[tuple[int, Buffer]] = []
+    rotation = _rotation(builder)
+    builder.embed()
+    for layer in range(layers):
+        is_kept = builder.has(f"v.deepstack.{layer}.fc1.weight")
+        builder.attention(layer, VisionAttention(rotation))
+        builder.feed_forward(layer, out=Buffer(f"hidden {layer}", builder.hidden.width) if is_kept else None)
+        if is_kept:
+            kept.append((layer, builder.hidden))
+    last = Buffer("last", builder.hidden.width)
+    builder.norm("v.post_ln", builder.hidden, last)
+    first, *others = _merged(builder, [last, *(hidden for _, hidden in kept)])
+    rows = builder.perceptron(first, _MERGER, ActivationFunction.GELU_ERF, "rows")
+    for (layer, _), merged in zip(kept, others, strict=True):
+        rows = _joined(builder, rows, _level(builder, layer, merged))
+    return rows
+
+
+def _level(builder: VisionBuilder, layer: int, merged: Buffer) -> Buffer:
+    prefix = f"v.deepstack.{layer}"
+    builder.norm(f"{prefix}.norm", merged, merged)
+    names = f"{prefix}.fc1", f"{prefix}.fc2"
+    return builder.perceptron(merged, names, ActivationFunction.GELU_ERF, f"rows of layer {layer}")
+
+
+def _joined(builder: VisionBuilder, rows: Buffer, level: Buffer) -> Buffer:
+    joined = Buffer(f"{rows.name} and {level.name}", rows.width + level.width)
+    builder.append(steps.Join(rows, level, joined))
+    return joined
+
+
+def _merged(builder: VisionBuilder, parts: list[Buffer]) -> list[Buffer]:
+    """Merges the rows of several buffers. All are joined first, because rows are merged once in a program."""
+    if len(parts) == 1:
+        return [builder.merge(parts[0])]
+    whole, width, factor = parts[0], parts[0].width, builder.hyperparameters.merged
+    for part in parts[1:]:
+        whole = _joined(builder, whole, part)
+    together = builder.merge(whole)
+    merged = [Buffer(f"merged {part.name}", factor * width) for part in parts]
+    builder.append(*(steps.Slice(together, out, number * width, factor) for number, out in enumerate(merged)))
+    return merged
+
+
+def _rotation(builder: VisionBuilder) -> Rotation:
+    return halves(builder.hyperparameters.head_dim, _ROPE_BASE, RopeStyle.NEOX, (HEIGHT, WIDTH))

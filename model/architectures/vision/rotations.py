@@ -1,0 +1,47 @@
+"""Rotations of queries and keys by a patch's place in its tile."""
+
+from __future__ import annotations
+
+from llamaclust.model.architectures.positions import rope_table
+from llamaclust.model.architectures.vision.layers import Rotation
+from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
+from llamaclust.model.program import RopeTable
+from llamaclust.model.steps.options import RopeStyle
+
+HEIGHT, WIDTH = 0, 1
+"""The sections of a batch's rope positions in an encoder of images."""
+
+
+def halves(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
+    """Returns a rotation whose first half of pairs turns by one place and whose second half turns by the other, with
+    the same frequencies base^(-4 i / head_dim)."""
+    half = frequencies(head_dim // 2, base)
+    return Rotation(style, RopeTable(half + half), _sections(len(half), sections))
+
+
+def alternating(head_dim: int, base: float, style: RopeStyle, sections: tuple[int, int]) -> Rotation:
+    """Returns a rotation like `halves`, but the first half has the frequencies base^(-2 i / head_dim) with even i, and
+    the second half has those with odd i."""
+    whole = frequencies(head_dim, base)
+    half = len(whole) // 2
+    return Rotation(style, RopeTable(whole[::2] + whole[1::2]), _sections(half, sections))
+
+
+def _sections(pairs: int, sections: tuple[int, int]) -> tuple[int, ...]:
+    first, second = sections
+    return (first,) * pairs + (second,) * pairs
+
+
+def frequencies(dimension_count: int, base: float) -> tuple[float, ...]:
+    plain = RopeParameters(
+        dimension_count=dimension_count,
+        frequency_base=base,
+        scaling=RopeScaling.NONE,
+        factor=1.0,
+        original_context_length=1,
+        attention_factor=1.0,
+        extrapolation_factor=0.0,
+        beta_fast=32.0,
+        beta_slow=1.0,
+    )
+    return rope_table(plain).frequencies

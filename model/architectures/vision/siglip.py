@@ -1,0 +1,49 @@
+"""Encoders with SigLIP's layers: learned positions, norms with a mean before blocks, and attention to all patches."""
+
+from __future__ import annotations
+
+from llamaclust.model import program as steps
+from llamaclust.model.architectures.vision.layers import VisionBuilder
+from llamaclust.model.program import Buffer
+from llamaclust.model.steps.options import ActivationFunction
+
+_PROJECTION, _SOFT_NORM, _INPUT_NORM = "mm.input_projection", "mm.soft_emb_norm", "mm.input_norm"
+_INPUT_NORM_EPSILON = 1e-5  # PyTorch's own
+
+
+def idefics3(builder: VisionBuilder) -> Buffer:
+    """Idefics 3 and SmolVLM: groups of patches (pixel shuffle), and one product to the width of the text model."""
+    _layers(builder)
+    merged = builder.merge(builder.hidden)
+    out = Buffer("rows", builder.width("mm.model.fc"))
+    builder.append(builder.product("mm.model.fc", merged, out))
+    return out
+
+
+def gemma3(builder: VisionBuilder) -> Buffer:
+    """Gemma 3: the mean of each group of patches, an RMS norm, and one product to the width of the text model."""
+    _layers(builder)
+    hidden = builder.hidden
+    pooled, out = Buffer("pooled", hidden.width), Buffer("rows", builder.width(_PROJECTION))
+    builder.append(steps.MeanRows(hidden, pooled, builder.hyperparameters.merged))
+    builder.rms = True
+    builder.norm(_SOFT_NORM, pooled, pooled)
+    builder.append(builder.product(_PROJECTION, pooled, out))
+    return out
+
+
+def lfm2(builder: VisionBuilder) -> Buffer:
+    """LFM2-VL (SigLIP 2): interpolated positions, groups of patches, and a norm before the projector in some models."""
+    _layers(builder)
+    merged = builder.merge(builder.hidden)
+    if builder.has(f"{_INPUT_NORM}.weight"):
+        builder.norm(_INPUT_NORM, merged, merged, epsilon=_INPUT_NORM_EPSILON)
+    return builder.perceptron(merged, ("mm.1", "mm.2"), ActivationFunction.GELU_ERF, "rows")
+
+
+def _layers(builder: VisionBuilder) -> None:
+    builder.embed()
+    for layer in range(builder.hyperparameters.block_count):
+        builder.attention(layer)
+        builder.feed_forward(layer)
+    builder.norm("v.post_ln", builder.hidden, builder.hidden)

@@ -1,0 +1,1 @@
+"""Projector files (`mmproj`): the encoder of images of a vision model, and its inputs."""

@@ -1,0 +1,140 @@
+"""The numbers of a projector file, read from its metadata and checked to be sane and to fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.architectures.vision import FAMILIES
+from llamaclust.model.architectures.vision.family import Positions, VisionFamily
+from llamaclust.model.architectures.vision.layers import VisionHyperparameters
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.values import shown
+from llamaclust.model.hyperparameters import MAX_LAYERS, ModelKeys, read_architecture
+from llamaclust.model.steps.options import ActivationFunction
+
+ARCHITECTURE = "clip"
+_MAX_WIDTH = 1 << 16
+_MAX_HEADS = 1 << 10
+_MAX_IMAGE_SIZE = 1 << 14
+_MAX_PATCH_SIZE = 1 << 8
+_MAX_MERGE = 8
+_MAX_TILES = 1 << 8
+_MAX_PIXELS = 1 << 28
+_COLOURS = 3
+_WINDOW_PIXELS = 112
+"""The window's side where files do not tell it. llama.cpp has the same constant."""
+
+_UNSUPPORTED = (
+    "vision.feature_layer",
+    "vision.image_grid_pinpoints",
+    "vision.mm_patch_merge_type",
+    "vision.wa_layer_indexes",
+)
+"""Keys that change the arithmetic, and that no supported family has."""
+
+Colours = tuple[float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageNumbers:
+    """The numbers by which images are prepared. A colour c, 0 to 255, becomes (c / 255 - mean) / deviation.
+    `image_size` is a tile's side in pixels, or the side for which learned positions were trained. `longest_edge` is
+    that of an image before it is cut into tiles, and 0 if the file has none. Of the other limits, 0 means none."""
+
+    image_size: int
+    longest_edge: int
+    min_pixels: int
+    max_pixels: int
+    min_tiles: int
+    max_tiles: int
+    mean: Colours
+    deviation: Colours
+    window_pixels: int
+
+
+def family_name(keys: ModelKeys) -> str:
+    """Returns the projector's name. Raises ModelFileError for a file without an encoder of images, or an unsupported
+    one."""
+    if not keys.flag("has_vision_encoder", True):
+        raise keys.error("has_vision_encoder", "false, so that the file has no encoder of images")
+    name = keys.text("projector_type", "") or keys.text("vision.projector_type", "")
+    if name not in FAMILIES:
+        raise keys.error("projector_type", f"{shown(name)}, only {', '.join(FAMILIES)} are supported")
+    return name
+
+
+def projector_keys(file: ModelFile) -> ModelKeys:
+    """Raises ModelFileError for a file that is no projector."""
+    found = read_architecture(file)
+    if found != ARCHITECTURE:
+        what = f"{shown(found)}, but a projector has {ARCHITECTURE!r}"
+        raise file.error("general.architecture", what, "give the mmproj file of the vision model")
+    return ModelKeys(file)
+
+
+def read_hyperparameters(keys: ModelKeys, family: VisionFamily) -> VisionHyperparameters:
+    width = keys.count("vision.embedding_length", maximum=_MAX_WIDTH)
+    heads = keys.count("vision.attention.head_count", maximum=_MAX_HEADS)
+    if width % heads or (family.turns and width // heads % 4):
+        what = f"{heads}, which does not divide a width of {width}" + " into parts of 4 n channels" * family.turns
+        raise keys.error("vision.attention.head_count", what)
+    for key in _UNSUPPORTED:
+        if keys.has(key):
+            raise keys.error(key, "is not supported")
+    return VisionHyperparameters(
+        block_count=keys.count("vision.block_count", maximum=MAX_LAYERS),
+        embedding_length=width,
+        head_count=heads,
+        epsilon=keys.real("vision.attention.layer_norm_epsilon", minimum=1e-13, maximum=0.1),
+        activation=_activation(keys, family),
+        patch_size=keys.count("vision.patch_size", maximum=_MAX_PATCH_SIZE),
+        merge=keys.count(family.merge_key, family.merge, maximum=_MAX_MERGE),
+        added_width=0 if family.positions is Positions.NONE else width,
+    )
+
+
+def _activation(keys: ModelKeys, family: VisionFamily) -> ActivationFunction:
+    gelu, silu = keys.flag("use_gelu", False), keys.flag("use_silu", False)
+    if gelu and silu:
+        raise keys.error("use_gelu", "true, but use_silu is true as well")
+    if gelu:
+        return family.gelu
+    return ActivationFunction.SILU if silu else family.plain
+
+
+def read_image_numbers(keys: ModelKeys, family: VisionFamily, hp: VisionHyperparameters) -> ImageNumbers:
+    least, most = family.tokens or (0, 0)
+    row_pixels = (hp.merge * hp.patch_size) ** 2
+    min_pixels = keys.count("vision.image_min_pixels", least * row_pixels, minimum=0, maximum=_MAX_PIXELS)
+    max_pixels = keys.count("vision.image_max_pixels", most * row_pixels, minimum=0, maximum=_MAX_PIXELS)
+    if min_pixels > max_pixels:
+        raise keys.error("vision.image_min_pixels", f"{min_pixels}, at most {max_pixels} (image_max_pixels) expected")
+    image_size = keys.count("vision.image_size", minimum=1 if family.tokens is None else 0, maximum=_MAX_IMAGE_SIZE)
+    side = hp.merge * hp.patch_size
+    if family.tokens is None and image_size % side:
+        what = f"{image_size} pixels; patches of {hp.patch_size} and groups of {hp.merge} need a multiple of {side}"
+        raise keys.error("vision.image_size", what)
+    return ImageNumbers(
+        image_size=image_size,
+        longest_edge=keys.count("vision.preproc_image_size", 0, minimum=0, maximum=_MAX_IMAGE_SIZE),
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        min_tiles=keys.count("vision.preproc_min_tiles", 0, minimum=0, maximum=_MAX_TILES),
+        max_tiles=keys.count("vision.preproc_max_tiles", 0, minimum=0, maximum=_MAX_TILES),
+        mean=_colours(keys, "vision.image_mean", minimum=-10.0),
+        deviation=_colours(keys, "vision.image_std", minimum=1e-3),
+        window_pixels=keys.count("vision.window_size", _WINDOW_PIXELS, maximum=_MAX_IMAGE_SIZE),
+    )
+
+
+def _colours(keys: ModelKeys, key: str, *, minimum: float) -> Colours:
+    values = keys.reals(key, _COLOURS)
+    if not all(minimum <= value <= 10.0 for value in values):
+        raise _bad_colours(keys, key, values, minimum)
+    red, green, blue = values
+    return red, green, blue
+
+
+def _bad_colours(keys: ModelKeys, key: str, values: tuple[float, ...], minimum: float) -> ModelFileError:
+    return keys.error(key, f"{', '.join(f'{value:g}' for value in values)}; three numbers {minimum:g} to 10 expected")

@@ -1,0 +1,48 @@
+"""The order of a tile's patches in an encoder: merge groups are contiguous, and so are windows of such groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class PatchOrder:
+    """`patches` [rows] has the numbers of patches, counted line by line in the tile. `windows` [rows, 2] are the rows
+    [start, end) of each row's window, and `places` [merged rows] the place of each merged row in the lines of merged
+    rows; None: they are in this order."""
+
+    patches: Int32
+    windows: Int32 | None = None
+    places: Int32 | None = None
+
+
+def in_groups(height: int, width: int, merge: int) -> PatchOrder:
+    """Orders height x width patches by groups of merge x merge."""
+    return PatchOrder(_grouped(height, width, merge).reshape(-1))
+
+
+def in_windows(height: int, width: int, merge: int, side: int) -> PatchOrder:
+    """Orders patches by windows of at most side x side groups, from the upper left on, and by groups in a window."""
+    groups = _grouped(height, width, merge)
+    lines, columns = height // merge, width // merge
+    parts = [
+        np.arange(lines * columns, dtype=np.int32).reshape(lines, columns)[y : y + side, x : x + side].reshape(-1)
+        for y in range(0, lines, side)
+        for x in range(0, columns, side)
+    ]
+    places = np.concatenate(parts)
+    counts = np.array([len(part) for part in parts]) * merge * merge
+    ends = np.cumsum(counts)
+    windows = np.stack((ends - counts, ends), axis=1).repeat(counts, axis=0)
+    return PatchOrder(groups[places].reshape(-1), windows.astype(np.int32), places)
+
+
+def _grouped(height: int, width: int, merge: int) -> Int32:
+    """Returns the numbers of patches [groups, merge * merge]."""
+    numbers = np.arange(height * width, dtype=np.int32).reshape(height // merge, merge, width // merge, merge)
+    return numbers.swapaxes(1, 2).reshape(-1, merge * merge)

@@ -1,0 +1,118 @@
+"""Learned positions of patches, interpolated to a tile's size. Only single operations of IEEE 754 in a fixed order are
+used, so that the results have the same bits on all machines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.architectures.vision.family import Positions
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.quant_types import QuantType
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Taps = Sequence[tuple[int, float]]
+"""The numbers of the table's lines or columns that a line or column of the result reads, each with its weight."""
+
+_CUBIC = -0.75
+_Q8_0_WEIGHTS = 32
+
+
+def read_floats(tensor: Tensor) -> Float32:
+    """Returns the numbers of a tensor in its shape. Raises ModelFileError for a type that is not supported here."""
+    data, shape = tensor.read(), tensor.shape
+    match tensor.quant_type:
+        case QuantType.F32:
+            return np.frombuffer(data, "<f4").reshape(shape)
+        case QuantType.F16:
+            return np.frombuffer(data, "<f2").astype(np.float32).reshape(shape)
+        case QuantType.BF16:
+            return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        case QuantType.Q8_0:
+            blocks = np.frombuffer(data, [("scale", "<f2"), ("quants", "i1", (_Q8_0_WEIGHTS,))])
+            scaled = blocks["quants"].astype(np.float32) * blocks["scale"].astype(np.float32)[:, None]
+            return scaled.reshape(shape)
+    what = f"type {tensor.quant_type.name}, only F32, F16, BF16 and Q8_0 are supported"
+    raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the projector")
+
+
+def interpolated(table: Float32, height: int, width: int, rule: Positions) -> Float32:
+    """Interpolates a square table [side * side, channels] to [height * width, channels]. Weights, products and sums are
+    float64, in ascending order of lines, then columns; the result is rounded once."""
+    side = math.isqrt(len(table))
+    if rule is Positions.TABLE or height == width == side:
+        assert len(table) == height * width, (len(table), height, width)
+        return table
+    grid = table.reshape(side, side, -1).astype(np.float64)
+    taps = _RULES[rule]
+    lines = _weighted(grid, taps(side, height))
+    columns = _weighted(lines.swapaxes(0, 1), taps(side, width))
+    return columns.swapaxes(0, 1).reshape(height * width, -1).astype(np.float32)
+
+
+def of_axes(table: Float32, height: int, width: int) -> Float32:
+    """Adds the rows of a table [2, size, channels] for each column, then for each line: [height * width, channels]."""
+    columns, lines = table
+    return (columns[None, :width] + lines[:height, None]).reshape(height * width, -1)
+
+
+def _weighted(grid: Float64, taps: Sequence[Taps]) -> Float64:
+    """Returns [len(taps), ...] sums over the first dimension of the grid."""
+    out = np.zeros((len(taps), *grid.shape[1:]))
+    for number, read in enumerate(taps):
+        for index, weight in read:
+            out[number] += grid[index] * weight
+    return out
+
+
+def _corner_taps(side: int, size: int) -> list[Taps]:
+    """Linear weights, with the first and the last place on the table's first and last."""
+    return [_linear(number * (side - 1) / (size - 1) if size > 1 else 0.0, side) for number in range(size)]
+
+
+def _linear(place: float, side: int) -> Taps:
+    first = min(math.floor(place), side - 1)
+    share = place - first
+    return (first, 1.0 - share), (min(first + 1, side - 1), share)
+
+
+def _cubic_taps(side: int, size: int) -> list[Taps]:
+    """Cubic weights at the middle of places. Beyond the border is what is at the border."""
+    return [_cubic((number + 0.5) * side / size - 0.5, side) for number in range(size)]
+
+
+def _cubic(place: float, side: int) -> Taps:
+    first = math.floor(place)
+    share = place - first
+    distances = 1.0 + share, share, 1.0 - share, 2.0 - share
+    indexes = (min(max(first + offset, 0), side - 1) for offset in range(-1, 3))
+    return tuple(zip(indexes, (_cubic_weight(distance) for distance in distances), strict=True))
+
+
+def _cubic_weight(x: float) -> float:
+    if x <= 1.0:
+        return ((_CUBIC + 2.0) * x - (_CUBIC + 3.0)) * x * x + 1.0
+    return ((x - 5.0) * x + 8.0) * x * _CUBIC - 4.0 * _CUBIC
+
+
+def _antialiased_taps(side: int, size: int) -> list[Taps]:
+    """Linear weights at the middle of places, as wide as a place of the result; their sum is 1."""
+    return [_antialiased((number + 0.5) * side / size - 0.5, side, max(side / size, 1.0)) for number in range(size)]
+
+
+def _antialiased(place: float, side: int, support: float) -> Taps:
+    weights = [max(0.0, 1.0 - abs(index - place) / support) for index in range(side)]
+    total = sum(weights)
+    return tuple((index, weight / total) for index, weight in enumerate(weights) if weight > 0)
+
+
+_RULES: dict[Positions, Callable[[int, int], Sequence[Taps]]] = {
+    Positions.BILINEAR_CORNERS: _corner_taps,
+    Positions.ANTIALIASED: _antialiased_taps,
+    Positions.BICUBIC: _cubic_taps,
+}

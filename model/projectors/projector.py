@@ -1,0 +1,210 @@
+"""A projector file, opened and checked: its numbers, the program of its encoder, and the tensors of that program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import isqrt, prod
+from pathlib import Path
+from types import MappingProxyType
+
+from llamaclust.core.errors import ModelFileError, RequestError
+from llamaclust.model.architectures.tensors import CheckedTensors
+from llamaclust.model.architectures.vision import FAMILIES
+from llamaclust.model.architectures.vision.family import Positions, VisionFamily
+from llamaclust.model.architectures.vision.layers import (
+    PATCH_BIAS,
+    PATCH_WEIGHT,
+    SECOND_PATCH_WEIGHT,
+    VisionBuilder,
+    VisionHyperparameters,
+)
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.values import shown
+from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys
+from llamaclust.model.program import Program
+from llamaclust.model.projectors.keys import (
+    ImageNumbers,
+    family_name,
+    projector_keys,
+    read_hyperparameters,
+    read_image_numbers,
+)
+
+POSITIONS, CLASS_ROW = "v.position_embd.weight", "v.class_embd"
+_AUDIO = ("a.", "mm.a.")
+_DEEPSTACK_KEY = "n_deepstack_layers"
+
+
+@dataclass(frozen=True, slots=True)
+class Projector:
+    """An opened projector file. `width` is the number of channels of a row for the text model, and `levels` the number
+    of such rows, one after the other, that each position has: 1, or more with rows for the text model's first layers
+    (deepstack). `file` has the tensors in the shapes that the program expects."""
+
+    name: str
+    file: ModelFile
+    hyperparameters: VisionHyperparameters
+    images: ImageNumbers
+    program: Program
+    levels: int
+
+    @property
+    def family(self) -> VisionFamily:
+        return FAMILIES[self.name]
+
+    @property
+    def identity(self) -> str:
+        """Hex digits that identify the file's contents."""
+        return self.file.identity
+
+    @property
+    def width(self) -> int:
+        return self.program.out.width // self.levels
+
+    @property
+    def patch_size(self) -> int:
+        return self.hyperparameters.patch_size
+
+    @property
+    def merge(self) -> int:
+        """The number of patches a side that become one row."""
+        return self.hyperparameters.merge
+
+    @property
+    def is_bidirectional(self) -> bool:
+        """True if the rows of an image see each other in the text model."""
+        return self.family.bidirectional
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: self.file.tensor(name) for name in self.program.weights}
+
+    def rows_of(self, height: int, width: int) -> int:
+        """Returns the number of rows of a tile of this many pixels. Raises RequestError for a tile of another size than
+        the encoder takes."""
+        side, size = self.patch_size * self.merge, self.images.image_size
+        if self.family.tokens is None and (height, width) != (size, size):
+            raise RequestError(f"a tile of {width} x {height} pixels, {size} x {size} expected; send the image again")
+        if height % side or width % side or not 0 < height * width <= max(self.images.max_pixels, size * size):
+            most = max(self.images.max_pixels, size * size)
+            what = f"multiples of {side} and at most {most} pixels expected"
+            raise RequestError(f"a tile of {width} x {height} pixels, {what}; send a smaller image")
+        return height * width // (side * side)
+
+    def check_text_model(self, model: ModelFile, hyperparameters: Hyperparameters) -> None:
+        """Raises ModelFileError if the text model has another width, or takes rows for another number of layers."""
+        found, path = hyperparameters.embedding_length, self.file.path
+        advice = f"give the projector of {model.path.name}"
+        if found != self.width:
+            what = f"its rows have {self.width} channels, the text model's have {found}"
+            raise ModelFileError(f"{path}: the projector of another model: {what}; {advice}")
+        levels = ModelKeys(model).count(_DEEPSTACK_KEY, 0, minimum=0, maximum=1 << 10)
+        if levels != self.levels - 1:
+            what = f"it has rows for {self.levels - 1} first layers (deepstack), the text model takes them for {levels}"
+            raise ModelFileError(f"{path}: the projector of another model: {what}; {advice}")
+
+
+def open_projector(path: Path | str) -> Projector:
+    """Reads the header of a projector file. Raises ModelFileError, which names the file and the place, for a file that
+    is damaged, hostile, no projector or not supported."""
+    return projector_of(open_model(path))
+
+
+def projector_of(opened: ModelFile) -> Projector:
+    keys = projector_keys(opened)
+    name = family_name(keys)
+    family = FAMILIES[name]
+    hyperparameters = read_hyperparameters(keys, family)
+    images = read_image_numbers(keys, family, hyperparameters)
+    file = _as_program_reads(opened, family, hyperparameters)
+    program = encoder_program(file, family, hyperparameters)
+    levels = 1 + sum(weight.endswith(".fc1.weight") for weight in program.weights)
+    projector = Projector(name, file, hyperparameters, images, program, levels)
+    _check_levels(keys, projector)
+    _check_tensors(projector)
+    return projector
+
+
+def encoder_program(file: ModelFile, family: VisionFamily, hyperparameters: VisionHyperparameters) -> Program:
+    """Returns the program whose input are the patches of a tile (see `TileReader`) and whose result are its rows."""
+    builder = VisionBuilder(file, hyperparameters)
+    return builder.program(family.emit(builder))
+
+
+def _as_program_reads(file: ModelFile, family: VisionFamily, hp: VisionHyperparameters) -> ModelFile:
+    """Makes matrices of the kernels of convolutions, and transposes tensors whose numbers are in another order."""
+    tensors = dict(file.tensors)
+    for name in (PATCH_WEIGHT, SECOND_PATCH_WEIGHT):
+        if name in tensors:
+            tensors[name] = _flattened(tensors[name])
+    for name, of_group in family.transposed:
+        if name in tensors:
+            tensors[name] = _transposed(tensors[name], hp.merged if of_group else None)
+    for name in family.as_row:
+        if name in tensors:
+            tensors[name] = replace(tensors[name], shape=(1, prod(tensors[name].shape)))
+    return replace(file, tensors=MappingProxyType(tensors))
+
+
+def _flattened(tensor: Tensor) -> Tensor:
+    return replace(tensor, shape=(tensor.shape[0], prod(tensor.shape[1:])))
+
+
+def _transposed(tensor: Tensor, group: int | None) -> Tensor:
+    """Exchanges rows and columns of a matrix, or of the part [channels, group] in each of its rows."""
+    if tensor.quant_type.info.block_size != 1:
+        what = f"type {tensor.quant_type.name}, a type without blocks such as F16 expected"
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the projector")
+    flat = _flattened(tensor)
+    rows, columns = flat.shape
+    if group is None:
+        return replace(flat, shape=(columns, rows), stored=(rows, columns))
+    if columns % group:
+        what = f"{columns} columns, a multiple of {group} expected"
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; the file is not usable, take another one")
+    return replace(flat, stored=(columns // group, group)) if group > 1 else flat
+
+
+def _check_levels(keys: ModelKeys, projector: Projector) -> None:
+    key = "vision.is_deepstack_layers"
+    flags = keys.flags(key, projector.hyperparameters.block_count)
+    said = 0 if flags is None else sum(flags)
+    if said != projector.levels - 1:
+        raise keys.error(key, f"{said} layers, but {projector.levels - 1} have tensors")
+
+
+def _check_tensors(projector: Projector) -> None:
+    """Refuses tensors that no step reads: one could be a scale or a norm, without which every row is wrong."""
+    known = {*projector.program.weights, *projector.family.unread, *_read_for_inputs(projector)}
+    unknown = {name for name in projector.file.tensors if name not in known and not name.startswith(_AUDIO)}
+    if unknown:
+        what = f"not part of projector {projector.name} as it is known here"
+        raise ModelFileError(f"{projector.file.path}: tensor {shown(min(unknown))}: {what}; take another projector")
+
+
+def _read_for_inputs(projector: Projector) -> Iterator[str]:
+    """Checks the tensors that `TileReader` reads and returns their names."""
+    family, hp = projector.family, projector.hyperparameters
+    tensors = CheckedTensors(projector.file)
+    if family.positions is not Positions.NONE:
+        yield tensors.weight(POSITIONS, (*_table_shape(projector), hp.embedding_length))
+    if family.class_place is not None:
+        yield tensors.weight(CLASS_ROW, (hp.embedding_length,))
+        if tensors.has(PATCH_BIAS):
+            yield tensors.weight(PATCH_BIAS, (hp.embedding_length,))
+
+
+def _table_shape(projector: Projector) -> tuple[int, ...]:
+    """Returns the shape of the table of learned positions without the channels. A table that is interpolated may have
+    any square number of rows, and one for each axis any number."""
+    family, hp = projector.family, projector.hyperparameters
+    found = projector.file.tensor(POSITIONS).shape
+    if family.positions is Positions.AXES:
+        most = projector.images.max_pixels // (hp.merge * hp.patch_size**2)  # patches in a line, if there are few lines
+        return 2, max(found[-2], most) if len(found) > 1 else most
+    side = projector.images.image_size // hp.patch_size
+    if family.positions is not Positions.TABLE and len(found) == 2:
+        side = isqrt(found[0])
+    return (side * side + (family.class_place is not None),)

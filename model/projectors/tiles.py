@@ -1,0 +1,126 @@
+"""The inputs of an encoder: the patches of one tile in the order of its program, and their places."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.model.architectures.vision.family import Positions
+from llamaclust.model.architectures.vision.layers import CHANNELS, PATCH_BIAS
+from llamaclust.model.projectors.order import Int32, PatchOrder, in_groups, in_windows
+from llamaclust.model.projectors.positions import Float32, interpolated, of_axes, read_floats
+from llamaclust.model.projectors.projector import CLASS_ROW, POSITIONS, Projector
+
+_COLOUR_VALUES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInputs:
+    """The inputs of an encoder's program for one tile, which is one sequence.
+
+    `patches` [rows, program.hidden.width] is the given hidden state. `rope_positions` [2, rows] has each patch's line
+    and column, and `groups` [rows, 2] the rows that see each other, as in a batch.
+    """
+
+    patches: Float32
+    rope_positions: Int32 | None
+    groups: Int32 | None
+    order: PatchOrder
+    merged_rows: int
+
+    def in_lines(self, rows: Float32) -> Float32:
+        """Takes the program's result. Returns the rows for the text model [merged rows, width] line by line."""
+        kept = rows[: self.merged_rows]
+        if self.order.places is None:
+            return kept
+        out = np.empty_like(kept)
+        out[self.order.places] = kept
+        return out
+
+
+class TileReader:
+    """Makes an encoder's inputs of tiles. It holds the learned positions, which are read once."""
+
+    def __init__(self, projector: Projector) -> None:
+        self._projector = projector
+        family, file = projector.family, projector.file
+        self._table = None if family.positions is Positions.NONE else read_floats(file.tensor(POSITIONS))
+        self._class_row: Float32 | None = None  # [1, channels], the input of the class row
+        if family.class_place is not None:
+            self._set_class_row(family.class_place)
+        numbers = projector.images
+        colours = np.arange(_COLOUR_VALUES, dtype=np.float64)[:, None] / (_COLOUR_VALUES - 1)
+        normalized = (colours - np.array(numbers.mean)) / np.array(numbers.deviation)
+        if projector.family.signed:
+            normalized = 2 * normalized - 1
+        self._normalized = normalized.T.astype(np.float32)  # [channels, colour values]
+
+    def _set_class_row(self, place: int) -> None:
+        """Takes the class row's position out of the table, and adds the bias of patches to their positions: the
+        program adds none, because the class row has none."""
+        assert self._table is not None
+        tensors = self._projector.file.tensors
+        row = read_floats(tensors[CLASS_ROW]) + self._table[place]
+        pixels = self._projector.program.hidden.width - len(row)
+        self._class_row = np.concatenate((np.zeros(pixels, np.float32), row))[None]
+        self._table = np.delete(self._table, place, axis=0)
+        if PATCH_BIAS in tensors:
+            self._table = self._table + read_floats(tensors[PATCH_BIAS])
+
+    def inputs(self, tile: NDArray[np.uint8]) -> EncoderInputs:
+        """Takes a tile [height, width, 3]. Raises RequestError for a size that the encoder does not take."""
+        projector = self._projector
+        height, width, _ = tile.shape
+        merged_rows = projector.rows_of(height, width)
+        lines, columns = height // projector.patch_size, width // projector.patch_size
+        order = self._order(lines, columns)
+        patches = self._patches(tile, lines, columns)[order.patches]
+        places = np.stack(np.divmod(order.patches, columns)) + projector.family.first_place
+        groups = order.windows
+        if self._class_row is not None:
+            patches, places, groups = self._with_class_row(self._class_row, patches, places)
+        return EncoderInputs(
+            patches=patches,
+            rope_positions=np.ascontiguousarray(places, np.int32) if projector.family.turns else None,
+            groups=groups,
+            order=order,
+            merged_rows=merged_rows,
+        )
+
+    def _with_class_row(self, class_row: Float32, patches: Float32, places: Int32) -> tuple[Float32, Int32, Int32]:
+        """Adds the class row, which turns by 0, and rows of zeros up to a whole merge group. Those see only
+        themselves."""
+        added, count = self._projector.hyperparameters.merged, len(patches) + 1
+        ends = np.maximum(np.arange(count + added - 1) + 1, count)
+        starts = np.where(ends > count, ends - 1, 0)
+        patches = np.concatenate((patches, class_row, np.zeros((added - 1, patches.shape[1]), np.float32)))
+        return patches, np.pad(places, ((0, 0), (0, added))), np.stack((starts, ends), axis=1).astype(np.int32)
+
+    def _order(self, lines: int, columns: int) -> PatchOrder:
+        projector = self._projector
+        if not projector.family.windows:
+            return in_groups(lines, columns, projector.merge)
+        side = max(projector.images.window_pixels // projector.patch_size // projector.merge, 1)
+        return in_windows(lines, columns, projector.merge, side)
+
+    def _patches(self, tile: NDArray[np.uint8], lines: int, columns: int) -> Float32:
+        """Returns [patches, channels * size * size], with the added channels behind, line by line."""
+        size = self._projector.patch_size
+        parts = tile.reshape(lines, size, columns, size, CHANNELS).transpose(0, 2, 4, 1, 3)
+        numbers = parts.reshape(lines * columns, CHANNELS, size * size)
+        pixels = np.empty(numbers.shape, np.float32)
+        for channel in range(CHANNELS):
+            pixels[:, channel] = self._normalized[channel][numbers[:, channel]]
+        flat = pixels.reshape(lines * columns, -1)
+        if self._table is None:
+            return flat
+        return np.concatenate((flat, self._added(lines, columns)), axis=1)
+
+    def _added(self, lines: int, columns: int) -> Float32:
+        assert self._table is not None
+        rule = self._projector.family.positions
+        if rule is Positions.AXES:
+            return of_axes(self._table, lines, columns)
+        return interpolated(self._table, lines, columns, rule)

@@ -1,0 +1,188 @@
+"""Projector files: their numbers, files that are refused, and random damage."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from llamaclust.core.errors import ModelFileError, RequestError
+from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
+from llamaclust.model.hyperparameters import read_hyperparameters
+from llamaclust.model.projectors.projector import open_projector
+from llamaclust.model.projectors.tiles import TileReader
+from support.arithmetic.encoded_tiles import encoded
+from support.models.tiny_architectures import build_architecture
+from support.models.tiny_model import RandomTensor, build_tiny_model
+from support.models.tiny_projectors import FFN, PATCH, PROJECTORS, TEXT_WIDTH, WIDTH, build_projector, tile_of
+
+
+def test_numbers(tmp_path: Path) -> None:
+    projector = open_projector(build_projector(tmp_path / "p.gguf", "qwen3vl_merger"))
+    assert (projector.name, projector.width, projector.levels) == ("qwen3vl_merger", TEXT_WIDTH, 3)
+    assert (projector.patch_size, projector.merge, projector.is_bidirectional) == (PATCH, 2, False)
+    assert projector.images.mean == pytest.approx((0.5, 0.4, 0.3))
+    assert (projector.images.min_pixels, projector.images.max_pixels) == (8 * 64, 4096 * 64)
+    assert projector.identity == open_model(tmp_path / "p.gguf").identity
+    assert open_projector(build_projector(tmp_path / "g.gguf", "gemma3")).is_bidirectional
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_every_tensor_is_used(name: str, tmp_path: Path) -> None:
+    """Each other tensor changes the rows or is needed: a file without it, or with a further one, is refused."""
+    file = open_model(build_projector(tmp_path / "whole.gguf", name))
+    rows = encoded(ReferenceBackend(), file.path, tile_of(name))
+    for tensor in sorted(file.tensors):
+        if tensor.startswith("v.blk.") and not tensor.startswith("v.blk.1."):
+            continue
+        path = build_projector(tmp_path / "part.gguf", name, without=(tensor,))
+        try:
+            found = encoded(ReferenceBackend(), path, tile_of(name))
+        except ModelFileError as error:
+            assert "\n" not in str(error)
+            continue
+        is_equal = found.shape == rows.shape and bool((found == rows).all())
+        assert is_equal == (tensor == "v.token_embd.img_break"), tensor
+    more = RandomTensor("v.blk.0.new.weight", (WIDTH,), 1.0, exact=True)
+    with pytest.raises(ModelFileError, match=r"v.blk.0.new.weight': not part of projector"):
+        open_projector(build_projector(tmp_path / "more.gguf", name, added=(more,)))
+
+
+def test_tensors_of_an_encoder_of_sound_are_left_alone(tmp_path: Path) -> None:
+    sound = RandomTensor("a.blk.0.ln1.weight", (WIDTH,), 1.0, exact=True)
+    path = build_projector(
+        tmp_path / "p.gguf",
+        "gemma3",
+        added=(sound,),
+        without=("clip.projector_type",),
+        keys={"vision.projector_type": "gemma3", "has_audio_encoder": True},
+    )
+    assert sound.name not in open_projector(path).tensors
+
+
+def test_up_and_down_may_be_exchanged(tmp_path: Path) -> None:
+    """As in files of before April 2025."""
+    file = open_model(build_projector(tmp_path / "p.gguf", "idefics3"))
+    parts = {"ffn_up": "ffn_down", "ffn_down": "ffn_up"}
+    old = re.compile("|".join(parts))
+    sources = [
+        TensorSource(old.sub(lambda found: parts[found[0]], tensor.name), tensor.quant_type, tensor.shape, tensor.read)
+        for tensor in file.tensors.values()
+    ]
+    write_gguf(tmp_path / "old.gguf", file.metadata, sources)
+    assert open_model(tmp_path / "old.gguf").tensor("v.blk.0.ffn_up.weight").shape == (WIDTH, FFN)
+    new, rows = (encoded(ReferenceBackend(), tmp_path / name, tile_of("idefics3")) for name in ("p.gguf", "old.gguf"))
+    np.testing.assert_array_equal(new, rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "without", "message"),
+    [
+        ("gemma3", {"projector_type": "resampler"}, "", "projector_type': 'resampler', only gemma3, "),
+        ("gemma3", {"has_vision_encoder": False}, "", "has no encoder of images"),
+        ("gemma3", {"use_silu": True}, "", "use_silu is true as well"),
+        ("gemma3", {"vision.attention.head_count": 5}, "", "5, which does not divide a width of 64"),
+        ("pixtral", {"vision.attention.head_count": 32}, "", "into parts of 4 n channels"),
+        ("gemma3", {"vision.image_size": 40}, "", "need a multiple of 16"),
+        ("gemma3", {"vision.image_size": 48}, "", "v.position_embd.weight: shape [64, 64], [64, 144] expected"),
+        ("gemma3", {"vision.image_std": np.array([0, 1, 1], np.float32)}, "", "three numbers 0.001 to 10 expected"),
+        ("gemma3", {"vision.image_mean": np.array([0], np.float32)}, "", "1 numbers for 3 layers"),
+        ("gemma3", {"vision.block_count": 3}, "", "v.blk.2.ln1.weight': missing"),
+        ("gemma3", {"vision.block_count": 1}, "", "v.blk.1.attn_k.bias': not part of projector gemma3"),
+        ("gemma3", {"vision.feature_layer": 1}, "", "feature_layer': is not supported"),
+        ("gemma3", {}, "v.post_ln.weight", "v.post_ln.weight': missing"),
+        ("gemma3", {}, "clip.vision.patch_size", "patch_size': missing"),
+        ("idefics3", {}, "clip.vision.projector.scale_factor", "scale_factor': missing"),
+        ("pixtral", {"vision.spatial_merge_size": 3}, "", "256 columns, a multiple of 9 expected"),
+        ("qwen2.5vl_merger", {}, "clip.vision.n_wa_pattern", "n_wa_pattern': missing"),
+        ("qwen2.5vl_merger", {"vision.image_min_pixels": 1 << 20}, "", "1048576, at most 262144"),
+        ("qwen3vl_merger", {}, "v.position_embd.weight", "v.position_embd.weight': missing"),
+        ("qwen3vl_merger", {}, "v.deepstack.1.norm.weight", "v.deepstack.1.norm.weight': missing"),
+        (
+            "qwen3vl_merger",
+            {"vision.is_deepstack_layers": np.array([True, False, False])},
+            "",
+            "1 layers, but 2 have tensors",
+        ),
+        ("gemma4v", {"vision.image_max_pixels": 1 << 20}, "", "v.position_embd.weight: shape [64, 16, 2]"),
+        ("internvl", {}, "v.class_embd", "v.class_embd': missing"),
+    ],
+)
+def test_refused(name: str, keys: dict[str, WritableValue], without: str, message: str, tmp_path: Path) -> None:
+    path = build_projector(tmp_path / "p.gguf", name, keys=keys, without=(without,))
+    with pytest.raises(ModelFileError) as error:
+        open_projector(path)
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_text_model_is_no_projector(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"'llama', but a projector has 'clip'; give the mmproj file"):
+        open_projector(build_tiny_model(tmp_path / "text.gguf"))
+
+
+def test_the_projector_of_another_model(tmp_path: Path) -> None:
+    text = open_model(build_tiny_model(tmp_path / "text.gguf", hidden=128))
+    projector = open_projector(build_projector(tmp_path / "p.gguf", "idefics3"))
+    with pytest.raises(ModelFileError, match=r"rows have 96 channels, the text model's have 128; give the projector"):
+        projector.check_text_model(text, read_hyperparameters(text))
+    text = open_model(build_tiny_model(tmp_path / "text.gguf", hidden=TEXT_WIDTH, heads=4))
+    projector.check_text_model(text, read_hyperparameters(text))
+    levels = open_projector(build_projector(tmp_path / "levels.gguf", "qwen3vl_merger"))
+    with pytest.raises(ModelFileError, match=r"rows for 2 first layers \(deepstack\), the text model takes them for 0"):
+        levels.check_text_model(text, read_hyperparameters(text))
+
+
+def test_deepstack_levels_of_the_text_model(tmp_path: Path) -> None:
+    text = open_model(build_architecture(tmp_path / "text.gguf", "qwen3vl"))
+    width = read_hyperparameters(text).embedding_length
+    projector = open_projector(build_projector(tmp_path / "p.gguf", "qwen3vl_merger"))
+    with pytest.raises(ModelFileError, match=f"its rows have {TEXT_WIDTH} channels, the text model's have {width}"):
+        projector.check_text_model(text, read_hyperparameters(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "height", "width", "message"),
+    [
+        ("gemma3", 32, 48, "a tile of 48 x 32 pixels, 32 x 32 expected"),
+        ("qwen2.5vl_merger", 12, 16, "a tile of 16 x 12 pixels, multiples of 8 and at most 262144 pixels expected"),
+        ("qwen2.5vl_merger", 0, 16, "a tile of 16 x 0 pixels"),
+        ("qwen2.5vl_merger", 520, 512, "a tile of 512 x 520 pixels"),
+    ],
+)
+def test_tiles_of_another_size_are_refused(name: str, height: int, width: int, message: str, tmp_path: Path) -> None:
+    reader = TileReader(open_projector(build_projector(tmp_path / "p.gguf", name)))
+    with pytest.raises(RequestError, match=message):
+        reader.inputs(np.zeros((height, width, 3), np.uint8))
+
+
+def test_damaged_files_are_refused_with_one_line(tmp_path: Path) -> None:
+    """200 files in all, a few of each family. Some damage changes weights only."""
+    seed, refused = 11, 0
+    print(f"seed {seed}")
+    random = Random(seed)
+    for name in PROJECTORS:
+        good = build_projector(tmp_path / "good.gguf", name).read_bytes()
+        header = min(tensor.offset for tensor in open_model(tmp_path / "good.gguf").tensors.values())
+        for _ in range(200 // len(PROJECTORS) + 1):
+            path = tmp_path / "damaged.gguf"
+            path.write_bytes(_damaged(good, header, random))
+            try:
+                TileReader(open_projector(path))
+            except ModelFileError as error:
+                assert "\n" not in str(error) and str(path) in str(error)
+                refused += 1
+    assert refused > 100
+
+
+def _damaged(good: bytes, header: int, random: Random) -> bytes:
+    if random.random() < 0.2:
+        return good[: random.randrange(len(good))]
+    data = bytearray(good)
+    for _ in range(random.choice((1, 2, 8))):
+        data[random.randrange(header)] = random.choice((0, 1, 0x7F, 0x80, 0xFF, random.randrange(256)))
+    return bytes(data)

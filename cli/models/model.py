@@ -140,22 +140,32 @@ def info(
     from llamaclust.tools.model_fit import fit
     from llamaclust.tools.model_info import as_json as info_as_json
     from llamaclust.tools.model_info import describe
+    from llamaclust.tools.projector_info import describe_projector, is_projector
     from llamaclust.worker.devices.system_info import available_memory_bytes
 
     file = open_model(model)
     available_bytes = available_memory_bytes() if memory is None else option_value("--memory", parse_size, memory)
-    found, fitting, problem = describe(file), None, None
+    found, projector, fitting, problem = describe(file), None, None, None
     try:
-        fitting = fit(file.path, available_bytes, threads)
+        if is_projector(file):
+            projector = describe_projector(file)
+        else:
+            fitting = fit(file.path, available_bytes, threads)
     except LlamaclustError as error:
         problem = str(error)
     if as_json:
         memory_json = None if fitting is None else fitting.as_json()
-        print(json.dumps({**info_as_json(file, found), "memory": memory_json, "problem": problem}))
+        projector_json = None if projector is None else projector.as_json()
+        run = {"projector": projector_json, "memory": memory_json, "problem": problem}
+        print(json.dumps({**info_as_json(file, found), **run}))
         return
     _print_info(file, found)
-    print("\nin memory" if fitting else f"\ncannot be run here: {printable(problem or '')}")
+    if problem is not None:
+        print(f"\ncannot be run here: {printable(problem)}")
+    if projector is not None:
+        print("", *projector.lines(), sep="\n")
     if fitting is not None:
+        print("\nin memory")
         _print_fit(fitting)
 
 

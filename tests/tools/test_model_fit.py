@@ -22,13 +22,16 @@ from llamaclust.cluster.scheduler.capacity import BlockCounts, blocks_of
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import kv_bytes
 from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.tools.model_fit import Fit, fit
+from llamaclust.tools.projector_info import describe_projector
 from llamaclust.worker.stage.stage_runner import plan_memory
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
+from support.models.tiny_projectors import build_projector
 from support.paths import DATA
 
 VOCABULARY = DATA / "tokenizers" / "ggml-vocab-gpt-2.gguf"
@@ -124,6 +127,20 @@ def test_the_command(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot be run here: " in info(capsys, VOCABULARY)[1]
     code, out, err = info(capsys, tiny, "--memory", "lots")
     assert (code, out, err.count(os.linesep)) == (2, "", 1) and "--memory: 'lots' is not a size" in err
+
+
+def test_a_projector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = build_projector(tmp_path / "mmproj.gguf", "qwen3vl_merger")
+    code, out, _ = info(capsys, path, "--json")
+    shown = json.loads(out)
+    assert (code, shown["memory"], shown["problem"]) == (0, None, None)
+    assert shown["projector"] == describe_projector(open_model(path)).as_json()
+    assert "rows of 96 channels for the text model, and for its first 2 layers" in info(capsys, path)[1]
+    build_projector(path, "gemma3")
+    assert "tiles of 32 x 32 pixels" in info(capsys, path)[1]
+    build_projector(path, "gemma3", keys={"projector_type": "resampler"})
+    assert "cannot be run here: " in info(capsys, path)[1]
+    assert "'resampler', only gemma3" in info(capsys, path)[1]
 
 
 def test_fields_of_json(tiny: Path) -> None:

@@ -58,7 +58,8 @@ def interpolated(table: Float32, height: int, width: int, rule: Positions) -> Fl
 def of_axes(table: Float32, height: int, width: int) -> Float32:
     """Adds the rows of a table [2, size, channels] for each column, then for each line: [height * width, channels]."""
     columns, lines = table
-    return (columns[None, :width] + lines[:height, None]).reshape(height * width, -1)
+    added: Float32 = columns[None, :width] + lines[:height, None]
+    return added.reshape(height * width, -1)
 
 
 def _weighted(grid: Float64, taps: Sequence[Taps]) -> Float64:

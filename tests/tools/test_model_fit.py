@@ -31,7 +31,7 @@ from llamaclust.tools.projector_info import describe_projector
 from llamaclust.worker.stage.stage_runner import plan_memory
 from support.models.tiny_architectures import build_architecture
 from support.models.tiny_model import build_tiny_model
-from support.models.tiny_projectors import build_projector
+from support.models.vision.tiny_projectors import build_projector
 from support.paths import DATA
 
 VOCABULARY = DATA / "tokenizers" / "ggml-vocab-gpt-2.gguf"

@@ -169,7 +169,8 @@ class VisionBuilder(CheckedTensors):
             own = sections[number * pairs : (number + 1) * pairs]
             self.append(steps.Slice(x, half, number * width // 2, heads))
             self.append(steps.Rope(half, heads, width // 2, style, table, own))
-        self.append(steps.Join(*halves, x, heads))
+        first, second = halves
+        self.append(steps.Join(first, second, x, heads))
 
     def feed_forward(self, layer: int, *, out: Buffer | None = None) -> None:
         """hidden += down(activation(up)), or down(activation(gate) * up) if the file has a gate. The sum is written to

@@ -44,13 +44,15 @@ def qwen3vl(builder: VisionBuilder) -> Buffer:
     builder.norm("v.post_ln", builder.hidden, last)
     first, *others = _merged(builder, [last, *(hidden for _, hidden in kept)])
     rows = builder.perceptron(first, _MERGER, ActivationFunction.GELU_ERF, "rows")
+    width = rows.width
     for (layer, _), merged in zip(kept, others, strict=True):
-        rows = _joined(builder, rows, _level(builder, layer, merged))
+        rows = _joined(builder, rows, _level(builder, layer, merged, width))
     return rows
 
 
-def _level(builder: VisionBuilder, layer: int, merged: Buffer) -> Buffer:
+def _level(builder: VisionBuilder, layer: int, merged: Buffer, width: int) -> Buffer:
     prefix = f"v.deepstack.{layer}"
+    builder.weight(f"{prefix}.fc2.weight", (width, builder.width(f"{prefix}.fc1")))
     builder.norm(f"{prefix}.norm", merged, merged)
     names = f"{prefix}.fc1", f"{prefix}.fc2"
     return builder.perceptron(merged, names, ActivationFunction.GELU_ERF, f"rows of layer {layer}")

@@ -15,7 +15,7 @@ from llamaclust.model.projectors.projector import open_projector
 from llamaclust.model.projectors.tiles import TileReader
 from llamaclust.model.quant_types import QuantType
 from support.models.tiny_model import RandomTensor
-from support.models.tiny_projectors import MEAN, PATCH, WIDTH, build_projector, tile_of
+from support.models.vision.tiny_projectors import MEAN, PATCH, WIDTH, build_projector, tile_of
 
 
 def test_groups_are_contiguous() -> None:

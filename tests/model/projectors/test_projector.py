@@ -16,10 +16,10 @@ from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.hyperparameters import read_hyperparameters
 from llamaclust.model.projectors.projector import open_projector
 from llamaclust.model.projectors.tiles import TileReader
-from support.arithmetic.encoded_tiles import encoded
 from support.models.tiny_architectures import build_architecture
-from support.models.tiny_model import RandomTensor, build_tiny_model
-from support.models.tiny_projectors import FFN, PATCH, PROJECTORS, TEXT_WIDTH, WIDTH, build_projector, tile_of
+from support.models.tiny_model import RandomTensor, build_tiny_model, matrix
+from support.models.vision.encoded_tiles import encoded
+from support.models.vision.tiny_projectors import FFN, PATCH, PROJECTORS, TEXT_WIDTH, WIDTH, build_projector, tile_of
 
 
 def test_numbers(tmp_path: Path) -> None:
@@ -109,6 +109,7 @@ def test_up_and_down_may_be_exchanged(tmp_path: Path) -> None:
             "",
             "1 layers, but 2 have tensors",
         ),
+        ("qwen3vl_merger", {}, "v.deepstack.0.fc2.weight", "v.deepstack.0.fc2.weight': missing"),
         ("gemma4v", {"vision.image_max_pixels": 1 << 20}, "", "v.position_embd.weight: shape [64, 16, 2]"),
         ("internvl", {}, "v.class_embd", "v.class_embd': missing"),
     ],
@@ -118,6 +119,14 @@ def test_refused(name: str, keys: dict[str, WritableValue], without: str, messag
     with pytest.raises(ModelFileError) as error:
         open_projector(path)
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_levels_of_another_width_are_refused(tmp_path: Path) -> None:
+    name, kept = "v.deepstack.1.fc2", WIDTH * 4
+    narrow = (matrix(name, TEXT_WIDTH // 2, kept), RandomTensor(f"{name}.bias", (TEXT_WIDTH // 2,), 0.2, exact=True))
+    without = tuple(tensor.name for tensor in narrow)
+    with pytest.raises(ModelFileError, match=r"v.deepstack.1.fc2.weight: shape \[256, 48\], \[256, 96\] expected"):
+        open_projector(build_projector(tmp_path / "p.gguf", "qwen3vl_merger", without=without, added=narrow))
 
 
 def test_a_text_model_is_no_projector(tmp_path: Path) -> None:

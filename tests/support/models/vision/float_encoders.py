@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels.reference.steps import gelu_erf, gelu_tanh, silu
-from support.models.tiny_projectors import CLASSES, DEVIATION, HEADS, MEAN, PATCH, PROJECTORS, WIDTH
+from support.models.vision.tiny_projectors import CLASSES, DEVIATION, HEADS, MEAN, PATCH, PROJECTORS, WIDTH
 
 Float64 = NDArray[np.float64]
 Weights = Mapping[str, Float64]
@@ -161,8 +161,8 @@ def _projected(encoder: _Encoder, grid: Float64) -> Float64:
             adapted = gelu_erf(encoder.perceptron("mm.model.mlp.1", "mm.model.mlp.2", groups))
             return encoder.product("mm.model.fc", adapted)
         case "pixtral":
-            parts = _merged(encoder.norm("mm.input_norm", grid), merge).reshape(-1, merge**2, WIDTH).swapaxes(1, 2)
-            joined = encoder.product("mm.patch_merger", parts.reshape(len(parts), -1))
+            grouped = _merged(encoder.norm("mm.input_norm", grid), merge).reshape(-1, merge**2, WIDTH)
+            joined = encoder.product("mm.patch_merger", grouped.swapaxes(1, 2).reshape(len(grouped), -1))
             return encoder.perceptron("mm.1", "mm.2", joined)
     return encoder.perceptron("mm.0", "mm.2", groups)
 
@@ -188,7 +188,7 @@ def _embedded(encoder: _Encoder, tile: NDArray[np.uint8]) -> Float64:
         table = weights["v.position_embd.weight"].reshape(side, side, WIDTH)
         down, across = _shares(name, lines, side), _shares(name, columns, side)
         out = out + np.einsum("li,mj,ijc->lmc", down, across, table).reshape(-1, WIDTH)
-    return out
+    return np.asarray(out)
 
 
 def _shares(name: str, size: int, side: int) -> Float64:
@@ -203,7 +203,7 @@ def _shares(name: str, size: int, side: int) -> Float64:
         case "lfm2":
             shares = np.maximum(0.0, 1 - np.abs(middle - table) / max(side / size, 1.0))
             return np.asarray(shares / shares.sum(axis=1, keepdims=True))
-    return np.maximum(0.0, 1 - np.abs(places * (side - 1) / (size - 1) - table))
+    return np.asarray(np.maximum(0.0, 1 - np.abs(places * (side - 1) / (size - 1) - table)))
 
 
 def _cubic(x: Float64) -> Float64:

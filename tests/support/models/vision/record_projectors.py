@@ -3,7 +3,7 @@ float32 [rows, channels], little-endian. To be run again when a projector is add
 (all without one), where the project and PyTorch are installed:
 
     pip install torch==2.15.0 transformers==5.24.0
-    python tests/support/models/record_projectors.py NAME ...
+    python tests/support/models/vision/record_projectors.py NAME ...
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.model.gguf.model_file import open_model
-from support.models.tiny_projectors import (
+from support.models.vision.tiny_projectors import (
     DEVIATION,
     FFN,
     HEADS,
@@ -49,7 +49,7 @@ def _weights(path: Path) -> Weights:
 def _pixels(tile: NDArray[np.uint8]) -> NDArray[np.float32]:
     """[1, 3, height, width]"""
     scaled = (tile / 255 - np.array(MEAN)) / np.array(DEVIATION)
-    return scaled.transpose(2, 0, 1)[None].astype(np.float32)
+    return np.asarray(scaled.transpose(2, 0, 1)[None], np.float32)
 
 
 def _load(module: Any, weights: Mapping[str, NDArray[np.float32]]) -> Any:
@@ -145,7 +145,7 @@ def _qwen(tiny: TinyProjector, weights: Weights, parts: Mapping[str, str]) -> di
     if "v.patch_embd.bias" in weights:
         found["patch_embed.proj.bias"] = weights["v.patch_embd.bias"]
     common = {"ln1": "norm1", "ln2": "norm2", "attn_qkv": "attn.qkv", "attn_out": "attn.proj"}
-    return found | _renamed(weights, _layers(tiny, common | parts, "blocks"))
+    return found | _renamed(weights, _layers(tiny, common | dict(parts), "blocks"))
 
 
 def qwen25vl(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> Any:

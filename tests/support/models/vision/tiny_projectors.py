@@ -257,7 +257,9 @@ def _metadata(name: str) -> dict[str, WritableValue]:
         "vision.image_mean": np.array(MEAN, np.float32),
         "vision.image_std": np.array(DEVIATION, np.float32),
     }
-    return {"general.architecture": "clip"} | {f"clip.{key}": value for key, value in (numbers | tiny.keys).items()}
+    return {"general.architecture": "clip"} | {
+        f"clip.{key}": value for key, value in (numbers | dict(tiny.keys)).items()
+    }
 
 
 def tile_of(name: str, seed: int = 5) -> NDArray[np.uint8]:

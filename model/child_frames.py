@@ -1,4 +1,5 @@
-"""Exchanges frames (lines of JSON) between a process and its child, and ends the child with the process."""
+"""Exchanges frames between a process and its child, and ends the child with the process. A frame is a line of JSON: an
+object, or an object and the number of bytes that follow the line (the payload)."""
 
 from __future__ import annotations
 
@@ -13,9 +14,19 @@ _MAX_REQUEST_BYTES: Final = 1 << 29
 _SET_PARENT_DEATH_SIGNAL: Final = 1
 
 
-def encoded(frame: Mapping[str, Any]) -> bytes:
-    """Returns a line of ASCII. Raises TypeError, ValueError or RecursionError for values that JSON cannot hold."""
-    return json.dumps(frame).encode() + b"\n"
+def encoded(frame: Mapping[str, Any], payload: bytes = b"") -> bytes:
+    """Returns a line of ASCII and the payload. Raises TypeError, ValueError or RecursionError for values that JSON
+    cannot hold."""
+    return json.dumps([frame, len(payload)] if payload else frame).encode() + b"\n" + payload
+
+
+def decoded(line: bytes) -> tuple[dict[str, Any], int]:
+    """Returns the object of a line and the size of the payload in bytes. Raises ValueError for other lines."""
+    values = json.loads(line)
+    frame, size = values if isinstance(values, list) and len(values) == 2 else (values, 0)
+    if not isinstance(frame, dict) or type(size) is not int or size < 0:
+        raise ValueError("no frame")
+    return frame, size
 
 
 def end_with_parent() -> None:
@@ -26,13 +37,20 @@ def end_with_parent() -> None:
 
 
 def read_frame() -> dict[str, Any]:
+    return read_frame_and_payload()[0]
+
+
+def read_frame_and_payload() -> tuple[dict[str, Any], bytes]:
     line = sys.stdin.buffer.readline(_MAX_REQUEST_BYTES)
     if not line.endswith(b"\n"):
         sys.exit(2 if line else 0)
-    frame: dict[str, Any] = json.loads(line)
-    return frame
+    frame, size = decoded(line)
+    payload = sys.stdin.buffer.read(size)
+    if len(payload) < size:
+        sys.exit(2)
+    return frame, payload
 
 
-def write_frame(frame: Mapping[str, Any]) -> None:
-    sys.stdout.buffer.write(encoded(frame))
+def write_frame(frame: Mapping[str, Any], payload: bytes = b"") -> None:
+    sys.stdout.buffer.write(encoded(frame, payload))
     sys.stdout.buffer.flush()

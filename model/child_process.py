@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,12 +11,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event, Timer
-from typing import Any, Final, TypeVar
+from typing import IO, Any, Final, TypeVar
 
 from llamaclust.core.errors import DeadlineError
-from llamaclust.model.child_frames import encoded
+from llamaclust.model.child_frames import decoded, encoded
 
 _Result = TypeVar("_Result")
+_Reply = tuple[dict[str, Any], bytes]
+"""The object and the payload of a reply."""
 
 _KEPT_VARIABLES: Final = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
 """The environment variables that a child gets, for Python's start and for dates. Secrets are not passed on."""
@@ -51,7 +52,7 @@ class ChildProgram:
     first: Callable[[], Mapping[str, Any]]
     start_s: float
     wall_s: float  # of a request
-    max_reply_bytes: int
+    max_reply_bytes: int  # of the line, and of the payload
 
 
 class BoundedChild:
@@ -82,9 +83,12 @@ class BoundedChild:
         return future
 
     def request(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the reply. If the child was killed from outside, sends the request once more. Raises ChildEndedError,
-        or TypeError, ValueError or RecursionError for values that JSON cannot hold."""
-        frame = encoded(values)
+        return self.request_with_payload(values)[0]
+
+    def request_with_payload(self, values: Mapping[str, Any], payload: bytes = b"") -> tuple[dict[str, Any], bytes]:
+        """Returns the reply and its payload. If the child was killed from outside, sends the request once more. Raises
+        ChildEndedError, or TypeError, ValueError or RecursionError for values that JSON cannot hold."""
+        frame = encoded(values, payload)
         try:
             return self._request(frame)
         except ChildKilledError:  # at work or before
@@ -102,7 +106,7 @@ class BoundedChild:
             self._thread.submit(self._drop)
         self._thread.shutdown(wait=True)
 
-    def _request(self, frame: bytes) -> dict[str, Any]:
+    def _request(self, frame: bytes) -> _Reply:
         if self._is_stopped:
             raise ChildKilledError("its process was closed")
         try:
@@ -118,7 +122,7 @@ class BoundedChild:
         if self._is_stopped:  # `stop` may have seen no process
             process.kill()
         try:
-            reply = self._exchange(process, first, self._program.start_s)
+            reply, _ = self._exchange(process, first, self._program.start_s)
         except (ChildKilledError, ChildLateError):
             raise
         except ChildEndedError as failure:
@@ -140,7 +144,7 @@ class BoundedChild:
         except OSError as error:  # as where no more processes may run
             raise ChildKilledError(f"its process cannot be started: {error.strerror}") from error
 
-    def _exchange(self, process: subprocess.Popen[bytes], frame: bytes, timeout_s: float) -> dict[str, Any]:
+    def _exchange(self, process: subprocess.Popen[bytes], frame: bytes, timeout_s: float) -> _Reply:
         assert process.stdin is not None and process.stdout is not None
         is_late = Event()
 
@@ -151,20 +155,18 @@ class BoundedChild:
         timer = Timer(timeout_s, end)
         timer.daemon = True
         timer.start()
-        line, max_bytes = b"", self._program.max_reply_bytes
+        reply: _Reply | None = None
         try:
             with suppress(BrokenPipeError):
                 process.stdin.write(frame)
                 process.stdin.flush()
-                line = process.stdout.readline(max_bytes + 1)
+                reply = _read_reply(process.stdout, self._program.max_reply_bytes)
         finally:
             timer.cancel()
-        if line.endswith(b"\n"):
-            return _decoded(line)
+        if reply is not None:
+            return reply
         if is_late.is_set():
             raise ChildLateError(f"it did not end within {timeout_s:g} s")
-        if len(line) > max_bytes:
-            raise ChildEndedError(f"a reply of more than {max_bytes} bytes")
         raise _ending(process)
 
     def _drop(self) -> None:
@@ -174,12 +176,24 @@ class BoundedChild:
             process.communicate()
 
 
-def _decoded(line: bytes) -> dict[str, Any]:
+def _read_reply(stream: IO[bytes], max_bytes: int) -> _Reply | None:
+    """Returns None if the stream ends before the reply does."""
+    line = stream.readline(max_bytes + 1)
+    if not line.endswith(b"\n"):
+        _check_size(len(line), max_bytes)
+        return None
     try:
-        reply: dict[str, Any] = json.loads(line)
+        frame, size = decoded(line)
     except ValueError:
         raise ChildEndedError("its reply cannot be decoded") from None
-    return reply
+    _check_size(size, max_bytes)
+    payload = stream.read(size)
+    return (frame, payload) if len(payload) == size else None
+
+
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise ChildEndedError(f"a reply of more than {max_bytes} bytes")
 
 
 def _ending(process: subprocess.Popen[bytes]) -> ChildEndedError:

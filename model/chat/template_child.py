@@ -6,8 +6,6 @@ from __future__ import annotations
 import codecs
 import importlib
 import json
-import resource
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
@@ -20,11 +18,10 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
-from llamaclust.model.chat.confinement import confine
 from llamaclust.model.child_frames import end_with_parent, read_frame, write_frame
+from llamaclust.model.confinement import confine, limit_cpu, limit_resources
 
 _MAX_MESSAGE_CHARACTERS: Final = 500
-_MAX_FILES: Final = 16
 _LATE_MODULES: Final = ("jinja2.constants", "pprint", "random", "textwrap", "unicodedata", "_strptime")
 _CODECS: Final = ("ascii", "latin-1", "utf-8", "utf-16", "utf-32", "unicode-escape", "raw-unicode-escape", "idna")
 """Codecs to load before the process is confined. A template may need them, and a confined process cannot load them."""
@@ -120,20 +117,6 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
         return {"error": (str(error) or type(error).__name__)[:_MAX_MESSAGE_CHARACTERS]}
 
 
-def _limit_resources(memory_bytes: int) -> None:
-    """Limits memory, forbids writes except replies, and allows only as many open files as the interpreter needs."""
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_FILES, _MAX_FILES))
-
-
-def _limit_cpu(seconds: int) -> None:
-    """Allows `seconds` more of CPU time: the system's limit counts from the start of the process."""
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
-
-
 def _confine() -> str | None:
     """Confines the process, after loading all modules, codecs and time zone data that templates may need."""
     for name in _LATE_MODULES:
@@ -149,8 +132,8 @@ def main() -> None:
     end_with_parent()
     unconfined = _confine()
     first = read_frame()
-    _limit_resources(first["memory_bytes"])
-    _limit_cpu(first["cpu_seconds"])
+    limit_resources(first["memory_bytes"])
+    limit_cpu(first["cpu_seconds"])
     template: jinja2.Template | None = None
 
     def compile_it() -> str:
@@ -162,7 +145,7 @@ def main() -> None:
     with_functions = "functions" in first["source"]
     while template is not None:
         variables = read_frame()
-        _limit_cpu(first["cpu_seconds"])
+        limit_cpu(first["cpu_seconds"])
         render = partial(_render, template, variables, first["max_text_bytes"], with_functions=with_functions)
         write_frame(_answer(render))
 

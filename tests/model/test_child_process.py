@@ -9,12 +9,14 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llamaclust.core.errors import DeadlineError
+from llamaclust.model.child_frames import decoded
 from llamaclust.model.child_process import (
     BoundedChild,
     ChildEndedError,
@@ -27,18 +29,21 @@ from support.clusters.served import until
 
 PROGRAM = """
 import sys, time
-from llamaclust.model.child_frames import end_with_parent, read_frame, write_frame
+from llamaclust.model.child_frames import end_with_parent, read_frame_and_payload, write_frame
 end_with_parent()
 while True:
-    frame = read_frame()
+    frame, payload = read_frame_and_payload()
     if frame.get("sleep"):
         time.sleep(60)
     if frame.get("exit"):
         sys.exit(1)
     if frame.get("damage"):
         print("no JSON", flush=True)
+    elif frame.get("cut"):
+        print('[{}, 10]', flush=True)
+        sys.exit(1)
     else:
-        write_frame(frame)
+        write_frame(frame, payload[::-1] * frame.get("times", 1))
 """
 
 
@@ -75,6 +80,25 @@ def test_an_end_of_its_own_is_an_error_and_the_next_request_starts_another_child
                 asked(child, **values)
             assert type(error.value) is ChildEndedError and child.pid is None
         assert asked(child, a=2) == {"a": 2} and child.pid not in (None, first)
+
+
+def test_a_payload_travels_behind_the_line_both_ways_and_is_bounded() -> None:
+    data = bytes(range(256)) * 3
+    with child_of() as child:
+        for payload in (b"", b"\n", data):
+            reply = child.submit(partial(child.request_with_payload, {"a": 1}, payload)).result(60)
+            assert reply == ({"a": 1}, payload[::-1])
+        with pytest.raises(ChildEndedError, match="more than 1000 bytes"):
+            child.submit(partial(child.request_with_payload, {"times": 2}, data)).result(60)
+        with pytest.raises(ChildEndedError, match="crashed"):
+            asked(child, cut=1)
+        assert asked(child, a=2) == {"a": 2}
+
+
+@pytest.mark.parametrize("line", [b"1", b"[]", b"[{}, -1]", b"[{}, true]", b"[1, 1]", b"[{}, 1, 1]", b"no"])
+def test_other_lines_are_no_frames(line: bytes) -> None:
+    with pytest.raises(ValueError):
+        decoded(line)
 
 
 def test_a_request_is_repeated_after_a_kill_from_outside() -> None:

@@ -303,7 +303,7 @@ def test_the_process_knows_no_secrets_and_can_write_no_file(
 
 CONFINED = """
 import os, resource, socket, subprocess, sys
-from llamaclust.model.chat.confinement import confine
+from llamaclust.model.confinement import confine
 why = confine()
 if why:
     sys.exit(why)
@@ -346,9 +346,9 @@ def test_a_machine_without_a_filter_is_reported_once(
 ) -> None:
     exchange = BoundedChild._exchange
 
-    def unconfined(child: BoundedChild, *exchanged: Any) -> dict[str, Any]:
-        reply = exchange(child, *exchanged)
-        return {**reply, "unconfined": "no filter here"} if "unconfined" in reply else reply
+    def unconfined(child: BoundedChild, *exchanged: Any) -> tuple[dict[str, Any], bytes]:
+        reply, payload = exchange(child, *exchanged)
+        return {**reply, "unconfined": "no filter here"} if "unconfined" in reply else reply, payload
 
     monkeypatch.setattr(BoundedChild, "_exchange", unconfined)
     with ChatTemplate("a", "", "") as template:

@@ -1,14 +1,16 @@
-"""A seccomp filter for the process that renders chat templates. It allows the system calls for memory, time, open pipes
-and exit, so that even a template that escapes from Jinja's sandbox opens no file or socket and starts no program. The
-filter exists for Linux on x86-64 and aarch64."""
+"""A seccomp filter and resource limits for child processes with untrusted input. The filter allows the system calls for
+memory, time, open pipes and exit, so that even a template that escapes from Jinja's sandbox, or a picture that takes
+over a decoder, opens no file or socket and starts no program. It exists for Linux on x86-64 and aarch64."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
+import resource
 import struct
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -24,6 +26,7 @@ _ARCHITECTURE_AT: Final = 4
 _FIRST_ARGUMENT_AT: Final = 16  # its low half; both architectures are little-endian
 _ALLOW: Final = 0x7FFF0000
 _REFUSE: Final = 0x00050000 | errno.EPERM
+_MAX_FILES: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,20 @@ class _Program(ctypes.Structure):
     """The kernel's `struct sock_fprog`."""
 
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
+
+
+def limit_resources(memory_bytes: int) -> None:
+    """Limits memory, forbids writes except replies, and allows only as many open files as the interpreter needs."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_FILES, _MAX_FILES))
+
+
+def limit_cpu(seconds: int) -> None:
+    """Allows `seconds` more of CPU time: the system's limit counts from the start of the process."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
 
 
 def confine() -> str | None:

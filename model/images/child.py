@@ -1,0 +1,59 @@
+"""The child process that decodes and prepares pictures. It is confined, with little memory and little CPU time."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llamaclust.model.child_frames import end_with_parent, read_frame, read_frame_and_payload, write_frame
+from llamaclust.model.confinement import confine, limit_cpu, limit_resources
+from llamaclust.model.images.decoding import decode
+from llamaclust.model.images.settings import ImageSettings, PictureError
+from llamaclust.model.images.tiling import tiling_of
+
+
+def _prepared(picture: bytes, settings: ImageSettings, first: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """Returns a reply and, one after the other, the tiles' pixels [height, width, 3]."""
+    try:
+        tiling = tiling_of(decode(picture, first["max_pixels"]), settings)
+        reply = {
+            "sizes": [tile.size for tile in tiling.tiles],
+            "columns": tiling.columns,
+            "rows": tiling.rows,
+        }
+        return reply, b"".join(tile.tobytes() for tile in tiling.tiles)
+    except PictureError as error:
+        return {"error": str(error)}, b""
+    except MemoryError:
+        what = f"it needs more than {first['memory_bytes'] >> 20} MiB to be decoded; send a smaller picture"
+        return {"error": what}, b""
+
+
+def _memory_bytes() -> int:
+    """Returns the address space of this process."""
+    pages = Path("/proc/self/statm").read_text().split()[0]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    end_with_parent()
+    warnings.simplefilter("ignore")
+    Image._initialized = 2  # else a call may import all plugins
+    had = _memory_bytes()
+    unconfined = confine()
+    first = read_frame()
+    settings = ImageSettings(**first["settings"])
+    limit_resources(had + first["memory_bytes"])
+    write_frame({"unconfined": unconfined})
+    while True:
+        _, picture = read_frame_and_payload()
+        limit_cpu(first["cpu_seconds"])
+        write_frame(*_prepared(picture, settings, first))
+
+
+if __name__ == "__main__":
+    main()

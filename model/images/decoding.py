@@ -1,0 +1,114 @@
+"""Decodes a picture's bytes with Pillow, of which only five plugins are ever imported. Only child processes import this
+module: decoders are native code, and pictures are untrusted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from types import MappingProxyType
+
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.Image import Image, Transpose, alpha_composite, new
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from llamaclust.model.images.formats import PictureFormat, format_of, orientation_of, webp_size
+from llamaclust.model.images.settings import PictureError
+
+_UNIDENTIFIED, _NO_HEADER = "not identified by this driver", "its header is damaged, or it has no pixels"
+_STRIP_PIXELS = 1 << 20
+_DEEP_GRAY = ("I;16", "I;16B", "I;16L", "I;16N")
+_TURNS: Mapping[int, Transpose] = MappingProxyType(
+    {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+)
+"""Turns that put pictures upright, by orientation."""
+
+
+_JPEG = type("_Jpeg", (JpegImageFile,), {"_read_dpi_from_exif": lambda _: None})
+"""Reads JPEG files without a search of their EXIF data for a resolution, for which Pillow imports its TIFF plugin."""
+
+
+_FILES: Mapping[PictureFormat, Callable[[BytesIO], Image]] = MappingProxyType(
+    {
+        PictureFormat.PNG: PngImageFile,
+        PictureFormat.JPEG: _JPEG,
+        PictureFormat.WEBP: WebPImageFile,
+        PictureFormat.GIF: GifImageFile,
+        PictureFormat.BMP: BmpImageFile,
+    }
+)
+
+
+def decode(picture: bytes, max_pixels: int) -> Image:
+    """Returns an upright RGB image; of an animation the first frame. Transparent parts are over white, as in the image
+    processors of transformers. Raises PictureError, or MemoryError if the process may not have the memory."""
+    kind = format_of(picture)
+    if kind is None:
+        *first, last = (each.value for each in PictureFormat)
+        raise PictureError(f"it is not a {', '.join(first)} or {last} file: {_shown(picture)}")
+    if kind is PictureFormat.WEBP:
+        _check_size(webp_size(picture), max_pixels)
+    try:
+        image = _FILES[kind](BytesIO(picture))
+        _check_size(image.size, max_pixels)
+        upright = _TURNS.get(orientation_of(_exif(image)))
+        image.load()
+        rgb = _rgb(image)
+    except (PictureError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001  decoders raise any
+        what = _NO_HEADER if str(error) == _UNIDENTIFIED else " ".join(str(error).split()) or type(error).__name__
+        raise PictureError(f"a {kind.value} file that cannot be decoded: {what}; send it again, or as PNG") from None
+    del image
+    return rgb if upright is None else rgb.transpose(upright)
+
+
+def _shown(picture: bytes) -> str:
+    if not picture:
+        return "it has no bytes; send a picture"
+    return f"it begins with {picture[:16]!r}; convert it first"
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise PictureError(f"{width} x {height} pixels; send a picture with at least one")
+    if width * height > max_pixels:
+        what = f"{width} x {height} are {width * height} pixels"
+        raise PictureError(f"{what}, at most {max_pixels} are taken; send a smaller picture")
+
+
+def _exif(image: Image) -> bytes:
+    found = image.info.get("exif", b"")
+    return found if isinstance(found, bytes) else b""
+
+
+def _rgb(image: Image) -> Image:
+    if image.mode in _DEEP_GRAY:
+        image = image.point(lambda value: value * (1 / 256)).convert("L")  # the high byte
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return image.convert("RGB")
+    if image.mode != "RGBA":
+        image = image.convert("RGBA")
+    return _over_white(image)
+
+
+def _over_white(image: Image) -> Image:
+    """Goes by strips, so that little more than the two images is in memory."""
+    out = new("RGB", image.size)
+    lines = max(_STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, lines):
+        strip = image.crop((0, top, image.width, min(top + lines, image.height)))
+        white = new("RGBA", strip.size, (255, 255, 255, 255))
+        out.paste(alpha_composite(white, strip).convert("RGB"), (0, top))
+    return out

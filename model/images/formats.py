@@ -1,0 +1,70 @@
+"""Facts in the bytes of pictures that are read before a decoder runs, or that Pillow reads only with more of its
+plugins: the format, the canvas of a WebP file, and the orientation that a camera noted in EXIF."""
+
+from __future__ import annotations
+
+import struct
+from enum import Enum
+from typing import Final
+
+_ORIENTATION_TAG: Final = 0x0112
+_SHORT: Final = 3
+_MAX_ENTRIES: Final = 1 << 12
+
+
+class PictureFormat(Enum):
+    PNG = "PNG"
+    JPEG = "JPEG"
+    WEBP = "WebP"
+    GIF = "GIF"
+    BMP = "BMP"
+
+
+def format_of(picture: bytes) -> PictureFormat | None:
+    """Returns the format that the first bytes show, whatever the sender says. None: none that is taken."""
+    if picture.startswith(b"RIFF") and picture[8:12] == b"WEBP":
+        return PictureFormat.WEBP
+    starts = {
+        b"\x89PNG\r\n\x1a\n": PictureFormat.PNG,
+        b"\xff\xd8\xff": PictureFormat.JPEG,
+        b"GIF87a": PictureFormat.GIF,
+        b"GIF89a": PictureFormat.GIF,
+        b"BM": PictureFormat.BMP,
+    }
+    return next((found for start, found in starts.items() if picture.startswith(start)), None)
+
+
+def webp_size(picture: bytes) -> tuple[int, int]:
+    """Returns the width and height of the canvas, (0, 0) if the file does not tell it. The decoder allocates the canvas
+    before it tells the size."""
+    kind, body = picture[12:16], picture[20:30]
+    if len(body) < 10:
+        return 0, 0
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", body[6:10])
+        return width & 0x3FFF, height & 0x3FFF
+    return 0, 0
+
+
+def orientation_of(exif: bytes) -> int:
+    """Returns the value 1 to 8 of EXIF's orientation. 1: upright, or unknown. `exif` is a TIFF directory."""
+    data = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    if order is None or len(data) < 8:
+        return 1
+    (start,) = struct.unpack_from(f"{order}I", data, 4)
+    if start + 2 > len(data):
+        return 1
+    (count,) = struct.unpack_from(f"{order}H", data, start)
+    for place in range(start + 2, start + 2 + 12 * min(count, _MAX_ENTRIES), 12):
+        if place + 12 > len(data):
+            break
+        tag, kind, _, value = struct.unpack_from(f"{order}HHIH", data, place)
+        if tag == _ORIENTATION_TAG:
+            return value if kind == _SHORT and 1 <= value <= 8 else 1
+    return 1

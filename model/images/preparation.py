@@ -1,0 +1,163 @@
+"""Prepares pictures in child processes, with bounds of bytes, pixels, time and memory."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import DeadlineError, RequestError
+from llamaclust.model.child_process import (
+    BoundedChild,
+    ChildEndedError,
+    ChildKilledError,
+    ChildLateError,
+    ChildProgram,
+    ChildUnusableError,
+)
+from llamaclust.model.images.prompt import Piece, prompt_of
+from llamaclust.model.images.settings import ImageSettings
+
+_CHILD: Final = "llamaclust.model.images.child"
+_CHANNELS: Final = 3
+_PROCESSES: Final = 2
+"""The number of child processes. There are two, so that a slow picture does not hold up all others."""
+_MAX_REPLY_BYTES: Final = 1 << 28
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PictureLimits:
+    """Limits of one picture. `memory_bytes` is the memory of a child process above that at its start, `cpu_seconds` and
+    `wall_s` bound its work, and `wait_s` the whole call, including the wait for earlier pictures."""
+
+    max_bytes: int = 32 << 20
+    max_pixels: int = 32 << 20
+    memory_bytes: int = 300 << 20
+    cpu_seconds: int = 15
+    wall_s: float = 45.0
+    start_s: float = 30.0
+    wait_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTiles:
+    """`tiles` are RGB [height, width, 3], each the input of one run of the encoder. `prompt` is what stands for the
+    picture in the prompt: text, in which special tokens are written as text, and rows of the tiles."""
+
+    tiles: tuple[NDArray[np.uint8], ...]
+    prompt: tuple[Piece, ...]
+
+
+class ImagePreparation:
+    """The child processes of one projector's settings, which start on first use. Thread-safe."""
+
+    def __init__(self, settings: ImageSettings, limits: PictureLimits | None = None) -> None:
+        self._limits = limits or PictureLimits()
+        self._preparers = [_Preparer(settings, self._limits) for _ in range(_PROCESSES)]
+
+    def __enter__(self) -> ImagePreparation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the child processes. Pictures in progress and waiting ones fail. May be called again."""
+        for preparer in self._preparers:
+            preparer.child.stop()
+        for preparer in self._preparers:
+            preparer.child.close()
+
+    def prepare(self, picture: bytes) -> ImageTiles:
+        """Raises RequestError for a picture that is not taken, which another attempt does not change, and DeadlineError
+        if the work is late, killed or closed."""
+        future = self._submit(picture)
+        try:
+            return future.result(self._limits.wait_s)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise self._waited_too_long() from None
+
+    async def prepare_async(self, picture: bytes) -> ImageTiles:
+        future = asyncio.wrap_future(self._submit(picture))
+        try:
+            return await asyncio.wait_for(future, self._limits.wait_s)
+        except TimeoutError:
+            raise self._waited_too_long() from None
+
+    def _submit(self, picture: bytes) -> Future[ImageTiles]:
+        most = self._limits.max_bytes
+        if len(picture) > most:
+            raise RequestError(f"the picture has {len(picture)} bytes, at most {most} are taken; send a smaller one")
+        return min(self._preparers, key=lambda preparer: preparer.child.load).submit(picture)
+
+    def _waited_too_long(self) -> DeadlineError:
+        return DeadlineError(f"other pictures were prepared for {self._limits.wait_s:g} s; try again")
+
+
+class _Preparer:
+    def __init__(self, settings: ImageSettings, limits: PictureLimits) -> None:
+        first = {"settings": asdict(settings), **asdict(limits)}
+        program = ChildProgram(_CHILD, lambda: first, limits.start_s, limits.wall_s, _MAX_REPLY_BYTES)
+        self.child = BoundedChild(program, "pictures")
+        self._settings = settings
+        self._limits = limits
+        self._is_reported = False
+
+    def submit(self, picture: bytes) -> Future[ImageTiles]:
+        return self.child.submit(partial(self._prepare, picture))
+
+    def _prepare(self, picture: bytes) -> ImageTiles:
+        try:
+            reply, pixels = self.child.request_with_payload({}, picture)
+        except (ChildKilledError, ChildLateError, ChildUnusableError) as failure:
+            raise DeadlineError(f"the preparation of the picture was stopped: {failure}; try again") from None
+        except ChildEndedError as failure:
+            most = f"{self._limits.cpu_seconds} s of a processor and {self._limits.memory_bytes >> 20} MiB"
+            raise RequestError(f"the picture was refused: {failure}, of at most {most}; send a smaller one") from None
+        self._report(self.child.first_reply["unconfined"])
+        if "error" in reply:
+            raise RequestError(f"the picture was refused: {_line(reply['error'])}")
+        return _tiles(reply, pixels, self._settings)
+
+    def _report(self, unconfined: str | None) -> None:
+        if unconfined is not None and not self._is_reported:
+            self._is_reported = True
+            _log.warning("pictures are decoded with resource limits alone: %s", unconfined)
+
+
+def _tiles(reply: dict[str, Any], pixels: bytes, settings: ImageSettings) -> ImageTiles:
+    """Raises RequestError if the parts of a reply do not fit together: a picture may have taken over the child."""
+    try:
+        sizes = [(int(width), int(height)) for width, height in reply["sizes"]]
+        columns, rows = int(reply["columns"]), int(reply["rows"])
+    except (KeyError, TypeError, ValueError):
+        raise _damaged() from None
+    counts = [width * height * _CHANNELS for width, height in sizes]
+    is_cut = columns > 0 and rows > 0 and len(sizes) == columns * rows + 1
+    is_whole = columns == rows == 0 and len(sizes) == 1
+    if not (is_cut or is_whole) or min(map(min, sizes)) < 1 or sum(counts) != len(pixels):
+        raise _damaged()
+    ends = np.cumsum(counts)
+    tiles = (
+        np.frombuffer(pixels, np.uint8, count, end - count).reshape(height, width, _CHANNELS)
+        for (width, height), count, end in zip(sizes, counts, ends, strict=True)
+    )
+    return ImageTiles(tuple(tiles), prompt_of(settings, sizes, columns, rows))
+
+
+def _damaged() -> RequestError:
+    return RequestError("the picture was refused: its process gave a damaged reply; send another picture")
+
+
+def _line(text: object) -> str:
+    return "".join(character for character in " ".join(str(text).split()) if character.isprintable())

@@ -236,7 +236,6 @@ def tokenizer(vocabulary: int) -> dict[str, WritableValue]:
 
 
 def check(shape: Shape, quant_type: QuantType) -> None:
-    """Raises UsageError for an impossible model."""
     sizes = [getattr(shape, field.name) for field in fields(shape) if field.name not in ("experts", "tied")]
     if min(sizes) < 1 or shape.vocabulary < 286:
         raise UsageError("sizes must be at least 1, the vocabulary at least 286")
@@ -250,7 +249,6 @@ def check(shape: Shape, quant_type: QuantType) -> None:
 
 
 def write_shape(path: Path, name: str, shape: Shape, quant_type: QuantType, seed: int = 1, alike: bool = False) -> None:
-    """Writes the model. Raises the errors of `check`."""
     check(shape, quant_type)
     write_gguf(path, metadata(name, shape, quant_type), tensors(shape, quant_type, seed, alike))
 

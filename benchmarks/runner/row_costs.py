@@ -94,7 +94,7 @@ def _bound(run: Callable[[int, int, int], None], place: int, rows: int) -> Calla
 
 
 def _times(works: Sequence[Callable[[], None]]) -> list[float]:
-    """Returns the median nanoseconds of each work. The works take turns; the first turn does not count."""
+    """Returns the median nanoseconds of each function. The functions run in turn; their first calls do not count."""
     taken: list[list[int]] = [[] for _ in works]
     for _ in range(_REPEATS + 1):
         for work, times in zip(works, taken, strict=True):

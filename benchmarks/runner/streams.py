@@ -18,7 +18,7 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 async def requested(
     api: str, body: dict[str, Any], path: str = "/v1/completions", connection: Connection | None = None
 ) -> Connection:
-    """Sends a request for a streamed answer. Uses the given connection, or a new one, and returns it."""
+    """Sends a request for a streamed answer on the given connection, or on a new one. Returns the connection."""
     where, content = urlsplit(api), json.dumps({**body, "stream": True}).encode()
     if connection is None:
         connection = await asyncio.open_connection(where.hostname, where.port, limit=1 << 22)
@@ -46,7 +46,7 @@ async def event(reader: asyncio.StreamReader) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer. `arrivals` has the time and the number of tokens of each event with tokens."""
+    """An answer. `arrivals` has one pair for each event with tokens: its arrival time and its number of tokens."""
 
     begun_s: float
     arrivals: tuple[tuple[float, int], ...]
@@ -59,7 +59,7 @@ class Answer:
 
     @property
     def token_s(self) -> float:
-        """The mean seconds per token, without the tokens of the first event."""
+        """Mean seconds per token after the first event."""
         (first_s, first), (last_s, _) = self.arrivals[0], self.arrivals[-1]
         return (last_s - first_s) / (len(self.ids) - first) if len(self.ids) > first else 0.0
 

@@ -1,4 +1,5 @@
-"""Measures the variants of groups in turns. Prints each turn, and a summary of all turns."""
+"""Runs the variants of each group of measurements alternately. Prints the figures of each run, and a summary of all
+runs."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from llamaclust.core.errors import LlamaclustError
 from runner.case import Case, Group, Measures
 
 _MANY = 8
-"""Quartiles are printed for this many turns or more."""
+"""The least number of values of which quartiles are printed."""
 
 
 @dataclass(slots=True)
 class Turns:
-    """A run of a case; `rounds` replaces the case's own number."""
+    """A run of a case. `rounds` replaces the number of rounds that the case itself states."""
 
     case: Case
     rounds: int | None = None
@@ -99,7 +100,6 @@ class Turns:
 
 
 def check_same(name: str, found: Mapping[str, Measures]) -> None:
-    """Raises LlamaclustError if the bytes of variants differ."""
     (first, base), *others = found.items()
     for variant, measures in others:
         for key, value in measures.items():
@@ -125,7 +125,6 @@ def text_of(value: float | str | bytes) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """Describes the median, the least and the most, and also quartiles if there are many values."""
     text = f"{median(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
     if len(values) < _MANY:
         return text

@@ -62,7 +62,8 @@ class Suite:
 
     @property
     def stand_in(self) -> str:
-        """The name of the model that is served in place of the given one; empty if there is none."""
+        """The name of a small model that is served instead of the user's model; empty if the suite uses the user's
+        model."""
         return "" if self.document is None else self.document.stand_in
 
     @property
@@ -179,7 +180,6 @@ def _command(suite: Suite, folder: Path, report: Path, target: Target, checkout:
 
 
 async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
-    """Runs a suite and counts its cases."""
     if suite.repository and name not in target.checkouts:
         raise Skipped(f"needs --checkout {name}=FOLDER, a checkout of {suite.repository}")
     environment = name if suite.document is None else _SCHEMATHESIS[0].partition("=")[0]
@@ -196,8 +196,8 @@ async def run(name: str, suite: Suite, target: Target) -> Counter[str]:
 
 
 async def _run(command: list[str], output: Path, own: dict[str, str], limit_s: float) -> None:
-    """Runs a command in the folder of `output`, without this process's secrets. At the end, kills all that it
-    started."""
+    """Runs a command in the folder of `output` with only harmless environment variables. Afterwards, kills all
+    processes that the command started."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT_VARIABLES}
     with output.open("wb") as file:
         process = await asyncio.create_subprocess_exec(

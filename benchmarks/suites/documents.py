@@ -30,7 +30,7 @@ class Document:
     stand_in: str = "generating"
 
     def words(self, api: str, checkout: Path | None, examples: int) -> Iterator[str]:
-        """Yields the arguments of schemathesis, without those of its report."""
+        """Yields the arguments of schemathesis, except those for its report."""
         yield "run"
         yield f"{api}{self.place}" if checkout is None else str(checkout / self.place)
         yield from (f"--url={api}", f"--seed={_SEED}", f"--max-examples={examples}", f"--request-timeout={_REQUEST_S}")
@@ -39,7 +39,7 @@ class Document:
 
 
 def build_stand_in(name: str, folder: Path) -> tuple[Path, Mapping[str, Any]]:
-    """Writes a model to the folder. Returns its path, and keys of the cluster file that switch on all endpoints."""
+    """Writes a model to the folder. Returns its path and the keys of the cluster file that enable all endpoints."""
     return {"generating": _generating, "ranking": _ranking}[name](folder)
 
 

@@ -26,7 +26,6 @@ VALUES = {
     "--tools", "--cors-origins", "--models-dir", "--models-max", "--models-preset", "--spec-synth-len",
     "--spec-synth-rates", "--tools-runtime", "--mcp-servers-config", "--mcp-servers-json",
 }  # fmt: skip
-"""Flags that have a value."""
 
 FILE_FLAGS = {*MODEL_FLAGS, "--model-draft"}
 """Flags whose values are models, or names of models."""
@@ -51,7 +50,7 @@ def read_flags(arguments: list[str]) -> dict[str, str]:
 
 
 def own_models(arguments: list[str], folder: Path) -> list[str]:
-    """Returns the arguments, with this machine's models in place of the models that they name."""
+    """Returns the arguments with each model name replaced by the path of a model on this machine."""
     kept: list[str] = []
     rest = iter(arguments)
     for flag in rest:

@@ -75,8 +75,6 @@ def prepare(source: Path, folder: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Settings of the tests."""
-
     tests: Path
     folder: Path  # for files of the servers
     model: Path

@@ -1,6 +1,5 @@
-"""Stand-ins, for both servers, for the models that llama.cpp's server tests download. Encoders and the models of a
-router are small, with random weights. Another model has an adapter whose scale decides its words. MODEL is used for all
-others."""
+"""Small models with random weights that replace the models which llama.cpp's server tests download. One model has an
+adapter whose scale changes its answers. Tests of all other models use MODEL."""
 
 from __future__ import annotations
 
@@ -17,10 +16,11 @@ ROUTED = {
     "ggml-org/test-model-stories260K:F32": "routed-1",
     "ggml-org/test-model-stories260K-infill:F32": "routed-2",
 }
-"""Models of a server that is started without one, with the names of their stand-ins. An empty name stands for MODEL."""
+"""The models of a server that is started as a router, each with the name of the small model that replaces it. An empty
+name means MODEL."""
 _ADAPTED, _ADAPTER = "adapted", "adapter"
 _FILL_IN = ("ggml-org/test-model-stories260K-infill", "fill-in")
-"""The repository of a model with the tokens of `/infill`, and the name of its stand-in."""
+"""The repository of a model with tokens for `/infill`, and the name of the small model that replaces it."""
 
 
 def build_stand_ins(folder: Path) -> None:
@@ -55,12 +55,10 @@ def adapter() -> Path:
 
 
 def routed_models() -> dict[str, Path]:
-    """Returns the files of a router's models, by name."""
     return {name: _stand_in(file) if file else _model() for name, file in ROUTED.items()}
 
 
 def preset(folder: Path) -> Path:
-    """Writes a router's models to a file in llama-server's format."""
     path = folder / "router.ini"
     path.write_text("".join(f"[{name}]\nmodel = {model}\n\n" for name, model in routed_models().items()))
     return path

@@ -1,4 +1,4 @@
-"""A pytest plugin for llama.cpp's server tests. It replaces downloaded models by stand-ins (`llamacpp_models.py`), and
+"""A pytest plugin for llama.cpp's server tests. It replaces downloaded models by small ones (`llamacpp_models.py`), and
 lets consecutive tests with the same flags share a server."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llamacpp_models import adapter, model_of
 
 
 def _download(url: str, out: str) -> None:
-    """Copies a stand-in instead of downloading an adapter or a draft model with wget."""
+    """Copies a small model to `out` instead of downloading an adapter or a draft model with wget."""
     model = model_of({"--hf-file": url})
     source = adapter() if "lora" in url.lower() or "shakespeare" in url or model is None else model
     Path(out).parent.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,6 @@ def ordered(instance: Any, schema: Any) -> Any:
 
 
 def ends_here(grammar: Grammar, text: str) -> bool:
-    """Returns True if the grammar allows the text and lets it end there."""
     matcher = GrammarMatcher(grammar, BYTES)
     try:
         matcher.take(text.encode())

@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 _Value = TypeVar("_Value")
 _Opened = TypeVar("_Opened")
 WholeT = TypeVar("WholeT")
-"""The return type of a call without `stream=True`."""
 StreamT = TypeVar("StreamT")
-"""The return type of a call with `stream=True`."""
 
 Chunks = AsyncGenerator[TextChunk, None]
 
@@ -69,7 +67,7 @@ class AsyncChunkStream(AsyncIterator[TextChunk]):
         return await anext(self._chunks)
 
     def __await__(self) -> Generator[None, None, Self]:
-        """Returns the stream itself, because other clients require that a stream is awaited."""
+        """Returns the stream itself, because users of other clients write `await` before the stream."""
         yield from ()
         return self
 
@@ -98,7 +96,7 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
     def generate(
         self, prompt: Prompt, *, stream: bool = False, **options: Unpack[CompletionOptions]
     ) -> WholeT | StreamT:
-        """Completes a prompt, which is a text or token ids."""
+        """Completes a prompt, given as text or as token ids."""
         return self.deliver(self.chunks(COMPLETIONS, completion_body(prompt, options)), stream=stream)
 
     @overload
@@ -166,10 +164,11 @@ async def _joined(chunks: Chunks) -> Answer:
 
 
 class LoopThread(Generic[_Opened]):
-    """Opens a resource in the event loop of a new thread, and keeps it open there."""
+    """Opens a resource in the event loop of a new thread. The resource stays open until `close`."""
 
     def __init__(self, open_resource: Callable[[], AbstractAsyncContextManager[_Opened]]) -> None:
-        """Returns when the resource is open, or raises the error of opening it. An interrupt ends the thread first."""
+        """Returns when the resource is open. Raises the error if opening it fails. If interrupted, ends the thread
+        first."""
         self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
         self._calls: set[Future[Any]] = set()
         self._streams: set[Callable[[], Coroutine[Any, Any, None]]] = set()  # each closes one that is read
@@ -188,7 +187,8 @@ class LoopThread(Generic[_Opened]):
             raise
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop. A caller's interrupt cancels it. Raises LlamaclustError if the thread is closed."""
+        """Runs `work` in the loop and returns its result. An interrupt of the caller cancels `work`. Raises
+        LlamaclustError if the thread is closed."""
         with self._lock:
             if self._is_closed:
                 work.close()
@@ -204,7 +204,7 @@ class LoopThread(Generic[_Opened]):
             self._calls.discard(future)
 
     def each(self, values: AsyncGenerator[_Value, None]) -> Generator[_Value, None, None]:
-        """Yields the values as they arrive. The end of the generator, or of the thread, closes `values`."""
+        """Yields the values as they arrive. Closes `values` when the generator or the thread ends."""
         stepping = asyncio.Lock()  # a step that was interrupted ends before they are closed
 
         async def step() -> _Value | None:
@@ -228,7 +228,6 @@ class LoopThread(Generic[_Opened]):
                     self.call(close())
 
     def close(self) -> None:
-        """Cancels running calls, closes the resource and waits for the thread's end."""
         with self._lock:
             if not self._is_closed:
                 self._is_closed = True
@@ -283,16 +282,14 @@ class TextClient(TextCalls[Answer, ChunkStream]):
         return self._thread.call(self._client.tokenize(text, add_special))
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """Returns the text of token ids."""
         return self._thread.call(self._client.detokenize(ids))
 
     def chat_sampling(self) -> Options:
         """Returns sampling options for a chat whose user chose none: those that the cluster file or the model file
-        recommends, or else those of `llamaclust chat`. Pass them to `chat`, which is greedy by default."""
+        recommends, otherwise the defaults of `llamaclust chat`. Pass them to `chat`, which is greedy by default."""
         return self._thread.call(self._client.chat_sampling())
 
     def close(self) -> None:
-        """Ends running calls and releases the client's resources."""
         self._closed()
 
     def __enter__(self) -> Self:

@@ -44,16 +44,18 @@ _IDLE_S = 60.0
 _STREAMED = {"stream": True, "return_token_ids": True}
 _CANCEL_S = 2.0
 _EMBED_S = 600.0
-"""The read timeout of embeddings: no byte of such a reply arrives before its end."""
+"""The read timeout of embeddings. A reply with embeddings is sent as a whole, so a client may wait this long for its
+first byte."""
 _RESUME_S = 120.0
-"""The time from the loss of a connection to an error. A cluster waits as long for a worker (`timeouts.recovery`)."""
+"""The time after which a lost connection becomes an error. A cluster waits equally long for a worker
+(`timeouts.recovery`)."""
 _MOST_S = 600.0
-"""The time from the last event to an error, however often the server answers. A coordinator that ends again and
-again may never catch up with what it had sent."""
+"""The time after which a stream without events becomes an error, even if the server answers. It ends requests to a
+coordinator that crashes again and again before it reaches a new event."""
 _BACKOFF = Backoff(first_s=0.1, max_s=1.0)
 READ_TIMEOUT_S = 20.0
-"""The silence after which a stream counts as lost: the server sends at least a comment every 5 s, and a machine that
-loses power closes no connection."""
+"""The time without data after which a stream counts as lost. The server sends at least a comment every 5 s. A machine
+that loses power closes no connection."""
 _RETRIED_CODES = frozenset({"cluster_starting", "cluster_stopping", "server_busy"})
 
 
@@ -88,7 +90,7 @@ class AsyncClient(AsyncTextClient):
         return sampling_options(entry.get("chat_sampling", {}))  # servers of other programs have none
 
     async def check_model(self) -> None:
-        """Raises RequestError, which lists the served models, if the client's model is not one of them."""
+        """Raises RequestError if the client's model is not served. The error lists the served models."""
         if self._model is not None:
             await self._request("GET", f"v1/models/{quote(self._model, safe='')}")
 
@@ -96,7 +98,7 @@ class AsyncClient(AsyncTextClient):
         await self._http.aclose()
 
     async def events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[tuple[str, dict[str, Any]], None]:
-        """Yields the events of a streamed request, each after its id. A broken connection is resumed."""
+        """Yields the events of a streamed request as (id, event). Resumes the request if its connection breaks."""
         stream, content = ResumableStream(self._http.base_url), self._encoded({**body, **_STREAMED})
         try:
             while not stream.is_done:
@@ -157,9 +159,9 @@ class Client(TextClient):
         verify: Verify = None,
         model: str | None = None,
     ) -> None:
-        """Connects at the first call. `verify`: a PEM file of certificates to trust, or an SSL context, for other
-        machines. `model`: a served model or adapter; None: the first model. Raises UsageError for an invalid address
-        of an HTTP server, and for a file that cannot be used."""
+        """Connects at the first call. `verify`: a PEM file of certificates to trust, or an SSL context. `model`: a
+        served model or adapter; None: the first model. Raises UsageError for an invalid address and for a file that
+        cannot be used."""
         client = AsyncClient(base_url, api_key, timeout=timeout, verify=verify, model=model)
         super().__init__(lambda: client)
 
@@ -170,7 +172,7 @@ class Client(TextClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> LocalClient:
-        """Loads a model file in this process. `model` is a path, or a text as for the commands' `--model`. The other
+        """Loads a model file in this process. `model` is a path, or a text as for `--model` of the commands. The other
         arguments and the errors are those of `LocalClient`."""
         from llamaclust.cluster.client.local import LocalClient
         from llamaclust.cluster.config.catalog import resolve_model
@@ -179,7 +181,7 @@ class Client(TextClient):
         return LocalClient(file, threads, feature_level, settings)
 
     def check_model(self) -> None:
-        """Raises RequestError, which lists the served models, if the client's model is not one of them."""
+        """Raises RequestError if the client's model is not served. The error lists the served models."""
         self._thread.call(self._client.check_model())
 
 
@@ -211,7 +213,7 @@ class ResumableStream:
 
     @property
     def cancel_path(self) -> str:
-        """The path of a DELETE request, for an answer that is not wanted any more."""
+        """The path of the DELETE request that cancels the answer."""
         return f"v1/streams/{self._key}"
 
     @property
@@ -220,7 +222,7 @@ class ResumableStream:
         return not (self._has_failed or self.is_done)
 
     def opened(self, reply: httpx.Response, body: bytes) -> None:
-        """Reads the head of a reply. Raises the error that a reply other than 200 reports in `body`."""
+        """Reads status and headers of a reply. If the status is not 200, raises the error that `body` reports."""
         if reply.status_code != httpx.codes.OK:
             raise reply_error(reply.status_code, reply.headers.get("retry-after"), body)
         self._was_taken = reply.headers.get("content-type", "").startswith("text/event-stream")
@@ -259,7 +261,8 @@ class ResumableStream:
             raise CutShortError("the server ended the answer before it was complete")
 
     def pause_s(self, error: httpx.HTTPError | LlamaclustError) -> float:
-        """Returns the pause before the request is sent again. Raises the error if another attempt would not help."""
+        """Returns the seconds to wait before the request is sent again. Raises the error if another attempt would not
+        help."""
         is_own = isinstance(error, LlamaclustError)
         final = error if isinstance(error, LlamaclustError) else unreachable(self._url, error)
         if not (self._was_taken and _may_pass(error)):
@@ -281,7 +284,6 @@ def _may_pass(error: httpx.HTTPError | LlamaclustError) -> bool:
 
 
 def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
-    """Returns the error for a server that does not answer, or not completely."""
     where, reason = str(url).rstrip("/"), _reason(error)
     is_broken = isinstance(error, httpx.RemoteProtocolError | httpx.ReadError)
     what = "ended the connection in the middle of an answer" if is_broken else "does not answer"
@@ -290,7 +292,6 @@ def unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
 
 
 def _reason(error: httpx.HTTPError) -> str:
-    """Returns the operating system's reason, which asyncio and its streams wrap in other errors."""
     inner: BaseException | None = error
     while inner is not None:
         cause = inner

@@ -47,7 +47,7 @@ _KINDS: dict[Any, type[LlamaclustError]] = {
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
 _EVENTS: dict[str, Callable[[str], AnswerEvent]] = {"reasoning_content": ReasoningText, "content": ContentText}
-"""The events that parts of a chat's delta mean, in the order in which they occur."""
+"""Fields of a chat's delta and the events that they become, in the order in which a delta's events are given out."""
 
 Message = Mapping[str, Any]
 """One message of a chat: {"role": "user", "content": "Hello"}."""
@@ -55,8 +55,8 @@ Prompt = str | Sequence[int]
 
 
 class AnswerOptions(TypedDict, total=False):
-    """Options of an answer. Absent options and None mean the defaults of `/v1/completions` and
-    `/v1/chat/completions`, except that decoding is greedy and lasts until the model ends its answer."""
+    """Options of an answer. An absent option or None means the default of `/v1/completions` or `/v1/chat/completions`,
+    with two exceptions: decoding is greedy, and its length is not limited."""
 
     max_tokens: int | None  # None, the default: until the context is full; 0: nothing is chosen
     temperature: float  # 0.0, the default, chooses the likeliest token
@@ -163,7 +163,8 @@ def sampling_options(given: Mapping[str, Any]) -> Options:
 
 
 class ChunkReader:
-    """Converts the events of one answer to chunks. Raises ProtocolError for events that this API would not send."""
+    """Converts the events of one answer to chunks. Raises ProtocolError for events that llamaclust's API never
+    sends."""
 
     def __init__(self) -> None:
         self._prompt: tuple[int, ...] = ()
@@ -181,7 +182,7 @@ class ChunkReader:
             raise _foreign(json.dumps(event).encode()) from error
 
     def _chunk(self, choice: Mapping[str, Any]) -> TextChunk:
-        """Reads a part of a completion, or of a chat's answer if it has a delta. There are no tool calls, since
+        """Reads one choice of an event: of a completion, or of a chat if it has a delta. Ignores tool calls, because
         clients send no tools."""
         ids, logprobs = choice["token_ids"], _logprobs(choice)
         of_prompt = max(0, len(logprobs) - len(ids))
@@ -198,7 +199,6 @@ class ChunkReader:
 
 
 def _logprobs(choice: Mapping[str, Any]) -> Sequence[float]:
-    """Returns the logprobs of a part: of a chat's answer, or of a completion's prompt and answer."""
     logprobs = choice["logprobs"] or {}
     if "content" in logprobs:
         return [entry["logprob"] for entry in logprobs["content"]]
@@ -219,7 +219,6 @@ def _ending(choice: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
-    """Returns the body as JSON. Raises RequestError for a value that JSON cannot express."""
     try:
         return json.dumps(body, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
@@ -257,7 +256,7 @@ def vectors_of(body: bytes) -> list[Vector]:
 
 
 def reply_error(status: int, retry_after: str | None, body: bytes) -> LlamaclustError:
-    """Returns the error that a reply with another status than 200 reports."""
+    """Returns the error that a reply reports whose status is not 200."""
     try:
         report = json_object(body)["error"]
     except (ProtocolError, KeyError):
@@ -266,7 +265,7 @@ def reply_error(status: int, retry_after: str | None, body: bytes) -> Llamaclust
 
 
 def reported_error(report: Any, status: int | None = None, retry_after: str | None = None) -> LlamaclustError:
-    """Converts an error that the server reports to one of ours, with its message, code and status."""
+    """Converts an error that the server reports to a LlamaclustError with its message, code and status."""
     report = report if isinstance(report, dict) else {"message": str(report)}
     message, code = str(report.get("message") or "no message"), report.get("code")
     if status == _UNAUTHORIZED:

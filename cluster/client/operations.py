@@ -18,7 +18,7 @@ from llamaclust.core.errors import LlamaclustError, ProtocolError
 _Value = TypeVar("_Value")
 _ANSWER_S = 10.0
 _DRAIN_S = 630.0
-"""The limit of a drain. The coordinator gives up slightly earlier and states the reason."""
+"""The seconds that a client waits for a drain. The coordinator gives up slightly earlier and states the reason."""
 _MOST_BYTES = 16 << 20
 _STATUS = {"name": str, "state": str, "model": str, "api": str, "workers": list, "requests": dict, "speed": dict}
 """Fields that distinguish the state of a cluster from the answer of another program."""
@@ -55,20 +55,19 @@ class ClusterApi:
         return state
 
     def context_length(self) -> int:
-        """Returns the most tokens of a sequence."""
         settings: dict[str, Any] = self._field(self._request("GET", "/props"), "default_generation_settings", dict)
         return int(settings["n_ctx"])
 
     def drain(self, worker: str) -> None:
-        """Returns when no worker of this name holds layers. Raises InsufficientMemoryError or another error if they
-        cannot move."""
+        """Drains a worker. Returns when no worker of this name holds layers. Raises InsufficientMemoryError or another
+        error if the layers cannot move."""
         self._request("POST", f"/cluster/workers/{worker}/drain", read_s=_DRAIN_S)
 
     def undrain(self, worker: str) -> None:
         self._request("POST", f"/cluster/workers/{worker}/undrain")
 
     def log(self, worker: str) -> tuple[int, list[str]]:
-        """Returns how many lines precede the last lines of the worker's log, and the last lines."""
+        """Returns the last lines of the worker's log, after the number of lines that precede them."""
         tail = self._request("GET", f"/cluster/workers/{worker}/log")
         return self._field(tail, "before", int), self._field(tail, "lines", list)
 

@@ -25,12 +25,12 @@ _ROLES = frozenset({*_SYSTEM_ROLES, "user", "assistant", "tool"})
 class Session(Generic[WholeT, StreamT]):
     """A conversation with a model, over HTTP or in this process. The client stays open when the session is dropped.
 
-    `messages` are in OpenAI's form and may be changed between answers. A turn is a user's message and all
-    messages up to the next one. With `drop_oldest`, a conversation longer than the model's context goes on without
-    its oldest turns: they stay in `messages`, but are not sent. Otherwise the server's RequestError is raised.
-
-    The options, such as `stop`, are those of `Client.chat` and hold for every answer. What the prefix cache still
-    has of the conversation is not computed again. A session is for one thread at a time."""
+    `messages` are in OpenAI's form and may be changed between answers. A turn consists of a user's message and all
+    messages before the user's next one. With `drop_oldest`, a conversation that exceeds the model's context continues
+    without its oldest turns: they stay in `messages`, but are not sent. Otherwise the server's RequestError is raised.
+    The options, such as `stop`, are those of `Client.chat` and apply to every answer. Only one thread at a time may use
+    a session.
+    """
 
     def __init__(
         self,
@@ -53,10 +53,9 @@ class Session(Generic[WholeT, StreamT]):
     @overload
     def send(self, text: str, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def send(self, text: str, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
-        """Answers a message of the user. Options given here hold for this answer alone.
-
-        Both messages join the conversation when the answer or its stream ends. If an answer fails or its stream
-        is closed, the text so far stays. If there is none, the conversation is as before."""
+        """Answers a message of the user. Options given here apply only to this answer. Both messages join the
+        conversation when the answer or its stream ends. If the answer fails or its stream is closed early, the
+        conversation keeps both messages if the answer has any text, and neither if it has none."""
         return self._client.deliver(self._answer({"role": "user", "content": text}, options), stream=stream)
 
     @overload
@@ -64,10 +63,8 @@ class Session(Generic[WholeT, StreamT]):
     @overload
     def regenerate(self, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
     def regenerate(self, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
-        """Answers the user's last message again and replaces the present answer. Raises UsageError without a
-        message.
-
-        The seed decides the answer: another answer needs another `seed`, or none."""
+        """Answers the user's last message again and replaces the present answer. Raises UsageError if the user sent no
+        message. An equal `seed` gives an equal answer: pass another one, or none."""
         self._last_turn()
         return self._client.deliver(self._answer(None, options), stream=stream)
 
@@ -76,14 +73,12 @@ class Session(Generic[WholeT, StreamT]):
         self.messages[: self._first_turn()] = [] if text is None else [{"role": "system", "content": text}]
 
     def undo(self) -> list[dict[str, Any]]:
-        """Removes the last turn and returns its messages. Raises UsageError if there is none."""
         start = self._last_turn()
         turn, self.messages[start:] = self.messages[start:], []
         self.dropped_messages = 0
         return turn
 
     def clear(self) -> None:
-        """Removes all messages except the system message."""
         del self.messages[self._first_turn() :]
         self.dropped_messages = 0
 
@@ -117,9 +112,8 @@ class Session(Generic[WholeT, StreamT]):
         self.messages, self.dropped_messages = messages, 0
 
     async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
-        """Answers one more message; None: the user's last message again. Afterwards the conversation has the answer
-        as far as it came; without any text of it, the conversation is as before. Raises UsageError while another
-        answer is in progress."""
+        """Answers one more message; None: the user's last message again. Adds the answer to the conversation, even one
+        that was cut short, but not one without text. Raises UsageError while another answer is in progress."""
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)
@@ -147,7 +141,7 @@ class Session(Generic[WholeT, StreamT]):
                 self.dropped_messages = dropped_before
 
     def _drop_turn(self, end: int, error: LlamaclustError) -> bool:
-        """Drops the oldest sent turn before `end` if the context was exceeded. Returns False if nothing is dropped."""
+        """Drops the oldest sent turn before `end` if the context was exceeded. Returns False if nothing was dropped."""
         begin = self._first_turn() + self.dropped_messages
         if not self._drops_oldest or error.code != "context_length_exceeded" or begin >= end:
             return False
@@ -164,7 +158,6 @@ class Session(Generic[WholeT, StreamT]):
         return next(others, len(self.messages))
 
     def _last_turn(self) -> int:
-        """Returns the index of the user's last message. Raises UsageError if there is none."""
         for at in range(len(self.messages) - 1, -1, -1):
             if self.messages[at]["role"] == "user":
                 return at
@@ -181,7 +174,6 @@ class AsyncChatSession(Session[Coroutine[None, None, Answer], AsyncChunkStream])
 
 
 def is_conversation(path: Path) -> bool:
-    """True for a file that `save` wrote."""
     try:
         _checked(read_json(path))
     except (OSError, ValueError, KeyError, TypeError):
@@ -197,7 +189,6 @@ def _message(parts: list[TextChunk]) -> dict[str, Any]:
 
 
 def _place(path: str | PathLike[str]) -> Path:
-    """Returns the file that a path or a link leads to. Raises UsageError for a path that no file can have."""
     try:
         return Path(os.path.realpath(expand_home(os.fspath(path))))
     except ValueError as error:

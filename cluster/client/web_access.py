@@ -18,8 +18,8 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.this_machine import own_addresses
 
 Verify = str | PathLike[str] | ssl.SSLContext | None
-"""A PEM file of certificates to trust, or an SSL context. None: the certificates that this machine trusts; for a
-cluster that runs here, that cluster's own."""
+"""A PEM file of certificates to trust, or an SSL context. None: for a cluster that runs on this machine, its own
+certificate; otherwise the certificates that this machine trusts."""
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 _CONNECT_S = 10.0
@@ -58,9 +58,9 @@ def timeouts(timeout: float, read_s: float) -> httpx.Timeout:
 
 
 def web_options(url: httpx.URL | None, verify: ssl.SSLContext | None = None) -> dict[str, Any]:
-    """Returns httpx's arguments for a client that reaches `url` (None: any server) through the proxies of the
-    environment, but this machine directly. `verify`: the certificates to trust, by default those of this machine.
-    Raises UsageError that names a variable which cannot be used."""
+    """Returns httpx's arguments for a client that reaches `url` (None: any server) through the environment's proxies,
+    or directly if `url` is on this machine. `verify`: the certificates to trust, by default those of this machine.
+    Raises UsageError with the name of a variable that cannot be used."""
     trusted = verify or authorities()
     if url is not None and _is_this_machine(url.host):
         return {"trust_env": False, "verify": trusted}
@@ -76,7 +76,6 @@ def _is_this_machine(host: str) -> bool:
 
 
 def _wrong_proxy(value: str) -> str:
-    """Returns why httpx would fail with this proxy; empty if it would not."""
     try:
         url = httpx.URL(value if "://" in value else f"http://{value}")
     except httpx.InvalidURL as error:
@@ -89,7 +88,6 @@ def _wrong_proxy(value: str) -> str:
 
 
 def _wrong_hosts(value: str) -> str:
-    """Returns why httpx would fail with these hosts of `no_proxy`; empty if it would not."""
     for host in filter(None, map(str.strip, value.split(","))):
         try:
             if not is_address(host) and "/" not in host:
@@ -111,8 +109,8 @@ def trust(url: httpx.URL, verify: Verify) -> ssl.SSLContext:
 
 
 def authorities(file: Path | None = None) -> ssl.SSLContext:
-    """Returns a context that trusts only the authorities in a PEM file, or those that this machine trusts. Raises
-    UsageError if this file, or one that the environment names, cannot be used."""
+    """Returns an SSL context that trusts only the authorities in a PEM file (None: those that this machine trusts).
+    Raises UsageError if a file cannot be used, including one that the environment names."""
     try:
         if file is not None:
             return ssl.create_default_context(cafile=file)
@@ -134,7 +132,7 @@ def authorities(file: Path | None = None) -> ssl.SSLContext:
 
 
 def _own_certificates(url: httpx.URL) -> list[Path]:
-    """Returns the certificates of this user's clusters at this address, even of one that was killed."""
+    """Returns the certificates of this user's clusters at this address, including clusters that were killed."""
     from llamaclust.cluster.state.clusters import recorded_clusters
 
     records = recorded_clusters(environment().state_dir)
@@ -151,8 +149,8 @@ def _is_at(url: httpx.URL, api: str) -> bool:
 
 
 class _PinnedContext(ssl.SSLContext):
-    """Trusts only the certificates in `files`, whatever names they have. Each connection reads them again, because
-    they may have been renewed; former certificates are not trusted any more."""
+    """An SSL context that trusts only the certificates in `files`, whatever their host names. Each connection reads the
+    files again, because certificates may have been renewed; replaced ones are no longer trusted."""
 
     files: Sequence[Path]
     protocols: Sequence[str] = ()

@@ -52,7 +52,7 @@ class CatalogEntry:
 
     @property
     def terms(self) -> str | None:
-        """The address of the licence's terms, if a user of the model must accept them; else None."""
+        """The address of the licence's terms if a user must accept them, otherwise None."""
         return terms_of(self.licence)
 
 
@@ -87,7 +87,8 @@ class WantedFile:
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
 
     def parts(self) -> list[WantedFile]:
-        """Returns this file and the other parts of a split model. Raises UsageError if this is not the first part."""
+        """Returns all parts of a split model, or only this file if the model is not split. Raises UsageError if this is
+        a later part."""
         match = PART_NAME.fullmatch(self.source.file_name)
         if match is None:
             return [self]
@@ -101,7 +102,7 @@ class WantedFile:
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A model in the models directory. `name` is what `model rm` and other commands take."""
+    """A model in the models directory. `name` is the name that `model rm` and other commands accept."""
 
     name: str
     path: Path
@@ -151,7 +152,8 @@ def _billions(count: float) -> str:
 
 
 def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
-    """Returns the path of a local model, or the file to fetch for a remote one. Raises UsageError for anything else."""
+    """Returns the path of a local model, or the file to download for a remote one. Raises UsageError for anything
+    else."""
     entry = find_entry(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
     source = parse_source(entry.source if entry else spec)
     if isinstance(source, Path):
@@ -185,8 +187,8 @@ def stored_model(spec: str, models_dir: Path | None = None) -> Path | None:
 
 
 def made_beside(source: Path, name: str) -> Path:
-    """Returns the default path of a file that is made from a model: in the model's folder, or in the current folder
-    if the model was downloaded, because `model rm` deletes a downloaded model's whole folder."""
+    """Returns the default path of a file that is made from a model: in the model's folder, or in the current folder if
+    the model was downloaded. `model rm` deletes the whole folder of a downloaded model."""
     return Path(name) if environment().models_dir in source.parents else source.with_name(name)
 
 
@@ -278,7 +280,7 @@ def _only_model(name: str, folder: Path) -> Path:
 
 
 def _is_beside_a_model(path: Path) -> bool:
-    """True for GGUF files that accompany models: vision encoders, adapters, importance matrices."""
+    """True for GGUF files that are not models but accompany them: vision encoders, adapters, importance matrices."""
     from llamaclust.model.gguf.header import read_header
 
     if _ENCODER in path.name.lower():
@@ -291,7 +293,6 @@ def _is_beside_a_model(path: Path) -> bool:
 
 
 def _repository_hint(spec: str) -> str:
-    """Returns a hint if `spec` names a hub repository without a file, as other programs allow; else an empty text."""
     if not _REPOSITORY.fullmatch(spec) or spec.endswith(".gguf"):
         return ""
     near = nearest_names(spec.rpartition("/")[2], catalog_names())

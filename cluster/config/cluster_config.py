@@ -157,12 +157,10 @@ class ClusterConfig(Section):
 
     @property
     def awaits_any(self) -> bool:
-        """True if the file gives a number of workers instead of their names."""
         return isinstance(self.workers[0], AnyWorker)
 
     @property
     def model_name(self) -> str:
-        """The model's name for clients. By default it is the catalog name, or the file's name without its ending."""
         return self.api.model_name or (Path(self.model).stem if self.model.endswith(".gguf") else self.model)
 
     @property
@@ -178,7 +176,7 @@ class ClusterConfig(Section):
         return tuple(map(split_address, (self.listen, *self.listen_also)))
 
     def of_each_model(self) -> tuple[ClusterConfig, ...]:
-        """Returns one configuration per model, in which the model's own keys replace those of the cluster."""
+        """Returns one configuration for each model. Keys that a model sets replace those of the cluster."""
         return tuple(map(self._of_model, self.models)) or (self,)
 
     def _of_model(self, entry: ModelEntry) -> ClusterConfig:
@@ -345,7 +343,7 @@ _FOR_ONE_MODEL = {
     "tags": "several have none",
     "pull": "of several, each is named in the cluster file; use `llamaclust model pull`",
 }
-"""Keys of `api` that cannot be combined with `models`, each with what to do instead."""
+"""Keys of `api` that cannot be combined with `models`, each with advice on what to do instead."""
 
 
 def _as_option(worker: WorkerConfig, key: str) -> str:
@@ -364,8 +362,9 @@ def cluster_document(path: Path | None, overrides: Sequence[str] = ()) -> Docume
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
-    """Returns the cluster that a file and KEY=VALUE overrides describe; without a file, the demo cluster. Relative
-    paths are relative to the file's folder. Raises UsageError that names place, mistake and remedy."""
+    """Returns the configuration that a file describes, after KEY=VALUE overrides; without a file, that of the demo
+    cluster. Relative paths are relative to the file's folder. Raises UsageError with the place, the mistake and the
+    remedy."""
     document = cluster_document(path, overrides)
     try:
         return ClusterConfig.model_validate(document.values)

@@ -16,7 +16,7 @@ from llamaclust.core.regular_file import decode_text, read_given
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 16
 MAX_NODES = 20_000
-"""The most keys and values. A file of 256 workers has fewer; more would take seconds to read."""
+"""The most keys and values in a cluster file. A file of 256 workers has fewer. Reading more would take seconds."""
 _MOST_SHOWN = 100
 _TEXT = "tag:yaml.org,2002:str"
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -28,14 +28,15 @@ Place = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A mapping as it was read. `origins` has 'FILE:LINE' or the option of each key and item."""
+    """A mapping from a cluster file and overrides. `origins` has the origin of each key and item: 'FILE:LINE' or an
+    option."""
 
     name: str
     values: dict[str, Any]
     origins: dict[Place, str]
 
     def where(self, place: Place) -> str:
-        """Returns the origin of a value, else that of the nearest value which contains it."""
+        """Returns the origin of a value. If it has none, returns the origin of the nearest section that contains it."""
         while place and place not in self.origins:
             place = place[:-1]
         return self.origins[place] if place else self.name
@@ -93,8 +94,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        """Refuses numbers that only YAML 1.1 knows (0777, 0x1F, 10:20, 1_000). Adds the line to the error for text
-        that merely looks like a number or date."""
+        """Refuses numbers that only YAML 1.1 knows (0777, 0x1F, 10:20, 1_000). Adds the line to errors of values that
+        look like a number or date."""
         if node.tag in _NUMBERS and not _DECIMAL.fullmatch(node.value):
             what = f"{node.value[:60]!r} is no decimal number; write it in decimal digits, or put it in quotes"
             raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
@@ -152,7 +153,8 @@ def read_document(path: Path) -> Document:
 
 
 def override(document: Document, overrides: Sequence[str]) -> Document:
-    """Returns the document with each KEY=VALUE applied. Dots join nested keys; list items have a number or a name."""
+    """Returns the document with each KEY=VALUE applied. In KEY, dots separate nested keys, and items of lists have a
+    number or a name."""
     for text in overrides:
         key, separator, value = text.partition("=")
         option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"

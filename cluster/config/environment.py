@@ -86,7 +86,6 @@ class HubSettings:
 
 
 def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
-    """Reads the variables, by default those of this process. Raises UsageError that names one with a bad value."""
     variables = os.environ if variables is None else variables
     endpoint = (variables.get("HF_ENDPOINT") or _HUB).rstrip("/")
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", endpoint):
@@ -115,7 +114,6 @@ def trust_variables(variables: Mapping[str, str] | None = None) -> dict[str, str
 
 
 def otel_variables(variables: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Returns OpenTelemetry's variables, without empty ones."""
     variables = os.environ if variables is None else variables
     return {name: value.strip() for name, value in variables.items() if name.startswith("OTEL_") and value.strip()}
 

@@ -15,7 +15,7 @@ Schema = Mapping[str, Any]
 
 
 class PlaceError(ValueError):
-    """A mistake that shows only in combination with other values. `place`, in the section, is where to mend it."""
+    """A mistake that depends on several values. `place`, relative to the section, is the value to change."""
 
     def __init__(self, place: Place, message: str) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class PlaceError(ValueError):
 
 
 def explain(error: ValidationError, document: Document, schema: Schema) -> str:
-    """Returns one line about the first mistake, preferably an unknown key: it may be the missing key, misspelt."""
+    """Returns one line about the first mistake. Prefers an unknown key, because it may be a misspelt required key."""
     details = error.errors(include_url=False)
     first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
     reason = first.get("ctx", {}).get("error")
@@ -48,7 +48,8 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
 
 
 def _deeper(key: str, schema: Schema) -> str:
-    """Returns a hint at the section that a misplaced key belongs to; empty if no section or several have the key."""
+    """Returns a hint at the section that has the misplaced key. Returns an empty text if no section or several have
+    it."""
     within = []
     for name, section in schema["properties"].items():
         for option in _alternatives(section, schema):

@@ -1,5 +1,5 @@
-"""Makes descriptions in JSON schemas from the docstrings of fields. It reads the source only when a schema is made:
-pydantic's own `use_attribute_docstrings` reads it at each import, a tenth of a coordinator's start."""
+"""Makes descriptions in JSON schemas from the docstrings of fields. Reads the source only when a schema is made.
+Pydantic's own `use_attribute_docstrings` reads it at each import, which takes a tenth of a coordinator's start."""
 
 from __future__ import annotations
 
@@ -31,7 +31,6 @@ class DocumentedModel(BaseModel):
 
 @cache
 def _docs(module: str) -> dict[str, dict[str, str]]:
-    """Returns docstrings by class and field; empty if the source is not installed."""
     try:
         source = inspect.getsource(sys.modules[module])
     except (OSError, TypeError):

@@ -1,4 +1,4 @@
-"""Facts about launchers on which cluster files, plans and commands depend. No other file compares launcher names."""
+"""Properties of launchers that cluster files, plans and commands depend on. No other module compares launcher names."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ LauncherName = Literal["local", "static", "ray", "mpi"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LauncherFacts:
-    """Properties of a launcher, which starts the workers itself or waits for workers that users start."""
-
     is_local: bool = False  # workers are processes of the coordinator on its machine
     starts_workers: bool = True  # else users start them, with settings of their own
     workers_outlive: bool = False  # workers wait for a coordinator that is gone

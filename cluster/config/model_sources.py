@@ -116,7 +116,7 @@ def parse_source(spec: str) -> Path | RemoteSource:
 
 
 def shortened(spec: str) -> str:
-    """Shortens a name of thousands of characters, which would bury the message around it."""
+    """Shortens a long name, so that it does not hide the message around it."""
     return spec if len(spec) <= _SHOWN else f"{spec[:_SHOWN]}... ({len(spec)} characters)"
 
 

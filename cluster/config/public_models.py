@@ -84,5 +84,4 @@ def _model(row: dict[str, str]) -> PublicModel:
 
 
 def terms_of(licence: str) -> str | None:
-    """Returns the address of the terms that a user must accept; None for common open-source licences."""
     return _ACCEPTED_AT.get(licence)

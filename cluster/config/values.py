@@ -39,7 +39,7 @@ _MOST_SHOWN = 60
 
 
 def shown(value: object) -> str:
-    """Formats a value for a message: as in the file if it is short and plain."""
+    """Formats a value for a message. Short, plain values look as in the file."""
     match value:
         case None:
             return "an empty value"
@@ -54,12 +54,13 @@ def shown(value: object) -> str:
 
 
 def tagged(name: str) -> str:
-    """Returns a model's name with its tag, as Ollama's clients write it. Names that then are equal mean one model."""
+    """Returns a model's name with its tag, as Ollama's clients write it. Two names mean the same model if their results
+    are equal."""
     return name if ":" in name.rpartition("/")[2] else name + TAG
 
 
 def parse_name(value: object) -> str:
-    """Checks a name, which may become a file's name and appears in messages. Raises ValueError."""
+    """Checks a name, which may become a file name. Raises ValueError."""
     if not isinstance(value, str):
         raise ValueError(f"{shown(value)} is not a name; put it in quotes")
     if not re.fullmatch(NAME, value):
@@ -71,8 +72,8 @@ def parse_name(value: object) -> str:
 
 
 def parse_size(value: object) -> int:
-    """Returns the bytes of '8GiB', '512 MiB', '1.5TB', or of a whole number of bytes from 1 MiB. The B may be
-    omitted, as in Kubernetes: '24G' is 24GB, '24Gi' is 24GiB. Raises ValueError."""
+    """Returns the bytes of '8GiB', '512 MiB', '1.5TB', or of a whole number of at least 1 MiB. The B is optional, as in
+    Kubernetes: '24G' is 24GB, '24Gi' is 24GiB. Raises ValueError."""
     if isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value):
         value = int(value)
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -145,7 +146,7 @@ def _parse_path(value: object) -> object:
 
 
 def check_wire_type(value: object) -> object:
-    """Refuses types that are planned but not built. Raises ValueError."""
+    """Raises ValueError for a type that is planned but not yet supported."""
     if value in ("f16", "q8_0"):
         raise ValueError(f"this build has no wire_type {value} yet")
     return value
@@ -215,7 +216,8 @@ class OrAuto:
 
 
 class OrWord:
-    """Marks an optional field or section for which a word may stand, which means a value or a section without keys."""
+    """Marks an optional field or section. A certain word in its place stands for a value, or for a section without
+    keys."""
 
     def __init__(self, word: str, value: Any = MappingProxyType({})) -> None:
         self._word = word
@@ -234,12 +236,11 @@ _SWITCHED = {"auto": True, "on": True, "true": True, "off": False, "false": Fals
 
 
 def switched(value: object) -> bool | None:
-    """Returns True or False if the value switches something on or off; None for other values."""
     return value if isinstance(value, bool) else _SWITCHED.get(value) if isinstance(value, str) else None
 
 
 class OrOff:
-    """Marks a field with a value for which `off` or false may stand."""
+    """Marks a field for which `off` or false may stand instead of a certain value."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -280,7 +281,7 @@ class OrText:
 
 
 class OrCount:
-    """Marks a list of sections for which a number N may stand: N sections of `kind`, with meaningless names."""
+    """Marks a list of sections for which a number N may stand: it means N sections of `kind` with placeholder names."""
 
     def __init__(self, kind: type[BaseModel], most: int) -> None:
         self._kind = kind

@@ -61,7 +61,7 @@ class ActionRunner:
         return not self.observed.state.is_wanted
 
     async def set_adapters(self, model: Model) -> None:
-        """Waits for a serving epoch, then gives it exactly this model's adapters. On an error, the former adapters
+        """Waits until an epoch serves, then gives it exactly the adapters of `model`. On an error, the former adapters
         stay."""
         async with deadline(f"the change of adapters of {self.planner.config.model_name}", ADAPTERS_S):
             await self.observed.until(lambda state: state.loss is None or not state.is_wanted)
@@ -116,8 +116,8 @@ class ActionRunner:
             self._registry.fence(self._registry.workers[name], expulsion.reason)
 
     async def _make_plan(self, inputs: seen.PlanInputs) -> None:
-        """Plans without the quarantined workers. If the others do not suffice, admits quarantined workers one by
-        one, those with the fewest failures first."""
+        """Plans without the quarantined workers. If the other workers do not suffice, admits quarantined workers one by
+        one, starting with those that have the fewest failures."""
         present = self._registry.present
         usable = {name: present[name] for name, _ in inputs.workers if name in present}
         excluded = self.observed.state.pool.quarantine.worst_first(inputs.quarantined & usable.keys())
@@ -140,7 +140,8 @@ class ActionRunner:
         self.observed.post(seen.Planned(inputs, plan, failure, served, is_beside))
 
     async def _predict_served(self, workers: Mapping[str, WorkerHandle]) -> Prediction | None:
-        """Predicts the serving plan anew, with present profiles and links. Returns None while no pipeline serves."""
+        """Predicts the speed of the serving plan from the present profiles and links. Returns None while no pipeline
+        serves."""
         serving, loss = self.observed.state.serving, self.observed.state.loss
         return None if serving is None or loss is not None else await self.planner.predict(serving.plan, workers)
 
@@ -148,7 +149,7 @@ class ActionRunner:
         self.planner.ledger.enter(self.epochs.model_id, plans)
 
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
-        """Loads the plan's stages. Any worker's error counts as a failed load. Posts MEMORY_TAKEN if other models
+        """Loads the plan's stages. An error of any worker counts as a failed load. Posts MEMORY_TAKEN if other models
         have taken the planned memory."""
         serving = () if is_exclusive or self.epoch is None else (self.epoch.plan,)
         async with self.planner.ledger.lock:
@@ -189,7 +190,8 @@ class ActionRunner:
                 )
 
     async def _serve(self) -> None:
-        """Lets the engine continue on the loaded epoch. Frees older layers, at once or when their epoch has retired."""
+        """Lets the engine continue on the loaded epoch. The layers of older epochs are freed at once, or when their
+        epoch has retired."""
         old, epoch, loss = self.epoch, self._loaded, self.observed.state.loss
         assert epoch is not None
         self.epoch, self._loaded = epoch, None
@@ -219,7 +221,8 @@ class ActionRunner:
         self._notice(recovered_text(seconds, requests))
 
     async def _observe(self, retirement: Retirement, retiring: Epoch | None) -> None:
-        """Posts RETIRING_EMPTY at the end of a retirement, unless a loss of the pipeline has already ended it."""
+        """Posts RETIRING_EMPTY at the end of a retirement. Posts nothing if a loss of the pipeline ended the retirement
+        before."""
         await retirement.ended.wait()
         if retirement.error is not None:
             self._notice(f"requests of the epoch before are computed again: {retirement.error}")
@@ -234,7 +237,7 @@ class ActionRunner:
         self.observed.post(seen.Signal.RETIRING_FREED)
 
     async def _sleep(self, *, gives_way: bool) -> None:
-        """Frees the model's stages. If a request came meanwhile, posts WAKE_REQUESTED instead."""
+        """Frees the model's stages. If a request arrived in the meantime, posts WAKE_REQUESTED instead."""
         assert self.engine is not None
         if not self.engine.sleep(gives_way=gives_way):
             self.observed.post(seen.Signal.WAKE_REQUESTED)

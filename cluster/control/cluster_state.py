@@ -16,7 +16,7 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 
 @dataclass(frozen=True, slots=True)
 class PoolState:
-    """The present workers and the facts that decide which of them a plan may use."""
+    """The present workers, and the facts that decide which of them a plan may use."""
 
     present: Mapping[str, int] = field(default_factory=dict)  # number of the join by worker, in the order of joining
     drained: frozenset[str] = frozenset()
@@ -43,7 +43,8 @@ class PoolState:
 
 @dataclass(frozen=True, slots=True)
 class Planning:
-    """The newest plan, or the error that prevents one. `rejected`: the plan's load failed and is not repeated."""
+    """The newest plan, or the error that prevented one. `rejected`: the error of the plan's failed load, which is not
+    repeated."""
 
     inputs: PlanInputs
     plan: Plan | None = None
@@ -60,7 +61,8 @@ class Planning:
 
 @dataclass(frozen=True, slots=True)
 class Expulsion:
-    """A worker that counts as lost. With `stays`, it remains a member without layers of this model for `pause_s`."""
+    """A worker that counts as lost. With `stays`, the worker remains a member, but gets no layers of this model for
+    `pause_s`."""
 
     worker: Incarnation
     reason: str
@@ -78,7 +80,8 @@ class Loading:
 
 @dataclass(frozen=True, slots=True)
 class Retiring:
-    """The epoch that served before a move. Its sequences end or move to the new epoch, then its stages are freed."""
+    """The epoch that served before a move to another plan. Its sequences end on it or move to the new epoch; then its
+    stages are freed."""
 
     workers: tuple[Incarnation, ...]
     is_empty: bool = False
@@ -86,7 +89,7 @@ class Retiring:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLoss:
-    """The time without a pipeline: from its loss, or from the start, until another pipeline serves."""
+    """The time without a serving pipeline: from a loss or the start until another pipeline serves."""
 
     since_s: float
     error: LlamaclustError | None = None
@@ -171,7 +174,6 @@ class ClusterState:
 
     @property
     def has_failing_workers(self) -> bool:
-        """True if a quarantined worker of the serving epoch is absent from the newest plan."""
         planned = {stage.worker for stage in self.planning.plan.stages} if self.planning and self.planning.plan else {}
         serving = () if self.serving is None else self.serving.workers
         return any(name in self.inputs.quarantined and name not in planned for name, _ in serving)

@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 
 class StageLoadError(Exception):
-    """A failed load. `suspects` are the workers that may have caused it; empty if the cause is unknown."""
+    """A failed load. `suspects` are the workers that may have caused the failure; empty if the cause is unknown."""
 
     def __init__(self, error: LlamaclustError, suspects: tuple[Suspect, ...]) -> None:
         super().__init__(str(error))
@@ -59,9 +59,9 @@ async def load_stages(
     loads: StageLoads, workers: Mapping[str, WorkerHandle], report: Report | None = None
 ) -> tuple[WorkerHandle, ...]:
     """Loads all stages and returns their workers in the order of the stages. Raises StageLoadError once all workers
-    have answered. A suspect's error is StalledError if the worker hangs, DeadlineError if it stopped the load on
-    request and holds stages of other models. After a failure, loaded stages are freed; with `is_exclusive` they
-    stay, because the next epoch may need their weights."""
+    have answered. The error of a suspected worker is StalledError if the worker hangs, DeadlineError if it stopped the
+    load on request and holds stages of other models. After a failure, loaded stages are freed, unless `is_exclusive`:
+    then the next epoch may need their weights."""
     handles = tuple(workers[stage.worker] for stage in loads.stages)
     timeout_s = loads.progress_timeout_s
     keeps_kv = all(handle.registration.kv_disk_bytes for handle in handles)  # keys depend on the model's bytes
@@ -116,7 +116,7 @@ async def _gives_up(worker: WorkerHandle, epoch: int) -> bool:
 
 
 def _suspects(handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseException]) -> tuple[Suspect, ...]:
-    """Returns the workers whose load failed. Raises an error that is no LlamaclustError, because it is a bug."""
+    """Returns the workers whose load failed. Raises any error that is not a LlamaclustError, because it is a bug."""
     suspects = []
     for handle, answer in zip(handles, answers, strict=True):
         if isinstance(answer, LlamaclustError):
@@ -127,7 +127,6 @@ def _suspects(handles: Sequence[WorkerHandle], answers: Sequence[Loaded | BaseEx
 
 
 async def unload_stages(epoch: int, workers: Iterable[WorkerHandle]) -> None:
-    """Frees an epoch's stages on the present workers that hold them. Raises the first error once all have answered."""
     present = [worker for worker in workers if epoch in worker.stages and worker.loss is None]
     await _all(_unload(worker, epoch) for worker in present)
 
@@ -138,7 +137,8 @@ async def _all(work: Iterable[Awaitable[None]]) -> None:
 
 
 async def _discard(epoch: int, workers: Iterable[WorkerHandle]) -> None:
-    """Frees the stages of an epoch whose load failed. Only logs errors, so that the load's own error is raised."""
+    """Frees the stages of an epoch whose load failed. Errors are only logged, so that the error of the load is
+    raised."""
     try:
         await unload_stages(epoch, workers)
     except LlamaclustError as error:
@@ -171,7 +171,7 @@ class Epoch:
         return tuple(worker for worker, stage in held if stage.member == 0)
 
     def stage_of(self, worker: WorkerHandle) -> int | None:
-        """Returns the index of the worker's stage, which its whole group shares; None if it holds no stage."""
+        """Returns the index of the worker's stage; None if it has none. All members of a group have the same index."""
         if worker not in self.workers:
             return None
         return sum(stage.member == 0 for stage in self.plan.stages[: self.workers.index(worker) + 1]) - 1
@@ -182,7 +182,8 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True)
 class EpochWorkers:
-    """The workers that the epochs of all models share. Whoever gives them orders (loads, unloads) holds `turn`."""
+    """The workers that the epochs of all models share. Callers hold the lock `turn` while they load or unload
+    stages."""
 
     registry: Registry
     credentials: Credentials
@@ -240,7 +241,7 @@ class Epochs:
         return scheduler_settings(self._config, self._model, plan, self._speculation, self.adapters)
 
     async def set_adapters(self, model: Model) -> None:
-        """Gives all present and later stages exactly this model's adapters. On failure, restores the former adapters
+        """Gives all present and later stages exactly the adapters of `model`. On failure, restores the former adapters
         and raises the first error once all workers have answered. Raises WorkerError if the model has no stages."""
         async with self._turn:
             try:
@@ -273,7 +274,6 @@ class Epochs:
         return {name: workers[name].layers_of(epoch) for name, epoch in newest.items()}
 
     def _own_copy(self, file: ModelFile) -> OwnCopy | None:
-        """Returns the coordinator's copy of a file; None if the file was changed or deleted."""
         return OwnCopy(file, self._manifests, self._registry.giver) if file.is_current else None
 
     @property
@@ -282,14 +282,13 @@ class Epochs:
         return (own is None or not own.can_give) and is_file_absent(self._registry.present, self._model.model_id)
 
     async def announce(self, worker: WorkerHandle) -> None:
-        """Announces the worker as a new source to those that are fetching weights of this model or its adapters."""
         path, model_id = str(self._model.plain.path), self._model.model_id
         adapters = [wanted.request for wanted in self._wanted_adapters(self._model).values()]
         for request in (FindWeights(path, model_id), *adapters):
             await announce_source(worker, self._registry.present.values(), request)
 
     async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
-        """Loads and connects the plan's stages, and reports the progress to `report`. Raises StageLoadError."""
+        """Loads and connects the plan's stages. Progress goes to `report`. Raises StageLoadError."""
         async with self._turn:
             return await self._open(plan, links, is_exclusive=is_exclusive, report=report)
 
@@ -326,7 +325,6 @@ class Epochs:
             await asyncio.gather(*(_refresh(self._registry.workers[name], ledger) for name in names))
 
     async def free_others(self, epoch: Epoch | None) -> None:
-        """Frees the stages of the model's other epochs. Raises the first error once all workers have answered."""
         workers, kept = tuple(self._registry.present.values()), set() if epoch is None else {epoch.number}
         numbers = {number for worker in workers for number in worker.stages if number in self._numbers} - kept
         if not numbers:  # another model's load is not waited for

@@ -32,7 +32,6 @@ _KV_TOKENS = 8192
 
 
 def context_length(config: ClusterConfig, model: Model) -> int:
-    """Returns the most tokens of a sequence. Raises UsageError if the user set more than the model's trained length."""
     trained = model.hyperparameters.context_length
     if "context_length" in config.model_fields_set and config.context_length > trained:
         asked = f"context_length: {config.context_length}"
@@ -49,7 +48,7 @@ def check_distinct(models: Iterable[tuple[str, str]]) -> None:
 
 
 def check_plan(config: ClusterConfig, model: Model) -> None:
-    """Raises UsageError for mistakes that no worker can mend, such as a too long context or a wrong manual plan."""
+    """Raises UsageError for mistakes that hold for any workers, such as a too long context or a wrong manual plan."""
     context_length(config, model)
     _check_frames(config, model)
     _check_kv_disk(config, model)
@@ -76,7 +75,7 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
 
 
 def says_placement(config: ClusterConfig) -> bool:
-    """True if the user states which layers or experts are on GPUs. Shards of experts never are."""
+    """True if the user states which layers or experts are on GPUs."""
     numbers = [config.cpu_moe, *(worker.cpu_moe for worker in config.workers)]
     return bool(config.placement) or any(number is not None for number in numbers)
 
@@ -102,7 +101,8 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
 
 
 def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping[str, Sequence[str]]) -> None:
-    """Raises UsageError if the manual plan divides layers and so leaves GPUs unused. `gpus`: GPU names by worker."""
+    """Raises UsageError if the manual plan divides layers although a worker has GPUs, which then stay unused. `gpus`:
+    GPU names by worker."""
     for entry in config.plan or () if expert_shards > 1 else ():
         for name in entry.names:
             if devices := gpus.get(name):
@@ -132,7 +132,8 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """Returns the cluster file's assignments, with borders in parts of layers. Empty if the planner decides."""
+    """Returns the assignments of the cluster file's `plan`, with borders in parts of layers. Empty if there is no
+    `plan`."""
     shards = manual_shards(config)
     parts = ((entry, *entry.layers) for entry in config.plan or ())
     return tuple(
@@ -141,7 +142,7 @@ def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
 
 
 def manual_shards(config: ClusterConfig) -> int:
-    """Returns into how many shards the cluster file's plan divides the experts of each layer."""
+    """Returns the number of shards into which the cluster file's plan divides the experts of each layer."""
     places = (place for entry in config.plan or () for place in entry.layers)
     return max((Fraction(place).denominator for place in places), default=1)
 
@@ -164,7 +165,8 @@ def max_batch_tokens(config: ClusterConfig) -> int:
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
-    """Returns the tokens to plan KV memory for, enough for one or two users; None if the user set max_sequences."""
+    """Returns the number of tokens that KV memory is planned for, enough for one or two users; None if the user set
+    max_sequences."""
     return None if "max_sequences" in config.model_fields_set else _KV_TOKENS
 
 
@@ -173,7 +175,7 @@ def uses_mtp(config: ClusterConfig) -> bool:
 
 
 def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
-    """Returns a hint that the model's MTP head is not loaded; None without an MTP head, or if nothing drafts."""
+    """Returns a hint that the model's MTP head is not loaded; None if the model has none or nothing drafts."""
     if config.speculative is None or config.speculative.mtp or not has_nextn(model):
         return None
     use = "`speculative: {mtp: true}` drafts with it"
@@ -181,7 +183,8 @@ def unused_mtp(config: ClusterConfig, model: Model) -> str | None:
 
 
 def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> ModelCosts:
-    """Returns the model's costs, with the MTP head if it drafts. Raises UsageError if the model lacks that head."""
+    """Returns the model's costs. They include the MTP head if it drafts. Raises UsageError if the model lacks that
+    head."""
     return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 
@@ -210,6 +213,7 @@ def scheduler_settings(
     speculation: SpeculationSettings | None,
     adapters: Mapping[int, str] | None = None,
 ) -> SchedulerSettings:
-    """Returns the scheduler's limits, which equal those of the loaded stages. `adapters` default to the model's."""
+    """Returns the scheduler's limits, which equal those of the loaded stages. `adapters`: names by number, by default
+    those of the model."""
     settings = capacity_of(config, plan.context_length).scheduler_settings(model, _blocks(plan), speculation)
     return settings if adapters is None else replace(settings, adapters=adapters)

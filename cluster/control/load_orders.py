@@ -1,4 +1,5 @@
-"""Orders to load the stages of an epoch. Each states a worker's layers and the workers that it exchanges data with."""
+"""Orders to load the stages of an epoch. Each order states the layers of a worker and the workers with which it
+exchanges data."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from llamaclust.wire.control.weights import AdapterFile, WeightSources
 
 @dataclass(frozen=True, slots=True)
 class StageLoads:
-    """The stages of an epoch, one for each member of a group. `is_exclusive`: the model's other stages are freed
+    """The stages of an epoch, one for each member of a group. With `is_exclusive`, the model's other stages are freed
     first, except weights that are needed again. `links` decide the order of the sources of weights."""
 
     epoch: int
@@ -40,7 +41,7 @@ def load_orders(
     weights: Mapping[str, WeightSources],
     adapters: Mapping[str, tuple[AdapterFile, ...]],
 ) -> list[Load]:
-    """Returns the load order of each worker. Raises WorkerError if a member of a group accepts no links."""
+    """Returns the load order of each worker. Raises WorkerError if a group member accepts no links."""
     groups = _group_orders(loads.stages, handles)
     return [
         replace(

@@ -1,4 +1,4 @@
-"""Records the memory of workers' devices that each model's plans take, so that a new plan uses only what is left."""
+"""Records how much memory of the workers' devices the plans of each model take. A new plan uses only the rest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ModelLimitError(InsufficientMemoryError):
 
 
 class MemoryLedger:
-    """The ledger of one cluster. Whoever makes a plan holds `lock` until the plan is entered."""
+    """The ledger of one cluster. Callers hold `lock` from making a plan until it is entered."""
 
     def __init__(self, max_models: int | None = None) -> None:
         self.lock = asyncio.Lock()
@@ -34,11 +34,11 @@ class MemoryLedger:
         self._beside: dict[str, MemoryUse] = {}  # likewise, what others held when it was planned last
 
     def enter(self, model_id: str, plans: Iterable[Plan]) -> None:
-        """Replaces all plans of a model, loaded or to be loaded. Without plans, the model holds no memory."""
+        """Replaces all plans of a model by these, whether loaded or about to be loaded. Without plans, the model holds
+        no memory."""
         self._plans[model_id] = tuple(plans)
 
     def copy(self) -> MemoryLedger:
-        """Returns a copy for plans that are not loaded. It has no limit on the number of models."""
         scratch = MemoryLedger()
         scratch._plans = dict(self._plans)
         return scratch
@@ -49,11 +49,13 @@ class MemoryLedger:
             raise ModelLimitError(self._max_models)
 
     def planned(self, model_id: str) -> None:
-        """Records what the other models hold while a plan of this model is made. `reserve` compares it later."""
+        """Records what the other models hold when a plan of this model is made. `reserve` compares this with what they
+        hold later."""
         self._beside[model_id] = self.beside(model_id)
 
     def reserve(self, model_id: str, plans: tuple[Plan, ...]) -> bool:
-        """Enters plans before a load. Returns False if other models took memory since the newest plan was made."""
+        """Enters plans before a load. Returns False if other models have taken memory since the newest plan was
+        made."""
         is_entered = _total(plans) <= _total(self._plans.get(model_id, ()))
         fits = is_entered or self.beside(model_id) <= self._beside.get(model_id, MemoryUse())
         if fits:
@@ -64,7 +66,7 @@ class MemoryLedger:
         return _total(plan for name, plans in self._plans.items() if name != model_id for plan in plans)
 
     def loaded(self, worker: WorkerHandle) -> dict[str, int]:
-        """Returns the planned bytes of a worker's loaded stages, by device."""
+        """Returns the planned bytes of the worker's loaded stages, by device."""
         held = [order for order, _ in worker.stages.values()]
         orders = {(o.model_id, _way(o.limits), o.start, o.end, o.devices, _portion(o)) for o in held}
         use = MemoryUse()

@@ -20,7 +20,7 @@ def lost_text(error: LlamaclustError, requests: Mapping[str, int]) -> str:
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[float, float]]) -> str:
-    """Describes the new plan and how many layers each worker must load. For a group it states only the shares,
+    """Describes the new plan and the number of layers that each worker must load. For a group, states only the shares,
     because members may hold other portions of the same layers."""
     parts, shards = [], plan.expert_shards
     for stage in plan.leaders:

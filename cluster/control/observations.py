@@ -1,4 +1,4 @@
-"""The supervisor's observations: plain values, in one queue, in the order in which they happened."""
+"""Observations of the supervisor: plain values in one queue, in the order in which they happened."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llamaclust.cluster.planner.plan import Plan, Prediction
 from llamaclust.core.errors import LlamaclustError
 
 Incarnation = tuple[str, int]
-"""A worker's name and the number of its join."""
+"""A worker's name and the number of its join, which is unique."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanInputs:
-    """The values on which a plan depends. If they change, a new plan is due."""
+    """The values on which a plan depends. When they change, a new plan is due."""
 
     workers: tuple[Incarnation, ...] = ()  # workers that may hold layers
     quarantined: frozenset[str] = frozenset()
@@ -26,7 +26,7 @@ class PlanInputs:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSeen:
-    """A worker is a member. The same number `join` means the same membership."""
+    """A worker is a member. An equal `join` means the same membership."""
 
     name: str
     join: int
@@ -56,9 +56,9 @@ class UndrainRequested:
 
 @dataclass(frozen=True, slots=True)
 class PipelineLost:
-    """The pipeline failed. `error` names the worker at fault, if known. `requests` are the keys of requests in
-    flight; those in `causes` caused the failure and end. `is_repeated`: the worker has failed on the same rows
-    before."""
+    """The pipeline failed. `error` names the worker at fault, if known. `requests` are the keys of requests in flight.
+    The requests in `causes` caused the failure and end. `is_repeated`: the worker has failed on the same rows before.
+    """
 
     error: LlamaclustError
     requests: frozenset[int] = frozenset()
@@ -68,14 +68,12 @@ class PipelineLost:
 
 @dataclass(frozen=True, slots=True)
 class RowsFailed:
-    """A request ended because some of its rows had no result, neither on the suspected worker nor elsewhere."""
-
     key: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """The event loop's clock, observed before each decision."""
+    """The time of the event loop's clock, observed before each decision."""
 
     now_s: float
 
@@ -97,7 +95,7 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class EpochLoadFailed:
-    """The load of an epoch failed. `file_is_absent`: no present worker has the model's file, although some need it."""
+    """The load of an epoch failed. `file_is_absent`: workers lack the model's file, and no present worker has it."""
 
     error: LlamaclustError
     is_exclusive: bool

@@ -1,4 +1,4 @@
-"""Partitions are pairs of live workers that cannot reach each other. They are probed until they heal."""
+"""Pairs of live workers that cannot reach each other. They are probed until they can."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
-"""A pair that breaks again within this time after it healed is probed at longer intervals than before."""
+"""The seconds after a repair during which a new failure of the same pair leads to longer intervals between probes."""
 _MAX_PROBES = 256
-"""The most links probed at the same time. Beyond it, only links of workers with a broken link are probed."""
+"""The most links to probe at the same time. If there are more, only links of workers with a broken link are probed."""
 
 _Direction = tuple[WorkerHandle, WorkerHandle]
 
@@ -35,7 +35,7 @@ class _Partition:
 
 @dataclass(slots=True, eq=False)
 class PartitionTracker:
-    """A context manager that probes partitions. If a link fails in one direction, plans use neither direction."""
+    """A context manager that probes partitions. If a link fails in one direction, plans avoid both directions."""
 
     _workers: Callable[[], Mapping[str, WorkerHandle]]  # the present ones
     _heartbeat_timeout_s: float
@@ -67,12 +67,11 @@ class PartitionTracker:
             pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
     async def settled(self) -> None:
-        """Returns once every report so far is confirmed or dropped. Does not wait for later reports."""
+        """Returns once every report so far is confirmed or dropped. Later reports are not awaited."""
         if self._pending:
             await asyncio.wait(tuple(self._pending.values()))
 
     def forget(self, name: str) -> None:
-        """Drops a lost worker's partitions, since the next worker of this name may be on another machine."""
         pairs = [pair for pair in self._partitions if name in pair]
         for pair in pairs:
             del self._partitions[pair]
@@ -81,7 +80,6 @@ class PartitionTracker:
             self._on_change(self.pairs)
 
     async def _investigate(self, caller: WorkerHandle, other: WorkerHandle, message: PeerUnreachable) -> None:
-        """Confirms a report, then probes all links. Partitions often come together, and one plan should avoid all."""
         if await self._ports.is_found(caller, other, message.epoch):
             return
         found = {(caller, other)} if await self._confirm(caller, other, message.reason) else set()
@@ -93,7 +91,6 @@ class PartitionTracker:
             found = {direction for direction, is_broken in zip(directions, broken, strict=True) if is_broken}
 
     def _candidates(self, found: set[_Direction]) -> set[_Direction]:
-        """Lists the links that may be broken. If there are too many, lists only those of the workers in `found`."""
         directions = {
             direction
             for direction in permutations(self._workers().values(), 2)
@@ -112,8 +109,8 @@ class PartitionTracker:
         return bool(why) and await self._confirm(caller, other, why)
 
     async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Records the partition if both workers are alive (else a worker failed, not the link). Returns True if it
-        is new."""
+        """Records the partition if both workers are alive; otherwise a worker failed, not the link. Returns True if the
+        partition is new."""
         if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))

@@ -1,4 +1,4 @@
-"""Makes plans from the state of a cluster, both for a running cluster and for `llamaclust plan`."""
+"""Makes plans from the state of a cluster, for a running cluster and for `llamaclust plan`."""
 
 from __future__ import annotations
 
@@ -65,23 +65,24 @@ class ClusterResources:
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs of workers that cannot reach each other
     free_bytes: int | None = None
-    """Free memory of the machine that all workers share, before any held a layer. None: workers report their own."""
+    """Free memory that all workers of the machine share, measured before any of them held a layer. None: workers report
+    their own."""
     held: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """Bytes that other models hold, by (worker, device)."""
 
 
 def plan_cluster(
     config: ClusterConfig, model: Model, resources: ClusterResources, *, max_expert_shards: int = MAX_EXPERT_SHARDS
 ) -> Plan:
-    """Plans for the workers in `resources`, which are ordered as in `config`; workers that it does not name follow
-    by name. Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, or
+    """Plans for the workers in `resources`, in the order of `config`; workers that `config` does not name follow by
+    name. Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, or
     NetworkPartitionError."""
     plan = _plan_in_own_tiles(config, model, resources, max_expert_shards)
     return _in_wide_tiles(config, model, resources, plan) or plan
 
 
 def _in_wide_tiles(config: ClusterConfig, model: Model, resources: ClusterResources, own: Plan) -> Plan | None:
-    """Returns a plan with wider tiles if it is clearly faster and keeps at least half of the KV blocks; else None."""
+    """Returns a plan with wider tiles if that is clearly faster and keeps at least half of the KV blocks, otherwise
+    None."""
     has_gpus = any(worker.gpus for worker in resources.workers.values())
     if not config.wide_tiles or not model.has_wider_tiles or own.expert_shards > 1 or has_gpus:
         return None
@@ -121,8 +122,8 @@ def _plan_in_own_tiles(
 
 
 def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources, most: int) -> Iterator[int]:
-    """Yields numbers of shards, up to `most`, into which experts may be divided if whole layers do not fit. Yields
-    none if the user wants experts on GPUs, because shards are in RAM."""
+    """Yields the numbers of shards, up to `most`, into which experts may be divided if whole layers do not fit. Yields
+    none if the user wants experts on GPUs, because shards are always in RAM."""
     on_gpus = says_placement(config) or any(worker.gpu_layers for worker in resources.workers.values())
     if (
         most < 2
@@ -196,7 +197,7 @@ def _unused_gpus(facts: Iterable[WorkerFacts]) -> tuple[UnusedGpu, ...]:
 
 
 def predict_served(config: ClusterConfig, model: Model, resources: ClusterResources, plan: Plan) -> Prediction | None:
-    """Predicts an earlier plan with the present profiles and links. Returns None if it cannot be predicted."""
+    """Predicts an earlier plan from the present profiles and links. Returns None if that is impossible."""
     if plan.wide_tiles:
         model, resources = _widened(config, model, resources)
     costs = StageCosts.of(model_costs(config, model, plan.expert_shards))
@@ -208,8 +209,6 @@ def predict_served(config: ClusterConfig, model: Model, resources: ClusterResour
 
 
 def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """Makes the plan. Its InsufficientMemoryError names a single user setting whose change lets the model fit, if
-    any."""
     try:
         return make_plan(costs, facts, request)
     except InsufficientMemoryError as error:
@@ -270,7 +269,6 @@ def _memory_shares(config: ClusterConfig, resources: ClusterResources) -> dict[s
 
 
 def with_gpus(facts: WorkerFacts, resources: WorkerResources, profile: Profile | None) -> WorkerFacts:
-    """Adds the worker's GPUs. Their profiles are ignored if they are for another number of GPUs."""
     if not resources.gpus:
         return facts
     profiles: Sequence[DeviceProfile | None] = () if profile is None else profile.gpus
@@ -290,7 +288,7 @@ class ClusterPlanner:
     links: Links = UNKNOWN
     ledger: MemoryLedger = field(default_factory=MemoryLedger)
     _thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "planner"), init=False)
-    """A thread for planning alone, so that a recovery waits for no other work."""
+    """A separate thread, so that planning during a recovery does not wait for other work."""
 
     def update(self, links: Links) -> bool:
         changed, self.links = links != self.links, links
@@ -299,7 +297,7 @@ class ClusterPlanner:
     async def plan(
         self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset(), beside: MemoryLedger | None = None
     ) -> Plan:
-        """Plans in the planner's thread, since many workers and layers take seconds. Raises the errors of
+        """Plans in the planner's thread, because plans of many workers and layers take seconds. Raises the errors of
         `plan_cluster`, ModelLimitError, and WorkerError if no worker is present or one of a manual plan is missing."""
         (beside or self.ledger).check_count(self.model.model_id)
         planned = (name for entry in self.config.plan or () for name in entry.names)

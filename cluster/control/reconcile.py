@@ -1,5 +1,5 @@
 """Decides on the supervisor's next action from the observed state, in pure functions. A start, a loss, a second loss
-during a recovery, a drain and a better plan all take the same steps."""
+during a recovery, a drain and a better plan all lead through the same steps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LoadEpoch:
 
 @dataclass(frozen=True, slots=True)
 class Serve:
-    """Continues the engine on the loaded epoch. If an older epoch serves, it retires."""
+    """Continues the engine on the loaded epoch. An older epoch that still serves begins to retire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Sleep:
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """Counts workers as lost. One with `stays` remains a member, but gets no layers of this model."""
+    """Counts workers as lost. A worker with `stays` remains a member, but gets no layers of this model."""
 
     expulsions: tuple[Expulsion, ...]
 
@@ -66,7 +66,7 @@ class FailRequests:
 
 @dataclass(frozen=True, slots=True)
 class Interrupt:
-    """Ends a working pipeline, because the new layers do not fit in memory together with its own."""
+    """Ends a working pipeline, because its layers and the new ones do not fit in memory together."""
 
     error: LlamaclustError
 
@@ -131,7 +131,7 @@ def _end_pipeline(state: ClusterState) -> Action | None:
 
 
 def _recover(state: ClusterState) -> Action | None:
-    """Returns the next step to a plan for the present workers, at a start or after a loss; None if a pipeline
+    """Returns the next step toward a pipeline of the present workers, at a start or after a loss; None if a pipeline
     serves."""
     loss, planning, loading = state.loss, state.planning, state.loading
     if loss is None:
@@ -155,7 +155,8 @@ def _recover(state: ClusterState) -> Action | None:
 
 
 def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
-    """Reports the reason once. After a time, a start is aborted. A running cluster fails its requests and waits on."""
+    """Reports once why the model cannot be planned. After a time, aborts a start, or fails the requests of a running
+    cluster, which waits on."""
     loss = state.loss
     assert loss is not None and state.planning is not None
     is_link = isinstance(why, NetworkPartitionError)
@@ -175,7 +176,7 @@ def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
 
 
 def _wait_for_memory(state: ClusterState, why: LlamaclustError) -> Action:
-    """Waits until other models give way at the end of their turns. `timeouts.request` bounds the wait."""
+    """Waits until other models free memory at the end of their turns. `timeouts.request` bounds the wait."""
     missing_bytes = why.missing_bytes if isinstance(why, InsufficientMemoryError) else None
     missing = "" if missing_bytes is None else f" ({mib(missing_bytes)} MiB)"
     text = f"waiting for memory that other models hold{missing}: they give way after their turns"
@@ -191,7 +192,7 @@ def _absent_workers(state: ClusterState) -> str:
 
 
 def _improve(state: ClusterState) -> Action:
-    """Moves layers to a better plan while the old one serves. Moves run one at a time, to save memory."""
+    """Moves layers to a better plan while the old one serves. Only one move runs at a time, to save memory."""
     serving, planning = state.serving, state.planning
     assert serving is not None and planning is not None
     must_move = any(name in state.pool.drained for name, _ in serving.workers)

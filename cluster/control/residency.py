@@ -1,5 +1,5 @@
-"""Decides which models are awake. A request wakes a model; it sleeps after a time without requests, or when another
-model needs its memory. Models with requests that do not fit in memory together take turns."""
+"""Decides which models are awake. A request wakes a model. The model sleeps after a time without requests, or when
+another model needs its memory. Models with requests that do not fit in memory together take turns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 _LOOK_S = 1.0
 _TURN_S = 30.0
-"""The least time that a model serves before it gives way to another one's requests: its own are computed again."""
+"""The shortest turn of a model in seconds. After its turn, the model may have to give way to another one, and its own
+requests are computed again."""
 _MOST_TURNS = 16
 """The longest turn, in units of `_TURN_S`. Turns double while they are too short for a request."""
 
@@ -27,7 +28,8 @@ def _now_s() -> float:
 
 @dataclass(eq=False, slots=True)
 class Resident:
-    """A model that is awake or asleep. `usual_s`: its time awake without requests; None: until memory is needed."""
+    """A model that is awake or asleep. `usual_s`: the seconds that it stays awake without requests; None: until memory
+    is needed."""
 
     name: str
     observed: Observed
@@ -60,7 +62,8 @@ class Resident:
 
     @property
     def is_leaving(self) -> bool:
-        """True if the model is awake but about to sleep, because its time has passed or its memory is needed."""
+        """True if the model is awake but about to sleep, because its time without requests is over or its memory is
+        needed."""
         return not self.observed.state.is_wanted or (self.is_idle and self.expires_in_s == 0)
 
     @property
@@ -70,7 +73,7 @@ class Resident:
         return max(0.0, self.idle_since_s + self.keep_alive_s - _now_s())
 
     def enter(self) -> None:
-        """Counts a request before the engine has it, and wakes the model."""
+        """Counts a request that the engine does not have yet, and wakes the model."""
         self._users += 1
         self.wake()
 
@@ -80,7 +83,7 @@ class Resident:
         self._changed.set()
 
     def keep(self, seconds: float | None) -> None:
-        """Sets the time that the model stays awake without requests. The next request restores the usual time."""
+        """Sets how long the model stays awake without requests. The next request restores the usual time."""
         self.keep_alive_s = seconds
         self._changed.set()
 
@@ -96,15 +99,12 @@ class Resident:
         self.wake()
 
     async def sleep(self) -> None:
-        """Unloads the model if it has no requests. Returns when it sleeps, or when a new request keeps it awake."""
         self.is_explicit = False
         self.observed.post(Signal.SLEEP_REQUESTED)
         await self.observed.until(lambda state: not state.is_wanted)
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     async def give_way(self) -> None:
-        """Puts the model to sleep while its requests wait for `resume`; they are computed anew. Its next turn is
-        twice as long if the same request was interrupted in two turns."""
         found = frozenset(self.engine.requests.keys)
         self.turns = min(2 * self.turns, _MOST_TURNS) if found & self._interrupted else 1
         self._interrupted, self.gives_way = found, True
@@ -113,13 +113,11 @@ class Resident:
         await self.observed.until(lambda state: state.is_asleep or state.is_wanted)
 
     def resume(self) -> None:
-        """Ends `give_way`. The model is loaded again if it has requests."""
         self.gives_way = False
         if not self.is_idle:
             self.observed.post(Signal.WAKE_REQUESTED)
 
     async def requested(self) -> None:
-        """Waits for a request. Meanwhile, the model sleeps once its time awake has passed."""
         while self.is_idle:
             if not await self._changes(self.engine.requests.wait_any(), self.expires_in_s) and self.is_idle:
                 await self.sleep()
@@ -130,7 +128,7 @@ class Resident:
         self.idle_since_s = _now_s()
 
     async def _changes(self, waiting: Coroutine[Any, Any, Any], timeout_s: float | None = None) -> bool:
-        """Waits for `waiting` or a change of the resident. Returns True if either came before the timeout."""
+        """Waits for `waiting` or a change of this resident. Returns True if either came before the timeout."""
         self._changed.clear()
         waits = [asyncio.create_task(waiting), asyncio.create_task(self._changed.wait())]
         try:
@@ -142,7 +140,7 @@ class Resident:
 
 
 class Residency:
-    """The residents of a cluster. While this context manager is entered, it decides which of them are awake."""
+    """The models of a cluster. While this context manager is entered, it decides which of them are awake."""
 
     def __init__(self, residents: Mapping[str, Resident]) -> None:
         self.residents = residents  # by name
@@ -170,8 +168,8 @@ class Residency:
             self._idle = asyncio.Event()
 
     async def _make_room(self, resident: Resident) -> None:
-        """Puts other models to sleep while this one lacks memory: first idle ones, the longest idle first, then
-        those whose turn is over. The latter are loaded again as soon as memory suffices."""
+        """Puts other models to sleep while `resident` lacks memory: first idle ones, the longest idle first, then those
+        whose turn is over. The latter are loaded again as soon as memory suffices."""
         while True:
             await resident.observed.until(lambda state: state.lacks_memory)
             giving_way: list[Resident] = []
@@ -203,7 +201,8 @@ class Residency:
             resident.serving_since_s = None
 
     def _longest_serving(self, resident: Resident) -> Resident | None:
-        """Returns the longest serving model, if its turn is over and requests wait for `resident`; else None."""
+        """Returns the model that has served longest, if its turn is over and requests wait for `resident`; otherwise
+        None."""
         waiting = resident.observed.state.loss
         if resident.is_idle or waiting is None:
             return None
@@ -214,7 +213,6 @@ class Residency:
         return found if is_over else None
 
     def _longest_idle(self, resident: Resident) -> Resident | None:
-        """Returns the awake model that is idle longest, or `resident` itself if no request waits for it any more."""
         if resident.is_idle and not resident.is_explicit:
             return resident
         others = (other for other in self.residents.values() if other is not resident)
@@ -223,7 +221,8 @@ class Residency:
 
 
 async def _plan_again(observed: Observed) -> None:
-    """Requests a new plan. Returns once it is made for the present free memory, or the model needs none any more."""
+    """Requests a new plan. Returns once a plan for the present free memory is made, or the model does not need one any
+    more."""
     before = observed.state.pool.memory
     observed.post(Signal.MEMORY_FREED)
     await observed.until(

@@ -22,11 +22,12 @@ class Serving:
         return _layers(self.plan) == _layers(plan) and self.plan.wide_tiles == plan.wide_tiles
 
     def predicted(self, prediction: Prediction | None) -> Serving:
-        """Replaces the prediction. One with earlier links may be too good to be compared with a new plan's."""
+        """Replaces the prediction. A prediction from outdated links may be too good for a comparison with a new
+        plan."""
         return replace(self, plan=replace(self.plan, prediction=prediction))
 
     def is_as_good_as(self, plan: Plan) -> bool:
-        """True if the plan has the same stages and shares, and its prediction is not clearly better."""
+        """True if the plan has the same stages and shares, and a prediction that is not clearly better."""
         served, new = self.plan.prediction, plan.prediction
         if served is None or new is None or _parts(self.plan) != _parts(plan):
             return False
@@ -45,7 +46,7 @@ def is_clearly_faster(plan: Plan, other: Plan) -> bool:
 
 
 _Part = tuple[Fraction, Fraction, tuple[int, ...], int]
-"""Start and end in layers, the shares of a group, and the number of a member in it."""
+"""Start and end in layers, the shares of the group, and the index of the member in it."""
 
 
 def _parts(plan: Plan) -> list[_Part]:

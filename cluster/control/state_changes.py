@@ -98,15 +98,16 @@ def _pool_changed(pool: PoolState, observation: seen.PoolObservation) -> PoolSta
 
 
 def _awake(state: ClusterState) -> ClusterState:
-    """Marks the model as wanted. A sleeping model is loaded as if its pipeline had been lost now."""
+    """Marks the model as wanted. A sleeping model then counts as one whose pipeline was lost now, so that it is
+    loaded."""
     if state.is_asleep:
         state = replace(state, loss=PipelineLoss(state.tick.now_s, is_closed=True))
     return replace(state, is_wanted=True, has_given_way=False, is_unloaded=False)
 
 
 def _attribute(state: ClusterState) -> ClusterState:
-    """Finds the worker, or the request, that made the pipeline fail. A worker that breaks the protocol is expelled;
-    if a worker was lost, that loss is the cause instead."""
+    """Finds the worker or the request that made the pipeline fail. A lost worker is the cause; otherwise a worker that
+    broke the protocol is expelled."""
     loss, serving = state.loss, state.serving
     assert loss is not None and loss.error is not None and serving is not None
     if loss.causes:
@@ -124,7 +125,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, requests: frozenset[int]) -> ClusterState:
-    """Records the failure of a serving worker. A notice is given only if a quarantine begins."""
+    """Records the failure of a serving worker. Posts a notice only if a quarantine begins."""
     (name, _), now_s, before = worker, state.tick.now_s, state.pool.quarantine
     is_repeated = state.loss is not None and state.loss.is_repeated
     quarantine = before.failed(name, reason, requests, now_s, is_repeated=is_repeated)
@@ -137,8 +138,8 @@ def _worker_failed(state: ClusterState, worker: Incarnation, reason: str, reques
 
 
 def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterState:
-    """Repeats a failed load after a pause; an outdated plan is replaced instead. Workers that hang, or fail again
-    and again, are expelled. If a worker had less memory than it reported, a new plan is made."""
+    """Repeats a failed load after a pause, or makes a new plan if the plan is outdated or a worker had less memory than
+    it reported. Workers that hang, or fail again and again, are expelled."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
     stalled = [suspect for suspect in failed.suspects if isinstance(suspect.error, StalledError)]
@@ -167,7 +168,6 @@ def _load_failed(state: ClusterState, failed: seen.EpochLoadFailed) -> ClusterSt
 
 
 def _damaged(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
-    """Returns a notice for each worker with a damaged copy of the model. Empty if no other worker is left."""
     errors = {each.name: str(each.error) for each in failed.suspects if isinstance(each.error, ModelFileError)}
     excluded = state.inputs.quarantined
     has_others = any(name not in errors and name not in excluded for name, _ in state.pool.usable)
@@ -175,7 +175,6 @@ def _damaged(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str
 
 
 def _move_failed(state: ClusterState, planning: Planning, failed: seen.EpochLoadFailed) -> ClusterState:
-    """Keeps the old epoch. If there are other models, excludes workers that did not answer from the next move."""
     state = replace(state, planning=replace(planning, rejected=failed.error))
     return state if state.is_alone else _exclude(state, planning.inputs, _unfit(state, failed))
 
@@ -186,7 +185,6 @@ def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
 
 
 def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
-    """Returns a notice for each worker that did not answer, or for all suspects if loads failed too often."""
     is_failing = state.loading.failures >= _MAX_LOADS
     reason = f"it takes no part in a new epoch: {failed.error}"
     return {
@@ -195,7 +193,8 @@ def _unfit(state: ClusterState, failed: seen.EpochLoadFailed) -> dict[str, str]:
 
 
 def _exclude(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
-    """Expels workers if the model is the only one, else excludes them from its plans: other models stay on them."""
+    """Expels workers if the cluster has one model. Otherwise only excludes them from this model's plans, because other
+    models stay on them."""
     if state.is_alone:
         return _expel(state, inputs, reasons)
     excluded = state.inputs.quarantined

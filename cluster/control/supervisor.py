@@ -1,5 +1,5 @@
-"""Keeps a pipeline ready for a model's engine. In a loop, an observation changes the state, `reconcile` decides on
-an action, and its result is another observation. Observations are also applied while an action runs."""
+"""Keeps a pipeline ready for a model's engine, in a loop: an observation changes the state, `reconcile` decides on an
+action, and the action's result is another observation. Observations are also applied while an action runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Supervisor:
         report: Report,
         is_asleep: bool = False,
     ) -> None:
-        """Adds the model to the pool. With `is_asleep`, it is loaded on demand and not at the start."""
+        """Adds the model to the pool. With `is_asleep`, the model is loaded by its first request, not at the start."""
         now_s, workers = asyncio.get_running_loop().time(), pool.workers
         usable = PoolState(drained=workers.record.drained)
         waits = Waits(recovery_s=config.timeouts.recovery, start_s=max(config.timeouts.recovery, workers.start_s))
@@ -60,7 +60,6 @@ class Supervisor:
 
     @property
     def epoch(self) -> Epoch:
-        """The epoch that serves, or the lost one that served last. The model must not sleep."""
         assert self._runner.epoch is not None
         return self._runner.epoch
 
@@ -88,7 +87,6 @@ class Supervisor:
         return self._runner.recoveries
 
     async def start(self) -> Epoch:
-        """Opens and returns the first epoch. Raises errors that no worker can mend at once, others after a wait."""
         await self._loop(is_start=True)
         return self.epoch
 
@@ -99,7 +97,6 @@ class Supervisor:
         await self._runner.watching.close()
 
     async def run(self, engine: Engine) -> None:
-        """Runs until it is cancelled. Any error that it raises is a bug."""
         self._runner.engine = engine
         await self._loop(is_start=False)
 
@@ -134,7 +131,6 @@ class Supervisor:
                 ended.result()  # its error is a bug
 
     def _act(self, action: Action | None) -> float | None:
-        """Begins an action. Returns the time until which the loop waits for an observation; None: no limit."""
         match action:
             case None:
                 return None

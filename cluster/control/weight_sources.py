@@ -31,7 +31,6 @@ _log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 8e6
 _ALIKE = 1.25
-"""Links whose times differ by less than this factor count as equal."""
 _ANNOUNCE_S = 5.0
 
 
@@ -43,8 +42,8 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class WantedBytes:
-    """A model or an adapter to be loaded. `own` is the coordinator's copy, if it is to be compared with the workers'
-    copies. `is_compared`: copies are compared even if all workers have the same file."""
+    """A model or an adapter to be loaded. `own` is the coordinator's copy, if workers' copies are to be compared with
+    it. `is_compared`: copies are compared even if all workers have the same file."""
 
     request: FindWeights
     own: OwnCopy | None = None
@@ -56,8 +55,8 @@ class WantedBytes:
 async def weight_sources(
     loading: Collection[str], workers: Mapping[str, WorkerHandle], wanted: WantedBytes, report: Report | None = None
 ) -> dict[str, WeightSources]:
-    """Returns the manifest and the sources of the weights for each worker in `loading`; empty if all have the same
-    file. A worker that has neither the file nor a source is absent."""
+    """Returns the manifest and the sources of the weights for each worker in `loading`, without workers that have
+    neither the file nor a source. Empty if all workers have the same file."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
     found = await _find(members.values(), lambda worker: find_weights(worker, wanted.request))
     if not _are_compared(wanted, [found[name] for name in loading if name in found]):
@@ -106,13 +105,12 @@ async def adapter_files(
 
 
 def _are_compared(wanted: WantedBytes, found: Collection[WeightsFound]) -> bool:
-    """True if copies must be compared, for example because a worker lacks the file or has another copy."""
+    """True if copies must be compared, for example because a worker lacks the file or has a different copy."""
     files = {weights.file for weights in found} | (set() if wanted.own is None else {wanted.own.file.copy_id})
     return wanted.is_compared or len(files) > 1 or not all(weights.has_file for weights in found)
 
 
 async def _own_manifest(own: OwnCopy | None, found: Mapping[str, WeightsFound]) -> FileManifest | None:
-    """Returns the manifest of the coordinator's copy; None if a worker describes the same file or it is unreadable."""
     if own is None or any(weights.file == own.file.copy_id for weights in found.values()):
         return None
     try:
@@ -123,7 +121,6 @@ async def _own_manifest(own: OwnCopy | None, found: Mapping[str, WeightsFound]) 
 
 
 async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHandle], request: FindWeights) -> None:
-    """Tells workers that are fetching the newcomer's weights that it is a source of them, possibly at a new address."""
     fetching = [worker for worker in workers if worker is not newcomer and _fetched(worker)]
     if not fetching:
         return
@@ -146,8 +143,6 @@ def _fetched(worker: WorkerHandle) -> set[str]:
 def nearest_first(
     fetcher: str, names: Collection[str], machines: Mapping[str, str], links: Links, place: int = 0
 ) -> list[str]:
-    """Sorts sources: the fetcher's machine first, then by link speed, unknown links last. `place` rotates equal
-    ones."""
     others = [name for name in names if name != fetcher]
     turned = others[place % max(len(others), 1) :] + others[: place % max(len(others), 1)]
 
@@ -160,7 +155,7 @@ def nearest_first(
 
 
 def is_file_absent(workers: Mapping[str, WorkerHandle], model_id: str) -> bool:
-    """True if, as far as is known, no present worker has the model's file. Loads must then wait."""
+    """True if no present worker is known to have the model's file. Loads must then wait."""
     found = [
         worker.weights_found.get((model_id, True)) or worker.weights_found.get((model_id, False))
         for worker in workers.values()
@@ -172,7 +167,6 @@ def is_file_absent(workers: Mapping[str, WorkerHandle], model_id: str) -> bool:
 async def _find(
     workers: Collection[WorkerHandle], find: Callable[[WorkerHandle], Coroutine[None, None, WeightsFound]]
 ) -> dict[str, WeightsFound]:
-    """Queries all workers. Those that fail are logged and are no sources."""
     answers = await asyncio.gather(*map(find, workers), return_exceptions=True)
     found = {}
     for worker, answer in zip(workers, answers, strict=True):
@@ -193,8 +187,8 @@ def _sources(
     coordinator: Sequence[WeightSource],
     links: Links,
 ) -> tuple[WeightSource, ...]:
-    """Lists a worker's sources: workers with the file, then the coordinator if it gives its copy, then other
-    workers, which may have fetched the weights meanwhile. `place` rotates equal sources."""
+    """Lists a worker's sources: workers with the file, then the coordinator if it offers its copy, then other workers,
+    which may have fetched the weights by then. `place` rotates equal sources."""
     machines = {name: worker.registration.machine for name, worker in members.items()}
     with_file = [name for name, weights in described.items() if weights.has_file]
     others = [name for name in members if name not in with_file] if described or coordinator else []

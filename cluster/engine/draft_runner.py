@@ -13,15 +13,14 @@ from llamaclust.core.drafts import DraftReplies
 from llamaclust.core.errors import DeadlineError, LlamaclustError
 
 _DEADLINE_S = 30
-"""The most seconds for one batch. A model that takes longer is disabled."""
 _SLICE_S = 1.0
-"""The seconds of one part of the deadline. A pause of the whole process, however long, uses up only one part."""
+"""The seconds of one part of the deadline. A pause of the whole process uses up at most one part."""
 
 _log = logging.getLogger(__name__)
 
 
 class DraftRunner:
-    """Runs a draft model. If it fails in any way, it is disabled, and sequences that wait for drafts go on."""
+    """Runs a draft model. Any failure disables the model, and sequences that wait for its drafts go on."""
 
     def __init__(self, scheduler: Scheduler, drafted: Callable[[], None]) -> None:
         self._scheduler = scheduler
@@ -63,7 +62,7 @@ class DraftRunner:
 
 
 async def _in_time(drafting: Awaitable[DraftReplies]) -> DraftReplies:
-    """Raises DeadlineError if the model does not answer. A pause of this process hardly counts."""
+    """Raises DeadlineError if the model does not answer. A pause of the whole process hardly counts."""
     awaited = asyncio.ensure_future(drafting)
     try:
         for _ in range(round(_DEADLINE_S / _SLICE_S)):

@@ -37,8 +37,8 @@ _log = logging.getLogger(__name__)
 
 
 def _done_ns(results: Sequence[Result], now_ns: int) -> list[int]:
-    """Estimates when each result was computed: the last one at `now_ns`, each other one before its successor by the
-    successor's time on its fastest stage."""
+    """Estimates when each result was computed. The last one was done at `now_ns`. Each other one was done before its
+    successor began on the successor's fastest stage."""
     ends = [now_ns]
     for result in reversed(results[1:]):
         ends.append(ends[-1] - min((timing.compute_ns for timing in result.timings), default=0))
@@ -63,11 +63,10 @@ class _Phase(Enum):
 
 
 class Engine:
-    """Runs requests while this context manager is open. The owner of the pipelines closes them, after the engine.
-
-    Without an `owner`, a lost pipeline closes the engine. With one, requests wait until `resume` with another pipeline,
-    or `give_up`. A pipeline without stages is not loaded yet: the engine sleeps until `resume`.
-    """
+    """Runs requests while this context manager is open. The owner of the pipelines closes them after the engine. A lost
+    pipeline closes an engine without `owner`. With an owner, requests wait until it calls `resume` with another
+    pipeline, or `give_up`. A pipeline without stages means that the model is not loaded: the engine sleeps until
+    `resume`."""
 
     def __init__(
         self,
@@ -142,8 +141,8 @@ class Engine:
         return RequestStream(partial(self.begin, request))
 
     def begin(self, request: GenerationRequest, sink: Sink) -> SubmittedRequest:
-        """Queues a request. Raises RequestError or QueueFullError, or WorkerError if the engine refuses or is down. A
-        draining engine accepts further choices of open API requests; the API refuses new requests."""
+        """Queues a request. Raises RequestError or QueueFullError, or WorkerError if the engine is down. A draining
+        engine still accepts further choices of open API requests; the API refuses new requests."""
         if self._phase in (_Phase.GIVEN_UP, _Phase.CLOSED):
             raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(request, monotonic_ns())
@@ -231,7 +230,6 @@ class Engine:
     # -- lanes -----------------------------------------------------------------------------------------------------
 
     def resume(self, pipeline: Pipeline, settings: SchedulerSettings) -> Retirement | None:
-        """Continues on a new pipeline. If the old one works, it retires; if not, all sequences are computed again."""
         if self._phase is _Phase.CLOSED:
             return None
         self._end_retirement()
@@ -266,7 +264,7 @@ class Engine:
                 self._end_retirement()
 
     def _end_retirement(self, error: LlamaclustError | None = None) -> None:
-        """Ends the retirement, if there is one. Sequences left on the old lane are computed again."""
+        """Ends the retirement, if any. Sequences that are left on the old lane are computed again."""
         if self.retirement is not None:
             ended, self.retirement = self.retirement, None
             self._ended += ended.end(error)
@@ -281,7 +279,8 @@ class Engine:
         self._lose(self._lane, error)
 
     def _lose(self, lane: Lane, error: BaseException, microbatch: int | None = None) -> None:
-        """Handles a pipeline's failure. Requests in flight (only those in `microbatch`, if known) may be the cause."""
+        """Handles a pipeline's failure. The requests in flight may be the cause; if `microbatch` is known, only the
+        requests in it."""
         if self._phase is not _Phase.RUNNING or self._owner is None or not isinstance(error, LlamaclustError):
             self.interrupt(error)
             return
@@ -309,7 +308,8 @@ class Engine:
         self._owner.pipeline_lost(failure)
 
     def sleep(self, *, gives_way: bool = False) -> bool:
-        """Gives up the pipeline until `resume`. Returns False if a request is open and the engine does not give way."""
+        """Gives up the pipeline until `resume`. Without `gives_way`, does nothing and returns False if a request is
+        open."""
         if self._phase is _Phase.CLOSED or not (gives_way or self.requests.are_empty):
             return False
         self._lane.stop()
@@ -321,12 +321,10 @@ class Engine:
         return True
 
     def give_up(self, error: LlamaclustError) -> None:
-        """Ends every request with `error`. New ones are refused until `resume`."""
         if self._phase is not _Phase.CLOSED:
             self._fail(_Phase.GIVEN_UP, error)
 
     def break_down(self, error: BaseException) -> None:
-        """Ends every request with `error`. New ones are refused for good."""
         if self._phase is _Phase.CLOSED:
             return
         if not isinstance(error, LlamaclustError):

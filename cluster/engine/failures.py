@@ -1,4 +1,4 @@
-"""Failures of a pipeline, as its owner gets them: the worker at fault, and the requests in flight."""
+"""Failures of a pipeline, as its owner receives them: the worker at fault, and the requests in flight."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from llamaclust.wire.microbatch.messages import Result
 
 
 class EngineOwner(Protocol):
-    """The owner of an engine's pipelines. After a loss, requests wait until it has another pipeline."""
+    """The owner of an engine's pipelines. After a loss, requests wait until the owner provides another pipeline."""
 
     def pipeline_lost(self, failure: PipelineFailure) -> None: ...
 
     @property
     def may_suspect_workers(self) -> bool:
-        """True if a worker can be replaced that is suspected because rows have no result."""
+        """True if workers that give no result for some rows may be suspected, because others can replace them."""
         ...
 
     def rows_failed(self, key: int) -> None:
-        """Reports that a request ends: its rows had no result, neither on the suspected worker nor on another."""
+        """Reports the end of a request whose rows had no result on the suspected worker nor on another one."""
         ...
 
 
@@ -44,7 +44,8 @@ class PipelineFailure:
 
 
 def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
-    """Returns the error of a microbatch that failed at a stage, which is the first stage without timings."""
+    """Returns the error of a microbatch that failed at a stage. The first stage without timings is the one that
+    failed."""
     assert result.failure is not None
     return WorkerError(result.failure, worker=stages[min(len(result.timings), len(stages) - 1)].worker)
 
@@ -52,7 +53,8 @@ def stage_error(result: Result, stages: Sequence[StageInfo]) -> WorkerError:
 def failure_of(
     error: LlamaclustError, scheduler: Scheduler, stages: Sequence[StageInfo], microbatch: int | None
 ) -> PipelineFailure:
-    """Returns the failure of one microbatch, or of all in flight. Invalid results are the last stage's fault."""
+    """Returns the failure of one microbatch, or of all microbatches in flight. Invalid results are the last stage's
+    fault."""
     if isinstance(error, ProtocolError) and error.worker is None:
         error.worker = stages[-1].worker
     slices = scheduler.in_flight.slices(microbatch)
@@ -69,8 +71,8 @@ def row_failure(faults: Sequence[RowFault], stages: Sequence[StageInfo]) -> Pipe
 
 
 def _ending(struck: StruckOut, error: LlamaclustError, *, stages: int) -> LlamaclustError:
-    """Returns the error that ends a request. A worker is the cause if every failure was at this worker. With only one
-    stage, the request is the cause nevertheless if results came between the failures."""
+    """Returns the error that ends a request. A worker is the cause if every failure was at this worker, with one
+    exception: if there is one stage and results came between the failures, the request is the cause."""
     what = f"request {struck.sequence.request.request_id}: the pipeline failed {MAX_STRIKES} times"
     (worker, *others) = struck.workers
     if worker is None or others or (stages == 1 and struck.has_results):

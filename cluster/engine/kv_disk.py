@@ -1,5 +1,5 @@
-"""An engine's KV memory on disk. Prompts are written after their first token, and read before they run. Blocks are read
-and written while no microbatch in flight uses them, so stages do not wait."""
+"""Stores KV memory of an engine on disk. Prompts are written after their first token, and read before they run. Blocks
+are read and written only while no microbatch in flight uses them, so that stages never wait for the disk."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _LEAST_BLOCKS = 8
-"""The fewest blocks worth reading. Fewer are computed about as fast."""
+"""The fewest blocks worth reading from disk. Computing fewer is about as fast."""
 _MOST_BLOCKS = 4096
 """The most blocks of a prompt that are read or written. wire.control.kv_disk.MAX_KEYS allows as many."""
 _SAVED_TOGETHER = 32
-"""The blocks that are written together into one file of each stage. They are held meanwhile."""
+"""The number of blocks that are written together into one file of each stage. They stay allocated meanwhile."""
 _MOST_SAVES = 8
-"""The most prompts that wait to be written. Further ones are not written."""
+"""The most prompts that wait to be written. Further prompts are not written."""
 
 
 class KvDisk:
-    """Reads and writes KV memory of one lane. Does nothing without disks or prefix cache, or with a sliding window."""
+    """Reads and writes the KV memory of one lane. Does nothing if there are no disks, no prefix cache, or a sliding
+    window."""
 
     def __init__(self, disks: KvDisks | None, scheduler: Scheduler, lane: Lane) -> None:
         settings = scheduler.settings
@@ -130,7 +131,8 @@ class KvDisk:
         return restored
 
     async def _in_flight_returned(self) -> None:
-        """Waits for the microbatches in flight, which may still use released blocks or fill shared ones."""
+        """Waits until all present microbatches in flight have returned: they may use released blocks or fill shared
+        ones."""
         newest = self._scheduler.in_flight.newest
         if newest is not None:
             returned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -138,7 +140,8 @@ class KvDisk:
             await returned
 
     def _failed(self, error: LlamaclustError) -> None:
-        """Logs a failure to read or write. A missed deadline ends the lane. A lost worker ends it in any case."""
+        """Logs a failure to read or write. A missed deadline ends the lane. A lost worker ends the lane without this
+        method."""
         _log.warning("KV memory on disk: %s", error)
         if isinstance(error, DeadlineError):
             self._lane.disk_hangs(error)
@@ -164,7 +167,7 @@ class KvDisk:
             start += saved
 
     async def _saved(self, disks: KvDisks, keys: Items[bytes], start: int) -> int:
-        """Returns how many blocks from `start` on are on disk now; 0 if some stage does not keep them all."""
+        """Returns how many blocks from `start` on are on disk now; 0 if a stage does not keep all of them."""
         transfer = self._transfers.begin_save(keys, start)
         if transfer is None:
             return 0

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 
 class Lane:
-    """Sends its scheduler's microbatches from `start` until `stop`. If a result never comes, the pipeline is lost."""
+    """Sends its scheduler's microbatches between `start` and `stop`. The pipeline counts as lost if a result never
+    comes."""
 
     def __init__(self, pipeline: Pipeline, scheduler: Scheduler, engine: Engine, deadlines: EngineSettings) -> None:
         self.pipeline = pipeline
@@ -57,7 +58,6 @@ class Lane:
         self._engine.kv_restored(tokens)
 
     def disk_hangs(self, error: DeadlineError) -> None:
-        """Ends the pipeline, because a stage that does not answer may still use blocks."""
         self._engine.lane_lost(self, error)
 
     def arrived(self, sequence: sequences.Sequence) -> None:
@@ -65,7 +65,8 @@ class Lane:
         self.launch_soon()
 
     def launch_soon(self) -> None:
-        """Calls `launch` after the loop's other callbacks, so that requests that come together start together."""
+        """Calls `launch` after the event loop's other callbacks, so that requests that arrive together start
+        together."""
         if self._is_running and not self._is_launch_due:
             self._is_launch_due = True
             asyncio.get_running_loop().call_soon(self.launch)
@@ -84,7 +85,6 @@ class Lane:
         self._guard(lambda: self._engine.completed(self, results))
 
     def _guard(self, work: Callable[[], None]) -> None:
-        """Calls `work`. An error ends the pipeline, so that the readers of requests get it."""
         if not self._is_running:
             return
         try:

@@ -22,7 +22,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _RECOVERIES = 16
 _PREFILL_ROWS = 32
-"""The rows from which a microbatch counts as prefill: its time is bound by arithmetic."""
+"""The least number of rows of a microbatch that counts as prefill, because arithmetic limits its speed."""
 _TTFT = "time_to_first_token_seconds", "From arrival to answer"
 _TPOT = "time_per_output_token_seconds", "Mean of a request"
 _DURATION = "request_duration_seconds", "From arrival to the last token"
@@ -37,7 +37,7 @@ _BUCKETS: dict[tuple[str, str], Sequence[float]] = {
     _ROWS: tuple(1 << power for power in range(13)),
     _RECOVERY: (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300),
 }
-"""Bucket bounds by (name, help text): those of OpenTelemetry's conventions, with some lower and higher ones."""
+"""Bucket bounds by (name, help text): those of OpenTelemetry's conventions, with some lower and higher ones added."""
 _LABELS: dict[tuple[str, str], Sequence[str]] = {
     _TTFT: ("operation",),
     _TPOT: ("operation",),
@@ -48,7 +48,7 @@ _LABELS: dict[tuple[str, str], Sequence[str]] = {
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """Figures of one stage. Means are over all its microbatches, shares and rates over the last ten seconds."""
+    """Figures of one stage. Means cover all its microbatches; shares and rates cover the last ten seconds."""
 
     worker: str
     layers: tuple[float, float]  # half-open, with fractions inside a layer
@@ -138,8 +138,6 @@ class _StageMeter:
 
 
 class Metrics(Collector):
-    """Metrics of one engine. All `now_ns` values must come from the same monotonic clock."""
-
     def __init__(self, stages: Sequence[StageInfo], counts: Callable[[], Counts], clock_ns: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         self.cluster = CollectorRegistry()  # metrics of the whole cluster, shared by all models
@@ -193,7 +191,7 @@ class Metrics(Collector):
             self._histograms[_ROWS].observe(result.timings[0].rows)
 
     def finished(self, request: EndedRequest) -> None:
-        """Counts an ended request. Times of a restored one are ignored, since a part of its answer was known."""
+        """Counts an ended request. Ignores the times of a restored request, because a part of its answer was known."""
         timings, operation = request.timings, request.operation
         self._finished.labels(request.reason).inc()
         self._prompt.inc(timings.prompt_tokens)
@@ -223,7 +221,7 @@ class Metrics(Collector):
         return tuple(meter.report(now_ns) for meter in self._meters)
 
     def speed(self) -> MeasuredSpeed:
-        """Returns the speed of the last requests. They may have run on stages that no longer exist."""
+        """Returns the speed of the last requests, which may have run on stages that no longer exist."""
         return self._speed.measured(self._clock_ns())
 
     def render(self) -> bytes:

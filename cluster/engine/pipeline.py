@@ -14,8 +14,8 @@ from llamaclust.wire.microbatch.messages import Result
 
 @dataclass(frozen=True, slots=True)
 class StageInfo:
-    """One stage of a running pipeline: layers [start, end) on a worker. `devices` are the layers on its GPUs. If a
-    group holds the stage, each member has an entry, as in a plan."""
+    """One stage of a running pipeline: layers [start, end) on a worker. `devices` are the layers on the worker's GPUs.
+    A stage of a group has an entry for each member, as in a plan."""
 
     worker: str
     start: int
@@ -27,24 +27,25 @@ class StageInfo:
 
     @property
     def layers(self) -> tuple[float, float]:
-        """The half-open range of layers. It has fractions inside a layer whose experts are divided."""
+        """The half-open range of layers. A bound is a fraction if it is inside a layer whose experts are divided."""
         return layer_place(self.start, self.expert_shards), layer_place(self.end, self.expert_shards)
 
 
 class KvDisks(Protocol):
-    """Disks of a pipeline's stages, which store KV blocks by key. Results are those that hold for all stages. Raises
-    LlamaclustError if a stage does not answer, and DeadlineError if that stage may still use the blocks."""
+    """Disks of a pipeline's stages, which store KV blocks by key. Each result is the minimum over all stages. Methods
+    raise LlamaclustError if a stage does not answer, DeadlineError if that stage may still use the blocks."""
 
     async def find(self, keys: Sequence[bytes]) -> int:
-        """Returns how many leading blocks all stages have on disk."""
+        """Returns how many of the first keys all stages have on disk."""
         ...
 
     async def restore(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Reads blocks from disk. Returns how many leading ones all stages have read."""
+        """Reads blocks from disk. Returns how many of the first ones all stages have read."""
         ...
 
     async def save(self, keys: Sequence[bytes], blocks: Sequence[int]) -> int:
-        """Writes blocks to disk, which belong to the last keys. Returns how many all stages have there now."""
+        """Writes blocks, which belong to the last keys, to disk. Returns for how many keys all stages now have blocks
+        there."""
         ...
 
 
@@ -55,16 +56,14 @@ class Pipeline(Protocol):
     stages: tuple[StageInfo, ...]
 
     @property
-    def kv_disks(self) -> KvDisks | None:
-        """The stages' disks; None if KV memory is not kept on disk."""
-        ...
+    def kv_disks(self) -> KvDisks | None: ...
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
-        """Sends microbatches to the first stage and their sampling inputs to the last. Does not wait."""
+        """Sends microbatches to the first stage and their sampling inputs to the last, without waiting."""
         ...
 
     def prepare_matchers(self) -> None:
-        """Tells the last stage that requests with matchers will come. Further calls have no effect."""
+        """Announces to the last stage that requests with matchers will come. Only the first call has an effect."""
         ...
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
@@ -75,7 +74,7 @@ class Pipeline(Protocol):
 
 
 class NoPipeline:
-    """The stand-in for a pipeline that is not loaded yet. It is never run."""
+    """Stands in for a pipeline while none is loaded. It is never run."""
 
     epoch = 0
     stages: tuple[StageInfo, ...] = ()

@@ -28,17 +28,15 @@ _log = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """Receives a request's events during the engine's own work. Methods must return soon and raise nothing."""
+    """Receives a request's events inside the engine's own loop. Methods must return soon and raise nothing."""
 
     def begin(self, request: SubmittedRequest) -> None:
-        """Receives the request once, before any event."""
+        """Receives the request once, before its events."""
         ...
 
     def take(self, event: Event) -> None: ...
 
-    def end(self, error: LlamaclustError | None) -> None:
-        """Receives the end of all events. `error` is set if the request failed."""
-        ...
+    def end(self, error: LlamaclustError | None) -> None: ...
 
 
 class SubmittedRequest:
@@ -145,8 +143,8 @@ class OpenRequests:
 
 
 class RequestStream:
-    """The events of one request for one reader, `Finished` last. A failed request raises an exception instead. `abort`,
-    the end of `async with`, cancelling the reading task and the deadline end the request."""
+    """The events of one request for one reader, `Finished` last. A failed request raises an exception instead. The
+    request ends early by `abort`, by leaving `async with`, by cancelling the reading task, and at the deadline."""
 
     def __init__(self, submit: Callable[[Sink], SubmittedRequest]) -> None:
         self._events: asyncio.Queue[Event | LlamaclustError | None] = asyncio.Queue()  # an error or None ends them

@@ -44,4 +44,4 @@ class TraceContext:
 
 
 current_trace: ContextVar[TraceContext | None] = ContextVar("trace", default=None)
-"""The context of the request that the current task works for. None if the request is not traced."""
+"""The trace context of the request on which the current task works. None if the request is not traced."""

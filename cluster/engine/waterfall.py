@@ -1,4 +1,5 @@
-"""Divides a sequence's time into phases, and computation into stages, links and idle time. It reads no clock."""
+"""Divides a sequence's time into phases, and computation time into stages, links and idle time. Timestamps come from
+the caller."""
 
 from __future__ import annotations
 
@@ -14,7 +15,6 @@ from llamaclust.wire.microbatch.messages import Chunk, StageTiming
 PARTS = 3
 
 _MERGED_FROM, _MOST = 32, 64
-"""The number of phases from which equal ones are merged, and the most phases that are kept."""
 
 
 class PhaseKind(StrEnum):
@@ -32,7 +32,7 @@ _RECOMPUTATION, _PREFILL, _DECODE = PhaseKind.RECOMPUTATION, PhaseKind.PREFILL, 
 
 @dataclass(slots=True)
 class WaterfallPhase:
-    """A phase. `ns` is its whole time. The other times are 0 if nothing was computed."""
+    """A phase. `ns` is its whole time. The other times are 0 in a phase without computation."""
 
     kind: PhaseKind
     start_ns: int
@@ -60,7 +60,8 @@ class ComputedMicrobatch:
     def of(
         cls, stages: tuple[StageInfo, ...], timings: tuple[StageTiming, ...], sent_ns: int, done_ns: int
     ) -> ComputedMicrobatch:
-        """Makes the value from a result's stage timings. If some are missing, all time counts as the links'."""
+        """Makes the value from a result's stage timings. If some timings are missing, all time counts as time of the
+        links."""
         if len(timings) != len(stages):
             return cls((), sent_ns, done_ns, (), 0)
         parts = tuple(ns for timing in timings for ns in (timing.compute_ns, timing.queue_ns, timing.wire_ns))
@@ -78,7 +79,6 @@ class Waterfall:
         self.pass_until(arrived_ns, PhaseKind.PREPARATION)
 
     def pass_until(self, now_ns: int, kind: PhaseKind | None = None) -> None:
-        """Adds time without computation: of `kind`, or else idle time if the last phase computed, or else waiting."""
         passed = now_ns - self._at_ns
         if passed <= 0:
             return
@@ -91,8 +91,9 @@ class Waterfall:
         self._at_ns = now_ns
 
     def add(self, microbatch: ComputedMicrobatch, chunk: Chunk, drafted: int = 0) -> None:
-        """Adds the time since the last microbatch, in which this one computed rows. Its last `drafted` rows may be
-        computed again. If microbatches are in flight together, each counts from the end of the one before it."""
+        """Adds the time since the last microbatch, in which this one computed rows. The last `drafted` of the rows may
+        be computed again. While several microbatches are in flight, each one counts from the end of the one before it.
+        """
         end = chunk.position + len(chunk.tokens)
         kind = self._kind(chunk.position)
         self._reached = max(self._reached, end - drafted)

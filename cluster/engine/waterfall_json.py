@@ -1,4 +1,5 @@
-"""Waterfalls as JSON for `GET /cluster/requests`, in seconds. The times of a phase's parts add up to the phase's."""
+"""Waterfalls as JSON for `GET /cluster/requests`, in seconds. The times of the parts of a phase add up to the time of
+the phase."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ from llamaclust.cluster.engine.waterfall import WaterfallPhase
 from llamaclust.cluster.engine.waterfalls import RequestRecord
 
 SHOWN_CHARACTERS = 8
-"""The number of characters of a request's id that are shown. With the whole id, others could read or end its reply.
+"""The number of characters of a request's id that are shown. Whoever knows a whole id can read or end the reply.
 Further characters are not compared either, so that nobody can find them one after another."""
 
 _ID = re.compile(r"[0-9a-f]{4,}")
 
 
 def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
-    """Returns the records of a request. `name` is its id or its reply's id, or 4 or more first characters."""
+    """Returns the records of a request. `name` is at least the first 4 characters of its id or of its reply's id."""
     if not (found := _ID.findall(name)):
         return []
     beginning = max(found, key=len)[:SHOWN_CHARACTERS]
@@ -26,7 +27,8 @@ def matching(records: list[RequestRecord], name: str) -> list[RequestRecord]:
 
 
 def summary_json(record: RequestRecord, adapters: Mapping[int, str]) -> dict[str, Any]:
-    """Returns a record without its phases. `adapters` has names by number; the name of a long unloaded one is null."""
+    """Returns a record without its phases. `adapters` has names by number; the name of an adapter that was unloaded
+    long ago is null."""
     timings = record.timings
     return {
         "id": record.request_id[:SHOWN_CHARACTERS],

@@ -17,7 +17,6 @@ from llamaclust.core.limits import AdapterScales
 
 _ENDED = 256
 _EMBEDDED = "embedded"
-"""The `end` of a sequence whose embeddings are complete. It generates nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,8 @@ class _Open:
 
 
 class Waterfalls:
-    """Owns the waterfalls. Time without a pipeline is recovery after a loss, and loading without a loaded model."""
+    """Owns the waterfalls. Time without a pipeline counts as loading if no model is loaded, and as recovery after a
+    loss."""
 
     def __init__(self) -> None:
         self.spans: SpanSink | None = None  # None: without telemetry

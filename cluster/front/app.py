@@ -1,4 +1,4 @@
-"""The ASGI app of the HTTP API: it puts middlewares and the routes of all dialects and models together."""
+"""The ASGI app of the HTTP API. It combines the middlewares and the routes of all dialects and models."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
     Embed,
     Embeddings,
 )
-"""The endpoints of each model. An endpoint that needs more than its model is made in `_model_routes`."""
+"""The endpoints of each model. `_model_routes` makes endpoints that need more than their model."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
 """Headers of replies that scripts of web pages may read in addition to those that CORS always allows."""
 
@@ -74,7 +74,7 @@ def create_app(
     models: Sequence[ApiModel], admission: Admission | None = None, workers: WorkerOperations | None = None
 ) -> Starlette:
     """Makes the app of one model or several, all with the same server settings. The caller can drain the app through
-    `admission`, and must close the models' replies. If `workers` is None, there are no endpoints of workers."""
+    `admission`, and must close the replies of the models. Without `workers`, there are no endpoints of workers."""
     router, store = ModelRouter(models), ResponseStore()
     app = Starlette(middleware=_gates(router.settings, admission), routes=[*_routes(router, store, workers)])
     app.router.redirect_slashes = False  # see `Paths`
@@ -83,8 +83,8 @@ def create_app(
 
 
 def _gates(settings: ApiSettings, admission: Admission | None) -> list[Middleware]:
-    """Returns the middlewares, the outermost first. CORS comes before those that refuse requests, so that allowed pages
-    can read the reason of a refusal."""
+    """Returns the middlewares, the outermost first. CORS comes before middlewares that refuse requests, so that allowed
+    web pages can read the reason of a refusal."""
     cors = Middleware(
         CORSMiddleware,
         allow_origin_regex=page_origins(settings).pattern,

@@ -8,7 +8,8 @@ from operator import ne
 from typing import Any, Final
 
 _Refuses = Callable[[Any, Any], bool]
-"""Returns True if one field's value is refused because of another field's value. An absent field's value is None."""
+"""A function of two fields' values. Returns True if the first value is refused because of the second one. The value of
+an absent field is None."""
 
 _GRAMMARS: Final = (
     *("response_format", "json_schema", "grammar", "structured_outputs", "guided_json", "guided_regex"),
@@ -44,7 +45,8 @@ _EXCLUDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     *(("suffix", other, _both) for other in ("raw", "context", "system")),
     *((one, other, _both) for one, other in combinations(_GRAMMARS, 2)),
 )
-"""Pairs of fields that exclude each other. The function is True for values that cannot be used together."""
+"""Pairs of fields that exclude each other, with a function that returns True for values that cannot be used together.
+"""
 _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("stream_options", "stream", _alone),
     ("top_logprobs", "logprobs", _alone),
@@ -53,12 +55,13 @@ _NEEDED: Final[Collection[tuple[str, str, _Refuses]]] = (
     ("score_from", "logprobs", _alone),
     ("tool_choice", "tools", lambda choice, tools: choice not in ("auto", "none") and _is_empty(tools)),
 )
-"""Fields that need a second field. The function is True if the second field's value does not permit the first."""
+"""Fields that need a second field, with a function that returns True if the second field's value does not permit the
+first field."""
 
 
 def usable_defaults(defaults: Mapping[str, Any], given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
-    """Returns the defaults that may be added to a request. Omits defaults of fields that the request gives, that one of
-    its fields excludes, or that need an absent field. `known`: the fields of the endpoint."""
+    """Returns the defaults that may be added to a request. Omits defaults of fields that the request has, that exclude
+    one of its fields, or that need a field it lacks. `known`: the fields of the endpoint."""
     absent = {name: value for name, value in defaults.items() if name in known and name not in given}
     values = {**absent, **given}
     excluded = {

@@ -31,7 +31,6 @@ class HttpError(LlamaclustError):
 
 
 def internal_error() -> LlamaclustError:
-    """Returns the error that replies show in place of an unexpected exception, which is logged."""
     return LlamaclustError("internal error; the coordinator's log says more")
 
 
@@ -81,7 +80,7 @@ class ErrorShape:
 
     body: Callable[[Failure], dict[str, Any]]
     event_name: str = ""
-    """The name, and the field `type`, of the event that ends a stream with an error; "": there is no event."""
+    """The name and `type` of the event that ends a stream with an error; "": there is no such event."""
     schema_name: str = "Error"
     schema: Mapping[str, Any] = field(default_factory=lambda: _SCHEMA)
 

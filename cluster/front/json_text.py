@@ -1,4 +1,4 @@
-"""JSON of bodies and replies: incremental rendering, size estimates, outlines of large texts, and timings under
+"""JSON of bodies and replies: rendering in parts, estimates of sizes, outlines of large texts, and timings under
 llama.cpp's names."""
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from llamaclust.cluster.scheduler.requests import PromptProgress, Timings
 
 
 class DeferredValue(ABC):
-    """A part of a JSON value that is made anew each time it is rendered. Its unrendered form takes less memory."""
+    """A part of a JSON value that is made anew each time it is rendered, because its unrendered form takes less
+    memory."""
 
     __slots__ = ()
 
@@ -62,7 +63,7 @@ MAX_FIELD_VALUES: Final = 1 << 15
 """The largest number of JSON values in a field that holds no prompt, such as a grammar or a list of texts."""
 
 _BLOCK_BYTES: Final = 1 << 18
-"""Bytes that are counted at a time. numpy releases the interpreter lock for most of that work."""
+"""The number of bytes that are counted at a time. NumPy releases the interpreter lock for most of that work."""
 _MOST_MEMBERS: Final = 1024
 _MOST_NAME_BYTES: Final = 1024
 _IS_MARK: Final = np.isin(np.arange(256), [*b"[]{},"])
@@ -72,7 +73,8 @@ _NAME: Final = re.compile(rb'\s*("(?:[^"\\]|\\.)*")\s*:', re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member of the outermost object. `values` is estimated from commas and brackets: exact or slightly too high."""
+    """A member of the outermost object. `values`, the number of values in it, is exact or slightly too high: it is
+    computed from commas and brackets."""
 
     name: str
     size_bytes: int
@@ -82,7 +84,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The first 1,024 members of the outermost object, and the number of all values."""
+    """The first 1,024 members of the outermost JSON object, and the number of all values in the text."""
 
     members: tuple[Member, ...]
     member_count: int
@@ -90,7 +92,7 @@ class Outline:
 
 
 def outline(text: bytes) -> Outline:
-    """Returns the outline of a JSON text without parsing it. The outline of invalid JSON is arbitrary, but no error is
+    """Returns the outline of a JSON text without parsing it. The outline of invalid JSON is arbitrary; no error is
     raised."""
     values = depth = border_count = 0
     borders: list[tuple[int, int]] = []  # the first ones of the outermost object, and the values before each
@@ -127,7 +129,6 @@ def outline(text: bytes) -> Outline:
 
 
 def _name(text: bytes) -> str:
-    """Returns the name of the member that begins here; "" if there is none or it is longer than any field's name."""
     match = _NAME.match(text)
     try:
         return "" if match is None else str(from_json(match[1]))
@@ -138,14 +139,13 @@ def _name(text: bytes) -> str:
 _LARGE_ENTRIES = 1024
 """The number of tokens and logprobs above which a part of a reply is rendered on a thread."""
 _GROUP = 16
-"""Array items that are encoded at a time; the encoder holds the interpreter lock meanwhile."""
+"""The number of array items that are encoded at a time. The encoder holds the interpreter lock meanwhile."""
 _PART_BYTES = 1 << 16
 _VALUE_BYTES = 8
 _ENTRY_CHARACTERS = 64
-"""The number of characters that take about as long to render as one number."""
+"""The number of text characters that take about as long to render as one number."""
 
 _threads = Threads(2, "json")
-"""Two threads. They compete with the event loop for the interpreter lock, so more would render no faster."""
 
 _Value = TypeVar("_Value")
 
@@ -159,7 +159,7 @@ async def off_loop_if(is_large: bool, work: Callable[[], _Value]) -> _Value:
 
 
 def has_many_values(value: Any) -> bool:
-    """Returns True if rendering a value takes long. Stops counting as soon as that is certain."""
+    """Returns True if rendering a value takes long. Counts its values only until the answer is certain."""
     left, count = [value], 0
     while left:
         part = left.pop()
@@ -180,7 +180,7 @@ def has_many_values(value: Any) -> bool:
 
 
 def json_parts(value: Any) -> Generator[bytes, None, None]:
-    """Yields the text of `to_json` in parts. Each part, and each item of an iterator, is made when the caller takes
+    """Yields the result of `to_json` in parts. Makes each part, and each item of an iterator, when the caller takes
     it."""
     held = bytearray()
     for piece in _pieces(value):
@@ -196,8 +196,8 @@ JsonBody: TypeAlias = AsyncGenerator[bytes, None]
 
 
 async def json_body(make: Callable[[], Any], *, is_large: bool) -> JsonBody:
-    """Makes a value and yields its JSON in parts, each rendered when it is taken, on a thread if the value is large. If
-    cancelled, it waits until the part in progress is rendered."""
+    """Makes a value and yields its JSON in parts. Each part is rendered when the caller takes it, on a thread if the
+    value is large. If cancelled, waits until the current part is rendered."""
     rendering, parts = Lock(), _made_parts(make)
 
     def locked(step: Callable[[], _Value]) -> _Value:
@@ -221,7 +221,7 @@ async def one_part(data: bytes) -> JsonBody:
 
 def json_size(value: Any) -> int:
     """Estimates the bytes of a value's JSON without rendering it: the lengths of its texts plus 8 bytes for each value.
-    A deferred value counts as the memory that it takes."""
+    For a deferred value, the bytes that it holds count instead."""
     if isinstance(value, str):
         return len(value) + _VALUE_BYTES
     if isinstance(value, Mapping):
@@ -281,8 +281,8 @@ def shown_progress(progress: PromptProgress, *, with_timings: bool) -> dict[str,
 
 
 def _phase(name: str, tokens: int, measured: int, per_second: float) -> dict[str, float]:
-    """Shows the tokens of the prefill or decode phase. `measured`: how many of them were computed in the time that the
-    rate `per_second` is based on."""
+    """Shows the tokens and times of prefill or decode. `measured`: the number of tokens that the rate `per_second` is
+    computed from."""
     ms = measured / per_second * 1e3 if per_second else 0.0
     return {
         f"{name}_n": tokens,

@@ -101,7 +101,6 @@ class AdapterLoading:
 
 
 _OLLAMA = "/api/"
-"""The path prefix of endpoints that heed `keep_alive`. A request there without input loads the model or unloads it."""
 _INPUTS = ("prompt", "suffix", "messages", "input")
 
 
@@ -124,14 +123,15 @@ class ApiModel:
         return ModelNames(self.name, self.settings)
 
     def continues(self, request: RequestContext) -> bool:
-        """Returns True if this model gives the same answer to a request that an earlier coordinator left unfinished."""
+        """True if this model gives the same answer as an earlier coordinator's model to a request that was left
+        unfinished."""
         return request.served == self.settings.digest and self.settings.adapters.have(request.adapters)
 
 
 @dataclass(frozen=True, slots=True)
 class _Addressed:
-    """The model that a request goes to. `keep`: seconds that the model stays loaded afterwards. `unloads`: the request
-    has no input and unloads the model."""
+    """The model of a request. `keep`: seconds that the model stays loaded after the reply. `unloads`: the request has
+    no input and unloads the model."""
 
     model: ApiModel
     keep: float | None = None
@@ -139,15 +139,16 @@ class _Addressed:
 
 
 class ModelRouter:
-    """Finds the model of each request. If a single model is served and is never unloaded, it gets all requests, and its
-    endpoints check the name of the model."""
+    """Finds the model of each request. A single model that is never unloaded gets all requests, and its endpoints check
+    the name of the model."""
 
     def __init__(self, models: Sequence[ApiModel]) -> None:
         self.models = models
         self.settings = models[0].settings
 
     def route(self, routes: Sequence[Route]) -> Route:
-        """Merges the routes that all models have for one method and path into one route that dispatches by model."""
+        """Merges the routes of all models for one method and path into one route, which selects the model of each
+        request."""
         first = routes[0]
         if self.settings.can_unload:
             apps = {model.name: route.app for model, route in zip(self.models, routes, strict=True)}
@@ -155,8 +156,8 @@ class ModelRouter:
         return first
 
     def find(self, name: str) -> ApiModel | None:
-        """Finds the model that has exactly this name, or else the one that has it with or without a tag. Returns None
-        for an unknown name."""
+        """Returns the model that has exactly this name, otherwise one whose name differs only by a tag; None if there
+        is none."""
         whole = (model for model in self.models if name in model.names.all)
         return next(whole, None) or next((model for model in self.models if model.names.find(name)), None)
 
@@ -176,7 +177,7 @@ class ModelRouter:
     async def _serve(
         self, route: Route, apps: Mapping[str, ASGIApp], scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Passes a request to its model. Ollama's field `keep_alive` then sets how long the model stays loaded after
+        """Passes a request to its model. Then Ollama's field `keep_alive` sets how long the model stays loaded after
         the reply, unless the request was refused."""
         addressed = await self._addressed(route, Request(scope, receive))
         app, resident = apps[addressed.model.name], addressed.model.resident
@@ -202,7 +203,7 @@ class ModelRouter:
 
     async def _addressed(self, route: Route, request: Request) -> _Addressed:
         """Finds the model of a request, and stores the body for the endpoint. Raises HttpError for an unreadable body,
-        an unknown model, a wrong `keep_alive`, or a model that must be loaded first."""
+        an unknown model, a wrong `keep_alive`, and a model that must be loaded first."""
         if route.method == "GET":
             return _Addressed(self.queried(request))
         data = await read_bytes(request, self.settings)
@@ -216,8 +217,8 @@ class ModelRouter:
         return _Addressed(model, keep, unloads)
 
     def _check_loaded(self, model: ApiModel, request: Request) -> None:
-        """Raises HttpError 400 if the model is unloaded. Exceptions: it still has requests, because it was unloaded to
-        make room for another model, or the reply to this request is already kept."""
+        """Raises HttpError 400 if the model is unloaded. There are two exceptions: the model still has requests because
+        it makes room for another model, or the reply to this request is already kept."""
         if not (model.resident.is_asleep and model.resident.is_idle):
             return
         own, key = owner(request.headers, self.settings.api_keys), request.headers.get("idempotency-key", "")
@@ -232,7 +233,7 @@ def _keeps_awake(route: Route) -> bool:
 
 
 async def _fields(data: bytes) -> dict[str, Any]:
-    """Returns the fields, or {} if the body is no JSON object; the endpoint reports that error. Raises ParameterError
+    """Returns the fields of a body, or {} if it is not a JSON object, which the endpoint reports. Raises ParameterError
     for NaN."""
     try:
         return await parse_object_in_time(data)

@@ -67,7 +67,6 @@ class Workers:
         return JsonResponse({"worker": name, "drained": False})
 
     async def log(self, request: Request) -> Response:
-        """Returns the last lines of a worker's log. `before`: the number of lines that its process wrote earlier."""
         name = request.path_params["worker"]
         tail = await self._pool.log(name)
         return JsonResponse({"worker": name, "before": tail.before, "lines": tail.lines})
@@ -107,7 +106,6 @@ class Operations:
         raise HttpError(503, "cluster_down", self._reason(request))
 
     def _reason(self, request: Request) -> str:
-        """Returns the error with its workers, hosts and layers; a client without a key gets only the engine's state."""
         engine = self._router.queried(request).engine
         error = engine.error if request.state.is_trusted else None
         return str(error or f"the cluster is {engine.state}")
@@ -147,7 +145,6 @@ class Operations:
         return [self._router.queried(request)] if request.query_params.get("model") else self._router.models
 
     def _records(self, request: Request) -> list[_Record]:
-        """Returns the records of all models. Those of each model are in order, the oldest first."""
         now_ns = time.monotonic_ns()
         return [(model, record) for model in self._read(request) for record in model.engine.waterfalls.records(now_ns)]
 

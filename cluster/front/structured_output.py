@@ -35,7 +35,6 @@ class GrammarFields(Body):
     """`{"type": "json_object"}`, `{"type": "json_schema", "json_schema": {"schema": ...}}`, or `text`: no
     constraint."""
     json_schema: _Any = None
-    """A JSON schema that the answer conforms to (llama.cpp's field)."""
     grammar: str = ""
     """A grammar that the answer conforms to, in llama.cpp's GBNF or llguidance's dialect of Lark."""
     structured_outputs: _Object | None = None
@@ -56,8 +55,8 @@ class GrammarFields(Body):
     """SGLang's name of `grammar`."""
 
     def answer_grammar(self) -> Grammar | None:
-        """Returns the grammar of the answer, or None. Raises ParameterError for invalid fields, and for fields that
-        mean different forms."""
+        """Returns the grammar of the answer; None if no field constrains it. Raises ParameterError for invalid fields
+        and for fields that mean different forms."""
         values = {name: getattr(self, name) for name in _FIELDS}
         made = {name: make(values[name], name) for name, (make, empty) in _FIELDS.items() if values[name] not in empty}
         first = next(iter(made), "")
@@ -68,8 +67,8 @@ class GrammarFields(Body):
 
 
 def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | None:
-    """Returns the grammar of a `response_format` object; None for type `text`. Raises ParameterError, with `origin` as
-    the name of the field, for any other object."""
+    """Returns the grammar of a `response_format` object; None for type `text`. Raises ParameterError for any other
+    object, with `origin` as the name of the field."""
     kind = value.get("type")
     match kind:
         case "text":
@@ -160,4 +159,3 @@ _FIELDS: dict[str, tuple[_Make, tuple[Any, ...]]] = {
     "ebnf": (_VLLM_FORMS["grammar"], _UNSET),
     "guided_json_object": (lambda value, origin: definitions.of_object(origin), (False,)),
 }
-"""Maps each field to the function that makes its grammar, and to the values of the field that mean no constraint."""

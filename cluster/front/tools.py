@@ -1,4 +1,4 @@
-"""Tools in requests of all APIs, and short texts that replace parts of messages which a text model cannot read."""
+"""Tools in requests of all APIs, and short texts that replace parts of messages that a text model cannot read."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llamaclust.model.chat.tools.argument_values import arguments_object
 _MEDIA: Final = ("image", "audio", "video", "screenshot", "document", "file", "container")
 """Words that identify a part as media if its type contains one of them."""
 _OF_ITEMS: Final = frozenset(("type", "id", "call_id", "tool_use_id", "status", "cache_control", "caller", "signature"))
-"""Fields of an item that tell the model nothing. They are removed only from the item itself: the arguments and results
-of tools inside it may have fields of the same names."""
+"""Fields of an item that tell the model nothing. They are removed only at the top level of an item, because arguments
+and results of tools inside it may have fields of the same names."""
 _ENCRYPTED: Final = "encrypted_"
 _BYTES: Final = ("data", "result", "image_url", "file_data")
 _BASE64: Final = re.compile(r"(data:[^,]*,)?[A-Za-z0-9+/_=\s-]*")
@@ -28,8 +28,8 @@ def is_media(kind: str) -> bool:
 
 
 def media_text(kind: str, context: object) -> str:
-    """Returns the text that replaces a media part, and reports the part as without effect. Raises ValueError unless
-    `context`, the context of validation, is a `Leniency`."""
+    """Returns the text that replaces a media part, and reports the part as without effect. Raises ValueError if
+    `context`, the context of validation, is not a `Leniency`."""
     word = next(word for word in _MEDIA if word in kind)
     if not isinstance(context, Leniency):
         raise ValueError(f"{word} input is not supported by this server; remove it")
@@ -38,7 +38,7 @@ def media_text(kind: str, context: object) -> str:
 
 
 def leave_out(place: str, kind: str, context: object) -> None:
-    """Reports a tool or an item as without effect. Raises ValueError unless `context`, the context of validation, is a
+    """Reports a tool or an item as without effect. Raises ValueError if `context`, the context of validation, is not a
     `Leniency`."""
     if not isinstance(context, Leniency):
         raise ValueError(f"{kind[:60]!r} is not supported by this server; remove it")
@@ -46,8 +46,8 @@ def leave_out(place: str, kind: str, context: object) -> None:
 
 
 def tool_text(kind: str, fields: Mapping[str, Any]) -> str:
-    """Returns the arguments or results of a tool that another server ran, as a text. Parts that only that server can
-    read are left out."""
+    """Returns the arguments or results of a tool that another server ran, as a text, without parts that only that
+    server can read."""
     return f"[{kind}: {item_text(fields)}]"
 
 
@@ -74,7 +74,6 @@ def _readable(value: Any) -> Any:
 
 
 def _without_bytes(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the fields of an object, except encrypted ones and, if the object is a media part, those with base64."""
     kind = str(fields.get("type"))
     has_media = kind == "base64" or is_media(kind)
     for name, value in fields.items():
@@ -85,13 +84,13 @@ def _without_bytes(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 MAX_TOOLS: Final = 1024
 TEXT_ARGUMENT: Final = "input"
-"""The only argument of the function that replaces a custom tool."""
+"""The name of the only argument of a function that replaces a custom tool."""
 _BETWEEN: Final = "__"
 _NAME: Final = re.compile(r"[\w.\-/:]{1,128}")
 _ID_CHARACTERS: Final = 24
 _OBJECTS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _VALUES: Final = frozenset({"default", "const", "enum", "examples"})
-"""`_OBJECTS`: keys of a JSON schema whose values map names to schemas. `_VALUES`: keys whose values are no schemas."""
+"""`_OBJECTS`: keys of a JSON schema whose values map names to schemas. `_VALUES`: keys whose values are not schemas."""
 _NO_PARAMETERS: Final = {"type": "object", "properties": {}}
 
 
@@ -104,7 +103,6 @@ class ClientTool:
 
     @property
     def function_name(self) -> str:
-        """The function's name in the prompt and in the model's calls."""
         return str(self.function["function"]["name"])
 
     def is_named_by(self, choice: Mapping[str, Any]) -> bool:
@@ -113,8 +111,8 @@ class ClientTool:
 
 
 def function_tool(function: Mapping[str, Any], place: str = "", parameters: str = "parameters") -> dict[str, Any]:
-    """Makes OpenAI's definition of a function. Raises ValueError for an invalid field. `place` is the prefix of field
-    names in error messages; `parameters` is the API's name of the field with the parameters."""
+    """Makes OpenAI's definition of a function. Raises ValueError for an invalid field. `place`: the prefix of field
+    names in error messages. `parameters`: the API's name of the field with the parameters."""
     if not isinstance(function.get("name"), str) or not _NAME.fullmatch(function["name"]):
         raise ValueError(f"{place}name: must have 1 to 128 letters, digits and characters of _.-/:")
     if not isinstance(function.get(parameters) or {}, dict):
@@ -129,7 +127,7 @@ def function_tool(function: Mapping[str, Any], place: str = "", parameters: str 
 
 
 def with_objects(schema: Any) -> Any:
-    """Returns a JSON schema in which {} replaces each [] in place of an object: PHP writes empty objects as []."""
+    """Returns a JSON schema with {} instead of each [] that stands for an object. PHP writes empty objects as []."""
     if isinstance(schema, list):
         return [with_objects(part) for part in schema]
     if not isinstance(schema, dict):
@@ -142,7 +140,6 @@ def with_objects(schema: Any) -> Any:
 
 
 def present(tools: list[Any]) -> list[Any]:
-    """Returns the tools without None, which stands for a tool that was left out."""
     return [tool for tool in tools if tool is not None]
 
 
@@ -152,9 +149,9 @@ def flat_name(namespace: str | None, name: str) -> str:
 
 
 def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
-    """Returns the fields of a function that replaces a custom tool; its only argument is a text. A regular expression
-    constrains the text. A Lark grammar only becomes a part of the description, and is reported as without effect. In
-    chat completions, the grammar is inside an object `grammar`."""
+    """Returns the function that replaces a custom tool; its only argument is a text. A regular expression constrains
+    the text. A Lark grammar becomes a part of the description, and is reported as without effect. Chat completions have
+    the grammar inside an object `grammar`."""
     text: dict[str, Any] = {"type": "string"}
     description = tool.get("description") or ""
     form = tool.get("format")
@@ -173,17 +170,17 @@ def text_tool(tool: Mapping[str, Any], context: object) -> dict[str, Any]:
 
 
 def text_of_call(arguments: str) -> str:
-    """Returns the text that the model passed to a custom tool. Arguments of another form, as in an answer that was cut,
-    are returned as they are."""
+    """Returns the text that the model passed to a custom tool. Returns other arguments unchanged, such as those of an
+    answer that was cut."""
     given = (arguments_object(arguments) or {}).get(TEXT_ARGUMENT)
     return given if isinstance(given, str) else arguments
 
 
 def arguments_of_text(text: str) -> str:
-    """Returns the arguments with which the function that replaces a custom tool gets this text."""
+    """Returns the arguments that pass this text to a function that replaces a custom tool."""
     return json.dumps({TEXT_ARGUMENT: text}, ensure_ascii=False)
 
 
 def call_id_of(choice_id: str, index: int, prefix: str = "call_") -> str:
-    """Returns an id for a call to which the model gave none. It is the same if the reply is computed again."""
+    """Returns an id for a call without one. The id is the same if the reply is computed again."""
     return f"{prefix}{sha256(f'{choice_id} {index}'.encode()).hexdigest()[:_ID_CHARACTERS]}"

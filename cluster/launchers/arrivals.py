@@ -1,4 +1,4 @@
-"""Waits at the start for workers on other machines: first for all of them, then for as many as a plan needs."""
+"""Waits at the start for workers on other machines: first for all of them, then only for as many as a plan needs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llamaclust.core.sizes import counted
 from llamaclust.wire.rpc.deadlines import deadline
 
 Shortfall = Callable[[], Awaitable[LlamaclustError | None]]
-"""Returns the reason why the present workers cannot hold the model, or None."""
+"""Returns an error that says why the present workers cannot hold the model; None if they can."""
 
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
     """The workers that a start waits for: those in `names`, and `count` in all. If no worker joins for `grace_s`, the
-    start goes on with the present ones if they suffice. It fails after `wait_s`."""
+    start continues with the present workers if they suffice. The start fails after `wait_s`."""
 
     names: tuple[str, ...]
     count: int

@@ -15,20 +15,18 @@ from llamaclust.wire.security.credentials import Credentials
 from llamaclust.worker.settings import WorkerSettings
 
 Exited = Callable[[str, str], None]
-"""Receives a worker's name and how its process ended, such as "killed by signal 9 (SIGKILL)"."""
 GaveUp = Callable[[str, str], None]
-"""Receives a worker's name and why it is not started again."""
 
 
 class Launcher(ABC):
-    """The workers of one cluster, with its address and credentials. Defaults are for workers on other machines."""
+    """The workers of one cluster, with its address and credentials. Defaults are those for workers on other
+    machines."""
 
     listen: str
-    """The coordinator's address in gRPC's form."""
     credentials: Credentials
     certify: Certify | None = None
     coordinator_s = 0.0
-    """The time that workers wait for a lost coordinator to come back."""
+    """The seconds that workers wait for a lost coordinator to return."""
 
     @abstractmethod
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
@@ -48,8 +46,8 @@ class Launcher(ABC):
 
     @abstractmethod
     async def joined(self, registry: Registry, shortfall: Shortfall) -> None:
-        """Waits until all workers have joined, or enough of them if others stay away. Raises DeadlineError with the
-        missing ones, or WorkerError if one ended before it joined."""
+        """Waits until all workers have joined, or enough of them if others do not appear. Raises DeadlineError with the
+        missing workers, WorkerError if a worker ended before it joined."""
 
     @abstractmethod
     async def stop(self) -> None:
@@ -57,11 +55,12 @@ class Launcher(ABC):
 
     @abstractmethod
     def restarting(self, gave_up: GaveUp) -> AbstractContextManager[None]:
-        """Restarts ended workers while the context is open, if this launcher can restart workers."""
+        """Restarts ended workers while the context is open, if this launcher can restart workers. Calls `gave_up` for a
+        worker that is not restarted again."""
 
     @abstractmethod
     def reset_restarts(self) -> None:
-        """Resets the counts of restarts, because a failed request was the reason why workers ended."""
+        """Resets the counts of restarts. It is called when a request turns out to be the reason why workers ended."""
 
     @abstractmethod
     async def end(self, name: str) -> None:

@@ -25,7 +25,7 @@ class Child:
 
     def __init__(self, settings: WorkerSettings, ended: Ended, log: IO[bytes] | None = None) -> None:
         """Starts the worker with this machine's caches. `settings` must have the enrolment address and a join token.
-        `ended` is called on another thread. Without a `log`, the worker writes to this process's output."""
+        `ended` is called on another thread. Without `log`, the worker writes to this process's output."""
         self._started = threading.Event()
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,7 +41,8 @@ class Child:
         self._process.send_signal(number)
 
     def _live(self, settings: WorkerSettings, ended: Ended) -> None:
-        """Runs on a thread that lives as long as the worker: the kernel ends the worker when the thread ends."""
+        """Runs the worker on a thread that lives as long as the worker, because the kernel ends the worker with its
+        thread."""
         try:
             self._process = process = subprocess.Popen(
                 worker_command(settings),

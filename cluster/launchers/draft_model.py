@@ -1,4 +1,4 @@
-"""A draft model that runs on a thread of this process. The pipeline waits for its tokens."""
+"""A draft model that runs on a thread of this process. The pipeline waits for its drafted tokens."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner, plan_memory
 
 _MOST_OTHER = 128
-"""The most token ids at one vocabulary's end that the other may lack. Padding differs within a model family."""
+"""The most token ids that one vocabulary may lack at the end of another one. Padding differs within a model family."""
 _FIRST_COMPARED = 5
-"""The first token id that is compared. Earlier ones, such as beginning of text, have different names in files."""
+"""The first token id that is compared. Earlier tokens, such as beginning of text, have different names in different
+files."""
 _CONTEXTS = 4
-"""The number of whole contexts that the KV memory holds."""
+"""The number of full-length sequences that the KV memory holds."""
 _LEAST_CONTEXT = 32
 _TRIED, _TRIES = 8, 4
 """The number of tokens drafted in a measurement, and the number of measurements."""
@@ -41,7 +42,6 @@ Compute = Callable[[Sequence[DraftOrder]], DraftReplies]
 
 
 def open_device(settings: WorkerSettings) -> Device:
-    """Opens a device with this machine's caches and feature level. Raises UsageError if the machine lacks it."""
     level = settings.feature_level or environment().feature_level or ""
     return Device.open(with_caches(replace(settings, feature_level=level)))
 
@@ -60,8 +60,9 @@ class DraftModelPlan:
 
 
 def plan_draft_model(path: Path, targets: Sequence[Model], threads: int | None, context_length: int) -> DraftModelPlan:
-    """Reads only the header of the file. KV memory is for sequences of `context_length`, and `threads` is limited to
-    the available ones. Raises UsageError if the model can draft for no target, and the errors of `Model.open`."""
+    """Plans the memory of a draft model from the header of its file. KV memory is for sequences of `context_length`.
+    `threads` is limited to the available ones. Raises UsageError if the model can draft for no target, and the errors
+    of `Model.open`."""
     with of_draft_model():
         model = Model.open(path)
     if threads is not None:
@@ -82,7 +83,7 @@ class LoadedDraftModel:
         self.path = plan.path
         self.memory_bytes = stage.memory.total_bytes
         self.kv_bytes = stage.memory.kv_bytes
-        """The part of `memory_bytes` that counts as free memory until drafts write to it."""
+        """The part of `memory_bytes` that still counts as free memory until drafts write to it."""
         self.is_lost = False
         self._drafter = ModelDrafter(stage, plan.model.hyperparameters.vocabulary_size)
         self.times = self._tried(min(MOST_ROWS, stage.limits.max_context_tokens - _TRIED))
@@ -101,7 +102,6 @@ class LoadedDraftModel:
         self.is_lost = True
 
     def _tried(self, length: int) -> DraftTimes:
-        """Measures the shortest times after `length` tokens. Raises UsageError if logits are not finite."""
         task, tokens = SampleTask(SamplingParams(), 0, 0, 0), [0] * length
         self._drafter.draft([DraftOrder(-1, tokens, length, 1, task)])  # the first one is slow
         taken_in = self._drafter.draft([DraftOrder(-2, tokens, length, 0, task)])
@@ -123,7 +123,7 @@ class LoadedDraftModel:
 
 
 class SharedDraftModel:
-    """One model's view of a draft model that several models share. Their sequence keys are kept apart."""
+    """A draft model that several models share, as one of them sees it. Each has its own sequence keys."""
 
     def __init__(self, model: LoadedDraftModel, number: int, sharers: int) -> None:
         self._model = model
@@ -152,7 +152,7 @@ class SharedDraftModel:
 
 
 def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDraftModel:
-    """Loads the model and measures its speed. It must leave `reserved_bytes` of the free memory. Raises
+    """Loads the model and measures its speed. Leaves `reserved_bytes` of the free memory to others. Raises
     InsufficientMemoryError, or UsageError if the model's logits are not finite."""
     model, device = plan.model, plan.device
     free_bytes = max(0, device.free_bytes_of("cpu") - reserved_bytes)
@@ -168,7 +168,6 @@ def open_draft_model(plan: DraftModelPlan, reserved_bytes: int = 0) -> LoadedDra
 
 @contextmanager
 def of_draft_model() -> Iterator[None]:
-    """Puts "draft model" in front of the message of a UsageError."""
     try:
         yield
     except UsageError as error:
@@ -178,7 +177,8 @@ def of_draft_model() -> Iterator[None]:
 
 @asynccontextmanager
 async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
-    """Loads and closes the model without blocking the event loop. A cancelled load is closed once it is done."""
+    """Loads the model, and closes it at the end, without blocking the event loop. A load that is cancelled first
+    completes, then the model is closed."""
     thread = ThreadPoolExecutor(1, "draft model")
     loading = thread.submit(open_draft_model, plan)
     thread.shutdown(wait=False)
@@ -207,7 +207,8 @@ def _too_short(path: Path, context: int, own_context: int) -> str:
 
 
 def _targets(model: Model, targets: Sequence[Model]) -> tuple[int, ...]:
-    """Returns the indices of targets with the same tokens. Raises UsageError if none has, or the model cannot draft."""
+    """Returns the indices of the targets with the same tokens. Raises UsageError if there is none or the model cannot
+    draft."""
     path = model.file.path
     if model.has_states or not (model.is_causal and model.generates):
         raise UsageError(f"draft model {path}: layers with states, encoders and rerankers cannot draft; name another")

@@ -1,4 +1,4 @@
-"""A whole model in this process: the engine runs on one stage, which computes on a thread of its own."""
+"""A whole model in this process. The engine runs on one stage, which computes on its own thread."""
 
 from __future__ import annotations
 
@@ -94,7 +94,6 @@ def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
 
 
 def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings | None:
-    """Raises UsageError if an MTP head or a draft model is set, but speculation is off."""
     if settings.mtp:
         check_nextn(model)
     if settings.speculation:
@@ -106,7 +105,8 @@ def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings |
 
 
 class LocalStage:
-    """All layers of a model, and the thread that runs them. KV blocks after the scheduler's are for `logits`."""
+    """All layers of a model, and the thread that runs them. KV blocks with numbers above the scheduler's are for
+    `logits`."""
 
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model = Model.open(path, settings.chat_template)
@@ -168,7 +168,8 @@ class LocalStage:
         self.model.close()
 
     def _with_draft_model(self, path: Path, threads: int, opened: ExitStack) -> SchedulerSettings:
-        """Raises UsageError if nothing can be drafted, and the errors of `plan_draft_model` and `open_draft_model`."""
+        """Loads a draft model. Raises UsageError if nothing can be drafted, and the errors of `plan_draft_model` and
+        `open_draft_model`."""
         scheduling = self.scheduling
         if scheduling.speculation is None or not scheduling.max_drafted:
             raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; leave it out")
@@ -195,7 +196,8 @@ class LocalStage:
         return decode_result(outputs.result(frame, StageTiming(started_ns - queued_ns, compute_ns, 0, frame.rows)))
 
     def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
-        """Computes logits [rows, vocabulary] of the rows [first, len(tokens)), between the engine's microbatches."""
+        """Computes logits [rows, vocabulary] of the rows [first, len(tokens)), between microbatches of the engine, and
+        passes them to `use`."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
@@ -218,7 +220,6 @@ class LocalStage:
                 use(rows)
 
     def _own_window(self, start: int, end: int) -> tuple[tuple[int, ...], int]:
-        """Returns `Chunk.window_table` and `window_start` of a ring of blocks after the scheduler's."""
         scheduling, group = self.scheduling, self.scheduling.window_group
         if group is None:
             return (), 0
@@ -228,7 +229,7 @@ class LocalStage:
 
 
 class LocalPipeline:
-    """A `Pipeline` of one stage. Results come in order, since one thread computes them."""
+    """A `Pipeline` of one stage. Results come in order, because a single thread computes them."""
 
     def __init__(self, stage: LocalStage) -> None:
         self.epoch = _EPOCH
@@ -255,7 +256,8 @@ class LocalPipeline:
 
 
 def _device_kind(settings: LocalSettings, model: Model) -> str:
-    """Raises UsageError if the device is unknown, or settings are for GPUs or experts that do not exist."""
+    """Returns the kind of device. Raises UsageError if the device is unknown, or settings are for GPUs or experts that
+    do not exist."""
     try:
         kind = parse_device(settings.device)
     except ValueError as error:

@@ -38,7 +38,6 @@ _log = logging.getLogger(__name__)
 _GRACE_S = 1.0
 _JOIN_S = 60.0
 _KILLED_S = 20.0
-"""The time in which a killed process must end. It needs a free core, and its memory must be freed."""
 
 
 class LocalLauncher(Launcher):

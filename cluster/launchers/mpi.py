@@ -35,7 +35,7 @@ _GRACE_S = 1.0
 
 
 class MpiLauncher(RestartingLauncher):
-    """Lets rank i start the i-th worker. Standard input is a socket to the rank that started this process."""
+    """Lets rank i start the i-th worker. This process's standard input is a socket to the rank that started it."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
         super().__init__(config, folder, report)
@@ -96,7 +96,7 @@ class MpiLauncher(RestartingLauncher):
         return True
 
     async def _receive(self, reader: asyncio.StreamReader, exited: Exited) -> None:
-        """Receives messages until the rank is gone. Then this process ends as after SIGTERM."""
+        """Receives messages until the rank is gone, then ends this process as SIGTERM does."""
         names = {order.rank: name for name, order in self._orders.items()}
         while line := await reader.readline():
             message = from_bytes(line)

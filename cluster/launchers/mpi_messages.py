@@ -9,7 +9,8 @@ from typing import Any, get_args
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
-    """An order to start a worker. `addresses` (HOST:PORT) are for enrolment; the rank's machine reaches one of them."""
+    """An order to start a worker. `addresses` (HOST:PORT) are enrolment addresses, of which the rank's machine reaches
+    at least one."""
 
     rank: int
     settings: str = field(repr=False)  # JSON of WorkerSettings, with the token; threads None: the rank's share
@@ -19,15 +20,13 @@ class StartWorker:
 
 @dataclass(frozen=True, slots=True)
 class EndWorker:
-    """An order to send a signal to a rank's worker, if it has one."""
-
     rank: int
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """An order to a rank to kill its worker and end. If all ranks do so, they end the job by MPI's rules."""
+    """An order to a rank to kill its worker and end. If all ranks obey, the job ends by MPI's rules."""
 
     rank: int
     with_all: bool
@@ -35,16 +34,12 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """The first message of each rank to rank 0, with its machine."""
-
     rank: int
     boot_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnded:
-    """A message to the coordinator that a rank's worker has ended."""
-
     rank: int
     how: str
     last_error: str
@@ -52,8 +47,6 @@ class WorkerEnded:
 
 @dataclass(frozen=True, slots=True)
 class RankLost:
-    """A message to the coordinator that MPI has lost a rank."""
-
     rank: int
 
 

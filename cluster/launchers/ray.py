@@ -1,4 +1,4 @@
-"""Workers that Ray starts and places. Each is a named, detached actor in one placement group."""
+"""Workers that Ray starts and places. Each worker is a named, detached actor in one placement group."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class RayLauncher(RestartingLauncher):
         ]
 
     async def stop(self) -> None:
-        """Gives the workers a moment to end, then removes them. Ends the Ray cluster if it was started here."""
+        """Gives the workers a moment to end, then removes them. Ends the Ray cluster if this launcher started it."""
         self._stopping = True
         self._restarts.end()
         if self._watches:
@@ -94,11 +94,13 @@ class RayLauncher(RestartingLauncher):
         return self._workers
 
     async def _call(self, function: Callable[[], _Value]) -> _Value:
-        """Runs a call on Ray's thread. If this task is cancelled, the call goes on, and later calls wait for it."""
+        """Runs a call on Ray's thread. If this task is cancelled, the call continues, and later calls wait for its
+        end."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
-        """Waits for room for all workers, as nodes may still be starting. Raises DeadlineError after `join.wait`."""
+        """Waits for places for all workers, because nodes may still be starting. Raises DeadlineError after
+        `join.wait`."""
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
         tell_s: float | None = clock() + _PATIENCE_S
@@ -135,7 +137,6 @@ class RayLauncher(RestartingLauncher):
 
 
 def _restore_signal_handlers() -> None:
-    """Restores this process's signal handlers. Ray has put handlers in front that print stacks."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.getsignal(number))
@@ -160,7 +161,7 @@ async def _end_of(actor: Any) -> tuple[str, str]:
 
 
 async def _replaced(actor: Any) -> None:
-    """Waits until the process of an actor whose worker has ended is gone, too."""
+    """Waits until the process of an actor whose worker has ended is gone too."""
     from ray.exceptions import RayError
 
     with contextlib.suppress(RayError):
@@ -189,6 +190,6 @@ def _listed(amounts: dict[str, float]) -> str:
 
 
 def _gone(error: Exception) -> str:
-    """Describes the error by one line of Ray's report: the last line of a traceback, or else the first line."""
+    """Describes the error by one line of Ray's report: the last line of a traceback, otherwise the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"its Ray actor is gone: {lines[-1] if 'Traceback' in str(error) else lines[0]}"

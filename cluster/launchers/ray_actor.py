@@ -25,7 +25,7 @@ _LOG = Path("/proc/self/fd/2")
 _LOOK_S = 2.0
 _CALL_S = 5.0
 _WAIT_S = 30.0
-"""The time in which the coordinator has restarted an ended worker, even after its longest pause."""
+"""The seconds in which the coordinator has restarted an ended worker, even after its longest pause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Given:
 
 
 class WorkerActor:
-    """The actor of one worker. If its process or node is lost, Ray restarts it, and the worker joins again."""
+    """The actor of one worker. If its process or node is lost, Ray restarts the actor, and the worker joins again."""
 
     def __init__(self, given: Given) -> None:
         self._given = given
@@ -51,21 +51,18 @@ class WorkerActor:
         return self._given
 
     def incarnation(self) -> str:
-        """Returns a value that differs for each process that Ray starts for this actor."""
         return self._incarnation
 
     def is_over(self) -> bool:
         return self._over.is_set()
 
     def ended(self) -> tuple[str, str] | None:
-        """Waits for the worker's end: (how it ended, its last error). None after a while, as the caller may be gone."""
         return self._how if self._over.wait(_WAIT_S) else None
 
     def _start(self) -> None:
         Child(self._given.settings, self._worker_ended)
 
     def _worker_ended(self, code: int) -> None:
-        """Lets the coordinator restart the actor. Without a coordinator, Ray restarts the actor of a killed worker."""
         if code == UsageError.exit_code and self._is_again:  # refused: the lost one still counts as a member
             time.sleep(_LOOK_S)
             self._start()
@@ -78,7 +75,6 @@ class WorkerActor:
         self._clear_up()
 
     def _clear_up(self) -> None:
-        """Removes the placement group once all workers have ended, unless the coordinator does so first."""
         while not all(_is_over(name) for name in ray.util.list_named_actors()):
             time.sleep(_LOOK_S)
         ray.util.remove_placement_group(ray.util.get_placement_group(PLACEMENT))

@@ -1,4 +1,5 @@
-"""The Ray cluster to use. A given one is checked before it gets any secret. One started here has its own token."""
+"""The Ray cluster to use. An existing cluster is checked before it receives any secret. A cluster that is started here
+gets its own token."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ _INSTALL = "launcher ray needs Ray: pip install 'llamaclust[ray]'"
 
 
 def import_ray(*, authenticated: bool) -> Any:
-    """Imports Ray. `authenticated` switches tokens on. Raises UsageError if Ray is not installed."""
+    """Imports Ray. `authenticated` enables its tokens. Raises UsageError if Ray is not installed."""
     if authenticated:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -44,8 +45,6 @@ def import_ray(*, authenticated: bool) -> Any:
 
 
 class RayCluster:
-    """The connection of this process to a Ray cluster. Its calls block."""
-
     def __init__(self, settings: Ray, namespace: str, folder: Path) -> None:
         self._settings = settings
         self._namespace = namespace
@@ -54,7 +53,8 @@ class RayCluster:
         self._ray: Any = None
 
     def open(self, workers: Sequence[WorkerSettings]) -> Any:
-        """Connects. Raises UsageError if the cluster must not be used, or LlamaclustError if none answers."""
+        """Connects to the cluster. Raises UsageError if the cluster must not be used, LlamaclustError if none
+        answers."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)
@@ -72,7 +72,7 @@ class RayCluster:
             shutil.rmtree(self._own, ignore_errors=True)
 
     def _start(self, workers: Sequence[WorkerSettings]) -> None:
-        """Starts a cluster on this machine in a private folder, so that no other program finds it."""
+        """Starts a cluster on this machine in a private folder, so that no other program finds the cluster."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         token = self._folder / "token"
         write_private(token, secrets.token_urlsafe(32))
@@ -116,7 +116,7 @@ def _address(given: str) -> str | None:
 
 
 def _check(address: str, settings: Ray) -> None:
-    """Probes the head node without a token and with it, since Ray reports a failed connection only after minutes."""
+    """Probes the head node without a token and with one, because Ray takes minutes to report a failed connection."""
     open_to_all = _probe(address, None)
     if open_to_all and not settings.allow_unauthenticated:
         why = "requires no token, so any client can run programs on it and read this cluster's secrets"

@@ -18,15 +18,15 @@ _READY_S = 0.05
 
 class RayWorkers:
     def __init__(self, library: Any, cluster: str) -> None:
-        """Takes `cluster`, the cluster's id in certificates, by which its own actors are recognized."""
+        """Makes the group. `cluster`: the cluster's id in certificates, which identifies its actors."""
         self._ray = library
         self._cluster = cluster
         self._group: Any = None
         self.actors: dict[str, Any] = {}
 
     def take_back(self, wanted: Sequence[Any]) -> bool:
-        """Takes over the actors of an earlier coordinator and returns True, if they are the wanted ones. Removes them
-        if not. Raises UsageError if they belong to another cluster."""
+        """Takes over the actors of an earlier coordinator and returns True if they are the wanted ones. Otherwise
+        removes them. Raises UsageError if they belong to another cluster."""
         names = self._names()
         found = {name: self._request(name, "given") for name in names}
         if any(given is not None and given.cluster != self._cluster for given in found.values()):
@@ -41,7 +41,7 @@ class RayWorkers:
         return False
 
     def reserve(self, workers: Sequence[WorkerSettings], strategy: str) -> None:
-        """Requests room for each worker. `is_ready` tells when there is room for all."""
+        """Requests a place for each worker. `is_ready` becomes True when there are places for all."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
         bundles = [resources(worker) for worker in workers]
@@ -56,7 +56,8 @@ class RayWorkers:
         return free
 
     def make(self, wanted: Sequence[Any]) -> None:
-        """Makes an actor in each reserved place. Ray starts it, and starts it elsewhere if its node is lost."""
+        """Makes an actor in each reserved place. Ray starts the actor, and restarts it elsewhere if its node is
+        lost."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         from llamaclust.cluster.launchers.ray_actor import CONCURRENCY, WorkerActor
@@ -84,7 +85,8 @@ class RayWorkers:
         self._ray.kill(self.actors[name])
 
     def remove(self) -> None:
-        """Removes all actors and their group, and waits until they are gone. Raises LlamaclustError if they stay."""
+        """Removes all actors and their placement group. Returns when they are gone, or raises LlamaclustError if they
+        stay."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
         with suppress(ValueError):  # there is none of that name

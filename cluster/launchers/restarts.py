@@ -13,7 +13,8 @@ from llamaclust.core.backoff import Backoff
 
 @dataclass(frozen=True, slots=True)
 class RestartLimits:
-    """The limits of a worker's restarts within `within_s` seconds. The first is immediate, later ones back off."""
+    """Limits of a worker's restarts within `within_s` seconds. The first restart is immediate, later ones come after
+    growing pauses."""
 
     most: int = 6
     within_s: float = 60.0
@@ -21,7 +22,7 @@ class RestartLimits:
 
 
 class RestartPolicy:
-    """Decides when a launcher's workers are restarted. The launcher starts them (see `Launcher.restarting`)."""
+    """Decides when ended workers are restarted. The launcher itself restarts them (see `Launcher.restarting`)."""
 
     def __init__(self) -> None:
         self.limits = RestartLimits()
@@ -35,7 +36,7 @@ class RestartPolicy:
 
     @contextmanager
     def on(self, gave_up: GaveUp) -> Iterator[None]:
-        """Allows restarts while the context is open. A worker that ends too often is given up."""
+        """Allows restarts while the context is open. A worker that ends too often is not restarted again."""
         self._gave_up = gave_up
         self._begun.set()
         try:
@@ -56,7 +57,8 @@ class RestartPolicy:
         self._starts_s.clear()
 
     async def may_restart(self, name: str, how: str) -> bool:
-        """Waits until restarts are on and the worker's backoff is over. False if it must not be restarted."""
+        """Waits until restarts are allowed and the worker's pause is over. Returns False if the worker must not be
+        restarted."""
         await self._begun.wait()
         now_s, limits = asyncio.get_running_loop().time(), self.limits
         starts_s = [start_s for start_s in self._starts_s.get(name, ()) if start_s > now_s - limits.within_s]

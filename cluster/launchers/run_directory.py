@@ -39,11 +39,9 @@ class RunDirectory:
 
 @contextmanager
 def run_directory(parent: Path) -> Iterator[RunDirectory]:
-    """Makes a run directory in `parent`, or in the temporary directory with a link in `parent` if paths were too long.
-
-    Removes what a killed cluster has left there: the caller must hold the lock on `parent`. Raises UsageError if
-    another file is in the way.
-    """
+    """Makes a run directory in `parent`. If paths would be too long, makes it in the temporary directory, with a link
+    in `parent`. Removes the run directory of a killed cluster, so the caller must hold the lock on `parent`. Raises
+    UsageError if another file is in the way."""
     path = place = parent / "run"
     _clear(place)
     if os.path.lexists(place):
@@ -69,7 +67,6 @@ def _new_token(path: Path) -> ClusterToken:
 
 
 def _clear(place: Path) -> None:
-    """Removes a run directory, or a link to one together with the directory that it names."""
     if not place.is_symlink():
         if place.is_dir():  # a pipe would be opened, and waited for
             shutil.rmtree(place, ignore_errors=True)

@@ -33,10 +33,10 @@ INSECURE = (
 
 
 class StaticLauncher(Launcher):
-    """Starts no process: serves the enrolment port, and prints the commands for other machines."""
+    """Starts no process. Serves the enrolment port, and prints the commands for other machines."""
 
     def __init__(self, config: ClusterConfig, folder: ClusterDir, report: Report) -> None:
-        """Makes the cluster's certificate authority if there is none yet. Raises the errors of `Authority.open`."""
+        """Makes the cluster's certificate authority if there is none. Raises the errors of `Authority.open`."""
         self.authority: Authority | None = None
         self.credentials: Identity | Insecure = Insecure()
         self.listen = config.join.listen
@@ -74,7 +74,7 @@ class StaticLauncher(Launcher):
         return address
 
     async def stop(self) -> None:
-        """Closes the enrolment port. Workers know that the cluster ends; whoever started them ends them."""
+        """Closes the enrolment port. Workers learn that the cluster ends; whoever started them has to end them."""
         await self._ends.aclose()
 
     def restarting(self, gave_up: GaveUp) -> contextlib.AbstractContextManager[None]:
@@ -103,7 +103,7 @@ class StaticLauncher(Launcher):
 
     @property
     def awaited(self) -> Awaited:
-        """The workers that a start waits for. If the cluster file names none, they are those of its plan."""
+        """The workers that a start waits for. If the cluster file names no workers, those of its plan."""
         config = self._config
         planned = dict.fromkeys(name for entry in config.plan or () for name in entry.names)
         names = tuple(planned) if self._names is None else tuple(self._names)
@@ -111,11 +111,11 @@ class StaticLauncher(Launcher):
 
     @property
     def _grace_s(self) -> float:
-        """The time in which a worker notices a restart of its coordinator, and joins again."""
+        """The seconds in which a worker notices a restart of its coordinator and joins again."""
         return 2 * self._config.timeouts.worker
 
     def _instructions(self, listen: str) -> list[str]:
-        """Returns the commands for other machines. They name a file that has the secret."""
+        """Returns the commands for other machines. The commands name a file that has the secret."""
         host, port = split_address(listen)
         hosts = one_of_each_interface()[:_MOST_HOSTS] if host in ANYWHERE else [host]
         addresses = self._config.join.addresses or [joined_address(each, port) for each in hosts or [host]]
@@ -156,7 +156,6 @@ class RestartingLauncher(StaticLauncher):
 
 
 async def keep_renewed(authority: Authority, identity: Identity) -> None:
-    """Renews the coordinator's own certificate for as long as the cluster lives."""
     while True:
         await until_renewal(identity)
         identity.pair = authority.new_pair(COORDINATOR)

@@ -1,4 +1,4 @@
-"""The process of a worker: its command line, input and environment, and a description of its end."""
+"""The process of a worker: its command line, standard input, environment, and a description of its end."""
 
 from __future__ import annotations
 
@@ -15,17 +15,15 @@ _INHERITED_PREFIXES = ("LC_", "PYTHON", "GRPC_", "CUDA_", "CUPY_", "NVIDIA_", "A
 
 
 def worker_command(settings: WorkerSettings) -> list[str]:
-    """Returns a worker's command line; the worker reads `worker_input` from standard input."""
     return [sys.executable, "-P", "-m", "llamaclust.worker", "--name", settings.name]
 
 
 def worker_input(settings: WorkerSettings) -> bytes:
-    """Returns a worker's settings as JSON. The worker ends when this process ends."""
     return replace(settings, parent_pid=os.getpid()).to_json().encode()
 
 
 def worker_environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Returns the environment variables that a worker inherits, without any that may hold a secret."""
+    """Returns the environment variables that a worker inherits. None of them can hold a secret."""
     inherited = {
         name: value for name, value in variables.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
     }

@@ -13,12 +13,11 @@ from llamaclust.worker.settings import WorkerSettings
 
 _SETTINGS = {field.name.removesuffix("_bytes"): field.name for field in fields(WorkerSettings)}
 _KEYS = {key: _SETTINGS[key] for key in WorkerConfig.model_fields if key in _SETTINGS}
-"""The settings that a worker takes from the cluster file, by their keys there. Names of sizes end in `_bytes`."""
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:
     """Returns each worker's number of threads. Workers without a number in the cluster file share the physical cores of
-    this machine or of their NUMA node. Raises UsageError if a node is missing."""
+    this machine, or of their NUMA node. Raises UsageError if a node is missing."""
     cores, nodes = read_cores(), numa_nodes(config)
     sharers = Counter(nodes.values())
     found = {}
@@ -31,8 +30,8 @@ def thread_shares(config: ClusterConfig) -> dict[str, int]:
 
 
 def numa_nodes(config: ClusterConfig) -> dict[str, int | None]:
-    """Returns the NUMA node of each worker. Local workers are divided evenly over this machine's nodes, if their number
-    allows it and the cluster file names no nodes or threads."""
+    """Returns the NUMA node of each worker. If their number allows it, local workers are divided evenly over this
+    machine's nodes, unless the cluster file states nodes or threads."""
     workers, nodes = config.workers, read_cores().nodes
     free = all(worker.numa_node is None and worker.threads is None for worker in workers)
     if not config.launcher_facts.is_local or len(nodes) == 1 or len(workers) % len(nodes) or not free:

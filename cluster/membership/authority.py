@@ -1,4 +1,5 @@
-"""A cluster's certificate authority, made at the first start and kept in the state directory. It signs for a day."""
+"""A cluster's certificate authority, made at the first start and kept in the state directory. Its certificates are
+valid for a day."""
 
 from __future__ import annotations
 
@@ -25,12 +26,12 @@ from llamaclust.wire.security.credentials import COORDINATOR, MAX_SKEW_S, Identi
 from llamaclust.wire.security.token import JoinToken
 
 LIFE = timedelta(hours=24)
-"""The life of certificates of workers and of the coordinator. They are renewed after two thirds of it."""
+"""The validity of certificates of workers and of the coordinator. They are renewed after two thirds of it."""
 _MOST_BYTES = 1 << 20
 _CA_LIFE = timedelta(days=3650)
 _SKEW = timedelta(seconds=MAX_SKEW_S)
 _CA_BEGIN = datetime(2020, 1, 1, tzinfo=UTC)
-"""The begin of a CA's validity, before any clock that is set: a CA made while a clock was ahead stays valid."""
+"""The begin of a CA's validity. It lies far in the past, so that a CA made while a clock was ahead is valid at once."""
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +41,8 @@ _BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
 
 def trust_folder(cluster: Path) -> Path:
-    """Returns the folder of a static cluster's authority if the cluster file names none: the cluster's own folder if
-    it exists, else one that all static clusters of the state directory share, so that workers need one token."""
+    """Returns the folder of a static cluster's authority if the cluster file names none: the cluster's own folder if it
+    exists, otherwise one that all static clusters of the state directory share, so that workers need a single token."""
     own = cluster / "trust"
     return own if own.exists() else cluster.parent / _SHARED
 
@@ -55,8 +56,8 @@ class Authority:
 
     @classmethod
     def open(cls, folder: Path) -> Authority:
-        """Opens the authority in `folder`, or makes one there. Raises UsageError if it is damaged or others may read
-        it, LlamaclustError if it cannot be written."""
+        """Opens the authority in `folder`, or makes one there. Raises UsageError if it is damaged or readable by
+        others, LlamaclustError if it cannot be written."""
         try:
             if not folder.exists():
                 _create(folder)
@@ -84,7 +85,8 @@ class Authority:
 
     @property
     def token(self) -> JoinToken:
-        """The token in its file, which may have been rotated. If it is unreadable, the last token that was read."""
+        """The token in its file, which may have been rotated. If the file is unreadable, the last token that was
+        read."""
         try:
             self._token = self._read_token()
         except UsageError as error:
@@ -92,7 +94,7 @@ class Authority:
         return self._token
 
     def rotate_token(self) -> None:
-        """Replaces the token. The old token enrols no more workers; members stay."""
+        """Replaces the token. The old token enrols no more workers, but members stay."""
         write_private(self.token_file, JoinToken.create(self._token.ca_hash).text + "\n")
 
     @property
@@ -104,7 +106,7 @@ class Authority:
         return cluster_id(self._token.ca_hash)
 
     def identity(self, principal: Principal = COORDINATOR, life: timedelta = LIFE) -> Identity:
-        """Makes an identity with a new key, which is not written to disk."""
+        """Makes an identity with a new key, which is never written to disk."""
         ca = self._certificate.public_bytes(Encoding.PEM)
         return Identity(ca, self.cluster, principal, self.new_pair(principal, life))
 
@@ -181,7 +183,8 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 
 def _create(folder: Path) -> None:
-    """Creates the folder atomically: an interrupted start leaves no part of it, and of two starts one makes it."""
+    """Creates the folder atomically. An interrupted start leaves no part of it, and of two concurrent starts one makes
+    it."""
     key, certificate = new_ca()
     token = JoinToken.create(ca_hash(certificate.public_bytes(Encoding.DER)))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +203,6 @@ def _create(folder: Path) -> None:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Locks the folder against other processes that create something in it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -24,13 +24,13 @@ from llamaclust.wire.security.credentials import Identity, Principal
 from llamaclust.wire.security.server_context import server_context
 
 MAX_CONNECTIONS = 64
-"""The most connections at once; further ones are closed immediately."""
+"""The most open connections. Further connections are closed immediately."""
 MAX_OF_HOST = 32
-"""The most connections of one address, so that it cannot keep other addresses out."""
+"""The most open connections of one address, so that one address cannot keep others out."""
 _HANDSHAKE_S = 5.0
 _EXCHANGE_S = 10.0
 _REST_S = 0.2
-"""The pause after the system could not accept a connection."""
+"""The pause in seconds after the system could not accept a connection."""
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +40,7 @@ class EnrolmentServer:
     def __init__(
         self, listen: str, authority: Authority, identity: Identity, refusal: RefusalReason | None, port: int
     ) -> None:
-        """Takes the coordinator's `identity` and the `port` of the Coordinator service."""
+        """Makes the server. `identity`: the coordinator's. `port`: the port of the Coordinator service."""
         self._listen = listen
         self._authority = authority
         self._identity = identity
@@ -132,7 +132,7 @@ class EnrolmentServer:
         return protocol.Grant(certificate, self._port).proven(token, challenge, request)
 
     def _context(self) -> ssl.SSLContext:
-        """Returns a TLS context with the present certificate. A renewed certificate gets a new context."""
+        """Returns a TLS context with the present certificate. Makes a new context after each renewal."""
         pair = self._identity.pair
         if self._tls is None or self._tls[0] != pair.certificate:
             context = server_context(pair.private_key + pair.certificate, ssl.TLSVersion.TLSv1_3)

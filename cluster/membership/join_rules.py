@@ -20,9 +20,7 @@ from llamaclust.wire.security.credentials import Credentials, Principal, check_a
 HANDSHAKE_S = 10.0
 
 RefusalReason = Callable[[str], str | None]
-"""A function that returns why a worker of this name is refused; None if it is not."""
 Certify = Callable[[bytes, Principal], bytes]
-"""A function that certifies a principal's certificate request (DER), or raises ProtocolError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,8 @@ class JoinSettings:
 
 
 class JoinRules:
-    """The rules of one cluster. Its members decide which versions new workers need. `credentials`: the cluster's."""
+    """The rules of one cluster. Its members decide which version new workers need. `credentials`: those of the
+    cluster."""
 
     def __init__(self, members: Members, settings: JoinSettings, credentials: Credentials) -> None:
         self._members = members
@@ -44,7 +43,8 @@ class JoinRules:
         self._credentials = credentials
 
     async def refusal(self, register: Register, peer: Principal | None) -> str | None:
-        """Returns why a worker is refused; None if not. A member of the same name is probed first: it may hang."""
+        """Returns why a worker is refused; None if it is not. First probes a member of the same name, which may be
+        hanging."""
         if mismatch := self._mismatch(register, peer):
             return mismatch
         if duplicate := self._duplicate(register):
@@ -91,7 +91,7 @@ class JoinRules:
                 await member.is_responsive()
 
     def _numerics_version(self, register: Register) -> int:
-        """Returns the version that a worker needs: the first member's or, without members, this program's."""
+        """Returns the numerics version that a worker needs: that of the first member, otherwise this program's."""
         members = (handle.registration.numerics_version for handle in self._members.present.values())
         return next(members, 0 if register.device == "reference" else NUMERICS_VERSION)
 

@@ -30,8 +30,8 @@ _OF_ERRORS = "EFC"
 
 def last_error(log: Path, start: int = 0) -> str:
     """Returns the last line about trouble: a warning or an error of the worker, an error of a library, or the end of a
-    traceback. Reads from byte `start`; a log that is shorter by now was emptied since, and is read from its beginning.
-    Returns an empty text if there is no such line."""
+    traceback. Reads from byte `start`, or from the beginning if the log is shorter and thus was emptied. Returns an
+    empty text if there is no such line."""
     try:
         with open_regular(log) as file:
             size = os.fstat(file.fileno()).st_size
@@ -44,7 +44,6 @@ def last_error(log: Path, start: int = 0) -> str:
 
 
 def _trouble(text: str) -> str:
-    """Returns the message of a line about trouble, else an empty text. Unindented lines that no logger wrote count."""
     record = read_line(text)
     if record is not None:
         level, message = record
@@ -55,7 +54,6 @@ def _trouble(text: str) -> str:
 
 
 def _without_warnings(lines: list[str]) -> Iterator[str]:
-    """Yields all lines except Python's warnings, which have a place, perhaps more text, and a line of source."""
     at = 0
     while at < len(lines):
         if _PYTHON_WARNING.match(lines[at]):
@@ -66,7 +64,6 @@ def _without_warnings(lines: list[str]) -> Iterator[str]:
 
 
 def _end_of_warning(lines: list[str], start: int) -> int:
-    """Returns the index after a warning: after its indented line of source or, without one, after its first line."""
     for at in range(start + 1, min(start + 1 + _MOST_WARNING_LINES, len(lines))):
         if lines[at].startswith((" ", "\t")):
             return at + 1

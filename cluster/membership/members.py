@@ -1,4 +1,4 @@
-"""The workers of a cluster: those that are present, and those that are lost, with the reason."""
+"""The workers of a cluster: present workers, and lost workers with the reason of their loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
 
 _EXIT_REPORT_S = 0.5
-"""The wait for the launcher's report that a process ended, which comes a moment after its stream breaks."""
+"""The seconds to wait for the launcher's report that a process ended, which comes shortly after the process's stream
+breaks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +32,12 @@ class MemberLost:
 
 @dataclass(frozen=True, slots=True)
 class PeerReported:
-    """A member's report that it cannot reach another member."""
-
     worker: WorkerHandle
     report: PeerUnreachable
 
 
 @dataclass(frozen=True, slots=True)
 class HeartbeatReceived:
-    """A member's heartbeat; `worker.heartbeat` has its progress."""
-
     worker: WorkerHandle
 
 
@@ -48,10 +45,9 @@ MembershipEvent = MemberJoined | MemberLost | PeerReported | HeartbeatReceived
 
 
 class Members:
-    """The workers by name. A lost worker stays until another one of its name joins."""
+    """The workers by name. A lost worker stays until another worker of its name joins."""
 
     def __init__(self, read_last_error: Callable[[str], str]) -> None:
-        """Takes a function that returns the last error in the log of the worker of a name."""
         self.read_last_error = read_last_error
         self.joins: dict[str, int] = {}
         self._workers: dict[str, WorkerHandle] = {}
@@ -78,11 +74,11 @@ class Members:
             subscriber(event)
 
     async def changed(self) -> None:
-        """Returns at the next join or loss. The caller sets a deadline."""
         await self._changed.wait()
 
     async def wait_for(self, names: Collection[str], deadline_s: float) -> None:
-        """Returns when all have joined. Raises DeadlineError with missing names, WorkerError if a process ended."""
+        """Returns when all named workers have joined. Raises DeadlineError with the missing names, WorkerError if the
+        process of one ended."""
         missing = sorted(names)
         try:
             async with deadline("workers joining", deadline_s):
@@ -114,21 +110,23 @@ class Members:
         self._exits.pop(handle.name, None)
 
     def announce(self, handle: WorkerHandle) -> None:
-        """Publishes the join of a worker that has received its admission, unless it is lost meanwhile."""
+        """Publishes the join of a worker that has received its admission. Does nothing if the worker is already
+        lost."""
         if handle.loss is not None:
             return
         self._set_changed()
         self.publish(MemberJoined(handle))
 
     def fence(self, handle: WorkerHandle, reason: str) -> None:
-        """Counts a worker as lost and ignores its messages, although its process may live on."""
+        """Counts a worker as lost and ignores its messages, although its process may still run."""
         if not handle.state.is_gone:
             handle.lose(reason)
             self._set_changed()
             self.publish(MemberLost(handle))
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
-        """Counts a disconnected worker as lost. If the launcher reports its exit in time, that is the reason."""
+        """Counts a disconnected worker as lost. If the launcher reports in time how its process ended, that is the
+        reason."""
         self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:

@@ -25,13 +25,13 @@ from llamaclust.worker.weights.giver import WeightGiver
 _LISTEN_S = 0.1
 _GOODBYE_S = 0.5
 _LOOK_S = 1.0
-"""The pause between two reads of the record on disk."""
+"""The seconds between two reads of the record on disk."""
 
 _log = logging.getLogger(__name__)
 
 
 class Registry(Members):
-    """The members and the Coordinator service, which runs while the registry is entered."""
+    """The members, and the Coordinator service, which runs while this context manager is entered."""
 
     def __init__(
         self,
@@ -67,8 +67,8 @@ class Registry(Members):
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        """Ends the workers, unless another coordinator has or gets them. If some were late, all stay for the next
-        start."""
+        """Ends the workers, unless they belong to another coordinator now or were left to the next one. If some were
+        late, all stay for the next start."""
         is_late = any(isinstance(part, DeadlineError) for part in error)
         present = [] if self._superseded.done() or self._is_left or is_late else list(self.present.values())
         for handle in present:
@@ -103,7 +103,7 @@ class Registry(Members):
 
     async def _newer_coordinator(self, register: Register) -> str | None:
         """Returns a refusal if the worker has seen a newer coordinator. This cluster ends only if the newer term is
-        signed and the worker held its layers, so that no member's word alone ends a cluster."""
+        signed and the worker held its layers, because no member's word alone may end a cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
             here = f"this is one of {self._settings.cluster!r}"
@@ -137,7 +137,7 @@ class Registry(Members):
         await self._superseded
 
     def leave_workers(self) -> None:
-        """Keeps the workers running at the end, for the next coordinator."""
+        """Leaves the workers running at the end, for the next coordinator."""
         self._is_left = True
 
     async def _serve(self, register: Register, stream: ServerStream) -> None:
@@ -161,7 +161,7 @@ class Registry(Members):
                 self.report_loss(handle, reason)
 
     async def _prove_term(self) -> None:
-        """Sends members the larger term with its proof, which they may have to show to another coordinator."""
+        """Sends members the larger term with its proof. They may have to show the proof to another coordinator."""
         with contextlib.suppress(DeadlineError):
             async with deadline("proving a term", HANDSHAKE_S):
                 sends = (handle.channel.send(self._admitted()) for handle in self.present.values())
@@ -208,7 +208,6 @@ class Registry(Members):
             return messages.RenewalFailed(messages.Failure(ProtocolError.__name__, str(error)))
 
     async def _has_message(self, reading: asyncio.Task[bytes | None], lost: asyncio.Task[bool]) -> bool:
-        """Returns False after the heartbeat timeout, if this loop had time to read: messages wait while it is busy."""
         tasks = (reading, lost)
         done, _ = await asyncio.wait(
             tasks, timeout=self._settings.heartbeat_timeout_s, return_when=asyncio.FIRST_COMPLETED
@@ -222,7 +221,7 @@ class Registry(Members):
 
 
 def _serial_sender(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:
-    """Returns a function that sends one message at a time, as gRPC requires."""
+    """Returns a function that sends messages one after another, as gRPC requires."""
     writing = asyncio.Lock()
 
     async def write(message: CoordinatorMessage) -> None:

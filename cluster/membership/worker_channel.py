@@ -33,13 +33,11 @@ Send = Callable[[CoordinatorMessage], Awaitable[None]]
 Progress = LoadProgress | FindWeightsProgress
 OnProgress = Callable[[Any], None] | None
 Key = str | int
-"""The key of an answer: the name of an epoch's order, or the id of a request."""
 Request = Callable[[deadline], Awaitable[Any]]
-"""A function that waits for an answer within a deadline."""
 
 
 class ProgressDeadline:
-    """A deadline that each progress report extends. Its error states the worker's progress."""
+    """A deadline that each progress report extends. Its error states the progress of the worker."""
 
     def __init__(self, what: str, timeout_s: float) -> None:
         self._what = what
@@ -78,7 +76,8 @@ class WorkerChannel:
         return self._locks.setdefault(what, asyncio.Lock())
 
     async def request(self, request: WorkerRequest, limit: deadline) -> Any:
-        """Returns the answer. Raises the worker's own error, WorkerError if it is lost, and the error of `limit`."""
+        """Returns the answer. Raises the worker's own error, WorkerError if the worker is lost, and the error of
+        `limit`."""
         request_id = next(self._ids)
         self._expected[request_id] = _ANSWERS[type(request)]
         try:
@@ -113,7 +112,7 @@ class WorkerChannel:
     async def with_progress(
         self, kind: type[Progress], request: Request, limit: ProgressDeadline, on_progress: OnProgress
     ) -> Any:
-        """Returns the answer to a request. Progress messages of type `kind` extend its limit."""
+        """Returns the answer to a request. Each progress message of type `kind` extends its deadline."""
 
         def observe(progress: Progress) -> None:
             limit.report(progress.done_bytes, progress.total_bytes)

@@ -34,7 +34,7 @@ from llamaclust.wire.security.credentials import Credentials
 from llamaclust.wire.security.permits import permit
 
 PROGRESS_TIMEOUT_S = 60.0
-"""The time without progress after which a load counts as hanging."""
+"""The seconds without progress after which a load counts as hanging."""
 _UNLOAD_S = 60.0
 _REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
     kind.__name__: kind
@@ -49,7 +49,7 @@ _REPORTED: dict[str, Callable[[str], LlamaclustError]] = {
         LoadCancelledError,
     )
 }
-"""Errors that a worker may report, by name. All others become WorkerError."""
+"""Errors that a worker may report, by name. An error with another name becomes WorkerError."""
 _loss_numbers = count()
 
 
@@ -67,7 +67,8 @@ class WorkerState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """The loss of a worker. `number`: its place in the order of losses. `last_error`: from the worker's log, if any."""
+    """The loss of a worker. `number`: its position in the order of losses. `last_error`: the last error in the worker's
+    log, if any."""
 
     reason: str
     number: int
@@ -79,14 +80,14 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class FreshMemory:
-    """Free memory of a worker without stages. It is newer than that in the registration."""
+    """Free memory of a worker without stages, newer than the value in its registration."""
 
     free_bytes: int
     gpus: tuple[Gpu, ...]
 
 
 class UnreachablePeer:
-    """The first report of an epoch's stage that it cannot reach another worker."""
+    """The first report of a stage that it cannot reach another worker. It is kept for each epoch."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()
@@ -98,7 +99,7 @@ class UnreachablePeer:
 
 
 class GroupFaults:
-    """The first report of a group's member that it gives up the epoch."""
+    """The first report of a group member that it gives up the epoch."""
 
     def __init__(self) -> None:
         self.reported = asyncio.Event()
@@ -110,7 +111,8 @@ class GroupFaults:
 
 
 class WorkerHandle:
-    """One member. `lost` is set, and `loss` has the reason, if the worker is lost; the cluster's end is no loss."""
+    """One member. If the worker is lost, `lost` is set and `loss` has the reason. The end of the cluster is not a
+    loss."""
 
     def __init__(
         self,
@@ -138,7 +140,6 @@ class WorkerHandle:
         self._faults: dict[int, GroupFaults] = {}  # by epoch
 
     def forget_files(self) -> None:
-        """Forgets which files the worker has, because they may have changed."""
         self.weights_found = {key: found for key, found in self.weights_found.items() if not found.has_file}
 
     @property
@@ -184,7 +185,8 @@ class WorkerHandle:
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
 
     def order_of(self, model_id: str) -> Load | None:
-        """Returns the order of the worker's newest stage of a model, loaded or loading; None if the worker is gone."""
+        """Returns the order of the worker's newest stage of a model, whether loaded or loading; None if the worker is
+        gone."""
         if self.state.is_gone:
             return None
         if self.loading is not None and self.loading.model_id == model_id:
@@ -235,7 +237,7 @@ class WorkerHandle:
         return self._faults.setdefault(epoch, GroupFaults())
 
     async def is_responsive(self) -> bool:
-        """Returns True at the worker's next message, False if the worker is lost before."""
+        """Returns True at the worker's next message, False if the worker is lost first."""
         signs = [asyncio.create_task(sign.wait()) for sign in (self._message, self.lost)]
         try:
             await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
@@ -250,7 +252,8 @@ class WorkerHandle:
         on_progress: Callable[[LoadProgress], None] | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> Loaded:
-        """Loads a stage. Raises the worker's own error, WorkerError if it is lost, StalledError without progress."""
+        """Loads a stage. Raises the worker's own error, WorkerError if the worker is lost, StalledError without
+        progress."""
         assert self.loading is None, "one load at a time"
         what = f"worker {self.name} gets no further with layers [{order.start}, {order.end})"
         request = partial(self.channel.order, f"load of epoch {epoch_text(order.epoch)}", order)
@@ -271,13 +274,13 @@ class WorkerHandle:
         return loaded
 
     def cancel_load(self, model_id: str) -> None:
-        """Makes a model's load in progress fail with LoadCancelledError. `load` then unloads the stage."""
         if self.loading is not None and self.loading.model_id == model_id:
             error = LoadCancelledError(f"worker {self.name}: its load is not needed any more")
             self.channel.answer(f"load of epoch {epoch_text(self.loading.epoch)}", error)
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
-        """Frees the stage of an epoch. Raises the worker's own error, WorkerError if it is lost, DeadlineError."""
+        """Frees the stage of an epoch. Raises the worker's own error, WorkerError if the worker is lost,
+        DeadlineError."""
         what = f"unload of epoch {epoch_text(epoch)}"
         await self.channel.order(what, messages.Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self._forget(epoch)
@@ -288,7 +291,7 @@ class WorkerHandle:
         self._faults.pop(epoch, None)
 
     def receive(self, message: messages.WorkerMessage) -> None:
-        """Processes a message. Raises ProtocolError for one that must not follow the registration."""
+        """Processes a message. Raises ProtocolError for a message that may not follow the registration."""
         self._message.set()
         self._message = asyncio.Event()
         match message:
@@ -329,7 +332,6 @@ class WorkerHandle:
                 )
 
     def _check_fault(self, fault: GroupFault) -> None:
-        """Raises ProtocolError for a fault outside the worker's group, or of kind "failed" about another member."""
         group = self.stages[fault.epoch][0].group
         members = () if group is None else tuple(member.worker for member in group.members)
         if fault.worker not in members or (fault.kind == "failed" and fault.worker != self.name):
@@ -337,7 +339,7 @@ class WorkerHandle:
             raise ProtocolError(f"worker {self.name}, {whose}, reports worker {fault.worker} as {fault.kind}")
 
     def lose(self, reason: str) -> None:
-        """Marks the worker as lost and fails every pending request. The first reason stays."""
+        """Marks the worker as lost and fails every pending request. Only the first call has an effect."""
         if self.loss is not None or self.left:
             return
         last_error = self._read_last_error() or (self.heartbeat.last_error if self.heartbeat else "")

@@ -1,4 +1,4 @@
-"""Requests to a worker that are no loads: profiles, probes, logs, weights, adapters, free memory."""
+"""Requests to a worker other than loads: profiles, probes, logs, weights, adapters, free memory."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from llamaclust.wire.control.weights import (
 from llamaclust.wire.rpc.deadlines import deadline
 
 _PROFILE_S = 300.0
-"""The limit of a measurement. It includes reading layers of a large model from a slow disk."""
+"""The seconds that a measurement may take, including reads of a large model's layers from a slow disk."""
 _LINK_S = 30.0
 _LOG_S = 5.0
 ADAPTERS_S = 600.0
-"""The limit of a change of adapters. It includes the load of an epoch meanwhile and fetching the adapters' weights."""
+"""The seconds that a change of adapters may take, including an epoch's load at the same time and fetching the adapters'
+weights."""
 _HEARTBEAT_S = 10.0
 
 
@@ -65,7 +66,8 @@ async def set_adapters(worker: WorkerHandle, epoch: int, adapters: tuple[Adapter
 
 
 async def probe(worker: WorkerHandle, other: WorkerHandle, deadline_s: float) -> str:
-    """Returns why the worker cannot reach another; empty if it can. Raises WorkerError if it is lost, DeadlineError."""
+    """Returns why the worker cannot reach another one; empty if it can. Raises WorkerError if the worker is lost,
+    DeadlineError."""
     what = f"way to {other.name}"
     async with worker.channel.one_at_a_time(what):
         limit = deadline(f"worker {worker.name}: the {what}", deadline_s)
@@ -83,8 +85,8 @@ async def log_tail(worker: WorkerHandle, deadline_s: float = _LOG_S) -> LogTail:
 
 
 async def refresh_memory(worker: WorkerHandle, held: Mapping[str, int]) -> None:
-    """Takes the worker's free memory from its next heartbeat, after a load that did not fit. The bytes that stages
-    of other models take, `held` by device, count as free. Raises DeadlineError."""
+    """Updates the worker's free memory from its next heartbeat, after a load that did not fit. The bytes of other
+    models' stages, `held` by device, count as free. Raises DeadlineError."""
     last = worker.heartbeat
     async with deadline(f"worker {worker.name}: a heartbeat", _HEARTBEAT_S):
         while worker.heartbeat is last and await worker.is_responsive():
@@ -100,8 +102,8 @@ async def find_weights(
     on_reading: Callable[[FindWeightsProgress], None] | None = None,
     progress_timeout_s: float = PROGRESS_TIMEOUT_S,
 ) -> WeightsFound:
-    """Returns what the worker has of a model's weights; answers are cached. `describe` adds the manifest, for which
-    the worker may read its file. Raises StalledError after `progress_timeout_s` without progress."""
+    """Returns which of a model's weights the worker has. Answers are cached. `describe` requests the manifest too, for
+    which the worker may read its file. Raises StalledError after `progress_timeout_s` without progress."""
     async with worker.channel.one_at_a_time("weights"):
         key = request.file_id, request.describe
         if key not in worker.weights_found:

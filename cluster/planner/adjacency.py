@@ -11,7 +11,7 @@ Pairs = frozenset[Pair]
 
 def violated_pair(stages: Sequence[Sequence[str]], partitions: Pairs) -> Pair | None:
     """Returns two neighbours that cannot reach each other, or None. Neighbours are the first workers of consecutive
-    stages, the first workers of the last and the first stage, and all members of a group."""
+    stages, the first workers of the last and the first stage, and any two members of a group."""
     leaders = [workers[0] for workers in stages]
     neighbours = [*zip(leaders, (leaders[-1:] + leaders), strict=False)]
     neighbours += [pair for workers in stages for pair in combinations(workers, 2)]

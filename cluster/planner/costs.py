@@ -1,5 +1,5 @@
-"""Costs of a stage on a worker: bytes of memory, and seconds. Seconds are from measured steps, or else from the
-roofline. They count the bytes that a step touches, which in a mixture of experts are fewer than those held."""
+"""Costs of a stage on a worker: bytes of memory, and seconds. Seconds come from measured steps, otherwise from the
+roofline. They depend on the bytes that a step touches, which in a mixture of experts are fewer than the bytes held."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _Compute = Callable[[DeviceProfile, str, int, bool], Table]
 
 
 EXCHANGE_S = 50e-6
-"""The time of two waits for a GPU and two copies. It is assumed, not measured."""
+"""The seconds for two waits for a GPU and two copies, assumed and not measured."""
 EXCHANGE_BYTE_S = 1 / 12e9
-"""The time of a byte over PCIe 3.0 with 16 lanes. It is assumed, not measured."""
+"""The seconds per byte over PCIe 3.0 with 16 lanes, assumed and not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ class WorkerFacts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StageCosts:
-    """Sums over layers [start, end) of a model, including the embedding in the first stage and the head in the last
-    one. Tables and counts are [layers + 1, layers + 1], by start and end. Values with end <= start are meaningless."""
+    """Sums over layers [start, end) of a model. The first stage includes the embedding, the last one the head. Tables
+    and counts are [layers + 1, layers + 1], by start and end. Values with end <= start are meaningless."""
 
     layers: int
     hidden_bytes: int  # bytes of a row between stages of whole layers
@@ -114,7 +114,8 @@ class StageCosts:
         return np.array([layer.expert_bytes > 0 for layer in self.model.layers], np.bool_)
 
     def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
-        """Returns the seconds of a step with one row of each sequence. `concurrent`: other stages compute as well."""
+        """Returns the seconds of a step with one row of each sequence. `concurrent`: other stages compute at the same
+        time."""
         return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
     def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
@@ -153,7 +154,7 @@ class StageCosts:
         return self._roofline_s(Roofline.of(profile, device, self.hidden_bytes, concurrent=concurrent), rows, 1)
 
     def experts_table(self, worker: WorkerFacts, rows: int, layers: Flags, *, concurrent: bool = False) -> Table:
-        """Returns by stage the seconds of the routers and experts of `layers` in a step of `rows` rows."""
+        """Returns for each stage the seconds of the routers and experts of `layers` in a step of `rows` rows."""
         profile = worker.profile
         assert profile is not None
         if times := profile.step_times(concurrent=concurrent):
@@ -163,7 +164,8 @@ class StageCosts:
         return _float_sums(np.where(layers, [roofline.experts_s(layer, rows) for layer in self.model.layers], 0.0))
 
     def exchange_table(self, rows: int, layers: Flags) -> Table:
-        """Returns by stage the seconds to move inputs and sums of mixtures in `layers` to another device and back."""
+        """Returns for each stage the seconds to move inputs and outputs of the mixtures in `layers` to another device
+        and back."""
         each_s = EXCHANGE_S + EXCHANGE_BYTE_S * 2 * rows * self.hidden_bytes
         seconds: Table = _float_sums((layers & self.mixtures).astype(np.float64)) * each_s
         return seconds
@@ -183,8 +185,8 @@ class StageCosts:
         return before - before[:, np.newaxis]
 
     def _prefilled(self, rows: int) -> Table:
-        """Returns the bytes that a prompt moves. In models with mixtures, dense layers count by their products: these
-        take a prompt's time, but the seconds of a byte were measured on mixtures."""
+        """Returns for each stage the bytes that a prompt's time is proportional to. In models with mixtures, dense
+        layers count by their products, because the seconds per byte were measured on mixtures."""
         mixtures = [layer for layer in self.model.layers if layer.idle_bytes]
         macs = sum(layer.macs_per_token for layer in mixtures)
         mac_bytes = sum(layer.moved_bytes(rows, 1) for layer in mixtures) / macs if macs else 0.0

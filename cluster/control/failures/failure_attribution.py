@@ -12,9 +12,10 @@ from llamaclust.core.errors import LlamaclustError, WorkerError
 from llamaclust.wire.control.groups import GroupFault
 
 _ATTRIBUTION_S = 1.0
-"""The wait for the loss of a worker, which becomes known later than the end of its streams."""
+"""The seconds to wait for the loss of a worker, which becomes known later than the end of its streams."""
 _REPORTS_S = 10.0
-"""The wait for further members' reports. Each reports at its next gather, and a single report may be wrong."""
+"""The seconds to wait for reports of further group members. Each member reports at its next gather. A single report may
+be wrong."""
 
 
 def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
@@ -24,7 +25,8 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
-    """Returns a lost worker: one that another stage could not reach, else the first one lost; None without a loss."""
+    """Returns a lost worker: preferably one that another stage could not reach, otherwise the one lost first. None
+    without a loss."""
     unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
     return min(
@@ -35,7 +37,7 @@ def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | No
 
 
 async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Returns when a worker is lost or a member of a group reports a failure, which need not end any stream."""
+    """Returns when a worker is lost or a group member reports a failure. Such a report need not end a stream."""
     signs: list[Awaitable[object]] = [worker.lost.wait() for worker in workers]
     for members in groups_of(epoch, workers):
         signs += [member.group_faults(epoch).reported.wait() for member in members]
@@ -51,8 +53,8 @@ async def has_failed(epoch: int, workers: Sequence[WorkerHandle]) -> None:
 async def attribute_failure(
     epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
 ) -> LlamaclustError:
-    """Returns the error of a lost worker if a loss becomes known within a moment, else the fault that members of a
-    group report, else an error that quotes `ended`."""
+    """Returns the error of a lost worker if a loss becomes known within a second. Otherwise returns the fault that
+    group members report, or else an error that quotes `ended`."""
     signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
     signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
     signs += [asyncio.create_task(_can_be_judged(epoch, group)) for group in groups_of(epoch, workers)]
@@ -107,8 +109,6 @@ def _is_among(name: str | None, members: Sequence[WorkerHandle]) -> bool:
 
 
 async def _can_be_judged(epoch: int, members: Sequence[WorkerHandle]) -> bool:
-    """Returns once a group's reports can be judged: when a member reports its own failure, or when each member has
-    reported, is accused of being late, or cannot reach a peer."""
     waiting = {asyncio.create_task(member.group_faults(epoch).reported.wait()) for member in members}
     names = {member.name for member in members}
     try:
@@ -126,7 +126,6 @@ async def _can_be_judged(epoch: int, members: Sequence[WorkerHandle]) -> bool:
 
 
 async def _is_partitioned(epoch: int, worker: WorkerHandle, workers: Sequence[WorkerHandle]) -> bool:
-    """Returns True once the worker has reported a peer as unreachable; False if that peer itself does not respond."""
     unreachable = worker.unreachable_peer(epoch)
     await unreachable.reported.wait()
     peer = next((peer for peer in workers if peer.name == unreachable.name), None)

@@ -1,4 +1,4 @@
-"""Finds results that are overdue although all workers send heartbeats: which stage owes one, and for how long."""
+"""Finds overdue results of workers that still send heartbeats: which stage owes the result, and for how long."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from llamaclust.wire.control.messages import StageProgress
 
 _LOOK_S = 1.0
-"""The longest time between two heartbeats."""
+"""The longest interval between two heartbeats in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +19,8 @@ class Owed:
 
 
 def owing_stage(number: int, progress: Sequence[StageProgress | None]) -> int:
-    """Returns the index of the stage that holds up a due microbatch: the last one that received it or to which it
-    was sent. If that is the first stage and it waits for sampled tokens, returns the last stage, which owes them."""
+    """Returns the index of the stage that delays a due microbatch: the last stage that received it or to which it was
+    sent. If the first stage waits for sampled tokens, returns the last stage, which has to send them."""
     last, first, stage = len(progress) - 1, progress[0], 0
     for place, at in enumerate(progress):
         if at is None:  # it may have gone on from there
@@ -38,8 +38,8 @@ class OverdueResults:
     _waited: dict[Owed, tuple[float, float]] = field(default_factory=dict, init=False)  # seconds, and the last look
 
     def waited_s(self, owed: Owed, now_s: float) -> float:
-        """Returns how long the result has been owed. Adds at most `_LOOK_S` since the last call: in a longer pause
-        this process itself was busy."""
+        """Returns how long the result has been owed. Each call adds at most `_LOOK_S`: in a longer pause this process
+        itself was busy."""
         if owed not in self._waited:
             self._waited = {other: waited for other, waited in self._waited.items() if other.epoch != owed.epoch}
         waited_s, last_s = self._waited.get(owed, (0.0, now_s))

@@ -1,4 +1,4 @@
-"""Link ports that firewalls close to other members of a group, although the members reach each other's stages."""
+"""Finds link ports that a firewall closes to other group members, although the members reach each other's stages."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ _BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 
 @dataclass(slots=True, eq=False)
 class ClosedPorts:
-    """Sets `WorkerHandle.closed_port`, which keeps a worker out of planned groups. Clears it once the port is open."""
-
     _report: Report
     _on_change: Callable[[], None]
     _callers: dict[WorkerHandle, set[WorkerHandle]] = field(default_factory=dict, init=False)  # by port's worker
@@ -68,7 +66,8 @@ def _opens_links(caller: WorkerHandle, other: WorkerHandle, epoch: int) -> bool:
 
 
 async def _connects(caller: WorkerHandle, other: WorkerHandle) -> bool | None:
-    """Returns True if the link port accepts connections, False if not, None if the other worker is unreachable."""
+    """Returns True if the link port accepts connections, False if not, None if the other worker cannot be reached at
+    all."""
     try:
         return (await profile_link(caller, other)).network_s is not None
     except LlamaclustError:

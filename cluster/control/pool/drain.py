@@ -42,13 +42,13 @@ class WorkerOperations:
         return frozenset(self._drained)
 
     async def recorded(self) -> None:
-        """Waits until all drains so far are on disk, for the next coordinator, or could not be written."""
+        """Waits until all drains so far are on disk for the next coordinator, or could not be written."""
         await self._recording.join()
 
     async def drain(self, name: str) -> None:
-        """Moves a worker's layers to others and returns once it holds none. Raises UsageError for an unknown name,
-        InsufficientMemoryError or WorkerError if the others do not suffice for all awake models, and WorkerError if
-        the worker is undrained meanwhile."""
+        """Moves a worker's layers to other workers and returns once it holds none. Raises UsageError for an unknown
+        name, InsufficientMemoryError or WorkerError if the others do not suffice for all awake models, and WorkerError
+        if the worker is undrained in the meantime."""
         self._worker(name)
         undrained = self._undrained[name]
         excluded = self.drained | {name}
@@ -71,8 +71,8 @@ class WorkerOperations:
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
 
     async def _plan_all(self, workers: Mapping[str, WorkerHandle]) -> None:
-        """Plans all awake models, each in the memory that the plans before it leave. Raises an error if one does not
-        fit."""
+        """Plans all awake models one after another, each in the memory that the earlier plans leave. Raises the error
+        of a model that does not fit."""
         async with (ledger := self._runners[0].planner.ledger).lock:
             scratch = ledger.copy()
             for runner in self._runners:

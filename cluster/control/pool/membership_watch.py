@@ -64,8 +64,8 @@ class MembershipWatch:
             self._lost(worker)
 
     def _check_steps(self, worker: WorkerHandle) -> None:
-        """Counts a worker as lost if its step exceeds the limits of all its epochs, or its stage owes a result too
-        long."""
+        """Counts a worker as lost if its step takes longer than all its epochs allow, or if its stage owes a result for
+        too long."""
         computing_s = 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s
         limits_s = self._limits_s(worker)
         limit_s = max(limits_s, default=UNPREDICTED_S)
@@ -89,7 +89,8 @@ class MembershipWatch:
             self._registry.fence(worker, silence_text(number, waited_s, limit_s))
 
     def _turns_s(self, worker: WorkerHandle) -> float:
-        """Sums the step limits of a worker's epochs with work in flight, because a step may wait for the others."""
+        """Sums the step limits of the worker's epochs with work in flight, because a step may wait for steps of other
+        epochs."""
         due = (served for runner in self._runners for served in _due(runner))
         stages = ((epoch.stage_of(worker), scheduler, epoch.plan) for epoch, scheduler, _ in due)
         return sum(stage_limit_s(scheduler, plan, stage) for stage, scheduler, plan in stages if stage is not None)
@@ -108,7 +109,7 @@ class MembershipWatch:
 
 
 def _computing(epoch: Epoch, stage: int) -> WorkerHandle:
-    """Returns the worker of a stage that has computed longest: the other members of its group wait for it."""
+    """Returns the member of the stage that has computed longest, because the other members of its group wait for it."""
     members = [worker for worker in epoch.workers if epoch.stage_of(worker) == stage]
     return max(members, key=lambda worker: 0.0 if worker.heartbeat is None else worker.heartbeat.computing_s)
 

@@ -46,7 +46,7 @@ class Newcomers:
             self._tasks.start(self._measure(worker))
 
     async def _measure(self, worker: WorkerHandle) -> None:
-        """Measures the worker. If that fails, plans consider its memory alone."""
+        """Measures the worker. If that fails, plans consider only its memory."""
         try:
             async with deadline(f"worker {worker.name}: measurement", _MEASURE_S):
                 for runner in self._runners:

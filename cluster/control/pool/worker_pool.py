@@ -24,7 +24,8 @@ from llamaclust.wire.rpc.task_set import TaskSet
 
 @dataclass(frozen=True, slots=True)
 class SupervisedWorkers:
-    """The workers of a cluster. `measure_links`: None keeps known links. `start_s`: the least wait at a start."""
+    """The workers of a cluster. `measure_links`: None keeps known links. `start_s`: the shortest wait for workers at a
+    start."""
 
     registry: Registry
     launcher: Launcher
@@ -34,7 +35,7 @@ class SupervisedWorkers:
 
 
 class WorkerPool:
-    """The pool of a cluster's workers. It is started once all models are in `runners`."""
+    """The pool of a cluster's workers. It must be started after all models were added to `runners`."""
 
     def __init__(self, config: ClusterConfig, workers: SupervisedWorkers, report: Report) -> None:
         registry = workers.registry

@@ -14,11 +14,11 @@ from llamaclust.wire.rpc.deadlines import deadline
 _log = logging.getLogger(__name__)
 
 _DISK_S = 60.0
-"""A worker that takes longer for a request counts as hanging: its disk does not answer."""
+"""The seconds after which a worker that has not answered counts as hanging because of its disk."""
 
 
 class RemoteKvDisks:
-    """The disks of all workers of an epoch, as one `KvDisks`. A block counts only if each worker has its part."""
+    """The disks of all workers of an epoch as one `KvDisks`. A block counts only if each worker has its part of it."""
 
     def __init__(self, epoch: int, workers: Sequence[WorkerHandle]) -> None:
         self._epoch = epoch
@@ -35,7 +35,7 @@ class RemoteKvDisks:
 
     async def _least(self, request: FindKv | RestoreKv | SaveKv, most: int) -> int:
         """Sends the request to all workers and returns the smallest number of blocks in an answer. Once all have
-        answered, raises their errors, DeadlineError first."""
+        answered, raises the first error, DeadlineErrors first."""
 
         async def done(worker: WorkerHandle) -> int:
             limit = deadline(f"worker {worker.name}: KV memory on its disk (kv_disk)", _DISK_S)

@@ -1,4 +1,5 @@
-"""Copies of a model's file on several machines: which bytes the cluster uses, and which copies differ from them."""
+"""Copies of a model's file on several machines: which version of the file the cluster uses, and which copies differ
+from it."""
 
 from __future__ import annotations
 
@@ -43,8 +44,8 @@ class OwnCopy:
 
 
 def chosen_manifest(found: Mapping[str, WeightsFound], own: FileManifest | None) -> FileManifest | None:
-    """Returns the manifest that most files have. Among equals, the coordinator's is preferred, then the first
-    worker's. A file that several workers read counts once. If there is no file, the manifests that workers remember
+    """Returns the manifest that most files have. In a tie, prefers the coordinator's file, then that of the first
+    worker. A file that several workers read counts once. If there is no file, the manifests that workers remember
     count."""
     known = {weights.manifest: weights.manifest_bytes for weights in found.values() if weights.manifest is not None}
     files = {

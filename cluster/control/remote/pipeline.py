@@ -1,5 +1,5 @@
-"""The pipeline over worker processes. Microbatches go to the first stage, sampling inputs to the last, which sends
-results."""
+"""The pipeline over worker processes. Microbatches go to the first stage, sampling inputs to the last stage, which
+sends results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RemotePipeline:
     @classmethod
     async def open(cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials) -> RemotePipeline:
         """Opens the streams of an epoch. `workers` are in the order of stages, the leader of a group first. Raises
-        WorkerError, whose `worker` is the one at fault, if known."""
+        WorkerError; its `worker` is the one at fault, if known."""
         chain = leaders(workers, [stage_of(epoch, worker) for worker in workers])
         ends = (chain[0], chain[-1])
         first, last = (_peer(worker, credentials) for worker in ends)
@@ -77,7 +77,7 @@ class RemotePipeline:
         self._due_bytes: deque[int] = deque()  # most bytes of the result of each microbatch in flight
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
-        """Queues microbatches. The engine bounds the microbatches in flight, and thereby the send queues."""
+        """Queues microbatches. The engine limits the number in flight, and thereby the length of the send queues."""
         self._due_bytes.extend(map(_most_bytes, scheduled))
         self._microbatches.put(*(encode_hidden(encode_microbatch(each.microbatch)) for each in scheduled))
         self._inputs.put(*(encode_inputs(each.inputs) for each in scheduled))
@@ -89,7 +89,7 @@ class RemotePipeline:
 
     async def run(self, on_results: Callable[[Sequence[Result]], None]) -> None:
         """Runs until a stream ends, a write takes too long or a worker is lost. Raises ProtocolError for an invalid
-        result, else the error that is attributed to a worker."""
+        result, otherwise an error that names a worker."""
         parts = self._microbatches.run(), self._inputs.run(), self._read_results(on_results), self._watch_forward()
         work = [asyncio.create_task(part) for part in parts]
         failing = asyncio.create_task(has_failed(self.epoch, self._workers))
@@ -129,13 +129,12 @@ class RemotePipeline:
         return result
 
     async def _watch_forward(self) -> None:
-        """Raises at the first message or the end of the stream, because the first stage sends nothing back."""
+        """Raises WorkerError when the stream ends or brings a message, because the first stage sends nothing back."""
         data = await self._forward.read()
         raise WorkerError("the first stage ended its stream" if data is None else "the first stage sent a message")
 
 
 async def _opened(stream: ClientStream, epoch: int, workers: Sequence[WorkerHandle]) -> None:
-    """Returns when the stream is accepted. Raises the error of a stage, or WorkerError if a worker or group fails."""
     opening, failing = asyncio.create_task(stream.opened()), asyncio.create_task(has_failed(epoch, workers))
     try:
         await asyncio.wait((opening, failing), return_when=asyncio.FIRST_COMPLETED)
@@ -165,7 +164,7 @@ def _most_reply_bytes(worker: WorkerHandle, epoch: int) -> int:
 
 
 def _ending(task: asyncio.Task[None]) -> LlamaclustError:
-    """Returns the error that ended a task. Clears the frames of its traceback, which hold messages."""
+    """Returns the error that ended a task. Clears the frames of its traceback, because they hold messages in memory."""
     if task.cancelled():
         return WorkerError("a stream was cancelled")
     if (error := task.exception()) is not None:

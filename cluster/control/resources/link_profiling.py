@@ -1,4 +1,5 @@
-"""Links between machines of a cluster: measured at its start and when a worker joins, kept for the next start."""
+"""Measures links between the machines of a cluster at its start and when a worker joins. The results are kept for the
+next start."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ _FILE = ".links.json"  # no cluster's name begins with a dot
 _LINKS = TypeAdapter(dict[str, Link])
 _UNIX = ", unix"
 _MOST_MACHINES = 16
-"""The most machines whose pairs are all measured; with more machines, this would take minutes."""
+"""The most machines for which all pairs are measured. Measuring all pairs of more machines would take minutes."""
 _MOST_KEPT = 2048
 """The most links that are kept. Links that the present workers do not use are forgotten first."""
 
@@ -80,8 +81,8 @@ async def measure_links(
 
 
 def _wanted(keys: Mapping[Pair, str], names: Sequence[str]) -> list[Pair]:
-    """Lists the pairs to measure: all pairs of a few machines; of many, the coordinator's and those of neighbours,
-    since plans keep the order of workers unless another order is clearly better."""
+    """Lists the pairs to measure: all pairs if there are few machines, otherwise those of the coordinator and of
+    neighbours. Plans keep the order of workers unless another order is clearly better."""
     if len({key for pair, key in keys.items() if COORDINATOR in pair}) <= _MOST_MACHINES:
         return [*keys]
     neighbours = {frozenset(pair) for pair in pairwise([*names, *names[:1]])}
@@ -128,7 +129,8 @@ def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
 
 
 class _Place(NamedTuple):
-    """The place where a worker is served. Its host name tells it, since pods keep host names but not addresses."""
+    """The place where a worker is served. The host name identifies it, because pods keep host names but not
+    addresses."""
 
     machine: str
     host: str
@@ -139,8 +141,8 @@ class _Place(NamedTuple):
 
 
 def _places(registered: Mapping[str, Register]) -> dict[str, str]:
-    """Returns a text for each worker's place. Equal texts mean equal links. The address is included only if the
-    workers of one host have several."""
+    """Returns a text for each worker's place. Workers with equal texts have equal links. The text has an address only
+    if the workers of one host have several."""
     ways = {name: own.address.rpartition(":")[0] for name, own in registered.items()}
     found = {name: _Place(own.machine, own.host) for name, own in registered.items()}
     of_place: dict[_Place, set[str]] = {}
@@ -159,7 +161,8 @@ def _way(host: str, count: int) -> str:
 
 
 def _keys(places: Mapping[str, str]) -> dict[Pair, str]:
-    """Returns the key of each pair, equal for pairs of the same two places. The coordinator comes first in a pair."""
+    """Returns a key for each pair. Pairs between the same two places have equal keys. The coordinator comes first in a
+    pair."""
     places = {COORDINATOR: f"coordinator on {socket.gethostname()} ({machine_id()})", **places}
     return {pair: " - ".join(sorted(places[name] for name in pair)) for pair in combinations(places, 2)}
 
@@ -184,7 +187,8 @@ async def _measured(
 
 
 def _link(speed: LinkProfile) -> Link:
-    """Converts a profile to a link. Subtracts the time of a ping's own bytes, since plans count bytes themselves."""
+    """Converts a profile to a link. Subtracts the transfer time of a ping's bytes, because plans add the time of bytes
+    themselves."""
     byte_s = 1 / speed.bytes_s
     network_s = None if speed.network_s is None else speed.network_s / 2
     return Link(max(0.0, speed.round_trip_s - PING_BYTES * byte_s) / 2, byte_s, network_s)

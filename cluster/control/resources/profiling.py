@@ -1,4 +1,5 @@
-"""Profiles of workers, kept for the next start. Workers that share a machine are measured concurrently and isolated."""
+"""Profiles of workers, kept for the next start. Workers that share a machine are measured twice: all at the same time,
+and one alone."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from llamaclust.wire.control.profiles import ProfileWorker
 
 
 class WorkerProfiles:
-    """The profiles of a cluster's workers: stated in the cluster file, or measured on equal hardware under any name."""
+    """Profiles of a cluster's workers. A profile is stated in the cluster file, or was measured on equal hardware,
+    whatever the worker's name."""
 
     def __init__(
         self, config: ClusterConfig, model: Model, state_dir: Path, report: Report, *, anew: bool = False
@@ -45,12 +47,11 @@ class WorkerProfiles:
         self._used: dict[tuple[str, str], Profile] = {}  # kept by machine and fingerprint, as other workers come and go
 
     def of(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
-        """Returns the known profiles. `workers` must include all workers of each machine, because they share it."""
         found = {name: self._profile(worker, workers) for name, worker in workers.items()}
         return {name: profile for name, profile in found.items() if profile is not None}
 
     async def measure(self, names: Collection[str], workers: Mapping[str, WorkerHandle]) -> None:
-        """Measures the workers without a known profile, concurrently. They should be idle."""
+        """Measures the workers that have no known profile, all at the same time. They should be idle."""
         known = self.of(workers)
         missing = [name for name in names if name not in known]
         if missing:
@@ -63,7 +64,8 @@ class WorkerProfiles:
         return {name: self._loads[key] for name, key in keys.items() if key in self._loads}
 
     def stored(self, workers: Mapping[str, WorkerHandle]) -> dict[str, Profile]:
-        """Reads profiles from the state directory: measured with this model, or else of the hardware alone."""
+        """Reads profiles from the state directory. Prefers those measured with this model to those of the hardware
+        alone."""
         known = read_profiles(self._state_dir)
         keys = {
             name: [key for model_id in (self._model_id, "") if (key := _key(worker, workers, model_id)) in known]
@@ -72,7 +74,8 @@ class WorkerProfiles:
         return {name: known[found[0]] for name, found in keys.items() if found}
 
     def estimate(self, workers: Mapping[str, WorkerHandle]) -> bool:
-        """Adopts profiles of equal hardware with another number of workers. Returns True if any profile is known."""
+        """Adopts profiles of equal hardware that was shared by another number of workers. Returns True if any profile
+        is known."""
         for worker in workers.values():
             similar = most_similar_key(_key(worker, workers, self._model_id), self._known)
             if similar is not None:
@@ -137,7 +140,7 @@ class _Measuring:
     failed: set[str] = field(default_factory=set)  # keys of workers whose steps of the model could not be timed
 
     async def profiles(self) -> dict[str, Profile]:
-        """Measures all workers concurrently, then one worker of each key isolated on each shared machine."""
+        """Measures all workers at the same time, then on each shared machine one worker of each key alone."""
         what = "memory bandwidth, matrix products, steps of the model"
         self._report(Measuring(tuple(self._workers), what))
         concurrent = await self._concurrent()
@@ -152,7 +155,6 @@ class _Measuring:
         return found
 
     async def _concurrent(self) -> dict[str, Profile]:
-        """Returns profiles by worker name, in order, without step times that could not be measured and lost workers."""
         workers = [*self._workers.values()]
         profiled = await asyncio.gather(*map(self._profile, workers))
         pairs = zip(workers, profiled, strict=True)
@@ -160,7 +162,6 @@ class _Measuring:
         return {worker.name: profile for worker, profile in zip(workers, found, strict=True) if profile is not None}
 
     async def _or_hardware(self, worker: WorkerHandle, profile: Profile | None) -> Profile | None:
-        """Returns the profile, or else measures the hardware alone. Returns None, with a notice, if that fails too."""
         if profile is not None or worker.name in self._silent:
             return profile
         try:
@@ -189,7 +190,6 @@ class _Measuring:
         return isolated
 
     async def _profile(self, worker: WorkerHandle) -> Profile | None:
-        """Profiles a worker. Returns None if it is lost, or, with a notice, if the model's steps could not be timed."""
         try:
             return await profile_worker(worker, self._order, self._limit_s)
         except LlamaclustError as error:
@@ -207,7 +207,6 @@ class _Measuring:
 
 
 def _mean_profiles(keys: list[str], profiles: list[Profile]) -> dict[str, Profile]:
-    """Averages the profiles of equal workers, because their differences are noise."""
     groups: dict[str, list[Profile]] = {}
     for key, profile in zip(keys, profiles, strict=True):
         groups.setdefault(key, []).append(profile)

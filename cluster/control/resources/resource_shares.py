@@ -1,4 +1,4 @@
-"""Each worker's share of its machine's memory and GPUs, and the keys under which its measurements are kept."""
+"""Each worker's share of its machine's memory and GPUs, and the keys under which its measurements are stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.core.version import VERSION
 
 
 def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict[str, int]:
-    """Divides `free_bytes` equally, up to each worker's cap. What a small cap leaves is divided among the others."""
+    """Divides `free_bytes` equally, but gives no worker more than its cap. Workers without a low cap share the rest."""
     shares, left = {}, free_bytes
     caps = sorted((free_bytes if cap is None else cap, name) for name, cap in caps_bytes.items())
     for index, (cap, name) in enumerate(caps):
@@ -57,7 +57,7 @@ class WorkerResources:
 
 
 def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
-    """Divides the free memory of each machine, or of each control group that limits memory, among its workers."""
+    """Divides the free memory of each machine among its workers, or that of each control group that limits memory."""
     shares: dict[str, int] = {}
     for place in {(worker.machine, worker.memory_group) for worker in workers.values()}:
         here = {name: worker for name, worker in workers.items() if (worker.machine, worker.memory_group) == place}
@@ -68,7 +68,8 @@ def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
 
 
 def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResources]:
-    """Divides a GPU's free memory among its workers. A UUID identifies a GPU, since names differ between workers."""
+    """Divides each GPU's free memory among the workers that use it. The UUID identifies a GPU, because its name may
+    differ between workers."""
 
     def identity(worker: WorkerResources, gpu: Gpu) -> str:
         return gpu.uuid or f"{gpu.device} of {worker.machine}"
@@ -84,19 +85,19 @@ def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResour
 
 
 _STEPS_UNIT = 2
-"""The unit of kept step times: 2 is seconds for each byte that a step touches, 1 was seconds for each byte held."""
 
 _KEY = re.compile(r"(?P<hardware>.*), one of (?P<sharers>\d+) workers with \d+ threads(?P<model>.*)")
 
 
 def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
-    """Returns a key that is equal for equal measurements. `model_id` is given if the model's steps were timed."""
+    """Returns the key under which a measurement is stored. `model_id` is given if steps of the model were timed."""
     profiled = f", model {model_id[:32]}, unit {_STEPS_UNIT}" if model_id else ""
     return f"{fingerprint}, one of {sharers} workers with {threads} threads, program {VERSION}{profiled}"
 
 
 def most_similar_key(key: str, known: Iterable[str]) -> str | None:
-    """Returns the key if known, else the known key of equal hardware and model with the nearest number of workers."""
+    """Returns `key` if it is known, otherwise the known key of equal hardware and model with the nearest number of
+    workers."""
     wanted = _KEY.fullmatch(key)
     assert wanted is not None
     found = [match for other in known if (match := _KEY.fullmatch(other)) is not None]

@@ -37,7 +37,6 @@ Input = tuple[str | int, ...]
 
 
 def _inputs(value: Any) -> tuple[Input, ...]:
-    """Reads one prompt or a list of prompts. A list that contains token ids is one prompt. Raises ValueError."""
     if isinstance(value, list) and not any(is_int(item) for item in value):
         if not 1 <= len(value) <= MAX_INPUTS:
             raise ValueError(f"{len(value)} prompts in one request; give 1 to {MAX_INPUTS}")
@@ -118,7 +117,6 @@ class LlamaCppEmbeddingBody(EmbeddingFields):
 
     @property
     def inputs(self) -> tuple[Input, ...]:
-        """Returns the prompts, in `input` or `content`. Raises ParameterError if both or neither are given."""
         given = [inputs for inputs in (self.input, self.content) if inputs is not None]
         if len(given) != 1:
             raise ParameterError("input", "give one of input and content")
@@ -132,7 +130,7 @@ async def embedded(
     options: EmbeddingOptions,
     shape: Callable[[list[Embedding]], Any],
 ) -> JsonParts:
-    """Embeds prompts and replies in the form that `shape` gives. The vectors count towards the memory budget until the
+    """Embeds prompts and replies in the form that `shape` makes. The vectors count towards the memory budget until the
     client has received the reply."""
     async with AsyncExitStack() as held:
         embedding = held.enter_async_context(service.embed(prompts, options))
@@ -192,7 +190,6 @@ class RerankBody(Body, foreign=RERANK):
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Returns the documents, in `documents` or `texts`. Raises ParameterError if both or neither are given."""
         lists = [texts for texts in (self.documents, self.texts) if texts is not None]
         if len(lists) != 1:
             raise ParameterError("documents", "give one of documents and texts")

@@ -1,4 +1,4 @@
-"""The TLS certificate of the API: PEM files that are checked and read again when they change, or a self-signed one."""
+"""The TLS certificate of the API: PEM files, which are read again when they change, or a self-signed certificate."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ from llamaclust.wire.security.certificates import load_private, private_pem
 from llamaclust.wire.security.server_context import server_context
 
 _LOOK_S: Final = 1.0
-"""Interval at which the files are checked."""
 _RETRY_S: Final = 60.0
-"""The pause after a failure that may be temporary: a wrong clock, a full disk, an unreachable file server."""
+"""The pause after a failure that may be temporary, such as a wrong clock, a full disk, or an unreachable file server.
+"""
 _END_S: Final = 1.0
 _MOST_BYTES: Final = 1 << 20
 _WARNING: Final = timedelta(days=7)
@@ -52,7 +52,6 @@ class CertificateFiles:
 
     @property
     def version(self) -> tuple[int, ...]:
-        """Numbers that change when one of the files does."""
         return (*file_version(self.certificate), *file_version(self.key))
 
 
@@ -66,8 +65,8 @@ class LoadedCertificate:
 
     @classmethod
     def of(cls, files: CertificateFiles) -> LoadedCertificate:
-        """Reads the files. Raises UsageError, which names the file, if one cannot be used or if key and certificate do
-        not match."""
+        """Reads the files. Raises UsageError with the name of the file if a file cannot be used or the key does not
+        match the certificate."""
         version = files.version
         is_one_file = files.key == files.certificate
         chain = _read(files.certificate, is_private=is_one_file)
@@ -91,7 +90,7 @@ class LoadedCertificate:
 
 
 class ServerCertificate:
-    """The server's certificate. If new files cannot be used, the previous certificate stays in use."""
+    """The server's certificate. The previous certificate stays in use if changed files cannot be used."""
 
     def __init__(self, files: CertificateFiles) -> None:
         """Reads the files. Raises UsageError if they cannot be used."""
@@ -105,7 +104,6 @@ class ServerCertificate:
 
     @property
     def context(self) -> ssl.SSLContext:
-        """The TLS context for new connections. Open connections keep theirs."""
         return self._loaded.context
 
     @property
@@ -113,14 +111,13 @@ class ServerCertificate:
         return self._loaded.fingerprint
 
     def publish(self, path: Path) -> None:
-        """Writes the certificate to the file where this user's programs look for it, now and whenever it changes.
-        Raises LlamaclustError if it cannot be written."""
+        """Writes the certificate to the file in which this user's programs look for it, now and after each change.
+        Raises LlamaclustError if the file cannot be written."""
         self._published = path
         self._publish()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Checks the files periodically, on a separate thread, so that an unreachable file server blocks no request."""
         end = threading.Event()
 
         def watch() -> None:
@@ -136,8 +133,8 @@ class ServerCertificate:
             thread.join(_END_S)
 
     def look(self) -> None:
-        """Reads changed files once they have stayed the same between two checks, because both are completely written
-        then. Warns before the certificate ends."""
+        """Reads changed files once they are equal in two consecutive checks, because they are then completely written.
+        Warns before the certificate expires."""
         version, last = self._files.version, self._seen
         self._seen = version
         must_wait = version == self._failed and time.monotonic() < self._retry_at_s
@@ -149,7 +146,6 @@ class ServerCertificate:
             _log.warning("%s: ends at %s: renew it", self._files.certificate, _shown(self._loaded.ends_at))
 
     def _renew(self, version: tuple[int, ...]) -> None:
-        """Uses and publishes the changed files. A failure is logged once, and retried a minute later."""
         failure = "the API's certificate stays as it was"
         try:
             if version != self._loaded.version:
@@ -211,23 +207,23 @@ def _shown(time: datetime) -> str:
 _LIFE = timedelta(days=820)
 """Validity of a self-signed certificate. Some clients refuse more than 825 days."""
 _REST = timedelta(days=30)
-"""A start replaces a self-signed certificate that ends within this time."""
+"""A start of the cluster replaces a self-signed certificate that expires within this time."""
 _SKEW = timedelta(days=1)
 _MOST_NAMES = 256
 _NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
 def certificate_names(listen_hosts: Sequence[str], allowed_hosts: Sequence[str]) -> list[str]:
-    """Returns the host names and addresses by which clients may connect to an API that listens on these hosts."""
+    """Returns the host names and addresses by which clients may connect to an API that listens on `listen_hosts`."""
     here = [name for host in listen_hosts for name in (own_addresses() if host in ANYWHERE else [host])]
     names = ["localhost", "127.0.0.1", "::1", socket.gethostname(), *here, *allowed_hosts]
     return _unique(name.lower() for name in names)
 
 
 def keep_self_signed(path: Path, names: Sequence[str]) -> None:
-    """Makes sure that a file (mode 0600) has a private key and a self-signed certificate for these names, in PEM. An
-    existing certificate is kept while it is valid for all of them. A new one also gets the names of the old one,
-    because several machines may share the folder. Raises LlamaclustError if the file cannot be written."""
+    """Makes sure that a file (mode 0600) has a private key and a self-signed certificate for these names, in PEM. Keeps
+    an existing certificate that is valid for all of them. A new certificate also gets the names of the old one, because
+    several machines may share the folder. Raises LlamaclustError if the file cannot be written."""
     former = _former(path)
     now = datetime.now(UTC)
     if former is not None:
@@ -246,7 +242,6 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 
 def _former(path: Path) -> x509.Certificate | None:
-    """Returns the certificate in the file, or None if the file is missing or damaged."""
     try:
         pem = read_bytes(path, _MOST_BYTES)
         certificate = x509.load_pem_x509_certificate(pem)

@@ -1,4 +1,4 @@
-"""The API's port, and HTTP/1.1 and TLS of its connections, within bounds that hold during TLS handshakes too."""
+"""The API's port, and HTTP/1.1 and TLS of its connections. Bounds on connections hold during TLS handshakes too."""
 
 from __future__ import annotations
 
@@ -26,23 +26,22 @@ if TYPE_CHECKING:
     from llamaclust.cluster.front.http.certificate import ServerCertificate
 
 MAX_HEADERS = 200
-"""The largest number of lines in a request's head. Each header takes some hundred bytes of memory, however short."""
+"""The largest number of lines in a request's head. Even a short header takes some hundred bytes of memory."""
 EVENTS_A_TURN = 64
-"""Pieces of bodies that one connection may parse before other connections get a turn."""
+"""The number of body pieces that one connection may parse before other connections get a turn."""
 _FEW_CHUNKS, _LEAST_CHUNK_BYTES = 4096, 16
-"""A body with more chunks than `_FEW_CHUNKS` must have `_LEAST_CHUNK_BYTES` per chunk on average, because each chunk
-takes the same time to parse, however small."""
+"""The average chunk of a body with more than `_FEW_CHUNKS` chunks must have at least `_LEAST_CHUNK_BYTES`. Parsing
+takes the same time for each chunk, however small."""
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)(.*)", re.IGNORECASE)
 
 
 def canonical_name(name: bytes) -> bytes:
-    """Capitalizes a header's name as most servers do, because some clients compare names case-sensitively."""
     return name.title()
 
 
 class HttpConnection(h11.Connection):
-    """A server's HTTP connection. It accepts targets with a host, capitalizes header names, and sends pieces of a
-    streamed body without h11's checks. It bounds a request's headers, its body's chunks, and the work per turn."""
+    """A server's HTTP connection. Accepts targets with a host, capitalizes header names, and sends pieces of a streamed
+    body without h11's checks. Bounds the headers of a request, the chunks of its body, and the work per turn."""
 
     def __init__(self, our_role: type[h11.SERVER], max_incomplete_event_size: int) -> None:
         super().__init__(our_role, max_incomplete_event_size)
@@ -54,12 +53,11 @@ class HttpConnection(h11.Connection):
 
     @property
     def ended_turn(self) -> bool:
-        """True if the turn is over. Received data may then contain further events."""
+        """True if the turn is over. Received data may still contain events."""
         return self._events_left == 0
 
     @property
     def is_chunked(self) -> bool:
-        """True while the pieces of a streamed body are being sent."""
         return type(self._writer) is ChunkedWriter and self.our_state is h11.SEND_BODY
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
@@ -101,7 +99,6 @@ class HttpConnection(h11.Connection):
 
 
 def _in_origin_form(request: h11.Request) -> h11.Request:
-    """Moves the host of an absolute target, which clients of a proxy send, to the Host header (RFC 9112, 3.2.2)."""
     match = _ABSOLUTE.fullmatch(request.target)
     if match is None:
         return request
@@ -127,9 +124,10 @@ class TlsProtocol(asyncio.Protocol):
     """Carries the bytes of another protocol in TLS.
 
     In asyncio's own TLS, the carried protocol begins only after the handshake, and a connection ends only when the
-    client agrees. A client could delay both, and the bounds on connections would not apply. Here, the carried protocol
-    begins with the connection, so that its bounds on connections and idle time apply to handshakes too, and closing
-    waits only for written data. Data written before the handshake is complete is lost."""
+    client agrees. A client could delay both and evade the bounds on connections. Here, the carried protocol begins with
+    the connection, so that its bounds apply to handshakes too, and closing waits only for written data. Data written
+    before the end of the handshake is lost.
+    """
 
     def __init__(self, carried: asyncio.Protocol, context: ssl.SSLContext) -> None:
         self.context = context
@@ -166,7 +164,7 @@ class TlsProtocol(asyncio.Protocol):
             self._fail(error)
 
     def _read(self) -> None:
-        """Passes on all data that is decrypted, then raises ssl.SSLWantReadError."""
+        """Passes on all decrypted data, then raises ssl.SSLWantReadError."""
         while self._phase is _Phase.OPEN and not self._transport.is_closing():
             try:
                 data = self._tls.read(_READ_BYTES)
@@ -179,7 +177,6 @@ class TlsProtocol(asyncio.Protocol):
                 self.close()
 
     def _fail(self, error: ssl.SSLError) -> None:
-        """Closes a connection with a failed handshake or damaged data. A client that speaks plain HTTP gets a reply."""
         is_plain_http = self._phase is _Phase.HANDSHAKE and error.reason == "HTTP_REQUEST"
         self._phase = _Phase.ENDED
         if is_plain_http:
@@ -199,7 +196,6 @@ class TlsProtocol(asyncio.Protocol):
             self._send()
 
     def close(self) -> None:
-        """Closes the connection after all written data is sent."""
         if self._phase is _Phase.OPEN:
             with suppress(ssl.SSLError):  # the other side has not said so
                 self._tls.unwrap()
@@ -209,8 +205,7 @@ class TlsProtocol(asyncio.Protocol):
 
 
 class _TlsTransport:
-    """The transport that the carried protocol gets. It passes everything that does not concern TLS on to the real
-    transport."""
+    """The transport of the carried protocol. It passes everything that does not concern TLS to the real transport."""
 
     def __init__(self, tls: TlsProtocol, transport: asyncio.Transport) -> None:
         self._tls = tls
@@ -225,7 +220,6 @@ class _TlsTransport:
 
 
 def whole(reply: Response) -> bytes:
-    """Returns the bytes of a reply with the header `Connection: close`."""
     status, phrase = reply.status_code, HTTPStatus(reply.status_code).phrase.encode()
     headers = b"".join(b"%s: %s\r\n" % (canonical_name(name), value) for name, value in reply.raw_headers)
     return b"HTTP/1.1 %d %s\r\n%sConnection: close\r\n\r\n%s" % (status, phrase, headers, bytes(reply.body))
@@ -233,7 +227,6 @@ def whole(reply: Response) -> bytes:
 
 _PLAIN: Final = Failure(400, "this port speaks TLS: write https:// in its address", "https_required")
 _NOT_TLS: Final = whole(JsonResponse(OPENAI.body(_PLAIN), _PLAIN.status))
-"""The reply to plain HTTP on a port with TLS."""
 
 
 _CURE = "choose another with `--port N` or `listen:` (0: any free one)"
@@ -262,7 +255,6 @@ class ApiPort:
 
 @contextmanager
 def listening(addresses: Sequence[tuple[str, int]], certificate: ServerCertificate | None) -> Iterator[ApiPort]:
-    """Binds the addresses. Raises UsageError if that is not possible."""
     with ExitStack() as sockets:
         first, *further = [sockets.enter_context(listener(*address, _CURE)) for address in addresses]
         yield ApiPort(first, certificate, tuple(further))

@@ -1,6 +1,6 @@
 """Middlewares that admit requests. They check API keys, Host headers (against DNS rebinding) and the origins of web
-pages, and bound the open requests and the bytes of their bodies. A server that stops admits no more requests, but
-answers those that it has."""
+pages, and bound the number of open requests and the bytes of their bodies. A stopping server admits no more requests,
+but answers those that it has."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ from llamaclust.core.addresses import bounded_host, is_address, is_loopback
 from llamaclust.core.sharing.shares import Shares, fits
 
 OPEN_PATHS = frozenset({"/health", "/live"})
-"""Paths that need no key. Without a valid key, `request.state.is_trusted` is false, and replies show only the state."""
+"""Paths that need no key. Without a valid key, `request.state.is_trusted` is false and replies show only the state."""
 
 LOCALHOST = "localhost"
-"""An item of `allowed_origins` that stands for all pages of this machine."""
 
 _FOREIGN_ORIGIN = "origin_not_allowed"
 _LOCAL_PAGE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?"
@@ -39,7 +38,6 @@ _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})
 
 
 def key_error(headers: Mapping[str, str], api_keys: Sequence[str]) -> HttpError | None:
-    """Returns the error of a missing or unknown key, or None. Without keys, none is needed. The keys may change."""
     digests, key = _digests(tuple(api_keys)), sent_key(headers)
     if not digests:
         return None
@@ -56,37 +54,36 @@ def _digests(keys: tuple[str, ...]) -> tuple[bytes, ...]:
 
 
 def sent_key(headers: Mapping[str, str]) -> str:
-    """Returns the key that a request sends, or "". The names of `headers` are in lower case. Anthropic's clients send
-    the key as X-Api-Key."""
+    """Returns the key that a request sends, or "". Header names in `headers` are in lower case. Anthropic's clients
+    send the key as X-Api-Key."""
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
 
 
 def owner(headers: Mapping[str, str], api_keys: Sequence[str]) -> str:
-    """Returns a digest of the request's key; "" if it is none of the configured keys."""
+    """Returns a digest of the request's key, or "" if the key is not one of `api_keys`."""
     key = sent_key(headers)
     return _digest(key).hex()[:32] if key in api_keys else ""
 
 
 def require_first_key(headers: Mapping[str, str], settings: ApiSettings, action: str) -> None:
-    """Raises HttpError 403 if API keys are set and the request's key is not the first one. Actions that affect all
-    clients need that key; `action` describes one for the message."""
+    """Raises HttpError 403 if API keys are set and the request's key is not the first one, which actions that affect
+    all clients need. `action` describes the action in the message."""
     keys = settings.api_keys
     if keys and not hmac.compare_digest(_digest(sent_key(headers)), _digest(keys[0])):
         raise HttpError(403, "first_key_required", f"only the first key of api_keys_file may {action}")
 
 
 def page_origins(settings: ApiSettings) -> re.Pattern[str]:
-    """Returns a pattern of the origins, in lower case, of web pages that may use the API."""
+    """Returns a pattern that matches the lower-case origins of web pages that may use the API."""
     known = {"*": r".*", LOCALHOST: _LOCAL_PAGE}
     parts = [known.get(origin, re.escape(origin)) for origin in settings.allowed_origins]
     return re.compile("|".join(f"(?:{part})" for part in parts) or r"(?!)")
 
 
 class KeyGate:
-    """Serves the web page to everybody, and refuses requests without a valid key. Stores the owner of each other
-    request. Traces get the route of a request only if its key is valid, because others could create any number of
-    names."""
+    """Refuses requests without a valid key, except those for the web page. Stores the owner of each admitted request.
+    Traces get the route of a request only if its key is valid, because others could create any number of names."""
 
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
@@ -112,8 +109,6 @@ class KeyGate:
 
 
 class Security:
-    """Refuses requests of other sites' web pages, and requests to other Host names, before all other handling."""
-
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
         own = (settings.listen_host, *settings.further_hosts)
@@ -166,8 +161,9 @@ class Security:
 
 
 def _origin(headers: Headers, scope: Scope) -> str | None:
-    """Returns the origin of the web page that sent the request, or None if no page did. Returns "null" if another
-    site's page sent it without the header Origin. GET and HEAD are exempt, because they may come from a link."""
+    """Returns the origin of the web page that sent the request; None if no page did. Returns "null" if a page of
+    another site sent the request without the header Origin. GET and HEAD are exempt from that, because they may come
+    from a link."""
     is_foreign = headers.get("sec-fetch-site", "").lower() == "cross-site" and scope["method"] not in ("GET", "HEAD")
     return headers.get("origin", "null" if is_foreign else None)
 
@@ -178,7 +174,7 @@ def _digest(key: str) -> bytes:
 
 @dataclass(slots=True, eq=False)
 class _Open:
-    """A request with a body, from its first byte to the end of its reply."""
+    """A request with a body, from the first byte of the request to the end of the reply."""
 
     task: asyncio.Task[Any]
     owner: str
@@ -198,22 +194,18 @@ class Admission:
         self._body_bytes = Shares(settings.max_held_bytes)
 
     def stop(self) -> None:
-        """Refuses new requests, and those whose bodies have not arrived completely."""
         self.is_stopping = True
         self._refuse(self._unfinished, _stopping())
 
     async def wait_idle(self) -> None:
-        """Waits until all requests have their whole replies. The caller sets a deadline."""
         while self._open:
             await asyncio.wait([request.task for request in self._open])
 
     def end(self) -> None:
-        """Cancels requests whose replies have not begun; their error says that the cluster is stopping."""
         self.is_stopping = True
         self._refuse([request for request in self._open if not request.is_answered], _stopping())
 
     def check(self) -> None:
-        """Raises HttpError if the current owner's next request cannot be admitted."""
         if self.is_stopping:
             raise _stopping()
         whole = [request for request in self._open if not request.awaits_body]
@@ -223,8 +215,9 @@ class Admission:
 
     @contextmanager
     def held(self, *, has_body: bool) -> Iterator[_Open]:
-        """Registers the current task's request while it is open. If too many bodies are incomplete, refuses the oldest
-        incomplete request of the owner with the most, so that slow bodies cannot block others."""
+        """Registers the current task's request while the context is open. If too many bodies are incomplete, refuses
+        the oldest incomplete request of the owner who has most of them, so that slow bodies cannot block other owners.
+        """
         task = asyncio.current_task()
         assert task is not None
         request = _Open(task, current_owner.get(), has_body)
@@ -240,7 +233,8 @@ class Admission:
             self._body_bytes.take(request.owner, -request.body_bytes)
 
     def count(self, request: _Open, message: Message) -> None:
-        """Counts a part of a request's body. Raises HttpError if the bodies of all requests exceed their bound."""
+        """Counts a part of a request's body. Raises HttpError if the bodies of all requests exceed their common
+        bound."""
         if request.awaits_body and not message.get("more_body", False):
             self.check()
             request.awaits_body = False
@@ -262,7 +256,8 @@ class Admission:
 
 
 class AdmissionGate:
-    """Passes requests with a body to the app if `Admission` admits them. Those cancelled to make room get a 503."""
+    """Passes requests with a body to the app if `Admission` admits them. A request that is cancelled to make room gets
+    a reply with status 503."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app
@@ -283,7 +278,8 @@ class AdmissionGate:
                 await error_response(given_way, scope)(scope, receive, send)
 
     async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> HttpError | None:
-        """Runs the app. Returns the error if `Admission` cancelled the request before its reply began, else None."""
+        """Runs the app. Returns the error with which `Admission` cancelled the request before its reply began,
+        otherwise None."""
 
         async def counted() -> Message:
             message = await receive()

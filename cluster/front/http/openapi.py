@@ -42,7 +42,8 @@ _EVENT: Final = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}, "id": {"type": "string"}},
 }
-"""The schema of a stream's events. Before OpenAPI 3.2, the schema of a stream's media type describes each event."""
+"""The schema of a stream's events. OpenAPI 3.1 has no field for it; here, the schema of the stream's media type
+describes each event."""
 _SCHEMAS: Final[dict[str, Any]] = {JSON: {}, EVENTS: _EVENT}
 _STYLE: Final = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
@@ -66,7 +67,7 @@ class Document:
 
 @cache
 def _request_body(body: type[BaseModel]) -> dict[str, Any]:
-    """Describes a body. Every optional field may be null, which is the same as absent."""
+    """Describes a body. Every optional field may be null, which means the same as its absence."""
     schema = _inlined(body.model_json_schema())
     required, fields = schema.get("required", ()), schema.get("properties", {})
     if fields:
@@ -75,7 +76,7 @@ def _request_body(body: type[BaseModel]) -> dict[str, Any]:
 
 
 def describe(routes: Iterable[BaseRoute], *, is_strict: bool) -> dict[str, Any]:
-    """Returns the OpenAPI 3.1 document. It allows unknown fields, unless `is_strict`."""
+    """Returns the OpenAPI 3.1 document. Unless `is_strict`, its schemas allow unknown fields."""
     paths: dict[str, dict[str, Any]] = {}
     errors: dict[str, Any] = {}
     for route in routes:
@@ -160,7 +161,6 @@ def _nullable(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mapped(schema: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
-    """Applies `change` to all objects of a schema, inner objects first."""
     if isinstance(schema, list):
         return [_mapped(item, change) for item in schema]
     if not isinstance(schema, dict):
@@ -169,12 +169,10 @@ def _mapped(schema: Any, change: Callable[[dict[str, Any]], Any]) -> Any:
 
 
 def _open(schema: Any) -> Any:
-    """Returns a schema whose objects allow unknown fields."""
     return _mapped(schema, lambda part: part | {_OTHERS: True} if part.get(_OTHERS) is False else part)
 
 
 def _inlined(schema: dict[str, Any]) -> Any:
-    """Returns a JSON schema with its references resolved, since they would be invalid inside the document."""
     definitions = schema.pop("$defs", {})
 
     def inline(part: dict[str, Any]) -> Any:

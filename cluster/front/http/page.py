@@ -1,4 +1,5 @@
-"""The files of the web page, read once. They hold no secrets and need no key, and load nothing from other hosts."""
+"""The files of the web page, which are read once. They hold no secrets, need no key, and load nothing from other
+hosts."""
 
 from __future__ import annotations
 
@@ -31,7 +32,6 @@ class Asset:
 
 @cache
 def assets() -> Mapping[str, Asset]:
-    """Returns the files of the web page by their URL paths."""
     found = (file for file in _FOLDER.rglob("*") if file.suffix in _TYPES)
     return MappingProxyType({_path(file.relative_to(_FOLDER).as_posix()): _asset(file) for file in sorted(found)})
 
@@ -73,8 +73,9 @@ _HEADERS: Final = {
 
 
 def page_reply(path: str, headers: Mapping[str, str]) -> Response | None:
-    """Returns the file at a path, or None. Paths are only looked up in a table, so a client cannot reach other files.
-    `/` is the page only for clients that accept HTML. The names of `headers` are in lower case."""
+    """Returns the file at a path; None if there is none. Paths are only looked up in a table, so that clients cannot
+    reach other files. `/` is the page only for clients that accept HTML. Header names in `headers` are in lower case.
+    """
     asset = assets().get(path)
     if asset is None or (path == PAGE and "text/html" not in headers.get("accept", "")):
         return None

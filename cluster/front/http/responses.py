@@ -26,7 +26,7 @@ JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
 CLIENT_GONE = 499
 BODY_WRITER: Final = "llamaclust.body"
-"""The key of the ASGI scope's extension that writes streams directly, which only this program's own server offers."""
+"""The key of an ASGI extension that writes streams directly. Only this program's own server offers it."""
 
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
@@ -39,7 +39,7 @@ class JsonResponse(Response):
 
 
 def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[Response]]:
-    """Makes the endpoint of a path that other servers have and this server refuses."""
+    """Makes the endpoint of a path that other servers have and that this server refuses."""
 
     async def refuse(request: Request) -> Response:
         raise HttpError(status, "not_supported", f"{given_path(request.scope)}: {what}")
@@ -49,7 +49,6 @@ def unsupported(what: str, status: int = 501) -> Callable[[Request], Awaitable[R
 
 
 def error_response(error: LlamaclustError, scope: Scope) -> Response:
-    """Returns the reply for an error, in the form of the request's API."""
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
@@ -57,7 +56,6 @@ def error_response(error: LlamaclustError, scope: Scope) -> Response:
 
 
 def add_error_handlers(app: Starlette) -> None:
-    """Registers handlers, so that every error reply has the form of the request's API."""
     for kind in (LlamaclustError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _on_error)
 
@@ -67,7 +65,7 @@ def _response(failure: Failure, scope: Scope, headers: Mapping[str, str] | None 
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
-    """Replies with the error. Unexpected exceptions are logged by the server, because Starlette raises them again."""
+    """Replies with the error. Starlette raises unexpected exceptions again, and the server then logs them."""
     if isinstance(error, ClientDisconnect):
         return Response(status_code=CLIENT_GONE)
     if isinstance(error, HTTPException):
@@ -87,7 +85,6 @@ def _routing_error(request: Request, error: HTTPException) -> Response:
 
 
 def _methods(request: Request) -> str:
-    """Returns the methods of all routes that match the request's path. HEAD is served as GET."""
     path = request.scope["path"]
     routes = (route for route in request.app.routes if isinstance(route, PathRoute) and route.path_regex.match(path))
     methods = {method for route in routes for method in route.methods or ()}
@@ -95,7 +92,7 @@ def _methods(request: Request) -> str:
 
 
 _DISCARD_S = 0.9
-"""Seconds for which the rest of a body is read and discarded. They are fewer than a stopping server's grace time."""
+"""The seconds for which the rest of a body is read and discarded, less than the grace time of a stopping server."""
 
 
 def has_body(scope: Scope) -> bool:
@@ -104,8 +101,8 @@ def has_body(scope: Scope) -> bool:
 
 
 class EarlyReplies:
-    """Sends a reply at once, but ends it only after the request's body, or after a second. If the server closed the
-    connection while the client still sends, the client could lose the reply."""
+    """Sends an early reply at once, but ends it only after the request's body or after a second. A client that still
+    sends when the connection is closed could lose the reply."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -138,7 +135,7 @@ class EarlyReplies:
 
 
 _WITHOUT_V1: Final = ("/models", "/stream/", "/streams/")
-"""Beginnings of paths that clients with a base URL without `/v1` use. Generating endpoints declare both paths."""
+"""Beginnings of paths that clients with a base URL without `/v1` request. Generating endpoints declare both paths."""
 _OTHER_NAMES: Final = {"/v1/health": "/health"}
 _PARAMETER: Final = re.compile(r"\{(\w+)(?::path)?\}")
 _STATE: Final = "traced_route"
@@ -171,9 +168,9 @@ class Route(PathRoute):
         types: Sequence[str] | None = None,
         status: int = 200,
     ) -> None:
-        """Makes a route. `body`: the class of the body, which the endpoint itself reads. `computes`: the model must be
-        loaded. `errors`: the form of errors for this path and for those below it; None: that of `usual_shape`. `types`:
-        media types of the reply; None: JSON, and `form` if the body has the field `stream`."""
+        """Makes a route. `body`: the class of the body, which the endpoint reads itself. `computes`: the model must be
+        loaded. `errors`: the form of errors for this path and all paths below it; None: that of `usual_shape`. `types`:
+        media types of the reply; None: JSON, and `form` too if the body has the field `stream`."""
         super().__init__(path, endpoint, methods=[method])
         self.method = method
         self.body = body
@@ -186,10 +183,10 @@ class Route(PathRoute):
 
 
 class Paths:
-    """Middleware that replaces paths and methods by those that the app's routes have."""
+    """Middleware that replaces paths and methods by those of the app's routes."""
 
     def __init__(self, app: ASGIApp, prefix: str) -> None:
-        """Makes the middleware. `prefix`: "" or "/...". Paths without the prefix are served too, for probes and this
+        """Makes the middleware. `prefix`: "" or "/...". Paths without the prefix are also served, for probes and this
         program's own clients."""
         self._app = app
         self._prefix = prefix
@@ -212,19 +209,18 @@ def given_path(scope: Scope) -> str:
 
 
 def shape_of(scope: Scope) -> ErrorShape:
-    """Returns the form of errors for a request, even before its route is known."""
+    """Returns the form of errors for a request whose route may not be known yet."""
     given, routes = given_path(scope), (route for route in scope["app"].routes if isinstance(route, Route))
     own = (route.errors for route in routes if route.errors is not None and given.startswith(route.path))
     return next(own, usual_shape(given))
 
 
 def template(path: str) -> str:
-    """Returns a route's path as clients see it, with `{name}` for each parameter."""
     return _PARAMETER.sub(r"{\1}", path)
 
 
 def traced_names(scope: Scope) -> list[str]:
-    """Returns an empty list to which `name_route` later adds the name of the route. Names never contain text of the
+    """Returns an empty list to which `name_route` later adds the route's name. A name never contains text of the
     client."""
     names: list[str] = []
     scope["state"] = {**scope.get("state", {}), _STATE: names}
@@ -232,7 +228,6 @@ def traced_names(scope: Scope) -> list[str]:
 
 
 def name_route(scope: Scope) -> None:
-    """Adds the route's name to the list of `traced_names`, if there is one. Called only after the key was checked."""
     if (names := scope.get("state", {}).get(_STATE)) is not None:
         posts = (route for route in scope["app"].routes if isinstance(route, Route) and route.method == "POST")
         paths = (template(route.path) for route in posts if route.path_regex.match(scope["path"]))

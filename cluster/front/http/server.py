@@ -1,5 +1,5 @@
-"""The HTTP server on the API's port. While the cluster starts, it sends short replies; afterwards, it serves the app.
-It bounds the number of connections and their idle time."""
+"""The HTTP server on the API's port. It sends short replies while the cluster starts, and serves the app afterwards. It
+bounds the number of connections and their idle time."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from llamaclust.core.errors import ClusterStartingError
 from llamaclust.core.process_settings import connections_of_server
 
 _BACKLOG = 128
-"""Backlog of the listening sockets; asyncio also accepts that many connections in one turn."""
+"""Backlog of the listening sockets, and the most connections that asyncio accepts in one turn."""
 _GRACE_S = 1
-"""The time in which data is still sent to clients when the server stops, in whole seconds."""
+"""Whole seconds during which a stopping server still sends data to clients."""
 _MOST_EARLY = 64  # connections at a time while the cluster starts
 _HEAD_BYTES = 65536
 _NO_HTTP = {431: "head_too_large", 501: "not_supported"}
-"""Error codes of requests that are no valid HTTP, by status."""
+"""Error codes by HTTP status, for requests that are not valid HTTP."""
 
 
 def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: int | None = None) -> uvicorn.Config:
     """Returns the configuration of a server for the app with at most `places` connections. Warnings are not logged,
-    because clients can cause any number. `_Room` closes idle connections, after a longer time than clients and proxies
-    use (nginx: 60 s), because a request on its way to a closing connection is lost."""
+    because clients can cause any number. `_Room` closes idle connections, but only after a longer time than clients and
+    proxies use (nginx: 60 s): a request that is under way when its connection closes is lost."""
 
     class Connection(_Connection):
         """A connection of this server. Each server has its own class, because uvicorn makes the connections from a
@@ -72,7 +72,7 @@ def server_config(app: ASGIApp, settings: ApiSettings, port: ApiPort, places: in
 
 
 class _Room:
-    """The places of one server's connections, and its idle connections, those idle the longest first."""
+    """The places of one server's connections, and the idle connections, longest idle first."""
 
     def __init__(self, settings: ApiSettings, most: int) -> None:
         self.places = min(most, connections_of_server())
@@ -80,8 +80,8 @@ class _Room:
         self._idle: dict[_Connection, asyncio.TimerHandle] = {}
 
     def wait(self, connection: _Connection, wait_s: float) -> None:
-        """Closes the connection unless a request's head arrives completely within `wait_s`. A connection that is
-        already idle keeps its rank."""
+        """Closes the connection unless a complete request head arrives within `wait_s`. A connection that is already
+        idle keeps its rank."""
         timer = self._idle.get(connection)
         if timer is not None:
             timer.cancel()
@@ -93,7 +93,6 @@ class _Room:
             timer.cancel()
 
     def make_place(self) -> bool:
-        """Closes the connection that has been idle the longest. Returns False if none is idle."""
         if not self._idle:
             return False
         self._close(next(iter(self._idle)))
@@ -106,8 +105,8 @@ class _Room:
 
 
 class _Connection(H11Protocol):
-    """A connection. It is idle until a request's head is complete, and again after its reply. A new connection,
-    including its TLS handshake, has as long for a head as others have from a head's first byte."""
+    """A connection. It is idle until a request's head is complete, and again after the reply. Its first head, including
+    a TLS handshake, must be complete as fast as a later head after its first byte."""
 
     room: ClassVar[_Room]
 
@@ -149,7 +148,7 @@ class _Connection(H11Protocol):
             self.room.leave(self)
 
     def send_400_response(self, msg: str) -> None:
-        """Replies to invalid HTTP, unless the app's reply to the same request has begun. Closes the connection."""
+        """Replies to invalid HTTP, unless the app has already begun a reply. Closes the connection."""
         if self._is_idle or not self.cycle.response_started:
             failure = _no_http(sys.exception())
             self.transport.write(whole(JsonResponse(OPENAI.body(failure), failure.status)))
@@ -159,7 +158,6 @@ class _Connection(H11Protocol):
             self.cycle.message_event.set()
 
     def _go_on(self) -> None:
-        """Parses the data that the last turn left."""
         if self.transport.is_closing():
             return
         if not self.flow.read_paused:
@@ -174,7 +172,7 @@ class _Connection(H11Protocol):
             self.room.wait(self, settings.idle_s if self._awaits_head else settings.head_s)
 
     def takes_body(self, cycle: RequestResponseCycle) -> bool:
-        """Returns True if a piece of this reply's body can be written now."""
+        """Returns True if the next piece of this reply's body can be written directly."""
         is_sending = cycle.response_started and not (cycle.response_complete or cycle.disconnected)
         is_paused = self.flow.write_paused or cycle.scope["method"] == "HEAD"
         return is_sending and self._http.is_chunked and not is_paused
@@ -191,7 +189,7 @@ def _no_http(error: BaseException | None) -> Failure:
 
 class _Body:
     """Writes the body of a reply. Pieces are written together at the end of the event loop's turn, because a system
-    call for each event would cost more than all other work."""
+    call for each event would take longer than all other work."""
 
     def __init__(self, connection: _Connection, cycle: RequestResponseCycle) -> None:
         self._connection = connection
@@ -199,7 +197,8 @@ class _Body:
         self._pieces: list[bytes] = []
 
     def write(self, data: bytes) -> bool:
-        """Writes a piece. If it must go through ASGI instead, writes only the earlier pieces and returns False."""
+        """Writes a piece. Returns False if the piece must go through ASGI instead; then only earlier pieces are
+        written."""
         if not self._connection.takes_body(self._cycle):
             self.flush()
             return False
@@ -222,11 +221,10 @@ def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
 
 
 class StartingReplies:
-    """Replies on the API's port while the cluster starts. The listening socket stays open for the API afterwards."""
+    """Replies on the API's port while the cluster starts. Afterwards, the API uses the same listening socket."""
 
     def __init__(self, port: ApiPort, settings: ApiSettings, report: Report, *, is_live: bool = False) -> None:
-        """Makes the replies. Only clients with a key see what the start waits for. `is_live`: /live is answered with
-        200."""
+        """Makes the replies. Only clients with a key see what the start waits for. `is_live`: /live gets status 200."""
         self._settings = settings
         self._is_live = is_live
         self._report = report
@@ -248,7 +246,6 @@ class StartingReplies:
         self.close()
 
     def close(self) -> None:
-        """Stops accepting connections. Accepted ones still get replies, because their server closes a turn later."""
         loop = asyncio.get_running_loop()
         while self._servers:
             server = self._servers.pop()
@@ -257,7 +254,6 @@ class StartingReplies:
             loop.call_soon(server.close)
 
     def report(self, event: Event) -> None:
-        """Notes what the start waits for, and passes the event on."""
         now = awaited(event)
         self._awaited = self._awaited if now is None else now
         self._report(event)

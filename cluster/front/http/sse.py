@@ -33,31 +33,29 @@ class StreamFormat(Enum):
 
     @property
     def has_ids(self) -> bool:
-        """True if events have ids, with which a client can read the reply again."""
+        """True if events have ids, with which a client can resume the reply."""
         return self is StreamFormat.EVENTS
 
     @property
     def keepalive(self) -> bytes:
-        """The bytes to send after a silence. They are empty for lines, whose readers would take them for a part."""
         return b": waiting\n\n" if self is StreamFormat.EVENTS else b""
 
     def part(self, data: bytes, name: str = "", event_id: str = "") -> bytes:
-        """Returns an event or a line. Lines have neither names nor ids."""
         if self is StreamFormat.LINES:
             return data + b"\n"
         head = f"id: {event_id}\n" if event_id else ""
         return b"%bdata: %b\n\n" % ((f"{head}event: {name}\n" if name else head).encode(), data)
 
     def error(self, scope: Scope, error: LlamaclustError, fields: Mapping[str, Any]) -> bytes:
-        """Returns the last part of a stream that fails: the error in the form of the request's API, with further
-        fields."""
+        """Returns the last part of a stream that fails: the error in the form of the request's API, with `fields`
+        added."""
         shape, failure = shape_of(scope), failure_of(error)
         kind = {"type": shape.event_name} if shape.event_name else {}
         return self.part(to_json({**kind, **shape.body(failure), **fields}), shape.event_name)
 
 
 class PartsResponse(Response):
-    """Sends the parts of a body as they come. At the end, it always closes the generator of the parts, and then calls
+    """Sends the parts of a body as they arrive. At the end, always closes the generator of the parts, then calls
     `close` with True if the connection accepted the whole reply."""
 
     def __init__(
@@ -96,7 +94,8 @@ class EventResponse(PartsResponse):
         form: StreamFormat,
         error_fields: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Makes the response. `error_fields`: further fields of an error that ends it; the caller may change them."""
+        """Makes the response. `error_fields`: additional fields of an error that ends the response; the caller may
+        change them."""
         self.media_type = form.value
         super().__init__(parts, close, _HEADERS)
         self._form = form
@@ -147,9 +146,9 @@ def rendered(value: Any) -> JsonParts:
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
-    """Awaits `work`. If the client disconnects meanwhile, cancels it and raises ClientDisconnect. The request's body
-    must have been read. If this call is cancelled, the result is lost, so `work` must register its resources with the
-    caller."""
+    """Awaits `work` and returns its result. If the client disconnects first, cancels `work` and raises
+    ClientDisconnect. The request's body must have been read. If this call is cancelled, the result is lost, so `work`
+    must register its resources with the caller."""
     results: list[_Value] = []
 
     async def do_it() -> None:
@@ -162,8 +161,8 @@ async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Val
 
 
 async def first_of(*works: Awaitable[None]) -> None:
-    """Waits until the first one is done, cancels the others, and waits for their ends. Raises an error of the one that
-    is done."""
+    """Waits until one of `works` is done, then cancels the others and waits for their ends. Raises the error of the one
+    that is done."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

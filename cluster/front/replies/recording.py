@@ -14,16 +14,16 @@ from llamaclust.core.sampling import RowResult
 
 _RECORDED_ROWS = 64
 _RECORDED_S = 1.0
-"""A row waits at most this long for others before it is recorded with the next one. Hence, little of a slow stream must
-be computed again after a restart."""
+"""The longest wait of a row for others with which it is recorded. It bounds how much of a slow stream is computed again
+after a restart."""
 
 
 class Recording:
-    """Records the tokens of a request's choices. The first tokens of a restored request are recorded sooner, so that it
-    progresses even if the coordinator soon ends again."""
+    """Records the tokens of a request's choices. First tokens of a restored request are recorded sooner, so that the
+    request progresses even if the coordinator soon ends again."""
 
     def __init__(self, journal: Journal, context: RequestContext, progressed: asyncio.Event) -> None:
-        """Makes the recording. `progressed` is set at the first token of a restored request that was not yet
+        """Makes the recording. `progressed` is set at the first new token of a restored request that was not yet
         recorded."""
         self._journal = journal
         self._id = context.id
@@ -36,8 +36,8 @@ class Recording:
         self._oldest_s = 0.0  # of these rows
 
     def follow(self, log: AnswerLog) -> None:
-        """Records the tokens if they suffice to continue the answers. Of other restored requests, only their progress
-        is noted."""
+        """Records the tokens if they suffice to continue the answers. For restored requests with other answers, only
+        records that they progress."""
         needs_more = any(
             each.top_logprobs or each.score_from is not None or each.params.needs_state for each in log.generations
         )
@@ -47,7 +47,7 @@ class Recording:
             log.subscribe(self.progress)
 
     def add(self, prompt: int, chunk: TextChunk) -> None:
-        """Records the next tokens of a choice. It must be called for all its tokens, from the first one on."""
+        """Records the next tokens of a choice. It must receive all tokens of the choice from the first one on."""
         choice, new = (prompt, chunk.index), chunk.rows
         came = self._came[choice]
         self._came[choice] = came + len(new)
@@ -67,7 +67,6 @@ class Recording:
             self._write()
 
     def progress(self, _: int, chunk: TextChunk) -> None:
-        """Notes that a restored request has new tokens."""
         if chunk.rows and not self._progressed.is_set():
             self._progressed.set()
             self._journal.progressed(self._id)

@@ -32,8 +32,8 @@ _MAX_SLOTS = 130
 
 
 def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> RequestContext:
-    """Makes the context of a new request. `settings`: those of its model. Raises HttpError for a header that is no
-    valid name."""
+    """Makes the context of a new request. `settings`: the settings of its model. Raises HttpError for a header that is
+    not a valid name."""
     trace = current_trace.get()
     return RequestContext(
         id=secrets.token_hex(12),
@@ -52,9 +52,9 @@ def new_context(headers: Headers, endpoint: str, settings: ApiSettings) -> Reque
 
 
 def identified(request: CompletionRequest, context: RequestContext, prompt: int) -> CompletionRequest:
-    """Returns the completion request of one prompt with its seed and recorded tokens. The first computation decides
-    whether a grammar applies, which for calls depends on the time that it takes to compile; later ones follow. Raises
-    WorkerError if the grammar could not be made again."""
+    """Returns the completion request of one prompt with its seed and recorded tokens. Whether a grammar applies to
+    calls depends on its compile time, so the first computation decides and later ones follow. Raises WorkerError if the
+    grammar could not be made again."""
     named = replace(
         request,
         request_id=context.id if prompt == 0 else f"{context.id}-p{prompt}",
@@ -87,8 +87,8 @@ def _name(headers: Headers, header: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A part of a stream. Events of one slot always come in the same order, even if the reply is computed again. Events
-    of different slots may come in any order."""
+    """A part of a stream. Events of one slot have the same order each time the reply is computed. Events of different
+    slots may come in any order."""
 
     slot: int  # index of a choice; one past the last for what belongs to none
     value: Any  # rendered as JSON; bytes are the text itself
@@ -96,17 +96,17 @@ class Event:
 
 
 class View(ABC):
-    """Converts the entries of an answer's log to one client's form. Each reader has its own view. Methods are called on
-    a thread for large entries."""
+    """Converts the entries of an answer's log to the form of one client. Each reader has its own view. For large
+    entries, methods are called on a thread."""
 
     @abstractmethod
     def frames(self, prompt: int, item: LogItem) -> Iterable[Event]:
-        """Yields the events that the next entry adds, including those that begin the stream and those that end an
-        answer. The caller renders each event before it takes the next one."""
+        """Yields the events that the next entry adds, including those at the beginning of the stream and at the end of
+        an answer. The caller renders each event before it takes the next one."""
 
     @property
     def error_fields(self) -> Mapping[str, Any]:
-        """Returns further fields for an error that ends the stream at this point."""
+        """Returns additional fields of an error that ends the stream now."""
         return {}
 
     def closing(self) -> Iterable[Event]:
@@ -136,10 +136,10 @@ class Reply:
     with_progress: bool = False
     keeps_chunks: bool = False  # a reply needs the chunks of its answer until it ends, since it shows logprobs by them
     has_measurements: bool = False
-    """True if the stream shows times or cached tokens before its last event. Its bytes then change if it is computed
-    again."""
+    """True if the stream shows times or cached tokens before its last event, so that its bytes change if the reply is
+    computed again."""
     acknowledgement: bytes | None = None
-    """JSON for a client that does not wait for its reply (a background reply); None: the client waits."""
+    """JSON for a client that does not wait for its (background) reply; None: the client waits."""
     is_stored: bool = False  # a view has an effect once its answer is complete, so that it is made without a client too
 
     @property
@@ -153,14 +153,14 @@ class Reply:
         return RowStorage.STREAMED if self.is_streamed else RowStorage.PACKED
 
     def content(self, *, is_kept: bool) -> LogContent:
-        """Returns what the log of the reply keeps. Kept streams need all chunks."""
+        """Returns which parts of an answer the reply's log keeps. Kept streams need all chunks."""
         if not self.is_streamed:
             return LogContent(self._storage)
         return LogContent(RowStorage.CHUNKS if is_kept else RowStorage.STREAMED, self.timed, self.with_progress)
 
     def sizes(self, asked: Sequence[CompletionRequest], generations: Sequence[GenerationRequest]) -> list[ReplySize]:
-        """Returns bounds on the memory of each prompt's answers. Only the first answer of a stream is read while it
-        runs; the others must be held until their turn."""
+        """Returns bounds on the memory of each prompt's answers. Only the first answer of a stream is read while it is
+        computed; the others are held until their turn."""
         first = MAX_UNREAD_ROWS if self._storage is RowStorage.STREAMED else None
         return [
             ReplySize.of(generation, request.n, self._storage, None if prompt else first)
@@ -169,11 +169,10 @@ class Reply:
 
 
 MakeReply = Callable[[bytes, RequestContext], Awaitable[Reply]]
-"""Makes the reply to a body. Raises an error to refuse the body."""
 
 
 Position = Counter[int]
-"""The number of events that a client has, by slot. Event ids show it as text: `3`, or `3-5-0` for several slots."""
+"""The number of events that a client has, by slot. In an event id it is text: `3`, or `3-5-0` for three slots."""
 
 
 def read_position(text: str, param: str) -> Position:
@@ -199,12 +198,12 @@ class Framing:
     _numbers: Position = field(default_factory=Counter)
 
     def shown(self, view: View, prompt: int, item: LogItem, *, is_large: bool = False) -> list[bytes]:
-        """Renders the events that the next entry adds. Large ones are rendered in pieces, so that other threads can run
-        meanwhile."""
+        """Renders the events that the next entry adds. Large events are rendered in pieces, so that other threads can
+        run in between."""
         return self.parts(view.frames(prompt, item), is_large=is_large)
 
     def parts(self, events: Iterable[Event], *, is_large: bool = False) -> list[bytes]:
-        """Renders the events, and returns the bytes that the client does not have."""
+        """Renders the events and returns those parts that the client does not have yet."""
         return [part for event in events if (part := self._part(event, is_large=is_large))]
 
     def _part(self, event: Event, *, is_large: bool) -> bytes:

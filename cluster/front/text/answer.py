@@ -1,4 +1,4 @@
-"""Completions as text: chunks while they run, and whole answers made from the chunks, with packed rows."""
+"""Completions as text: chunks while they run, and whole answers that are made from the chunks."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llamaclust.model.chat.tools.events import AnswerEvent, ReasoningText, merge
 
 
 class PackedRows(Sequence[RowResult]):
-    """Tokens with their logprobs and the likeliest alternatives, packed. Nothing else of a row is kept. Each read makes
-    a new RowResult."""
+    """Rows as packed arrays of tokens, logprobs and likeliest alternatives. Other values of a row are dropped. Each
+    read makes a new RowResult."""
 
     __slots__ = ("_ends", "_logprobs", "_tokens", "_tops")
 
@@ -39,7 +39,6 @@ class PackedRows(Sequence[RowResult]):
 
     @property
     def entries(self) -> int:
-        """The number of tokens and top logprobs."""
         return len(self._tokens) + len(TopLogprobs(self._tops))
 
     def __len__(self) -> int:
@@ -68,19 +67,19 @@ _MOST_EVENTS = 1024
 
 
 def json_logprob(value: float) -> float:
-    """Returns a float32 logprob for JSON, with enough digits to read the same float32 again. Minus infinity, which JSON
+    """Returns a float32 logprob for JSON, with enough digits to restore the same float32. Minus infinity, which JSON
     lacks, becomes -9999."""
     return value if math.isfinite(value) else _LEAST_LOGPROB
 
 
 @dataclass(frozen=True, slots=True)
 class TextChunk:
-    """A part of an answer that one step adds to the choice `index`. Text may come later than its tokens, because of
-    incomplete characters or possible stop strings.
+    """A part of an answer that one step adds to the choice `index`.
 
-    `rows` has all sampled tokens with their logprobs, including the end token and tokens of a stop string, whose text
-    is not shown. `offsets[i]`, if the server counts offsets, is the place of the text of `rows[i]` in the answer, in
-    characters."""
+    Text may come later than its tokens, because of incomplete characters or possible stop strings. `rows` has all
+    sampled tokens with their logprobs, including tokens whose text is not shown: the end token and stop strings.
+    `offsets[i]`, if the server counts offsets, is the position of the text of `rows[i]` in the answer, in characters.
+    """
 
     index: int = 0
     text: str = ""
@@ -97,12 +96,10 @@ class TextChunk:
 
     @property
     def reasoning(self) -> str:
-        """The reasoning in a chat's answer, which is not part of `text`."""
         return "".join(event.text for event in self.events if isinstance(event, ReasoningText))
 
     @property
     def entries(self) -> int:
-        """The number of tokens and top logprobs in all rows."""
         return _entries(self.rows) + _entries(self.prompt_rows)
 
     @property
@@ -122,8 +119,6 @@ class TextChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer(TextChunk):
-    """A complete choice: all its chunks joined into one, with packed rows."""
-
     finish_reason: FinishReason
     timings: Timings
 
@@ -136,8 +131,6 @@ def join(chunks: Iterable[TextChunk]) -> Answer:
 
 
 class Collected:
-    """Collects the chunks of a choice, and packs their rows."""
-
     def __init__(self) -> None:
         self._first = self._last = TextChunk()
         self._is_empty = True

@@ -1,4 +1,4 @@
-"""The log of an answer: its items in the order of a request's prompts. It is read while it grows, or later."""
+"""The log of an answer: items in the order of a request's prompts. Readers may read it while it grows, or later."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptProgr
 from llamaclust.core.errors import DeadlineError
 
 MAX_UNREAD_ROWS = 4096
-"""The largest number of unread rows in a streamed log, not counting those that existed when the reader began with their
-prompt."""
+"""The largest number of unread rows in a streamed log. Rows that existed when the reader began with their prompt do not
+count."""
 
 LogItem = TextChunk | PromptProgress
 Entry = tuple[int, LogItem]
-"""The index of a prompt, and an item of the answer to it."""
 Subscriber = Callable[[int, TextChunk], None]
-"""A function that gets each chunk when it is appended, with the index of its prompt. Its errors end the log."""
+"""A function that receives each appended chunk with the index of its prompt. An error that it raises ends the log."""
 
 
 class Timed(Enum):
-    """The chunks of a choice that have timings, in addition to the last chunk, which always does."""
+    """The chunks of a choice that have timings. The last chunk always has them."""
 
     NEVER = auto()
     FIRST = auto()
@@ -50,14 +49,15 @@ class _PromptEnd:
 
 
 class AnswerLog:
-    """An append-only log. Entries are in the order of their prompts, no matter which prompt is computed first, so the
+    """An append-only log. Entries are in the order of their prompts, whichever prompt is computed first, so that the
     log is the same if the request is computed again.
 
     A log of STREAMED rows drops each entry when its only reader takes it. A log of CHUNKS keeps all entries. A log of
-    PACKED rows has no entries, only the complete answers at its end."""
+    PACKED rows has no entries, only the complete answers at its end.
+    """
 
     def __init__(self, *subscribers: Subscriber, is_held: bool = False) -> None:
-        """Makes a log. `is_held`: readers get nothing before `release`."""
+        """Makes a log. With `is_held`, readers get nothing before `release`."""
         self.generations: Sequence[GenerationRequest] = ()  # one a prompt
         self.content = LogContent(RowStorage.CHUNKS)
         self.error: BaseException | None = None
@@ -78,12 +78,11 @@ class AnswerLog:
 
     @property
     def is_over(self) -> bool:
-        """True if the log has ended, with or without an error."""
         return self.ended_s is not None
 
     def begin(self, generations: Sequence[GenerationRequest], content: LogContent) -> None:
-        """Begins the answers to these prompts, and drops those of an earlier attempt. If there are no prompts, the log
-        ends at once."""
+        """Begins the answers to these prompts and drops those of an earlier attempt. Without prompts, the log ends at
+        once."""
         self.clear()
         self.generations, self.content = generations, content
         self._is_packed = content.storage is RowStorage.PACKED
@@ -97,7 +96,7 @@ class AnswerLog:
         self._subscribers.append(subscriber)
 
     def append(self, prompt: int, item: LogItem) -> None:
-        """Appends an item. Raises DeadlineError if too many rows wait for the reader, and errors of subscribers."""
+        """Appends an item. Raises DeadlineError if too many rows are unread, and errors of subscribers."""
         if self.ended_s is not None:
             return
         if isinstance(item, TextChunk):
@@ -109,12 +108,12 @@ class AnswerLog:
         self._put(prompt, item)
 
     def end(self, prompt: int, error: BaseException | None = None) -> None:
-        """Ends the answer to a prompt. An `error` ends the log after the entries of this and the previous prompts."""
+        """Ends the answer to a prompt. With an `error`, the log ends after the entries of this prompt and earlier
+        ones."""
         if self.ended_s is None:
             self._put(prompt, _PromptEnd(error))
 
     def fail(self, error: BaseException) -> None:
-        """Ends the log with an error at once, even for readers that wait for `release`."""
         self.release()
         self._finish(error)
 
@@ -123,7 +122,6 @@ class AnswerLog:
         self._wake()
 
     def clear(self) -> None:
-        """Drops all entries. Readers get only later ones."""
         self.generations = ()
         self._first += len(self._entries)
         self._entries.clear()
@@ -131,8 +129,8 @@ class AnswerLog:
         self._packed.clear()
 
     def parts(self) -> list[list[TextChunk]]:
-        """Returns, for each prompt of a log that has ended, its answers if rows are packed, else its chunks. Raises the
-        error of the log."""
+        """Returns for each prompt its answers if rows are packed, otherwise its chunks. The log must have ended. Raises
+        the error of the log."""
         self.raise_error()
         parts: list[list[TextChunk]] = [[] for _ in self.generations]
         for (prompt, _), collected in sorted(self._packed.items(), key=itemgetter(0)):
@@ -143,7 +141,7 @@ class AnswerLog:
         return parts
 
     async def chunks(self) -> AsyncGenerator[TextChunk, None]:
-        """Yields the chunks as they come. Raises the error that ended the log."""
+        """Yields the chunks as they arrive. Raises the error that ended the log."""
         with LogReader(self) as reader:
             while not reader.is_at_end:
                 if (entry := reader.take()) is None:
@@ -160,7 +158,7 @@ class AnswerLog:
         await self._over.wait()
 
     async def first(self, timeout_s: float) -> None:
-        """Waits at most `timeout_s` for the first chunk. Raises the error of a log that ended without any chunk."""
+        """Waits at most `timeout_s` for the first chunk. Raises the error of a log that ended without a chunk."""
         with LogReader(self) as reader:
             end_s = asyncio.get_running_loop().time() + timeout_s
             while not self.is_over and not any(isinstance(item, TextChunk) for _, item in self._entries):
@@ -186,7 +184,6 @@ class AnswerLog:
             reader.wake()
 
     def _end_prompt(self, end: _PromptEnd) -> None:
-        """Ends the current prompt, and adds the waiting items of the next prompt."""
         self._prompt += 1
         if end.error is not None or self._prompt == len(self.generations):
             self._finish(end.error)
@@ -198,7 +195,6 @@ class AnswerLog:
             self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
 
     def _finish(self, error: BaseException | None) -> None:
-        """Ends the log. Only the first call has an effect."""
         if self.ended_s is None:
             self.error, self.ended_s = error, time.time()
             self._over.set()
@@ -212,8 +208,7 @@ class AnswerLog:
             self._most_unread_rows = self._unread_rows + MAX_UNREAD_ROWS
 
     def entry(self, number: int) -> Entry | None:
-        """Returns the entry with this number, or None if there is none. A streamed log drops the entry that it
-        returns."""
+        """Returns the entry with this number; None if there is none. A streamed log drops the entry that it returns."""
         place = number - self._first
         if not 0 <= place < len(self._entries) or self._is_held:
             return None
@@ -225,7 +220,6 @@ class AnswerLog:
         return entry
 
     def is_end(self, number: int) -> bool:
-        """True if the log has ended before the entry with this number."""
         return self.is_over and not self._is_held and not 0 <= number - self._first < len(self._entries)
 
     def _wake(self) -> None:
@@ -234,8 +228,8 @@ class AnswerLog:
 
 
 class LogReader:
-    """Reads a log from its beginning. It is a context manager. One timer serves many waits, because most waits are so
-    short that setting and cancelling a timer would take longer."""
+    """Reads a log from its beginning. It is a context manager. One timer serves many waits, because most waits are
+    shorter than the time to set and cancel a timer."""
 
     def __init__(self, log: AnswerLog) -> None:
         self._log = log
@@ -259,13 +253,12 @@ class LogReader:
         return self._log.is_end(self._place)
 
     def take(self) -> Entry | None:
-        """Returns the next entry, or None if it has not come yet."""
         entry = self._log.entry(self._place)
         self._place += entry is not None
         return entry
 
     async def wait(self, idle_s: float | None = None) -> bool:
-        """Waits until something comes. Returns False if nothing came for `idle_s`. May be cancelled and called
+        """Waits for something to read. Returns False if nothing came for `idle_s`. May be cancelled and called
         again."""
         loop = asyncio.get_running_loop()
         self._is_silent = False

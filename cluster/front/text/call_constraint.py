@@ -1,5 +1,5 @@
-"""Constraints on a chat's answer: calls must conform to the schemas of their tools, and other answers to the form that
-the request names."""
+"""Constraints on a chat's answer. Calls must conform to the schemas of their tools, and other answers to the form that
+the request states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _ORIGIN: Final = "tools"
 _MOST_CHECKS: Final = 64
-"""The largest number of checks that search for the tools whose schemas cannot be enforced. Tools that are not judged by
+"""The largest number of checks in the search for tools whose schemas cannot be enforced. Tools that are not checked by
 then are not constrained."""
 
 _log = logging.getLogger(__name__)
@@ -31,9 +31,10 @@ _log = logging.getLogger(__name__)
 async def answer_grammar(
     chat: ChatRequest, reading: AnswerReading | None, tokenizer: Tokenizer, checker: GrammarChecker
 ) -> Grammar | None:
-    """Returns the grammar of a chat's answer: calls if they are required, else calls or the request's form. If a tool's
-    schema cannot be enforced, its arguments may be any JSON object, and the schema is reported as without effect.
-    Raises ParameterError if the request's form cannot be enforced, and DeadlineError if a check is late."""
+    """Returns the grammar of a chat's answer: only calls if the request requires them, otherwise calls or an answer in
+    the request's form. If a tool's schema cannot be enforced, the tool's arguments may be any JSON object and the
+    schema is reported as without effect. Raises ParameterError if the request's form cannot be enforced, DeadlineError
+    if a check takes too long."""
     is_required, other = chat.tool_use.mode is ToolMode.REQUIRED, chat.answer.grammar
     if reading is None or not reading.tools:
         return other
@@ -77,7 +78,6 @@ class _Calls:
         tokenizer: Tokenizer,
         checker: GrammarChecker,
     ) -> None:
-        """Makes the finder. `other`: the form of an answer without calls."""
         self._use = chat.tool_use
         self._reading = reading
         self._other = other
@@ -87,7 +87,8 @@ class _Calls:
         self._is_over = False  # a check met the guard against hostile grammars: further ones could take as long
 
     async def find(self, tools: Tools) -> tuple[Grammar | None, set[str]]:
-        """Finds the grammar of calls to all tools, and the names of the tools whose arguments it does not constrain."""
+        """Returns the grammar of calls to all tools, and the names of the tools whose arguments it does not
+        constrain."""
         try:
             return await self._check(tools), set()
         except ParameterError:
@@ -102,7 +103,6 @@ class _Calls:
                 free |= {*bound} if self._is_over else _largest_half(bound)
 
     async def _refused(self, tools: Tools) -> set[str]:
-        """Finds the tools for which there is no valid grammar, by bisection."""
         if self._checks >= _MOST_CHECKS or self._is_over:
             return {*tools}
         try:
@@ -126,7 +126,7 @@ class _Calls:
             raise
 
     def _grammar(self, tools: Tools) -> Grammar | None:
-        """Makes the grammar of calls. Returns None if calls are optional and the model marks them with no text. Raises
+        """Makes the grammar of calls. Returns None if calls are optional and no text marks their beginning. Raises
         ParameterError if the grammar is too long."""
         if self._use.mode is ToolMode.REQUIRED:
             start = CallStart.THOUGHT if self._reading.is_thinking else CallStart.ANSWER
@@ -143,13 +143,13 @@ class _Calls:
 
 
 def _largest_half(tools: Mapping[str, Schema]) -> set[str]:
-    """Returns the half of the tools that has the longest schemas, which together are too large for a grammar."""
+    """Returns the half of the tools with the longest schemas, for tools whose schemas together are too large for a
+    grammar."""
     names = sorted(tools, key=lambda name: -len(str(tools[name])))
     return {*names[: -(-len(names) // 2)]}
 
 
 def _pieces(tokenizer: Tokenizer, text: str) -> list[str | int]:
-    """Splits a text into ids of control tokens and the texts between them."""
     pieces: list[str | int] = []
     for piece in tokenizer.split_special(text, parse_special=True):
         shown = piece if isinstance(piece, str) or tokenizer.is_control(piece) else tokenizer.token_text(piece)

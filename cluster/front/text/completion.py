@@ -32,12 +32,11 @@ if TYPE_CHECKING:
     from llamaclust.cluster.engine.engine import Engine
 
 _PROGRESS_S = 0.1
-"""Interval of checks of the prompt's progress."""
 _QUEUE_S = 120.0
-"""The longest time for which a later choice waits for a place in a full queue."""
+"""The longest wait of a later choice for a place in a full queue, in seconds."""
 SCORED_TOKENS = 256
-"""The number of scored prompt tokens in a chunk. Chunks begin at multiples of it in the prompt, except the first
-one."""
+"""The number of scored prompt tokens in a chunk. Each chunk begins at a multiple of this number, except the first one.
+"""
 
 
 Choice = tuple[GenerationRequest, "ChoiceText"]
@@ -45,11 +44,10 @@ Choice = tuple[GenerationRequest, "ChoiceText"]
 
 
 class Completion:
-    """All choices of one prompt, whose chunks are appended to a log as they come. `aclose` ends those that still run.
-    An error ends all of them.
-
-    Later choices are submitted after the first one has computed the prompt, so that they find it in the prefix cache.
-    The request is already accepted then, so they wait for a place in a full queue, up to a limit."""
+    """All choices of one prompt. Their chunks are appended to a log as they arrive. `aclose` ends the choices that
+    still run. An error ends all choices. Later choices are submitted after the first one has computed the prompt, so
+    that they find it in the prefix cache. If the queue is then full, they wait for a place up to a limit, because the
+    request has already been accepted."""
 
     def __init__(
         self, engine: Engine, choices: Sequence[Choice], log: AnswerLog, prompt: int, on_close: Callable[[], None]
@@ -101,7 +99,8 @@ class Completion:
             await asyncio.sleep(_PROGRESS_S)
 
     def _show_progress(self) -> None:
-        """Appends the prompt's progress: first only the cached tokens, then the growing number of computed ones."""
+        """Appends the progress of the prompt: first only the cached tokens, then the growing number of computed
+        tokens."""
         request = self._choices[0].request
         now = None if request is None else request.progress
         if now is None:
@@ -121,7 +120,6 @@ class Completion:
     # -- called by its choices -------------------------------------------------------------------------------------
 
     def primed(self) -> None:
-        """Notes that the first choice has computed the prompt, or has ended."""
         self._is_primed.set()
 
     def put(self, chunk: TextChunk) -> None:
@@ -141,8 +139,8 @@ class Completion:
 
 
 class _Running:
-    """Converts a choice's events to text inside the engine's calls, as its `Sink`. A task for each choice would double
-    the time per token."""
+    """Converts a choice's events to text within the engine's calls, as its `Sink`. A separate task for each choice
+    would double the time per token."""
 
     def __init__(self, owner: Completion, generation: GenerationRequest, text: ChoiceText, timed: Timed) -> None:
         self.generation = generation
@@ -189,7 +187,6 @@ class _Running:
             self._owner.failed(error or WorkerError("the request was ended before its answer was complete"))
 
     def abort_soon(self) -> None:
-        """Aborts the choice after the engine's current call."""
         self._is_over = True
         if self.request is not None:
             asyncio.get_running_loop().call_soon(self.request.abort)
@@ -201,8 +198,8 @@ class _Running:
 
 
 class ChoiceText:
-    """Converts the events of one choice to chunks. The chunks depend only on the request, not on how many prompt tokens
-    the engine computes at a time."""
+    """Converts the events of one choice to chunks. The chunks do not depend on how many prompt tokens the engine
+    computes at a time."""
 
     def __init__(
         self,
@@ -213,7 +210,7 @@ class ChoiceText:
         min_tokens: int,
         reading: AnswerReading | None = None,
     ) -> None:
-        """Makes the converter. With `reading`, the answer is a chat's, and the text of chunks is its content."""
+        """Makes the converter. With `reading`, the answer belongs to a chat, and the text of chunks is its content."""
         self._index = index
         self._detokenizer = Detokenizer(tokenizer, shown=frozenset() if reading is None else reading.shown_control_ids)
         self._parser = None if reading is None else reading.parser()
@@ -228,11 +225,10 @@ class ChoiceText:
 
     @property
     def is_stopped(self) -> bool:
-        """True if a stop string was found, so that the engine can stop."""
         return self._stop.matched is not None
 
     def take(self, event: Event) -> Sequence[TextChunk]:
-        """Returns the chunks that the event completes. The event Finished also completes the last chunk."""
+        """Returns the chunks that the event completes. Finished completes the last chunk."""
         if isinstance(event, TokenSampled):
             return (*self._rest_of_scores(), self._sampled(event.row))
         if isinstance(event, Finished):
@@ -271,7 +267,7 @@ class ChoiceText:
         return text if self._tokens <= self._min_tokens else self._stop.push(text)
 
     def finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
-        """Returns the last chunk of a choice. If a stop string was found, it is the reason of the end."""
+        """Returns the last chunk of a choice. A stop string that was found replaces `reason`."""
         text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
         text, events = self._read(text, is_last=True)
         stop = self._stop.matched
@@ -285,7 +281,6 @@ class ChoiceText:
         )
 
     def _read(self, text: str, *, is_last: bool = False) -> tuple[str, tuple[AnswerEvent, ...]]:
-        """Parses a piece of text. Returns the content in it, and all events."""
         if self._parser is None:
             return text, ()
         events = self._parser.feed(text) if text else []
@@ -295,7 +290,7 @@ class ChoiceText:
 
 
 class StopStrings:
-    """Finds stop strings in a text that comes in pieces, and holds back what may be the beginning of one. The cost per
+    """Finds stop strings in a text that arrives in pieces, and holds back text that may begin one. The cost per
     character does not depend on the lengths of the strings."""
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -304,8 +299,8 @@ class StopStrings:
         self.matched: str | None = None  # the stop string that was found; the stream has ended then
 
     def push(self, text: str) -> str:
-        """Returns the text that certainly precedes any stop string. The first completed stop string ends the text; if
-        one character completes several, the one that begins first counts."""
+        """Returns the text that certainly precedes any stop string. The first stop string to be completed ends the
+        text. If one character completes several, the one that began first counts."""
         if not self._patterns or self.matched is not None:
             return "" if self.matched is not None else text
         text = self._held + text
@@ -319,14 +314,11 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """Returns the text that was held back. Called at the end of the text."""
         rest, self._held = self._held, ""
         return rest if self.matched is None else ""
 
 
 class _Pattern:
-    """The Knuth-Morris-Pratt search for one string."""
-
     def __init__(self, text: str) -> None:
         self.text = text
         self.state = 0  # characters of the string that the text read so far ends with
@@ -339,7 +331,7 @@ class _Pattern:
             self._fallback[i] = length
 
     def step(self, character: str) -> bool:
-        """Returns True if this character completes the string. It must not be called again after that."""
+        """Returns True if this character completes the string, after which this method must not be called again."""
         state = self.state
         while state and character != self.text[state]:
             state = self._fallback[state - 1]

@@ -1,5 +1,5 @@
-"""Embeddings and reranking scores. Hidden states are pooled in token order and in float64, so that the bits do not
-depend on how the layers are distributed over workers."""
+"""Embeddings and reranking scores. Hidden states are pooled in token order and in float64, so that the result does not
+depend on how layers are distributed over workers."""
 
 from __future__ import annotations
 
@@ -51,21 +51,19 @@ class Pooler:
                 self._rows.append(row)
 
     def vectors(self) -> list[Float64]:
-        """Returns a single vector [embedding], or one for each token without pooling."""
         if self._pooling is Pooling.MEAN:
             return [self._rows[0] / self.count]
         return self._rows
 
 
 def normalized(vector: Float64, norm: int = EUCLIDEAN) -> Vector:
-    """Normalizes a vector as llama.cpp does. `norm` -1: not at all; 0: the largest absolute value becomes 32760; p: the
-    p-norm becomes 1."""
     length = _length(vector, norm)
     return np.asarray(vector / length if length > 0 else vector * 0, np.float32)
 
 
 def _length(vector: Float64, norm: int) -> float:
-    """Returns the number to divide by. Sums are exact before they are rounded, so that all instruction sets agree."""
+    """Returns the number by which the vector is divided. Sums are exact before they are rounded, so that all
+    instruction sets agree."""
     if norm < 0:
         return 1.0
     magnitudes: Sequence[float] = np.abs(vector).tolist()
@@ -85,8 +83,8 @@ _MOST_SUBMITTED = 16
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
-    """Options of embeddings. `norm`: see `normalized`; without pooling, vectors keep the norm of the hidden states.
-    `dimensions`: the number of leading channels to keep; None: all."""
+    """Options of embeddings. `norm`: see `normalized`; without pooling, vectors are not normalized. `dimensions`: the
+    number of leading channels to keep; None: all."""
 
     pooling: Pooling
     norm: int = EUCLIDEAN
@@ -104,8 +102,6 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """The score of a document for a query. A higher score is a better match."""
-
     score: float
     prompt_tokens: int
 
@@ -117,11 +113,9 @@ class Embedder:
         self._engine = engine
 
     async def embed(self, prompts: Sequence[tuple[int, ...]], options: EmbeddingOptions) -> list[Embedding]:
-        """Returns the embeddings in the order of the prompts. An error or a cancellation ends all of them.
-
-        Raises ParameterError for a prompt that is empty, too long or has unknown ids, QueueFullError if there is no
-        place for the first prompt, WorkerError, and DeadlineError if all prompts together take longer than a request
-        may."""
+        """Returns the embeddings in the order of the prompts. An error or a cancellation ends all prompts. Raises
+        ParameterError for a prompt that is empty, too long or has unknown ids, QueueFullError if there is no place for
+        the first prompt, WorkerError, and DeadlineError if the prompts together take longer than a request may."""
         group = secrets.token_hex(12)
         requests = [_request(f"{group}-{index}", group, prompt, options) for index, prompt in enumerate(prompts)]
         first = self._engine.submit(requests[0])
@@ -135,7 +129,6 @@ class Embedder:
         return [head.result(), *(task.result() for task in later)]
 
     async def rank(self, pairs: Sequence[tuple[int, ...]], ranking: Ranking) -> list[Rank]:
-        """Returns the scores of prompts that each contain a query and a document, in their order."""
         found = await self.embed(pairs, EmbeddingOptions(ranking.pooling, norm=-1))
         return [Rank(ranking.score(embedding.vectors[0].tolist()), embedding.prompt_tokens) for embedding in found]
 
@@ -170,7 +163,6 @@ async def _pooled(stream: RequestStream, request: GenerationRequest, options: Em
 
 
 def _finished(vector: Float64, options: EmbeddingOptions) -> Vector:
-    """Cuts off channels before normalization, as OpenAI does."""
     norm = -1 if options.pooling is Pooling.NONE else options.norm
     return normalized(vector[: options.dimensions], norm)
 

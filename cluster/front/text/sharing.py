@@ -1,4 +1,5 @@
-"""Resources that requests share by owner: threads and processes for work on texts, and memory for replies."""
+"""Resources that are shared fairly among owners of requests: threads and processes for work on texts, and memory for
+replies."""
 
 from __future__ import annotations
 
@@ -30,29 +31,27 @@ ignored_parts: Final[ContextVar[list[str] | None]] = ContextVar("ignored_parts",
 
 
 def report_ignored(names: Iterable[str]) -> None:
-    """Adds names to the reply's list of fields without effect."""
     parts = ignored_parts.get()
     if parts is not None:
         parts += names
 
 
 _WORK_S = 120.0
-"""Deadline of any work on a thread, including its wait for the thread. It is long, because work of seconds takes longer
-on a busy machine."""
+"""The deadline of work on a thread in seconds, including the wait for the thread. It is long, because a busy machine
+may be many times slower."""
 
 _Result = TypeVar("_Result")
 _Arguments = ParamSpec("_Arguments")
 
 
 class Places:
-    """Places for one kind of work, which owners take in turn."""
+    """Places for one kind of work. Owners take turns."""
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
 
     def turn(self) -> AbstractAsyncContextManager[None]:
-        """Returns a context in which the current owner holds a place."""
         loop = asyncio.get_running_loop()
         if loop not in self._turns:
             self._turns[loop] = Turns(self._count)
@@ -70,14 +69,14 @@ _LONG_TEXTS = Threads(1, "tokenize-long")
 _LONG_CHARACTERS = 1 << 16
 RENDERING = Threads(1, "derive-format")
 BREAKERS = Threads(1, "breakers")
-"""A single thread. Breakers are computed in Python, so more threads would only delay the event loop."""
+"""A single thread. Breakers are computed in Python, so that more threads would only delay the event loop."""
 TEMPLATES = Places(2)
 """Places for processes that render a chat template."""
 
 
 def tokenizing(characters: int) -> Threads:
     """Returns the threads for texts of this length. Long texts are tokenized one at a time, because a tokenizer uses up
-    to 150 bytes per character. Short texts do not wait for them."""
+    to 150 bytes per character. Short texts need not wait for long ones."""
     return _LONG_TEXTS if characters > _LONG_CHARACTERS else TOKENIZING
 
 
@@ -87,8 +86,8 @@ async def run_on(
     *arguments: _Arguments.args,
     **named: _Arguments.kwargs,
 ) -> _Result:
-    """Runs a function on a thread, and returns its result. Raises DeadlineError if the result is late. Work that no
-    thread has begun by then does not run."""
+    """Runs a function on a thread and returns its result. Raises DeadlineError if the result is late. Work that has not
+    begun by then is not run."""
     async with deadline("work on the request's text, on a busy machine", _WORK_S), threads.turn():
         work = partial(function, *arguments, **named)
         return await asyncio.get_running_loop().run_in_executor(threads.executor, work)
@@ -98,16 +97,16 @@ MAX_REPLY_ENTRIES = 1 << 21
 """The largest number of tokens and top logprobs in one reply."""
 UNIT_BYTES = 200
 MAX_HELD_UNITS = 1 << 21
-"""The memory, in units, for an owner's replies with logprobs or embeddings and for its prompts to rank. All owners
-together may have twice as much, see `fits`."""
+"""The most memory, in units, of one owner's replies with logprobs or embeddings and of the owner's prompts to rank. All
+owners together may use twice as much, see `fits`."""
 _UNIT_NUMBERS = 5
-"""The number of embedding values, or of tokens to rank, per unit."""
+"""The number of embedding values, or of tokens to rank, that one unit stands for."""
 _TOP_BYTES = 8
 _RETRY_S = 5.0
 
 
 async def when_free(submit: Callable[[], _Result], limit_s: float = inf) -> _Result:
-    """Submits a request that was already accepted. Waits while the queue is full, and raises QueueFullError after
+    """Submits a request that was already accepted. While the queue is full, tries again; raises QueueFullError after
     `limit_s`."""
     clock = asyncio.get_running_loop().time
     end_s = clock() + limit_s
@@ -129,13 +128,12 @@ class RowStorage(Enum):
 
     @property
     def row_bytes(self) -> int:
-        """The memory of a row without its top logprobs."""
         return 40 if self is RowStorage.PACKED else 600
 
 
 @dataclass(frozen=True, slots=True)
 class ReplySize:
-    """An upper bound on the completion of one prompt."""
+    """An upper bound on the size of one prompt's completion."""
 
     rows: int  # scored and sampled tokens of all choices
     top_logprobs: int  # a row
@@ -146,7 +144,8 @@ class ReplySize:
     def of(
         cls, generation: GenerationRequest, choices: int, storage: RowStorage, unread_rows: int | None = None
     ) -> ReplySize:
-        """Makes the bound. `unread_rows`: the largest number of sampled rows that are held; None: all rows are held."""
+        """Makes the bound. `unread_rows`: the largest number of sampled rows that are held at a time; None: all rows
+        are held."""
         first = generation.score_from
         scored = 0 if first is None else max(0, len(generation.prompt) - max(first, 1))
         sampled = choices * generation.max_new_tokens
@@ -165,15 +164,15 @@ class ReplySize:
 
 
 class ReplyBudget:
-    """The memory that all replies may hold. Tokens without further logprobs do not count, because few answers become as
-    long as they may."""
+    """The memory of all replies. Tokens without logprobs do not count, because few answers become as long as
+    allowed."""
 
     def __init__(self) -> None:
         self.shares = Shares(MAX_HELD_UNITS)
 
     def reserve(self, sizes: Sequence[ReplySize]) -> AbstractContextManager[None]:
         """Reserves a request's memory while the context is open. Raises ParameterError if no request may have that
-        much, and QueueFullError if the owner's other requests, or those of all owners, currently hold too much."""
+        much, QueueFullError if the owner's other requests or those of all owners now hold too much."""
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
         if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:
@@ -188,7 +187,7 @@ class ReplyBudget:
 
     def reserve_numbers(self, count: int, param: str, refusal: str) -> AbstractContextManager[None]:
         """Reserves memory for embedding values, or for tokens to rank, while the context is open. Raises the errors of
-        `reserve`; `refusal` is the text of the ParameterError, with {count} and {most}."""
+        `reserve`. `refusal`: the text of the ParameterError, with {count} and {most}."""
         most = MAX_REPLY_ENTRIES * _UNIT_NUMBERS
         if count > most:
             raise ParameterError(param, refusal.format(count=count, most=most), "reply_too_large")

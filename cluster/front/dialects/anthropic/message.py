@@ -32,7 +32,7 @@ from llamaclust.model.chat.tools.events import (
 
 Block = dict[str, Any]
 Shown = dict[str, Any]
-"""An event of a stream, or of a whole answer before its blocks are joined."""
+"""An event of a stream. The events of a whole answer are joined into its content blocks."""
 
 _STARTS: Final[dict[str, Block]] = {
     "text": {"type": "text", "text": ""},
@@ -111,7 +111,6 @@ class _Blocks:
         self._open: str | None = None  # its type
 
     def take(self, chunk: TextChunk) -> Iterator[Shown]:
-        """Yields a chunk's events; the last chunk closes the last block. An empty answer gets an empty text block."""
         for event in chunk.events or (ContentText(chunk.text),):
             yield from self._take(event)
         if chunk.finish_reason is not None:
@@ -161,7 +160,6 @@ class _Blocks:
 
 
 def _put_together(events: Iterable[Shown]) -> list[Block]:
-    """Joins events into whole blocks, as a client does."""
     blocks: list[Block] = []
     pieces: list[str] = []
     for event in events:
@@ -179,7 +177,7 @@ def _put_together(events: Iterable[Shown]) -> list[Block]:
 
 
 def _input(text: str) -> dict[str, Any]:
-    """Parses the arguments of a call. If the answer was cut within them, they are shown under INVALID_JSON, as
+    """Parses the arguments of a call. If the answer ended before their end, returns their text under INVALID_JSON, as
     Anthropic recommends."""
     arguments = arguments_object(text or "{}")
     return {"INVALID_JSON": text} if arguments is None else arguments
@@ -198,8 +196,8 @@ _ERROR_TYPES: Final = {
 
 
 def _error(failure: Failure) -> dict[str, Any]:
-    """Returns Anthropic's form of an error. If the context is too short, the message begins with "prompt is too long",
-    upon which clients shorten the chat."""
+    """Returns Anthropic's form of an error. If the prompt exceeds the context, the message begins with "prompt is too
+    long", at which clients shorten the chat."""
     kind, message = error_type(failure, _ERROR_TYPES, "api_error"), failure.message
     if failure.numbers:
         tokens, most = failure.numbers["n_prompt_tokens"], failure.numbers["n_ctx"]
@@ -209,8 +207,6 @@ def _error(failure: Failure) -> dict[str, Any]:
 
 
 class Messages(Dialect[MessagesBody]):
-    """Anthropic's Messages API. It accepts any model's name by default, since clients name Anthropic's models."""
-
     paths = ("/v1/messages",)
     body = MessagesBody
     takes_any_model = True

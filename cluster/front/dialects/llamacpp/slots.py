@@ -74,8 +74,8 @@ class SlotActions:
         return {"n_saved": len(tokens.tokens), "n_written": written}
 
     async def _restore(self, request: Request, slot: int, name: str) -> dict[str, int]:
-        """Reads the tokens of a slot file and has their KV cache computed, or read from the workers' disks, before the
-        slot gets them."""
+        """Reads the tokens of a slot file. Before the slot gets them, their KV blocks are computed or read from the
+        workers' disks."""
         slots = self._service.slots
         tokens, size_bytes = await asyncio.to_thread(self._folder.read, name, slots.model_id)
         await unless_disconnected(request, self._compute(tokens))
@@ -83,7 +83,7 @@ class SlotActions:
         return {"n_restored": len(tokens.tokens), "n_read": size_bytes}
 
     async def _compute(self, tokens: SlotTokens) -> None:
-        """Fills the KV cache with the tokens. Generates one more token, because a prompt is computed only for an
+        """Fills the KV cache with the tokens. Generates one token in addition, because a prompt is computed only for an
         answer."""
         completion = CompletionRequest(
             tuple(tokens.tokens),
@@ -114,7 +114,7 @@ _DIGEST_BYTES: Final = 32
 _TOKEN: Final = np.dtype("<u4")
 _FIELDS: Final = frozenset({"format", "model", "cache_salt", "adapters", "tokens"})
 _MOST_FILES: Final = 1024
-"""The largest number of files in the folder, so that clients who save under ever new names cannot fill the disk."""
+"""The largest number of files in the folder. It keeps clients from filling the disk by saving under ever new names."""
 
 
 class SlotFolder:
@@ -124,8 +124,8 @@ class SlotFolder:
         self._folder = folder
 
     def write(self, name: str, tokens: SlotTokens, model_id: str) -> int:
-        """Writes or replaces a slot file, and returns its size in bytes. Raises ParameterError for an invalid name, a
-        name of a file that is no slot file, or too many files. Raises OSError."""
+        """Writes or replaces a slot file and returns its size in bytes. Raises OSError, or ParameterError for an
+        invalid name, for the name of another kind of file, and if there are too many files."""
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):
@@ -137,8 +137,8 @@ class SlotFolder:
         return len(data)
 
     def read(self, name: str, model_id: str) -> tuple[SlotTokens, int]:
-        """Returns the tokens of a slot file and its size in bytes. Raises ParameterError if no file of this name is
-        usable for this model. Raises OSError."""
+        """Returns the tokens of a slot file and its size in bytes. Raises OSError, or ParameterError if no file of this
+        name is usable with this model."""
         path = self._path(name)
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise ParameterError("filename", f"{name!r} cannot be restored: it is no regular file")
@@ -158,7 +158,8 @@ class SlotFolder:
 
 
 def _is_slot_file(path: Path) -> bool:
-    """Reads only the beginning, because a damaged slot file may be replaced too. Raises OSError."""
+    """True for a slot file, even a damaged one, because a damaged file may be replaced. Reads only its beginning.
+    Raises OSError."""
     if path.is_symlink() or not path.is_file():
         return False
     with regular_file.open_regular(path, follows_links=False) as file:

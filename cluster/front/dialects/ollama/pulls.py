@@ -24,7 +24,7 @@ _MOST_OF_A_MESSAGE: Final = 500
 
 
 class CatalogPulls:
-    """Downloads models. A request only selects a catalog entry: its text never becomes part of a URL."""
+    """Downloads catalog models. The text of a request only selects a catalog entry and never becomes part of a URL."""
 
     def __init__(self, settings: ApiSettings) -> None:
         self._settings = settings
@@ -48,8 +48,8 @@ class CatalogPulls:
 
     async def progress(self, entry: CatalogEntry) -> AsyncGenerator[dict[str, Any], None]:
         """Yields the steps of a download; the last one is "success". Raises HttpError 409 while another download runs,
-        and 502 if this one fails. Closing the generator ends the download process; a later download of the model
-        resumes from its partial file."""
+        and 502 if this one fails. Closing the generator ends the download process. A later download of the same model
+        resumes from the partial file."""
         if self._running is not None:
             message = f"model {self._running!r} is being downloaded; try again when that is done"
             raise HttpError(409, "pull_in_progress", message, {"Retry-After": "10"}, param="model")

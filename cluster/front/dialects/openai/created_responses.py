@@ -111,7 +111,6 @@ class CreatedResponses:
         return rendered({"object": "list", "data": shown, **ends, "has_more": len(rest) > most})
 
     async def _shown(self, request: Request) -> dict[str, Any]:
-        """Returns a response in its current state. Raises HttpError if it does not exist."""
         stored = self._store.get(*self._key(request))
         if stored is not None and stored.response["status"] not in _RUNNING:
             return stored.response
@@ -125,12 +124,10 @@ class CreatedResponses:
         return _unended(kept, request.path_params["id"])
 
     def _kept(self, request: Request) -> KeptReply | None:
-        """Returns the kept reply of a background response, or None."""
         kept = self._named(request)
         return kept if kept is not None and kept.context.is_background else None
 
     def _named(self, request: Request) -> KeptReply | None:
-        """Returns the kept reply of a response or a compaction, or None."""
         key = self._key(request)
         kept = self.replies.cache.named(*key) if key[1].startswith(ID_PREFIX) else None
         return kept if kept is not None and kept.context.endpoint.startswith(Responses.paths) else None
@@ -144,8 +141,8 @@ def _not_found(request: Request) -> HttpError:
 
 
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:
-    """Shows a response that is not complete. After a restart, a response that is still queued shows little more than
-    its id."""
+    """Shows a response that is not complete. After a restart of the coordinator, a queued response shows little more
+    than its id."""
     known = kept.acknowledgement
     shown: dict[str, Any] = {"id": response_id, "object": "response", "created_at": kept.context.created}
     shown |= {"background": True, "output": []} if known is None else json.loads(known)

@@ -37,8 +37,6 @@ _COUNT: Final = "response.input_tokens"
 
 
 class _Generating(Dialect[AnyGeneration]):
-    """An endpoint whose replies have `choices`."""
-
     view: type[OpenAiView[AnyGeneration]]
 
     async def reply(self, parsed: ParsedRequest[AnyGeneration]) -> Reply:
@@ -108,9 +106,6 @@ class _Continuing(Dialect[_AnyResponse]):
         return [completion]
 
     def _chat(self, body: _AnyResponse, context: RequestContext) -> tuple[list[Item], Messages]:
-        """Returns the input's items and all messages of the chat. Messages that come from the store are copied to the
-        context, so that the reply can be computed again: the earlier messages, or all messages if the input has
-        references."""
         if not has_references(body.input):
             context.earlier = context.earlier or self._earlier(body, context.owner)
             return body.input, (*context.earlier, *messages_of(body.input))
@@ -120,7 +115,6 @@ class _Continuing(Dialect[_AnyResponse]):
         return items, context.earlier
 
     def _resolved(self, body: _AnyResponse, owner: str) -> tuple[list[Item], Messages]:
-        """Resolves the references in the input. Returns its items and all messages of the chat."""
         items = self._store.resolved(owner, body.input, self.settings.max_body_bytes)
         return items, (*self._earlier(body, owner), *messages_of(items))
 

@@ -21,7 +21,8 @@ Messages = tuple[Mapping[str, Any], ...]
 
 @dataclass(slots=True, eq=False)
 class StoredResponse:
-    """A response with its input. Its size is estimated when it is made, so one with many values is made on a thread."""
+    """A response with its input. The constructor estimates the size, so a response with many values must be made on a
+    thread."""
 
     response: dict[str, Any]  # as it is shown
     input_items: list[Item]
@@ -33,8 +34,8 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """Stored responses within bounds. The owner who holds the most loses the oldest one. Not thread-safe: use it on one
-    event loop."""
+    """Stored responses within bounds. If they exceed the bound, the owner who holds the most loses the oldest one. Not
+    thread-safe: use it on one event loop."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -42,8 +43,8 @@ class ResponseStore:
         self._stored: dict[tuple[str, str], StoredResponse] = {}  # by owner and id, the oldest first
 
     def put(self, owner: str, stored: StoredResponse) -> None:
-        """Stores a response, replaces the one with the same id, and makes room. A response that exceeds the bound by
-        itself is not stored."""
+        """Stores a response, replaces one with the same id, and deletes others to make room. Does not store a response
+        that alone exceeds the bound."""
         self.delete(owner, stored.response["id"])
         if stored.held_bytes <= self._max_bytes:
             self._make_room(stored.held_bytes)
@@ -53,7 +54,6 @@ class ResponseStore:
         return self._stored.get((owner, response_id))
 
     def delete(self, owner: str, response_id: str) -> bool:
-        """Deletes a response. Returns True if it existed."""
         return self._stored.pop((owner, response_id), None) is not None
 
     def followed(self, owner: str, response_id: str) -> StoredResponse:
@@ -66,7 +66,7 @@ class ResponseStore:
         return stored
 
     def resolved(self, owner: str, items: list[Item], most_bytes: int) -> list[Item]:
-        """Replaces references by the items that they stand for. Raises HttpError for an unknown item, and
+        """Replaces references by the items to which they refer. Raises HttpError for an unknown item, and
         ParameterError if the items have more than `most_bytes`."""
         references = Counter(item["id"] for item in items if item["type"] == REFERENCE)
         if not references:
@@ -81,7 +81,7 @@ class ResponseStore:
         return [named[item["id"]] if item["type"] == REFERENCE else item for item in items]
 
     def _named(self, owner: str, wanted: Collection[str]) -> dict[str, Item]:
-        """Finds items by their ids. If several responses have an item, the newest one counts."""
+        """Finds items by their ids. An item of several responses is taken from the newest one."""
         found = dict[str, Item]()
         for stored in [stored for (of, _), stored in reversed(self._stored.items()) if of == owner]:
             for item in reversed((*stored.input_items, *stored.response["output"])):
@@ -106,8 +106,8 @@ class ResponseStore:
 
 @dataclass(slots=True, eq=False)
 class Storing:
-    """Stores a response with its input items, once. All readers of a reply share this object. It must be made on the
-    event loop of the store."""
+    """Stores a response with its input items, only once, although all readers of a reply share this object. It must be
+    made on the event loop of the store."""
 
     store: ResponseStore
     owner: str
@@ -117,12 +117,11 @@ class Storing:
     _is_done: bool = False
 
     def begin(self, response: dict[str, Any]) -> None:
-        """Stores the input of a background response."""
         self.store.put(self.owner, self._stored(response, ()))
 
     def complete(self, response: dict[str, Any]) -> None:
-        """Stores the complete response before its client gets the end of it. Thread-safe; every reader of the reply
-        calls it."""
+        """Stores the complete response before its client gets the end of the reply. Thread-safe. Every reader of the
+        reply calls this method."""
         stored = self._stored(response, (*self.messages, *messages_of(response["output"])))
         self._loop.call_soon_threadsafe(self._put, stored)
 

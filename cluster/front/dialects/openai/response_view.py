@@ -44,7 +44,7 @@ Shown = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ShownRow(DeferredValue):
-    """A token with its logprobs. Its JSON lacks the token ids that other APIs show."""
+    """A token with its logprobs. Unlike other APIs, its JSON has no token ids."""
 
     tokenizer: Tokenizer
     row: RowResult
@@ -69,7 +69,8 @@ class ShownRow(DeferredValue):
 
 
 class OutputItems:
-    """Collects the items of an answer, and yields the events that build them. At most one item is open at a time."""
+    """Collects the items of an answer, and yields the events that build the items. At most one item is open at a
+    time."""
 
     def __init__(self, reply_id: str, tools: Iterable[ClientTool]) -> None:
         self._tools = {tool.function_name: tool for tool in tools}
@@ -81,7 +82,8 @@ class OutputItems:
         self._pending: list[ShownRow] = []  # of tokens whose text is still to come
 
     def take(self, events: Iterable[AnswerEvent], logprobs: Sequence[ShownRow] = ()) -> Iterator[Shown]:
-        """Adds answer events and their tokens' logprobs. Logprobs outside messages, as of reasoning, are dropped."""
+        """Adds events of an answer with the logprobs of their tokens. Logprobs of tokens outside messages, such as
+        reasoning, are dropped."""
         self._pending += logprobs
         for event in events:
             if not isinstance(event, ContentText):  # a token may have the end of its markup, and text
@@ -102,7 +104,6 @@ class OutputItems:
                     yield from self._close(Status.COMPLETED)
 
     def end(self, status: Status) -> Iterator[Shown]:
-        """Closes the open item with the status of the response. An empty answer gets an empty message."""
         if not self.items:
             yield from self._begin_text("message")
         yield from self._close(status)
@@ -175,7 +176,7 @@ def _call(name: str, tool: ClientTool | None) -> tuple[str, dict[str, Any]]:
 
 def _logprobs_of(text: str, entries: list[ShownRow], *, is_first: bool) -> tuple[list[ShownRow], list[ShownRow]]:
     """Splits the entries into those of this piece of text and those of later text. Before the first piece of a message,
-    the entries of markup that is not shown are dropped."""
+    entries of hidden markup are dropped."""
     ends = [*accumulate(len(entry.token_bytes) for entry in entries)]
     data, wanted = b"".join(entry.token_bytes for entry in entries), text.encode("utf-8", "surrogatepass")
     start = data.rfind(wanted) if is_first else data.find(wanted)
@@ -194,7 +195,7 @@ class ResponseView(View):
     def __init__(
         self, head: ResponseHead, tokenizer: Tokenizer, store: Callable[[dict[str, Any]], None] | None, log: AnswerLog
     ) -> None:
-        """Makes the view. `store` is called with the complete response; None: the response is not stored."""
+        """Makes the view. `store` receives the complete response; None: the response is not stored."""
         self._body = head.body
         self._tokenizer = tokenizer
         self._head = head
@@ -206,8 +207,8 @@ class ResponseView(View):
         self._reasoning = ReasoningCount(tokenizer)
 
     def whole(self, parts: Sequence[Sequence[TextChunk]]) -> dict[str, Any]:
-        """Shows the answer. With logprobs, it comes in chunks, because a joined answer does not say which tokens belong
-        to which text."""
+        """Shows the whole answer. An answer with logprobs comes as several chunks, because a joined answer does not
+        tell which text each token belongs to."""
         (chunks,) = parts
         for chunk in chunks:
             for _ in self._take(chunk):
@@ -215,8 +216,8 @@ class ResponseView(View):
         return self._ended(chunks[-1])
 
     def frames(self, prompt: int, item: LogItem) -> Iterator[Event]:
-        """Yields the events of a log item. Progress events use a separate slot and the number of the previous event,
-        because a reply that is computed again has other progress."""
+        """Yields the events of a log item. Progress events have their own slot and the number of the previous event,
+        because the progress differs if the reply is computed again."""
         if not self._events:
             yield from map(self._numbered, self._head.first_events)
         if isinstance(item, TextChunk):
@@ -268,7 +269,7 @@ class ResponseView(View):
 
 class ReasoningCount:
     """Estimates the number of reasoning tokens in an answer. Text is counted in blocks of 1,024 characters as it
-    arrives, so that the end of a stream does not wait, and the result does not depend on the pieces."""
+    arrives, so that the end of a stream is not delayed and the result does not depend on the size of chunks."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -283,7 +284,6 @@ class ReasoningCount:
         self._text = self._text[whole:]
 
     def total(self) -> int:
-        """Returns the estimate. No text may be added afterwards."""
         return self._tokens + self._count(self._text)
 
     def _count(self, text: str) -> int:
@@ -291,7 +291,7 @@ class ReasoningCount:
 
 
 class CompactionView(View):
-    """Shows an answer as a compaction. If the summary reached the limit of tokens, it is cut off there."""
+    """Shows an answer as a compaction. A summary that reached the token limit is cut off there."""
 
     def __init__(self, context: RequestContext, log: AnswerLog) -> None:
         self._context = context

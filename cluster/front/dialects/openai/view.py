@@ -67,15 +67,15 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
     @abstractmethod
     def _opening(self, prompt: int) -> Choice | None:
-        """Returns the first event of a streamed choice without its index, or None if the choice has none."""
+        """Returns the first event of a streamed choice, without `index`; None if the choice begins without one."""
 
     @abstractmethod
     def _content(self, prompt: int, part: TextChunk, *, is_whole: bool) -> Choice:
         """Returns the content and logprobs that a chunk adds to a choice, or those of a whole answer."""
 
     def frames(self, prompt: int, item: LogItem) -> Sequence[Event]:
-        """Returns the events of a log item. Progress events use a separate slot, because a reply that is computed again
-        has other progress."""
+        """Returns the events of a log item. Progress events have their own slot, because the progress differs if the
+        reply is computed again."""
         if isinstance(item, PromptProgress):
             progress = shown_progress(item, with_timings=self._body.timings_per_token)
             return (Event(self._choices + 1, self._event([], progress)),)
@@ -138,7 +138,6 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**self._reply(self.chunk_object, choices), **more}
 
     def _choice(self, prompt: int, part: TextChunk, *, is_whole: bool = False) -> Choice | None:
-        """Shows what a chunk adds to a choice, or a whole choice; None for a chunk that adds nothing visible."""
         content = self._content(prompt, part, is_whole=is_whole)
         with_ids = self._body.return_token_ids
         is_shown = is_whole or part.finish_reason is not None or (with_ids and bool(part.rows))
@@ -150,8 +149,9 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {**content, **ids, **self._ending(prompt, part)}
 
     def _ending(self, prompt: int, part: TextChunk) -> dict[str, Any]:
-        """Shows why a choice ended; null while it goes on. vLLM's `stop_reason` is the stop string or the id of the
-        token that ended it. `tool_calls` marks a complete answer with calls, whose results the client has to send."""
+        """Shows why a choice ended; null if it has not ended. `stop_reason`, as in vLLM, is the stop string or token id
+        that ended the choice. The reason `tool_calls` means that the answer is complete and the client has to send the
+        results of its calls."""
         if part.finish_reason is None or part.timings is None:
             return {"finish_reason": None}
         waits = part.finish_reason is FinishReason.STOP and (prompt, part.index) in self._calling
@@ -162,7 +162,6 @@ class OpenAiView(View, Generic[AnyGeneration]):
         }
 
     def _text(self, chunk: TextChunk) -> str | None:
-        """Returns the text of a chunk if the chunk adds only text to its choice, else None."""
         has_more = self._body.with_logprobs or self._body.return_token_ids or chunk.finish_reason is not None
         if has_more or not all(isinstance(event, ContentText) for event in chunk.events):
             return None
@@ -177,7 +176,7 @@ class OpenAiView(View, Generic[AnyGeneration]):
         return {"__verbose": {"prompt": self._tokenizer.decode(self._generations[prompt].prompt)}}
 
     def _usage(self) -> dict[str, Any]:
-        """Counts the tokens so far. Cached tokens are counted once per prompt, not once per choice."""
+        """Counts the tokens so far. Cached tokens count once for each prompt, not for each of its choices."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": self._tokens,
@@ -187,26 +186,25 @@ class OpenAiView(View, Generic[AnyGeneration]):
 
 
 def _around(name: str, text: str, event: Event) -> tuple[int, bytes, bytes]:
-    """Returns the slot of an event, and its bytes before and after the text that it adds. They are unambiguous, because
-    quotes inside strings are escaped."""
+    """Returns the slot of an event, and the bytes of its JSON before and after the text that it adds. The split is
+    unambiguous, because quotes inside strings are escaped."""
     key = to_json(name) + b":"
     begin, _, end = to_json(event.value).partition(key + to_json(text))
     return event.slot, begin + key, end
 
 
 def _opens(choice: Choice) -> bool:
-    """Returns True for the first event of a chat choice, which has the role and no token."""
     return "role" in choice.get("delta", ())
 
 
 ShownToken = tuple[int, int, RowResult | None]
-"""A token, the offset of its text in the choice's text, and its row. The row is None if the token has no logprob."""
+"""A token, the offset of its text in the choice's text, and its row (None: the token has no logprob)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that `echo` shows before its answers. `offsets`: the places of its tokens in `text`; `unscored`: its
-    tokens without logprobs."""
+    """A prompt that `echo` shows before its answers. `offsets`: the positions of its tokens in `text`. `unscored`: its
+    first tokens, which have no logprobs."""
 
     text: str = ""
     offsets: Sequence[int] = ()
@@ -214,7 +212,6 @@ class Echo:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int], score_from: int) -> Echo:
-        """Makes the echo. A prompt of token ids is decoded. The first token never has a logprob."""
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special=True)
         detokenizer = Detokenizer(tokenizer, text_start=True)
         offsets, length = [], 0
@@ -267,7 +264,8 @@ class CompletionView(OpenAiView[CompletionBody]):
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:
-    """Shows logprobs in the form of `/v1/completions`. Its lists are iterators, because there may be many tokens."""
+    """Shows logprobs in the form of `/v1/completions`. Iterators stand for its lists, because there may be many
+    tokens."""
     return {
         "tokens": (_label(tokenizer, token) for token, _, _ in tokens),
         "token_logprobs": (None if row is None else json_logprob(row.logprob) for _, _, row in tokens),
@@ -277,7 +275,6 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> d
 
 
 def _label(tokenizer: Tokenizer, token: int) -> str:
-    """Returns a token's text, or its bytes if they are no complete UTF-8."""
     data = tokenizer.token_bytes(token)
     try:
         return data.decode()
@@ -286,8 +283,6 @@ def _label(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _top(tokenizer: Tokenizer, row: RowResult) -> dict[str, float]:
-    """Returns the logprobs of the likeliest tokens and the chosen one, by their text. If several tokens have the same
-    text, the most likely one counts."""
     labels: dict[str, float] = {}
     for token, logprob in (*row.top_logprobs, (row.token, row.logprob)):
         labels.setdefault(_label(tokenizer, token), json_logprob(logprob))
@@ -323,7 +318,8 @@ class ChatView(OpenAiView[ChatBody]):
 
 
 class Message:
-    """Builds the chat message of a choice. In a stream, a custom tool call's text is sent as a whole, at its end."""
+    """Builds the chat message of a choice. In a stream, the text of a custom tool call is sent as a whole at its
+    end."""
 
     def __init__(self, choice_id: str, tools: Iterable[ClientTool]) -> None:
         self._choice_id = choice_id
@@ -331,7 +327,6 @@ class Message:
         self._texts: dict[int, list[str]] = {}  # arguments so far of open calls of custom tools
 
     def whole(self, events: Iterable[AnswerEvent]) -> dict[str, Any]:
-        """Returns the message that all events make. Its content is null if there are calls and no text."""
         answer = ParsedAnswer()
         answer.add(events)
         message: dict[str, Any] = {"content": answer.content or (None if answer.calls else "")}
@@ -343,7 +338,6 @@ class Message:
         return message
 
     def delta(self, events: Iterable[AnswerEvent]) -> dict[str, Any]:
-        """Returns the delta of the next events. Clients join its texts by field, and its calls by index."""
         answer = ParsedAnswer()
         calls: dict[int, dict[str, Any]] = {}
         for part in events:

@@ -47,7 +47,7 @@ with ends_at_once():
 
 
 def measured(task: Task, llama: LlamaCpp | None, repeats: int, file: RecordFile | None = None) -> dict[str, Any]:
-    """Measures all rounds and returns the record, which is also written to the file after each round."""
+    """Measures all rounds and returns the record. Also writes it to the file after each round."""
     with closing(Loaded(task, whole=llama is not None)) as loaded:
         report("warming up")
         loaded.warm_up()
@@ -94,7 +94,6 @@ def _size(text: str) -> int:
 
 
 def _cache_size(text: str) -> int | None:
-    """Parses --experts-cache. Returns None for `auto`, which means all memory that is left."""
     return None if text == "auto" else 0 if text == "0" else _size(text)
 
 

@@ -35,8 +35,8 @@ SIZES = ("layers", "experts", "vocabulary")
 
 
 def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:
-    """Returns NAME[:MIX] without bytes and with these `sizes`. Raises UsageError for an unknown name or mix, or too few
-    layers."""
+    """Returns the model file of NAME[:MIX] with these `sizes`, without bytes of tensors. Raises UsageError for an
+    unknown name or mix, or too few layers."""
     name, _, mix = spec.lower().partition(":")
     known = {**public_shapes(), **SHAPES}
     if name not in known:
@@ -51,7 +51,6 @@ def public_shape(spec: str, sizes: Mapping[str, int]) -> ModelFile:
 
 
 def write_public_shape(path: Path, file: ModelFile, seed: int = 1) -> None:
-    """Writes a model with random matrices and neutral vectors."""
     vocabulary = file.metadata[f"{file.metadata['general.architecture']}.vocab_size"]
     assert isinstance(vocabulary, int)
     metadata: dict[str, WritableValue] = {
@@ -63,7 +62,6 @@ def write_public_shape(path: Path, file: ModelFile, seed: int = 1) -> None:
 
 
 def sources_of(file: ModelFile, seed: int) -> Iterator[TensorSource]:
-    """Yields the model's tensors. Their bytes are made when they are written."""
     generator, made = np.random.default_rng(seed), dict[tuple[str, QuantType], memoryview]()
 
     def content(tensor: Tensor) -> memoryview:
@@ -77,8 +75,8 @@ def sources_of(file: ModelFile, seed: int) -> Iterator[TensorSource]:
 
 
 def _values(generator: np.random.Generator, tensor: Tensor) -> memoryview:
-    """Returns a tensor's bytes: 1 for norms, 0 for other vectors, random for matrices. Routers choose among all
-    experts."""
+    """Returns a tensor's bytes: 1 for norms, 0 for other vectors, random values for matrices. Random routers choose
+    among all experts."""
     if tensor.name.endswith("ffn_gate_inp.weight"):
         router = generator.standard_normal(tensor.shape, np.float32) / np.float32(tensor.shape[-1] ** 0.5)
         return router.data

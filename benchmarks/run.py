@@ -35,7 +35,7 @@ CASES = {path.stem: path for path in sorted(FOLDER.glob("cases/*/*.py"))}
 
 
 def case_of(name: str) -> type[Case]:
-    """Returns the class of a case, which is the only subclass of `Case` that its file defines."""
+    """Returns the class of a case, the only subclass of `Case` in its file."""
     module = import_module(".".join(CASES[name].relative_to(FOLDER).with_suffix("").parts))
     (found,) = (each for each in vars(module).values() if isinstance(each, type) and _is_case(each, module.__name__))
     return found

@@ -1,4 +1,4 @@
-"""Emulates a network between workers on one machine, and slower cores than its own, by preloading `emulated.cpp`."""
+"""Emulates a network between workers on one machine, and slower cores, by a preloaded library (`emulated.cpp`)."""
 
 from __future__ import annotations
 
@@ -31,15 +31,12 @@ class LinkSpeed:
 
 @dataclass(slots=True)
 class Emulation:
-    """Emulated links of all processes that are started with the words of `prefix`."""
-
     folder: Path
     library: Path = field(init=False)
     _settings: mmap.mmap = field(init=False)
 
     @classmethod
     def build(cls, folder: Path) -> Self:
-        """Builds the library. Raises UsageError if that fails."""
         made = cls(folder)
         made.library = compiled("emulated.cpp", folder)
         made._path.write_bytes(LinkSpeed().encode())
@@ -55,12 +52,12 @@ class Emulation:
         self._settings[:] = speed.encode()
 
     def prefix(self, core: int, speed: float = 1.0) -> tuple[str, ...]:
-        """Returns words that, put before a command, run it on a core. A `speed` below 1 emulates a slower core."""
+        """Returns words that run a command on a core when put before it. A `speed` below 1 emulates a slower core."""
         words = [f"{name}={value}" for name, value in self.variables(speed).items()]
         return ("taskset", "-c", str(core), "env", *words)
 
     def variables(self, speed: float = 1.0, caller: str = _CALLER) -> dict[str, str]:
-        """Returns the environment that emulates links. `caller` is the library whose calls are emulated."""
+        """Returns the environment variables that emulate links. `caller`: the library whose calls are emulated."""
         places = {"LD_PRELOAD": str(self.library), "EMULATED_LINK": str(self._path), "EMULATED_CALLER": caller}
         return {**places, "EMULATED_SPEED": str(speed)}
 
@@ -71,7 +68,6 @@ def compiler() -> str | None:
 
 
 def compiled(name: str, folder: Path) -> Path:
-    """Compiles a C++ source of this folder to a library. Raises UsageError if that fails."""
     source, library = Path(__file__).with_name(name), (folder / name).with_suffix(".so")
     if library.exists():
         return library

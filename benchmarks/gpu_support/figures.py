@@ -1,4 +1,5 @@
-"""Computes figures of measured rounds relative to the best rates of GPU and processor, and compares them with goals."""
+"""Goals: the share of decode on a GPU alone, and with layers or experts in RAM; the share of prefill; the speed of
+eight sequences relative to one; the speed relative to llama.cpp, and with copies of experts relative to none."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ DECODE_SHARE, MIXED_SHARE, PREFILL_SHARE, TIMES_ONE, RATIO = 0.80, 0.85, 0.35, 6
 """Goals: the share of decode on a GPU alone, and with layers or experts in RAM; the share of prefill; eight sequences
 relative to one; and the ratios of llamaclust to llama.cpp, and of copies of experts to none."""
 _TOGETHER = 8
-"""The number of sequences for which there are goals."""
 
 
 @dataclass(frozen=True, slots=True)
 class CopiedSteps:
-    """Decode steps with copies of experts on the GPU."""
+    """Seconds of measurements in immediate succession: a prefill, and a decode step of one and of several sequences,
+    without copies of experts. `copied` has decode steps with copies."""
 
     step_s: float  # of one
     hits: int  # uses of experts of which there were copies
@@ -33,9 +34,6 @@ class CopiedSteps:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Seconds of measurements that follow each other at once: a prefill, and a decode step of one and of several
-    sequences, without copies of experts. `copied` has decode steps with copies."""
-
     rates: Rates
     prefill_s: float
     step_s: float
@@ -49,8 +47,6 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of all rounds."""
-
     work: Work
     rounds: Sequence[Round]
 
@@ -59,7 +55,7 @@ class Figures:
 
     @property
     def decode_share(self) -> Spread:
-        """The time in which the memories could be read, as a share of a token's time."""
+        """The least time to read the memories, as a share of the time per token."""
         step = self.work.step_bytes(1)
         return self.spread(lambda round_: step.seconds(round_.rates.read) / round_.step_s)
 
@@ -74,12 +70,12 @@ class Figures:
 
     @property
     def times_one(self) -> Spread:
-        """Tokens a second of all sequences together, relative to one sequence."""
+        """Tokens per second of all sequences together, relative to one sequence."""
         return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     def copies_share(self, sequences: int) -> Spread:
-        """The time in which the memories could be read if hits are read on the GPU, as a share of the time of a step
-        with copies."""
+        """The least time to read the memories, with hits read on the GPU, as a share of the time of a step with
+        copies."""
 
         def best_s(round_: Round) -> float:
             return self.work.copied_step_s(sequences, round_.copied[sequences].hit_share, round_.rates.read)
@@ -87,12 +83,12 @@ class Figures:
         return self.spread(lambda round_: best_s(round_) / round_.copied[sequences].step_s)
 
     def copies_gain(self, sequences: int) -> Spread:
-        """The time of a step without copies, relative to a step with copies."""
+        """The ratio of the time of a step without copies to that of a step with copies."""
         return self.spread(lambda round_: round_.steps_s(sequences) / round_.copied[sequences].step_s)
 
     @property
     def decode_ratio(self) -> Spread:
-        """The speed of decode relative to llama.cpp. It is above 1 if llama.cpp is slower."""
+        """The speed of decode relative to llama.cpp. A value above 1 means that llama.cpp is slower."""
         return self.spread(lambda round_: 1 / round_.step_s / _theirs(round_).decode)
 
     @property
@@ -112,7 +108,7 @@ class Figures:
         return all(round_.copied for round_ in self.rounds)
 
     def as_json(self) -> dict[str, Any]:
-        """Returns all figures. GB are 10^9 bytes. A spread is the median, the least and the most."""
+        """Returns all figures. A GB is 10^9 bytes. Each spread has the median, the least and the most."""
         work, step = self.work, self.work.step_bytes(1)
         found: dict[str, Any] = {
             "rates": self._rates(),
@@ -149,7 +145,7 @@ class Figures:
         return _plain(found) | {"wanted": [asdict(target) | {"met": target.is_met} for target in self.wanted()]}
 
     def _rates(self) -> dict[str, Spread]:
-        """Returns the best rates of the devices. Those of the processor are omitted if it has no weights."""
+        """Returns the best rates of the devices, without those of a processor that has no weights."""
         found = {
             "vram_read_gb_s": self.spread(lambda round_: round_.rates.read.gpu / 1e9),
             "gpu_int8_gmac_s": self.spread(lambda round_: round_.rates.int8.gpu / 1e9),
@@ -194,10 +190,10 @@ class Figures:
         ]
 
     def _wanted_of_sequences(self, decode_share: float) -> Wanted:
-        """Returns the figure of several sequences, with its goal. For a dense model, the figure is the speed
-        relative to one sequence. Several sequences of a mixture read more experts than one does, so its figure is
-        the share of the time to read them. Its goal is what a dense model has that decodes at `decode_share` and
-        reaches TIMES_ONE."""
+        """Returns the figure of several sequences, with its goal. For a dense model, the figure is the speed relative
+        to one sequence. Several sequences of a mixture read more experts than one does, so its figure is the share of
+        the time to read them. The goal is the share of a dense model that decodes at `decode_share` and reaches
+        TIMES_ONE."""
         count, is_mixture = self.work.sequences, self.work.is_mixture
         least = decode_share * TIMES_ONE / _TOGETHER if is_mixture else TIMES_ONE
         found = self.many_share if is_mixture else self.times_one

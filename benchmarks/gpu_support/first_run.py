@@ -42,7 +42,7 @@ from llamaclust.core.errors import UsageError
 _TESTS = "tests/kernels/cuda"
 _BENCHMARKS = "benchmarks/test_gpu_benchmark.py", "benchmarks/test_gpu_mixtures.py"
 _PROCESSES = 8
-"""The number of test processes. Each takes some hundred MiB of the GPU, and waits for the CPU's results."""
+"""The number of test processes. Each takes some hundred MiB of the GPU, and mostly waits for the CPU's results."""
 _LEFT = 75  # EX_TEMPFAIL
 _TAIL_LINES = 5
 _GRACE_S, _POLL_S = 5.0, 0.05
@@ -128,7 +128,6 @@ class Record:
             raise UsageError(f"{self._path}: no outcomes of steps; remove it to run all of them again") from None
 
     def outcome(self, step: Step) -> Outcome | None:
-        """Returns None if the step was not run with these sources."""
         found = self._outcomes.get(step.name)
         return found if found is not None and found.sources == self._sources else None
 
@@ -143,7 +142,6 @@ class Record:
 
 
 def _outcomes(data: bytes) -> dict[str, Outcome]:
-    """Parses outcomes by the name of the step. Raises ValueError or RecursionError for other data."""
     found = json.loads(data)
     if not isinstance(found, dict) or not all(isinstance(values, dict) for values in found.values()):
         raise ValueError("no objects by names")
@@ -162,7 +160,7 @@ def _outcome(status: object, seconds: object, sources: object, tail: object) -> 
 def run_steps(
     steps: Sequence[Step], record: Record, places: dict[str, str], budget_s: float, now_s: Callable[[], float]
 ) -> int:
-    """Runs vital steps first, then new ones, then those that failed. Returns the exit status."""
+    """Runs vital steps first, then new steps, then steps that failed before. Returns the exit status."""
     begun_s = now_s()
     outcomes = {step: record.outcome(step) for step in steps}
     due = [step for step, outcome in outcomes.items() if outcome is None or not outcome.passed]
@@ -218,13 +216,12 @@ def _run(step: Step, log: Path, places: dict[str, str]) -> int:
 
 
 def _signals(how: int) -> None:
-    """Blocks the signals that end this program, or lets them through."""
     signal.pthread_sigmask(how, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends all processes of a step. SIGTERM lets writers of models remove partial files, which may take gigabytes of
-    RAM. After some seconds, or at another Ctrl-C, the remaining processes get SIGKILL."""
+    """Ends all processes of a step. They get SIGTERM first, so that writers of models can remove partial files, which
+    may take gigabytes of RAM. After some seconds, or at another Ctrl-C, the remaining processes get SIGKILL."""
     try:
         os.killpg(process.pid, signal.SIGTERM)
         end_s = time.monotonic() + _GRACE_S
@@ -236,7 +233,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _is_running(group: int) -> bool:
-    """Returns True if any process of the group runs. Zombies do not count."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it is gone meanwhile
             state, _, its_group = path.read_text(errors="replace").rpartition(")")[2].split()[:3]

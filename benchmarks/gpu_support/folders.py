@@ -14,7 +14,6 @@ _LOCK = ".lock"
 
 
 def ready_folder(folder: Path) -> None:
-    """Makes the folder if it is missing. Raises UsageError if it is not a folder or cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # modes alone do not say so: root, or a medium that is only read
@@ -28,7 +27,7 @@ def ready_folder(folder: Path) -> None:
 
 @contextmanager
 def only_run(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which also ends with the process. Raises UsageError if another run has it."""
+    """Holds the folder's lock, which also ends with the process. Raises UsageError if another run holds it."""
     lock = FileLock(folder / _LOCK)
     if not lock.take():
         raise UsageError(f"another run uses {folder}")

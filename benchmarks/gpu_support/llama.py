@@ -15,8 +15,8 @@ _ALL_LAYERS = 999
 
 @dataclass(slots=True)
 class LlamaCpp:
-    """Measures prefill and decode with llama-bench, which does not sample. It runs with and without flash attention,
-    and the faster speed counts."""
+    """Measures prefill and decode with llama-bench, which does not sample. Runs it with and without flash attention,
+    and takes the faster speed."""
 
     program: Path
     gpu: int  # as CUDA numbers it
@@ -26,7 +26,6 @@ class LlamaCpp:
     build: dict[str, Any] = field(default_factory=dict)  # filled by the first run
 
     def measure(self, model: Path) -> Speed:
-        """Returns the speed. Raises UsageError if llama-bench fails or does not compute on a GPU."""
         ways = {"-ngl": _ALL_LAYERS, "-sm": "none", "-mg": self.gpu, "-fa": "0,1"}
         sizes = {"-p": self.prompt, "-n": self.generate, "-r": self.runs}
         options = [str(word) for option in (ways | sizes).items() for word in option]

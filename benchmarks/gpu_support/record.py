@@ -27,8 +27,8 @@ _QUERY_S = 30.0
 
 
 def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
-    """Returns the record without its figures. Unknown values are None. `kernels` has the rates of single products on
-    the GPU, with one row and with many, as workers measure them."""
+    """Returns the record without its figures. Unknown values are None. `kernels`: the rates of single products on the
+    GPU, with one row and with many, as workers measure them."""
     reached = loaded.kernels()
     task, layout, gpu = loaded.task, loaded.layout, loaded.gpu.gpu()
     quant_type = max(describe(loaded.model.file).by_type, key=lambda share: share.bytes).name
@@ -72,8 +72,8 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
 
 
 def record_name(record: dict[str, Any]) -> str:
-    """Returns `<gpu>-<model>.json`. The name also has the memory limit, the number of layers with experts in RAM, and
-    the size of copies, if there are any, so that runs with different settings have different files."""
+    """Returns `<gpu>-<model>.json`. If they are set, the name also has the memory limit, the number of layers with
+    experts in RAM, and the size of copies, so that runs with different settings have different files."""
     placement, cap = record["placement"], record["settings"]["gpu_memory_bytes"]
     layers, copies = len(placement["cpu_moe"]), placement["experts_cache_bytes"]
     parts = [record["gpu"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]
@@ -82,7 +82,7 @@ def record_name(record: dict[str, Any]) -> str:
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> Path:
-    """Writes the file, which appears when it is complete. Raises OSError or UsageError if that fails."""
+    """Writes the file, which appears only when it is complete. Raises OSError or UsageError on failure."""
     folder.mkdir(parents=True, exist_ok=True)
     path, data = folder / record_name(record), json.dumps(record, indent=2, allow_nan=False).encode() + b"\n"
     with new_file(path, len(data)) as file:
@@ -92,9 +92,6 @@ def write_record(folder: Path, record: dict[str, Any]) -> Path:
 
 @dataclass
 class RecordFile:
-    """A record in a folder, rewritten after each round. A failed write does not end the measurement; `error` says why
-    it failed."""
-
     folder: Path
     error: OSError | UsageError | None = None
 
@@ -109,7 +106,6 @@ class RecordFile:
 
 
 def software() -> dict[str, str | None]:
-    """Returns the versions of all software that compiles or launches kernels."""
     driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     found: dict[str, str | None] = {"driver": driver, "cuda": None, "cupy": None, "nvrtc": None}
     try:

@@ -28,15 +28,13 @@ from llamaclust.worker.devices.whole_model import held_layers, load_whole
 from llamaclust.worker.stage.stage_runner import plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
-"""VRAM that is kept free to measure its bandwidth: this many bytes, or one part in 8 on a small GPU."""
+"""VRAM that stays free to measure its bandwidth: this many bytes, or an eighth of a small GPU."""
 _REPORT_S = 5.0
 _READ_S, _PEAK_S = 0.3, 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The options of a measurement."""
-
     model: Path
     device: str = "cuda:0"
     threads: int = 1
@@ -55,8 +53,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The placement of layers, and all memory that they need. The last layers and the head are on the GPU. The layers
-    before them, and the experts of some others, are in RAM."""
+    """The placement of layers, and all memory that they need. The last layers and the head are on the GPU. Earlier
+    layers, and the experts of some layers on the GPU, are in RAM."""
 
     parts: tuple[DeviceLayers, ...]
     vram_bytes: int
@@ -64,8 +62,8 @@ class Layout:
 
     @classmethod
     def of(cls, device: Device, model: Model, task: Task) -> Self:
-        """Places layers as for a model in one process (docs/gpu.md). Raises InsufficientMemoryError if memory is short,
-        UsageError if the model has no experts to place."""
+        """Places layers like for a model in one process (docs/gpu.md). Raises InsufficientMemoryError if memory is
+        short, UsageError if the model has no experts to place."""
         if not model.hyperparameters.expert_count and (task.cpu_moe is not None or task.experts_cache_bytes):
             raise UsageError(f"{model.file.path} has no experts; leave out --cpu-moe, --n-cpu-moe and --experts-cache")
         limits, end = stage_limits(task.sequences, task.context), model.layer_count
@@ -95,8 +93,8 @@ class Loaded:
     """A loaded model to measure. It holds its memory until it is closed."""
 
     def __init__(self, task: Task, whole: bool = False) -> None:
-        """Raises UsageError if the model or the GPU is missing, if the GPU cannot hold the `whole` model, or if copies
-        of experts are impossible. Raises InsufficientMemoryError if memory is short."""
+        """Loads the model. Raises UsageError if the model or the GPU is missing, if the GPU cannot hold the `whole`
+        model, or if copies of experts are impossible. Raises InsufficientMemoryError if memory is short."""
         self.task = task
         with ExitStack() as held:
             self.model = held.enter_context(closing(Model.open(task.model)))
@@ -144,8 +142,8 @@ class Loaded:
         return Device("cpu", task.threads, "", None, processor, (self.gpu,))
 
     def warm_up(self) -> None:
-        """Runs what is measured later. The first prefill teaches the scheduler to cut prompts; CUDA graphs are captured
-        in the second run."""
+        """Runs everything that is measured later. In the first prefill, the scheduler learns how to cut prompts. In the
+        second run, CUDA graphs are captured."""
         for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
         for sequences in (1, self.task.sequences):
@@ -154,8 +152,8 @@ class Loaded:
             self._stage.decode(0, self.task.generate, self.task.sequences)
 
     def measure(self) -> Round:
-        """Measures prefill and decode, then decode with copies of experts, between two measurements of the best
-        rates."""
+        """Measures prefill and decode, then decode with copies of experts. The best rates are measured before and
+        afterwards."""
         task, stage, counts = self.task, self._stage, (1, self.task.sequences)
         before = self.rates()
         with stage.without_copies():
@@ -185,8 +183,6 @@ class Loaded:
 
 
 class _Progress:
-    """Prints the progress of loading every few seconds."""
-
     def __init__(self, now_s: Callable[[], float] = time.perf_counter) -> None:
         self.done_bytes = 0
         self._now_s = now_s

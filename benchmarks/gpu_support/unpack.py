@@ -19,7 +19,7 @@ _TEST_TOOLS = ("pytest", "hypothesis", "psutil")
 
 
 def unpack(archive: Path, unpacked: Path, tree: Path) -> None:
-    """Unpacks the kit. Replaces an earlier kit and its state."""
+    """Unpacks the kit. Replaces an earlier kit together with its state."""
     shutil.rmtree(unpacked, ignore_errors=True)
     with tarfile.open(archive) as content:
         content.extractall(unpacked, filter="data")  # this user's, not writable by others: else no kernel is used
@@ -41,7 +41,8 @@ def required(tree: Path) -> Iterator[str]:
 
 
 def shortfalls(requirements: Iterable[str], packages: Path) -> Iterator[str]:
-    """Yields a line for each requirement, also of packages in the kit, that neither this Python nor the kit fulfils."""
+    """Yields a line for each requirement that neither this Python nor the kit fulfils, including requirements of
+    packages in the kit."""
     travelled = list(distributions(path=[str(packages)]))
     versions = {canonicalize_name(one.name): one.version for one in travelled}
     theirs = (text for one in travelled for text in one.requires or ())

@@ -23,23 +23,19 @@ class Amount:
     cpu: float
 
     def each_s(self, rates: Amount) -> tuple[float, float]:
-        """Returns the least seconds of each device."""
         return self.gpu / rates.gpu, self.cpu / rates.cpu if self.cpu else 0.0
 
     def seconds(self, rates: Amount) -> float:
-        """Returns the least seconds if the devices work one after the other."""
         return sum(self.each_s(rates))
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """The best rates of the devices per second. They are 0 for a processor without weights."""
-
     read: Amount  # bytes
     int8: Amount  # multiply-accumulates
 
     def best(self, other: Rates) -> Rates:
-        """Returns the greater rate of each pair: other work on the machine can only lower a measured rate."""
+        """Returns the greater rate of each pair, because other work on the machine can only lower a measured rate."""
         read, int8 = (
             Amount(*map(max, astuple(mine), astuple(its)))
             for mine, its in ((self.read, other.read), (self.int8, other.int8))
@@ -50,7 +46,7 @@ class Rates:
 @dataclass(frozen=True, slots=True)
 class Work:
     """The work of a model whose last layers and head are on the GPU, with the experts of some of these layers in RAM.
-    Weights count with their bytes in the file. More rows of a mixture use more experts (`LayerCost.touched_bytes`)."""
+    Weights count with their bytes in the file. In a mixture, more rows use more experts (`LayerCost.touched_bytes`)."""
 
     prompt: int
     generate: int
@@ -62,7 +58,7 @@ class Work:
 
     @classmethod
     def of(cls, model: Model, gpu: DeviceLayers, prompt: int, generate: int, sequences: int) -> Self:
-        """Counts the work. `gpu` has the layers on the GPU; the layers before them are in RAM."""
+        """Counts the work. `gpu`: the layers on the GPU; earlier layers are in RAM."""
         costs, moved = model.costs(KvType.F16), _experts_in_ram(model, gpu.cpu_moe)
         in_ram, on_gpu = costs.layers[: gpu.start], costs.layers[gpu.start :]
 
@@ -87,25 +83,22 @@ class Work:
 
     @property
     def prompt_rows(self) -> int:
-        """The number of rows of a prompt that a stage computes at once."""
         return _prompt_rows(self.prompt, self.sequences)
 
     def step_bytes(self, sequences: int) -> Amount:
-        """Returns the bytes that a decode step reads. `sequences` is 1 or the number of all sequences."""
+        """Returns the bytes that a decode step reads. `sequences` must be 1 or the number of all sequences."""
         assert sequences in (1, self.sequences)
         weights, kv = self.weight_bytes[sequences], self.kv_bytes
         return Amount(weights.gpu + sequences * kv.gpu, weights.cpu + sequences * kv.cpu)
 
     def copied_step_s(self, sequences: int, hits: float, read: Amount) -> float:
-        """Returns the least seconds of a decode step with copies: the GPU reads the share `hits` of the experts while
+        """Returns the least seconds of a decode step with copies. The GPU reads the share `hits` of the experts, while
         the processor reads the rest."""
         step, experts = self.step_bytes(sequences), self.expert_bytes[sequences]
         both = Amount(hits * experts, (1 - hits) * experts)
         return Amount(step.gpu, step.cpu - experts).seconds(read) + max(both.each_s(read))
 
     def prefill_s(self, rates: Rates) -> float:
-        """Returns the least seconds of a prefill. Each device takes the longer of two times: to read its weights, once
-        for all rows that it computes at once, or to multiply."""
         read, times = self.weight_bytes[self.prompt_rows], self.prompt / self.prompt_rows
         read_s = Amount(times * read.gpu, times * read.cpu).each_s(rates.read)
         return sum(map(max, read_s, self.prefill_macs.each_s(rates.int8)))
@@ -120,7 +113,7 @@ def _read_bytes(cost: LayerCost, rows: int) -> float:
 
 
 def _experts_in_ram(model: Model, layers: Sequence[int]) -> Sequence[LayerCost]:
-    """Returns the costs of the experts of these layers, with their routers."""
+    """Returns the costs of the experts and routers of these layers."""
     program = model.program(0, model.layer_count)
     parts = (experts_of(program, (layer,)) for layer in layers)
     return [layer_cost(model.tensors_for(part), part) for part in parts if part is not None]

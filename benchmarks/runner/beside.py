@@ -1,4 +1,4 @@
-"""Runs streams, short requests and memory checks during a measurement."""
+"""Sends other clients' requests during a measurement: streams and short requests. Also watches memory."""
 
 from __future__ import annotations
 
@@ -54,13 +54,10 @@ for connection in connections:
     except OSError as error:
         print(0, 0, type(error).__name__, flush=True)
 """
-"""Programs that run in separate processes, so as not to delay other clients. `_RAW` sends bytes as they are."""
 
 
 @dataclass(slots=True)
 class Others:
-    """Streams and short requests that run during a measurement, and their worst times."""
-
     client: AsyncClient
     bench: Bench
     gap_s: float = 0.0  # the longest between two tokens of one stream
@@ -124,8 +121,8 @@ async def others(client: AsyncClient, bench: Bench, streams: int) -> AsyncIterat
 
 
 async def posted(api: str, path: str, body: bytes, count: int = 1, key: str = "") -> str:
-    """Sends `count` requests and describes the replies. Without a path, sends raw bytes. The number of the request
-    replaces `@NUMBER@` in a body."""
+    """Sends `count` requests and describes the replies. Without a path, sends raw bytes. In a body, the number of the
+    request replaces `@NUMBER@`."""
     pipe = asyncio.subprocess.PIPE
     words = (sys.executable, "-c", _POST, f"{api}/{path}") if path else (sys.executable, "-c", _RAW, api[7:])
     process = await asyncio.create_subprocess_exec(*words, key, str(count), stdin=pipe, stdout=pipe)

@@ -1,4 +1,4 @@
-"""Starts clusters of processes: `llamaclust up` with a cluster file, standbys, static workers."""
+"""Starts clusters of processes: `llamaclust up` with a cluster file, standbys, and static workers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def free_port() -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The parts of a cluster. `keys` are further keys of its file. `prefixes` has, by worker, words before its command,
-    which run it in another place. With `is_secure`, static workers use mutual TLS."""
+    """The parts of a cluster. `keys`: additional keys of its file. `prefixes`: by worker, words before its command that
+    run it in another place. With `is_secure`, static workers use mutual TLS."""
 
     launcher: str = "local"
     workers: int = 3
@@ -58,8 +58,6 @@ class Layout:
 
 
 class Bench:
-    """The file and folder of one cluster, and the coordinators that were started with them."""
-
     def __init__(self, model: Path, layout: Layout, folder: Path, command: Sequence[str] = _COMMAND) -> None:
         self._layout = layout
         self._folder = folder
@@ -107,7 +105,6 @@ class Bench:
         return process
 
     async def standby(self) -> subprocess.Popen[bytes]:
-        """Starts a standby and waits until it is ready to take over."""
         process = self.up("--standby")
         await self._until(lambda: self.directory.has_standby, process, "a standby")
         return process
@@ -136,14 +133,13 @@ class Bench:
         return state
 
     async def cluster(self) -> dict[str, Any]:
-        """Returns the coordinator's reply to GET /cluster."""
         async with httpx.AsyncClient(base_url=self.api, trust_env=False, timeout=60.0) as client:
             found: dict[str, Any] = (await client.get("/cluster")).json()
             return found
 
     @asynccontextmanager
     async def static_workers(self) -> AsyncIterator[None]:
-        """Runs the workers of a static cluster, as if on other machines. They are restarted whenever they end."""
+        """Runs the workers of a static cluster as if on other machines. Restarts them whenever they end."""
         names = self._layout.names if self._layout.launcher == "static" else ""
         tasks = [asyncio.create_task(self._keep_up(name)) for name in names]
         try:
@@ -172,7 +168,7 @@ class Bench:
                         await process.wait()
 
     def close(self) -> None:
-        """Ends standbys before the coordinator, so that none takes over."""
+        """Ends standbys before the coordinator, so that no standby takes over."""
         for process in reversed(self.started):
             if process.poll() is None:
                 process.send_signal(signal.SIGCONT)
@@ -186,7 +182,7 @@ class Bench:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Cancels the current task at SIGTERM, so that it cleans up before the process ends."""
+    """Cancels the current task at SIGTERM, so that the task cleans up before the process ends."""
     loop, task, received = asyncio.get_running_loop(), asyncio.current_task(), False
     assert task is not None
 

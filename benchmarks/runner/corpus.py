@@ -17,7 +17,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 _NAME = re.compile(r"\b[a-z][a-z_]{3,}\b")
 _WORDS = frozenset(("self", "return", "None", "import", "from", "class", "with", "else", "yield", "raise", "assert"))
 _MARGIN = 16
-"""Tokens of the context that stay free."""
 _SUBJECTS = (
     "the sea", "a lonely lighthouse", "bread", "rain in a large city", "friendship", "the history of glass", "wolves",
     "learning to play the piano", "a garden in winter", "the first train", "honesty", "maps", "an old bridge", "tea",
@@ -42,20 +41,18 @@ class Prompt:
 
 
 def prompts(model: Model, kinds: tuple[str, ...], count: int, characters: int, seed: int) -> Iterator[Prompt]:
-    """Yields `count` prompts, whose kinds take turns. `characters` is the length of the text in a prompt."""
+    """Yields `count` prompts of alternating kinds. `characters`: the length of the text in a prompt."""
     draw = random.Random(seed)
     for kind in islice(cycle(kinds), count):
         yield KINDS[kind](model, draw, characters)
 
 
 def _copied(model: Model, draw: random.Random, characters: int) -> Prompt:
-    """Makes a prompt of a file and the beginning of its copy."""
     text = _excerpt(draw, draw.choice(("docs/*.md", "cluster/*/*.py")), characters)
     return _continued(model, "copy", f"Original file:\n```\n{text}\n```\n\nExact copy of the file:\n```\n", text, 0)
 
 
 def _edited(model: Model, draw: random.Random, characters: int) -> Prompt:
-    """Makes a prompt of a program and the beginning of a copy in which a name is changed."""
     text = _excerpt(draw, "cluster/*/*.py", characters)
     found = Counter(name for name in _NAME.findall(text) if name not in _WORDS)
     name = max(found, key=lambda each: (found[each], each), default="value")
@@ -67,7 +64,7 @@ def _edited(model: Model, draw: random.Random, characters: int) -> Prompt:
 
 def _continued(model: Model, kind: str, head: str, text: str, least: int) -> Prompt:
     """Makes a prompt of the head and a third of the text, at least `least` characters; the rest is the expected answer.
-    The text is cut between tokens, because after another cut the model would have to spell the rest in other tokens."""
+    The text is cut between two tokens. At another cut, the model would have to continue with other tokens."""
     head_ids = model.tokenizer.encode(head)
     ids = model.tokenizer.encode(text, add_special=False)
     shown = len(model.tokenizer.encode(text[:least], add_special=False)) if least else 0
@@ -95,14 +92,13 @@ KINDS: dict[str, Callable[[Model, random.Random, int], Prompt]] = {
 
 
 def _chat(model: Model, text: str) -> tuple[int, ...]:
-    """Returns the tokens of a user's message, in the model's chat template if it has one."""
     if model.chat_template.source is None:
         return tuple(model.tokenizer.encode(f"{text}\n\n"))
     return tuple(encode_chat(model.tokenizer, model.chat_template.render([{"role": "user", "content": text}])))
 
 
 def _excerpt(draw: random.Random, pattern: str, characters: int) -> str:
-    """Returns whole lines from a random place of a random file."""
+    """Returns consecutive whole lines from a random place in a random file."""
     text = draw.choice([path for path in sorted(_ROOT.glob(pattern)) if path.stat().st_size > 2 * characters])
     lines = text.read_text().splitlines(keepends=True)
     sizes = [len(line) for line in lines]
@@ -115,5 +111,5 @@ def _excerpt(draw: random.Random, pattern: str, characters: int) -> str:
 
 
 def answer_tokens(prompt: Prompt, most: int, context: int) -> int:
-    """Returns the number of tokens of the prompt's answer, which is below 1 if the context has no room for it."""
+    """Returns the number of tokens of the prompt's answer. It is below 1 if the answer does not fit in the context."""
     return min(most, prompt.most or most, context - len(prompt.tokens) - _MARGIN)

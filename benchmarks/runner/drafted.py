@@ -1,4 +1,4 @@
-"""Measures answers without and with drafted tokens on one engine, and provides drafters for them."""
+"""Measures answers without and with drafted tokens on one engine. Provides the drafters."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ _CONFIDENCE = 0
 
 
 def chosen_right(count: int, acceptance: float, draw: random.Random) -> list[bool]:
-    """Chooses, in random places, which tokens are drafted right: the share `acceptance` of them, rounded."""
+    """Chooses at random which tokens are drafted right: the share `acceptance` of them, rounded."""
     wrong = set(draw.sample(range(count), round((1 - acceptance) * count)))
     return [place not in wrong for place in range(count)]
 
 
 class RecordedDrafters:
-    """Drafts from recorded answers for sequences that begin with a recorded prompt, and from n-grams for others."""
+    """Drafts from recorded answers for sequences that begin with a recorded prompt, and from n-grams for other
+    sequences."""
 
     def __init__(self) -> None:
         self._drafts: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def record(self, prompt: tuple[int, ...], answer: Sequence[int], is_right: Sequence[bool], vocabulary: int) -> None:
-        """Records an answer for later drafts. In place of a token to be drafted wrong, records the next token id."""
+        """Records an answer for later drafts. A token that is to be drafted wrong is replaced by the next token id."""
         pairs = zip(answer, is_right, strict=True)
         self._drafts[prompt] = tuple(token if right else (token + 1) % vocabulary for token, right in pairs)
 
@@ -65,8 +66,6 @@ class NoDrafters:
 
 
 class _RecordedDrafter:
-    """The drafter of one sequence."""
-
     def __init__(self, drafts: dict[tuple[int, ...], tuple[int, ...]]) -> None:
         self._drafts = drafts
         self._prompt_length = 0
@@ -105,7 +104,7 @@ async def served(
     path: Path, stages: int, threads: int, drafters: Drafters, *, mtp: bool = False
 ) -> AsyncIterator[Served]:
     """Serves a model, with one stage of `threads` threads in this process, or with several stages in local workers of
-    one thread each. With `mtp`, the model's own head drafts as well."""
+    one thread each. With `mtp`, the model's own head drafts too."""
     if stages == 1:
         with Model.open(path) as model:
             context = min(CONTEXT, model.hyperparameters.context_length)
@@ -122,7 +121,7 @@ async def served(
 
 
 async def measured(engine: Engine, *requests: GenerationRequest, plain: bool) -> Measures:
-    """Measures simultaneous requests. If there is only one, its first token does not count for tokens a second."""
+    """Measures simultaneous requests. For a single request, the first token does not count in tokens per second."""
     chosen = [replace(each, max_drafted=0) if plain else each for each in requests]
     begun_s = asyncio.get_running_loop().time()
     found = await asyncio.gather(*(_answer(engine, each) for each in chosen))

@@ -17,7 +17,6 @@ from llamaclust.cluster.state.directory import ClusterDir
 
 @asynccontextmanager
 async def cluster_of(workers: int, model: Path, *more: str) -> AsyncIterator[Cluster]:
-    """Starts a cluster whose workers have one thread each. `more` are further keys of the cluster file."""
     names = ", ".join(f"{{name: w{index}, threads: 1}}" for index in range(workers))
     keys = [f"model={model}", f"workers=[{names}]", "context_length=1024", "objective=throughput", *more]
     with tempfile.TemporaryDirectory() as folder:
@@ -28,7 +27,7 @@ async def cluster_of(workers: int, model: Path, *more: str) -> AsyncIterator[Clu
 
 
 def prompts(source: random.Random, count: int, tokens: int, vocabulary: int) -> list[tuple[int, ...]]:
-    """Draws prompts of random ids, none of which is in the prefix cache."""
+    """Draws prompts of random ids, so that none is in the prefix cache."""
     return [tuple(source.randrange(3, vocabulary) for _ in range(tokens)) for _ in range(count)]
 
 
@@ -42,9 +41,9 @@ async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finishe
 
 @contextmanager
 def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
-    """Pins each worker of one thread to a core, in the order of the stages, as long as there are cores. This process,
-    the coordinator, shares the second core, not the first: the first stage begins when the coordinator gets a result.
-    Without pins, some virtual machines leave a process that wakes on its last core, even if another core is idle."""
+    """Pins each worker of one thread to a core, in the order of the stages, while there are cores. The coordinator,
+    which is this process, shares the second core: the first stage has to begin when the coordinator gets a result.
+    Without pins, some virtual machines leave a process on its last core even if another core is idle."""
     cores = sorted(os.sched_getaffinity(0))
     present = cluster.registry.present
     workers = [str(present[stage.worker].registration.pid) for stage in cluster.engine.metrics.stage_report()]
@@ -60,7 +59,7 @@ def pinned_to_cores(cluster: Cluster) -> Iterator[None]:
 
 
 def pin_process(pid: int, core: int) -> None:
-    """Pins the current threads of a process. Threads that they start inherit the core."""
+    """Pins the current threads of a process to a core. Threads that they start later inherit the core."""
     _pin((int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()), {core})
 
 

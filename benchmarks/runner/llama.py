@@ -23,8 +23,6 @@ _DEADLINE_S = 1800
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Tokens per second; for llamaclust also shares of the machine's limits. Prefill is None if it is not compared."""
-
     prefill: float | None
     decode: float
     prefill_share: float | None = None
@@ -32,8 +30,8 @@ class Speed:
 
 
 def check_program(path: Path, how: str = "the docstring of benchmarks/runner/llama.py") -> Path:
-    """Returns the absolute path of a program. Raises UsageError if none can be run there. `how` names the text that
-    says how to build it."""
+    """Returns the absolute path of a program. Raises UsageError if the path is not a program. `how`: the text that says
+    how to build it."""
     if path.is_dir():
         raise UsageError(f"--llama-bench {path}: a folder; give the program in it, such as {path}/bin/llama-bench")
     if not path.exists():
@@ -50,7 +48,6 @@ def their_answers(program: Path, model: Path, options: Sequence[str]) -> list[An
 
 
 def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
-    """Returns the best speed of each kind of test. Raises UsageError for output that is not llama-bench's."""
     try:
         prefills = [float(answer["avg_ts"]) for answer in answers if answer["n_gen"] == 0]
         decodes = [float(answer["avg_ts"]) for answer in answers if answer["n_prompt"] == 0]

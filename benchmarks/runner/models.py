@@ -19,7 +19,6 @@ TYPES = {quant_type.name: quant_type for quant_type in LAYOUTS}
 
 
 def types_of(text: str) -> tuple[QuantType, ...]:
-    """Parses a comma-separated list of types, or `all`."""
     return tuple(LAYOUTS) if text == "all" else listed(chosen("type", TYPES))(text)
 
 
@@ -29,7 +28,7 @@ ADDING = ("attn_output.weight", "ffn_down.weight")
 
 @contextmanager
 def model_of(quant_type: QuantType, shape: str, models: Path | None = None) -> Iterator[Path]:
-    """Yields a model file with weights of this type. The file is temporary unless the folder `models` has one."""
+    """Yields a model file with weights of this type: the one in the folder `models`, or a temporary one."""
     if models is not None and (models / f"{quant_type.name}.gguf").exists():
         yield models / f"{quant_type.name}.gguf"
         return
@@ -40,8 +39,6 @@ def model_of(quant_type: QuantType, shape: str, models: Path | None = None) -> I
 
 
 def write_weakened(path: Path, shape: Shape, quant_type: QuantType, first: int = 0, strength: float = 0.0) -> None:
-    """Writes a model in which layers from `first` on add only `strength` times the usual amount to the hidden state.
-    With 0, each token follows from the one before, and answers repeat themselves. The layers take as long as others."""
     sources = tensors(shape, quant_type, 1, alike=True)
     write_gguf(path, metadata("random", shape, quant_type), (_weakened(each, first, strength) for each in sources))
 

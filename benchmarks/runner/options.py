@@ -53,7 +53,6 @@ def chosen(what: str, choices: Mapping[str, _Value]) -> Callable[[str], _Value]:
 
 
 def existing(text: str) -> Path:
-    """Parses the path of a file. Raises UsageError if there is no such file."""
     if not Path(text).is_file():
         raise UsageError(f"{text}: no such file")
     return Path(text)

@@ -37,8 +37,6 @@ def told(*arguments: str | Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class PaddedModels:
-    """A padded model in F16, its logits on a text, and its importance matrix."""
-
     narrow: Path
     padded: Path
     matrix: Path
@@ -47,7 +45,8 @@ class PaddedModels:
 
     @classmethod
     def of(cls, name: str, hidden: int, text: Path, chunks: int, folder: Path) -> PaddedModels:
-        """Makes the model, its importance matrix from the text's second half, and its logits for the first `chunks`."""
+        """Makes the model, its importance matrix from the second half of the text, and its logits for the first
+        `chunks`."""
         narrow, padded = resolve_model(name), folder / "padded.gguf"
         write_padded(narrow, padded, hidden)
         words = text.read_text()
@@ -62,7 +61,7 @@ class PaddedModels:
 
 def write_padded(source: Path, out: Path, hidden: int) -> None:
     """Writes a model that is `hidden` wide, with more heads of the same width. The added zeros reduce the mean square
-    by which norms divide; the weights and the epsilon of norms make up for that."""
+    by which norms divide; changed weights and epsilon of norms compensate for that."""
     model = open_model(source)
     key = model.metadata_str("general.architecture")
     was = model.metadata_int(f"{key}.embedding_length")

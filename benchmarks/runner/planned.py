@@ -22,17 +22,16 @@ from support.network.namespaces import entered
 _COORDINATOR = "coordinator"
 _END_S = 10.0
 PROMPT, TOKENS = 224, 48
-"""Tokens of the prompt and of the answer. Attention reads as many keys as in the trials of workers."""
+"""Tokens of the prompt and of the answer. With these, attention reads as many keys as when workers measure
+themselves."""
 NEAR = "0.85 .. 1.15"
-"""The goal for predicted / measured times."""
 
 Times = Mapping[str, float]
-"""Milliseconds of a token and of a prompt, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Workers named a, b, ..., with their threads and memory. If there are links, each worker has its own host."""
+    """Workers named a, b, ..., with their threads and memory. If there are links, each worker runs on its own host."""
 
     name: str
     what: str
@@ -49,7 +48,7 @@ class Shape:
 
 
 def at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
-    """Makes a host's link, which delays what the host sends by half of the round trip. Delays of two hosts add up."""
+    """Makes a host's link. It delays what the host sends by half of the round trip; the delays of two hosts add up."""
     return Link(round_trip_ms / 2e3, None if rate_mbit is None else rate_mbit * 10**6)
 
 
@@ -92,8 +91,6 @@ def _worker(name: str, threads: int, memory_mib: int | None) -> str:
 
 
 def _starter(shape: Shape, box: Box, token: Path, hosts: ExitStack) -> Report:
-    """Returns an event handler that starts the workers when the cluster awaits them. The workers end with `hosts`."""
-
     def report(event: Event) -> None:
         if not isinstance(event, AwaitingWorkers):
             return
@@ -125,8 +122,8 @@ def predicted(cluster: Cluster) -> Times:
 async def compared(
     opening: Callable[[], AbstractAsyncContextManager[Cluster]], times: Callable[[Cluster], Awaitable[Times]]
 ) -> Measures:
-    """Measures times of a cluster and compares them with the mean of two predictions. One is its own, the other is made
-    by the same cluster, started again right after it, because machines change their speed."""
+    """Measures times of a cluster and compares them with the mean of two predictions: the cluster's own, and one by the
+    same cluster when started again afterwards, because machines change their speed."""
     async with opening() as cluster:
         said, layers = [predicted(cluster)], layers_of(cluster)
         await times(cluster)  # warms up

@@ -10,8 +10,8 @@ from pathlib import Path
 
 @contextmanager
 def before_other_programs(pids: Iterable[int], *, priority: int = 1) -> Iterator[None]:
-    """Makes the current threads of the processes real-time threads within the context. Raises PermissionError if that
-    is not permitted."""
+    """Gives the processes' current threads real-time priority within the context. Raises PermissionError if that is not
+    permitted."""
     threads = [int(each.name) for pid in pids for each in Path(f"/proc/{pid}/task").iterdir()]
     try:
         _schedule(threads, os.SCHED_RR, priority)

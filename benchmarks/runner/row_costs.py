@@ -1,5 +1,5 @@
-"""Measures the time of a microbatch by its rows, each of which chooses a token, and computes the gain that drafts can
-have."""
+"""Measures the time of a microbatch by its number of rows, each of which chooses a token, and computes the gain that
+drafts can have."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class RowCosts:
         return self.ns[0] / self.prefill_row_ns
 
     def allowed_gain(self, acceptance: float) -> float:
-        """Returns the gain of the best fixed number of drafted tokens, which may be 0. A drafted token is accepted with
-        this probability if those before it are accepted."""
+        """Returns the gain of the best fixed number of drafted tokens, which may be 0. `acceptance`: the probability
+        that a drafted token is accepted if those before it were."""
         return max(
             sum(acceptance**depth for depth in range(window + 1)) * self.at(1) / self.at(window + 1)
             for window in range(_MOST_WINDOW + 1)

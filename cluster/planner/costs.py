@@ -199,14 +199,13 @@ class StageCosts:
 
 
 def _possible(costs: ModelCosts) -> NDArray[np.bool_]:
-    """Returns flags of stages without a border inside an undivided layer or between layers that share KV memory."""
     borders = np.zeros(len(costs.layers) + 1, np.bool_)
     borders[list(costs.borders)] = True
     return np.logical_and.outer(borders, borders)
 
 
 def _saved_bytes(costs: ModelCosts) -> Counts:
-    """Returns by how many bytes the whole layers of a stage are smaller than the sum of their parts."""
+    """Returns for each stage how many bytes smaller its whole layers are than the sum of their parts."""
     shards, layers = costs.expert_shards, costs.layers
     before = np.array([0, *accumulate(layer.saved_bytes for layer in layers[::shards])], np.int64)
     borders = np.arange(len(layers) + 1)

@@ -1,5 +1,5 @@
-"""Divides a stage among its worker's devices. The last layers go to GPUs, as many as fit or as the user has set. Layers
-on a GPU may have their experts in RAM."""
+"""Divides a stage among its worker's devices. The last layers go to GPUs: as many as fit or as the user has set.
+Experts of layers on a GPU may stay in RAM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.core.gpus import Placement
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Layers [start, end) on one device of a worker. `device` describes it like a worker of its own."""
+    """Layers [start, end) on one device of a worker. `device` describes the device as if it were a worker."""
 
     device: WorkerFacts
     start: int
@@ -30,7 +30,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MoeLayers:
-    """Flags of the layers whose experts stay in RAM when the other weights are on a GPU."""
+    """Flags of layers whose experts stay in RAM although their other weights are on a GPU."""
 
     fixed: Flags  # experts are in RAM in any case
     open: Flags  # experts are in RAM if that is faster, or the only way
@@ -62,7 +62,7 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
     """The division of every stage [start, end). Device number i holds layers [bounds[i], bounds[i + 1]). Of a GPU's
-    layers, those in `moe.fixed` have experts in RAM, and those in `moe.open` before moe_ends[i]."""
+    layers, those in `moe.fixed` have their experts in RAM, and so have those in `moe.open` before moe_ends[i]."""
 
     devices: tuple[WorkerFacts, ...]
     bounds: tuple[Counts, ...]  # tables by start and end
@@ -70,7 +70,7 @@ class Division:
     moe: MoeLayers
 
     def held(self, start: int, end: int) -> tuple[Held, ...]:
-        """Returns the layers of a stage on each device that holds some. Experts in RAM come last."""
+        """Returns the layers of a stage on each device that holds some, with experts in RAM last."""
         at = [int(table[start, end]) for table in self.bounds]
         ends = [int(table[start, end]) for table in self.moe_ends]
         parts = [
@@ -86,25 +86,26 @@ class Division:
         return tuple(layer for layer in range(begin, until) if fixed[layer] or (is_open[layer] and layer < moe_end))
 
     def parts(self) -> Iterator[tuple[WorkerFacts, Counts, Counts, Counts]]:
-        """Yields (device, start, end, end of layers with open experts in RAM), of which the last three are tables."""
+        """Yields (device, start, end, end of layers with open experts in RAM) for each device. The last three are
+        tables by stage."""
         yield from zip(self.devices, self.bounds, self.bounds[1:], self.moe_ends, strict=False)
 
     def moved_ranges(self) -> Iterator[tuple[WorkerFacts, Flags, Counts, Counts]]:
-        """Yields (GPU, layers, start, end): experts of `layers` in [start, end) are in RAM."""
+        """Yields (GPU, layers, start, end), which means that experts of `layers` in [start, end) are in RAM."""
         for device, begin, until, moe_end in islice(self.parts(), 1, None):
             for layers, end in ((self.moe.fixed, until), (self.moe.open, moe_end)):
                 if layers.any():
                     yield device, layers, begin, end
 
     def sums(self, table: Callable[[WorkerFacts], Table]) -> Table:
-        """Adds up `table` over the devices, as if experts were on the device of their layer."""
         total: Table = np.where(self.bounds[0] < self.bounds[-1], 0.0, np.inf)
         for device, begin, until, _ in self.parts():
             total += np.where(begin < until, table(device)[begin, until], 0.0)
         return total
 
     def moved(self, experts: Callable[[WorkerFacts, Flags], Table], exchange: Callable[[Flags], Table]) -> Table:
-        """Returns the change of `sums` by experts in RAM. `exchange` is the time to move activations there and back."""
+        """Returns how much experts in RAM change the result of `sums`. `exchange`: the time to move activations to RAM
+        and back."""
         total: Table = np.zeros(self.bounds[0].shape)
         for device, layers, begin, end in self.moved_ranges():
             change = experts(self.devices[0], layers) + exchange(layers) - experts(device, layers)
@@ -119,14 +120,15 @@ class Division:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DeviceNeeds:
-    """The bytes that stages need on a device, without the experts of `MoeLayers.fixed`."""
+    """The bytes that stages need on a device, not counting the experts of `MoeLayers.fixed`."""
 
     excess: Table  # needed beyond its memory with all other experts, by start and end
     experts: Counts  # needed less where open experts of the first n layers are in RAM, by n
     held_experts: Counts  # bytes of open experts of the first n layers, by n: rounding may make them free nothing
 
     def first_moe_end(self) -> Counts:
-        """Returns the layer up to which a stage's open experts must be in RAM so that it fits, by start and end."""
+        """Returns for each stage, by start and end, the layer up to which its open experts must be in RAM so that it
+        fits."""
         starts = np.arange(len(self.experts))[:, np.newaxis]
         found: Counts = np.searchsorted(self.experts, self.excess + self.experts[:, np.newaxis])
         return np.maximum(found, starts)
@@ -140,8 +142,8 @@ def divide(
     *,
     apart: bool = False,
 ) -> Division:
-    """Divides all `possible` stages. With `apart`, as many layers have their open experts in RAM as the first GPU lacks
-    memory for; otherwise none have. If `gpu_layers` is set, the first GPU takes those that other GPUs leave."""
+    """Divides all `possible` stages. With `apart`, the open experts of as many layers are in RAM as the first GPU lacks
+    memory for; otherwise none are. If `gpu_layers` is set, the first GPU takes those of them that other GPUs leave."""
     devices, borders = devices_of(worker), possible.diagonal()
     starts, ends = np.indices((len(borders), len(borders)))
     wanted = len(borders) if worker.gpu_layers is None else worker.gpu_layers
@@ -165,8 +167,8 @@ def divide(
 
 
 def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> Counts:
-    """Moves `begin` of device number `index` to a border that the user's rules allow: after the layers that are meant
-    for earlier devices, and not after those for this or a later device."""
+    """Moves `begin` of device number `index` to a border that the user's rules allow: after the layers meant for
+    earlier devices, and before those meant for this or a later device."""
     if not worker.placement.layers:
         return begin
     gpus, layers = [gpu.device for gpu in worker.gpus], len(borders) - 1
@@ -182,14 +184,12 @@ def _allowed(worker: WorkerFacts, borders: Flags, index: int, begin: Counts) -> 
 
 
 def _next_border(borders: Flags) -> Counts:
-    """Returns for each layer the first border at or after it. The end of the model counts as a border."""
     places = np.where(borders, np.arange(len(borders)), len(borders) - 1)
     found: Counts = np.minimum.accumulate(places[::-1])[::-1]
     return found
 
 
 def _first_that_fits(fits: Flags) -> Counts:
-    """Returns for each end the start of the longest range that fits, or the end itself if none fits."""
     ends = np.arange(len(fits))
     first: Counts = np.where(fits.any(axis=0), fits.argmax(axis=0), ends)
     return first

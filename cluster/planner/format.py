@@ -17,11 +17,12 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _MOST_SHARE = 12
 _SPARSE = 0.75
-"""The share of weights read by a token below which the text states how many bytes a token reads."""
+"""The share of the weights read by a token below which the text states the bytes that a token reads."""
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:
-    """Returns the figures of a plan: half-open layer ranges, bytes, milliseconds. A figure is null if not measured."""
+    """Returns the figures of a plan: half-open layer ranges, bytes, milliseconds. A figure that was not measured is
+    null."""
     values, predicted, other = asdict(plan), plan.prediction, plan.without_groups
     gains = _gains(plan, acceptances)
     del values["prediction"]
@@ -184,12 +185,12 @@ def _stage_lines(plan: Plan, stage: StagePlan, decode_ms: float | None) -> Itera
 
 
 def stage_name(plan: Plan, stage: StagePlan) -> str:
-    """Returns the worker's name, or the names a+b of a group's members."""
     return next("+".join(workers) for workers in plan.chain if stage.worker in workers)
 
 
 def shares_text(shares: Sequence[int]) -> str:
-    """Formats shares as a ratio of small whole numbers (2:1), or else relative to the smallest share (1.1:1)."""
+    """Formats shares as a ratio of small whole numbers (2:1), or relative to the smallest share (1.1:1) if there is
+    none."""
     unit, least = gcd(*shares), min(shares)
     if max(shares) <= _MOST_SHARE * unit:
         return ":".join(str(share // unit) for share in shares)

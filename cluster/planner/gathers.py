@@ -14,8 +14,8 @@ from llamaclust.cluster.planner.links import Links
 from llamaclust.model.groups.costs import GatherCost, GroupCosts
 
 GATHER_S = 35e-6
-"""The time of a gather in addition to the network: members that are not ready together, encryption, system calls,
-copied rows. In served groups of two, members wait 30 to 40 us on loopback (docs/internals/groups.md)."""
+"""The seconds that a gather takes in addition to the network: members that are not ready together, encryption, system
+calls, copied rows. In served groups of two, members wait 30 to 40 us on loopback (docs/internals/groups.md)."""
 HIDDEN_SHARE = 0.5
 """The largest share of a prompt's bytes that can travel while members compute other rows."""
 
@@ -36,7 +36,8 @@ class GroupLinks:
         return cls(latency_s + GATHER_S, byte_s)
 
     def all_to_all_s(self, sent: Table) -> Table:
-        """Returns the seconds in which each member sends `sent` bytes, [members, ...], to each other, all at once."""
+        """Returns the seconds in which each member sends `sent` bytes, [members, ...], to each other member at the same
+        time."""
         out = sent * self.byte_s.sum(axis=1).reshape(-1, *[1] * (sent.ndim - 1))
         into = np.tensordot(self.byte_s.T, sent, axes=1)
         slowest: Table = np.maximum(out, into).max(axis=0)
@@ -54,9 +55,6 @@ class GroupLinks:
 
 @dataclass(frozen=True, slots=True)
 class GatherTimes(Generic[Seconds]):
-    """Seconds of one stage's gathers, or tables of seconds for many stages. Gathers of layers (and of the embedding)
-    and gathers of output rows are separate."""
-
     layers_s: Seconds
     row_s: Seconds  # more for each row
     output_s: Seconds
@@ -66,7 +64,7 @@ class GatherTimes(Generic[Seconds]):
         return self.layers_s + self.output_s + rows * (self.row_s + self.output_row_s)
 
     def prefill_s(self, rows: int, computing_s: Seconds) -> Seconds:
-        """Returns the seconds in a step of `rows` prompt tokens, less those hidden by computation."""
+        """Returns the seconds of the gathers in a step of `rows` prompt tokens that computation does not hide."""
         bytes_s = rows * self.row_s
         found: Seconds = self.layers_s + bytes_s - np.minimum(HIDDEN_SHARE * bytes_s, computing_s)
         return found

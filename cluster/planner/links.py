@@ -14,7 +14,7 @@ COORDINATOR = ""
 _NOISE_S = 5e-5
 _NOISE_BYTE_S = 5e-11
 _NOISE = 0.1
-"""The relative difference of links below which workers count as equally far away."""
+"""The relative difference of links up to which workers count as equally far away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +25,22 @@ class Link:
 
     @property
     def gather_s(self) -> float:
-        """The seconds of one way between threads that poll sockets, without the time that the programs take."""
+        """The seconds of one way between threads that poll sockets, without the time in programs."""
         return max(0.0, self.one_way_s - _PROGRAMS_S) if self.network_s is None else self.network_s
 
 
 _PROGRAMS_S = 1.5e-4
 USUAL = Link(one_way_s=_PROGRAMS_S, byte_s=1e-9)
-"""The assumed link if it was not measured, as between processes of one machine."""
+"""The link that is assumed if none was measured, as between processes of one machine."""
 
 
 NO_REACH = Link(one_way_s=0.0, byte_s=0.0)
-"""The part of a link's times that a process adds if nothing is known of it."""
+"""A worker's part of its links' times, if nothing is known about the worker."""
 
 
 @dataclass(frozen=True, slots=True)
 class Links:
-    """Links by pairs of names. Unknown ones count as `USUAL`."""
+    """Links by pairs of names. An unknown link counts as `USUAL`."""
 
     measured: Mapping[frozenset[str], Link] = field(default_factory=dict)
 
@@ -51,12 +51,11 @@ class Links:
         return all(frozenset(pair) in self.measured for pair in combinations(names, 2))
 
     def round(self, stages: Sequence[str]) -> list[Link]:
-        """Returns the links on a token's way from stage to stage and back to the first one."""
         pairs = pairwise([*stages, stages[0]]) if len(stages) > 1 else ()
         return [self.between(*pair) for pair in pairs]
 
     def estimated(self, pairs: Iterable[frozenset[str]]) -> Links:
-        """Returns these links with estimates for unmeasured pairs. An estimate is the sum of both ends' parts."""
+        """Returns these links and estimates for unmeasured pairs. An estimate is the sum of the parts of both ends."""
         reaches = self.reaches({name for pair in self.measured for name in pair})
         known = (sorted(pair) for pair in pairs if pair <= reaches.keys())
         sums = {
@@ -68,8 +67,8 @@ class Links:
         return Links(sums | {**self.measured})
 
     def reaches(self, names: Collection[str]) -> dict[str, Link]:
-        """Returns each worker's part of its links: least squares fit each link as the sum of two parts. The order of
-        stages then does not matter, and the search can treat workers one by one."""
+        """Returns each worker's part of its links, fitted by least squares so that each link is the sum of two parts.
+        Then the order of stages does not matter, and the search can consider workers one by one."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
             return dict.fromkeys(names, NO_REACH)

@@ -31,7 +31,7 @@ class Assignment:
 def checked(
     plan: Sequence[Assignment], workers: Collection[str], layers: int, expert_shards: int = 1
 ) -> tuple[Assignment, ...]:
-    """Returns the plan ordered by layers. Raises UsageError with the wrong layers or worker."""
+    """Returns the plan in the order of layers. Raises UsageError with the wrong layers or worker."""
     span = partial(layer_span, expert_shards=expert_shards)
     for entry in plan:
         if unknown := [worker for worker in entry.workers if worker not in workers]:

@@ -24,7 +24,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class StagePlace:
-    """The facts that a stage's workspace depends on, in addition to the model and the rows of a microbatch."""
+    """The facts on which a stage's workspace depends, in addition to the model and the rows of a microbatch."""
 
     threads: int
     context_length: int
@@ -35,9 +35,10 @@ class StagePlace:
 
 
 Workspace = Callable[[StagePlace], int]
-"""Returns the most workspace bytes of any stage at the place. It must cache: it is called often with equal places."""
+"""Returns the largest workspace, in bytes, of any stage at the place. It must cache, because it is called often."""
 Rounding = Callable[[str], Counts | int]
-"""Returns the bytes that rounding adds to weights of layers [start, end) on a device. It must cache."""
+"""Returns the bytes that rounding adds to the weights of layers [start, end) on a device. It must cache, because it is
+called often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,13 +83,15 @@ class MemoryModel:
         return self if stages is self.stages else replace(self, stages=stages, portion=portion)
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int, cpu_moe: Sequence[int] = ()) -> int:
-        """Returns the bytes of a stage's workspace, and of rounding of its weights except for experts of `cpu_moe`."""
+        """Returns the bytes of a stage's workspace, plus the bytes that rounding adds to its weights. Experts of
+        `cpu_moe` do not count."""
         whole, freed = self.request.rounding(worker.device), self._expert_rounding(worker)
         rounding = whole if isinstance(whole, int) else int(whole[start, end])
         return self._workspace_to(worker, end) + rounding - int(freed[list(cpu_moe)].sum())
 
     def workspace_of(self, held: Held) -> int:
-        """Returns the workspace of a chosen stage. `workspace_bytes` is for the largest stage, so it may be more."""
+        """Returns the workspace of a chosen stage. `workspace_bytes` may return more, because it is for the largest
+        stage."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts or held.cpu_moe or device.device != "cpu":
             return self.parts(held, 0)["workspace"]
@@ -97,7 +100,8 @@ class MemoryModel:
         return self.request.workspace(place)
 
     def _expert_rounding(self, worker: WorkerFacts) -> Counts:
-        """Returns by layer the rounding of experts on a device, in addition to the rounding of their layer."""
+        """Returns for each layer the bytes that rounding of its experts adds on a device, in addition to rounding of
+        its other weights."""
         rounding = np.asarray(self.request.rounding(worker.device)) - self.request.rest_rounding(worker.device)
         each: Counts = np.diagonal(np.broadcast_to(rounding, self.stages.held_bytes.shape), 1)
         return each
@@ -143,7 +147,8 @@ class MemoryModel:
         return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, held: Held, contexts: int) -> Mapping[str, int]:
-        """Returns bytes by kind. KV memory is for `contexts` whole contexts, or the given KV memory if that is less."""
+        """Returns bytes by kind. KV memory is for `contexts` full-length sequences, or the given KV memory if that is
+        less."""
         device, start, end = held.device, held.start, held.end
         if held.is_experts:
             return {"weights": self.weight_bytes(held), "workspace": self._workspace_to(device, end - 1)}
@@ -159,7 +164,7 @@ class MemoryModel:
         return moved if held.is_experts else self.stages.weight_bytes(held.start, held.end) - moved
 
     def kv_blocks(self, split: Sequence[Held]) -> int:
-        """Returns the KV blocks that every stage has room for, at most `most_blocks` unless KV memory is given."""
+        """Returns the number of KV blocks that fit on every stage, at most `most_blocks` unless KV memory is given."""
         most = self.request.most_blocks
         beside: dict[tuple[str, str], int] = {}
         for held in split:
@@ -180,11 +185,12 @@ class MemoryModel:
         return self._blocks_in(held.start, held.end, max(least, left // 2), most)
 
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns the bytes that a worker's devices lack with KV memory for `contexts`. Infinite if start >= end."""
+        """Returns the bytes that a worker's devices lack, with KV memory for `contexts` full-length sequences. Infinite
+        if start >= end."""
         return self._shortfall(self.division(worker, contexts), contexts)
 
     def excess_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """Returns the bytes that stages lack on a worker without GPUs. Negative numbers are free bytes."""
+        """Returns the bytes that stages lack on a worker without GPUs. A negative number means free bytes."""
         return self._needs(worker, contexts, None).excess
 
     def _shortfall(self, division: Division, contexts: int) -> Table:
@@ -217,7 +223,6 @@ class MemoryModel:
         yield from found.values()
 
     def _needs(self, device: WorkerFacts, contexts: int, moe: MoeLayers | None) -> DeviceNeeds:
-        """Computes the needs of a device. `moe` is None if its experts cannot be in RAM instead."""
         stages, given = self.stages, self.request.kv_memory_bytes
         context = self._kv_table(self.request.context_blocks)
         excess: Table = np.full(context.shape, -np.inf)
@@ -236,7 +241,7 @@ class MemoryModel:
         return DeviceNeeds(excess, sums(freed * is_open)[0], sums(experts * is_open)[0])
 
     def division(self, worker: WorkerFacts, contexts: int) -> Division:
-        """Divides stages among the worker's devices. Open experts are in RAM if that is needed or faster."""
+        """Divides stages among the worker's devices. Open experts are in RAM if that is necessary or faster."""
         moe, possible = MoeLayers.of(worker.placement, self.stages.mixtures), self.stages.possible
 
         def needs(device: WorkerFacts) -> DeviceNeeds:

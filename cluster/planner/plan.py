@@ -41,7 +41,8 @@ class DevicePlan(HeldLayers):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan(HeldLayers):
-    """The layers of a worker, or its portion of a group's. A group's members are consecutive and have equal layers."""
+    """The layers of a worker, or its portion of a group's layers. Members of a group are consecutive and have equal
+    layers."""
 
     worker: str
     shares: tuple[int, ...] = ()  # shares of output rows by member of the group; (): the worker holds the layers alone
@@ -64,8 +65,6 @@ class IdleWorker:
 
 @dataclass(frozen=True, slots=True)
 class UnusedGpu:
-    """A GPU that has no layers although its worker has some, and the reason."""
-
     worker: str
     device: str
     reason: str
@@ -80,7 +79,7 @@ class StagePrediction:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A step of one sequence that computes `drafted` drafted tokens after the known token."""
+    """A step of one sequence that computes `drafted` drafted tokens together with its last known token."""
 
     drafted: int
     seconds: float  # time until its tokens are known
@@ -105,8 +104,6 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class RejectedGroup:
-    """A group that could hold all layers, but is worse for the objective than the plan's stages."""
-
     workers: tuple[str, ...]  # the leader first
     shares: tuple[int, ...]
     prediction: Prediction

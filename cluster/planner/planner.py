@@ -1,11 +1,10 @@
 """Assigns layers to workers and groups, and predicts the speed of the plan, in pure functions.
 
-The objective `latency` is the time of a usual request alone, with 512 tokens of prompt and 128 of answer. The objective
-`throughput` is the slowest stage's time, head included, for such requests of eight concurrent sequences. A plan that
-gains less than 2 % gives way to a simpler one: without groups, in the file's order, or with fewer stages. KV memory is
-for several whole contexts, or for one if the plan is then faster by a tenth.
-
-If any worker has no profile, all workers count as equal.
+The objective `latency` is the time of a usual request alone, with 512 prompt tokens and 128 answer tokens. The
+objective `throughput` is the slowest stage's time, including the head, for such requests of eight concurrent sequences.
+A simpler plan (without groups, in the file's order, or with fewer stages) is preferred if another one is less than 2 %
+faster. KV memory is for several full-length sequences, or for one if the plan is then faster by a tenth. If any worker
+has no profile, all workers count as equal.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.costs import ModelCosts
 
 _WANTED_CONTEXTS = 4
-"""The number of whole contexts that KV memory should hold. One is the least."""
+"""The number of full-length sequences that KV memory should hold. It must hold at least one."""
 
 _NOMINAL_CPU = DeviceProfile(read_bytes_s=20e9, int8_macs_s=300e9)
 _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
-    """Raises UsageError for a wrong manual plan, InsufficientMemoryError if memory does not suffice, and
+    """Makes a plan. Raises UsageError for a wrong manual plan, InsufficientMemoryError if memory does not suffice, and
     NetworkPartitionError if no plan avoids the pairs in `partitions`."""
     stages = StageCosts.of(costs)
     sizes = MemoryModel(stages, request)
@@ -131,7 +130,8 @@ def _check_adjacency(split: Sequence[Assignment], partitions: Pairs) -> None:
 
 
 def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> Found:
-    """Omits unmeasured workers if the others suffice. A worker counts as measured if its processor was."""
+    """Leaves unmeasured workers without layers if the others suffice. A worker counts as measured if its processor
+    was."""
     measured = [worker for worker in workers if worker.profile is not None]
     if 0 < len(measured) < len(workers):
         with suppress(InsufficientMemoryError, NetworkPartitionError):

@@ -51,7 +51,7 @@ def predict(
     may_chain: bool = True,
 ) -> Prediction:
     """Predicts stages whose workers were all measured. With `may_chain`, a window of drafted tokens may be sent before
-    the previous one is back."""
+    the previous one has returned."""
     path = _Path.of(split, links)
     times = [time for stage in split for time in _times(stage, prompt_tokens)]
     slowest = max(times, key=lambda time: time[1].decode_s)
@@ -82,7 +82,8 @@ def predict_again(
     links: Links,
     group_costs: GroupCostsOf | None = None,
 ) -> Prediction | None:
-    """Predicts an earlier plan from present measurements. None if one of its devices is absent or unmeasured."""
+    """Predicts an earlier plan from present measurements. Returns None if one of its devices is absent or
+    unmeasured."""
     if any(not _is_known(stage, workers) for stage in plan.stages):
         return None
     split = [_stage_again(costs, stages, workers, links, group_costs) for stages in plan.by_stage]
@@ -127,7 +128,7 @@ def _held(stage: StagePlan, workers: Mapping[str, WorkerFacts]) -> tuple[Held, .
 
 
 def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _Path) -> float:
-    """Returns the seconds to the first token, if a prompt's chunks pass one after the other through the stages."""
+    """Returns the seconds to the first token. The chunks of a prompt pass through the stages one after another."""
     rows = -(-prompt_tokens // chunks)
     times = [stage.prefill_s(rows, concurrent=chunks > 1) for stage in split]
     sent = [rows * ms for ms in path.row_s]
@@ -136,7 +137,8 @@ def _ttft_s(split: Sequence[HeldStage], prompt_tokens: int, chunks: int, path: _
 
 
 def _round(split: Sequence[HeldStage], drafted: int, path: _Path, *, may_chain: bool) -> Round:
-    """Times a step with an output row for each drafted token. It begins and ends at the coordinator, which drafts."""
+    """Predicts a step with an output row for each drafted token. The step begins and ends at the coordinator, which
+    drafts."""
     rows = 1 + drafted
     stages = [stage.decode_s(rows) for stage in split]
     links = [rows * row_s for row_s in path.row_s]

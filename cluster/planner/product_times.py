@@ -1,4 +1,5 @@
-"""Times of products by quant type on a processor: measured by its worker, or else assumed from the machine's limits."""
+"""Times of matrix products by quant type on a processor: measured by its worker, otherwise assumed from the machine's
+limits."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from llamaclust.model.costs import TypedWeights
 from llamaclust.model.quant_types import QuantType
 
 READ_SHARE: Final = 0.85
-"""The share of the memory bandwidth that products of one row reach if nothing else limits them."""
+"""The share of the memory bandwidth that products of one row reach when nothing else limits them."""
 
 
 @dataclass(frozen=True, slots=True)
 class TypeRates:
-    """Rates relative to the 8-bit peak, measured in a core's own cache (benchmarks/run.py product_rates)."""
+    """Rates relative to the 8-bit peak, measured with data in a core's own cache (benchmarks/run.py product_rates)."""
 
     decode_macs: float  # 8-bit multiply-accumulates as long as decoding a weight, once for some rows
     peak_share: float  # share of the peak that products with many rows reach
@@ -50,7 +51,7 @@ RATES: Final[Mapping[QuantType, TypeRates]] = {
     QuantType.MXFP4: TypeRates(1.9, 0.64),
 }
 _OTHER: Final = TypeRates(4.0, 0.12)
-"""The rates of types without a kernel. Plans of models with such types are refused elsewhere."""
+"""Rates of types without a kernel. Plans of models with such types are refused elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class ProductTimes:
 
 
 def _at(times: Sequence[ProductTime], rows: float) -> float:
-    """Interpolates linearly and extrapolates after the last point. The result is at least the first point's time."""
+    """Interpolates linearly, and extrapolates after the last point. Returns at least the time of the first point."""
     if len(times) == 1 or rows <= times[0].rows:
         return times[0].byte_s
     index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)

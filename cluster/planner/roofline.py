@@ -1,4 +1,5 @@
-"""Estimated seconds of unmeasured layers: products by quant type, the rest by memory bandwidth and 8-bit products."""
+"""Estimates the seconds of unmeasured layers: products by quant type, the rest by memory bandwidth and 8-bit
+products."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from llamaclust.core.profile import DeviceProfile, StepTime
 from llamaclust.model.costs import LayerCost, ModelCosts, TypedWeights
 
 LAUNCHES_S: Final = 30e-6
-"""The time to launch a layer's kernels on a GPU. It is assumed, not measured."""
+"""The seconds to launch a layer's kernels on a GPU, assumed and not measured."""
 LAYER_S: Final = 60e-6
-"""The time of a layer on a processor in addition to its products: threads that wait, and steps of few rows."""
+"""The seconds of a layer on a processor in addition to its products: threads that wait, and steps of few rows."""
 ROW_MACS: Final = 3000
-"""The 8-bit multiply-accumulates that take as long as norms, rotation, attention etc. of one row and channel."""
+"""The number of 8-bit multiply-accumulates that take as long as the other work (norms, rotation, attention) of one row
+and channel."""
 _STATE_MACS: Final = 4
-"""The 8-bit multiply-accumulates that take as long as one multiply-accumulate of a state in floats."""
+"""The number of 8-bit multiply-accumulates that take as long as one multiply-accumulate of a state in floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +31,15 @@ class Roofline:
 
     @classmethod
     def of(cls, profile: DeviceProfile, device: str, hidden_bytes: int, *, concurrent: bool) -> Self:
-        """Derives the limits of a device. `hidden_bytes` are the float32 bytes of a row."""
+        """Derives the limits of a device. `hidden_bytes`: the bytes of a float32 row."""
         products = ProductTimes.of(profile, concurrent=concurrent) if device == "cpu" else None
         limits = profile.limits(concurrent=concurrent)
         row_s = ROW_MACS * hidden_bytes / 4 / limits.int8_macs_s
         return cls(limits.read_bytes_s, limits.int8_macs_s, products, row_s)
 
     def layer_s(self, layer: LayerCost, rows: int, sequences: int) -> float:
-        """Adds experts separately: they are bound by other limits than the rest, and may be on another device."""
+        """Returns the seconds of a layer. Experts are estimated separately: other limits bound them, and they may be on
+        another device."""
         return self._rest_s(layer, rows, sequences) + self.experts_s(layer, rows)
 
     def experts_s(self, layer: LayerCost, rows: int) -> float:
@@ -71,7 +74,6 @@ class Roofline:
 
 
 def retimed(profile: DeviceProfile, measured: ModelCosts, other: ModelCosts) -> DeviceProfile:
-    """Converts a processor's profile to other costs. They may differ only in the types and bytes of weight tiles."""
     return replace(
         profile,
         concurrent=tuple(_retimed(time, profile, measured, other, concurrent=True) for time in profile.concurrent),

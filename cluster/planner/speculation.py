@@ -39,7 +39,7 @@ def predict_gain(prediction: Prediction, acceptance: float) -> SpeculationGain |
 
 
 class _PlannedRounds:
-    """Predicted `RoundTimes` for one sequence in one microbatch, interpolated between window sizes."""
+    """Predicted `RoundTimes` for one sequence in one microbatch. Times between two window sizes are interpolated."""
 
     def __init__(self, prediction: Prediction) -> None:
         self._plain_s = prediction.token_s
@@ -60,5 +60,4 @@ class _PlannedRounds:
 
 
 def _ns(seconds: float) -> float:
-    """Converts to nanoseconds, at least 1, since a worker may report steps that take no time."""
     return max(1e9 * seconds, 1.0)

@@ -8,13 +8,13 @@ from typing import Final
 from llamaclust.cluster.planner.plan import ANSWER_TOKENS
 
 CHUNKS: Final = (1, 2, 4, 8, 16)
-"""The numbers of equal chunks that a prompt may be divided into. Stages compute them one after the other."""
+"""The numbers of equal chunks into which a prompt may be divided. Stages compute the chunks one after another."""
 TOGETHER: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Steps of `rows` rows each: tokens of a prompt, or one token of each of `rows` sequences."""
+    """Steps of `rows` rows each: tokens of a prompt, or one token from each of `rows` sequences."""
 
     rows: int
     steps: float
@@ -24,7 +24,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Work that a split is judged by: its slowest stage's time for `slowest`, plus all stages' times for `each` if
+    """The work by which a split is judged: the slowest stage's time for `slowest`, plus all stages' times for `each` if
     `adds_up` is set."""
 
     slowest: tuple[Rows, ...]
@@ -39,7 +39,7 @@ class Work:
 
 
 def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
-    """Returns the works of the objective. The one that takes the least time counts."""
+    """Returns alternative works of the objective. A split is judged by the work that takes it the least time."""
     if objective == "latency":
         return tuple(_request(prompt_tokens, chunks) for chunks in CHUNKS)
     steps = (
@@ -50,7 +50,8 @@ def works_of(objective: str, prompt_tokens: int) -> tuple[Work, ...]:
 
 
 def _request(prompt_tokens: int, chunks: int) -> Work:
-    """Returns the work of a request. The first chunk passes all stages; each other adds the slowest stage's time."""
+    """Returns the work of a request. The first chunk passes all stages; each other chunk adds the slowest stage's
+    time."""
     rows = -(-prompt_tokens // chunks)
     chunk = Rows(rows, 1, is_prompt=True, concurrent=chunks > 1)
     behind = (Rows(rows, chunks - 1, is_prompt=True, concurrent=True),) if chunks > 1 else ()

@@ -1,4 +1,4 @@
-"""Sequence breakers of the DRY sampler, as token sequences. DRY counts no repetition that extends over a breaker."""
+"""Sequence breakers of the DRY sampler as token sequences. Repetitions that contain a breaker do not count."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def check_size(tokens: int) -> None:
 
 class BreakerTokens:
     """Finds the token sequences of a tokenizer that contain a text. Must be used by one thread. The first use indexes
-    the vocabulary, which takes about a second for 256 Ki tokens. Each text then takes about a millisecond."""
+    the vocabulary, about a second for 256 Ki tokens. After that, each text takes about a millisecond."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._sequences = lru_cache(_KEPT)(self._find)
 
     def of(self, texts: Sequence[str]) -> Breakers:
-        """Returns the breakers for all texts. Raises ParameterError if they have too many tokens."""
+        """Returns the breakers for all texts. Raises ParameterError if the breakers have too many tokens."""
         by_head: dict[int, dict[tuple[int, ...], None]] = {}
         tokens = 0
         for text in texts:
@@ -53,8 +53,8 @@ class BreakerTokens:
         return TokenIndex([self._tokenizer.token_bytes(token) for token in range(self._tokenizer.vocabulary_size)])
 
     def _find(self, text: str) -> tuple[tuple[int, ...], ...]:
-        """Returns two kinds of token sequences: each token that contains the text, and each token that ends with the
-        text's beginning, followed by the tokens of the rest."""
+        """Returns each token that contains the text, and each token that ends with a beginning of the text, followed by
+        the tokens of the rest."""
         whole = text.encode("utf-8", "surrogatepass")
         found: list[tuple[int, ...]] = [(token,) for token in self._index.containing(whole)]
         containing, tokens = {token for (token,) in found}, len(found)
@@ -75,8 +75,8 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """Selects the breakers of a request that the next token may complete: all of their tokens but the last have
-    occurred. Adding tokens takes time linear in the total length of the breakers."""
+    """Selects the breakers of a request that the next token may complete: those whose other tokens have all occurred.
+    Adding tokens takes time linear in the total length of the breakers."""
 
     __slots__ = ("_by_head", "_found", "_seen", "_sequences", "_waiting")
 
@@ -96,7 +96,7 @@ class SeenBreakers:
         return self._sequences
 
     def with_tokens(self, tokens: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-        """Returns the breakers as if these tokens had occurred, too. Breakers in excess do no harm."""
+        """Returns the breakers as if these tokens had occurred too. Additional breakers do no harm."""
         if not self._by_head or self._seen.issuperset(tokens):
             return self.sequences
         more = copy(self)

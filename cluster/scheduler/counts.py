@@ -22,5 +22,5 @@ class Counts:
 
     @property
     def totals(self) -> Counts:
-        """A copy in which all gauges are 0, as they are once a scheduler has ended. The counters keep their values."""
+        """A copy with all gauges at 0, for a scheduler that has ended. Counters keep their values."""
         return replace(self, running=0, waiting=0, in_flight=0, kv_blocks=0, kv_blocks_held=0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 _SLOW_WEIGHT = 0.1
 _FAST_WEIGHT = 0.4
-"""Weights of samples above and below the estimate. A chance delay makes a step slow, but nothing makes it too fast."""
+"""The weight of a sample below the estimate. It exceeds that of a sample above, because chance delays make steps slower
+but never faster."""
 
 
 def moved(estimate: float, sample: float) -> float:

@@ -15,7 +15,7 @@ from llamaclust.core.sampling import RowResult, SampleTask
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 _DEFERRED_S = 90.0
-"""The most seconds for which a row may be deferred. After 60 s, the last stage itself gives up a slow matcher."""
+"""The most seconds for which a row may be deferred. The last stage itself gives up a slow matcher after 60 s."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,6 @@ class _Sent:
 
 
 def _highest_token(row: RowResult) -> int:
-    """Returns a row's highest token id, without an MTP head's drafts, which are checked when they are used."""
     highest = max(row.token, *row.forced, *row.forced_draft, 0)
     return max(highest, max(row.top_logprobs)[0]) if row.top_logprobs else highest
 
@@ -106,8 +105,8 @@ class InFlight:
         return ScheduledMicrobatch(microbatch, SamplingInputs(self.epoch, number, tasks, released, starts))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
-        """Returns the slices that a result belongs to. `now_ns` is when it was computed, even if it came later,
-        together with others. Raises ProtocolError if the result does not answer the microbatch that is due."""
+        """Returns the slices that a result belongs to. `now_ns`: when the result was computed, which may be before it
+        arrived. Raises ProtocolError if the result does not answer the microbatch that is due."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self.epoch, due.number):
             expected = f"microbatch {due.number} of epoch {epoch_text(self.epoch)}" if due else "nothing"

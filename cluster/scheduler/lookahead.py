@@ -1,7 +1,7 @@
 """Decides how many lookahead steps are sent: decode steps whose input tokens are not known yet.
 
 Stages compute lookahead steps while results travel. A worker that holds the whole model gets several short steps
-together and answers them together. Coordinator and worker then wake up only once, and leave the cores to computation.
+together and answers them together, so that coordinator and worker wake up only once and leave the cores to computation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ _WORTH_HIDING = 0.02
 """The least share of links and coordinator in a step's time that justifies lookahead, which delays new requests."""
 
 _MOST_NS = 20e6
-"""The most nanoseconds of lookahead steps in flight. New requests wait for them, and an answer's end wastes them."""
+"""The most nanoseconds of lookahead steps in flight. New requests wait for these steps, and an answer's end wastes
+them."""
 
 _SHORTEST_NS = 1e6
 
@@ -25,7 +26,8 @@ class Lookahead:
 
     @property
     def most_steps(self) -> int:
-        """The most lookahead steps in flight: 1 with several stages, with states, or before times are measured."""
+        """The most lookahead steps in flight. It is 1 with several stages, with states, or before times are
+        measured."""
         decode_ns = self._times.decode_ns
         if decode_ns is None or self._times.stages > 1 or self._has_states:
             return 1
@@ -37,8 +39,8 @@ class Lookahead:
         return decode_ns is not None and self._times.whole_transit_ns > _WORTH_HIDING * decode_ns
 
     def steps(self, under_way: int, *, several: bool) -> int:
-        """Returns the most unknown tokens that may precede the next step, or 0 to send none. With `several`, steps are
-        sent until `most_steps` are in flight, and again when half of them have come back."""
+        """Returns the most unknown tokens that may precede the next step; 0 means that no step is sent. With `several`,
+        steps are sent until `most_steps` are in flight, and again after half of them have returned."""
         most = self.most_steps if several else 1
         if under_way <= (most + 1) // 2:
             self._is_filling = True

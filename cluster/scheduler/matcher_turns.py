@@ -1,8 +1,8 @@
 """Decides which sequences with slow grammar matchers get rows in the next microbatch.
 
-The last stage runs the matchers of a microbatch one after the other before it answers, so slow ones delay the tokens of
-all other sequences. Therefore all slow matchers in flight share a bounded time. Owners take turns, then the requests of
-an owner, then the sequences of a request. A sequence that is not in turn is not scheduled, so no row is computed twice.
+The last stage runs the matchers of a microbatch one after another before it answers, so slow matchers delay the tokens
+of all other sequences. Therefore all slow matchers in flight share a bounded time. Owners take turns, then the requests
+of an owner, then the sequences of a request. A sequence that has to wait is not scheduled, so no row is computed twice.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 _LEAST_NS = 50_000_000
 """The nanoseconds of processor time that slow matchers in flight may take even if other sequences wait for them."""
 _LONGER = 0.25
-"""The share of a decode microbatch's time that slow matchers may take if this is longer than `_LEAST_NS`."""
+"""The share of a decode microbatch's time that slow matchers may take if this share is longer than `_LEAST_NS`."""
 _MOST_NS = 400_000_000
-"""The most nanoseconds of slow matchers in flight. All of it is allowed only if all running sequences have slow
+"""The most nanoseconds of slow matchers in flight. This much is allowed only if all running sequences have slow
 matchers and the same owner."""
 _NEXT_ROWS = 1 + MAX_FORCED_TOKENS
-"""The most remaining rows of a sequence that may be held back. With more, it is in prefill and not yet sampled."""
+"""The most remaining rows of a sequence that may be held back. A sequence with more rows is in prefill and not yet
+sampled."""
 
 
 class MatcherTurns:
@@ -38,7 +39,8 @@ class MatcherTurns:
         self._next: list[Sequence] = []  # slow ones that are not held, in turn
 
     def held(self, running: Items[Sequence]) -> frozenset[Sequence]:
-        """Returns the slow sequences that get no rows in the next microbatch. At least one is in flight or may run."""
+        """Returns the slow sequences that get no rows in the next microbatch. At least one slow sequence is in flight
+        or may run."""
         slow = [sequence for sequence in running if sequence.matcher.is_slow]
         self._next = []
         if len(slow) < 2:
@@ -54,8 +56,8 @@ class MatcherTurns:
         return frozenset(idle).difference(self._next)
 
     def _in_turn(self, slow: Iterable[Sequence], idle: Iterable[Sequence]) -> Iterable[Sequence]:
-        """Yields the idle sequences in turn. The owner whose last turn was longest ago comes first, then its request,
-        then the request's sequence."""
+        """Yields the idle sequences in turn. The owner whose last turn was longest ago comes first, then the owner's
+        request, then the request's sequence."""
         owners, requests, turn = Counter[str](), Counter[str](), self._turn
         for sequence in sorted(slow, key=_by_turn):
             owners[sequence.request.owner] = requests[turn_of(sequence)] = sequence.matcher.turn

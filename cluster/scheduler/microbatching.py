@@ -1,12 +1,10 @@
 """Decides into how many microbatches ("groups") decoding sequences are split, so that stages work at the same time.
 
-A microbatch makes each stage read all of its weights, so two of n / 2 sequences take a stage longer than one of n. They
-pay only if stages would otherwise wait for each other. With stage times t_i(rows), and the time `transit` on links and
-in the coordinator, each sequence gets one token in every
-
-    cycle(groups) = max(sum_i t_i(n / groups) + transit,  groups * max_i t_i(n / groups))
-
-This is the time of one microbatch through all stages, or of the slowest stage for all microbatches if that is longer.
+A microbatch makes each stage read all of its weights, so two microbatches of n / 2 sequences take a stage longer than
+one of n. Several groups pay only if stages would otherwise wait for each other. With stage times t_i(rows), and the
+time `transit` on links and in the coordinator, each sequence gets one token in every cycle(groups) = max(sum_i t_i(n /
+groups) + transit, groups * max_i t_i(n / groups)), which is the time of one microbatch through all stages or, if
+longer, the time of the slowest stage for all microbatches.
 """
 
 from __future__ import annotations
@@ -14,11 +12,11 @@ from __future__ import annotations
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MARGIN = 0.05
-"""The relative gain that must be predicted to use several groups again after they were measured."""
+"""The relative gain that must be predicted before several groups are used again after they were measured."""
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096
-"""The numbers of decode microbatches between two decisions, and between fresh measurements of several groups."""
+"""The number of decode microbatches between two decisions, and between new measurements of several groups."""
 
 
 def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:
@@ -26,8 +24,6 @@ def cycle_ns(stage_ns: list[float], groups: int, transit_ns: float) -> float:
 
 
 def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float | None:
-    """Returns the predicted nanoseconds of a cycle, or None without measurements. One group and several groups are
-    measured separately, as stages that work at the same time share cores and memory."""
     own, other = (times.alone, times.beside) if groups == 1 else (times.beside, times.alone)
     stage_ns = own.predict(-(-sequences // groups), other)
     if stage_ns is None:
@@ -56,7 +52,8 @@ class DecodeSplit:
         return self._groups
 
     def rows(self, decoding: int, under_way: int) -> int:
-        """Returns how many sequences to decode now: 0 while all groups are in flight. Ready ones then join the next."""
+        """Returns how many sequences to decode now: 0 while all groups are in flight. Sequences that are ready then
+        join the next group."""
         groups = self.groups(decoding)
         return 0 if under_way >= groups else -(-decoding // groups)
 

@@ -15,10 +15,10 @@ from llamaclust.core.errors import QueueFullError
 from llamaclust.core.sharing.shares import fits
 
 _OVERTAKING = 8
-"""The number of further sequences that are tried if the first in turn does not fit into KV memory."""
 
 _MAX_OVERTAKEN = 32
-"""The most sequences that may overtake the first in turn. Then no other starts before it, however long it waits."""
+"""The most sequences that may overtake the first in turn. After that, no other sequence starts before it, however long
+it waits."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
@@ -47,7 +47,8 @@ class SequenceQueues:
 
     @property
     def decode_plainly(self) -> bool:
-        """True if all running sequences decode and sample from logits alone: lookahead steps can have rows of all."""
+        """True if all running sequences decode and sample from logits alone, so that lookahead steps can have rows of
+        all."""
         return all(sequence.phase is _DECODE and sequence.sampler.is_plain for sequence in self.running)
 
     @property
@@ -80,7 +81,8 @@ class SequenceQueues:
             sequence.restart()
 
     def add(self, sequence: Sequence, most_waiting: int) -> None:
-        """Raises QueueFullError if the owner has too many waiting sequences. The limit falls if others have many."""
+        """Queues a sequence. Raises QueueFullError if the owner has too many waiting sequences; the limit falls if
+        other owners have many."""
         waiting = [*self.waiting, *self.restoring]
         own = sum([other.request.owner == sequence.request.owner for other in waiting])
         if not fits(own, len(waiting), most_waiting + self.max_running - len(self.running)):
@@ -88,7 +90,8 @@ class SequenceQueues:
         self.waiting.append(sequence)
 
     def admit(self) -> Sequence | None:
-        """Starts the first sequence in turn, or else a later one that fits. It gets blocks for all of its tokens."""
+        """Starts the first sequence in turn, otherwise a later one that fits. The sequence gets blocks for all of its
+        tokens."""
         if not self.can_start or not (waiting := startable(self.waiting, self.running)):
             return None
         running = Running.of(self.running)
@@ -103,16 +106,15 @@ class SequenceQueues:
         return admitted
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Starts a sequence that fits. A preempted one waits for its results in flight, which may add a token to it."""
         if sequence.in_flight or not self.memory.admit(sequence, RESERVE_BLOCKS * len(self.running)):
             return False
         self._start(sequence)
         return True
 
     def give_turn(self) -> None:
-        """Preempts the youngest sequence of the owner and request with most running ones, if the first waiting sequence
-        may take its turn (`takes_turn`) but lacks a place or memory. Must not be called while a microbatch is being
-        made."""
+        """Preempts the youngest sequence of the owner and request with the most running ones. Does so only if the first
+        waiting sequence may take its turn (`takes_turn`) but lacks a place or memory. Must not be called while a
+        microbatch is being made."""
         if not self.waiting or not (waiting := startable(self.waiting, self.running)):
             return
         running = Running.of(self.running)
@@ -124,7 +126,8 @@ class SequenceQueues:
         self._preempt_one()
 
     def make_room(self, sequence: Sequence) -> None:
-        """Starts a sequence, or gives it its next block if it runs, by preempting others. Nothing may be in flight."""
+        """Starts a sequence, or gives it its next block if it runs, and preempts others for that. Nothing may be in
+        flight."""
         grow = self.memory.grow if sequence.phase is _DECODE else self.memory.extend
         if sequence.is_running and not grow(sequence):
             self.preempt(sequence)
@@ -135,8 +138,8 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Returns the sequence to prefill before the oldest, or None. Its owner or request has fewer running sequences
-        than that of the oldest, or it has fewer rows left. Starts the sequence if it waits."""
+        """Returns the sequence to prefill before the oldest one, or None. Its owner or request has fewer running
+        sequences than that of the oldest, or it has fewer rows left. Starts the sequence if it waits."""
         if not prefilling:
             return None
         running = Running.of(self.running)
@@ -188,7 +191,6 @@ class SequenceQueues:
         self.waiting.appendleft(sequence)
 
     def recompute(self, sequence: Sequence) -> None:
-        """Moves a running sequence to the front of the queue to compute its last rows again. Its matcher is kept."""
         if sequence.is_running:
             self.running.remove(sequence)
             self.memory.release(sequence)
@@ -203,7 +205,7 @@ class SequenceQueues:
         self.preemptions += 1
 
     def discard(self, sequence: Sequence) -> None:
-        """Drops all computation of a sequence, because it may be damaged. Its blocks can no longer be shared."""
+        """Drops all computation of a sequence, because it may be wrong. Its blocks are no longer shared."""
         sequence.outputs.repeat()
         self.memory.invalidate(sequence)
         if sequence.is_running:

@@ -1,4 +1,4 @@
-"""Learns stage times from results, and predicts those of later microbatches. It reads no clock."""
+"""Learns stage times from results, and predicts stage times of later microbatches. Timestamps come from the caller."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llamaclust.wire.microbatch.messages import Result, StageTiming
 _RECENT_WEIGHT = 0.2
 
 _FIXED_ROWS = 10
-"""The number of rows that take as long as reading the weights, assumed before different chunks were measured."""
 
 _FRESH = 96
-"""The number of later samples after which a point of a curve is stale."""
+"""The number of later samples after which a point of a curve counts as stale."""
 
 _NEGLIGIBLE = 0.02
-"""The share of the slowest stage's time that may stay idle before one more microbatch is kept in flight."""
+"""The share of the slowest stage's time that may stay idle. If more would be idle, one more microbatch is kept in
+flight."""
 
 
 def _occupied_ns(timing: StageTiming) -> int:
@@ -26,7 +26,8 @@ def _occupied_ns(timing: StageTiming) -> int:
 
 
 class Curve:
-    """The time of one stage by a microbatch's rows: a point for each power of two, and lines between the points."""
+    """The time of one stage by the rows of a microbatch: a point for each power of two, and lines between the
+    points."""
 
     __slots__ = ("_learned", "_learned_at", "_points")
 
@@ -47,8 +48,8 @@ class Curve:
             self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), moved(point[1], ns))
 
     def extended(self, other: Curve) -> Curve:
-        """Returns this curve, followed by those points of `other` that have more rows. Stale points are omitted except
-        the first, since a time that was too long by chance would never be tried again."""
+        """Returns this curve and those points of `other` that have more rows. Omits stale points except the first,
+        because a time that was too long by chance would never be measured again."""
         curve, first, oldest = Curve(), min(self._points, default=0), self._learned - _FRESH
         own = {bucket: p for bucket, p in self._points.items() if bucket == first or self._learned_at[bucket] > oldest}
         if own:
@@ -57,7 +58,8 @@ class Curve:
         return curve
 
     def predict(self, rows: float, other: Curve | None = None) -> float | None:
-        """Returns nanoseconds, or None before the first sample. One point has no slope, so `other` adds its points."""
+        """Returns nanoseconds, or None before the first sample. A single point has no slope, so the points of `other`
+        are added to it."""
         points = list(self._points.values())
         if len(points) < 2 and other is not None:
             points = sorted((other._points | self._points).values())
@@ -73,7 +75,8 @@ class Curve:
 
 
 def _rising(points: dict[int, tuple[float, float]]) -> dict[int, tuple[float, float]]:
-    """Returns the points, lowered where more rows take less time. A time that is too long was delayed or is old."""
+    """Returns the points, lowered where more rows take less time, because a time that is too long was delayed or is
+    old."""
     rising, most = dict[int, tuple[float, float]](), inf
     for bucket, (rows, ns) in sorted(points.items(), reverse=True):
         most = min(most, ns)
@@ -102,7 +105,7 @@ class StageCurves:
 
 
 class StageTimes:
-    """Curves for decode alone in the pipeline, decode with other microbatches in it, prefill, and scored rows."""
+    """Curves for decode alone in the pipeline, decode together with other microbatches, prefill, and scored rows."""
 
     def __init__(self, stages: int) -> None:
         self.stages = stages
@@ -126,8 +129,8 @@ class StageTimes:
         was_lookahead: bool = False,
         was_scored: bool = False,
     ) -> None:
-        """Learns from a microbatch that took `elapsed_ns`. For a lookahead step, this time begins with the result
-        before it. `was_alone` means that only lookahead steps before or after the microbatch were in flight."""
+        """Learns from a microbatch that took `elapsed_ns`; for a lookahead step, the time since the previous result.
+        `was_alone`: apart from lookahead steps, no other microbatch was in flight."""
         timings = result.timings
         if len(timings) != self.stages:
             return
@@ -157,7 +160,7 @@ class StageTimes:
     @property
     def in_flight(self) -> int:
         """The number of microbatches that keeps all stages busy: the cycle time in units of the slowest stage's time,
-        rounded up and bounded by the number of stages."""
+        rounded up, at most the number of stages plus one."""
         if self._recent_ns is None:
             return self.stages + 1
         slowest = max(*self._recent_ns, 1.0)

@@ -1,15 +1,15 @@
 """Finds requests that make a pipeline fail. A suspected request is isolated, and ends if the same few rows keep
 failing.
 
-A pipeline also fails for other reasons, once a second at worst. So a failure is evidence against a request only if
-*suspected rows* of it were in flight: rows that were in flight at an earlier failure and were not computed since. Each
-failure leaves fewer. A request that really breaks the pipeline does so at one row, which is in flight each time. It is
-among the suspected rows from the first failure on, or from a later one.
+A pipeline also fails for other reasons, once a second at worst. Therefore a failure is evidence against a request only
+if *suspected rows* of it were in flight: rows that were in flight at an earlier failure and were not computed since.
+Each failure leaves fewer of them. A request that really breaks the pipeline does so at one row, which is in flight each
+time and stays suspected.
 
-After two such failures the request is computed with nothing else in flight, its suspected rows a few at a time. If
-these take w seconds, and workers are lost for other reasons r times a second, one more failure has probability r * w:
-about 0.02 for SmolLM2 and a loss per second. If there is none, the request is cleared. So a harmless request fails with
-a probability of at most (r * w) ** 3: the first of four such failures only finds the rows.
+After two such failures the request is computed alone, a few suspected rows at a time. If these take w seconds, and
+workers are lost for other reasons r times a second, one more failure has the probability r * w, about 0.02 for SmolLM2
+and a loss per second. Without one more failure, the request is cleared. So a harmless request fails with a probability
+of at most (r * w) ** 3: the first of four such failures only finds the rows.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from llamaclust.cluster.scheduler.rows.slice import SequenceSlice
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
 _ISOLATED = 2
-"""The number of strikes from which a request is isolated. One is not enough: requests are seldom the cause."""
+"""The number of strikes from which a request is isolated. It is more than one, because requests are seldom the
+cause."""
 MAX_STRIKES = 6
-"""The number of strikes that ends a request. Those after `_ISOLATED` count only while it is isolated."""
+"""The number of strikes that ends a request. Strikes after `_ISOLATED` count only while the request is isolated."""
 _PROBED_ROWS = 8
-"""The number of suspected rows in a microbatch. They take about as long as one row, as the weights are read once."""
+"""The number of suspected rows in a microbatch. They take about as long as one row, because the weights are read
+once."""
 _MOST_SUSPECTED = 3
 
 
@@ -45,7 +47,7 @@ class _Suspected:
 
 @dataclass(frozen=True, slots=True)
 class StruckOut:
-    """A sequence that must fail. `has_results` is true if any result came between its first failure and its last."""
+    """A sequence that must fail. `has_results`: a result came between its first failure and its last one."""
 
     sequence: Sequence
     workers: frozenset[str | None]
@@ -65,7 +67,8 @@ class _Record:
         return max(suspected.strikes for suspected in self.suspected)
 
     def strike(self, rows: range, *, is_alone: bool) -> bool:
-        """Records a failure while these rows were in flight. Returns True if it is evidence against the sequence."""
+        """Records a failure while these rows were in flight. Returns True if the failure is evidence against the
+        sequence."""
         found = [suspected for suspected in self.suspected if suspected.overlaps(rows)]
         for suspected in found:
             suspected.strike(rows, is_alone=is_alone)
@@ -87,7 +90,7 @@ class Strikes:
 
     @property
     def isolated(self) -> Sequence | None:
-        """The sequence to isolate next: the one interrupted least often, and among these, the one with most strikes."""
+        """The sequence to isolate next: the one interrupted least often; on a tie, the one with most strikes."""
         record = self._isolated
         return None if record is None else record.sequence
 
@@ -97,14 +100,16 @@ class Strikes:
         return None if self._is_paused else max(found, key=lambda r: (-r.interrupted, r.strikes), default=None)
 
     def rows(self, isolated: Sequence) -> int:
-        """Returns how many rows of the isolated sequence come next: all before suspected rows, or a few of these."""
+        """Returns how many rows of the isolated sequence come next: all rows before suspected ones, or a few suspected
+        rows."""
         scheduled = isolated.scheduled
         ahead = [each.start - scheduled for each in self._records[isolated.key].suspected if each.end > scheduled]
         to_suspected = min(ahead, default=0)
         return to_suspected if to_suspected > 0 else _PROBED_ROWS
 
     def add(self, slices: Iterable[SequenceSlice], worker: str | None = None) -> list[StruckOut]:
-        """Records a failure with these slices in flight, by `worker` if known. Returns the sequences that must fail."""
+        """Records a failure while these slices were in flight. `worker`: the worker at fault, if known. Returns the
+        sequences that must fail."""
         in_flight = _rows_in_flight(slices)
         isolated = self._isolated
         is_alone = isolated is not None and list(in_flight) == [isolated.sequence]

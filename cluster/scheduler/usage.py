@@ -1,4 +1,5 @@
-"""The times of one request, and the number of its prompt tokens found in the prefix cache. It reads no clock."""
+"""The times of one request, and the number of its prompt tokens found in the prefix cache. Timestamps come from the
+caller."""
 
 from __future__ import annotations
 
@@ -9,8 +10,6 @@ from llamaclust.cluster.scheduler.requests import Timings, rate
 
 @dataclass(slots=True)
 class Usage:
-    """Times of a request in nanoseconds of a monotonic clock. A time is 0 until the event has happened."""
-
     arrived_ns: int
     started_ns: int = 0
     first_ns: int = 0  # first answer

@@ -1,1 +1,1 @@
-"""The coordinator process: composition root, status, worker metrics."""
+"""The coordinator process: its composition root, status, and worker metrics."""

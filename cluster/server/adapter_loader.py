@@ -1,4 +1,5 @@
-"""Loads and unloads adapters for clients while a model is served: allowed files, adapter numbers, the record."""
+"""Loads and unloads adapters for clients while a model is served. Checks files, numbers adapters, and keeps the
+record."""
 
 from __future__ import annotations
 
@@ -27,8 +28,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class OpenedModel:
-    """A model with its own `config`. `model` has only the cluster file's adapters, `adapted` also those that clients
-    loaded before the start. `adapters` lists all."""
+    """A model with its own `config`. `model` has only the adapters of the cluster file. `adapted` has those that
+    clients loaded before the start too. `adapters` lists all of them."""
 
     config: ClusterConfig
     model: Model
@@ -39,7 +40,8 @@ class OpenedModel:
     async def restore(
         cls, config: ClusterConfig, model: Model, record: AdapterRecord, *, names: set[str], report: Report
     ) -> OpenedModel:
-        """Opens the record's unchanged adapters whose names are not in `names`. Notices report the others."""
+        """Opens the unchanged adapters of the record whose names are not in `names`. Reports the other adapters as
+        notices."""
         first = [ServedAdapter(adapter.name, str(adapter.path), adapter.scale) for adapter in config.adapters]
         adapters, adapted = ServedAdapters(first), model
         folder = config.api.adapter_folder
@@ -64,8 +66,6 @@ class OpenedModel:
 
 @dataclass(eq=False, slots=True)
 class AdapterLoader:
-    """The loader of one model. The loaders of all models share `_turn`, so that changes run one at a time."""
-
     opened: OpenedModel
     _runner: ActionRunner
     _record: AdapterRecord
@@ -86,9 +86,9 @@ class AdapterLoader:
         return self.opened.adapters
 
     async def load(self, name: str, path: str) -> None:
-        """Returns when requests may use the adapter. Raises ParameterError for a forbidden name or path, HttpError
-        404, HttpError 503 while the model sleeps, and errors of a load (ModelFileError, InsufficientMemoryError).
-        After an error, nothing is changed."""
+        """Loads an adapter. Returns when requests may use it. Raises ParameterError for a forbidden name or path,
+        HttpError 404 for a missing file, HttpError 503 while the model sleeps, and errors of a load (ModelFileError,
+        InsufficientMemoryError). After an error, nothing has changed."""
         folder, adapters = self.opened.config.api.adapter_folder, self.adapters
         assert folder is not None
         async with self._turn:
@@ -105,8 +105,9 @@ class AdapterLoader:
         self._report(Notice(f"a client loaded adapter {number} {name!r}: {adapter.path}"))
 
     async def unload(self, name: str) -> None:
-        """Returns when the model serves without the adapter and no start loads it again. Raises HttpError 404, or
-        409 while the adapter is used, ParameterError for an adapter of the cluster file, else the errors of `load`."""
+        """Unloads an adapter. Returns when the model serves without it and no start loads it again. Raises HttpError
+        404, HttpError 409 while the adapter is used, ParameterError for an adapter of the cluster file, and the errors
+        of `load`."""
         adapters = self.adapters
         async with self._turn:
             if name not in adapters.names and await self._record.remove(self.name, name):
@@ -125,7 +126,6 @@ class AdapterLoader:
         self._report(Notice(f"a client unloaded adapter {number} {name!r}"))
 
     async def _replace(self, model: Model, loaded: Sequence[tuple[int, ServedAdapter]]) -> None:
-        """Gives all stages and the record the model's adapters. After an error, nothing is changed."""
         await self._runner.set_adapters(model)
         try:
             await self._record.write(self.name, loaded)
@@ -157,7 +157,6 @@ class AdapterLoader:
             raise HttpError(503, "model_not_loaded", f"{what}: load it by POST /models/load, then try again")
 
     def _check_name(self, name: str) -> None:
-        """Raises ParameterError if the name is taken. Names that differ only in Ollama's tag count as equal."""
         if name in self.adapters.names:
             raise ParameterError("lora_name", f"adapter {name!r} is loaded already: unload it first, or choose another")
         taken = fixed_names([other.opened.config for other in self.others])
@@ -181,7 +180,6 @@ def _free_number(adapters: ServedAdapters) -> int:
 
 
 def _opened(model: Model, folder: Path, number: int, wanted: ServedAdapter) -> tuple[ServedAdapter, Model]:
-    """Opens an adapter, reads all its weights and adds it to the model. Raises the errors of `AdapterLoader.load`."""
     path = _allowed(folder, wanted.path)
     file = read_adapter(path, model.plain)
     check_adapter_weights([file])
@@ -190,7 +188,6 @@ def _opened(model: Model, folder: Path, number: int, wanted: ServedAdapter) -> t
 
 
 def _allowed(folder: Path, given: str) -> Path:
-    """Returns the resolved path. Raises ParameterError for one outside the folder, HttpError 404 without an adapter."""
     shown = repr(given[:_MOST_SHOWN])
     try:
         root, path = folder.resolve(), (folder / given).resolve()

@@ -1,4 +1,5 @@
-"""A running cluster: starts workers, measures, opens the first epoch and the engine; undoes all of it at the end."""
+"""A running cluster. Its start starts workers, measures, and opens the first epoch and the engine; its end undoes all
+of that."""
 
 from __future__ import annotations
 
@@ -63,14 +64,12 @@ class ServedModel:
 
     @property
     def plan(self) -> Plan | None:
-        """The plan of the epoch that serves, or of the last one that served; None if the model was never loaded."""
+        """The plan of the epoch that serves or served last; None if the model was never loaded."""
         return self.supervisor.plan
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """The parts of a cluster, valid while `open_cluster` is entered."""
-
     config: ClusterConfig
     registry: Registry
     launcher: Launcher
@@ -106,9 +105,9 @@ async def open_cluster(
     report: Report = lambda event: None,
     make_planner: type[ClusterPlanner] = ClusterPlanner,
 ) -> AsyncIterator[Cluster]:
-    """Yields a cluster that is ready for requests. At the end of the context, all workers end. The caller holds the
-    lock of `folder`. Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError, and leaves
-    nothing running then."""
+    """Yields a cluster that is ready for requests. All workers end with the context. The caller holds the lock of
+    `folder`. Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError; then nothing is left
+    running."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
@@ -159,8 +158,8 @@ async def _measured(
     report: Report,
     unused_bytes: int,
 ) -> MeasureLinks | None:
-    """Gives planners speeds and links. Returns the function that measures links again. `unused_bytes` of this
-    machine's memory are reserved, although they count as free."""
+    """Gives the planners speeds and links. Returns the function that measures links again. `unused_bytes` of this
+    machine's free memory are reserved."""
     workers = registry.present
     for planner in planners:
         if not (folder.has_requests and planner.profiles.estimate(workers)):
@@ -185,7 +184,8 @@ async def _served(
     adapter_record: AdapterRecord,
     report: Report,
 ) -> tuple[ServedModel, ...]:
-    """Loads the first model if `load_on_demand` is set; the others sleep. Raises an error if one cannot fit."""
+    """Loads the first model if `load_on_demand` is set; the other models sleep. Raises an error if a model cannot
+    fit."""
     config, workers = planners[0].config, pool.workers
     ledger = MemoryLedger(config.max_loaded_models)
     manifests = FileManifests(weight_cache())
@@ -232,7 +232,8 @@ def _resident(served: ServedModel, entry: ModelEntry | None) -> Resident:
 async def _shortfall(
     planners: Sequence[ClusterPlanner], registry: Registry, drained: frozenset[str]
 ) -> LlamaclustError | None:
-    """Returns why the undrained workers cannot hold each model, judged by what they report; None if they can."""
+    """Returns the reason why the undrained workers cannot hold each model, as far as their reports tell; None if they
+    can."""
     try:
         for planner in planners:
             present = {name: worker for name, worker in registry.present.items() if name not in drained}
@@ -259,7 +260,8 @@ async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report:
 async def _engine(
     config: ClusterConfig, supervisor: Supervisor, sleeping: SchedulerSettings | None
 ) -> AsyncIterator[Engine]:
-    """Yields an engine whose lost pipelines the supervisor replaces. `sleeping`: settings of an unloaded model."""
+    """Yields an engine whose lost pipelines the supervisor replaces. `sleeping`: settings of a model that is not
+    loaded."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
     async with aclosing(supervisor):
         with named_errors(config):

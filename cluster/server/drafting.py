@@ -24,13 +24,12 @@ from llamaclust.model.loader import Model
 
 Models = Sequence[tuple[ClusterConfig, Model]]
 _SMALL = 2
-"""The least size of a model relative to its draft model's: a larger draft model takes nearly as long for a token."""
+"""The least ratio of a model's size to its draft model's. A larger draft model takes nearly as long per token as the
+model."""
 
 
 @dataclass(frozen=True, slots=True)
 class DraftModelMemory:
-    """The memory that a draft model takes on the coordinator's machine, and the models for which it drafts."""
-
     name: str  # of its file
     bytes: int
     models: tuple[str, ...]
@@ -46,7 +45,8 @@ class DraftModelMemory:
 
 
 def draft_model_memory(models: Models) -> DraftModelMemory | None:
-    """Returns None if the cluster names no draft model. Raises the errors of `plan_draft_model`."""
+    """Returns the memory of the draft model; None if the cluster names none. Raises the errors of
+    `plan_draft_model`."""
     plan = _planned(models)
     return None if plan is None else _memory(plan, models)
 

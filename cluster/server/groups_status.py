@@ -1,4 +1,5 @@
-"""The groups that hold a model's stages, for `llamaclust status --json`: their members and their time in gathers."""
+"""The groups that hold a model's stages, for `llamaclust status --json`: their members and the time of their
+gathers."""
 
 from __future__ import annotations
 
@@ -14,7 +15,6 @@ from llamaclust.wire.control.messages import Load
 def groups_json(
     workers: Collection[WorkerHandle], model_id: str, predicted: Mapping[str, StagePrediction]
 ) -> list[dict[str, Any]]:
-    """Returns an entry for each stage that several workers hold, in the order of layers. `predicted`: by worker."""
     orders = {handle.name: order for handle in workers if (order := handle.order_of(model_id)) is not None}
     counters = {handle.name: counters_of(handle, model_id) for handle in workers}
     led = [(name, order) for name, order in orders.items() if order.group is not None and order.group.member == 0]
@@ -23,7 +23,6 @@ def groups_json(
 
 
 def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
-    """Returns the counters of the worker's newest stage of a model, from its last heartbeat; None without a group."""
     order = handle.order_of(model_id)
     progress = None if order is None else handle.progress(order.epoch)
     return None if progress is None else progress.group
@@ -32,9 +31,9 @@ def counters_of(handle: WorkerHandle, model_id: str) -> GroupCounters | None:
 def _group(
     order: Load, counters: Mapping[str, GroupCounters | None], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Formats a group. Times are those of its leader. `waited_for_s`: how long other members' gathers waited for a
-    member. A wait counts fully for the member that was ready last, so look first at the member with the longest
-    waits."""
+    """Formats a group. Times are those of its leader. `waited_for_s`: how long the gathers of other members waited for
+    a member. A wait counts for the member that was ready last, so the member with the longest waits is the likely
+    cause."""
     assert order.group is not None, "the order of a leader"
     members = order.group.members
     all_counters = [counted for member in members if (counted := counters.get(member.worker)) is not None]

@@ -1,4 +1,4 @@
-"""`llamaclust measure`: measures this machine's local workers and their links anew."""
+"""`llamaclust measure`: measures this machine's local workers and their links again."""
 
 from __future__ import annotations
 
@@ -27,13 +27,10 @@ from llamaclust.wire.rpc.sched_slice import short_slices
 
 _PROMPT_ROWS = 128
 _Values = Mapping[tuple[str, str], float]
-"""Measured values by (name, unit)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A measured value and the one that was stored before."""
-
     name: str
     unit: str
     measured: float
@@ -46,16 +43,12 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredPart:
-    """A worker's processor or GPU, or a link."""
-
     name: str
     figures: tuple[Figure, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class MeasuredModel:
-    """The local workers of a model, measured with its steps and quant types."""
-
     name: str
     devices: tuple[MeasuredPart, ...]
     missing: tuple[str, ...]  # workers that could not be measured, or whose speeds are in the cluster file
@@ -71,7 +64,8 @@ class Measurements:
 async def measure_workers(
     config: ClusterConfig, paths: Sequence[Path], folder: ClusterDir, report: Report
 ) -> Measurements:
-    """Starts and measures the workers as a cluster does, and replaces stored values. The caller locks `folder`."""
+    """Starts the workers as a cluster does, measures them, and replaces stored values. The caller holds the lock of
+    `folder`."""
     async with AsyncExitStack() as stack:
         stack.enter_context(short_slices())
         launcher = stack.enter_context(launching(config, folder, report))
@@ -92,7 +86,7 @@ async def measure_workers(
 
 
 async def _no_shortfall() -> None:
-    """Returns None, so that all local workers are awaited."""
+    """Returns None, so that the start waits for all local workers."""
 
 
 async def _measured(

@@ -57,11 +57,13 @@ _log = logging.getLogger(__name__)
 
 
 def serve(config: ClusterConfig, model_paths: Sequence[Path], report: Report, *, is_standby: bool = False) -> int:
-    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished first; a second signal ends
-    them. A standby waits until the coordinator of this name ends, and ends too if that one was stopped in order.
-    With a Lease, each coordinator waits for it and continues its predecessor's requests. Returns 128 + SIGINT if
-    SIGINT ended the start, else 0. Raises UsageError for a taken name or port and unusable API keys, else the errors
-    of `open_cluster`."""
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP. Running requests are finished first; a second signal ends them.
+
+    A standby waits until the coordinator of the same name ends. If that coordinator was stopped in order, the standby
+    ends too. With a Lease, each coordinator waits for the Lease and continues the requests of its predecessor. Returns
+    128 + SIGINT if SIGINT ended the start, otherwise 0. Raises UsageError for a taken name or port and for unusable API
+    keys, and the errors of `open_cluster`.
+    """
     folder = ClusterDir(config.state_dir / config.name)
     settings, telemetry = api_settings(config), resolve_telemetry(config)
     if config.lease is not None:
@@ -122,13 +124,11 @@ async def _until_signal(config: ClusterConfig, model_paths: Sequence[Path], fold
 
 
 def _starting_replies(config: ClusterConfig, front: Front) -> StartingReplies:
-    """Returns the replies during a start. With a Lease, the coordinator counts as live while it waits and starts."""
     is_live = config.lease is not None
     return StartingReplies(front.port, front.settings, front.report, is_live=is_live)
 
 
 def _settle_memory() -> None:
-    """Exempts the present objects from garbage collection, because scanning them would hold up every request."""
     gc.collect()
     gc.freeze()
     collect_rarely()
@@ -175,7 +175,6 @@ async def _telemetry(cluster: Cluster, front: Front) -> AsyncIterator[Telemetry 
 
 @contextmanager
 def _left_to_the_next(journal: Journal) -> Iterator[None]:
-    """Seals the journal on any error, so that its requests stay for the next coordinator."""
     try:
         yield
     except BaseException:
@@ -219,13 +218,13 @@ async def _ended(serving: asyncio.Task[None]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Inheritance:
-    """The parts that a stopped coordinator leaves to the next one: accepted requests and, with a Lease, its workers."""
+    """The parts that a stopped coordinator leaves to the next one: accepted requests and, with a Lease, workers."""
 
     journal: Journal
     registry: Registry | None
 
     def leave(self) -> LlamaclustError:
-        """Leaves the requests to the next coordinator. Returns the error with which they end here."""
+        """Leaves the requests to the next coordinator. Returns the error with which they end in this process."""
         self.journal.stop_in_order()
         if self.registry is None:
             self.journal.end_sent()
@@ -237,7 +236,8 @@ class _Inheritance:
 
 
 async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inheritance) -> None:
-    """Refuses new requests and finishes accepted ones. At the time limit, the rest is left to the next coordinator."""
+    """Refuses new requests and finishes accepted ones. Requests that exceed the time limit are left to the next
+    coordinator."""
     admission.stop()
     try:
         with suppress(TimeoutError):
@@ -252,7 +252,7 @@ async def _drain(engines: Sequence[Engine], admission: Admission, left: _Inherit
 
 
 class _Server(uvicorn.Server):
-    """An HTTP server that leaves signals to its owner. It sets `answers` once it serves."""
+    """An HTTP server that leaves signals to its owner. Sets `answers` once it serves."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

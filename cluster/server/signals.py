@@ -7,8 +7,6 @@ import signal
 
 
 class Signals:
-    """Handles signals. The first ends a start at once, or a running cluster after its requests; the second at once."""
-
     def __init__(self) -> None:
         self.asked = asyncio.Event()
         self.ready = False
@@ -27,7 +25,6 @@ class Signals:
         self._received()
 
     def _lose_terminal(self) -> None:
-        """Ignores a repeated SIGHUP, because shell and kernel may both send it."""
         if not self.asked.is_set():
             self._received()
 

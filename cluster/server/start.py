@@ -35,7 +35,7 @@ _HEARTBEATS = 5
 async def open_models(
     stack: AsyncExitStack, config: ClusterConfig, paths: Sequence[Path], launcher: Launcher
 ) -> list[tuple[ClusterConfig, Model]]:
-    """Opens each model with its own configuration. Raises UsageError for mistakes that no worker can mend."""
+    """Opens each model with its own configuration. Raises UsageError for mistakes that hold for any workers."""
     models = []
     for own, path in zip(config.of_each_model(), paths, strict=True):
         adapters = [adapter.path for adapter in own.adapters]
@@ -52,7 +52,6 @@ async def open_models(
 
 @contextmanager
 def named_errors(config: ClusterConfig) -> Iterator[None]:
-    """Prefixes errors with the model's name if the cluster has several models."""
     try:
         yield
     except (UsageError, InsufficientMemoryError) as error:
@@ -83,7 +82,6 @@ def launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iter
 
 
 def registry_of(config: ClusterConfig, launcher: Launcher, record: ControlRecord) -> Registry:
-    """Makes the registry. Several heartbeats are due within its timeout, so that a few may be late."""
     timeout_s = config.timeouts.worker
     heartbeat_s = min(_HEARTBEAT_S, timeout_s / _HEARTBEATS)
     settings = JoinSettings(
@@ -107,7 +105,8 @@ def link_meter(
     *,
     anew: bool = False,
 ) -> MeasureLinks | None:
-    """Returns a function that measures links, or None to assume default links. `anew`: it measures known ones again."""
+    """Returns a function that measures links; None if default links are assumed. `anew`: the function measures known
+    links again."""
     if config.launcher_facts.is_local and not hops_matter(measured):
         return None
     return partial(

@@ -33,8 +33,8 @@ _MOST_LISTED = 64
 
 
 def cluster_status(cluster: Cluster, record: ClusterRecord, served: ServedModel | None = None) -> dict[str, Any]:
-    """Returns the status of a model, by default the first. `status`: the workers now; `plan`: predictions (null
-    before the first load); `stages`: measurements of the same values; `links`: a token's way through the stages;
+    """Returns the status of a model, by default of the first one. `status`: the workers now. `plan`: predictions (null
+    before the first load). `stages`: measurements of the same values. `links`: the way of a token through the stages.
     `sequences`: running and waiting sequences."""
     served = served or cluster.models[0]
     engine, plan = served.engine, served.plan
@@ -49,7 +49,6 @@ def cluster_status(cluster: Cluster, record: ClusterRecord, served: ServedModel 
 
 
 def sequences_json(sequences: Sequence[ScheduledSequence], now_ns: int) -> list[dict[str, Any]]:
-    """Lists the first running and waiting sequences. Their ids are shortened."""
     return [
         {
             "id": sequence.request.request_id[:SHOWN_CHARACTERS],
@@ -114,7 +113,6 @@ def _status(cluster: Cluster, record: ClusterRecord, served: ServedModel) -> dic
 
 
 def _quarantine(supervisor: Supervisor, name: str) -> dict[str, Any] | None:
-    """Returns why and for how long plans exclude a worker if the others suffice; None if they do not exclude it."""
     quarantine, now_s = supervisor.observed.state.pool.quarantine, asyncio.get_running_loop().time()
     if name not in quarantine.names(now_s):
         return None
@@ -124,7 +122,6 @@ def _quarantine(supervisor: Supervisor, name: str) -> dict[str, Any] | None:
 
 
 def _model(served: ServedModel, resident: Resident) -> dict[str, Any]:
-    """Formats one model. A model that a request woke counts as loading until it serves."""
     state = served.engine.state
     counts = served.engine.counts
     return {
@@ -157,7 +154,6 @@ def _speed(plan: Plan | None, measured: MeasuredSpeed) -> dict[str, Any]:
 def worker_json(
     handle: WorkerHandle, model_id: str, reports: Mapping[str, StageReport], predicted: StagePrediction | None
 ) -> dict[str, Any]:
-    """Formats a worker with its layers of this model. Members of a group have their leader's speed."""
     order = handle.order_of(model_id)
     group = None if order is None else order.group
     report = reports.get(handle.name if group is None else group.members[0].worker)

@@ -22,7 +22,7 @@ _COUNTERS = {
     "worker_experts_cache_misses": ("experts_cache_misses", "The same without copies on GPUs"),
     "worker_experts_cache_copied_bytes": ("experts_cache_copied_bytes", "Bytes of experts copied to a worker's GPUs"),
 }
-"""The heartbeat's field and the help text, by name of the counter."""
+"""Field of the heartbeat and help text, by name of the counter."""
 _GAUGES = {
     "worker_busy_ratio": ("busy", "Share of the last heartbeat interval that a worker spent computing"),
     "worker_resident_memory_bytes": ("resident_bytes", "Resident memory of a worker's process"),
@@ -36,11 +36,11 @@ _GROUP_COUNTERS = {
     "group_sent_bytes": ("sent_bytes", "Bytes that a member of a group sent to the others"),
     "group_received_bytes": ("received_bytes", "Bytes that a member of a group received from the others"),
 }
-"""The field of a member's counters and the help text, by name of the group counter."""
+"""Field of a member's counters and help text, by name of the group counter."""
 
 
 class WorkerMetrics(Collector):
-    """Collects metrics of workers. Counters restart with a worker's process, as Prometheus expects."""
+    """Collects metrics of workers. Counters restart with the worker's process, as Prometheus expects."""
 
     def __init__(
         self, workers: Callable[[], Mapping[str, WorkerHandle]], models: Callable[[], Mapping[str, str]]
@@ -74,7 +74,6 @@ def _of_heartbeats(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
 
 
 def _of_groups(workers: Mapping[str, WorkerHandle], models: Mapping[str, str]) -> Iterator[Metric]:
-    """Yields the counters of groups, which restart with each plan."""
     labels = ["worker", "model"]
     families = [
         (field, CounterMetricFamily(f"llamaclust_{name}", text, labels=labels))

@@ -1,4 +1,4 @@
-"""The LoRA adapters of a served model: numbers, uses by requests, and the record for the next coordinator."""
+"""The LoRA adapters of a served model: numbers, requests that use them, and the record for the next coordinator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AdapterUnloadedError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """A LoRA adapter under its name for clients. `content`: the digest of its file if a client loaded it."""
+    """A LoRA adapter under its name for clients. `content`: the digest of its file, if a client loaded it."""
 
     name: str
     path: str
@@ -49,7 +49,7 @@ _MODELS = TypeAdapter(dict[str, list[_Loaded]])
 
 @dataclass(slots=True, eq=False)
 class ServedAdapters:
-    """The adapters of one model. An adapter keeps its number while others come and go."""
+    """The adapters of one model. An adapter keeps its number when others are added or removed."""
 
     first: Sequence[ServedAdapter] = ()  # those of the cluster file, numbered from 0
     default: AdapterScales = ()  # in requests that choose none, as clients set them; a request keeps its admission's
@@ -92,12 +92,12 @@ class ServedAdapters:
         self._since_ns[number] = monotonic_ns()
 
     def remove(self, number: int) -> None:
-        """Removes an adapter that no request uses. Requests that chose it but do not use it yet will be refused."""
+        """Removes an adapter that no request uses. Requests that chose the adapter but do not use it yet will be
+        refused."""
         assert not self._uses[number]
         self._past.append((number, self._present.pop(number).name, monotonic_ns()))
 
     def names_at(self, time_ns: int) -> dict[int, str]:
-        """Returns the names by number that were valid for requests at a time of the monotonic clock."""
         names = {number: adapter.name for number, adapter in self._present.items()}
         return names | {number: name for number, name, until_ns in reversed(self._past) if time_ns < until_ns}
 
@@ -107,8 +107,8 @@ class ServedAdapters:
         return self._uses[number]
 
     def use(self, scales: AdapterScales, received_ns: int) -> None:
-        """Counts a request that arrived at `received_ns` (0: now). Raises AdapterUnloadedError if its adapter is
-        gone."""
+        """Counts a request that arrived at `received_ns` (0: now). Raises AdapterUnloadedError if its adapter was
+        unloaded."""
         for number, _ in scales:
             if number not in self._present or 0 < received_ns < self._since_ns.get(number, 0):
                 raise AdapterUnloadedError(f"model: adapter {number} was unloaded meanwhile: send the request again")
@@ -118,7 +118,8 @@ class ServedAdapters:
         self._uses.subtract(number for number, _ in scales)
 
     def marks(self, numbers: Collection[int]) -> tuple[str, ...]:
-        """Returns a text for each of the adapters that a client loaded: its number, content and name affect answers."""
+        """Returns a text for each of the adapters that a client loaded, with its number, content and name, because
+        these affect answers."""
         return tuple(
             f"{number} {adapter.content} {adapter.name}" for number, adapter in self.loaded if number in numbers
         )
@@ -128,7 +129,7 @@ class ServedAdapters:
 
 
 class AdapterRecord:
-    """The file of adapters that clients loaded, by model. It keeps an adapter whose file is missing at a start. The
+    """The file of adapters that clients loaded, by model. Adapters whose files are missing at a start stay in it. The
     event loop does not wait for the disk."""
 
     def __init__(self, path: Path) -> None:
@@ -147,7 +148,7 @@ class AdapterRecord:
         return self._models.get(model, [])
 
     def keep(self, model: str, number: int, adapter: ServedAdapter) -> None:
-        """Keeps an adapter that could not be loaded again, until it is removed or one of the same name is loaded."""
+        """Keeps an adapter that could not be loaded again, until it is removed or another one of its name is loaded."""
         self._absent.setdefault(model, []).append((number, adapter))
 
     async def remove(self, model: str, name: str) -> bool:
@@ -161,7 +162,7 @@ class AdapterRecord:
         return True
 
     async def write(self, model: str, adapters: Sequence[tuple[int, ServedAdapter]]) -> None:
-        """Returns when the record is on disk. If that fails, raises LlamaclustError and keeps the old record."""
+        """Returns when the record is on disk. If writing fails, raises LlamaclustError and keeps the old record."""
         names = {adapter.name for _, adapter in adapters}
         absent = [(number, adapter) for number, adapter in self._absent.get(model, []) if adapter.name not in names]
         await self._write(model, adapters, absent)

@@ -32,8 +32,8 @@ class NamedKey:
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:
-    """Reads keys, one per line; empty lines and lines that begin with # are skipped. Raises UsageError if the file
-    cannot be read, if others may read it, or if it has no key or an invalid one."""
+    """Reads keys, one per line. Skips empty lines and lines that begin with #. Raises UsageError if the file cannot be
+    read, if others may read it, or if it has no key or an invalid one."""
     if path is None:
         return ()
     keys = _keys_of(path)
@@ -47,8 +47,6 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
 
 
 class LiveKeys(Sequence[str]):
-    """The keys of a file, which is read again when it changes. If its content is invalid, the old keys stay valid."""
-
     def __init__(self, path: Path) -> None:
         self._path = path
         self._version = file_version(path)
@@ -76,17 +74,16 @@ class LiveKeys(Sequence[str]):
 
 
 def first_key(path: Path) -> str:
-    """Returns the key that a client sends. Raises UsageError if the file is unreadable or has no key."""
     return _keys_of(path)[0]
 
 
 def named_keys(path: Path) -> list[NamedKey]:
-    """Returns a file's keys in their order; none if there is no file. Raises UsageError if it cannot be read."""
     return _named(_lines_of(path)) if path.exists() else []
 
 
 def add_key(path: Path, name: str | None = None) -> NamedKey:
-    """Adds a new key to a file, which is created with mode 0600. Raises UsageError if the name is taken."""
+    """Adds a new key to a file. Creates the file with mode 0600 if there is none. Raises UsageError if the name is
+    taken."""
     lines = _lines_of(path) if path.exists() else []
     keys = _named(lines)
     names = {each.name for each in keys}

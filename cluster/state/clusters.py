@@ -1,4 +1,4 @@
-"""Clusters of this user: those that run, and the one that ended last."""
+"""The clusters of this user: running ones, and the one that ended last."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from llamaclust.core.errors import UsageError
 
 
 def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterRecord]]:
-    """Returns the clusters whose coordinator serves or starts, by name. Those of `state_dir` come first."""
     found = {folder.path.name: (folder, folder.read_record()) for folder in _folders(state_dir) if folder.is_running}
     return {name: (folder, record) for name, (folder, record) in found.items() if record is not None}
 
@@ -22,7 +21,7 @@ def recorded_clusters(state_dir: Path) -> list[ClusterRecord]:
 
 
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
-    """Returns the cluster of this name (None: the only one). Raises UsageError that lists the running clusters."""
+    """Returns the cluster of this name (None: the only one). Raises UsageError with a list of the running clusters."""
     running = running_clusters(state_dir)
     if name is None and len(running) == 1:
         name = next(iter(running))
@@ -46,14 +45,13 @@ def _check_record(state_dir: Path, name: str | None) -> None:
 
 
 def _folders(state_dir: Path) -> list[ClusterDir]:
-    """Returns the folders of clusters. Those elsewhere have real paths: their links are removed before their locks."""
     elsewhere = [path.resolve() for path in sorted((state_dir / ELSEWHERE).glob("*")) if path.is_dir()]
     here = [path for path in sorted(state_dir.glob("*")) if path.is_dir() and not path.name.startswith(".")]
     return [ClusterDir(path) for path in (*elsewhere, *here)]
 
 
 def _last_ended(state_dir: Path, name: str | None) -> str:
-    """Describes how the last cluster of this name ended; empty if none did. A killed cluster counts as the last one."""
+    """Describes how the last cluster of this name ended; empty if none did. A cluster that was killed counts too."""
     of_name = [folder for folder in _folders(state_dir) if name in (None, folder.path.name)]
     ended = [folder for folder in of_name if _last_change_s(folder) and not folder.is_running]
     if not ended:

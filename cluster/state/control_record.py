@@ -17,7 +17,7 @@ from llamaclust.core.epochs import MAX_TERM, epoch_number
 from llamaclust.core.errors import LlamaclustError, SupersededError
 
 _MAX_EXCEEDED = MAX_TERM >> 1
-"""The limit of a term that a worker reports, so that no worker can use up all terms."""
+"""The largest term that is accepted from a worker, so that no worker can use up all terms."""
 _log = logging.getLogger(__name__)
 
 
@@ -32,9 +32,9 @@ _WRITTEN = TypeAdapter(_Written)
 
 @dataclass(slots=True)
 class ControlRecord:
-    """The record of one coordinator. A change is on disk when its call returns, or the call raises SupersededError
-    because a newer coordinator wrote the file. Without `path`, nothing is written. The event loop does not wait for
-    the disk. The first epoch fixes the term."""
+    """The record of one coordinator. When a change returns, it is on disk. A change raises SupersededError if a newer
+    coordinator wrote the file. Without `path`, nothing is written. The event loop does not wait for the disk. The first
+    epoch fixes the term."""
 
     path: Path | None = None
     term: int = 0
@@ -68,8 +68,8 @@ class ControlRecord:
         return epoch_number(self.term, self._epochs)
 
     async def admits(self, seen_term: int) -> bool:
-        """Returns False if the worker has seen a newer term. Before the first epoch, a larger term begins instead:
-        the last coordinator's record was lost. Later, only the next coordinator begins a larger term."""
+        """Returns False if the worker has seen a newer term. Before the first epoch, a larger term begins instead,
+        because the last coordinator's record was lost. Later, only the next coordinator may begin a larger term."""
         seen_term = min(seen_term, _MAX_EXCEEDED)
         if seen_term and seen_term >= self.term and not self._epochs:
             self.term = seen_term + 1
@@ -92,7 +92,6 @@ class ControlRecord:
         return term if term > self._written_term else 0
 
     async def _save(self, term: int) -> None:
-        """Writes changes one at a time and in order, so that no write begins while an earlier one hangs."""
         async with self._writing:
             await self._disk.write(self.path, partial(self._write, max(term, self._written_term), self.drained))
 

@@ -1,7 +1,5 @@
-"""The files of a cluster: its lock, the record that `status` and `down` read, logs, measurements.
-
-A cluster's files are in `<state_dir>/<cluster name>/`, measurements in `<state_dir>`. Only their owner can read
-them."""
+"""The files of a cluster: its lock, the record that `status` and `down` read, logs, measurements. The files are in
+`<state_dir>/<cluster name>/`, measurements in `<state_dir>`. Only their owner can read them."""
 
 from __future__ import annotations
 
@@ -31,10 +29,10 @@ Value = TypeVar("Value")
 
 ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
-"""The pause before another attempt to lock. Checks for a running cluster hold the lock for a shorter time."""
+"""The pause in seconds before another attempt to lock. Checks for a running cluster hold the lock for a shorter
+time."""
 _POLL_S = 0.05
 _NOT_A_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
-"""The errors of opening a link, a folder, or a pipe that no process reads."""
 _STANDBY_LOOK_S = 0.05
 _LOOK_S = 0.5
 
@@ -47,8 +45,6 @@ def _own_start_ticks() -> int:
 
 @dataclass(frozen=True, slots=True)
 class ClusterRecord:
-    """The description of a running cluster for other processes of the same user."""
-
     name: str
     pid: int
     api: str  # http://HOST:PORT, or https://
@@ -63,7 +59,7 @@ class ClusterRecord:
         return LAUNCHERS[self.launcher].is_local
 
     def signal(self, number: signal.Signals) -> None:
-        """Signals the coordinator. Raises LlamaclustError if its pid is another process's now."""
+        """Sends a signal to the coordinator. Raises LlamaclustError if its pid now belongs to another process."""
         if start_ticks(self.pid) != self.start_ticks:
             what = f"cluster {self.name}: pid {self.pid} of its record is not its coordinator"
             raise LlamaclustError(f"{what}, which runs in another container or wrote no record: look at it with `ps`")
@@ -121,7 +117,6 @@ class ClusterDir:
 
     @property
     def _stopped(self) -> Path:
-        """The mark of an orderly stop, which the next start removes."""
         return self.path / "stopped"
 
     @property
@@ -129,7 +124,7 @@ class ClusterDir:
         return self.path / "standby"
 
     def create(self) -> None:
-        """Creates the folders. Raises UsageError if the state directory is not writable, or writable for other
+        """Creates the folders. Raises UsageError if the state directory is not writable, or is writable for other
         users."""
         try:
             self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -145,8 +140,8 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def locked(self, *, is_standby: bool = False) -> Iterator[bool]:
-        """Holds the cluster's name, and restores files that are deleted meanwhile. Yields True. Raises UsageError if
-        another process has the name. A standby waits for the end of that process instead; if it was stopped in
+        """Holds the cluster's name, and restores its files if they are deleted. Yields True. Raises UsageError if
+        another process has the name. A standby instead waits for the end of that process; if the process was stopped in
         order, yields False."""
         self.create()
         lock, is_stopped = FileLock(self._lock), False
@@ -161,7 +156,8 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Publishes the cluster of a Lease's holder. Takes the file lock unless a hanging coordinator has it."""
+        """Publishes the cluster of the process that holds the Lease. Takes the file lock too, unless a hanging
+        coordinator has it."""
         self.create()
         self._forget_last()
         lock = FileLock(self._lock)
@@ -193,7 +189,8 @@ class ClusterDir:
         self._stopped.unlink(missing_ok=True)
 
     def _await_end(self, lock: FileLock) -> bool:
-        """Waits for the lock. Returns True if its holder was stopped in order. Otherwise the standby takes over."""
+        """Waits for the lock. Returns True if its holder was stopped in order. Otherwise returns False, and the standby
+        takes over."""
         has_waited, standby = False, FileLock(self._standby)
         try:
             while not self._has_ended(lock):
@@ -215,7 +212,6 @@ class ClusterDir:
             return False
 
     def _watch(self, lock: FileLock, end: threading.Event) -> None:
-        """Restores deleted files and limits logs, periodically: a full disk may have space later."""
         while not end.wait(_LOOK_S):
             with contextlib.suppress(OSError, LlamaclustError):
                 self._restore(lock)
@@ -223,7 +219,8 @@ class ClusterDir:
                 limit_logs(self.logs)
 
     def _restore(self, lock: FileLock) -> None:
-        """Restores lock and record. Without them, no process finds the cluster, and another could take its name."""
+        """Restores lock and record. Without them, no process finds the cluster, and another cluster could take its
+        name."""
         if not lock.is_held:
             self.create()
             if lock.take():
@@ -256,7 +253,8 @@ class ClusterDir:
         return True
 
     def write_record(self, record: ClusterRecord) -> None:
-        """Publishes the cluster to other processes. If it is elsewhere, the usual state directory gets a link to it."""
+        """Publishes the cluster to other processes. If its files are elsewhere, the usual state directory gets a link
+        to them."""
         write_private(self._record, _RECORD.dump_json(record).decode())
         self._published[:] = [record]
         if self._link is not None:
@@ -277,14 +275,13 @@ class ClusterDir:
             return None
 
     def remove_record(self) -> None:
-        """Removes the record at the end of a cluster, unless another cluster of this name wrote it."""
+        """Removes the record at the end of a cluster, unless another cluster of the same name wrote it."""
         own, self._published[:] = tuple(self._published), ()
         record = self.read_record()
         if record is None or record in own or not self.is_running:
             self.forget_record()
 
     def mark_stopped(self) -> None:
-        """Marks an orderly stop, after which a standby ends. Without the mark, the standby takes over."""
         with contextlib.suppress(OSError):
             self._stopped.touch(mode=0o600)
 
@@ -322,7 +319,6 @@ def _check_owner(user: int, path: Path) -> None:
 
 
 def read_values(path: Path, kind: TypeAdapter[dict[str, Value]]) -> dict[str, Value]:
-    """Reads like `read_as`, but returns an empty dict if the file is missing or damaged."""
     try:
         return read_as(path, kind)
     except (OSError, ValueError):
@@ -338,7 +334,7 @@ def read_as(path: Path, kind: TypeAdapter[Value]) -> Value:
 
 
 def write_private(path: Path, text: str, *, is_synced: bool = True) -> None:
-    """Writes like `write_text`, but raises LlamaclustError, which names the file."""
+    """Writes like `write_text`, but raises LlamaclustError with the name of the file."""
     try:
         write_text(path, text, is_synced=is_synced)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Threads for calls to a disk, which may hang for ever, for example on an unreachable file server."""
+"""Threads for calls to a disk. A call may hang for ever, for example on an unreachable file server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from llamaclust.core.errors import LlamaclustError
 Value = TypeVar("Value")
 
 _CALL_S = 10.0
-"""The time after which a disk counts as hanging. At most one request waits so long."""
 
 
 class DiskThread:
@@ -26,14 +25,15 @@ class DiskThread:
         self._name = name
 
     async def write(self, path: Path | None, work: Callable[[], None]) -> None:
-        """Calls `work`. Raises LlamaclustError that names the file if `work` does not return in time."""
+        """Calls `work`. Raises LlamaclustError with the name of the file if `work` does not return in time."""
         try:
             await self.call(work)
         except TimeoutError as error:
             raise LlamaclustError(f"{path}: cannot be written: {error.strerror}") from error
 
     async def call(self, work: Callable[[], Value]) -> Value:
-        """Runs `work` in a thread. Raises its errors; TimeoutError if it or an earlier call does not return in time."""
+        """Runs `work` in a thread and raises its errors. Raises TimeoutError if it or an earlier call does not return
+        in time."""
         if self.hangs:
             raise TimeoutError(errno.ETIMEDOUT, "an earlier write has not returned")
         loop = asyncio.get_running_loop()

@@ -1,6 +1,5 @@
-"""Events that a coordinator reports: progress of its start, notices, requests that delay its end.
-
-Events cross a pipe as JSON lines if the coordinator runs detached from the command that started it."""
+"""Events that a coordinator reports: progress of its start, notices, requests that delay its end. If the coordinator
+runs detached from the command that started it, events cross a pipe as JSON lines."""
 
 from __future__ import annotations
 
@@ -21,8 +20,6 @@ class AwaitingWorkers:
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
-    """A worker has joined. `missing` describes those that have not."""
-
     worker: str
     host: str
     missing: tuple[str, ...]
@@ -52,8 +49,6 @@ class WorkerLoading:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReading:
-    """A worker has read `done_bytes` of `total_bytes` of the model's file for workers that lack it."""
-
     worker: str
     done_bytes: int
     total_bytes: int
@@ -61,8 +56,6 @@ class WorkerReading:
 
 @dataclass(frozen=True, slots=True)
 class PlanMade:
-    """The plan as `llamaclust plan` prints it, one line per entry."""
-
     lines: tuple[str, ...]
 
 
@@ -94,8 +87,6 @@ class StartFailed:
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A one-line event of a running cluster: a worker is lost or back, layers move, requests continue."""
-
     text: str
 
 
@@ -115,7 +106,7 @@ _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 def awaited(event: Event) -> str | None:
-    """Describes what a start waits for after this event; None if the event changes nothing about it."""
+    """Describes what a start waits for after this event; None if the event does not change that."""
     match event:
         case AwaitingWorkers() | WorkerJoined():
             return ", ".join(event.missing)

@@ -1,5 +1,4 @@
-"""A file as a lock: one process has it, others can check it, and the kernel releases it when its holder ends.
-
+"""A file as a lock. One process has it, other processes can check it, and the kernel releases it when its holder ends.
 The `filelock` package can neither check a lock without taking it nor detect a deleted lock file."""
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ from llamaclust.core.regular_file import take_lock
 
 
 class FileLock:
-    """The lock at a path. A deleted file locks nothing, so the lock must be taken again."""
-
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor: int | None = None
@@ -29,8 +26,8 @@ class FileLock:
         return self._has_taken(descriptor)
 
     def take_next(self) -> bool:
-        """Takes the lock if its present holder has ended, even if the holder's file was deleted. True if it is
-        taken."""
+        """Takes the lock if its present holder has ended, even if the holder's file was deleted. Returns True if the
+        lock is taken."""
         if self._awaited is None:
             self._awaited = self._open()
         if not take_lock(self._awaited):
@@ -64,7 +61,6 @@ class FileLock:
 
 
 def is_locked(path: Path) -> bool:
-    """True if a process holds the lock. The check takes a shared lock for a moment."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:

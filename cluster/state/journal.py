@@ -1,8 +1,9 @@
 """The journal of admitted requests, from which a restarted coordinator answers them again, bit for bit.
 
-An answer is a function of prompt, parameters and seed, so an admission records a request's body and seed. Recorded
-tokens only save computation. A sent reply is kept for a while, because its client may not have read it. The file is
-emptied when no request needs it, and rewritten when most of it belongs to ended requests."""
+An answer is a function of prompt, parameters and seed, so an admission records the body and seed of a request. Recorded
+tokens only save computation. A reply that was sent is kept for a while, because its client may not have read it. The
+file is emptied when no request needs it, and rewritten when most of it belongs to ended requests.
+"""
 
 from __future__ import annotations
 
@@ -30,31 +31,29 @@ from llamaclust.core.regular_file import sync_folder
 from llamaclust.core.sampling import RowResult
 
 _PAUSE_S = 0.02
-"""The least time between the starts of two writes, shorter than a prompt takes. Admissions share a write."""
+"""The shortest time between the starts of two writes. It is shorter than a prompt takes. Admissions share a write."""
 _LATER_S = 0.1
-"""The delay of lines for which nothing waits. A write for an admission includes them earlier."""
+"""The delay of lines that need not be on disk soon. A write for an admission includes them earlier."""
 _RETRY_S = 5.0
 """The pause between attempts to write to a disk that is full, read-only or unreachable."""
 _ENDED_BYTES = 4 << 20
-"""The file is rewritten if ended requests take this many bytes more than open ones."""
 _SENT_BYTES = 16 << 20
-"""The most bytes of requests with sent replies. The oldest of these requests are removed first."""
+"""The most bytes of requests whose replies were sent. The oldest of these requests are removed first."""
 
 _log = logging.getLogger(__name__)
 
 
 class Journal:
-    """The open journal of one coordinator and event loop. If the disk fails, requests are served without a record."""
-
     def __init__(self, path: Path, record: ControlRecord, sent_s: float) -> None:
-        """Keeps sent replies for `sent_s`. The file belongs to the newest coordinator, by the terms in `record`."""
+        """Opens the journal. Sent replies are kept for `sent_s`. The file belongs to the newest coordinator, by the
+        terms in `record`."""
         self._sent_s = sent_s
         self._contents = _Contents()
         self._writer = _Writer(JournalFile(path, record), self._contents)
         self._without_progress: dict[str, int] = {}  # restored requests, and how many times they have been begun so
 
     async def restore(self, requests: Iterable[RequestContext]) -> None:
-        """Begins with the open requests of an earlier coordinator. All other content of the file is removed."""
+        """Begins with the open requests of an earlier coordinator. Removes all other content of the file."""
         for request in requests:
             for record in request.records():
                 self._contents.add(record)
@@ -65,17 +64,19 @@ class Journal:
         await self._writer.written(b"", is_synced=True)
 
     def admit(self, request: RequestContext) -> asyncio.Future[None]:
-        """Records a request; the future ends when that is on disk or cannot be. Raises SupersededError after `seal`."""
+        """Records a request. The future ends when the record is on disk or cannot be written. Raises SupersededError
+        after `seal`."""
         if self._writer.is_sealed:
             raise SupersededError("this coordinator takes no requests any more; try again")
         return self._writer.written(self._contents.add(request), is_synced=True)
 
     def answer(self, request_id: str, choice: ChoiceKey, start: int, rows: Sequence[RowResult]) -> None:
-        """Records tokens of a choice, from token number `start` on. They are written soon, but not synced."""
+        """Records tokens of a choice, beginning with token number `start`. They are written soon, but not synced."""
         self._add(Change.answered(request_id, choice, start, rows))
 
     async def begin_restored(self, times: Mapping[str, int]) -> None:
-        """Records how often requests were begun again without a new token. Returns once the counts are in the file."""
+        """Records how often requests were started again without a new token. Returns once the counts are in the
+        file."""
         if not self._writer.is_sealed:
             self._without_progress.update(times)
             lines = b"".join(self._contents.add(Change(name, restores=count)) for name, count in times.items())
@@ -86,31 +87,32 @@ class Journal:
         self._add(Change(request_id, restores=0))
 
     def sent(self, request_id: str) -> None:
-        """Keeps a request for a while after its whole reply was sent; if there are many, the oldest for less time."""
+        """Keeps a request for a while after its whole reply was sent. If there are many such requests, the oldest are
+        removed earlier."""
         if not self._writer.is_sealed and (lines := self._contents.sent(request_id)):
             self._writer.add(lines)
             asyncio.get_running_loop().call_later(self._sent_s, self.end, request_id)
 
     def completed(self, request_id: str, limit_s: float) -> None:
-        """Marks a computed background reply: until `limit_s` after admission, a successor computes it on request."""
+        """Marks a background reply as computed. Until `limit_s` after its admission, the next coordinator computes it
+        again on request."""
         self._add(Change(request_id, is_sent=True, limit_s=limit_s))
 
     def end(self, request_id: str) -> None:
         self._add(Change(request_id, is_ended=True))
 
     def end_sent(self) -> None:
-        """Ends all requests whose replies were sent. Clients that come back later are too late."""
         for request_id in tuple(self._contents.sent_ids):
             self._add(Change(request_id, is_ended=True))
 
     def stop_in_order(self) -> None:
-        """Takes back one counted restore of each request without progress: an orderly stop is not their failure."""
+        """Takes back one counted restart of each request without progress, because an orderly stop is not the request's
+        failure."""
         for request_id, times in self._without_progress.items():
             self._add(Change(request_id, restores=times - 1))
         self._without_progress.clear()
 
     def seal(self) -> None:
-        """Stops recording. Open requests are left to the next coordinator."""
         self._writer.is_sealed = True
 
     def _add(self, record: Record) -> None:
@@ -118,14 +120,12 @@ class Journal:
             self._writer.add(self._contents.add(record))
 
     async def aclose(self) -> None:
-        """Writes pending lines. Unless the journal is sealed, requests with sent replies end."""
+        """Writes pending lines. Ends requests with sent replies, unless the journal is sealed."""
         self.end_sent()
         await self._writer.aclose()
 
 
 class _Contents:
-    """The lines of requests that have not ended. Each change returns the lines to write: none for an ended request."""
-
     def __init__(self) -> None:
         self.lines: dict[str, bytearray] = {}  # by request
         self.size_bytes = 0
@@ -187,7 +187,8 @@ class _Writer:
             self._write_at(asyncio.get_running_loop().time() + _LATER_S)
 
     def written(self, lines: bytes, *, is_synced: bool) -> asyncio.Future[None]:
-        """Completes when these and all earlier lines are in the file (`is_synced`: on disk), or cannot be written."""
+        """Adds lines. The future ends when these and all earlier lines are in the file (`is_synced`: on disk) or cannot
+        be written."""
         loop = asyncio.get_running_loop()
         self._pending.append(lines)
         self._waiting.append(written := loop.create_future())
@@ -207,7 +208,6 @@ class _Writer:
             self._file.close()
 
     def _write_at(self, due_s: float) -> None:
-        """Schedules a write for `due_s` at the latest, but at least `_PAUSE_S` after the start of the last write."""
         if self._writing is not None:
             return
         due_s = max(due_s, self._begun_s + _PAUSE_S)
@@ -261,7 +261,6 @@ class _Writer:
                 _log.warning("%s: can be written again", path)
 
     async def _put(self, data: bytes, *, is_synced: bool) -> None:
-        """Appends the data, or rewrites the file if that is due. Only the thread accesses the file."""
         size = self._file.size + len(data)
         is_mostly_ended = not self._contents.lines or size > 2 * self._contents.size_bytes + _ENDED_BYTES
         if self._failed_s is None and not is_mostly_ended:
@@ -272,8 +271,6 @@ class _Writer:
 
 
 class JournalFile:
-    """A file that only the newest coordinator appends to, empties or replaces. Use it from one thread at a time."""
-
     def __init__(self, path: Path, record: ControlRecord) -> None:
         self.path = path
         self.size = 0
@@ -281,7 +278,8 @@ class JournalFile:
         self._descriptor: int | None = None
 
     def append(self, data: bytes, is_synced: bool) -> bool:
-        """Appends all of `data` or nothing. Returns False if the file is missing or replaced: then `rewrite` is due."""
+        """Appends all of `data` or nothing. Returns False if the file is missing or was replaced; then `rewrite` is
+        due."""
         descriptor = self._descriptor
         if descriptor is None or not self._is_in_place(descriptor):
             return False
@@ -297,7 +295,8 @@ class JournalFile:
         return True
 
     def rewrite(self, data: bytes) -> None:
-        """Replaces the content, or leaves the file unchanged. Raises SupersededError if a newer coordinator owns it."""
+        """Replaces the content, or leaves the file unchanged on an error. Raises SupersededError if a newer coordinator
+        owns the file."""
         if not data and self._descriptor is not None and self._is_in_place(self._descriptor):
             os.ftruncate(self._descriptor, 0)
             self.size = 0
@@ -320,7 +319,6 @@ class JournalFile:
         self._descriptor, self.size = descriptor, size
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """True if the next process finds this file at its path. Its folder may have been deleted."""
         with suppress(OSError):
             return os.path.samestat(os.fstat(descriptor), self.path.lstat())
         return False
@@ -336,7 +334,6 @@ class JournalFile:
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> int:
-    """Writes all data, at the start of a file after its version line. Returns the file's new size."""
     view = memoryview(HEAD_LINE + data if data and not offset else data)
     while view:
         written = os.pwrite(descriptor, view, offset)

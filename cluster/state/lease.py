@@ -1,7 +1,6 @@
-"""A Kubernetes Lease as a lock, which one coordinator holds and renews in time.
-
-The rules are those of client-go's leader election. Clocks of machines are not compared: a lease has expired when a
-candidate has seen no change of it for its duration. A holder that cannot renew the lease ends itself earlier."""
+"""A Kubernetes Lease as a lock, which one coordinator holds and renews in time. The rules are those of client-go's
+leader election. Clocks of different machines are not compared: a lease has expired when a candidate has seen no change
+of it for its duration. A holder that cannot renew the lease ends earlier."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from llamaclust.core.errors import LlamaclustError, SupersededError
 from llamaclust.core.this_machine import boot_s
 
 _RENEWED = 2 / 3
-"""The fraction of the duration after which a holder that has not renewed the lease must end."""
+"""The fraction of the lease's duration after which a holder that has not renewed it must end."""
 _RETRIES = 7.5
 _LOOK_S = 0.1
 _CONFLICT, _NOT_FOUND = 409, 404
@@ -34,8 +33,6 @@ _log = logging.getLogger(__name__)
 
 
 class LeaseLock:
-    """The lock of one process. Use `take`, `renew` and `release` from one thread at a time; `close` it."""
-
     def __init__(self, lease: Lease) -> None:
         self.identity = f"{socket.gethostname()}_{secrets.token_hex(4)}"
         self.renewed_s: float | None = None  # by `boot_s`; None: not held
@@ -52,7 +49,7 @@ class LeaseLock:
 
     @property
     def is_current(self) -> bool:
-        """True if the lease was renewed so recently that no other process can have it."""
+        """True if the lease was renewed so recently that no other process can have taken it."""
         return self.renewed_s is not None and boot_s() - self.renewed_s < self._lease.duration * _RENEWED
 
     def take(self) -> bool:
@@ -63,7 +60,8 @@ class LeaseLock:
         return self._write(lease, begun_s)
 
     def renew(self) -> None:
-        """Renews the lease. Raises SupersededError if another process has it, LlamaclustError if the server fails."""
+        """Renews the lease. Raises SupersededError if another process has the lease, LlamaclustError if the server
+        fails."""
         begun_s, lease = boot_s(), self._read()
         holder = _holder(lease)
         if holder not in ("", self.identity):
@@ -71,7 +69,6 @@ class LeaseLock:
         self._write(lease, begun_s)  # after a conflict, the next attempt sees who has it
 
     def release(self) -> None:
-        """Gives up the lease, so that others need not wait for its expiry."""
         self.renewed_s = None
         lease = self._read()
         if _holder(lease) == self.identity:
@@ -111,7 +108,6 @@ class LeaseLock:
         return lease
 
     def _put(self, lease: dict[str, Any]) -> bool:
-        """Writes the lease with the `resourceVersion` that was read. Returns False if it was changed since."""
         reply = self._send("PUT", lease)
         if reply.status_code == _CONFLICT:
             return False
@@ -128,7 +124,8 @@ class LeaseLock:
 
 @contextmanager
 def held(lock: LeaseLock, lost: Callable[[str], None]) -> Iterator[None]:
-    """Renews a taken lease, and gives it up at the end. If it is lost, a thread calls `lost` with the reason."""
+    """Renews a taken lease until the context ends, then gives it up. If the lease is lost, a thread calls `lost` with
+    the reason."""
     end = threading.Event()
     reasons = ["it was not renewed in time"]
 

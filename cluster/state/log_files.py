@@ -20,7 +20,6 @@ def limit_logs(folder: Path) -> None:
 
 
 def limit_log(log: Path) -> None:
-    """Empties a log that is too large; its end replaces an older log. Writers append, so they continue at its start."""
     with suppress(OSError):
         if log.name.endswith(_FORMER) or log.stat(follow_symlinks=False).st_size <= MOST_LOG_BYTES:
             return

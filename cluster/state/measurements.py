@@ -1,4 +1,4 @@
-"""Measurements in a state directory, with the load of other programs meanwhile, which may make them meaningless."""
+"""Measurements in a state directory. Each is stored with the load of other programs, which may make it meaningless."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _FILE = ".profiles.json"  # no cluster's name begins with a dot
 _STAT = Path("/proc/stat")
 _PROC = Path("/proc")
 _LEAST_S = 0.1
-"""The shortest measurement. Shorter ones are only a few ticks of the kernel's counters."""
 _CPU_TIMES = slice(11, 15)
-"""The fields of /proc/PID/stat, after the name, with user and system time of the process and its ended children."""
+"""The fields of /proc/PID/stat after the name that have user and system time of the process and of its ended
+children."""
 
 
 @dataclass(frozen=True, slots=True)
 class OtherLoad:
-    """The load on this process's `cores`, in cores. `others`: of other programs; `stolen`: of other virtual
+    """Load on the `cores` of this process, in cores. `others`: load of other programs. `stolen`: load of other virtual
     machines."""
 
     cores: int
@@ -83,7 +83,7 @@ class LoadMeter:
         self._started = _read()
 
     def measure(self) -> OtherLoad | None:
-        """Returns the load since this meter began; None in the first 0.1 s, or if /proc/stat is unavailable."""
+        """Returns the load since this meter began. Returns None in the first 0.1 s, or if /proc/stat is unavailable."""
         before, after = self._started, _read()
         if before is None or after is None:
             return None
@@ -122,7 +122,7 @@ def _ticks(pid: str) -> int:
 
 
 def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: OtherLoad | None = None) -> None:
-    """Adds to the stored profiles. `load`: the load of other programs during these measurements."""
+    """Adds to the stored profiles. `load`: the load of other programs during the measurements."""
     loads = {key: other for key, other in read_other_loads(state_dir).items() if key not in profiles}
     loads |= {} if load is None else dict.fromkeys(profiles, load)
     values = {key: asdict(profile) for key, profile in ({**read_profiles(state_dir), **profiles}).items()}
@@ -132,7 +132,6 @@ def write_profiles(state_dir: Path, profiles: Mapping[str, Profile], load: Other
 
 
 def read_profiles(state_dir: Path) -> dict[str, Profile]:
-    """Returns the profiles of all clusters by `resource_shares.measurement_key`; empty before the first start."""
     return read_values(state_dir / _FILE, _PROFILES)
 
 

@@ -127,7 +127,7 @@ FLOODS: Final[Mapping[str, tuple[str, Callable[[], bytes], int]]] = {
     "headers": ("", lambda: b"GET /live " + _HEAD + 10_000 * b"a: b\r\n" + b"\r\n", 900),
     "chunks": ("", lambda: _BEGUN + 100_000 * b"1\r\na\r\n" + b"0\r\n\r\n", 40),
 }
-"""Path, maker of the body, and number of simultaneous requests. Without a path, the body is sent as raw bytes."""
+"""Path, maker of the body, and number of simultaneous requests. Without a path, raw bytes are sent."""
 _KNOWN = (*BODIES, *FLOODS)
 
 
@@ -174,8 +174,6 @@ class Attacks(Case):
 
 
 async def _bound_s(api: str) -> float:
-    """Returns the seconds of an answer that obeys a schema. The request has the key of the other clients and is sent a
-    moment after the attack has begun."""
     await asyncio.sleep(_SETTLE_S)
     begun_s = time.monotonic()
     body = {"prompt": "a", "max_tokens": 2, "json_schema": {"enum": [f"yes {begun_s}", "no"]}}

@@ -85,7 +85,6 @@ async def _breakers(client: AsyncClient, source: Random) -> str:
 
 
 async def _killed(bench: Bench, client: AsyncClient, source: Random) -> str:
-    """Sends eight requests, and kills a worker when they have run for a moment."""
     work = asyncio.gather(*(_with_breakers(client, source) for _ in range(8)))
     await asyncio.sleep(_SETTLE_S)
     before = await bench.status()

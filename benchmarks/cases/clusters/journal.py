@@ -31,7 +31,7 @@ class Replies(front.Replies):
 front.Replies = Replies
 main()
 """
-"""The `llamaclust` program with a coordinator that does not journal replies."""
+"""The `llamaclust` program, with a coordinator that keeps no journal of replies."""
 
 
 @dataclass(frozen=True)

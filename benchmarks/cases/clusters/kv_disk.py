@@ -23,7 +23,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 
 _OWN_TOKENS, _TOKENS = 8, 8
 _QUIET_S = 2.5
-"""All is written after this many seconds without a write: two heartbeats."""
+"""Seconds without a write (two heartbeats) after which everything counts as written."""
 _WRITTEN = "llamaclust_worker_kv_disk_written_bytes_total{"
 
 
@@ -67,7 +67,6 @@ class KvDisk(Case):
 
     @asynccontextmanager
     async def _cluster(self, home: Path) -> AsyncIterator[Bench]:
-        """Yields a cluster that has answered one request, so that its one-time work is done."""
         names = Layout(workers=self.workers).names
         workers = [{"name": name, "threads": self.threads, "kv_disk": "4GiB"} for name in names]
         keys = {"workers": workers, "context_length": self.prefix + 64}
@@ -84,7 +83,6 @@ class KvDisk(Case):
 
 
 async def _written(api: str) -> None:
-    """Waits until all KV memory is written."""
     before, since_s = -1.0, time.monotonic()
     async with httpx.AsyncClient(base_url=api, trust_env=False, timeout=60.0) as client:
         while time.monotonic() - since_s < _QUIET_S:

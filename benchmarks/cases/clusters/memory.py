@@ -61,7 +61,7 @@ class Memory(Case):
     def _stages(
         self, path: Path, model: Model, cut: tuple[int, ...]
     ) -> list[tuple[str, dict[str, int], dict[str, Any]]]:
-        """Returns, for each stage, its name, its planned bytes, and the order for the process that loads it."""
+        """Returns for each stage its name, its planned bytes, and the order for the process that loads it."""
         names = [f"w{number}" for number in range(len(cut) - 1)]
         entries = [{"worker": name, "layers": [*cut[at : at + 2]]} for at, name in enumerate(names)]
         values = {"model": str(path), "workers": [{"name": name} for name in names], "plan": entries}

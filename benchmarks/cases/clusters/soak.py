@@ -49,7 +49,6 @@ class Soak:
     errors: Counter[str] = field(default_factory=Counter)
 
     async def stream(self, source: Random, end_s: float) -> None:
-        """Sends one request after the other until `end_s`."""
         limits = httpx.Limits(max_connections=1)
         options: dict[str, Any] = {"base_url": self.api, "timeout": _TIMEOUT_S, "trust_env": False, "limits": limits}
         async with httpx.AsyncClient(**options) as client:
@@ -76,7 +75,7 @@ class Soak:
 
 @dataclass(slots=True)
 class Exchange:
-    """One request, whose reply may be read over several connections."""
+    """One request. Its reply may be read over several connections."""
 
     client: httpx.AsyncClient
     path: str
@@ -86,7 +85,7 @@ class Exchange:
 
     async def read(self, most: int | None, *, with_name: bool) -> None:
         """Reads the reply over a new connection, which is closed after `most` events. `with_name` gives the reply a
-        name, by which it can be resumed."""
+        name, with which a later connection can resume it."""
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         headers |= self.stream.headers if with_name else {}
         events = 0

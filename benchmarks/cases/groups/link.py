@@ -32,7 +32,7 @@ _GREETING = b"benchmark"
 _NAMES = ("first", "second")
 
 Way = Callable[[int], list[int]]
-"""Does this many exchanges and returns the nanoseconds of each."""
+"""Does the given number of exchanges and returns the nanoseconds of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +145,8 @@ class LinkCase(Case):
 
 
 def serve(side: Side, ends: list[socket.socket], orders: Connection) -> None:
-    """Runs the second member. Each order names a way, a number of gathers, and the milliseconds by which the member is
-    late in each of them."""
+    """Runs the second member. Each order has the name of a way, a number of gathers, and the milliseconds by which the
+    member is late in each gather."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     ways = side.ways(ends)
     while (order := orders.recv()) is not None:

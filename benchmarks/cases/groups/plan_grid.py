@@ -29,7 +29,6 @@ _NETWORKS = tuple(itertools.product((0.1, 1, 2.5, 10, 25), (0.1, 0.4, 2, 10)))
 _MEMORIES = (4, 8, 16, 24, 32, 64, 128)
 _WORSE = 1.03
 _ALL = 3
-"""All chains are tried for up to this many machines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +42,8 @@ Entry = dict[str, object]
 
 
 def _grid() -> list[_Case]:
-    """Returns the cases of the grid. Machines have at least the memory that the model needs, if possible; unequal ones
-    differ in speed and memory."""
+    """Returns the cases of the grid. Machines have at least the memory that the model needs, if possible. Unequal
+    machines differ in speed and memory."""
     cases = []
     for number, (model, count, (gbit, ms)) in enumerate(itertools.product(_MODELS, _COUNTS, _NETWORKS)):
         if number % 3:  # a third of all, in turns of everything
@@ -65,7 +64,7 @@ def _grid() -> list[_Case]:
 
 
 class _Alternatives:
-    """Makes alternative plans for a cluster, as a user could write them."""
+    """Makes alternative plans for a cluster, such as a user could write."""
 
     def __init__(self, cluster: AssumedCluster, model: AssumedModel, source: random.Random) -> None:
         self._source = source
@@ -103,7 +102,8 @@ class _Alternatives:
         return [max(1, round(100 * by[machine] / most)) for machine in group]
 
     def _cuts(self, chain: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
-        """Yields layer borders of a chain: first those that fill the memory of the fastest stages, then random ones."""
+        """Yields the layer borders of a chain: first those that fill the memory of the fastest stages, then random
+        ones."""
         if len(chain) == 1:
             yield [0, self._layers]
             return
@@ -130,7 +130,7 @@ class _Alternatives:
 
 
 def _divided(order: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
-    """Yields all divisions of the machines, in their order, into groups and single machines."""
+    """Yields all divisions of the machines, in the given order, into groups and single machines."""
     for ends in itertools.product((False, True), repeat=len(order) - 1):
         places = [0, *(place for place, is_end in enumerate(ends, 1) if is_end), len(order)]
         yield [tuple(order[start:end]) for start, end in itertools.pairwise(places)]
@@ -138,8 +138,6 @@ def _divided(order: Sequence[int]) -> Iterator[list[tuple[int, ...]]]:
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Planned:
-    """The predicted figures of a plan that fits. Plans are compared by the time of an answer."""
-
     answer_ms: float
     token_ms: float
     text: str
@@ -147,7 +145,6 @@ class _Planned:
 
 
 def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _Planned | None:
-    """Returns None if the model does not fit."""
     try:
         plan = AssumedCluster(cluster.assumed, overrides).plan(model)
     except InsufficientMemoryError:
@@ -162,8 +159,8 @@ def _planned(cluster: AssumedCluster, model: AssumedModel, *overrides: str) -> _
 
 
 def _outcome(case: _Case, most: int, source: random.Random) -> Measures | None:
-    """Compares the chosen plan with others. Another plan counts only if it has at least as much KV memory. Returns None
-    if the model does not fit."""
+    """Compares the chosen plan with others that have at least as much KV memory. Returns None if the model does not
+    fit."""
     cluster, model = AssumedCluster(parse_machines(case.machines)), assumed_model(case.model)
     model.opened.costs  # noqa: B018
     begun_s = process_time()

@@ -45,7 +45,7 @@ _NAMES = ("first", "second")
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Settings of a member. Without `end`, they are those of the process that computes alone."""
+    """Settings of a member. Without `end`, settings of the process that computes alone."""
 
     model: Path
     layers: int
@@ -74,7 +74,8 @@ class Setting:
 
 
 def serve(setting: Setting, orders: Connection) -> None:
-    """Loads the stage, then runs the prompt for each order, which is a number of bands. Ends at the order 0."""
+    """Loads the stage, then runs the prompt once for each order, which is a number of bands. The order 0 ends the
+    program."""
     os.sched_setaffinity(0, {setting.core})
     if setting.is_realtime:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
@@ -136,12 +137,6 @@ def connected(hosts: Sequence[str]) -> tuple[socket.socket, socket.socket]:
 
 @dataclass(frozen=True)
 class Prefill(Case):
-    """A prompt's rows through some layers: two members of a group, compared with one process that has whole layers.
-
-    Each process has one thread and its own core. Members have the links of the product over TLS, with an emulated round
-    trip and rate. Figures are milliseconds per layer, the time that a member waits in gathers, and what it sends, for
-    each number of bands. The bits must be those of one process. One row is a decode step."""
-
     warm = 1
     shape: str = argument("of the model", chosen("shape", {name: name for name in SHAPES}))
     type: QuantType = argument("of the weights", chosen("type", TYPES))

@@ -34,7 +34,7 @@ from llamaclust.model.quant_types import QuantType
 _SHALLOW = 2
 _SHORT_PROMPT, _REPEATED_PROMPT = 16, 512
 _PLAIN_WORDS = 300
-"""The first id of a plain word. Lower ids are special tokens, bytes and letters."""
+"""The first id of a plain word. Lower ids are those of special tokens, bytes and letters."""
 _LOOKS, _LOOK_S = 600, 0.1
 _COMMAND = (sys.executable, "-P", "-m", "llamaclust")
 ONE, STAGES, GROUP = "one worker", "stages", "group"
@@ -48,12 +48,12 @@ _GOALS = {
     ("70b", "IQ1_S", 2.0): 1.35,
     ("1.1b", "IQ2_XXS", 0.0): 1.50,
 }
-"""The wanted gain of decode by a group of two, by shape, type of weights and round trip in ms."""
+"""The wanted gain of a group of two in decode, by shape, type of weights and round trip in ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A kind of cluster. `cores` and `speeds` are in the order of its workers."""
+    """A kind of cluster. `cores` and `speeds` are in the order of the workers."""
 
     name: str
     cores: tuple[int, ...]
@@ -79,7 +79,7 @@ def ways_of(cores: Sequence[int], shares: Sequence[int], speeds: Sequence[float]
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """Numbers of layers: two models with `layers` and `shallow` layers were measured, and the whole model has `whole`
+    """Numbers of layers. Models with `layers` and with `shallow` layers were measured; the whole model has `whole`
     layers."""
 
     layers: int
@@ -87,7 +87,8 @@ class Depth:
     whole: int
 
     def whole_ms(self, deep: Sequence[float], few: Sequence[float]) -> list[float]:
-        """Extrapolates measured times to the whole model. Time that does not depend on layers counts once."""
+        """Extrapolates measured times to the whole model. The part of the time that does not depend on layers counts
+        once."""
         if self.layers == self.whole or not few:
             return [*deep]
         most, least = median(deep), median(few)
@@ -98,15 +99,13 @@ class Depth:
 
 @dataclass(frozen=True, slots=True)
 class ServedWay:
-    """A running cluster. `pids` has the coordinator's process id, then those of the workers in their order."""
-
     name: str
     bench: Bench
     pids: tuple[int, ...]
 
     async def reading(self) -> tuple[float, ...]:
         """Returns milliseconds since the start: computing of the stages, waiting of the leader in gathers, and
-        processor time of each process. Waits for heartbeats that count all steps."""
+        processor time of each process. Waits until heartbeats have counted all steps."""
         used = tuple(map(_processor_ms, self.pids))  # first: waiting for the rest takes some
         for _ in range(_LOOKS):
             found = await self.bench.cluster()
@@ -120,7 +119,6 @@ class ServedWay:
 
 
 def _processor_ms(pid: int) -> float:
-    """Returns the processor time of the process's present threads, to the nanosecond."""
     times = (each.read_text().split()[0] for each in Path(f"/proc/{pid}/task").glob("*/schedstat"))
     return sum(map(int, times)) / 1e6
 
@@ -276,8 +274,8 @@ class Served(Case):
         return {**figures, "processors": " ".join(f"{ms:.2f}" for ms in used), "tokens or logprobs": bits}
 
     def _priority(self, served: ServedWay) -> ExitStack:
-        """Gives the processes real-time priority with --realtime. The coordinator and this client come before the
-        workers, like tasks that were asleep."""
+        """Sets real-time priority with --realtime. The coordinator and this client have priority over
+        the workers, like tasks that were asleep."""
         stack = ExitStack()
         if self.realtime:
             coordinator, *workers = served.pids
@@ -294,8 +292,8 @@ class Served(Case):
         return [[source.randrange(_PLAIN_WORDS, words) for _ in range(length)] for _ in range(count)]
 
     async def _repeated(self, served: ServedWay) -> list[int]:
-        """Returns a prompt that its greedy answer repeats. Answers repeat because the layers add nothing to the hidden
-        state."""
+        """Returns a prompt that its own greedy answer repeats. There is one, because the layers add nothing to the
+        hidden state."""
         for turn in range(1_000):
             begin = self._prompts_begin(turn)
             ids = (await answer(served.bench.api, begin, _REPEATED_PROMPT)).ids

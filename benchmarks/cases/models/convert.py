@@ -31,8 +31,6 @@ CODE = "import sys; sys.argv[0] = 'llamaclust'; from llamaclust.cli.main import 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The dimensions of a LLaMA model."""
-
     layers: int
     hidden: int
     inner: int
@@ -54,7 +52,6 @@ def tensors_of(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 def make_checkpoint(folder: Path, shape: Shape, stored: str) -> int:
-    """Writes a checkpoint of random weights. Returns the bytes of its weights."""
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -86,7 +83,6 @@ def make_checkpoint(folder: Path, shape: Shape, stored: str) -> int:
 
 
 def vocabulary() -> dict[str, object]:
-    """Returns a BPE vocabulary: bytes in SentencePiece's spelling, and filler words."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words += [f"w{number}" for number in range(WORDS - len(words))]
     ids = {word: number for number, word in enumerate(words)}
@@ -121,7 +117,6 @@ def moved(out: Path, size_bytes: int, source: Path | None) -> float:
 
 
 def forget(path: Path) -> None:
-    """Removes a file from the page cache. It must be completely on the disk."""
     with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -165,7 +160,8 @@ class Convert(Case):
         return await asyncio.to_thread(self._run, way, kind)
 
     def _run(self, way: str, kind: str) -> Measures:
-        """Measures one way. The converted file stays until dd has been measured, because its size is needed."""
+        """Measures one way. Keeps the converted file until dd has been measured, because dd writes a file of the same
+        size."""
         converts, out, weights = self.folder / f"{kind}.gguf", self.folder / "out", self.folder / WEIGHTS
         if self.cold and way != "dd":
             forget(weights)

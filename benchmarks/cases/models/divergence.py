@@ -29,7 +29,7 @@ from llamaclust.tools.quantize.type_choice import Wishes, choose_types, needs_im
 _DEADLINE_S = 1800
 Float64 = NDArray[np.float64]
 _SAME = {"F32", "F16", "BF16"}
-"""Types for which there is nothing to choose: both programs write the same values."""
+"""Types without a choice: both programs write the same values."""
 
 
 @dataclass(frozen=True)

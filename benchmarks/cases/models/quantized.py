@@ -62,7 +62,7 @@ class Quantized(Case):
 
 
 def fall_back(narrow: ModelFile, wide: ModelFile, mix: str) -> float:
-    """Returns the share of matrices to which the mix gives different types in the two models."""
+    """Returns the share of matrices to which the mix gives different types in the narrow model and in the wide one."""
     matrices = [name for name, tensor in narrow.tensors.items() if not is_kept(name, tensor.shape)]
     here, there = (choose_types(model, Wishes(MIXES[mix], has_importance=True)) for model in (narrow, wide))
     return sum(here[name] != there[name] for name in matrices) / len(matrices)

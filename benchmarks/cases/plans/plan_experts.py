@@ -55,7 +55,6 @@ class PlanExperts(Case):
 
 
 async def _times(source: random.Random, cluster: Cluster) -> Times:
-    """Measures the milliseconds of a token and of a long prompt, one request at a time."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     assert cluster.plan.prompt_tokens == _LONG_PROMPT
     decoded = await run(cluster, prompts(source, 1, PROMPT, vocabulary)[0], TOKENS)

@@ -69,7 +69,6 @@ class PlanTypes(Case):
 
 
 async def _predicted(cluster: Cluster) -> dict[str, dict[str, float]]:
-    """Lets the workers measure themselves. Returns the predicted times by kind of prediction."""
     model, workers = cluster.model, cluster.registry.present
     types = tuple(map(int, model.quant_types))
     order = ProfileWorker(str(model.file.path), model.model_id, 0, types)
@@ -84,7 +83,6 @@ def _limits(profile: DeviceProfile) -> DeviceProfile:
 
 
 def _times(cluster: Cluster, profiles: Mapping[str, Profile]) -> dict[str, float]:
-    """Predicts the times of the current plan for workers with these profiles."""
     workers = {name: WorkerResources.of(worker) for name, worker in cluster.registry.present.items()}
     planner = cluster.supervisor.planner
     assert isinstance(planner, ClusterPlanner)
@@ -96,7 +94,6 @@ def _times(cluster: Cluster, profiles: Mapping[str, Profile]) -> dict[str, float
 
 
 async def _measured(cluster: Cluster, source: random.Random) -> dict[str, float]:
-    """Measures the time of a prompt, and the median time of a decode step, which is what workers measure."""
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     finished = await run(cluster, prompts(source, 1, _PROMPT, vocabulary)[0], 1)
     prompt = prompts(source, 1, _SHORT_PROMPT, vocabulary)[0]

@@ -27,7 +27,7 @@ from llamaclust.tools.assume.shapes import SHAPES, ModelShape
 HEADS = {"right": 1, "wrong": -1}
 """The sign of the head's output, by kind of head."""
 _OWN = ("nextn.embed_tokens.weight", "nextn.shared_head_head.weight")
-"""Tensors that the file omits, because the head uses those of the model."""
+"""Tensors that are absent from the file, because the head uses those of the model."""
 
 
 def shape_of(layers: int, hidden: int, vocabulary: int) -> ModelShape:
@@ -58,7 +58,7 @@ def _constructed(source: TensorSource, sign: int) -> TensorSource:
 
 
 def _first_inputs(rows: int, columns: int, sign: int) -> memoryview:
-    """Returns a Q8_0 matrix [rows, columns] whose outputs are its first inputs, times `sign`."""
+    """Returns a Q8_0 matrix [rows, columns]. Its product with a vector is the beginning of the vector, times `sign`."""
     blocks = np.zeros((rows, columns // 32, 34), np.uint8)
     row = np.arange(rows)
     blocks[row, row // 32, :2] = np.array([sign / 127], np.float16).view(np.uint8)

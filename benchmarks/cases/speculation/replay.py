@@ -20,7 +20,7 @@ from llamaclust.core.errors import UsageError
 
 _PROMPT = 64
 _GOALS = {0.95: ">= 0.85", 0.0: ">= 0.97"}
-"""The wanted ratio of the measured gain to the gain that row costs allow, by acceptance."""
+"""The wanted ratio of the measured gain to the gain that the costs of rows allow, by acceptance."""
 
 
 @dataclass(frozen=True)

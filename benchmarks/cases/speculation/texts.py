@@ -20,7 +20,7 @@ from llamaclust.core.sampling import SamplingParams
 
 _GOALS = {"copy": ">= 3", "edit": ">= 3", "quote": ">= 1.3", "prose": ">= 0.97"}
 _LEAST_TOKENS = 32
-"""The minimum number of tokens of an answer, for a meaningful rate."""
+"""The fewest tokens of an answer that give a meaningful rate."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Texts(Case):
                     yield Group(f"{stages} stages, {kind}", ways, {"tok/s": _GOALS[kind]})
 
     async def _measure(self, model: Served, kind: str, plain: bool, turn: int) -> Measures:
-        """Runs the first prompt that fits in the context. Seeds are tried in order, beginning with this turn's."""
+        """Runs the first prompt that fits in the context. Seeds are tried in order, starting with that of the turn."""
         for seed in count(1000 * self.seed + turn, 1_000_000):
             (prompt,) = prompts(model.model, (kind,), 1, self.characters, seed)
             request = self._request(model, prompt, turn)

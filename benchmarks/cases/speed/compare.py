@@ -73,7 +73,7 @@ class Compare(Case):
 
 
 def facts(quant_type: QuantType) -> str:
-    """Describes a type: bits per weight in the file, and bytes in memory relative to those in the file."""
+    """Describes a type: bits per weight in the file, and the ratio of bytes in memory to bytes in the file."""
     info, rows, cols = quant_type.info, 16, 2048
     tiles = _native.PackedMatrix(quant_type, rows, cols).bytes / (rows * info.row_bytes(cols))
     return f"{8 * info.block_bytes / info.block_size:.4g} bits, tiles of {tiles:.2f} of its bytes"

@@ -19,7 +19,7 @@ from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.core.errors import LlamaclustError
 
 _FIRST, _LAST = 2000, 2400
-"""Time is measured between these two tokens of the answer. The other streams are open by then."""
+"""The two tokens of the answer between which time is measured. The other streams are open by then."""
 _AT_ONCE = 250
 _DEADLINE_S = 120.0
 _BODY = {"prompt": "Once upon a time", "temperature": 0, "speculative": False, "ignore_eos": True}
@@ -76,7 +76,6 @@ async def _events(reader: asyncio.StreamReader, count: int) -> None:
 
 @asynccontextmanager
 async def _waiting(api: str, streams: int) -> AsyncIterator[None]:
-    """Keeps this many streams open within the context."""
     room = asyncio.Semaphore(_AT_ONCE)
 
     async def one() -> Connection:

@@ -22,9 +22,9 @@ from llamaclust.kernels.probes import ReadProbe
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 MEMORY_BYTES = 256 << 20
-"""Bytes of weights that a measurement of few tokens reads: several times what caches hold."""
+"""Bytes of weights that a measurement with few tokens reads, several times more than caches hold."""
 WORK = 4e9
-"""The number of multiply-adds in a measurement of many tokens."""
+"""The number of multiply-adds of a measurement with many tokens."""
 _READ_S, _PEAK_S = 0.2, 0.05
 FAR, NEAR = "far", "near"
 _FEW_TOKENS = 2  # of products that know both ways to prefetch
@@ -116,7 +116,7 @@ class Kernel:
 def matrices_of(
     tile_type: QuantType, rows: int, cols: int, quant_type: QuantType, least_bytes: int = MEMORY_BYTES
 ) -> list[_native.PackedMatrix]:
-    """Makes so many matrices that caches cannot hold them. All have the same weights, each in its own memory."""
+    """Makes enough matrices that caches cannot hold them. All have equal weights, each in its own memory."""
     data = np.frombuffer(random_matrix(np.random.default_rng(0), quant_type, (rows, cols)), np.uint8)
     matrices = []
     for _ in range(max(1, least_bytes // len(data))):

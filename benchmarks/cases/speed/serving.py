@@ -28,8 +28,6 @@ _WORDS = ("sea", "wind", "stone", "river", "house", "light", "road", "bird", "ni
 
 @dataclass(slots=True)
 class Served:
-    """The results of one server under one load."""
-
     tokens: int = 0
     errors: int = 0
     first_s: list[float] = field(default_factory=list)
@@ -67,7 +65,8 @@ class Serving(Case):
                 yield Group(f"{streams} streams", {name: partial(self._offer, apis[name], streams) for name in apis})
 
     async def _offer(self, api: str, streams: int, turn: int) -> Measures:
-        """Runs streams until the time is up, then cancels them. Each event of a cancelled answer counts as a token."""
+        """Runs streams until the time is over, then cancels them. Each event of a cancelled answer counts as one
+        token."""
         found, begun_s = Served(), time.monotonic()
         tasks = [asyncio.create_task(self._stream(api, Random(f"{turn} {n}"), found)) for n in range(streams)]
         await asyncio.sleep(self.seconds)

@@ -77,7 +77,7 @@ def _workers_s(cluster: Cluster) -> float:
 
 
 def _difference(before: Sequence[StageReport], after: Sequence[StageReport]) -> tuple[float, tuple[float, ...]]:
-    """Returns the mean rows of a microbatch and the mean compute ms of each stage, between two reports."""
+    """Returns the mean number of rows of a microbatch and the mean compute ms of each stage, between two reports."""
     count = after[0].microbatches - before[0].microbatches
     pairs = zip(before, after, strict=True)
     times = (b.compute_ms * b.microbatches - a.compute_ms * a.microbatches for a, b in pairs)

@@ -51,7 +51,6 @@ class Streaming(Case):
         return {"tok/s": speed, "client tok/s": speed}
 
     async def _curl(self, bench: Bench, streams: int, turn: int) -> Measures:
-        """Reads all answers with one curl, which writes each into a file."""
         with TemporaryDirectory(prefix="llamaclust-") as folder:
             paths = [Path(folder) / str(number) for number in range(streams)]
             command = [
@@ -80,7 +79,6 @@ class Streaming(Case):
         return [*words, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
 
     def _decode_tok_s(self, path: Path) -> float:
-        """Returns an answer's speed by the coordinator's clock. Raises LlamaclustError if the answer is incomplete."""
         timings, usage = None, None
         for line in path.read_bytes().splitlines():
             if line.startswith(b"data: {"):

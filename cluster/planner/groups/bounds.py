@@ -1,4 +1,4 @@
-"""Lower bounds of the time of layers on workers and groups. The search prunes chains by them."""
+"""Lower bounds on the seconds that layers take on workers and groups. The search prunes chains by these bounds."""
 
 from __future__ import annotations
 
@@ -53,7 +53,6 @@ class LayerBounds:
 
 
 def _layers_s(total: Table) -> Table:
-    """Returns the least time that each layer adds to any stage."""
     layers = len(total) - 1
     starts, ends = np.triu_indices(layers + 1, 1)
     longer: Table = np.full(layers, np.inf)

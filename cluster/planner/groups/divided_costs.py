@@ -13,7 +13,8 @@ from llamaclust.model.costs import ModelCosts
 from llamaclust.model.groups.costs import DividedLayer, GroupCosts, PortionCost
 
 _FINE = 64
-"""The number of units from which a part counts as divisible in any ratio. Others, such as heads, keep whole units."""
+"""The number of units from which a part counts as divisible in any ratio. Parts with fewer units, such as heads, stay
+in whole units."""
 
 Shares = Table
 """The shares of members, [members, ...], with sum 1."""
@@ -21,9 +22,9 @@ Shares = Table
 
 @dataclass(frozen=True, slots=True)
 class DividedCosts:
-    """A model's costs in groups, by the way of division. `whole` are the leader's undivided parts, and `follower` those
-    of other members. An entry of `coarse` is `whole` plus the parts with so many units; `fine` is `whole` plus the
-    parts that are divisible in any ratio."""
+    """A model's costs in groups, by kind of part. `whole`: the undivided parts, which the leader holds. `follower`: the
+    undivided parts of other members. An entry of `coarse` is `whole` plus the parts with a certain number of units;
+    `fine` is `whole` plus the parts that are divisible in any ratio."""
 
     whole: StageCosts
     follower: StageCosts
@@ -45,7 +46,7 @@ class DividedCosts:
         return self.divided == _divided(costs)
 
     def tables(self, table: Callable[[StageCosts], Table], *, leads: bool = True) -> DividedTables:
-        """Evaluates `table`, which must be additive over the parts of a member."""
+        """Evaluates `table`, a function that must be additive over the parts of a member."""
         whole = table(self.whole)
         return DividedTables(
             whole if leads else table(self.follower),
@@ -100,7 +101,6 @@ def _divided(costs: GroupCosts) -> tuple[DividedLayer, ...]:
 
 
 def _costs(costs: GroupCosts, kinds: set[int]) -> StageCosts:
-    """Returns a leader's costs with all parts whose number of units is in `kinds`, and without other divided parts."""
     alike = {id(layer): _kept(layer, kinds) for layer in costs.layers}
     kept = replace(
         costs, members=1, layers=tuple(alike[id(layer)] for layer in costs.layers), head=_kept(costs.head, kinds)
@@ -122,13 +122,12 @@ def _portions(layer: DividedLayer, kinds: set[int]) -> Iterator[PortionCost]:
 
 
 def _more(table: Table, whole: Table) -> Table:
-    """Returns `table` less `whole`, or 0 where one of them is not finite."""
     both = np.isfinite(table) & np.isfinite(whole)
     return np.subtract(table, whole, out=np.zeros_like(whole), where=both)
 
 
 def _in_units(units: int, shares: Shares) -> Shares:
-    """Returns the shares rounded to whole units, at least one each, as `borders` divides them."""
+    """Returns the shares rounded to whole units, at least one for each member, as `borders` divides them."""
     members = len(shares)
     places = np.rint(units * np.cumsum(shares, axis=0))
     before: Table = np.zeros(shares.shape[1:])

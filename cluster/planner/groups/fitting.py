@@ -20,8 +20,8 @@ _MOVES = 100
 
 
 def fitted(sizes: MemoryModel, entry: Assignment, workers: Mapping[str, WorkerFacts], contexts: int) -> Assignment:
-    """Moves shares from the member that lacks most memory to the one with most left, until `contexts` whole contexts
-    fit. Returns `entry` unchanged if they never do."""
+    """Moves shares from the member that lacks most memory to the one with most free memory, until KV memory for
+    `contexts` full-length sequences fits. Returns `entry` unchanged if it never fits."""
     costs_of, shares = sizes.request.group_costs, entry.shares
     if not shares or costs_of is None:
         return entry
@@ -46,7 +46,7 @@ def _lacking_bytes(
     worker: WorkerFacts,
     contexts: int,
 ) -> float:
-    """Returns the bytes that a member lacks. The workspace is that of the first shares, as moves change it little."""
+    """Returns the bytes that a member lacks. Uses the workspace of the first shares, because moves change it little."""
     if worker.memory_bytes is None:
         return -inf
     member = entry.workers.index(worker.name)

@@ -1,4 +1,5 @@
-"""Predicts a group that holds all layers, to compare it with a plan of stages, or tells why there is no such group."""
+"""Predicts a group that holds all layers, for comparison with a plan of stages, or explains why there is no such
+group."""
 
 from __future__ import annotations
 
@@ -17,13 +18,15 @@ from llamaclust.cluster.planner.plan import RejectedGroup, usual_prompt_tokens
 from llamaclust.cluster.planner.work import works_of
 
 _ALL_SETS = 4
-"""The most workers of which all sets are tried. Of more, only the set of the fastest is tried for each size."""
+"""All sets of at most this many workers are tried. Of more workers, only the set of the fastest workers of each
+size."""
 _NO_LINKS = "accepts no links of groups", "accept no links of groups"
 _Candidate = tuple[Assignment, Chain]
 
 
 def rejected_group(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> RejectedGroup | str | None:
-    """Returns the best group, or the reason why there is none. None if the plan has groups or is not predicted."""
+    """Returns the best group, or the reason why there is none. Returns None if the plan has groups or was not
+    predicted."""
     if len(workers) < 2 or plan.prediction is None or any(stage.shares for stage in plan.members):
         return None
     if (obstacle := _obstacle(plan.sizes, workers)) is not None:
@@ -48,7 +51,7 @@ def _best(plan: Chain, workers: Sequence[WorkerFacts], contexts: int) -> _Candid
 
 
 def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
-    """Returns the reason against any group, if it is the same for all groups."""
+    """Returns a reason that excludes every group; None if there is none."""
     request, able = sizes.request, [worker for worker in workers if worker.joins_groups]
     if request.no_groups or request.largest_group < 2 or request.group_costs is None:
         return request.no_groups or "it may have none"
@@ -65,7 +68,7 @@ def _obstacle(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str | None:
 
 
 def _sets(plan: Chain, workers: Sequence[WorkerFacts]) -> Iterator[list[tuple[WorkerFacts, ...]]]:
-    """Yields the sets of possible members of each size. In a set, the fastest member comes first, and leads."""
+    """Yields the sets of possible members of each size. The fastest member of a set comes first and leads."""
     sizes, request = plan.sizes, plan.sizes.request
     able = [worker for worker in workers if worker.joins_groups]
     able.sort(key=lambda worker: sizes.stages.decode_s(worker, 0, sizes.stages.layers))
@@ -97,7 +100,8 @@ def _group(sizes: MemoryModel, members: Sequence[WorkerFacts], contexts: int) ->
 
 
 def _request_s(chain: Chain) -> float:
-    """Returns the time of a usual request by the objective: alone, or on the slowest stage while many are computed."""
+    """Returns the time by which the objective judges a usual request: the request alone, or the slowest stage with many
+    requests."""
     prediction, request = chain.prediction, chain.sizes.request
     assert prediction is not None, "all workers were measured"
     if request.objective == "latency":

@@ -1,4 +1,4 @@
-"""Searches chains of workers and groups: over all sets if they are few, or else over neighbours in likely orders."""
+"""Searches chains of workers and groups: over all sets if there are few, otherwise over neighbours in likely orders."""
 
 from __future__ import annotations
 
@@ -32,22 +32,20 @@ from llamaclust.cluster.planner.splits.stage_tables import link_table
 from llamaclust.cluster.planner.work import Work
 
 _MOST_STEPS = 3**8
-"""The most steps for which all sets are tried. Eight workers that all differ need as many."""
+"""The most steps for which all sets are tried, enough for eight workers that all differ."""
 _SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 _MEMBER = 1e-3
-"""The share of the least possible time that each member of a group must gain."""
+"""The share of the least possible time by which each member of a group must shorten the time."""
 _LIMITS = 512
 _ROUNDS = 6
 _NOTHING = 1.01
 _AT_LEAST = 0.97
-"""The factor of a lower bound, below 1 because a layer's share of the time differs between workers."""
+"""The factor of a lower bound. It is below 1, because a layer's share of the time differs between workers."""
 _NEVER_S = 1e300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Workers that may hold a stage together, the leader first. Tables are computed on demand."""
-
     members: tuple[int, ...]
     search: GroupSearch
 
@@ -58,7 +56,7 @@ class Group:
         return self.search.costs_of(self.members).integer_shares(start, end, self.search.works[work])[0]
 
     def takes_longer(self, start: int, end: int, work: int) -> bool:
-        """Returns True if whole-number shares take longer than the table says, and raises the table's factor."""
+        """Returns True if whole-number shares take longer than the table says. Then also raises the table's factor."""
         costs = self.search.costs_of(self.members)
         factor = costs.integer_shares(start, end, self.search.works[work])[1]
         is_longer = _NOTHING * costs.factor < factor < inf
@@ -69,7 +67,8 @@ class Group:
 
 @dataclass(eq=False)
 class GroupSearch:
-    """The search for the best split. Workers of a class have equal links. Pairs in `apart` cannot reach each other."""
+    """The search for the best split. Workers of a class have equal links. Workers of a pair in `apart` cannot reach
+    each other."""
 
     sizes: MemoryModel
     workers: Sequence[WorkerFacts]
@@ -85,7 +84,8 @@ class GroupSearch:
         self.holders.extend(self.classes)
 
     def best(self, below: float, known: Best | None) -> Best | None:
-        """Returns the best split that takes less than `below`. Searches again if groups take longer in whole shares."""
+        """Returns the best split that takes less than `below`. Repeats the search if groups take longer with
+        whole-number shares."""
         best = None
         for _ in range(_ROUNDS):
             best = self._best(below, known)
@@ -100,7 +100,7 @@ class GroupSearch:
         return any(longer)
 
     def _best(self, below: float, known: Best | None) -> Best | None:
-        """Searches groups of neighbours first, then all sets for the work of the best split so far (at first
+        """Searches groups of neighbours first. Then searches all sets, for the work of the best split so far (at first
         `known`)."""
         neighbours, others = self._places()
         if len(self.holders) == len(self.classes):
@@ -121,8 +121,8 @@ class GroupSearch:
         return Way(Steps(places, self.holders, number, ends, self._bounds(number)), work, limits, least)
 
     def _slow_s(self, number: int) -> Iterator[float]:
-        """Yields, for each worker, the least time in which it does the slowest stage's work for all layers, if memory
-        did not limit it."""
+        """Yields for each worker the shortest time of the slowest stage's work for all layers, as if its memory
+        sufficed."""
         stages = self.sizes.stages
         for worker, found in enumerate(self.workers):
             on_processor = sum(
@@ -148,7 +148,7 @@ class GroupSearch:
         )
 
     def _places(self) -> tuple[list[Places], list[Places]]:
-        """Returns neighbours in likely orders, whose best split prunes, and then all sets if these are few."""
+        """Returns neighbours in likely orders, whose best split prunes the search, then all sets if there are few."""
         order = [worker for worker_class in self.classes for worker in worker_class.workers]
         by_speed = tuple(sorted(order, key=self._token_s.__getitem__))
         by_memory = tuple(sorted(order, key=self._memory))
@@ -188,7 +188,7 @@ class GroupSearch:
         return self._numbers[key]
 
     def _may_hold(self, members: tuple[int, ...]) -> bool:
-        """True if gathers take less time than the slowest member does for all layers. Otherwise a chain is as fast."""
+        """True if gathers take less time than the slowest member takes for all layers. Otherwise a chain is as fast."""
         request, facts = self.sizes.request, [self.workers[member] for member in members]
         if len(members) > request.largest_group or not all(worker.joins_groups for worker in facts):
             return False
@@ -204,13 +204,13 @@ class GroupSearch:
 
     @cached_property
     def _token_s(self) -> list[float]:
-        """The time that each worker takes for a token with all layers, as if its memory sufficed."""
+        """The seconds per token of each worker with all layers, as if its memory sufficed."""
         stages = self.sizes.stages
         return [stages.decode_s(worker, 0, stages.layers) for worker in self.workers]
 
     @cached_property
     def _rank(self) -> dict[int, tuple[bool, float, int]]:
-        """The order in which workers lead: those that reach all others first, then the fastest."""
+        """The order in which workers become leaders: workers that reach all others first, then the fastest."""
         bound = frozenset[int]().union(*self.apart)
         return {worker: (worker in bound, seconds, worker) for worker, seconds in enumerate(self._token_s)}
 

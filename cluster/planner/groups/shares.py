@@ -1,4 +1,4 @@
-"""Computes shares of a group's members that let all members take equally long, as far as memory allows."""
+"""Computes the shares with which all members of a group take equally long, as far as memory allows."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.groups.divided_costs import DividedCosts, DividedTables, Shares
 
 _FEW = 100
-"""The largest sum of whole-number shares, except for the sum `MANY`, which is taken if it is faster."""
+"""The largest sum of whole-number shares, apart from `MANY`, which is used if it is faster."""
 MANY = 1000
 _NOTHING = 1.003
 _LEAST_DIVIDED = 1e-6
-"""The least divided time relative to the fixed time. It must not be 0, since it is a divisor."""
+"""The least divided time relative to the fixed time. It is not 0, because it is a divisor."""
 
 
 def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables, *, nearly: bool = False) -> Shares:
-    """Returns shares, [members, stages], for the least time of the slowest member. Their sum is below 1 if memory does
-    not suffice. `seconds` and bytes `lacking` (negative if free) are by member and stage. With `nearly`, coarse units
-    are divided in any ratio, too."""
+    """Returns the shares, [members, stages], with the least time of the slowest member. Their sum is below 1 if memory
+    does not suffice. `seconds` and `lacking` bytes (negative if free) are by member and stage. With `nearly`, coarse
+    units may be divided in any ratio."""
     shares = _filled(seconds, lacking, parts.least_units, margin=0.0 if nearly else 0.5)
     if nearly or not parts.coarse:
         return shares
@@ -34,7 +34,7 @@ def balanced(parts: DividedCosts, seconds: DividedTables, lacking: DividedTables
 
 
 def _filled(seconds: DividedTables, lacking: DividedTables, units: int, *, margin: float = 0.5) -> Shares:
-    """Fills all members to an equal time, so that shares sum to 1. `margin` of a unit stays free in each memory."""
+    """Fills all members to an equal time, so that shares sum to 1. In each memory, `margin` of a unit stays free."""
     fixed = seconds.whole
     each = np.maximum(seconds.divided, _LEAST_DIVIDED * np.abs(fixed) + 1e-12)
     short, more, least = lacking.whole, lacking.divided, 1 / units
@@ -59,7 +59,8 @@ def _taken(limit: Table, fixed: Table, each: Table, least: float, most: Table) -
 
 
 def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float]) -> tuple[tuple[int, ...], float]:
-    """Returns small whole numbers near the exact shares at almost the least cost, and this cost (inf: none fits)."""
+    """Returns small whole numbers near the exact shares whose cost is almost the least, and this cost (inf: none
+    fits)."""
     near = (in_total(shares, total) for total in (*range(len(shares), _FEW + 1), MANY))
     costs = {found: cost(found) for found in dict.fromkeys(near)}
     limit = _NOTHING * min(costs.values())
@@ -69,7 +70,8 @@ def as_integers(shares: Sequence[float], cost: Callable[[tuple[int, ...]], float
 
 
 def in_total(shares: Sequence[float], total: int) -> tuple[int, ...]:
-    """Returns whole numbers with the sum `total`. The sum is higher if a member would have none."""
+    """Returns whole numbers near the shares with the sum `total`. The sum is higher if a member would otherwise have
+    none."""
     wanted = np.array(shares) * total / sum(shares)
     found = np.floor(wanted).astype(int)
     for member in np.argsort(found - wanted, kind="stable")[: total - int(found.sum())]:

@@ -25,7 +25,8 @@ _INNER, _FIRST, _LAST, _ALL = range(4)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Kinds:
-    """Kinds of stages. Stages are of one kind if their layers are equal and both or neither begin (end) the model."""
+    """Kinds of stages. Two stages are of one kind if their layers are equal, both or neither begin the model, and both
+    or neither end it."""
 
     kind_of: Counts  # by start and end
     places: tuple[Counts, Counts]  # start and end of one of each kind
@@ -85,13 +86,12 @@ class _DividedModel:
 
 @dataclass(slots=True, eq=False)
 class GroupTables:
-    """Tables of all sets of workers, computed on demand. Workers with equal facts share them."""
-
     _sizes: MemoryModel
     costs_of: Callable[[int], GroupCosts]
     _contexts: int
     nearly: bool = False
-    """True if stages need only fit with exact shares and workspaces of portions. `fitted` then finds whole units."""
+    """True if stages need only fit with exact shares and the workspaces of portions. `fitted` finds whole units
+    later."""
     _divided: dict[int, _DividedModel] = field(default_factory=dict)
     _seconds: dict[tuple[int, WorkerFacts, Rows], DividedTables] = field(default_factory=dict)
     _lacking: dict[tuple[int, WorkerFacts, bool, Portion | None], DividedTables] = field(default_factory=dict)
@@ -116,7 +116,8 @@ class GroupTables:
         return float(divided.gathers.count[divided.kinds.kind_of[0, -1]])
 
     def least_gathers_s(self, work: Work, link: Link) -> Table:
-        """Returns the least time of each layer's gathers in any group: half of each row or more goes to one member."""
+        """Returns the least time of each layer's gathers in any group. One member always receives half of each row or
+        more."""
         steps = sum(step.steps for step in work.each)
         rows = sum(step.steps * step.rows * (1 - HIDDEN_SHARE * step.is_prompt) for step in work.each)
         every = [
@@ -141,7 +142,7 @@ class GroupTables:
         return DividedTables.of_members(found)
 
     def lacking(self, divided: _DividedModel, members: Sequence[WorkerFacts]) -> DividedTables:
-        """Returns the bytes of memory that are lacking, by member and kind of stage. The first member leads."""
+        """Returns the bytes of memory that are lacking, by member and kind of stage. The first member is the leader."""
         found = []
         for place, member in enumerate(members):
             portion = Portion((1,) * len(members), min(place, 1)) if self.nearly else None
@@ -163,10 +164,10 @@ class GroupTable:
     links: GroupLinks
     divided: _DividedModel
     factor: float = 1.0
-    """The time with whole-number shares relative to exact ones (see `GroupSearch.best`)."""
+    """The ratio of the time with whole-number shares to the time with exact shares (see `GroupSearch.best`)."""
 
     def of_work(self, work: Work) -> StageTable:
-        """Returns the seconds of the work without links to other stages. Infinite if the stage does not fit."""
+        """Returns the seconds of the work, without links to other stages; infinite for stages that do not fit."""
         kind_of = self.divided.kinds.kind_of
         slow = np.where(self._fits, self.factor * self._work_s(work.slowest), np.inf)
         starts, ends = np.indices(kind_of.shape)
@@ -180,12 +181,12 @@ class GroupTable:
         return total
 
     def _computing(self, step: Rows) -> DividedTables:
-        """Returns the time of one such step by member and kind of stage, while other stages on a machine compute."""
+        """Returns the time of one step by member and kind of stage, while other stages on the same machine compute."""
         return self.tables.seconds(self.divided, self.members, Rows(step.rows, 1, step.is_prompt, concurrent=True))
 
     @cached_property
     def _shares(self) -> Shares:
-        """The shares, [members, cells], where `_cells` numbers the cells."""
+        """The shares, [members, cells]. `_cells` numbers the cells."""
         kinds = self.divided.kinds
         layers = len(kinds.kind_of) - 1
         numbers = kinds.kind_of[_places(layers)]
@@ -203,7 +204,7 @@ class GroupTable:
 
     @cached_property
     def _parts(self) -> tuple[list[Table], Table]:
-        """The members' coarse and fine parts, [members, kinds of stages]."""
+        """The coarse and fine parts of the members, [members, kinds of stages]."""
         cells = self.divided.kinds.cells
         return [part[:, cells] for part in self.divided.parts.coarse_parts(self._shares)], self._shares[:, cells]
 
@@ -227,7 +228,7 @@ class GroupTable:
         )
 
     def integer_shares(self, start: int, end: int, work: Work) -> tuple[tuple[int, ...], float]:
-        """Returns the fastest whole-number shares that fit, and their time relative to that of exact shares."""
+        """Returns the fastest whole-number shares that fit, and the ratio of their time to that of exact shares."""
         kind = np.array([self.divided.kinds.kind_of[start, end]])
         lacking, parts = self._lack.chosen(kind), self.divided.parts
         steps = [*work.slowest, *(work.each if work.adds_up else ())]
@@ -260,7 +261,7 @@ def _step_s(costs: StageCosts, worker: WorkerFacts, step: Rows) -> Table:
 
 
 def _cells(layers: int) -> Counts:
-    """Numbers stages by length, and by their being first or last. Stages with equal numbers get equal shares."""
+    """Numbers stages by length and by whether they are first or last. Stages with equal numbers get equal shares."""
     starts, ends = np.indices((layers + 1, layers + 1))
     kinds = np.where(starts == 0, np.where(ends == layers, _ALL, _FIRST), np.where(ends == layers, _LAST, _INNER))
     found: Counts = kinds * (layers + 1) + np.clip(ends - starts, 0, layers)
@@ -268,7 +269,7 @@ def _cells(layers: int) -> Counts:
 
 
 def _places(layers: int) -> tuple[Counts, Counts]:
-    """Returns start and end of a stage for each cell. A cell without stages gets another cell's stage."""
+    """Returns start and end of a stage for each cell. For a cell without stages, returns those of another cell."""
     counts = np.arange(layers + 1)
     some = np.clip(counts, 1, layers)
     starts = [np.where(some < layers - 1, 1, 0), np.zeros_like(some), layers - some, np.zeros_like(some)]

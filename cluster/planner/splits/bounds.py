@@ -1,4 +1,4 @@
-"""Lower bounds for all splits, which assume that every worker has its best position."""
+"""Lower bounds of the time of all splits, on the assumption that every worker has its best position."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _POINTS = 8
 
 
 def least_seconds(classes: Sequence[WorkerClass], works: Sequence[Work]) -> float:
-    """Returns a lower bound of the time of all splits of single workers, for the best of `works`."""
+    """Returns a lower bound of the time of all splits without groups, for the best of `works`."""
     return min((_least_seconds(classes, number, work) for number, work in enumerate(works)), default=inf)
 
 
 def _least_seconds(classes: Sequence[WorkerClass], number: int, work: Work) -> float:
-    """Bounds each interval of limits: the slowest stage by the lower limit, and the total with the upper limit."""
+    """Returns a lower bound for one work. In each interval of limits, the lower limit bounds the slowest stage, and the
+    upper limit bounds the total."""
     sized = [(len(one.workers), one.table(number)) for one in classes]
     limits, layers = stage_limits(table for _, table in sized), sized[0][1].layers
     first = bisect_left(limits, layers, key=lambda limit: _most_layers(sized, limit))
@@ -55,7 +56,7 @@ def _most_layers(sized: Sequence[tuple[int, StageTable]], limit: float) -> int:
 
 
 def _longest(table: StageTable, limit: float) -> tuple[int, int]:
-    """Returns the most layers within the limit, as (of a stage without the last layer, of a stage with it)."""
+    """Returns the most layers within the limit: of a stage without the last layer, and of a stage with it."""
     ends = np.arange(table.layers + 1)
     sizes: Table = np.where(table.within(limit), ends - ends[:, np.newaxis], 0)
     return int(sizes[:, :-1].max()), int(sizes[:, -1].max())

@@ -15,7 +15,7 @@ from llamaclust.cluster.planner.costs import Table
 from llamaclust.cluster.planner.splits.holders import Holder, StageTable
 
 Stage = tuple[int, int, int]
-"""A stage as (number of the holder, start, end): the holder has layers [start, end)."""
+"""A stage as (number of its holder, start, end), with layers [start, end)."""
 
 Ways = frozenset[frozenset[int]]
 """Pairs of workers, by their index in the cluster file."""
@@ -33,7 +33,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A holder (a worker or group) that gets the next layers. `before` are the places of possible predecessors."""
+    """A holder (a worker or group) that gets the next layers. `before`: the places of possible predecessors."""
 
     holder: int
     before: tuple[int, ...]
@@ -44,7 +44,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The cheapest of the places in `before`, or the first of equal ones."""
+    """The cheapest of the places in `before`, the first one on a tie."""
 
     before: tuple[int, ...]
 
@@ -54,7 +54,7 @@ Places = Sequence[Step | Choice]
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Leaders of stages that may be first (None: all), and leaders that must then not be last."""
+    """Leaders of stages that may be first (None: all), and leaders that then must not be last."""
 
     first: Collection[int] | None = None
     not_last: Collection[int] = ()
@@ -64,18 +64,16 @@ class Bounds(Protocol):
     """Lower bounds of the cost of layers on given numbers of workers of each class."""
 
     def together(self, workers: Counts) -> Table:
-        """Returns bounds for the first n layers, by n, on all of these workers together."""
+        """Returns by n bounds for the first n layers on all of these workers together."""
         ...
 
     def of_rest(self, workers: Counts) -> Table:
-        """Returns bounds for all layers from layer n on, by n, on any of these workers."""
+        """Returns by n bounds for all layers from layer n on, on any of these workers."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class Steps:
-    """All splits along `places` for one work, with any of `ends`."""
-
     places: Places
     holders: Sequence[Holder]
     work: int
@@ -83,7 +81,7 @@ class Steps:
     bounds: Bounds | None = None
 
     def least(self, limit: float, most_total: float = inf) -> Split | None:
-        """Returns the split with the least total whose slowest stage is within the limit. None if there is none."""
+        """Returns the split with the least total whose slowest stage is within the limit; None if there is none."""
         tables = dict[int, tuple[StageTable, Table]]()
         runs = (_Run(self, ends, tables, limit, most_total) for ends in self.ends)
         splits = [split for run in runs if (split := run.least()) is not None]
@@ -132,7 +130,8 @@ class _Run:
         return self._tables[holder]
 
     def _extended(self, costs: Table, place: Step) -> Table:
-        """Adds the step's own stage. A cost is infinite if it and the rest's lower bound exceed the total's limit."""
+        """Adds the step's own stage. The cost becomes infinite if it would exceed the total's limit together with the
+        lower bound of the rest."""
         bounds = self._steps.bounds if place.own and self._most < inf else None
         rest: Table = np.zeros(1)
         if bounds is not None:
@@ -169,15 +168,15 @@ class _Run:
 
 
 HolderOf = Callable[[tuple[int, ...]], int | None]
-"""Returns the number of the holder that consists of these workers, or None if they cannot hold a stage together."""
+"""Returns the number of the holder that consists of these workers; None if they cannot hold a stage together."""
 LeaderOf = Callable[[int], int]
 
 
 def in_order(
     order: Sequence[int], sizes: Sequence[int], holder_of: HolderOf, leader_of: LeaderOf, apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps along one order of workers. Members of a group are neighbours in it. Leaders that are a pair in
-    `apart` are not adjacent."""
+    """Returns steps along one order of workers. Members of a group are neighbours in the order. Two leaders of a pair
+    in `apart` are never adjacent."""
     places: list[Step | Choice] = []
     upto: list[tuple[list[int], tuple[int, ...]]] = [([], ())]  # positions of steps, and of the choice of them
     for end in range(1, len(order) + 1):
@@ -200,8 +199,9 @@ def in_order(
 def any_order(
     sizes: Counts, held_by: tuple[tuple[Counts, int], ...], leaders: tuple[int, ...], apart: Ways = frozenset()
 ) -> Places:
-    """Returns steps through all sets in all orders. The first workers of a class are used first. `held_by` has the
-    workers of each holder by class, and its number. Workers of pairs in `apart` must have classes of their own."""
+    """Returns steps through all sets in all orders. The first workers of a class are used first. `held_by`: the workers
+    of each holder by class, and the number of the holder. Workers of pairs in `apart` must have classes of their
+    own."""
     numbers = dict(held_by)
     places: list[Step | Choice] = []
     found: dict[Counts, tuple[list[int], tuple[int, ...]]] = {}  # steps by workers used
@@ -223,7 +223,7 @@ def any_order(
 
 
 def _within(used: Counts, held_by: Collection[Counts]) -> Sequence[Counts]:
-    """Returns candidates that have no more workers of any class than `used`. Some of them may have no holder."""
+    """Returns candidates that have no more workers of any class than `used`. Some candidates may have no holder."""
     subsets = 1
     for count in used:
         subsets *= count + 1
@@ -262,8 +262,8 @@ def steps_in_any_order(sizes: Sequence[int], held_by: Sequence[Counts]) -> int:
 
 
 def constrained_ends(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """Returns the possible first and last leaders. As the last stage is adjacent to the first, each worker of a pair in
-    `apart` is tried as the first one on its own."""
+    """Returns the possible first and last leaders. The last stage is adjacent to the first one, so each worker of a
+    pair in `apart` gets its own entry as the first leader."""
     bound = sorted(worker for worker in workers if any(worker in pair for pair in apart))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:

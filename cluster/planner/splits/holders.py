@@ -37,7 +37,8 @@ class StageTable:
 class Holder(Protocol):
     @property
     def members(self) -> tuple[int, ...]:
-        """Workers by their index in the cluster file, the leader first. One worker stands for all of its class."""
+        """Workers by their index in the cluster file, the leader first. One worker represents all workers of its
+        class."""
         ...
 
     def table(self, work: int) -> StageTable: ...
@@ -64,7 +65,8 @@ def worker_classes(
     tables: Callable[[WorkerFacts], tuple[StageTable, ...]],
     unlike: Collection[str] = (),
 ) -> list[WorkerClass]:
-    """Groups workers with equal facts into classes, those in `unlike` each alone. Calls `tables` once a class."""
+    """Groups workers with equal facts into classes. Each worker in `unlike` has its own class. Calls `tables` once for
+    each class."""
     alike: dict[WorkerFacts, list[int]] = {}
     for index, worker in enumerate(workers):
         alike.setdefault(worker if worker.name in unlike else replace(worker, name=""), []).append(index)

@@ -1,4 +1,4 @@
-"""Orders of single workers to try: the file's order first, then all orders if they are few, or else likely ones."""
+"""Orders of single workers to try: the file's order first, then all orders if there are few, otherwise likely ones."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from llamaclust.cluster.planner.work import Work
 _MOST_STEPS = 1024
 
 _ANY_WORK = Work(slowest=(), slowest_rows=0, each=(), hops=0, hop_rows=0, adds_up=True)
-"""The work of tables whose values are not seconds."""
+"""A placeholder work for tables whose values are not seconds."""
 
 Order = Sequence[int]
 
 
 def ways_of_workers(classes: Sequence[WorkerClass], works: Sequence[Work], apart: Ways) -> Iterator[list[Way]]:
-    """Yields ways for each work, first in the file's order, then in others. Pairs in `apart` are not adjacent."""
+    """Yields the splits to try for each work: first in the file's order, then in others. Workers of a pair in `apart`
+    are never adjacent."""
     file = sorted(worker for worker_class in classes for worker in worker_class.workers)
     ends, limits = constrained_ends(file, apart), _limits(classes, works)
 
@@ -92,7 +93,6 @@ def class_numbers(classes: Sequence[WorkerClass]) -> dict[int, int]:
 
 
 def likely_orders(file: Order, classes: Sequence[WorkerClass], work: int, limits: Table, apart: Ways) -> list[Order]:
-    """Returns orders that keep pairs apart, or if there are no pairs, orders with the best first and last worker."""
     if apart:
         return [_spread(file, apart), _spread(file[::-1], apart)[::-1]]
     numbers = class_numbers(classes)
@@ -100,7 +100,7 @@ def likely_orders(file: Order, classes: Sequence[WorkerClass], work: int, limits
 
 
 def _spread(order: Order, apart: Ways) -> list[int]:
-    """Changes the order as little as possible, so that no pair is adjacent. Workers without a place come last."""
+    """Changes the order as little as possible so that no pair is adjacent. Workers that cannot be placed come last."""
     spread: list[int] = []
     waiting = list(order)
     while waiting:
@@ -128,7 +128,7 @@ _Tables = Sequence[tuple[int, StageTable]]
 
 
 def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
-    """Returns orders of several lengths with the best first and last worker. The order between hardly matters."""
+    """Returns orders of several lengths with the best first and last worker. The order in between hardly matters."""
     by_total = sorted(file, key=lambda one: float(one[1].total[0, one[1].layers]))
     counts = range(1, len(file) + 1)
     fewest = bisect_left(counts, True, key=lambda count: _best_ends(by_total[:count], inf) is not None)
@@ -145,7 +145,7 @@ def _with_best_ends(file: _Tables, limits: Table) -> list[Order]:
 
 
 def _best_ends(order: _Tables, limit: float) -> Order | None:
-    """Returns the order with the best first and last worker, or None if it cannot cover all layers within the limit."""
+    """Returns the order with the best first and last worker; None if it cannot cover all layers within the limit."""
     layers, numbers = order[0][1].layers, np.arange(len(order))
     # [workers, layers]: where a stage ends at most
     reach = np.array([_reach(table, limit) for _, table in order])

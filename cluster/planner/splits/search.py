@@ -1,4 +1,4 @@
-"""Searches the best split by dynamic programming: exactly for a few workers or classes, or else over likely orders. A
+"""Searches the best split by dynamic programming: exactly for a few workers or classes, otherwise over likely orders. A
 split is judged by its slowest stage and by the sum over its stages. Workers may stay idle."""
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Work
 
 CLOSE = 0.995
-"""The search ends when no split can take less than this factor of the best time."""
+"""The search ends when no split can take less than this fraction of the best time."""
 CLEARLY_BETTER = 0.98
-"""The factor of the time that a less simple split must reach. Simple ones keep the file's order and have no groups."""
+"""The fraction of the time that a less simple split must reach to be chosen. Simple splits keep the file's order and
+have no groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """Splits to try for one work. `limits` of the slowest stage are ascending."""
+    """Splits to try for one work. `limits`, for the slowest stage, are ascending."""
 
     steps: Steps
     work: Work
@@ -31,8 +32,8 @@ class Way:
     least_slowest: float = 0.0  # lower bound for all splits
 
     def best(self, below: float) -> Split | None:
-        """Returns the best split that takes less than `below`, if any. Intervals of limits are halved, the most
-        promising one first. The split for an interval's upper limit has the least total of the interval."""
+        """Returns the best split that takes less than `below`, if any. Halves intervals of limits, the most promising
+        interval first. The split for the upper limit has the least total of the interval."""
         best: Split | None = None
         open_ = [(self.work.seconds(self.least_slowest, 0.0), 0, len(self.limits))]  # (at best, limits [low, high))
         while open_ and open_[0][0] < below:
@@ -51,7 +52,7 @@ class Way:
         return best
 
     def _least(self, place: int) -> float:
-        """Returns a lower bound of the slowest stage: it exceeds the previous limit."""
+        """Returns a lower bound of the slowest stage, which exceeds the previous limit."""
         return max(self.least_slowest, float(self.limits[place - 1]) if place else 0.0)
 
 
@@ -63,7 +64,7 @@ class Best:
 
 
 def best_of(kinds: Iterable[Sequence[Way]], below: float = inf) -> Best | None:
-    """Returns the best split of the first kind that no later kind clearly beats. None if there is no split."""
+    """Returns the best split of the first kind that no later kind clearly beats; None if there is no split."""
     best: Best | None = None
     for ways in kinds:
         limit = below if best is None else CLEARLY_BETTER * best.seconds

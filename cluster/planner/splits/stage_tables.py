@@ -15,13 +15,13 @@ from llamaclust.cluster.planner.splits.holders import StageTable
 from llamaclust.cluster.planner.work import Rows, Work
 
 _STAGE_S = 1e-9
-"""A small cost of each stage, so that of equal splits, the one with fewer stages is taken."""
+"""A small cost of each stage, so that the split with fewer stages wins a tie."""
 
 
 def stage_tables(
     sizes: MemoryModel, contexts: int, works: Sequence[Work], worker: WorkerFacts
 ) -> tuple[StageTable, ...]:
-    """Returns the worker's table for each work. Stages that do not fit are infinite."""
+    """Returns the worker's table for each work, with infinite values for stages that do not fit."""
     division = sizes.division(worker, contexts)
     fits = (sizes.shortfall_table(worker, contexts) == 0) & sizes.stages.possible
     return tuple(_table(sizes, division, work, worker).where(fits) for work in works)
@@ -58,7 +58,8 @@ def _step_s(sizes: MemoryModel, division: Division, worker: WorkerFacts, step: R
 
 
 def link_table(sizes: MemoryModel, work: Work, reach: Link) -> StageTable:
-    """Returns the link costs of a stage: rows that travel while stages compute, and messages from stage to stage."""
+    """Returns the seconds of a stage's links: rows that travel while stages compute, and messages from stage to
+    stage."""
     stages = sizes.stages
     others = np.ones(stages.held_bytes.shape)
     others[0, stages.layers] = 0  # a stage of all layers has no links

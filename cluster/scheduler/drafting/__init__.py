@@ -1,1 +1,1 @@
-"""Drafters guess the next tokens of a sequence, and the pipeline verifies them. Drafters know only tokens."""
+"""Drafters guess the next tokens of a sequence from its tokens alone. The pipeline verifies the guesses."""

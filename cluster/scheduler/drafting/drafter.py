@@ -1,4 +1,4 @@
-"""The interface of drafters. A draft changes how fast an answer is computed, never which tokens it has."""
+"""The interface of drafters. A draft changes how fast an answer is computed, but never its tokens."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from dataclasses import dataclass
 from typing import Protocol
 
 CLASSES = 20
-"""The number of confidence classes. Drafts of one class are accepted about as often as each other."""
+"""The number of confidence classes. Drafts of one class have about the same acceptance rate."""
 SUBSTITUTED = 1
-"""The class of drafts after a replaced token, if the 8 tokens before it match."""
+"""The class of drafts after a replaced token whose 8 previous tokens match."""
 SHORT = 2
-"""The first of 3 classes after matches of 2 or 3 tokens: other tokens followed; one match; one token followed all."""
+"""The first of 3 classes after matches of 2 or 3 tokens: several tokens followed such matches, there was one match, or
+one token followed all of them."""
 MIDDLE = 5
-"""The first of 3 classes after matches of 4 to 7 tokens, as for `SHORT`."""
+"""The first of 3 classes after matches of 4 to 7 tokens, distinguished like those of `SHORT`."""
 LONG = 8
-"""The first of 2 classes: after matches of 8 to 15 tokens, and of more."""
+"""The first of 2 classes: after matches of 8 to 15 tokens, and of more tokens."""
 SHARED = 10
-"""The first of 2 classes for answers to other requests: after matches of fewer than 16 tokens, and of more."""
+"""The first of 2 classes for drafts from other requests' answers: after matches of fewer than 16 tokens, and of
+more."""
 MODEL = 12
 FORCED = 13
 MTP = 14
 RESUMED = 15
-"""The first of 2 classes where a copy resumes after a difference: one token matches there, or several."""
+"""The first of 2 classes at which a copy resumes after a difference: one token matches there, or several."""
 SINGLE = 17
-"""The first of 3 classes after a match of the last token alone, as for `SHORT`."""
+"""The first of 3 classes after a match of only the last token, distinguished like those of `SHORT`."""
 
 
 def kind_of(confidence: int) -> str:
@@ -37,7 +39,7 @@ class Draft:
     tokens: tuple[int, ...]
     confidence: int
     forced: int = 0
-    """The number of first tokens that a grammar forces. Their class is FORCED."""
+    """The number of tokens at the beginning that a grammar forces. Their class is FORCED."""
 
     def confidence_at(self, place: int) -> int:
         return FORCED if place < self.forced else self.confidence
@@ -48,12 +50,12 @@ NO_DRAFT = Draft((), 0)
 
 class Drafter(Protocol):
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft of up to `most` tokens. `tokens` are prompt and answer, which only grow between calls."""
+        """Returns a draft of up to `most` tokens. `tokens`, prompt and answer, only grow between calls."""
 
 
 class Drafters(Protocol):
     def of(self, key: Hashable) -> Drafter:
-        """Returns a drafter. It shares nothing with sequences of another `key`, which is cache salt and adapters."""
+        """Returns a drafter, which shares nothing with sequences of another `key` (cache salt and adapters)."""
 
     def ended(self, key: Hashable, tokens: Sequence[int]) -> None:
         """Takes the whole answer of a sequence."""

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 NONE = -1
-"""The value that stands for no place and for no token."""
+"""Stands for no place and for no token."""
 LONGEST = 32
 """The most tokens of a match. Longer matches count as equally long."""
 CANDIDATES = 8
-"""The most places that a search looks at. It bounds the time that clients can cost by tokens with long chains."""
+"""The most places that a search compares. It bounds the time that a client can cost with repetitive tokens."""
 STEP_TOKENS = 1024
-"""The most tokens that one call adds to an index, in about half a millisecond."""
+"""The most tokens that one call adds to an index, which takes about half a millisecond."""
 _FIRST_BUCKETS = 64
 
 
@@ -31,7 +31,8 @@ NO_MATCH = Match(NONE, 0, 0)
 
 
 class HashChains:
-    """Chains of places with the same hash of `order` tokens. A place is the index of the last of these tokens."""
+    """Chains of places whose last `order` tokens have the same hash. A place is the index of the last of these
+    tokens."""
 
     def __init__(self, order: int) -> None:
         self._order = order
@@ -46,7 +47,7 @@ class HashChains:
         return sys.getsizeof(self._newest) + sys.getsizeof(self._previous)
 
     def take_in(self, text: Sequence[int]) -> bool:
-        """Adds up to STEP_TOKENS new tokens of the text. True if it has all of the text then."""
+        """Adds up to STEP_TOKENS new tokens of the text. Returns True once the index has the whole text."""
         assert len(text) >= len(self._previous)
         while len(self._newest) < len(text):
             self._newest.extend(self._newest)  # both halves go on with the chains so far
@@ -68,8 +69,9 @@ class HashChains:
         return self._newest[hash(window) & len(self._newest) - 1]
 
     def longest(self, text: Sequence[int], place: int, tail: Sequence[int]) -> Match:
-        """Returns the longest match of `tail` in the text at `place` or earlier in its chain; the newest on a tie.
-        `tail` has at most LONGEST tokens, of the text's type. NONE in the text matches nothing and follows no match."""
+        """Returns the longest match of `tail` in the text at `place` or earlier in its chain; the newest one on a tie.
+        `tail` has at most LONGEST tokens, of the text's type. A NONE in the text matches nothing and follows no
+        match."""
         previous, order, window = self._previous, self._order, tail[-self._order :]
         found, length, followers, follower, agree = NONE, order - 1, 0, NONE, True
         for _ in range(CANDIDATES):

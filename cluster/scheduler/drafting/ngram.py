@@ -1,4 +1,4 @@
-"""A drafter without a model: it drafts what followed earlier occurrences of a sequence's last tokens."""
+"""A drafter without a model. It drafts the tokens that followed earlier occurrences of a sequence's last tokens."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from llamaclust.cluster.scheduler.drafting.drafter import (
 from llamaclust.cluster.scheduler.drafting.hash_chains import LONGEST, NO_MATCH, HashChains, Match, extended
 
 _ORDER = 2
-"""The tokens of the shortest match. A token that always followed a pair does so again four times in five."""
+"""The number of tokens of the shortest match. In four cases of five, a token that always followed a pair follows it
+again."""
 _COPIED = 8
-"""The least tokens of a match that counts as a copy, which probably goes on after a difference."""
+"""The fewest tokens of a match that counts as a copy, which probably continues after a difference."""
 _UNSURE = 3
-"""The most tokens of a match that is less reliable than an equal match near the last copy's place."""
+"""The most tokens of a match that is less reliable than an equal match near the place of the last copy."""
 
 
 class NgramDrafter:
-    """A drafter for one sequence. It needs about 24 bytes a token and a bounded number of comparisons a draft."""
+    """A drafter for one sequence. It needs about 24 bytes per token and a bounded number of comparisons per draft."""
 
     def __init__(self) -> None:
         self._chains = HashChains(_ORDER)
@@ -44,7 +45,8 @@ class NgramDrafter:
         return self._chains.take_in(tokens)
 
     def draft(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft once a long prompt is in the index. Each call adds a bounded number of its tokens."""
+        """Returns a draft once a long prompt is in the index. Each call adds a bounded number of tokens to the
+        index."""
         if not self.take_in(tokens) or most < 1:
             return NO_DRAFT
         return self.continued(tokens, self.match(tokens), most)
@@ -63,7 +65,8 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Returns what followed the match, a copy's place or the last token. It is repeated where the text ends."""
+        """Returns the tokens that followed the match, the place of a copy, or the last token. Repeats them where the
+        text ends."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:
@@ -79,7 +82,6 @@ class NgramDrafter:
         return Draft(_cycled(tokens, place + 1, most), confidence)
 
     def _guessed(self, tokens: Sequence[int], most: int) -> Draft:
-        """Returns a draft for a new pair of last tokens: after a replaced token of a copy, or after the last token."""
         place, before = len(tokens) - 1 - self._distance, tokens[-_COPIED - 1 : -1]
         if self._distance and place >= _COPIED and tokens[place - _COPIED : place] == before:
             return Draft(_cycled(tokens, place + 1, most), SUBSTITUTED)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 class KvBlocks:
     """A pool of blocks [0, count), which have the same ids on every stage. A registered block without holders is idle:
-    `acquire` finds it until its memory is needed. The block that has been idle longest is used first."""
+    `acquire` finds it until its memory is needed. The block that has been idle longest is reused first."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -30,7 +30,7 @@ class KvBlocks:
         return self._holders[block]
 
     def take(self) -> int:
-        """Returns a block with undefined content, whose one holder is the caller. One must be available."""
+        """Returns a block with undefined content, of which the caller is the only holder. A block must be available."""
         if self._free:
             block = self._free.pop()
         else:
@@ -41,7 +41,7 @@ class KvBlocks:
         return block
 
     def acquire(self, key: bytes) -> int:
-        """Returns the block with this content, which must exist, and adds a holder. It must not be written."""
+        """Returns the block with this content, which must exist, and adds a holder. Holders must not write to it."""
         block = self._by_key[key]
         self._idle.pop(block, None)
         self._holders[block] += 1
@@ -55,7 +55,8 @@ class KvBlocks:
         return self._by_key.get(key) == block
 
     def register(self, block: int, key: bytes) -> None:
-        """Lets `acquire` find a full block, which is never written again. Of equal blocks, the first is found."""
+        """Lets `acquire` find a full block, which is then never written again. Of several equal blocks, only the first
+        is found."""
         assert self._holders[block] > 0
         if key not in self._by_key and block not in self._keys:
             self._by_key[key] = block
@@ -69,7 +70,8 @@ class KvBlocks:
                 self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Removes a holder of each block. If several become idle, those at the end of the table are reused first."""
+        """Removes a holder of each block. Of the blocks that become idle, those at the end of the table are reused
+        first."""
         for block in reversed(list(blocks)):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, "a block was released twice"
@@ -81,7 +83,7 @@ class KvBlocks:
 
 
 class BlockTable:
-    """The blocks of one sequence from block number `start` on. `start` is 0, or with a sliding window the first block
+    """The blocks of one sequence, from block number `start` on. `start` is 0, or with a sliding window the first block
     that later rows see. Position p is in block number p // KV_BLOCK_TOKENS."""
 
     __slots__ = ("_runs", "_shown", "blocks", "committed", "start")

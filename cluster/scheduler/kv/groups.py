@@ -1,4 +1,4 @@
-"""Numbers of blocks for layers with a sliding window and for states, the same for plans and the scheduler."""
+"""Numbers of blocks for layers with a sliding window and for states. Plans and the scheduler use the same numbers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 Sizes = TypeVar("Sizes", int, NDArray[np.int64])
 _MOST_STATE_POSITIONS = 1024
 _SEQUENCES_A_CONTEXT = 4
-"""The number of sequences that get window blocks for each whole context in KV memory after the first one."""
+"""The number of sequences that get window blocks for each full-length sequence in KV memory after the first one."""
 
 
 @dataclass(frozen=True, slots=True)
 class KvSizes(Generic[Sizes]):
-    """Bytes of some layers. `token_bytes` are the keys and values of a position, `window_token_bytes` the part of these
-    in layers with a sliding window, and `state_bytes` one sequence's state."""
+    """Bytes of some layers. `token_bytes`: the keys and values of a position. `window_token_bytes`: the part of them in
+    layers with a sliding window. `state_bytes`: the state of one sequence."""
 
     token_bytes: Sizes
     window_token_bytes: Sizes
@@ -29,17 +29,17 @@ class KvSizes(Generic[Sizes]):
 
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
-    """Layers that keep keys and values of a sliding window only. `window` is the largest of their windows, and includes
-    the row's own position. Blocks that leave the window are released only when the microbatch whose rows may read them
-    is complete as an object, before it is computed. Until then, rows of a prompt take additional blocks."""
+    """Layers that keep only the keys and values of a sliding window. `window`, the largest of their windows, includes
+    the row's own position. Blocks that leave the window are released when the microbatch with the last rows that read
+    them has been made. Until then, rows of a prompt take additional blocks."""
 
     window: int
     rows: int  # the most rows of a microbatch
 
     @property
     def sequence_blocks(self) -> int:
-        """The most blocks of a sequence: a window and one more position at any offset, a block that is not full, and
-        one for drafted rows. Blocks of prompt rows in the microbatch being made come on top."""
+        """The most blocks of a sequence: those for a window and one more position at any offset, a block that is not
+        full, and one for drafted rows. Prompt rows of the microbatch that is being made need additional blocks."""
         return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 3
 
     @property
@@ -54,8 +54,8 @@ class WindowGroup:
         return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
 
     def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
-        """Returns the group's number of blocks if other layers have `kv_blocks`. There are blocks of one sequence for
-        the first context, and of several for each further one, since most sequences are shorter than a context."""
+        """Returns the group's number of blocks if other layers have `kv_blocks`: blocks of one sequence for the first
+        full-length sequence, and of several sequences for each further one, because most sequences are shorter."""
         context = _blocks(context_length)
         further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
         most = max(self.sequence_blocks, kv_blocks - self.row_blocks)  # never more than of other layers
@@ -65,16 +65,20 @@ class WindowGroup:
 @dataclass(frozen=True, slots=True)
 class StateGroup:
     """Blocks with the states of all layers after one position. A running sequence has one block. Other blocks are
-    checkpoints, where sequences with the same tokens can begin. States of running sequences take up to half as much
-    memory as keys and values, and checkpoints as much again. At least three blocks exist: a running sequence's, the
-    checkpoint it began at, and one that it leaves. A position with few KV bytes counts as a 1,024th of a state."""
+    checkpoints, where sequences with the same tokens can begin.
+
+    States of running sequences take up to half as much memory as keys and values, and checkpoints take as much again.
+    There are at least three blocks: one of a running sequence, the checkpoint at which it began, and one that it
+    leaves. A position whose KV bytes are few counts as a 1,024th of a state.
+    """
 
     state_bytes: int  # bytes of a state in all layers
     kv_token_bytes: int  # bytes of a position in all layers
 
     @property
     def span(self) -> int:
-        """The positions between checkpoints: a power of two. Their keys and values take about as much as a state."""
+        """The number of positions between checkpoints, a power of two. Their keys and values take about as much memory
+        as a state."""
         positions = self.state_bytes // self._token_bytes
         return min(_MOST_STATE_POSITIONS, max(KV_BLOCK_TOKENS, 1 << (positions - 1).bit_length()))
 
@@ -83,9 +87,9 @@ class StateGroup:
         return max(self.kv_token_bytes, -(-self.state_bytes // _MOST_STATE_POSITIONS))
 
     def blocks_beside(self, kv_blocks: int, sequences: int) -> int:
-        """Returns the sum of three numbers: a block for each running sequence that fits into half of the KV blocks'
-        bytes (at least one), two for the checkpoints that a sequence begins at and leaves, and one for each `span`
-        positions that fits into the other half."""
+        """Returns the sum of three numbers: a block for each running sequence whose state fits into half of the KV
+        blocks' bytes (at least one), two for the checkpoints that a sequence begins at and leaves, and one for each
+        `span` positions whose state fits into the other half."""
         tokens = kv_blocks * KV_BLOCK_TOKENS
         half = tokens * self._token_bytes // (2 * self.state_bytes)
         return min(sequences, 1 + half) + 2 + min(tokens // self.span, half)
@@ -123,7 +127,7 @@ class KvGroups:
 
 
 def window_group(window: int | None, context_length: int, rows: int) -> WindowGroup | None:
-    """Returns None if layers with a sliding window would save no memory by having their own blocks."""
+    """Returns the group of layers with a sliding window; None if separate blocks for them would save no memory."""
     if window is None:
         return None
     group = WindowGroup(window, rows)

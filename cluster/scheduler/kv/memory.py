@@ -1,4 +1,4 @@
-"""The scheduler's KV memory: gives blocks to sequences, shares blocks of equal prefixes, and releases them."""
+"""The scheduler's KV memory. It gives blocks to sequences, shares blocks of equal prefixes, and releases blocks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 RESERVE_BLOCKS = 2
-"""The blocks kept for each running sequence when another one starts, so that it is not preempted again at once."""
+"""The number of blocks kept free for each running sequence when another one starts, so that the new one is not
+preempted at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Refusal:
-    """A refusal: the blocks that the sequence could get, and the first key of its prefix that was not cached."""
-
     room: int
     missing: bytes | None
 
@@ -45,8 +44,9 @@ class KvMemory:
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
-        """Gives a sequence blocks for all its rows if `reserve` blocks remain. Returns False if they do not, or if the
-        microbatch being made fills blocks that the sequence would share: it cannot read them in the same microbatch."""
+        """Gives a sequence blocks for all its rows if `reserve` blocks remain. Otherwise returns False. Returns False
+        too if the microbatch being made fills blocks that the sequence would share, because they cannot be read in the
+        same microbatch."""
         if (refused := self._refused.pop(sequence.key, None)) is not None and self._is_unchanged(refused, reserve):
             self._refused[sequence.key] = refused
             return False
@@ -77,7 +77,7 @@ class KvMemory:
         return True
 
     def has_room_for(self, sequences: tuple[Sequence, ...], reserve: int) -> bool:
-        """True if all sequences could get blocks, none of them cached, with `reserve` blocks left."""
+        """True if all sequences could get blocks, without any cached block, and `reserve` blocks would remain."""
         has_window = self.window is None or self.window.can_begin(sequences, reserve)
         has_states = self.states is None or self.states.can_begin(len(sequences))
         return (
@@ -118,7 +118,8 @@ class KvMemory:
             self.window.reserve(sequence, sequence.next_rows + len(tokens))
 
     def settle(self, sequence: Sequence, *, is_whole: bool) -> None:
-        """Keeps or releases memory of drafted rows that came back. Shares full blocks, as no microbatch may follow."""
+        """Keeps or releases the memory of drafted rows whose results came. Shares full blocks at once, because there
+        may be no later microbatch."""
         if self.states is not None:
             self.states.settle(sequence, is_whole=is_whole)
         if sequence.is_running:
@@ -127,12 +128,13 @@ class KvMemory:
                 self.window.settle(sequence)
 
     def finished(self, sequence: Sequence) -> None:
-        """Shares full blocks of a sequence whose last token is known, including those of lookahead steps."""
+        """Shares the full blocks of a sequence whose last token is known, including blocks that lookahead steps
+        filled."""
         if sequence.is_running and self.states is None:
             self._register(sequence)
 
     def extend(self, sequence: Sequence) -> bool:
-        """Gives a sequence blocks for all its rows, and commits window blocks. False if too few are left."""
+        """Gives a sequence blocks for all its rows, and commits window blocks. Returns False if too few are left."""
         if self.window is not None and not self.window.commit(sequence):
             return False
         while len(sequence.kv.table) < sequence.blocks_needed:
@@ -148,7 +150,8 @@ class KvMemory:
             self.states.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
-        """Shares full blocks of known tokens, when rows up to `scheduled` are in the microbatch being made."""
+        """Shares full blocks of known tokens. Called when rows up to `scheduled` are in the microbatch that is being
+        made."""
         self._register(sequence)
         if self.window is not None:
             self.window.release_out_of_window(sequence)
@@ -165,7 +168,7 @@ class KvMemory:
             kv.registered = full
 
     def end_microbatch(self) -> None:
-        """Releases blocks that no later row reads. Later microbatches may write them."""
+        """Releases blocks that no later row reads, so that later microbatches may write them."""
         if self.window is not None:
             self.window.end_microbatch()
         if self.states is not None:

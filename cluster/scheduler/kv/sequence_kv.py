@@ -1,4 +1,4 @@
-"""The KV memory of one sequence: the blocks that it holds, and the keys by which they are found again."""
+"""The KV memory of one sequence: its blocks, and the keys by which other sequences find them."""
 
 from __future__ import annotations
 

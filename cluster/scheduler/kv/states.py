@@ -1,4 +1,4 @@
-"""State blocks. Each running sequence has one that its rows update, and the prefix cache has checkpoints."""
+"""State blocks. Each running sequence has one, which its rows update. The prefix cache has checkpoints."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvStates:
-    """Blocks with the state after one position. A chunk's rows overwrite the state that they read, or write another
-    block if other sequences may go on from it. A checkpoint is a block registered by the key of the KV block that ends
-    at its position, and is never written again. Checkpoints are kept every `span` positions and where a prompt's last
-    full KV block ends, if there are enough blocks. Sequences begin only at checkpoints. A sequence that has begun
-    always gets a block for its rows. Blocks that a microbatch reads are released once it is made: rows of other
-    sequences in it must not overwrite them."""
+    """Blocks that each hold the state after one position.
+
+    A chunk's rows overwrite the state that they read, or write another block if other sequences may continue from the
+    one that they read. A checkpoint is a block that is registered by the key of the KV block which ends at its
+    position. It is never written again. If there are enough blocks, checkpoints are kept every `span` positions and
+    after a prompt's last full KV block. Sequences begin only at checkpoints. A sequence that has begun always gets a
+    block for its rows. Blocks that a microbatch reads are released only after it was made, because rows of other
+    sequences in it must not overwrite them.
+    """
 
     def __init__(self, span: int, cache: PrefixCache) -> None:
         self.blocks = cache.blocks
@@ -29,7 +32,6 @@ class KvStates:
         return next((end for end in range(found, 0, -1) if self.blocks.is_idle(keys[end - 1]) is not None), 0)
 
     def can_begin(self, sequences: int, checkpoint: bytes | None = None) -> bool:
-        """True if `sequences` sequences can begin, one of them at the checkpoint with this key."""
         is_taken = checkpoint is not None and self.blocks.is_idle(checkpoint) is True
         return self.blocks.available - is_taken >= self._lacking + sequences
 
@@ -63,7 +65,8 @@ class KvStates:
         self._keep_last(sequence)
 
     def draft(self, sequence: Sequence) -> bool:
-        """Takes a block for the state after drafted rows. The state before them stays. False if no block is left."""
+        """Takes a block for the state after drafted rows, and keeps the state before them. Returns False if no block is
+        left."""
         if self.blocks.available <= self._lacking:
             return False
         sequence.kv.states.ahead = self.blocks.take()
@@ -83,7 +86,6 @@ class KvStates:
         self._keep_last(sequence)
 
     def _keep_last(self, sequence: Sequence) -> None:
-        """Protects the state after the scheduled rows from later rows if it is a checkpoint."""
         states = sequence.kv.states
         if any(self._checkpoints(sequence, sequence.scheduled, sequence.scheduled + 1)):
             states.own, states.unregistered = None, sequence.scheduled
@@ -102,7 +104,7 @@ class KvStates:
             self.blocks.release(states.clear())
 
     def _checkpoints(self, sequence: Sequence, start: int, end: int) -> Iterator[int]:
-        """Yields positions of checkpoints in [start, end), as long as more blocks are free than sequences need."""
+        """Yields positions of checkpoints in [start, end) while more blocks are free than sequences need."""
         if not self._cache.is_enabled:
             return
         last = (sequence.prompt_length - 1) // KV_BLOCK_TOKENS * KV_BLOCK_TOKENS
@@ -115,7 +117,7 @@ class KvStates:
                 yield position
 
     def _register_last(self, sequence: Sequence) -> None:
-        """Registers the checkpoint after a chunk. It waits for the chunk's last token, which may not be known yet."""
+        """Registers the checkpoint after a chunk, once the chunk's last token is known."""
         states = sequence.kv.states
         if states.unregistered is not None and states.read is not None and states.unregistered <= len(sequence.tokens):
             self._register(sequence, states.unregistered, states.read)

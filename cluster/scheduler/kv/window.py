@@ -1,4 +1,4 @@
-"""Blocks of layers with a sliding window. Each sequence has only those that its later rows see."""
+"""Blocks of layers with a sliding window. Each sequence has only the blocks that its later rows see."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvWindow:
-    """A pool of blocks. It commits the most blocks that a sequence may hold before the sequence begins or grows, so
-    that a block for its rows is always available. Blocks out of the window are released once the microbatch is made,
-    because rows of other sequences in it must not overwrite what its rows still read."""
+    """A pool of blocks. Before a sequence begins or grows, the pool commits the most blocks that the sequence may hold,
+    so that a block for its rows is always available. Blocks outside the window are released after the microbatch was
+    made, because rows of other sequences in it must not overwrite what its rows still read."""
 
     def __init__(self, group: WindowGroup, cache: PrefixCache) -> None:
         self.group = group
@@ -25,7 +25,8 @@ class KvWindow:
         self._out_of_window: list[int] = []
 
     def usable(self, keys: Items[bytes], found: int) -> int:
-        """Returns how many of the first `found` blocks can be shared. Rows after them must find their whole window."""
+        """Returns how many of the first `found` blocks can be shared. Rows after the shared blocks must find their
+        whole window."""
         usable = together = 0
         for index in range(found):
             together = 0 if self.blocks.is_idle(keys[index]) is None else together + 1
@@ -35,7 +36,8 @@ class KvWindow:
         return usable
 
     def can_begin(self, sequences: Items[Sequence], reserve: int) -> bool:
-        """True if blocks can be committed for the sequences while `reserve` remain for those that still grow."""
+        """True if blocks can be committed for the sequences while `reserve` blocks remain for sequences that still
+        grow."""
         growth = self._begun * self.group.sequence_blocks - self._committed
         return self._committed + sum(map(self._need, sequences)) + min(reserve, growth) <= self._most
 
@@ -64,7 +66,6 @@ class KvWindow:
             sequence.kv.window.append(self.blocks.take())
 
     def register(self, sequence: Sequence, full: int) -> None:
-        """Registers the blocks before number `full`. Must be called before `release_out_of_window`."""
         table = sequence.kv.window
         first = max(sequence.kv.registered, table.start)
         self._cache.register(sequence.kv.keys, sequence.tokens, table.blocks, first, full, table.start)

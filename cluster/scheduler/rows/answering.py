@@ -70,7 +70,6 @@ def _answer_embedded(sequence: Sequence, taken: SequenceSlice, data: bytes, now_
 
 
 def _take_sampled(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResult, ...]) -> list[RowResult]:
-    """Appends the tokens of sampled rows. A drafted row counts only if the row before it chose the drafted token."""
     tokens, drafted = sequence.tokens, taken.chunk.tokens[len(taken.chunk.tokens) - len(rows) + 1 :]
     place = taken.end - len(rows)  # the position of the row's own token
     added = _append(sequence, place, rows[0])
@@ -89,13 +88,14 @@ def _take_sampled(sequence: Sequence, taken: SequenceSlice, rows: tuple[RowResul
 
 
 def _is_refused(sequence: Sequence, rows: tuple[RowResult, ...], added: list[RowResult]) -> bool:
-    """True if the next step repeats known rows: refused drafts set a state back, and the last token is not forced."""
+    """True if the next step computes known rows again: a state was reset after refused drafts, and the last token is
+    not forced."""
     return sequence.kv.states.is_begun and (not added or any(row is added[-1] for row in rows))
 
 
 def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
-    """Appends the token that the row at `place` chose, and the forced tokens after it. Tokens that the sequence has
-    already are skipped: a row that was sent too early computes forced tokens of the row before it again."""
+    """Appends the token that the row at `place` chose, and the forced tokens after it. Skips tokens that the sequence
+    already has, because a row that was sent too early computes forced tokens again."""
     rows = (row, *(RowResult(token, 0.0) for token in row.forced)) if row.forced else (row,)
     added: list[RowResult] = []
     for following in rows[len(sequence.tokens) - place - 1 :]:
@@ -109,8 +109,8 @@ def _append(sequence: Sequence, place: int, row: RowResult) -> list[RowResult]:
 
 
 def _settle(sequence: Sequence, taken: SequenceSlice, end: int, added: list[int]) -> None:
-    """Counts the drafted rows before position `end` as accepted. If others were refused and the sequence keeps states,
-    the whole chunk is computed again. Later windows in flight go on if they follow the tokens that were added."""
+    """Counts the drafted rows before position `end` as accepted. If other rows were refused and the sequence keeps
+    states, the whole chunk is computed again. Later windows in flight remain valid if they follow the added tokens."""
     if not taken.drafted:
         return
     sequence.drafting.accepted += max(0, taken.drafted - (taken.end - end))
@@ -129,7 +129,6 @@ def _repeat(sequence: Sequence, row: int) -> None:
 
 
 def _take_suggested(sequence: Sequence, place: int, rows: tuple[RowResult, ...]) -> None:
-    """Keeps an MTP head's draft after the last token. `place` is the position of the first row's input token."""
     drafting = sequence.drafting
     for end, row in enumerate(rows, place + 2):
         if row.drafted and end == len(sequence.tokens) and drafting.drafts is not None and not drafting.forced:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class PromptOutputs:
-    """The rows with outputs. Rows [answered, end) have no result yet; those of them before `next` are in flight."""
-
     answered: int
     end: int
     next: int

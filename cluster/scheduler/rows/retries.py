@@ -1,4 +1,4 @@
-"""Retries of rows without a result, such as those whose logits are not finite: on the same workers, then on others."""
+"""Retries rows without a result, such as rows whose logits are not finite: on the same workers, then on others."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Retry(Enum):
 
 @dataclass(slots=True)
 class Retries:
-    """Computes a failed sequence again in other KV blocks, then if possible with another worker at the last stage, and
-    then ends it. If a sequence has a matcher, only logits that are not finite can be a worker's fault."""
+    """Computes a failed sequence again in other KV blocks. If it fails again, another worker becomes the last stage if
+    possible; then the sequence ends. If the sequence has a matcher, only logits that are not finite can be a worker's
+    fault."""
 
     count: int = 0
 

@@ -1,4 +1,4 @@
-"""The state of an answer's samplers. It can be restored from the answer's rows."""
+"""The state of an answer's samplers, which can be restored from the answer's rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A microbatch that is sent to the pipeline, and its slices: the rows of one sequence each."""
+"""A microbatch that is sent to the pipeline, and its slices. A slice has the rows of one sequence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SequenceSlice:
-    """Rows of a sequence. Each of the last `drafted` ones counts only if the row before it chose its token."""
+    """Rows of a sequence. Each of the last `drafted` rows counts only if the row before it chose its token."""
 
     sequence: Sequence
     chunk: Chunk

@@ -1,1 +1,2 @@
-"""Speculative decoding: drafted tokens are computed with a known one, so that one pass can choose several tokens."""
+"""Speculative decoding: drafted tokens are computed together with a known token, so that one pass can choose several
+tokens."""

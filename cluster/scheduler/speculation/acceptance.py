@@ -5,12 +5,13 @@ from __future__ import annotations
 _REMEMBERED = 96
 """The approximate number of recent tokens that an estimate depends on."""
 _PRIOR_TOKENS = 3
-"""The weight of a prior rate, in tokens."""
+"""The number of tokens as which a prior rate counts."""
 _CHANGES = 1 / 256
-"""The probability that the kind of text, and with it the acceptance rate, changes at a given token."""
+"""The probability at each token that the kind of text, and with it the acceptance rate, changes."""
 _STRETCHES = 6
 _EVEN = 1.0
-"""The accepted and the refused tokens that each stretch begins with: every rate is then equally probable at first."""
+"""The number of accepted and of refused tokens with which each stretch begins, so that every rate is equally probable
+at first."""
 
 
 class _Stretch:
@@ -33,8 +34,9 @@ class _Stretch:
 
 
 class Acceptance:
-    """Estimates the acceptance rate of one kind of drafts, which may change at any token. Each possible change begins a
-    stretch of tokens with a rate of its own. The estimate is their mean, weighted by each stretch's probability."""
+    """Estimates the acceptance rate of one kind of draft, which may change at any token. Each possible change begins a
+    stretch of tokens with its own rate. The estimate is the mean of the rates, weighted by the probability of each
+    stretch."""
 
     __slots__ = ("_first", "_rate", "_stretches")
 
@@ -44,7 +46,7 @@ class Acceptance:
         self._stretches = [self._first]
 
     def learn(self, *, is_accepted: bool) -> None:
-        """Learns from a drafted token. All drafted tokens before it must have been accepted."""
+        """Learns whether a drafted token was accepted. All drafted tokens before it must have been accepted."""
         self._rate = None
         stretches = self._stretches
         unchanged = (1 - _CHANGES) / sum([stretch.learn(is_accepted) for stretch in stretches])
@@ -58,7 +60,7 @@ class Acceptance:
         stretches.append(_Stretch(_CHANGES))
 
     def rate(self, prior: float) -> float:
-        """Returns the probability that the next token is accepted. `prior` is the probability without experience."""
+        """Returns the probability that the next token is accepted. `prior`: the probability without experience."""
         if self._rate is not None and self._rate[0] == prior:
             return self._rate[1]
         total = weighed = 0.0

@@ -9,14 +9,12 @@ from llamaclust.cluster.scheduler.microbatching import cycle_ns
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 96, 128, 192, 256)
-"""The numbers of rows that are tried. Predicted times between two of these numbers are on a straight line."""
+"""The numbers of rows that are tried. Times for other numbers are interpolated linearly."""
 _REFRESHED = 16
 """The number of calls of `refresh` after which times are predicted again."""
 
 
 class MeasuredRounds:
-    """Predicts `RoundTimes` from measured stage times. They are infinite before anything is measured."""
-
     def __init__(self, times: StageTimes) -> None:
         self._times = times
         self._asked = 0

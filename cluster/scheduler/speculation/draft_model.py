@@ -1,4 +1,4 @@
-"""The interface of a draft model, and estimates of its times. A step waits for the draft that was ordered for it."""
+"""The interface of a draft model, and estimates of its times. A step waits for the draft that was requested for it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from llamaclust.cluster.scheduler.estimates import moved
 from llamaclust.core.drafts import DraftOrder, DraftReplies
 
 _LATE = 4.0
-"""The largest multiple of the expected time that a sample may count as, since machines sometimes pause."""
+"""The largest multiple of the expected time as which a sample counts, because machines sometimes pause."""
 _USUAL_OVERHEAD = 0.125
 """The overhead of a draft that is assumed before it is measured, as a share of a step's time."""
 
 
 class DraftTimes:
-    """Times of a draft model in nanoseconds. They begin with measurements and are updated with each draft."""
+    """Times of a draft model in nanoseconds. They begin as measured and are updated with each draft."""
 
     def __init__(self, step_ns: float, row_ns: float) -> None:
-        """Takes the shortest measured times of drafting a token for one sequence, and of reading a known token."""
+        """Takes the shortest measured times of drafting a token for one sequence and of reading a known token."""
         self._best_step_ns, self._best_row_ns = step_ns, row_ns
         self._step_ns = {1: step_ns}
         self._row_ns = row_ns
         self._overhead_ns = _USUAL_OVERHEAD * step_ns
 
     def draft_ns(self, sequences: int, tokens: int, rows: int, *, at_best: bool = False) -> float:
-        """Returns the time of `tokens` drafted tokens for each sequence, after reading `rows` known tokens in all.
-        `at_best` uses the shortest measured times."""
+        """Returns the time to read `rows` known tokens in all and draft `tokens` tokens for each sequence. `at_best`
+        uses the shortest measured times."""
         lacking = max(0, rows - sequences)
         if at_best:
             return tokens * self._best_step_ns + lacking * self._best_row_ns
@@ -53,16 +53,17 @@ def _learned(estimate: float, sample: float) -> float:
 
 
 class DraftModel(Protocol):
-    """A draft model, used from one event loop. Orders that arrive while it computes wait."""
+    """A draft model, used from one event loop. Orders that arrive while it computes have to wait."""
 
     @property
     def times(self) -> DraftTimes: ...
 
     @property
     def is_lost(self) -> bool:
-        """True after the first failure: no pipeline uses the model from then on."""
+        """True after the first failure. No pipeline uses the model from then on."""
 
     def lose(self) -> None: ...
 
     def draft(self, orders: Sequence[DraftOrder]) -> Awaitable[DraftReplies]:
-        """Drafts for each order's sequence, as far as memory allows. Work begins before the result is awaited."""
+        """Drafts for the sequence of each order, as far as memory allows. Work begins even before the result is
+        awaited."""

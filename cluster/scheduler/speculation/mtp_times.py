@@ -1,10 +1,10 @@
-"""Times of an MTP head on the last stage, which add to the time of the step after which it drafts."""
+"""Times of an MTP head on the last stage. They add to the time of the step after which the head drafts."""
 
 from __future__ import annotations
 
 _WEIGHT = 0.125
 _LATE = 4.0
-"""The largest multiple of the expected time that a sample may count as, since machines sometimes pause."""
+"""The largest multiple of the expected time as which a sample counts, because machines sometimes pause."""
 
 
 class MtpTimes:

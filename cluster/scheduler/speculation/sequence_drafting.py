@@ -1,4 +1,4 @@
-"""Drafted tokens of one sequence: those to compute with its last token, those in flight, and counts."""
+"""Drafted tokens of one sequence: tokens to compute with its last token, tokens in flight, and counts."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Drafting:
         return taken
 
     def give_up(self) -> None:
-        """Drops the drafted rows in flight: a token before them turned out different, or they are computed again."""
         self.branch += 1
         self.ahead = ()
 
     def settle(self, added: list[int]) -> bool:
-        """Takes in the tokens that a window added. True if they are as drafted, so that later windows remain valid."""
+        """Processes the tokens that a window added. Returns True if they equal the drafted ones, so that later windows
+        remain valid."""
         expected, self.ahead = self.ahead[: len(added)], self.ahead[len(added) :]
         return list(expected) == added[: len(expected)]
 

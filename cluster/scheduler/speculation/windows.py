@@ -1,8 +1,8 @@
-"""Chooses how many drafted tokens each sequence computes, for the most tokens a second.
+"""Chooses how many drafted tokens each sequence computes, for the most tokens per second.
 
 A round without drafts chooses n tokens for n sequences. A drafted row makes the round longer, and adds a ** d tokens on
-average, with its depth d in the draft and the acceptance rate a. The rows that add most are taken, as many as give the
-most tokens a second. None are taken unless the round is then clearly faster.
+average, with its depth d in the draft and the acceptance rate a. The rows that add most are taken first, as many as
+give the most tokens per second. None are taken unless the round is then clearly faster.
 """
 
 from __future__ import annotations
@@ -17,32 +17,33 @@ from llamaclust.cluster.scheduler.speculation.candidates import Candidate, Chain
 from llamaclust.cluster.scheduler.speculation.costs import counts_to_try
 
 _MARGIN = 0.05
-"""The relative gain below which nothing is drafted, since predictions are no more accurate."""
+"""The relative gain below which nothing is drafted, because predictions are not more accurate."""
 _DEEPEST = 6
 _MARGIN_BESIDE = 0.2
-"""The relative gain needed with several microbatches in flight: those of different lengths wait for each other."""
+"""The relative gain that is needed with several microbatches in flight, because microbatches of different lengths wait
+for each other."""
 
 
 class RoundTimes(Protocol):
-    """Times of rounds in nanoseconds, which the scheduler measures and the planner predicts."""
+    """Times of rounds in nanoseconds, measured by the scheduler or predicted by the planner."""
 
     def plain_ns(self, sequences: int, groups: int) -> float:
-        """Returns the time of a round without drafted rows and with lookahead steps. Infinite if it is not known."""
+        """Returns the time of a round without drafted rows and with lookahead steps; infinite if it is not known."""
 
     def window_ns(self, rows: int, groups: int) -> float:
-        """Returns the time of a round with `rows` rows that is not sent before its first tokens are known."""
+        """Returns the time of a round of `rows` rows that is sent only after its first tokens are known."""
 
     def slowest_ns(self, rows: int) -> float:
         """Returns the slowest stage's time for `rows` rows."""
 
 
 def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain | None:
-    """Returns the best chain for a draft of `length` tokens with the acceptance rate `rate`. None if times are unknown,
-    or if the first window would come back before a second is sent.
+    """Returns the best chain for a draft of `length` tokens with the acceptance rate `rate`. Returns None if times are
+    unknown, or if the first window would return before a second one is sent.
 
-    A wrong token is known a whole round after its window was sent. The windows before it came back meanwhile, as fast
-    as the slowest stage computes them; the windows after it are wasted. The delay that wasted windows cause is not
-    counted: when half a stage's time was counted for it, answers became slower (benchmarks/notebook.md).
+    A wrong token is known a whole round after its window was sent. The windows before it return in the meantime, as
+    fast as the slowest stage computes them; the windows after it are wasted. The delay caused by wasted windows does
+    not count: counting half a stage's time for it made answers slower (benchmarks/notebook.md).
     """
     rate = min(rate, 0.999)
     best: Chain | None = None
@@ -64,7 +65,8 @@ def best_chain(rate: float, length: int, times: RoundTimes, most: int) -> Chain 
 
 
 def best_windows(candidates: Sequence[Candidate], times: RoundTimes, groups: int, most_rows: int) -> list[int]:
-    """Returns each sequence's number of drafted tokens in one of `groups` microbatches, at most `most_rows` in all."""
+    """Returns the number of drafted tokens of each sequence in one of `groups` microbatches, with at most `most_rows`
+    rows in all."""
     sequences = len(candidates)
     windows = [0] * sequences
     plain_ns = times.plain_ns(sequences, groups)

@@ -1,4 +1,4 @@
-"""The thread that makes spans of records and sends them and the cluster's metrics to a collector."""
+"""The thread that makes spans of records and sends them, with the cluster's metrics, to a collector."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llamaclust.core.version import VERSION
 
 _SCOPE: Final = InstrumentationScope(name="llamaclust", version=VERSION)
 _FLUSH_S: Final = 3.0
-"""The time limit for what is left to send at the end."""
+"""The seconds at the end in which the remaining data must be sent."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,8 +57,6 @@ class ExportCounts:
 
 
 class Exporter:
-    """Queues records and metrics, which a thread sends. Without room or a collector, they are dropped and counted."""
-
     def __init__(self, settings: TelemetrySettings, resource: Mapping[str, str], counts: ExportCounts) -> None:
         self._settings = settings
         self._resource = Resource(attributes=key_values(resource))
@@ -114,7 +112,6 @@ class Exporter:
                     client.close()
 
     def _step(self) -> None:
-        """Waits for a record, then for a while for more, and sends their spans."""
         self._take(self._queue.get())
         due_s = monotonic() + self._settings.span_delay_s
         while self._spans and not self._stopping.is_set():
@@ -137,7 +134,6 @@ class Exporter:
 
     @contextmanager
     def _failure_counted(self, signal: str, count: int) -> Iterator[None]:
-        """Logs an error of the thread and counts what the error drops. The thread continues."""
         try:
             yield
         except Exception:  # noqa: BLE001  see above

@@ -1,4 +1,4 @@
-"""Sends messages to a collector: OTLP over HTTP, with retries. It blocks, so a thread calls it."""
+"""Sends messages to a collector by OTLP over HTTP, with retries. Calls block, so a thread makes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.version import VERSION
 
 _PAUSES_S: Final = (1.0, 2.0, 4.0)
-"""Pauses between attempts to send a message. A collector that is known to be absent gets one attempt."""
+"""Seconds between attempts to send a message. A collector that is known to be absent gets one attempt."""
 _AGAIN: Final = frozenset({429, 502, 503, 504})
 """The status codes for which OTLP requires retries."""
 
@@ -32,10 +32,8 @@ class _Outcome(Enum):
 
 
 class OtlpClient:
-    """The sender of one signal's messages. Use it from one thread and `close` it."""
-
     def __init__(self, target: Target, stopping: Event) -> None:
-        """Raises UsageError for an invalid URL. `stopping`, once set, ends retries."""
+        """Makes the sender. `stopping`, once set, ends retries. Raises UsageError for an invalid URL."""
         self._target = target
         self._stopping = stopping
         self._is_known_absent = False
@@ -68,7 +66,6 @@ class OtlpClient:
         return outcome is _Outcome.TAKEN
 
     def _post(self, body: bytes, timeout_s: float) -> _Outcome:
-        """Leaves the reply's body unread, because an endless body would block this thread."""
         try:
             with self._client.stream("POST", self._target.url, content=body, timeout=timeout_s) as reply:
                 status = reply.status_code

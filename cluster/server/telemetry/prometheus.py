@@ -34,8 +34,6 @@ _UNITS: Final = {"_seconds": "s", "_bytes": "By", "_ratio": "1"}
 
 @dataclass(frozen=True, slots=True)
 class MetricTimes:
-    """Unix times in nanoseconds: when counting began, and when the metrics were read."""
-
     start_ns: int
     read_ns: int
 
@@ -77,8 +75,6 @@ def _point(sample: Sample, model: Mapping[str, str], times: MetricTimes) -> Numb
 
 @dataclass(slots=True)
 class _Buckets:
-    """The buckets of one histogram: upper bounds and cumulative counts."""
-
     bounds: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     sum: float = 0.0

@@ -1,4 +1,5 @@
-"""The exported records (ended requests and sequences, metrics), made on the event loop without text, tokens or keys."""
+"""The exported records (ended requests, ended sequences, metrics). They are made on the event loop and hold no text,
+tokens or keys."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from llamaclust.cluster.server.telemetry.trace_sampler import RequestTrace
 
 @dataclass(frozen=True, slots=True)
 class ServedRequest:
-    """An HTTP request, with monotonic times. `route`: its path without the names in it."""
+    """An HTTP request, with monotonic times. `route`: its path with placeholders instead of names."""
 
     trace: RequestTrace
     method: str
@@ -62,7 +63,6 @@ class MetricFamilies:
 
 
 def _parameters(request: GenerationRequest) -> dict[str, int | float]:
-    """Returns the parameters that the conventions name, without those that have no effect."""
     if request.operation is Operation.EMBEDDINGS:
         return {}
     params = request.params

@@ -1,4 +1,4 @@
-"""Settings of telemetry, from the cluster file's section, or else from OpenTelemetry's variables."""
+"""Settings of telemetry, from the section of the cluster file, otherwise from OpenTelemetry's variables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SAMPLERS: Final = {
     "parentbased_always_off": (0.0, True),
     "parentbased_traceidratio": (None, True),
 }
-"""(ratio, obeys parent) by sampler name. None stands for the ratio in OTEL_TRACES_SAMPLER_ARG."""
+"""(ratio, obeys parent) by sampler name. None means that the ratio is in OTEL_TRACES_SAMPLER_ARG."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,8 @@ class TelemetrySettings:
 
     @classmethod
     def resolve(cls, section: Telemetry | None, variables: Mapping[str, str]) -> TelemetrySettings | None:
-        """Returns None if nothing is exported. Raises UsageError that names the key or variable with a bad value."""
+        """Returns the settings; None if nothing is exported. Raises UsageError with the name of a key or variable that
+        has a bad value."""
         if section is None or _is_true(variables, "OTEL_SDK_DISABLED"):
             return None
         traces, metrics = (_target(section, variables, signal) for signal in ("traces", "metrics"))
@@ -74,7 +75,6 @@ class TelemetrySettings:
 
 
 def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Target | None:
-    """Returns where a signal is sent; None if it is not exported. Its own variables precede the common ones."""
     exporter = variables.get(f"OTEL_{signal.upper()}_EXPORTER", "otlp")
     if exporter not in ("otlp", "none"):
         raise UsageError(f"OTEL_{signal.upper()}_EXPORTER={exporter}: not otlp or none")
@@ -110,13 +110,13 @@ def _check_supported(variables: Mapping[str, str], signal: str) -> None:
 
 
 def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[str, str]:
-    """Returns (name, value) of the signal's own variable, or else of the common one. An unset value is empty."""
     own, common = f"OTEL_EXPORTER_OTLP_{signal.upper()}_{what}", f"OTEL_EXPORTER_OTLP_{what}"
     return (own, variables[own]) if own in variables else (common, variables.get(common, ""))
 
 
 def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
-    """Returns a signal's URL. The signal's own variable is the whole URL, other settings are its base."""
+    """Returns the URL of a signal. A variable of the signal itself has the whole URL; other settings have a base
+    URL."""
     base = section.endpoint
     if base is None:
         name, value = _of_signal(variables, "ENDPOINT", signal)
@@ -129,7 +129,6 @@ def _url(section: Telemetry, variables: Mapping[str, str], signal: str) -> str:
 
 
 def _headers(name: str, value: str) -> dict[str, str]:
-    """Parses percent-encoded NAME=VALUE pairs, separated by commas. Errors do not show values, which may be secret."""
     pairs = [pair.strip() for pair in value.split(",") if pair.strip()]
     return dict(_header(unquote(pair), f"{name}: entry {number}") for number, pair in enumerate(pairs, 1))
 
@@ -171,7 +170,7 @@ def _sampler(section: Telemetry, variables: Mapping[str, str]) -> TraceSampler:
 
 
 def _resource(variables: Mapping[str, str]) -> dict[str, str]:
-    """Returns the resource attributes. Raises UsageError for a malformed list, since entries would be lost."""
+    """Returns the resource attributes. Raises UsageError for a malformed list, of which entries would be lost."""
     pairs = [pair.partition("=") for pair in variables.get("OTEL_RESOURCE_ATTRIBUTES", "").split(",") if pair.strip()]
     if not all(name.strip() and equals for name, equals, _ in pairs):
         raise UsageError("OTEL_RESOURCE_ATTRIBUTES: not NAME=VALUE with commas between")

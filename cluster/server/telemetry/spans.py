@@ -1,7 +1,10 @@
-"""OTLP spans of records, named by OpenTelemetry's GenAI conventions. The span of an HTTP request contains those of
-its sequences, these contain their phases, and computing phases contain their stages. The coordinator gets all times
-with results, so microbatches carry no trace context. A stage's span is as long as its share of the phase and begins
-after the stages before it, although stages alternate during many microbatches."""
+"""OTLP spans of records, named by OpenTelemetry's GenAI conventions. The span of an HTTP request contains those of its
+sequences, which contain their phases. Computing phases contain their stages.
+
+The coordinator gets all times with results, so microbatches carry no trace context. The span of a stage is as long as
+its share of the phase and begins after the spans of earlier stages, although in fact stages alternate during many
+microbatches.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,8 @@ def _sequence_attributes(ended: EndedSequence) -> dict[str, Value]:
 
 
 def _phase_spans(phase: WaterfallPhase, sequence: Span, unix_ns: int) -> Iterator[Span]:
-    """Makes the spans of a phase and its stages. A phase merged with later ones may overlap the phases between."""
+    """Makes the spans of a phase and its stages. A phase that was merged with later ones may overlap the phases in
+    between."""
     attributes: dict[str, Value] = {}
     if phase.microbatches:
         attributes = {
@@ -130,7 +134,6 @@ def _phase_spans(phase: WaterfallPhase, sequence: Span, unix_ns: int) -> Iterato
 
 
 def _span(name: str, trace: TraceContext, attributes: Mapping[str, Value], *, failed: str | None) -> Span:
-    """Makes a span whose parent is the context's span. `failed`: the kind of its error; None if it did not fail."""
     span = Span(
         trace_id=trace.trace_id,
         span_id=secrets.token_bytes(SPAN_ID_BYTES),

@@ -39,7 +39,8 @@ def _check_installed() -> None:
 
 
 def resolve_telemetry(config: ClusterConfig) -> TelemetrySettings | None:
-    """Returns None if nothing is exported. Raises UsageError for bad values, or if the library is not installed."""
+    """Returns the settings; None if nothing is exported. Raises UsageError for bad values, or if the library is not
+    installed."""
     settings = TelemetrySettings.resolve(config.telemetry, otel_variables())
     if settings is not None:
         _check_installed()
@@ -70,7 +71,8 @@ class _ModelSpans:
 async def open_telemetry(
     settings: TelemetrySettings, cluster: str, engines: Mapping[str, Engine], registry: CollectorRegistry
 ) -> AsyncIterator[Telemetry]:
-    """Exports while entered. `engines`: by model. `registry`: the cluster's metrics, which get counts of exports."""
+    """Exports while the context is open. `engines`: by model. `registry`: the cluster's metrics, to which counts of
+    exports are added."""
     from llamaclust.cluster.server.telemetry.exporter import ExportCounts, Exporter
 
     resource = {"service.version": VERSION, "service.instance.id": cluster, **settings.resource}

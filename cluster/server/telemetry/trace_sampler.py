@@ -10,13 +10,12 @@ from llamaclust.cluster.engine.trace_context import TraceContext
 
 _TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
 _COUNTED_BITS = 64
-"""The bits of a trace id that decide. Other programs compare the same bits, so that all keep the same traces."""
+"""The number of bits of a trace id that decide. Other programs compare the same bits, so that all keep the same
+traces."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestTrace:
-    """A traced request: the context of its own span, and the context of the client's span above it."""
-
     own: TraceContext
     parent: TraceContext | None
 
@@ -27,7 +26,8 @@ class RequestTrace:
 
 @dataclass(frozen=True, slots=True)
 class TraceSampler:
-    """The rule for tracing. `ratio`: the fraction of requests kept; with `obeys_parent`, of those without a context."""
+    """The rule for tracing. `ratio`: the fraction of requests that are traced. With `obeys_parent`, the ratio applies
+    only to requests without a trace context."""
 
     ratio: float = 1.0
     obeys_parent: bool = True

@@ -17,7 +17,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _MOST_SHARE = 12
 _SPARSE = 0.75
-"""The share of the weights read by a token below which the text states the bytes that a token reads."""
+"""The text states the bytes that a token reads if they are a smaller share of the weights than this."""
 
 
 def plan_json(plan: Plan, acceptances: Sequence[float] = USUAL_ACCEPTANCES) -> dict[str, Any]:

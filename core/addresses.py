@@ -8,7 +8,7 @@ import re
 from llamaclust.core.errors import UsageError
 
 ANYWHERE = ("0.0.0.0", "::")
-"""Wildcard hosts: a listener there accepts connections to any address of its machine."""
+"""Wildcard hosts. A listener there accepts connections to every address of its machine."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.]{2,60}(?:%[^\]\s]{1,32})?\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", re.ASCII)
 _MOST_SHOWN = 64
@@ -21,7 +21,8 @@ class AddressError(UsageError, ValueError):
 
 
 def split_address(value: object, example: str = "127.0.0.1:8080 or [::1]:8080") -> tuple[str, int]:
-    """Raises AddressError with the example, also for a link-local address, which other machines cannot use."""
+    """Raises AddressError with `example` in its message, also for link-local addresses, which other machines cannot
+    use."""
     match = _ADDRESS.fullmatch(value) if isinstance(value, str) else None
     if match is None or int(match[2]) > 65535:
         shown = "an empty value" if value is None else repr(value)[:_MOST_SHOWN]
@@ -37,8 +38,8 @@ def joined_address(host: str, port: int) -> str:
 
 
 def bounded_host(host: str) -> str:
-    """Returns the unit in which connections are counted: the IPv4 address, or the IPv6 /64 network, because a host may
-    use any address in its network."""
+    """Returns the unit in which connections are counted: the IPv4 address, or the /64 network of an IPv6 address, since
+    a host may use all addresses of its network."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -16,5 +16,4 @@ class Backoff:
     factor: float = 2.0
 
     def pause_s(self, failures: int) -> float:
-        """Returns the pause in seconds after this number of failures; 0 gives first_s."""
         return min(self.first_s * self.factor ** min(failures, _MAX_DOUBLINGS), self.max_s)

@@ -1,5 +1,5 @@
-"""Bounds on the fields of messages from peers. A check returns the value or raises a ProtocolError that names the field
-and the bound. Dataclasses declare bounds in `Annotated`; wire/codec.py applies them to every field that it decodes."""
+"""Bounds on the fields of messages from peers. A check returns the value, or raises a ProtocolError that names the
+field and the bound. Dataclasses declare bounds in `Annotated`; wire/codec.py checks every field that it decodes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def finite(what: str, value: float, low: float = -math.inf, high: float = math.i
 
 
 def line(what: str, value: str, most: int = MAX_TEXT) -> str:
-    """Folds white space and drops control characters, so that the text is safe in any terminal."""
+    """Folds white space and drops control characters, so that any terminal can show the text safely."""
     if value.isalnum() and len(value) <= most:
         return value
     bounded(f"length of {what}", len(value), 0, most)
@@ -119,10 +119,10 @@ Integer = partial(Bound, bounded)
 Real = partial(Bound, finite)
 Size = partial(Bound, _size)
 Text = partial(Bound, _text)
-"""Bounds with the arguments (low, high). `Size` counts items or bytes, `Text` counts UTF-8 bytes."""
+"""Bounds with the arguments (low, high). `Size` counts items or bytes; `Text` counts bytes of UTF-8."""
 Line = partial(Bound, line)
 LogLine = partial(Bound, log_line, fit=fitted_log_line)
-"""`Line` and `LogLine` take the greatest number of characters."""
+"""Bounds of texts. The argument is the greatest number of characters."""
 Choice = partial(Bound, _choice)
 
 Address = Annotated[str, Line(512)]

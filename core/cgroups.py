@@ -11,7 +11,7 @@ from pathlib import Path
 
 _ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60
-"""The limit from which on a group counts as unlimited: version 1 then states a number near 2^63."""
+"""A larger limit counts as none: without a limit, version 1 states a number near 2^63."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def memory_groups(root: Path = _ROOT) -> list[MemoryGroup]:
 
 
 def cpu_quota(root: Path = _ROOT) -> float | None:
-    """Returns the number of CPUs whose time the groups grant this process; None without a limit."""
+    """Returns the number of CPUs whose time the control groups allow this process. None means no limit."""
     quotas = []
     for folder, version in _folders(root, "cpu"):
         files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if version == 1 else ("cpu.max",)
@@ -56,8 +56,8 @@ def cpu_quota(root: Path = _ROOT) -> float | None:
 
 
 def _folders(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
-    """Yields (folder, version) of this process's group and its ancestors, innermost first. In a container, /proc may
-    state a path that the mount lacks, so some of the folders may not exist."""
+    """Yields (folder, version) for this process's group and its ancestors, innermost first. Folders may be absent: in a
+    container, /proc may state a path that is not mounted."""
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
@@ -74,7 +74,8 @@ def is_memory_limited() -> bool:
 
 
 def drop_cached_pages(descriptor: int, offset: int = 0, n_bytes: int = 0) -> None:
-    """Drops a part of a file from the page cache if a group limits memory. `n_bytes` of 0 means up to the end."""
+    """Drops a part of a file from the page cache if a group limits memory. `n_bytes` of 0 means the rest of the
+    file."""
     if is_memory_limited():
         os.posix_fadvise(descriptor, offset, n_bytes, os.POSIX_FADV_DONTNEED)
 

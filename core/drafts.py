@@ -1,4 +1,4 @@
-"""Orders to a draft model, and its replies. The tokens that it generates are drafts for sequences of a larger model."""
+"""Orders to a draft model, and its replies. The draft model generates drafts: tokens that a larger model may accept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llamaclust.core.sampling import SampleTask
 
 MOST_ORDERS = 8
-"""The most orders in one call of the draft model, which reads its weights once for all of them."""
+"""The most orders in one call of the draft model. One pass over its weights serves all orders of a call."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ MAX_TERM = (1 << 32) - 1
 
 
 def epoch_number(term: int, count: int) -> int:
-    """Returns the 64-bit number of epoch `count` in a term. It is greater than all numbers of smaller terms."""
+    """Returns the 64-bit number of epoch `count` of a term. It is greater than all numbers of smaller terms."""
     return term << _TERM_SHIFT | count
 
 

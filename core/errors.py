@@ -25,7 +25,7 @@ class UsageError(LlamaclustError):
 
 
 class RefusedError(UsageError):
-    """The coordinator refused a worker, and would refuse another attempt too."""
+    """The coordinator refused a worker and would refuse it again."""
 
 
 class ModelFileError(UsageError):
@@ -42,13 +42,13 @@ class InsufficientMemoryError(LlamaclustError):
     code = "insufficient_memory"
     missing_bytes: float | None = None
     problem: str | None = None
-    """The message of a planning error without the advice that follows it; None for other errors."""
+    """The message of a planning error without its advice; None for other errors."""
     fitting_context: int | None = None
     """The longest context in tokens for which a plan would fit; None if there is none."""
 
 
 class RequestError(LlamaclustError):
-    """A request to the API that is refused before it runs."""
+    """The API refuses a request before it runs."""
 
     exit_code = 2
     http_status = 400

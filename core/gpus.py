@@ -1,4 +1,4 @@
-"""The GPUs of workers, the layers of a stage on each device, and the user's rules for their placement."""
+"""GPUs of workers, the layers of a stage on each device, and the user's rules for the placement of layers."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def ranges(layers: Sequence[int]) -> str:
 
 
 def cache_room(left_bytes: int, limit_bytes: int | None) -> int:
-    """Returns the bytes for a GPU's expert cache, a multiple of the allocation unit. `left_bytes` is the memory that
-    everything else leaves; `limit_bytes` is the most that the cache may take (None: no limit)."""
+    """Returns the size in bytes of a GPU's expert cache, a multiple of the allocation unit. `left_bytes` is the memory
+    that everything else leaves free; `limit_bytes` is the most that the cache may take (None: no limit)."""
     most = left_bytes if limit_bytes is None else min(left_bytes, limit_bytes)
     return max(0, most // _UNIT_BYTES * _UNIT_BYTES)
 
@@ -69,7 +69,7 @@ def placed(devices: Sequence[DeviceLayers]) -> str:
 
 
 UNUSED_BY_PARTS = "layers are divided by their experts, and parts of layers are computed on processors only"
-"""The reason, in messages, that no GPU of a cluster is used when whole layers do not fit."""
+"""The reason in messages why no GPU is used if layers are divided."""
 
 
 def gpu_names(device: str) -> Sequence[str]:
@@ -81,15 +81,15 @@ RAM, ANY_GPU = "ram", "gpu"
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The user's rules for placing layers on a worker with GPUs. Each tuple has one entry per layer; an empty tuple has
-    no rules. Layers without a rule go where memory allows."""
+    """The user's rules for placing layers on a worker with GPUs. Each tuple is empty (no rules) or has one entry per
+    layer. Layers without a rule are placed where memory allows."""
 
     layers: tuple[str | None, ...] = ()  # "ram", "gpu": any one, "cuda:N"; None: open
     experts: tuple[bool | None, ...] = ()  # of layers on a GPU, whether in RAM; None: by `cpu_moe`
     cpu_moe: int | None = 0  # so many first layers have their experts in RAM, others on the GPU; None: open
 
     def experts_in_ram(self, layer: int) -> bool | None:
-        """Returns the rule for the experts of a layer on a GPU, True for RAM; None if there is no rule."""
+        """Returns whether a layer on a GPU keeps its experts in RAM; None if no rule decides it."""
         said = self.experts[layer] if self.experts else None
         if said is not None or self.cpu_moe is None:
             return said
@@ -97,7 +97,7 @@ class Placement:
 
     def devices_of(self, layer: int, gpus: Sequence[str]) -> range:
         """Returns the devices that may hold the layer: 0 is RAM, 1 the first GPU, and so on. Returns all devices if the
-        rule names another worker's GPU; `check` rejects the layer in that case."""
+        rule names a GPU of another worker; `check` reports that error."""
         said = self.layers[layer] if self.layers else None
         if said is None or self.missing(gpus, layer, layer + 1):
             return range(len(gpus) + 1)
@@ -106,12 +106,13 @@ class Placement:
         return range((at := gpus.index(said) + 1), at + 1)
 
     def missing(self, gpus: Sequence[str], start: int, end: int) -> str | None:
-        """Returns the first GPU that a rule for layers [start, end) names and that is not in `gpus`, or None."""
+        """Returns the first GPU that the rules for layers [start, end) name but `gpus` lacks, or None."""
         known = (None, RAM, ANY_GPU, *gpus)
         return next((said for said in self.layers[start:end] if said not in known), None)
 
     def check(self, gpus: Sequence[str], start: int, end: int) -> None:
-        """Raises UsageError for rules that a stage cannot obey: RAM holds its first layers, GPUs the next, in order."""
+        """Raises UsageError for rules that no stage can obey: its first layers are in RAM, the next on GPUs in
+        order."""
         if not gpus:
             return
         missing = self.missing(gpus, start, end)
@@ -132,7 +133,8 @@ class Placement:
                 first_open = layer
 
     def check_obeyed(self, devices: Sequence[DeviceLayers]) -> None:
-        """Raises UsageError for a misplaced layer: layers that share keys and values must be on one device."""
+        """Raises UsageError for a layer that is not where its rule says, because it shares KV memory with other
+        layers."""
         for part in devices if self.layers else ():
             allowed = (None, RAM) if part.device == "cpu" else (None, ANY_GPU, part.device)
             for layer in range(part.start, part.end):

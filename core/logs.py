@@ -1,4 +1,4 @@
-"""Log lines as text for people, or as logfmt or JSON for programs, and their parser."""
+"""Formats of log lines (text for people, logfmt and JSON for programs) and a parser of these lines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LogFormat(StrEnum):
 
 
 class _Fields(logging.Formatter):
-    """Formats a record as one line: time, level, cluster and worker if known, message, further fields."""
+    """Formats a record as one line: time, level, cluster and worker (if known), message, other fields."""
 
     def __init__(self, form: LogFormat, where: Mapping[str, str]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ def _quoted(value: object) -> str:
 
 
 class _Memory(logging.Handler):
-    """Keeps the last lines and the last warning or error. Warnings of other packages' loggers do not count."""
+    """Keeps the last lines, and the last warning or error of this project's own loggers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class _Memory(logging.Handler):
 
 
 class FileShortage(logging.Filter):
-    """A filter that replaces tracebacks of exhausted file descriptors by one line per `wait_s` with their count."""
+    """Replaces tracebacks about exhausted file descriptors by one line with their count every `wait_s` seconds."""
 
     def __init__(self, log: logging.Logger, wait_s: float = 5.0) -> None:
         super().__init__()
@@ -139,13 +139,13 @@ def last_trouble() -> str:
 
 
 def last_lines() -> tuple[tuple[str, ...], int]:
-    """Returns the last lines of this process's log, and the number of lines before them."""
+    """Returns the last lines of this process's log, and the number of earlier lines."""
     with _memory.lock or nullcontext():
         return tuple(_memory.lines), _memory.count - len(_memory.lines)
 
 
 def read_line(line: str) -> tuple[str, str] | None:
-    """Returns (level in capitals, message) of a line in any format; None for a line that no logger wrote."""
+    """Returns (level in capitals, message) of a log line in any format; None if no logger wrote the line."""
     text = _TEXT.fullmatch(line)
     if text is not None:
         return text["level"], text["message"]

@@ -1,4 +1,4 @@
-"""Process-wide settings that a main function makes once: streams, open files, thread switching, garbage collection."""
+"""Process-wide settings of a main function: standard streams, open files, thread switching, garbage collection."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import sys
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 _MANY_FILES = 1 << 16
 _SERVERS = 2
-"""The most servers in a process: one for the API, one for members of the cluster."""
+"""The most servers in one process: one for the API and one for the cluster's members."""
 _SWITCH_INTERVAL_S = 0.0005
 _COLLECT_EVERY = 20_000
-"""Allocations between two garbage collections; Python's default is 700."""
+"""The number of allocations between two garbage collections. Python's default is 700."""
 
 
 def open_standard_streams() -> None:
-    """Opens /dev/null for each closed stream. Otherwise a file opened later would receive printed text."""
+    """Opens /dev/null for each closed standard stream. Otherwise a file opened later would receive printed text."""
     for descriptor, (name, mode) in enumerate(_STREAMS):
         try:
             os.fstat(descriptor)
@@ -37,16 +37,16 @@ def allow_many_files() -> None:
 
 
 def connections_of_server() -> int:
-    """Returns the most connections of one server. All servers together leave a quarter of the open files free."""
+    """Returns the most connections of one server. All servers together leave a quarter of the descriptors free."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return (_MANY_FILES if files == resource.RLIM_INFINITY else files) * 3 // 4 // _SERVERS
 
 
 def share_interpreter() -> None:
-    """Hands the GIL to a waiting thread (event loop or compute thread) after 0.5 ms instead of 5 ms."""
+    """Shortens the time until a waiting thread gets the GIL from 5 ms to 0.5 ms."""
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
 
 
 def collect_rarely() -> None:
-    """Makes garbage collection rare: it takes a tenth of the start-up time, and few objects are in cycles."""
+    """Makes garbage collection rare: it would take a tenth of the start-up time, and few objects are in cycles."""
     gc.set_threshold(_COLLECT_EVERY)

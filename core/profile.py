@@ -1,4 +1,4 @@
-"""Measured speeds of a worker's processor and GPUs, in SI units: bytes, seconds, multiply-accumulates (MACs)."""
+"""Measured speeds of a worker's processor and GPUs, in bytes, seconds and multiply-accumulates (MACs)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _Seconds = Annotated[float, Real(0.0, 3600.0)]
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """The time of a step: stage_s + layers_byte_s * bytes, plus head_s on the last stage. The bytes are those of states
-    and layer weights that the step touches; of experts, only the chosen ones count."""
+    """The time of a step is stage_s + layers_byte_s * bytes, plus head_s on the last stage. `bytes` counts the weights
+    and the KV or recurrent state that the step reads; of experts, only the chosen ones count."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
@@ -31,7 +31,7 @@ class StepTime:
 
 
 StepTimes = Annotated[tuple[StepTime, ...], Size(0, 16)]
-"""Step times by ascending rows; empty if no steps were measured."""
+"""Step times by ascending rows; empty if none were measured."""
 
 
 def at_rows(times: StepTimes, rows: int) -> StepTime:
@@ -44,7 +44,7 @@ def at_rows(times: StepTimes, rows: int) -> StepTime:
 
 @dataclass(frozen=True, slots=True)
 class ProductTime:
-    """The time of a matrix product with weights of one quant type, per byte of the weights in memory."""
+    """The time of a matrix product, per byte of its weights in memory, for weights of one quant type."""
 
     quant_type: Annotated[int, Integer(0, 255)]  # ggml's number
     rows: Annotated[int, Integer(1, 1 << 16)]
@@ -62,9 +62,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class DeviceProfile:
-    """The speed of one device: limits, measured steps of the model, and products by quant type. Fields named `isolated`
-    were measured while the machine's other workers were idle, the others while these computed. Empty `isolated` fields
-    mean equal speeds."""
+    """The speed of one device: limits, measured steps of the model, and matrix products by quant type. Fields named
+    `isolated` were measured while the machine's other workers were idle, the other fields while these workers computed.
+    An empty `isolated` field means that both speeds are equal."""
 
     read_bytes_s: Rate  # of weights
     int8_macs_s: Rate
@@ -96,8 +96,8 @@ class DeviceProfile:
         )
 
     def step_times(self, *, concurrent: bool) -> StepTimes:
-        """Returns the step times for a busy (`concurrent`) or an idle machine. If only products were measured on the
-        idle machine, returns () for it: products predict better than concurrent steps."""
+        """Returns the step times on a busy (`concurrent`) or an idle machine. If only products were measured on the
+        idle machine, returns () for it, since products predict better than steps on a busy machine."""
         if concurrent or self.isolated:
             return self.concurrent if concurrent else self.isolated
         return () if self.isolated_products else self.concurrent
@@ -152,7 +152,7 @@ def _mean_limits(limits: Sequence[Limits]) -> Limits | None:
 
 
 def mean_step_times(series: Sequence[StepTimes]) -> StepTimes:
-    """Averages measurements at the same rows; empty series do not count."""
+    """Averages step times that were measured at the same rows. Empty series are ignored."""
     points = zip(*filter(None, series), strict=False)
     return tuple(StepTime(group[0].rows, *map(fmean, zip(*map(_values, group), strict=True))) for group in points)
 

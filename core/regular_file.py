@@ -1,4 +1,4 @@
-"""Single files, read and written safely: opens never block on pipes, texts are decoded, writes are atomic."""
+"""Single files, read and written safely: opening never blocks on a pipe, texts are decoded, writes are atomic."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codec
 
 
 def decode_text(data: bytes) -> str:
-    """Decodes UTF-8, or UTF-16 with a byte-order mark, and removes the mark. Raises ValueError with the place."""
+    """Decodes UTF-8, or UTF-16 with a byte-order mark; drops the mark. Raises ValueError with the place."""
     mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)
@@ -34,7 +34,7 @@ def decode_text(data: bytes) -> str:
 
 
 def read_given(path: Path, most_bytes: int) -> bytes:
-    """Reads the start of a file or a pipe such as a shell's `<(...)`. Raises OSError for a pipe without a writer."""
+    """Reads up to `most_bytes` of a file, or of a pipe such as `<(...)`. Raises OSError for a pipe without a writer."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:
         first = b""
@@ -47,11 +47,11 @@ def read_given(path: Path, most_bytes: int) -> bytes:
 
 
 class NotRegularError(OSError):
-    """A directory, a pipe, a device or the like instead of a file."""
+    """The path is a directory, a pipe, a device or the like instead of a file."""
 
 
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """Opens a regular file, with mode 0600 if it is created. Raises OSError; never waits for a pipe's writer."""
+    """Opens a regular file, or creates it with mode 0600. Raises OSError; never waits for a pipe's writer."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -63,7 +63,7 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def open_regular(path: Path, *, follows_links: bool = True, is_writable: bool = False) -> BinaryIO:
-    """Raises OSError if the file cannot be opened or is not regular, or for a link unless `follows_links`."""
+    """Raises OSError if the file cannot be opened, is not regular, or is a link although `follows_links` is False."""
     flags = (os.O_RDWR if is_writable else os.O_RDONLY) | (0 if follows_links else os.O_NOFOLLOW)
     file: BinaryIO = os.fdopen(open_descriptor(path, flags), "r+b" if is_writable else "rb")
     return file
@@ -79,7 +79,7 @@ def read_bytes(path: Path, most_bytes: int, *, follows_links: bool = True) -> by
 
 
 def file_version(path: Path) -> tuple[int, ...]:
-    """Returns numbers that change when the file does; () if there is no file."""
+    """Returns numbers that change whenever the file changes; () if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -101,8 +101,8 @@ def read_json(path: Path) -> Any:
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:
-    """Writes a file of mode 0600 atomically, even if several machines write it at once. If `is_synced`, it then
-    survives a power failure. Raises OSError, for example on a full disk, and leaves no temporary file."""
+    """Writes a file of mode 0600 atomically, even if several machines write it at once. With `is_synced`, it survives a
+    power failure. Raises OSError, for example on a full disk, and then leaves no temporary file."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
@@ -133,7 +133,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def take_lock(file: BinaryIO | int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Locks a file without waiting. Returns False if another process, or another descriptor here, has the lock."""
+    """Locks a file without waiting. Returns False if another process, or another descriptor here, holds the lock."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:

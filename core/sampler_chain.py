@@ -1,4 +1,4 @@
-"""Samplers that the plain parameters lack, and the order of all samplers (rules: docs/internals/numerics.md)."""
+"""Samplers that requests name explicitly, and the order of all samplers (rules: docs/internals/numerics.md)."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SAMPLERS = tuple(SamplerName)
 """All samplers; a sampler's index is its number on the wire and in kernels."""
 
 PLAIN_ORDER = (SamplerName.PENALTIES, SamplerName.TOP_K, SamplerName.TOP_P, SamplerName.MIN_P, SamplerName.TEMPERATURE)
-"""The order of samplers if a request sets no chain. A chain with this order gives the same tokens."""
+"""The order of samplers for a request without a chain. A chain with this order gives the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerChain:
-    """The samplers that change logits, in `order`, and their settings. Settings of other samplers have no effect."""
+    """The samplers to run, in `order`, and their settings. Settings of samplers outside `order` have no effect."""
 
     order: tuple[SamplerName, ...] = PLAIN_ORDER  # each once at most
     top_n_sigma: float = number(

@@ -1,4 +1,4 @@
-"""Parameters of sampling and scoring, the grammar that an answer obeys, and the result of one row."""
+"""Parameters of sampling and scoring, the grammar that an answer obeys, and the result of one row of logits."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ if TYPE_CHECKING:  # clients do not wait for it
 NOT_FINITE = "the logits are not finite numbers"
 
 AllowedTokens: TypeAlias = "NDArray[np.uint32]"
-"""One bit per token, set if a grammar allows the token, lowest bit first. Shape: [vocabulary / 32, rounded up]."""
+"""One bit per token, lowest bit first, set if a grammar allows the token. Shape: [vocabulary / 32, rounded up]."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Parameters of sampling. The defaults are greedy. docs/internals/numerics.md has the order of the steps."""
+    """Sampling parameters, with greedy defaults. docs/internals/numerics.md states the order of the steps."""
 
     temperature: float = number(
         (0.0, 100.0),
@@ -95,7 +95,7 @@ class SamplingParams:
 
     @property
     def needs_state(self) -> bool:
-        """True if a choice depends on more than earlier tokens: Mirostat needs the mu that came with the last token."""
+        """True if a choice depends on more than earlier tokens: Mirostat needs the last result's mu."""
         return self.chain is not None and self.chain.mirostat != 0
 
     @property
@@ -108,7 +108,7 @@ PARAMS: Final = rows_of(SamplingParams)
 
 @dataclass(frozen=True, slots=True)
 class _Windows:
-    """The numbers of last tokens that penalties and DRY examine; -1: all."""
+    """The number of last tokens that penalties count and that DRY searches; -1 means all."""
 
     repeat_last_n: int = number(
         (-1, MAX_CONTEXT_TOKENS),
@@ -123,16 +123,16 @@ class _Windows:
 
 
 SAMPLING_TABLE: Final[Mapping[str, SamplingField]] = {**PARAMS, **rows_of(_Windows), **CHAIN}
-"""All numeric sampling parameters of a request, by OpenAI's name; others by vLLM's or llama.cpp's name."""
+"""All numeric sampling parameters of a request, under OpenAI's names, or else vLLM's or llama.cpp's."""
 
 MAIN_NUMBERS: Final = ("temperature", "top_k", "top_p", "min_p")
-"""The parameters that a chat always shows, with llama.cpp's defaults."""
+"""The parameters that a chat always shows, with the defaults of llama.cpp."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """A grammar as a JSON object of llguidance, made by model/grammars/definitions.py. The whole answer must obey it.
-    If there are `triggers`, only the part that begins with the first trigger in the answer must."""
+    With `triggers`, only the part from the first trigger on must obey it."""
 
     definition: str
     triggers: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ Tags: TypeAlias = tuple[Annotated[str, Text(1, MAX_TRIGGER_BYTES)], ...]
 @dataclass(frozen=True, slots=True)
 class Reasoning:
     """The reasoning in an answer: the text between one of the tags `begins` and the next of the tags `ends`. After
-    `budget` tokens of reasoning, the tokens `forced` follow and end it."""
+    `budget` tokens of reasoning, the tokens `forced` are appended and end it."""
 
     begins: Annotated[Tags, Size(1, MAX_TRIGGERS)]
     ends: Annotated[Tags, Size(1, MAX_TRIGGERS)]
@@ -160,7 +160,7 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class MatcherStart:
-    """The values with which the last stage starts an answer's matcher. They alone determine the matcher's state."""
+    """The values from which the last stage makes an answer's matcher. They alone determine the matcher's state."""
 
     key: int  # of the answer, within an epoch
     grammar: Grammar | None
@@ -179,7 +179,7 @@ class MatcherRow:
 
 @dataclass(frozen=True, slots=True)
 class SampleTask:
-    """A token to sample after an output row. The random draw depends only on `seed`, `choice` and `position`."""
+    """A token to sample from an output row. The random draw depends only on `seed`, `choice` and `position`."""
 
     params: SamplingParams
     seed: int  # 64 bits, unsigned
@@ -196,7 +196,7 @@ class SampleTask:
     matcher: MatcherRow | None = None  # of an answer with a grammar or a budget of reasoning
 
     def next(self) -> SampleTask:
-        """Returns the task of the next row of the chunk. The input of that row is a drafted token."""
+        """Returns the task of the chunk's next row, whose input is a drafted token."""
         matcher = None if self.matcher is None else replace(self.matcher, position=self.matcher.position + 1)
         return SampleTask(
             self.params,
@@ -221,7 +221,7 @@ class SampleTask:
 
 @dataclass(frozen=True, slots=True)
 class ScoreTask:
-    """The task to compute the logprob of a given token after an output row (perplexity, echo)."""
+    """The request for the logprob of a given token after an output row (perplexity, echo)."""
 
     token: int
     top_logprobs: int = 0
@@ -231,22 +231,22 @@ RowTask = SampleTask | ScoreTask
 
 
 _SECOND_DRAW = 1 << 31
-"""The number that is added to a choice's index for a second draw; no choice has so large an index."""
+"""Added to a choice's index for a second draw. No choice has so large an index."""
 
 
 def second_draw(task: RowTask) -> RowTask:
-    """Returns the same task with an independent random draw, for a row whose first token was not allowed."""
+    """Returns the same task with an independent random draw, for a row whose first token the grammar refused."""
     return replace(task, choice=task.choice + _SECOND_DRAW) if isinstance(task, SampleTask) else task
 
 
 class TopLogprobs(Sequence[tuple[int, float]]):
-    """Pairs (token, float32 logprob), best first, packed: a long answer has a million. Equals a tuple of pairs."""
+    """Pairs (token, float32 logprob), best first. They are packed bytes, because a long answer has a million."""
 
     __slots__ = ("packed",)
     _PAIR: Final = struct.Struct("=if")
 
     def __init__(self, packed: bytes | bytearray) -> None:
-        """`packed` has an int32 token and its float32 logprob for each pair."""
+        """`packed` has an int32 token and a float32 logprob for each pair."""
         self.packed = packed
 
     @classmethod

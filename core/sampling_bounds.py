@@ -1,4 +1,4 @@
-"""The type of the sampling table's rows, and bounds of sampling parameters."""
+"""Bounds of sampling parameters, and the type of the rows of the sampling table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Dialect(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingField:
-    """A row of the sampling table, which describes one numeric parameter of a request."""
+    """A row of the sampling table. It describes one numeric parameter of a request."""
 
     low: float
     high: float
@@ -73,8 +73,8 @@ def number(
     llamacpp_name: str = "",
     gguf: str = "",
 ) -> Any:
-    """Declares a dataclass attribute and its row in the sampling table. The attribute's default is `neutral`, if given.
-    `default` is the default of requests, and of each API whose own argument is None."""
+    """Declares a dataclass attribute and its row in the sampling table. The attribute's default is `neutral` if given,
+    otherwise `default`. The APIs of llama.cpp and Ollama use `default` unless `llamacpp` or `ollama` is given."""
     own = [default if value is None else value for value in (llamacpp, ollama)]
     row = SamplingField(*bounds, default, doc, placeholder, own[0], own[1], llamacpp_name, gguf)
     return field(default=default if neutral is None else neutral, metadata={_ROW: row})

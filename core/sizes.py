@@ -1,4 +1,4 @@
-"""Sizes in messages: whole MiB, needs rounded up, free room rounded down."""
+"""Formats sizes in messages as whole MiB: needed memory is rounded up, free memory down."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def needed(parts: Mapping[str, int]) -> str:
 
 
 def missing(parts: Mapping[str, int], room_bytes: int, room: str = "{} MiB are free") -> str:
-    """Formats '12 MiB (weights 8, KV memory 4), 10 MiB are free: 2 MiB are missing'. `room` formats the free room."""
+    """Formats '12 MiB (weights 8, KV memory 4), 10 MiB are free: 2 MiB are missing'. `room` is the format of free
+    memory."""
     there = room.format(room_bytes // MIB)
     return f"{needed(parts)}, {there}: {mib(sum(parts.values()) - room_bytes)} MiB are missing"
 

@@ -18,7 +18,7 @@ _START = 19
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _IPV6_ADDRESSES = Path("/proc/thread-self/net/if_inet6")
 _PASSING = 0x01 | 0x08 | 0x20 | 0x40
-"""Flags of an IPv6 address that does not last: temporary, duplicate, deprecated, tentative (Linux, if_addr.h)."""
+"""Flags of IPv6 addresses that do not last: temporary, duplicate, deprecated, tentative (Linux, if_addr.h)."""
 _ELSEWHERE = (("192.0.2.1", socket.AF_INET), ("2001:db8::1", socket.AF_INET6))
 """Documentation addresses (RFC 5737, RFC 3849). Packets to them would take the default route."""
 _ADDR_PREFERENCES, _PREFER_PUBLIC = 72, 0x2
@@ -27,7 +27,7 @@ _VIRTUAL = re.compile(
     r"(docker|podman|virbr|lxcbr|lxdbr|incusbr|vnet|veth|cni|flannel|cali|vxlan|kube|tun|tap|utun|wg|tailscale|zt"
     r"|nebula|ipsec|gre|sit|ip6tnl|vmnet|vboxnet|dummy)[0-9a-z._-]*|br-[0-9a-f]{12}"
 )
-"""Interface names of container bridges and tunnels. Other machines cannot reach this one through them."""
+"""Names of interfaces of container bridges and tunnels, through which other machines cannot reach this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,12 @@ class InterfaceAddress:
 
     @property
     def rank(self) -> tuple[bool, bool, bool, bool]:
-        """A sort key: smaller for addresses that other machines more probably reach."""
+        """A sort key. Addresses that other machines more probably reach come first."""
         return is_loopback(self.host), self.is_virtual, not self.is_default, ":" in self.host
 
 
 def interface_addresses() -> list[InterfaceAddress]:
-    """Returns lasting addresses except link-local ones (fe80::/10), the most probably reachable ones first."""
+    """Returns the lasting addresses without link-local ones (fe80::/10), the most probably reachable ones first."""
     import ifaddr  # only here: its import takes as long as a command's own
 
     default, passing = {source_host(host, family) for host, family in _ELSEWHERE}, _passing_hosts()
@@ -65,7 +65,7 @@ def own_addresses() -> list[str]:
 
 
 def network_addresses() -> list[str]:
-    """Returns the hosts by which others probably reach this machine; if there are none, its best addresses."""
+    """Returns the hosts by which other machines probably reach this one, or else its best addresses."""
     return list(dict.fromkeys(address.host for address in _of_networks(interface_addresses())))
 
 
@@ -82,7 +82,7 @@ def _of_networks(addresses: list[InterfaceAddress]) -> list[InterfaceAddress]:
 
 
 def reachable_host(host: str) -> str:
-    """Returns the host by which other machines reach a listener at `host`; a wildcard becomes the best own address."""
+    """Returns the host by which others reach a listener at `host`. A wildcard becomes this machine's best address."""
     return next(iter(own_addresses()), host) if host in ANYWHERE else host
 
 
@@ -98,7 +98,7 @@ def source_host(host: str, family: socket.AddressFamily, port: int = 9) -> str |
 
 
 def _passing_hosts() -> set[str]:
-    """Returns this machine's IPv6 addresses that the system will replace, such as those of privacy extensions."""
+    """Returns IPv6 addresses that the system will replace, such as those of privacy extensions."""
     return {host for host, flags in _ipv6_flags() if flags & _PASSING}
 
 
@@ -111,7 +111,7 @@ def _ipv6_flags() -> Iterator[tuple[str, int]]:
 
 @cache
 def machine_id() -> str:
-    """Returns an id that all processes here share until a reboot. Several machines may have the same host name."""
+    """Returns an id that all processes of this machine share until a reboot. Machines may share a host name."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -123,7 +123,7 @@ def boot_s() -> float:
 
 
 def process_fields(pid: int | str) -> list[str]:
-    """Returns the fields of /proc/PID/stat after the name, which may contain anything; [] without a process."""
+    """Returns the fields of /proc/PID/stat that follow the process's name; [] if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (OSError, ValueError):
@@ -131,6 +131,6 @@ def process_fields(pid: int | str) -> list[str]:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Returns a process's start in clock ticks after boot; None if it is gone. Pids are reused, starts differ."""
+    """Returns a process's start in clock ticks after boot, which tells reused pids apart; None if it has ended."""
     fields = process_fields(pid)
     return int(fields[_START]) if fields else None

@@ -1,1 +1,1 @@
-"""The cache on disk: its folder, and how its files are opened, written and locked."""
+"""A cache on disk: the folder, and the functions that open, write and lock its files."""

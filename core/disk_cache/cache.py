@@ -1,6 +1,6 @@
-"""A cache folder of bounded size, whose files can be computed again. It is private to this user and shared by the
-user's processes. A file gets its name when it is complete, and never changes. A process that has a file open can read
-it even after its deletion. One process writes at a time; readers need no lock. A file's access time is its last use."""
+"""A cache folder of bounded size, for files that can be computed again. It belongs to one user, whose processes share
+it. Complete files get their names, and never change. A process can read a file that it has open even after its
+deletion. One process writes at a time; readers need no lock. A file's access time is the time of its last use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llamaclust.core.sizes import MIB, mib
 _log = logging.getLogger(__name__)
 
 _FREE_SHARE = 20
-"""One part in 20 of the disk stays free, or `free_bytes` if that is less."""
+"""The cache leaves 1/20 of the disk free, or `free_bytes` if that is less."""
 
 _LOCK = "lock"
 NEVER_NS = 1 << 63
@@ -63,7 +63,7 @@ class DiskCache:
     modified_ns: ClassVar[int | None] = None  # of all files, if set: one that was changed later is damaged
 
     def create(self) -> None:
-        """Creates the folder. Raises OSError, such as PermissionError for a link or if others could write there."""
+        """Creates the folder. Raises OSError, for example PermissionError for a link or if others could write there."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
@@ -73,8 +73,9 @@ class DiskCache:
             raise PermissionError(errno.EPERM, f"{what} (mode {mode:o})", str(self.path))
 
     def open(self, name: str, *, is_use: bool = True) -> FileIO | None:
-        """Opens a file and, if `is_use`, marks it used. Returns None if it is absent. Deletes it and returns None if it
-        was changed after it was written, or is not a regular file of this user. Raises OSError with the path."""
+        """Opens a file and, if `is_use`, marks it used. Returns None if it is absent. A file that was changed after it
+        was written, or is no regular file of this user, is deleted and counts as absent. Raises OSError with the
+        path."""
         path = self.path / name
         try:
             file = files.open_own(path)
@@ -106,9 +107,9 @@ class DiskCache:
         kept: Container[str] = (),
         writing: Writing | None = None,
     ) -> None:
-        """Writes a file if none of that size exists. To make room, deletes files that were last used before `since_ns`
-        and are not in `kept`. Raises NoRoomError, BusyError (another writer is slow), StoppedError or another OSError;
-        no part of the file then remains."""
+        """Writes a file, unless one of that name and size exists. Makes room by deleting files that were last used
+        before `since_ns` and are not in `kept`. Raises NoRoomError, BusyError (another writer is slow), StoppedError or
+        another OSError, and then leaves no part of the file."""
         n_bytes, writing = sum(map(len, parts)), writing or Writing()
         with self.locked(writing):
             if not self._has(name, n_bytes):
@@ -117,7 +118,8 @@ class DiskCache:
 
     @contextmanager
     def locked(self, writing: Writing | None = None) -> Iterator[None]:
-        """Holds the writers' lock, and deletes temporary files of killed writers. Raises errors of `files.locked`."""
+        """Holds the writers' lock and deletes temporary files of killed writers. Raises the errors of
+        `files.locked`."""
         with files.locked(self.path / _LOCK, writing or Writing()):
             for file in self.files(files.TEMPORARY):
                 files.remove(file.path)
@@ -128,7 +130,7 @@ class DiskCache:
         files.remove(self.path / name)
 
     def files(self, *suffixes: str) -> list[CachedFile]:
-        """Returns files with these suffixes (default: the cache's), the least recently used first."""
+        """Returns the files with these suffixes (default: the cache's own), least recently used first."""
         found = []
         with suppress(FileNotFoundError), os.scandir(self.path) as entries:
             for entry in entries:
@@ -147,8 +149,8 @@ class DiskCache:
         return sorted(path for path in self._names(_LOCK) if path.is_symlink() or not path.is_file())
 
     def clear(self) -> Cleared:
-        """Deletes every file that can be deleted; processes that have one open can still read it. Raises OSError if the
-        folder cannot be used, and BusyError if a process writes for long or a load needs the files."""
+        """Deletes every file that can be deleted. Processes that have a file open can still read it. Raises OSError if
+        the folder cannot be used, BusyError if another process writes for long or a load needs the files."""
         if not os.path.lexists(self.path):
             return Cleared()
         self._check_owner()
@@ -170,7 +172,7 @@ class DiskCache:
         return Cleared(count, size_bytes, tuple(left))
 
     def _needed_since_ns(self) -> int:
-        """Returns a time: files used at or after it must be kept. `NEVER_NS` keeps none. The caller holds the lock."""
+        """Returns a time: the cache keeps all files that were used at or after it. The caller holds the lock."""
         return NEVER_NS
 
     def _make_room(self, n_bytes: int, since_ns: int = NEVER_NS, kept: Container[str] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Files that several processes of one user share: opened without blocking, locked, and written whole or not at all."""
+"""Files that several processes of a user share: opened without blocking, locked, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llamaclust.core.cgroups import drop_cached_pages
 from llamaclust.core.regular_file import NotRegularError, open_descriptor, take_lock
 
 TEMPORARY = ".tmp"
-"""The suffix of a file that is being written, or that a killed process left."""
+"""The suffix of a file that is being written. A killed process may leave one."""
 
 _WRITE_BYTES = 1 << 21
-"""The size and alignment of writes, for which some file systems use huge pages (ext4 since Linux 6.16)."""
+"""The size and alignment of writes. Some file systems use huge pages for such writes (ext4 since Linux 6.16)."""
 
 _LOCK_WAIT_S = 10.0
-"""The longest wait for another writer, which holds the lock while it writes one file."""
+"""The longest wait for another process that writes a file and holds the lock."""
 
 _LOCK_RETRY_S = 0.02
 
@@ -30,15 +30,15 @@ _NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
 
 
 class ForeignFileError(OSError):
-    """A link, a pipe, a directory or the like instead of a file, or a file of another user."""
+    """The path is a link, a pipe, a directory or the like instead of a file, or a file of another user."""
 
 
 class BusyError(OSError):
-    """Another process has the lock."""
+    """Another process holds the lock."""
 
 
 class StoppedError(Exception):
-    """A stopped write."""
+    """The write was stopped."""
 
 
 class Writing:
@@ -64,8 +64,8 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
 
 @contextmanager
 def locked(path: Path, writing: Writing) -> Iterator[None]:
-    """Holds the lock of file `path`, which is created if absent. Raises BusyError if another process holds the lock for
-    long, StoppedError soon after `writing` was stopped."""
+    """Holds the lock of the file `path`, which is created if absent. Raises BusyError if another process holds the lock
+    for longer than `_LOCK_WAIT_S`, StoppedError soon after `writing` was stopped."""
     with open_own(path, os.O_RDWR | os.O_CREAT) as file:
         deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
         while not take_lock(file.fileno()):
@@ -117,7 +117,7 @@ def used_ns(status: os.stat_result) -> int:
 
 
 def mark_used(descriptor: int) -> os.stat_result:
-    """Sets the last use to now, exactly (the kernel's time lags by milliseconds). Returns the status before."""
+    """Sets the time of last use to now, since the kernel's own time lags by milliseconds. Returns the status before."""
     found = os.fstat(descriptor)
     with suppress(OSError):
         os.utime(descriptor, ns=(time.time_ns(), found.st_mtime_ns))
@@ -130,7 +130,7 @@ def remove(path: Path) -> None:
 
 
 def delete(path: Path) -> int:
-    """Deletes a file or an empty directory. Returns a regular file's size, otherwise 0. Raises OSError."""
+    """Deletes a file or an empty directory. Returns the size of a regular file, otherwise 0. Raises OSError."""
     found = path.lstat()
     if stat.S_ISDIR(found.st_mode):
         path.rmdir()

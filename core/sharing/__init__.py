@@ -1,1 +1,1 @@
-"""Scarce resources that several owners share fairly: `turns` for concurrent places, `shares` for units of room."""
+"""Fair sharing of scarce resources by several owners: `turns` for concurrent places, `shares` for units of room."""

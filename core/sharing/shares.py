@@ -1,4 +1,4 @@
-"""Fair shares of a limited room, counted in units, for several owners. Pure: without I/O."""
+"""Fair shares of a room that is counted in units. Pure: without I/O."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
-    """True if an owner with `own` of all `held` units may have `more`. The owner then has at most `room`, and at most
-    one more than stays free of 2 * `room`: one owner alone gets `room`, a new one up to half of the free units."""
+    """True if an owner with `own` of the `held` units may take `more`. One owner alone gets up to `room` units, and each
+    new owner up to half of the units that are free of 2 * `room`."""
     return not more or own + more <= min(room, 2 * room - held - more + 1)
 
 

@@ -1,4 +1,4 @@
-"""Turns at a few places: an owner with much work delays only its own work."""
+"""Turns at a few concurrent places. An owner with much work delays only its own work."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 
 class Turns:
-    """Concurrent places. A freed place goes to the waiting owner that has the fewest; on a tie, not to the owner that
+    """Concurrent places. A freed place goes to the waiting owner with the fewest places, on a tie not to the owner that
     freed it. An owner has at most `most` places (None: no limit). Not thread-safe: for one event loop."""
 
     def __init__(self, places: int, most: int | None = None) -> None:
@@ -43,7 +43,6 @@ class Turns:
             raise
 
     def _leave(self, owner: str) -> None:
-        """Hands the place to the next waiting owner, and drops the counts of owners without places."""
         self._taken[owner] -= 1
         self._taken += Counter()
         able = (waiting for waiting in self._waiting if self._taken[waiting] < self._most)

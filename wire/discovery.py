@@ -1,6 +1,6 @@
-"""Announces and finds coordinators by multicast DNS and service discovery (RFC 6762, RFC 6763), over IPv4 and IPv6. A
-cluster's id is the beginning of the CA hash in its join tokens. Enrolment verifies a coordinator, so a false
-announcement costs no more than a connection."""
+"""Announces and finds coordinators by multicast DNS and DNS service discovery (RFC 6762, RFC 6763), over IPv4 and IPv6.
+A cluster's id is the beginning of the CA hash in its join tokens. Enrolment verifies the coordinator, so a false
+announcement costs only a connection."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ _MOST_NAME = 40
 _MOST_LOOK_UPS = 16
 _MOST_OTHERS = 8
 _OTHER_NAME = re.compile(r"([a-z0-9_.-]{1,40})-[0-9a-f]{16}\b", re.ASCII)
-"""The pattern of an announced name: a cluster's name, then its id."""
+"""The pattern of an announced name: the cluster's name, then its id."""
 _MOST_ADDRESSES = 32
 _BEGIN_S = 10.0
 _END_S = 5.0
 _LOOK_S = 2.0
 """The pause between two checks of this machine's addresses."""
 _NO_MULTICAST = "::1"
-"""The IPv6 loopback address, which has no multicast, unlike 127.0.0.1."""
+"""The IPv6 loopback address, on which multicast does not work."""
 
 
 @asynccontextmanager
 async def announced(name: str, cluster: str, address: str) -> AsyncIterator[None]:
-    """Announces a cluster at `address` (HOST:PORT) to the local network. Raises UsageError without multicast there."""
+    """Announces a cluster at `address` (HOST:PORT) on the local network. Raises UsageError without multicast."""
     hosts, port = _announced_hosts(address), split_address(address)[1]
 
     def info() -> AsyncServiceInfo:
@@ -84,7 +84,7 @@ async def browsing(cluster: str, found: Callable[[str], None], other: Callable[[
 
 
 class _Browser:
-    """Looks up at most 16 names at a time, and only those with the cluster's id, since there may be many others."""
+    """Looks up at most 16 names at a time, and only names with the cluster's id, since there may be many others."""
 
     def __init__(
         self, zeroconf: Zeroconf, cluster: str, found: Callable[[str], None], other: Callable[[str], None]
@@ -97,7 +97,7 @@ class _Browser:
         self._look_ups = TaskSet()
 
     def changed(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-        """Handles a change. zeroconf passes the arguments by these names."""
+        """Handles a change of a name. zeroconf passes the arguments by keyword."""
         del zeroconf
         if state_change is ServiceStateChange.Removed:
             return
@@ -134,7 +134,7 @@ def _announced() -> list[str]:
 
 
 def _browsed() -> list[str]:
-    """Returns the addresses to listen at. Loopback is one, because a coordinator here may be announced only there."""
+    """Returns the addresses to listen at, loopback included: a coordinator here may be announced only there."""
     return [host for host in own_addresses() if host != _NO_MULTICAST]
 
 
@@ -175,7 +175,7 @@ def _version(hosts: Sequence[str]) -> IPVersion:
 async def _following(
     service: AsyncZeroconf, hosts: Callable[[], list[str]], renew: Callable[[], Awaitable[None]] | None = None
 ) -> AsyncIterator[None]:
-    """Keeps the service on the interfaces with the addresses `hosts()`, and calls `renew` when these change."""
+    """Keeps the service on the interfaces with the addresses `hosts()`. Calls `renew` when these addresses change."""
     tasks = TaskSet()
     tasks.start(_follow(service, hosts, renew))
     try:
@@ -207,7 +207,7 @@ async def _follow(
 
 @asynccontextmanager
 async def _ending() -> AsyncIterator[None]:
-    """Logs if the service does not stop in time; the end of the process then stops it."""
+    """Logs if the service does not stop in time. The end of the process then stops it."""
     try:
         async with deadline("the end of multicast DNS", _END_S):
             yield

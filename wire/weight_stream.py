@@ -23,12 +23,12 @@ _MAX_LINE, _MAX_LINE_BYTES = 200, 1000
 
 
 class WeightsNotFoundError(ProtocolError):
-    """The other side does not have those bytes."""
+    """The other side does not have the requested bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightRange:
-    """Bytes [start, end) of the content with that SHA-256 (hex)."""
+    """Bytes [start, end) of the content with this SHA-256 (hex)."""
 
     content: str
     start: int
@@ -49,7 +49,7 @@ def decode_range(data: bytes) -> WeightRange:
 
 
 def frames_of(data: memoryview) -> Iterator[bytes]:
-    """Yields the frames of a range, or of a part whose length is a multiple of FRAME_BYTES."""
+    """Yields the frames of a range, or of a part of it whose length is a multiple of FRAME_BYTES."""
     for start in range(0, len(data), FRAME_BYTES):
         yield b"".join((_BYTES, data[start : start + FRAME_BYTES]))
 
@@ -59,7 +59,8 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """Returns a frame's bytes. `left_bytes` of the range are due. Raises WeightsNotFoundError if there are none."""
+    """Returns a frame's bytes. `left_bytes` of the range are due. Raises WeightsNotFoundError if the peer lacks
+    them."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
             one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there"

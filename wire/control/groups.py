@@ -1,4 +1,4 @@
-"""Control messages of groups, whose members each compute a part of every layer of a stage: orders and fault reports."""
+"""Control messages of groups, whose members each compute a part of every layer: orders and fault reports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class GroupMember:
 
 @dataclass(frozen=True, slots=True)
 class GroupOrder:
-    """The workers that hold a stage together. The first member leads: it has the stage's streams."""
+    """The workers that compute a stage together. The first member leads: it has the stage's streams."""
 
     group_id: bytes  # random, known to the members alone
     members: Annotated[tuple[GroupMember, ...], Size(2, MAX_GROUP_MEMBERS)]
@@ -47,7 +47,7 @@ class GroupCounters:
     gathers: int = 0
     waited_s: _Seconds = 0.0  # that gathers have waited for the rows of others
     waited_for_s: Annotated[tuple[_Seconds, ...], Size(0, MAX_GROUP_MEMBERS)] = ()
-    """The parts of `waited_s`, one per member: each wait counts for the member that was ready last."""
+    """`waited_s` divided by members. Each wait counts for the member that was ready last."""
     sent_bytes: int = 0  # between the members, with headers
     received_bytes: int = 0
     one_row_steps: int = 0  # microbatches of one row
@@ -59,7 +59,7 @@ FAULTS = ("late", "closed", "wrong", "failed")
 
 @dataclass(frozen=True, slots=True)
 class GroupFault:
-    """A member's report that it has ended an epoch, because another member is at fault or it failed itself."""
+    """The report that a member has ended an epoch, because another member is at fault or it failed itself."""
 
     epoch: Annotated[int, Integer(0, UINT64 - 1)]
     worker: WorkerName  # at fault, as far as the member knows

@@ -1,4 +1,4 @@
-"""Control messages about KV blocks on disk, found by keys of their content. `KvDone` answers every request."""
+"""Control messages about KV blocks on disk, each named by a key of its content. `KvDone` answers every request."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class RestoreKv:
 
 @dataclass(frozen=True, slots=True)
 class SaveKv:
-    """The request to write `blocks` to disk. `keys` ends with their keys; blocks of earlier keys are not deleted."""
+    """The request to write `blocks` to disk under the last `keys`. Blocks of the earlier keys are not deleted."""
 
     epoch: _Epoch
     keys: _Keys

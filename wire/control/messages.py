@@ -1,7 +1,5 @@
-"""Control messages between workers and their coordinator: membership, requests, loads, heartbeats.
-
-A new kind needs a dataclass here, a place in a union at the end, and a proto message with the same name and fields.
-"""
+"""Control messages between workers and their coordinator: membership, requests, loads, heartbeats. A new message needs
+a dataclass here, a place in a union at the end of this file, and a proto message with the same name and fields."""
 
 from __future__ import annotations
 
@@ -90,7 +88,7 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The answer to Register. It is sent again when the coordinator's term grows."""
+    """The answer to Register. The coordinator sends it again when its term grows."""
 
     deadlines: Deadlines
     protocol_version: int = PROTOCOL_VERSION
@@ -106,7 +104,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The name of an error's class in llamaclust.core.errors, and the error's text in one line."""
+    """The name of the error's class in llamaclust.core.errors, and the error's text in one line."""
 
     kind: Annotated[str, Line(64)]
     message: Reason
@@ -170,7 +168,7 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
-    """The report that a load failed; the worker keeps nothing of the stage."""
+    """The report that a load failed. The worker keeps nothing of the stage."""
 
     epoch: int
     failure: Failure
@@ -178,7 +176,7 @@ class LoadFailed:
 
 @dataclass(frozen=True, slots=True)
 class Unload:
-    """The order to free weights and KV memory of an epoch's stage, or to cancel its load."""
+    """The order to free the weights and KV memory of an epoch's stage, or to cancel its load."""
 
     epoch: int
 
@@ -190,7 +188,7 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class UnloadFailed:
-    """The report that an unload failed: the stage no longer serves, but may still hold memory."""
+    """The report that an unload failed. The stage no longer serves, but may still hold memory."""
 
     epoch: int
     failure: Failure
@@ -251,7 +249,7 @@ class RenewalFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerUnreachable:
-    """The report that a stage's connection to another worker's stage broke, stands still, or cannot be made."""
+    """The report that the connection to another worker's stage broke, stopped transferring, or cannot be made."""
 
     epoch: int
     worker: WorkerName

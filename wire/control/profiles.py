@@ -1,4 +1,4 @@
-"""Control messages about measurements of workers and of the links between them."""
+"""Control messages about measured speeds of workers and of the links between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llamaclust.core.profile import Profile
 Permit = Annotated[str, Line(MAX_PERMIT)]
 
 QuantTypes = Annotated[tuple[Annotated[int, Integer(0, 255)], ...], Size(0, 256)]
-"""ggml's type numbers."""
+"""Quant types by ggml's numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class ProfileWorker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProfile:
-    """The answer to ProfileWorker. Times are absent if the model file, or memory to measure them, is missing."""
+    """The answer to ProfileWorker. Times are absent if the model file or the memory to measure them is missing."""
 
     profile: Profile
     request_id: int = 0
@@ -67,7 +67,7 @@ class LinkProfile:
 
 @dataclass(frozen=True, slots=True)
 class LinkProfiles:
-    """The answer to ProfileLinks, in the order of its `ends`."""
+    """The answer to ProfileLinks. The order is that of the request's `ends`."""
 
     links: Annotated[tuple[LinkProfile, ...], Size(0, 1 << 12)]
     request_id: int = 0

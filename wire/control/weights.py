@@ -1,4 +1,4 @@
-"""Control messages about weights: where workers find those of models and adapters, which adapters a stage uses."""
+"""Control messages about weights of models and adapters: where workers find them, and which adapters a stage uses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.core.limits import MAX_ADAPTERS
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
-    """A worker that may have weights, or the coordinator, which is reached at the address where the worker joined."""
+    """A process that may have weights: a worker, or the coordinator, at the address where the receiver joined."""
 
     address: Address = ""
     worker: WorkerName | None = None  # None: the coordinator
@@ -26,7 +26,7 @@ class WeightSources:
 
 @dataclass(frozen=True, slots=True)
 class AddWeightSource:
-    """The order to add this source, or its new address, to running loads that fetch weights of this manifest."""
+    """The order to add a source, or its new address, to running loads that fetch weights of this manifest."""
 
     manifest: Digest
     source: WeightSource

@@ -1,4 +1,4 @@
-"""Encodes sampling inputs. A last stage decodes them natively (kernels/cpu/native/frames)."""
+"""Encodes sampling inputs. The last stage decodes them natively (kernels/cpu/native/frames)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.wire.microbatch.matchers import starts_out
 from llamaclust.wire.microbatch.messages import SamplingInputs
 
 PREPARE_MATCHERS: Final = b""
-"""The message, sent instead of sampling inputs, that answers with a matcher will follow. It belongs to no epoch."""
+"""An empty message in place of sampling inputs: answers with a matcher will follow. It belongs to no epoch."""
 
 _TASK = Struct("<iiQIIIIiiIIII")
 _CHAINED = Struct("<dIIII")
@@ -44,7 +44,7 @@ def encode_inputs(inputs: SamplingInputs) -> bytes:
 
 
 class _Tasks:
-    """The arrays of a message. Rows share equal parameters, and share lists of tokens that are the same object."""
+    """The arrays of a message. Equal parameters are stored once, and so are token lists that are the same object."""
 
     def __init__(self) -> None:
         self.params: dict[bytes, int] = {}
@@ -83,7 +83,6 @@ class _Tasks:
 
 @lru_cache(_PARAMS_KEPT)
 def _params_bytes(params: SamplingParams) -> bytes:
-    """Caches the bytes, since each token of a sequence has the same parameters."""
     return sampling_proto.SamplingParams(
         logit_bias_tokens=int32((token,) for token, _ in params.logit_bias),
         logit_biases=array("f", [bias for _, bias in params.logit_bias]).tobytes(),

@@ -1,4 +1,4 @@
-"""Encodes and decodes the starts of matchers in sampling inputs. A grammar is sent once per message."""
+"""Encodes and decodes the starts of matchers in sampling inputs. A message contains each grammar once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def starts_out(starts: Iterable[MatcherStart]) -> sampling_proto.MatcherStarts:
 
 
 def starts_in(data: bytes) -> tuple[MatcherStart, ...]:
-    """Raises ProtocolError if a start is out of bounds, or its grammar is not in the message."""
+    """Raises ProtocolError if a start is out of bounds, or if its grammar is not in the message."""
     message = read(_Starts, parse(sampling_proto.MatcherStarts, data, MAX_INPUTS_BYTES))
     grammars = [Grammar(each.definition, each.triggers) for each in message.grammars]
     found = []

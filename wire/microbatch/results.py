@@ -1,4 +1,4 @@
-"""Decodes and checks results for the coordinator. A last stage encodes them natively (kernels/cpu/native/frames)."""
+"""Decodes and checks results for the coordinator. The last stage encodes them natively (kernels/cpu/native/frames)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ROW_BYTES = 4 * (2 * MAX_FORCED_TOKENS + MAX_DRAFTED_TOKENS) + 4 * MAX_ONE_LINE
 
 
 def most_result_bytes(rows: int, top_logprobs: int, *, embeds: bool) -> int:
-    """Returns the largest size of a result with `rows` output rows. `top_logprobs` counts those of all rows."""
+    """Returns the most bytes of a result with `rows` output rows. `top_logprobs` is the sum over all rows."""
     embedded = limits.MAX_EMBEDDING_BYTES if embeds else 0
     return (rows + 1) * _ROW_BYTES + top_logprobs * _TOP.size + MAX_STAGES * _TIMING.size + embedded
 

@@ -1,4 +1,4 @@
-"""Empties CPU caches for measurements: in a cluster, other processes read weights between two tokens."""
+"""Empties CPU caches for measurements, since in a cluster other processes read weights between two tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REST_S = 0.0005  # threads that spin for work sleep by then
 
 
 def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
-    """Returns the size of the first core's largest cache, as Linux states it, within BYTES and `_MOST_BYTES`."""
+    """Returns the bytes of the first core's largest cache, as Linux states it, limited to [BYTES, `_MOST_BYTES`]."""
     sizes = [BYTES]
     for size in levels.glob("index*/size"):
         with suppress(OSError, ValueError):
@@ -29,14 +29,13 @@ def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
 
 
 class CacheFlush:
-    """A buffer. Reading it evicts everything else from caches of at most its size."""
+    """A buffer of BYTES. Reading it evicts everything else from caches of at most this size."""
 
     _shared: ClassVar[WeakValueDictionary[int, CacheFlush]] = WeakValueDictionary()
     _making: ClassVar[Lock] = Lock()
 
     @classmethod
     def shared(cls) -> CacheFlush:
-        """Returns the instance of this process, which lives while any measurement uses it."""
         with cls._making:
             if (there := cls._shared.get(BYTES)) is None:
                 there = cls._shared[BYTES] = cls()
@@ -51,7 +50,7 @@ class CacheFlush:
         sleep(_REST_S)
 
     async def sweep_in_turns(self) -> None:
-        """Sweeps on the event loop's thread, and lets other tasks run in between."""
+        """Sweeps on the event loop's thread, and lets other tasks run between the pieces."""
         for piece in np.array_split(self._memory, self._memory.nbytes // _TURN_BYTES):
             piece.max()
             await asyncio.sleep(0)

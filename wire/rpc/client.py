@@ -1,5 +1,5 @@
 """The client side of streams: channel options, own and expected identity, errors of broken streams. Only this file
-creates channels, and only `server.py` creates servers. Streams carry bytes, which codecs decode."""
+creates channels, and only `server.py` creates servers. Streams carry bytes, which the codecs decode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EPOCH_KEY = "llamaclust-epoch"
 PERMIT_KEY = "llamaclust-permit"
 ACCEPTED_KEY = "llamaclust-accepted"
 ROOT_CAUSE_KEY = "llamaclust-root-cause"
-"""The key of a stream's trailing metadata that names the worker at fault, if another worker ends the stream."""
+"""The key in a stream's trailing metadata that names the worker at fault, if it is not the peer."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", PIECE_BYTES),
@@ -49,15 +49,16 @@ _LEAST_ANSWER_S = 1.0  # a lossy link, or a crowded machine, may need so long fo
 
 
 class StreamBrokenError(WorkerError):
-    """A stream that broke or was ended with an error."""
+    """The stream broke, or the peer ended it with an error."""
 
 
 class UnreachableError(StreamBrokenError):
-    """A stream whose connection cannot be made, broke, or no longer transfers data."""
+    """The stream's connection cannot be made, broke, or no longer transfers data."""
 
 
 def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
-    """Returns options of a channel that closes if sent bytes or pings are not acknowledged within `answer_s`."""
+    """Returns options of a channel that closes if sent bytes or pings are not acknowledged within `answer_s`
+    seconds."""
     pings = {
         "grpc.keepalive_time_ms": int(200 * answer_s),
         "grpc.keepalive_timeout_ms": int(1000 * answer_s),
@@ -67,7 +68,7 @@ def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
 
 
 class ClientStream:
-    """This process's end of a bidirectional stream that it opened. Errors name the peer's `worker`, if given."""
+    """This process's end of a bidirectional stream that it opened. Errors carry `worker`, the peer's name, if given."""
 
     _call: Any
 
@@ -78,19 +79,19 @@ class ClientStream:
         self._most_bytes = most_bytes
 
     async def opened(self) -> None:
-        """Returns when the other side has accepted the stream. Raises StreamBrokenError if it does not."""
+        """Waits until the peer has accepted the stream. Raises StreamBrokenError if the peer does not accept it."""
         metadata = await self._result(self._call.initial_metadata())
         if ACCEPTED_KEY not in dict(metadata or ()):
             raise await self._broken()
 
     async def write(self, *messages: bytes) -> None:
-        """Returns when the network has accepted the messages. Raises StreamBrokenError if the stream has ended."""
+        """Waits until the network has accepted the messages. Raises StreamBrokenError if the stream has ended."""
         for data in messages:
             for piece in pieces_of(data):
                 await self._result(self._call.write(piece))
 
     def try_write(self, *messages: bytes) -> bool:
-        """Sends all messages and returns True if that takes no waiting. Must not be called while `write` runs."""
+        """Sends all messages if that needs no waiting, otherwise none. Must not be called while `write` runs."""
         return False
 
     @property
@@ -99,7 +100,7 @@ class ClientStream:
         return False
 
     async def read(self) -> bytes | None:
-        """Returns None once the other side has ended the stream. Raises ProtocolError if a message is too large."""
+        """Returns None once the peer has ended the stream. Raises ProtocolError if a message is too large."""
         try:
             return await read_message(self._read_piece, self._most_bytes)
         except ProtocolError as error:
@@ -113,8 +114,8 @@ class ClientStream:
         await self._result(self._call.done_writing())
 
     async def _result(self, operation: Awaitable[Any]) -> Any:
-        """Raises StreamBrokenError for gRPC's errors, and for a cancellation that is not this task's: gRPC cancels all
-        tasks that wait for a stream when another task cancels it, or is cancelled while it writes."""
+        """Raises StreamBrokenError for gRPC's errors, and for cancellations that did not come from this task's owner:
+        gRPC cancels all tasks that wait for a stream when one of them cancels it, or is cancelled while it writes."""
         try:
             return await operation
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
@@ -142,7 +143,7 @@ class ClientStream:
 
 
 class UnixClientStream(ClientStream):
-    """A stream on a Unix socket. Its buffer holds messages that wait, and one system call sends several of them."""
+    """A stream on a Unix socket. Its buffer holds waiting messages, and one system call sends several of them."""
 
     _call: UnixCall
 
@@ -151,7 +152,7 @@ class UnixClientStream(ClientStream):
             await self._result(self._call.write(*messages))
 
     async def read(self) -> bytes | None:
-        """Returns a whole message; the connection ends if one is too large."""
+        """Reads a whole message. The connection ends if a message is too large."""
         data: Any = await self._result(self._call.read())
         return None if data is _EOF else data
 
@@ -165,7 +166,7 @@ class UnixClientStream(ClientStream):
 
 class Peer:
     """A channel to one process, which must show the certificate of `principal` if there are certificates. A broken
-    connection is noticed within `patience_s` even if nothing is sent; None leaves this time to gRPC."""
+    connection is noticed within `patience_s` seconds even if nothing is sent; None leaves this time to gRPC."""
 
     def __init__(
         self,
@@ -213,7 +214,7 @@ class Peer:
         return ClientStream(call, self.address, self.worker, most_bytes)
 
     async def connected(self) -> None:
-        """Returns when the newest streams are connected or have failed. Raises UnreachableError if that takes long."""
+        """Waits until the newest streams are connected or have failed. Raises UnreachableError if that takes long."""
         try:
             async with deadline(f"connection to {self.address}", self._answer_s):
                 if self.address.startswith(PREFIX):
@@ -227,8 +228,8 @@ class Peer:
             raise UnreachableError(str(error), worker=self.worker) from error
 
     def _channel(self) -> Any:
-        """Returns a channel with this process's present certificate. A channel keeps its certificate, so another
-        channel is made after each renewal."""
+        """Returns a channel with this process's current certificate. Each renewal needs another channel, since a
+        channel keeps its certificate."""
         if not isinstance(self._credentials, Identity):
             if not self._channels:
                 self._channels.append(aio.insecure_channel(self.address, options=self._options))

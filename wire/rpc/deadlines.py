@@ -1,4 +1,4 @@
-"""Named deadlines, one for each await, so that the error names the thing that did not come in time."""
+"""Named deadlines. Each await has its own, so that the error names the thing that did not come in time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamaclust.core.errors import DeadlineError
 
 
 class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
-    """Cancels its block after `seconds`. Raises a DeadlineError that names `what` and has the awaited `worker`."""
+    """Cancels its block after `seconds`. Raises a DeadlineError that names `what` and carries the awaited `worker`."""
 
     __slots__ = ("_limit", "_seconds", "_what", "_worker")
 
@@ -27,7 +27,7 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
         return self._limit.expired()
 
     def move(self, at_s: float | None) -> None:
-        """Moves the deadline to a time of the event loop's clock, even a past one. None suspends the deadline."""
+        """Moves the deadline to `at_s` on the event loop's clock, which may be past. None suspends the deadline."""
         self._limit.reschedule(at_s)
 
     async def __aexit__(self, *error: Any) -> None:
@@ -38,8 +38,8 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
 
 
 class recurring_deadline:  # noqa: N801  reads as a statement
-    """A deadline for each pass of a loop: use `async with` around the loop and `with` around each pass. A pass longer
-    than `seconds` ends the loop with a DeadlineError, at most an eighth late. A pass costs next to nothing."""
+    """A cheap deadline for each pass of a loop: use `async with` around the loop and `with` around each pass. A pass
+    that takes longer than `seconds` ends the loop with a DeadlineError, at most an eighth of `seconds` late."""
 
     __slots__ = ("_begun_s", "_deadline", "_loop", "_seconds", "_timer")
 

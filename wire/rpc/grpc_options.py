@@ -1,4 +1,4 @@
-"""Settings that gRPC reads only from the environment, when it is first imported. This module does not import it."""
+"""Settings that gRPC reads from the environment when it is first imported. This module does not import gRPC."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from importlib.metadata import version
 
 _EXPERIMENTS = "-event_engine_client,-event_engine_listener"
 _MEASURED_VERSIONS = ("1.85.",)
-"""The gRPC releases with which these undocumented experiments were measured. Others would print a warning, so they keep
-gRPC's own event loop: equal results, slower links between machines. Figures: benchmarks/notebook.md."""
+"""The gRPC releases with which the undocumented experiments were measured. Other releases keep gRPC's own event loop,
+because they may print a warning: equal results, slower links between machines. Figures: benchmarks/notebook.md."""
 
 
 def tune_grpc() -> None:
-    """Selects gRPC's faster event loop for links between machines, before gRPC is imported. User settings stay."""
+    """Selects gRPC's faster event loop for links between machines. Keeps the user's settings. Call before importing
+    gRPC."""
     if "grpc" in sys.modules:
         return
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

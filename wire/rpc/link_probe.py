@@ -1,4 +1,4 @@
-"""Measures round trip and throughput of a stream to another process, with messages as large as activations."""
+"""Measures round trip and throughput of a stream to another process, with messages as large as hidden states."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_MESSAGES = 256
 
 
 async def serve_echo(stream: ServerStream) -> None:
-    """Answers messages with short ones. Flushes caches after each ping: a stage's are cold between two tokens."""
+    """Answers each message with a short one. Flushes caches after each ping: a stage's are cold between two tokens."""
     await stream.accept()
     caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
@@ -40,7 +40,8 @@ async def serve_echo(stream: ServerStream) -> None:
 
 
 async def measure_link(peer: Peer, permit: str = "") -> LinkProfile:
-    """Takes a few seconds. Raises StreamBrokenError if the peer is out of reach, DeadlineError if it is silent."""
+    """Measures a link in seconds. Raises StreamBrokenError if the peer is out of reach, DeadlineError if it is
+    silent."""
     stream = peer.open(ECHO, permit=permit or None)
     try:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):

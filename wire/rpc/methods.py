@@ -1,4 +1,4 @@
-"""The table of all RPC methods: who may call each, how many streams are open at once, and how large messages are."""
+"""The table of all RPC methods: the allowed callers, the number of open streams, and the sizes of messages."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ECHO = "/llamaclust.v1.Stage/Echo"
 FETCH = "/llamaclust.v1.Weights/Fetch"
 
 PIECE_BYTES = 1 << 20
-"""The size of the largest gRPC message. A longer message is sent in pieces; its last piece is shorter or empty."""
+"""The largest gRPC message in bytes. A longer message is sent in pieces; its last piece is shorter or empty."""
 PROBE_BYTES = 1 << 19
 
 
 class Callers(Enum):
-    """Members that may open streams of a method. Links without certificates do not distinguish members."""
+    """The members that may open streams of a method. Links without certificates do not tell members apart."""
 
     MEMBERS = "any member"
     COORDINATOR = "the coordinator"
@@ -34,7 +34,7 @@ class Callers(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """Bounds of one method. `streams` counts all streams of a process, `streams_of_caller` those of one caller."""
+    """Bounds of one method. `streams` limits the open streams of a process, `streams_of_caller` those of one caller."""
 
     callers: Callers
     streams: int

@@ -1,4 +1,4 @@
-"""Sends long messages on gRPC streams in pieces, so that no peer can send more than its receiver accepts."""
+"""Sends long messages on gRPC streams in pieces, so that a receiver bounds the bytes that it accepts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EOF: Any = aio.EOF  # type: ignore[attr-defined]
 
 
 def pieces_of(message: bytes) -> Iterator[bytes]:
-    """Yields pieces, of which the last is shorter than PIECE_BYTES and may be empty."""
+    """Yields pieces of PIECE_BYTES. The last piece is shorter and may be empty."""
     if len(message) < PIECE_BYTES:
         yield message
         return
@@ -23,7 +23,7 @@ def pieces_of(message: bytes) -> Iterator[bytes]:
 
 
 async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> bytes | None:
-    """Returns None at the end. Raises ProtocolError, and keeps no data, if a message is too long or incomplete."""
+    """Returns None at the end. Raises ProtocolError, and drops the data, if a message is too long or incomplete."""
     data: Any = await read()
     if data is _EOF:
         return None
@@ -46,7 +46,7 @@ async def read_message(read: Callable[[], Awaitable[Any]], most_bytes: int) -> b
 
 
 def whole(data: bytes, most_bytes: int) -> bytes:
-    """Returns `data`. Raises ProtocolError, and keeps no data, if it is too large."""
+    """Returns `data`. Raises ProtocolError, and drops the data, if it is too large."""
     if (size := len(data)) > most_bytes:
         del data
         raise too_large(size, most_bytes)

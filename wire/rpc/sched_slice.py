@@ -1,5 +1,5 @@
 """Time slices of threads. Threads that only forward messages request short slices, so that they soon run on cores where
-others compute. A worker's own threads all compute and keep the usual slices. Linux 6.12 and later obey. Figures:
+other threads compute. A worker's own threads all compute and keep the usual slices. Linux obeys since 6.12. Figures:
 benchmarks/run.py split."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr: size, policy, fla
 
 
 def request_slices(slice_ns: int) -> None:
-    """Sets the slices of this thread, and of threads and processes that it starts later."""
+    """Sets the time slice of this thread, and of threads and processes that it starts later."""
     attributes = _attributes(0)
     if attributes is not None:
         size, policy, flags, nice, priority, _, deadline, period = attributes
@@ -37,7 +37,7 @@ def short_slices() -> Iterator[None]:
 
 
 def _attributes(thread_id: int) -> tuple[int, ...] | None:
-    """Returns None if the system lacks the call or the thread has a real-time, batch or idle policy."""
+    """Returns the thread's attributes; None if the system lacks the call or the policy is real-time, batch or idle."""
     buffer = ctypes.create_string_buffer(_ATTRIBUTES.size)
     if not _call(1, thread_id, buffer, _ATTRIBUTES.size, 0):
         return None

@@ -1,4 +1,4 @@
-"""A queue of messages to a stream, for senders that do not wait for the network."""
+"""A queue of messages to a stream, for senders that must not wait for the network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Sink(Writable, Protocol):
 
 class SendQueue:
     def __init__(self, stream: Sink, what: str, seconds: float) -> None:
-        """`what` names a message in errors; `seconds` limits the time to send one."""
+        """`what` names a message in errors; `seconds` limits the time to send one message."""
         self._stream = stream
         self._what = what
         self._seconds = seconds
@@ -32,7 +32,7 @@ class SendQueue:
                 self._waiting.put_nowait(data)
 
     async def run(self) -> NoReturn:
-        """Sends queued messages. Raises DeadlineError if the network does not take one, or the stream's error."""
+        """Sends queued messages. Raises DeadlineError if the network does not accept one, or the stream's error."""
         async with recurring_deadline(self._what, self._seconds) as limit:
             while True:
                 data = await self._waiting.get()

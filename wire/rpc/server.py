@@ -1,4 +1,4 @@
-"""The server side of streams. Callers are checked before anything is read; errors become status codes."""
+"""The server side of streams. Callers are checked before anything is read, and errors become status codes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
 
 @contextmanager
 def _peer_here() -> Iterator[None]:
-    """Raises StreamBrokenError for gRPC's undocumented errors after the peer or the server has gone."""
+    """Turns gRPC's undocumented errors, raised once the peer or the server has gone, into StreamBrokenError."""
     try:
         yield
     except aio.BaseError as error:
@@ -54,7 +54,7 @@ def _peer_here() -> Iterator[None]:
 
 
 class ServerStream:
-    """This process's end of a stream that a peer opened. `peer` is the identity in its certificate, if any."""
+    """This process's end of a stream that a peer opened. `peer` is the identity in the peer's certificate, if any."""
 
     _context: Any
 
@@ -75,7 +75,7 @@ class ServerStream:
             await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
 
     async def read(self) -> bytes | None:
-        """Returns None once the other side has ended the stream. Raises StreamBrokenError or ProtocolError."""
+        """Reads a message, or None once the peer has ended the stream. Raises StreamBrokenError or ProtocolError."""
         with _peer_here():
             return await read_message(self._context.read, self._most_bytes)
 
@@ -84,7 +84,7 @@ class ServerStream:
 
     @property
     def is_local(self) -> bool:
-        """True if the peer is on this machine. Messages then arrive even if no task reads."""
+        """True if the peer is on this machine. Its messages then arrive even if no task reads."""
         return False
 
     @property
@@ -92,7 +92,7 @@ class ServerStream:
         return False
 
     async def write(self, *messages: bytes) -> None:
-        """Returns when the network has taken the messages. Raises StreamBrokenError if the peer has gone."""
+        """Waits until the network has accepted the messages. Raises StreamBrokenError if the peer has gone."""
         with _peer_here():
             for data in messages:
                 for piece in pieces_of(data):
@@ -135,7 +135,8 @@ class _Places:
 
     @contextmanager
     def taken(self, caller: Principal | None) -> Iterator[None]:
-        """Raises ProtocolError if too many streams are open. Without a certificate, only their total counts."""
+        """Counts an open stream. Raises ProtocolError if too many are open. Only the total counts without a
+        certificate."""
         method, total = self._method, self._open.total()
         if total >= method.streams or (caller is not None and self._open[caller] >= method.streams_of_caller):
             of_caller = "" if caller is None else f" ({self._open[caller]} of {caller})"
@@ -186,7 +187,7 @@ class _Entry:
         return None
 
     def check(self, callers: Callers, caller: Principal | None, context: Any) -> None:
-        """Raises ProtocolError if `caller` may not call the method. Stages check their neighbours themselves."""
+        """Raises ProtocolError if `caller` may not call the method. Handlers of stages check neighbours themselves."""
         if caller is None or callers in (Callers.MEMBERS, Callers.NEIGHBOUR) or caller == COORDINATOR:
             return
         if callers is Callers.COORDINATOR:
@@ -233,7 +234,7 @@ async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | 
 
 
 async def _started(server: Any) -> None:
-    """Starts the server. If cancelled, completes the start before it stops the server: gRPC breaks otherwise."""
+    """Starts the server. A cancelled start is completed before the server is stopped, because gRPC breaks otherwise."""
     starting = asyncio.ensure_future(server.start())
     try:
         await asyncio.shield(starting)
@@ -254,7 +255,7 @@ class Server:
     async def start(
         cls, address: str, credentials: Credentials, handlers: Mapping[str, Handler], handshake_s: float = HANDSHAKE_S
     ) -> Server:
-        """Starts a server with a handler per method. Port 0 means any free one. Raises UsageError if that fails."""
+        """Starts a server with one handler per method. Port 0 means any free port. Raises UsageError on failure."""
         check_address(address, credentials)
         refusals = RefusalLog(_log)
         handshakes = Handshakes(address, handshake_s, refusals)

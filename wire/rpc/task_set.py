@@ -1,4 +1,4 @@
-"""Background tasks of one owner, which keeps a reference to each until it ends."""
+"""Background tasks of one owner. The owner keeps a reference to each task until it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class TaskSet:
-    """Keeps references to tasks, which the event loop holds only weakly. Logs errors of tasks that nothing awaits."""
+    """Keeps references to tasks, because the event loop holds them weakly. Logs errors of tasks that nothing awaits."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -33,7 +33,7 @@ class TaskSet:
             _log.error("a background task failed", exc_info=error)
 
     async def join(self) -> None:
-        """Waits until all tasks have ended, with or without errors. The caller has a deadline."""
+        """Waits until all tasks have ended, with or without errors. The caller sets a deadline."""
         while self._tasks:
             await asyncio.wait(self._tasks)  # unlike gather, it leaves them alone where it is cancelled
 

@@ -20,12 +20,12 @@ from grpc import aio
 _HEAD = struct.Struct("<IB")
 _MOST_CONTROL_BYTES = 1 << 16
 _MOST_UNREAD_BYTES = 1 << 22
-"""The size of unread messages from which on nothing more is received, so that the sender waits."""
+"""Nothing more is received while this many bytes of messages are unread, so that the sender waits."""
 _MESSAGE_BYTES = 64
-"""The memory that a message takes in addition to its content."""
+"""The bytes of memory that a message takes in addition to its content."""
 _PIECE_BYTES = 1 << 18
 CALL_S = 10.0
-"""The time in which a connection must name its stream."""
+"""The time in seconds within which a connection must name its stream."""
 _BUFFER_BYTES = 1 << 16
 
 
@@ -38,11 +38,11 @@ class FrameKind(IntEnum):
 
 
 class EndedError(aio.BaseError, grpc.RpcError):
-    """A stream that has ended, mostly with an error."""
+    """The stream has ended, usually with an error."""
 
 
 class _LargeFrame:
-    """A frame that is larger than the buffer: it is received in parts, into memory of its own."""
+    """A frame that is larger than the receive buffer. It is received in parts, into memory of its own."""
 
     __slots__ = ("_filled", "_size", "content", "kind")
 
@@ -54,7 +54,8 @@ class _LargeFrame:
 
     @property
     def free(self) -> memoryview:
-        """The memory for the next bytes. It grows as they arrive, because the size in a frame's head may be wrong."""
+        """The memory for the next bytes. It grows as they arrive, because the size that the frame states may be
+        wrong."""
         if self._filled == len(self.content):
             self.content.extend(bytes(min(max(self._filled, _PIECE_BYTES), self._size - self._filled)))
         return memoryview(self.content)[self._filled :]
@@ -76,9 +77,9 @@ def _pieces(messages: tuple[bytes, ...]) -> Iterator[bytes | memoryview]:
 
 
 class UnixConnection(asyncio.BufferedProtocol):
-    """Sends and receives frames. `on_control` is called with each frame that is not a message, `on_lost` at the end. A
-    message larger than `most_bytes` ends the connection before it is received. If `awaits_call`, the first frame must
-    be a CALL and arrive soon."""
+    """Sends and receives frames. Calls `on_control` with each frame that is not a message, and `on_lost` at the end. A
+    message larger than `most_bytes` ends the connection before it is received. With `awaits_call`, the first frame must
+    be a CALL and arrive within `CALL_S`."""
 
     def __init__(
         self,
@@ -147,7 +148,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         return True
 
     async def send(self, *messages: bytes) -> None:
-        """Returns once the system has nearly all bytes. One call at a time; a cancelled call may end the connection."""
+        """Waits until the system has nearly all bytes. One call at a time; a cancelled call may end the connection."""
         if sum(map(len, messages)) > _PIECE_BYTES:
             await self._send_in_pieces(messages)
             return
@@ -181,7 +182,6 @@ class UnixConnection(asyncio.BufferedProtocol):
         self._wake()
 
     def close(self) -> None:
-        """Closes the connection once everything is sent, including a large message that is being sent."""
         self._is_closing = True
         if self._transport is not None and not self._is_sending:
             self._transport.close()
@@ -214,7 +214,7 @@ class UnixConnection(asyncio.BufferedProtocol):
         self.complete()
 
     def _take_rest(self) -> None:
-        """Receives frames that arrived before the end. After a failed write, the event loop reads no more."""
+        """Receives frames that arrived before the end, because the event loop reads no more after a failed write."""
         assert self._transport is not None
         descriptor = self._transport.get_extra_info("socket").fileno()
         with suppress(OSError):  # there is no more

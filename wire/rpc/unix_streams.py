@@ -1,7 +1,6 @@
-"""Streams on Unix sockets, each on its own connection, with the parts of gRPC's interface that `client.py` and
-`server.py` use. In gRPC, the change of threads alone takes as long as a small stage computes a token.
-
-A caller sends CALL, messages and perhaps END. The other side sends ACCEPTED, messages and finally STATUS."""
+"""Streams on Unix sockets, each on its own connection. They have the parts of gRPC's interface that `client.py` and
+`server.py` use. They exist because gRPC's change of threads alone takes as long as a small stage's computation of a
+token. A caller sends CALL, messages and perhaps END. The other side sends ACCEPTED, messages and finally STATUS."""
 
 from __future__ import annotations
 
@@ -70,7 +69,7 @@ class UnixCall:
         self._connection.abort()
 
     async def code(self) -> grpc.StatusCode:
-        """Returns the status, which is known once `read` or `write` has failed."""
+        """Returns the status. It is known once `read` or `write` has failed."""
         return grpc.StatusCode.UNKNOWN if self._status is None else self._status[0]
 
     async def details(self) -> str:
@@ -122,8 +121,8 @@ class UnixCall:
 
 
 class UnixContext:
-    """The server's side of a stream that another process opened; it has the interface of gRPC's contexts. The stream's
-    handler is cancelled if the peer ends."""
+    """The server's side of a stream that a peer opened, with the interface of gRPC's contexts. The stream's handler is
+    cancelled when the peer ends the stream."""
 
     def __init__(self, server: UnixServer) -> None:
         self.connection = UnixConnection(self._control, self._lost, 0, awaits_call=True)

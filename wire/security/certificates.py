@@ -21,7 +21,7 @@ class NewKey:
 
     @property
     def request(self) -> bytes:
-        """A certificate request (DER) with an empty subject; the name is sent separately."""
+        """A certificate request (DER) with an empty subject. The name is sent separately."""
         builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
@@ -45,7 +45,7 @@ def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
 
 
 def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
-    """Returns the key of a request (DER). Raises ProtocolError if the request is damaged or not signed by that key."""
+    """Returns the key in a certificate request (DER). Raises ProtocolError if that key did not sign the request."""
     try:
         loaded = x509.load_der_x509_csr(request)
         key = loaded.public_key()
@@ -63,7 +63,7 @@ def sign(pair: KeyPair, statement: bytes) -> bytes:
 
 
 def has_signed(host: str, certificate: bytes, statement: bytes, signature: bytes, ca: bytes) -> bool:
-    """True if the certificate's key signed `statement` and the CA issued it for `host` only, even if it has expired."""
+    """True if the certificate's key signed `statement` and the CA issued it for `host` only. Expired ones count too."""
     try:
         loaded = x509.load_pem_x509_certificate(certificate)
         loaded.verify_directly_issued_by(x509.load_pem_x509_certificate(ca))
@@ -82,7 +82,7 @@ def pem(der: bytes) -> bytes:
 
 
 def ends_at_s(certificate_pem: bytes) -> float:
-    """Returns the certificate's end in seconds since 1970. Raises UsageError if it cannot be read."""
+    """Returns the certificate's expiry in seconds since 1970. Raises UsageError if it cannot be read."""
     try:
         return x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc.timestamp()
     except ValueError as error:

@@ -1,5 +1,5 @@
-"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none. Certificates
-have host names below `<cluster>.llamaclust`: `coordinator` and `<name>.worker`."""
+"""Credentials of a cluster's processes: a token on one machine, certificates between machines, or none. The host names
+in certificates end with `<cluster>.llamaclust` and begin with `coordinator` or `<name>.worker`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COORDINATOR = Principal(None)
 
 
 def principal_of(host: str, cluster: str) -> Principal | None:
-    """Returns the identity in a certificate's name; None for a name of another cluster or of an unknown kind."""
+    """Returns the identity for a certificate's host name; None for another cluster's or an unknown kind of name."""
     if host == COORDINATOR.host(cluster):
         return COORDINATOR
     label = host.removesuffix(Principal("").host(cluster))
@@ -66,7 +66,7 @@ class KeyPair:
 
 @dataclass(slots=True, eq=False)
 class Identity:
-    """The certificate that this process shows, and the CA that it accepts. Renewal of `pair` breaks no connection."""
+    """The certificate that this process shows, and the CA that it accepts. Replacing `pair` breaks no connection."""
 
     ca: bytes  # its certificate, PEM
     cluster: str
@@ -76,14 +76,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Insecure:
-    """The user's choice of links that anybody can read, change and open."""
+    """The user's choice of unprotected links, which anybody can read, change and open."""
 
 
 Credentials = ClusterToken | Identity | Insecure
 
 
 def check_address(address: str, credentials: Credentials) -> None:
-    """Raises UsageError if the text is no address, or one that the credentials do not allow."""
+    """Raises UsageError if the text is not an address, or if the credentials do not allow the address."""
     if isinstance(credentials, ClusterToken):
         check_private(address)
     else:

@@ -74,7 +74,7 @@ def _transcript(token: JoinToken, challenge: Challenge, request: Request) -> tup
 
 
 def _mac(token: JoinToken, label: bytes, *parts: bytes) -> bytes:
-    """Returns an HMAC. Each part follows its length, so that different lists of parts never give the same bytes."""
+    """Returns an HMAC. The length precedes each part, so that different lists of parts never give the same bytes."""
     data = b"".join(len(part).to_bytes(4, "big") + part for part in (label, *parts))
     return hmac.digest(token.secret, data, "sha256")
 
@@ -95,7 +95,7 @@ def decode_request(data: bytes) -> Request:
 
 
 async def read_message(reader: asyncio.StreamReader) -> bytes | None:
-    """Returns None at the end. Raises ProtocolError if a message is too large or incomplete."""
+    """Reads a message, or None at the end. Raises ProtocolError if a message is too large or incomplete."""
     try:
         head = await reader.read(1)
         if not head:

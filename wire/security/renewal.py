@@ -1,4 +1,4 @@
-"""The time at which a certificate is renewed."""
+"""Waits for the time at which a certificate is renewed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 from llamaclust.wire.security.credentials import Identity
 
 _LOOK_S = 5.0
-"""The longest sleep. Its clock stops while the machine is suspended, but certificates end by the wall clock."""
+"""The longest sleep. Sleep clocks stop while a machine is suspended, but certificates expire by the wall clock."""
 
 
 async def until_renewal(identity: Identity) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def server_context(pem: bytes, minimum: ssl.TLSVersion) -> ssl.SSLContext:
-    """Returns a context with the certificates and the private key in `pem`, which Python can read only from a file."""
+    """Returns a context with the certificates and private key in `pem`. Python can read them only from a file."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = minimum
     context.options |= ssl.OP_NO_RENEGOTIATION

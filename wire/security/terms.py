@@ -1,4 +1,4 @@
-"""Proofs of terms: a coordinator signs its term, so that no member can invent a newer coordinator."""
+"""Proofs of terms. A coordinator signs its term, so that no other member can pretend to be a newer coordinator."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prove_term(credentials: Credentials, term: int, name: str) -> TermProof:
 
 
 def is_term_proven(credentials: Credentials, term: int, proof: TermProof, name: str) -> bool:
-    """True if a coordinator of this cluster had the term. Every member is trusted if there are no certificates."""
+    """True if a coordinator of this cluster signed the term. Without certificates, every member is trusted."""
     if not isinstance(credentials, Identity):
         return True
     from llamaclust.wire.security.certificates import has_signed

@@ -1,4 +1,4 @@
-"""Mutual TLS for gRPC: both sides show a certificate of the cluster's CA and check the other's name."""
+"""Mutual TLS for gRPC. Both sides show a certificate of the cluster's CA and check the name in the other's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def channel_credentials(identity: Identity) -> Any:
 
 
 def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> Any:
-    """Returns credentials that show a renewed pair from the next handshake on. Any thread calls `on_handshake`."""
+    """Returns credentials that show a renewed pair from the next handshake on. Any thread may call `on_handshake`."""
     shown = identity.pair
 
     def configuration(pair: KeyPair) -> Any:
@@ -38,8 +38,8 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Returns the identity in the peer's certificate. Raises UsageError if it is not a member's or has ended: TLS does
-    not check the end in resumed sessions."""
+    """Returns the identity in the peer's certificate. Raises UsageError if it is not a member's or has expired: TLS
+    does not check the expiry in resumed sessions."""
     from llamaclust.wire.security.certificates import ends_at_s
 
     names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]

@@ -45,7 +45,7 @@ class ClusterToken:
 
 @dataclass(frozen=True, slots=True)
 class JoinToken:
-    """The CA to trust and the secret to join with. Text: `lc1.<SHA-256 of the CA certificate, hex>.<secret>`."""
+    """The CA to trust and the secret for joining. Text: `lc1.<SHA-256 of the CA certificate, hex>.<secret>`."""
 
     ca_hash: bytes
     secret: bytes = field(repr=False)
@@ -72,7 +72,7 @@ class JoinToken:
 
 
 def read_private(path: Path) -> str:
-    """Returns the stripped content of a secret file. Raises UsageError if others may read the file."""
+    """Returns the content of a secret file, stripped. Raises UsageError if others may read the file."""
     try:
         with open_regular(path) as file:
             mode = os.fstat(file.fileno()).st_mode

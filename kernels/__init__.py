@@ -1,4 +1,4 @@
-"""The kernels: the arithmetic of steps and quant types, with one folder per backend."""
+"""Kernels: the arithmetic of a program's steps and of quant types, with one folder per backend."""
 
 from pathlib import Path
 

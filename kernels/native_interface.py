@@ -16,7 +16,7 @@ _MOST_TOLD = 3
 
 
 def check_interface(module: ModuleType, stub: Path) -> None:
-    """Raises LlamaclustError for missing functions, classes or methods. Checks nothing if there is no stub."""
+    """Raises LlamaclustError for missing functions, classes or methods. Does nothing if there is no stub."""
     if not stub.is_file():
         return
     if missing := [*_missing(module, stub.read_text())]:

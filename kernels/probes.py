@@ -1,4 +1,4 @@
-"""Measures this machine's limits for kernels: the read bandwidth and multiply-add peaks of some threads."""
+"""Measures this machine's limits for kernels: read bandwidth and multiply-add peaks of a number of threads."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from llamaclust.kernels import _native
 
 
 class ReadProbe:
-    """Measures the read bandwidth of `threads` threads over 16 times the last-level cache, but at most a GiB. Raises
+    """Measures the read bandwidth of `threads` threads over 16 times the last-level cache, at most 1 GiB. Raises
     ValueError outside 1..1024 threads."""
 
     def __init__(self, threads: int) -> None:
         self._probe = _native.ReadProbe(threads, 16)
 
     def measure(self, seconds: float = 0.3) -> float:
-        """Returns GB/s: the median of several reads in the pattern that was the fastest just before. (The maximum would
-        exceed the rate of a longer run.) Raises ValueError outside 0..60 seconds."""
+        """Returns GB/s: the median of several reads in the fastest pattern. (A longer run would not reach the maximum.)
+        Raises ValueError outside 0..60 seconds."""
         return self._probe.measure(seconds) / 1e9
 
 
 def int8_peak(threads: int, seconds: float = 0.2) -> float:
-    """Returns the 8-bit multiply-adds per second of all threads, in 10^9, by the CPU's widest dot product."""
+    """Returns the peak of 8-bit multiply-adds of all threads, in 10^9 per second, with the CPU's widest dot product."""
     return _native.int8_peak(threads, seconds) / 1e9
 
 
 def fma_peak(threads: int, seconds: float = 0.2) -> float:
-    """Returns the float32 multiply-adds per second of all threads, in 10^9."""
+    """Returns the peak of float32 multiply-adds of all threads, in 10^9 per second."""
     return _native.fma_peak(threads, seconds) / 1e9
 
 

@@ -1,4 +1,4 @@
-"""Samples and scores tokens on the CPU, for the last stage of every backend (rules: internals/numerics.md)."""
+"""Samples and scores tokens on the CPU, for the last stage of every backend (rules: docs/internals/numerics.md)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from llamaclust.kernels.backend import Logits, RankedLogits
 
 
 class Sampler:
-    """The sampler of one stage. It makes one call at a time and releases the GIL meanwhile.
-
-    A token is chosen in llama.cpp's default order. First, logit bias, then repetition, frequency and presence
-    penalties. Then the logits of suppressed tokens, and of tokens that a grammar forbids, become -infinity. At
-    temperature 0 the greatest logit wins, and of equal ones the lowest id. Otherwise top-k, top-p and min-p follow, on
-    probabilities at temperature 1, then temperature, then a draw. (OpenAI and vLLM apply the temperature before top-p.)
-    A sampler chain adds steps or changes their order. Logprobs are the log-softmax of the raw logits.
-    """
+    """The sampler of one stage. It runs one call at a time, without the GIL. Sampling follows llama.cpp's default
+    order. First logit bias, then repetition, frequency and presence penalties; the logits of suppressed tokens and of
+    tokens that a grammar forbids become -infinity. At temperature 0, the greatest logit wins (on a tie, the lowest id).
+    Otherwise top-k, top-p and min-p follow, on probabilities at temperature 1, then temperature, then a draw. (OpenAI
+    and vLLM apply the temperature before top-p.) A sampler chain adds steps or changes their order. Logprobs are the
+    log-softmax of the raw logits."""
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
-        """Divides rows among `threads`. `feature_level` "" is the best; ValueError for another one names the levels."""
+        """Divides rows among `threads`. `feature_level` "" is the best; ValueError for an unknown one lists them."""
         self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
     @property
@@ -39,14 +37,14 @@ class Sampler:
         tasks: tuple[RowTask, ...],
         allowed: Sequence[AllowedTokens | None] | None = None,
     ) -> tuple[RowResult, ...]:
-        """Returns one result per row of logits [tasks, vocabulary]. `failure` says why a row has no token."""
+        """Returns one result per row of logits [tasks, vocabulary]. `failure` is the reason if a row has no token."""
         native = list(map(_native_task, tasks, repeat(None) if allowed is None else allowed))
         if isinstance(logits, RankedLogits):
             return tuple(map(_result, self._native.run_ranked(logits.records, native, logits.rows, logits.totals)))
         return tuple(map(_result, self._native.run(logits, native)))
 
     def sample(self, logits: Logits, tasks: _native.SamplingTasks) -> _native.RowOutcomes:
-        """Samples like `run`, for tasks that were decoded natively. `row_results` converts the outcomes."""
+        """Samples like `run`, for natively decoded tasks. `row_results` converts the outcomes."""
         if isinstance(logits, RankedLogits):
             return _native.sample_ranked(self._native, logits.records, tasks, logits.rows, logits.totals)
         return _native.sample(self._native, logits, tasks)
@@ -57,7 +55,7 @@ def row_results(outcomes: _native.RowOutcomes) -> tuple[RowResult, ...]:
 
 
 def set_result(outcomes: _native.RowOutcomes, place: int, row: RowResult) -> None:
-    """Replaces the outcome of one row, but keeps its drafted tokens."""
+    """Replaces the outcome of one row but keeps its drafted tokens."""
     failure = "" if row.failure is None else one_line(row.failure)
     more = list(row.top_logprobs), failure, row.is_request_fault, row.is_deferred
     outcomes.set(place, row.token, row.logprob, *more, row.mu, row.forced, row.forced_draft, row.matcher_ns)

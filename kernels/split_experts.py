@@ -1,9 +1,6 @@
 """Splits a program between two devices. A GPU computes attention, norms, shared experts and dense products; a processor
-computes the routers and the routed experts of some layers.
-
-At each mixture of experts, the GPU sends the mixture's normed input to the processor, which returns the weighted sum of
-the experts.
-"""
+computes the routers and routed experts of some layers. At each of these mixtures, the GPU sends the normed input to the
+processor, which returns the weighted sum of the experts."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Exchange, Moe, Program, Slice, Step
 
 MOST_CACHED_ROWS = 64
-"""The most rows of a microbatch that the cache serves. Larger ones use most experts, so one device computes all."""
+"""The most rows of a microbatch that uses the cache. Larger ones use most experts, so one device computes all."""
 
 
 def without_experts(program: Program, layers: Collection[int]) -> Program:
@@ -38,8 +35,8 @@ def without_experts(program: Program, layers: Collection[int]) -> Program:
 
 
 def experts_of(program: Program, layers: Collection[int]) -> Program | None:
-    """Returns a program of these layers' mixtures alone, or None if there are none. Each reads the hidden state. If a
-    mixture reads two buffers, the second follows the first in the hidden state."""
+    """Returns a program of only these layers' mixtures, or None if there are none. Each mixture reads the hidden state;
+    a second input buffer follows the first there."""
     mixtures = [step for step in mixtures_of(program) if _is_of(step, layers)]
     if not mixtures:
         return None
@@ -54,8 +51,8 @@ def mixtures_of(program: Program) -> tuple[Moe, ...]:
 
 
 def cached_lines(program: Program, limits: StageLimits) -> int:
-    """Returns the number of lines in the largest microbatch that a cache serves. A line is a row paired with one of its
-    experts. Returns 0 if the experts cannot be computed one by one, because they weigh their inputs or have no gate."""
+    """Returns the most lines (pairs of a row and one of its experts) of a microbatch that uses the cache. Returns 0 if
+    experts cannot be computed one by one, because they weigh their inputs or have no gate."""
     mixtures = mixtures_of(program)
     figures = {(step.used, step.experts, step.x.width, step.out.width) for step in mixtures}
     is_divisible = all((step.gate or step.fused) and not step.options.weighs_inputs for step in mixtures)
@@ -96,7 +93,7 @@ def _from_hidden(step: Moe, hidden: Buffer, out: Buffer) -> tuple[Step, ...]:
 
 
 class SplitExpertsBackend:
-    """Loads programs on two backends: `experts` computes the experts of `layers`, and `rest` everything else."""
+    """Loads programs on two backends: `experts` computes the experts of `layers`, `rest` everything else."""
 
     def __init__(
         self, rest: ExchangingBackend, experts: ExpertsBackend, layers: Collection[int], cache_bytes: int = 0

@@ -11,15 +11,15 @@ from llamaclust.model.quant_types import ActivationFormat
 
 @dataclass(slots=True)
 class Buffers:
-    """The numbers of a plan's buffers. A program's buffer has up to two: a private one for steps that work row by row,
-    of which each thread may keep a copy, and a shared one for results of products and attention."""
+    """Numbers the buffers of a plan. A program's buffer has up to two of them: a private one for steps that compute row
+    by row, of which each thread may keep a copy, and a shared one for results of products and attention."""
 
     plan: Plan
     ids: dict[tuple[ir.Buffer, bool, bool], int] = field(default_factory=dict)
     current: dict[str, tuple[int, bool]] = field(default_factory=dict)
     selected: bool = False
     packed: dict[str, ActivationFormat] = field(default_factory=dict)
-    """The int8 format of a buffer's newest values, by name. These values and their scales have their own buffer."""
+    """The int8 format of each buffer's newest values, by buffer name. The int8 values have a buffer of their own."""
 
     def read(self, buffer: ir.Buffer) -> int:
         return self.current[buffer.name][0]

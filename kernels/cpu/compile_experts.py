@@ -1,5 +1,5 @@
-"""Compiles mixtures of experts that a processor computes for another device. A part of the plan is a whole mixture, or
-only the choice of experts, or only single experts."""
+"""Compiles mixtures of experts that the processor computes for another device. A part of the plan is a whole mixture,
+or only the choice of its experts, or only single experts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.model.steps.options import Gating
 
 @dataclass(frozen=True, slots=True)
 class CompiledLines:
-    """A plan in which part 2 * i chooses the experts of mixture i, and part 2 * i + 1 computes one expert per line."""
+    """A plan with two parts per mixture: part 2 * i chooses the experts of mixture i, part 2 * i + 1 computes lines."""
 
     plan: Plan
     choice: int  # the buffer with ids, then weights, of each row
@@ -42,7 +42,7 @@ class _ExpertsCompiler(Compiler):
 
     def run_lines(self) -> CompiledLines:
         """Compiles two parts per mixture. A line is a row followed by one channel per expert: 1 for the line's expert,
-        0 for the others. No line can name an expert that does not exist."""
+        0 for the others. So no line can name an expert that does not exist."""
         first, *_ = mixtures = mixtures_of(self._program)
         read = sum(buffer.width for buffer in first.reads)
         choice = self.plan.add_buffer(2 * first.used, 1, False, False)

@@ -1,4 +1,4 @@
-"""Experts that a processor computes for another device: whole mixtures, or the choice of experts and single experts."""
+"""Mixtures of experts that the processor computes for another device, whole or expert by expert."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GENERIC = "generic"
 
 
 class ExpertLines:
-    """Runs a plan that `compile_lines` made. A line is a row followed by the channels that name its expert."""
+    """Runs the plan of `compile_lines`. A line is a row followed by the channels that name its expert."""
 
     def __init__(self, native: _native.Stage, compiled: CompiledLines, lines: int, experts: int) -> None:
         self._native = native

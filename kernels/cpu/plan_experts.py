@@ -15,13 +15,13 @@ from llamaclust.model.shard_names import shard_name
 from llamaclust.model.steps.options import SWIGLU_LIMIT, ActivationFunction, GatedActivation, Gating
 
 GATINGS = tuple(Gating)
-"""The gatings in the order of the native enum."""
+"""The gatings, indexed by the number of the native enum."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanExperts:
-    """The emitter of mixtures of experts. `quantize` quantizes a buffer for some quant types and returns the slot of
-    each. `observe` copies the inputs of observed weights. `copy` copies a buffer; it is None if nothing is observed."""
+    """Emits mixtures of experts. `quantize` quantizes a buffer for some quant types and returns the slot of each.
+    `observe` copies the inputs of observed weights. `copy` copies a buffer; it is None if nothing is observed."""
 
     plan: Plan
     buffers: Buffers
@@ -83,7 +83,7 @@ class PlanExperts:
         self.plan.combine_experts(choice, results, out, step.used, not step.options.weighs_inputs)
 
     def _place(self, step: ir.ExpertShards, choice: int, results: int) -> None:
-        """Writes results next to those of other workers: for the sum, or with all that a later stage needs."""
+        """Writes results next to those of other workers: alone for the sum, or with all that a later stage needs."""
         buffers, used, start = self.buffers, step.mixture.used, 0
         given = None if step.given is None else (buffers.read(step.given), step.given.width - step.results_width)
         if step.carried is None:
@@ -156,7 +156,7 @@ class _Experts:
         return biased
 
     def _held(self, name: str) -> list[tuple[int, Weight]]:
-        """Returns the parts of a tensor that this worker has, each with the number of its first expert."""
+        """Returns this worker's parts of a tensor, each with the number of its first expert."""
         weights = self.plan_experts.weights
         if self.shards is None:
             return [(0, weights[name])]

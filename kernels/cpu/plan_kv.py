@@ -1,4 +1,4 @@
-"""The KV memory of a plan of the native executor: keys and values, and recurrent states, of each layer."""
+"""Numbers a plan's KV memory: keys and values, and recurrent states, of each layer."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import Attention, Program, SequenceState, StatePart
 
 _KV_TYPES = tuple(KvType)
-"""The KV types in the order of the native enum."""
+"""The KV types, indexed by the number of the native enum."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanKv:
-    """The plan's numbers of KV memory. A layer has at most one attention, and at most one state of each kind."""
+    """Adds KV memory to a plan. A layer has at most one attention, and at most one state of each kind."""
 
     plan: Plan
     limits: StageLimits
     _numbers: dict[tuple[int, StatePart | None], int] = field(default_factory=dict)  # None: of attention
 
     def attention(self, step: Attention) -> int:
-        """Returns the number of the KV memory of a step, and adds that memory if the step stores keys and values.
-        Raises ValueError if the step reads keys and values that no earlier step stored."""
+        """Returns the number of a step's KV memory, and adds this memory if the step stores keys and values. Raises
+        ValueError if the step reads keys and values that no earlier step stored."""
         name = step.layer, None
         if not step.shares_kv:
             windowed, kv_type = self.limits.gives_up(step.window), _KV_TYPES.index(step.kv_type)
@@ -41,7 +41,7 @@ class PlanKv:
         return self._numbers[name]
 
     def by_layer(self, program: Program) -> tuple[tuple[int, ...], ...]:
-        """Returns each layer's numbers of KV memory, in the order of `Program.kv_memory`."""
+        """Returns the numbers of each layer's KV memory, in the order of `Program.kv_memory`."""
         layers: dict[int, list[int]] = {}
         for kept in program.kv_memory:
             part = kept.part if isinstance(kept, SequenceState) else None

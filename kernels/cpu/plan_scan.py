@@ -1,4 +1,4 @@
-"""Emits scans and norms into a plan of the native executor. Files have a matrix row of weights per head or group."""
+"""Emits scans and norms into a plan of the native executor. Their weights have one matrix row per head or group."""
 
 from __future__ import annotations
 

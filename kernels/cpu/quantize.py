@@ -16,17 +16,17 @@ from llamaclust.model.quant_types import QuantType
 QUANTIZED_TYPES = SUPPORTED_TYPES
 
 MOST_SCALED = 65504.0
-"""The largest float16. No block scale is larger, so no weight may be."""
+"""The largest float16. Scales of blocks are float16, so no weight may be larger."""
 
 _LEAST_IMPORTANCE = 1e-6
 
 _CAST_NUMBERS = {QuantType.F32: 0, QuantType.F16: 1, QuantType.BF16: 2, QuantType.Q8_0: 3}
-"""The native module's numbers of the types (kernels/cpu/native/runtime/dtype_cast.h)."""
+"""The numbers of the types in the native module (kernels/cpu/native/runtime/dtype_cast.h)."""
 
 
 def narrowed(values: NDArray[Any], stored: QuantType, quant_type: QuantType) -> NDArray[np.uint8] | None:
     """Rounds contiguous F32, F16 or BF16 `values` [..., k] to nearest in one of these types or Q8_0, without the GIL. k
-    is a multiple of the type's block size. Returns None if a number is not finite or does not fit float16."""
+    must be a multiple of the block size. Returns None if a value is not finite or does not fit float16."""
     out = np.empty(values.size // quant_type.info.block_size * quant_type.info.block_bytes, np.uint8)
     numbers = _CAST_NUMBERS[stored], _CAST_NUMBERS[quant_type]
     return out if _native.cast_dtype(values.reshape(-1).view(np.uint8), numbers[0], out, numbers[1]) else None
@@ -64,7 +64,7 @@ def quantize(
 
 
 def as_importance(means: Float32) -> Float32:
-    """Scales mean squares of inputs [columns] to mean 1 and makes each positive: the `importance` of `quantize`."""
+    """Scales the mean squares of inputs [columns] to mean 1 and makes each positive, as `quantize` needs them."""
     mean = float(means.mean(dtype=np.float64))
     if mean <= 0:
         return np.ones_like(means)

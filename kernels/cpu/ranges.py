@@ -1,4 +1,4 @@
-"""Checks that a program's integers, which Python does not bound, fit the native module's int32."""
+"""Checks that a program's integers fit the native module's int32."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX: Final = (1 << 31) - 1
 
 
 def check_ranges(program: Program, limits: StageLimits) -> None:
-    """Raises ValueError for the first number of a step or limit that does not fit int32, and names it."""
+    """Raises ValueError that names the first number of a step or limit that does not fit int32."""
     for value in (limits, program.hidden, program.out, *program.steps, *program.states):
         for place, number in _integers(value):
             if not -_MAX <= number <= _MAX:

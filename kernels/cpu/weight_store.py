@@ -17,8 +17,6 @@ from llamaclust.model.program import Program
 
 
 class WeightStore:
-    """Loads each tensor once, as long as some stage holds it."""
-
     def __init__(self, threads: int, packed_cache: PackedCache | None, *, mlock: bool = False) -> None:
         self._threads = threads
         self._packed_cache = packed_cache
@@ -27,7 +25,7 @@ class WeightStore:
         self._loaded: WeakValueDictionary[tuple[object, ...], Weight] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> dict[str, Weight]:
-        """Raises ModelFileError for a tensor of a wrong shape or of a type without kernels, or for a changed file."""
+        """Raises ModelFileError for a tensor of wrong shape, for a type without kernels, or if the file has changed."""
         check_weights(program, tensors)
         with self._lock:
             weights = {name: self._loaded.get(_key(tensors[name])) for name in program.weights}

@@ -1,1 +1,1 @@
-"""The backend for NVIDIA GPUs: CUDA C++ kernels with the bits of `kernels.cpu`, launched through CuPy."""
+"""The backend for NVIDIA GPUs: CUDA C++ kernels, launched through CuPy, with the same bits as `kernels.cpu`."""

@@ -56,7 +56,7 @@ class LayerTensors:
 
     @property
     def offsets(self) -> Iterator[tuple[Tensor, int]]:
-        """Yields each tensor and its offset. Matrices are placed as in the packed layer, at multiples of 16 bytes."""
+        """Yields each tensor with its offset. Matrices are placed as in the packed layer, at multiples of 16 bytes."""
         at = 0
         for tensor in self.tensors:
             yield tensor, at
@@ -78,7 +78,7 @@ def layers_of_weights(tensors: Iterable[Tensor]) -> list[LayerTensors]:
 
 
 class DeviceWeights:
-    """Loads layers and shares them between stages. Stages may run while others load."""
+    """Loads layers and shares them between stages. Stages may run during a load."""
 
     def __init__(self, gpu_lock: GpuLock, threads: int, packed_cache: PackedCacheFolder | None) -> None:
         self._gpu_lock = gpu_lock
@@ -129,7 +129,7 @@ class DeviceWeights:
 
 
 class _Uploads:
-    """Uploads through two pinned buffers: one is filled while the device copies from the other."""
+    """Uploads through two pinned buffers: the host fills one while the device copies from the other."""
 
     def __init__(self, gpu_lock: GpuLock) -> None:
         self._gpu_lock = gpu_lock
@@ -160,7 +160,7 @@ class _Uploads:
 
 
 class LoadProgress:
-    """Reports loaded weight bytes, 1 in `_KERNELS_SHARE` of them as kernels are compiled. Thread-safe."""
+    """Reports loaded bytes. 1 in `_KERNELS_SHARE` of all bytes is reported as kernels are compiled. Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress

@@ -1,5 +1,5 @@
-"""Measures a GPU's rates of matrix products (weight bytes with one row, multiply-accumulates with many rows) and its
-peak rates. Flushes its cache before other measurements."""
+"""Measures a GPU's rates: bytes of weights with one row, multiply-accumulates with many rows, and the peaks. Flushes
+the GPU's cache before other measurements."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from llamaclust.model.quant_types import QuantType
 _KIND = QuantType.Q4_0
 _COLS = 4096
 _TILES_AN_SM = 16
-"""The tiles of 16 rows per multiprocessor. Two matrices of so many tiles are larger than a last-level cache."""
+"""The tiles of 16 rows per multiprocessor, with which two matrices are larger than the last-level cache."""
 _MANY_ROWS = 128
 _BLOCK, _PIECE_BYTES = 256, 65536
 _ROUNDS, _MACS = 1024, 8 * 16 * 32 * 8
 _READ_BYTES = 1 << 30
 _FLUSHED_BYTES = 256 << 20
-"""More bytes than the largest last-level cache of a GPU (126 MiB)."""
+"""More bytes than the largest last-level cache of any GPU (126 MiB)."""
 _SCALES = (1 / 1024, 1 / 64, 1 / 8, 1.0)
 _LONG_S = 0.002
-"""Work that takes so many seconds is large enough to measure a rate. It is repeated for `_REPEATED_S`."""
+"""Work of this many seconds is long enough to measure a rate. It is repeated for `_REPEATED_S`."""
 _REPEATED_S = 0.02
 
 _Work = tuple[Sequence[Launch], float]
 
 
 def measure(device: Device) -> tuple[float, float]:
-    """Returns (weight bytes a second, multiply-accumulates a second) in less than half a second. With little free
-    memory, matrices are smaller."""
+    """Returns (bytes of weights per second, multiply-accumulates per second) in less than half a second. The matrices
+    are smaller if little memory is free."""
     tile = matmul.Weights(_KIND, (16, _COLS))
     tile_bytes, x_bytes = tile.tile_bytes, matmul.activation_bytes(tile.activation, _MANY_ROWS, _COLS)
     room = (device.free_bytes // 2 - x_bytes) // (2 * tile_bytes + 4 * 16 * _MANY_ROWS)
@@ -66,7 +66,7 @@ def measure(device: Device) -> tuple[float, float]:
 
 
 def limits(device: Device) -> tuple[float, float]:
-    """Returns the peaks (bytes a second of plain reads, multiply-accumulates a second on registers)."""
+    """Returns the peaks: (bytes per second of plain reads, multiply-accumulates per second on registers)."""
     pieces, blocks = min(_READ_BYTES, device.free_bytes // 4) // _PIECE_BYTES, 8 * device.sms
     with closing(device.allocate(pieces * _PIECE_BYTES)) as memory, closing(device.allocate(4)) as out:
 
@@ -85,8 +85,8 @@ def limits(device: Device) -> tuple[float, float]:
 
 
 def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
-    """Returns the rate of the smallest work that takes long enough, or else of the largest. Each work runs twice,
-    because the first launch loads its kernel, which takes milliseconds."""
+    """Returns the rate of the smallest work that takes long enough, or else of the largest. Each work runs twice, since
+    the first launch also loads the kernel, which takes milliseconds."""
     for scale in _SCALES:
         work, amount = work_at(scale)
         taken_s = min(_taken_s(device, work, 1) for _ in range(2))
@@ -109,13 +109,12 @@ def _taken_s(device: Device, work: Sequence[Launch], times: int) -> float:
 
 
 def allocate_flush(device: Device) -> Buffer:
-    """Allocates memory for `flush_cache`: at most a quarter of the free memory. Raises InsufficientMemoryError."""
     pieces = max(4, min(_FLUSHED_BYTES, device.free_bytes // 4) // _PIECE_BYTES)
     return device.allocate(pieces * _PIECE_BYTES)
 
 
 def flush_cache(device: Device, memory: Buffer) -> None:
-    """Replaces the content of the GPU's cache, as weights do between two tokens, in about a millisecond."""
+    """Replaces the content of the GPU's cache, as weights do between two tokens. Takes about a millisecond."""
     args = memory.at(), np.int32(memory.n_bytes // _PIECE_BYTES), memory.at()
     device.launch(Launch("limits.read", (8 * device.sms, 1, 1), (_BLOCK, 1, 1), args))
     device.synchronize()

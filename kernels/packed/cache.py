@@ -36,7 +36,7 @@ _Result = TypeVar("_Result")
 
 _READ_BYTES = 1 << 21
 _SETTLED_NS = 100_000_000
-"""The age from which a file's times reveal a later change: some file systems count in hundredths of a second."""
+"""The age from which file times are trusted, since some file systems count hundredths of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ class PackedCache:
     def open(
         self, layers: Sequence[PackedLayer], pool: Executor, progress: Progress | None, since_ns: int | None = None
     ) -> dict[PackedLayer, Memory]:
-        """Returns the intact cached layers. `progress` counts their bytes. `since_ns` is the time at which their load
-        began, if before this call. Raises MemoryError if the system refuses the memory."""
+        """Returns the cached layers that are intact. `progress` counts their bytes. `since_ns` is the start of their
+        load, if before this call. Raises MemoryError if the system refuses the memory."""
         if not self._is_usable():
             return {}
         self._started_ns = since_ns or time.time_ns()
@@ -89,7 +89,7 @@ class PackedCache:
         return self._usable and self._writer.is_usable
 
     def _found(self, layers: Sequence[PackedLayer], pool: Executor) -> Iterator[_Found | None]:
-        """Logs one message per load for entries that cannot be read, since usually all have the same problem."""
+        """Yields the cached layers. Logs one message per load for unreadable entries, since all usually fail alike."""
         self._keys.update((layer, layer_key(layer)) for layer in layers)
         blocked: list[OSError] = []
         for layer, found in zip(layers, pool.map(self._find, layers), strict=True):
@@ -147,7 +147,7 @@ class PackedCache:
 
 
 def layer_key(layer: PackedLayer) -> str | None:
-    """Returns None if the file is gone, or so new that its times may not show a further change."""
+    """Returns None if the file is gone, or is so new that its times may not reveal another change."""
     parts: list[object] = [sys.byteorder]
     for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)
@@ -159,7 +159,7 @@ def layer_key(layer: PackedLayer) -> str | None:
 
 
 def _bytes_key(tensor: Tensor) -> tuple[object, ...] | None:
-    """Returns the identity of the tensor's bytes: their SHA-256 if known, otherwise their place in a file."""
+    """Returns the identity of the tensor's bytes: their SHA-256 if known, otherwise their place in the file."""
     if tensor.content is not None:
         return tensor.shape, tensor.content
     try:
@@ -185,7 +185,7 @@ def _counted(
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:
-    """Drops maps that are not in huge pages: computing from them is slower than copying them first."""
+    """Drops maps that are not in huge pages: copying them first is faster than computing from them."""
     maps = [cached.memory for cached in found if cached.memory is not None]
     huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
     return [

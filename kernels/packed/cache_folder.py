@@ -1,4 +1,4 @@
-"""The folder of the packed-weight cache. Entries are named by key, images by the SHA-256 of their bytes."""
+"""The folder of the packed-weight cache. Entries are named by key; images by the SHA-256 of their bytes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from llamaclust.core.disk_cache.files import Writing, remove
 _ENTRY, _IMAGE = ".json", ".tiles"
 
 _MOST_ENTRY_BYTES = 1 << 18
-"""The most bytes of an entry. Names are short, and a model file's path has at most 4096 bytes."""
+"""The most bytes of an entry. Its strings are short, and paths of model files have at most 4096 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A cached layer. Its key covers everything on which its image depends."""
+    """A cached layer. Its key covers everything that determines the image."""
 
     key: str  # also the name of its file: a moved or copied entry is invalid
     model: str
@@ -48,7 +48,7 @@ def _decoded(data: bytes, key: str) -> Entry | None:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """The cached layers of one model file. A layer that several files share counts for each of them."""
+    """The cached layers of one model file. A layer that several files share counts for each file."""
 
     model: str
     parts: int  # layers, and what is in none: embedding and output
@@ -57,7 +57,7 @@ class Listed:
 
 
 class PackedCacheFolder(DiskCache):
-    """The entries and images. A lookup marks the entry as used before its image, so the entry is deleted first."""
+    """The entries and images. A lookup marks the entry as used before its image, so that the entry is deleted first."""
 
     suffixes = (_ENTRY, _IMAGE)
     content, limit = "packed layers", "LLAMACLUST_CACHE_SIZE"
@@ -66,7 +66,7 @@ class PackedCacheFolder(DiskCache):
         return self.path / f"{entry.image}{_IMAGE}"
 
     def find(self, key: str) -> Entry | None:
-        """Returns the entry if its image has the right size, and marks it as used. Raises OSError like `open`."""
+        """Returns the entry if its image has the right size, and marks both as used. Raises OSError like `open`."""
         name = _entry_name(key)
         if (data := self.read(name, _MOST_ENTRY_BYTES)) is None:
             return None
@@ -80,7 +80,7 @@ class PackedCacheFolder(DiskCache):
         return entry
 
     def open_image(self, entry: Entry) -> FileIO | None:
-        """Opens an image like `open`, but deletes an image of the wrong size."""
+        """Opens an image like `open`. Deletes an image of the wrong size and returns None."""
         file = self.open(self.image_path(entry).name)
         if file is None or os.fstat(file.fileno()).st_size == entry.n_bytes:
             return file
@@ -89,7 +89,6 @@ class PackedCacheFolder(DiskCache):
         return None
 
     def discard(self, entry: Entry) -> None:
-        """Deletes an entry and its image. Existing maps of the image stay valid."""
         remove(self.path / _entry_name(entry.key))
         remove(self.image_path(entry))
 

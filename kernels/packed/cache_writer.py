@@ -1,4 +1,4 @@
-"""Writes packed layers in the background at the lowest priority, and delays process exit only for a bounded time."""
+"""Writes packed layers in the background at the lowest priority. Delays the process's exit only for a bounded time."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _log = logging.getLogger(__name__)
 _LOWEST_PRIORITY = 19
 
 _FINISH_S = 1.0
-"""The time that process exit waits for the current write."""
+"""The seconds that process exit waits for the current write."""
 
 _STOP_S = 0.2
-"""The time that process exit then waits for the stopped writer."""
+"""The seconds that process exit then waits for the stopped writer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A layer to write, unless its memory is freed before."""
+    """A layer to write, unless its memory is freed first."""
 
     layer: PackedLayer
     key: str
@@ -45,7 +45,7 @@ class Made:
 
 
 class BackgroundWriter:
-    """Writes one layer after another on a thread, which ends when the queue is empty."""
+    """Writes layers one by one on a thread, which ends when the queue is empty."""
 
     def __init__(self, folder: PackedCacheFolder) -> None:
         self.is_usable = True
@@ -73,7 +73,7 @@ class BackgroundWriter:
             thread.join()
 
     def end(self) -> None:
-        """Lets the current write finish within a second. Drops the queue, and deletes an unfinished file."""
+        """Drops the queue. Gives the current write a second to finish, and then deletes the unfinished file."""
         with self._lock:
             self._queue.clear()
             thread = self._thread

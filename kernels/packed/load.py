@@ -1,4 +1,4 @@
-"""Loads tensors by several threads: packed layers from the cache, and all others in chunks from the model file."""
+"""Loads tensors with several threads: packed layers from the cache, everything else in chunks from the model file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.quant_types import TILE_ROWS, QuantType
 
 _CHUNK_BYTES = 1 << 20
-"""The bytes that are read and packed at once. They fit a core's cache, and little memory is held twice."""
+"""The bytes that are read and packed at once: they fit a core's cache, and little memory is needed twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def load_tensors(
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Rows [start, end) of matrix `index` of a tensor, or a whole vector."""
+    """Rows [start, end) of a tensor's matrix `index`, or a whole vector."""
 
     tensor: Tensor
     weight: Weight

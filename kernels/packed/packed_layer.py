@@ -14,7 +14,7 @@ from llamaclust.model.gguf.tensors import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedLayer:
-    """The matrices of a layer, one after another, or one matrix outside the layers. It has no vectors."""
+    """The matrices of one layer, one after another, or one matrix outside the layers. Vectors are not part of it."""
 
     name: str
     tensors: tuple[Tensor, ...]
@@ -41,7 +41,6 @@ class PackedLayer:
 
 
 def by_layer(tensors: Iterable[Tensor]) -> dict[str, list[Tensor]]:
-    """Groups tensors by the name of their layer. A tensor outside the layers is a group of its own name."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault(tensor.layer or tensor.name, []).append(tensor)

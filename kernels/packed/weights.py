@@ -1,4 +1,4 @@
-"""Weights of the CPU backend: their loaded form, and the check of a program's tensors."""
+"""Weights of the CPU backend: their form in memory, and the check of a program's tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 
 @dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class Weight:
-    """A loaded tensor: a float32 vector, a packed matrix, or one packed matrix per expert. It may be a stand-in."""
+    """A loaded tensor: a float32 vector, a packed matrix, or one packed matrix per expert. Plans have only shapes."""
 
     quant_type: QuantType
     matrices: tuple[PackedMatrix, ...] = ()
@@ -41,7 +41,7 @@ class Weight:
 
 
 def shapes_only(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
-    """Returns stand-ins for a program's weights, for planning. Raises the errors of `check_weights`."""
+    """Returns shapes without data for a program's weights, for planning. Raises the errors of `check_weights`."""
     check_weights(program, tensors)
     return {name: _shape_only(tensors[name]) for name in program.weights}
 
@@ -55,7 +55,7 @@ def _shape_only(tensor: Tensor) -> Weight:
 
 
 def check_weights(program: Program, tensors: Mapping[str, Tensor]) -> None:
-    """Raises ModelFileError for a tensor of the wrong shape, or of a type without kernels. Reads no weights."""
+    """Raises ModelFileError for a tensor of the wrong shape or of a type without kernels. Reads no weights."""
     for step in program.steps:
         for weight in step.weights:
             _check(tensors[weight.name], weight.shape)

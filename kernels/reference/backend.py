@@ -1,4 +1,4 @@
-"""The executor of the reference backend: weights in float32, one step after another."""
+"""The executor of the reference backend. It has weights in float32 and runs one step after another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llamaclust.model.steps.across import Gather
 
 
 class ReferenceStage:
-    """Implements `kernels.backend.Stage`. Later runs do not overwrite its results."""
+    """Implements `kernels.backend.Stage`. Results stay valid after later runs."""
 
     def __init__(self, program: Program, weights: dict[str, Float32], limits: StageLimits) -> None:
         self.program = program
@@ -106,7 +106,7 @@ class ReferenceGroup:
         self.members = members
 
     def run(self, batch: Batch, hidden: Float32 | None) -> list[Float32]:
-        """Returns each member's result. Rows that are gathered to one member only are NaN at the others."""
+        """Returns each member's result. If only one member gathers rows, they are NaN in the others' results."""
         states = [member.begin(batch, hidden) for member in self.members]
         runs = (_run(member.program, state) for member, state in zip(self.members, states, strict=True))
         for gathers in zip(*runs, strict=True):
@@ -115,7 +115,7 @@ class ReferenceGroup:
 
 
 def _run(program: Program, state: State) -> Iterator[Gather]:
-    """Runs steps up to each gather and yields it. The caller must compute the gather before it continues."""
+    """Runs the steps before each gather, then yields it. The caller computes the gather before it continues."""
     for step in program.steps:
         if isinstance(step, Gather):
             yield step
@@ -141,7 +141,7 @@ class ReferenceBackend:
     def load(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
     ) -> ReferenceStage:
-        """Raises ModelFileError for a weight type without a kernel, or for a changed file."""
+        """Raises ModelFileError for a weight type without a kernel, or if the file has changed."""
         weights: dict[str, Float32] = {}
         for name in program.weights:
             weights[name] = _load(tensors[name])

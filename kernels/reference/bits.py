@@ -1,4 +1,4 @@
-"""Takes bit fields out of quantized blocks, which are uint8 [blocks, bytes] with little-endian words."""
+"""Reads bit fields of quantized blocks, which are uint8 [blocks, bytes] with little-endian words."""
 
 from __future__ import annotations
 

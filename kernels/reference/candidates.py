@@ -1,4 +1,4 @@
-"""The input of the reference's samplers: a row's candidates in order, their weights, and random bits."""
+"""The input of the reference samplers: a row's candidates in order, their weights, and random bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MASK = 0xFFFFFFFF
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Computes Philox4x32-10: four random 32-bit numbers that depend only on counter and key."""
+    """Computes Philox4x32-10: four random 32-bit numbers that depend only on `counter` and `key`."""
     c, k = counter, key
     for _ in range(10):
         a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
@@ -29,20 +29,20 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 
 
 def random_bits(task: SampleTask, purpose: int = 0) -> int:
-    """Returns 64 random bits for the next token: purpose 0 draws the token, purpose 1 is for XTC."""
+    """Returns 64 random bits for the next token. Purpose 0 draws the token; purpose 1 is XTC."""
     low, high, _, _ = philox((task.position, task.choice, purpose, 0), (task.seed & _MASK, task.seed >> 32))
     return high << 32 | low
 
 
 def ranked(logits: Float32) -> NDArray[np.int64]:
-    """Returns the ids of finite values, ordered by (value descending, id ascending)."""
+    """Returns the ids of finite values, sorted by descending value, then by ascending id."""
     order = np.lexsort((np.arange(len(logits)), -logits))
     return order[np.isfinite(logits[order])]
 
 
 @dataclass(slots=True)
 class Candidates:
-    """The candidates of one row. `order` has their ids, best first. A candidate's logit is its value / `divisor`."""
+    """The candidates of one row. `order` has their ids, best first. A candidate's logit is value / `divisor`."""
 
     values: Float32  # [vocabulary]; -inf for what may not be chosen
     task: SampleTask
@@ -58,7 +58,7 @@ class Candidates:
         self.order = self.order[:count]
 
     def change(self, change: Callable[[Float32], None]) -> None:
-        """Applies `change` to the logits, which include an earlier temperature, and orders the candidates anew."""
+        """Applies `change` to the logits after any earlier temperature, and sorts the candidates again."""
         x = np.full_like(self.values, -np.inf)
         with np.errstate(over="ignore"):
             x[self.order] = np.clip(self.values[self.order] / np.float32(self.divisor), -LARGEST, LARGEST)
@@ -71,12 +71,12 @@ class Candidates:
         return np.asarray(x, np.float32)
 
     def weigh(self) -> list[int]:
-        """Returns each candidate's weight, exp(logit - greatest), in units of 2^-40: sums of integers are exact."""
+        """Returns each candidate's weight, exp(logit - greatest), in units of 2^-40: integers have exact sums."""
         self.w = [int(w) for w in np.rint(exp32(self._logits()).astype(np.float64) * UNIT_WEIGHT)]
         return self.w
 
     def information(self) -> list[float]:
-        """Returns -ln of each candidate's probability. `weigh` must be called before."""
+        """Returns -ln of each candidate's probability. Call `weigh` first."""
         log_total = log64(float(sum(self.w)) / UNIT_WEIGHT)
         return [log_total - float(x) for x in self._logits()]
 

@@ -1,4 +1,4 @@
-"""Dequantizes all types that ggml computes with. Results are float32, by ggml's float operations in the same order."""
+"""Dequantizes all quant types to float32, with ggml's float operations in ggml's order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.kernels.reference.bits import Bytes, Float32
 from llamaclust.model.quant_types import QuantType
 
 _MODULES = (simple_quants, k_quants, i_quants)
-"""The modules whose functions are named after quant types."""
+"""Modules of dequantizers. Functions have the names of quant types."""
 
 _DEQUANTIZERS: dict[QuantType, Callable[[Bytes], Float32]] = {
     kind: vars(module)[kind.name.lower()]
@@ -24,7 +24,7 @@ SUPPORTED_TYPES = frozenset(_DEQUANTIZERS)
 
 
 def dequantize(quant_type: QuantType, data: bytes | bytearray | Bytes, count: int) -> Float32:
-    """Dequantizes whole blocks of `count` weights to float32 [count]. The type must be in SUPPORTED_TYPES."""
+    """Dequantizes whole blocks with `count` weights to float32 [count]. The type must be in SUPPORTED_TYPES."""
     info = quant_type.info
     raw = np.frombuffer(data, np.uint8)
     assert count % info.block_size == 0 and len(raw) == info.row_bytes(count), (quant_type, count, len(raw))

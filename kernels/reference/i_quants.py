@@ -24,7 +24,7 @@ _IQ1_DELTA = np.float32(0.125)
 
 
 def _packed_signs(words32: NDArray[np.uint32]) -> Float32:
-    """Returns signs [blocks, 4 n, 8] of words [blocks, n]. A word has 4 x 7 bits; each eighth bit makes parity even."""
+    """Returns signs [blocks, 4 n, 8] from words [blocks, n] of 4 x 7 bits. Every eighth sign makes the parity even."""
     seven = (words32[:, :, None] >> np.array([0, 7, 14, 21], np.uint32) & 127).astype(np.uint8)
     return _with_parity(seven.reshape(len(words32), -1))
 
@@ -48,7 +48,7 @@ def _half_scales(blocks: Bytes, scales: NDArray[np.integer], factor: float) -> F
 
 
 def iq2_xxs(blocks: Bytes) -> Float32:
-    """A block: d f16 | per 32 weights: 4 grid bytes, then a word with 4 x 7 sign bits and a 4-bit scale above them."""
+    """A block: d f16 | per 32 weights: 4 grid bytes, then a word of 4 x 7 sign bits and, on top, a 4-bit scale."""
     pairs = words(blocks[:, 2:], np.uint32).reshape(-1, 8, 2)
     indices = words(blocks[:, 2:], np.uint8).reshape(-1, 8, 8)[:, :, :4].reshape(-1, 32)
     points = _signed(grid("IQ2_XXS")[indices], _packed_signs(pairs[:, :, 1]))
@@ -70,7 +70,7 @@ def iq2_s(blocks: Bytes) -> Float32:
 
 
 def iq3_xxs(blocks: Bytes) -> Float32:
-    """A block: d f16 | per 4 weights: a grid byte | per 32: a word of 4 x 7 sign bits, above them a 4-bit scale."""
+    """A block: d f16 | per 4 weights: a grid byte | per 32: a word of 4 x 7 sign bits and, on top, a 4-bit scale."""
     codes = words(blocks[:, 66:], np.uint32)
     points = _signed(grid("IQ3_XXS")[blocks[:, 2:66]], _packed_signs(codes))
     return scaled(points, _half_scales(blocks, codes >> 28, 0.5))
@@ -113,7 +113,7 @@ def iq1_m(blocks: Bytes) -> Float32:
 
 
 def iq4_xs(blocks: Bytes) -> Float32:
-    """A block: d f16 | 8 x upper 2 bits of a scale | 8 x lower 4 bits (minus 32) | 256 x 4 bits, 32 in 16 bytes."""
+    """A block: d f16 | 8 x upper 2 bits of a scale | 8 x its lower 4 bits (minus 32) | 256 x 4 bits, 32 in 16 bytes."""
     high = words(blocks[:, 2:4], np.uint16) >> np.arange(0, 16, 2, dtype=np.uint16) & 3
     scales = (nibble_pairs(blocks[:, 4:8]) | high << 4).astype(np.float32) - np.float32(32)
     weights = IQ4_VALUES[fields(blocks[:, 8:].reshape(-1, 8, 16), 4)]

@@ -1,5 +1,5 @@
-"""The grids of ggml's IQ types. An index stands for four or eight weights, each of which has one of a few levels. The
-numbers are those of kernels/cpu/native/pack/grid_points.h, unpacked here by other means."""
+"""The grids of ggml's IQ types. A grid index stands for four or eight weights, each with one of a few levels. The
+numbers are read from kernels/cpu/native/pack/grid_points.h, but unpacked independently."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _LEVELS = {
 
 @cache
 def grid(name: str) -> NDArray[np.float32]:
-    """Returns float32 [points, dims]. A point's number has the levels of its weights as digits, lowest first. Points
-    are in ascending order of these numbers. The header has the distances between them: a character counts from "$" on,
-    and each "~" before it adds 56."""
+    """Returns float32 [points, dims]. A point is a number whose digits, lowest first, are the levels of its weights.
+    The header has the differences between ascending numbers: a character counts from "$" on, and each "~" before it
+    adds 56."""
     levels = _LEVELS[name]
     found = re.search(rf'k{name}Grid = unpack<\d+, {len(levels)}>\((.+?")\);', _HEADER.read_text(), re.DOTALL)
     assert found is not None, name

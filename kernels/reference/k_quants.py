@@ -1,4 +1,4 @@
-"""Blocks of 256 weights with scales for each 16 or 32, and ternary types. Docstrings give a block's bytes in order.
+"""Blocks of 256 weights with scales for each 16 or 32, and ternary types. Docstrings state a block's bytes in order.
 Layouts and the order of float operations are ggml's."""
 
 from __future__ import annotations
@@ -28,11 +28,9 @@ def q3_k(blocks: Bytes) -> Float32:
 
 
 def six_bit_scales(packed: Bytes) -> tuple[Float32, Float32]:
-    """Returns eight scales and eight minima of 6 bits from twelve bytes.
-
-    Bytes 0-3 hold scales 0-3; their top two bits belong to scales 4-7. Bytes 4-7 hold minima in the same way. Bytes
-    8-11 hold the low four bits of scales 4-7 and, above them, those of minima 4-7.
-    """
+    """Returns eight scales and eight minima of 6 bits from twelve bytes. Bytes 0-3 hold scales 0-3 and the top two bits
+    of scales 4-7. Bytes 4-7 hold the minima in the same way. Bytes 8-11 hold the low four bits of scales 4-7 and, above
+    them, those of minima 4-7."""
     first, second, low = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=1)
     minima = np.concatenate([second & 63, low >> 4 | second >> 6 << 4], axis=1)
@@ -64,7 +62,7 @@ def q6_k(blocks: Bytes) -> Float32:
 
 
 def _ternary_digits(data: Bytes, digits: int) -> Bytes:
-    """Returns each byte's base-3 digits (of byte / 256), highest first: [blocks, n] -> [blocks, digits * n]."""
+    """Returns the base-3 digits of each byte / 256, highest first: [blocks, n] -> [blocks, digits * n]."""
     powers = np.array([3**i for i in range(digits)], np.uint8)[:, None]
     fractions = data[:, None, :] * powers
     return (fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(data), -1)

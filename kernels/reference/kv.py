@@ -1,4 +1,4 @@
-"""KV memory in blocks: for each layer an array of rounded keys, and one of rounded values."""
+"""KV memory in blocks: one array of rounded keys and one of rounded values per layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Int8 = NDArray[np.int8]
 
 
 class _HalfRows:
-    """Keys or values [positions, kv_heads, head_dim] in float16. They are NaN until stored."""
+    """Keys or values [positions, kv_heads, head_dim] in float16; NaN until stored."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self._values: Float16 = np.full(shape, np.nan, np.float16)
@@ -72,9 +72,9 @@ class Rounded:
 
 
 def round_to_bytes(rows: Float32) -> Rounded:
-    """Rounds rows [..., channels] to q8_0, in float32. With m = the greatest magnitude of 32 channels, their scale is m
-    / 127 rounded to float16, and their quants are x * (1 / scale) to nearest, ties to even, at most 127 in magnitude. A
-    zero scale has quants of 0. The scale is NaN if a channel is not finite."""
+    """Rounds rows [..., channels] to q8_0, in float32. The scale of 32 channels is their greatest magnitude / 127 as
+    float16. Their quants are x * (1 / scale), rounded to nearest (ties to even) within -127..127. A scale of 0 has
+    quants of 0. The scale is NaN if a channel is not finite."""
     channels = rows.shape[-1]
     missing = -channels % KV_GROUP_CHANNELS
     padded = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)])

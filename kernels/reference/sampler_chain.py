@@ -1,5 +1,5 @@
-"""The steps of a sampler chain in NumPy and Python, slow and simple, with the bits of
-kernels/cpu/native/sampler/chain.cpp. Each function has the name of its sampler."""
+"""The steps of a sampler chain, slow and simple, with the bits of kernels/cpu/native/sampler/chain.cpp. Each function
+has the name of its sampler."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MIROSTAT_TOKENS = 100
 
 
 def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int, float | None]:
-    """Returns the chosen token, and Mirostat's mu for the next one, or None without Mirostat."""
+    """Returns the chosen token and Mirostat's next mu, or None for it without Mirostat."""
     row = Candidates(logits, task, chain)
     for step in chain.order:
         globals()[step](row)
@@ -37,7 +37,7 @@ def choose(logits: Float32, task: SampleTask, chain: SamplerChain) -> tuple[int,
 
 
 def _draw(row: Candidates) -> int:
-    """Draws by the inverse CDF in the candidates' order. (random bits * sum) >> 64 is uniform below the sum."""
+    """Draws by the inverse CDF in the candidates' order: (random bits * sum) >> 64 is uniform below the sum."""
     target = (random_bits(row.task) * sum(row.weigh())) >> 64
     return next(rank for rank, so_far in enumerate(accumulate(row.w)) if so_far > target)
 
@@ -78,8 +78,8 @@ def dry(row: Candidates) -> None:
 
 
 def repetitions(history: tuple[int, ...], breakers: tuple[tuple[int, ...], ...], allowed_length: int) -> dict[int, int]:
-    """Returns the tokens that would continue a repetition, each with the length: how many last tokens also came before
-    an earlier occurrence of the token. Lengths are at least `allowed_length`, and end at the newest breaker."""
+    """Returns the tokens that would continue a repetition, each with its length: the number of last tokens that also
+    precede an earlier occurrence. Lengths are at least `allowed_length`; a match ends at the newest breaker."""
     reach = _reach(history, breakers)
     if len(history) <= allowed_length or reach < allowed_length:
         return {}

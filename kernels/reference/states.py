@@ -1,4 +1,4 @@
-"""Recurrent states of sequences: their memory in blocks, and the steps that update them row by row."""
+"""Recurrent states of sequences: memory in blocks, and the steps that update the states row by row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, Convolution, SequenceState
 
 
 class StateMemory:
-    """The states of a layer, [blocks, floats]. They are NaN until stored."""
+    """The states of a layer, [blocks, floats]; NaN until stored."""
 
     def __init__(self, state: SequenceState, limits: StageLimits) -> None:
         self._has_blocks = limits.state_blocks > 0  # of its own, see `Batch.states`
@@ -33,7 +33,7 @@ class StateMemory:
 
 
 def _own_blocks(batch: Batch, sequence: int, rows: range) -> tuple[int, dict[int, int]]:
-    """Returns the block of the state before a sequence's first row, and the blocks of states after its rows."""
+    """Returns the block of the state before a sequence's first row, and the block after each of its rows, by row."""
     states = batch.states
     assert states is not None, "a batch without states"
     places = slice(*states.starts[sequence : sequence + 2].tolist())

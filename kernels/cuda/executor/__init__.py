@@ -1,1 +1,1 @@
-"""Compiles programs to launches over buffers at fixed addresses, and executes them."""
+"""Compiles programs to launches over buffers at fixed addresses, and runs them."""

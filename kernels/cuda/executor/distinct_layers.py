@@ -1,4 +1,4 @@
-"""A program without repeated layers. It needs the same buffers as the whole program, and is planned in less time."""
+"""A program without its repeated layers. It needs the same buffers as the whole program, but is planned faster."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llamaclust.model.program import Program, Step, weights_of
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _OUTSIDE = -1
 _TAIL = 3
-"""The most steps at a layer's end that a launch may fuse with the next layer's first steps."""
+"""A launch fuses at most this many of a layer's last steps with the next layer's first steps."""
 
 
 def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program:
-    """Keeps two layers for each kind of transition (a layer's end, the next layer): a launch spans at most two."""
+    """Keeps two layers for each kind of transition (a layer's end, the next layer), since launches span at most two."""
     if any(step.shares_kv for step in attention_steps(program)):
         return program  # layers name others
     groups = _by_layer(program.steps)
@@ -31,7 +31,7 @@ def distinct_layers(program: Program, weights: Mapping[str, Weights]) -> Program
 
 
 def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
-    """Groups steps into those before the layers, those of each layer, and those of the head. A step without weights
+    """Groups steps: those before the layers, those of each layer, and those of the output head. A step without weights
     belongs to the group of the step before it."""
     groups: list[list[Step]] = [[]]
     current = _OUTSIDE
@@ -47,7 +47,6 @@ def _by_layer(steps: Sequence[Step]) -> list[list[Step]]:
 
 
 def _kind(steps: Sequence[Step], weights: Mapping[str, Weights]) -> str:
-    """Returns a key that is equal for layers that differ only in their number."""
     names = weights_of(steps)
     number = next((match[1] for name in names if (match := _LAYER.match(name)) is not None), None)
     types = [(weights[name].quant_type, weights[name].shape) for name in names]

@@ -1,4 +1,4 @@
-"""Emits a mixture of experts as launches: the router's choice, the products of each expert's lines, and their sums."""
+"""Emits a mixture of experts as launches: the router's choice, the products of each expert, and their sums."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Product:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsEmitter:
-    """Emits the launches of one mixture. A line is one row for one of its experts."""
+    """Emits the launches of one mixture. A line is a pair of a row and one of its experts."""
 
     ops: Operands
     step: Moe
@@ -116,7 +116,7 @@ class ExpertsEmitter:
         return ops.activations(kind, name, step.ffn_width, step.used)
 
     def _lines(self, piece: int, divisor: int) -> matmul.Experts:
-        """`divisor` is the number of lines that share a row of the activations."""
+        """`divisor` is the number of lines that read the same row of the activations."""
         chosen, most_items = self._chosen, experts.max_items(self.step, self.ops.rows.bucket, piece)
         return matmul.Experts(
             chosen.items, chosen.item_count, chosen.lines, most_items, piece, divisor, self._bias_rows
@@ -135,7 +135,7 @@ class ExpertsEmitter:
 
     @property
     def _bias_rows(self) -> int:
-        """The rows of a bias tile. Products read F32 biases in tiles. Other types are dequantized to rows first."""
+        """The rows of a bias tile. Products read F32 biases in tiles; others are dequantized to rows first."""
         is_plain = all(self.ops.weights[name].quant_type is QuantType.F32 for name in self.step.biases)
         return TILE_ROWS if self.step.biases and is_plain else 1
 

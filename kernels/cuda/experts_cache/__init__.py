@@ -1,1 +1,1 @@
-"""A cache on a GPU of often used experts. All experts are in RAM too."""
+"""A cache of often used experts on a GPU. RAM holds all experts."""

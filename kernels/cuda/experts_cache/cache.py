@@ -1,5 +1,5 @@
-"""A cache of experts on a GPU. In small microbatches, the GPU computes the lines whose experts are cached, and the
-processor computes the others. All are summed in the order of ranks, so the bits do not depend on the cache."""
+"""A cache of experts on a GPU. In small microbatches, the GPU computes the cached experts and the processor the others.
+All results are summed in the same order, so the bits do not depend on the cache."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 
 
 class CudaExpertsCache:
-    """Implements `kernels.backend.ExpertsCache`."""
-
     def __init__(
         self,
         gpu_lock: GpuLock,
@@ -32,7 +30,7 @@ class CudaExpertsCache:
         experts: ExpertsStage,
         graphs: bool,
     ) -> None:
-        """Takes a `plan` that is bound to `buffer`, which is freed with the cache."""
+        """`plan` is bound to `buffer`, which is freed with the cache."""
         finalize(self, copies.abandon)
         self._gpu_lock, self._plan, self._buffer = gpu_lock, plan, buffer
         self._copies, self._table, self._experts = copies, table, experts
@@ -78,7 +76,7 @@ class CudaExpertsCache:
         return None
 
     def _compute(self, number: int, x: Float32, chosen: Int32, weights: Float32, slots: Int32) -> None:
-        """Computes a mixture. The pinned memory may be overwritten: the exchange has synchronized the device."""
+        """Computes a mixture. The pinned memory may be overwritten, since the exchange has synchronized the device."""
         plan, device = self._plan, self._gpu_lock.device
         plan.inputs.fill(self._inputs, weights, slots, plan.piece(number, plan.shape(len(x))))
         with self._gpu_lock.exclusive():
@@ -97,7 +95,7 @@ class CudaExpertsCache:
             sums()
 
     def _of_mixture(self, number: int, rows: int) -> Sequence[Callable[[], None]]:
-        """Returns functions that launch the mixture's two segments. All mixtures of a step are one use of its shape."""
+        """Returns functions that launch the mixture's two segments: its products and its sums."""
         if rows not in self._segments:
             self._segments[rows] = self._launches.segments(self._plan.shape(rows))
         return self._segments[rows][2 * number : 2 * number + 2]

@@ -1,4 +1,4 @@
-"""Copies experts to the cache, one at a time, on a thread of its own, while steps run."""
+"""Copies experts to the cache on a thread of its own, one at a time, while steps run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Parts = Callable[[int, int], Sequence[Bytes]]
 
 
 class ExpertCopies:
-    """The thread that copies experts. Every use of the table must hold `lock`."""
+    """The thread that copies experts. Users of the table must hold `lock`."""
 
     def __init__(
         self, gpu_lock: GpuLock, buffer: Buffer, pools: Sequence[PoolPlace], table: ExpertTable, parts: Parts
@@ -34,7 +34,6 @@ class ExpertCopies:
         self._thread.start()
 
     def wake(self) -> None:
-        """Wakes the thread, because the table may now want other experts. The caller holds `lock`."""
         if not self._is_closed and self.error is None:
             self._is_awake = True
             self.lock.notify_all()
@@ -49,8 +48,8 @@ class ExpertCopies:
         self._thread.join()
 
     def abandon(self) -> None:
-        """Ends the copies, and frees the buffer once no copy is in progress. It does not wait for that, because garbage
-        collection may call it on any thread, even on one that a copy waits for."""
+        """Ends the copies, and frees the buffer once no copy is in progress. Never waits, because garbage collection
+        may call this on any thread, even on one that a copy waits for."""
         with self.lock:
             self._end()
             self._is_abandoned = True

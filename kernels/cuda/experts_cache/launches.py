@@ -53,14 +53,14 @@ class LineInputs:
 
     @property
     def offsets(self) -> tuple[int, int, int, int, int]:
-        """The byte offsets of weights, lines by slot, items and sources, followed by the size."""
+        """The byte offsets of weights, lines by slot, items and sources, and then the total size."""
         each = aligned(_INT * self.lines)
         items = aligned(_INT * _ITEM * (self.lines + self.lines // matmul.LEAST_PIECE + 1))
         first = _INT * _HEADER
         return first, first + each, first + 2 * each, first + 2 * each + items, first + 3 * each + items
 
     def fill(self, pinned: NDArray[np.uint8], weights: Float32, slots: Int32, piece: int) -> None:
-        """Fills the buffer. `slots` [rows, used] is -1 for lines that the host uploads. They follow the GPU's lines."""
+        """Fills the buffer. `slots` [rows, used] is -1 for lines that the host uploads, after the GPU's lines."""
         numbers, floats = pinned.view(np.int32), pinned.view(np.float32)
         at_weights, at_lines, at_items, at_sources, _ = (offset // _INT for offset in self.offsets)
         flat = slots.reshape(-1)
@@ -77,7 +77,7 @@ class LineInputs:
 
 
 def _items(slots: Int32, piece: int) -> Int32:
-    """Returns items {slot, first index, count} of lines that are sorted by slot. An item has at most `piece` lines."""
+    """Returns items {slot, first index, count up to `piece`} of lines that are sorted by slot."""
     found = []
     starts = np.flatnonzero(np.diff(slots, prepend=-1))
     for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(slots)], strict=True):
@@ -168,7 +168,7 @@ class CachePlan:
         self._layout.base, self.pools, self.exchanged = base, pools, exchanged
 
     def segments(self, shape: Shape) -> tuple[tuple[Launch, ...], ...]:
-        """Returns two segments for each mixture: the products of cached lines, then the sums of all lines."""
+        """Returns two segments per mixture: the products of cached lines, then the sums of all lines."""
         return tuple(segment for number in range(len(self.mixtures)) for segment in self._of_mixture(number, shape))
 
     @property

@@ -19,7 +19,7 @@ _FLOAT = 4
 
 @dataclass(frozen=True, slots=True)
 class SlotLayout:
-    """The bytes of one expert's matrices, which are one after another, and of its rows of biases."""
+    """The sizes in bytes of one expert's matrices, which are adjacent, and of its rows of biases."""
 
     matrix_bytes: tuple[int, ...]
     bias_bytes: tuple[int, ...]
@@ -52,14 +52,14 @@ class SlotLayout:
         return tuple(accumulate(aligned(slots * size) for size in sizes))
 
     def places(self, slots: int, slot: int) -> tuple[int, ...]:
-        """Returns the offsets of a slot's parts in its pool, in the order of `ExpertsStage.expert_weights`."""
+        """Returns the offsets of a slot's parts within the pool, in the order of `ExpertsStage.expert_weights`."""
         matrices = (slot * self.stride_bytes + offset for offset in self.matrix_offsets)
         biases = zip(self.bias_offsets(slots), self.bias_bytes, strict=True)
         return (*matrices, *(offset + slot * size for offset, size in biases))
 
 
 def slot_counts(experts: Mapping[SlotLayout, int], n_bytes: int) -> dict[SlotLayout, int]:
-    """Returns how many slots each layout's pool gets of `n_bytes`, in proportion to the bytes of its experts."""
+    """Divides `n_bytes` among the pools in proportion to the bytes of their experts. Returns the slots of each pool."""
     total = sum(layout.expert_bytes * count for layout, count in experts.items())
     share = min(1.0, n_bytes / total)
     counts = {

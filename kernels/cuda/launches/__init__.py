@@ -1,1 +1,1 @@
-"""The arguments, grid and shared memory of each kernel, as pure functions of addresses and sizes."""
+"""Arguments, grid and shared memory of each kernel's launch, as pure functions of addresses and sizes."""

@@ -1,4 +1,4 @@
-"""Launches that rank a last stage's logits for the sampler; see src/sampling.cu."""
+"""Launches that rank the last stage's logits for the sampler (src/sampling.cu)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _THREADS = 256
 
 
 def sums_of_row(vocabulary: int) -> int:
-    """Returns the number of parts of a row, each of which has its own sum of weights."""
+    """Returns the number of parts of a row of logits. Each part has its own sum of weights."""
     return -(-vocabulary // _SUMMED_LOGITS)
 
 
 def record_words(vocabulary: int) -> int:
-    """Returns the number of int64 words in a row's record (kernels/cpu/native/sampler/ranked.h)."""
+    """Returns the int64 words of one row's record (kernels/cpu/native/sampler/ranked.h)."""
     return _CANDIDATES + sums_of_row(vocabulary) + _END_WORDS
 
 
 def piece_count(vocabulary: int) -> int:
-    """Returns the number of pieces of a row, for each of which the greatest logit is stored as a float32."""
+    """Returns the number of pieces of a row of logits. The greatest logit of each piece is stored as a float32."""
     return -(-vocabulary // _PIECE_LOGITS)
 
 
@@ -45,6 +45,6 @@ TOTALS = "sampling.totals"
 def sum_weights(
     logits: np.uint64, vocabulary: int, records: np.uint64, divisors: np.uint64, totals: np.uint64, rows: RowCount
 ) -> Launch:
-    """Fills `totals`, int64 [rows, parts], with sums of weights at float32 `divisors` [rows], after `rank_logits`."""
+    """Writes sums of weights at float32 `divisors` [rows] to `totals`, int64 [rows, parts]. Follows `rank_logits`."""
     args = (logits, np.int32(vocabulary), rows.address, divisors, records, totals)
     return Launch(TOTALS, (sums_of_row(vocabulary), rows.bucket, 1), (_THREADS, 1, 1), args)

@@ -1,4 +1,4 @@
-"""Launches of steps that keep a recurrent state of each sequence."""
+"""Launches of steps with a recurrent state per sequence."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llamaclust.model.program import Convolution, Decay, DeltaRule, Scan
 
 _BLOCK = 256
 _DELTA_CHANNELS = 32
-"""The channels of a thread block of delta_rule."""
+"""The channels that a thread block of delta_rule computes."""
 _SCAN_CHANNELS = (32, 16, 8, 4, 2)
-"""The possible channels of a block of scan. Each has a state of up to 4,096 numbers; the most that fit are used."""
+"""The possible channels of a thread block of scan. The most whose states fit shared memory are used."""
 
 
 def _scan_bytes(step: Scan, channels: int) -> int:
@@ -24,7 +24,7 @@ def _scan_bytes(step: Scan, channels: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StateLaunches:
-    """The launches for microbatches of up to `sequences` sequences, over a layer's `states` [blocks, floats]."""
+    """Launches for microbatches of up to `sequences` sequences. `states` is a layer's memory [blocks, floats]."""
 
     inputs: Inputs
     sequences: int
@@ -46,7 +46,7 @@ class StateLaunches:
     def convolve(
         self, step: Convolution, x: np.uint64, weights: Weights, bias: np.uint64, out: np.uint64, rows: RowCount
     ) -> tuple[Launch, ...]:
-        """Launches the convolution, then a kernel that stores the new state, perhaps in place of the old one."""
+        """Launches the convolution, then a kernel that stores the new state, possibly over the old one."""
         width, figures = step.x.width, (np.int32(step.taps), np.int32(step.x.width))
         blocks = -(-width // _BLOCK)
         kernel = f"states.convolve_{weights.quant_type.name}"
@@ -57,7 +57,7 @@ class StateLaunches:
         )
 
     def delta_rule(self, step: DeltaRule, inputs: tuple[np.uint64, ...], out: np.uint64) -> Launch:
-        """Takes q, k, v, decay and beta as `inputs`."""
+        """`inputs` are q, k, v, decay and beta."""
         heads, keys, values = step.shape
         figures = map(np.int32, (heads, step.key_heads, step.tiled, keys, values, step.decay.width))
         grid = heads * -(-values // _DELTA_CHANNELS), self.sequences, 1
@@ -67,7 +67,7 @@ class StateLaunches:
     def scan(
         self, step: Scan, inputs: tuple[np.uint64, np.uint64], weights: tuple[np.uint64, ...], out: np.uint64
     ) -> Launch:
-        """Takes x and dt as `inputs`, and bias, decay and skip, float32 [heads], as `weights`."""
+        """`inputs` are x and dt; `weights` are bias, decay and skip, float32 [heads]."""
         channels = step.out.width // step.heads
         together = next(n for n in _SCAN_CHANNELS if _scan_bytes(step, n) <= PLAIN_SHARED_BYTES)
         figures = map(np.int32, (step.heads, channels, step.groups, step.state_size))
@@ -77,6 +77,6 @@ class StateLaunches:
 
 
 def decay(step: Decay, x: np.uint64, vectors: tuple[np.uint64, np.uint64], out: np.uint64, rows: RowCount) -> Launch:
-    """Takes weight and bias as `vectors`."""
+    """`vectors` are weight and bias."""
     args = (x, *vectors, np.int32(step.out.width), np.int32(step.heads), rows.address, out)
     return Launch("states.decay", (-(-step.out.width // _BLOCK), rows.bucket, 1), (_BLOCK, 1, 1), args)

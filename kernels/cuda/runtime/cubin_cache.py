@@ -1,4 +1,4 @@
-"""Compiled kernels on disk, shared by all processes of a user."""
+"""Compiled kernels on disk, shared by all processes of one user."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 _log = logging.getLogger(__name__)
 
 _MOST_BYTES = 1 << 30
-"""The size limit of the folder for all versions, architectures and compilers. One set takes a hundredth of it."""
+"""The most bytes of the folder, for all versions, architectures and compilers. One set of kernels takes 1 % of it."""
 
 _MOST_MODULE_BYTES = 1 << 28
 
 
 class KernelFolder(DiskCache):
-    """The folder of compiled modules. File names have a digest of the module's sources and one of the file's bytes."""
+    """The folder of compiled modules. A file's name has a digest of the module's sources and one of its own bytes."""
 
     suffixes = (".cubin", ".ptx")
     content, limit = "compiled kernels", "of all versions"
@@ -31,7 +31,7 @@ class KernelFolder(DiskCache):
         super().__init__(path, _MOST_BYTES)
 
     def find(self, key: str) -> Path | None:
-        """Returns the path of an undamaged module, and marks the module as used now. Raises OSError."""
+        """Returns the path of an undamaged module, and marks it used. Raises OSError."""
         for path in (path for suffix in self.suffixes for path in self.path.glob(f"{key}.*{suffix}")):
             data = self.read(path.name, _MOST_MODULE_BYTES)
             if data is not None and path.name == _file_name(key, data, path.suffix):
@@ -47,8 +47,8 @@ class KernelFolder(DiskCache):
 
 
 class CubinCache:
-    """Compiled modules, found by the hash of source, options, architecture and compiler. Modules that cannot be stored
-    in `folder` are in a temporary folder until `close`."""
+    """Finds compiled modules by the hash of source, options, architecture and compiler. Modules that `folder` cannot
+    store are in a temporary folder until `close`."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = None if folder is None else KernelFolder(folder)

@@ -1,4 +1,4 @@
-"""A GPU that is used through CuPy: memory, copies, launches and graphs on a stream of its own."""
+"""A GPU through CuPy: memory, copies, launches and graphs on a stream of its own."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _part(buffer: Buffer, offset_bytes: int, n_bytes: int) -> int:
 
 class CupyDevice:
     def __init__(self, index: int = 0, memory_cap_bytes: int | None = None, folder: Path | None = None) -> None:
-        """Raises UsageError that says what is missing: CuPy, NVRTC, a driver, the GPU, a newer GPU, or a free GPU."""
+        """Raises UsageError that names what is missing: CuPy, NVRTC, a driver, the GPU, a newer GPU, or a free GPU."""
         self._cupy = import_cupy()
         self._index, self._cap_bytes = index, memory_cap_bytes
         self._runtime = self._cupy.cuda.runtime
@@ -194,5 +194,5 @@ class CupyDevice:
         self._kernels.close()
 
     def _select(self) -> None:
-        """Selects the GPU. CUDA calls use the GPU that the calling thread selected last."""
+        """Selects the GPU for CUDA calls of the calling thread."""
         self._runtime.setDevice(self._index)

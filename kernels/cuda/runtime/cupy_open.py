@@ -1,4 +1,4 @@
-"""Checks for CuPy, a driver and a GPU. A missing part raises a one-line error that says what to do."""
+"""Checks for CuPy, a driver and a GPU. If one is missing, the error says in one line what to do."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def gpu_properties(cupy: Any, index: int) -> GpuProperties:
 
 
 def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
-    """Raises UsageError if NVRTC is missing, or too new for the driver or for the GPU's architecture, such as 61."""
+    """Raises UsageError if NVRTC is missing, or too new for the driver or for the `architecture` (61 for 6.1)."""
     nvrtc, driver = open_nvrtc(), cupy.cuda.runtime.driverGetVersion()
     if nvrtc.version[0] > driver // 1000:
         made_by = _version(nvrtc.version)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Bytes = NDArray[np.uint8]
 
 Scalar = np.int32 | np.float32 | np.float64 | np.uint64
-"""An argument of a kernel in its declared type. A pointer is the np.uint64 of an address (see `Buffer.at`)."""
+"""An argument of a kernel in its declared type. A pointer is an address as np.uint64 (see `Buffer.at`)."""
 
 NULL = np.uint64(0)
 
@@ -20,10 +20,10 @@ MIN_COMPUTE_CAPABILITY = (6, 1)
 """The oldest supported GPUs, the first with four-byte dot products. 8-bit matrix instructions and CUDA 13 need 7.5."""
 
 LEAST_SHARED_BYTES = 64 << 10
-"""The least `Device.shared_bytes` of GPUs from 7.0 on. Older GPUs have PLAIN_SHARED_BYTES."""
+"""The least `Device.shared_bytes` of GPUs since 7.0. Older GPUs have PLAIN_SHARED_BYTES."""
 
 PLAIN_SHARED_BYTES = 48 << 10
-"""The default limit of a block's shared memory. More, up to `Device.shared_bytes`, must be dynamic and requested."""
+"""The default limit of a block's shared memory. Kernels must request more, up to `Device.shared_bytes`, as dynamic."""
 
 
 class Buffer(Protocol):
@@ -33,7 +33,7 @@ class Buffer(Protocol):
     n_bytes: int
 
     def at(self, offset_bytes: int = 0) -> np.uint64:
-        """Returns a pointer into the buffer for kernels. Raises AssertionError if it is outside the buffer."""
+        """Returns a pointer into the buffer for kernels. Raises AssertionError if it lies outside."""
 
     def close(self) -> None:
         """Frees the memory. No launch in progress may use it."""
@@ -41,7 +41,7 @@ class Buffer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch of a kernel that is named "module.kernel". Module `elementwise.rows` is src/elementwise/rows.cu."""
+    """One launch of the kernel "module.kernel". Module `elementwise.rows` is src/elementwise/rows.cu."""
 
     kernel: str
     grid: tuple[int, int, int]
@@ -52,7 +52,7 @@ class Launch:
 
 
 class Graph(Protocol):
-    """Captured launches and copies. Each execution copies the present content of pinned memory."""
+    """Captured launches and copies. Each execution copies the current content of pinned memory."""
 
     def launch(self) -> None:
         """Executes the graph in order with other calls of the device."""
@@ -61,15 +61,15 @@ class Graph(Protocol):
 
 
 class Event(Protocol):
-    """A point in the order of the device's work."""
+    """A point in the sequence of the device's work."""
 
     def synchronize(self) -> None:
         """Waits until all work before the event is done."""
 
 
 class Device(Protocol):
-    """One GPU. Copies, launches and graphs run in the order of the calls, which return before the work is done. One
-    thread at a time may call, except for `prepare` and the `close` of buffers."""
+    """One GPU. Copies, launches and graphs run in the order of the calls, which return before the work is done. Only
+    one thread at a time may call, except `prepare` and the `close` of buffers."""
 
     name: str
     uuid: str  # of the GPU itself; "": not known
@@ -81,28 +81,28 @@ class Device(Protocol):
 
     @property
     def free_bytes(self) -> int:
-        """The most bytes that `allocate` can give now."""
+        """The most bytes that `allocate` could provide now."""
 
     def prepare(self, kernels: Iterable[str]) -> None:
-        """Compiles the kernels' modules (seconds, once per machine). `launch` does so too, but not during a capture."""
+        """Compiles the kernels' modules (seconds, once per machine). `launch` compiles too, except during a capture."""
 
     def allocate(self, n_bytes: int) -> Buffer:
         """Raises InsufficientMemoryError if less memory is free."""
 
     def pinned(self, n_bytes: int) -> Bytes:
-        """Allocates pinned host memory, which is freed with the array. Raises InsufficientMemoryError."""
+        """Allocates pinned host memory, freed with the array. Raises InsufficientMemoryError."""
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
-        """Copies `data`, and returns when the copy is complete."""
+        """Copies `data` and waits for the end of the copy."""
 
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
-        """Copies in order with launches. `pinned`, from `Device.pinned`, must not change until the copy is done."""
+        """Copies in order with launches. `pinned` is from `Device.pinned` and must stay unchanged until then."""
 
     def copy_in_background(self, buffer: Buffer, parts: Iterable[tuple[int, Bytes]]) -> Event:
-        """Copies pinned memory to offsets, in no order with launches. The event is reached when all is copied."""
+        """Copies pinned memory to these offsets, in no order with launches. The event marks the end of all copies."""
 
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
-        """Fills `pinned` in order with launches. It is complete after `synchronize`, or after a later event."""
+        """Fills `pinned` in order with launches. The data is complete after `synchronize` or a later event."""
 
     def launch(self, launch: Launch) -> None: ...
 
@@ -110,10 +110,10 @@ class Device(Protocol):
         """Records the launches and copies of `work` without executing them."""
 
     def event(self) -> Event:
-        """Returns an event after the calls so far."""
+        """Returns an event that marks the end of all calls so far."""
 
     def synchronize(self) -> None:
         """Waits until all work is done."""
 
     def close(self) -> None:
-        """Frees all memory that is not freed yet."""
+        """Frees all remaining memory."""

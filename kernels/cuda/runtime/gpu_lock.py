@@ -1,4 +1,4 @@
-"""Exclusive use of a GPU by one thread at a time. Errors of its driver become DeviceLostError."""
+"""Exclusive use of a GPU by one thread at a time. Errors of the driver become DeviceLostError."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class GpuLock:
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Keeps calls of one thread together. Raises DeviceLostError with the driver's message."""
+        """Lets one thread make several calls in a row. Raises DeviceLostError with the driver's message."""
         with self._lock, self.driver_errors():
             yield
 
     @contextmanager
     def driver_errors(self) -> Iterator[None]:
-        """Wraps calls that need no exclusive use. Raises DeviceLostError with the driver's message."""
+        """Wraps calls that need no lock. Raises DeviceLostError with the driver's message."""
         try:
             yield
         except self.device.failures as error:

@@ -25,7 +25,7 @@ class KernelLoader:
         self._shared_bytes: dict[str, int] = {}
 
     def get(self, name: str, shared_bytes: int = 0) -> Any:
-        """Returns a kernel that may use `shared_bytes` of dynamic shared memory, also beyond the default limit."""
+        """Returns a kernel that may use `shared_bytes` of dynamic shared memory, even above the default limit."""
         if name not in self._kernels:
             module, _, function = name.rpartition(".")
             self._kernels[name] = self._function(module, function)
@@ -40,7 +40,7 @@ class KernelLoader:
         self._cubins.close()
 
     def _function(self, module: str, function: str) -> Any:
-        """Returns a function. If the driver rejects the module's file (it may be truncated), it is compiled again."""
+        """Returns a function of a module. If the driver rejects the module's file, it is compiled again."""
         if module not in self._modules:
             self._modules[module] = self._module(module)
         try:

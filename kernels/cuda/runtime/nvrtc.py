@@ -1,5 +1,5 @@
-"""NVIDIA's run-time compiler, called with our options alone. CuPy would add one that flushes subnormals to zero
-(`-ftz=true`), which would change bits."""
+"""NVIDIA's run-time compiler, called with only our options. CuPy would add `-ftz=true`, which flushes subnormals to
+zero and so changes bits."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _OLDEST = (12, 0)
 
 
 def machine_target(architecture: int, kind: str = "sm") -> str:
-    """Returns the compiler's name of an architecture. Hopper's name enables the instructions that only Hopper has."""
+    """Returns the compiler's name of an architecture. Hopper's name enables instructions that only Hopper has."""
     return f"{kind}_{architecture}a" if architecture == _HOPPER else f"{kind}_{architecture}"
 
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """Machine code of one architecture ("cubin"), or PTX for an architecture that NVRTC does not know."""
+    """Machine code for one architecture ("cubin"), or PTX for an architecture that NVRTC does not know."""
 
     kind: str
     data: bytes
@@ -32,7 +32,6 @@ class Binary:
 
 class Nvrtc:
     def __init__(self, path: str) -> None:
-        """Raises UsageError for a library that is too old."""
         self._library = ctypes.CDLL(path)
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check(self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
@@ -42,7 +41,7 @@ class Nvrtc:
 
     @property
     def architectures(self) -> tuple[int, ...]:
-        """The architectures for which the library makes machine code, such as 75, in ascending order."""
+        """The architectures for which the library makes machine code, ascending, such as 75 for 7.5."""
         count = ctypes.c_int()
         self._check(self._library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
         numbers = (ctypes.c_int * count.value)()
@@ -50,7 +49,7 @@ class Nvrtc:
         return tuple(sorted(numbers))
 
     def compile(self, name: str, text: str, architecture: int, options: Sequence[str] = OPTIONS) -> Binary:
-        """Compiles to machine code, or to PTX for a newer GPU. Raises LlamaclustError with the compiler's log."""
+        """Compiles to machine code, or to PTX for a GPU newer than NVRTC. Raises LlamaclustError with NVRTC's log."""
         known = self.architectures
         kind = "cubin" if architecture in known else "ptx"
         target = (

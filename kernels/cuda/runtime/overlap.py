@@ -1,4 +1,4 @@
-"""Launches that begin while the kernel before them still runs (CUDA's programmatic dependent launch; CuPy lacks it)."""
+"""Launches that begin while the previous kernel runs (programmatic dependent launch in CUDA; CuPy lacks it)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Config(ctypes.Structure):
 
 class OverlappingLauncher:
     def __init__(self, error: type[Exception]) -> None:
-        """Takes the exception type that is raised with the driver's status."""
+        """`error` is the exception type for failed launches. It is raised with the driver's status."""
         self._error = error
         self._attribute = _Attribute(_SERIALIZATION, 0, 1)
 
@@ -52,7 +52,7 @@ class OverlappingLauncher:
         return ctypes.CDLL("libcuda.so.1")
 
     def launch(self, function: int, launch: Launch, stream: int) -> None:
-        """Takes a CUfunction as `function` and a CUstream as `stream`."""
+        """`function` is a CUfunction, `stream` a CUstream."""
         values = [np.array(one) for one in launch.args]
         config = _Config(
             (ctypes.c_uint * 3)(*launch.grid),

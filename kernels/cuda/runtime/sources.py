@@ -1,4 +1,4 @@
-"""The CUDA sources as compilers get them. A module is one file of src/ with everything that it includes."""
+"""CUDA sources as the compiler gets them. A module is one file of src/ with all its includes."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 SRC = Path(__file__).parent.parent / "src"
 INCLUDE = (SRC, SRC.parent.parent / "cpu" / "native")
-"""The folders that are searched for includes, after the folder of the including source."""
+"""The folders of includes. The folder of the including source comes before them."""
 
 OPTIONS = ("--std=c++20", "--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true")
-"""Options that fuse no multiplication with an addition, approximate nothing and keep subnormals."""
+"""Options for exact arithmetic: no fused multiply-add, no approximations, subnormals kept."""
 
 _INCLUDE = re.compile(r'^#include (?:"(.+)"|<.+>)')
 
@@ -21,12 +21,9 @@ def modules() -> dict[str, Path]:
 
 
 def whole_text(path: Path, include: tuple[Path, ...] = INCLUDE) -> str:
-    """Returns the source with its includes inserted, each once. Compilers need no files then, and their caches notice
-    every change.
-
-    Headers of the standard library are left to compilers that have them. A missing header of ours stays as an include,
-    because it is in a branch for another compiler.
-    """
+    """Returns the source with its includes inserted, each once, so that compilers need no files and their caches notice
+    every change. Standard headers are left out for compilers that have them. A missing header of ours stays an include:
+    it is in a branch for another compiler."""
     return "".join(_lines(path, include, set()))
 
 

@@ -1,1 +1,1 @@
-"""One worker process: the layers it holds, its KV memory, its gRPC services."""
+"""A worker process: its layers, its KV memory, its gRPC services."""

@@ -1,4 +1,4 @@
-"""`python -m llamaclust.worker --name NAME`: a worker process as launchers start it, its settings on standard input."""
+"""`python -m llamaclust.worker --name NAME`: the worker process of launchers. Settings come on standard input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds a worker's coordinator. Tries all known addresses at the same time, each with a backoff; more may be added."""
+"""Finds a worker's coordinator. All known addresses are tried at the same time, each with its own backoff."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.2, 5.0)
 _STAGGER_S = 0.25
-"""The pause between the first attempts at two addresses (RFC 8305, section 5)."""
+"""The pause in seconds between the first attempts at two addresses (RFC 8305, section 5)."""
 _LOG_EVERY_S = 60.0
 _IDLE_LOG_S = 3600.0
 """The pause between log lines of a worker that waits for the next cluster, perhaps for days."""
 _MOST_LOGGED = 16
 _MOST_FOUND = 64
 _FALSE_AFTER = 3
-"""The number of failures after which a found address may be replaced by another."""
+"""An announced address may be replaced by another one after this many failures."""
 
 _Result = TypeVar("_Result")
 
@@ -40,12 +40,12 @@ class Place:
 
 
 class CoordinatorSearch:
-    """Searches for a coordinator. An address that does not answer delays no other. Refusals at all known addresses are
-    final, unless the search `discovers` more addresses or `stays` for the next coordinator."""
+    """Searches for a coordinator. A silent address delays no other one. Refusals at all known addresses are final,
+    unless the search `discovers` more addresses or `stays` for the next coordinator."""
 
     def __init__(self, addresses: Sequence[str], *, discovers: bool = False, stays: bool = False) -> None:
         self.limit_s: float | None = None
-        """The time within which a lost coordinator must return; None (no limit) if the worker was never a member."""
+        """The seconds within which a lost coordinator must return; None (no limit) if the worker was never a member."""
         self._places = [Place(address) for address in addresses]
         self._discovers = discovers
         self._stays = stays
@@ -56,7 +56,7 @@ class CoordinatorSearch:
         self._logged: dict[str, float] = {}
 
     def admitted(self, address: str, limit_s: float) -> None:
-        """Forgets failures. Drops found addresses that failed, except this one: it may not be announced again."""
+        """Forgets failures. Drops announced addresses that failed, except `address`: it may not be announced again."""
         self.limit_s = limit_s
         self._begun_s, self._error, self._logged = None, None, {}
         self._places = [
@@ -71,8 +71,8 @@ class CoordinatorSearch:
             place.failures, place.is_refused = 0, False
 
     def add(self, address: str) -> None:
-        """Adds an announced address. Announcements may be false, so at most 64 of these addresses are tried at a time;
-        a new one replaces one that has failed often."""
+        """Adds an announced address. Announcements may be false, so at most 64 of them are tried at a time. A new
+        address replaces one that has failed often."""
         if any(place.address == address for place in self._places):
             return
         found = [place for place in self._places if place.is_found]
@@ -90,7 +90,7 @@ class CoordinatorSearch:
         return True
 
     async def reached(self, attempt: Callable[[str], Awaitable[_Result]]) -> tuple[Place, _Result]:
-        """Returns the first success. Raises the errors of `failed`, and WorkerError if no place is reached in time."""
+        """Returns the first success. Raises the errors of `failed`, and WorkerError if no attempt succeeds in time."""
         self._trying = {}
         try:
             async with asyncio.timeout_at(self._end_s):
@@ -122,7 +122,7 @@ class CoordinatorSearch:
                 return ended
 
     def failed(self, place: Place, error: LlamaclustError) -> None:
-        """Records a failure. Raises it if the worker was never a member and no attempt at any address can succeed."""
+        """Records a failure. Raises it if the worker was never a member and every attempt anywhere must fail."""
         place.failures += 1
         place.is_refused = isinstance(error, UsageError)
         now_s, self._error = asyncio.get_running_loop().time(), error

@@ -1,4 +1,4 @@
-"""Enrolment of a worker: it verifies the CA by its token's hash, proves that it has the token, gets a certificate."""
+"""Enrolment of a worker: it checks the CA against its token, proves that it has the token, and gets a certificate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from llamaclust.wire.security.token import JoinToken
 _CONNECT_S = 10.0
 _EXCHANGE_S = 20.0
 _STAGGER_S = 0.25
-"""The pause before the next address of the same name is tried, because a machine that is gone does not answer."""
+"""The seconds before the next address of the same name is tried, because a machine that is gone does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Enrolled:
 
 
 async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
-    """Raises UsageError if another attempt cannot succeed, otherwise WorkerError, ProtocolError or DeadlineError."""
+    """Raises UsageError if another attempt would fail too, otherwise WorkerError, ProtocolError or DeadlineError."""
     where = joined_address(host, port)
     async with deadline(f"enrolling at {where}", _EXCHANGE_S):
         authority = await pinned(host, port, token, where)
@@ -72,7 +72,7 @@ async def speaks_tls(host: str, port: int) -> bool:
 
 
 async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
-    """Returns the coordinator's CA certificate (DER), after comparing its hash with the token's. Sends no secret."""
+    """Returns the coordinator's CA certificate (DER) if it has the hash in the token. Sends no secret."""
     async with _connected(host, port, None, "") as (reader, _):
         challenge = await _challenge(reader)
     if ca_hash(challenge.ca_certificate) != token.ca_hash:
@@ -104,8 +104,8 @@ def _granted(data: bytes | None, where: str) -> enrolment.Grant:
 
 
 def _context(authority: bytes | None) -> ssl.SSLContext:
-    """`authority` is the CA certificate (DER) that must have issued the server's. None accepts any server: its CA
-    certificate is then checked by the hash in the token."""
+    """`authority` is the CA certificate (DER) that must have issued the server's. None accepts any server, because the
+    token's hash then verifies the CA certificate that the server sends."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     if authority is None:
@@ -120,7 +120,7 @@ def _context(authority: bytes | None) -> ssl.SSLContext:
 
 
 def _reason(error: OSError) -> str:
-    """Returns the system's error text, in place of which asyncio states the address."""
+    """Returns the system's error text. asyncio puts the address in its place."""
     if error.errno is not None and str(error.strerror).startswith("Connect call failed"):
         return os.strerror(error.errno)
     return error.strerror or str(error)

@@ -52,7 +52,7 @@ def _span(order: Load) -> str:
 
 
 class Loads:
-    """Loads and unloads stages of one membership, one order at a time: each holds the worker's `exclusive`."""
+    """Loads and unloads stages of one membership. Each order holds the worker's `exclusive`."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
@@ -62,7 +62,7 @@ class Loads:
         self._has_ended = False
 
     def end(self) -> None:
-        """Cancels loads. The service gets no further stage of this membership's epochs."""
+        """Cancels loads. The service gets no more stages of this membership's epochs."""
         self._has_ended = True
         for loading in self._loading.values():
             loading.cancel()
@@ -173,8 +173,7 @@ class Loads:
         return MemberLinks(epoch, group, links, session.deadlines, self._report)
 
     async def _report(self, fault: GroupFault | PeerUnreachable) -> None:
-        """Reports to the coordinator. Another worker's fault is not logged as an error, which would look like this
-        one's."""
+        """Reports to the coordinator. Logs an error only if this worker is at fault."""
         level = logging.ERROR if fault.worker == self._worker.name else logging.INFO
         whose = "" if fault.reason.startswith(f"worker {fault.worker}") else f"worker {fault.worker}: "
         _log.log(level, "epoch %s: %s%s", epoch_text(fault.epoch), whose, fault.reason)

@@ -1,4 +1,4 @@
-"""A worker's membership in a cluster: it joins, serves its coordinator's orders, and ends with it."""
+"""A worker's membership in a cluster: it joins, obeys its coordinator, and ends with it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Renewal:
         self._renewed = asyncio.Event()
 
     async def run(self) -> None:
-        """Requests a new certificate after two thirds of its life, again if no answer comes, until the stream ends."""
+        """Renews the certificate after two thirds of its life, again without an answer, until the stream ends."""
         from llamaclust.wire.security.certificates import NewKey
 
         with contextlib.suppress(WorkerError):  # of the stream, which its reader reports
@@ -75,7 +75,6 @@ class Renewal:
 
 
 def _retrieved(writing: asyncio.Task[None]) -> None:
-    """Retrieves a write's error, which the stream's reader reports."""
     if not writing.cancelled():
         writing.exception()
 
@@ -128,7 +127,7 @@ class Member:
         return self._deadlines.coordinator_s
 
     async def serve(self) -> str:
-        """Returns the reason when the coordinator ends the membership. Raises WorkerError if the stream is lost."""
+        """Returns the reason if the coordinator ends the membership. Raises WorkerError if the stream is lost."""
         coordinator = "" if self._stream is None else self._stream.address
         session = Session(self._worker, self._credentials, self._deadlines, Counters(), self.send, coordinator)
         loads = Loads(session)
@@ -207,7 +206,7 @@ class Member:
             return
 
     async def send(self, message: messages.WorkerMessage) -> None:
-        """Completes the write even if the caller is cancelled, because gRPC would otherwise end the stream."""
+        """Completes the write even if the caller is cancelled, since gRPC would otherwise end the stream."""
         writing = asyncio.create_task(self._write(message))
         writing.add_done_callback(_retrieved)  # its caller may be gone
         await asyncio.shield(writing)

@@ -1,4 +1,4 @@
-"""The address at which a worker serves its stages. It is found for each membership, and watched during it."""
+"""The address at which a worker serves its stages. Each membership determines it and watches it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.worker.settings import WorkerSettings
 _RESOLVE_S = 10.0
 _LOOK_S = 1.0
 _LOOKS = 3
-"""The successive checks that must find the same new address, since interfaces come and go while a machine wakes."""
+"""The number of successive checks with the same new address. Interfaces come and go while a machine wakes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class OwnAddress:
-    """The listening and the advertised address of a worker, for the route to one coordinator."""
+    """A worker's listening and advertised address, for the route to one coordinator."""
 
     listen: str
     advertised: str  # HOST, or HOST:PORT
@@ -71,11 +71,11 @@ class OwnAddress:
         return address
 
     def at_link_port(self, port: int) -> str:
-        """Returns HOST:PORT for links of other members. Address translation must not change `port`."""
+        """Returns HOST:PORT for links. Address translation must keep `port` unchanged."""
         return f"{_host_of(self.at_port(port))}:{port}"
 
     async def changed(self) -> WorkerError:
-        """Returns an error once this machine's address on the route has been another one for some seconds."""
+        """Returns an error once this machine's address on the route has changed for some seconds."""
         now, looks = self.own_host, 0
         while True:
             await asyncio.sleep(_LOOK_S)
@@ -85,7 +85,7 @@ class OwnAddress:
                 return WorkerError(f"this machine's address is {now} now; it was {self.own_host}")
 
     def _host_now(self) -> str | None:
-        """Returns this machine's present address on the route; the old one if there is none or it does not matter."""
+        """Returns this machine's current address on the route; the old one if there is none or it does not matter."""
         found = source_host(self.route.host, self.route.family, self.route.port)
         return self.own_host if self.own_host is None or found is None else found
 

@@ -1,4 +1,4 @@
-"""Shows a worker's readiness to its supervisor, such as a kubelet, by a file that exists while it is ready."""
+"""Shows a worker's readiness to a supervisor such as a kubelet, by a file that exists while the worker is ready."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from time import monotonic
 from llamaclust.worker.service import StageService
 
 IDLE_S = 10.0
-"""The time without an order after which a member counts as idle."""
+"""The seconds without an order after which a member is idle."""
 _PERIOD_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Shows a member as ready if it is idle, or holds layers and loads none. Evictions wait until it is ready."""
+    """Shows a member as ready if it is idle, or has layers and loads none. Evictions wait until it is ready."""
 
     file: Path | None = None  # None: not wanted
 
@@ -25,7 +25,7 @@ class Readiness:
         self._show(False)
 
     async def follow(self, exclusive: asyncio.Lock, service: StageService) -> None:
-        """Updates the file during a membership; loads and measurements hold `exclusive`."""
+        """Updates the file during a membership. Loads and measurements hold `exclusive`."""
         if self.file is None:
             return
         busy_at = monotonic()

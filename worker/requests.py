@@ -1,4 +1,4 @@
-"""Requests of the coordinator, each with its answer: profiles, weights, probes, logs."""
+"""Answers the coordinator's requests: profiles, weights, probes, logs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Requests:
         return await worker.kv_disk.answer(request, worker.service.stage(request.epoch).runner)
 
     async def _profile_in_thread(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:
-        """Waits until the thread has ended even if cancelled: the next measurement would run at the same time."""
+        """Waits for the thread even if cancelled, since the next measurement would run at the same time."""
         measuring = asyncio.ensure_future(asyncio.to_thread(self._profile, request))
         try:
             return await asyncio.shield(measuring)
@@ -103,7 +103,7 @@ class Requests:
         return replace(await progress.during(finding, progressed, _REPORT_S), request_id=request.request_id)
 
     async def _probe(self, request: messages.ProbePeer) -> messages.ProbeResult:
-        """Probes with a new connection, because a stage's connection may outlast the link or be broken."""
+        """Probes with a new connection, since a stage's own may outlast the link or be broken."""
         peer = self._session.peer(request.address, request.worker)
         reason = ""
         try:

@@ -1,4 +1,4 @@
-"""The terms of coordinators that this process has seen, by cluster, since one token may admit it to several."""
+"""The largest terms of coordinators that this process has seen, by cluster: a token may admit it to several."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class SeenTerms:
             del self._largest[next(iter(self._largest))]
 
     def give_up(self) -> None:
-        """Lets a coordinator of any cluster admit the worker. Superseded coordinators are still refused."""
+        """Lets a coordinator of any cluster admit the worker, unless the coordinator is superseded."""
         self.is_awaited = False
 
     def end(self) -> None:
-        """Forgets the terms of the last cluster, which has ended. A new cluster with its name counts its own terms."""
+        """Forgets the terms of the last cluster, which has ended. A new cluster of the same name begins again."""
         self.is_awaited = False
         self._largest.pop(self.last, None)

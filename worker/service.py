@@ -1,4 +1,4 @@
-"""The Stage service of a worker: finds the stage that a stream is for."""
+"""The Stage service of a worker. It finds the stage that a stream belongs to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LoadedStage = StageStreams | FollowingStage
 
 
 class StageService:
-    """The loaded stages by epoch. A model may have two at the same time."""
+    """The loaded stages by epoch. A model may have two at once."""
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
@@ -77,7 +77,7 @@ class StageService:
         return stage
 
     def keep(self) -> None:
-        """Ends all epochs and their groups' links, but keeps the stages in memory for a load of the same layers."""
+        """Ends all epochs and their groups' links. Keeps the stages in memory for a load of the same layers."""
         for stage in self._stages.values():
             stage.close_links()
         self._kept += self._stages.values()
@@ -97,7 +97,7 @@ class StageService:
         return bool(self._kept)
 
     async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
-        """Returns a kept stage that fits; frees the others. `file_version` is the present file's; None: it is gone."""
+        """Returns a kept stage that fits the order, and frees the others. `file_version` None: the file is gone."""
         runner = None
         while self._kept:
             streams = self._kept.pop()
@@ -108,7 +108,7 @@ class StageService:
         return runner
 
     async def clear(self, model_id: str) -> list[object]:
-        """Frees all stages of a model except kept ones. The returned list keeps all their weights in memory."""
+        """Frees all stages of a model except kept ones. The returned list keeps their weights in memory."""
         freed = {epoch: streams for epoch, streams in self._stages.items() if streams.runner.model_id == model_id}
         weights = [streams.runner.weights for streams in (*freed.values(), *self._kept)]
         for epoch in freed:
@@ -133,7 +133,7 @@ _BLOCK_COUNTS = ("kv_blocks", "window_blocks", "state_blocks")
 
 
 def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
-    """True if a stage fits an order. The stage may have more KV blocks than requested."""
+    """True if a stage fits an order. It may have more KV blocks than requested."""
     same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
     same_portion = held.portion == portion_of(order)
     has, asked = held.limits, order.limits

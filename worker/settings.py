@@ -1,4 +1,4 @@
-"""Settings of a worker process. A launcher hands them on unchanged; the process gets them as JSON on standard input."""
+"""Settings of a worker process. Launchers pass them on unchanged, as JSON on standard input."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llamaclust.core.logs import LogFormat
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """Settings of one worker. It ends with the process `parent_pid`, which started it. A `static` worker enrols: `join`
-    and `standbys` are then enrolment addresses of coordinators, and the token is a join token. A static worker without
-    a token is insecure; with `discover` it needs no `join`."""
+    """Settings of one worker. It ends with `parent_pid`, the process that started it. A `static` worker enrols: `join`
+    and `standbys` are enrolment addresses of coordinators, and its token is a join token. Without a token it is
+    insecure; with `discover` it needs no `join`."""
 
     name: str
     join: str = ""  # gRPC target of the coordinator; set when a launcher knows it
@@ -51,7 +51,7 @@ class WorkerSettings:
     gpu_memory_bytes: int | None = None  # cap on what is taken of each GPU; None: what is free there
 
     def to_json(self) -> str:
-        """Returns JSON that includes the secret token: for a pipe, not for a log."""
+        """Returns JSON with the secret token, for a pipe and not for a log."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod

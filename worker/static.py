@@ -1,4 +1,4 @@
-"""A worker of a static cluster: it joins, and rejoins with its weights kept after the loss of its coordinator."""
+"""A worker of a static cluster. It joins, and rejoins with its weights after the loss of its coordinator."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _OPEN_S = 10.0
 _GRACE_S = 0.5
 _STEP_S = 10.0
 _COORDINATOR_S = 20.0
-"""Twice the time without an answer after which a coordinator counts as gone."""
+"""Twice the seconds without an answer after which a coordinator counts as gone."""
 
 
 async def run_static_worker(settings: WorkerSettings) -> str:
-    """Returns the reason when the coordinator ends the cluster; a worker that stays waits for the next one instead.
+    """Returns the coordinator's reason to end the cluster; a worker that stays waits for the next cluster instead.
     Raises UsageError if every coordinator refuses it at first, WorkerError if a lost one does not return in time."""
     worker = _StaticWorker(settings)
     try:
@@ -161,7 +161,6 @@ class _StaticWorker:
             await peer.close()
 
     def _adopted(self, new: Identity | Insecure) -> Credentials:
-        """Adopts new credentials. A running server continues with the renewed pair."""
         if isinstance(self._credentials, Identity) and isinstance(new, Identity):
             self._credentials.pair = new.pair
         else:
@@ -180,7 +179,7 @@ class _StaticWorker:
         self._link_address = own.at_link_port(split_address(links.address)[1]) if links.address else ""
 
     def _registration(self) -> Register:
-        """Counts memory of kept stages as free."""
+        """Counts the memory of kept stages as free."""
         kept = self._worker.service.kept_bytes
         now = self._worker.device.registration(self._settings.name, self._address, self._link_address)
         free, machine = now.free_memory_bytes + kept["cpu"], now.machine_free_bytes + kept["cpu"]
@@ -202,7 +201,7 @@ class _StaticWorker:
 
 
 async def _served(member: Member, own: OwnAddress) -> str:
-    """Returns the coordinator's reason to end. Raises WorkerError if it is lost, or the advertised address changes."""
+    """Returns the coordinator's reason to end. Raises WorkerError if it is lost or the advertised address changes."""
     serving, watching = asyncio.create_task(member.serve()), asyncio.create_task(own.changed())
     try:
         await asyncio.wait((serving, watching), return_when=asyncio.FIRST_COMPLETED)

@@ -41,7 +41,7 @@ class Worker:
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Worker:
-        """Raises UsageError if this machine lacks the device, or `kv_disk` does not work with it."""
+        """Raises UsageError if this machine lacks the device, or if `kv_disk` does not work with it."""
         kv_disk = _open_kv_disk(settings)
         device, service = Device.open(settings), StageService(settings.name)
         for line in read_cores().lines(device.threads):

@@ -1,4 +1,4 @@
-"""Opens backends: the processor's, and those of GPUs by number."""
+"""Opens backends: of the processor, and of GPUs by number."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class GpuBackend(ExchangingBackend, Protocol):
 
     @property
     def free_bytes(self) -> int:
-        """The memory that this worker may still take, within its cap."""
+        """The bytes that this worker may still take, within its cap."""
 
     def gpu(self) -> Gpu:
         """Returns the description of the GPU."""
 
     def measure(self) -> DeviceProfile:
-        """Measures the kernels; blocks for a moment."""
+        """Measures the kernels, which blocks for a moment."""
 
     def limits(self) -> DeviceProfile:
-        """Returns upper bounds of the GPU's speed."""
+        """Returns upper bounds on the GPU's speed."""
 
     def cache_flush(self) -> AbstractContextManager[Callable[[], None]]:
         """Yields a function that empties the GPU's cache."""
@@ -68,7 +68,7 @@ def open_gpu(
     *,
     graphs: bool = True,
 ) -> GpuBackend:
-    """Opens GPU "cuda:N". `threads` CPU threads pack its weights. Raises UsageError that names the missing thing."""
+    """Opens GPU "cuda:N". `threads` CPU threads pack its weights. Raises UsageError that names what is missing."""
     from llamaclust.kernels.cuda.backend import CudaBackend
     from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
     from llamaclust.kernels.cuda.runtime.device import Device

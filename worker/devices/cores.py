@@ -1,4 +1,4 @@
-"""Processor cores that this process may use, as Linux lists them: hardware threads, kinds of cores, NUMA nodes."""
+"""The processor cores that this process may use, as Linux lists them: hardware threads, kinds of cores, NUMA nodes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from llamaclust.core.errors import UsageError
 _ROOT = Path("/")
 _SYSTEM = "sys/devices/system"
 _EFFICIENCY_PMUS = ("cpu_atom", "cpu_lowpower")
-"""Intel's performance counters that only efficiency cores have."""
+"""Performance counters of Intel processors that only efficiency cores have."""
 _PERFORMANCE_SHARE = 0.75
-"""The least share of the largest `cpu_capacity` for an ARM core to count as a performance core."""
+"""An ARM core counts as a performance core from this share of the largest `cpu_capacity` on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Core:
 
 @dataclass(frozen=True, slots=True)
 class Cores:
-    """The usable cores. `online` counts the machine's hardware threads; `quota` is in CPUs, None without a limit."""
+    """The usable cores. `online` counts the machine's hardware threads; `quota` is in CPUs (None: no limit)."""
 
     cores: tuple[Core, ...]
     online: int
@@ -36,7 +36,7 @@ class Cores:
 
     @property
     def count(self) -> int:
-        """The best number of compute threads: one per core, but not more than the quota, rounded up."""
+        """The best number of compute threads: one per core, but at most the quota, rounded up."""
         return max(1, len(self.cores) if self.quota is None else min(len(self.cores), math.ceil(self.quota)))
 
     @property
@@ -89,7 +89,7 @@ def _kinds(cores: Sequence[Core]) -> str:
 
 
 def read_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) -> Cores:
-    """Reads /proc and /sys below `root`. Without topology, each thread is a core. `affinity`: None is the process's."""
+    """Reads /proc and /sys below `root`. Without topology, each hardware thread counts as a core."""
     usable = sorted(os.sched_getaffinity(0) if affinity is None else affinity)
     efficiency, nodes = _efficiency(root, usable), _nodes(root)
     siblings: dict[str, list[int]] = {}
@@ -106,7 +106,7 @@ def physical_cores(root: Path = _ROOT, affinity: Iterable[int] | None = None) ->
 
 
 def bind_to_node(node: int, root: Path = _ROOT) -> None:
-    """Restricts this thread, and those that it starts, to a NUMA node's cores. Linux then prefers the node's memory."""
+    """Restricts this thread and the threads that it starts to one NUMA node. Linux then prefers the node's memory."""
     os.sched_setaffinity(0, read_cores(root).on_node(node).hardware_threads)
 
 
@@ -129,7 +129,6 @@ def _nodes(root: Path) -> dict[int, int]:
 
 
 def _numbers(text: str) -> list[int]:
-    """Parses a list such as "0-3,8"."""
     numbers: list[int] = []
     for part in text.strip().split(","):
         first, _, last = part.partition("-")

@@ -30,7 +30,7 @@ class DeviceShare:
 def device_shares(
     device: Device, model: Model, held: Sequence[DeviceLayers], limits: StageLimits, portion: Portion | None = None
 ) -> dict[str, DeviceShare]:
-    """Returns the memory by device name. Experts in RAM count for the CPU; caches of them on a GPU do not count."""
+    """Returns the memory by device name. Experts in RAM count for the CPU; their copies on a GPU do not count."""
     found: dict[str, list[DeviceShare]] = {}
     for part in held:
         backend, layers = (

@@ -1,4 +1,4 @@
-"""The processor and GPUs of a worker, the memory that it may take of each, and their measured speed."""
+"""The processor and GPUs of a worker, the memory that it may take on each, and their measured speeds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Device:
 
     @property
     def free_memory_bytes(self) -> int:
-        """The RAM that this process may still take, within its cap."""
+        """The bytes of RAM that this process may still take, within its cap."""
         available = system_info.available_memory_bytes()
         if self.memory_cap_bytes is None:
             return available
@@ -80,7 +80,7 @@ class Device:
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 
     def backend_for(self, held: Iterable[DeviceLayers], *, apart: bool = False) -> Backend:
-        """Returns the backend of one device, or one for several. `apart` gives each CPU backend threads of its own."""
+        """Returns one device's backend, or one for several devices. `apart` gives CPU backends their own threads."""
         parts = [BackendLayers(self._backend_for(part), part.start, part.end) for part in held]
         if apart:
             parts = [replace(part, backend=_apart(part.backend)) for part in parts]
@@ -96,7 +96,7 @@ class Device:
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 
     def measure(self, model: Model | None = None, quant_types: Iterable[int] = ()) -> Profile:
-        """Measures the machine, the model's steps, and products with these types. Blocks for a second or more."""
+        """Measures the machine, a model's steps, and products with these quant types. Blocks for a second or more."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.product_profiler import measure_products
         from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
@@ -145,7 +145,7 @@ def _apart(backend: Backend) -> Backend:
 
 
 def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
-    """Describes the GPUs of this machine as a worker would find them. Raises UsageError if one is missing."""
+    """Describes this machine's GPUs as a worker would find them. Raises UsageError if one is missing."""
     found = []
     for name in gpu_names(device):
         gpu = backends.open_gpu(name, 1, gpu_memory_bytes)
@@ -157,7 +157,7 @@ def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
 def fingerprint(
     kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = (), numa_node: int | None = None
 ) -> str:
-    """Returns the machine's fingerprint with a device; level "" is the best. Raises UsageError for a missing device."""
+    """Returns the machine's fingerprint with a device. Level "" is the best. Raises UsageError for a missing device."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
     cores = read_cores() if numa_node is None else read_cores().on_node(numa_node)
     return _fingerprint(kind, threads, level, gpus, len(cores.hardware_threads))
@@ -170,7 +170,7 @@ def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...], cor
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
-    """Raises UsageError for a device that this machine lacks, ModelFileError for one that cannot run the model."""
+    """Raises UsageError if this machine lacks a device, ModelFileError if a device cannot run the model."""
     for kind, feature_level in sorted(set(devices)):
         backends.open_processor(kind, 1, feature_level)
         if kind != _REFERENCE:

@@ -1,4 +1,4 @@
-"""Advice about NVIDIA devices that this process cannot open."""
+"""Advice if this process cannot open NVIDIA's devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SERVICE = "a systemd unit DeviceAllow=char-nvidia* rw and no PrivateDevices="
 
 
 def advice(root: Path = Path("/")) -> str:
-    """Returns advice if a device is missing or cannot be opened, otherwise "". `root` is that of the file system."""
+    """Returns advice if a device is missing or cannot be opened, otherwise "". `root` is the file system's root."""
     if (root / "dev/dxg").exists():  # Windows has the driver, and another device
         return ""
     control, memory = root / "dev/nvidiactl", root / "dev/nvidia-uvm"

@@ -1,7 +1,6 @@
-"""Measures step times of a model on this worker, with stages of one layer, of several, and of the last one with the
-head. In a cluster, other processes read weights between two steps of this one. So caches are flushed before each
-measured step: weights come from memory, and Python's code is cold. Rows differ, so that they choose different
-experts."""
+"""Measures step times of a model on this worker, with stages of one layer, of several layers, and of the last layer
+with the output head. Caches are flushed before each measured step, because in a cluster other processes run between two
+steps: weights then come from memory, and Python's code is cold. Rows differ, so that they choose different experts."""
 
 from __future__ import annotations
 
@@ -47,7 +46,7 @@ _LEAST_BYTES = 32 << 20  # of layers that are tried: fewer stay in caches, and d
 _EPOCH = 1
 
 Sweep = Callable[[], None]
-"""A function that evicts everything from caches."""
+"""Evicts everything from caches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +72,7 @@ GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
 
 
 _PROMPT_ROWS = 512
-"""The rows of one more try for mixtures of experts, whose prompt cost does not follow from fewer rows."""
+"""The rows of an additional try for mixtures of experts: their prompt cost does not follow from fewer rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +87,17 @@ class ProfiledDevice:
 
     @classmethod
     def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> ProfiledDevice:
-        """`feature_level` is that of the sampler, which runs on the CPU."""
+        """`feature_level` is for the sampler, which runs on the CPU."""
         free_bytes = gpu.free_bytes * 3 // 4  # the rest is for what makes its cache cold
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
     def apart(self) -> Backend:
-        """Returns a CPU backend with threads of its own: they adapt to similar steps while others need the cores."""
+        """Returns a CPU backend with its own threads, since threads adapt to similar steps."""
         return self.backend.apart() if isinstance(self.backend, HasThreads) else self.backend
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
-        """Yields a function that flushes caches. For a CPU, its buffer takes at most `most_bytes` and `left_bytes`."""
+        """Yields a function that flushes caches. On a CPU, its buffer takes at most `most_bytes` and `left_bytes`."""
         if self.own_cache is None:
             yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
@@ -177,7 +176,7 @@ class _Measurement:
         ]
 
     async def _taken_s(self, runners: Sequence[StageRunner], rows: int, tries: int) -> list[float]:
-        """Returns each stage's median time. Its first step, with empty caches, counts only if there is no other."""
+        """Returns each stage's median seconds. The first step, with cold caches, counts only if it is the only one."""
         vocabulary = self.model.hyperparameters.vocabulary_size
         with closing(Compute()) as compute:
             context = StageContext("profile", compute, Counters())
@@ -204,18 +203,18 @@ def _position(rows: int) -> int:
 
 
 def _moved_bytes(layers: Sequence[LayerCost], rows: int) -> float:
-    """Treats few rows as one sequence each, and many rows as one prompt."""
     return sum(layer.moved_bytes(rows, rows if rows in _DECODE_ROWS else 1) for layer in layers)
 
 
 def _first_tried(costs: Sequence[LayerCost]) -> int:
-    """Skips the layers without experts at the beginning of a mixture of experts, since most layers have some."""
+    """Skips leading layers without experts in a mixture-of-experts model, because most layers have experts."""
     first = next((number for number, layer in enumerate(costs) if layer.idle_bytes), 0)
     return first if len(costs) - first >= _LEAST_LAYERS else 0
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
-    """Returns ranges of one layer, of `some`, and of the last. Each worker begins at another layer, to find it cold."""
+    """Returns ranges: one layer, `some` layers, the last layer. Workers start at different layers, to find them
+    cold."""
     start = place * some % (layers - some)
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
@@ -234,7 +233,7 @@ def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
 
 
 def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, float]:
-    """Returns (seconds at 0 bytes, seconds per byte) of a line through points (bytes, seconds); neither is negative."""
+    """Returns (seconds at 0 bytes, seconds per byte) of the line through two points (bytes, seconds), both >= 0."""
     byte_s = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
     if byte_s * few[0] > few[1]:
         return 0.0, (few[1] + many[1]) / (few[0] + many[0])
@@ -242,7 +241,7 @@ def _line(few: tuple[float, float], many: tuple[float, float]) -> tuple[float, f
 
 
 def _task(runner: StageRunner, vocabulary: int, rows: int, number: int) -> tuple[bytes, bytes]:
-    """Returns a frame and its sampling inputs: few rows are a token of each sequence, many rows are one prompt."""
+    """Returns a frame and its sampling inputs. Few rows are a token of each sequence, many rows are one prompt."""
     program, source = runner.program, np.random.default_rng(number)
     tokens = source.integers(vocabulary, size=rows).tolist()
     if rows in _DECODE_ROWS:

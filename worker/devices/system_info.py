@@ -1,4 +1,4 @@
-"""The operating system's figures of this machine and process. Other systems than Linux tell less."""
+"""The operating system's figures for this machine and process. Only Linux has all of them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llamaclust.core.cgroups import memory_groups, read_text
 from llamaclust.core.sizes import MIB
 
 LOADING_BYTES = 16 * MIB
-"""The most memory that a process takes to load any stage: modules, threads, metadata. 6 to 15 MiB were measured."""
+"""The most bytes that a process takes to load any stage (modules, threads, metadata). 6 to 15 MiB were measured."""
 
 _ROOT = Path("/")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def total_memory_bytes(root: Path = _ROOT) -> int:
-    """Returns the memory of the machine, or the limit of this process's control groups if that is smaller."""
+    """Returns the machine's memory, or the limit of this process's control groups if that is smaller."""
     machine = os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES
     return min([machine, *(group.limit_bytes for group in memory_groups(root))])
 
 
 def available_memory_bytes(root: Path = _ROOT) -> int:
-    """Returns the memory that can be taken without swapping. Unlike the kernel, does not count mapped files as free."""
+    """Returns the bytes that can be taken without swapping. Unlike in MemAvailable, mapped files are not free."""
     figures = _figures(root / "proc/meminfo")
     available = figures.get("MemAvailable", os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES)
     mapped = max(
@@ -36,12 +36,11 @@ def available_memory_bytes(root: Path = _ROOT) -> int:
 
 
 def _figures(path: Path) -> dict[str, int]:
-    """Returns bytes by name, from lines such as `MemAvailable: 5 kB`."""
     return {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB$", read_text(path), re.MULTILINE)}
 
 
 def memory_group(root: Path = _ROOT) -> str:
-    """Returns the identity of the control group that limits this process's memory most; "" if none does."""
+    """Returns an id of the control group that limits this process's memory most; "" if none does."""
     tightest = min(memory_groups(root), key=lambda group: group.free_bytes, default=None)
     if tightest is None:
         return ""
@@ -55,7 +54,7 @@ def resident_bytes() -> int:
 
 
 def release_freed_memory() -> None:
-    """Collects cyclic garbage, and makes glibc's allocator return freed memory to the system."""
+    """Collects cyclic garbage, and makes glibc return freed memory to the system."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

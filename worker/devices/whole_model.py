@@ -1,4 +1,4 @@
-"""Loads a whole model as one stage of this process. The last layers go to GPUs: as many as fit or the user wants."""
+"""Loads a whole model as one stage of this process. Its last layers go to GPUs: as many as fit or as the user wants."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_whole(
     parts: tuple[DeviceLayers, ...] = (),
     progress: Progress | None = None,
 ) -> StageRunner:
-    """Loads all layers as `parts` says, by default on the CPU. The CPU always samples. Memory is not checked here."""
+    """Loads all layers as `parts` says, by default on the CPU. Does not check memory. Sampling is always on the CPU."""
     end = model.layer_count
     options = StageOptions(device.backend.feature_level, device.threads, parts, progress, device.backend)
     backend = device.backend_for(parts or (DeviceLayers(_CPU, 0, end),))
@@ -45,8 +45,8 @@ def held_layers(
     placement: Placement | None = None,
     experts_cache: int | None = None,
 ) -> tuple[DeviceLayers, ...]:
-    """Places layers on devices, the last layers on the last GPU. If `placement` has no rule for experts, those that do
-    not fit on the first GPU go to RAM. Memory that is left on a GPU, up to `experts_cache` bytes, then holds copies of
+    """Places layers on devices, the last ones on the last GPU. If `placement` has no rule for experts, those that do
+    not fit on the first GPU go to RAM. Up to `experts_cache` bytes of the memory that is left on a GPU hold copies of
     its layers' experts in RAM. Raises UsageError for an impossible placement, InsufficientMemoryError if memory is
     short."""
     placement, end = placement or Placement(cpu_moe=None), model.layer_count
@@ -96,7 +96,7 @@ class _Choice:
     borders: Sequence[int]  # where layers may be divided
 
     def first_gpu(self, end: int) -> DeviceLayers | None:
-        """Returns the first GPU's layers, with experts of as few layers as possible in RAM."""
+        """Returns the first GPU's layers, with the experts of as few layers as possible in RAM."""
         least, _ = self._starts(0, end)
         is_open = any(self.placement.experts_in_ram(layer) is None for layer in self.mixtures)
         if is_open and end > least:
@@ -116,7 +116,7 @@ class _Choice:
         return self._part(index, start, end, open_end) if start < end else None
 
     def _starts(self, index: int, end: int) -> tuple[int, int]:
-        """Returns the first and last layer at which this GPU's layers may begin; `end` means that it has none."""
+        """Returns the first and the last layer at which this GPU's layers may begin. `end` means no layers."""
         number, gpus = index + 1, [gpu.device for gpu in self.device.gpus]
         allowed = [self.placement.devices_of(layer, gpus) for layer in range(end)]
         ended = max((layer + 1 for layer, devices in enumerate(allowed) if devices[-1] < number), default=0)
@@ -128,7 +128,7 @@ class _Choice:
         return max(min(least, last_begun), first_ended), max(last_begun, first_ended)
 
     def _part(self, index: int, start: int, end: int, open_end: int) -> DeviceLayers:
-        """Puts experts of a layer in RAM if the rules say so, or have no rule and the layer is before `open_end`."""
+        """Puts a layer's experts in RAM if a rule says so, or if there is no rule and the layer is below `open_end`."""
         said = ((layer, self.placement.experts_in_ram(layer)) for layer in range(start, end) if layer in self.mixtures)
         cpu_moe = (layer for layer, in_ram in said if in_ram or (in_ram is None and layer < open_end))
         return DeviceLayers(self.device.gpus[index].device, start, end, tuple(cpu_moe))

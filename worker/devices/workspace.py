@@ -1,4 +1,4 @@
-"""Computes the memory of a stage on a device, which need not exist: nothing is opened or loaded."""
+"""Computes a stage's memory on a device that need not exist. Nothing is opened or loaded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.worker.stage.stage_runner import model_program
 def planned_workspace_bytes(
     model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
 ) -> int:
-    """Returns a stage's workspace bytes: its memory except weights and KV memory. Raises ModelFileError."""
+    """Returns the bytes of a stage's memory without weights and KV memory. Raises ModelFileError."""
     return program_workspace_bytes(model, model_program(model, start, end, limits), limits, threads, device)
 
 
@@ -34,7 +34,7 @@ def program_workspace_bytes(model: Model, program: Program, limits: StageLimits,
 
 
 def weight_rounding_bytes(model: Model, start: int, end: int, device: str, *, experts: bool = True) -> int:
-    """Returns the bytes that weights of layers [start, end) take on the device in addition to their size."""
+    """Returns the bytes that the device's rounding adds to the weights of layers [start, end)."""
     if not gpu_names(device):
         return 0
     from llamaclust.kernels.cuda.backend import rounded_weight_bytes

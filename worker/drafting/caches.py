@@ -1,4 +1,4 @@
-"""KV blocks of a draft model, by sequence, and the tokens whose keys and values are in them."""
+"""KV blocks of a draft model by sequence, and the tokens whose keys and values they contain."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 @dataclass(slots=True)
 class SequenceCache:
-    """The cache of one sequence. The sequence's own tokens come first; drafted tokens follow and may be rejected."""
+    """The cache of one sequence: the sequence's tokens, then drafted tokens, which may be rejected."""
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     settled: int = 0  # first tokens that are known to be the sequence's
 
     def keep(self, tokens: Sequence[int], length: int) -> None:
-        """Keeps tokens that equal the sequence's, except the last of `length`, which is computed for its logits."""
+        """Keeps the leading tokens that equal the sequence's, but not its last one, whose logits must be computed."""
         end = min(len(self.tokens), length - 1)
         place = min(self.settled, end)
         while place < end and self.tokens[place] == tokens[place]:
@@ -38,14 +38,14 @@ class SequenceCache:
 
 
 class SequenceCaches:
-    """Caches of all sequences. The least recently drafted ones lose their KV blocks first."""
+    """The caches of all sequences. Those drafted least recently lose their KV blocks first."""
 
     def __init__(self, blocks: int) -> None:
         self._free = list(range(blocks - 1, -1, -1))
         self._caches: OrderedDict[int, SequenceCache] = OrderedDict()
 
     def of(self, order: DraftOrder, rows: int, kept: Collection[int]) -> SequenceCache | None:
-        """Returns a cache with blocks for `rows` rows; None if there are too few without those of `kept` sequences."""
+        """Returns a cache with blocks for `rows` rows. Returns None if that would need blocks of `kept` sequences."""
         cache = self._caches.setdefault(order.key, SequenceCache())
         self._caches.move_to_end(order.key)
         wanted = -(-rows // KV_BLOCK_TOKENS) - len(cache.blocks)

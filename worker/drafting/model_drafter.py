@@ -1,4 +1,4 @@
-"""A small model that drafts, greedily or with the random draws of the answer's tokens. Calls block, one at a time."""
+"""A small model that drafts greedily or with the answer's random draws. Calls block, one at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 MOST_ROWS = 256
 """The most tokens of a sequence in one prefill step."""
 _MOST_BESIDE = 8
-"""The most tokens of a sequence that the drafting step itself prefills. More are prefilled in an earlier step."""
+"""The most tokens of a sequence that are prefilled in the drafting step. More are prefilled in steps before it."""
 
 
 class ModelDrafter:
@@ -25,8 +25,8 @@ class ModelDrafter:
         self._caches = SequenceCaches(stage.limits.kv_blocks)
 
     def draft(self, orders: Sequence[DraftOrder]) -> DraftReplies:
-        """Drafts tokens. An order gets no draft if memory is short, or its tokens are too many or unknown. A draft ends
-        before logits that are not finite; `taken_in` is then 0, so the sequence gets no more drafts."""
+        """Drafts tokens. An order gets no draft if memory is short, or if its tokens are too many or unknown. A draft
+        ends before logits that are not finite; `taken_in` is then 0, so that the sequence gets no more drafts."""
         kept = {order.key for order in orders}
         drafting: list[_Drafting] = []
         replies = {order.key: DraftReply(order.key, order.length, order.most > 0, (), 0) for order in orders}
@@ -66,7 +66,6 @@ class ModelDrafter:
         return len(tokens)
 
     def _draft(self, drafting: list[_Drafting]) -> int:
-        """Drafts one token for each sequence per step; returns the number of steps."""
         steps = 0
         while drafting := [each for each in drafting if len(each.drafted) < each.most and not each.has_failed]:
             tasks = tuple(each.task for each in drafting)

@@ -1,1 +1,1 @@
-"""Links between the members of a group: their listener, how they are opened and verified, and gathers over them."""
+"""Links between the members of a group: listener, opening, verification, and gathers."""

@@ -1,5 +1,5 @@
-"""Chooses into how many bands a group divides a prompt's rows, from the waits of earlier gathers. More bands hide more
-of a slow network, but each band decodes the weights again."""
+"""Chooses the number of bands into which a group divides a prompt's rows, from the waits of earlier gathers. More bands
+hide more of a slow network, but each band decodes the weights again."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from llamaclust.kernels.gathers import LEAST_BANDED_ROWS, LEAST_ROWS_OF_BAND, MOST_BANDS
 
 _DECODED_ROWS = 8
-"""The number of rows whose computation takes about as long as decoding the weights."""
+"""Computing this many rows takes about as long as decoding the weights."""
 _MANY_ROWS = 256
-"""The number of rows from which on runs begin with two bands instead of one."""
+"""Runs of this many rows or more begin with two bands instead of one."""
 _MUCH, _LITTLE = 0.04, 0.01
-"""Shares of a run's time. More bands are tried if gathers wait longer than the first, fewer if less than the second."""
+"""Shares of a run's time that gathers wait. More bands are tried above the first share, fewer below the second."""
 _REMEMBERED_RUNS = 64
 
 
 class BandChoice:
-    """The leader's choice for the runs of an epoch. Runs whose row counts have equal bit lengths share measurements."""
+    """The leader's choice for an epoch. Runs whose row counts have the same bit length share measurements."""
 
     def __init__(self) -> None:
         self._alike: dict[int, _SimilarRuns] = {}

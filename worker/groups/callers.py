@@ -1,4 +1,4 @@
-"""Counts a listener's callers by host, so that a host with many connections keeps no other host out."""
+"""Counts a listener's callers by host, so that a host with many connections does not block others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Connection = TypeVar("_Connection")
 
 
 def caller_of(connection: socket.socket) -> str:
-    """Returns the host of the other end, "" on a Unix socket. Raises OSError if the other end has gone."""
+    """Returns the other end's host, "" on a Unix socket. Raises OSError if the other end has gone."""
     if connection.family == socket.AF_UNIX:
         return ""
     return bounded_host(connection.getpeername()[0])

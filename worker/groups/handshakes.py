@@ -1,4 +1,4 @@
-"""Concurrent handshakes with all connections that claim to be one member: false ones do not delay the true one."""
+"""Concurrent handshakes with all connections that claim to be one member, so that false ones cannot delay it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.kernels._native import Link, LinkError
 from llamaclust.worker.groups.callers import caller_of, of_the_most
 
 MOST_HANDSHAKES = 8
-"""The most handshakes at a time for one place of a group; each runs on a thread."""
+"""The most concurrent handshakes for one place of a group. Each runs on a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +29,17 @@ class _Claim:
 
 
 class Handshakes:
-    """Takes connections while the context lasts. Its end closes those whose handshake is not finished."""
+    """Takes connections while its context lasts. The end closes connections whose handshake is not complete."""
 
     def __init__(self, prove: Callable[[socket.socket], Awaitable[Link]], failed: Callable[[LinkError], None]) -> None:
-        """`prove` runs a handshake until the other end has proven to be the member. It closes the given connection."""
+        """`prove` runs a handshake until the other end has proven to be the member. It closes its connection."""
         self._prove, self._failed = prove, failed
         self._claims: dict[asyncio.Task[Link], _Claim] = {}
         self._proven: asyncio.LifoQueue[Link] = asyncio.LifoQueue()
 
     def take(self, connection: socket.socket) -> None:
-        """Begins a handshake. If there are too many, ends a random one of the host that has the most. It does not end
-        the oldest, which might always be the member's. Raises OSError if no descriptor is free."""
+        """Begins a handshake. If there are too many, a random one of the host with the most ends: the oldest might
+        always be the member's. Raises OSError if no descriptor is free."""
         claim = _Claim(caller_of(connection), connection.dup())
         if len(self._claims) >= MOST_HANDSHAKES:
             crowd = of_the_most({task: each.host for task, each in self._claims.items()})
@@ -49,7 +49,7 @@ class Handshakes:
         task.add_done_callback(self._ended)
 
     async def proven(self) -> Link:
-        """Returns the newest proven connection, because the member has given up older ones."""
+        """Returns the newest proven connection, since the member has given up older ones."""
         return await self._proven.get()
 
     def __enter__(self) -> Self:

@@ -1,7 +1,6 @@
-"""Accepts connections of other members, and hands each one to the group that expects it.
-
-A connection begins with a hello in the clear: 8 bytes of version, the group's 16-byte id, and the places of sender and
-receiver. Only members know the random id, so nobody else can use up handshakes; a certificate proves the sender."""
+"""Accepts connections of other members, and hands each to the group that expects it. A connection begins with an
+unencrypted hello: 8 bytes of version, the group's 16-byte id, and the places of sender and receiver. Only members know
+the random id, so nobody else can use up handshakes. A certificate proves the sender."""
 
 from __future__ import annotations
 
@@ -28,12 +27,12 @@ _HELLO = struct.Struct("<8s16sII")
 _VERSION = b"lcgroup2"
 HELLO_S = 5.0
 _MOST_SILENT = 64
-"""The most connections without a hello. Beyond this, the oldest one of the host with the most is closed."""
+"""The most connections without a hello. Above it, the host with the most loses its oldest one."""
 _BACKLOG = 128
 SOCKET_ENDING = ".l"
-"""The suffix that turns the Unix socket's path for stages into the one for links."""
+"""The suffix that makes the path of the links' Unix socket from that of the stages' socket."""
 LINK_PORTS = 1000
-"""The distance from the port for stages to the port for links. Ports in between may be other workers'."""
+"""The distance from the port for stages to the port for links. Ports between them may be other workers'."""
 _LAST_PORT = 65535
 _RETRY_S = 0.1
 
@@ -49,8 +48,8 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links that belongs to a worker's address for stages. `port` 0 means any free port. None
-    means a fixed distance from the port for stages, or any free port if that is 0."""
+    """Returns the address for links next to the address for stages. `port` 0 means any free port. None means
+    `LINK_PORTS` above the port for stages, or any free port if that is 0."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"
     host, stage_port = split_address(stages)
@@ -60,7 +59,7 @@ def link_address(stages: str, port: int | None) -> str:
 
 
 Take = Callable[[socket.socket], None]
-"""A function that receives a connection with the expected hello. Raises OSError if it cannot."""
+"""Receives a connection with the expected hello. Raises OSError if it cannot."""
 
 
 class LinkListener:
@@ -177,7 +176,6 @@ def _listening_socket(address: str) -> socket.socket:
 
 
 async def _first_bytes(connection: socket.socket) -> bytes:
-    """Reads exactly the bytes of a hello, or fewer if the connection ends before."""
     loop, data = asyncio.get_running_loop(), b""
     async with deadline("the hello of a member", HELLO_S):
         while len(data) < _HELLO.size and (piece := await loop.sock_recv(connection, _HELLO.size - len(data))):

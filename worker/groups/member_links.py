@@ -1,4 +1,4 @@
-"""A member's links in one epoch. They open while other members may still load, and close with the stage."""
+"""A member's links in one epoch. They may open while other members still load, and close with the stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.groups.link_opener import LinkOpener, MemberLostError
 
 _LOADS_S = 86400.0
-"""The deadline to open links: others may load for hours, and the coordinator ends that by unloading this stage."""
+"""The deadline to open links. Others may load for hours; the coordinator unloads this stage to end the wait."""
 
 _MOST_PAUSE_S = 60.0
 """The longest pause between two reports of a member that cannot be reached."""
@@ -25,13 +25,12 @@ Report = Callable[[Fault], Awaitable[None]]
 
 
 def _retrieved(opening: asyncio.Task[None]) -> None:
-    """Retrieves an error that the task has reported, since nothing else may await the task."""
     if not opening.cancelled():
         opening.exception()
 
 
 class MemberLinks:
-    """Opens a stage's links, and reports to the coordinator if they end in any other way than by `close`."""
+    """Opens a stage's links. Reports to the coordinator if they end in any way other than `close`."""
 
     def __init__(self, epoch: int, order: GroupOrder, opener: LinkOpener, deadlines: Deadlines, report: Report) -> None:
         self._epoch, self._order, self._opener, self._report = epoch, order, opener, report
@@ -43,12 +42,11 @@ class MemberLinks:
         self._one_row = 0, 0.0  # steps, and what their gathers have waited
 
     def open(self, on_open: Callable[[Links], None]) -> None:
-        """Starts to open the links. `on_open` is called on the event loop."""
+        """Begins to open the links. `on_open` is called on the event loop."""
         self._opening = asyncio.create_task(self._open_or_give_up(on_open))
         self._opening.add_done_callback(_retrieved)
 
     async def _open_or_give_up(self, on_open: Callable[[Links], None]) -> None:
-        """Reports a failure itself, since only a leader awaits the links."""
         try:
             await self._open(on_open)
         except Exception as error:
@@ -73,7 +71,7 @@ class MemberLinks:
             on_open(self._links)
 
     async def opened(self, seconds: float) -> None:
-        """Waits until the links are open. Raises WorkerError that names a member that is missing after `seconds`."""
+        """Waits for open links. Raises WorkerError that names a member if it is still missing after `seconds`."""
         assert self._opening is not None
         try:
             async with deadline("the links of a group", seconds):
@@ -96,7 +94,7 @@ class MemberLinks:
 
     @contextmanager
     def step(self, rows: int) -> Iterator[None]:
-        """Counts the waits of one-row (decode) steps separately. Used by one thread at a time."""
+        """Counts the waits of one-row (decode) steps. Used by one thread at a time."""
         assert self._links is not None, "no step begins before the links are open"
         begun_s = self._links.counters().waited_s
         yield
@@ -105,7 +103,7 @@ class MemberLinks:
             self._one_row = steps + 1, waited_s + self._links.counters().waited_s - begun_s
 
     def close(self) -> None:
-        """Closes the links, and ends a gather that is under way on another thread."""
+        """Closes the links, and ends a gather in progress on another thread."""
         self._is_closed = True
         if self._opening is not None:
             self._opening.cancel()
@@ -114,11 +112,11 @@ class MemberLinks:
 
     @property
     def computing_s(self) -> float:
-        """The time since this member last waited for another. It is 0.0 during a wait, and before the first step."""
+        """The seconds since this member last waited for another; 0.0 during a wait and before the first step."""
         return 0.0 if self._links is None else self._links.computing_s
 
     def fault(self, error: Exception) -> Fault:
-        """Returns the report of an error that ended this member's part. The leader is at fault for a ProtocolError."""
+        """Returns the report of an error that ended this member's part. A ProtocolError is the leader's fault."""
         if isinstance(error, LinkError) and error.place >= 0:
             worker = self._order.members[error.place].worker
             if error.kind == "unreachable":

@@ -1,4 +1,4 @@
-"""The folder of KV memory on disk, which all workers of a machine with the same cache folder share."""
+"""The folder of KV memory on disk. All workers of a machine with the same cache folder share it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SUFFIX = ".kv"
 
 
 class KvFolder(DiskCache):
-    """The files' names begin with a digest of what their content depends on: model, KV type and arithmetic."""
+    """KV files. Names begin with a digest of everything that their content depends on: model, KV type, arithmetic."""
 
     suffixes = (_SUFFIX,)
     content, limit = "KV memory", "kv_disk"
@@ -27,7 +27,7 @@ class KvFolder(DiskCache):
         return f"{content}-{uuid4().hex}{_SUFFIX}"
 
     def mark_used(self, names: Sequence[str]) -> None:
-        """Marks files as used, the first one last, since the following files are useless without it."""
+        """Marks files as used, the first one last, since later files are useless without it."""
         for name in reversed(names):
             with suppress(OSError):
                 file = self.open(name)

@@ -1,4 +1,4 @@
-"""Answers the coordinator's requests for KV memory on disk, in other threads than the computing one."""
+"""Answers the coordinator's requests for KV memory on disk, outside the computing thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 class KvDisk:
-    """The KV memory on disk of one process. One thread reads blocks, another one of low priority writes them."""
+    """The KV memory on disk of one process. One thread reads blocks; another, of low priority, writes them."""
 
     def __init__(self, folder: KvFolder) -> None:
         self.folder = folder
@@ -41,7 +41,6 @@ class KvDisk:
         return KvDone(done, request.request_id)
 
     async def idle(self) -> None:
-        """Waits until the threads have finished earlier requests."""
         loop = asyncio.get_running_loop()
         await asyncio.gather(*(loop.run_in_executor(thread, _nothing) for thread in (self._reader, self._writer)))
 
@@ -57,7 +56,7 @@ class KvDisk:
         return blocks.save(keys, request.blocks, kv)
 
     def _blocks_of(self, runner: StageRunner) -> StageBlocks | None:
-        """Returns None if the folder cannot be used, or if the bytes of the weights were not compared."""
+        """Returns None if the folder cannot be used, or if the weights' bytes were not verified."""
         if runner.kv_content is None:
             return None
         if (known := self._stages.get(runner)) is None:
@@ -81,7 +80,7 @@ def _check(blocks: tuple[int, ...], count: int) -> None:
 
 
 def _nothing() -> None:
-    """A job that ends when those before it have."""
+    """A job whose end shows that all earlier jobs have ended."""
 
 
 def _lower_priority() -> None:

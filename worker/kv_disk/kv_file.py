@@ -32,11 +32,11 @@ _DIGEST_BYTES = 32
 _MOST_BUFFERS = 512  # of one system call
 
 KvLayers = Sequence[Sequence[NDArray[np.uint8]]]
-"""KV memory of a stage: the parts of each layer, keys and values or states, as arrays [KV blocks, bytes]."""
+"""KV memory of a stage: for each layer its parts (keys, values, states) as arrays [KV blocks, bytes]."""
 
 
 class DamagedError(Exception):
-    """A file with a damaged header, or one that does not match its header."""
+    """The file's header is damaged or does not match the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class KvFile:
         return [header, *(part[block].data for block in blocks for layer in kv for part in layer)]
 
     def restore(self, file: FileIO, index: int, kv: KvLayers, first_layer: int, block: int) -> int:
-        """Reads the file's block `index` into block `block` of `kv`, whose first layer is `first_layer`. Returns the
+        """Reads the file's block `index` into block `block` of `kv`, which begins with layer `first_layer`. Returns the
         bytes read. Raises DamagedError and OSError."""
         count = len(self.layer_bytes)
         layers = range(max(self.start, first_layer), min(self.end, first_layer + len(kv)))

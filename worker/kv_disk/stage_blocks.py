@@ -1,4 +1,4 @@
-"""Finds, reads and writes blocks of one stage on disk by key, in other threads than the computing one."""
+"""Finds, reads and writes one stage's blocks on disk by key, outside the computing thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class KvTraffic:
 
 
 class StageBlocks:
-    """Blocks of layers from `start` on, in files of `content`. Processes with other stages change these files too."""
+    """Blocks of the layers from `start` on, in files of `content`. Processes with other stages share these files."""
 
     def __init__(self, folder: KvFolder, content: str, start: int, traffic: KvTraffic) -> None:
         self._folder = folder
@@ -45,7 +45,7 @@ class StageBlocks:
             return next((index for index, key in enumerate(keys) if not self._cover(key, kv)), len(keys))
 
     def restore(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Reads blocks until one is missing or damaged, and returns their number. Damaged files are deleted."""
+        """Reads blocks up to the first missing or damaged one, and returns their number. Deletes damaged files."""
         used: dict[str, None] = {}  # in order
         done = 0
         for key, block in zip(keys, blocks, strict=True):
@@ -59,8 +59,8 @@ class StageBlocks:
         return done
 
     def save(self, keys: Sequence[bytes], blocks: Sequence[int], kv: KvLayers) -> int:
-        """Writes the missing blocks; returns the number of blocks on disk. The last of `keys` belong to `blocks`; files
-        with blocks of the earlier keys are not deleted to make room."""
+        """Writes the missing blocks and returns the number of blocks on disk. The last of `keys` belong to `blocks`.
+        Files with blocks of the earlier keys are not deleted to make room."""
         with self._lock:
             self._refresh()
             own = zip(keys[-len(blocks) :], blocks, strict=True)
@@ -104,7 +104,7 @@ class StageBlocks:
         return False
 
     def _cover(self, key: bytes, kv: KvLayers) -> list[_Place]:
-        """Returns places that together hold all layers of a block; [] if a layer is missing."""
+        """Returns places that together have all layers of a block; [] if a layer is missing."""
         layer, end = self._start, self._start + len(kv)
         chosen: list[_Place] = []
         places = [place for place in self._places.get(key, ()) if _fits(place[0], self._start, kv)]

@@ -1,1 +1,1 @@
-"""A loaded stage: receives microbatches, computes them, sends results on."""
+"""A loaded stage. It receives microbatches, computes them and sends the results on."""

@@ -1,4 +1,4 @@
-"""Runs a worker's computations: short jobs on the event loop, which saves two thread switches, others in a thread."""
+"""Runs a worker's computations: short jobs on the event loop, which saves two thread switches, others on a thread."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ INLINE_NS = 200_000_000
 
 _Answer = TypeVar("_Answer")
 _HOLD_NS = 8_000_000
-"""The longest time that results of short jobs are held: handing them to the event loop takes cores from jobs."""
+"""The longest time to hold results of short jobs, since passing them to the event loop takes cores from jobs."""
 
 _Entry = tuple[Callable[[], Any], "asyncio.Future[Any]", float, float]
 _WATCH_S = 1.0
-"""The pause between two checks of the time of the thread's job."""
+"""The seconds between two checks for a hung job."""
 _HUNG_TIMES, _HUNG_LEAST_S = 20, 30.0
-"""Limits far above delays by other programs on the GPU, by the capture of a CUDA graph, or by longer contexts."""
+"""Far more than delays by other programs on the GPU, by the capture of a CUDA graph, or by longer contexts."""
 
 
 def step_limit_s(last_ns: int | None, *, on_gpus: bool) -> float:
-    """Returns the time after which a step counts as hung, from the time of the last step of its kind. It is infinite
-    without such a step, since kernels may be compiled, and for weights in RAM, which may be read from disk again."""
+    """Returns the seconds after which a step counts as hung, from the time of the last similar step. Infinite without
+    one, since kernels may be compiled, and for weights in RAM, which may be read from disk again."""
     return _HUNG_LEAST_S + _HUNG_TIMES * last_ns / 1e9 if on_gpus and last_ns is not None else inf
 
 
@@ -48,13 +48,13 @@ class Compute:
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], *, expected_ns: int = INLINE_NS, limit_s: float = inf) -> _Answer:
-        """Returns the job's result or raises its error. A cancelled job that has begun ends before the next one."""
+        """Returns the job's result or raises its error. A job that has begun runs to its end even if cancelled."""
         if expected_ns < self._inline_ns and self._queued == 0:
             return job()
         return await asyncio.shield(self.queue(job, limit_s=limit_s))
 
     def apart(self) -> Compute:
-        """Returns a second Compute for the same devices, which never uses the event loop. If one of the two loses a
+        """Returns a second Compute for the same devices, which never uses the event loop. If one of them loses a
         device, both have lost it."""
         twin = Compute(inline=False)
         twin._lost = self._lost
@@ -66,7 +66,7 @@ class Compute:
         return 0.0 if present is None else (perf_counter_ns() - present[0]) / 1e9
 
     async def idle(self, deadline_s: float) -> None:
-        """Returns when earlier jobs have ended. Raises DeviceLostError if one does not end in time."""
+        """Waits for the end of earlier jobs. Raises DeviceLostError if one does not end in time."""
         try:
             async with deadline("the end of a step", deadline_s):
                 await self.run(lambda: None)
@@ -77,8 +77,8 @@ class Compute:
     def queue(
         self, job: Callable[[], _Answer], *, limit_s: float = inf, expected_ns: float = inf
     ) -> asyncio.Future[_Answer]:
-        """Runs `job` on the thread, right after earlier jobs. The device counts as lost if the job takes longer than
-        `limit_s` (see `while_able`). Earlier results that cannot wait `expected_ns` are handed back before the job."""
+        """Runs `job` on the thread after earlier jobs. The device counts as lost if the job takes longer than `limit_s`
+        (see `while_able`). Earlier results that cannot wait `expected_ns` are passed on before the job."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1
@@ -86,7 +86,7 @@ class Compute:
         return answer
 
     def give_up(self, error: DeviceLostError) -> None:
-        """Reports a lost device, from any thread."""
+        """Reports a lost device. Any thread may call this."""
         self._loop.call_soon_threadsafe(self._lose, error)
 
     def _lose(self, error: DeviceLostError) -> None:
@@ -94,7 +94,7 @@ class Compute:
             self._lost.set_exception(error)
 
     async def while_able(self, life: Coroutine[None, None, _Answer]) -> _Answer:
-        """Returns the result of `life`. Raises DeviceLostError if a device is lost, or does not end a job in time."""
+        """Returns the result of `life`. Raises DeviceLostError if a device is lost or does not end a job in time."""
         living, watching = asyncio.create_task(life), asyncio.create_task(self._watch())
         try:
             await asyncio.wait((living, self._lost), return_when=asyncio.FIRST_COMPLETED)
@@ -122,7 +122,6 @@ class Compute:
             answer.exception()  # retrieved: its caller may be gone
 
     def close(self) -> None:
-        """Lets the thread end after the queued jobs, and does not wait for it."""
         self._queue.put(None)
 
     def _work(self) -> None:
@@ -154,7 +153,7 @@ class _Held:
         self._answers.append(answer)
 
     def before(self, expected_ns: float) -> None:
-        """Hands back answers that the next job, which may take `expected_ns`, would delay for too long."""
+        """Passes on answers that the next job of about `expected_ns` would delay too long."""
         if self._answers and perf_counter_ns() + expected_ns > self._until_ns:
             self.hand_back()
 

@@ -1,4 +1,4 @@
-"""Inputs of microbatches that come on other streams: sampling inputs for a last stage, sampled tokens for a first."""
+"""Inputs of microbatches from other streams: sampling inputs for the last stage, sampled tokens for the first."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokens
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _TOKENS_S = 600.0
-"""The longest wait of a microbatch for tokens. A coordinator that misses a result gives up earlier."""
+"""The longest wait in seconds of a microbatch for tokens. A coordinator without a result gives up earlier."""
 
 
 class Dependencies:
-    """The dependencies of one epoch. One microbatch waits at a time, in number order."""
+    """The dependencies of one epoch. One microbatch waits at a time, in order of numbers."""
 
     def __init__(self, epoch: int, inputs_s: float) -> None:
         self.tokens = SampledTokensBox()
@@ -30,7 +30,7 @@ class Dependencies:
         self.awaits_tokens = False
 
     def put_inputs(self, inputs: StepInputs) -> None:
-        """Raises ProtocolError if inputs are out of order or too many. Drops inputs of a microbatch that is done."""
+        """Raises ProtocolError if inputs are out of order or too many. Drops inputs of a finished microbatch."""
         found, expected = (inputs.tasks.epoch, inputs.tasks.number), (self._epoch, self._next_put)
         if found != expected:
             raise ProtocolError(f"sampling inputs {place_text(found)} where {place_text(expected)} was expected")
@@ -64,7 +64,6 @@ class Dependencies:
                 self.awaits_tokens = False
 
     def done(self, number: int) -> None:
-        """Forgets the sampling inputs of a microbatch, even if they are still on their way."""
         self._inputs.pop(number, None)
         self._next_done = number + 1
 

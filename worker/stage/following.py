@@ -1,4 +1,4 @@
-"""A member of a group that does not lead. Its own thread computes its portion of each step that is announced."""
+"""A member of a group that does not lead. Its thread computes its portion of each announced step."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _log = logging.getLogger(__name__)
 
 _TOKENS_BYTES = 1 << 20  # beside a frame
 _STEP_S = 60.0
-"""The longest time that a step takes to end once its links are closed."""
+"""The longest time in seconds until a step ends after its links were closed."""
 
 
 class FollowingStage:
-    """A portion of a stage in an epoch. Its thread runs from the opening of the links to their end."""
+    """A portion of a stage in an epoch. Its thread runs while the links are open."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class FollowingStage:
 
     @property
     def computing_s(self) -> float:
-        """The time since the present step last waited for another member; 0.0 if there is no thread."""
+        """The seconds since the current step last waited for another member; 0.0 if there is no thread."""
         is_at_work = self._ended is not None and not self._ended.done()
         return self._member_links.computing_s if is_at_work else 0.0
 
@@ -111,7 +111,7 @@ class FollowingStage:
         self._member_links.close()
 
     async def release(self) -> StageRunner:
-        """Returns the portion after the present step. Raises DeviceLostError if the step does not end."""
+        """Returns the portion after the current step. Raises DeviceLostError if the step does not end."""
         self.close_links()
         if self._ended is not None:
             try:

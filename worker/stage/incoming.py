@@ -1,4 +1,4 @@
-"""Receives the microbatches of a stream, each while the one before it is computed."""
+"""Receives the microbatches of a stream, each during the computation of the previous one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Incoming:
             self._reading = asyncio.create_task(self._stream.read())
 
     async def next(self, sending: asyncio.Future[None]) -> bytes | None:
-        """Returns None once the other side has ended the stream. Raises the error of `sending` at once."""
+        """Returns None once the other side has ended the stream. Raises an error of `sending` at once."""
         if sending.done():
             sending.result()
         if self._reading is None and (sending.done() or self._stream.has_message):

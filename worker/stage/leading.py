@@ -1,4 +1,4 @@
-"""The leader of a group, which has the stage's streams and announces each step before it computes its own portion."""
+"""The leader of a group. It has the stage's streams, and announces each step before it computes its own portion."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _LENGTH = struct.Struct("<I")
 
 
 class MemberFailedError(LlamaclustError):
-    """A member failed within a step that the others continue. It cannot join their gathers any more."""
+    """A member failed within a step that the others continue, so it cannot join their gathers any more."""
 
 
 class Leader:
-    """Announces the steps of one epoch to the group, once links are open. Used by one thread at a time."""
+    """Announces the steps of one epoch to the group once links are open. Used by one thread at a time."""
 
     def __init__(self, epoch: int, links: MemberLinks, gather_by: Callable[[Gatherer], None]) -> None:
         self._epoch = epoch
@@ -46,9 +46,9 @@ class Leader:
         self, frame: bytes, followed: Sequence[SampledTokens], rows: int, checked: Program | None = None
     ) -> Iterator[None]:
         """Announces a microbatch and the tokens that it depends on; the body computes the step. `checked` is the
-        stage's program if the step is computed again for numbers that were not finite. Raises LinkError if a member
-        does not take the step or computes such numbers again. A WorkerError passes, since all members raise it; any
-        other error becomes a MemberFailedError."""
+        stage's program if the step is computed again because numbers were not finite. Raises LinkError if a member does
+        not take the step, or computes such numbers again. A WorkerError passes, since all members raise it; another
+        error becomes a MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
         self._links.bands = bands = self._choice.of(rows)
         self._links.send_step(self._epoch, self._steps, encode_step(frame, followed, bands))
@@ -83,8 +83,8 @@ class Leader:
 
 
 def encode_step(frame: bytes, followed: Sequence[SampledTokens], bands: int) -> bytes:
-    """Encodes a step: the number of bands, the number of token messages, each of these messages after its length, then
-    the received frame."""
+    """Encodes a step: the number of bands, the number of token messages, each of these messages preceded by its length,
+    then the received frame."""
     parts = [_LENGTH.pack(bands), _LENGTH.pack(len(followed))]
     for sampled in followed:
         tokens = encode_sampled_tokens(sampled)

@@ -1,5 +1,5 @@
-"""The loop of a loaded stage. It receives, computes and answers microbatches in number order. The answer is a frame for
-the next stage; the last stage sends a result to the coordinator and tokens to the first stage."""
+"""The loop of a loaded stage. It receives, computes and answers microbatches in order of numbers. Answers are frames
+for the next stage; the last stage sends results to the coordinator and tokens to the first stage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _DIRECT_BYTES = 1 << 16
 """The largest answer that is sent before the next step. A larger one must wait until the other side reads."""
 
 _RESULT_DELAY_S = 0.001
-"""The delay of results after tokens for a first stage on this machine: the coordinator may take its core for 0.7 ms."""
+"""Seconds by which results follow tokens to a first stage here, whose core the coordinator may take for 0.7 ms."""
 _MIN_ROUND_S = 0.004
 
 _Value = TypeVar("_Value")
@@ -63,7 +63,7 @@ async def _send_all(waiting: deque[asyncio.Future[Answer]], send: Callable[[list
 
 @dataclass(frozen=True, slots=True)
 class StageContext:
-    """Objects that the stages of a membership share. A stage that a group holds has some of its own."""
+    """Objects that the stages of a membership share. A group's stage has some of its own."""
 
     worker: str
     compute: Compute
@@ -156,8 +156,8 @@ class StageLoop:
         self.runner.matchers.receive(inputs.for_matchers)
 
     async def compute(self, arrival: Arrival) -> asyncio.Future[Answer]:
-        """Returns when the next microbatch may begin. The answer is done, except in a whole model's step that was sent
-        ahead: the thread still computes that one. ProtocolError is raised here or by the answer."""
+        """Waits until the next microbatch may begin. The answer is then done, except that the thread may still compute
+        a whole model's step that was sent ahead. A ProtocolError is raised here or by the answer."""
         program = self.runner.program
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
@@ -183,7 +183,7 @@ class StageLoop:
         return inputs
 
     def _whole_step(self, kind: _Kind, arrival: Arrival, inputs: StepInputs) -> Answer:
-        """Computes a step in one job, so that two thread switches as in `_step`, 0.1 to 0.3 ms each, delay no token."""
+        """Computes a step in one job, without the two thread switches of `_step` (0.1 to 0.3 ms each)."""
         started_ns = perf_counter_ns()
         try:
             queue_ns = started_ns - max(arrival.received_ns, self._tokens.came_ns(arrival.newest_dependency))
@@ -194,7 +194,7 @@ class StageLoop:
             return self._failure(arrival, error)
 
     async def _step(self, arrival: Arrival) -> Answer:
-        """Runs a last stage's layers before it awaits its inputs, since making a prompt's matcher can take 50 ms."""
+        """Runs the last stage's layers before it awaits its inputs, since making a prompt's matcher can take 50 ms."""
         program = self.runner.program
         if program.is_first and not program.is_last:
             await self.dependencies.known(arrival.newest_dependency)
@@ -210,7 +210,7 @@ class StageLoop:
         return self._result(arrival, outputs, queue_ns, compute_ns + finish_ns)
 
     def _run_layers(self, arrival: Arrival) -> Logits:
-        """Fills in tokens for a first stage only, since later ones read none. Raises WorkerError if one is unknown."""
+        """Fills in tokens on the first stage, since later ones read none. Raises WorkerError if a token is unknown."""
         runner, frame = self.runner, arrival.frame
         if runner.program.is_first:
             self._tokens.fill(frame)
@@ -229,7 +229,7 @@ class StageLoop:
         return step_limit_s(self._taken_ns.get(kind), on_gpus=self.runner.is_on_gpus)
 
     async def _timed(self, kind: _Kind, job: Callable[[], _Value]) -> tuple[_Value, int, int]:
-        """Returns the job's result, start and duration. The next job of this kind is expected to take as long."""
+        """Returns the job's result, start and duration. The next similar job is expected to take as long."""
 
         def timed() -> tuple[_Value, int, int]:
             begun_ns = perf_counter_ns()
@@ -278,7 +278,7 @@ class StageLoop:
         return Answer(data, SampledTokens(arrival.number, ()))
 
     def _may_delay_result(self, arrival: Arrival) -> bool:
-        """True if the coordinator sends steps ahead, so that the next one does not wait for this result."""
+        """True if the coordinator sends steps ahead, so that the next step does not wait for this result."""
         before_ns, self._last_result_ns = self._last_result_ns, perf_counter_ns()
         return arrival.newest_dependency is not None and self._last_result_ns - before_ns >= _MIN_ROUND_S * 1e9
 

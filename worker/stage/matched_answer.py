@@ -1,4 +1,4 @@
-"""One answer at the last stage, with the matcher that follows its tokens."""
+"""One answer at the last stage, and the matcher that follows its tokens."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _DRAFTED_NS: Final = 200_000_000
 """The CPU time of a step's matchers after which drafted rows are deferred."""
 _STEP_NS: Final = 500_000_000
-"""The CPU time after which other rows are deferred too. The coordinator then sends few slow answers at a time."""
+"""The CPU time after which other rows are deferred too. The coordinator then sends few slow answers at once."""
 _TOLD_NS: Final = 1_000_000
-"""The least CPU time of a row that is reported to the coordinator."""
+"""Rows with at least this CPU time are reported to the coordinator."""
 _READY_S: Final = 60.0
-"""The deadline of making a matcher, which takes a fraction of a second except on a very busy machine."""
+"""The deadline for making a matcher, which takes a fraction of a second except on a very busy machine."""
 _TOKEN_NS: Final = 50_000_000
-"""The CPU time that each token may take. Large schemas take at most a tenth of it."""
+"""The CPU time allowed per token. Large schemas take at most a tenth of it."""
 _GUARD_NS: Final = 2_000_000_000
-"""The CPU time that an answer may take in addition to that of its tokens. The limit protects other answers if the
-counts (see matcher.py) do not show an answer's cost."""
+"""The CPU time allowed per answer in addition to that of its tokens. It protects other answers if the counts of work
+(see matcher.py) do not reveal an answer's cost."""
 _TOKENS_AT_ONCE: Final = 64
 
 DEFERRED: Final = RowResult(-1, nan, is_deferred=True)
@@ -49,7 +49,7 @@ class MatcherTime:
 
 
 class MatchedAnswer:
-    """Belongs to the thread that makes its matcher until `ready` is done, then to the stage."""
+    """An answer. It belongs to the thread that makes its matcher until `ready` is done, then to the stage."""
 
     def __init__(self, start: MatcherStart) -> None:
         self.ready: Future[None] = Future()
@@ -74,7 +74,7 @@ class MatchedAnswer:
         return not self.is_released
 
     def make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Makes a matcher and feeds it the answer's tokens. An error fails the answer."""
+        """Makes a matcher and feeds it the answer's tokens. An error fails only this answer."""
         try:
             try:
                 self._make_matcher(vocabulary)
@@ -85,7 +85,7 @@ class MatchedAnswer:
             self.fail(error)
 
     def _make_matcher(self, vocabulary: GrammarVocabulary) -> None:
-        """Forces tokens only at an answer's beginning: later ones came with the token before, or are sampled."""
+        """Forces tokens only at an answer's beginning. Later ones come with the token before, or are sampled."""
         matcher, tokens = answer_matcher(self._start, vocabulary, is_costly=self._is_costly), self._tokens
         self._excess_ns = 0
         for place in range(0, len(tokens), _TOKENS_AT_ONCE):
@@ -114,9 +114,9 @@ class MatchedAnswer:
         return self._due is not None
 
     def begin(self, row: MatcherRow) -> bool:
-        """Returns False if the row is deferred, because its matcher is not ready or an earlier row was deferred. Raises
-        ProtocolError if the row is at a wrong position. Rows that were sent before forced tokens were known repeat
-        these."""
+        """Returns False if the row is deferred, because the matcher is not ready or an earlier row was deferred. Raises
+        ProtocolError if the row is at a wrong position. Rows that were sent before the forced tokens were known repeat
+        them."""
         if self._due is not None and row.position > self._due:
             return False
         is_ready = self.ready.done() and self._matcher is not None
@@ -137,7 +137,7 @@ class MatchedAnswer:
 
     @property
     def turn(self) -> tuple[bool, int]:
-        """A sort key in a step. Slow answers come last; among them, those that were deferred most often come first."""
+        """A sort key within a step. Slow answers come last; of these, the ones deferred most often come first."""
         return self._is_slow, -self._held
 
     @property
@@ -152,9 +152,9 @@ class MatchedAnswer:
         return self._matcher is not None and self._failed is None and self._matcher.is_complete
 
     def take(self, result: RowResult, time: MatcherTime) -> RowResult | AllowedTokens:
-        """Feeds a sampled token to the matcher. Returns the result with tokens that must follow. If the token is not
-        allowed, returns the allowed tokens, among which to sample again. Returns DEFERRED if the matcher must be made
-        again or the step has no time left."""
+        """Feeds a sampled token to the matcher. Returns the result with the tokens that must follow. If the token is
+        not allowed, returns the allowed tokens, from which the caller samples again. Returns DEFERRED if the matcher
+        must be made again or the step has no time left."""
         if self._failed is None and self._forced:
             return RowResult(self._forced[0], 0.0, forced=tuple(self._forced[1:]))
         if self._failed is None and result.failure is not None:
@@ -179,7 +179,7 @@ class MatchedAnswer:
         return replace(result, forced=tuple(self._forced), matcher_ns=self._row_ns if self._is_slow else 0)
 
     def with_forced_draft(self, result: RowResult, time: MatcherTime) -> RowResult:
-        """Adds the tokens that must follow to the answer's last row that counts, if they are wanted as a draft."""
+        """Adds the tokens that must follow to the answer's last counted row, if they are wanted as a draft."""
         if not self._start.drafts_forced or self._failed is not None or self._matcher is None or not time.may_draft:
             return result
         began_ns = thread_time_ns()
@@ -199,7 +199,7 @@ class MatchedAnswer:
         return replace(result, forced_draft=tuple(forced), matcher_ns=row_ns if row_ns >= _TOLD_NS else 0)
 
     def fail(self, error: Exception) -> None:
-        """Fails the answer. Only a RequestError other than a refused token is the request's fault."""
+        """Fails the answer. Only a RequestError that is not a TokenRefusedError is the request's fault."""
         message = str(error)
         is_fault = isinstance(error, RequestError) and not isinstance(error, TokenRefusedError)
         if not isinstance(error, LlamaclustError):

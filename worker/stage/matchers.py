@@ -1,8 +1,8 @@
-"""Matchers of a last stage's answers, for grammars and budgets of reasoning. A thread makes them when sampling inputs
-arrive, while the stage computes. Rows whose matcher is not ready are deferred: the coordinator sends them again. A row
-is first sampled without its grammar. If the grammar refuses the token, the row is sampled again among all allowed
-tokens. The rows of a step share a bounded CPU time. A matcher's state depends only on grammar and tokens, so an answer
-can continue on another pipeline."""
+"""Matchers of a last stage's answers, for grammars and reasoning budgets. A thread makes them when sampling inputs
+arrive, while the stage computes. Rows without a ready matcher are deferred: the coordinator sends them again. A row is
+first sampled without its grammar. If the grammar refuses the token, the row is sampled again from the allowed tokens.
+The rows of a step share a bounded CPU time. A matcher's state depends only on grammar and tokens, so an answer can
+continue on another pipeline."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT
 from llamaclust.worker.stage.step_inputs import MatcherInputs
 
 _ALONE_S: Final = 0.05
-"""The longest wait for matchers if all rows need it, since deferred rows would only come again and again."""
+"""The longest wait in seconds for matchers if all rows need them, since deferred rows would only come again."""
 _FIRST_S: Final = 0.01
-"""The longest wait for rows not deferred before, if other rows are ready. Most grammars take about a millisecond."""
+"""The longest wait in seconds for rows that were not deferred yet, if other rows are ready."""
 
 
 class StageMatchers:
@@ -55,11 +55,11 @@ class StageMatchers:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def prepare(self) -> None:
-        """Reads the vocabulary before an answer needs it; a large one takes most of a second."""
+        """Reads the vocabulary before an answer needs it, since a large one takes most of a second."""
         self._thread.submit(self._prepare)
 
     def receive(self, inputs: MatcherInputs) -> None:
-        """Drops released answers' matchers and starts new ones. Raises ProtocolError if too many start."""
+        """Drops the matchers of released answers and starts new ones. Raises ProtocolError if too many start."""
         for key in inputs.released:
             if (answer := self._find(inputs.number, key)) is not None:
                 answer.is_released = True
@@ -72,7 +72,7 @@ class StageMatchers:
             self._make(answer)
 
     async def ready(self, inputs: MatcherInputs) -> None:
-        """Waits until the step's matchers are ready, or its other rows cannot wait longer."""
+        """Waits until the step's matchers are ready, or until its other rows cannot wait longer."""
         making, timeout_s = self._awaited(inputs)
         if making:
             await asyncio.wait(list(map(asyncio.wrap_future, making)), timeout=timeout_s)
@@ -114,9 +114,9 @@ class StageMatchers:
         return complete
 
     def take(self, results: list[RowResult]) -> dict[int, AllowedTokens]:
-        """Feeds the step's results to the matchers and replaces some of them. Returns, by place, the allowed tokens of
-        rows whose token is not allowed. The caller samples these again and repeats the call until it returns none. A
-        drafted row counts only if the row before it chose its token."""
+        """Feeds the step's results to the matchers, and replaces some of them. Returns, by place, the allowed tokens of
+        rows whose token is refused. The caller samples these again and repeats the call until it returns {}. A drafted
+        row counts only if the row before it chose its token."""
         for place in self._deferred:
             results[place] = DEFERRED
         refused: dict[int, AllowedTokens] = {}
@@ -161,7 +161,6 @@ class StageMatchers:
         return taken
 
     def _find(self, number: int, key: int) -> MatchedAnswer | None:
-        """Returns the newest answer with this key that started at or before this microbatch."""
         with self._lock:
             started = [start for start in self._starting if start[0] <= number and start[1] == key]
             return self._starting[max(started)] if started else self._answers.get(key)

@@ -1,6 +1,6 @@
-"""A head for multi-token prediction (MTP), which drafts after a last stage's layers. It keeps keys and values of every
-row that counted, in blocks with the same ids as the layers' blocks; those of drafted tokens are overwritten. Missing or
-wrong ones make drafts worse but change no answer."""
+"""A multi-token prediction (MTP) head, which drafts after the last stage's layers. It keeps keys and values of all rows
+that counted, in blocks with the layers' block ids; those of drafted tokens are overwritten. Missing or wrong ones make
+drafts worse but change no answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llamaclust.model.loader import Model
 
 Normed = Callable[[Int32], Float32]
-"""A function that returns the normed hidden state of rows of the stage's last run, [rows, embedding]."""
+"""Returns the normed hidden state [rows, embedding] of these rows of the stage's last run."""
 
 
 def nextn_program_of(model: Model, limits: StageLimits) -> Program:
@@ -37,7 +37,7 @@ def nextn_limits(limits: StageLimits) -> StageLimits:
 
 @dataclass(slots=True)
 class _Taken:
-    """The rows of a chunk that count, each with the token that follows it."""
+    """The rows of a chunk that count, each with the next token."""
 
     tables: Int32  # [blocks]
     end: int  # positions that they hold
@@ -67,7 +67,7 @@ class NextnDrafter:
         self.kv_bytes, self.workspace_bytes = self._stage.kv_bytes, self._stage.workspace_bytes
 
     def draft(self, frame: MicrobatchFrame, normed: Normed, outcomes: RowOutcomes, tasks: SamplingTasks) -> None:
-        """Computes keys and values of the rows that count, and adds requested drafts to the outcomes."""
+        """Computes keys and values of the rows that count, and adds the requested drafts to the outcomes."""
         taken = _taken(frame, outcomes, tasks)
         for each in taken:
             each.end = min(each.end, self._most_tokens)
@@ -93,7 +93,7 @@ class NextnDrafter:
                 outcomes.set_drafted(each.output, each.drafted)
 
     def _run(self, taken: Sequence[_Taken], hidden: Float32) -> tuple[Int32, Float32]:
-        """Returns the rows with logits, one for each chunk that requests drafts, and the logits [rows, vocabulary]."""
+        """Returns the rows with logits (one per chunk that requests drafts), and the logits [rows, vocabulary]."""
         counts = [len(each.tokens) for each in taken]
         starts = np.cumsum([0, *counts], dtype=np.int32)
         lines = np.array([end - 1 for end, each in zip(starts[1:], taken, strict=True) if each.most], np.int32)
@@ -110,7 +110,7 @@ class NextnDrafter:
         return lines, self._stage.run(batch, np.ascontiguousarray(hidden))
 
     def _choose(self, drafting: Sequence[_Taken], logits: Float32, tasks: SamplingTasks, later: int) -> None:
-        """Chooses next tokens with random draws of `later` positions on. Logits that are not finite end drafting."""
+        """Chooses next tokens with random draws of `later` positions on. Logits that are not finite end a draft."""
         if not drafting:
             return
         rows = self._sampler.sample(logits, tasks.drafts([each.output for each in drafting], later)).rows
@@ -147,8 +147,8 @@ def _taken(frame: MicrobatchFrame, outcomes: RowOutcomes, tasks: SamplingTasks) 
 def following(
     tokens: tuple[int, ...], next_token: int | None, chosen: Sequence[int], scored: Sequence[bool]
 ) -> tuple[tuple[int, ...], int | None]:
-    """Returns the tokens that follow the chunk's leading rows that count, and the index of the output row that chose
-    the last of them, or None. A drafted row counts if the row before it chose its token."""
+    """Returns the tokens after the chunk's leading rows that count, and the index of the output row that chose the last
+    one, or None. A drafted row counts if the row before it chose its token."""
     for index, (token, is_scored) in enumerate(zip(chosen, scored, strict=True)):
         place = len(tokens) - len(chosen) + index
         if is_scored:

@@ -36,7 +36,7 @@ class SampledTokensBox:
             del self._tokens[next(iter(self._tokens))]
 
     def came_ns(self, number: int | None) -> int:
-        """Returns the time when the tokens of a microbatch came (perf_counter_ns); 0 if they did not."""
+        """Returns the perf_counter_ns time at which a microbatch's tokens came; 0 if they did not."""
         return self._tokens[number][1] if number in self._tokens else 0
 
     def all_of(self, numbers: Sequence[int]) -> list[SampledTokens]:
@@ -45,7 +45,7 @@ class SampledTokensBox:
         return [SampledTokens(number, self._tokens[number][0]) for number in numbers]
 
     def fill(self, frame: _native.MicrobatchFrame) -> None:
-        """Fills in the tokens that the frame depends on. Raises WorkerError if one is not known."""
+        """Fills in the tokens that the frame depends on. Raises WorkerError if one is unknown."""
         for number in frame.depends_on:
             tokens = self._tokens[number][0] if number in self._tokens else ()
             if not frame.fill(number, tokens):

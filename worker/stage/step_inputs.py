@@ -1,4 +1,4 @@
-"""Sampling inputs as a last stage receives them. Native code reads and checks all but the starts of matchers."""
+"""Sampling inputs of the last stage. Native code reads and checks all of them except the starts of matchers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class StepInputs:
 
     @property
     def for_matchers(self) -> MatcherInputs:
-        """The step's inputs for matchers. Rows are marked as drafted only once the tasks are complete."""
+        """The inputs for matchers. Rows are marked as drafted only once the tasks are complete."""
         tasks = self.tasks
         rows = tuple(
             (place, MatcherRow(key, position, drafted)) for place, key, position, drafted in tasks.matcher_rows

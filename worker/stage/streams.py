@@ -26,13 +26,13 @@ from llamaclust.worker.stage.stage_runner import StageRunner
 from llamaclust.worker.stage.step_inputs import StepInputs
 
 _STEP_S = 60.0
-"""The longest time that a step of a group's leader takes to end once its links are closed."""
+"""The longest time in seconds until a leader's step ends after its links were closed."""
 
 _Use = Callable[[ClientStream], Coroutine[None, None, None]]
 
 
 async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, None, None]) -> None:
-    """Does the work, then ends the stream. Raises WorkerError if the other side ends the stream earlier."""
+    """Does the work, then ends the stream. Raises WorkerError if the other side ends the stream first."""
     is_done = False
 
     async def working() -> None:
@@ -78,7 +78,7 @@ class StageStreams:
         neighbours: Neighbours,
         links: MemberLinks | None = None,
     ) -> None:
-        """`links` is set for a group's leader, whose context has a `compute` of its own."""
+        """`links` is set for a group's leader. The leader's context has its own `compute`."""
         self.epoch = epoch
         self._links = links
         self.runner = runner
@@ -96,7 +96,7 @@ class StageStreams:
 
     @property
     def computing_s(self) -> float:
-        """Seconds since a group's leader last waited for a member in the present step; 0.0 for other stages."""
+        """The seconds since a group's leader last waited for a member in the current step; 0.0 for other stages."""
         return 0.0 if self._links is None else min(self._compute.computing_s, self._links.computing_s)
 
     async def sample(self, stream: ServerStream) -> None:
@@ -131,7 +131,7 @@ class StageStreams:
             self._loop.dependencies.fail(WorkerError("the last stage sends no more tokens"))
 
     async def forward(self, stream: ServerStream) -> None:
-        """Serves the previous stage's or the coordinator's stream, once the streams to all later stages are open."""
+        """Serves the previous stage's or the coordinator's stream once the streams to later stages are open."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise ProtocolError(f"a second stream of microbatches for epoch {epoch_text(self.epoch)}")
@@ -168,7 +168,7 @@ class StageStreams:
             await self._with_stream_to(first, SAMPLED_TOKENS, "first", stream, use)
 
     async def _with_stream_to(self, stage: Peer, method: str, which: str, incoming: ServerStream, use: _Use) -> None:
-        """Uses a stream to `stage`. Reports a failure of its connection before this stage's own streams end."""
+        """Opens and uses a stream to `stage`. Reports a lost connection before this stage's own streams end."""
         stream = stage.open(method, epoch=self.epoch)
         try:
             await stage.connected()
@@ -186,7 +186,7 @@ class StageStreams:
             await stream.opened()
 
     async def settle(self) -> None:
-        """Frees the memory of former adapters if no microbatch is in flight. Otherwise the next run frees it."""
+        """Frees former adapters' memory if no microbatch is in flight. Otherwise the next run frees it."""
         progress = self._loop.progress
         if progress.received == progress.sent:
             await self._compute.run(self.runner.settle)
@@ -196,7 +196,6 @@ class StageStreams:
             self._links.close()
 
     async def release(self) -> StageRunner:
-        """Ends the stage's streams, and returns the loaded stage."""
         if self._forwarding is not None:
             self._forwarding.cancel()
         self.close_links()

@@ -1,1 +1,1 @@
-"""A worker's weights: model files, and tensors fetched from other workers."""
+"""A worker's weights: model files, and tensors from other workers."""

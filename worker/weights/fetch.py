@@ -37,7 +37,7 @@ class Patience:
 
 
 class DamagedError(LlamaclustError):
-    """Bytes that are not the requested ones."""
+    """The bytes are not the requested ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class _Source:
         self.failed_since_s, self.failures = None, 0
 
     async def rest(self, error: LlamaclustError, limit_s: float) -> None:
-        """Pauses after a failure; gives the source up after `limit_s` of failures."""
+        """Pauses after a failure. Gives the source up after failures for `limit_s` seconds."""
         now_s = asyncio.get_running_loop().time()
         if self.failed_since_s is None:
             self.failed_since_s = now_s
@@ -103,7 +103,7 @@ class WeightFetch:
         on_others_bytes: OnBytes,
         patience: Patience = Patience(),
     ) -> None:
-        """`on_bytes` gets counts of fetched bytes; `on_others_bytes` gets those that another process has cached."""
+        """`on_bytes` gets counts of fetched bytes, `on_others_bytes` those of bytes that another process has cached."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
@@ -128,8 +128,8 @@ class WeightFetch:
             self._begin(renewed, self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
-        """Returns when the cache has all wanted weights; the caller holds the cache `in_use`. Raises WorkerError if no
-        source has one of them."""
+        """Fetches all wanted weights to the cache, which the caller holds `in_use`. Raises WorkerError if no source has
+        one of them."""
         by_content = {weights.content: weights for weights in wanted}
         largest_first = sorted(by_content.values(), key=lambda weights: -weights.n_bytes)
         self._items = [_Item(weights, self._cache.part_bytes(weights.content)) for weights in largest_first]
@@ -174,7 +174,6 @@ class WeightFetch:
                 stream.cancel()
 
     async def _next(self, source: _Source) -> _Item | None:
-        """Waits for the next item for this source. Returns None if there will be none."""
         clock = asyncio.get_running_loop().time
         while self._items and source.given_up is None:
             for item in self._items:
@@ -202,7 +201,7 @@ class WeightFetch:
         return stream
 
     async def _get(self, item: _Item, source: _Source, stream: ClientStream) -> None:
-        """Fetches the missing rest of one tensor. A ProtocolError or DamagedError is this source's fault."""
+        """Fetches the missing rest of a tensor. A ProtocolError or DamagedError is this source's fault."""
         wanted = item.wanted
         if self._cache.find(wanted.content) is not None:  # another process has fetched it
             self._others_brought(item, wanted.n_bytes)

@@ -1,4 +1,4 @@
-"""Sends weights to workers that lack the model's file: tensors of files and of the cache, by SHA-256, in pieces."""
+"""Sends weights to workers without the model's file: tensors of files and of the cache, by SHA-256, in pieces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FRAME_S = 30.0
 
 
 class WeightGiver:
-    """The Weights service of one process. It holds at most one piece of a file per stream in memory."""
+    """The Weights service of a process. It has at most one piece of a file in memory per stream."""
 
     def __init__(self, cache: WeightCache | None) -> None:
         self.sent_bytes = 0
@@ -37,7 +37,7 @@ class WeightGiver:
         return self._cache is not None
 
     def add(self, file: ModelFile, manifest: str) -> None:
-        """Offers a file's tensors. The cache must have its manifest, which has this SHA-256."""
+        """Offers a file's tensors. The cache must have the manifest with SHA-256 `manifest`."""
         assert self._cache is not None
         for record in read_manifest(self._cache.place(manifest)).tensors:
             self._tensors[record.content] = file.tensor(record.name)

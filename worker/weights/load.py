@@ -1,4 +1,4 @@
-"""Loads a stage, or a stage's adapters, as the coordinator ordered: from files here or from other workers."""
+"""Loads a stage or its adapters as the coordinator ordered, from files here or from other workers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _Value = TypeVar("_Value")
 
 
 async def load_stage(order: Load, device: Device, report: Report, weights: Weights, reach: Reach) -> StageRunner:
-    """Raises ModelFileError, InsufficientMemoryError, and the errors of `RemoteFile` if there is no file here."""
+    """Raises ModelFileError, InsufficientMemoryError, and the errors of `RemoteFile` if no file is here."""
 
     async def progressed(done_bytes: int, total_bytes: int) -> None:
         if total_bytes:
@@ -68,7 +68,7 @@ async def _load(order: Load, device: Device, files: _Files) -> StageRunner:
 async def load_adapters(
     wanted: Sequence[AdapterFile], runner: StageRunner, device: Device, weights: Weights, reach: Reach
 ) -> None:
-    """Replaces the stage's adapters from the next microbatch on, or raises the errors of `load_stage`."""
+    """Replaces the stage's adapters from the next microbatch on. Raises the errors of `load_stage`."""
     async with _Files(weights, reach, Progress()) as files:
         adapters = await files.open_adapters(wanted, runner.model.plain)
         names = runner.program_of(runner.model.adapted_by(_files_of(adapters))).weights
@@ -99,7 +99,7 @@ def _files_of(adapters: Mapping[int, _Opened]) -> dict[int, ModelFile]:
 
 
 class _Files(AsyncExitStack):
-    """The files of a load. Fetched weights are kept until the context ends."""
+    """The files of a load. Fetched weights are kept while the context lasts."""
 
     def __init__(self, weights: Weights, reach: Reach, progress: Progress) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class _Files(AsyncExitStack):
         return _Opened(await remote.outline(), remote=remote)
 
     def _here(self, read: Callable[[], ModelFile | None], path: str, known: WeightSources | None) -> ModelFile | None:
-        """Returns this machine's file; None if it is missing or has other bytes, and the weights may be fetched."""
+        """Returns this machine's file. Returns None if it is missing or wrong and the weights can be fetched."""
         try:
             file = read()
             if file is not None and known is not None:
@@ -156,7 +156,7 @@ class _Files(AsyncExitStack):
 
 
 async def _in_thread(work: Callable[[], _Value], progress: Progress) -> _Value:
-    """Waits for the thread even if cancelled. The thread holds memory until it ends, at its next progress report."""
+    """Waits for the thread even if cancelled, since it holds memory until its next progress report."""
     running = asyncio.ensure_future(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
@@ -171,7 +171,7 @@ def _in_tiles(limits: StageLimits, model: Model) -> Model:
 
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
-    """Returns the memory on all devices together. Raises InsufficientMemoryError that names one with too little."""
+    """Returns the memory of all devices together. Raises InsufficientMemoryError if one has too little."""
     shares = device_shares(device, model, device.layers(order), order.limits, portion_of(order))
     release_freed_memory()
     for name, share in shares.items():

@@ -1,4 +1,4 @@
-"""A model or adapter on other machines, from which the tensors that a stage needs are fetched and checked."""
+"""A model or adapter on other machines. The tensors that a stage needs are fetched and checked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llamaclust.worker.weights.weights import Weights, key_of
 
 
 class RemoteFile:
-    """Keeps fetched weights until the context ends. Raises LlamaclustError without a cache."""
+    """Keeps fetched weights while its context lasts. Raises LlamaclustError if there is no cache."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class RemoteFile:
         sources: Mapping[str | None, Peer],
         on_bytes: Callable[[int], None],
     ) -> None:
-        """`path` is for messages. `sources` are by worker, best first; None is the coordinator."""
+        """`path` is for messages. `sources` are by worker name (None: the coordinator), best first."""
         if weights.cache is None:
             raise LlamaclustError(f"{path}: no such file here, and LLAMACLUST_WEIGHTS_SIZE=0: none are fetched")
         self._cache: WeightCache = weights.cache
@@ -82,7 +82,7 @@ class RemoteFile:
         return self._missing_bytes(self._missing(wanted.values()))
 
     async def complete(self, names: Iterable[str]) -> ModelFile:
-        """Fetches the tensors of these names that the file has, and returns the file."""
+        """Fetches those of the named tensors that the file has, and returns the file."""
         wanted = self._wanted(names)
         await self._fetch(wanted)
         if await asyncio.to_thread(self._missing, wanted):

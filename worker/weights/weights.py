@@ -1,4 +1,4 @@
-"""A worker's model files and fetched tensors. It gives both to other workers."""
+"""A worker's model files and fetched tensors, which it also gives to other workers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _Value = TypeVar("_Value")
 
 
 class Progress:
-    """Counts the bytes of a total that several threads have done. The event loop reports them."""
+    """Counts finished bytes of a total. Several threads count, and the event loop reports."""
 
     def __init__(self) -> None:
         self.total_bytes = 0  # 0: not known yet
@@ -68,12 +68,12 @@ Reach = Callable[[WeightSource], Peer]
 
 
 class Weights:
-    """The weights of one worker. Without a `cache`, weights are neither fetched nor given."""
+    """One worker's weights. Without a `cache`, weights are neither fetched nor given."""
 
     def __init__(
         self, cache: WeightCache | None = None, model_dir: Path | None = None, models_dir: Path | None = None
     ) -> None:
-        """`model_dir` has files that are not where the coordinator has them; `models_dir` has a folder per model."""
+        """`model_dir` has files that are elsewhere on the coordinator; `models_dir` has one folder per model."""
         self.cache = cache
         self.received_bytes = 0
         self._model_dir = model_dir
@@ -88,7 +88,7 @@ class Weights:
                 file.renew(update.source, reach(update.source))
 
     def open_file(self, model_path: str, model_id: str) -> ModelFile | None:
-        """Returns None if no file is at the model's places. Raises ModelFileError if only other files are there."""
+        """Returns None if the model's places have no file. Raises ModelFileError if they have only other files."""
         places = [place for place in self.places(model_path) if place.is_file()]
         return _chosen(lambda place: as_programs_read(open_model(place)), places, model_id)
 
@@ -104,7 +104,7 @@ class Weights:
         return [*dict.fromkeys((path, *own, *downloaded))]
 
     def locate(self, wanted: FindWeights, progress: Progress | None = None) -> WeightsFound:
-        """Finds weights. Makes the manifest if requested, which reads the whole file; `progress` counts its bytes."""
+        """Finds weights. If requested, makes the manifest, which reads the whole file; `progress` counts its bytes."""
         try:
             file = self._wanted(wanted)
         except ModelFileError as error:
@@ -172,5 +172,5 @@ def weight_cache(settings: WorkerSettings) -> WeightCache | None:
 
 
 def key_of(file_id: str) -> str:
-    """Returns the key of a manifest in the cache, for a model or an adapter whose file is not here."""
+    """Returns the key of a manifest in the cache, for a model or adapter whose file is not on this machine."""
     return sha256(f"model {file_id}, manifest {MANIFEST_VERSION}".encode()).hexdigest()

@@ -24,12 +24,12 @@ from llamaclust.model.program import Adapt, MatMul, Program, Step
 from llamaclust.model.quant_types import QuantType
 
 _KEY = "llamaclust.adapter."
-"""The prefix of the metadata keys that a model gains with adapters, for example `llamaclust.adapter.0.alpha`."""
+"""The prefix of metadata keys that adapters add to a model, for example `llamaclust.adapter.0.alpha`."""
 _PREFIX = "adapter."
 _TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 _NAME = re.compile(r"(?P<weight>blk\.\d+\.\w+\.weight)\.lora_(?P<half>[ab])")
 _MOST = 65504.0
-"""The largest accepted weight. Products of rows without the adapter are multiplied by 0, so they must be finite."""
+"""The largest accepted weight. It is finite in F16, so that 0 times a product with it is 0."""
 _READ_BYTES = 1 << 22
 _SAMPLE_BYTES = 4096
 _OTHER = "convert the adapter of this model by llama.cpp's convert_lora_to_gguf.py"
@@ -56,8 +56,8 @@ def read_adapter(path: Path, model: ModelFile) -> ModelFile:
 
 
 def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelFile:
-    """Returns the model with the tensors of the adapters. Raises ModelFileError for an adapter that is not LoRA or is
-    for another architecture. `adapted` checks shapes; `check_adapter_weights` checks weights."""
+    """Returns the model together with the tensors of the adapters. Raises ModelFileError for an adapter that is not
+    LoRA or is for another architecture. `adapted` checks shapes; `check_adapter_weights` checks weights."""
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:
@@ -78,8 +78,8 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
 
 
 def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
-    """Reads every weight, which only the coordinator does. Raises ModelFileError if a weight is not finite or exceeds
-    `_MOST`."""
+    """Reads all weights of the adapters; only the coordinator does so. Raises ModelFileError if a weight is not finite
+    or exceeds `_MOST`."""
     for tensor in (tensor for adapter in adapters for tensor in adapter.tensors.values()):
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
@@ -89,7 +89,7 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
 
 
 def _largest(tensor: Tensor, start: int, end: int) -> float:
-    """Returns the largest absolute weight, or NaN. Without signs, floats compare like integers, and NaN is largest."""
+    """Returns the largest absolute weight, or NaN. Without their signs, floats compare like integers, NaN last."""
     data = tensor.read_range(start, end)
     match tensor.quant_type:
         case QuantType.F32:
@@ -141,8 +141,8 @@ def _numbers(model: ModelFile) -> tuple[int, ...]:
 
 
 def adapted(program: Program, model: ModelFile) -> Program:
-    """Adds the adapters' steps to the program: after each run of MatMul steps with the same input, for each adapter in
-    turn, the steps for the products that it changes. Raises ModelFileError for shapes that do not fit the products."""
+    """Adds the adapters' steps to the program. They follow each run of MatMul steps with the same input, and change the
+    results of these. Raises ModelFileError for shapes that do not fit the products."""
     numbers = _numbers(model)
     return replace(program, steps=tuple(_adapted(program.steps, model, numbers))) if numbers else program
 
@@ -178,8 +178,8 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
 
 
 def own_names(names: Iterable[str], number: int | None) -> list[str]:
-    """Returns the weight names of adapter `number` as its own file has them. If `number` is None, returns those of the
-    model."""
+    """Returns the weight names of adapter `number` as its own file has them, or those of the model if `number` is
+    None."""
     if number is None:
         return [name for name in names if not name.startswith(_PREFIX)]
     prefix = f"{_PREFIX}{number}."

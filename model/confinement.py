@@ -115,5 +115,4 @@ def _filter(architecture: _Architecture) -> Iterable[bytes]:
 
 
 def _instruction(code: int, value: int, *, if_equal: int = 0, otherwise: int = 0) -> bytes:
-    """Packs a `struct sock_filter`. `if_equal` and `otherwise` count the instructions that the jump skips."""
     return struct.pack("=HBBI", code, if_equal, otherwise, value)

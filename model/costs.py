@@ -1,4 +1,4 @@
-"""Costs of steps, layers and a model: bytes of weights, KV memory and states, and multiply-accumulates."""
+"""Costs of steps, layers and models: bytes of weights, KV memory and states, and multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TypedWeights:
 
 
 def typed_weights(tensors: Mapping[str, Tensor], steps: Iterable[Step], *, experts: bool) -> tuple[TypedWeights, ...]:
-    """Returns the matrices of experts, or those outside mixtures of experts, by quant type. Routers are in neither."""
+    """Returns, by quant type, the matrices of experts or those outside mixtures. Routers are in neither."""
     n_bytes, products = Counter[QuantType](), Counter[QuantType]()
     kind = WeightKind.EXPERTS if experts else WeightKind.MATRIX
     seen = set[str]()
@@ -59,7 +59,7 @@ def idle_bytes(tensors: Mapping[str, Tensor], steps: Iterable[Step], size: Calla
 
 
 def idle_share(steps: Iterable[Step]) -> float:
-    """Returns the share of a layer's experts that a token does not choose. A layer has at most one mixture."""
+    """Returns the share of a layer's experts that a token does not choose."""
     return next((1 - step.mixture.used / step.mixture.experts for step in _of_mixtures(steps)), 0.0)
 
 
@@ -85,9 +85,9 @@ def all_macs(steps: Iterable[Step]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """The cost of one layer. `weight_bytes` are bytes in memory. `idle_bytes` of these belong to the experts that a
-    token does not choose, a share `idle_share` of all experts. `used_file_bytes` are the other weights' bytes in the
-    file. Multiply-accumulates exclude attention, whose cost grows with the context."""
+    """The cost of one layer. `weight_bytes` counts memory. `idle_bytes` of these belong to the experts that a token
+    does not choose, which are a share `idle_share` of all experts. `used_file_bytes` are the other weights' bytes in
+    the file. Attention is not part of multiply-accumulates, because its cost grows with the context."""
 
     weight_bytes: int
     macs_per_token: int
@@ -112,8 +112,8 @@ class LayerCost:
         return self.touched_bytes(rows) + 2 * sequences * self.state_bytes
 
     def touched_bytes(self, rows: int) -> float:
-        """Returns the expected bytes of weights that a step of `rows` rows reads. Each row is assumed to choose u of E
-        experts independently and evenly, so that E * (1 - (1 - u / E) ** rows) experts are read."""
+        """Returns the expected bytes of weights that a step of `rows` rows reads. If each row chooses u of E experts
+        evenly and independently, E * (1 - (1 - u / E) ** rows) experts are read."""
         return self.weight_bytes - self._idle_bytes(rows)
 
     def touched_expert_bytes(self, rows: int) -> float:
@@ -127,13 +127,13 @@ class LayerCost:
 
 
 JOINED = LayerCost(0, 0, 0, is_joined=True)
-"""The cost of the second and further parts of a layer that cannot be divided: its first part has the whole cost."""
+"""The cost of all parts but the first of a layer that cannot be divided: its first part has the whole cost."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """The costs of a model. The first stage holds the embedding and the last stage the head. `tied_bytes` of tensors
-    are counted in both, but a stage that has both holds them once."""
+    """The costs of a model. The first stage has the embedding, the last stage the head. `tied_bytes` of tensors are
+    counted in both; a stage with both holds them once."""
 
     embedding_bytes: int
     head_bytes: int
@@ -156,8 +156,8 @@ class ModelCosts:
 
     @property
     def borders(self) -> tuple[int, ...]:
-        """The layers before which a stage may begin, and the number of layers. A layer stays in one stage if it cannot
-        be divided, and so do layers that share keys and values, with all layers between them."""
+        """The layers at which a stage may begin, and the number of layers. Not divided are layers with `is_joined`
+        parts, and ranges of layers that share keys and values."""
         shared = [(layer.kv_source, number) for number, layer in enumerate(self.layers) if layer.kv_source is not None]
         sources = ((source * self.expert_shards, number) for source, number in shared)
         between = {border for source, number in sources for border in range(source + 1, number + 1)}
@@ -178,7 +178,7 @@ class ModelCosts:
 
 
 def layer_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
-    """Returns the cost of a program of one layer. Does not count the embedding or the head if the program has them."""
+    """Returns the cost of a one-layer program, without its embedding and head."""
     before_head = takewhile(partial(is_before_head, program), program.steps)
     return steps_cost(tensors, replace(program, steps=tuple(step for step in before_head if not step.is_embedding)))
 
@@ -207,6 +207,6 @@ def steps_cost(tensors: Mapping[str, Tensor], program: Program) -> LayerCost:
 
 
 def is_before_head(program: Program, step: Step) -> bool:
-    """Returns True for a step before the head, which begins with the norm of all rows, or else with `SelectRows`."""
+    """True for a step before the head. The head begins with the norm of all rows, or else with `SelectRows`."""
     has_norm = program.normed is not None and program.normed != program.hidden
     return not isinstance(step, SelectRows) and not (has_norm and step.out == program.normed)

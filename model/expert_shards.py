@@ -53,7 +53,7 @@ def mixture_of(steps: Sequence[Step], layer: int) -> Moe | None:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """A divided layer. `carried`: buffers that steps before the experts write, and the experts or later steps read."""
+    """A divided layer. `carried` are the buffers that steps before the experts write and later steps read."""
 
     mixture: Moe
     carried: tuple[Buffer, ...]

@@ -41,12 +41,12 @@ _NEUTRAL_VALUES = {
     "swiglu_clamp_exp": (0,),
     "swiglu_clamp_shexp": (0,),
 }
-"""Keys that change the arithmetic of the architectures that read them, each with the values that change nothing."""
+"""Keys that change the arithmetic of architectures that read them, and for each the values that change nothing."""
 
 
 LATENT_KEYS = ("attention.key_length_mla", "attention.value_length_mla")
-"""Metadata keys with the widths of a head's query and value in latent attention. There, the usual metadata keys have
-the widths of the stored keys."""
+"""Metadata keys of the widths of a head's query and value in latent attention, where the usual metadata keys have the
+widths of the stored keys."""
 
 MAX_LAYERS = 1 << 10
 SHARED_KV_KEY = "attention.shared_kv_layers"
@@ -64,9 +64,9 @@ class RopeScaling(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RopeParameters:
-    """The rotary embedding of the first `dimension_count` channels of a head. YaRN uses `extrapolation_factor`,
-    `beta_fast`, `beta_slow`, `log_multiplier` and `truncated`. It divides cos and sin by 1 + 0.1 * log_multiplier *
-    ln(factor). If `truncated`, its ramp begins and ends at whole pairs."""
+    """The rotary embedding of a head's first `dimension_count` channels. YaRN uses `extrapolation_factor`, `beta_fast`,
+    `beta_slow`, `log_multiplier` and `truncated`. It divides cos and sin by 1 + 0.1 * log_multiplier * ln(factor). If
+    `truncated`, its ramp begins and ends at whole pairs."""
 
     dimension_count: int
     frequency_base: float
@@ -154,7 +154,7 @@ def hyperparameters_of(keys: ModelKeys) -> Hyperparameters:
 
 
 class ModelKeys:
-    """Reads a model's own keys, given without the architecture's name, and records which ones were read."""
+    """Reads a model's own keys, named without the architecture, and records which were read."""
 
     def __init__(self, model: ModelFile) -> None:
         self.model = model
@@ -236,7 +236,7 @@ class ModelKeys:
         return [bool(flag) for flag in value[:layers]]
 
     def refuse_unread(self) -> None:
-        """Raises ModelFileError for a key that would change the arithmetic but that nothing has read."""
+        """Raises ModelFileError for an unread key that would change the arithmetic."""
         for key in _NEUTRAL_VALUES.keys() - self._read:
             neutral = _NEUTRAL_VALUES[key]
             value: Any = self.model.metadata.get(self._full(key), neutral[0])
@@ -344,7 +344,7 @@ def _read_rope(keys: ModelKeys, key_length: int, context_length: int) -> RopePar
 
 
 def _read_factor(keys: ModelKeys) -> float:
-    """Reads the factor by which positions are stretched, called `rope.scale_linear` in older files. 0 means 1."""
+    """Reads the factor that stretches positions (`rope.scale_linear` in older files). 0 means 1."""
     key = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
     factor = keys.real(key, 1.0, minimum=0.0, maximum=1e6) or 1.0
     if factor < _LEAST_STRETCH:
@@ -353,7 +353,6 @@ def _read_factor(keys: ModelKeys) -> float:
 
 
 def _read_scaling(keys: ModelKeys, factor: float) -> RopeScaling:
-    """Reads the type of RoPE scaling. A factor without a type means linear scaling, as in llama.cpp."""
     name = keys.text("rope.scaling.type", "none" if factor == 1.0 else "linear")
     if name not in set(RopeScaling):
         raise keys.error("rope.scaling.type", f"{shown(name)} is not supported")

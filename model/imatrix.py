@@ -1,4 +1,4 @@
-"""Importance matrices in llama.cpp's two formats: squared inputs of weight matrices, summed by column."""
+"""Importance matrices in both of llama.cpp's formats: squared inputs of weight matrices, summed by column."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NUMBER = Struct("<i")
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """The importance of a matrix, or of experts' matrices: sums of squares [experts, columns] over `counts` inputs."""
+    """The importance of a matrix or of its experts: sums of squares [experts, columns] over `counts` inputs."""
 
     sums: Float32
     counts: Float32
@@ -108,7 +108,7 @@ def _from_gguf(file: ModelFile) -> ImportanceMatrix:
 
 
 def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
-    """Reads: entry count | for each entry: name, calls, values times calls | chunk count, name of the text."""
+    """Reads: entry count | per entry: name, calls, values times calls | chunk count, name of the text."""
     at = 0
 
     def number() -> int:

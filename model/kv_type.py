@@ -24,7 +24,6 @@ class KvType(StrEnum):
     INT8 = "int8"
 
     def key_bytes(self, channels: int) -> int:
-        """Returns the bytes of one head's key at one position, including padding and scales."""
         if self is KvType.F16:
             return 2 * channels
         together = 4 if self is KvType.INT8 else 2  # channels of a position that lie side by side

@@ -90,7 +90,7 @@ def rule_effects(model: Model, rules: Sequence[PlacementRule]) -> tuple[RuleEffe
 
 
 def placement_of(model: Model, rules: Sequence[PlacementRule], cpu_moe: int | None) -> Placement:
-    """Returns the devices of layers. The first rule that matches a tensor decides on it; `cpu_moe` decides on experts
+    """Returns the devices of layers. The first rule that matches a tensor applies to it; `cpu_moe` applies to experts
     without a rule. Raises UsageError for a rule that matches no tensor or cannot be obeyed."""
     if not rules:
         return Placement(cpu_moe=cpu_moe)
@@ -122,7 +122,7 @@ class _Part:
     others: list[str] = field(default_factory=list)  # small ones, which are where those are
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str, PlacementRule] | None:
-        """Returns a tensor and its rule, which decide on all tensors of the part. Returns None if no rule matches."""
+        """Returns a tensor and its rule, which decides for all tensors of the part; None if no rule matches."""
         ruled = [(name, decided[name]) for name in (*self.deciding, *self.others) if name in decided]
         if not ruled:
             return None
@@ -144,7 +144,7 @@ class _Layer:
     vectors: set[str] = field(default_factory=set)  # of the rest, norms and biases
 
     def place(self, decided: Mapping[str, PlacementRule]) -> tuple[str | None, bool | None]:
-        """Returns the layer's device, and True if its experts are in RAM, else False. None: no rule decides."""
+        """Returns the layer's device, and whether its experts are in RAM. None means that no rule decides."""
         broad = {rule for name in self.rest.deciding if (rule := decided.get(name)) is not None}
         follow = {name for name in self.experts.others if decided.get(name) in broad}  # named by the way
         own = {name: rule for name, rule in decided.items() if name not in follow | self._following_vectors(decided)}
@@ -158,7 +158,7 @@ class _Layer:
         return rest[1].device, False
 
     def _following_vectors(self, decided: Mapping[str, PlacementRule]) -> set[str]:
-        """Returns the vectors that a rule for experts matches by accident, such as ffn_norm by 'ffn_.*'."""
+        """Returns the vectors that a rule for experts matches by accident, as 'ffn_.*' matches ffn_norm."""
         of_rest = {decided[name] for name in self.rest.deciding if name in decided and name not in self.vectors}
         if any(rule.device == RAM for rule in of_rest):
             return set()
@@ -177,7 +177,7 @@ def _conflict(pair: tuple[str, PlacementRule], other: tuple[str, PlacementRule],
 
 
 def _layers(model: Model) -> list[_Layer]:
-    """Returns the tensors of each layer. The embedding belongs to the first layer, the head to the last."""
+    """Returns each layer's tensors. The embedding belongs to the first layer, the head to the last one."""
     program = model.program(0, model.layer_count)
     found = [
         _Layer(_Part(f"layer {layer}"), _Part(f"the experts of layer {layer}")) for layer in range(model.layer_count)

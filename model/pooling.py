@@ -9,7 +9,7 @@ from llamaclust.model.hyperparameters import ModelKeys
 
 
 class Pooling(StrEnum):
-    """The pooled rows: each row by itself; the mean; the first row; the last; the first row's scores (encoders)."""
+    """The pooled rows: each row, their mean, the first row, the last row, or the first row's scores (encoders)."""
 
     NONE = "none"
     MEAN = "mean"
@@ -33,11 +33,11 @@ class Pooling(StrEnum):
 _BY_NUMBER = (Pooling.NONE, Pooling.MEAN, Pooling.CLS, Pooling.LAST, Pooling.RANK)
 
 DEFAULT = Pooling.LAST
-"""The pooling of models that name none: with causal attention, only the last token has seen the whole prompt."""
+"""The pooling of models that name none. With causal attention, only the last token has seen the whole prompt."""
 
 
 _CLASSIFIER = frozenset({"cls.weight", "cls.output.weight"})
-"""Tensors that only rerankers have. Most public rerankers name no pooling, because llama.cpp has an option for it."""
+"""Tensors of rerankers only. Most public rerankers name no pooling, because llama.cpp has an option for it."""
 
 
 def read_pooling(model: ModelFile, default: Pooling = DEFAULT) -> Pooling:

@@ -1,4 +1,4 @@
-"""A table of ggml's weight types: weights and bytes of a block, and the format of activations to multiply them by."""
+"""The table of ggml's weight types: weights and bytes of a block, and the format of activations in products."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CACHE_LINE_BYTES = 64
 @dataclass(frozen=True, slots=True)
 class TypeInfo:
     """One row of the table. `activation` is None for types without a dot product (integers, ggml's internal types).
-    `tile_extra_bytes` are bytes that a block takes in addition in memory, for quick decoding."""
+    `tile_extra_bytes` are a block's additional bytes in memory, for quick decoding."""
 
     block_size: int
     block_bytes: int
@@ -46,7 +46,7 @@ _F32, _Q8_32, _Q8_256 = ActivationFormat
 
 
 class QuantType(IntEnum):
-    """ggml's types: the number in GGUF files and the fields of `info`. Backends decide which types they support."""
+    """ggml's types: the number in GGUF files and the fields of `info`. Each backend decides which it supports."""
 
     info: TypeInfo
 

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 def fits(own: int, held: int, room: int, more: int = 1) -> bool:
-    """True if an owner with `own` of the `held` units may take `more`. One owner alone gets up to `room` units, and each
-    new owner up to half of the units that are free of 2 * `room`."""
+    """True if an owner with `own` of the `held` units may take `more`. One owner alone gets up to `room` units, others
+    up to half of the units that are free of 2 * `room`."""
     return not more or own + more <= min(room, 2 * room - held - more + 1)
 
 

@@ -37,7 +37,7 @@ def nomic_bert(builder: EncoderBuilder) -> None:
 
 
 def nomic_bert_moe(builder: EncoderBuilder) -> None:
-    """Nomic Embed 2: XLM-RoBERTa with rotations. The second of every n layers has experts, which have no gate."""
+    """Nomic Embed 2: XLM-RoBERTa with rotations. In every n-th layer, from the second on, ungated experts are used."""
     table, every = builder.rope_table(), builder.keys.count("moe_every_n_layers", 0, minimum=0, maximum=1 << 10)
     builder.use_layer_norms()
     for layer in builder.sentence_layers():
@@ -65,8 +65,8 @@ def jina_bert_v3(builder: EncoderBuilder) -> None:
 
 
 def modern_bert(builder: EncoderBuilder) -> None:
-    """ModernBERT: gate and up are one tensor, and the first attention has no norm before it. The first of every three
-    layers has no window; the others have one, and a rotation of their own."""
+    """ModernBERT: gate and up are one tensor, and the first attention has no norm before it. Every third layer, from
+    the first on, has no window; the others have a window and a rotation of their own."""
     hp, activation = builder.hyperparameters, _activation(builder)
     windowed = builder.keys.windowed_layers(hp.block_count, 3, full_first=True)
     whole = AttentionVariant(RopeStyle.NEOX, builder.rope_table(), causal=False)

@@ -16,8 +16,8 @@ _TYPES = "token_types.weight"
 
 class EncoderBuilder(ProgramBuilder):
     def sentence_layers(self, *, positions: bool = False, last_norm: bool = False) -> Iterator[int]:
-        """Yields the layers. Before them, the sum of token embedding, first token type and (if `positions`) learned
-        positions is normed. If `last_norm`, the result of the last layer is normed too."""
+        """Yields the layers. Before the first one, norms the sum of token embedding, first token type and (if
+        `positions`) learned positions. If `last_norm`, norms the result of the last layer too."""
         if self.stage.start == 0:
             self._embed_sentence(positions)
         yield from self.stage
@@ -105,13 +105,13 @@ class EncoderBuilder(ProgramBuilder):
         self._norm("cls.norm", scores, scores)
 
     def _refuse_mean_of_classifier(self) -> None:
-        """Refuses classifiers of the mean of all rows, because each row must have its own result."""
+        """Refuses classifiers that read the mean of all rows, because each row must have its own result."""
         key, pools_mean = "classifier.pooling_type", self.hyperparameters.architecture == "modern-bert"
         if self.keys.count(key, 1 if pools_mean else 2, minimum=0, maximum=4) != 2:
             raise self.keys.error(key, "2 (cls) is expected, a classifier of the mean is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
-        """Computes dense_3(dense_2(row)) of every row before pooling: dense layers commute with the mean of rows."""
+        """Computes dense_3(dense_2(row)) for every row before pooling. Dense layers and the mean of rows commute."""
         if not any(f"dense_{number}.weight" in self.model.tensors for number in (2, 3)):
             return rows
         inner = Buffer("dense", self.model.tensor("dense_2.weight").shape[0])

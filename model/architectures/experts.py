@@ -15,7 +15,7 @@ _GATINGS = {1: Gating.SOFTMAX, 2: Gating.SIGMOID, 3: Gating.SOFTMAX_OF_CHOSEN}
 
 @dataclass(frozen=True, slots=True)
 class ExpertsVariant:
-    """Options of a mixture. `shared_width` is that of the shared expert, which has a sigmoid gate if `shared_gate`."""
+    """Options of a mixture. The shared expert has `shared_width` channels and, if `shared_gate`, a sigmoid gate."""
 
     options: ExpertOptions = USUAL_EXPERTS
     shared_width: int = 0
@@ -31,7 +31,7 @@ def read_experts(
     activation: ActivationFunction | GatedActivation = GatedActivation.SILU_MUL,
     shared_width: int = 0,
 ) -> ExpertsVariant:
-    """Reads the options from the file's keys; `gating` and `normalized` are defaults. Raises ModelFileError for an
+    """Reads the options from the file's keys. `gating` and `normalized` are the defaults. Raises ModelFileError for an
     unknown gating function, or if groups do not divide the experts."""
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
@@ -61,8 +61,8 @@ def expert_step(
     buffers: tuple[Buffer, Buffer],
     routed: Buffer | None = None,
 ) -> Moe:
-    """Returns the step that reads the first of `buffers` and writes the second. The router reads `routed` if it is
-    given. Biases and scales are optional. Gate and up may be one tensor."""
+    """Returns the step that reads the first of `buffers` and writes the second. The router reads `routed` if given.
+    Biases and scales are optional, and gate and up may be one tensor."""
     (x, out), count, ffn = buffers, hp.expert_count, hp.expert_feed_forward_length
     old = f"{prefix}.ffn_gate.0.weight"
     if tensors.has(old):

@@ -14,5 +14,4 @@ def chatglm(builder: ProgramBuilder, *, norms: Norms = Norms.BEFORE) -> None:
 
 
 def glm4(builder: ProgramBuilder) -> None:
-    """GLM-4-0414: norms before and after attention and feed-forward network."""
     chatglm(builder, norms=Norms.BOTH)

@@ -14,7 +14,7 @@ _MAX_SCALE = 1e6
 
 @dataclass(frozen=True, slots=True)
 class GraniteScales:
-    """Factors of the embedding, of results before the residual sum, of logits, and perhaps of scores."""
+    """Factors of the embedding, of results before residual sums, of logits and, optionally, of scores."""
 
     embedding: float
     residual: float

@@ -84,8 +84,8 @@ def glm4moe(builder: ProgramBuilder) -> None:
 
 def llama4(builder: ProgramBuilder) -> None:
     """Llama 4. In three of four layers, rows see only their chunk, and q and k are normed after the rotation (Maverick
-    does not norm). The others have no rotation, and scale queries by position. Sigmoid gates weight the inputs of
-    experts. A chunk has 8192 positions, or as many as the file's sliding window."""
+    has no such norm). Each fourth layer has no rotation, and scales queries by position. Sigmoid gates weight the
+    inputs of experts. A chunk has the file's sliding window of positions, by default 8192."""
     hp, keys = builder.hyperparameters, builder.keys
     if not hp.expert_count:
         raise keys.error("expert_count", "0 or missing, and the architecture has experts")
@@ -101,7 +101,7 @@ def llama4(builder: ProgramBuilder) -> None:
 
 
 def _attention_variants(builder: ProgramBuilder) -> list[AttentionVariant]:
-    """Returns each layer's variant. Raises ModelFileError for a window of 0, which stands for models without chunks."""
+    """Returns each layer's variant. Raises ModelFileError for a window of 0, the mark of models without chunks."""
     hp, keys = builder.hyperparameters, builder.keys
     if keys.has("attention.sliding_window") and hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "0, which is not supported")

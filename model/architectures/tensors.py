@@ -14,7 +14,7 @@ from llamaclust.model.quant_types import QuantType
 
 _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
-"""Tensors that become part of the program itself, and are not among its weights."""
+"""Tensors whose values become part of the program instead of its weights."""
 
 
 class CheckedTensors:
@@ -62,8 +62,8 @@ class CheckedTensors:
         return self.vector(name, width) if self.has(name) else None
 
     def rope_factors(self, rope: RopeParameters, context_tokens: int) -> tuple[float, ...] | None:
-        """Returns the divisors of frequencies: `rope_freqs` (since Llama 3.1), otherwise the long or short factors. The
-        program's context decides between long and short for all sequences, as in llama.cpp."""
+        """Returns divisors of frequencies: `rope_freqs` (since Llama 3.1), otherwise the long or the short factors. The
+        context of the program decides between these for all sequences, as in llama.cpp."""
         by_context = _LONG_FACTORS if context_tokens > rope.original_context_length else _SHORT_FACTORS
         name = _FACTORS if self.has(_FACTORS) else by_context
         if not self.has(name):
@@ -79,7 +79,7 @@ class CheckedTensors:
 
 
 def nextn_tensors(model: ModelFile) -> Iterator[str]:
-    """Returns the names of the tensors of MTP heads, which are in layers after the others and in no program."""
+    """Yields the names of MTP heads' tensors. They are in layers after the others, and in no program."""
     keys = ModelKeys(model)
     count = keys.count(NEXTN_KEY, 0, minimum=0, maximum=MAX_LAYERS)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
@@ -88,7 +88,7 @@ def nextn_tensors(model: ModelFile) -> Iterator[str]:
 
 
 def idle_kv_tensors(model: ModelFile) -> Iterator[str]:
-    """Returns the names of key and value tensors of layers that read those of other layers. Files may omit them."""
+    """Yields the names of key and value tensors of layers that use other layers' ones. Files may omit them."""
     keys = ModelKeys(model)
     layers = keys.count("block_count", maximum=MAX_LAYERS)
     shared = keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers)

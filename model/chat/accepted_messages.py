@@ -1,4 +1,4 @@
-"""Rewrites chats that a strict template refuses. A chat that its template renders completely is not changed."""
+"""Rewrites chats that a strict template refuses. Chats that the template renders completely are not changed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _SHOWN: Final = 64
 
 
 def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
-    """Yields forms of the messages that the template refused, each with one more change: later system messages move
-    into user messages; consecutive messages of one role are merged; an empty user message comes first; the leading
-    system messages move into the first user message."""
+    """Yields ever more changed forms of the messages that the template refused: later system messages move into user
+    messages; consecutive messages of one role are merged; an empty user message comes first; the leading system
+    messages move into the first user message."""
     before = [dict(message) for message in messages]
     for change in _CHANGES:
         changed = change(before)
@@ -27,14 +27,14 @@ def accepted_forms(messages: Sequence[Message]) -> Iterator[Messages]:
 
 
 def lacks_system(messages: Sequence[Message], rendered: str) -> bool:
-    """Returns True if the text lacks a system message: some templates silently skip messages that others refuse."""
+    """True if the text lacks a system message, since some templates skip messages that other templates refuse."""
     systems = (_text(message).strip() for message in messages if message["role"] == "system")
     return any(text[:_SHOWN] not in rendered or text[-_SHOWN:] not in rendered for text in systems)
 
 
 def _with_late_systems_joined(messages: Messages) -> Messages:
-    """Appends a later system message to the user message just before it, or else prepends it to the next user message.
-    It never comes between tool calls and their results."""
+    """Appends each later system message to the user message just before it, or else prepends it to the next user
+    message. So it never comes between tool calls and their results."""
     begin = len([*takewhile(_is_system, messages)])
     joined, waiting = messages[:begin], list[str]()
     for message in messages[begin:]:

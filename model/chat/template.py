@@ -32,9 +32,9 @@ _KEY: Final = "tokenizer.chat_template"
 TOOL_USE: Final = "tool_use"
 RAG: Final = "rag"
 _MAX_REPLY_SHARE: Final = 6
-"""The largest number of JSON bytes that one byte of rendered text can take."""
+"""The most bytes of JSON that one byte of rendered text takes."""
 _MOST_PROCESSES = 2
-"""The number of child processes. There are two, so that a slow template does not hold up all chats."""
+"""The number of child processes: with two, a slow template does not block all other chats."""
 _CHILD: Final = "llamaclust.model.chat.template_child"
 
 _log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class ChatTemplate:
         limits: TemplateLimits | None = None,
         named: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Refuses every render if `source` is None. `named` may have other templates for chats with tools (TOOL_USE) or
+        """Every render fails if `source` is None. `named` may have other templates, for chats with tools (TOOL_USE) or
         documents (RAG)."""
         self.source = source
         self.named = {name: ChatTemplate(text, bos_token, eos_token, limits) for name, text in named.items()}
@@ -84,7 +84,7 @@ class ChatTemplate:
         self.close()
 
     def close(self) -> None:
-        """Ends the child processes. Renders in progress and waiting renders fail. May be called again."""
+        """Ends the child processes. Renders in progress and waiting ones fail. May be called twice."""
         for template in self.named.values():
             template.close()
         for renderer in self._renderers:
@@ -97,10 +97,10 @@ class ChatTemplate:
         return next((self.named[name] for name in names if name in self.named), self)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
-        """Returns the prompt for messages. `extra` has variables of the template (`tools`, `documents`, ...), and
-        `now_s`, the Unix time for the template (default: now). Raises TemplateRefusalError if the template refuses the
-        messages, DeadlineError if the render is late, killed or closed, and RequestError, which a retry does not
-        change, for any other failure."""
+        """Returns the prompt for messages. `extra` has variables of the template (`tools`, `documents`, ...) and
+        `now_s`, the template's Unix time (default: now). Raises TemplateRefusalError if the template refuses the
+        messages, DeadlineError if the render is late, killed or closed, and RequestError for any other failure, which a
+        retry would repeat."""
         future = self._submit(messages, add_generation_prompt, extra)
         try:
             return future.result(self._limits.wait_s)
@@ -141,7 +141,7 @@ class _Renderer:
         return self.child.submit(partial(self._render, variables))
 
     def _render(self, variables: Mapping[str, Any]) -> str:
-        """Runs on the child's thread, because large messages take long to write."""
+        """Renders on the child's thread, because large messages take long to write."""
         if self._broken is not None:
             raise RequestError(self._broken)
         try:

@@ -23,7 +23,7 @@ _MARKS: Final = (
     (("[gMASK]", "sop", "<|user|>"), "chatglm-3"),
     (("<|user|>", "<|assistant|>", "<|end|>"), "phi3"),
 )
-"""Control words that together occur in vocabularies for one template only, and the name of that template."""
+"""Sets of control words, each of which occurs only in vocabularies for one template, and the template's name."""
 
 _NAMES: Final = (
     (("linly",), "linly"),
@@ -40,8 +40,7 @@ _NAMES: Final = (
     (("mixtral", "instruct"), "mistral"),
     (("llama2", "chat"), "llama-2"),
 )
-"""Parts of model names (lower case, no separators) and the templates that they suggest. Base models have no
-template."""
+"""Parts of model names (lower case, no separators) and the template that they suggest. Base models suggest none."""
 
 
 def built_in_names() -> tuple[str, ...]:
@@ -74,7 +73,7 @@ def chosen_template(choice: str) -> str:
 
 
 def suggested_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
-    """Returns the name of the built-in template that a model without one was most likely made for, or None."""
+    """Returns the name of the built-in template for which a model without a template was most likely made, or None."""
     for words, name in _MARKS:
         if all(tokenizer.token_id(word) is not None for word in words):
             return name

@@ -1,4 +1,4 @@
-"""Chat templates that only put texts around messages, as data under llama.cpp's names; each is converted to Jinja."""
+"""Chat templates that only put texts around messages, as data under llama.cpp's names. They are converted to Jinja."""
 
 from __future__ import annotations
 
@@ -220,4 +220,4 @@ TURN_FORMATS: Final[dict[str, TurnFormat]] = {
 }
 
 OTHER_NAMES: Final = {"chatglm3": "chatglm-3", "chatglm4": "chatglm-4", "llama3": "llama-3"}
-"""llama.cpp's names for templates that have a file, and the names of the files."""
+"""llama.cpp's names of templates that are files here, and the names of these files."""

@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
-    """Returns a JSON object. Duplicate keys are an error. NaN and infinities become floats, which readers refuse."""
+    """Returns a JSON object. Duplicate keys are an error. NaN and infinity become floats, which readers refuse."""
     try:
         found = json.loads(decode_text(data), object_pairs_hook=_object, parse_constant=float, parse_int=_whole)
     except (ValueError, RecursionError) as error:

@@ -60,8 +60,8 @@ _MATRICES: Final[Mapping[str, Mapping[str, str]]] = MappingProxyType(
         "starcoder2": {**_ATTENTION, "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"},
     }
 )
-"""Names by architecture and module, for matrices with the same rows as the module's. In `PAIRED` architectures, the
-rows of Q and K are in another order."""
+"""Names of matrices by architecture and module. Their rows are those of the module's matrix; in `PAIRED` architectures,
+the rows of Q and K are in another order."""
 PAIRED: Final = frozenset({"granite", "granitehybrid", "granitemoe", "llama", "mistral3", "smollm3"})
 """Architectures whose GGUF files interleave the two halves of each head's rows in Q and K: first row of the
 checkpoint's first half, first row of the second half, and so on. RoPE then rotates neighbouring pairs."""
@@ -71,7 +71,7 @@ _MODULE: Final = re.compile(
 
 
 def matrix_name(architecture: str, module: str) -> str | None:
-    """Returns `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`. None if GGUF has no matrix of this form."""
+    """Returns `blk.7.attn_q` for `model.layers.7.self_attn.q_proj`; None if GGUF has no such matrix."""
     found = _MODULE.fullmatch(module)
     name = None if found is None else _MATRICES.get(architecture, {}).get(found["module"])
     return None if found is None or name is None else f"blk.{int(found['layer'])}.{name}"

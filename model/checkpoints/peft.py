@@ -26,8 +26,8 @@ _REFUSED: Final = (
     "target_parameters",
 )
 _CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of `init_lora_weights` for initializations that change the base model's matrices. The setting is `true` if
-the base model is unchanged."""
+"""Beginnings of `init_lora_weights` for initializations that change the base model's matrices. `true` changes
+nothing."""
 _PLAIN: Final = re.compile(r"[\w.-]+")
 
 
@@ -36,7 +36,7 @@ def plain_name(name: str) -> str:
 
 
 def factor_name(name: str) -> tuple[str, str] | None:
-    """Returns module and kind (A, B, embedding_A, embedding_B) of a factor's plain name. None for other tensors."""
+    """Returns the module and kind (A, B, embedding_A, embedding_B) of a factor's name; None for other tensors."""
     found = _FACTOR.fullmatch(name)
     return None if found is None else (found["module"], found["kind"])
 
@@ -63,7 +63,7 @@ class PeftSettings:
 
     @classmethod
     def read(cls, folder: Path) -> PeftSettings:
-        """Raises ModelFileError for a damaged file, and for adapters that do not compute W + factor * B @ A."""
+        """Raises ModelFileError for a damaged file, or if the adapter computes anything but W + factor * B @ A."""
         settings = Settings(read_json(folder / CONFIG), str(folder / CONFIG))
         _check_kind(settings)
         return cls(settings)
@@ -94,7 +94,7 @@ def _check_kind(settings: Settings) -> None:
 
 
 def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
-    """Returns the value in setting `name` whose key is a suffix of the module's name, else `default`."""
+    """Returns the value whose key, in setting `name`, is a suffix of the module's name, otherwise `default`."""
     inner = settings.inner(name)
     strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
     if strange is not None:

@@ -1,4 +1,4 @@
-"""Reads a PEFT folder like an adapter in GGUF: tensors get GGUF's names, their bytes stay in the PEFT file."""
+"""Reads a PEFT folder like an adapter in GGUF. Tensors get GGUF's names, and their bytes stay in the PEFT file."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def peft_files(path: Path) -> tuple[Path, Path]:
 
 
 def read_peft(path: Path, model: ModelFile) -> Header:
-    """Returns the header that a GGUF file of the same adapter would have, with the path of the PEFT weights. Its digest
-    covers the metadata and the header of the weights, but no weights. Raises ModelFileError for adapters that do not
-    compute W + factor * B @ A on the layers' matrices."""
+    """Returns the header that a GGUF file of this adapter would have, with the path of the PEFT weights. Its digest
+    covers the metadata and the header of the weights, but no weights. Raises ModelFileError unless the adapter computes
+    W + factor * B @ A on matrices of layers."""
     _, weights = peft_files(path)
     settings = PeftSettings.read(weights.parent)
     if settings.settings.values.get("modules_to_save"):
@@ -91,8 +91,8 @@ class _Reader:
         )
 
     def alpha(self) -> float:
-        """Returns the alpha of all matrices as a float32 (scale = alpha / rank). Raises ModelFileError if matrices have
-        different alphas."""
+        """Returns the alpha of all matrices as float32 (scale = alpha / rank). Raises ModelFileError if alphas
+        differ."""
         if len(self._alphas) > 1:
             one, other = list(self._alphas.items())[:2]
             what = f"alpha {one[0]:g} of {shown(one[1])}, {other[0]:g} of {shown(other[1])}: several are not supported"
@@ -111,7 +111,7 @@ class _Reader:
         self._alphas.setdefault(scaling.plain_alpha, module)
 
     def _paired_heads(self, name: str, stored: StoredTensor) -> int:
-        """Returns the number of heads if GGUF has the rows of each head in another order than the PEFT file, else 0."""
+        """Returns the number of heads if GGUF orders a head's rows differently than the PEFT file, otherwise 0."""
         part = name.rpartition(".")[2]
         if self.architecture not in PAIRED or part not in ("attn_q", "attn_k"):
             return 0

@@ -15,7 +15,7 @@ _MAX_REAL: Final = 1e12
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Values by name; of several names, the first that is present is read. `origin` names the file in errors."""
+    """Values by name; the first of several given names that is present is read. `origin` names the file in errors."""
 
     values: Mapping[str, Any]
     origin: str

@@ -1,4 +1,4 @@
-"""Writes one or several files that appear under their names only when all of them are complete."""
+"""Writes files that appear under their names only when all of them are complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RESERVE_BYTES: Final = 1 << 24
 _PART: Final = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 Opened = Callable[[Path], AbstractContextManager[BinaryIO]]
-"""A function that opens one of the files for writing. When its `with` block ends, the file is on disk."""
+"""Opens one of the files for writing. When its `with` block ends, the file is on disk."""
 
 
 @contextmanager
@@ -30,9 +30,9 @@ def new_file(path: Path, size_bytes: int, advice: str = "") -> Iterator[BinaryIO
 
 @contextmanager
 def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Iterator[Opened]:
-    """Yields a function that opens the files, which are in one folder. If the block ends without an error, the files
-    get their names, the first file last; otherwise they are deleted. Reuses or deletes what killed processes left.
-    Raises UsageError before writing if there is no room (`advice` says what to do) or another process is writing."""
+    """Yields a function that opens the files, all in one folder. If the block ends without an error, they get their
+    names, the first file last; otherwise they are deleted. Files that killed processes left are reused or deleted.
+    Raises UsageError before writing if room is short (`advice` says what to do) or another process writes them."""
     first = paths[0]
     for path in paths:
         _check_place(path)
@@ -83,7 +83,7 @@ def _check_room(path: Path, size_bytes: int, advice: str) -> None:
 
 
 def _no_links(path: str, flags: int) -> int:
-    """Opens a file without following links, because other users may have put a link at the hidden name."""
+    """Opens a file without following links, since another user may have put a link at the hidden name."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
@@ -97,7 +97,6 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Creates and locks the hidden file of `path`. Raises UsageError if another process has the lock."""
     part = hidden_name(path)
     try:
         while True:
@@ -119,7 +118,7 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clear(paths: Sequence[Path]) -> None:
-    """Deletes what killed runs left: hidden files of `paths[1:]`, and of the same model in another number of parts."""
+    """Deletes what killed runs left: hidden files of `paths[1:]`, and parts of this model in another number."""
     for path in paths[1:]:
         hidden_name(path).unlink(missing_ok=True)
     mine = _PART.fullmatch(paths[0].name)
@@ -135,7 +134,7 @@ def _clear(paths: Sequence[Path]) -> None:
 
 
 def _delete_unlocked(parts: Sequence[Path]) -> None:
-    """Deletes all parts, the first part last. Does nothing if a process holds the lock on the first part."""
+    """Deletes all parts, the first one last, unless a process holds the lock on the first."""
     with open(parts[0], "r+b", opener=_no_links) as file:
         if take_lock(file):
             for part in reversed(parts):

@@ -10,11 +10,11 @@ _REMOTE = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "vboxsf", "fuse", "afs", "coda", "ncpfs"}
     | {"ceph", "lustre", "glusterfs", "beegfs", "gpfs", "gfs2", "ocfs2", "orangefs", "pvfs2"}
 )
-"""Types of remote file systems. FUSE counts as remote, because its process may do anything; `fuseblk` does not."""
+"""Types of remote file systems. FUSE counts as remote because its process may do anything; `fuseblk` is local."""
 
 
 def is_remote(path: Path) -> bool:
-    """Returns True if other machines may use the file system too, or if the operating system does not tell its type."""
+    """True if other machines may use the file system too, or if its type is unknown."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     except OSError:

@@ -57,8 +57,8 @@ class Header:
 
 
 class _Cursor:
-    """A position in a file's header, which is read front to back in growing chunks. Every length is checked against the
-    file's size before it is used. `place` names the current part in errors."""
+    """A position in a file's header, which is read from front to back in growing chunks. Lengths are checked against
+    the file's size before use. `place` names the current part in errors."""
 
     __slots__ = ("_buffer", "_descriptor", "_nested", "_path", "_size_bytes", "place", "position")
 
@@ -83,7 +83,7 @@ class _Cursor:
         return fail_at(self._path, f"{self.place} (byte {self.position})", what, advice)
 
     def need(self, count: int) -> None:
-        """Makes the next `count` bytes available. Raises ModelFileError if there are fewer, or absurdly many."""
+        """Makes the next `count` bytes available. Raises ModelFileError if the file ends or the header is too long."""
         end = self.position + count
         if end <= len(self._buffer):
             return
@@ -194,7 +194,7 @@ class _Cursor:
 
 
 def read_header(path: Path) -> Header:
-    """Reads and checks one file's header. Raises ModelFileError, which names the file and the place, for any fault."""
+    """Reads and checks one file's header. Raises ModelFileError with the file and the place."""
     with open_regular(path) as descriptor:
         identity = FileIdentity.of(descriptor)
         cursor = _Cursor(descriptor, path, identity.size_bytes)
@@ -211,7 +211,7 @@ def read_header(path: Path) -> Header:
 
 
 def raw_metadata(path: Path) -> dict[str, bytes]:
-    """Returns type and value of every key as bytes of the file, for an exact copy. Raises errors like `read_header`."""
+    """Returns each key's type and value as bytes of the file, for exact copies. Raises the errors of `read_header`."""
     with open_regular(path) as descriptor:
         cursor = _Cursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
         values = {}
@@ -316,7 +316,7 @@ def _check_overlaps(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _digest(cursor: _Cursor, descriptor: int, path: Path, data_start: int) -> bytes:
-    """Returns a SHA-256 over header, size and samples of the weights, so that two fine-tunes of a base model differ."""
+    """Returns a SHA-256 over header, size and samples of the weights, which tells fine-tunes of a model apart."""
     size_bytes = cursor.position + cursor.remaining_bytes
     hashed = hashlib.sha256(size_bytes.to_bytes(8, "little"))
     with cursor.consumed as header:

@@ -43,14 +43,14 @@ class ModelFile:
     @property
     def version(self) -> str:
         """A SHA-256 in hex over the identity and the files' inodes, sizes and times. It changes when the files are
-        written, as far as times show that. Machines whose disks are copies of one disk have the same version."""
+        rewritten, as far as times show. Machines with copies of one disk have the same version."""
         files = sorted((found.inode, found.size_bytes, found.modified_ns, found.changed_ns) for _, found in self._files)
         return hashlib.sha256(repr((self.identity, files)).encode()).hexdigest()
 
     @property
     def copy_id(self) -> str:
-        """A hash of the version and of this machine, so that every copy of the files has its own. On a remote file
-        system, the machine does not count."""
+        """A hash of the version and this machine, different for every copy of the files. On a remote file system, the
+        machine does not count."""
         machine = "" if is_remote(self.path) else machine_id()
         return hashlib.sha256(f"{self.version} {machine}".encode()).hexdigest()
 
@@ -74,7 +74,7 @@ class ModelFile:
     def metadata_int(
         self, key: str, default: int | None = None, *, minimum: int = 0, maximum: int = (1 << 31) - 1
     ) -> int:
-        """Returns a whole number. A missing key means `default`, or ModelFileError if that is None."""
+        """Returns a whole number, or `default` if the key is missing. Raises ModelFileError if that is None."""
         value = self._value(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self.error(key, f"{kind_of(value)}, a whole number expected")
@@ -85,7 +85,7 @@ class ModelFile:
     def metadata_float(
         self, key: str, default: float | None = None, *, minimum: float = -math.inf, maximum: float = math.inf
     ) -> float:
-        """Returns a finite number. A missing key means `default`, or ModelFileError if that is None."""
+        """Returns a finite number, or `default` if the key is missing. Raises ModelFileError if that is None."""
         value = self._value(key, default)
         if not isinstance(value, float):
             raise self.error(key, f"{kind_of(value)}, a decimal number expected")
@@ -100,7 +100,7 @@ class ModelFile:
         return value
 
     def metadata_strings(self, key: str) -> Sequence[str]:
-        """Returns an array of text, which is decoded on first use. Raises ModelFileError if the key is missing."""
+        """Returns an array of text that is decoded on first use. Raises ModelFileError if the key is missing."""
         value = self._value(key, None)
         if not isinstance(value, LazyStrings):
             raise self.error(key, f"{kind_of(value)}, an array of text expected")
@@ -114,8 +114,8 @@ class ModelFile:
 
 
 def open_model(path: Path | str) -> ModelFile:
-    """Reads the header of a GGUF file, or of all parts of a split model if `path` is its first part. Raises
-    ModelFileError, which names the file and the place, for anything missing, damaged, hostile or not supported."""
+    """Reads the header of a GGUF file, or of all parts of a split model if `path` is the first. Raises ModelFileError
+    with file and place for anything missing, damaged, hostile or not supported."""
     first = read_header(Path(path))
     headers = [first, *_other_parts(first)]
     tensors: dict[str, Tensor] = {}
@@ -138,7 +138,7 @@ def open_model(path: Path | str) -> ModelFile:
 
 
 def _other_parts(first: Header) -> list[Header]:
-    """Returns the headers of parts 2..N, each checked against its name and the first part."""
+    """Returns the headers of parts 2 to N. Each is checked against its name and the first part."""
     count = _split_number(first, "split.count", default=1, minimum=0)
     name = PART_NAME.fullmatch(first.path.name)
     if count <= 1:  # llama-gguf-split leaves 0 in a file that it merged
@@ -161,7 +161,7 @@ def _other_parts(first: Header) -> list[Header]:
 
 
 def _check_alone(part: Header, count: int) -> None:
-    """Raises ModelFileError if another part with its own header follows in the same file, because `cat` joined them."""
+    """Raises ModelFileError if another part follows in the same file, because somebody joined them with `cat`."""
     end = max((tensor.offset + tensor.n_bytes for tensor in part.tensors.values()), default=0)
     size_bytes = part.file_identity.size_bytes
     follows = bytearray(min(size_bytes - end, DEFAULT_ALIGNMENT + len(MAGIC)))

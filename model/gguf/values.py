@@ -1,4 +1,4 @@
-"""GGUF metadata in Python: numbers, text, NumPy arrays, and arrays of text that are decoded on first use."""
+"""GGUF metadata in Python: numbers, text, NumPy arrays, and arrays of text that are decoded late."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ LENGTH = Struct("<Q")
 
 
 class LazyStrings(Sequence[str]):
-    """An array of strings that stays as it is in the file (a 64-bit length before each string) until it is used."""
+    """An array of strings that keeps the file's bytes (a 64-bit length before each string) until it is used."""
 
     __slots__ = ("_count", "_data", "_decoded", "_origin")
 
     def __init__(self, data: bytes, count: int, origin: str) -> None:
-        """Takes the bytes of exactly `count` strings with checked lengths. `origin` names file and key in errors."""
+        """`data` has exactly `count` strings with checked lengths. `origin` names file and key in errors."""
         self._data = data
         self._count = count
         self._origin = origin
@@ -40,7 +40,7 @@ class LazyStrings(Sequence[str]):
         return f"LazyStrings({self._origin}, {self._count} strings)"
 
     def decoded(self) -> list[str]:
-        """Returns all strings in a cached list, which must not be changed. Raises ModelFileError if one is not
+        """Returns all strings as a cached list, which must not be changed. Raises ModelFileError if one is not
         UTF-8."""
         if self._decoded is not None:
             return self._decoded

@@ -22,14 +22,14 @@ _NUMBER_TYPES = {np.dtype(code): number for number, code in NUMBER_FORMATS.items
 
 @dataclass(frozen=True, slots=True)
 class RawValue:
-    """A metadata value as `raw_metadata` reads it from a file: the bytes of its type and of the value."""
+    """A metadata value as `raw_metadata` returns it: the bytes of its type and value."""
 
     data: bytes
 
 
 WritableValue = MetadataValue | np.generic | Sequence[str] | RawValue
-"""A metadata value. A Python int becomes uint32 if it fits, else int32 or a 64-bit type; a float becomes float32. NumPy
-values keep their type. A sequence of text becomes an array of strings, any other an array of arrays."""
+"""A metadata value. A Python int becomes uint32 if it fits, otherwise int32 or a 64-bit type; a float becomes float32.
+NumPy values keep their type. A sequence of text becomes an array of strings, other sequences arrays of arrays."""
 
 Bytes = bytes | bytearray | memoryview
 Produce = Callable[[], Bytes | Iterator[Bytes]]
@@ -37,8 +37,8 @@ Produce = Callable[[], Bytes | Iterator[Bytes]]
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """A tensor to be written. `produce` is called once, when it is the tensor's turn, and gives exactly `n_bytes`
-    bytes. `shape` is row-major, slowest first; its last number is a multiple of the type's block size."""
+    """A tensor to write. `produce` is called once, when the tensor is written, and returns exactly `n_bytes` bytes.
+    `shape` is row-major, slowest first; its last number is a multiple of the type's block size."""
 
     name: str
     quant_type: QuantType
@@ -79,7 +79,7 @@ def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors:
 
 
 def write_gguf_parts(parts: Mapping[Path, Contents]) -> None:
-    """Writes several files, which appear when all of them are complete. Raises errors like `write_gguf`."""
+    """Writes several files, which appear when all are complete. Raises the errors of `write_gguf`."""
     with new_files(list(parts), sum(contents.n_bytes for contents in parts.values())) as opened:
         for path, contents in parts.items():
             with opened(path) as file:

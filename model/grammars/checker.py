@@ -1,4 +1,4 @@
-"""Checks grammars before requests are admitted. A hostile grammar at worst ends one of the limited child processes."""
+"""Checks grammars before requests are admitted. A hostile grammar can only end a limited child process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _KEPT_CHARACTERS: Final = 1 << 16  # of a converted definition
 
 
 class GuardedGrammarError(ParameterError):
-    """The check of a grammar reached its limit of time or memory. Checking only a part of it may take as long."""
+    """The check of a grammar reached its limit of time or memory. A check of a part of it might do so too."""
 
 
 class GrammarChecker:

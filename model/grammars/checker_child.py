@@ -30,7 +30,7 @@ _TOO_DEEP: Final = "the grammar is nested too deeply"
 
 
 def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
-    """Returns the reason why the grammar cannot be used, or its definition if that was converted from GBNF."""
+    """Returns the reason for a refusal of the grammar, or its definition if that was converted from GBNF."""
     converted = ""
     if definition.startswith(GBNF_START):
         text = json.loads(definition)[GBNF]
@@ -74,7 +74,7 @@ def _reply(message: str, converted: str = "") -> dict[str, str]:
 
 
 def main() -> None:
-    """Prepares the vocabulary before limits apply, then checks grammars, with smaller stacks than workers have."""
+    """Prepares the vocabulary before the limits apply. Then checks grammars, with smaller stacks than workers have."""
     threading.stack_size(_STACK_BYTES)
     end_with_parent()
     first = read_frame()

@@ -25,9 +25,9 @@ _MAX_REPLY_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class CheckLimits:
-    """Limits of a grammar's check. Normally counts of work decide whether a grammar is refused (see matcher.py);
-    `guard_cpu_s` and `memory_bytes` stop a check that the counts do not. `start_s`, `wall_s` and `wait_s` (the wait
-    while other checks run) bound the delays of a slow machine."""
+    """Limits of a grammar's check. Usually counts of work refuse a grammar (see matcher.py). `guard_cpu_s` and
+    `memory_bytes` stop a check that the counts do not stop. `start_s`, `wall_s` and `wait_s` (the wait for other
+    checks) bound the delays of a slow machine."""
 
     guard_cpu_s: float = 20.0
     memory_bytes: int = 1 << 30
@@ -42,7 +42,7 @@ class CheckGuardError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The reason why a grammar is refused, empty if it is not, and its converted definition, empty if there is none."""
+    """`reason` is why a grammar is refused ("" if it is not); `definition` is its converted form ("" if none)."""
 
     reason: str
     definition: str = ""
@@ -56,7 +56,7 @@ class CheckerProcess:
         self.child = BoundedChild(program, "grammar-check")
 
     def submit(self, definition: str) -> Future[Verdict]:
-        """Checks a definition. The future raises CheckGuardError, or DeadlineError if only the machine is too slow."""
+        """Checks a definition. The future raises CheckGuardError, or DeadlineError if just the machine is too slow."""
         return self.child.submit(partial(self._checked, definition))
 
     def _checked(self, definition: str) -> Verdict:

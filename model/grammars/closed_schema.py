@@ -15,7 +15,7 @@ COMBINING: Final = frozenset(("allOf", "if", "dependentSchemas", "dependencies",
 
 
 def closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Closes all objects. If several schemas apply to one object, changes nothing: each of them would refuse the
+    """Closes all objects. Changes nothing if several schemas apply to one object, since each would refuse the
     properties of the others."""
     try:
         return schema if _combines(schema) else _closed(schema)

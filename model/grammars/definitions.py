@@ -1,4 +1,4 @@
-"""Makes the grammars that requests define by JSON Schema, regular expressions, Lark, llama.cpp's GBNF or choices."""
+"""Makes the grammars of requests, which are JSON Schema, regular expressions, Lark, llama.cpp's GBNF or choices."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from llamaclust.model.grammars.normal_schema import normal_schema
 
 GUIDANCE = "x-guidance"
 JSON_TEXT = {"whitespace_pattern": r" |\n{1,2}[ \t]{0,20}"}
-"""Options that bound white space in JSON text as llama.cpp does: a small model might write white space without end."""
+"""Options that bound white space in JSON text, as llama.cpp does. A small model might write it without end."""
 _MOST_PLACES = 8
 _MAX_GBNF_BYTES = 1 << 17
-"""The largest grammar in GBNF: the converter takes about a second for one rule of this size."""
+"""The largest grammar in GBNF. The converter takes about a second for a single rule of this size."""
 GBNF = "gbnf"
 GBNF_START = f'{{"{GBNF}"'
 
 
 OWN_RULES = "own_rules"
-"""The name of a part whose rules are made here. A user's grammar is the text of a part and cannot name it."""
+"""The name of grammar parts whose rules were made here. Users cannot give it to their own grammars."""
 
 
 def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: bool = False) -> Grammar:
-    """Allows the JSON texts of a schema. Raises ParameterError for a keyword that no grammar can obey."""
+    """Allows the JSON texts of a schema. Raises ParameterError for a keyword that a grammar cannot express."""
     try:
         normal = normal_schema(schema, closes_objects=closes_objects)
     except RecursionError:
@@ -53,12 +53,12 @@ def of_lark(text: str, origin: str) -> Grammar:
 
 
 def of_calls(rules: str, origin: str) -> Grammar:
-    """Allows the calls that `rules` describe. These rules are made here, in llguidance's dialect of Lark."""
+    """Allows the calls that `rules` describe. The rules were made here, in llguidance's dialect of Lark."""
     return _grammar({"name": OWN_RULES, "lark_grammar": rules}, origin)
 
 
 def of_gbnf(text: str, origin: str) -> Grammar:
-    """Allows the texts of a grammar in GBNF or Lark. The check converts it, because that may take long."""
+    """Allows the texts of a grammar in GBNF or Lark. The check converts it later, since that may take long."""
     if len(text) > _MAX_GBNF_BYTES:
         raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {_MAX_GBNF_BYTES} are taken")
     return _defined({GBNF: text}, origin)
@@ -78,7 +78,7 @@ def either(calls: str, other: Grammar) -> Grammar:
 
 
 def has_schemas_only(definition: str) -> bool:
-    """Returns True if the definition has only schemas and rules that are made here, and no rule of a user."""
+    """True if the definition has only schemas and rules that were made here, but no user's rules."""
     try:
         parts = json.loads(definition)["grammars"]
         return all("json_schema" in part or part.get("name") == OWN_RULES for part in parts)
@@ -87,7 +87,7 @@ def has_schemas_only(definition: str) -> bool:
 
 
 def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
-    """Makes a grammar apply from the first trigger on. A trigger is the beginning of a text that the grammar allows."""
+    """Makes a grammar apply from the first trigger on. A trigger is the beginning of a text that it allows."""
     if not 0 < len(triggers) <= MAX_TRIGGERS or not all(
         0 < len(text.encode()) <= MAX_TRIGGER_BYTES for text in triggers
     ):
@@ -97,7 +97,7 @@ def lazy(grammar: Grammar, triggers: Sequence[str]) -> Grammar:
 
 
 def quoted(text: str) -> str:
-    """Quotes a text as a terminal of llguidance's Lark, which reads JSON's escapes and takes DEL only escaped."""
+    """Quotes a text as a terminal of llguidance's Lark, which reads JSON's escapes and needs DEL escaped."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

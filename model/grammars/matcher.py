@@ -1,4 +1,4 @@
-"""The state of one answer in a grammar: which tokens may come next. It depends on grammar and tokens only."""
+"""The state of one answer in a grammar: the tokens that may come next. It depends only on grammar and tokens."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _DEAD_END = "NoExtensionBias"
 _TOO_COMPLEX = "the grammar became too complex: "
 _NOT_VERBOSE = "<non-verbose/>"
 _MAX_FORCED_BYTES = 1 << 13
-"""The longest text that a grammar may force: each computation of so much takes 5 ms."""
+"""The longest text that a grammar may force. Computing such a text takes 5 ms."""
 
 
 def _limits(definition: str) -> LLParserLimits:
-    """Returns the limits that checks and matching share, so that every machine decides alike. Of 1,232 public schemas,
-    the largest needs 81 thousand units of lexer fuel to compile, 373 thousand units and 7.6 thousand items in a step,
-    and 2,400 lexer states in an answer. Only rules that a user wrote are ambiguous: their time grows at least with the
-    square of the items in a row. Up to 800 items, it stays below 50 ms."""
+    """Returns the limits of checks and of matching, which are equal so that every machine decides alike. Of 1,232
+    public schemas, the largest needs 81 thousand units of lexer fuel to compile, 373 thousand units and 7.6 thousand
+    items in a step, and 2,400 lexer states in an answer. Only users' rules are ambiguous: their time grows at least
+    with the square of the items in a row. Up to 800 items, it stays below 50 ms."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -57,18 +57,18 @@ def one_line(message: str, most: int = 400) -> str:
 
 
 class TokenRefusedError(RequestError):
-    """The grammar does not allow this token here. The answer may go on once its state has been computed again."""
+    """The grammar does not allow this token here. The answer may go on after its state is computed again."""
 
 
 class LexerUsedUpError(RequestError):
-    """The lexer's limit is used up, and the state is lost. A costly matcher can reach the state again."""
+    """The lexer's limit is used up, and the state is lost. A costly matcher can compute the state again."""
 
 
 class GrammarMatcher:
     """The state of one answer, for one thread at a time. Methods raise RequestError if the grammar cannot be followed,
-    and release the GIL while they work. llguidance limits its lexer's work from one computation of allowed tokens to
-    the next. A usual matcher seldom computes them, and raises LexerUsedUpError at the limit. A costly matcher computes
-    them at each token and can go on."""
+    and release the GIL. llguidance limits the lexer's work between two computations of allowed tokens. A usual matcher
+    rarely computes these, and raises LexerUsedUpError at the limit. A costly matcher computes them at each token and so
+    stays below the limit."""
 
     def __init__(self, grammar: Grammar, vocabulary: GrammarVocabulary, *, is_costly: bool = False) -> None:
         self.position = 0  # tokens taken in
@@ -105,7 +105,7 @@ class GrammarMatcher:
             self._add(token)
 
     def try_take(self, token: int) -> AllowedTokens | None:
-        """Takes in a sampled token and returns None if it is allowed. Otherwise returns the allowed tokens."""
+        """Takes in a sampled token and returns None, or returns the allowed tokens if it is not allowed."""
         if self._waiting is not None:
             self._await_trigger(token)
         elif not self._allows(token):
@@ -117,7 +117,7 @@ class GrammarMatcher:
         return None
 
     def allowed(self) -> AllowedTokens | None:
-        """Returns the tokens that may come next. None means all tokens."""
+        """Returns the tokens that may come next; None means all."""
         if self._waiting is not None:
             return None
         if self._ended:
@@ -141,7 +141,7 @@ class GrammarMatcher:
         return following[0] if following else None
 
     def peek_forced(self) -> list[int]:
-        """Returns tokens that must come next, as far as one computation shows, without taking them in."""
+        """Returns tokens that must come next, as far as one computation finds them, without taking them in."""
         if self._waiting is not None or self._ended:
             return []
         return self._computed(self._must_follow)[:MAX_FORCED_TOKENS]
@@ -169,7 +169,7 @@ class GrammarMatcher:
         return self._consumes(token)
 
     def _must_follow(self) -> list[int]:
-        """Computes forced tokens once per token, to spare the lexer. Raises RequestError if their text is too long."""
+        """Computes forced tokens once per token, to save lexer work. Raises RequestError if they are too long."""
         if self._following is None:
             self._following = self._native.compute_ff_tokens()
             size = sum(len(self._vocabulary.words[token]) for token in self._following)
@@ -236,7 +236,7 @@ class _Triggers:
         return found
 
     def _tokens_from(self, place: int) -> list[int]:
-        """Returns the answer's tokens from byte `place` on. If no token begins there, tokenizes the bytes anew."""
+        """Returns the answer's tokens from byte `place` on. If no token begins there, tokenizes the bytes again."""
         start = 0
         for index, (_, length) in enumerate(self._newest):
             if start == place:

@@ -1,4 +1,4 @@
-"""Rewrites JSON schemas of any dialect in keywords that llguidance obeys, and lists those that it cannot obey."""
+"""Rewrites JSON schemas with keywords that llguidance obeys, and lists the keywords that it cannot obey."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 _COMBINED: Final = ("anyOf", "oneOf", "allOf")
 _REFUSED: Final = ("not", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef")
 _EVALUATED: Final = frozenset((*_COMBINED, "$ref", "if", "then", "else", "dependentSchemas", "patternProperties"))
-"""Keywords next to which `unevaluatedProperties` does not mean the same as `additionalProperties`."""
+"""Keywords that make `unevaluatedProperties` differ from `additionalProperties` in the same schema."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class _Reader:
         return made | self._property_counts(schema, made, place)
 
     def _name_properties(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> None:
-        """Converts `propertyNames` to properties, or to a pattern of names, if there are no other properties."""
+        """Converts `propertyNames` to properties or, if there are no other properties, to a pattern of names."""
         given = schema.get("propertyNames")
         rule = {} if given is None else self.read(given, f"{place}.propertyNames")
         if rule is True or rule in ({}, {"type": "string"}):
@@ -143,7 +143,7 @@ class _Reader:
             self._leave_out(place, "propertyNames")
 
     def _property_counts(self, schema: Mapping[str, Any], made: dict[str, Any], place: str) -> dict[str, int]:
-        """Returns bounds of the number of properties. llguidance obeys them if all named properties are required."""
+        """Returns bounds on the number of properties. llguidance obeys them if all named properties are required."""
         least, most = (count(schema, key) for key in ("minProperties", "maxProperties"))
         named, required = made.get("properties", {}), made.get("required", ())
         if all(name in required for name in named):
@@ -216,7 +216,7 @@ class _Reader:
 
 
 def _is_required(part: Any) -> bool:
-    """Returns True for draft 3's `required` inside the property, which many handwritten schemas have."""
+    """True for draft 3's `required` inside the property, which many handwritten schemas have."""
     return isinstance(part, Mapping) and part.get("required") is True
 
 

@@ -32,7 +32,7 @@ class ReasoningScanner:
 
     @property
     def is_in_part(self) -> bool:
-        """True if the bytes end inside a UTF-8 character, or perhaps inside the tag that ends the reasoning."""
+        """True if the bytes end within a UTF-8 character, or possibly within the tag that ends the reasoning."""
         tag_parts = (end[:length] for end in self.ends for length in range(1, len(end)))
         return self._is_in_character() or any(map(self._tail.endswith, tag_parts))
 
@@ -56,7 +56,7 @@ class ReasoningScanner:
         self.place, self._tail = Place.BEFORE, b""
 
     def rest_behind_end(self, data: bytes) -> bytes | None:
-        """Returns the bytes of `data` that would follow the reasoning's end, or None if `data` would not end it."""
+        """Returns the bytes of `data` after the reasoning's end, or None if `data` would not end it."""
         tail = self._tail + data
         end = _first_end(tail, self.ends) if self.place is Place.INSIDE else None
         return None if end is None else tail[end:]
@@ -77,8 +77,8 @@ class ReasoningScanner:
 
 
 class ReasoningState:
-    """The reasoning of one answer. `words` has the bytes of each token. The reasoning may exceed its budget by a few
-    tokens, to complete a character or the tag that ends it."""
+    """The reasoning of one answer. `words` has the bytes of each token. The budget may be exceeded by a few tokens, to
+    complete a character or the tag that ends the reasoning."""
 
     def __init__(self, reasoning: Reasoning, words: Sequence[bytes]) -> None:
         self._tags = ReasoningScanner(reasoning)
@@ -116,11 +116,10 @@ class ReasoningState:
         self._check_budget()
 
     def release(self) -> None:
-        """Gives up the budget, for a grammar that does not allow the forced tokens."""
         self._at, self._budget = None, None
 
     def runs_over(self, token: int) -> bool:
-        """Returns True if the token would end the reasoning and also contain text after it."""
+        """True if the token would end the reasoning and also has text after the end."""
         return bool((self._tags.rest_behind_end(self._bytes(token)) or b"").strip(_SPACE))
 
     def _bytes(self, token: int) -> bytes:
@@ -134,7 +133,7 @@ class ReasoningState:
 
 
 def may_run_over(words: Sequence[bytes], tag: bytes) -> tuple[int, ...]:
-    """Returns the tokens that can complete a tag and also contain text after it."""
+    """Returns the tokens that can complete a tag and also have text after it."""
     tag_ends = tuple(tag[-length:] for length in range(1, len(tag) + 1))
 
     def runs_over(word: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""The state of one answer whose reasoning has a budget or delays its grammar."""
+"""The state of one answer whose reasoning has a budget or delays the grammar."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 
 
 class ReasoningMatcher:
-    """A matcher with the methods of `GrammarMatcher`, for reasoning and, if given, a grammar. The budget has an effect
-    only if the reasoning delays the grammar, or the grammar allows the tokens that end the reasoning."""
+    """A matcher of reasoning and, if given, a grammar, with the methods of `GrammarMatcher`. The budget counts only if
+    the reasoning delays the grammar, or if the grammar allows the tokens that end the reasoning."""
 
     def __init__(self, reasoning: Reasoning, grammar: GrammarMatcher | None, vocabulary: GrammarVocabulary) -> None:
         self.position = 0  # tokens taken in
@@ -29,7 +29,7 @@ class ReasoningMatcher:
 
     @property
     def is_complete(self) -> bool:
-        """True if only one token, or the answer's end, is allowed."""
+        """True if only one token, or only the answer's end, is allowed."""
         grammar = self._ruling
         return self._state.forced is not None or (grammar is not None and grammar.is_complete)
 
@@ -53,7 +53,7 @@ class ReasoningMatcher:
         return None
 
     def allowed(self) -> AllowedTokens | None:
-        """Returns the tokens that may come next. None means all tokens. `try_take` may still refuse some of them."""
+        """Returns the tokens that may come next; None means all. `try_take` may still refuse some of them."""
         if (forced := self._forced()) is not None:
             return _only(forced, self._vocabulary)
         return None if self._ruling is None else self._ruling.allowed()
@@ -91,7 +91,7 @@ class ReasoningMatcher:
         return None
 
     def _add(self, token: int) -> None:
-        """Takes in a token. The grammar also gets the token that ends the reasoning, because a trigger may be in it."""
+        """Takes in a token. The grammar also gets the token that ends the reasoning, which may contain a trigger."""
         is_delayed = self._grammar is not None and self._ruling is None
         self._state.take(token)
         self.position += 1

@@ -1,4 +1,4 @@
-"""Finds references in JSON schemas that always lead back to themselves. llguidance finds them only during an answer."""
+"""Finds endlessly circular references in JSON schemas. llguidance would find them only during an answer."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from llamaclust.model.grammars.schema_references import MISSING, SchemaReference
 
 
 def endless_reference(schema: Any) -> str | None:
-    """Returns the first used reference that no finite value obeys. Does not follow references to other documents."""
+    """Returns the first used reference that no finite value can obey. Does not follow references to other documents."""
     targets = _targets(schema)
     conditions = _Conditions(targets)
     return next((reference for reference in targets if not conditions.ends(reference)), None)
 
 
 def _targets(schema: Any) -> dict[str, Any]:
-    """Returns the target of each reference in use, in the order of discovery. Each part of the schema is read once."""
+    """Returns the target of each used reference, in order of discovery. Each part of the schema is read once."""
     found: dict[str, Any] = {}
     references, read = SchemaReferences(schema), set[int]()
     pending = [schema]
@@ -32,7 +32,7 @@ def _targets(schema: Any) -> dict[str, Any]:
 
 
 def _references(schema: Any, read: set[int]) -> Iterator[str]:
-    """Yields the references in a schema. Skips its definitions, and parts that were read before."""
+    """Yields the references in a schema, except in its definitions and in parts that were read before."""
     pending = [schema]
     while pending:
         part = pending.pop()
@@ -48,14 +48,14 @@ def _references(schema: Any, read: set[int]) -> Iterator[str]:
 
 @dataclass(slots=True, eq=False)
 class _Condition:
-    """A condition that becomes true when `missing` more of the conditions that it uses are true."""
+    """A condition that is true once `missing` of the conditions that it uses have become true."""
 
     missing: int
     users: list[_Condition] = field(default_factory=list)
 
 
 class _Conditions:
-    """Finds the parts of a schema that some finite value obeys, as far as references decide: the least fixed point."""
+    """Finds the parts of a schema that a finite value can obey, as far as references decide: the least fixed point."""
 
     def __init__(self, targets: Mapping[str, Any]) -> None:
         self._targets = targets

@@ -1,4 +1,4 @@
-"""Brings the keywords of JSON schemas for one value into one form, however libraries and drafts write them."""
+"""Gives keywords of JSON schemas for one value a single form, for all libraries and drafts."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NUMBERS: Final = (
 _LOOK_AROUND: Final = re.compile(r"\(\?(?:=|!|<=|<!)|\\[1-9]|\\k<")
 _ANY_TEXT: Final = frozenset(("", ".*", "^.*$", "^(.*)$", r"[\s\S]*", r"^[\s\S]*$"))
 MOST_OF_AN_INTEGER: Final = 10**16 - 1
-"""The largest integer has sixteen digits, as in llama.cpp: a small model might write digits without end."""
+"""The largest integer. It has sixteen digits, as in llama.cpp, since a small model might write digits without end."""
 
 
 def normal_types(given: Any) -> tuple[list[str], bool]:
-    """Returns the types that a value may have (empty: any type), and True if all given types are known."""
+    """Returns the types that a value may have (empty: any), and True if all given types are known."""
     names = [name.lower() for name in given if isinstance(name, str)] if isinstance(given, list) else []
     if isinstance(given, str):
         names = [given.lower()]
@@ -46,14 +46,14 @@ def normal_types(given: Any) -> tuple[list[str], bool]:
 
 
 def as_list(given: Any) -> list[Any] | None:
-    """Reads a list, which PHP writes as an object if indices are missing."""
+    """Reads a list. PHP writes it as an object if indices are missing."""
     if isinstance(given, Mapping) and all(isinstance(key, str) and key.isdigit() for key in given):
         return [*given.values()]
     return given if isinstance(given, list) else None
 
 
 def as_object(given: Any) -> Mapping[str, Any]:
-    """Reads an object, which PHP writes as a list if it is empty."""
+    """Reads an object. PHP writes an empty one as a list."""
     return given if isinstance(given, Mapping) else {}
 
 
@@ -120,7 +120,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 
 def unusable_numbers(schema: Mapping[str, Any]) -> list[str]:
-    """Returns the keywords whose numbers are beyond float64, and `multipleOf` if it is not positive."""
+    """Returns the keywords whose numbers exceed float64, and `multipleOf` if it is not positive."""
     return [
         key
         for key in _NUMBERS

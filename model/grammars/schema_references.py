@@ -21,7 +21,7 @@ class SchemaReferences:
         self._found: dict[str, Any] = {}  # by reference, behind chains
 
     def find(self, reference: str) -> Any:
-        """Returns the schema at the end of a chain of references. MISSING if there is none or the chain is circular."""
+        """Returns the schema at the end of a chain of references; MISSING if there is none or the chain is circular."""
         chain: dict[str, None] = {}
         while reference not in self._found and reference not in chain:
             chain[reference] = None

@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 _SPECIAL: Final = b"\xff"
-"""llguidance's prefix for the name of a token that stands for no text."""
+"""llguidance's prefix for the name of a token without text."""
 _SLICES: Final = [r'[^"\\\x00-\x1F\x7F]{1,30}', r'[^"\\\x00-\x1F\x7F]+']
-"""Patterns of text in JSON strings, whose tokens are found together. llguidance's default takes 1.5 times as much time
-and memory."""
+"""Patterns of text in JSON strings, whose tokens are found together. llguidance's default takes 1.5 times the time and
+memory."""
 _KEPT_TEXTS: Final = 1024
 _KEPT_TAGS: Final = 16
 
 
 class GrammarVocabulary:
-    """The bytes of each token (`words`), the tokens that end an answer, and a function that encodes plain text."""
+    """Each token's bytes (`words`), the tokens that end an answer, and a function that encodes plain text."""
 
     def __init__(self, words: Sequence[bytes], end_ids: Sequence[int], encode: Callable[[str], list[int]]) -> None:
         self.words = words

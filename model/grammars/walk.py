@@ -1,4 +1,4 @@
-"""Follows a grammar for some tokens before admission, as a worker would, to find its failures early."""
+"""Follows a grammar for some tokens before a request is admitted, to find failures before a worker does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamaclust.model.grammars.vocabulary import GrammarVocabulary
 _CHOICES: Final = 32
 _TOKENS: Final = 512
 _LOOKED_BYTES: Final = 1 << 19
-"""The most bytes of forced texts, for which a walk takes about a third of a second."""
+"""The most bytes of forced texts in a walk. They take about a third of a second."""
 _NAMES: Final = 64
 _FIRST: Final = b'{["'
 _PREFERRED: Final = b'"{[],}:'
@@ -36,7 +36,7 @@ class GrammarWalk:
         self._ends = np.array(vocabulary.end_ids)
 
     def run(self, definition: str, names: Sequence[str] = ()) -> None:
-        """Raises RequestError if the grammar cannot be used or followed. Prefers properties with the given names."""
+        """Raises RequestError if the grammar cannot be used or followed. Prefers properties with these names."""
         matcher = GrammarMatcher(Grammar(definition), self._vocabulary, is_costly=True)
         keys = deque(self._vocabulary.native.tokenize_bytes(_key(name)) for name in names[:_NAMES])
         taken: list[int] = []
@@ -53,7 +53,7 @@ class GrammarWalk:
             raise RequestError(f"{error}; after {text.decode('utf-8', 'replace')!r}") from None
 
     def _next(self, matcher: GrammarMatcher, keys: deque[list[int]], preferred: list[int]) -> list[int]:
-        """Returns the next tokens of the walk; empty at the end. Property names are taken in their given order."""
+        """Returns the walk's next tokens; [] at the end. Property names are taken in the given order."""
         allowed = matcher.allowed()
         assert allowed is not None, "it waits for no trigger"
         for key in keys:

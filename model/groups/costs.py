@@ -1,5 +1,5 @@
-"""Costs of a group's members: the divided parts of each layer, their units, and the gathers. They are computed from the
-division itself, so that a member's costs are those of its program."""
+"""Costs of a group's members: each layer's divided parts, their units, and the gathers. They follow from the division
+itself, so that a member's costs are those of its program."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _SUMS = (
 
 @dataclass(frozen=True, slots=True)
 class GatherCost:
-    """A gather of `lines` lines of `width` channels for each row. Members divide a line into `units`. It is sent in
-    `form`, the format of all its readers, if portions consist of whole segments. `to_leader`: only the leader receives
-    it. `from_leader`: only the leader sends it, and it is not divided."""
+    """A gather of `lines` lines of `width` channels per row. Members divide a line into `units`. If portions consist of
+    whole segments, it is sent in `form`, the format of all its readers. `to_leader`: only the leader receives it.
+    `from_leader`: only the leader sends it, undivided."""
 
     width: int
     units: int
@@ -78,7 +78,7 @@ class PortionCost:
 
 @dataclass(frozen=True, slots=True)
 class DividedLayer:
-    """A layer, or the head: the part that every member has whole, the divided parts, and the gathers for each row."""
+    """A layer, or the head: the cost that every member has in full, the divided parts, and the gathers per row."""
 
     whole: LayerCost
     portions: tuple[PortionCost, ...]
@@ -99,8 +99,8 @@ class DividedLayer:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingCost:
-    """The costs before the first layer. The leader holds the token embeddings and sends their rows to the other
-    members. Every member holds other tables, such as position embeddings, of `whole_bytes`."""
+    """The costs before the first layer. The leader has the token embeddings and sends their rows to the others. Every
+    member has the other tables, such as position embeddings, of `whole_bytes`."""
 
     whole_bytes: int
     gathers: tuple[GatherCost, ...]

@@ -15,11 +15,11 @@ from llamaclust.model.program import Buffer, Embed, Gather, Program, Slice, Step
 from llamaclust.model.steps.step import Units
 
 LEADER = 0
-"""The member that samples. Only this member needs the last stage's results and holds the token embeddings."""
+"""The member that samples. Only it gets the last stage's results and holds the token embeddings."""
 
 
 def divide(program: Program, shares: Sequence[float], member: int) -> Program:
-    """Returns the program of `member`, in proportion to its share. Raises UsageError if layers are in parts."""
+    """Returns the program of `member` in proportion to the shares. Raises UsageError if layers are in parts."""
     return _Member(shares, member).program(Division.of(program, len(shares)))
 
 

@@ -1,4 +1,4 @@
-"""The format in which members of a group send rows to each other: the format of the readers, if all have the same."""
+"""The format in which a group's members send rows: that of the rows' readers, if all have the same."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Portion:
-    """The shares of all members of a group in the output rows, and the number of the member with this portion."""
+    """The shares of all members in the output rows, and the number of the member with this portion."""
 
     shares: tuple[int, ...]
     member: int

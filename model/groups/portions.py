@@ -1,5 +1,5 @@
-"""Finds which values of a program the members of a group divide, and into how many units. Results of products are
-divided, and values that follow from them channel by channel or head by head. Other steps read whole rows."""
+"""Finds the values of a program that a group's members divide, and their units. Results of products are divided, and so
+are values that follow from these channel by channel or head by head. Other steps read whole rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat
 
 _LEAST_UNITS = {ActivationFormat.Q8_256: 16, ActivationFormat.Q8_32: 8}
-"""The least number of segments per member if units are segments. With fewer, portions could differ much from shares."""
+"""The least segments per member if units are segments. With fewer, portions could differ much from the shares."""
 
 
 def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
@@ -40,7 +40,7 @@ def borders(units: int, shares: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(slots=True)
 class _Portion:
-    """Values that are divided alike into `units`. `joined` is the portion that has replaced this one."""
+    """Values that are divided alike into `units`. `joined` is the portion that replaced this one."""
 
     units: int = 0
     has_heads: bool = False
@@ -83,7 +83,7 @@ class DividedStep:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """The division of a program among members, for any shares. `gathered` are the results to gather after all steps."""
+    """The division of a program among members, for any shares. `gathered` are results to gather after all steps."""
 
     program: Program
     steps: tuple[DividedStep, ...]
@@ -101,7 +101,7 @@ class Division:
 
 
 def _units_of(steps: Sequence[Step], members: int) -> list[int]:
-    """Returns the units of each step's result. 0 means that it stays whole, such as with fewer units than members."""
+    """Returns the units of each step's result; 0 for a result that stays whole, as with fewer units than members."""
     found, current, kept = list[_Portion | None](), dict[str, _Portion | None](), dict[int, _Portion | None]()
     shared = _products_of_shared_keys(steps)
     for at, step in enumerate(steps):
@@ -119,8 +119,8 @@ def _units_of(steps: Sequence[Step], members: int) -> list[int]:
 
 
 def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
-    """Returns the products that make the only KV head of an attention. Every member computes them, which is faster than
-    a gather."""
+    """Returns the products that compute an attention's only KV head. Every member computes them, which is faster than a
+    gather."""
     found, wanted = set[int](), set[str]()
     for at, step in reversed([*enumerate(steps)]):
         name = step.out.name
@@ -137,7 +137,7 @@ def _products_of_shared_keys(steps: Sequence[Step]) -> set[int]:
 
 @dataclass(slots=True)
 class _Rows:
-    """The divided values after the steps so far. `normed` is a result that `SelectRows` needs whole."""
+    """The values that are divided after the steps so far. `SelectRows` needs the result `normed` whole."""
 
     normed: Buffer | None
     _divided: dict[str, Gathered] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class _Rows:
 
 
 def _product_units(width: int, members: int) -> int:
-    """Returns the number of units of a product: segments of the next product, or else tiles of weights. Segments are
+    """Returns the units of a product's result: segments of the next product, otherwise tiles of weights. Segments are
     quantized before a gather."""
     for segment, least in _LEAST_UNITS.items():
         if width % segment == 0 and width // segment >= least * members:

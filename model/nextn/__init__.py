@@ -1,1 +1,1 @@
-"""Programs and costs of heads for multi-token prediction (MTP). They are in layers after all other layers."""
+"""Programs and costs of heads for multi-token prediction (MTP), which are in layers after all others."""

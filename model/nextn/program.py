@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llamaclust.model.loader import Model
 
 FAMILIES: Final = ("deepseek2", "glm4moe", "qwen35", "qwen35moe")
-"""Architectures whose MTP heads contain a usual layer, with attention."""
+"""Architectures whose MTP heads contain a layer of the model, with attention."""
 
 
 def has_nextn(model: Model) -> bool:
@@ -35,7 +35,7 @@ def check_nextn(model: Model) -> None:
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
-    """Returns the first head's program. Raises UsageError if there is none, ModelFileError if a tensor does not fit."""
+    """Returns the first MTP head's program. Raises UsageError without one, ModelFileError if a tensor does not fit."""
     check_nextn(model)
     builder = _NextnBuilder(ModelKeys(model.file), kv_type, context_tokens)
     ARCHITECTURES[model.hyperparameters.architecture](builder)

@@ -1,4 +1,4 @@
-"""Steps of which another device, or another member of a group, computes a part."""
+"""Steps that are computed in part by another device or another member of a group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finds the tokens of models that fill in text between a prefix and a suffix, by keys and words, as llama.cpp does."""
+"""Finds the tokens of models that fill in text between a prefix and a suffix, by keys and words as in llama.cpp."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FillInTokens:
 
 
 def find_fill_in(ids: Mapping[str, int], id_of_key: Callable[[str], int | None]) -> FillInTokens | None:
-    """Returns None if the model does not fill in text. `id_of_key` returns the token id in a field of the file."""
+    """Returns None if the model does not fill in text. `id_of_key` returns a token id that a key of the file states."""
 
     def found(keys: str, words: tuple[str, ...]) -> int | None:
         given = (*(id_of_key(f"{key}_token_id") for key in keys.split()), *map(ids.get, words))

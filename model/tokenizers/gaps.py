@@ -51,7 +51,7 @@ def fill_in_prompt(tokenizer: Tokenizer, tokens: FillInTokens, gap: Gap, room: i
 
 
 def _files(tokenizer: Tokenizer, tokens: FillInTokens, files: tuple[OtherFile, ...], room: int) -> list[int]:
-    """Returns the last `room` tokens of all files. Reads from the end, so that text without room is not tokenized."""
+    """Returns the last `room` tokens of all files. Starts at the end, to tokenize no text without room."""
     parts: list[list[int]] = []
     left = room
     for mark, text in _file_parts(tokens, files):

@@ -1,5 +1,5 @@
-"""Pre-tokenizers, which cut text into words before byte-pair merges, by the name in `tokenizer.ggml.pre`. Expressions
-are those of the models' tokenizers. Each expression is applied to the pieces that the one before it left."""
+"""Pre-tokenizers, which cut text into words before byte-pair merges, by the name in `tokenizer.ggml.pre`. The
+expressions are those of the models' tokenizers. Each one cuts the pieces that the previous one left."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ _DEEPSEEK_LETTER_RANGES: Final = (
     "FB13-FB17 FF21-FF3A FF41-FF5A 10400-1044F 104B0-104D3 104D8-104FB 10C80-10CB2 10CC0-10CF2 118A0-118DF "
     "1E900-1E943"
 )
-"""The cased letters that DeepSeek's tokenizer lists, as code points: normalization of this source would merge some."""
+"""The cased letters in DeepSeek's tokenizer, as code points: normalization of this source would merge some."""
 _DEEPSEEK_LETTERS: Final = rf"\s?[{_ranges(_DEEPSEEK_LETTER_RANGES)}]+"
 _DEEPSEEK_MARKS: Final = "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"
 
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """Expressions to cut by. `ignore_merges`: words of the vocabulary stay whole. `add_bos`: the file's default."""
+    """Expressions that cut text. `ignore_merges`: words of the vocabulary stay whole. `add_bos`: the file's default."""
 
     expressions: tuple[str, ...]
     ignore_merges: bool = False

@@ -1,4 +1,4 @@
-"""SentencePiece vocabularies (`tokenizer.ggml.model` = llama for BPE, t5 for unigrams), converted to a model proto."""
+"""SentencePiece vocabularies (`tokenizer.ggml.model` = llama for BPE, t5 for unigrams), as model protos."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BLOCK: Final = 256
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A tokenizer that merges by score (BPE), or that finds the spelling with the greatest sum of scores (unigrams)."""
+    """A tokenizer that merges by score (BPE), or finds the spelling with the greatest sum of scores (unigrams)."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any], *, is_unigram: bool = False) -> None:
         super().__init__(
@@ -38,7 +38,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = _processor(model)
 
     def _use_unigrams(self, model: Any, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
-        """Lets the library normalize text and find user-defined words, as it does for the model's authors."""
+        """Leaves normalization and user-defined words to the library, as the model's authors do."""
         self._user_defined = []
         self._special = [(text, token_id) for text, token_id in self._special if self.is_control(token_id)]
         if not np.isfinite(vocabulary.scores or [0.0]).all():
@@ -62,7 +62,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def _charsmap(metadata: Mapping[str, Any]) -> bytes:
-    """Returns the map for normalization. It is checked, because older versions of the library do not check it."""
+    """Returns the map for normalization after a check, which older versions of the library lack."""
     value = metadata.get(_CHARSMAP)
     if value is None:
         return b""
@@ -116,9 +116,9 @@ def _piece_types(vocabulary: Vocabulary, unknown: int, byte_fallback: bool) -> b
 
 
 def check_charsmap(data: bytes, origin: str) -> None:
-    """Checks SentencePiece's precompiled map of characters: the length of a trie, the trie as a double array
-    (darts-clone), and texts of its leaves, each ended by a zero byte. Raises ModelFileError if any input could lead
-    outside of the map."""
+    """Checks SentencePiece's precompiled map of characters: a trie's length, the trie as a double array (darts-clone),
+    and the texts of its leaves, each ending with a zero byte. Raises ModelFileError if any input could lead outside the
+    map."""
     if not data:
         return
     length = int.from_bytes(data[:4], "little")

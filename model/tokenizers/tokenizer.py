@@ -15,8 +15,8 @@ _NOT_SPELLED = frozenset((*_CONTROL, TokenType.USER_DEFINED, TokenType.BYTE))
 
 
 class Tokenizer(ABC):
-    """A model's tokenizer. Thread-safe. Ids outside the vocabulary raise RequestError. `longest_word` is the most
-    characters of a token. `end_of_generation` has the file's eos, eot and eom, and words known to mean the same."""
+    """A model's tokenizer. Thread-safe. Ids outside the vocabulary raise RequestError. `longest_word` counts
+    characters. `end_of_generation` has the file's eos, eot and eom tokens, and words known to mean the same."""
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
         self.vocabulary = vocabulary
@@ -33,7 +33,7 @@ class Tokenizer(ABC):
 
     @property
     def control_texts(self) -> Sequence[str]:
-        """Texts that are parsed as control tokens, the longest first."""
+        """Texts that are parsed as control tokens, longest first."""
         return [text for text, token_id in self._special if self.is_control(token_id)]
 
     @property
@@ -41,7 +41,7 @@ class Tokenizer(ABC):
         return [token_id for token_id, kind in enumerate(self.vocabulary.types) if kind in _CONTROL]
 
     def is_control(self, token_id: int) -> bool:
-        """Returns True for a control or unknown token, which stands for no text of its own."""
+        """True for control and unknown tokens, which have no text of their own."""
         return self._type_of(token_id) in _CONTROL
 
     def token_id(self, word: str) -> int | None:
@@ -53,14 +53,14 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Returns token ids. `add_special` adds BOS and EOS if the model wants them. `parse_special` turns control
-        words into control tokens, so it must never be set for text from a user."""
+        words into control tokens; never set it for a user's text."""
         parts = self.split_special(text, parse_special)
         first = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
         last = [self.eos_id] if add_special and self.add_eos and self.eos_id is not None else []
         return [*first, *self.encode_parts(parts), *last]
 
     def split_special(self, text: str, parse_special: bool) -> list[str | int]:
-        """Splits a text at special tokens into plain text and token ids. User-defined words are always found."""
+        """Splits a text into plain text and ids of special tokens. User-defined words are always found."""
         return _split(_without_surrogates(text), self._special if parse_special else self._user_defined)
 
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
@@ -177,7 +177,7 @@ def _cut(part: str | int, word: str, token_id: int) -> Iterator[str | int]:
 
 
 def _without_surrogates(text: str) -> str:
-    """Joins the halves of surrogate pairs, which JSON may contain, and replaces single halves by U+FFFD."""
+    """Joins halves of surrogate pairs, which JSON may contain. Single halves become U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -21,7 +21,7 @@ _END_TEXTS: Final = (
     "[e~[ _<EOT>"
 )
 END_OF_GENERATION_TEXTS: Final = frozenset(_END_TEXTS.split())
-"""Words that end a generation in addition to the ids that the file names, as in llama.cpp."""
+"""Words that end a generation, as in llama.cpp, in addition to the ids in the file."""
 
 _PADDING_TEXTS: Final = frozenset({"<PAD>", "[PAD]"})
 _PLAIN_TEXTS: Final = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"})
@@ -85,7 +85,7 @@ def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
 
 
 def read_token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
-    """Reads a token id. Returns None if it is missing or outside the vocabulary (files use 2^32 - 1 for none)."""
+    """Reads a token id; None if it is missing or outside the vocabulary (files use 2^32 - 1 for none)."""
     value = metadata.get(key(name))
     if value is None:
         return None
@@ -150,7 +150,7 @@ def _read_types(metadata: Mapping[str, Any], count: int) -> bytearray:
 
 
 def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], types: bytearray) -> frozenset[int]:
-    """Returns the ids that end a generation. Also sets the types of known words in `types`, whatever the file says."""
+    """Returns the ids that end a generation. Also corrects the types of known words in `types`."""
     padding = {ids[text] for text in _PADDING_TEXTS if text in ids and types[ids[text]] == TokenType.CONTROL}
     by_text = {ids[text] for text in END_OF_GENERATION_TEXTS if text in ids}
     for token_id in by_text:
@@ -164,7 +164,7 @@ def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], type
 
 
 def _keep_inner_marks(ids: Mapping[str, int], types: bytearray, ends: set[int | None]) -> None:
-    """Removes `<|end|>` and `</s>` from `ends` if the chat format uses them inside answers or as ordinary words."""
+    """Removes `<|end|>` and `</s>` from `ends` if the chat format uses them within answers or as plain words."""
     found = {text for text in END_OF_GENERATION_TEXTS if ids.get(text) in ends}
     calls = {"<|call|>", "<|calls|>"} & found
     if "<|end|>" in found and calls and found & {"<|return|>", "<|flush|>"}:

@@ -1,4 +1,4 @@
-"""WordPiece vocabularies (`tokenizer.ggml.model` = bert): words are spelled by the longest pieces that fit."""
+"""WordPiece vocabularies (`tokenizer.ggml.model` = bert), which spell words with the longest pieces that fit."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _BEGIN: Final = "▁"
 _CLS, _SEP, _UNKNOWN = 101, 102, 100
 """BERT's token ids, for files that do not name them."""
 _LONGEST_WORD: Final = 256
-"""The most characters for each token of a prompt, on average: longer words or so many blanks are not text."""
+"""The most characters per token of a prompt on average. Longer words or so many blanks are not text."""
 _MOST_CHARACTERS: Final = 1 << 18
-"""The longest text, because Python takes about 25 microseconds for each character of a long word."""
+"""The longest text, since Python takes about 25 microseconds per character of a long word."""
 _HAN: Final = (
     (0x4E00, 0x9FFF),
     (0x3400, 0x4DBF),
@@ -28,11 +28,11 @@ _HAN: Final = (
     (0xF900, 0xFAFF),
     (0x2F800, 0x2FA1F),
 )
-"""Ranges of characters that are words of their own."""
+"""Ranges of characters of which each is a word."""
 
 
 class WordPieceTokenizer(Tokenizer):
-    """Lowers case and strips accents, unless the file has flags against it. A word that no pieces spell is one unknown
+    """Lowers case and strips accents, unless the file has flags against it. A word without a spelling is one unknown
     token."""
 
     def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:

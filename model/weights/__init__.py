@@ -1,1 +1,1 @@
-"""A model's manifest and the cache of fetched tensors."""
+"""Manifests of models, and the cache of fetched tensors."""

@@ -1,5 +1,5 @@
-"""The folder of fetched weights: tensors by SHA-256, and manifests of models. A file gets its name only when it is
-complete, checked and on disk. The processes of one machine share the folder."""
+"""The folder of fetched weights, shared by a machine's processes: tensors by SHA-256, and manifests of models. A file
+gets its name only when it is complete, checked and on disk."""
 
 from __future__ import annotations
 
@@ -39,7 +39,6 @@ class WeightCache(DiskCache):
     modified_ns = _MODIFIED_NS  # their digests are not computed at each start
 
     def prepare(self) -> None:
-        """Makes the folder. Raises LlamaclustError if that fails, or if other users may write there."""
         with self._errors():
             self.create()
 
@@ -51,7 +50,7 @@ class WeightCache(DiskCache):
         return self.place(content).with_suffix(UNFINISHED)
 
     def part_bytes(self, content: str) -> int:
-        """Returns the size of an unfinished tensor. Marks it as used if no process is writing it."""
+        """Returns the size of an unfinished tensor. Marks it used if no process is writing it."""
         try:
             with open_own(self.part_path(content), os.O_RDWR) as file:
                 if take_lock(file.fileno()):
@@ -61,7 +60,7 @@ class WeightCache(DiskCache):
             return 0
 
     def find(self, content: str) -> FileIdentity | None:
-        """Returns the file's identity and marks it as used. Returns None if it is missing. Deletes a changed file."""
+        """Returns the file's identity and marks it used; None if it is missing. Deletes a changed file."""
         with suppress(OSError):
             file = self.open(self.place(content).name)
             if file is not None:
@@ -70,7 +69,7 @@ class WeightCache(DiskCache):
         return None
 
     def known_manifest(self, key: str) -> str | None:
-        """Returns the SHA-256 of the manifest that is remembered by `key`, or None if it is not there any more."""
+        """Returns the SHA-256 of the manifest that is stored for `key`, or None if it is gone."""
         assert _HASH.fullmatch(key)
         try:
             content = (self.read(f"{key}{KNOWN}", 65) or b"").decode("ascii")
@@ -79,7 +78,7 @@ class WeightCache(DiskCache):
         return content if _HASH.fullmatch(content) and self.find(content) is not None else None
 
     def keep_manifest(self, key: str, data: bytes) -> str:
-        """Writes a manifest, remembers it by `key` and returns its SHA-256. Raises LlamaclustError if that fails."""
+        """Writes a manifest for `key` and returns its SHA-256. Raises LlamaclustError if that fails."""
         content = sha256(data).hexdigest()
         self._write(self.place(content).name, data)
         self.remember_manifest(key, content)
@@ -97,7 +96,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Protects files that are found or written inside the block from being deleted to make room."""
+        """Protects files that are found or written within the block from being deleted to make room."""
         self.prepare()
         path = self.path / f"{secrets.token_hex(8)}{_LEASE}"
         with ExitStack() as stack:
@@ -110,7 +109,7 @@ class WeightCache(DiskCache):
             yield
 
     def make_room(self, n_bytes: int) -> None:
-        """Deletes files that no load uses, least recently used first. Raises LlamaclustError if that is not enough."""
+        """Deletes the least recently used files that no load needs. Raises LlamaclustError if that is not enough."""
         with self._errors(), self.locked():
             self._make_room(n_bytes)
 
@@ -134,7 +133,7 @@ class WeightCache(DiskCache):
 
     @contextmanager
     def making(self, key: str) -> Iterator[None]:
-        """Locks one key. Other processes wait without a time limit."""
+        """Locks one key. Other processes wait for it without a time limit."""
         path = self.path / f"{key}{MAKING}"
         with ExitStack() as stack:
             while True:
@@ -149,9 +148,9 @@ class WeightCache(DiskCache):
 
 
 class WeightPart:
-    """A tensor on its way into the cache. It is written piece by piece, can be resumed, and is checked before it gets
-    its name. Only one process at a time has it open. Methods block, and any thread may call them. `resumed`: some of
-    `done_bytes` were there before."""
+    """A tensor that is being written into the cache, piece by piece. Writing can be resumed. The tensor gets its name
+    after a check. Only one process at a time has it open. Methods block, and any thread may call them. `resumed`: some
+    of `done_bytes` existed before."""
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, file: FileIO) -> None:
         self._cache = cache
@@ -167,7 +166,7 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """Returns None if another process is writing or has finished the tensor. Raises LlamaclustError if the file
+        """Returns None if another process writes the tensor or has finished it. Raises LlamaclustError if the file
         cannot be opened."""
         path = cache.part_path(content)
         try:
@@ -187,7 +186,7 @@ class WeightPart:
         return cls(cache, content, n_bytes, file)
 
     def write(self, pieces: Sequence[bytes | memoryview]) -> None:
-        """Raises LlamaclustError if the disk is full or fails. Nothing of the tensor is kept then."""
+        """Raises LlamaclustError if the disk is full or fails, and then keeps nothing of the tensor."""
         with self._lock:
             if self._file.closed:
                 return
@@ -198,7 +197,7 @@ class WeightPart:
                     raise self._failed(error) from error
 
     def finish(self) -> bool:
-        """Gives a complete tensor its name. If its bytes are wrong, discards them and returns False."""
+        """Gives a complete tensor its name. Discards wrong bytes and returns False."""
         with self._lock:
             if self.done_bytes != self._n_bytes or self._hash.hexdigest() != self._content:
                 self._file.truncate(0)

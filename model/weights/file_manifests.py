@@ -1,4 +1,4 @@
-"""Manifests of model files, made once for each version of the files."""
+"""Manifests of model files, made once per version of a file."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from llamaclust.model.weights.manifest import MANIFEST_VERSION, make_manifest
 _log = logging.getLogger(__name__)
 
 _SETTLED_NS = 100_000_000
-"""The age of a change after which another change gets another time: file systems count in steps of up to 10 ms."""
+"""The age from which another change gets another time, since file systems count in steps of up to 10 ms."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileManifest:
-    """The size of a manifest, and `content`, its SHA-256 in hex, which identifies the model's bytes."""
+    """The size of a manifest and its SHA-256 in hex, `content`, which identifies the model's bytes."""
 
     content: str
     n_bytes: int
 
 
 class FileManifests:
-    """The manifests that one process knows. Without a cache, each process makes its own manifests, whose bytes are not
-    kept."""
+    """The manifests that one process knows. Without a cache, each process makes its own and keeps no manifest's
+    bytes."""
 
     def __init__(self, cache: WeightCache | None = None) -> None:
         self.cache = cache
@@ -40,8 +40,8 @@ class FileManifests:
         begin: Callable[[int], None] = lambda total: None,
         add: Callable[[int], None] = lambda n: None,
     ) -> FileManifest:
-        """Returns the manifest of a file. Reads all bytes of an unknown file: `begin` gets their number, and `add` gets
-        the size of each piece, from several threads. Raises ModelFileError if the file changes meanwhile."""
+        """Returns the manifest of a file. Reads all bytes of an unknown file: `begin` gets their number, and `add` the
+        size of each piece, from several threads. Raises ModelFileError if the file changes meanwhile."""
         version = file.version
         if (known := self._known.get(version)) is None:
             known = self._known[version] = self._made(file, begin, add)
@@ -71,7 +71,7 @@ def _manifest_of(data: bytes) -> FileManifest:
 
 
 def _settle(file: ModelFile) -> None:
-    """Waits until another change would show in the times of the file, for a tenth of a second at most."""
+    """Waits until another change would show in the file's times, a tenth of a second at most."""
     age_ns = time.time_ns() - file.changed_ns
     if 0 <= age_ns < _SETTLED_NS:
         time.sleep((_SETTLED_NS - age_ns) / 1e9)

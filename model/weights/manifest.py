@@ -1,5 +1,5 @@
 """Manifests: models without weights, written as GGUF files without tensors. A manifest has the metadata that a stage
-needs, and each tensor's type, shape and SHA-256."""
+needs, and the type, shape and SHA-256 of each tensor."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A manifest. `metadata` has the keys that programs and the tokenizer read."""
+    """`metadata` has the keys that programs and the tokenizer read."""
 
     model_id: str
     size_bytes: int
@@ -56,7 +56,7 @@ class Manifest:
     tensors: tuple[TensorRecord, ...]
 
     def file(self, path: Path, held: Mapping[str, tuple[Path, FileIdentity]]) -> ModelFile:
-        """Returns the model as a ModelFile. `path` is its name in errors; `held` has the places of bytes by SHA-256."""
+        """Returns the model as a ModelFile. `path` names it in errors; `held` has the places of bytes by SHA-256."""
         tensors = {}
         for record in self.tensors:
             place, identity = held.get(record.content, (path, _NOWHERE))
@@ -89,7 +89,7 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """Returns the keys that programs and the tokenizer read or, of an adapter, those that `with_adapters` reads."""
+    """Returns the keys that programs and the tokenizer read; for an adapter, those that `with_adapters` reads."""
     architecture, is_adapter = read_architecture(file), "adapter.type" in file.metadata
     kept = ("adapter.", "general.type") if is_adapter else (f"{architecture}.", _TOKENIZER)
     own: dict[str, WritableValue] = {"general.architecture": architecture}

@@ -1,4 +1,4 @@
-"""Attention of Gemma 3n and 4: unscaled scores, normed values, and last layers that read keys and values of others."""
+"""Attention of Gemma 3n and 4: unscaled scores, normed values. The last layers read other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LayerKind:
 
 
 def shared_kv_sources(keys: ModelKeys, windowed: Sequence[bool]) -> list[int]:
-    """Returns the layer whose keys and values each layer reads: itself, or the last of its kind that stores some."""
+    """Returns the layer whose keys and values each layer reads: itself, or the last storing layer of its kind."""
     layers = len(windowed)
     first = layers - keys.count(SHARED_KV_KEY, 0, minimum=0, maximum=layers - 1)
     last = {windowed[layer]: layer for layer in range(first)}
@@ -60,7 +60,7 @@ def attention(
 def _keys_and_values(
     builder: ProgramBuilder, prefix: str, kind: LayerKind, normed: Buffer, stored: tuple[Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Norms keys and values. If the file has no weight for values, they are the keys before their norm."""
+    """Norms keys and values. Without a weight for values, the values are the keys before their norm."""
     key, value = stored
     yield builder.product(f"{prefix}.attn_k", normed, key)
     is_apart = builder.has(f"{prefix}.attn_v.weight")

@@ -47,7 +47,7 @@ def gemma3(builder: ProgramBuilder) -> None:
 
 
 def gemma_embedding(builder: EncoderBuilder) -> None:
-    """EmbeddingGemma: Gemma 3 as an encoder with dense layers. Half of a window's width is on each side of a token."""
+    """EmbeddingGemma: Gemma 3 as an encoder with dense layers. Half of a window lies on each side of a token."""
     hp = builder.hyperparameters
     if hp.sliding_window is None:
         raise builder.keys.error("attention.sliding_window", "missing or 0, and the architecture has windows")
@@ -70,6 +70,6 @@ def _normed_layer(builder: ProgramBuilder, layer: int, variant: AttentionVariant
 
 
 def _scale(hp: Hyperparameters, layers_27b: int) -> float:
-    """Returns the scale of scores. The 27B models take width / heads as a head's channels, which no key says."""
+    """Returns the scale of scores. In the 27B models a head has width / heads channels, which no key states."""
     channels = hp.embedding_length // hp.head_count if hp.block_count == layers_27b else hp.key_length
     return 1 / math.sqrt(channels)

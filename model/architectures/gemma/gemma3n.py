@@ -1,5 +1,5 @@
-"""Gemma 3n. Of several copies of the hidden state, each layer computes one and corrects the others (AltUp). It has a
-low-rank branch parallel to attention (Laurel), sparse activations, inputs per layer, and shared keys and values."""
+"""Gemma 3n. Rows have several copies of the hidden state; layers compute one and correct the others (AltUp). It has a
+low-rank branch parallel to attention (Laurel), sparse activations, inputs per layer, and shared KV memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LEAST_SQUARE = 1e-5
 
 
 def gemma3n(builder: ProgramBuilder) -> None:
-    """Gemma 3n, text only. Between layers, a row has all copies, followed by the inputs of the remaining layers."""
+    """Gemma 3n, text only. A row that a stage sends has all copies, then the inputs of the remaining layers."""
     hp, keys = builder.hyperparameters, builder.keys
     for key in ("attention.sliding_window", "embedding_length_per_layer_input", SHARED_KV_KEY):
         keys.count(key, minimum=0 if key == SHARED_KV_KEY else 1, maximum=1 << 30)  # files without it are not known
@@ -64,7 +64,7 @@ def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Copies:
-    """The copies of the hidden state, side by side in a row. Layers compute the copy whose number is `active`."""
+    """The copies of the hidden state, side by side in a row. Layers compute copy number `active`."""
 
     builder: ProgramBuilder
     count: int
@@ -88,7 +88,7 @@ class _Copies:
         return Buffer("hidden", self.width)
 
     def begin(self) -> Iterator[ir.Step]:
-        """copies = the embedding, then projections of the embedding that are scaled to its magnitude."""
+        """copies = the embedding, then its projections, scaled to the embedding's magnitude."""
         repeated = self._hidden
         for count in range(2, self.count):
             more = Buffer(f"embedding {count} times", count * self.width)

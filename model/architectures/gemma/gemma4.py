@@ -1,5 +1,5 @@
-"""Gemma 4. Layers are of two kinds, with different heads, rotations and windows. Experts are parallel to a feed-forward
-network. The E models have inputs per layer, and layers that read the keys and values of others."""
+"""Gemma 4. Its two kinds of layers have different heads, rotations and windows. Experts are parallel to a feed-forward
+network. The E models have inputs per layer, and layers that read keys and values of other layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_HEAD = 1 << 12
 
 
 def gemma4(builder: ProgramBuilder) -> None:
-    """Gemma 4: values are the keys or products of their own, normed without weights. A layer's result may be scaled."""
+    """Gemma 4: values are the keys or have their own products, and are normed without weights. Layers may be scaled."""
     hp, keys = builder.hyperparameters, builder.keys
     if hp.sliding_window is None:
         raise keys.error("attention.sliding_window", "missing")
@@ -45,7 +45,7 @@ def gemma4(builder: ProgramBuilder) -> None:
 
 
 def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
-    """Returns the kind of layers without a window, whose rotation has the file's factors, then the windowed kind."""
+    """Returns two kinds: layers without a window, whose rotation has the file's factors, and windowed layers."""
     hp, keys = builder.hyperparameters, builder.keys
     head_dim = keys.count("attention.key_length_swa", hp.key_length, maximum=_MAX_HEAD)
     value_length = keys.count("attention.value_length_swa", head_dim, maximum=_MAX_HEAD)
@@ -116,7 +116,7 @@ class _Layer:
         yield self.builder.product(f"{self._prefix}.ffn_down", gate, projected)
 
     def _mixture(self, hidden: Buffer, projected: Buffer) -> Iterator[ir.Step]:
-        """projected = feed-forward network + experts, each with norms of its own. The router reads another norm of the
+        """projected = feed-forward network + experts, each with its own norms. The router reads another norm of the
         hidden state, whose weight is divided by the square root of the width."""
         normed, mixed, routed = map(self._buffer, ("normed", "mixed", "routed"))
         yield from self._feed_forward(hidden, projected)

@@ -16,7 +16,7 @@ _MAX_INPUT = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """Inputs per layer: `width` channels per layer and row, which the first stage computes from the row's token. Stages
+    """Inputs per layer: `width` channels per layer and row. The first stage computes them from the row's token. Stages
     send the inputs of later layers after the hidden state (`carried`)."""
 
     builder: ProgramBuilder

@@ -18,8 +18,8 @@ _GLM_FLASH_LAYERS, _GLM_FLASH_VOCABULARY = (47, 48), 154880
 
 
 def deepseek2(builder: ProgramBuilder) -> None:
-    """DeepSeek 2: dense layers, then layers with grouped and shared experts. Scaled rotations have the magnitude of the
-    original code, which depends only on `yarn_log_multiplier`."""
+    """DeepSeek 2: dense layers, then layers with grouped and shared experts. The magnitude of scaled rotations depends
+    only on `yarn_log_multiplier`, as in the original code."""
     multiplier = _log_multiplier(builder)
     _latent_layers(builder, multiplier, 1.0 if multiplier else 0.0)
 
@@ -78,13 +78,13 @@ def _query_rank(builder: ProgramBuilder) -> int:
 
 
 def _log_multiplier(builder: ProgramBuilder) -> float:
-    """Returns ten times the float32 number in the file."""
+    """Returns the multiplier. The file has a tenth of it, as float32."""
     tenth = builder.keys.real("rope.scaling.yarn_log_multiplier", 0.0, minimum=0.0, maximum=_MAX_SCALE)
     return float(np.float32(tenth) / np.float32(0.1))
 
 
 def _gating(builder: ProgramBuilder) -> Gating:
-    """Returns the gating for files without the key. GLM-4.7-Flash is recognized by its size, as in llama.cpp."""
+    """Returns the gating of files without the key. GLM-4.7-Flash is recognized by its size, as in llama.cpp."""
     hp = builder.hyperparameters
     is_glm = hp.block_count in _GLM_FLASH_LAYERS and hp.vocabulary_size == _GLM_FLASH_VOCABULARY
     return Gating.SIGMOID if is_glm else Gating.SOFTMAX

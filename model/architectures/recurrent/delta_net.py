@@ -90,7 +90,7 @@ def unit_lengths(q: Buffer, k: Buffer, heads: int, epsilon: float) -> Iterator[i
 def _products(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Computes q, k and v (side by side) and z from x. In files of 2025 they are one product, grouped by key head."""
+    """Computes q, k, v (adjacent) and z from x. In files of 2025 they are one product, grouped by key head."""
     x, mixed, z = buffers
     if not builder.has(f"{prefix}.ssm_in.weight"):
         yield builder.product(f"{prefix}.attn_qkv", x, mixed)
@@ -110,7 +110,7 @@ def _products(
 def _gates(
     builder: ProgramBuilder, prefix: str, net: DeltaNet, buffers: tuple[Buffer, Buffer, Buffer]
 ) -> Iterator[ir.Step]:
-    """Computes each head's decay and beta, from two products of x, or from one that is grouped by key head."""
+    """Computes each head's decay and beta, from two products of x or from one that is grouped by key head."""
     x, alpha, beta = buffers
     if builder.has(f"{prefix}.ssm_ba.weight"):
         both = Buffer("delta beta+alpha", 2 * net.heads)

@@ -45,7 +45,7 @@ def without_ones(file: ModelFile) -> ModelFile:
 
 
 def kimi_linear(builder: ProgramBuilder) -> None:
-    """Kimi Linear. Layers with KV heads have latent attention. Dense layers come first, then ones with experts."""
+    """Kimi Linear. Layers with KV heads have latent attention. Leading layers are dense; the others have experts."""
     hp, keys = builder.hyperparameters, builder.keys
     latent = latent_variant(builder, 0.0, 0.0)
     latent = replace(latent, table=None, scale=1 / math.sqrt(latent.query))
@@ -112,7 +112,7 @@ class _KimiDelta:
             yield ir.Activate(out, out, ActivationFunction.SILU)
 
     def _low_rank(self, name: str, x: Buffer, out: Buffer) -> Iterator[ir.Step]:
-        """Yields two products. Between them are as many channels as a head has."""
+        """Yields two products, with `head_dim` channels between them."""
         between = Buffer(f"delta {name}", self.head_dim)
         yield self.builder.product(self._name(f"ssm_{name}_a"), x, between)
         yield self.builder.product(self._name(f"ssm_{name}_b"), between, out)

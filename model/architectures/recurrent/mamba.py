@@ -17,8 +17,8 @@ _MAX_HEADS, _MAX_WIDTH, _MAX_STATE_SIZE = 1 << 14, 1 << 20, 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class MambaShape:
-    """The shape of a block. `inner` is the channels of all `heads` together. Each of the `groups` of heads has one
-    input and one output matrix, with `state_size` numbers per row."""
+    """The shape of a block. `inner` is the number of channels of all `heads`. Each of the `groups` of heads shares an
+    input and an output matrix, with `state_size` numbers per row."""
 
     taps: int
     inner: int

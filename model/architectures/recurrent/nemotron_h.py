@@ -43,8 +43,8 @@ def nemotron_h(builder: ProgramBuilder) -> None:
 
 
 def _experts(builder: ProgramBuilder, layer: int, variant: ExpertsVariant, latent_width: int) -> Iterator[ir.Step]:
-    """projected = the weighted best experts of the normed hidden state, plus the shared expert. With a `latent_width`,
-    experts read a narrower product, and another product widens their sum. The router always reads all channels."""
+    """projected = the weighted best experts of the normed hidden state + the shared expert. With a `latent_width`, one
+    product narrows the experts' input and another widens their sum. The router always reads all channels."""
     prefix, hp = f"blk.{layer}", builder.hyperparameters
     normed, projected = (Buffer(name, hp.embedding_length) for name in ("normed", "projected"))
     if latent_width:

@@ -1,4 +1,4 @@
-"""Converts argument values that are written as plain text to JSON of the type in the tool's schema."""
+"""Converts argument values in plain text to JSON of the type in the tool's schema."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ STRING: Final = frozenset({"string"})
 _UNIONS: Final = ("anyOf", "oneOf", "allOf")
 _MAX_DEPTH: Final = 8
 _MAX_LITERAL_CHARACTERS: Final = 1 << 14
-"""The longest text that is parsed as a Python literal: Python's parser takes a hundred times the memory of the text."""
+"""The longest text that is parsed as a Python literal, because Python's parser takes 100 times the text's memory."""
 _CONSTANTS: Final = {"True": "true", "False": "false", "None": "null"}
 
 
 def arguments_object(text: str) -> dict[str, Any] | None:
-    """Parses a complete call's arguments. Returns None if they are no JSON object or have numbers beyond float64."""
+    """Parses a call's complete arguments. Returns None unless they are a JSON object, with numbers within float64."""
     try:
         value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -69,8 +69,8 @@ def type_name(value: Any) -> str:
 
 
 def json_of(text: str, types: frozenset[str]) -> str:
-    """Returns the text itself if it is JSON of one of the types, or of any type where strings are not allowed.
-    Otherwise returns the text as a JSON string. Also understands Python's True, False and None."""
+    """Returns the text itself if it is JSON of one of the types (no types: any type), otherwise the text as a JSON
+    string. Also understands Python's True, False and None."""
     if types == STRING:
         return string(text)
     bare = text.strip()

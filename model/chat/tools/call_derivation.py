@@ -1,4 +1,4 @@
-"""Derives the format of calls from the texts that a chat template renders for calls with sentinel values."""
+"""Derives the format of calls from a chat template's output for calls with sentinel values."""
 
 from __future__ import annotations
 

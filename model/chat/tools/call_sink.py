@@ -1,4 +1,4 @@
-"""Collects the events of calls from the readers of calls, and tells the readers which tools are known."""
+"""Collects the events of calls from their readers, and tells the readers which tools exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tools = Mapping[str, Schema]
 
 
 class CallSink:
-    """Collects events of calls and numbers the calls that the prompt has not completed. At most one call is open."""
+    """Collects events of calls, and numbers the calls. The numbers skip calls that the prompt has completed."""
 
     def __init__(self, tools: Tools, most_calls: int | None) -> None:
         self.tools = tools

@@ -1,4 +1,4 @@
-"""Reads answers that consist of messages. Each message's header marks it as reasoning, content or a call."""
+"""Reads answers that consist of messages, whose headers mark reasoning, content or a call."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ class ChannelReader:
                 end = yield from self._source.take_literal((*self._calls.message_ends, self._calls.message_begin))
 
     def _message(self) -> Reading[str]:
-        """Reads a message and returns the marker that ended it."""
         header = yield from self._source.word(self._header_end, MAX_NAME_CHARACTERS)
         content, reasoning = self._texts.content, self._texts.reasoning
         if header is None:

@@ -1,4 +1,4 @@
-"""Events of a parsed answer, independent of any API, and the message that they add up to."""
+"""Events of a parsed answer, independent of any API, and the message that they form together."""
 
 from __future__ import annotations
 
@@ -48,8 +48,6 @@ AnswerEvent = ReasoningText | ContentText | CallBegun | ArgumentText | CallEnded
 
 @dataclass(slots=True)
 class ToolCall:
-    """A complete call. `arguments` is JSON text as the model wrote it."""
-
     name: str
     call_id: str = ""
     arguments: str = ""
@@ -84,7 +82,6 @@ def _kind_of_text(event: AnswerEvent) -> tuple[type[AnswerEvent], int]:
 
 
 def merged(events: Iterable[AnswerEvent]) -> list[AnswerEvent]:
-    """Joins adjacent pieces of the same text, and omits empty pieces."""
     joined: list[AnswerEvent] = []
     for _, group in groupby((event for event in events if not isinstance(event, _TEXTS) or event.text), _kind_of_text):
         same = list(group)

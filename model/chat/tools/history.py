@@ -1,4 +1,4 @@
-"""Adapts messages to the parts of a chat that a template takes. Other parts become text."""
+"""Adapts messages to what a chat template can render. The rest becomes text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def template_messages(form: ToolFormat, messages: Sequence[Message], tools: Sequ
 
 
 def _with_ids(messages: Sequence[Message], length: int) -> list[Message]:
-    """Gives calls ids of `length` characters. A result without an id belongs to the first open call of its name."""
+    """Gives calls ids of `length` characters. A result without an id belongs to the first open call with its name."""
     made: list[Message] = []
     waiting: list[tuple[str, str]] = []  # ids and names of calls without results
     calls = 0
@@ -90,7 +90,7 @@ def _shaped(form: ToolFormat, function: Message) -> Any:
 
 
 def _arguments(function: Message) -> Any:
-    """Parses arguments that are the text of an object, because templates that iterate over keys need an object."""
+    """Parses arguments that are JSON text, because templates that iterate over keys need an object."""
     given = function.get("arguments") or {}
     if not isinstance(given, str):
         return given
@@ -102,7 +102,7 @@ def _arguments(function: Message) -> Any:
 
 
 def _add_result(form: ToolFormat, adapted: list[dict[str, Any]], message: Message, names: Mapping[str, str]) -> None:
-    """Adds a tool's result. A template without a tool role gets it in a user message, together with adjacent
+    """Adds a tool's result. For a template without a tool role, it becomes a user message, joined with adjacent
     results."""
     name = message.get("name") or names.get(str(message.get("tool_call_id", "")))
     named = {} if name is None else {"name": name}

@@ -19,7 +19,7 @@ Sink = Callable[[str], None]
 
 
 def raw_value(source: TextSource, sink: Sink) -> Reading[None]:
-    """Passes the text of a JSON value to `sink` as it arrives. Text that is not JSON ends the value."""
+    """Passes the text of a JSON value to `sink` as it arrives. The value ends where the text is not JSON."""
     first = yield from source.ahead()
     if first == '"':
         yield from _raw_string(source, sink)

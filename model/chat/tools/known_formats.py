@@ -1,4 +1,4 @@
-"""Formats, by marks in a chat template's text, for templates whose output does not reveal their format."""
+"""Known formats, found by marks in a chat template's text, for templates whose output does not reveal theirs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from llamaclust.model.chat.tools.tool_format import (
 )
 
 GENERIC_CALLS: Final = ObjectCalls(Frame(call_begin="<tool_call>", call_end="</tool_call>"))
-"""The format of Hermes and Qwen. If a template knows no tools, the model is instructed to use this format."""
+"""The format of Hermes and Qwen. A model whose template knows no tools is instructed to use it."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownFormat:
-    """Known parts of the format of templates with all `marks`. None or an empty value means: not known."""
+    """The format of templates that contain all `marks`, as far as it is known. None and empty values mean unknown."""
 
     marks: tuple[str, ...]
     calls: Calls | None = None
@@ -175,7 +175,7 @@ SHOWN_CALLS: Final = (
     ),
     (("functools[",), ObjectCalls(Frame("functools"), is_list=True)),
 )
-"""Formats of calls that a template only explains or shows in its text, without rendering calls in messages."""
+"""Formats of calls that a template only explains in its text, without rendering calls in messages."""
 
 KNOWN_REASONING: Final = (
     ReasoningTags("<think>", ("</think>",)),
@@ -186,4 +186,4 @@ KNOWN_REASONING: Final = (
     ReasoningTags("<thinking>", ("</thinking>",)),
     ReasoningTags("<reasoning>", ("</reasoning>",)),
 )
-"""Reasoning tags to look for in the text of templates that do not render the reasoning in messages."""
+"""Reasoning tags that are looked for in the text of templates that do not render reasoning."""

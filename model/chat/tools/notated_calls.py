@@ -15,12 +15,12 @@ _NAME: Final = re.compile(r"[\w.\-/]+")
 _KEY: Final = re.compile(r"\w+")
 _PLAIN: Final = re.compile(r"""[^"'(){}\[\],\\]+""")
 _GEMMA_KEY: Final = re.compile(r"(?<![^\s{}\[\],:\"])([^\s{}\[\],:\"]++)\s*+:")
-"""Matches a whole key. The quantifiers are possessive, so that a long word is scanned only once."""
+"""Matches a whole key. Possessive quantifiers scan a long word only once."""
 _MAX_DEPTH: Final = 64
 
 
 class NotatedReader:
-    """A reader that emits arguments only when their values are complete."""
+    """Emits arguments only when their values are complete."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: NotatedCalls) -> None:
         self._source = source
@@ -76,7 +76,7 @@ class NotatedReader:
             self._sink.argument("}" if written else "{}")
 
     def _python_value(self) -> Reading[str]:
-        """Returns the text of a literal, which ends before a comma or the bracket that closes the arguments."""
+        """Returns the text of a literal. It ends before a comma or the bracket that closes the arguments."""
         text, depth = "", 0
         while character := (yield from self._source.ahead()):
             if depth == 0 and character in ",)":
@@ -135,7 +135,7 @@ class NotatedReader:
 
 
 class _Elements:
-    """Converts a call's elements to JSON. Content without inner elements, or that may be a string, is text."""
+    """Converts a call's elements to JSON. Content is text if it has no inner elements or may be a string."""
 
     def __init__(self, text: str, mark: str) -> None:
         self._text = text
@@ -163,7 +163,6 @@ class _Elements:
         return self._members(text, _alternative(schema, "object"), depth)
 
     def _children(self, text: str) -> list[tuple[str, str]]:
-        """Returns the tag and the content of each outermost element of a text."""
         found, at = [], 0
         opening = re.compile(re.escape(self._mark) + r"<([^/<>\s][^<>]*)>")
         while element := opening.search(text, at):

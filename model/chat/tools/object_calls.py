@@ -25,17 +25,17 @@ class _Call:
 
 
 class ObjectReader:
-    """A reader that takes common keys in addition to the template's, because models do not always keep to those."""
+    """Reads a template's keys and other common keys, because models do not always use the template's."""
 
     def __init__(self, source: TextSource, sink: CallSink, calls: ObjectCalls, *, is_bare: bool) -> None:
-        """Reads a bare object, before which no marker stands, as a call only if it names a known tool."""
+        """A bare object, which no marker precedes, is a call only if it names a known tool."""
         self._source = source
         self._sink = sink
         self._calls = calls
         self._is_bare = is_bare
 
     def read(self) -> Reading[bool]:
-        """Returns True if there was a call. If it returns False, it has emitted no event."""
+        """Returns True if there was a call. If there was none, no event was emitted."""
         yield from self._source.skip_space()
         first = yield from self._source.ahead()
         if first == "[":

@@ -12,7 +12,7 @@ _MAX_HELD: Final = 64
 
 
 class TextRun:
-    """A run of text whose white space at the end is held back until the following text is known."""
+    """A run of text. White space at its end is held back until the following text is known."""
 
     def __init__(self, put: Callable[[AnswerEvent], None], event: Callable[[str], AnswerEvent]) -> None:
         self._put = put
@@ -37,11 +37,10 @@ class TextRun:
         return self._skips_space
 
     def cut(self) -> None:
-        """Notes that a marker follows here: the white space before and after it is dropped."""
+        """Marks the place of a marker: the white space before and after it is dropped."""
         self._held = ""
         self._skips_space = True
 
     def end(self) -> None:
-        """Ends the text and emits the white space at its end."""
         self._put(self._event(self._held))
         self._held = ""

@@ -13,7 +13,7 @@ _SPACE: Final = re.compile(r"\s+")
 
 
 class Markers:
-    """Texts to search for. The leftmost match wins, and the longest one of several at the same place."""
+    """Texts to search for. The leftmost match wins; at equal places, the longest."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(sorted({text for text in texts if text}, key=len, reverse=True))
@@ -25,7 +25,7 @@ class Markers:
         return (found.start(), found.end()) if found else (len(text), len(text))
 
     def cut_at(self, text: str, start: int) -> int:
-        """Returns the place from which the text may be an incomplete marker; the end of the text if there is none."""
+        """Returns the place at which an incomplete marker may begin, or the end of the text."""
         for place in range(max(start, len(text) - self._longest + 1), len(text)):
             rest = text[place:]
             if any(len(marker) > len(rest) and marker.startswith(rest) for marker in self._texts):
@@ -71,7 +71,7 @@ class TextSource:
         return text
 
     def ahead(self, count: int = 1) -> Reading[str]:
-        """Returns the next `count` characters without taking them. Fewer are returned only at the end."""
+        """Returns the next `count` characters without taking them; fewer only at the end."""
         while len(self._text) - self._at < count and not self._is_ended:
             yield
         return self._text[self._at : self._at + count]
@@ -83,12 +83,12 @@ class TextSource:
             self.take(found.end() - self._at)
 
     def take_match(self, pattern: re.Pattern[str]) -> str:
-        """Takes what the pattern matches at the present position, without waiting for more text. May be empty."""
+        """Takes and returns the pattern's match at the current position, or "". Does not wait for more text."""
         found = pattern.match(self._text, self._at)
         return self.take(found.end() - self._at) if found else ""
 
     def take_literal(self, literals: Sequence[str]) -> Reading[str]:
-        """Takes and returns the longest of the literals that comes next. Returns "" if none does."""
+        """Takes and returns the longest literal that comes next, or ""."""
         candidates = sorted(literals, key=len, reverse=True)
         while True:
             text = self._text[self._at : self._at + len(candidates[0])] if candidates else ""
@@ -102,7 +102,7 @@ class TextSource:
             yield
 
     def until(self, markers: Markers, sink: Callable[[str], None]) -> Reading[str]:
-        """Passes text to `sink` as it arrives, up to the next marker. Takes and returns the marker; "" at the end."""
+        """Passes text to `sink` as it arrives, up to the next marker. Takes and returns the marker, "" at the end."""
         while True:
             begin, end = markers.find(self._text, self._at)
             cut = len(self._text) if self._is_ended else markers.cut_at(self._text, self._at)

@@ -1,4 +1,4 @@
-"""The format of a model's reasoning and tool calls, as data for the parser, the grammar and the template probe."""
+"""The format of a model's reasoning and tool calls, as data for parser, grammar and template probe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BETWEEN_TAGS: Final = re.compile(r"\n|(?<=[>`])(?=<)")
 
 @dataclass(frozen=True, slots=True)
 class ReasoningTags:
-    """The tags around reasoning, which ends at the first of `ends` that occurs; `ends[0]` is the usual one."""
+    """The tags around reasoning. It ends at the first of `ends` that occurs; `ends[0]` is the usual one."""
 
     begin: str
     ends: tuple[str, ...]
@@ -25,8 +25,8 @@ class ReasoningTags:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Texts around calls, without white space at the ends: `section_begin`, then for each call `call_begin`, the call
-    and `call_end`, then `section_end`. Any part may be empty. `call_begin` may have several lines."""
+    """Texts around calls: `section_begin`, then for each call `call_begin`, the call and `call_end`, finally
+    `section_end`. They have no white space at their ends, and any may be empty. `call_begin` may have several lines."""
 
     section_begin: str = ""
     call_begin: str = ""
@@ -40,7 +40,7 @@ class Frame:
 
     @property
     def triggers(self) -> tuple[str, ...]:
-        """Markers that begin calls: the first line, and lines that look like markup, because models skip lines."""
+        """The markers that begin calls: the first line, and lines that look like markup, since models skip lines."""
         lines = self.lines
         return tuple(line for place, line in enumerate(lines) if place == 0 or line[0] in "<[]")
 
@@ -52,7 +52,7 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class ObjectCalls:
-    """Calls that are JSON objects, single or in a list. If the frame has no markers, calls begin the answer."""
+    """Calls that are JSON objects, single or in a list. Without markers in the frame, calls begin the answer."""
 
     frame: Frame
     name_key: str = "name"
@@ -65,7 +65,7 @@ class ObjectCalls:
 
 @dataclass(frozen=True, slots=True)
 class NamedCalls:
-    """Calls that consist of a name and a JSON object: NAME id_begin ID name_end ARGUMENTS."""
+    """Calls of the form NAME id_begin ID name_end ARGUMENTS, with ARGUMENTS as a JSON object."""
 
     frame: Frame
     name_end: str = ""
@@ -75,8 +75,8 @@ class NamedCalls:
 
 @dataclass(frozen=True, slots=True)
 class TaggedCalls:
-    """Calls that consist of a name and arguments, with markers around each key and each value. If `value_begin` is set,
-    an attribute stands before it: `string_attribute` for a string, another attribute for other values."""
+    """Calls of a name and arguments, with markers around each key and value. If `value_begin` is set, an attribute
+    precedes it: `string_attribute` for strings, another one for other values."""
 
     frame: Frame
     name_end: str
@@ -98,7 +98,7 @@ class Notation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class NotatedCalls:
-    """Calls in a `Notation`. `mark` is the delimiter of GEMMA's strings, or the text before each tag of ELEMENTS."""
+    """Calls in a `Notation`. `mark` is the string delimiter of GEMMA, or the text before each tag of ELEMENTS."""
 
     frame: Frame
     notation: Notation
@@ -107,8 +107,8 @@ class NotatedCalls:
 
 @dataclass(frozen=True, slots=True)
 class ChannelCalls:
-    """An answer that consists of messages with headers that name a recipient or a channel. These regular expressions
-    match headers: `recipient` (finds a tool's name), `reasoning`, and `ignored` (recipients that are not tools)."""
+    """An answer that consists of messages, whose headers name a recipient or channel. Regular expressions of headers:
+    `recipient` finds a tool's name, `reasoning` is for reasoning, `ignored` for recipients that are no tools."""
 
     message_begin: str  # before a header; the prompt ends with the first one
     header_end: str
@@ -127,7 +127,7 @@ Calls = ObjectCalls | NamedCalls | TaggedCalls | NotatedCalls | ChannelCalls
 
 @dataclass(frozen=True, slots=True)
 class ToolFormat:
-    """The format of a model's answers, and the parts of a chat that its template takes. The default is plain text."""
+    """The format of a model's answers, and the parts of a chat that its template can render. Default: plain text."""
 
     calls: Calls | None = None
     reasoning: ReasoningTags | None = None

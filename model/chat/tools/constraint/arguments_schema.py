@@ -12,7 +12,7 @@ ANY_ARGUMENTS: Final[Schema] = {"type": "object"}
 
 
 def arguments_schema(schema: Any) -> NormalSchema:
-    """Returns a tool's schema with closed objects. Allows any object if it is nested too deeply or not of an object."""
+    """Returns a tool's schema with closed objects. A schema that is too deep or not of an object allows any object."""
     try:
         normal = normal_schema(schema, closes_objects=True)
     except RecursionError:

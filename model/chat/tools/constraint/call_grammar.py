@@ -1,4 +1,4 @@
-"""The grammar of calls in llguidance's dialect of Lark: the model's markers, names of tools, allowed arguments."""
+"""The grammar of calls in llguidance's dialect of Lark: the model's markers, tool names and allowed arguments."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ID: Final = r'/"[a-zA-Z0-9_-]{1,40}"/'
 _JSON_PART: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\s+|.')
 _ANY_KEY: Final = r'/[^<>"=\s]{1,64}/'
 _OPTIONS: Final = {**JSON_TEXT, "coerce_one_of": True}
-"""Options for schemas: `oneOf` is read as `anyOf`, as in llama.cpp, because most alternatives exclude each other."""
+"""Options for schemas. `oneOf` is read as `anyOf`, as in llama.cpp, since alternatives mostly exclude each other."""
 
 
 class CallStart(Enum):
@@ -41,7 +41,7 @@ class CallStart(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CallGrammar:
-    """Lark rules of calls. They apply from the first token on or, if there are triggers, from the first trigger on."""
+    """Lark rules of calls. They apply from the first of the `triggers` on, or from the first token without any."""
 
     lark: str
     triggers: tuple[str, ...] = ()
@@ -50,7 +50,7 @@ class CallGrammar:
 def call_grammar(
     form: ToolFormat, tools: Tools, split: Split, start: CallStart, *, is_parallel: bool
 ) -> CallGrammar | None:
-    """Returns None if nothing marks the beginning of calls. `arguments_schema` makes the schemas in `tools`."""
+    """Returns None if no marker begins calls. The schemas in `tools` come from `arguments_schema`."""
     rules = LarkRules(split)
     calls = form.calls
     if calls is None or not tools:
@@ -92,7 +92,7 @@ def _section(rules: LarkRules, calls: FramedCalls, tools: Tools, *, is_parallel:
 
 
 def _marker(rules: LarkRules, text: str) -> str:
-    """Returns the rule of a marker. White space may separate its lines and follow it."""
+    """Returns the rule of a marker. White space may separate its lines and follow them."""
     lines = [rules.literal(line.strip()) for line in text.split("\n") if line.strip()]
     opens_name = text.rstrip().endswith(("=", '"', ":", "."))
     return f" {SPACE} ".join(lines) + ("" if opens_name or not lines else f" {SPACE}")
@@ -125,8 +125,8 @@ def _object(rules: LarkRules, calls: ObjectCalls, name: str, schema: Schema) -> 
 
 
 def _json_parts(text: str) -> str:
-    """Splits JSON text into the lexemes that JSON schemas have in llguidance. A call without markers may be an
-    alternative to other JSON."""
+    """Splits JSON text into llguidance's lexemes for JSON schemas, since a call without markers may be an alternative
+    to other JSON."""
     return joined(*map(quoted, _JSON_PART.findall(text)))
 
 

@@ -1,4 +1,4 @@
-"""Makes grammar rules for argument values that are written as XML-like elements, nested for objects and lists."""
+"""Makes grammar rules for argument values in XML-like elements, nested for objects and lists."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _TAG: Final = re.compile(r"[^/<>\s][^<>]*")
 
 
 class _FreeValue(Exception):
-    """A value that may be anything, even elements with its own tag. No closing tag marks its end."""
+    """Any value is allowed, even one with elements of its own tag, so that no closing tag marks its end."""
 
 
 class ElementValues:
-    """Makes rules for a call's arguments. `mark` stands before each tag. If the schema allows anything for one value,
-    all arguments of the call are unconstrained."""
+    """Makes rules for a call's arguments. `mark` precedes each tag. If the schema allows anything for one value, all
+    arguments of the call are unconstrained."""
 
     def __init__(self, rules: LarkRules, mark: str) -> None:
         self._rules = rules

@@ -35,7 +35,7 @@ class InlineValues(ABC):
 
     @abstractmethod
     def key(self, key: str) -> str:
-        """Returns the rule for one key and the separator after it. Empty if the notation cannot write the key."""
+        """Returns the rule for one key and its separator; "" if the notation cannot write the key."""
 
     @abstractmethod
     def constant(self, value: Any) -> str:

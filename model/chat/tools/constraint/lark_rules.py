@@ -9,7 +9,7 @@ from typing import Final
 from llamaclust.model.grammars.definitions import quoted
 
 Split = Callable[[str], Sequence[str | int]]
-"""A function that splits a text into strings and the ids of control tokens."""
+"""Splits a text into strings and the ids of control tokens."""
 
 SPACE: Final = r"/[ \n]{0,2}/"
 _TEXT: Final = "/(?s:.*)/"
@@ -40,7 +40,7 @@ class LarkRules:
         return self.names[text]
 
     def recursive(self, body: Callable[[str], str]) -> str:
-        """Adds a rule whose body may contain the rule's own name, and returns this name."""
+        """Adds a rule whose body may contain its own name, and returns the name."""
         name = f"n{len(self.rules)}"
         self.rules.append("")
         place = len(self.rules) - 1

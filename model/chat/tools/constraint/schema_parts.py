@@ -1,4 +1,4 @@
-"""The parts of a schema that are enforced in notations other than JSON: types, bounds, enumerations, properties."""
+"""The parts of a schema that notations other than JSON enforce: types, bounds, enumerations, properties."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def number(kind: str, schema: Schema) -> str:
 
 
 def properties(schema: Schema) -> list[tuple[str, Any, bool]] | None:
-    """Returns (name, schema, is required) of each property, required ones first; None if others are allowed."""
+    """Returns (name, schema, is required) per property, required ones first; None if other properties are allowed."""
     named, required = schema.get("properties"), schema.get("required")
     if not isinstance(named, Mapping) or schema.get("additionalProperties") is not False:
         return None

@@ -35,7 +35,6 @@ _FIRST_STEPS = (
 
 
 def _group(name: str, text: str, commands: dict[str, Callable[..., None]], epilog: str | None = None) -> typer.Typer:
-    """Makes a group of commands. `commands` maps the name of each command to its function."""
     group = typer.Typer(
         name=name,
         help=text,

@@ -70,8 +70,8 @@ def chaos(
 
 
 def _run(settings: ChaosSettings) -> bool:
-    """Runs the test. Once there were faults or answers, prints the verdict even after Ctrl-C or an error. Returns True
-    if there were faults and every answer was intact."""
+    """Runs the test and returns True if there were faults and every answer was intact. After the first fault or answer,
+    prints the verdict even after Ctrl-C or an error."""
     from llamaclust.tools.chaos.run import run_chaos
     from llamaclust.tools.chaos.tally import Tally
 

@@ -40,7 +40,7 @@ _KILL_S = 10.0
 _STOP_S = 60.0
 _IDLE_S = 1.5
 _FILE_S, _TAIL_S = 0.05, 0.5
-"""Seconds between two reads of a log that is followed: of a file here, and of a worker's report."""
+"""Seconds between two reads of a followed log: of a file on this machine, and of a worker's report."""
 _PIECE = 1 << 16
 """Characters of a log that are read at a time."""
 _COORDINATOR = "coordinator"
@@ -111,7 +111,6 @@ def _signal_end(_: ClusterDir, record: ClusterRecord) -> None:
 
 
 def _await_end(folder: ClusterDir, record: ClusterRecord) -> None:
-    """Waits until the cluster has ended, and kills it if it does not end in time."""
     from llamaclust.cluster.state.journal_records import left_unanswered
 
     if not folder.ends_within(_IDLE_S):
@@ -196,7 +195,6 @@ def logs(
 
 
 def _opened(log: Path) -> TextIO:
-    """Opens a log. Raises UsageError if it cannot be read or is not a regular file."""
     try:
         return TextIOWrapper(open_regular(log), "utf-8", "replace")
     except OSError as error:
@@ -204,14 +202,14 @@ def _opened(log: Path) -> TextIO:
 
 
 def _print_rest(file: TextIO) -> None:
-    """Prints the rest of a log in pieces, because it may be larger than the memory."""
+    """Prints the rest of a log in pieces, since it may be larger than memory."""
     while piece := file.read(_PIECE):
         terminal.write(piece)
 
 
 def _print_tail(record: ClusterRecord, worker: str, follow: bool) -> None:
-    """Prints the last lines of the worker's log; with `follow`, prints new lines as well. A log that has become shorter
-    belongs to a new process and is printed from its first line."""
+    """Prints the last lines of the worker's log; with `follow`, new lines too. A log that became shorter belongs to a
+    new process and is printed from its first line."""
     printed = 0
     with _api(record) as api:
         while True:
@@ -266,7 +264,6 @@ def plan(
 
 
 def _acceptances(given: Sequence[str]) -> tuple[float, ...] | None:
-    """Returns None if no share is given; the usual shares apply then."""
     return tuple(map(_share, given)) or None
 
 
@@ -289,7 +286,6 @@ def _running(name: str | None) -> tuple[ClusterDir, ClusterRecord]:
 
 
 def _all_running() -> list[tuple[ClusterDir, ClusterRecord]]:
-    """Returns the running clusters. Raises UsageError if there is none."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.state.clusters import running_clusters
 
@@ -297,7 +293,7 @@ def _all_running() -> list[tuple[ClusterDir, ClusterRecord]]:
 
 
 def _running_or_last(name: str | None) -> tuple[ClusterDir, ClusterRecord | None]:
-    """Returns a cluster, and its record if it is running. A cluster that has ended is found only by its name."""
+    """Returns a cluster, and its record if it is running. A cluster that has ended is found by its name only."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.state.clusters import running_clusters
     from llamaclust.cluster.state.directory import ClusterDir

@@ -18,10 +18,10 @@ _MAX_NAME = 63
 def cluster_source(
     source: str | None, workers: int | None, overrides: Sequence[str], *, discover: bool = False
 ) -> tuple[Path | None, list[str]]:
-    """Returns the path of the cluster file, if there is one, and the KEY=VALUE overrides. For a model, there is no
-    file: the cluster is named after the model. Its workers are processes of this machine or, with `discover`, workers
-    that find it. Raises UsageError for a model that is neither a file nor a known name, and for --workers with a
-    cluster file."""
+    """Returns the path of the cluster file, if any, and the KEY=VALUE overrides. A model has no file: the cluster is
+    named after the model, and its workers are processes of this machine or, with `discover`, workers that find the
+    cluster. Raises UsageError for a model that is neither a file nor a known name, and for --workers with a cluster
+    file."""
     if source is not None and not _is_model(source):
         if workers is not None:
             raise UsageError(f"--workers: {source} lists its workers; give a model in place of the file")
@@ -50,7 +50,6 @@ def _is_there(path: Path) -> bool:
 
 
 def _has_model_form(source: str) -> bool:
-    """Returns True for the path or address of a model, False for a name."""
     from llamaclust.cluster.config.model_sources import REMOTE_PREFIXES
 
     return source.startswith(REMOTE_PREFIXES) or source.lower().endswith(".gguf")
@@ -73,8 +72,8 @@ def _cluster_name(text: str) -> str:
 
 
 def _local_workers(count: int) -> list[str]:
-    """Returns overrides for workers on this machine. One worker is fastest for a single request, so its objective is
-    latency; several share the model for many requests, so theirs is throughput."""
+    """Returns overrides for workers on this machine. The objective of one worker is latency, because one is fastest for
+    a single request. Several workers serve many requests, so theirs is throughput."""
     names = [{"name": name} for name in string.ascii_lowercase[:count]]
     objective = "latency" if count == 1 else "throughput"
     return [f"workers={json.dumps(names)}", f"objective={objective}"]

@@ -57,13 +57,13 @@ WITHOUT_ARGUMENT = {
     "down": "`llamaclust down --cluster {0}`",
     "worker": "`llamaclust worker --join {0}`",
 }
-"""Advice for a command that got an argument that it does not take, by the name of the command."""
+"""Advice for commands that got an argument but take none, by command."""
 _MOST_SHOWN = 100
 
 
 def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object]) -> str | None:
-    """Returns advice on what to use in place of `group` and `words`: the equivalent of another program's command, or a
-    command of a subgroup. Returns None if nothing is known. `commands` are those of the group, with its subgroups."""
+    """Returns advice about unknown words after the command `group`: the equivalent of another program's command, or a
+    command of a subgroup; None if nothing is known. `commands` are those of the group."""
     word, *more = words
     known = _COMMANDS.get(group, {}).get(word)
     if known is None:
@@ -76,7 +76,6 @@ def instead_of(group: str, words: Sequence[str], commands: Mapping[str, object])
 
 
 def without_argument(command: str, word: str) -> str:
-    """Returns advice for one of the commands of `WITHOUT_ARGUMENT` that got the argument `word`."""
     shown = _shown(word)
     return f"{command} does not take {shown}: {WITHOUT_ARGUMENT[command].format(shown)}"
 

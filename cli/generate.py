@@ -210,7 +210,6 @@ def given_or_piped(prompt: str | None) -> str:
 
 
 def _print_stream(client: TextClient, prompt: str, options: CompletionOptions) -> None:
-    """Prints the text as it is generated. Adds a line break if the text does not end with one."""
     last = "\n"
     with client.generate(prompt, stream=True, **options) as chunks:
         for chunk in chunks:
@@ -241,7 +240,7 @@ def reply_json(reply: Answer) -> dict[str, object]:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The model or cluster that the options select. The default is the cluster that runs on this machine."""
+    """The model or cluster that the options select, by default the running cluster of this machine."""
 
     cluster: str | None = None
     endpoint: str | None = None
@@ -256,16 +255,16 @@ class Target:
     mtp: bool = False  # its own head for multi-token prediction drafts
 
     def check_drafts(self, most: int | None) -> None:
-        """Raises UsageError if --model-draft or --mtp is given but `most` forbids drafts. `most` limits the drafted
-        tokens of a step: 0 and False forbid them, None sets no limit."""
+        """Raises UsageError if --model-draft or --mtp is given although `most`, the most drafted tokens of a step,
+        forbids drafts (0 or False). None sets no limit."""
         given = [option for option, value in (("--model-draft", self.draft), ("--mtp", self.mtp)) if value]
         if given and most is not None and not most:
             none = "--speculative off" if most is False else "--draft-max 0"
             raise UsageError(f"{given[0]} drafts tokens and {none} none: give one of them")
 
     def open(self) -> TextClient:
-        """Opens a client. Raises UsageError if the options contradict each other or no cluster runs, RequestError if
-        the cluster does not serve the model."""
+        """Opens a client. Raises UsageError if options contradict each other or no cluster runs, RequestError if the
+        cluster does not serve the model."""
         from llamaclust.cluster.client.http import Client
 
         self._check()
@@ -337,8 +336,7 @@ class Target:
 
 
 def connect(endpoint: str, api_key_file: Path | None, ca_file: Path | None = None, model: str | None = None) -> Client:
-    """Returns a client with the first API key of the file, if a file is given. Raises UsageError if the file has no
-    key."""
+    """Returns a client, with the first API key of `api_key_file` if given. Raises UsageError if the file has no key."""
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.state.api_keys import first_key
 

@@ -14,16 +14,16 @@ from llamaclust.cli.terminal import print_error
 from llamaclust.core.errors import LlamaclustError
 
 _REPEAT_S = 0.01
-"""Delay of a second call of a signal's handler, for the case that a destructor discarded the exception of the first.
-The destructor has returned by then."""
+"""Delay of a second call of a signal's handler, used if a destructor discarded the first call's exception. The
+destructor has returned by then."""
 
 
 _FIRST_PROCESS = 1
 
 
 def unhandled() -> Callable[[int, FrameType | None], None] | signal.Handlers:
-    """Returns the handler of signals that shall end the process. The first process of a container needs a handler of
-    its own, because the kernel drops signals that this process does not handle."""
+    """Returns the handler for signals that end the process. The first process of a container needs its own handler,
+    since the kernel drops signals that this process does not handle."""
     return _end_by_signal if os.getpid() == _FIRST_PROCESS else signal.SIG_DFL
 
 
@@ -32,7 +32,7 @@ def _end_by_signal(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def obey_signals() -> None:
-    """Lets SIGTERM and SIGHUP end this process if it is the first of a container. Call it before slow imports."""
+    """Lets SIGTERM and SIGHUP end this process if it is the first in a container. Call it before slow imports."""
     for number in (signal.SIGTERM, signal.SIGHUP) if os.getpid() == _FIRST_PROCESS else ():
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _end_by_signal)
@@ -40,8 +40,8 @@ def obey_signals() -> None:
 
 @contextmanager
 def ends_at_once() -> Iterator[None]:
-    """Lets Ctrl-C end the process without KeyboardInterrupt. Use it around imports and similar work, where the
-    exception would print a traceback or be swallowed by a library that catches everything."""
+    """Lets Ctrl-C end the process without KeyboardInterrupt. Use it around imports and the like, where the exception
+    would print a traceback or be swallowed by a library."""
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, as in a shell's background
         yield
         return
@@ -53,7 +53,7 @@ def ends_at_once() -> Iterator[None]:
 
 
 def end_at_once(code: int) -> NoReturn:
-    """Ends the process without the interpreter's shutdown, which would wait for computing threads or break them off."""
+    """Ends the process without the interpreter's shutdown, which would wait for computing threads or interrupt them."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
@@ -61,13 +61,13 @@ def end_at_once(code: int) -> NoReturn:
 
 
 Held = Callable[[], AbstractContextManager[None]]
-"""Makes a context that defers a signal until the context ends."""
+"""A context that defers a signal to its end."""
 
 
 @contextmanager
 def _handled(numbers: tuple[signal.Signals, ...], handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handles the first of these signals and ignores later ones. A signal that was ignored before, as under nohup,
-    stays ignored. The handler runs again if Python discarded its exception, as it does in destructors."""
+    """Handles the first of these signals and ignores later ones. A signal that was ignored before (nohup) stays
+    ignored. The handler runs again if Python discarded its exception, as destructors do."""
     handled = [number for number in numbers if signal.getsignal(number) is unhandled()]
     received: list[int] = []
     usual_hook = sys.unraisablehook
@@ -126,8 +126,8 @@ def exits_on_signals(*numbers: signal.Signals) -> Iterator[Held]:
 
 @contextmanager
 def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
-    """Treats the first of these signals like Ctrl-C, so that cleanup runs. Then the process ends with the exit code of
-    a shell, which is 128 plus the signal's number."""
+    """Handles the first of these signals like Ctrl-C, so that cleanup runs. The process then ends with 128 plus the
+    signal's number, as in a shell."""
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -148,8 +148,8 @@ def signals_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
 
 @contextmanager
 def ends_in_one_line() -> Iterator[None]:
-    """Wraps the main function of a script. Ctrl-C, SIGTERM and SIGHUP run cleanup and end with a shell's exit code.
-    LlamaclustError and OSError are printed as one line."""
+    """Wraps a script's main function. Ctrl-C, SIGTERM and SIGHUP run cleanup and end with a shell's exit code.
+    LlamaclustError and OSError are printed in one line."""
     try:
         with signals_as_interrupts(signal.SIGTERM, signal.SIGHUP):
             yield
@@ -164,5 +164,5 @@ def ends_in_one_line() -> Iterator[None]:
 
 
 def ends_workers_cleanly(workers: int) -> AbstractContextManager[None]:
-    """Returns a context in which SIGTERM and SIGHUP clean up what a cluster of several workers has made."""
+    """Returns a context in which SIGTERM and SIGHUP clean up after a cluster of several workers."""
     return signals_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()

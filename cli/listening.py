@@ -1,4 +1,4 @@
-"""The options --port and --lan of `up`: addresses of the API, and the API key for devices on the local network."""
+"""The options --port and --lan of `up`: the API's address, and an API key for devices on the local network."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _OWNER, _KEY_NAME = "owner", "lan"
 
 
 def listen_overrides(file: Path | None, overrides: list[str], port: int | None, *, lan: bool) -> list[str]:
-    """Returns --port and --lan as overrides of the cluster file. --port replaces the port. --lan makes an API that
-    listens on loopback listen on all addresses. If the cluster file lacks them, --lan also adds the default file of API
-    keys, and the names of this machine as allowed hosts."""
+    """Returns --port and --lan as overrides of the cluster file. --port replaces the port. --lan makes an API on
+    loopback listen at all addresses. If the cluster file lacks them, --lan also adds the default file of API keys, and
+    this machine's names as allowed hosts."""
     values = cluster_document(file, overrides).values
     listen = values.get("listen", ClusterConfig.model_fields["listen"].default)
     more = []
@@ -38,14 +38,14 @@ def listen_overrides(file: Path | None, overrides: list[str], port: int | None, 
 
 
 def _own_names() -> list[str]:
-    """Returns the names by which other machines may find this one: the host name, and the name in multicast DNS."""
+    """Returns the names by which other machines may find this one: host name and multicast DNS name."""
     name = socket.gethostname().partition(".")[0].lower()
     return [name, f"{name}.local"] if _HOST_NAME.fullmatch(name) else []
 
 
 def lan_key(path: Path) -> str:
-    """Returns the API key named `lan`: on a terminal the key itself, otherwise the place of the key. A file without
-    keys gets a key `owner` and then a key `lan`, because the first key of a file may do more than the others."""
+    """Returns the API key named `lan` on a terminal, otherwise the place of the key. A file without keys first gets a
+    key `owner`, then `lan`, since the first key of a file may do more than the others."""
     keys = named_keys(path) or [add_key(path, name) for name in (_OWNER, _KEY_NAME)]
     own = next((each for each in keys if each.name == _KEY_NAME), None)
     if own is None:

@@ -49,12 +49,12 @@ def main() -> None:
 
 
 def _end_output() -> None:
-    """Discards buffered output, because writing it at exit might fail again."""
+    """Discards buffered output, since writing it at exit might fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Any) -> None:
-    """Prints one line about a mistake on the command line. Prints nothing if the help was printed instead."""
+    """Prints one line about a wrong command line, unless help was printed instead."""
     words = " ".join(error.format_message().split())
     if words:
         command = error.ctx.command_path if error.ctx else "llamaclust"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 BadUsage: type[Any] = BadParameter.__mro__[1]
-"""The base class of all mistakes on the command line. It is taken from a subclass because typer does not export it."""
+"""The base class of all errors on the command line, taken from a subclass because typer does not export it."""
 
 
 class PlainCommand(TyperCommand):
@@ -49,7 +49,7 @@ class PlainCommand(TyperCommand):
 
 
 class PlainGroup(TyperGroup):
-    """A group of commands whose help has the form of `PlainCommand`."""
+    """A group of commands, with help in the form of `PlainCommand`."""
 
     def get_params(self, ctx: Any) -> Any:
         return _without_types(super().get_params(ctx))
@@ -85,7 +85,7 @@ _KEYS = {
 
 
 def _key_of(option: str, value: str) -> tuple[str, str] | None:
-    """Returns the key of the cluster file for an option, and how `--set` sets it. `value` "": not given."""
+    """Returns the cluster file's key for an option, and the argument of `--set`. `value` is "" if not given."""
     given = value or "..."
     match option:
         case "--cpu-moe" | "-cmoe":
@@ -170,7 +170,6 @@ Workers = Annotated[
 
 
 def kv_type(text: str) -> KvType:
-    """Parses the value of --kv-type. Raises UsageError for an unknown type."""
     from llamaclust.model.kv_type import KvType
 
     if text not in set(KvType):
@@ -218,7 +217,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Gpus:
-    """The device options: CPU or GPUs, and the placement of layers and tensors on them."""
+    """The device options: processor or GPUs, and the placement of layers and tensors."""
 
     devices: Sequence[str] = ()  # none: the processor
     gpu_layers: str = "auto"
@@ -229,7 +228,7 @@ class Gpus:
 
     @property
     def first_option(self) -> str | None:
-        """The name of the first given option. None: no option is given."""
+        """The name of the first given option, or None."""
         names = ("--device", "--gpu-layers", "--gpu-memory", "--cpu-moe", "--n-cpu-moe", "--override-tensor")
         pairs = zip(names, astuple(self), astuple(NO_GPUS), strict=True)
         return next((name for name, value, default in pairs if value != default), None)
@@ -249,8 +248,8 @@ class Gpus:
 
     @property
     def cpu_moe(self) -> int | None:
-        """The number of layers, counted from the first, whose experts stay in RAM. None: the free memory of the GPUs
-        decides. Raises UsageError if both options are given, or either without a GPU."""
+        """The number of leading layers whose experts stay in RAM. None: free GPU memory decides. Raises UsageError if
+        both options are given, or one without a GPU."""
         name = "--cpu-moe" if self.all_cpu_moe else "--n-cpu-moe"
         if self.all_cpu_moe and self.n_cpu_moe is not None:
             raise UsageError("--cpu-moe and --n-cpu-moe: give one of them")
@@ -262,7 +261,7 @@ class Gpus:
     @property
     def parsed(self) -> tuple[str, int | None, int | None]:
         """The device, the number of layers on its GPUs (None: automatic), and the limit of GPU memory in bytes (None:
-        no limit). Raises UsageError for an invalid value and names the option."""
+        no limit). Raises UsageError that names an option with an invalid value."""
         from llamaclust.cluster.config.values import parse_device, parse_gpu_layers, parse_size
 
         device = option_value("--device", parse_device, ",".join(self.devices) or "cpu")
@@ -278,7 +277,6 @@ NO_GPUS = Gpus()
 
 
 def option_value(option: str, read: Callable[[_Given], _Value], given: _Given) -> _Value:
-    """Parses the value of an option. A ValueError becomes a UsageError that names the option."""
     try:
         return read(given)
     except ValueError as error:

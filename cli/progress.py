@@ -45,7 +45,7 @@ _JSON_LINE_S = 0.1
 
 
 def announce(spec: str) -> None:
-    """Prints the description and licence of a catalog model on standard error, unless it is downloaded already."""
+    """Prints a catalog model's description and licence on standard error, unless the model is downloaded."""
     from llamaclust.tools.assume.assumed_model import with_file_size
 
     found = locate(spec)
@@ -84,7 +84,7 @@ def shown_progress(counts_bytes: bool = True) -> Iterator[ShowProgress]:
 
 
 class ProgressLines:
-    """Prints a line for each new step and each tenth of a step, and ten seconds after the last line."""
+    """Prints a line for each new step, each tenth of a step, and ten seconds after the previous line."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, counts_bytes: bool = True) -> None:
         self._clock = clock
@@ -103,7 +103,7 @@ class ProgressLines:
 
 
 class JsonLines:
-    """Prints a line of JSON for each new step, for the end of a step, and otherwise at most every tenth of a second."""
+    """Prints JSON lines: at each new step, at its end, and otherwise at most every tenth of a second."""
 
     def __init__(self) -> None:
         self._step = ""
@@ -129,7 +129,7 @@ _UNNAMED = ("default", "demo")
 
 
 class ClusterView:
-    """Shows the events of a cluster on standard error, with bars on a terminal and lines elsewhere. Leaving the context
+    """Shows a cluster's events on standard error, with bars on a terminal and lines elsewhere. The context's end
     restores the terminal. `lan_key`: see `ready_text`."""
 
     def __init__(self, lan_key: str | None = None) -> None:
@@ -156,7 +156,7 @@ class ClusterView:
             self._clear()
 
     def show(self, event: events.Event) -> None:
-        """Shows an event. Ignores OSError, because a closed terminal must not end the cluster."""
+        """Shows an event. Ignores OSError, since a closed terminal must not end the cluster."""
         with suppress(OSError):
             self._show(event)
 
@@ -195,7 +195,7 @@ class ClusterView:
         self._progress.stop()
 
     def _measure(self, event: events.Measuring) -> None:
-        """Shows the current measurement. On a terminal it replaces the one before."""
+        """Shows the current measurement. On a terminal it replaces the previous one."""
         if self._console.is_terminal:
             self._measuring.update(f"measuring {', '.join(event.workers)}: {event.what}")
             self._measuring.start()
@@ -215,7 +215,7 @@ class ClusterView:
 
 
 def _log_event(event: events.Event) -> None:
-    """Logs an event. Progress of loading and failed starts are not logged."""
+    """Logs an event, except progress of loading and failed starts."""
     match event:
         case (
             events.WorkerLoading() | events.WorkerReading() | events.StartFailed()
@@ -254,8 +254,8 @@ def cluster_view(cluster: str, lan_key: str | None = None) -> Iterator[events.Re
 
 @contextmanager
 def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
-    """Yields a function whose events another thread shows, so that a blocked terminal cannot block the event loop. If
-    too many events wait, new ones are dropped."""
+    """Yields a function that passes events to a thread, which shows them, so that a blocked terminal cannot block the
+    event loop. Drops events if too many wait."""
     waiting: Queue[events.Event | None] = Queue(_MOST_WAITING)
 
     def show_all() -> None:
@@ -278,14 +278,13 @@ def _shown_by_thread(view: ClusterView) -> Iterator[events.Report]:
 
 
 def joined_text(joined: events.WorkerJoined) -> str:
-    """Names the worker that has joined, and the workers that are still missing."""
     missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all are there"
     return f"worker {joined.worker} on {printable(joined.host)} has joined{missing}"
 
 
 def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
-    """Returns the message of a cluster that is ready, with commands to copy, one on each line. `lan_key` is the API key
-    for other machines, or the place of the key; None without --lan."""
+    """Returns the message about a ready cluster, with commands to copy, one per line. `lan_key` is the API key for
+    other machines, or the place of the key; None without --lan."""
     name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
     api = own_address(ready.api)
     key = "" if ready.api_keys_file is None else f", api_key=a line of {printable(ready.api_keys_file)}"
@@ -299,7 +298,6 @@ def ready_text(ready: events.Ready, lan_key: str | None = None) -> str:
 
 
 def _lan_text(api: str, lan_key: str | None) -> str:
-    """Returns the address and the API key for phones and other computers; empty without --lan."""
     if lan_key is None:
         return ""
     host = split_address(api.partition("://")[2])[0]
@@ -314,13 +312,11 @@ def _others_text(ready: events.Ready) -> str:
 
 
 def _load_text(ready: events.Ready) -> str:
-    """Returns the request that loads a model; empty if the cluster loads models on demand."""
     body = '{"model": NAME}'
     return "" if ready.loads_on_demand else f"  no model is loaded: POST /models/load {body}\n"
 
 
 def _first_request_text(ready: events.Ready, api: str, name: str) -> str:
-    """Returns commands that send a first request to the model."""
     match ready.use:
         case events.ModelUse.TEXT:
             return f'  llamaclust chat{name}\n  llamaclust generate "Once upon a time"{name}\n  browser: {api}/'
@@ -345,7 +341,7 @@ def _certificate_text(ready: events.Ready) -> str:
 
 
 def own_address(url: str) -> str:
-    """Returns the URL of the API. Where it listens at all addresses, the URL has this machine's own address."""
+    """Returns the API's URL. If the API listens at all addresses, the URL has this machine's own address."""
     scheme, _, address = url.partition("://")
     host, port = split_address(address)
     return f"{scheme}://{joined_address(reachable_host(host), port)}"
@@ -366,8 +362,8 @@ def _requests(draining: events.Draining) -> str:
 
 @contextmanager
 def step_bar(description: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields a function that updates a progress bar, from the number of steps done and a description. The bar is shown
-    only if standard error is a terminal."""
+    """Yields a function that updates a progress bar with the number of finished steps and a description. The bar
+    appears only if standard error is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

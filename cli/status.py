@@ -39,7 +39,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Watched:
-    """A cluster on this machine, or one at an endpoint."""
+    """A cluster on this machine or at an endpoint."""
 
     name: str
     api: ClusterApi
@@ -67,8 +67,8 @@ class Watched:
 
 
 def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
-    """Prints a cluster's state once; with `watch`, every second until Ctrl-C or the cluster's end. A terminal shows
-    repeated states in the same place, cut to its height. Elsewhere each repeated state is one line."""
+    """Prints a cluster's state once or, with `watch`, every second until Ctrl-C or the cluster's end. A terminal shows
+    repeated states in the same place, cut to its height; elsewhere each is one line."""
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:  # in a file or a pipe, lines are as long as they are
         console = Console(highlight=False, markup=False, width=_WIDE)
@@ -99,7 +99,7 @@ def show_status(cluster: Watched, as_json: bool, watch: bool) -> None:
 
 
 def show_clusters(clusters: list[tuple[ClusterDir, ClusterRecord]], as_json: bool) -> None:
-    """Prints a line for each cluster. If a cluster does not answer, its line is the error."""
+    """Prints a line for each cluster. The line of a cluster that does not answer is the error."""
     with ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
         states = [*pool.map(_state_or_error, (record for _, record in clusters))]
     if as_json:
@@ -174,7 +174,6 @@ def _view(state: State) -> Group:
 
 
 def _head(state: State) -> Iterator[str]:
-    """Yields the lines above the table of workers."""
     model, models = state["model"], state.get("models", ())
     is_ready = state["state"] == "asleep" and any(each["state"] == "ready" for each in models)
     yield f"{state['name']}: {'ready' if is_ready else state['state']}, {model} at {state['api']} (pid {state['pid']})"
@@ -212,7 +211,7 @@ def _model(model: State) -> str:
 
 
 def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each quarantined worker. Plans avoid it because it failed."""
+    """Yields a line for each quarantined worker, which plans avoid because it failed."""
     for worker in workers:
         if quarantine := worker.get("quarantine"):
             pause = f"no layers for {quarantine['left_s']:.0f} s where the others suffice"
@@ -221,14 +220,14 @@ def _quarantine_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def closed_port_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each worker whose link port other workers cannot connect to."""
+    """Yields a line for each worker whose link port is not reachable for other workers."""
     for worker in workers:
         if why := worker.get("closed_port"):
             yield f"{worker['name']}: in no group of an automatic plan: {why}"
 
 
 def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each group that holds a stage: layers, shares, the time of gathers, and the slowest member."""
+    """Yields a line for each group: layers, shares, the time of gathers, and the slowest member."""
     for group in groups:
         shares = shares_text([member["share"] for member in group["members"]])
         layers, time = "[{}, {})".format(*group["layers"]), _number(group["gathers_ms"])
@@ -239,12 +238,12 @@ def group_lines(groups: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def group_name(group: dict[str, Any]) -> str:
-    """Joins the names of the members, the leader first, as in a+b."""
+    """Joins the members' names, leader first, as in a+b."""
     return "+".join(member["worker"] for member in group["members"])
 
 
 def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields lines for each worker with GPUs: one on the devices of its layers, and one for each GPU."""
+    """Yields lines for workers with GPUs: one on the devices of layers, and one per GPU."""
     for worker in workers:
         if worker.get("gpus") and worker["layers"] is not None:
             held = [_device_layers(part) for part in worker["device_layers"]]
@@ -263,7 +262,6 @@ def _device_layers(part: dict[str, Any]) -> DeviceLayers:
 
 
 def _kv_disk_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """Yields a line for each worker that keeps KV memory on disk."""
     for worker in workers:
         heartbeat = worker["heartbeat"]
         if worker.get("kv_disk_bytes") and heartbeat is not None:
@@ -307,8 +305,8 @@ def _number(value: float | None) -> str:
 
 
 def _drafts(measured: dict[str, Any]) -> Iterator[str]:
-    """Yields a line on drafted tokens of the last 10 seconds, and one on drafted tokens by kind since the start. A line
-    without tokens is omitted."""
+    """Yields a line on the drafted tokens of the last 10 seconds, and one on those since the start by kind. Lines
+    without tokens are omitted."""
     if drafted := measured.get("drafted_tokens"):
         yield f"{accepted_text(measured['accepted_tokens'], drafted)} in the last 10 s"
     if drafts := measured.get("drafts"):

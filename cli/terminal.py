@@ -12,11 +12,11 @@ from llamaclust.core.regular_file import decode_text
 
 _CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
 _LONG_WORD = re.compile(r"(\S{100})\S{100,}(\S{50})")
-"""Matches a long word, such as a path, whose ends suffice to recognize it."""
+"""Matches a long word, such as a path. Its ends suffice to recognize it."""
 
 
 class Color(StrEnum):
-    """The use of colors. `auto` uses them on a terminal that has them, unless NO_COLOR is set."""
+    """The use of colors. `auto` uses them on a terminal with colors unless NO_COLOR is set."""
 
     AUTO = "auto"
     ON = "on"
@@ -35,7 +35,7 @@ def harmless(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns the text as one line. Escapes replace characters that cannot be printed."""
+    """Returns one line, with escapes for characters that cannot be printed."""
     line = " ".join(text.splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 

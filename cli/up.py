@@ -37,7 +37,7 @@ def run_cluster(
     notify: int | None,
     ranked: bool,
 ) -> None:
-    """Runs a cluster until it ends. With `detach`, returns as soon as the cluster is ready."""
+    """Runs a cluster until it ends. With `detach`, returns when it is ready."""
     if port is not None or lan:
         overrides = [*overrides, *listen_overrides(file, overrides, port, lan=lan)]
     config = load_config(file, overrides)
@@ -72,7 +72,6 @@ def run_cluster(
 
 
 def _model(spec: str, progress: Progress) -> Path:
-    """Returns a model's file. Downloads it if it is missing."""
     path = stored_model(spec)
     if path is None:
         from llamaclust.tools.hub.pull import pull_model  # only here: what it imports is a twentieth of a start
@@ -82,15 +81,15 @@ def _model(spec: str, progress: Progress) -> Path:
 
 
 def _tune_grpc() -> None:
-    """Sets gRPC's environment variables. This must happen before gRPC is imported; otherwise the coordinator's hops are
-    slower and gRPC writes to the terminal."""
+    """Sets gRPC's environment variables. If gRPC is imported before, the coordinator's hops are slower and gRPC writes
+    to the terminal."""
     from llamaclust.wire.rpc.grpc_options import tune_grpc
 
     tune_grpc()
 
 
 def template_of(choice: str) -> str:
-    """Returns a built-in name, or the absolute path of a file, for the cluster file. Raises UsageError if it is
+    """Returns a built-in name, or the absolute path of a file, for the cluster file. Raises UsageError if `choice` is
     neither."""
     from llamaclust.model.chat.template_choice import built_in_names, chosen_template
 
@@ -128,8 +127,8 @@ _END_S = 10.0
 
 
 class Starter:
-    """The command that started this process and waits for the event `Ready` or `StartFailed` at the other end of a
-    pipe. If the command ends earlier, for whatever reason, this process gets SIGTERM."""
+    """The command that started this process. It waits at the other end of a pipe for the event `Ready` or
+    `StartFailed`. If it ends earlier, this process gets SIGTERM."""
 
     def __init__(self, descriptor: int) -> None:
         self.waits = True
@@ -152,9 +151,8 @@ class Starter:
 
 
 def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | None = None) -> None:
-    """Runs `up` with these arguments as a separate process, and returns when its cluster is ready. Raises
-    LlamaclustError if the start fails. After a failure or a signal, no process is left running. `lan_key`: see
-    `ready_text`."""
+    """Runs `up` with these arguments as another process, and returns when its cluster is ready. Raises LlamaclustError
+    if the start fails. After a failure or a signal, no process is left. `lan_key`: see `ready_text`."""
     folder = ClusterDir(config.state_dir / config.name)
     with folder.locked():  # refuses a name that is taken before its log is begun anew
         pass
@@ -171,7 +169,7 @@ def run_detached(config: ClusterConfig, arguments: list[str], lan_key: str | Non
 
 
 def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes]]:
-    """Starts the process. Returns the reading end of the pipe that carries its events, and the process."""
+    """Starts the process. Returns the reading end of the pipe for its events, and the process."""
     reading, writing = os.pipe()
     to_log = open_log(log, anew=True)
     try:
@@ -190,7 +188,6 @@ def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends the process together with its workers, and waits until it is gone."""
     process.terminate()
     try:
         process.wait(_END_S)
@@ -200,7 +197,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _watch_start(events: Iterator[Event], view: ClusterView, log: Path) -> None:
-    """Shows the events until the cluster is ready. Raises LlamaclustError if the start fails."""
     for event in events:
         view.show(event)
         if isinstance(event, Ready):

@@ -28,7 +28,7 @@ _LABEL, _BAR = 44, 19
 _SHOWN = 20
 """The maximum number of requests in the list."""
 _LEAST = 0.005
-"""A part that takes a smaller share of its phase has no line."""
+"""Parts with a smaller share of their phase have no line."""
 
 
 def why(
@@ -101,14 +101,13 @@ def waterfall_lines(record: Record) -> Iterator[str]:
 
 
 def _of_stages(groups: list[Record], records: list[Record]) -> list[Record]:
-    """Returns the groups whose stage computed a part of these requests."""
     phases = [phase for record in records for phase in record["phases"]]
     leaders = {stage["worker"] for phase in phases for stage in phase.get("stages", ())}
     return [group for group in groups if group["members"][0]["worker"] in leaders]
 
 
 def _gather_lines(lines: Iterator[str]) -> Iterator[str]:
-    """Indents the lines on gathers below a heading, which says that gathers are not measured by request."""
+    """Indents the lines on gathers, which are not measured by request, below a heading."""
     for index, line in enumerate(lines):
         if index == 0:
             yield "compute includes time in gathers; since the plan, over all requests:"

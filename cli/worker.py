@@ -146,7 +146,6 @@ def worker(
 
 
 def _run(settings: WorkerSettings) -> NoReturn:
-    """Runs the worker, then ends this process."""
     from llamaclust.worker.main import end_process, run_worker
 
     try:
@@ -158,7 +157,7 @@ def _run(settings: WorkerSettings) -> NoReturn:
 
 def _addresses(given: list[str], variables: Environment, *, discover: bool) -> tuple[str, ...]:
     """Returns the addresses of the coordinator and its standbys, without duplicates. Raises UsageError if there is none
-    and the worker does not discover the cluster."""
+    and the worker does not discover clusters."""
     name, values = ("--join", given) if given else ("LLAMACLUST_JOIN", list(variables.join))
     if not values and not discover:
         what = "the address that `llamaclust up` prints; LLAMACLUST_JOIN is read as well"
@@ -167,7 +166,7 @@ def _addresses(given: list[str], variables: Environment, *, discover: bool) -> t
 
 
 def _with_port(value: str) -> str:
-    """Adds the default enrolment port if there is none. An IPv6 address without brackets is taken as a host alone."""
+    """Adds the default enrolment port if no port is given. An IPv6 address without brackets counts as a host."""
     if value.count(":") > 1 and not value.startswith("["):
         value = f"[{value}]"
     return value if ":" in value.rpartition("]")[2] or not value else f"{value}:{JOIN_PORT}"
@@ -179,7 +178,6 @@ def _address(value: str) -> str:
 
 
 def _advertised(value: str) -> str:
-    """Returns the value if it is HOST or HOST:PORT. Raises ValueError otherwise."""
     _address(value if ":" in value.rpartition("]")[2] else f"{value}:0")
     return value
 
@@ -221,8 +219,8 @@ def rotate(
 
 
 def _trust_folder(cluster: str | None, state_dir: Path) -> Path:
-    """Returns the trust folder of the named cluster; without a name, of the running cluster, or of `default` if none
-    runs."""
+    """Returns the trust folder of the named cluster. Without a name, returns that of the running cluster, or of
+    `default` if none runs."""
     from llamaclust.cluster.config.values import parse_name
     from llamaclust.cluster.membership.authority import trust_folder
     from llamaclust.cluster.state.clusters import find_running, running_clusters

@@ -22,8 +22,8 @@ def uses_color(color: Color) -> bool:
 
 
 class AnswerScreen:
-    """One answer on standard output. Reasoning is shown only on a terminal: dimmed if there are colors, else below a
-    heading."""
+    """One answer on standard output. Reasoning is shown only on a terminal, dimmed if there are colors, otherwise below
+    a heading."""
 
     def __init__(self, *, is_colored: bool, renders_markdown: bool = False) -> None:
         self._is_colored = is_colored
@@ -66,7 +66,6 @@ class AnswerScreen:
         print(flush=True)
 
     def fail(self) -> None:
-        """Ends the last line of a failed answer. Does nothing if no text of the answer was shown."""
         if not self._is_empty:
             self.end()
 
@@ -77,7 +76,7 @@ class AnswerScreen:
 
 
 def _markdown_screen() -> MarkdownScreen | None:
-    """Returns None if standard output is not a terminal, or a terminal that cannot render."""
+    """Returns None if standard output is not a terminal that can render."""
     from llamaclust.cli.chat.markdown import MarkdownScreen  # only here: rich's parser takes a part of the start
 
     screen = MarkdownScreen()

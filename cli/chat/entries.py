@@ -15,7 +15,7 @@ _QUOTES: Final = '"""'
 _FIRST_PROMPT: Final = "> "
 _NEXT_PROMPT: Final = ". "
 _BRIGHT: Final = ("\001\033[1;32m\002", "\001\033[0m\002")
-"""The codes of the prompt's color. Marks around them tell readline that they take no space on the screen."""
+"""Codes of the prompt's color. The marks around them tell readline that they have no width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ class Entries:
     """Reads entries from standard input. On a terminal, readline's keys edit lines and bring back earlier ones."""
 
     def __init__(self, history: Path, *, is_colored: bool, takes_commands: bool) -> None:
-        """Opens the input; `history` is the file of earlier lines. Without `takes_commands`, piped lines are literal,
-        since others may have written them."""
+        """`history` is the file of earlier lines. Without `takes_commands`, piped lines are literal, since somebody
+        else may have written them."""
         self._is_terminal = sys.stdin.isatty()
         self._is_literal = not (self._is_terminal or takes_commands)
         self._edits = self._is_terminal and sys.stdout.isatty()

@@ -16,8 +16,8 @@ _MOST_BYTES: Final = 64 << 20
 
 
 class LineHistory:
-    """Enables readline's keys in input() and keeps the typed lines. Concurrent chats append to the same file. A file
-    that cannot be read or written is ignored."""
+    """Enables readline's keys in input(), and keeps typed lines in a file to which concurrent chats append. Ignores a
+    file that cannot be read or written."""
 
     def __init__(self, path: Path) -> None:
         """Raises ImportError if Python was built without readline."""
@@ -30,7 +30,7 @@ class LineHistory:
             self._add(line)
 
     def add(self, line: str) -> None:
-        """Writes the line to the file at once, because closing the terminal ends the process."""
+        """Writes the line to the file at once, since closing the terminal ends the process."""
         if not line.strip() or len(line) > _CHARACTERS:
             return
         self._add(line)

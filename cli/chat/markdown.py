@@ -39,13 +39,12 @@ class MarkdownScreen:
             self._show(self._open)
 
     def end(self) -> None:
-        """Renders the rest of the answer."""
         if self._open.strip():
             self._render(self._open)
         self._open = ""
 
     def _show(self, text: str) -> None:
-        """Shows the end of the text: as many lines as fit on the terminal."""
+        """Shows as many of the last lines as fit on the terminal."""
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
@@ -64,14 +63,14 @@ class MarkdownScreen:
 
 
 def _without_padding(line: list[Segment]) -> list[Segment]:
-    """Removes the spaces that fill the line to the terminal's width: they would be copied with the text."""
+    """Removes the spaces that fill the line to the terminal's width, since copying text would include them."""
     while line and not line[-1].text.strip():
         line = line[:-1]
     return [*line[:-1], Segment(line[-1].text.rstrip(), line[-1].style)] if line else []
 
 
 def split_blocks(text: str) -> tuple[str, str]:
-    """Splits a text into complete blocks and the rest. A block ends with an empty line, fenced code with its fence."""
+    """Splits a text into complete blocks and the rest. An empty line ends a block; a fence ends a block of code."""
     fence, end, at = "", 0, 0
     for line in text.splitlines(keepends=True):
         at += len(line)
@@ -89,7 +88,7 @@ def split_blocks(text: str) -> tuple[str, str]:
 
 
 def rendered(text: str) -> Markdown:
-    """Parses Markdown for rich. Line breaks within a paragraph are kept, as is usual in chats."""
+    """Parses Markdown for rich. Line breaks within a paragraph are kept, as chats usually do."""
     markdown = Markdown(text, code_theme=_CODE_THEME, hyperlinks=False)
     markdown.parsed = _PARSER.parse(text)
     for token in markdown.parsed:

@@ -30,11 +30,10 @@ _NAMES = {
     "dry_sequence_breakers": ("--dry-sequence-breaker",),
     "draft_max": ("--draft-max", "--spec-draft-n-max"),
 }
-"""Option names that do not follow from the name of the field, and aliases."""
+"""Options whose names do not follow from the field's name, and aliases."""
 
 
 def _json_of(path: Path) -> Any:
-    """Reads JSON from a file. Raises ValueError if the file cannot be read or is not JSON."""
     text = text_of(path)
     try:
         return json.loads(text)
@@ -49,9 +48,9 @@ _FILES: dict[str, Callable[[Path], Any]] = {"json_schema": _json_of, "grammar": 
 
 
 def with_samplers(*, recommended: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Returns a decorator that adds sampling options to a command. The command gets the given values in its argument
-    `more`, by request field. If `recommended`, the model's file decides main numbers that are not given; otherwise
-    `more` has their defaults."""
+    """Returns a decorator that adds sampling options to a command. The command gets the given values by request field
+    in its argument `more`. With `recommended`, the model's file decides about the main numbers that are not given;
+    otherwise `more` has their defaults."""
     added = {name: _number_option(name, recommended) for name in _NUMBERS} | {name: _option(name) for name in _MORE}
 
     def add(command: Callable[..., None]) -> Callable[..., None]:

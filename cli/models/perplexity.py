@@ -31,7 +31,7 @@ _CONTEXT: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The options that choose the measurement."""
+    """Options that choose the measurement."""
 
     text: Path | None
     context: int | None
@@ -80,8 +80,7 @@ class Source:
 
     @contextmanager
     def opened(self, tokenizer: Tokenizer, sample: str, context: int, sequences: int = 1) -> Iterator[TextClient]:
-        """Opens a client. Raises UsageError if the options contradict each other or the cluster serves another
-        model."""
+        """Opens a client. Raises UsageError if options contradict each other or the cluster serves another model."""
         with ends_workers_cleanly(self.workers), self._open(context, sequences) as client:
             if self.endpoint is not None:
                 check_same_model(client, tokenizer, sample)
@@ -135,7 +134,6 @@ class Source:
 
 
 def evaluate(source: Source, evaluation: Evaluation, as_json: bool) -> None:
-    """Measures, and prints the figures as text or as one JSON object."""
     if evaluation.hellaswag is not None:
         accuracy = _hellaswag(source, evaluation.hellaswag, evaluation.tasks)
         _print(accuracy.as_json(), [_shown_accuracy(accuracy)], as_json)

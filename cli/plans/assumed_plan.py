@@ -1,4 +1,4 @@
-"""The option --assume of `plan`: plans for machines that are only described."""
+"""The option --assume of `plan`: plans for described machines."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def show_assumed_plan(
     as_json: bool,
     acceptances: Sequence[float] | None = None,
 ) -> None:
-    """Prints the plan for a model, or a table of the plans for all named shapes. `acceptances` are the shares of
-    accepted drafts for which the gain of speculation is predicted. Raises UsageError without machines, and the errors
-    of `plan_assumed`."""
+    """Prints the plan for a model, or a table of plans for all named shapes. `acceptances` are shares of accepted
+    drafts for which the gain of speculation is predicted. Raises UsageError without machines, and the errors of
+    `plan_assumed`."""
     if machines is None:
         raise UsageError(f"--model: is for --assume MACHINES, for example --assume {EXAMPLE!r}")
     if acceptances is not None and model is None:
@@ -34,7 +34,6 @@ def show_assumed_plan(
 def _planned(
     machines: str, model: str | None, overrides: list[str], acceptances: Sequence[float]
 ) -> AssumedPlan | Survey:
-    """Makes the plan and shows the progress on a terminal."""
     with Console(stderr=True, highlight=False).status("planning") as status:
         if model is not None:
             return plan_assumed(machines, model, overrides, acceptances)

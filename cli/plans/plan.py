@@ -36,9 +36,9 @@ from llamaclust.worker.devices.system_info import LOADING_BYTES, available_memor
 def show_plan(
     file: Path | None, overrides: list[str], as_json: bool, acceptances: Sequence[float] | None = None
 ) -> None:
-    """Prints the plan of a cluster. Each of several models is planned as if it ran alone. `acceptances` are the shares
-    of accepted drafts for which the gain of speculation is predicted. Raises UsageError if they are given but
-    speculation is off, and the errors of `planned`."""
+    """Prints a cluster's plan. Several models are planned as if each ran alone. `acceptances` are shares of accepted
+    drafts for which the gain of speculation is predicted. Raises UsageError if they are given but speculation is off,
+    and the errors of `planned`."""
     config = load_config(file, overrides)
     models = config.of_each_model()
     if acceptances is not None and any(own.speculative is None for own in models):
@@ -58,17 +58,17 @@ def show_plan(
 
 @dataclass(frozen=True, slots=True)
 class PlannedStart:
-    """The plan of a cluster's start on this machine, with further values that are shown."""
+    """The plan of a cluster's start on this machine, and other values to show."""
 
     plan: Plan
     own_bytes: int
-    """Bytes that a worker process takes without a model. They are estimated from this process, which has loaded the
-    kernels but no model."""
+    """Bytes of a worker process without a model, estimated from this process, which has loaded the kernels but no
+    model."""
     draft_model: DraftModelMemory | None
     unused_mtp: str | None
-    """A hint at an MTP head that could draft but is not used; None if there is none."""
+    """A hint about an MTP head that is not used although it could draft; None without one."""
     other_loads: Mapping[str, OtherLoad]
-    """The load of other programs during the measurement of each worker, by worker name."""
+    """The load of other programs while each worker was measured, by worker."""
 
 
 def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, object]:
@@ -84,7 +84,7 @@ def _json(config: ClusterConfig, acceptances: Sequence[float]) -> dict[str, obje
 
 
 def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
-    """Counts, for each rule of `placement`, the tensors whose device the rule decides."""
+    """Returns, for each rule of `placement`, the number of tensors that it decides about."""
     if not config.placement:
         return ()
     with _opened(config) as model:
@@ -92,7 +92,7 @@ def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
 
 
 def _on_disk(config: ClusterConfig) -> dict[str, int]:
-    """Returns the limit of KV memory on disk for each worker that has one, by worker name."""
+    """Returns the limits of KV memory on disk by worker name, for workers that have one."""
     return {worker.name: worker.kv_disk for worker in config.workers if worker.kv_disk is not None}
 
 
@@ -111,7 +111,6 @@ def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
 
 
 def _cores(config: ClusterConfig) -> str:
-    """Describes the threads of workers and the cores of the machine."""
     threads, cores, nodes = thread_shares(config), read_cores(), numa_nodes(config)
     on_node = {name: "" if node is None else f" on NUMA node {node}" for name, node in nodes.items()}
     text = f"  threads: {', '.join(f'{name} {count}{on_node[name]}' for name, count in threads.items())}, for {cores}"
@@ -123,7 +122,7 @@ def _cores(config: ClusterConfig) -> str:
 
 
 def planned(config: ClusterConfig) -> PlannedStart:
-    """Plans the start of a cluster. Raises UsageError for an invalid cluster file, API keys or chat template. Raises
+    """Plans a cluster's start. Raises UsageError for an invalid cluster file, API keys or chat template,
     InsufficientMemoryError with the missing MiB."""
     facts = config.launcher_facts
     if not (facts.is_local or (facts.uses_ray and config.ray.address == "none")):
@@ -187,7 +186,8 @@ def _draft_model(config: ClusterConfig) -> DraftModelMemory | None:
 
 
 def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory | None) -> Iterator[str]:
-    """Yields lines on memory that layers cannot use: the draft model's, and that of workers with a `memory` limit."""
+    """Yields lines about memory that layers cannot use: the draft model's, and that of workers with a `memory`
+    limit."""
     if draft_model is not None:
         yield f"  {draft_model.text}, which workers do not have"
         yield from (f"  {remark}" for remark in draft_model.remarks)
@@ -196,8 +196,8 @@ def _beside(config: ClusterConfig, own_bytes: int, draft_model: DraftModelMemory
 
 
 def _measurement_keys(model_id: str, fingerprints: Mapping[str, str], threads: int) -> dict[str, list[str]]:
-    """Returns the keys of stored measurements by worker name, the best first: measured with this model, then with
-    another. `threads` is the sum over all workers."""
+    """Returns the keys of stored measurements by worker, best first: with this model, then with another one. `threads`
+    is the sum over all workers."""
     return {
         name: [measurement_key(text, len(fingerprints), threads, profiled) for profiled in (model_id, "")]
         for name, text in fingerprints.items()

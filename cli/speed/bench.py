@@ -1,4 +1,4 @@
-"""The `bench` command: compares the speed of prefill and decode with the limits of the machine."""
+"""The `bench` command: compares prefill and decode with the machine's limits."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _WIDE_COLUMNS = 400
 
 
 def print_bench(task: BenchTask, as_json: bool) -> None:
-    """Runs the benchmark and prints a table or one JSON object. Notes on doubtful figures go to standard error."""
+    """Runs the benchmark and prints a table or a JSON object. Notes on doubtful figures go to standard error."""
     from llamaclust.cli.progress import step_bar
     from llamaclust.tools.bench.bench import run_bench
     from llamaclust.wire.rpc.grpc_options import tune_grpc
@@ -93,7 +93,7 @@ def _note(text: str) -> None:
 
 
 def _print_table(table: Table) -> None:
-    """Prints a table. Outside a terminal the table has its full width and no trailing blanks."""
+    """Prints a table. Outside a terminal it has its full width and no trailing blanks."""
     from rich.console import Console
 
     console = Console(highlight=False)

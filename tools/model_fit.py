@@ -1,4 +1,4 @@
-"""The memory use of a model, and how much of the model fits: layers, or tokens of context."""
+"""The memory use of a model, and the part of the model that fits: layers, or tokens of context."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def fit(path: Path, available_bytes: int, threads: int, context_length: int | No
 
 
 def _kv_bytes(config: ClusterConfig, costs: ModelCosts, layers: int, context: int, kv_tokens: int) -> int:
-    """Returns the KV bytes that a plan gives the first layers, for `kv_tokens` in sequences of `context` tokens."""
+    """Returns the KV bytes that a plan gives to the first layers, for `kv_tokens` in sequences of `context` tokens."""
     first = costs.layers[:layers]
     sizes = KvSizes(
         token_bytes=sum(layer.kv_bytes_per_token for layer in first),

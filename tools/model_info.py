@@ -34,7 +34,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model's weights by type and by layer. Tensors outside all layers (embedding, output) are single entries."""
+    """A model's weights by type and by layer. Tensors outside the layers (embedding, output) are single entries."""
 
     total: Share
     by_type: tuple[Share, ...]
@@ -55,7 +55,7 @@ def describe(model: ModelFile) -> ModelInfo:
 
 
 def shown_metadata(model: ModelFile, shown_items: int = 8) -> dict[str, Any]:
-    """Returns metadata for JSON. An array longer than `shown_items` becomes its type and length."""
+    """Returns metadata for JSON. Arrays longer than `shown_items` become their type and length."""
     return {key: _shown_value(value, shown_items) for key, value in model.metadata.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int | None], None]
-"""A callback that gets the step, the amount done (bytes or pieces), and the total (None if unknown)."""
+"""Gets the step, the finished amount (bytes or pieces), and the total (None if unknown)."""
 
 
 def silent(what: str, done: int, total: int | None) -> None:

@@ -1,5 +1,5 @@
-"""Splits a model file into parts, and merges parts. Tensors stay equal byte for byte, and metadata unchanged. llama.cpp
-and this program read each other's parts."""
+"""Splits a model file into parts, and merges parts. Bytes of tensors and metadata do not change. llama.cpp and this
+program read each other's parts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SPLIT_KEYS: Final = re.compile(r"split\.(no|count|tensors\.count)")
 
 @dataclass(frozen=True, slots=True)
 class SplitRules:
-    """The limit of a part: `most_bytes` of tensors or, if that is None, `most_tensors`."""
+    """The limit of a part: `most_bytes` of tensors, or `most_tensors` if that is None."""
 
     most_bytes: int | None = None
     most_tensors: int = DEFAULT_TENSORS
@@ -49,7 +49,7 @@ class Part:
 
 
 def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
-    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if the model is split already, a tensor is too
+    """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if the model is already split, a tensor is too
     large, or there would be too many parts."""
     if len(model.parts) > 1:
         raise UsageError(f"{model.path}: is split already; merge it first")
@@ -73,15 +73,15 @@ def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
 
 
 def plan_merge(model: ModelFile, out: Path) -> Part:
-    """Returns the single file of a model in parts. Raises UsageError if the model is a single file already."""
+    """Returns the single file of a split model. Raises UsageError if it is already one file."""
     if len(model.parts) == 1:
         raise UsageError(f"{model.path}: is one file already")
     return Part(out, _whole_metadata(model), tuple(model.tensors.values()), _alignment(model))
 
 
 def write_parts(parts: Sequence[Part], progress: Progress) -> None:
-    """Writes all files, or none. They get their names when all are complete, the first one last. Raises UsageError if a
-    file exists, or the disk has too little room. `progress` gets file names and bytes of tensors."""
+    """Writes all files or none. They get their names when all are complete, the first last. Raises UsageError if a file
+    exists or the disk has too little room. `progress` gets file names and bytes of tensors."""
     for part in parts:
         if part.path.exists():
             raise UsageError(f"{part.path}: is there already; delete it or choose another name")
@@ -104,7 +104,7 @@ def _source(tensor: Tensor, on_read: Callable[[int], None]) -> TensorSource:
 
 
 def _whole_metadata(model: ModelFile) -> dict[str, WritableValue]:
-    """Returns all metadata except a split's keys. The alignment is a number, as the writer needs it."""
+    """Returns all metadata without a split's keys. The alignment becomes a number for the writer."""
     raw: dict[str, WritableValue] = {
         key: RawValue(data) for key, data in raw_metadata(model.path).items() if not _SPLIT_KEYS.fullmatch(key)
     }

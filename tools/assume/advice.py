@@ -19,11 +19,11 @@ _SMALLER_MIXES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "IQ4_XS", "Q3_K_M", "Q2_K"
 _FEW_BITS = 3.0
 """The number of bits per weight below which answers become clearly worse."""
 _FURTHER = 3
-"""The most machines to try beyond the number that has enough memory."""
+"""The most machines that are tried in addition to those whose memory suffices."""
 _NETWORKS = ((1.0, 1.0), (1.0, 0.3), (1.0, 0.1), (2.5, 0.1), (10.0, 0.1), (10.0, 0.05), (25.0, 0.03))
-"""Networks as (Gbit/s, round trip in ms), the slowest first, that are tried for groups of machines."""
+"""Networks that are tried for groups of machines, as (Gbit/s, round trip in ms), slowest first."""
 _WORTH_DECODE, _WORTH_PROMPT = 0.95, 0.9
-"""A change is worth its mention if the time of a token, or of a prompt, falls below this share of the present time."""
+"""A change is mentioned if the time of a token, or of a prompt, falls below this share of the current time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Alone:
 
 
 def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
-    """Returns the machine that decodes fastest among those that can hold the whole model. Returns None if none can."""
+    """Returns the machine that decodes fastest among those that can hold the whole model, or None."""
     found = list[Alone]()
     for machine in dict.fromkeys(cluster.assumed.machines):
         plan = cluster.with_one(machine).fitting_plan(model)
@@ -47,8 +47,8 @@ def fastest_alone(cluster: AssumedCluster, model: AssumedModel) -> Alone | None:
 
 
 def what_fits(cluster: AssumedCluster, model: AssumedModel, error: InsufficientMemoryError) -> Iterator[str]:
-    """Yields the largest quantization that fits, from the catalog if possible, and how many more machines like the last
-    one would suffice. Never divides a layer's experts among machines: that would take many searches."""
+    """Yields the largest quantization that fits, preferably of the catalog, and the number of additional machines (like
+    the last one) that would suffice. Does not divide a layer's experts, which would take many searches."""
     for smaller in _smaller(model):
         if cluster.fitting_plan(smaller) is not None:
             yield f"{smaller.mix}, {gigabytes(smaller.file.size_bytes)}{_remark(smaller)}"
@@ -101,7 +101,7 @@ def _what_groups_need(cluster: AssumedCluster, model: AssumedModel, plan: Plan) 
 
 
 def _better_networks(now: Network) -> Iterator[Network]:
-    """Yields networks, the slowest first, that improve on `now` in bandwidth or round trip and are worse in neither."""
+    """Yields networks, slowest first, that are better than `now` in bandwidth or round trip, and worse in neither."""
     bits_s, round_trip_s = rates.bits_s(now), rates.round_trip_s(now)
     for gbit_s, most_ms in _NETWORKS:
         better = Network(max(bits_s, 1e9 * gbit_s), min(round_trip_s, 1e-3 * most_ms))
@@ -123,7 +123,7 @@ def _changes(cluster: AssumedCluster, model: AssumedModel) -> Iterator[tuple[str
 
 
 def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
-    """Yields the model in smaller mixes, those of the catalog first, then the largest. Yields none for MXFP4 models."""
+    """Yields the model in smaller mixes, those of the catalog first, then by falling size. MXFP4 models have none."""
     if model.has_mxfp4:
         return
     mixes = (model.quantized(mix) for mix in _SMALLER_MIXES)
@@ -132,7 +132,6 @@ def _smaller(model: AssumedModel) -> Iterator[AssumedModel]:
 
 
 def _remark(model: AssumedModel) -> str:
-    """Returns a remark if `model pull` does not have the file, or if its quality is poor."""
     made = "" if model.is_in_catalog else "by `llamaclust model quantize`"
     bits = model.bits_per_weight
     quality = "" if bits >= _FEW_BITS else f"{bits:.1f} bits a weight: clearly worse answers"

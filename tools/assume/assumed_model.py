@@ -1,5 +1,5 @@
-"""Models without file data: tensors of a named shape or of a file, in a mix of `quantize`. They become programs in the
-same way as real files, so the sizes of weights, KV memory and workspace are exact."""
+"""Models without weights: tensors of a named shape or of a file, in one of `quantize`'s mixes. They become programs
+like real files, so the sizes of weights, KV memory and workspace are exact."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _MIXES: Final = {
 
 @dataclass(frozen=True)  # without slots: it keeps the model that it opened
 class AssumedModel:
-    """A model to plan for described machines. `mix` is None if the tensors keep the types that they have in a file."""
+    """A model to plan for described machines. `mix` is None if the tensors keep their types in the file."""
 
     title: str
     file: ModelFile
@@ -112,7 +112,7 @@ def shape_model(name: str, shape: ModelShape, mix: str | None = None) -> Assumed
 
 
 def with_file_size(entry: CatalogEntry) -> CatalogEntry:
-    """Adds the file size that follows from the model's shape, if the entry has no size and the shape is known."""
+    """Adds the file size that follows from the model's shape, if the entry has none and the shape is known."""
     plain, _, quantization = entry.name.partition(":")
     shape, mix = public_shapes().get(plain), _mix(quantization)
     if shape is None or mix is None or entry.size_bytes is not None:
@@ -128,7 +128,7 @@ def _catalog_entry(spec: str) -> CatalogEntry | None:
 
 
 def _quantization_of(spec: str) -> CatalogEntry | None:
-    """Returns the catalog's entry, or None. Raises UsageError if the text after the colon is no mix."""
+    """Returns the catalog's entry, or None. Raises UsageError if the text after the colon is not a mix."""
     try:
         return find_entry(spec)
     except UsageError:
@@ -156,7 +156,7 @@ def _catalog_model(entry: CatalogEntry, spec: str, mix: str | None) -> AssumedMo
 
 
 def _unknown_error(name: str, error: UsageError) -> UsageError:
-    """Returns an error that lists the nearest names. For a path or an address, the error states the fault instead."""
+    """Returns an error that lists the nearest names. For a path or an address, it states the fault instead."""
     if "/" in name or ":" in name or name.endswith(".gguf"):
         return UsageError(f"--model: {error}")
     near = nearest_names(name, _known_names())
@@ -168,13 +168,13 @@ def _known_names() -> list[str]:
 
 
 def _mix(text: str) -> str | None:
-    """Returns a mix's key in MIXES for any of its spellings, such as `q4`. Returns None for other texts."""
+    """Returns the key in MIXES for any spelling of a mix, such as `q4`; None for other texts."""
     name = _MIXES.get(text.upper(), text.upper())
     return name if name in MIXES else None
 
 
 def _split(spec: str) -> tuple[str, str | None]:
-    """Splits a text into model and mix at its last colon. The mix is None if no mix follows the colon."""
+    """Splits a text into model and mix at its last colon. The mix is None if the text after it is not one."""
     name, colon, last = spec.rpartition(":")
     if colon and (mix := _mix(last)) is not None:
         return name, mix
@@ -184,7 +184,7 @@ def _split(spec: str) -> tuple[str, str | None]:
 
 
 def _file_of(name: str, shape: ModelShape) -> ModelFile:
-    """Makes a file with matrices in F16 and other tensors in F32. Experts are MXFP4 if the model was published so."""
+    """Makes a file with F16 matrices and other tensors in F32. Experts are MXFP4 if they were published so."""
     path = Path(name)
     tensors = {name: _tensor(path, name, _source_type(shape, name, sizes), sizes) for name, sizes in shape.tensors()}
     return ModelFile(

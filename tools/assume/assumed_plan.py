@@ -1,4 +1,4 @@
-"""The plan of a model on described machines, with speed, advice and shortfall; or the plans of all named shapes."""
+"""The plan of a model on described machines, with speed, advice and shortfall; or plans of all named shapes."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def plan_assumed(
 
 @dataclass(frozen=True, slots=True)
 class ShapePlan:
-    """The plan of a named shape, or the problem that prevents a plan, with advice."""
+    """The plan of a named shape, or the problem that prevents it, with advice."""
 
     name: str
     model: AssumedModel
@@ -130,7 +130,7 @@ class ShapePlan:
         return title, size, f"yes, on {_machines(used)}{alone}", *speeds, self._best_help()
 
     def _best_help(self) -> str:
-        """Returns the advice that makes tokens of one request faster, or else the first advice."""
+        """Returns the first advice that speeds up tokens of one request, or else the first advice."""
         if self.alone is not None and self.plan is not None and self.alone.is_better(prediction_of(self.plan)):
             return f"use {self.alone.machine} alone: {shown_speed(1 / self.alone.prediction.token_s)} tok/s"
         return next((text for text in self.helps if "tok/s" in text), "".join(self.helps[:1]))
@@ -178,7 +178,7 @@ class Survey:
 
 
 def plan_shapes(machines: str, overrides: Sequence[str], planned: Callable[[str], None]) -> Survey:
-    """Plans each shape in its usual mix, after a call of `planned` with its name. Raises UsageError if all fail."""
+    """Plans each shape in its usual mix, and first calls `planned` with its name. Raises UsageError if all fail."""
     cluster = AssumedCluster.of(parse_machines(machines), overrides)
     plans, errors = list[ShapePlan](), list[UsageError]()
     for name in SHAPES:

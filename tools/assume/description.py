@@ -50,7 +50,7 @@ _GPU = _pattern(r"gpus?(?![a-z])")
 _LINK = _pattern(rf"(?P<rate>{_NUMBER})\s*(?P<unit>[MG])(?:bit(?:/s)?|bps|be)(?![a-z])")
 _ROUND_TRIP = _pattern(rf"(?P<time>{_NUMBER})\s*(?P<unit>ms|us|µs)(?![a-z])")
 _TERAOPS_MACS = 0.5e12
-"""Multiply-accumulates (MACs) in 10^12 operations. A MAC counts as two operations."""
+"""Multiply-accumulates (MACs) per 10^12 operations. A MAC counts as two operations."""
 _BANDWIDTH = "the bandwidth of reading memory as @25GB/s, or the kind of memory as @DDR3, @DDR4 or @DDR5"
 _GPU_BANDWIDTH = "the bandwidth of a GPU's memory, as in 12GB@360GB/s gpu (in GB/s), or a GPU's name, as in rtx3060"
 _SHOWN = 30
@@ -91,7 +91,7 @@ class _Reader:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """A group of equal machines, or of equal GPUs that each machine of the group before it has."""
+    """Equal machines, or equal GPUs of each machine in the previous group."""
 
     begun: int  # in the text
     count: int
@@ -101,8 +101,8 @@ class _Group:
 
 def parse_machines(text: str) -> AssumedMachines:
     """Parses groups of machines, `[Nx]MEMORY[@BANDWIDTH][/THREADS or @TOPS]`, joined by `+`, then `, SPEED[, ROUND
-    TRIP]` of the network. A group with ` gpu` at its end, or `[Nx]NAME`, adds N GPUs to each machine of the group
-    before it. Raises UsageError that tells the place of the mistake."""
+    TRIP]` of the network. A group that ends with ` gpu`, or is `[Nx]NAME`, adds N GPUs to each machine of the previous
+    group. Raises UsageError with the place of the mistake."""
     reader = _Reader(text)
     groups: list[list[Machine]] = []
     while True:
@@ -144,7 +144,7 @@ def _group(reader: _Reader) -> _Group:
 
 
 def _named_gpus(reader: _Reader, *, is_first: bool) -> _Group | None:
-    """Reads GPUs given by name. Returns None for other groups, and if the first group has an unknown name."""
+    """Reads named GPUs. Returns None for other groups, and for an unknown name in the first group."""
     begun = reader.at
     before, at = reader.take(_COUNT_OF_GPUS), reader.at
     named = reader.take(_GPU_NAME)
@@ -192,7 +192,7 @@ def _integer(digits: str | None) -> int | None:
 
 
 def _computing(reader: _Reader) -> Device:
-    """Reads the threads or operations a second of a device. The caller adds its memory."""
+    """Reads a device's threads or operations per second. The caller adds its memory."""
     begun = reader.at
     if (threads := reader.take(_THREADS)) is not None:
         count = int(threads["threads"])

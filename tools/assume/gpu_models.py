@@ -1,4 +1,4 @@
-"""GPUs by name: memory, bandwidth and 8-bit operations a second from data sheets, and compute capability."""
+"""GPUs by name: memory, bandwidth and 8-bit operations per second from data sheets, and compute capability."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ _NAMES: Final = {name.replace("-", ""): name for name in GPU_MODELS}
 
 
 def find_gpu(text: str) -> str | None:
-    """Returns the name in GPU_MODELS for any spelling: rtx3090 for "GeForce RTX 3090". Returns None if unknown."""
+    """Returns the name in GPU_MODELS for any spelling: rtx3090 for "GeForce RTX 3090"; None if unknown."""
     return _NAMES.get(_plain(text))
 
 

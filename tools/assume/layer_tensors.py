@@ -1,4 +1,4 @@
-"""Tensors of a layer by architecture: names as in GGUF files, and sizes by names that `ModelShape.size` resolves."""
+"""The tensors of a layer by architecture: GGUF's names, and sizes by names that `ModelShape.size` resolves."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ LAST_LAYERS: Final[Mapping[str, Tensors]] = {
 
 OUTSIDE: Final[Tensors] = {"token_embd.weight": ("vocabulary", "hidden"), "output_norm.weight": ("hidden",)}
 HEAD: Final[Tensors] = {"output.weight": ("vocabulary", "hidden")}
-"""The output head of models that do not use their embedding as the head."""
+"""The output head of models that do not share it with their embedding."""
 
 NEXTN: Final[Tensors] = {
     "nextn.eh_proj.weight": ("hidden", "hidden+embedding"),

@@ -10,7 +10,7 @@ MAX_GPUS_EACH: Final = 8
 MAX_THREADS: Final = 1024
 """The most threads of a machine; workers have the same limit."""
 MAX_MEMORY_TIB: Final = 1024
-"""The most memory of a processor or a GPU. The memory of all machines together still fits into 64 bits."""
+"""The most memory of a processor or a GPU. The bytes of all machines together fit into 64 bits."""
 MAX_CHANNELS: Final = 24
 EXAMPLE: Final = "3x16GB@40GB/s,1Gbit"
 GPU_EXAMPLE: Final = "64GB@60GB/s + rtx3090"
@@ -27,7 +27,7 @@ class Ddr:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A processor or a GPU: its memory, and the speeds that were given."""
+    """A processor or a GPU: its memory, and the given speeds."""
 
     memory_bytes: int
     bandwidth: float | Ddr | None = None  # bytes a second

@@ -19,9 +19,9 @@ from llamaclust.tools.assume.assumed_model import AssumedModel
 from llamaclust.tools.assume.machines import AssumedMachines, Machine
 
 KEYS = ("context_length", "groups", "kv_memory", "kv_type", "max_sequences", "objective", "plan", "prefill_chunk")
-"""The keys of a cluster file that take effect in an assumed plan."""
+"""The keys of a cluster file that have an effect on assumed plans."""
 _LOADED = 0.95
-"""The least share of a file that must be loaded. Layers for multi-token prediction are not loaded."""
+"""The least share of a file that is loaded. Layers for multi-token prediction are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class AssumedCluster:
         return self.changed(replace(self.assumed, machines=(*machines, *((machines[-1],) * count))))
 
     def with_one(self, machine: Machine) -> AssumedCluster:
-        """Keeps only this machine. Drops the override `plan`, which assigns layers to the other machines."""
+        """Keeps only this machine. Drops the override `plan`, which would assign layers to others."""
         overrides = tuple(text for text in self.overrides if text.partition("=")[0].strip() != "plan")
         return AssumedCluster(replace(self.assumed, machines=(machine,)), overrides)
 
@@ -68,13 +68,13 @@ class AssumedCluster:
 
     @property
     def memory_bytes(self) -> int:
-        """The memory of all processors and GPUs that is free for weights, KV memory and workspaces."""
+        """The bytes of all processors and GPUs that are free for weights, KV memory and workspaces."""
         machines = self.assumed.machines
         gpus = [gpu.memory_bytes - rates.GPU_RESERVED_BYTES for machine in machines for gpu in machine.gpus]
         return sum(max(0, n_bytes) for n_bytes in (*gpus, *map(room_bytes, machines)))
 
     def fitting_plan(self, model: AssumedModel, *, max_expert_shards: int = 1) -> Plan | None:
-        """Returns None if the model does not fit. By default, all experts of a layer are on one machine."""
+        """Returns None if the model does not fit. By default, all experts of a layer stay on one machine."""
         if _LOADED * model.file.size_bytes > self.memory_bytes:
             return None
         try:

@@ -24,9 +24,9 @@ _LIKE: Final = {
         "qwen3-vl-30b-a3b-instruct",
     ),
 }
-"""The catalog's models that have a named shape, by the name of the shape."""
+"""The catalog's models with a named shape, by shape."""
 IN_CATALOG: Final = {"8b": "llama-3.1-8b-instruct", "70b": "llama-3.3-70b-instruct"}
-"""The catalog's name of a named shape, where the two names differ."""
+"""The catalog's names of named shapes, if they differ."""
 _AS_LARGE: Final = {**IN_CATALOG, "7b": "mistral-7b-instruct-v0.3"}
 _MIXTURES: Final = {
     "ernie-4.5-21b-a3b": ModelShape(
@@ -100,7 +100,7 @@ def public_shapes() -> Mapping[str, ModelShape]:
 
 
 def no_file_hint(name: str) -> str | None:
-    """Returns what to pull instead of a named shape that the catalog lacks. Returns None for other names."""
+    """Returns advice on what to pull in place of a named shape that the catalog lacks; None for other names."""
     plain = name.lower().partition(":")[0]
     if plain not in SHAPES or plain in _LIKE:
         return None

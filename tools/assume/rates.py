@@ -1,6 +1,6 @@
-"""Assumptions about machines that nobody measured: shares of hardware limits that kernels reach, and defaults. Sources:
-cluster/planner/product_times.py for products on a processor, docs/gpu.md for shares of GPUs, benchmarks/notebook.md for
-costs of a hop."""
+"""Assumptions about machines that nobody measured: the shares of hardware limits that kernels reach, and defaults.
+Sources: cluster/planner/product_times.py for products on a processor, docs/gpu.md for shares of GPUs,
+benchmarks/notebook.md for costs of a hop."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _GIB: Final = 1 << 30
 GPU_DECODE_SHARE: Final = 0.80
 GPU_PREFILL_SHARE: Final = 0.35
 OLD_GPU_PREFILL_SHARE: Final = 0.15
-"""The prefill share of GPUs without matrix units for bytes. It is low because their threads exchange operands."""
+"""The prefill share of GPUs without matrix units for bytes, which is low since their threads exchange operands."""
 CHANNEL_BYTES_S: Final = {3: 10e9, 4: 20e9, 5: 30e9}
-"""Bytes a second of one memory channel with usual modules, by DDR generation."""
+"""Bytes per second of one memory channel with usual modules, by DDR generation."""
 CHANNELS: Final = 2
 DEFAULT_MEMORY: Final = Ddr(4)
 SYSTEM_BYTES: Final = 2 * _GIB
@@ -33,9 +33,9 @@ GPU_MACS_S: Final = 50e12
 NETWORK_BITS_S: Final = 1e9
 NETWORK_SHARE: Final = 0.94
 ROUND_TRIP_S: Final = 0.1e-3
-"""The round trip through a switch, between threads that poll their sockets, so that no processor sleeps."""
+"""The round trip in seconds through a switch, between threads that poll their sockets."""
 HOP_S: Final = 0.3e-3
-"""The time that both processes together add to a message between stages, by thread wake-ups and Python."""
+"""The seconds that both processes add to a message between stages: thread wake-ups and Python."""
 
 
 def read_bytes_s(device: Device) -> float:
@@ -72,7 +72,7 @@ def round_trip_s(network: Network) -> float:
 
 
 def links_of(network: Network, names: list[str]) -> Links:
-    """Returns links between all machines, and between each and the coordinator on the first machine."""
+    """Returns links between all machines, and between each machine and the coordinator on the first one."""
     one_way_s = round_trip_s(network) / 2
     link = Link(one_way_s + HOP_S, 8 / (NETWORK_SHARE * bits_s(network)), one_way_s)
     pairs = {frozenset((one, other)) for one in names for other in names if one != other}

@@ -1,1 +1,1 @@
-"""Measurements of the `bench` command."""
+"""The measurements of the `bench` command."""

@@ -1,4 +1,4 @@
-"""Measures the speed of a model and the limits of this machine, alternately in one run."""
+"""Measures a model's speed and this machine's limits alternately, in one run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llamaclust.worker.devices.whole_model import load_whole
 from llamaclust.worker.settings import WorkerSettings
 
 OnStep = Callable[[str], None]
-"""A callback that gets the name of the next measurement."""
+"""Gets the name of the next measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class BenchTask:
 @dataclass(frozen=True, slots=True)
 class Work:
     """The work of a prefill and of a decode step: MACs with weights, and bytes read. Weights count with their size in
-    the file, even if they are packed into larger tiles. The embedding, experts that no token chose, and KV outside a
-    sliding window do not count. A recurrent state counts as read once."""
+    the file, even if packed tiles are larger. Not counted: the embedding, experts that no token chose, and KV memory
+    outside a sliding window. A recurrent state counts as read once."""
 
     prefill_macs: int
     float_share: float  # of them, those by float weights
@@ -89,7 +89,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """The measurements of all repeats. Properties are medians of them. GB are 10^9 bytes."""
+    """The measurements of all repeats. Properties are their medians. GB are 10^9 bytes."""
 
     task: BenchTask
     quant_type: str
@@ -119,12 +119,12 @@ class BenchReport:
 
     @property
     def decode_roofline(self) -> Spread:
-        """Shares of the read bandwidth that decode reached. A share exceeds 1 if weights stay in a cache."""
+        """The shares of the read bandwidth that decode reached. They exceed 1 if weights stay in a cache."""
         return Spread.of(pair.share for pair in self.decodes)
 
     @property
     def prefill_roofline(self) -> Spread:
-        """Shares that prefill reached of the peak of 8-bit multiply-adds, or of float32 ones for float weights."""
+        """The shares that prefill reached of the peak of 8-bit multiply-adds, or of float32 ones for float weights."""
         return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:
@@ -232,7 +232,7 @@ async def _cluster_runs(task: BenchTask, on_step: OnStep, measure: _Measure) -> 
 async def _measure(
     task: BenchTask, work: Work, on_step: OnStep, runner: Runner, limits: GpuLimits | Limits | None = None
 ) -> _Runs:
-    """Alternates decode and prefill, so that changes of the machine affect both. None means the processor's limits."""
+    """Alternates decode and prefill, so that changes of the machine affect both. Default limits: the processor's."""
     on_step("warming up")
     threads = min(task.threads_each * task.workers, physical_cores())
     limits = limits or await Limits.open(threads, work.float_share)

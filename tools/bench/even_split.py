@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 from llamaclust.model.costs import ModelCosts
 
 _PROMPT_TOKENS, _STEPS = 512, 16
-"""A sequence's work in the planner's `throughput`. An answer of 128 tokens, for eight sequences at once, is 16
+"""The work of a sequence in the planner's `throughput`. An answer of 128 tokens, eight sequences at once, is 16
 steps."""
 _MACS_PER_BYTE = 15.0
-"""The number of multiply-adds that take about as long as reading one byte."""
+"""This many multiply-adds take about as long as reading one byte."""
 _SHARPNESS = 8
-"""The exponent of stage times. It is so high that the slowest stage decides; of equal cuts, the most even one wins."""
+"""The exponent of stage times. It is so large that the slowest stage decides; among equal cuts, the evenest wins."""
 
 
 def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
-    """Returns a half-open range of layers for each worker, such that the slowest stage is as fast as possible. The last
+    """Returns a half-open range of layers per worker, such that the slowest stage is as fast as possible. The last
     stage has the head."""
     times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]
     head = _time(0, costs.head_file_bytes)

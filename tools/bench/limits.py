@@ -1,4 +1,4 @@
-"""The limits of this machine, measured just before and just after each run: its speed may change during a benchmark."""
+"""This machine's limits, measured directly before and after each run, since its speed may change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The speed of one run, and the machine's limits just before and just after it, in the same unit."""
+    """The speed of one run, and the machine's limits directly before and after it, in the same unit."""
 
     speed: float
     before: float
@@ -50,7 +50,7 @@ class Pair:
 
     @property
     def limit(self) -> float:
-        """The mean of both limits: the greater of two noisy figures would exceed the real limit."""
+        """The mean of both limits, since the greater of two noisy figures would exceed the real limit."""
         return (self.before + self.after) / 2
 
     @property
@@ -60,7 +60,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class MachineLimits:
-    """Medians over the run, in 10^9 a second: bytes read from memory, 8-bit multiply-adds, float32 multiply-adds."""
+    """Medians over the run, in 10^9 per second: bytes read, 8-bit multiply-adds, float32 multiply-adds."""
 
     read_gb_s: float
     int8_gmac_s: float
@@ -68,8 +68,8 @@ class MachineLimits:
 
 
 class Limits:
-    """Measures the machine's limits on `threads` threads, from daemon threads. Holds a read buffer of up to 1 GiB.
-    `float_share` is the share of a prefill's multiply-adds that use float weights."""
+    """Measures the limits on `threads` threads, from daemon threads. Holds a read buffer of up to 1 GiB. `float_share`
+    is the share of a prefill's multiply-adds with float weights."""
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
         self._probe, self._threads, self._float_share = probe, threads, float_share
@@ -95,14 +95,14 @@ class Limits:
         return self._read_gb_s[-1]
 
     async def peak(self) -> float:
-        """Returns 10^9 multiply-adds a second, with 8-bit and float32 ones in the model's proportion."""
+        """Returns 10^9 multiply-adds per second, mixing 8-bit and float32 ones as the model does."""
         self._int8_gmac_s.append(await _elsewhere(partial(probes.int8_peak, self._threads, _PEAK_S)))
         self._fma_gmac_s.append(await _elsewhere(partial(probes.fma_peak, self._threads, _PEAK_S)))
         return 1 / ((1 - self._float_share) / self._int8_gmac_s[-1] + self._float_share / self._fma_gmac_s[-1])
 
 
 class GpuLimits:
-    """Measures a GPU's memory bandwidth and 8-bit peak, which is used for float weights, too. Calls block."""
+    """Measures a GPU's memory bandwidth and 8-bit peak, which also stands for float weights. Calls block."""
 
     def __init__(self, gpu: GpuBackend) -> None:
         self._gpu = gpu
@@ -120,13 +120,13 @@ class GpuLimits:
         return self._found[-1].read_bytes_s / 1e9
 
     async def peak(self) -> float:
-        """Returns 10^9 multiply-adds a second."""
+        """Returns 10^9 multiply-adds per second."""
         self._found.append(self._gpu.limits())
         return self._found[-1].int8_macs_s / 1e9
 
 
 async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:
-    """Measures a run between two limits. `run` returns seconds for `work` units, `limit` 10^9 units a second."""
+    """Measures a run between two limits. `run` returns seconds for `work` units, `limit` 10^9 units per second."""
     before = await limit()
     seconds = await run()
     return Pair(work / seconds / 1e9, before, await limit())

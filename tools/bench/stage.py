@@ -1,4 +1,4 @@
-"""The speed of one stage that holds a whole model. It runs in the calling thread, without the engine."""
+"""The speed of one stage with a whole model, in the calling thread and without the engine."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def _capacity(batch: int, context: int, kv_type: KvType) -> Capacity:
 
 
 class BenchStage:
-    """A loaded stage with sequences of random tokens. Their number and length are the most that its limits allow."""
+    """A loaded stage with sequences of random tokens, as many and as long as its limits allow."""
 
     def __init__(self, model: Model, runner: StageRunner) -> None:
-        """Takes ownership of the runner, which holds the whole model."""
+        """Owns the runner, which holds the whole model."""
         limits = runner.limits
         batch, context = limits.max_sequences, limits.max_context_tokens
         blocks = limits.kv_blocks // batch
@@ -52,8 +52,8 @@ class BenchStage:
         self._settings = capacity.scheduler_settings(model, BlockCounts(limits.kv_blocks))
 
     def prefill(self, tokens: int, sequences: int | None = None) -> float:
-        """Returns the seconds to prefill `tokens` tokens of each of `sequences` (None: all) sequences, one sequence
-        after the other. Each prefill samples a token."""
+        """Returns the seconds to prefill `tokens` tokens of each of `sequences` (None: all) sequences, one after
+        another. Each prefill samples a token."""
         started_ns = perf_counter_ns()
         for index in range(len(self._tables[:sequences])):
             for start, rows in self._chunks(tokens):
@@ -63,8 +63,8 @@ class BenchStage:
         return (perf_counter_ns() - started_ns) / 1e9
 
     def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
-        """Returns the seconds of `steps` decode steps, each for `sequences` (None: all) sequences together. The first
-        step has `depth` tokens before it."""
+        """Returns the seconds of `steps` decode steps, each for `sequences` (None: all) sequences together. `depth`
+        tokens precede the first step."""
         last = [tokens[depth] for tokens in self._tokens[:sequences]]
         started_ns = perf_counter_ns()
         for position in range(depth, depth + steps):
@@ -83,7 +83,7 @@ class BenchStage:
 
     @contextmanager
     def without_copies(self) -> Iterator[None]:
-        """Computes all experts in RAM inside the context. First waits for copies to GPUs that are under way."""
+        """Computes all experts in RAM within the context, after waiting for copies to GPUs in progress."""
         stages = self._runner.split_stages
         caches = [stage.cache for stage in stages]
         for stage, cache in zip(stages, caches, strict=True):
@@ -100,7 +100,7 @@ class BenchStage:
         self._runner.close()
 
     def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
-        """Yields (first token, rows) of chunks as the scheduler cuts a lone prompt, by the times measured so far."""
+        """Yields (first token, rows) of the chunks into which the scheduler would cut a lone prompt."""
         start = 0
         while start < tokens:
             rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, alone=True), tokens - start)

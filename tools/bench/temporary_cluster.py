@@ -1,4 +1,4 @@
-"""A temporary cluster of local worker processes for one measurement, and the speed that its engine reaches."""
+"""A temporary cluster of local workers for one measurement, and the speed that its engine reaches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _SEED = 20_240_601
 _ALIKE = {"memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
-"""Assumed speeds of the workers. They share one machine, so nothing is measured at their start."""
+"""Assumed speeds of the workers, which share one machine, so that nothing is measured at their start."""
 
 
 @asynccontextmanager
@@ -64,7 +64,7 @@ async def temporary_cluster(
 def cluster_service(
     model: Path, workers: int, threads: int | None, context_length: int, kv_type: KvType
 ) -> OpenService:
-    """Returns a function that opens the text service of a temporary cluster, for a ServiceClient."""
+    """Returns a function that opens a temporary cluster's text service, for a ServiceClient."""
 
     @asynccontextmanager
     async def open_service() -> AsyncIterator[TextService]:
@@ -78,7 +78,7 @@ def cluster_service(
 
 
 class ClusterRunner:
-    """The `Runner` that measures a cluster. Each measurement has new random prompts."""
+    """A `Runner` that measures a cluster. Each measurement has new random prompts."""
 
     def __init__(self, cluster: Cluster, task: BenchTask) -> None:
         self._engine = cluster.engine
@@ -87,13 +87,13 @@ class ClusterRunner:
         self._random = np.random.default_rng(_SEED)
 
     async def prefill(self) -> float:
-        """Returns the seconds from the requests' arrival until each has its first token."""
+        """Returns the seconds from the arrival of the requests until each has its first token."""
         started_ns = perf_counter_ns()
         await asyncio.gather(*(self._token_times(self._task.prompt, 1) for _ in range(self._task.batch)))
         return (perf_counter_ns() - started_ns) / 1e9
 
     async def decode(self) -> float:
-        """Returns the seconds from when all sequences have their first token to the end, scaled to all tokens."""
+        """Returns the seconds after all sequences have their first token, scaled to all tokens."""
         requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
         times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)
@@ -101,7 +101,7 @@ class ClusterRunner:
         return (end_ns - start_ns) / 1e9 * self._task.generate * self._task.batch / within
 
     async def _token_times(self, prompt: int, generate: int) -> list[int]:
-        """Returns the times in nanoseconds at which a request's tokens arrived. The request never ends early."""
+        """Returns the times in ns at which a request's tokens arrived. The request never ends early."""
         tokens = tuple(map(int, self._random.integers(0, self._vocabulary, prompt)))
         number = int(self._random.integers(1 << 62))
         async with self._engine.submit(GenerationRequest(f"bench-{number:x}", tokens, generate)) as events:

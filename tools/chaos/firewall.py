@@ -1,4 +1,4 @@
-"""An nftables table that this process owns. The kernel removes it when the process ends; no other may change it."""
+"""An nftables table of this process. The kernel removes it when the process ends; others cannot change it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CAP_NET_ADMIN = 12
 
 
 class FirewallError(LlamaclustError):
-    """The reason, in one line, that packets cannot be filtered on this machine."""
+    """Packets cannot be filtered on this machine. The message says why in one line."""
 
 
 class Firewall:

@@ -34,7 +34,7 @@ class Stops:
 
 
 class FullDisks:
-    """Coordinators whose file writes fail as on a full disk, by target. Workers that they start then fail, too."""
+    """Coordinators whose file writes fail as on a full disk, by target. Workers that they start then fail too."""
 
     def __init__(self) -> None:
         self._limits: dict[str, tuple[Process, int]] = {}  # of files, before
@@ -63,7 +63,7 @@ class FullDisks:
 
 
 class DisturbedLinks:
-    """Disturbed links, by worker. The kernel ends each disturbance when its time is over."""
+    """Disturbed links by worker. The kernel ends each disturbance after its time."""
 
     def __init__(self, firewall: Firewall | None) -> None:
         self._firewall = firewall

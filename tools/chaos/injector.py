@@ -27,14 +27,14 @@ _RETURN_S = 120.0
 _UNDRAIN_S = 30.0
 _POLL_S = 0.1
 _JOURNAL_S = 6.0
-"""The time after a full disk until the journal has all open requests again. A coordinator that ends sooner loses
+"""The seconds after a full disk until the journal has all open requests again. A coordinator that ends sooner loses
 some."""
 
 Show = Callable[[str], None]
 
 
 class Injector:
-    """The faults of one cluster. `close` undoes all lasting faults and may be called repeatedly."""
+    """The faults of one cluster. `close` undoes all lasting ones and may be called twice."""
 
     def __init__(
         self, state_dir: Path, name: str, permissions: Permissions, show: Show, firewall: Firewall | None = None
@@ -49,8 +49,8 @@ class Injector:
 
     @property
     def held(self) -> frozenset[str]:
-        """The targets whose lasting faults still go on: names of workers, or the cluster's name if its coordinator is
-        the target."""
+        """The targets of faults that have not ended: worker names, or the cluster's name for a fault of its
+        coordinator."""
         return self._stops.names | self._disks.names | self._drains.names | self._links.names | self._failing
 
     def targets(self) -> Targets:
@@ -63,7 +63,7 @@ class Injector:
         return find_running(self._state_dir, self._name)[0]
 
     async def inject(self, fault: Fault, targets: Targets) -> bool:
-        """Returns False if the fault did not take place. Lasting faults go on in the background, but a stop of the
+        """Returns False if the fault did not take place. Lasting faults continue in the background, but a stop of the
         coordinator is awaited. A kill of the coordinator returns when another one serves."""
         match fault.kind:
             case FaultKind.KILL:
@@ -123,7 +123,7 @@ class Injector:
         return is_stopped
 
     def _begin_within(self, fault: Fault, process: Process, number: signal.Signals) -> bool:
-        """Begins a fault in the process. Returns False if the process has ended or does not handle the signal."""
+        """Begins a fault within the process. Returns False if it has ended or does not handle the signal."""
         if not process.catches(number) or not process.send(number):
             return False
         self._failing.add(fault.target)
@@ -203,7 +203,6 @@ class Injector:
         return True
 
     async def _successor(self, killed: Process) -> ClusterRecord:
-        """Waits for the coordinator that takes over from the killed one, and returns its record."""
         end_s = time.monotonic() + _RETURN_S
         while time.monotonic() < end_s:
             with suppress(LlamaclustError):
@@ -224,11 +223,11 @@ class Drains:
         return frozenset(self._workers)
 
     def add(self, name: str) -> None:
-        """Announces a drain, so that `end` may come before `begin`."""
+        """Announces a drain, so that `end` may precede `begin`."""
         self._workers[name] = threading.Lock()
 
     def begin(self, name: str) -> None:
-        """Drains the worker. Does nothing if `end` came first."""
+        """Drains the worker, unless `end` came first."""
         lock = self._workers.get(name)
         if lock is None:
             return
@@ -238,7 +237,7 @@ class Drains:
                     api.drain(name)
 
     def end(self, name: str) -> str:
-        """Undrains, and retries while no coordinator answers. Returns why the worker stays drained, or ""."""
+        """Undrains the worker; retries while no coordinator answers. Returns why it stays drained, or ""."""
         with self._workers.get(name, threading.Lock()):
             return self._undrain(name)
 

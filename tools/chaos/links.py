@@ -1,4 +1,4 @@
-"""The network links of workers, and nftables rules that disturb a link. Rules match only addresses and ports of the
+"""Workers' network links, and nftables rules that disturb a link. The rules match only addresses and ports of the
 cluster's members."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from llamaclust.tools.chaos.processes import is_here
 
 _UNIX = "unix:"
 _PRIORITY = -310
-"""The priority of rules that come before connection tracking and before rules of other programs."""
+"""The priority of rules. They precede connection tracking and other programs' rules."""
 
 
 class Disturbance(StrEnum):
@@ -26,15 +26,15 @@ class Disturbance(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLink:
-    """A worker's link to the members on this machine. `own_ports` are the ports here to which the worker connects. A
-    worker on this machine has none: its outgoing connections look like those of other processes."""
+    """A worker's link to the members on this machine. `own_ports` are the ports here to which the worker connects. It
+    is empty for a worker here, whose outgoing connections look like those of other processes."""
 
     hosts: frozenset[str]  # IP addresses
     ports: frozenset[int]  # for stages, and for links of groups
     own_ports: frozenset[int] = frozenset()
 
     def commands(self, table: str, label: str, disturbance: Disturbance, hold_s: float) -> str:
-        """Returns nft commands for a disturbance that the kernel ends: its rules match ports in sets that expire."""
+        """Returns nft commands for a disturbance that the kernel ends: its rules match sets of ports that expire."""
         lifetime = f"timeout {max(1, round(hold_s * 1000))}ms"
         lines = []
         for name, ports in (("port", self.ports), ("own", self.own_ports)):
@@ -67,7 +67,7 @@ class WorkerLink:
 
 
 def worker_links(addresses: Mapping[str, Sequence[str]], coordinator_ports: frozenset[int]) -> dict[str, WorkerLink]:
-    """Returns the links of all workers with network addresses. The workers connect to `coordinator_ports`."""
+    """Returns the links of workers with network addresses. The workers connect to `coordinator_ports`."""
     in_network = {name: [each for each in own if not each.startswith(_UNIX)] for name, own in addresses.items()}
     found = {name: _resolve(own) for name, own in in_network.items()}
     known = {name: link for name, link in found.items() if link.hosts and coordinator_ports}

@@ -28,7 +28,7 @@ _MIXED: tuple[tuple[int, int, dict[str, Any]], ...] = (
     (11, 7, {"mirostat": 2}),
     (13, 8, {"dry_multiplier": 0.8}),
 )
-"""Each entry is (divisor, remainder, fields): requests whose numbers leave that remainder get these fields."""
+"""Entries (divisor, remainder, fields): requests whose number leaves this remainder get the fields."""
 _TOP_EVERY, _TOP = 7, 5
 
 
@@ -83,7 +83,7 @@ class Streams:
         self.expected = dict(enumerate(answers))
 
     async def repeat(self, number: int, until: asyncio.Event) -> None:
-        """Repeats a request and compares each answer. A refused request is retried for up to two minutes."""
+        """Repeats a request and compares the answers. Retries a refused request for up to two minutes."""
         refused_s: float | None = None
         while not until.is_set():
             received = Received()
@@ -108,7 +108,7 @@ class Streams:
         return received
 
     async def _read(self, number: int, received: Received) -> None:
-        """Adds a request's events as they come. Raises NotAcceptedError if the request fails before the first."""
+        """Adds a request's events as they come. Raises NotAcceptedError if it fails before the first event."""
         is_accepted = False
         try:
             async with aclosing(self.requests.start(self.client, number)) as events:
@@ -130,7 +130,7 @@ class NotAcceptedError(LlamaclustError):
 
 @asynccontextmanager
 async def meanwhile(works: Iterable[Coroutine[Any, Any, None]]) -> AsyncIterator[list[asyncio.Task[None]]]:
-    """Runs tasks in parallel with the caller's block, and cancels them after it. Raises the first error of a task."""
+    """Runs tasks during the caller's block, then cancels them. Raises the first error of a task."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         yield tasks

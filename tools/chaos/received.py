@@ -11,7 +11,7 @@ from typing import Any
 from llamaclust.core.sampling import RowResult
 
 Answer = list[tuple[int, bytes]]
-"""The tokens of an answer: each id, with the bits of its float32 logprob and of its top logprobs."""
+"""The tokens of an answer: ids, each with the bits of its logprob and top logprobs (float32)."""
 
 
 def answer_rows(rows: Iterable[RowResult]) -> Answer:
@@ -39,8 +39,7 @@ class Received:
 
 
 def event_number(event_id: str) -> int:
-    """Returns the number of events up to this one: the id `REQUEST:3-5` means 3 events of one choice and 5 of
-    another."""
+    """Returns the number of events so far: the id `REQUEST:3-5` means 3 events of one choice and 5 of another."""
     return sum(map(int, event_id.rpartition(":")[2].split("-")))
 
 

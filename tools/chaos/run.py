@@ -1,4 +1,4 @@
-"""A fault test of a running cluster: it applies load, injects faults and compares answers."""
+"""A fault test of a running cluster: applies load, injects faults, compares answers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from llamaclust.tools.chaos.worker_faults import PRELOAD
 
 _SHOW_S = 1.0
 _FINISH_S = 180.0
-"""The longest wait for the last answers after the last fault."""
+"""The longest wait in seconds for the last answers after the last fault."""
 _NOT_HERE = "has no coordinator of this user on this machine"
 _LINK = "a network link to this machine (those of `launcher: local` have Unix sockets)"
 _NOT_PRELOADED = f"needs two connected workers, one of them on this machine and started with PYTHONPATH={PRELOAD}"
@@ -62,11 +62,11 @@ class View(Protocol):
     def line(self, text: str) -> None: ...
 
     def progress(self, text: str) -> None:
-        """Replaces the last progress text."""
+        """Replaces the previous progress text."""
 
 
 async def run_chaos(settings: ChaosSettings, tally: Tally, view: View) -> None:
-    """Fills the tally. Always undoes lasting faults. Raises UsageError if nothing may be disturbed."""
+    """Fills the tally and always undoes lasting faults. Raises UsageError if nothing may be disturbed."""
     folder, record = find_running(settings.state_dir, settings.cluster)
     status, context_tokens = _idle_status(settings, record)
     targets = find_targets(record, status, settings.permissions, has_standby=folder.has_standby)
@@ -94,7 +94,7 @@ async def _disturb_and_compare(settings: ChaosSettings, injector: Injector, stre
 
 
 def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[str, Any], int]:
-    """Returns the status and the context length. Raises UsageError for other clients that must not be disturbed."""
+    """Returns the status and the context length. Raises UsageError if other clients' requests run."""
     with ClusterApi.of(record) as api:
         status, context_tokens = api.status(), api.context_length()
     busy = status["requests"]["running"] + status["requests"]["waiting"]
@@ -107,7 +107,7 @@ def _idle_status(settings: ChaosSettings, record: ClusterRecord) -> tuple[dict[s
 
 @contextmanager
 def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator[Firewall | None]:
-    """Yields None if no link can be disturbed. A line tells the user what is missing for it."""
+    """Yields None if no link can be disturbed, and tells the user what is missing."""
     kinds = [kind for kind in FaultKind if kind.is_of_link and targets.names[kind]]
     try:
         firewall = Firewall() if kinds else None
@@ -124,7 +124,7 @@ def _firewall(settings: ChaosSettings, targets: Targets, view: View) -> Iterator
 
 
 def _announce(settings: ChaosSettings, cluster: str, targets: Targets, view: View) -> None:
-    """Shows the kinds of faults to come. Raises UsageError if none is possible, or if a required one is not."""
+    """Shows the coming kinds of faults. Raises UsageError if none is possible or a required one is not."""
     kinds = [kind for kind in FaultKind if _suffices(kind, targets)]
     for kind in FaultKind:
         if kind in settings.required and kind not in kinds:
@@ -144,7 +144,7 @@ def _suffices(kind: FaultKind, targets: Targets) -> bool:
 
 @asynccontextmanager
 async def _load(streams: Streams) -> AsyncIterator[None]:
-    """Repeats requests inside the context. At its end, lets running requests finish, except after an exception."""
+    """Repeats requests within the context. Its end lets running requests finish, except after an exception."""
     done = asyncio.Event()
     async with meanwhile(streams.repeat(number, done) for number in streams.expected) as tasks:
         yield

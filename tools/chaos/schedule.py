@@ -1,5 +1,5 @@
 """The order and times of faults, drawn from a seed. Pure: no clock, no processes. Each fault takes the same number of
-draws, so that a seed yields the same faults for clusters in the same states."""
+draws, so that a seed gives equal faults for clusters in equal states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FULL_S = (0.5, 5.0)
 _SLOW_S = (0.5, 8.0)
 _LOSSES = 5
 _WITHIN_S = 75.0
-"""The time in which a worker is lost at most `_LOSSES` times: launchers restart it at most six times a minute."""
+"""The seconds in which a worker is lost at most `_LOSSES` times, since launchers restart it six times a minute."""
 
 
 class FaultKind(StrEnum):
@@ -93,7 +93,7 @@ _HOLDS_S = {
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault of a worker, or of the coordinator: `target` is then the cluster's name. `hold_s` is 0 for a kill."""
+    """A fault of a worker, or of the coordinator if `target` is the cluster's name. `hold_s` is 0 for a kill."""
 
     kind: FaultKind
     target: str
@@ -115,8 +115,8 @@ class Schedule:
     def next_fault(
         self, now_s: float, targets: Mapping[FaultKind, Sequence[str]], held: Iterable[str] = ()
     ) -> Fault | None:
-        """Draws a fault for a target that is not in `held`. Returns None if there is no target. The last worker that is
-        not in `held` is only killed or slowed."""
+        """Draws a fault for a target that is not in `held`; None without such a target. The last worker that is not in
+        `held` is only killed or slowed."""
         kind_draw, target_draw, hold_draw = (self._source.random() for _ in range(3))
         able = {kind: names for kind in FaultKind if (names := self._able(kind, now_s, targets, frozenset(held)))}
         if not able:

@@ -1,4 +1,4 @@
-"""The results of a run: comparisons with the undisturbed answers, and pauses after faults. Pure."""
+"""The results of a run: comparisons with undisturbed answers, and pauses after faults. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.tools.chaos.received import Answer, Received
 from llamaclust.tools.chaos.schedule import FaultKind
 
 _WATCH_S = 30.0
-"""A gap between tokens counts as a fault's pause if the gap begins within this time after the fault."""
+"""A gap between tokens belongs to a fault if it begins within this time after the fault."""
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class Comparison:
 
 @dataclass(slots=True)
 class Pauses:
-    """The longest time after each fault in which no request got a token, until the next fault or 30 s later."""
+    """The longest time without any token after each fault, until the next fault or for 30 s."""
 
     _last_s: float | None = None
     _open: list[tuple[float, FaultKind]] = field(default_factory=list)  # since the last token, and the fault before it

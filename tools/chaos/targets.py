@@ -18,7 +18,7 @@ _GONE = ("left", "lost")
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """Allowed kinds of faults. `coordinator` and `joined_workers` allow kills after which no restart is certain."""
+    """Allowed faults. `coordinator` and `joined_workers` allow kills after which a restart is not certain."""
 
     coordinator: bool = False
     joined_workers: bool = False
@@ -40,7 +40,7 @@ class Targets:
 def find_targets(
     record: ClusterRecord, status: Mapping[str, Any], permissions: Permissions, *, has_standby: bool
 ) -> Targets:
-    """Finds targets in a cluster's record and its `status`. Drained and lost workers are no targets."""
+    """Finds targets from a cluster's record and `status`, except drained and lost workers."""
     workers = [worker for worker in status["workers"] if worker["state"] not in _GONE and not worker["drained"]]
     is_local = record.is_local
     found = {
@@ -69,7 +69,7 @@ def find_targets(
 
 
 def _links(record: ClusterRecord, workers: Sequence[Mapping[str, Any]], coordinator: Process) -> dict[str, WorkerLink]:
-    """Returns {} for a cluster in another network namespace. Links of the API's clients are never included."""
+    """Returns {} for a cluster in another network namespace. Links of the API's clients are never targets."""
     if not processes.is_in_our_network(coordinator.pid):
         return {}
     own_ports = processes.listening_ports(coordinator.pid) - {int(record.api.rpartition(":")[2])}

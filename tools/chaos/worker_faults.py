@@ -1,5 +1,5 @@
-"""Faults inside a worker process, for a few seconds after a signal: its steps fail, or its stages send nothing. They
-exist only in workers that start with `PRELOAD` in PYTHONPATH."""
+"""Faults within a worker process for a few seconds after a signal: steps fail, or stages send nothing. They exist only
+in workers that start with `PRELOAD` in PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 PRELOAD = Path(__file__).parent / "preload"
 FAILING, MUTE = signal.SIGUSR1, signal.SIGUSR2
 FAILING_S, MUTE_S = 2.0, 6.0
-"""Durations: the first covers several failures; the second exceeds the time after which a worker counts as lost."""
+"""Seconds. The first allows several failures; the second exceeds the time after which a worker counts as lost."""
 _LOOK_S = 0.01
 
 Active = Callable[[], bool]

@@ -29,7 +29,7 @@ _EXACT: Final = re.compile(
     r".*_norm(_2)?\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight|position_embd\.weight|rope_.*|.*\.bias"
     r"|.*\.(ssm_conv1d(_[qkv])?|shortconv\.conv)\.weight|.*\.ssm_[ad]|.*\.altup_.*"
 )
-"""Small tensors with a large effect on answers. They are float32 in every file."""
+"""Small tensors with a large effect on answers. Every file has them in float32."""
 _MOST_THREADS: Final = 8
 
 
@@ -94,7 +94,7 @@ def _file_type(outputs: Sequence[Output], kind: QuantType) -> int:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raises UsageError if the path is a file other than a model file, such as one of the checkpoint's."""
+    """Raises UsageError if the path is a file that is not a model file, such as one of the checkpoint's."""
     if not path.is_file():
         return
     with path.open("rb") as file:
@@ -108,8 +108,8 @@ def thread_count() -> int:
 
 
 def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
-    """Returns F32 for vectors and `_EXACT` tensors, F16 for rows that end in a partial block, otherwise `wanted`.
-    Packed blocks keep their type."""
+    """Returns F32 for vectors and `_EXACT` tensors, F16 if rows are not whole blocks, otherwise `wanted`. Packed blocks
+    keep their type."""
     if tensor.packed is not None:
         return tensor.packed
     if len(tensor.shape) == 1 or _EXACT.fullmatch(name):

@@ -1,4 +1,4 @@
-"""Lazy tensors: each has a shape, a storage type and a function that reads and transforms rows."""
+"""Lazy tensors. Each has a shape, a storage type, and a function that reads and transforms rows."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ Rows = Callable[[int, int], Array]
 _MAX_LOGARITHM = 88.0
 """The logarithm of the largest float32, rounded down."""
 _WASTE = 4
-"""Permuted rows are read as one range if the range has at most this many times as many rows."""
+"""Permuted rows are read as one range if this has at most so many times as many rows."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lazy:
     """A tensor whose `read(start, end)` returns rows [start, end) as [end - start, *shape[1:]], in any thread. `origin`
-    names file and tensor in errors. If `packed` is set, the last dimension of rows holds bytes of that type's
-    blocks."""
+    names file and tensor in errors. If `packed` is set, the last dimension has bytes of that type's blocks."""
 
     shape: tuple[int, ...]
     storage: Storage
@@ -83,7 +82,6 @@ def gathered(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
 
 
 def stacked(tensors: Sequence[Lazy]) -> Lazy:
-    """Stacks tensors of equal shape along a new first dimension."""
     tensors = _alike(tensors)
     first = tensors[0]
 
@@ -94,7 +92,6 @@ def stacked(tensors: Sequence[Lazy]) -> Lazy:
 
 
 def below(tensors: Sequence[Lazy]) -> Lazy:
-    """Concatenates tensors along the first dimension."""
     tensors = _alike(tensors)
     first = tensors[0]
     ends = np.cumsum([tensor.shape[0] for tensor in tensors]).tolist()
@@ -124,7 +121,7 @@ def beside(tensors: Sequence[Lazy]) -> Lazy:
 
 
 def mapped(tensor: Lazy, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Lazy:
-    """Applies `change` to rows in float32. `change` keeps their shape."""
+    """Applies `change`, which keeps shapes, to rows in float32."""
 
     def read(start: int, end: int) -> Array:
         return change(as_floats(tensor.read(start, end), tensor.storage))
@@ -161,7 +158,7 @@ def scaled(tensor: Lazy, factors: NDArray[np.float32]) -> Lazy:
 
 
 def squeezed(tensor: Lazy) -> Lazy:
-    """Makes a vector from a matrix that has one row or one column."""
+    """Makes a vector of a matrix with one row or one column."""
     return replace(
         tensor, shape=(prod(tensor.shape),), read=lambda start, end: tensor.all().reshape(-1)[start:end].copy()
     )
@@ -178,7 +175,7 @@ def joined(tensor: Lazy) -> Lazy:
 
 
 def reshaped(tensor: Lazy, shape: tuple[int, ...]) -> Lazy:
-    """Every read reads the whole tensor."""
+    """Reshapes a tensor. Every read reads the whole tensor."""
     return replace(tensor, shape=shape, read=lambda first, last: tensor.all().reshape(shape)[first:last])
 
 
@@ -204,7 +201,7 @@ def part_of_each(tensor: Lazy, start: int, end: int) -> Lazy:
 
 
 def strided(tensor: Lazy, axis: int, start: int, step: int) -> Lazy:
-    """Takes every `step`th position along `axis`, from `start` on. `axis` is not the first."""
+    """Takes every `step`th position from `start` on along `axis`, which is not the first."""
     index = (*[slice(None)] * axis, slice(start, None, step))
     size = len(range(start, tensor.shape[axis], step))
     shape = (*tensor.shape[:axis], size, *tensor.shape[axis + 1 :])
@@ -220,7 +217,7 @@ def exchanged(tensor: Lazy) -> Lazy:
 
 
 def transposed(tensor: Lazy, recent: Recent) -> Lazy:
-    """Transposes a matrix. The whole matrix is read and kept in `recent`."""
+    """Transposes a matrix, which is read whole and kept in `recent`."""
 
     def read(start: int, end: int) -> Array:
         whole = recent.get(tensor, tensor.all)
@@ -230,14 +227,14 @@ def transposed(tensor: Lazy, recent: Recent) -> Lazy:
 
 
 def _alike(tensors: Sequence[Lazy]) -> Sequence[Lazy]:
-    """Returns the tensors, all as float32 if their storage types differ."""
+    """Returns the tensors, in float32 if their storage types differ."""
     if len({tensor.storage for tensor in tensors}) == 1:
         return tensors
     return [mapped(tensor, lambda values: values) for tensor in tensors]
 
 
 class Recent:
-    """A cache of the last two results, for threads that each need a part of the same result."""
+    """A cache of the last two results, for threads that need parts of the same result."""
 
     def __init__(self) -> None:
         self._lock = Lock()

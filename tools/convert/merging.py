@@ -1,5 +1,5 @@
 """Merges a PEFT adapter (LoRA) into its base checkpoint: low-rank factors change matrices, and whole tensors replace
-those of the base. The result is a GGUF file or a Hugging Face folder."""
+the base's. The result is a GGUF file or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def merge_adapter(
     base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, on_progress: OnProgress
 ) -> Converted:
     """Writes the base to `out`, with W + scale * B @ A for each matrix W that the adapter changes. `out` is a GGUF file
-    if its name ends in .gguf, else a folder. The tokenizer is the adapter's if it has one. Raises ModelFileError if the
-    two do not fit."""
+    if its name ends in .gguf, otherwise a folder. The adapter's tokenizer is used if it has one. Raises ModelFileError
+    if base and adapter do not fit."""
     if not (base / CONFIG).is_file():
         raise ModelFileError(f"{base}: no {CONFIG}: the base must be a folder of Hugging Face's form, not quantized")
     with SourceFiles() as files:
@@ -131,7 +131,6 @@ class _Factors:
         return shape[::-1] if self.exchanged else shape
 
     def added(self, start: int, end: int) -> NDArray[np.float32]:
-        """Returns rows [start, end) of the change in float32."""
         if self.exchanged:
             return (self.right[:, start:end].T @ self.left.T) * self.scale
         return (self.left[start:end] @ self.right) * self.scale
@@ -139,7 +138,7 @@ class _Factors:
 
 @dataclass(frozen=True, slots=True)
 class _Adapter:
-    """A LoRA adapter: `factors` by the name of the matrix, and `replaced` tensors instead of those of the base."""
+    """A LoRA adapter: `factors` by matrix name, and `replaced` tensors in place of the base's."""
 
     path: Path
     factors: Mapping[str, _Factors]
@@ -147,7 +146,7 @@ class _Adapter:
 
 
 def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
-    """Raises ModelFileError for a damaged adapter, and for any kind other than W + scale * B @ A."""
+    """Raises ModelFileError for a damaged adapter, or one that does not compute W + scale * B @ A."""
     if not folder.is_dir():
         raise ModelFileError(f"{folder}: no folder; give the one that has adapter_config.json")
     settings = PeftSettings.read(folder)
@@ -170,7 +169,7 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
 
 
 def _factors(module: str, pair: Mapping[str, Lazy], settings: PeftSettings) -> _Factors:
-    """Reads the factors of a module. The change is transposed for an embedding or with `fan_in_fan_out`."""
+    """Reads a module's factors. The change is transposed for an embedding or with `fan_in_fan_out`."""
     kinds = set(pair)
     if kinds not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
         origin = next(iter(pair.values())).origin
@@ -203,7 +202,7 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
 
 
 def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
-    """Checks a tensor that replaces the base's. It may have more rows, for added tokens."""
+    """Checks a tensor that replaces one of the base. It may have more rows, for added tokens."""
     if base is None and not name.startswith("lm_head"):
         raise ModelFileError(f"{tensor.origin}: {shown(name)} is no tensor of the base: the adapter of another model")
     if base is not None and tensor.shape[1:] != base.shape[1:]:

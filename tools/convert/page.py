@@ -1,5 +1,5 @@
 """The interface of `pages/`. A page takes tensors by their checkpoint names, states their shapes and assigns GGUF
-names. A tensor that is left over is an error, because it may be a scale that the result needs."""
+names. A left-over tensor is an error, since the result may need it (for example a scale)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.tools.convert.settings import MAX_HEADS, MAX_LAYERS, MAX_WORDS, 
 _NOT_NEEDED: Final = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|rope\.freqs)"
 )
-"""Tables and masks that no page needs, because they follow from the settings."""
+"""Tables and masks that follow from the settings, so no page needs them."""
 
 
 class Page:
@@ -41,7 +41,7 @@ class Page:
         return name in self._left
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """Returns the shape of a tensor that was not taken yet, or None if there is none."""
+        """Returns the shape of a tensor that was not taken yet, otherwise None."""
         tensor = self._left.get(name)
         return None if tensor is None else tensor.shape
 
@@ -71,20 +71,20 @@ class Page:
         self.tensors[name] = tensor
 
     def copy(self, name: str, source: str, *shape: int, bias: bool | None = False) -> None:
-        """Copies `source`.weight to `name`.weight, and its bias if `bias` is True, or is None and there is one."""
+        """Copies `source`.weight to `name`.weight. Copies the bias too if `bias` is True, or is None and one exists."""
         self.put(f"{name}.weight", self.take(f"{source}.weight", *shape))
         if bias or (bias is None and self.has(f"{source}.bias")):
             self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
 
     def leave(self, *prefixes: str) -> bool:
-        """Drops tensors whose names begin with a prefix. Returns False if there are none."""
+        """Drops tensors with one of the prefixes. Returns False if there are none."""
         found = [name for name in self._left if name.startswith(prefixes)]
         for name in found:
             del self._left[name]
         return bool(found)
 
     def finish(self) -> None:
-        """Raises ModelFileError if a tensor is left that may be needed."""
+        """Raises ModelFileError if a tensor that may be needed was not taken."""
         left = [name for name in self._left if not _NOT_NEEDED.fullmatch(name)]
         if left:
             more = f" and {len(left) - 1} others" if len(left) > 1 else ""
@@ -125,7 +125,7 @@ class Page:
         return self.settings.count("vocab_size", "padded_vocab_size", maximum=MAX_WORDS)
 
     def output(self, source: str = "lm_head", *, tied: bool = False) -> None:
-        """Copies the output matrix if it is not the embedding."""
+        """Copies the output matrix, unless it is the embedding."""
         if self.settings.flag("tie_word_embeddings", default=tied) or not self.has(f"{source}.weight"):
             if not self.settings.flag("tie_word_embeddings", default=True):
                 raise self._error(f"{source}.weight", "missing")
@@ -135,7 +135,7 @@ class Page:
 
 
 def neighbours(tensor: Lazy, heads: int) -> Lazy:
-    """Permutes rows of Q or K, so that neighbouring channels rotate, not a head's two halves as in the checkpoint."""
+    """Permutes rows of Q or K so that neighbouring channels rotate, not the halves of a head as in the checkpoint."""
     width = tensor.shape[0] // heads
     order = np.arange(tensor.shape[0], dtype=np.int64).reshape(heads, 2, width // 2).swapaxes(1, 2)
     return gathered(tensor, order.reshape(-1))

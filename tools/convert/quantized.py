@@ -1,4 +1,4 @@
-"""Quantized checkpoints (four-bit GPTQ and AWQ, eight-bit floats), which are dequantized as they are read."""
+"""Quantized checkpoints (four-bit GPTQ and AWQ, eight-bit floats), dequantized as they are read."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 _EIGHT_BIT_METHODS: Final = ("fp8", "compressed-tensors")
 KEPT_METHOD: Final = "mxfp4"
-"""The quantization method whose blocks GGUF has, too. Pages take them unchanged."""
+"""The quantization method whose blocks exist in GGUF. Pages take them unchanged."""
 _SCALES: Final = ("_scale_inv", "_scale")
-"""Suffixes of the names of scales. Either kind of scale multiplies the weights, despite the name `_scale_inv`."""
+"""Suffixes of names of scales. All multiply the weights, even `_scale_inv`."""
 _NOT_NEEDED: Final = ("input_scale", "activation_scale")
-"""Scales of activations. They have no use here, because activations are not quantized."""
+"""Scales of activations, which are useless because activations are not quantized."""
 _ONE: Final = (1, 1)
 
 _EIGHT: Final = 8
 _SHIFTS: Final = np.arange(0, 32, 4, dtype=np.uint32)
 _AWQ_ORDER: Final = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-"""AWQ's positions of the outputs among the eight in an int32."""
+"""The positions of AWQ's eight outputs in an int32."""
 
 
 def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) -> Mapping[str, Lazy]:
-    """Adds a `.weight` for each `.qweight`; makes scaled tensors float32. Raises ModelFileError for other methods."""
+    """Adds a `.weight` for each `.qweight`; makes scaled tensors float32. Raises ModelFileError for unknown methods."""
     if not settings.has("quantization_config"):
         return tensors
     said = settings.inner("quantization_config")
@@ -57,8 +57,8 @@ def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq: bool, zero_offset: int) -> Lazy:
-    """Unpacks to [outputs, inputs]. GPTQ packs weights along inputs and zeros along outputs. It stores zeros minus
-    `zero_offset`, which is one, or zero in version 2. AWQ packs both along outputs, in an order of its own."""
+    """Unpacks to [outputs, inputs]. GPTQ packs weights along inputs and zeros along outputs, and stores zeros minus
+    `zero_offset` (1, or 0 in version 2). AWQ packs both along outputs, in its own order."""
     weight = tensors[f"{stem}.qweight"]
     if len(weight.shape) != 2:
         raise ModelFileError(f"{weight.origin}: shape {list(weight.shape)}, a matrix expected")
@@ -86,7 +86,7 @@ def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq:
 
 
 def _beside(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int) -> tuple[Lazy, Lazy, Lazy | None]:
-    """Returns zeros and scales of groups of inputs, and each input's group, or None if groups are contiguous."""
+    """Returns zeros and scales per group of inputs, and each input's group (None if groups are contiguous)."""
     weight = tensors[f"{stem}.qweight"]
     missing = next((part for part in ("qzeros", "scales") if f"{stem}.{part}" not in tensors), None)
     if missing is not None:
@@ -151,7 +151,7 @@ def _is_scale(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 
 def _block(said: Settings) -> tuple[int, int] | None:
-    """Returns the rows and columns of a block that shares a scale, if configured."""
+    """Returns the rows and columns of a block with one scale, if configured."""
     value = said.values.get("weight_block_size")
     if value is None:
         return None
@@ -162,7 +162,7 @@ def _block(said: Settings) -> tuple[int, int] | None:
 
 
 def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """Applies a scale for each block, for each row, or for the whole matrix. The shape of `scales` tells which."""
+    """Applies a scale per block, per row or per matrix, as the shape of `scales` tells."""
     if len(tensor.shape) != 2 or tensor.storage is not Storage.U8 or not scales.storage.is_real:
         kinds = f"{tensor.storage.name} {list(tensor.shape)}, scales {scales.storage.name}"
         raise ModelFileError(f"{tensor.origin}: {kinds}: no matrix of eight-bit floats with its scales")
@@ -187,7 +187,7 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
 
 
 def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """Applies scales to a tensor of all experts. There is a scale for each block, for each expert, or for all."""
+    """Applies scales to a tensor of all experts: one per block, one per expert, or one for all."""
     if tensor.storage is not Storage.U8 or not scales.storage.is_real:
         raise ModelFileError(
             f"{tensor.origin}: {tensor.storage.name}, scales {scales.storage.name}: no eight-bit floats"

@@ -1,4 +1,4 @@
-"""Rotary embedding and its scaling, converted from a configuration to GGUF keys."""
+"""Converts the rotary embedding and its scaling from a configuration to GGUF keys."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 _LEAST_TURNS: Final = 1e-3
 _HUNYUAN_ALPHA: Final = 1000
 _HUNYUAN_CONTEXT: Final = 1 << 18
-"""The context length for alpha 1000 in the authors' report. Some of their configurations name an eighth of it."""
+"""The context length for alpha 1000 in the authors' report. Some configurations state an eighth of it."""
 _LLAMA3: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -28,7 +28,7 @@ def rotation(
     says_dimensions: bool = True,
     log_multiplier: bool = False,
 ) -> None:
-    """Writes keys, and tensors of factors, for heads with `dimensions` rotating channels. `base` is the default base.
+    """Writes keys, and tensors of factors, for heads with `dimensions` rotating channels. `base` is the default.
     `log_multiplier`: GGUF has a key for the divisor of YaRN's magnitude. Raises ModelFileError for unknown kinds."""
     said = _parameters(page.settings)
     theta = _base(said, base or 10000.0)
@@ -52,8 +52,8 @@ def rotation(
 
 
 def latent_rotation(page: Page, dimensions: int) -> None:
-    """Writes the rotation of latent attention. GGUF derives YaRN's magnitude from `yarn_log_multiplier` alone, which is
-    a tenth of other architectures'. So `mscale` and `mscale_all_dim` must be equal."""
+    """Writes the rotation of latent attention. GGUF derives YaRN's magnitude from `yarn_log_multiplier` alone (a tenth
+    of other architectures'), so `mscale` and `mscale_all_dim` must be equal."""
     said = _parameters(page.settings)
     page.key("rope.freq_base", _base(said, 10000.0))
     page.key("rope.dimension_count", dimensions)
@@ -93,7 +93,7 @@ def alpha_rotation(page: Page, dimensions: int) -> bool:
 
 
 def rotating_channels(page: Page, default_share: float = 1.0) -> int:
-    """Returns the number of rotated channels of a head. A configuration may give it as a share."""
+    """Returns the number of a head's rotating channels, which a configuration may state as a share."""
     said = _parameters(page.settings)
     share = said.real("partial_rotary_factor", default=default_share, maximum=1.0)
     channels = int(share * page.head_width)
@@ -104,7 +104,7 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
 
 
 def sections(settings: Settings, pairs: int) -> list[int]:
-    """Returns how many channel pairs rotate by each of four picture coordinates, which are equal in text."""
+    """Returns how many channel pairs rotate by each of the four picture coordinates, which are equal in text."""
     listed = _parameters(settings).values.get("mrope_section")
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
@@ -118,7 +118,7 @@ def sections(settings: Settings, pairs: int) -> list[int]:
 
 
 def position_scale(page: Page) -> int:
-    """Writes how queries grow with the logarithm of their position. Returns the positions of a step, or 0 for none."""
+    """Writes how queries grow with the logarithm of the position. Returns the positions per step; 0 without growth."""
     said = _parameters(page.settings)
     growth = said.real("llama_4_scaling_beta", default=0.0, maximum=1e3)
     if not growth:
@@ -137,7 +137,7 @@ def local_base(settings: Settings, default: float = 10000.0) -> float:
 
 
 def _parameters(settings: Settings) -> Settings:
-    """Returns all settings of the rotation. Newer configurations have an object for them, older ones separate keys."""
+    """Returns all settings of the rotation, which older configurations state as separate keys."""
     inner = settings.inner("rope_parameters", "rope_scaling")
     inner = inner.inner("full_attention") if inner.has("full_attention") else inner
     outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings", "partial_rotary_factor")
@@ -150,7 +150,7 @@ def _base(said: Settings, default: float) -> float:
 
 
 def _yarn(page: Page, said: Settings, log_multiplier: bool) -> None:
-    """Writes an unusual magnitude. GGUF's factor multiplies YaRN's magnitude; a configuration's replaces it."""
+    """Writes an unusual magnitude. GGUF's factor multiplies YaRN's; a configuration's replaces it."""
     factor = _yarn_keys(page, said)
     wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
     usual = _growth(factor)
@@ -197,7 +197,7 @@ def _growth(factor: float, share: float = 1.0) -> float:
 
 
 def _dynamic(page: Page, said: Settings) -> None:
-    """Adds only a note, because frequencies change only beyond the trained context length."""
+    """Adds only a note, since frequencies change only beyond the trained context length."""
     if said.has("alpha"):
         raise said.error("alpha", "a stretch of all texts by alpha is not supported")
     context = page.metadata[f"{page.architecture}.context_length"]

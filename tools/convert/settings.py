@@ -19,8 +19,8 @@ MAX_CAP: Final = 1e6
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint. `tensors` have their original names. `family` names the page: a class of Hugging Face's, or our own
-    name for other formats. `vocabulary` is the tokenizer's file or folder."""
+    """A checkpoint. `tensors` have their original names. `family` names the page: Hugging Face's class, or our own name
+    for other formats. `vocabulary` is the tokenizer's file or folder."""
 
     family: str
     settings: Settings

@@ -23,7 +23,7 @@ _NORMAL_95: Final = 1.95996398454
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """The tokens of a context with each of its endings. The first `shared` tokens are equal in all."""
+    """A context's tokens with each of its endings. The first `shared` tokens are the same in all."""
 
     endings: tuple[tuple[int, ...], ...]
     shared: int
@@ -55,7 +55,7 @@ class Accuracy:
         return (share + z / 2 - half) / (1 + z), (share + z / 2 + half) / (1 + z)
 
     def plus(self, task: Task, logprobs: Sequence[Sequence[float]]) -> Accuracy:
-        """Counts a task, given the logprobs of each ending. Of equal endings, the first is the likeliest."""
+        """Counts a task, by the logprobs of each ending. On a tie, the first ending is the likeliest."""
         sums = [math.fsum(ending) for ending in logprobs]
         means = [total / len(ending) for total, ending in zip(sums, logprobs, strict=True)]
         right, norm = sums.index(max(sums)) == task.right, means.index(max(means)) == task.right

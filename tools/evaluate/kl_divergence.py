@@ -17,7 +17,7 @@ from llamaclust.tools.evaluate.perplexity import MOST_NLL
 Float64 = NDArray[np.float64]
 
 _ROWS_AT_ONCE: Final = 16
-"""The number of positions whose logits and intermediate values fit in a core's cache."""
+"""The number of positions whose logits and intermediate values fit a core's cache."""
 _LEAST_LOGPROB: Final = -16.0
 _FEW: Final = 10
 _QUANTILES: Final = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0.0)
@@ -25,7 +25,7 @@ _QUANTILES: Final = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its standard error, which is 0 for too few values."""
+    """A mean and its standard error (0 for too few values)."""
 
     value: float
     stderr: float
@@ -106,7 +106,7 @@ class Divergence:
 
     @property
     def log_ratio(self) -> Estimate:
-        """The logarithm of perplexity / base perplexity. Its error allows for the correlation of both models."""
+        """The logarithm of perplexity / base perplexity. Its error includes the correlation of both models."""
         mine, base = Estimate.of(self.scores.nll), Estimate.of(self.scores.base_nll)
         variance = mine.stderr**2 + base.stderr**2 - 2 * self._covariance
         return Estimate(mine.value - base.value, math.sqrt(max(0.0, variance)))

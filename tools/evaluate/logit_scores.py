@@ -1,4 +1,4 @@
-"""Scores from a model in this process. Its logits are written to a file, or compared with a file of another model."""
+"""Scores of a model in this process. Its logits are written to a file, or compared with another model's file."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def keep_logits(client: LocalClient, chunks: Sequence[tuple[int, ...]], file: Pa
 def measure_divergence(
     client: LocalClient, tokenizer: Tokenizer, base: LogitsFile, chunks: int, on_chunk: Callable[[int, float], None]
 ) -> Divergence:
-    """Compares the model with the first `chunks` chunks of a file. `on_chunk` gets the number of chunks done and the
-    mean divergence so far. Raises UsageError if the file has another vocabulary."""
+    """Compares the model with the first `chunks` chunks of a file. `on_chunk` gets the number of finished chunks and
+    the mean divergence so far. Raises UsageError if the file has another vocabulary."""
     shape = base.shape
     if shape.vocabulary != client.vocabulary_size:
         raise UsageError(

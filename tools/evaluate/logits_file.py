@@ -28,7 +28,7 @@ _SPREAD: Final = 16.0
 _LEVELS: Final = 65535
 _LEAST: Final = -100.0
 _MOST: Final = 0.1
-"""Bounds of logprobs in a file, which reach 16 below the likeliest. That one is 1 / vocabulary or more."""
+"""Bounds of logprobs in a file. They reach 16 below the likeliest, which is at least 1 / vocabulary."""
 _MOST_TOKENS: Final = 1 << 24
 
 
@@ -45,7 +45,7 @@ class LogitsShape:
 
     @property
     def rows(self) -> int:
-        """The number of positions of a chunk whose logits are kept. A token follows each of them."""
+        """The number of positions of a chunk whose logits are kept. Each has a following token."""
         return self.context - 1 - self.first
 
     @property
@@ -82,7 +82,7 @@ class LogitsWriter:
 
 @contextmanager
 def writing(path: Path, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> Iterator[LogitsWriter]:
-    """The file gets its name when it is complete. Raises UsageError if the disk has no room."""
+    """Yields a writer. The file gets its name when it is complete. Raises UsageError if the disk has no room."""
     with new_file(path, shape.total_bytes, advice="; take fewer --chunks") as file:
         yield LogitsWriter(file, shape, chunks)
 

@@ -1,4 +1,4 @@
-"""Perplexity by llama.cpp's convention: the text is cut into chunks, and the second half of each is scored."""
+"""Perplexity by llama.cpp's convention: a text is cut into chunks, and the second half of each is scored."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Perplexity:
 
 
 class Accumulator:
-    """Sums float64 values of tokens in their order, so that the same logprobs give the same digits."""
+    """Sums tokens' float64 values in order, so that equal logprobs give equal digits."""
 
     def __init__(self) -> None:
         self._chunks = 0

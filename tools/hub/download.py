@@ -24,17 +24,17 @@ from llamaclust.tools.progress import Progress
 _COUNT = re.compile("[0-9]{1,18}")
 _DISK_RESERVE_BYTES = 1 << 26
 _LARGE_BYTES = 1 << 26
-"""The least number of missing bytes for which several connections are worth their set-up."""
+"""Several connections are worth their set-up from this number of missing bytes on."""
 _CONNECTIONS = 4
 _PIECE_BYTES = 8 << 20
 _AHEAD = 6
-"""The most pieces in memory or on their way, so that a slow piece does not stop the others at once."""
+"""The most pieces in memory or in transfer, so that a slow piece does not stop the others at once."""
 RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Limits of a download: tries without progress, the first and the longest pause, and the time in all."""
+    """Limits of a download: attempts without progress, first and longest pause, and total time."""
 
     tries: int = 6
     first_pause_s: float = 0.5
@@ -64,9 +64,9 @@ class Download:
 def fetch(
     client: httpx.Client, wanted: Download, partial: Path, progress: Progress, patience: Patience = PATIENCE
 ) -> None:
-    """Downloads a file into `partial`. Resumes an earlier attempt. Uses several connections if the server supports
-    ranges. Raises DownloadError if the server refuses, the disk is too small, `patience` ends or the hash is wrong. A
-    file with a wrong hash is deleted; an incomplete one stays."""
+    """Downloads a file into `partial`, or resumes an earlier attempt. Uses several connections if the server supports
+    ranges. Raises DownloadError if the server refuses, the disk is too small, `patience` ends or the hash is wrong.
+    Deletes a file with a wrong hash, but keeps an incomplete one."""
     transfer = _Transfer(client, wanted, partial, progress, time.monotonic() + patience.deadline_s)
     resumed = transfer.size_bytes > 0
     transfer.run(patience)
@@ -107,8 +107,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RangeSource:
-    """A large file, whose ranges come over several connections at once. A validator among `headers` ensures that all
-    pieces are of one version of the file."""
+    """A large file whose ranges come over several connections. A validator in `headers` ensures that all pieces are of
+    one version."""
 
     client: httpx.Client
     url: str
@@ -116,7 +116,7 @@ class RangeSource:
     deadline: float  # of time.monotonic()
 
     def pieces(self, start: int, end: int) -> Iterator[Piece]:
-        """Yields bytes [start, end) in order. A piece with a failure is the last one."""
+        """Yields bytes [start, end) in order. A piece with a failure is the last."""
         stop = Event()
         ranges = iter([(at, min(at + _PIECE_BYTES, end)) for at in range(start, end, _PIECE_BYTES)])
         with ThreadPoolExecutor(_CONNECTIONS, "download") as pool:
@@ -160,7 +160,7 @@ class RangeSource:
 
 @dataclass(frozen=True, slots=True)
 class _Transfer:
-    """A download under way: the bytes already here, and the server's validator for their version of the file."""
+    """A download in progress: the bytes so far, and the server's validator for their version of the file."""
 
     client: httpx.Client
     wanted: Download
@@ -225,7 +225,7 @@ class _Transfer:
         return self._append_ranges(start, total)
 
     def _validator(self) -> str | None:
-        """Returns the ETag or date to resume with. Without it, a partial file may be of another version."""
+        """Returns the ETag or date for resuming, without which a partial file may be of another version."""
         try:
             said = json.loads(self.note.read_text(encoding="utf-8"))
             return str(said["validator"]) if said["url"] == self.wanted.url else None
@@ -246,7 +246,7 @@ class _Transfer:
         return headers | ({"If-Range": validator} if validator else {})
 
     def _resume_headers(self) -> dict[str, str]:
-        """Returns headers with a range if a validator or hash ensures that the bytes here are of the same file."""
+        """Returns headers with a range, if a validator or hash ensures that it continues the same file."""
         headers = self._range_headers()
         if self.size_bytes and ("If-Range" in headers or self.is_checked):
             return headers | {"Range": f"bytes={self.size_bytes}-"}
@@ -254,7 +254,7 @@ class _Transfer:
         return headers
 
     def _is_for_ranges(self, response: httpx.Response, rest: int) -> bool:
-        """True if the rest is worth several connections, and a validator or hash ensures that pieces fit together."""
+        """True if several connections pay off for the rest, and a validator or hash ensures that pieces fit."""
         gives = response.status_code == httpx.codes.PARTIAL_CONTENT or response.headers.get("accept-ranges") == "bytes"
         return rest >= _LARGE_BYTES and gives and (self.is_checked or self._validator() is not None)
 

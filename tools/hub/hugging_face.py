@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub or a mirror: size and hash of a file before it is fetched, and the access token."""
+"""Files of the Hugging Face hub or a mirror: a file's size and hash before its download, and the access token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _REDIRECTS: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """The address of a file's bytes, and known facts about them. `headers` are sent to that server only."""
+    """The address of a file's bytes, and what is known about them. `headers` are for this server only."""
 
     url: str
     sha256: str | None = None
@@ -37,8 +37,8 @@ class RemoteFile:
 
 
 def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, patience: Patience) -> RemoteFile:
-    """Requests the file's size and SHA-256 from the hub, and pins its commit. Raises DownloadError if the hub refuses.
-    Raises UsageError if others may read the token file, or if the mirror must not get a token."""
+    """Requests the file's size and SHA-256 from the hub, and pins its commit. Raises DownloadError if the hub refuses,
+    UsageError if others may read the token file or the mirror must not get a token."""
     headers = _headers(settings)
     url = source.url(settings.endpoint)
     response = _head(client, url, headers, patience)
@@ -81,7 +81,7 @@ def _token_of_file(settings: HubSettings) -> str | None:
 
 
 def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: Patience) -> httpx.Response:
-    """Returns the hub's own reply. Follows redirects within the hub, as of renamed repositories, not elsewhere."""
+    """Returns the hub's own reply. Follows redirects only within the hub, as for renamed repositories."""
     place = url
     for failures in range(patience.tries):
         tries_left = patience.tries - failures - 1

@@ -1,4 +1,4 @@
-"""Finds a package's wheel on the index for which pip is configured on this machine. No address is built in."""
+"""Finds a package's wheel on the index that pip uses on this machine. No address is built in."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PAGE_LIMIT_BYTES = 1 << 26
 
 @dataclass(frozen=True, slots=True)
 class PipSettings:
-    """pip's settings on this machine: addresses of simple indexes, further places with wheels, a certificate bundle."""
+    """pip's settings on this machine: addresses of simple indexes, other places with wheels, certificates."""
 
     index_urls: tuple[str, ...]
     find_links: tuple[str, ...]
@@ -54,7 +54,7 @@ class WheelLink:
 
 
 def pip_settings() -> PipSettings:
-    """Runs pip, so that its mirrors, certificates of proxies and offline wheel folders take effect."""
+    """Runs pip, so that its mirrors, proxy certificates and offline wheel folders take effect."""
     listed = _run_pip("config", "list")
     settings = _effective_settings(listed.splitlines())
     indexes = [] if settings.get("no-index", "").lower() in ("1", "true", "yes", "on") else [_index_url()]
@@ -64,7 +64,7 @@ def pip_settings() -> PipSettings:
 
 
 def find_wheel(client: httpx.Client, settings: PipSettings, wanted: PackageFile) -> WheelLink:
-    """Returns a wheel of the package, preferably one for every platform. Raises DownloadError if there is none."""
+    """Returns a wheel of the package, preferably for all platforms. Raises DownloadError if there is none."""
     problems: list[str] = []
     pages = (f"{url.rstrip('/')}/{_normalized(wanted.package)}/" for url in settings.index_urls)
     for place in (*settings.find_links, *pages):
@@ -93,7 +93,7 @@ def _run_pip(*arguments: str) -> str:
 
 
 def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
-    """Parses `pip config list`. The command's section overrides the general one; the environment overrides both."""
+    """Parses `pip config list`. The command's section overrides the general one; the environment overrides all."""
     rank = {"global": 0, "download": 1, ":env:": 2}
     found: list[tuple[int, str, str]] = []
     for line in lines:
@@ -105,7 +105,7 @@ def _effective_settings(lines: Iterable[str]) -> Mapping[str, str]:
 
 
 def _index_url() -> str:
-    """Returns the index address in pip's help, which reflects pip's files, its environment and its own default."""
+    """Returns the index address in pip's help, which reflects pip's files, environment and default."""
     match = _DEFAULT_INDEX.search(" ".join(_run_pip("download", "--help").split()))
     if match is None:
         raise DownloadError("pip's help names no package index; set one: pip config set global.index-url URL")
@@ -129,7 +129,7 @@ def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
 
 
 def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
-    """Yields links of an index page or wheel folder; `place` is an address or a path. A missing page has none."""
+    """Yields links of an index page or a wheel folder at an address or path. A missing page has none."""
     path = local_path(place)
     if path is None:
         yield from _web_links(client, place)
@@ -141,7 +141,7 @@ def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:
 
 
 def local_path(place: str) -> Path | None:
-    """Returns the path for a `file:` address or a plain path. Returns None for an address on the network."""
+    """Returns the path of a `file:` address or plain path; None for a network address."""
     parts = urlsplit(place)
     if parts.scheme == "file":
         return Path(unquote(parts.path))

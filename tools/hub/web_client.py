@@ -1,4 +1,4 @@
-"""An HTTP client whose requests end. httpx's timeouts cover single reads, but a server may send byte after byte."""
+"""An HTTP client with deadlines. httpx's timeouts cover single reads, but a server may send byte by byte."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def failure(error: Exception) -> str:
 
 
 class WebClient(httpx.Client):
-    """An httpx client with a deadline for all headers of a reply, and another for its whole body. At a deadline, all
-    connections of the client end with a TransportError, after which callers retry."""
+    """An httpx client with a deadline for all headers of a reply, and one for its whole body. A deadline ends all
+    connections of the client with a TransportError, after which callers retry."""
 
     def __init__(self, *, headers_s: float = HEADERS_S, body_s: float = BODY_S, **options: Any) -> None:
         super().__init__(**options)
@@ -47,7 +47,7 @@ class WebClient(httpx.Client):
 
 
 class _Connections:
-    """All sockets of a client, because httpcore does not report which of them a request reuses."""
+    """All sockets of a client, because httpcore does not report which one a request reuses."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -58,7 +58,7 @@ class _Connections:
             self._sockets.add(stream.get_extra_info("socket"))
 
     def cut(self) -> None:
-        """Shuts the sockets down, which ends pending reads. Closing them would not do so."""
+        """Shuts the sockets down, which ends pending reads (closing would not)."""
         with self._lock:
             sockets = list(self._sockets)
         for connection in sockets:

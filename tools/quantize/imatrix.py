@@ -1,4 +1,4 @@
-"""The importance matrix of a model: sums of squares of each matrix's inputs by column, as in llama-imatrix."""
+"""A model's importance matrix: sums of squares of each matrix's inputs by column, as by llama-imatrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.tools.progress import Progress
 
 _ROWS = 64
-"""The rows of a microbatch. The inputs of every matrix are kept for all of them."""
+"""The rows of a microbatch. The inputs of every matrix are kept for all of these."""
 
 _OUTPUT = "output.weight"
 
@@ -27,8 +27,8 @@ _OUTPUT = "output.weight"
 def collect(
     model: Model, chunks: Sequence[tuple[int, ...]], threads: int, text: str, with_output: bool, progress: Progress
 ) -> ImportanceMatrix:
-    """Collects sums for the layers' matrices, and for the output matrix if `with_output`. Raises LlamaclustError if a
-    sum is not finite."""
+    """Collects sums for matrices of layers, and for the output matrix if `with_output`. Raises LlamaclustError if a sum
+    is not finite."""
     context = len(chunks[0])
     blocks = -(-context // KV_BLOCK_TOKENS)
     rows = min(_ROWS, context)
@@ -47,7 +47,7 @@ def collect(
 
 
 def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Iterator[int]:
-    """Yields the row count of each microbatch. All rows are outputs; otherwise the last layer would skip some."""
+    """Yields each microbatch's row count. All rows are outputs, since the last layer would skip others."""
     for start in range(0, len(chunk), rows):
         tokens = np.array(chunk[start : start + rows], np.int32)
         count = len(tokens)
@@ -65,7 +65,7 @@ def _run(stage: CpuStage, chunk: tuple[int, ...], rows: int, blocks: int) -> Ite
 
 
 class _Sums:
-    """Float64 sums in the order of tokens: the same text gives the same digits for any number of threads."""
+    """Float64 sums in the order of tokens, so that digits do not depend on the number of threads."""
 
     def __init__(self, model: Model, with_output: bool) -> None:
         self._model, self._with_output = model, with_output

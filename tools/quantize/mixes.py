@@ -69,7 +69,7 @@ NARROW_TYPES = {
     Q.Q5_K: Q.Q5_1,
     Q.Q6_K: Q.Q8_0,
 }
-"""Types to use instead if rows are not whole blocks of 256."""
+"""Types for rows that are not whole blocks of 256."""
 
 
 class Part(Enum):
@@ -88,12 +88,12 @@ class Part(Enum):
 
 
 VALUES = frozenset({Part.V, Part.QKV, Part.KV_B})
-"""Tensors with the weights of V, to which quality is most sensitive."""
+"""Tensors with V's weights, to which quality is most sensitive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A tensor's place among the `count` tensors of its part. `query_share`: query heads for each KV head."""
+    """A tensor's place among the `count` tensors of its part. `query_share` is query heads per KV head."""
 
     index: int
     count: int
@@ -135,7 +135,7 @@ When = Callable[[Place], bool]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A rule of the named mixes: a tensor gets `quant_type` if `when` is true for its place."""
+    """A rule of the named mixes: tensors for whose place `when` is true get `quant_type`."""
 
     mixes: str
     quant_type: Q
@@ -146,7 +146,7 @@ class Rule:
 
 
 LOWEST = "IQ2_XXS IQ2_XS IQ2_S IQ2_M IQ1_S IQ1_M"
-"""Mixes with rules of their own. Tensors that these rules do not name get the base type."""
+"""Mixes with their own rules. Tensors that these do not name get the base type."""
 
 _IQ2_SM = "IQ2_S IQ2_M"
 _OTHER_LOWEST = "IQ2_XXS IQ2_XS IQ1_S IQ1_M"

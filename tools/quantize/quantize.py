@@ -1,4 +1,4 @@
-"""Quantizes a model file tensor by tensor. The new file appears when it is complete."""
+"""Quantizes a model file tensor by tensor. The new file appears when complete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A tensor, its new type, and the importance of its columns [experts, columns] if it is known."""
+    """A tensor, its new type, and the importance of its columns [experts, columns], if known."""
 
     tensor: Tensor
     quant_type: QuantType
@@ -50,7 +50,7 @@ class Quantizing:
 
     @property
     def needing_importance(self) -> Change | None:
-        """A tensor without the importance matrix that its type needs, or None."""
+        """A tensor whose type needs an importance matrix that is missing, or None."""
         return next((change for change in self.changes if change.importance is None and self._needs(change)), None)
 
     def _needs(self, change: Change) -> bool:
@@ -103,8 +103,8 @@ def _importance(matrix: ImportanceMatrix, tensor: Tensor) -> NDArray[np.float32]
 
 
 def write_quantized(job: Quantizing, out: Path, threads: int, keep_split: bool, progress: Progress) -> None:
-    """Writes `out`, or a file for each part of the model if `keep_split`. Raises UsageError, and leaves no file, if the
-    disk has too little room or a weight is not finite."""
+    """Writes `out`, or one file per part of the model if `keep_split`. If the disk has too little room or a weight is
+    not finite, raises UsageError and leaves no file."""
     done = ByteProgress(progress, sum(change.n_bytes for change in job.changes))
     count = len(job.model.parts) if keep_split else 1
     files = {}
@@ -148,7 +148,7 @@ def _source(change: Change, pool: ThreadPoolExecutor, progress: ByteProgress) ->
 
 
 def _row_ranges(tensor: Tensor) -> list[range]:
-    """Returns ranges that cover all rows. No range has rows of two experts."""
+    """Returns ranges that cover all rows, none with rows of two experts."""
     rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
     step = max(1, _CHUNK_WEIGHTS // tensor.shape[-1])
     starts = range(0, tensor.rows, rows)
@@ -178,7 +178,7 @@ def _quantized(change: Change, rows: range) -> NDArray[np.uint8]:
 
 
 def sizes_by_type(job: Quantizing) -> Mapping[tuple[QuantType, QuantType], tuple[int, int, int]]:
-    """Maps (old type, new type) to (tensors, bytes before, bytes after), in falling order of bytes after."""
+    """Maps (old type, new type) to (tensors, bytes before, bytes after), by falling bytes after."""
     sums: dict[tuple[QuantType, QuantType], tuple[int, int, int]] = {}
     for change in job.changes:
         key = (change.tensor.quant_type, change.quant_type)

@@ -39,12 +39,12 @@ _KEPT = re.compile(
 """Matrices that keep their type, because they are small or not multiplied with activations."""
 
 _OTHER_RULES = frozenset({"glm5-next", "bailingmoe3"})
-"""Architectures for which llama-quantize has rules that are missing here."""
+"""Architectures for which llama-quantize has rules that are not implemented here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """The user's deviations from the mix. None leaves the choice to the mix."""
+    """The user's deviations from the mix. None means the mix's choice."""
 
     mix: Mix
     has_importance: bool = False
@@ -56,7 +56,7 @@ class Wishes:
 
 
 def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
-    """Returns every tensor's type in the model's order. Raises UsageError if the architecture has unknown rules."""
+    """Returns each tensor's type, in the model's order. Raises UsageError if the architecture's rules are unknown."""
     architecture = model.metadata_str("general.architecture")
     if architecture in _OTHER_RULES and not wishes.pure:
         raise UsageError(f"{model.path}: mixes have other rules for {architecture}: give --pure, and types by name")
@@ -66,7 +66,7 @@ def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
 
 
 def in_layer_order(model: ModelFile) -> Sequence[Tensor]:
-    """Returns tensors outside the layers, then layer by layer, each by name. Rules count tensors in this order."""
+    """Returns tensors outside the layers, then layer by layer, by name. Rules count tensors in this order."""
     return sorted(model.tensors.values(), key=lambda tensor: (_layer(tensor.name), tensor.name.encode()))
 
 
@@ -143,7 +143,7 @@ class _Chooser:
         return QuantType.Q5_K if mix in LOWEST.split() or mix == "IQ3_XXS" else QuantType.Q6_K
 
     def _place(self, tensor: Tensor, part: Part, by_name: bool = True) -> Place:
-        """Counts a part's tensors as they come, or takes the layer's number if a layer may have several of them."""
+        """Counts a part's tensors as they come, or uses the layer's number if a layer may have several."""
         if part in VALUES:
             index, count = self._seen[Part.V], self._values
         else:
@@ -176,7 +176,7 @@ def _layer(name: str) -> int:
 
 
 def _first_int(model: ModelFile, key: str) -> int | None:
-    """Returns a number, or the first of an array with a number for each layer."""
+    """Returns a number, or the first one of an array with one per layer."""
     value = model.metadata.get(key)
     if value is not None and not isinstance(value, int | float | str | bool):
         value = next(iter(value), None)

@@ -1,4 +1,4 @@
-"""Installs the faults of workers. Python imports this at the start of processes with this folder in PYTHONPATH."""
+"""Installs the faults of workers. Python imports this file if its folder is in PYTHONPATH."""
 
 import sys
 

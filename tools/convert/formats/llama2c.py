@@ -104,7 +104,7 @@ def _read_header(file: SourceFile) -> _Header:
 
 
 def _old_header(file: SourceFile) -> _Header | None:
-    """Reads the legacy header. A negative vocabulary size means that the output matrix is not the embedding."""
+    """Reads the legacy header. A negative vocabulary size means an output matrix apart from the embedding."""
     *numbers, words, context = unpack("<7i", file.read(0, _OLD_HEADER))
     return _checked((*numbers, abs(words), context), tied=words > 0)
 
@@ -126,7 +126,7 @@ def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
 def _quantized(
     file: SourceFile, header: _Header, name: str, shape: tuple[int, ...], at: int
 ) -> tuple[dict[str, Lazy], int]:
-    """Reads a matrix of each layer, in version 2's form: numbers, then scales. Also returns the offset after them."""
+    """Reads a matrix of each layer in version 2's form (numbers, then scales). Also returns the next offset."""
     layers = header.layers if "{}" in name else 1
     shape = (shape[0] // layers, shape[1])
     count = prod(shape)
@@ -142,7 +142,7 @@ def _quantized(
 
 
 def _scaled(numbers: Lazy, scales: Lazy, group: int) -> Lazy:
-    """Multiplies each group of numbers by its scale. Groups run through the whole matrix and may cross rows."""
+    """Multiplies each group of numbers by its scale. Groups may cross rows."""
     width = numbers.row_elements
 
     def read(start: int, end: int) -> Array:

@@ -1,4 +1,4 @@
-"""Meta's folders: params.json, tokenizer.model, and consolidated.NN.pth with a part of every matrix in each file. LLaMA
+"""Meta's folders: params.json, tokenizer.model, and files consolidated.NN.pth, each with a part of every matrix. LLaMA
 checkpoints of TencentPretrain (a PyTorch file and a JSON configuration) get the same names."""
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _parts(folder: Path) -> list[Path]:
 
 
 def _merged(files: SourceFiles, parts: list[Path], width: int) -> dict[str, Lazy]:
-    """Joins the parts of each tensor. Raises ModelFileError if the parts are not all of one model."""
+    """Joins the parts of each tensor. Raises ModelFileError if the parts are not of one model."""
     shards = [read_torch(files.open(path), files.recent) for path in parts]
     for path, shard in zip(parts, shards, strict=True):
         if shard.keys() != shards[0].keys():
@@ -124,7 +124,7 @@ def _rows(tensors: dict[str, Lazy], name: str, params: Settings) -> int:
 
 
 def _context(params: Settings, values: dict[str, Any]) -> int:
-    """Returns the trained context length. Other settings tell the generation (Code Llama, 3.1, 3, 2, 1)."""
+    """Returns the trained context length. Other settings reveal the generation (Code Llama, 3.1, 3, 2, 1)."""
     if params.has("max_seq_len"):
         return params.count("max_seq_len", maximum=MAX_CONTEXT)
     if "rope_scaling" in values:
@@ -134,7 +134,7 @@ def _context(params: Settings, values: dict[str, Any]) -> int:
 
 
 def _tokenizer(folder: Path) -> Path:
-    """Returns the tokenizer in the folder, or in the parent folder, where Meta's download script puts it."""
+    """Returns the tokenizer in the folder, or in its parent, where Meta's download script puts it."""
     above = folder.resolve().parent / "tokenizer.model"
     return above if not (folder / "tokenizer.model").is_file() and above.is_file() else folder / "tokenizer.model"
 

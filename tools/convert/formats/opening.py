@@ -16,7 +16,7 @@ _ZIP = b"PK\x03\x04"
 
 @dataclass(frozen=True, slots=True)
 class Hints:
-    """Options for what a checkpoint may lack: a tokenizer file or folder, a configuration, the context length."""
+    """Options for data that a checkpoint may lack: tokenizer, configuration, context length."""
 
     tokenizer: Path | None = None
     config: Path | None = None

@@ -45,7 +45,7 @@ class _Refused(Exception):
 
 
 class _Mark:
-    """A marker on the stack at which a list of arguments starts."""
+    """Marks the start of a list of arguments on the stack."""
 
 
 _MARK: Final = _Mark()

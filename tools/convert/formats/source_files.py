@@ -17,7 +17,7 @@ from llamaclust.tools.convert.lazy import Array, Lazy, Recent
 
 
 class SourceFiles:
-    """Open files, all closed when the `with` block ends. `recent` caches tensors that are read as a whole."""
+    """Open files, which are closed when the `with` block ends. `recent` caches tensors that are read whole."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()

@@ -1,4 +1,4 @@
-"""Files of torch.save: ZIP archives with a pickle, and with uncompressed tensor data that is read in place."""
+"""Files of torch.save: ZIP archives with a pickle, and uncompressed tensor data that is read in place."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
 
 
 def _named_tensors(found: Any, file: SourceFile) -> dict[str, TensorRef]:
-    """Returns the tensors of a state dict, which may be nested under a usual name."""
+    """Returns a state dict's tensors. The dict may be nested under a usual name."""
     for _ in range(2):
         inner = [found[name] for name in _WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
         if not inner:
@@ -124,7 +124,7 @@ def _data_offset(file: SourceFile, entry: zipfile.ZipInfo) -> int:
 
 
 def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
-    """Refuses overlapping members, with which a small file could contain any number of large tensors."""
+    """Refuses overlapping members, with which a small file could stand for any number of large tensors."""
     at = 0
     for name, member in sorted(members.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
         if member.offset < at:
@@ -135,7 +135,7 @@ def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
 
 
 class _Window(io.RawIOBase):
-    """The file as `zipfile` reads it. No read exceeds the largest allowed directory of members."""
+    """The file as `zipfile` reads it. Reads are limited to the largest allowed directory of members."""
 
     def __init__(self, file: SourceFile) -> None:
         self._file = file

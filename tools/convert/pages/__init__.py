@@ -1,4 +1,4 @@
-"""Pages by the checkpoint's architecture, with GGUF's name. Multimodal checkpoints yield their text model."""
+"""Pages by the checkpoint's architecture, with GGUF's name. Of multimodal checkpoints, the text model is taken."""
 
 from __future__ import annotations
 

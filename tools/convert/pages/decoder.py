@@ -13,7 +13,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 SILU: Final = ("silu", "swish")
 GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
-"""Names of activations in configurations. The tanh and erf forms of GELU count as equal, as in llama.cpp."""
+"""Names of GELU in configurations. Its tanh and erf forms count as equal, as in llama.cpp."""
 
 
 def activation(page: Page, names: Sequence[str], *keys: str) -> None:
@@ -78,7 +78,7 @@ def feed_forward(page: Page, layer: int, width: int, *, source: str = "mlp", suf
 
 
 def experts(page: Page, place: str, count: int, width: int, names: tuple[str, str, str], prefix: str) -> None:
-    """Stacks the matrices of all experts into a tensor for each part. `names` are the modules of gate, up and down."""
+    """Stacks the experts' matrices to one tensor per part. `names` are the modules of gate, up and down."""
     shapes = ((width, page.width), (width, page.width), (page.width, width))
     for part, name, shape in zip(("gate", "up", "down"), names, shapes, strict=True):
         found = [page.take(f"{prefix}.{number}.{name}.weight", *shape) for number in range(count)]
@@ -92,7 +92,7 @@ def feed_forward_width(page: Page) -> int:
 
 
 def windowed_layers(page: Page, period: int) -> list[bool]:
-    """Returns True for each layer with a window: as `layer_types` says, or all except each `period`th layer."""
+    """True for each layer with a window: by `layer_types`, otherwise for all except each `period`th layer."""
     listed = page.settings.values.get("layer_types")
     if not isinstance(listed, list):
         return [(layer + 1) % period != 0 for layer in range(page.layers)]
@@ -112,7 +112,7 @@ def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
 
 
 def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0) -> set[int]:
-    """Returns the layer numbers of a list that counts from `first`. Raises ModelFileError for other numbers."""
+    """Returns the layer numbers of a list that counts from `first`. Raises ModelFileError for numbers out of range."""
     if len(listed) > page.layers:
         raise page.settings.error(name, f"{len(listed)} entries for {page.layers} layers")
     last = first + page.layers - 1
@@ -122,7 +122,7 @@ def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0
 
 
 def refuse(page: Page, *names: str) -> None:
-    """Raises ModelFileError if one of these flags is set, because the architecture cannot express it."""
+    """Raises ModelFileError if one of these flags is set, since the architecture cannot express it."""
     for name in names:
         if page.settings.flag(name):
             raise page.settings.error(name, f"true is not what {page.architecture} computes")

@@ -1,4 +1,4 @@
-"""Dense models that each differ from LLaMA in a detail: seed_oss, ernie4_5, exaone4, granite, cohere2."""
+"""Dense models that each differ from LLaMA in details: seed_oss, ernie4_5, exaone4, granite, cohere2."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_seed_oss(page: Page) -> None:
 
 
 def build_ernie4_5(page: Page) -> None:
-    """ERNIE 4.5 without experts. Neighbouring channels rotate together, as they do in the checkpoint."""
+    """ERNIE 4.5 without experts. Neighbouring channels rotate, as in the checkpoint."""
     if page.settings.flag("use_bias"):
         raise page.settings.error("use_bias", "true is not what ernie4_5 computes")
     _plain(page, base=500000.0)
@@ -72,8 +72,8 @@ def _plain(page: Page, base: float) -> None:
 
 
 def build_exaone4(page: Page) -> None:
-    """The only norms are those after attention and feed-forward. In models with a window, every fourth layer has
-    neither window nor rotation."""
+    """EXAONE 4 has norms only after attention and feed-forward. In models with a window, every fourth layer has neither
+    window nor rotation."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
@@ -102,7 +102,7 @@ def build_exaone4(page: Page) -> None:
 
 def build_cohere2(page: Page) -> None:
     """Command R7B and Command A. Norms subtract the mean; attention and feed-forward are parallel. Three of four layers
-    have a window. Only these layers rotate, with neighbouring channels together as in the checkpoint."""
+    have a window and a rotation, with neighbouring channels as in the checkpoint."""
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     if settings.real("rotary_pct", default=1.0) != 1:

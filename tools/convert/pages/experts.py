@@ -1,4 +1,4 @@
-"""Parts that pages of mixture-of-experts models share: keys, matrices, dense layers, and prediction layers."""
+"""Parts that pages of mixture-of-experts models share: keys, matrices, dense layers, MTP layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def expert_keys(page: Page, count: int, used: int, width: int) -> None:
 
 
 def weight_keys(page: Page, gating: int, *, normalized: bool) -> None:
-    """Writes the keys of expert weights. `normalized` applies if the configuration does not tell."""
+    """Writes the keys of expert weights. `normalized` is the default for configurations without the setting."""
     settings = page.settings
     page.key("expert_gating_func", gating)
     page.key("expert_weights_scale", settings.real("routed_scaling_factor", default=1.0, minimum=1e-6, maximum=1e6))
@@ -32,7 +32,7 @@ def weight_keys(page: Page, gating: int, *, normalized: bool) -> None:
 
 
 def group_keys(page: Page, count: int, chosen: int) -> None:
-    """Writes the keys of expert groups, of which those with the highest sum of their two best experts are used. A token
+    """Writes the keys of expert groups. The groups with the highest sums of their two best experts are used. A token
     uses `chosen` of `count` experts."""
     settings = page.settings
     groups = settings.count("n_group", "num_expert_group", default=1, maximum=count)
@@ -48,7 +48,7 @@ def group_keys(page: Page, count: int, chosen: int) -> None:
 
 
 def matrices(page: Page, place: str, source: str, count: int, width: int, names: tuple[str, str, str] = PARTS) -> None:
-    """Puts the expert matrices at `source`: a tensor for each expert and part, or one for all with gate above up."""
+    """Puts the expert matrices at `source`: one tensor per expert and part, or one for all with gate above up."""
     if not page.has(f"{source}.gate_up_proj"):
         decoder.experts(page, place, count, width, names, source)
         return
@@ -59,7 +59,7 @@ def matrices(page: Page, place: str, source: str, count: int, width: int, names:
 
 
 def column_matrices(page: Page, place: str, source: str, count: int, width: int) -> None:
-    """Puts the expert matrices at `source`: one transposed tensor of all experts, with gate to the left of up."""
+    """Puts the expert matrices at `source`: one transposed tensor for all, with gate to the left of up."""
     both = exchanged(page.take(f"{source}.gate_up_proj", count, page.width, 2 * width))
     page.put(f"{place}.ffn_gate_exps.weight", part_of_each(both, 0, width))
     page.put(f"{place}.ffn_up_exps.weight", part_of_each(both, width, 2 * width))
@@ -67,7 +67,7 @@ def column_matrices(page: Page, place: str, source: str, count: int, width: int)
 
 
 def leading_dense(page: Page) -> int:
-    """Returns the number of leading layers without experts. Raises ModelFileError if a later layer has no experts."""
+    """Returns the number of leading layers without experts. Raises ModelFileError if another layer has none."""
     settings, layers = page.settings, page.layers
     listed = settings.values.get("mlp_layer_types")
     if isinstance(listed, list):
@@ -81,7 +81,7 @@ def leading_dense(page: Page) -> int:
 
 
 def further_layers(page: Page) -> int:
-    """Returns the number of layers for multi-token prediction, or 0 if their tensors are missing."""
+    """Returns the number of layers for multi-token prediction, 0 if their tensors are missing."""
     count = page.settings.count("num_nextn_predict_layers", default=0, minimum=0, maximum=MAX_LAYERS)
     return count if count and page.has(f"model.layers.{page.layers}.eh_proj.weight") else 0
 
@@ -95,7 +95,7 @@ def leave_further_layers(page: Page) -> None:
 
 
 def prediction(page: Page, layer: int) -> None:
-    """Copies a multi-token prediction layer's own tensors. Embedding and head are absent if the model's are used."""
+    """Copies an MTP layer's own tensors. Embedding and head are missing if they are the model's."""
     place, source, hidden = f"blk.{layer}.nextn", f"model.layers.{layer}", page.width
     page.copy(f"{place}.eh_proj", f"{source}.eh_proj", hidden, 2 * hidden)
     page.copy(f"{place}.enorm", f"{source}.enorm", hidden)

@@ -1,4 +1,4 @@
-"""GLM 4.5, 4.6 and Air. Layers for multi-token prediction follow the others."""
+"""GLM 4.5, 4.6 and Air. The layers for multi-token prediction are the last ones."""
 
 from __future__ import annotations
 

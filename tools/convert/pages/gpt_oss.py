@@ -1,4 +1,4 @@
-"""The gpt-oss models. Experts are MXFP4 blocks, which keep their bits, or floats. Rows of gate and up alternate."""
+"""gpt-oss. Experts are floats or MXFP4 blocks, whose bits are kept. Rows of gate and up alternate."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) 
 
 def packed_blocks(blocks: Lazy, scales: Lazy) -> Lazy:
     """Packs blocks [experts, rows, blocks per row, 16] and scales into GGUF's MXFP4: a scale, then 16 bytes with number
-    i in the low and number i + 16 in the high half. The checkpoint has numbers 2 i and 2 i + 1 in a byte."""
+    i in the low and number i + 16 in the high half. The checkpoint's bytes have numbers 2 i and 2 i + 1."""
     count, rows, width, _ = blocks.shape
 
     def read(start: int, end: int) -> Array:

@@ -1,4 +1,4 @@
-"""Hunyuan dense and MoE. Norms of Q and K follow the rotation, which `alpha` may stretch."""
+"""Hunyuan, dense and MoE. Q and K are normed after the rotation, which `alpha` may stretch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _attention(page: Page, layer: int) -> None:
 
 
 def _of_all_layers(page: Page, *names: str, default: int | None = None, maximum: int = 1 << 20) -> int:
-    """Returns a number that configurations give once, or equally for each layer."""
+    """Returns a number that configurations state once, or equally for each layer."""
     settings = page.settings
     name = next((name for name in names if settings.has(name)), names[0])
     listed = settings.values.get(name)

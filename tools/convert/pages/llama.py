@@ -14,7 +14,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS
 _MIXTRAL = ("w1", "w3", "w2")
 _SMOLLM3_PERIOD = 4
 _BAICHUAN_2_WORDS = 125696
-"""The vocabulary size that identifies Baichuan 2. Rows of its output matrix are normalized to length 1."""
+"""The vocabulary size of Baichuan 2, whose output matrix has rows normalized to length 1."""
 
 
 def build(page: Page) -> None:
@@ -43,7 +43,7 @@ def build(page: Page) -> None:
 
 
 def build_smollm3(page: Page) -> None:
-    """Every fourth layer has no rotation. GGUF has no key for another pattern. The configured window is never used."""
+    """SmolLM 3. Every fourth layer has no rotation; GGUF has no key for another pattern. Its window is never used."""
     settings = page.settings
     if settings.flag("use_sliding_window"):
         raise settings.error("use_sliding_window", "true is not supported")
@@ -132,7 +132,7 @@ def build_internlm2(page: Page) -> None:
 
 
 def _internlm2_attention(page: Page, place: str, source: str) -> None:
-    """Splits groups, each of several query heads, a key head and a value head."""
+    """Splits groups of several query heads, a key head and a value head."""
     head, shared = page.head_width, page.heads // page.kv_heads
     group = (shared + 2) * head
     packed = page.take(f"{source}.wqkv.weight", page.kv_heads * group, page.width)

@@ -1,4 +1,4 @@
-"""The text model of Llama 4. Three of four layers rotate (neighbouring pairs, as in the checkpoint) and attend to a
+"""The text model of Llama 4. Three of four layers rotate neighbouring pairs (as in the checkpoint) and attend to a
 chunk of positions. Each layer or every second one has experts."""
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def build(page: Page) -> None:
 
 
 def _step(page: Page) -> int:
-    """Returns the distance between layers with experts. Raises ModelFileError for a list with unequal distances."""
+    """Returns the distance between layers with experts. Raises ModelFileError if distances differ."""
     settings = page.settings
     listed = settings.values.get("moe_layers")
     if listed is None:
@@ -70,7 +70,7 @@ def _check_attention(page: Page, count: int) -> None:
 
 
 def _chunks(page: Page) -> None:
-    """Writes keys only where the model differs from Scout and Maverick, whose published files have none."""
+    """Writes keys only if the model differs from Scout and Maverick, whose published files have none."""
     settings, rotated = page.settings, _rotated(page)
     kinds = ["chunked_attention" if flag else "full_attention" for flag in rotated]
     if settings.has("layer_types") and settings.values["layer_types"] != kinds:
@@ -83,7 +83,7 @@ def _chunks(page: Page) -> None:
 
 
 def _rotated(page: Page) -> list[bool]:
-    """Returns True for each layer that rotates. Without a list, all do except the last of each interval."""
+    """True for each layer that rotates. Without a list, these are all except the last of each interval."""
     settings = page.settings
     listed = settings.values.get("no_rope_layers")
     if not listed:

@@ -64,8 +64,8 @@ def granite_feed_forward(page: Page, layer: int, width: int, suffix: str = "") -
 
 
 def build_ernie(page: Page) -> None:
-    """ERNIE 4.5 with experts. From a given layer on, each layer or every few layers have experts, and shared experts as
-    one network. Layers for multi-token prediction are omitted, as by llama.cpp."""
+    """ERNIE 4.5 with experts. From some layer on, every n-th layer has experts, and shared experts as one network.
+    Layers for multi-token prediction are omitted, as by llama.cpp."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.flag("use_bias"):
         raise settings.error("use_bias", "true is not what ernie4_5-moe computes")
@@ -117,7 +117,7 @@ def _ernie_experts(page: Page, layer: int) -> None:
 
 
 def build_bailing(page: Page) -> None:
-    """Ling and Ring 2.0. Q, K and V are one matrix; half of each head rotates. Dense layers come first, then layers of
+    """Ling and Ring 2.0. Q, K and V are one matrix; half of each head rotates. After dense layers follow layers with
     grouped sigmoid experts and shared ones. Layers for multi-token prediction are omitted."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     for name, wanted in (("use_bias", False), ("use_qkv_bias", False), ("use_qk_norm", True)):
@@ -178,7 +178,7 @@ def _bailing_experts(page: Page, layer: int) -> None:
 
 
 def build_minimax(page: Page) -> None:
-    """MiniMax M2. Q and K have a norm over all heads; a part of each head rotates. All layers have sigmoid experts."""
+    """MiniMax M2. Q and K are normed over all heads, whose first channels rotate. All layers have sigmoid experts."""
     settings, width, hidden = page.settings, decoder.feed_forward_width(page), page.width
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):

@@ -11,7 +11,7 @@ from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 _PERIOD = 4
 _BASE = 500000.0
-"""The base of the rotation if a configuration of OLMo 3 names none."""
+"""The base of the rotation for configurations of OLMo 3 without one."""
 
 
 def build(page: Page) -> None:
@@ -19,7 +19,7 @@ def build(page: Page) -> None:
 
 
 def build_olmo3(page: Page) -> None:
-    """OLMo 3: OLMo 2 with a window in three of four layers. These rotate with the same base, but without stretching."""
+    """OLMo 3: OLMo 2 with a window in three of four layers, which have the same rotation without stretching."""
     settings = page.settings
     _build(page, _BASE)
     base = page.metadata["olmo2.rope.freq_base"]

@@ -1,5 +1,5 @@
-"""Qwen3-Next and Qwen 3.5: a gated delta net in most layers, gated attention in the others. Norms multiply by the
-stored weight plus one, except those of the delta net."""
+"""Qwen3-Next and Qwen 3.5: most layers have a gated delta net, the others gated attention. Norms multiply by the stored
+weight plus one, except those of the delta net."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _PREDICTION = (
 
 @dataclass(frozen=True, slots=True)
 class _DeltaNet:
-    """Sizes of a delta net. `tiled`: GGUF pairs value head j with key head j % key_heads. Checkpoints pair it with key
-    head j // (heads // key_heads)."""
+    """Sizes of a delta net. Checkpoints pair value head j with key head j // (heads // key_heads). If `tiled`, GGUF
+    pairs it with key head j % key_heads."""
 
     key_heads: int
     heads: int
@@ -50,7 +50,7 @@ class _DeltaNet:
         return 2 * self.keys + self.values
 
     def order(self, width: int) -> NDArray[np.int64]:
-        """Returns the checkpoint's row for each row of GGUF. A value head has `width` rows."""
+        """Returns the checkpoint's row of each GGUF row. A value head has `width` rows."""
         numbers = np.arange(self.heads * width, dtype=np.int64)
         if not self.tiled:
             return numbers
@@ -105,7 +105,7 @@ def _recurrent(page: Page) -> list[bool]:
 
 
 def _further_layers(page: Page) -> int:
-    """Returns the number of layers for multi-token prediction. Qwen3-Next has one, which its configuration omits."""
+    """Returns the number of MTP layers. Qwen3-Next has one, but its configuration does not say so."""
     if not page.has("mtp.fc.weight"):
         return 0
     return page.settings.count("mtp_num_hidden_layers", default=1, maximum=MAX_LAYERS)
@@ -193,7 +193,7 @@ def _delta_net(page: Page, place: str, source: str, net: _DeltaNet) -> None:
 
 
 def _grouped_products(page: Page, place: str, source: str, net: _DeltaNet) -> None:
-    """Regroups rows of each key head (q, k, v, gates) to a tensor of all q, k and v, and one of all gates."""
+    """Regroups the rows of each key head (q, k, v, gates) to one tensor with all q, k and v, and one with all gates."""
     shared = net.values // net.key_heads
     group = 2 * net.width + 2 * shared
     whole = page.take(f"{source}.in_proj_qkvz.weight", net.key_heads * group, page.width)

@@ -1,4 +1,4 @@
-"""The text model of a multimodal checkpoint: its settings, and its tensors under the names of a text-only model."""
+"""The text model of a multimodal checkpoint: its settings, and its tensors under a text-only model's names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.tools.convert.settings import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """Text models' classes by the `model_type` in their settings, and `defaults` for settings that authors omit."""
+    """Classes of text models by `model_type`, and `defaults` for settings that authors omit."""
 
     families: Mapping[str, str]
     usual_type: str  # where the settings name none
@@ -92,7 +92,7 @@ _PICTURES: Final = tuple(
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """Returns a multimodal checkpoint's text model; others unchanged. Raises ModelFileError for unknown kinds."""
+    """Returns the text model of a multimodal checkpoint, others unchanged. Raises ModelFileError for unknown kinds."""
     part = MULTIMODAL.get(checkpoint.family)
     if part is None:
         return checkpoint
@@ -112,7 +112,7 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _sources(checkpoint: Checkpoint) -> Mapping[str, str]:
-    """Maps names in a text-only model to names in the checkpoint. Raises ModelFileError if two names become one."""
+    """Maps names in a text-only model to the checkpoint's. Raises ModelFileError if two become the same."""
     sources: dict[str, str] = {}
     for source in checkpoint.tensors:
         if source.startswith(_PICTURES):

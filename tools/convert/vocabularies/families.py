@@ -1,4 +1,4 @@
-"""Vocabulary data that the files of some architectures lack: token roles, kinds, flags."""
+"""Vocabulary data that some architectures' files lack: token roles, kinds, flags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GLM_PARTS: Final = {
 }
 """Roles of tokens that the models' own files do not give."""
 _HUNYUAN_BOS: Final = {"hunyuan-dense": "<|startoftext|>", "hunyuan-moe": "<|bos|>"}
-"""The BOS tokens of vocabularies with ranks. The configurations that come with them name other ids."""
+"""The BOS tokens of vocabularies with ranks. The configurations next to them name other ids."""
 _GEMMA4: Final = "gemma4"
 _GEMMA4_VISIBLE: Final = frozenset(
     {
@@ -31,7 +31,7 @@ _GEMMA4_VISIBLE: Final = frozenset(
         *("<|tool_response>", "<tool_response|>", '<|"|>'),
     }
 )
-"""Control marks that the parser of an answer has to see."""
+"""Control tokens that the answer parser must see."""
 _LIBRARY_FILE: Final = "tokenizer.json"
 
 
@@ -55,7 +55,7 @@ def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int)
 
 
 def _become_gemma4(words: Words) -> None:
-    """Makes the vocabulary BPE with tokenizer.json's merges, which SentencePiece's scores would not keep."""
+    """Makes the vocabulary BPE with tokenizer.json's merges, which SentencePiece's scores would lose."""
     if not words.merges:
         raise ModelFileError(f"{words.origin}: without merges; gemma4 needs those of {_LIBRARY_FILE}")
     if words.flags["add_space_prefix"]:

@@ -1,4 +1,4 @@
-"""Recognizes a tokenizer.json's pre-tokenizer by its output for a text, not by its name."""
+"""Recognizes a tokenizer.json's pre-tokenizer by its output for a text instead of its name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Pieces = tuple[str, ...]
 
 
 def recognised(pre_tokenizer: Any, ignore_merges: bool, adds_bos: bool) -> str | None:
-    """Returns a known pre-tokenizer with equal pieces and `ignore_merges`, preferably an equal BOS. None: unknown."""
+    """Returns a known pre-tokenizer with equal pieces and `ignore_merges`, preferably with equal BOS, or None."""
     found = cut(pre_tokenizer)
     alike = [name for name, pieces in _known().items() if pieces == found]
     kinds = known_pre_tokenizers()

@@ -45,13 +45,13 @@ _BEHIND: Final = {
     "qwen2": (_QWEN_SPECIAL, {"bos": "<|endoftext|>", "eos": "<|endoftext|>"}),
     "hunyuan": (_HUNYUAN_SPECIAL, {"bos": "<|startoftext|>", "eos": "<|eos|>", "padding": "<|pad|>"}),
 }
-"""Control tokens that follow the words, and their roles. Other models have them in tokenizer_config.json."""
+"""Control tokens after the words, and their roles. Other models list them in tokenizer_config.json."""
 _OLD_SPECIAL: Final = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]"),
     *("[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"),
 )
-"""Special tokens of tekken.json before version 7, which does not list them."""
+"""Special tokens for versions of tekken.json before 7, which do not list them."""
 _PARTS: Final = {"unknown": "<unk>", "bos": "<s>", "eos": "</s>", "padding": "<pad>"}
 
 
@@ -84,7 +84,7 @@ def spelled(ranks: Mapping[bytes, int]) -> list[str]:
 
 
 def merges_of(ranks: Mapping[bytes, int], path: Path) -> list[str]:
-    """Returns the merges that produce the words, by rank. Raises ModelFileError if no merges produce a word."""
+    """Returns the merges that produce the words, by rank. Raises ModelFileError for a word without merges."""
     pairs = (_split(word, ranks, path) for word in sorted(ranks, key=ranks.__getitem__) if len(word) > 1)
     return [f"{_spell(left)} {_spell(right)}" for left, right in pairs]
 
@@ -94,7 +94,7 @@ def _spell(word: bytes) -> str:
 
 
 def _model_of(path: Path, count: int) -> str:
-    """Returns the pre-tokenizer's name. The file does not state it, so its name or its number of ranks decides."""
+    """Returns the pre-tokenizer's name, by the file's name or number of ranks."""
     if path.suffix == ".tiktoken":
         return "hunyuan" if path.name == _HUNYUAN_FILE else "qwen2"
     known = {_LLAMA3_WORDS: "llama-bpe", _GLM4_WORDS: "chatglm-bpe", _KIMI_WORDS: "kimi-k2"}
@@ -129,7 +129,7 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
 
 
 def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, bytes]:
-    """Returns the two parts of a word that its last merge joins."""
+    """Returns the two parts that a word's last merge joins."""
     parts = [word[place : place + 1] for place in range(len(word))]
     own = ranks[word]
     while len(parts) > 2:
@@ -164,7 +164,7 @@ def read_tekken(path: Path) -> Words:
 
 
 def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
-    """Returns the special tokens in order of id. They precede all words. A token without a text gets a number."""
+    """Returns the special tokens by id. They precede all words. A token without text gets a number."""
     texts = [f"<SPECIAL_{number}>" for number in range(count)]
     listed = said.get("special_tokens")
     if listed is None:

@@ -31,8 +31,8 @@ _MAX_TEMPLATE_BYTES: Final = 1 << 22
 def read_words(
     files: SourceFiles, place: Path, rows: int, behind: Sequence[str] = (), names: Sequence[str] = NAMES
 ) -> Words:
-    """Reads the vocabulary from a file or a folder of Hugging Face's form, for an embedding of `rows` rows. `behind`
-    are control words to append to a SentencePiece vocabulary. `names` are files to look for, the best first."""
+    """Reads the vocabulary from a file or a Hugging Face folder, for an embedding of `rows` rows. `behind` are control
+    words to append to a SentencePiece vocabulary. `names` are files to look for, best first."""
     path = _find(place, names) if place.is_dir() else place
     words = _read(files.open(path))
     if words.kind == "llama":
@@ -93,7 +93,7 @@ def _read_special(words: Words, folder: Path, config: dict[str, Any], rows: int)
 
 
 def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
-    """Reads the ids of roles. The tokenizer's own files take precedence over the model's configuration."""
+    """Reads the ids of roles. The tokenizer's own files precede the model's configuration."""
     places = {text: token_id for token_id, text in enumerate(words.texts)}
     for short, name in _PARTS.items():
         text = _content(said.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
@@ -106,7 +106,7 @@ def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], confi
 
 
 def _read_ends(words: Words, config: dict[str, Any], rows: int) -> None:
-    """Gives free roles to tokens besides EOS that end an answer. The last ones come first, because chats use them."""
+    """Gives free roles to tokens other than EOS that end an answer, last ones first, since chats use these."""
     listed = config.get("eos_token_id")
     said = [config.get("eod_token_id"), *(listed if isinstance(listed, list) else ())]
     ends = dict.fromkeys(end for end in reversed(said) if type(end) is int and 0 <= end < rows)
@@ -123,7 +123,7 @@ def _content(entry: Any) -> str | None:
 
 
 def _template(folder: Path, said: dict[str, Any]) -> str | None:
-    """Returns the chat template: from its own file in newer folders, or else the default one of the settings."""
+    """Returns the chat template: the folder's file, otherwise the default one of the settings."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:

@@ -19,9 +19,9 @@ _PROTO: Any = sentencepiece_model_pb2
 _ENTRY: Final = Struct("<fI")
 _LONGEST: Final = 1 << 16
 _BYTE: Final = re.compile(r"<0x[0-9A-F]{2}>")
-"""The name of a byte token. Files of 2023 have the character with the byte's code instead."""
+"""A byte token's name. Files of 2023 have the character with the byte's code instead."""
 _FIRST: Final = (("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL))
-"""The first tokens, which the file spells in another way."""
+"""The first tokens, which the file spells differently."""
 
 
 def read_sentence_piece(path: Path, data: bytes) -> Words:
@@ -64,7 +64,7 @@ def _kind(path: Path, model: Any) -> str:
 
 
 def _normalization(words: Words, model: Any) -> None:
-    """Reads settings of Unigram files, which BPE files lack. Other files may override the flags for BOS and EOS."""
+    """Reads settings that only Unigram files have. Other files may override the flags for BOS and EOS."""
     words.flags |= {
         "remove_extra_whitespaces": model.normalizer_spec.remove_extra_whitespaces,
         "add_bos_token": 0 <= model.trainer_spec.bos_id < len(words.texts),
@@ -75,7 +75,7 @@ def _normalization(words: Words, model: Any) -> None:
 
 
 def read_llama2c_words(path: Path, data: bytes) -> Words:
-    """Reads a number, and then the score, length and bytes of each word."""
+    """Reads a number, then the score, length and bytes of each word."""
     texts: list[str] = []
     types: list[TokenType] = []
     scores: list[float] = []

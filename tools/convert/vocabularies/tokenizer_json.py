@@ -98,7 +98,7 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
 
 
 def _pre_tokenizer_name(library: Any, said: dict[str, Any]) -> str | None:
-    """Returns the pre-tokenizer's name, or None. Its `ignore_merges` may differ if merges lead to every word."""
+    """Returns the pre-tokenizer's name, or None. Its `ignore_merges` may differ if merges reach every word."""
     ignores_merges, has_bos = said["model"].get("ignore_merges") is True, _template_ends(said)[0] is not None
     name = recognised(library.pre_tokenizer, ignores_merges, has_bos)
     if name is not None:
@@ -125,7 +125,7 @@ def _library(path: Path) -> Any:
 
 
 def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]], said: dict[str, Any]) -> Words:
-    """Makes scores from merges, because merges have the order of SentencePiece's scores, the best first."""
+    """Makes scores from merges, which have the order of SentencePiece's scores, best first."""
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -207,7 +207,7 @@ def _object(value: Any, path: Path, name: str) -> dict[str, Any]:
 
 def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
     """Reads SentencePiece's pieces, character map and treatment of spaces from the library's steps. Raises
-    ModelFileError for malformed entries, or if no piece stands for unknown text."""
+    ModelFileError for malformed entries, or without a piece for unknown text."""
     steps = _parts(said.get("normalizer"), "normalizers")
     cutters = _parts(said.get("pre_tokenizer"), "pretokenizers")
     spaces = next((cutter for cutter in cutters if cutter.get("type") == "Metaspace"), {"prepend_scheme": "never"})
@@ -242,7 +242,7 @@ def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
 
 
 def _check_alike(words: Words, library: tokenizers.Tokenizer) -> None:
-    """Raises ModelFileError if SentencePiece's algorithm yields other tokens than the library."""
+    """Raises ModelFileError if SentencePiece's algorithm gives other tokens than the library."""
     own = load_tokenizer(words.metadata())
     for text in _TEXTS:
         if own.encode(text, add_special=False) != library.encode(text, add_special_tokens=False).ids:

@@ -1,4 +1,4 @@
-"""A vocabulary to write: words by id with their types, and the settings of the tokenizer."""
+"""A vocabulary to write: words by id with types, and the tokenizer's settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 @dataclass(slots=True)
 class Words:
     """A vocabulary. `kind` is GGUF's `tokenizer.ggml.model`. SentencePiece vocabularies have `scores`, BPE ones
-    `merges`. SentencePiece vocabularies from tokenizer.json have both, but only kind gemma4 writes their merges."""
+    `merges`. Those of SentencePiece in tokenizer.json have both, but only kind gemma4 writes their merges."""
 
     kind: str
     pre: str
@@ -38,12 +38,12 @@ class Words:
     """Ids of special tokens by role: bos, eos, eot, unknown, padding, ..."""
     flags: dict[str, bool] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
-    """Tokens of the checkpoint, other than EOS, that end an answer. Some may have no role."""
+    """The checkpoint's tokens, other than EOS, that end an answer. Some may have no role."""
     template: str | None = None
     charsmap: bytes = b""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
-        """Adds a token, or marks a word as control or user-defined. The token for unknown text stays as it is."""
+        """Adds a token, or marks a word as control or user-defined. Does not change the unknown token."""
         if token_id == self.ids.get("unknown"):
             return
         if not 0 <= token_id < MAX_WORDS:
@@ -73,7 +73,7 @@ class Words:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A note on tokens that end an answer but have no GGUF key. Omits those that readers know by their text."""
+        """A note on tokens that end an answer but have no GGUF key, except those that readers know by text."""
         written = self.ids.values()
         left = [shown(self.texts[end]) for end in self.ends if end not in written and not self._ends_by_text(end)]
         if not left:
@@ -121,6 +121,6 @@ class Words:
 
 
 def _looks_special(text: str) -> bool:
-    """True for texts in the form of control tokens, because some tokenizers do not mark these."""
+    """True for texts in the form of control tokens, which some tokenizers do not mark."""
     marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return text in _MARKED_CONTROL or any(text.startswith(left) and text.endswith(right) for left, right in marks)

@@ -1,5 +1,5 @@
 """Gemma 3n: copies of the hidden state, a low-rank branch parallel to attention, sparse activations, inputs per layer,
-and last layers that read the keys and values of other layers."""
+and last layers that use other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _widths(page: Page) -> list[int]:
 
 
 def _keys(page: Page, widths: list[int], copies: int, inputs: int) -> int:
-    """Writes the keys. Returns the number of layers that read the keys and values of other layers."""
+    """Writes the keys. Returns the number of layers that use other layers' keys and values."""
     settings = page.settings
     decoder.usual_keys(page, widths[0])
     if len({*widths}) > 1:
@@ -86,7 +86,7 @@ def _keys(page: Page, widths: list[int], copies: int, inputs: int) -> int:
 
 
 def _sparsity(page: Page) -> list[float]:
-    """Returns each layer's threshold of activations in standard deviations above their mean. -inf lets all pass."""
+    """Returns each layer's threshold of activations, in standard deviations above the mean; -inf passes all."""
     name, sparse = "activation_sparsity_pattern", _SPARSE_LAYERS if page.layers > _SPARSE_LAYERS else 0
     shares = page.settings.values.get(name)
     if shares is None:
@@ -99,7 +99,7 @@ def _sparsity(page: Page) -> list[float]:
 
 
 def _table(page: Page, width: int) -> None:
-    """Writes the table of each token's inputs per layer. Tokens beyond the table use the inputs of token 0."""
+    """Writes the table of inputs per layer. Tokens beyond the table use the inputs of token 0."""
     words = page.settings.count("vocab_size_per_layer_input", default=_TABLE_WORDS, maximum=MAX_WORDS)
     table = page.take("model.embed_tokens_per_layer.weight", words, width)
     tokens = np.arange(page.words, dtype=np.int64)
@@ -110,7 +110,7 @@ def _table(page: Page, width: int) -> None:
 
 
 def _attention(page: Page, layer: int, *, is_idle: bool) -> None:
-    """An idle layer reads another layer's keys and values. Checkpoints may still have weights for its own."""
+    """Copies attention. An idle layer uses another layer's keys and values, even if it has own weights for them."""
     place, source = f"blk.{layer}", f"model.layers.{layer}"
     attention, query, key = f"{source}.self_attn", page.heads * page.head_width, page.kv_heads * page.head_width
     page.copy(f"{place}.attn_norm", f"{source}.input_layernorm", page.width)

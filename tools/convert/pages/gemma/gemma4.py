@@ -1,5 +1,5 @@
 """Gemma 4. Layers with a window have other heads than the rest. Experts are parallel to the feed-forward network. There
-are inputs per layer, and the last layers read the keys and values of other layers."""
+are inputs per layer, and the last layers use other layers' keys and values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class _Heads:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Differences between layers. The first `own` layers have keys and values of their own; the others read theirs."""
+    """Differences between layers. The first `own` layers have their own keys and values, which the others use."""
 
     windowed: list[bool]
     part: _Heads
@@ -85,7 +85,7 @@ def _read_form(page: Page) -> _Form:
 
 
 def _heads(page: Page, windowed: list[bool], alike: bool) -> tuple[_Heads, _Heads]:
-    """Returns heads of layers with a window, then of others. Two keys or an object for each layer give them."""
+    """Returns the heads of layers with a window, then those of the others, from two keys or an object per layer."""
     settings = page.settings
     part = _Heads(page.head_width, page.kv_heads)
     if not settings.has("per_layer_config"):
@@ -136,7 +136,7 @@ def _keys(page: Page, form: _Form, widths: list[int]) -> None:
 
 
 def _rotation(page: Page, form: _Form) -> None:
-    """Writes the rotation of layers without a window. Frequency factors leave some pairs of a head unrotated."""
+    """Writes the rotation of layers without a window. Frequency factors leave some pairs of channels unrotated."""
     settings = page.settings
     said = settings.inner("rope_parameters").inner("full_attention")
     usual = 1.0 if settings.inner("rope_parameters").has("full_attention") else _SHARE
@@ -193,7 +193,7 @@ def _expert_keys(page: Page) -> int:
 
 
 def _experts(page: Page, layer: int, count: int) -> None:
-    """Copies the experts. An expert's gate and up are one matrix, as in GGUF; a scale multiplies its output."""
+    """Copies the experts. Gate and up of an expert are one matrix, as in GGUF; a scale multiplies the output."""
     place, source, hidden = f"blk.{layer}", f"model.layers.{layer}", page.width
     width = page.settings.count("moe_intermediate_size", "expert_intermediate_size")
     for name, norm in (
@@ -210,7 +210,6 @@ def _experts(page: Page, layer: int, count: int) -> None:
 
 
 def _inputs(page: Page, form: _Form) -> None:
-    """Copies the table and the projection that yield the inputs of all layers."""
     words, width = page.settings.count("vocab_size_per_layer_input", default=page.words), page.layers * form.inputs
     if words != page.words:
         raise page.settings.error("vocab_size_per_layer_input", f"{words}, the vocabulary has {page.words}")

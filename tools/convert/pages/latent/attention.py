@@ -1,5 +1,5 @@
-"""Latent attention: widths, keys and tensors. GGUF splits the matrix from the latent vector to keys and values by head:
-`attn_k_b` has rows and columns exchanged, `attn_v_b` has not."""
+"""Latent attention: widths, keys and tensors. GGUF splits the matrix from the latent vector to keys and values by head.
+In `attn_k_b`, but not in `attn_v_b`, rows and columns are exchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_RANK: Final = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Channels of the latent vector, of a key's two parts, and of a value. `query_rank` 0: queries have no latent."""
+    """Channels of the latent vector, of a key's two parts, and of a value. `query_rank` is 0 without latent queries."""
 
     rank: int
     rotated: int

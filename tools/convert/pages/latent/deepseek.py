@@ -15,7 +15,7 @@ _GLM = "glm4moe"
 
 @dataclass(frozen=True, slots=True)
 class _Mixture:
-    """A gating function. `has_bias`: with a bias for the choice. `has_groups`: grouped experts, normalized weights."""
+    """A gating function. `has_bias`: a bias affects the choice. `has_groups`: grouped experts, normalized weights."""
 
     name: str
     number: int
@@ -29,7 +29,7 @@ _MISTRAL4 = _Mixture("softmax", experts.SOFTMAX, has_bias=False)
 
 
 def build_v2(page: Page) -> None:
-    """DeepSeek V2 and V2.5. GGUF has no key for groups that are chosen by their best expert, as in the full models."""
+    """DeepSeek V2 and V2.5. The full models choose groups by their best expert, for which GGUF has no key."""
     settings = page.settings
     method = settings.text("topk_method", default="greedy")
     if method != "greedy" and settings.count("n_group", default=1) != 1:
@@ -48,13 +48,13 @@ def build_v3(page: Page) -> None:
 
 
 def build_glm_flash(page: Page) -> None:
-    """Layers for multi-token prediction follow the others."""
+    """GLM-4.7-Flash. The layers for multi-token prediction are the last ones."""
     page.vocabulary_rules = _GLM
     _build(page, _V3, further=experts.further_layers(page))
 
 
 def build_mistral4(page: Page) -> None:
-    """Queries are scaled by their position."""
+    """Mistral Small 4, whose queries are scaled by their position."""
     _build(page, _MISTRAL4)
     length = position_scale(page)
     if length:

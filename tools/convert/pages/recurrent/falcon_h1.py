@@ -1,4 +1,4 @@
-"""Falcon-H1: attention and Mamba 2 are parallel in each layer. GGUF's weights include the model's multipliers."""
+"""Falcon-H1: each layer has attention parallel to Mamba 2. GGUF's weights include the model's multipliers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def build(page: Page) -> None:
 
 
 def _ends(page: Page) -> None:
-    """Copies embedding and output matrix. Their multipliers differ, even if the checkpoint has one matrix for both."""
+    """Copies embedding and output matrix. Their multipliers differ even if the checkpoint shares one matrix."""
     embedding = page.take("model.embed_tokens.weight", page.words, page.width)
     head = embedding
     if not page.settings.flag("tie_word_embeddings"):

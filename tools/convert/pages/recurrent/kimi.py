@@ -45,7 +45,7 @@ def build(page: Page) -> None:
 
 
 def _dense_module(page: Page, layer: int) -> str:
-    """Returns the name of a dense module: `mlp` as published, or the experts' name, which transformers writes."""
+    """Returns the name of a dense module: `mlp` as published, or the experts' name as transformers writes it."""
     return _MIXTURE if page.has(f"model.layers.{layer}.{_MIXTURE}.gate_proj.weight") else "mlp"
 
 
@@ -66,7 +66,7 @@ def _net(page: Page) -> Settings:
 
 
 def _attends(page: Page) -> list[bool]:
-    """Returns True for each layer with attention: from the authors' list, counted from 1, or from layer kinds."""
+    """True for each layer with attention, by the authors' list (which counts from 1) or by layer kinds."""
     settings = page.settings
     listed: Any = settings.inner("linear_attn_config").values.get("full_attn_layers")
     if isinstance(listed, list):

@@ -16,12 +16,12 @@ _NAMES = MappingProxyType(
     {"ssm.inner_size": "mamba_d_head", "ssm.state_size": "mamba_d_state", "ssm.group_count": "mamba_n_groups"}
 )
 _ALL_STEPS = ([0, math.inf], [0, {"__float__": "Infinity"}])
-"""Limits of time steps that have no effect. transformers writes the first as the second."""
+"""Limits of time steps without effect. transformers writes the first one as the second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mamba:
-    """Sizes of a Mamba 2 block. Heads of a group share input and output matrices of `state_size` numbers a row."""
+    """Sizes of a Mamba 2 block. A group's heads share input and output matrices with `state_size` numbers per row."""
 
     heads: int
     head_width: int
@@ -35,7 +35,7 @@ class Mamba:
 
     @property
     def matrices(self) -> int:
-        """Channels of the input matrices of all groups. The output matrices have as many."""
+        """The channels of all groups' input matrices, and also of their output matrices."""
         return self.groups * self.state_size
 
     @property
@@ -44,12 +44,11 @@ class Mamba:
 
     @property
     def products(self) -> int:
-        """Rows of the first matrix: gate, convolved channels and time steps."""
         return self.inner + self.convolved + self.heads
 
 
 def read_mamba(page: Page, inner: int | None) -> Mamba:
-    """`inner` is the width of all heads together, or None if the configuration does not give it."""
+    """`inner` is the width of all heads, or None if the configuration lacks it."""
     settings = page.settings
     heads = settings.count("mamba_n_heads", "mamba_num_heads", maximum=_MAX_HEADS)
     width = None if inner is None else max(1, inner // heads)
@@ -95,7 +94,7 @@ def _column(page: Page, name: str, mamba: Mamba) -> Lazy:
 
 
 def _check_time_steps(page: Page) -> None:
-    """Raises ModelFileError for limited time steps, because GGUF has no key for limits."""
+    """Raises ModelFileError for limited time steps, for which GGUF has no key."""
     for name in ("time_step_limit", "mamba_dt_limit"):
         said = page.settings.values.get(name)
         if said is not None and said not in _ALL_STEPS:

@@ -52,7 +52,7 @@ def build(page: Page) -> None:
 
 
 def _kinds(page: Page) -> list[str]:
-    """Returns the kind of each layer, from names or letters. Sets the number of layers, which some files omit."""
+    """Returns each layer's kind, given by names or letters. Sets the number of layers, which some files omit."""
     settings = page.settings
     values = dict(settings.values)
     listed = next((values[name] for name in ("layers_block_type", "layer_types") if settings.has(name)), None)
@@ -105,7 +105,7 @@ def _layer(page: Page, place: str, source: str, kind: str, mamba: Mamba) -> None
 
 
 def _attention(page: Page, place: str, source: str) -> None:
-    """Copies attention. Rows of Q and K are paired as in llama.cpp's conversion, although nothing rotates."""
+    """Copies attention. Rows of Q and K are paired as by llama.cpp's conversion, although nothing rotates."""
     query, key = page.heads * page.head_width, page.kv_heads * page.head_width
     for part, heads in (("q", page.heads), ("k", page.kv_heads)):
         found = page.take(f"{source}.{part}_proj.weight", heads * page.head_width, page.width)

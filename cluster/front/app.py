@@ -58,7 +58,7 @@ ENDPOINTS: Final[tuple[type[Endpoint[Any]], ...]] = (
     Embed,
     Embeddings,
 )
-"""The endpoints of each model. `_model_routes` makes endpoints that need more than their model."""
+"""The endpoints of each model. An endpoint that needs more than its model is made in `_model_routes`."""
 _EXPOSED_HEADERS = (IGNORED_HEADER, "Retry-After", "WWW-Authenticate")
 """Headers of replies that scripts of web pages may read in addition to those that CORS always allows."""
 

@@ -7,9 +7,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.core.limits import AdapterScales
 from llamaclust.core.sampling import Grammar, Reasoning, RowResult, SamplingParams
 
@@ -44,26 +42,6 @@ class AnswerOptions:
     @property
     def options(self) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(AnswerOptions)}
-
-
-@dataclass(frozen=True, slots=True)
-class ImageSpan:
-    """Rows of a picture at positions [start, end) of a prompt, which has token 0 there. `offset`: the picture's row at
-    `start`. Equal digests mean the same picture, projector and settings: their rows and rope positions are equal. If
-    `is_bidirectional`, the rows see each other both ways. `rope_positions` are relative to the rope position of the
-    first row; the row after the span has the next position after the highest of them."""
-
-    start: int
-    end: int
-    rows: NDArray[np.float32] = field(compare=False, repr=False)  # [end - start, levels * embedding]
-    digest: bytes  # SHA-256
-    is_bidirectional: bool = False
-    rope_positions: NDArray[np.int32] | None = field(default=None, compare=False, repr=False)  # [sections, end - start]
-    offset: int = 0
-
-    @property
-    def row_bytes(self) -> int:
-        return self.rows.nbytes // len(self.rows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ from hashlib import sha256
 import numpy as np
 
 from llamaclust.cluster.scheduler.breakers import check_size
-from llamaclust.cluster.scheduler.requests import GenerationRequest, ImageSpan
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.candidates import MAX_WINDOW
 from llamaclust.core import sampling_bounds as bounds

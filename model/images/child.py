@@ -16,7 +16,7 @@ from llamaclust.model.images.settings import ImageSettings, PictureError
 from llamaclust.model.images.tiling import tiling_of
 
 
-def _prepared(picture: bytes, settings: ImageSettings, first: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+def _reply_to(picture: bytes, settings: ImageSettings, first: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
     """Returns a reply and, one after the other, the tiles' pixels [height, width, 3]."""
     try:
         tiling = tiling_of(decode(picture, first["max_pixels"]), settings)
@@ -52,7 +52,7 @@ def main() -> None:
     while True:
         _, picture = read_frame_and_payload()
         limit_cpu(first["cpu_seconds"])
-        write_frame(*_prepared(picture, settings, first))
+        write_frame(*_reply_to(picture, settings, first))
 
 
 if __name__ == "__main__":

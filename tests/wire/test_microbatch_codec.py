@@ -34,7 +34,6 @@ from llamaclust.wire.microbatch.codec import encode_microbatch, encode_sampled_t
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import (
     Chunk,
-    ImageRows,
     Microbatch,
     Result,
     SampledTokens,
@@ -44,7 +43,7 @@ from llamaclust.wire.microbatch.messages import (
 from llamaclust.wire.microbatch.results import decode_result
 from support.arithmetic.sampling_cases import numbers_within
 from support.paths import ROOT
-from support.wire.frame_reader import GIVEN_WIDTH, SECTIONS
+from support.wire.image_rows import FAULTY_IMAGE_ROWS, image_rows
 from support.wire.rows_of_tasks import chained, in_a_row
 from support.wire.slow_codec import (
     decode_frame,
@@ -56,19 +55,6 @@ from support.wire.slow_codec import (
 )
 
 PROTO = ROOT / "proto"
-
-
-def image_rows(rows: int, first: int) -> st.SearchStrategy[ImageRows]:
-    given, values = ((first, rows),), np.arange((rows - first) * GIVEN_WIDTH, dtype="<f4").tobytes()
-    positions = np.arange(rows * SECTIONS, dtype="<i4").tobytes()
-    return st.sampled_from(
-        [
-            ImageRows(given, values),
-            ImageRows(given, values, given),
-            ImageRows(given, values, given, positions),
-            ImageRows(rope_positions=positions),
-        ]
-    )
 
 
 tokens = st.integers(0, MAX_VOCABULARY - 1)
@@ -240,14 +226,7 @@ BAD_CHUNKS = {
     "last block": Chunk((1,), 0, (MAX_KV_BLOCKS - 1, 2), 0),
     "empty run of a window": Chunk((1,), 0, (0, 1), 0, None, (0, 0)),
     "window_start": Chunk((1,), 0, (0, 1), 0, None, (0, 1), MAX_CONTEXT_TOKENS + 1),
-    "no such given row": Chunk((1,), 0, (0, 1), 0, images=ImageRows(((0, 2),), bytes(8 * GIVEN_WIDTH))),
-    "given rows out of order": Chunk((1, 2), 0, (0, 1), 0, images=ImageRows(((1, 2), (0, 1)), bytes(8 * GIVEN_WIDTH))),
-    "a given row twice": Chunk((1, 2), 0, (0, 1), 0, images=ImageRows(((0, 1), (0, 2)), bytes(12 * GIVEN_WIDTH))),
-    "a given row without values": Chunk((1,), 0, (0, 1), 0, images=ImageRows(((0, 1),), bytes(4))),
-    "values without a row": Chunk((1,), 0, (0, 1), 0, images=ImageRows(values=bytes(4 * GIVEN_WIDTH))),
-    "group behind the chunk": Chunk((1,), 0, (0, 1), 0, images=ImageRows(groups=((0, 2),))),
-    "rope positions of a row too few": Chunk((1, 2), 0, (0, 1), 0, images=ImageRows(rope_positions=bytes(12))),
-    "negative rope position": Chunk((1,), 0, (0, 1), 0, images=ImageRows(rope_positions=b"\xff" * 12)),
+    **FAULTY_IMAGE_ROWS,
     "adapter": Chunk((1,), 0, (0, 1), 0, adapters=((MAX_ADAPTERS, 1.0),)),
     "adapter twice": Chunk((1,), 0, (0, 1), 0, adapters=((1, 1.0), (1, 1.0))),
     "scale": Chunk((1,), 0, (0, 1), 0, adapters=((0, math.nan),)),

@@ -9,7 +9,7 @@ from hashlib import sha256
 from struct import Struct
 
 from llamaclust.cluster.scheduler.kv.blocks import KvBlocks
-from llamaclust.cluster.scheduler.requests import ImageSpan
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.program import KV_BLOCK_TOKENS
 

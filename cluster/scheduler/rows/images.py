@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.scheduler.requests import ImageSpan
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.wire.microbatch.messages import ImageRows
 
 

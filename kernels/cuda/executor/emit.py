@@ -52,7 +52,7 @@ class Emitter:
         yield from _first_in_order(self._steps())
 
     def _program(self) -> ir.Program:
-        """Without given rows in place, if the microbatch has none: they cost no launch then, and part no fusion."""
+        """Drops the steps of given rows if the microbatch has none: they would cost launches and fusion."""
         program = self.ops.program
         if self.ops.shape.given or not program.given_levels:
             return program

@@ -142,7 +142,7 @@ def rotation_in_sections(
     out: np.uint64,
     rows: RowCount,
 ) -> Launch:
-    """Likewise, by each pair's section of `positions` [sections, max_rows]."""
+    """Computes angles by each pair's section of `positions` [sections, max_rows]."""
     pairs = len(table.frequencies)
     figures = np.float64(table.scale), np.int32(pairs)
     args = (positions, np.int32(max_rows), sections, frequencies, *figures, rows.address, out)

@@ -15,7 +15,7 @@ from llamaclust.model.images.tiling import tiling_of
 from support.pictures import SETTINGS, SIZES, Pixels, picture, shown, sizes_of
 
 
-def prepared(pixels: Pixels, settings: ImageSettings) -> tuple[list[Pixels], str]:
+def tiles_and_prompt(pixels: Pixels, settings: ImageSettings) -> tuple[list[Pixels], str]:
     tiling = tiling_of(Image.fromarray(pixels), settings)
     tiles = [np.asarray(tile) for tile in tiling.tiles]
     prompt = prompt_of(settings, sizes_of(tiles), tiling.columns, tiling.rows)
@@ -46,7 +46,7 @@ def kimi_expected(pixels: Pixels) -> Pixels:
 def test_kimi_is_reduced_and_padded() -> None:
     for number in range(len(SIZES)):
         expected = kimi_expected(picture(number))
-        tiles, prompt = prepared(picture(number), SETTINGS["kimivl"])
+        tiles, prompt = tiles_and_prompt(picture(number), SETTINGS["kimivl"])
         assert len(tiles) == 1 and np.array_equal(tiles[0], expected), SIZES[number]
         rows = expected.shape[0] * expected.shape[1] // 28**2
         assert prompt == f"<|media_start|>[{rows}]<|media_end|>"

@@ -15,7 +15,8 @@ from llamaclust.model.quant_types import QuantType
 from support.arithmetic.backends import BACKENDS, all_threads
 from support.models.vision.encoded_tiles import encoded
 from support.models.vision.float_encoders import Float64, Weights, encoder_rows
-from support.models.vision.record_projectors import REFERENCES, recorded_at
+from support.models.vision.record_projectors import REFERENCES
+from support.models.vision.recording import recorded_at
 from support.models.vision.tiny_projectors import PROJECTORS, build_projector, tile_of
 
 

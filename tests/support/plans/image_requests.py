@@ -9,7 +9,8 @@ from random import Random
 
 import numpy as np
 
-from llamaclust.cluster.scheduler.requests import GenerationRequest, ImageSpan
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.core.sampling import RowResult, SampleTask
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from support.clusters.fakes import VOCABULARY, FakeModel, answer

@@ -1,9 +1,8 @@
 // Plans and stages for Python: a plan is built step by step, a stage runs it in one call without the interpreter's
 // lock.
-#include <nanobind/stl/tuple.h>
-
 #include <limits>
 
+#include "bindings/batch_inputs.h"
 #include "bindings/frames.h"
 #include "executor/executor.h"
 #include "pack/pack.h"
@@ -16,7 +15,6 @@ using PythonRotation = std::optional<std::pair<int, bool>>;  // table, neox
 
 std::vector<float> vector_of(const Floats& x) { return {x.data(), x.data() + x.size()}; }
 std::vector<float> vector_of(const std::optional<Floats>& x) { return x ? vector_of(*x) : std::vector<float>{}; }
-std::span<const int32_t> span_of(const Ints& x) { return {x.data(), x.size()}; }
 
 std::optional<Rotation> rotation_of(const PythonRotation& rotation) {
   if (!rotation) return std::nullopt;
@@ -34,34 +32,6 @@ RowOp row_op_named(const std::string& name) {
   LLAMACLUST_ROW_OPS(RETURN)
 #undef RETURN
   throw std::invalid_argument("no elementwise operation " + name);
-}
-
-// The members of StateTables in their order.
-using PythonStates = std::optional<std::tuple<Ints, Ints, Ints, Ints>>;
-
-StateTables states_of(const PythonStates& states) {
-  if (!states) return {};
-  const auto& [before, starts, rows, blocks] = *states;
-  return {span_of(before), span_of(starts), span_of(rows), span_of(blocks)};
-}
-
-std::span<const int32_t> span_of(const std::optional<IntRows>& x, size_t rows, size_t columns) {
-  if (!x) return {};
-  if ((rows > 0 && x->shape(0) != rows) || x->shape(1) != columns) throw std::invalid_argument("batch: an array's shape");
-  return {x->data(), x->size()};
-}
-
-GivenTable given_of(const std::optional<std::pair<Ints, FloatRows>>& given) {
-  if (!given) return {};
-  const auto& [rows, values] = *given;
-  if (values.shape(0) != rows.size()) throw std::invalid_argument("batch: given rows without values");
-  return {span_of(rows), values.data(), static_cast<int>(values.shape(1))};
-}
-
-GivenTable given_of(const MicrobatchFrame& frame) {
-  if (frame.given_rows.empty()) return {};
-  const size_t width = frame.given_values.size() / frame.given_rows.size();
-  return {frame.given_rows, frame.given_values.data(), static_cast<int>(width)};
 }
 
 // A plan and the Python objects whose memory it points into.

@@ -1,5 +1,4 @@
-// What each step needs of its buffers and weights, checked before anything runs: a program made from a hostile file must
-// not reach memory that is not its own.
+// Checks of each step's buffers and weights: the program of a hostile file reaches no memory but its own.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -10,24 +9,20 @@
 
 namespace llamaclust {
 
-constexpr int kMaxMerged = 1 << 12, kMaxLevels = 1 << 6;
-
 struct Plan::Checks {
+  static constexpr int kMaxMerged = 1 << 12, kMaxLevels = 1 << 6;
   Plan& plan;
 
   const Buffer& buffer(BufferId id) const { return plan.buffer(id); }
   bool is_line(BufferId id) const { return buffer(id).multiple == 1; }
 
-  // An element of a list.
   template <typename T>
   static const T& at(int index, const std::vector<T>& list, const char* otherwise) {
     require(index >= 0 && static_cast<size_t>(index) < list.size(), otherwise);
     return list[index];
   }
 
-  const ActivationSlot& slot(int index) const {
-    return at(index, plan.slots, "an activation slot that nothing was written to");
-  }
+  const ActivationSlot& slot(int index) const { return at(index, plan.slots, "an activation slot without a writer"); }
 
   void check_alike(BufferId a, BufferId b) const {
     require(buffer(a).width == buffer(b).width && buffer(a).multiple == buffer(b).multiple, "widths that differ");
@@ -38,9 +33,7 @@ struct Plan::Checks {
     require(buffer(out).width == weight.cols && is_line(out), "embedding width");
   }
 
-  static void check_epsilon(float epsilon) {
-    require(std::isfinite(epsilon) && epsilon >= 0, "a norm epsilon that is no small number");
-  }
+  static void check_epsilon(float value) { require(std::isfinite(value) && value >= 0, "a norm epsilon below 0"); }
 
   void check_rotation(const Rotation& rotation, int head_dim) const {
     const RotationAngles& angles = at(rotation.table, plan.rotations, "unknown rotation table");
@@ -329,10 +322,9 @@ struct Plan::Checks {
             "KV memory of another shape");
     require(!step.stores() || shape.latent == (step.v < 0), "values apart from keys, or none");
     require(step.value_dim > 0 && (shape.latent || step.value_dim == step.head_dim), "values of another width");
-    const bool sees_all = step.causal && step.window == std::numeric_limits<int>::max();
-    require(!shape.latent || sees_all, "latent attention with a window");
-    require(!shape.latent || (step.value_dim % 2 == 0 && step.value_dim <= step.head_dim),
-            "latent values of an odd number of channels");
+    const bool has_window = step.window != std::numeric_limits<int>::max();
+    require(!shape.latent || (step.causal && !has_window), "latent attention with a window");
+    require(!shape.latent || (step.value_dim % 2 == 0 && step.value_dim <= step.head_dim), "odd latent values");
     require(step.heads > 0 && step.heads % step.kv_heads == 0 && step.heads <= 65536, "heads in groups");
     std::vector<BufferId> reads{step.q};
     if (step.stores()) reads.push_back(step.k);
@@ -349,11 +341,9 @@ struct Plan::Checks {
     require(step.sinks.empty() || step.sinks.size() == static_cast<size_t>(step.heads), "a sink for each head");
     for (float slope : step.slopes) require(std::isfinite(slope), "a slope that is no number");
     require(step.window > 0 && (step.causal || !step.chunked), "an attention window of nothing");
-    require(!step.grouped || (!step.causal && step.window == std::numeric_limits<int>::max()),
-            "attention of groups with a window");
+    require(!step.grouped || !(step.causal || has_window), "attention of groups with a window");
     if (shape.windowed) plan.window = std::max(plan.window, step.window);
-    for (const auto& rotation : {step.rotate_q, step.rotate_k})
-      if (rotation) check_rotation(*rotation, step.head_dim);
+    for (const auto& rotation : {step.rotate_q, step.rotate_k}) if (rotation) check_rotation(*rotation, step.head_dim);
     return {reads, {step.out}, false};
   }
 

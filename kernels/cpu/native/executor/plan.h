@@ -69,9 +69,7 @@ struct EmbedStep {
   Matrix weight;
   BufferId out;
 };
-struct InputStep {  // the hidden state that run() is given
-  BufferId out;
-};
+struct InputStep { BufferId out; };  // the hidden state that run() is given
 struct NormStep {  // of parts of so many channels, each with the same weight or with its own part of it
   BufferId x, out;
   std::vector<float> weight;
@@ -323,8 +321,7 @@ struct PlannedStep {
 
 inline constexpr int kMaxAdapters = 32;
 
-// angle(position, i) = position * frequencies[i]; cos and sin are multiplied by `scale`. Pair i turns by the position in
-// section sections[i] of a batch's rope positions, if there are both.
+// angle(position, i) = position * frequencies[i]; `scale` multiplies cos and sin. `sections`: those of the pairs.
 struct RotationAngles {
   std::vector<double> frequencies;
   double scale;

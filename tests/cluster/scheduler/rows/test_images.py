@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaclust.cluster.scheduler.requests import GenerationRequest, ImageSpan
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings

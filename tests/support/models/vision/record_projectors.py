@@ -17,12 +17,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.model.gguf.model_file import open_model
+from support.models.vision.recording import (
+    FOLDER,
+    LAYER,
+    Weights,
+    layer_names,
+    loaded,
+    pixels,
+    read_weights,
+    recorded_at,
+    renamed,
+)
 from support.models.vision.tiny_projectors import (
-    DEVIATION,
     FFN,
     HEADS,
-    MEAN,
     PATCH,
     PROJECTORS,
     TEXT_WIDTH,
@@ -31,45 +39,6 @@ from support.models.vision.tiny_projectors import (
     build_projector,
     tile_of,
 )
-from support.paths import DATA
-
-FOLDER = DATA / "projectors"
-Weights = Mapping[str, NDArray[np.float32]]
-_LAYER = {"num_hidden_layers": 0, "hidden_size": WIDTH, "intermediate_size": FFN, "num_attention_heads": HEADS}
-
-
-def recorded_at(name: str) -> Path:
-    return FOLDER / f"{name}.f32"
-
-
-def _weights(path: Path) -> Weights:
-    return {name: np.frombuffer(t.read(), "<f4").reshape(t.shape) for name, t in open_model(path).tensors.items()}
-
-
-def _pixels(tile: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """[1, 3, height, width]"""
-    scaled = (tile / 255 - np.array(MEAN)) / np.array(DEVIATION)
-    return np.asarray(scaled.transpose(2, 0, 1)[None], np.float32)
-
-
-def _load(module: Any, weights: Mapping[str, NDArray[np.float32]]) -> Any:
-    import torch
-
-    module.load_state_dict({name: torch.tensor(np.ascontiguousarray(value)) for name, value in weights.items()})
-    return module.float().eval()
-
-
-def _renamed(weights: Weights, names: Mapping[str, str]) -> dict[str, NDArray[np.float32]]:
-    """Those of `names`, here by their names in the file without `.weight` or `.bias`, under the others."""
-    ends = ("weight", "bias")
-    return {
-        f"{to}.{end}": weights[f"{of}.{end}"] for of, to in names.items() for end in ends if f"{of}.{end}" in weights
-    }
-
-
-def _layers(tiny: TinyProjector, parts: Mapping[str, str], place: str) -> dict[str, str]:
-    return {f"v.blk.{layer}.{of}": f"{place}.{layer}.{to}" for layer in range(tiny.layers) for of, to in parts.items()}
-
 
 _SIGLIP_PARTS = {
     "ln1": "layer_norm1",
@@ -89,12 +58,12 @@ def _siglip(tiny: TinyProjector, weights: Weights) -> dict[str, NDArray[np.float
         "v.position_embd": "embeddings.position_embedding",
         "v.post_ln": "post_layernorm",
     }
-    return _renamed(weights, ends | _layers(tiny, _SIGLIP_PARTS, "encoder.layers"))
+    return renamed(weights, ends | layer_names(tiny, _SIGLIP_PARTS, "encoder.layers"))
 
 
 def _siglip_keys(tiny: TinyProjector) -> dict[str, Any]:
     size = {"image_size": tiny.side * PATCH, "patch_size": PATCH, "layer_norm_eps": 1e-5}
-    return _LAYER | size | {"num_hidden_layers": tiny.layers, "hidden_act": "gelu_pytorch_tanh"}
+    return LAYER | size | {"num_hidden_layers": tiny.layers, "hidden_act": "gelu_pytorch_tanh"}
 
 
 def idefics3(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> Any:
@@ -105,9 +74,9 @@ def idefics3(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> 
     vision = SmolVLMVisionConfig(**_siglip_keys(tiny))
     text = {"model_type": "llama", "hidden_size": TEXT_WIDTH}
     config = SmolVLMConfig(vision_config=vision.to_dict(), text_config=text, scale_factor=tiny.merge)
-    tower = _load(SmolVLMVisionTransformer(vision), _siglip(tiny, weights))
-    connector = _load(SmolVLMConnector(config), _renamed(weights, {"mm.model.fc": "modality_projection.proj"}))
-    return connector(tower(torch.tensor(_pixels(tile))).last_hidden_state)[0]
+    tower = loaded(SmolVLMVisionTransformer(vision), _siglip(tiny, weights))
+    connector = loaded(SmolVLMConnector(config), renamed(weights, {"mm.model.fc": "modality_projection.proj"}))
+    return connector(tower(torch.tensor(pixels(tile))).last_hidden_state)[0]
 
 
 def gemma3(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> Any:
@@ -121,12 +90,12 @@ def gemma3(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> An
         text_config={"hidden_size": TEXT_WIDTH},
         mm_tokens_per_image=(tiny.side // tiny.merge) ** 2,
     )
-    tower = _load(SiglipVisionModel(SiglipVisionConfig(**keys)), _siglip(tiny, weights))
+    tower = loaded(SiglipVisionModel(SiglipVisionConfig(**keys)), _siglip(tiny, weights))
     projector = {
         "mm_input_projection_weight": weights["mm.input_projection.weight"],
         "mm_soft_emb_norm.weight": weights["mm.soft_emb_norm.weight"] - 1,
     }
-    return _load(Gemma3MultiModalProjector(config), projector)(tower(torch.tensor(_pixels(tile))).last_hidden_state)[0]
+    return loaded(Gemma3MultiModalProjector(config), projector)(tower(torch.tensor(pixels(tile))).last_hidden_state)[0]
 
 
 def _qwen_patches(tiny: TinyProjector, tile: NDArray[np.uint8]) -> tuple[Any, Any]:
@@ -134,7 +103,7 @@ def _qwen_patches(tiny: TinyProjector, tile: NDArray[np.uint8]) -> tuple[Any, An
     import torch
 
     (lines, columns), merge = tiny.tile, tiny.merge
-    cut = _pixels(tile)[0].reshape(3, lines // merge, merge, PATCH, columns // merge, merge, PATCH)
+    cut = pixels(tile)[0].reshape(3, lines // merge, merge, PATCH, columns // merge, merge, PATCH)
     ordered = cut.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None].repeat(2, axis=5)
     return torch.tensor(ordered.reshape(lines * columns, -1)), torch.tensor([[1, lines, columns]])
 
@@ -145,7 +114,7 @@ def _qwen(tiny: TinyProjector, weights: Weights, parts: Mapping[str, str]) -> di
     if "v.patch_embd.bias" in weights:
         found["patch_embed.proj.bias"] = weights["v.patch_embd.bias"]
     common = {"ln1": "norm1", "ln2": "norm2", "attn_qkv": "attn.qkv", "attn_out": "attn.proj"}
-    return found | _renamed(weights, _layers(tiny, common | dict(parts), "blocks"))
+    return found | renamed(weights, layer_names(tiny, common | dict(parts), "blocks"))
 
 
 def qwen25vl(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> Any:
@@ -169,8 +138,8 @@ def qwen25vl(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> 
         for end in ("weight", "bias"):
             each = [weights[f"v.blk.{layer}.attn_{part}.{end}"] for part in "qkv"]
             found[f"blocks.{layer}.attn.qkv.{end}"] = np.concatenate(each)
-    found |= _renamed(weights, {"v.post_ln": "merger.ln_q", "mm.0": "merger.mlp.0", "mm.2": "merger.mlp.2"})
-    tower = _load(qwen.Qwen2_5_VisionTransformerPretrainedModel(config), found)
+    found |= renamed(weights, {"v.post_ln": "merger.ln_q", "mm.0": "merger.mlp.0", "mm.2": "merger.mlp.2"})
+    tower = loaded(qwen.Qwen2_5_VisionTransformerPretrainedModel(config), found)
     return tower(*_qwen_patches(tiny, tile)).pooler_output
 
 
@@ -197,7 +166,7 @@ def qwen3vl(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> A
         merger = f"deepstack_merger_list.{number}"
         to = {"norm": "norm", "fc1": "linear_fc1", "fc2": "linear_fc2"}
         ends |= {f"v.deepstack.{layer}.{part}": f"{merger}.{name}" for part, name in to.items()}
-    result = _load(Qwen3VLVisionModel(config), found | _renamed(weights, ends))(*_qwen_patches(tiny, tile))
+    result = loaded(Qwen3VLVisionModel(config), found | renamed(weights, ends))(*_qwen_patches(tiny, tile))
     return torch.cat((result.pooler_output, *result.deepstack_features), dim=1)
 
 
@@ -211,7 +180,7 @@ def pixtral(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> A
     from transformers import Mistral3Config, PixtralVisionConfig, PixtralVisionModel
     from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
 
-    keys = _LAYER | {"num_hidden_layers": tiny.layers, "image_size": tiny.side * PATCH, "patch_size": PATCH}
+    keys = LAYER | {"num_hidden_layers": tiny.layers, "image_size": tiny.side * PATCH, "patch_size": PATCH}
     vision = PixtralVisionConfig(**keys, hidden_act="silu", rope_parameters={"rope_type": "axial", "rope_theta": 1e4})
     text = {"model_type": "mistral", "hidden_size": TEXT_WIDTH, "rms_norm_eps": 1e-5}
     config = Mistral3Config(
@@ -225,12 +194,12 @@ def pixtral(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> A
     parts |= {f"ffn_{part}": f"feed_forward.{part}_proj" for part in ("gate", "up", "down")}
     parts |= {"ln1": "attention_norm", "ln2": "ffn_norm"}
     ends = {"v.patch_embd": "patch_conv", "v.pre_ln": "ln_pre"}
-    found = _renamed(weights, ends | _layers(tiny, parts, "transformer.layers"))
+    found = renamed(weights, ends | layer_names(tiny, parts, "transformer.layers"))
     found = {name: _unpermuted(w) if ".q_proj" in name or ".k_proj" in name else w for name, w in found.items()}
     ends = {"mm.input_norm": "norm", "mm.patch_merger": "patch_merger.merging_layer"}
     ends |= {"mm.1": "linear_1", "mm.2": "linear_2"}
-    rows = _load(PixtralVisionModel(vision), found)(torch.tensor(_pixels(tile))).last_hidden_state[0]
-    return _load(Mistral3MultiModalProjector(config), _renamed(weights, ends))(rows, torch.tensor([tile.shape[:2]]))
+    rows = loaded(PixtralVisionModel(vision), found)(torch.tensor(pixels(tile))).last_hidden_state[0]
+    return loaded(Mistral3MultiModalProjector(config), renamed(weights, ends))(rows, torch.tensor([tile.shape[:2]]))
 
 
 def _patches(tile: NDArray[np.uint8]) -> Any:
@@ -238,7 +207,7 @@ def _patches(tile: NDArray[np.uint8]) -> Any:
     import torch
 
     lines, columns = tile.shape[0] // PATCH, tile.shape[1] // PATCH
-    cut = _pixels(tile)[0].reshape(3, lines, PATCH, columns, PATCH).transpose(1, 3, 2, 4, 0)
+    cut = pixels(tile)[0].reshape(3, lines, PATCH, columns, PATCH).transpose(1, 3, 2, 4, 0)
     return torch.tensor(cut.reshape(1, lines * columns, -1))
 
 
@@ -252,7 +221,7 @@ def gemma4v(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> A
     from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder, Gemma4VisionModel
 
     config = Gemma4VisionConfig(
-        **_LAYER | {"num_hidden_layers": tiny.layers, "num_key_value_heads": HEADS, "head_dim": WIDTH // HEADS},
+        **LAYER | {"num_hidden_layers": tiny.layers, "num_key_value_heads": HEADS, "head_dim": WIDTH // HEADS},
         patch_size=PATCH,
         pooling_kernel_size=tiny.merge,
         position_embedding_size=tiny.side,
@@ -266,15 +235,15 @@ def gemma4v(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> A
         f"attn_{of}": f"self_attn.{to}_proj.linear" for of, to in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))
     }
     parts |= {f"ffn_{part}": f"mlp.{part}_proj.linear" for part in ("gate", "up", "down")}
-    found = _renamed(weights, _layers(tiny, parts, "encoder.layers"))
+    found = renamed(weights, layer_names(tiny, parts, "encoder.layers"))
     found["patch_embedder.input_proj.weight"] = _by_pixel(weights["v.patch_embd.weight"])
     found["patch_embedder.position_embedding_table"] = weights["v.position_embd.weight"]
     found |= {"std_bias": weights["v.std_bias"], "std_scale": weights["v.std_scale"]}
     lines, columns = tiny.tile
     places = torch.tensor([[(x, y) for y in range(lines) for x in range(columns)]])
-    rows = _load(Gemma4VisionModel(config), found)(_patches(tile), places).last_hidden_state
+    rows = loaded(Gemma4VisionModel(config), found)(_patches(tile), places).last_hidden_state
     embedder = Gemma4MultimodalEmbedder(config, Gemma4TextConfig(hidden_size=TEXT_WIDTH))
-    return _load(embedder, _renamed(weights, {"mm.input_projection": "embedding_projection"}))(rows)
+    return loaded(embedder, renamed(weights, {"mm.input_projection": "embedding_projection"}))(rows)
 
 
 def glm4v(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> Any:
@@ -297,7 +266,7 @@ def glm4v(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> Any
     ends |= {"v.post_ln": "post_layernorm", "mm.patch_merger": "downsample", "mm.model.fc": "merger.proj"}
     ends |= {"mm.post_norm": "merger.post_projection_norm"}
     ends |= {f"mm.{part}": f"merger.{part}_proj" for part in ("gate", "up", "down")}
-    tower = _load(Glm4vVisionModel(config), found | _renamed(weights, ends))
+    tower = loaded(Glm4vVisionModel(config), found | renamed(weights, ends))
     return tower(*_qwen_patches(tiny, tile)).pooler_output
 
 
@@ -306,7 +275,7 @@ def internvl(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> 
     from transformers import InternVLConfig, InternVLVisionConfig, InternVLVisionModel
     from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 
-    keys = _LAYER | {"num_hidden_layers": tiny.layers, "layer_norm_eps": 1e-5, "attention_bias": True}
+    keys = LAYER | {"num_hidden_layers": tiny.layers, "layer_norm_eps": 1e-5, "attention_bias": True}
     vision = InternVLVisionConfig(**keys, image_size=tiny.side * PATCH, patch_size=PATCH)
     text = {"model_type": "qwen2", "hidden_size": TEXT_WIDTH}
     config = InternVLConfig(vision_config=vision.to_dict(), text_config=text, downsample_ratio=1 / tiny.merge)
@@ -314,16 +283,16 @@ def internvl(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> 
     parts |= {"attn_out": "attention.projection_layer", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}
     parts |= {"ln1": "layernorm_before", "ln2": "layernorm_after"}
     ends = {"v.patch_embd": "embeddings.patch_embeddings.projection"}
-    found = _renamed(weights, ends | _layers(tiny, parts, "encoder.layer"))
+    found = renamed(weights, ends | layer_names(tiny, parts, "encoder.layer"))
     found["embeddings.cls_token"] = weights["v.class_embd"][None, None]
     found["embeddings.position_embeddings"] = weights["v.position_embd.weight"][None]
     for layer in range(tiny.layers):
         for number in (1, 2):
             found[f"encoder.layer.{layer}.lambda_{number}"] = weights[f"v.blk.{layer}.ls{number}.weight"]
     ends = {"mm.model.mlp.0": "layer_norm", "mm.model.mlp.1": "linear_1", "mm.model.mlp.3": "linear_2"}
-    rows = _load(InternVLVisionModel(vision), found)(torch.tensor(_pixels(tile))).last_hidden_state[:, 1:]
+    rows = loaded(InternVLVisionModel(vision), found)(torch.tensor(pixels(tile))).last_hidden_state[:, 1:]
     shuffled = InternVLModel.pixel_shuffle(None, rows.reshape(1, *tiny.tile, WIDTH), 1 / tiny.merge)
-    projector = _load(InternVLMultiModalProjector(config), _renamed(weights, ends))
+    projector = loaded(InternVLMultiModalProjector(config), renamed(weights, ends))
     return projector(shuffled.reshape(1, -1, shuffled.shape[-1]))[0]
 
 
@@ -342,10 +311,10 @@ def lfm2(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> Any:
     found = _siglip(tiny, weights)
     found["embeddings.patch_embedding.weight"] = _by_pixel(weights["v.patch_embd.weight"])
     count, shape = tiny.tile[0] * tiny.tile[1], torch.tensor([tiny.tile])
-    tower = _load(Siglip2VisionModel(Siglip2VisionConfig(**keys)), found)
+    tower = loaded(Siglip2VisionModel(Siglip2VisionConfig(**keys)), found)
     rows = tower(_patches(tile), torch.ones(1, count, dtype=torch.int32), shape).last_hidden_state
     ends = {"mm.input_norm": "layer_norm", "mm.1": "linear_1", "mm.2": "linear_2"}
-    projector = _load(Lfm2VlMultiModalProjector(config), _renamed(weights, ends))
+    projector = loaded(Lfm2VlMultiModalProjector(config), renamed(weights, ends))
     return projector(rows.reshape(1, *tiny.tile, WIDTH)).reshape(-1, TEXT_WIDTH)
 
 
@@ -355,7 +324,7 @@ def llama4(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> An
     from transformers.models.llama4.modeling_llama4 import Llama4MultiModalProjector
 
     vision = Llama4VisionConfig(
-        **_LAYER | {"num_hidden_layers": tiny.layers, "intermediate_size": tiny.ffn},
+        **LAYER | {"num_hidden_layers": tiny.layers, "intermediate_size": tiny.ffn},
         image_size=tiny.side * PATCH,
         patch_size=PATCH,
         pixel_shuffle_ratio=1 / tiny.merge,
@@ -371,12 +340,12 @@ def llama4(tiny: TinyProjector, weights: Weights, tile: NDArray[np.uint8]) -> An
     }
     ends = {"v.pre_ln": "layernorm_pre", "v.post_ln": "layernorm_post"}
     ends |= {f"mm.model.mlp.{number}": f"vision_adapter.mlp.fc{number}" for number in (1, 2)}
-    found = _renamed(weights, ends | _layers(tiny, parts, "model.layers"))
+    found = renamed(weights, ends | layer_names(tiny, parts, "model.layers"))
     found["patch_embedding.linear.weight"] = weights["v.patch_embd.weight"].reshape(WIDTH, -1)
     found["class_embedding"] = weights["v.class_embd"]
     found["positional_embedding_vlm"] = weights["v.position_embd.weight"]
-    rows = _load(Llama4VisionModel(vision), found)(torch.tensor(_pixels(tile)), return_dict=True).last_hidden_state[0]
-    return _load(Llama4MultiModalProjector(config), _renamed(weights, {"mm.model.fc": "linear_1"}))(rows)
+    rows = loaded(Llama4VisionModel(vision), found)(torch.tensor(pixels(tile)), return_dict=True).last_hidden_state[0]
+    return loaded(Llama4MultiModalProjector(config), renamed(weights, {"mm.model.fc": "linear_1"}))(rows)
 
 
 REFERENCES: Mapping[str, Callable[[TinyProjector, Weights, NDArray[np.uint8]], Any]] = {
@@ -400,7 +369,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name in sys.argv[1:] or REFERENCES:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            weights = _weights(build_projector(Path(folder) / "projector.gguf", name))
+            weights = read_weights(build_projector(Path(folder) / "projector.gguf", name))
             rows = REFERENCES[name](PROJECTORS[name], weights, tile_of(name)).numpy()
         assert np.isfinite(rows).all() and rows.std() > 0.3, rows.std()
         recorded_at(name).write_bytes(rows.astype("<f4").tobytes())

@@ -107,7 +107,7 @@ def _of_stages(groups: list[Record], records: list[Record]) -> list[Record]:
 
 
 def _gather_lines(lines: Iterator[str]) -> Iterator[str]:
-    """Indents the lines on gathers, which are not measured by request, below a heading."""
+    """Puts the lines about gathers, indented, under a heading: they are not measured by request."""
     for index, line in enumerate(lines):
         if index == 0:
             yield "compute includes time in gathers; since the plan, over all requests:"

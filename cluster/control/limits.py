@@ -132,8 +132,8 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
-    """Returns the assignments of the cluster file's `plan`, with borders in parts of layers. Empty if there is no
-    `plan`."""
+    """Returns the assignments of the cluster file's `plan`, whose borders are counted in parts of layers. Returns an
+    empty list if there is no `plan`."""
     shards = manual_shards(config)
     parts = ((entry, *entry.layers) for entry in config.plan or ())
     return tuple(

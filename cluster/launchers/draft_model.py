@@ -177,8 +177,8 @@ def of_draft_model() -> Iterator[None]:
 
 @asynccontextmanager
 async def draft_model_beside(plan: DraftModelPlan) -> AsyncIterator[LoadedDraftModel]:
-    """Loads the model, and closes it at the end, without blocking the event loop. A load that is cancelled first
-    completes, then the model is closed."""
+    """Loads the model, and closes it at the end, without blocking the event loop. A cancelled load still completes;
+    then the model is closed."""
     thread = ThreadPoolExecutor(1, "draft model")
     loading = thread.submit(open_draft_model, plan)
     thread.shutdown(wait=False)

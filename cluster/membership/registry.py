@@ -103,7 +103,7 @@ class Registry(Members):
 
     async def _newer_coordinator(self, register: Register) -> str | None:
         """Returns a refusal if the worker has seen a newer coordinator. This cluster ends only if the newer term is
-        signed and the worker held its layers, because no member's word alone may end a cluster."""
+        signed and the worker held layers of this cluster, because no member's word alone may end a cluster."""
         record, name, is_ours = self._settings.record, register.name, register.cluster == self._settings.cluster
         if register.is_awaited and not is_ours:
             here = f"this is one of {self._settings.cluster!r}"

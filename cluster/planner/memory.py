@@ -119,7 +119,8 @@ class MemoryModel:
 
     @property
     def max_drafted(self) -> int:
-        """The most drafted tokens of a sequence in a step. It is 0 if layers have states, which drafts would change."""
+        """The maximum number of tokens that a step drafts for a sequence. It is 0 if layers have states, which drafts
+        would change."""
         if self.stages.state_bytes[0, self.stages.layers]:
             return 0
         window = self.kv_groups.window

@@ -138,8 +138,9 @@ class SequenceQueues:
         self._start(sequence)
 
     def shortest(self, prefilling: list[Sequence]) -> Sequence | None:
-        """Returns the sequence to prefill before the oldest one, or None. Its owner or request has fewer running
-        sequences than that of the oldest, or it has fewer rows left. Starts the sequence if it waits."""
+        """Returns the sequence to prefill before the oldest one, or None. It is preferred if its owner or request has
+        fewer running sequences than the oldest one's, or if it has fewer rows left than the oldest. Starts the sequence
+        if it waits."""
         if not prefilling:
             return None
         running = Running.of(self.running)

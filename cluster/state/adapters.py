@@ -29,7 +29,7 @@ class AdapterUnloadedError(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """A LoRA adapter under its name for clients. `content`: the digest of its file, if a client loaded it."""
+    """A LoRA adapter with the name that clients use for it. `content`: its file's digest, if a client loaded it."""
 
     name: str
     path: str

@@ -185,7 +185,7 @@ def _counted(
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:
-    """Drops maps that are not in huge pages: copying them first is faster than computing from them."""
+    """Omits maps that are not in huge pages: copying such a map to memory is faster than computing from it."""
     maps = [cached.memory for cached in found if cached.memory is not None]
     huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
     return [

@@ -214,8 +214,8 @@ class ProgramBuilder(CheckedTensors):
         self._steps += added
 
     def mix(self, layer: int, mixer: Iterable[steps.Step], *, beside: bool = False) -> None:
-        """hidden += projected, which `mixer` computes from a norm of the hidden state: a new one, or with `beside` the
-        one that attention read."""
+        """hidden += projected, which `mixer` computes from a norm of the hidden state. With `beside`, it is the norm
+        that attention read, otherwise a new one."""
         if not beside:
             self._norm(f"blk.{layer}.attn_norm", self._hidden)
         self.append(mixer)

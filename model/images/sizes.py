@@ -33,7 +33,7 @@ def smart_resized(size: Size, settings: ImageSettings) -> Size:
 
 
 def glm_resized(size: Size, settings: ImageSettings) -> Size:
-    """GLM-4V: as Qwen-VL, after pictures smaller than a row's square are enlarged."""
+    """GLM-4V enlarges pictures smaller than the square of one row, then resizes them as Qwen-VL does."""
     width, height = size
     side = settings.side
     if min(size) < side:

@@ -42,9 +42,9 @@ class SequenceState:
 
 @dataclass(frozen=True, slots=True)
 class Convolution(UnaryStep):
-    """out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]). The index of x is a
-    position in the sequence, p that of row r; x is 0 before the beginning. The state is the last taps - 1 rows of x.
-    weight is [x.width, taps]; out is not x."""
+    """out[r, c] = the sum over taps t of weight[c, t] * x[p + t - (taps - 1), c] (+ bias[c]). p is the position of row
+    r in its sequence; x is 0 at positions before the beginning. The state is the last taps - 1 rows of x. weight is
+    [x.width, taps]; out is not x."""
 
     weight: str
     taps: int

@@ -68,8 +68,8 @@ class MachineLimits:
 
 
 class Limits:
-    """Measures the limits on `threads` threads, from daemon threads. Holds a read buffer of up to 1 GiB. `float_share`
-    is the share of a prefill's multiply-adds with float weights."""
+    """Measures the limits with `threads` threads, which are daemon threads. Holds a read buffer of up to 1 GiB.
+    `float_share` is the share of a prefill's multiply-adds with float weights."""
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
         self._probe, self._threads, self._float_share = probe, threads, float_share

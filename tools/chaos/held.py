@@ -63,7 +63,7 @@ class FullDisks:
 
 
 class DisturbedLinks:
-    """Disturbed links by worker. The kernel ends each disturbance after its time."""
+    """The disturbed links of each worker. The kernel ends each disturbance when its time is up."""
 
     def __init__(self, firewall: Firewall | None) -> None:
         self._firewall = firewall

@@ -190,7 +190,7 @@ def in_groups(tensor: Lazy, size: int) -> Lazy:
 
 
 def columns_of(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
-    """Gathers columns: column i is column index[i] of a matrix."""
+    """Gathers columns: column i of the result is the column with number `index[i]` of a matrix."""
     shape = (tensor.shape[0], len(index))
     return replace(tensor, shape=shape, read=lambda first, last: tensor.read(first, last)[:, index])
 

@@ -48,7 +48,7 @@ class Hello:
 
 
 def link_address(stages: str, port: int | None) -> str:
-    """Returns the address for links next to the address for stages. `port` 0 means any free port. None means
+    """Returns the address for links on the host of the address for stages. `port` 0 means any free port. None means
     `LINK_PORTS` above the port for stages, or any free port if that is 0."""
     if stages.startswith(PREFIX):
         return f"{stages}{SOCKET_ENDING}"

@@ -65,8 +65,8 @@ class NgramDrafter:
         return found
 
     def continued(self, tokens: Sequence[int], match: Match, most: int) -> Draft:
-        """Returns the tokens that followed the match, the place of a copy, or the last token. Repeats them where the
-        text ends."""
+        """Returns the tokens after the match, after the place of a copy, or after the last token. Starts over at the
+        end of the text."""
         if match.length <= _UNSURE:
             resumed = self._copy.resumption(tokens)
             if resumed is not None and resumed.length >= match.length:

@@ -30,8 +30,8 @@ class KvSizes(Generic[Sizes]):
 @dataclass(frozen=True, slots=True)
 class WindowGroup:
     """Layers that keep only the keys and values of a sliding window. `window`, the largest of their windows, includes
-    the row's own position. Blocks that leave the window are released when the microbatch with the last rows that read
-    them has been made. Until then, rows of a prompt take additional blocks."""
+    the row's own position. A block outside the window is released once the last microbatch that reads it has been made.
+    Until then, rows of a prompt take additional blocks."""
 
     window: int
     rows: int  # the most rows of a microbatch

@@ -78,7 +78,7 @@ class InputBuffer:
         return end
 
     def fill_images(self, pinned: NDArray[np.uint8], batch: Batch, shape: Shape) -> slice:
-        """Writes what microbatches with images have in addition. Returns the bytes to copy, which may be none."""
+        """Writes the additional inputs of microbatches with images. Returns the bytes to copy, which may be none."""
         numbers, (*_, rope_at, seen_at, end) = pinned.view(np.int32), self._offsets
         if shape.placed and batch.rope_positions is not None:
             rows = self._limits.max_batch_tokens

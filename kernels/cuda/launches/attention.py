@@ -40,7 +40,8 @@ _CAUSAL, _GROUP, _SEQUENCE = range(3)
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The memory that a stage's attention steps share. `slots` is the most single-row spans computed separately."""
+    """The memory that a stage's attention steps share. `slots` is the maximum number of single-row spans that are
+    computed separately."""
 
     max_rows: int
     slots: int

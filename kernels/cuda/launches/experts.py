@@ -28,7 +28,7 @@ class ExpertBuffers:
 
 
 def choice_bytes(step: Moe, rows: int) -> int:
-    """Returns the bytes of the chosen experts' ids. Their weights and the lines take the same number each."""
+    """Returns the bytes of the chosen experts' ids. Their weights take as many bytes, and so do the lines."""
     return 4 * rows * step.used
 
 

@@ -1,4 +1,4 @@
-"""Encoders of images by the name of their projector in GGUF files."""
+"""Encoders of images, keyed by the name of their projector in GGUF files."""
 
 from __future__ import annotations
 

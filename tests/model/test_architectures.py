@@ -130,7 +130,7 @@ def test_llama_as_a_list_of_steps(make: Callable[..., ModelFile]) -> None:
     program = build_program(make(layers=1), 0, 1)
     attention = ["RmsNorm", "MatMul", "MatMul", "MatMul", "Rope", "Rope", "Attention", "MatMul", "Add"]
     feed_forward = ["RmsNorm", "MatMul", "MatMul", "SiluMul", "MatMul", "Add"]
-    assert kinds(program) == ["Embed", *attention, *feed_forward, "RmsNorm", "SelectRows", "MatMul"]
+    assert kinds(program) == ["Embed", "GivenRows", *attention, *feed_forward, "RmsNorm", "SelectRows", "MatMul"]
     step = program.kv_layers[0]
     assert (step.heads, step.kv_heads, step.head_dim, step.scale) == (4, 2, 16, 0.25)
     assert program.hidden.width == 64

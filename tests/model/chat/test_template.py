@@ -257,9 +257,9 @@ async def test_messages_are_written_off_the_event_loop(chatml: ChatTemplate, mon
     threads: set[int] = set()
     encoded = child_frames.encoded
 
-    def spied(values: Mapping[str, Any]) -> bytes:
+    def spied(values: Mapping[str, Any], payload: bytes) -> bytes:
         threads.add(threading.get_ident())
-        return encoded(values)
+        return encoded(values, payload)
 
     monkeypatch.setattr(child_process, "encoded", spied)
     assert "Hello" in await chatml.render_async(HELLO)

@@ -34,7 +34,7 @@ def refusal(preparation: ImagePreparation, picture: bytes) -> str:
         preparation.prepare(picture)
     except RequestError as error:
         assert str(error).isprintable() and len(str(error)) < 300, error
-        assert "rror" not in str(error) and "ermitted" not in str(error) and "import" not in str(error), error
+        assert "Error" not in str(error) and "ermitted" not in str(error) and "import" not in str(error), error
         return str(error)
     return ""
 

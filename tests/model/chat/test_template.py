@@ -257,7 +257,7 @@ async def test_messages_are_written_off_the_event_loop(chatml: ChatTemplate, mon
     threads: set[int] = set()
     encoded = child_frames.encoded
 
-    def spied(values: Mapping[str, Any], payload: bytes) -> bytes:
+    def spied(values: Mapping[str, Any], payload: bytes = b"") -> bytes:
         threads.add(threading.get_ident())
         return encoded(values, payload)
 

@@ -81,7 +81,7 @@ def test_a_ray_cluster_of_its_own_gives_the_single_workers_bits_and_is_gone_afte
             logs = [path.read_text() for path in folder.glob("session_latest/logs/worker-*.err")]
             return all(any(f"worker {name} is a member" in log for log in logs) for name in "abc")
 
-        eventually(joined, 60.0, "all workers are members in Ray's logs")
+        eventually(joined, 180.0, "all workers are members in Ray's logs")
         assert "layers [2, 4) are loaded" in logs_of(line, "b")
         secret = token_file(line).read_text().strip().rpartition(".")[2]
         told = [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]

@@ -123,7 +123,10 @@ def test_groups_over_spans(tmp_path: Path, cpu: CpuBackend, cuda: CudaBackend, k
     tensors = tensors_of(tmp_path, weights)
     products = MatMul(x, q, "wq"), MatMul(x, k, "wk"), MatMul(x, v, "wv")
     images = [range(500, 530), range(1000, 1030)]
-    generator, limits = generator_of(kv_type), replace(LIMITS, max_batch_tokens=64, kv_type=str(kv_type))
+    generator, limits = (
+        generator_of(kv_type),
+        replace(LIMITS, max_batch_tokens=64, max_outputs=64, kv_type=str(kv_type)),
+    )
     hidden = 2 * normal(generator, 1040, x.width)
     for changes in ({}, {"window": 100}, {"soft_cap": 5.0}, {"slopes": (0.5, 0.25, 0.125, 0.0625)}):
         attention = Attention(q, k, v, out, 1, 4, 2, 32, scale=32**-0.5, kv_type=kv_type, **changes)

@@ -164,8 +164,8 @@ def test_what_no_kernel_computes_is_refused() -> None:
     (step,) = program.kv_layers
     for wrong, what in (
         (replace(step, window=9), "latent attention with a window"),
-        (replace(step, out=Buffer("o", 2 * 31)), "latent values of an odd number of channels"),
-        (replace(step, out=Buffer("o", 2 * 42)), "latent values of an odd number of channels"),
+        (replace(step, out=Buffer("o", 2 * 31)), "odd latent values"),
+        (replace(step, out=Buffer("o", 2 * 42)), "odd latent values"),
         (replace(step, k=Buffer("x", 120)), "key and value width"),
     ):
         steps = (*program.steps[:-1], wrong)

@@ -34,11 +34,16 @@ def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) 
 
 def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
     """Returns the token ids of a rendered prompt with control tokens, and with BOS first if the model wants it."""
-    parts = tokenizer.split_special(rendered, parse_special=True)
-    ids = tokenizer.encode_parts([unguarded(part) if isinstance(part, str) else part for part in parts])
+    ids = encode_text(tokenizer, rendered)
     if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         return [tokenizer.bos_id, *ids]
     return ids
+
+
+def encode_text(tokenizer: Tokenizer, rendered: str) -> list[int]:
+    """Returns the token ids of a part of a rendered prompt with control tokens."""
+    parts = tokenizer.split_special(rendered, parse_special=True)
+    return tokenizer.encode_parts([unguarded(part) if isinstance(part, str) else part for part in parts])
 
 
 def unguarded(rendered: str) -> str:

@@ -10,6 +10,7 @@ from datetime import datetime
 from itertools import chain
 from typing import Any, Final
 
+from llamaclust.cluster.front.text.images import ImageMarkers, ImageSource, Part, PromptImages, source_of, text_part
 from llamaclust.cluster.front.text.request import (
     AnswerReading,
     ChatRequest,
@@ -19,11 +20,11 @@ from llamaclust.cluster.front.text.request import (
 )
 from llamaclust.cluster.front.text.sharing import RENDERING, TEMPLATES, TOKENIZING, run_on, tokenizing
 from llamaclust.cluster.scheduler.requests import Operation
-from llamaclust.core.errors import DeadlineError, ParameterError
+from llamaclust.core.errors import DeadlineError, ParameterError, RequestError
 from llamaclust.core.sampling import Grammar, Reasoning
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_TRIGGER_BYTES
 from llamaclust.model.chat.accepted_messages import accepted_forms, lacks_system
-from llamaclust.model.chat.prompt import encode_chat, guard_messages, unguarded
+from llamaclust.model.chat.prompt import encode_chat, encode_text, guard_messages, unguarded
 from llamaclust.model.chat.template import ChatTemplate, TemplateRefusalError
 from llamaclust.model.chat.tools.begun_answer import continuation, ended_reasoning, opened_reasoning
 from llamaclust.model.chat.tools.format_derivation import derive_format
@@ -39,6 +40,9 @@ _TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt", "t
 
 _HINTS: Final = ("tool", "think", "reason", "channel", "function", "response", "THINK", "RESPONSE")
 """Words of which a template with calls or reasoning contains at least one. Other templates need not be analysed."""
+_PART_TYPES: Final = ("'type'", '"type"', ".type")
+"""Texts of which a template that reads parts of contents contains one."""
+_PROBE: Final = "probe of a content"
 _MAX_DERIVATION_S: Final = 60.0
 """Deadline of deriving the form of answers, for slow templates or a busy machine. The next chat tries again."""
 _MAX_WAIT_S: Final = 120.0
@@ -56,12 +60,15 @@ class ChatFormat:
         self._lock = asyncio.Lock()
         self._form: ToolFormat | None = None
         self._control_ids: frozenset[int] = frozenset()
+        self._takes_parts = False
+        """True if the template shows contents only as lists of parts."""
 
     async def get(self) -> ToolFormat:
         """Returns the form of answers. Raises DeadlineError if deriving it takes too long; the next call tries
         again."""
         async with deadline("the chat template's form", _MAX_WAIT_S), self._lock:
             if self._form is None:
+                self._takes_parts = await run_on(RENDERING, self._needs_parts)
                 form = await run_on(RENDERING, self._derived)
                 controls = [text for text in self._tokenizer.control_texts if len(text) > 1]
                 shown = [text for text in controls if any(text in marker for marker in form.markers)]
@@ -71,17 +78,35 @@ class ChatFormat:
         return self._form
 
     async def text(self, chat: ChatRequest) -> str:
-        return unguarded((await self._rendered(chat))[0])
+        """Returns the rendered prompt, with llama.cpp's media marker for each image."""
+        markers = ImageMarkers()
+        text, _ = await self._rendered(replace(chat, messages=markers.mark(chat.messages)))
+        return markers.public(unguarded(text))
 
     async def completion(self, chat: ChatRequest, check: Callable[[int], None]) -> CompletionRequest:
         """Returns the completion request for a chat, without the grammar of its calls. `check` gets the number of
         characters, and raises an error if they are too many."""
+        markers = ImageMarkers()
+        chat = replace(chat, messages=markers.mark(chat.messages))
         check(await run_on(TOKENIZING, chat.count_characters))
         text, reading = await self._rendered(chat)
         check(len(unguarded(text)))
-        prompt = await run_on(tokenizing(len(text)), encode_chat, self._tokenizer, text)
+        prompt = await run_on(tokenizing(len(text)), self._encoded, markers.split(text), chat.pictures)
         reading = reading and replace(reading, shown_control_ids=self._control_ids)
-        return replace(chat.answer, prompt=tuple(prompt), reading=reading, operation=Operation.CHAT)
+        return replace(chat.answer, prompt=prompt, reading=reading, operation=Operation.CHAT)
+
+    def _encoded(self, pieces: Sequence[Part], pictures: Mapping[str, bytes]) -> tuple[int, ...] | PromptImages:
+        """Encodes the texts between images, each as if a control token preceded it."""
+        first, *others = pieces
+        ids = tuple(encode_chat(self._tokenizer, str(first)))
+        if not others:
+            return ids
+        return PromptImages((ids, *(self._piece(piece, pictures) for piece in others)))
+
+    def _piece(self, piece: Part, pictures: Mapping[str, bytes]) -> tuple[int, ...] | ImageSource:
+        if isinstance(piece, str):
+            return tuple(encode_text(self._tokenizer, piece))
+        return source_of(piece, pictures)
 
     async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerReading | None]:
         """Returns the guarded prompt (see `model.chat.prompt`) and the reading of the answer. If the template refuses
@@ -123,9 +148,10 @@ class ChatFormat:
         first form that it accepts. If it refuses all, raises the TemplateRefusalError about the original messages."""
         refusal, shortened = None, None
         for accepted in chain([messages], accepted_forms(messages)):
+            shown = [*map(_with_parts, accepted)] if self._takes_parts else accepted
             try:
                 async with TEMPLATES.turn():
-                    text = await self._template.render_async(accepted, **more)
+                    text = await self._template.render_async(shown, **more)
             except TemplateRefusalError as error:
                 refusal = refusal or error
                 continue
@@ -150,6 +176,23 @@ class ChatFormat:
         }
         return guard_messages([*template_messages(history, chat.messages, tools), variables], self._tokenizer)
 
+    def _needs_parts(self) -> bool:
+        """Returns True if the template shows a content only as a list of parts, as templates of some vision models
+        do."""
+        source = self._template.source or ""
+        if not any(word in source for word in _PART_TYPES):
+            return False
+        message = {"role": "user", "content": _PROBE}
+        forms = ([message], [_with_parts(message)])
+        with_text, with_parts = (_PROBE in self._rendered_or_empty(messages) for messages in forms)
+        return with_parts and not with_text
+
+    def _rendered_or_empty(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        try:
+            return self._template.render(messages)
+        except RequestError:
+            return ""
+
     def _derived(self) -> ToolFormat:
         source = self._template.source or ""
         if not any(hint in source for hint in _HINTS):
@@ -162,6 +205,12 @@ class ChatFormat:
             return self._template.render(messages, prompt, **variables)
 
         return derive_format(source, render)
+
+
+def _with_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a message whose content, if it is a text, is a list of one part."""
+    content = message.get("content")
+    return {**message, "content": [text_part(content)]} if isinstance(content, str) else dict(message)
 
 
 def answer_reasoning(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any, Final
 
+from llamaclust.cluster.front.text.images import PromptImages
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
 from llamaclust.cluster.scheduler.requests import AnswerOptions
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, check_count, check_integer, shown
@@ -77,7 +78,7 @@ class AnswerReading:
 class CompletionRequest(AnswerOptions):
     """A prompt and the options of its completion. A text is tokenized as the model file specifies."""
 
-    prompt: str | tuple[int, ...]
+    prompt: str | tuple[int, ...] | PromptImages
     max_new_tokens: int | None = None  # None: until the context is full; 0: the prompt is computed, nothing generated
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None  # -2**63 .. 2**64 - 1, negative ones as two's complement; None: drawn at random
@@ -178,6 +179,7 @@ class ChatRequest:
     may_reason: bool = True  # False: the prompt ends any reasoning that it begins
     reasoning_budget: ReasoningBudget | None = None
     created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
+    pictures: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # by their http(s) URLs in the messages
 
     def admitted(self, created: float, adapters: AdapterScales) -> ChatRequest:
         return replace(self, created=created, answer=replace(self.answer, adapters=adapters))

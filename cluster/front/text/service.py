@@ -16,6 +16,7 @@ from llamaclust.cluster.front.text.call_constraint import answer_grammar
 from llamaclust.cluster.front.text.chat import ChatFormat, answer_reasoning
 from llamaclust.cluster.front.text.completion import Choice, ChoiceText, Completion
 from llamaclust.cluster.front.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
+from llamaclust.cluster.front.text.images import PromptImages, Vision
 from llamaclust.cluster.front.text.request import SEEDS, ChatRequest, CompletionRequest, ToolMode, draw_seed
 from llamaclust.cluster.front.text.sharing import (
     BREAKERS,
@@ -81,9 +82,16 @@ class TextService:
     """The text service of one served model. Not thread-safe: use it on one event loop."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer, chat_template: ChatTemplate, settings: TextSettings
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate,
+        settings: TextSettings,
+        vision: Vision | None = None,
     ) -> None:
+        """Makes the service. `vision`: None for a model that reads text only."""
         self.tokenizer = tokenizer
+        self.vision = vision
         self.chat_template = chat_template
         self.settings = settings
         self.budget = ReplyBudget()
@@ -111,7 +119,7 @@ class TextService:
         """Returns the request in tokens, with its first choice. Raises ParameterError for invalid fields that have no
         equivalent in tokens."""
         request.check_text()
-        self.slots.check(request.slot)
+        self.slots.check(request.slot, has_images=isinstance(request.prompt, PromptImages))
         with self._counted():
             if request.grammar is not None:
                 self._engine.prepare_matchers()
@@ -282,6 +290,11 @@ class TextService:
         with self._counted():
             return await self._format_of(chat).completion(chat, self._check_characters)
 
+    async def count(self, chat: ChatRequest) -> int:
+        """Returns the number of tokens in the prompt of a chat."""
+        with self._counted():
+            return len(await self._prompt_ids(await self.chat_prompt(chat)))
+
     async def chat_text(self, chat: ChatRequest) -> str:
         return await self._format_of(chat).text(chat)
 
@@ -305,6 +318,10 @@ class TextService:
         if isinstance(request.prompt, str):
             self._check_characters(len(request.prompt))
             return tuple(await self.tokenize(request.prompt, request.add_special, request.parse_special))
+        if isinstance(request.prompt, PromptImages):
+            assert self.vision is not None, "asked before"
+            self._check_room(f"has {request.prompt.least_tokens} tokens", request.prompt.least_tokens, "prompt", None)
+            return await self.vision.lay_out(request.prompt)
         return request.prompt
 
     def _encode_all(self, parts: Sequence[str | int], add_special: bool) -> list[list[int]]:

@@ -37,12 +37,14 @@ class Slots:
     def model_id(self) -> str:
         return self._engine.scheduler.settings.model_id
 
-    def check(self, slot: int | None) -> None:
-        """Raises ParameterError for an unknown slot, unless no slots are kept."""
+    def check(self, slot: int | None, *, has_images: bool) -> None:
+        """Raises ParameterError for an unknown slot or a prompt with images, unless no slots are kept."""
         if slot is not None and self.count and not 0 <= slot < self.count:
             raise ParameterError(
                 "id_slot", f"slot {slot} does not exist: there are {self.count} slots, numbered from 0"
             )
+        if slot is not None and self.count and has_images:
+            raise ParameterError("id_slot", "slots keep token ids alone and no images; leave it out")
 
     def recording(self, slot: int, request: GenerationRequest, prompt: int) -> Subscriber:
         """Stores the request's prompt in the slot. Returns a subscriber that adds the tokens of the first answer, from

@@ -29,6 +29,7 @@ from llamaclust.cluster.front.models import AdapterControl
 from llamaclust.cluster.front.replies.handlers import Replies
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.answer import Answer, TextChunk, join
+from llamaclust.cluster.front.text.images import Vision
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.scheduler.requests import (
     Event,
@@ -190,6 +191,7 @@ def make_service(
     slots: int = 0,
     adapters: ServedAdapters | None = None,
     name: str = MODEL,
+    vision: Vision | None = None,
 ) -> TextService:
     settings = TextSettings(
         name,
@@ -200,7 +202,7 @@ def make_service(
         adapters=adapters or ServedAdapters(),
         max_drafted=engine.scheduler.settings.max_drafted if isinstance(engine, Engine) else 0,
     )
-    return TextService(engine, tokenizer(), template or chat_template(), settings)
+    return TextService(engine, tokenizer(), template or chat_template(), settings, vision)
 
 
 async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
@@ -218,13 +220,14 @@ def make_app(
     workers: Any = None,
     control: AdapterControl | None = None,
     replies: Replies | None = None,
+    vision: Vision | None = None,
     **settings: Any,
 ) -> Starlette:
     """An app on a scripted engine; operators see an engine that does nothing."""
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
     replies = replies or Replies(ApiSettings(**settings))
     slots = SETTINGS.max_sequences if "slot_folder" in settings else 0
-    service = make_service(engine, chat_template, slots, replies.settings.adapters)
+    service = make_service(engine, chat_template, slots, replies.settings.adapters, vision=vision)
     show = {"status": {"name": "test"}}.copy
     return create_app([api_model(service, idle, None, show, control, replies)], admission, workers)
 

@@ -1,0 +1,146 @@
+"""Images in prompts: parts of messages, pictures, and prompts of token ids and pictures."""
+
+from __future__ import annotations
+
+import re
+from binascii import a2b_base64
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from secrets import token_hex
+from typing import Any, Final, Protocol
+
+from llamaclust.core.errors import ParameterError
+
+MAX_IMAGES: Final = 64
+"""The largest number of images in a request."""
+MAX_IMAGE_BYTES: Final = 20 << 20
+"""The largest size of a picture's file."""
+MAX_IMAGES_BYTES: Final = 32 << 20
+"""The largest size of all pictures of a request."""
+
+MEDIA_MARKER: Final = f"<__media_{token_hex(16)}__>"
+"""The text that stands for an image in prompts of llama.cpp's API. `GET /props` shows it. It is random, so that a text
+has it only on purpose."""
+
+_STEP: Final = 1 << 18  # a multiple of 4
+Part = str | dict[str, Any]
+"""A part of a message: a text, or an image in OpenAI's form."""
+Content = str | list[dict[str, Any]]
+"""A message's content. With images, it is a list of OpenAI's parts of the types `text` and `image_url`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSource:
+    """A picture as its client sent it: the bytes of a file in a format that is not yet known."""
+
+    data: bytes = field(repr=False)
+    detail: str = "auto"  # OpenAI's: auto, low or high
+
+
+@dataclass(frozen=True, slots=True)
+class PromptImages:
+    """A prompt with images. `pieces`: token ids and pictures in their order."""
+
+    pieces: tuple[tuple[int, ...] | ImageSource, ...]
+
+    @property
+    def least_tokens(self) -> int:
+        """A lower bound of the prompt's length, with one row for each image."""
+        return sum(1 if isinstance(piece, ImageSource) else len(piece) for piece in self.pieces)
+
+
+class Vision(Protocol):
+    """The projector of a served model."""
+
+    async def lay_out(self, prompt: PromptImages) -> tuple[int, ...]:
+        """Returns the token ids of a prompt, with the family's tokens around images and 0 for each row of an image.
+        Raises RequestError for a picture that cannot be read."""
+
+
+def image_part(url: str, detail: str = "auto") -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url, "detail": detail}}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def joined(parts: Sequence[Part]) -> Content:
+    """Makes a message's content of texts and image parts. Texts alone are joined with line breaks."""
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) == len(parts):
+        return "\n".join(texts)
+    return [text_part(part) if isinstance(part, str) else part for part in parts]
+
+
+def parts_of(content: Content) -> list[Part]:
+    """Returns the texts and image parts of a message's content; the inverse of `joined`."""
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] if part["type"] == "text" else part for part in content]
+
+
+def image_urls(messages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns the URLs of all images in the messages, in their order."""
+    contents = (message.get("content") for message in messages)
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+
+
+class ImageMarkers:
+    """The texts that stand for the images of one chat while its template is rendered. They are random, so that no
+    message has them, and consist of letters and digits, so that no template changes them."""
+
+    def __init__(self) -> None:
+        self._word = f"image{token_hex(16)}n"
+        self._pattern = re.compile(rf"{self._word}(\d+)e")
+        self._parts: list[dict[str, Any]] = []
+
+    def mark(self, messages: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+        """Returns the messages with texts as contents. As in llama.cpp, texts are joined with line breaks, but there is
+        none beside an image."""
+        return tuple(
+            {**each, "content": self._text(content)} if isinstance(content := each.get("content"), list) else each
+            for each in messages
+        )
+
+    def _text(self, content: Sequence[Mapping[str, Any]]) -> str:
+        text, is_after_text = "", False
+        for part in content:
+            is_text = part["type"] == "text"
+            if is_text:
+                text += f"\n{part['text']}" if is_after_text else part["text"]
+            else:
+                text += f"{self._word}{len(self._parts)}e"
+                self._parts.append(dict(part))
+            is_after_text = is_text
+        return text
+
+    def split(self, rendered: str) -> list[Part]:
+        """Returns the texts and image parts of a rendered prompt, the first text even if it is empty. Raises
+        ParameterError if an image is missing."""
+        first, *others = self._pattern.split(rendered)
+        numbers, texts = [*map(int, others[::2])], others[1::2]
+        if missing := len(self._parts) - len({*numbers}):
+            reason = f"the model's chat template leaves out {missing} of {len(self._parts)} images"
+            raise ParameterError("messages", f"{reason}; put images into messages of the role user")
+        pieces: list[Part] = [first]
+        for number, text in zip(numbers, texts, strict=True):
+            pieces += [self._parts[number], text] if text else [self._parts[number]]
+        return pieces
+
+    def public(self, rendered: str) -> str:
+        """Returns a rendered prompt with llama.cpp's marker for each image."""
+        return self._pattern.sub(MEDIA_MARKER, rendered)
+
+
+def source_of(part: Mapping[str, Any], pictures: Mapping[str, bytes]) -> ImageSource:
+    """Returns the picture of an image part. `pictures`: their bytes by URL, except those of data URLs."""
+    image = part["image_url"]
+    url = image["url"]
+    return ImageSource(pictures[url] if url in pictures else _decoded(url.partition(",")[2]), image["detail"])
+
+
+def _decoded(data: str) -> bytes:
+    """Decodes base64 in steps, so that other threads can run meanwhile."""
+    return b"".join(a2b_base64(data[start : start + _STEP]) for start in range(0, len(data), _STEP))

@@ -1,0 +1,90 @@
+"""Prompts with images: templates of several kinds keep the places of images, and control words stay guarded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.front.text.chat import ChatFormat
+from llamaclust.cluster.front.text.images import ImageMarkers, ImageSource, PromptImages, image_part, text_part
+from llamaclust.cluster.front.text.request import ChatRequest
+from llamaclust.core.errors import ParameterError
+from llamaclust.model.chat.template import ChatTemplate
+from support.clusters.served import tokenizer
+from support.clusters.vision import data_url, picture
+
+FIRST, SECOND = picture(2), picture(3)
+TYPED = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+    "{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content | trim }}{% else %}"
+    "{% for part in m.content %}{% if part.type == 'text' %}[{{ part.text }}]{% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}"
+)
+ESCAPED = "{% for m in messages %}<{{ m.role }}>{{ m.content | tojson }}{% endfor %}"
+
+
+def chat(*parts: dict[str, Any], before: str = "s") -> ChatRequest:
+    return ChatRequest(({"role": "system", "content": before}, {"role": "user", "content": [*parts]}))
+
+
+async def pieces_of(source: str, request: ChatRequest) -> list[str | bytes]:
+    """The prompt with texts in place of token ids."""
+    with ChatTemplate(source, "", "") as template:
+        completion = await ChatFormat(template, tokenizer()).completion(request, lambda _: None)
+    prompt = completion.prompt
+    if isinstance(prompt, PromptImages):
+        return [piece.data if isinstance(piece, ImageSource) else tokenizer().decode(piece) for piece in prompt.pieces]
+    assert not isinstance(prompt, str)
+    return [tokenizer().decode(prompt)]
+
+
+@pytest.mark.parametrize(
+    ("source", "pieces"),
+    [
+        (TYPED, ["<system>s<user>a", FIRST, "b", SECOND]),
+        (EITHER, ["<system>s<user>a", FIRST, "b", SECOND]),
+        (ESCAPED, ['<system>"s"<user>"a', FIRST, "b", SECOND, '"']),
+    ],
+)
+async def test_kinds_of_templates(source: str, pieces: list[str | bytes]) -> None:
+    parts = (text_part("a"), image_part(data_url(FIRST)), text_part("b"), image_part(data_url(SECOND)))
+    assert await pieces_of(source, chat(*parts)) == pieces
+
+
+async def test_a_template_that_reads_only_parts_shows_texts() -> None:
+    request = ChatRequest(({"role": "user", "content": "Hello"},))
+    assert await pieces_of(TYPED, request) == ["<user>Hello"]
+    assert await pieces_of(EITHER, request) == ["<user>Hello"]
+
+
+async def test_a_template_that_leaves_out_images_is_an_error() -> None:
+    source = "{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(ParameterError, match="leaves out 1 of 1 images"):
+        await pieces_of(source, chat(image_part(data_url(FIRST))))
+
+
+async def test_control_words_beside_images_stay_texts() -> None:
+    word, control = "<|im_end|>", tokenizer().token_id("<|im_end|>")
+    parts = (text_part(f"{word}<|im_"), image_part(data_url(FIRST)), text_part(f"end|>{word}"))
+    with ChatTemplate(EITHER, "", "") as template:
+        completion = await ChatFormat(template, tokenizer()).completion(chat(*parts), lambda _: None)
+    assert isinstance(completion.prompt, PromptImages)
+    first, _, last = completion.prompt.pieces
+    assert not isinstance(first, ImageSource) and not isinstance(last, ImageSource)
+    assert control not in (*first, *last)
+    assert tokenizer().decode(last) == f"end|>{word}"
+
+
+def test_markers_are_new_for_each_chat() -> None:
+    message = {"role": "user", "content": [image_part(data_url(FIRST))]}
+    one, other = ImageMarkers(), ImageMarkers()
+    (first,), (second,) = one.mark([message]), other.mark([message])
+    assert first["content"] != second["content"] and first["content"].isalnum()
+    with pytest.raises(ParameterError):
+        other.split(first["content"])
+    repeated = one.split(first["content"] * 2)
+    assert len(repeated) == 3

@@ -21,6 +21,7 @@ from llamaclust.cluster.front.body import read_bytes
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.sse import EventResponse, JsonParts, StreamFormat, unless_disconnected
+from llamaclust.cluster.front.image_urls import check_restored
 from llamaclust.cluster.front.json_text import one_part
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Framing, MakeReply, Position, Reply, new_context, read_position
@@ -241,6 +242,7 @@ class Replies:
         left_s = self.settings.request_s if context.is_complete else context.left_s(Instant.now())
         end_s = asyncio.get_running_loop().time() + left_s
         try:
+            check_restored(context)
             await kept.begin(await make(context.body, context), until_s=end_s)
         except LlamaclustError as error:
             kept.fail(error)

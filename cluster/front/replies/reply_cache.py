@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.image_urls import journalled
 from llamaclust.cluster.front.json_text import json_size
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.settings import ApiSettings
@@ -101,7 +102,7 @@ class ReplyCache:
         The future is done when the request is on disk, or with an error."""
         assert self.journal is not None
         context, limit_s = kept.context, self.settings.request_s
-        return self.journal.admit(replace(context, body=body, admitted=Instant.now(), limit_s=limit_s))
+        return self.journal.admit(replace(journalled(context, body), admitted=Instant.now(), limit_s=limit_s))
 
     def expired(self, kept: KeptReply) -> None:
         self._ending.start(self.forget(kept))

@@ -1,0 +1,107 @@
+"""Fetches pictures over http(s), only from public addresses and within limits of size and time."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import Final
+
+import httpx
+
+from llamaclust.cluster.front.image_urls import PictureUrl
+from llamaclust.cluster.front.text.images import MAX_IMAGE_BYTES
+from llamaclust.core.errors import DeadlineError, ParameterError
+from llamaclust.core.version import VERSION
+
+_MAX_S: Final = 20.0
+"""Deadline of all fetches of one request."""
+_NAT64: Final = IPv6Network("64:ff9b::/96")
+_PLAIN: Final = "identity"
+_HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent": f"llamaclust/{VERSION}"}
+
+
+async def fetch_pictures(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:
+    """Fetches pictures that `ImageRules` allow, one after the other. Raises ParameterError if one cannot be fetched, or
+    if all together have more than `most_bytes`, and DeadlineError if they take too long."""
+    pictures: dict[str, bytes] = {}
+    left_bytes = most_bytes
+    try:
+        async with asyncio.timeout(_MAX_S), _client() as client:
+            for url in urls:
+                try:
+                    pictures[url] = await _fetched(client, PictureUrl.parse(url), min(left_bytes, MAX_IMAGE_BYTES))
+                except (ValueError, httpx.HTTPError, OSError) as error:
+                    raise ParameterError("messages", f"{url[:200]}: {error or type(error).__name__}") from error
+                left_bytes -= len(pictures[url])
+    except TimeoutError:
+        what = f"fetching {len(urls)} pictures took longer than {_MAX_S:g} s"
+        raise DeadlineError(f"{what}; send them as data URLs") from None
+    return pictures
+
+
+def _client() -> httpx.AsyncClient:
+    return httpx.AsyncClient(headers=_HEADERS, timeout=None, trust_env=False, follow_redirects=False)
+
+
+async def _fetched(client: httpx.AsyncClient, url: PictureUrl, most_bytes: int) -> bytes:
+    """Connects to the address that was checked: no second answer of a name server counts."""
+    address = await _public_address(url)
+    request = client.build_request(
+        "GET",
+        httpx.URL(scheme=url.scheme, host=address, port=url.port, raw_path=url.target.encode()),
+        headers={"host": url.authority},
+        extensions={"sni_hostname": url.host},
+    )
+    reply = await client.send(request, stream=True)
+    try:
+        if reply.is_redirect:
+            target = reply.headers.get("location", "")[:200]
+            raise ValueError(f"the host redirects to {target}, which is not followed; give the final URL")
+        if reply.status_code != httpx.codes.OK:
+            raise ValueError(f"the host answers {reply.status_code}")
+        if reply.headers.get("content-encoding", _PLAIN).lower() != _PLAIN:
+            raise ValueError("the host compresses its reply although it was asked not to")
+        return await _read(reply, most_bytes)
+    finally:
+        await reply.aclose()
+
+
+async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
+    data = bytearray()
+    async for part in reply.aiter_raw():
+        data += part
+        if len(data) > most_bytes:
+            raise ValueError(f"the picture has more than {most_bytes} bytes; send a smaller one, or fewer")
+    return bytes(data)
+
+
+async def _public_address(url: PictureUrl) -> str:
+    """Returns the first address of a host. Raises ValueError if any of its addresses is not public."""
+    resolving = asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
+    try:
+        found = await resolving
+    except OSError as error:
+        raise ValueError(f"the host is not found: {error.strerror or error}") from error
+    addresses = [str(place[0]) for *_, place in found]
+    for address in addresses:
+        if not is_public(address):
+            raise ValueError(f"the host has the address {address}, which is not public")
+    return addresses[0]
+
+
+def is_public(address: str) -> bool:
+    """Returns True for an address on the internet. An IPv6 address must not contain another IPv4 address."""
+    parsed = ip_address(address.partition("%")[0])
+    return all(each.is_global and not each.is_multicast for each in (parsed, *_embedded(parsed)))
+
+
+def _embedded(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
+    """Returns the IPv4 addresses to which an IPv6 address may lead: mapped, 6to4, Teredo and NAT64."""
+    if isinstance(address, IPv4Address):
+        return []
+    inner = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    if address in _NAT64:
+        inner.append(IPv4Address(int(address) & 0xFFFFFFFF))
+    return [each for each in inner if each is not None]

@@ -1,0 +1,62 @@
+"""Pictures of journalled requests: a restarted coordinator has their bytes, or says that they were too large."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.front import image_urls
+from llamaclust.cluster.front.image_urls import check_restored, journalled, with_pictures
+from llamaclust.cluster.front.text.images import image_part
+from llamaclust.cluster.front.text.request import ChatRequest
+from llamaclust.cluster.state.journal_records import RequestContext, read_journal
+from llamaclust.core.errors import RequestFailedError
+from support.clusters.journals import NOW, admission, journal
+from support.clusters.vision import data_url, picture
+
+URL = "https://example.com/a.png"
+PICTURE = picture(2, bytes(range(200, 256)))
+CHAT = ChatRequest(({"role": "user", "content": [image_part(URL), image_part(data_url(PICTURE))]},))
+
+
+@pytest.fixture(autouse=True)
+def _web(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fetch(urls: list[str], most_bytes: int) -> dict[str, bytes]:
+        return dict.fromkeys(urls, PICTURE)
+
+    monkeypatch.setattr("llamaclust.cluster.front.image_fetch.fetch_pictures", fetch)
+
+
+async def recorded(path: Path, context: RequestContext, body: bytes) -> RequestContext:
+    """The request as the next coordinator reads it."""
+    async with journal(path) as opened:
+        await opened.admit(journalled(context, body))
+        opened.seal()
+    (request,) = read_journal(path, NOW)
+    return request
+
+
+async def test_fetched_pictures_are_in_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = admission(1)
+    chat = await with_pictures(CHAT, context)
+    assert chat.pictures == {URL: PICTURE} and context.picture_bytes == 2 * len(PICTURE)
+    restored = await recorded(tmp_path / "journal", context, b'{"a": 1}')
+    assert restored.body == b'{"a": 1}' and restored.pictures == {URL: PICTURE}
+    check_restored(restored)
+    monkeypatch.setattr("llamaclust.cluster.front.image_fetch.fetch_pictures", None)  # nothing is fetched again
+    assert (await with_pictures(CHAT, restored)).pictures == {URL: PICTURE}
+
+
+async def test_pictures_above_the_bound_are_an_error_after_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_urls, "MAX_JOURNALLED_BYTES", 2 * len(PICTURE) - 1)
+    context = replace(admission(1), earlier=({"role": "user", "content": "a"},))
+    await with_pictures(CHAT, context)
+    restored = await recorded(tmp_path / "journal", context, b"body")
+    assert (restored.body, restored.earlier, restored.pictures) == (b"", (), {})
+    with pytest.raises(RequestFailedError, match=f"{2 * len(PICTURE)} bytes, and the journal keeps"):
+        check_restored(restored)
+    assert not restored.idempotency_key and context.earlier

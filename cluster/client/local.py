@@ -14,8 +14,10 @@ from llamaclust.cluster.client.base import AsyncTextClient, Chunks, TextClient
 from llamaclust.cluster.client.http_codec import CHAT, Options, sampling_options
 from llamaclust.cluster.front.dialects.embeddings import OpenAiEmbeddingBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
+from llamaclust.cluster.front.image_urls import ImageRules
+from llamaclust.cluster.front.pictures import with_pictures
 from llamaclust.cluster.front.sampling import chat_sampling
-from llamaclust.cluster.front.schema import read_fields
+from llamaclust.cluster.front.schema import BodyContext, read_fields
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.embedder import Vector
 from llamaclust.cluster.front.text.service import TextService
@@ -45,7 +47,9 @@ class AsyncServiceClient(AsyncTextClient):
 
     async def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
         if path == CHAT:
-            request = await self.service.chat(read_fields(ChatBody, body).request())
+            images = None if self.service.vision is None else ImageRules()
+            chat = read_fields(ChatBody, body, BodyContext(images)).request()
+            request = await self.service.chat(await with_pictures(chat))
         else:
             request, *others = read_fields(CompletionBody, body).requests()
             if others:

@@ -22,8 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamaclust.cluster.front.defaults import usable_defaults
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
+from llamaclust.cluster.front.image_urls import ImageRules
 from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, Member, Outline, has_many_values, outline
-from llamaclust.cluster.front.schema import AnyBody, Body, Leniency, Neutral, parts_of, read_fields
+from llamaclust.cluster.front.schema import AnyBody, Body, BodyContext, Leniency, Neutral, parts_of, read_fields
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.sharing import Threads, ignored_parts, report_ignored, run_on
 from llamaclust.core.errors import ParameterError
@@ -38,7 +39,7 @@ _MOST_VALUES = (1 << 20) + (1 << 16)
 many blocks the process for a fifth of a second."""
 _PROMPT_FIELDS = {
     *("prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "context", "content", "tokens"),
-    *("messages", "system", "input", "instructions", "query", "documents", "texts"),
+    *("messages", "system", "input", "instructions", "query", "documents", "texts", "images"),
 }
 """Fields that hold what the model reads. They may be as large as the body."""
 _MOST_FIELD_BYTES = 1 << 22
@@ -54,21 +55,26 @@ _Made = TypeVar("_Made")
 _Arguments = ParamSpec("_Arguments")
 
 
-async def read_body(request: Request, kind: type[AnyBody], settings: ApiSettings) -> AnyBody:
+async def read_body(
+    request: Request, kind: type[AnyBody], settings: ApiSettings, images: ImageRules | None = None
+) -> AnyBody:
     """Reads the request's body. Raises HttpError (413, 408, 415, 400), and what `read_fields` raises."""
-    return await parse_body(await read_bytes(request, settings), kind, settings)
+    return await parse_body(await read_bytes(request, settings), kind, settings, images)
 
 
-async def parse_body(data: bytes, kind: type[AnyBody], settings: ApiSettings) -> AnyBody:
-    """Parses a body, and reports fields without effect. Raises HttpError (400), and what `read_fields` raises."""
-    leniency = None if settings.is_strict or _is_strict.get() else Leniency()
+async def parse_body(
+    data: bytes, kind: type[AnyBody], settings: ApiSettings, images: ImageRules | None = None
+) -> AnyBody:
+    """Parses a body, and reports fields without effect. Raises HttpError (400), and what `read_fields` raises.
+    `images`: None for a model that reads text only."""
+    context = BodyContext(images) if settings.is_strict or _is_strict.get() else Leniency(images)
 
     def parse() -> AnyBody:
-        return read_fields(kind, _with_defaults(parse_object(data), kind, settings), leniency, _idle(kind, settings))
+        return read_fields(kind, _with_defaults(parse_object(data), kind, settings), context, _idle(kind, settings))
 
     body = parse() if len(data) <= LARGE_BYTES else await run_on(_reading, parse)
-    if leniency is not None and leniency.ignored:
-        report_ignored(leniency.ignored)
+    if isinstance(context, Leniency) and context.ignored:
+        report_ignored(context.ignored)
     return body
 
 

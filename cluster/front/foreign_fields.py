@@ -200,16 +200,15 @@ OLLAMA_OPTIONS: Final = ForeignFields(
 )
 """Options of Ollama. The hints concern how the model is computed, which the cluster file decides."""
 
-OLLAMA: Final = ForeignFields(
-    refused={**_CHAT_ONLY, **_names("template images adapters lora", only())},
+OLLAMA_GENERATE: Final = ForeignFields(
+    refused={**_CHAT_ONLY, **_names("template adapters lora", only())},
     hints=_names("truncate shift", anything),
 )
+OLLAMA: Final = replace(OLLAMA_GENERATE, refused={**OLLAMA_GENERATE.refused, "images": only()})
 """Fields of Ollama's requests. `truncate` and `shift` have no effect: prompts are never truncated, and the context
 never shifts."""
 
-OLLAMA_MESSAGE: Final = ForeignFields(
-    refused=_names("images", only()), other_names={"name": "tool_name", "reasoning_content": "thinking"}
-)
+OLLAMA_MESSAGE: Final = ForeignFields(other_names={"name": "tool_name", "reasoning_content": "thinking"})
 
 OF_ADAPTERS: Final = ForeignFields(
     refused=_names("load_inplace is_3d_lora_weight", only(False)), hints=_names("lora_int_id", anything)

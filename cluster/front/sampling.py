@@ -13,6 +13,7 @@ from llamaclust.cluster.config.values import shown, switched
 from llamaclust.cluster.front.foreign_fields import CHAT
 from llamaclust.cluster.front.schema import Body, Leniency, Prompt, SeedField
 from llamaclust.cluster.front.text.answer import json_logprob
+from llamaclust.cluster.front.text.images import PromptImages
 from llamaclust.cluster.front.text.request import (
     MAX_MESSAGE_CHARACTERS,
     MAX_SALT_CHARACTERS,
@@ -268,7 +269,11 @@ class SamplerFields(Body):
     """The samplers that are applied, in this order."""
 
     def completion(
-        self, prompt: Prompt, max_new_tokens: int | None, params: SamplingParams | None = None, **more: Any
+        self,
+        prompt: Prompt | PromptImages,
+        max_new_tokens: int | None,
+        params: SamplingParams | None = None,
+        **more: Any,
     ) -> CompletionRequest:
         """Returns the request for one prompt, with the fields that the body marks as `Requested`, and with `more`."""
         marks = [(name, mark) for name, info in type(self).model_fields.items() for mark in info.metadata]

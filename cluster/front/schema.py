@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from functools import cache
 from threading import Lock
 from types import MappingProxyType
-from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args, get_origin
 
 from pydantic import (
     BeforeValidator,
@@ -27,6 +27,10 @@ from llamaclust.cluster.config.field_docs import DocumentedModel
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_LOGIT_BIASES
 
+if TYPE_CHECKING:
+    from llamaclust.cluster.front.image_urls import ImageRules
+
+NOT_SUPPORTED = "this server does not support it; leave it out"
 _UNKNOWN = "unknown_field"
 _MOST_OF_A_NAME = 200
 _MOST_IGNORED = 16
@@ -37,6 +41,11 @@ _LARGEST_NUMBER = (1 << 64) - 1
 _building = Lock()
 
 Prompt = str | tuple[int, ...]
+
+
+class PlacedError(ValueError):
+    """An error of one part of a field; its text begins with the place in brackets."""
+
 
 Neutral = Callable[[Any], bool]
 """Returns True if a field's value has no effect."""
@@ -54,10 +63,19 @@ class ForeignFields:
         return self.other_names.get(given, given)
 
 
-class Leniency:
-    """Collects the names of a body's fields that have no effect."""
+class BodyContext:
+    """The context in which a body is read. `images`: None for a model that reads text only. Fields without effect are
+    refused."""
 
-    def __init__(self) -> None:
+    def __init__(self, images: ImageRules | None = None) -> None:
+        self.images = images
+
+
+class Leniency(BodyContext):
+    """A context that collects the names of a body's fields without effect."""
+
+    def __init__(self, images: ImageRules | None = None) -> None:
+        super().__init__(images)
         self.ignored: list[str] = []
 
     def ignore(self, name: str) -> None:
@@ -134,10 +152,10 @@ def parts_of(kind: type[Body]) -> dict[str, type[Body]]:
     return {name: part for name, part in bodies.items() if part.takes_recommended}
 
 
-def read_part(kind: type[AnyBody], value: Any, leniency: Leniency | None) -> AnyBody:
+def read_part(kind: type[AnyBody], value: Any, context: BodyContext | None) -> AnyBody:
     """Calls `read_fields` in a pydantic validator, which must raise ValueError."""
     try:
-        return read_fields(kind, value, leniency)
+        return read_fields(kind, value, context)
     except ParameterError as error:
         raise ValueError(str(error)) from error
 
@@ -145,23 +163,23 @@ def read_part(kind: type[AnyBody], value: Any, leniency: Leniency | None) -> Any
 def read_fields(
     kind: type[AnyBody],
     fields: Mapping[str, Any],
-    leniency: Leniency | None = None,
+    context: BodyContext | None = None,
     idle: Mapping[str, Neutral] = MappingProxyType({}),
 ) -> AnyBody:
-    """Makes a body from fields. Raises ParameterError for a field that is wrong or not supported, and, if `leniency` is
-    None, for one that is unknown or has no effect. `idle`: fields without effect with these settings."""
+    """Makes a body from fields. Raises ParameterError for a field that is wrong or not supported, and, unless `context`
+    is a `Leniency`, for one that is unknown or has no effect. `idle`: fields without effect with these settings."""
     foreign, kept = kind.foreign, {name: value for name, value in fields.items() if value is not None}
     for name, is_neutral in {**foreign.refused, **foreign.hints, **idle}.items():
         if name in kept and not is_neutral(kept.pop(name)):
-            if leniency is None or name in foreign.refused:
-                raise ParameterError(name, "this server does not support it; leave it out")
-            leniency.ignore(name)
+            if not isinstance(context, Leniency) or name in foreign.refused:
+                raise ParameterError(name, NOT_SUPPORTED)
+            context.ignore(name)
     as_sent = {name: other for other, name in foreign.other_names.items() if other in kept and name not in kept}
     for other, name in foreign.other_names.items():
         if other in kept and kept.setdefault(name, kept[other]) != kept.pop(other):
             raise ParameterError(other, f"is another name of {name}, which has another value: leave one out")
     try:
-        body = _built(kind).model_validate(kept, context=leniency)
+        body = _built(kind).model_validate(kept, context=context)
     except ValidationError as error:
         raise _first_error(error, as_sent) from error
     body.check()
@@ -201,6 +219,9 @@ def _parameter_error(first: Any, as_sent: Mapping[str, str] = MappingProxyType({
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     if first["type"] == _UNKNOWN:
         return ParameterError(name[:_MOST_OF_A_NAME], first["msg"])
+    if first["type"] == "value_error" and isinstance(first["ctx"]["error"], PlacedError):
+        inner, _, reason = str(first["ctx"]["error"]).partition(": ")
+        return ParameterError(name + inner, reason)
     if first["type"] == "value_error":
         return ParameterError(name, str(first["ctx"]["error"]))
     reason = "is missing" if first["type"] == "missing" else first["msg"][:1].lower() + first["msg"][1:]

@@ -14,7 +14,9 @@ from llamaclust.cluster.front.body import converted, parse_body, read_body
 from llamaclust.cluster.front.errors import ErrorShape
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
 from llamaclust.cluster.front.http.sse import StreamFormat, unless_disconnected
+from llamaclust.cluster.front.image_urls import ImageRules
 from llamaclust.cluster.front.models import ApiModel
+from llamaclust.cluster.front.pictures import with_pictures
 from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.schema import AnyBody
 from llamaclust.cluster.front.settings import ModelNames
@@ -35,10 +37,11 @@ class ParsedRequest(Generic[AnyBody]):
     async def chat(
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
-        """Calls `make` with the body, on a thread if the body is large. Returns the chat with the request's time and
-        adapters."""
+        """Calls `make` with the body, on a thread if the body is large. Returns the chat with the request's time,
+        adapters and pictures."""
         chat = await converted(self.body, make, *given, **named)
-        return chat.admitted(self.context.created, self.adapters)
+        admitted = chat.admitted(self.context.created, self.adapters)
+        return await with_pictures(admitted, self.context)
 
 
 class Endpoint(ABC, Generic[AnyBody]):
@@ -66,12 +69,17 @@ class Endpoint(ABC, Generic[AnyBody]):
         form = self.form.value
         yield Route("POST", self.path, self.answer, self.body, computes=True, errors=self.errors, form=form)
 
+    @property
+    def images(self) -> ImageRules | None:
+        """The images that the model takes. None: it reads text only."""
+        return None if self.service.vision is None else ImageRules(self.settings.image_hosts)
+
     @abstractmethod
     async def answer(self, request: Request) -> Response: ...
 
     async def read(self, request: Request) -> AnyBody:
         """Reads the body of a request. Raises what `read_body` and `check_model` raise."""
-        body = await read_body(request, self.body, self.settings)
+        body = await read_body(request, self.body, self.settings, self.images)
         self.check_model(body)
         return body
 
@@ -97,7 +105,7 @@ class Dialect(Endpoint[AnyBody]):
         """Describes the reply to a request. Raises an error to refuse the request."""
 
     async def make(self, data: bytes, context: RequestContext) -> Reply:
-        body = await parse_body(data, self.body, self.settings)
+        body = await parse_body(data, self.body, self.settings, self.images)
         adapters = self._adapters(body, context.scales)
         return await self.reply(ParsedRequest(body, context, adapters, self.models.shown(self.named(body))))
 
@@ -106,8 +114,11 @@ class Dialect(Endpoint[AnyBody]):
 
     async def counted(self, request: Request, chat: ChatRequest, **fields: str) -> Response:
         """Returns the number of tokens in the prompt of a chat, as JSON in which `fields` come first."""
-        answer = await unless_disconnected(request, self.service.chat_prompt(chat))
-        return JsonResponse({**fields, "input_tokens": len(answer.prompt)})
+
+        async def count() -> int:
+            return await self.service.count(await with_pictures(chat))
+
+        return JsonResponse({**fields, "input_tokens": await unless_disconnected(request, count())})
 
     def check_model(self, body: AnyBody) -> None:
         self._adapters(body)

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.foreign_fields import ANTHROPIC_TOOL, MESSAGES, THINKING
+from llamaclust.cluster.front.images import base64_part, placed, takes_images, url_part
 from llamaclust.cluster.front.sampling import AnswerFields, ReasoningFields
 from llamaclust.cluster.front.schema import Body, LimitField, StopField, read_part
+from llamaclust.cluster.front.text.images import Part, joined, text_part
 from llamaclust.cluster.front.text.request import (
     ChatRequest,
     ReasoningBudget,
@@ -163,31 +165,31 @@ class Turn:
     """The content that one role contributes before the other role's turn."""
 
     role: str
-    texts: tuple[str, ...] = ()
+    parts: tuple[Part, ...] = ()
     thoughts: tuple[str, ...] = ()  # of an assistant
     calls: tuple[dict[str, Any], ...] = ()  # of an assistant, in OpenAI's form
     results: tuple[dict[str, Any], ...] = ()  # of a user: messages of role tool
 
     @classmethod
-    def of(cls, role: str, parts: Iterable[Turn]) -> Turn:
-        parts = [*parts]
+    def of(cls, role: str, turns: Iterable[Turn]) -> Turn:
+        turns = [*turns]
         return cls(
             role,
-            tuple(text for part in parts for text in part.texts),
-            tuple(thought for part in parts for thought in part.thoughts),
-            tuple(call for part in parts for call in part.calls),
-            tuple(result for part in parts for result in part.results),
+            tuple(part for turn in turns for part in turn.parts),
+            tuple(thought for turn in turns for thought in turn.thoughts),
+            tuple(call for turn in turns for call in turn.calls),
+            tuple(result for turn in turns for result in turn.results),
         )
 
     def messages(self) -> Iterator[dict[str, Any]]:
         """Yields the turn's chat messages. Tool results come first, because they answer the previous turn's calls."""
         yield from self.results
-        text = "\n".join(self.texts)
+        content = joined(self.parts)
         if self.role == "assistant":
             more = {"reasoning_content": "\n".join(self.thoughts), "tool_calls": [*self.calls]}
-            yield {"role": self.role, "content": text, **{name: value for name, value in more.items() if value}}
-        elif self.texts or not self.results:
-            yield {"role": self.role, "content": text}
+            yield {"role": self.role, "content": content, **{name: value for name, value in more.items() if value}}
+        elif self.parts or not self.results:
+            yield {"role": self.role, "content": content}
 
 
 def read_turn(message: Any, info: ValidationInfo) -> Turn:
@@ -200,18 +202,18 @@ def read_turn(message: Any, info: ValidationInfo) -> Turn:
         return Turn(role, (content,))
     if not isinstance(content, list):
         raise ValueError("content: must be a string or a list of blocks")
-    parts = []
+    turns = []
     for place, block in enumerate(content):
         try:
-            parts.append(_block(role, block, info.context))
+            turns.append(_block(role, block, info.context))
         except ValueError as error:
             raise ValueError(f"content[{place}]: {error}") from error
-    return Turn.of(role, parts)
+    return Turn.of(role, turns)
 
 
 def merged_turns(turns: Iterable[Turn]) -> list[Turn]:
     """Joins successive turns of the same role, as Anthropic's API does."""
-    return [Turn.of(role, parts) for role, parts in groupby(turns, lambda turn: turn.role)]
+    return [Turn.of(role, same) for role, same in groupby(turns, lambda turn: turn.role)]
 
 
 def read_system(value: Any, info: ValidationInfo) -> str:
@@ -234,7 +236,7 @@ def _block(role: str, block: Any, context: object) -> Turn:
         raise ValueError("a block must be an object with a 'type'")
     match role, kind:
         case _, "text":
-            return Turn(role, texts=(_text(block, "text"),))
+            return Turn(role, parts=(_text(block, "text"),))
         case "assistant", "thinking":
             return Turn(role, thoughts=(_text(block, "thinking"),))
         case "assistant", "redacted_thinking":  # of another model, which alone could read it
@@ -245,8 +247,22 @@ def _block(role: str, block: Any, context: object) -> Turn:
             return Turn(role, results=(_result(block, context),))
         case "assistant", _ if kind.endswith(("_tool_use", "_tool_result")):  # of another server's tool
             leave_out("content", kind, context)
-            return Turn(role, texts=(tool_text(kind, block),))
-    return Turn(role, texts=(_text_of(block, context),))
+            return Turn(role, parts=(tool_text(kind, block),))
+    return Turn(role, parts=(_image(block, context) if _is_image(block, context) else _text_of(block, context),))
+
+
+def _is_image(block: Any, context: object) -> bool:
+    return isinstance(block, dict) and block.get("type") == "image" and takes_images(context)
+
+
+def _image(block: dict[str, Any], context: object) -> Part:
+    source = block.get("source")
+    kind = source.get("type") if isinstance(source, dict) else None
+    if not isinstance(source, dict) or kind not in ("base64", "url"):
+        raise ValueError("source: an image must have a 'source' of type base64 (with 'data') or url (with 'url')")
+    if kind == "url":
+        return url_part("image", source.get("url"), context)
+    return base64_part("image", source.get("data"), context, str(source.get("media_type") or ""))
 
 
 def _text_of(block: Any, context: object) -> str:
@@ -281,16 +297,27 @@ def _call(block: dict[str, Any]) -> dict[str, Any]:
 
 def _result(block: dict[str, Any], context: object) -> dict[str, Any]:
     content = block.get("content") or ""
-    text = content if isinstance(content, str) else "\n".join(_texts(content, context))
+    shown = content if isinstance(content, str) else joined(_result_parts(content, context))
     if block.get("is_error") is True:
-        text = _ERROR + text
-    return {"role": "tool", "tool_call_id": _text(block, "tool_use_id"), "content": text}
+        shown = _ERROR + shown if isinstance(shown, str) else [text_part(_ERROR.strip()), *shown]
+    return {"role": "tool", "tool_call_id": _text(block, "tool_use_id"), "content": shown}
+
+
+def _result_parts(content: Any, context: object) -> list[Part]:
+    return [
+        placed(f"content[{place}]", _image, block, context) if _is_image(block, context) else _text_of(block, context)
+        for place, block in enumerate(_blocks(content))
+    ]
 
 
 def _texts(blocks: Any, context: object) -> list[str]:
+    return [_text_of(block, context) for block in _blocks(blocks)]
+
+
+def _blocks(blocks: Any) -> list[Any]:
     if not isinstance(blocks, list):
         raise ValueError("content: must be a string or a list of blocks")
-    return [_text_of(block, context) for block in blocks]
+    return blocks
 
 
 def _text(block: dict[str, Any], name: str) -> str:
@@ -316,9 +343,9 @@ class MessagesBody(AnswerFields, ReasoningFields, foreign=MESSAGES):
     model: str | None = None
     """Name of the model. Any name is accepted, unless `strict_model` is set."""
     messages: Annotated[list[_TurnField], FailFast(), Field(min_length=1, max_length=16_384)]
-    """The chat so far: blocks of type text, thinking, tool_use and tool_result. Images, documents and the blocks of
-    tools that other servers ran are replaced by texts. Successive messages of one role are joined. If the last message
-    has the role assistant, the model continues it."""
+    """The chat so far: blocks of type text, image, thinking, tool_use and tool_result. Documents and the blocks of
+    tools that other servers ran are replaced by texts, and so are images if the model reads text only. Successive
+    messages of one role are joined. If the last message has the role assistant, the model continues it."""
     system: _SystemField = ""
     """The system prompt: a text or text blocks. Billing headers at its beginning are removed."""
     max_tokens: LimitField = None

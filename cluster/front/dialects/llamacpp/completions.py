@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Final
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.body import converted, has_field
 from llamaclust.cluster.front.dialects.dialect import Dialect, ParsedRequest
 from llamaclust.cluster.front.dialects.openai.endpoints import TextCompletions
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import LLAMACPP
+from llamaclust.cluster.front.images import base64_part, placed, takes_images
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.sampling import (
@@ -38,8 +39,10 @@ from llamaclust.cluster.front.schema import (
 from llamaclust.cluster.front.structured_output import GrammarFields
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem, Timed
+from llamaclust.cluster.front.text.images import MAX_IMAGES, MEDIA_MARKER, PromptImages, source_of
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.front.text.service import TextService
+from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest, PromptProgress
 from llamaclust.cluster.state.journal_records import RequestContext
 from llamaclust.core import sampling_bounds
@@ -53,20 +56,31 @@ _MAX_FILES: Final = 1024
 _INPUTS: Final = {"model", "prompt", "return_tokens", "speculative", "input_prefix", "input_suffix", "input_extra"}
 """Fields of the body that the reply's `generation_settings` omit."""
 
-LlamaCppPrompt = str | tuple[str | int, ...]
-"""A prompt: a text, or texts and token ids in their order."""
+
+@dataclass(frozen=True, slots=True)
+class MarkedPrompt:
+    """A prompt with images. `texts`: the text before each image, and the one after the last image."""
+
+    texts: tuple[str, ...]
+    images: tuple[dict[str, Any], ...]
 
 
-def _prompts(value: Any) -> tuple[LlamaCppPrompt, ...]:
+LlamaCppPrompt = str | tuple[str | int, ...] | MarkedPrompt
+"""A prompt: a text, or texts and token ids in their order, or a text with images."""
+
+
+def _prompts(value: Any, info: ValidationInfo) -> tuple[LlamaCppPrompt, ...]:
     """Reads one prompt or a list of prompts. A list that contains token ids is one prompt. Raises ValueError."""
     if not isinstance(value, list) or not value or any(map(is_int, value)):
-        return (_prompt(value),)
+        return (_prompt(value, info.context),)
     if len(value) > MAX_PROMPTS:
         raise ValueError(f"{len(value)} prompts in one request, at most {MAX_PROMPTS} are taken")
-    return tuple(map(_prompt, value))
+    return tuple(_prompt(prompt, info.context) for prompt in value)
 
 
-def _prompt(value: Any) -> LlamaCppPrompt:
+def _prompt(value: Any, context: object) -> LlamaCppPrompt:
+    if isinstance(value, dict) and value.get("multimodal_data") and takes_images(context):
+        return _marked_prompt(value, context)
     if isinstance(value, dict):
         return prompt_string(value)
     if isinstance(value, str):
@@ -74,6 +88,23 @@ def _prompt(value: Any) -> LlamaCppPrompt:
     if not isinstance(value, list) or not all(isinstance(item, str) or is_int(item) for item in value):
         raise ValueError("must be a string, a list of token ids and strings, or a list of those")
     return tuple(value)
+
+
+def _marked_prompt(value: dict[str, Any], context: object) -> MarkedPrompt:
+    """Reads {"prompt_string": text with a media marker for each image, "multimodal_data": [base64, ...]}."""
+    data, text = value["multimodal_data"], value.get("prompt_string")
+    if not isinstance(text, str) or not isinstance(data, list) or len(value) > 2:
+        raise ValueError("an object must have a text `prompt_string`, a list `multimodal_data` and no other fields")
+    texts = text.split(MEDIA_MARKER)
+    if len(texts) != len(data) + 1:
+        found = f"has {len(texts) - 1} media markers for {len(data)} pictures"
+        raise ValueError(f"{found}; write the `media_marker` of GET /props for each picture into `prompt_string`")
+    if len(data) > MAX_IMAGES:
+        raise ValueError(f"has {len(data)} pictures, at most {MAX_IMAGES} are taken in one request")
+    parts = (
+        placed(f".multimodal_data[{place}]", base64_part, "image", each, context) for place, each in enumerate(data)
+    )
+    return MarkedPrompt(tuple(texts), tuple(part for part in parts if isinstance(part, dict)))
 
 
 def _biases(value: Any) -> tuple[tuple[int | str, float], ...]:
@@ -95,7 +126,14 @@ def _token_bias(token: Any, bias: Any) -> tuple[int | str, float]:
     return token, float(bias)
 
 
-_OBJECT = {"type": "object", "required": ["prompt_string"], "properties": {"prompt_string": {"type": "string"}}}
+_OBJECT = {
+    "type": "object",
+    "required": ["prompt_string"],
+    "properties": {
+        "prompt_string": {"type": "string"},
+        "multimodal_data": {"type": "array", "items": {"type": "string"}},
+    },
+}
 _MIXED: dict[str, Any] = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "integer"]}}, _OBJECT]
 }
@@ -112,7 +150,8 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     model: str | None = None
     """Name of an adapter or of the model. Other names mean the served model, unless `api.strict_model` is true."""
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
-    """One prompt (text, token ids, or a list of both), or a list of prompts."""
+    """One prompt (text, token ids, or a list of both), or a list of prompts. For a model that reads images, also an
+    object with a text `prompt_string`, which has a media marker for each picture of `multimodal_data` (base64)."""
     n_predict: WholeLimitField = -1
     """The largest number of tokens of the answer; -1: as many as the context has room for."""
     logit_bias: Annotated[tuple[Any, ...], BeforeValidator(_biases), WithJsonSchema(_PAIRS)] = ()
@@ -134,7 +173,7 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     stream: bool = False
     """True: the answer is sent as server-sent events."""
 
-    async def prompts(self, service: TextService) -> list[Prompt]:
+    async def prompts(self, service: TextService) -> list[Prompt | PromptImages]:
         return [await _tokenized(service, prompt) for prompt in self.prompt]
 
     @property
@@ -143,7 +182,7 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
         return None if self.n_predict < 0 else self.n_predict
 
     def request(
-        self, prompt: Prompt, biases: tuple[tuple[int, float], ...], adapters: AdapterScales
+        self, prompt: Prompt | PromptImages, biases: tuple[tuple[int, float], ...], adapters: AdapterScales
     ) -> CompletionRequest:
         return self.completion(
             prompt,
@@ -157,9 +196,13 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
         )
 
 
-async def _tokenized(service: TextService, prompt: LlamaCppPrompt) -> Prompt:
+async def _tokenized(service: TextService, prompt: LlamaCppPrompt) -> Prompt | PromptImages:
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, MarkedPrompt):
+        first, *others = map(tuple, await service.tokenize_all(prompt.texts, "prompt", add_special=True))
+        images = [await run_on(TOKENIZING, source_of, part, {}) for part in prompt.images]
+        return PromptImages((first, *(piece for pair in zip(images, others, strict=True) for piece in pair)))
     return tuple(chain(*await service.tokenize_all(prompt, "prompt", add_special=True)))
 
 
@@ -201,7 +244,7 @@ class InfillBody(LlamaCppBody):
     input_extra: Annotated[tuple[Any, ...], BeforeValidator(_files), WithJsonSchema(_FILES)] = ()
     """Other files for context. If the context is too short for all of them, the first ones are left out."""
 
-    async def prompts(self, service: TextService) -> list[Prompt]:
+    async def prompts(self, service: TextService) -> list[Prompt | PromptImages]:
         gap = Gap(self.input_prefix, self.input_suffix, self.prompt[0], self.input_extra)
         return [await service.fill_in(gap, self.max_new_tokens)]
 

@@ -19,9 +19,11 @@ from llamaclust.cluster.front.foreign_fields import TEXT_ONLY
 from llamaclust.cluster.front.http.gates import require_first_key
 from llamaclust.cluster.front.http.responses import JsonResponse, QueryParameter, Route, unsupported
 from llamaclust.cluster.front.http.sse import unless_disconnected
+from llamaclust.cluster.front.image_urls import ImageRules
 from llamaclust.cluster.front.sampling import SCALES_SCHEMA, AdapterFields, read_scales
 from llamaclust.cluster.front.schema import Body, read_fields
 from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.images import MEDIA_MARKER
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.cluster.front.text.service import TextService
 from llamaclust.cluster.front.text.sharing import TOKENIZING, run_on, tokenizing
@@ -128,7 +130,8 @@ class TextEndpoints:
         return JsonResponse({"content": await unless_disconnected(request, detokenizing)})
 
     async def apply_template(self, request: Request) -> Response:
-        body = await read_body(request, TemplateBody, self._settings)
+        rules = None if self._service.vision is None else ImageRules(self._settings.image_hosts)
+        body = await read_body(request, TemplateBody, self._settings, rules)
         rendering = self._service.chat_text(await converted(body, body.request))
         return JsonResponse({"prompt": await unless_disconnected(request, rendering)})
 
@@ -183,6 +186,7 @@ def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, 
     can be unloaded."""
     settings, tokenizer, template = model.service.settings, model.service.tokenizer, model.service.chat_template
     api = models[0].settings
+    has_vision = model.service.vision is not None
     params = LlamaCppBody.model_validate({"prompt": ""}).model_dump(exclude={"prompt"})
     shown = {
         "default_generation_settings": {
@@ -198,9 +202,10 @@ def server_properties(models: Sequence[ApiModel], model: ApiModel) -> dict[str, 
         **{f"chat_template_{name}": named.source for name, named in template.named.items()},
         "bos_token": "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
         "eos_token": "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
-        "modalities": {"vision": False, "audio": False},
+        "modalities": {"vision": has_vision, "audio": False},
         "build_info": FINGERPRINT,
         "is_sleeping": api.can_unload and model.resident.is_asleep,
+        **({"media_marker": MEDIA_MARKER} if has_vision else {}),
     }
     if api.can_unload:
         most = api.max_loaded_models or len(models)

@@ -35,6 +35,7 @@ from llamaclust.cluster.front.settings import read_keep_alive
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.front.text.answer_log import AnswerLog, LogItem
 from llamaclust.cluster.front.text.embedder import EUCLIDEAN, Embedding, EmbeddingOptions
+from llamaclust.cluster.front.text.images import ImageSource, PromptImages
 from llamaclust.cluster.front.text.request import CompletionRequest
 from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.core.errors import ParameterError
@@ -255,9 +256,11 @@ class Generate(OllamaDialect[GenerateBody]):
             return await converted(body, body.completion, (*earlier, *prompt))
         request = await self.service.chat(await parsed.chat(body.chat))
         assert not isinstance(request.prompt, str)
-        bos = self.service.tokenizer.bos_id
-        own = request.prompt[1:] if earlier and request.prompt[:1] == (bos,) else request.prompt
-        return replace(request, prompt=(*earlier, *own))
+        first, *others = request.prompt.pieces if isinstance(request.prompt, PromptImages) else (request.prompt,)
+        assert not isinstance(first, ImageSource)
+        own = first[1:] if earlier and first[:1] == (self.service.tokenizer.bos_id,) else first
+        whole = (*earlier, *own)
+        return replace(request, prompt=PromptImages((whole, *others)) if others else whole)
 
     async def _fill_in(self, body: GenerateBody) -> CompletionRequest:
         service = self.service

@@ -187,7 +187,11 @@ async def _capabilities(model: ApiModel) -> list[str]:
     """Returns the model's capabilities under Ollama's names. `tools` is always one of them: if a template has no tools,
     their definitions are put into a message."""
     has_reasoning = (await model.service.chat_format.get()).knows_reasoning
-    further = {"thinking": has_reasoning, "insert": model.service.tokenizer.vocabulary.fill_in is not None}
+    further = {
+        "vision": model.service.vision is not None,
+        "thinking": has_reasoning,
+        "insert": model.service.tokenizer.vocabulary.fill_in is not None,
+    }
     return ["completion", "tools", "embedding", *(name for name, is_there in further.items() if is_there)]
 
 

@@ -5,13 +5,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BeforeValidator, ConfigDict, FailFast, Field, ValidationInfo, WithJsonSchema
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
 from llamaclust.cluster.front.dialects.embeddings import MAX_INPUTS
 from llamaclust.cluster.front.dialects.openai.tools import CallField, FunctionsField
-from llamaclust.cluster.front.foreign_fields import OLLAMA, OLLAMA_MESSAGE, OLLAMA_OPTIONS, anything, only
+from llamaclust.cluster.front.foreign_fields import (
+    OLLAMA,
+    OLLAMA_GENERATE,
+    OLLAMA_MESSAGE,
+    OLLAMA_OPTIONS,
+    anything,
+    only,
+)
+from llamaclust.cluster.front.images import base64_part, placed, takes_images
 from llamaclust.cluster.front.sampling import ReasoningFields, Requested, SamplerFields, SpeculativeFields, sampled
 from llamaclust.cluster.front.schema import (
+    NOT_SUPPORTED,
     Body,
     ForeignFields,
     SeedField,
@@ -20,6 +29,7 @@ from llamaclust.cluster.front.schema import (
     read_part,
     strings,
 )
+from llamaclust.cluster.front.text.images import Part, joined
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ToolUse, effort_variables, prompt_end
 from llamaclust.cluster.front.tools import media_text
 from llamaclust.core.errors import ParameterError
@@ -64,9 +74,22 @@ def _think(value: Any) -> Any:
     raise ValueError(f"must be a boolean or one of {', '.join(_EFFORTS)}")
 
 
+def _pictures(value: Any, info: ValidationInfo) -> tuple[Part, ...]:
+    if value in ([], {}, ""):
+        return ()
+    if not takes_images(info.context):
+        raise ValueError(NOT_SUPPORTED)
+    if not isinstance(value, list):
+        raise ValueError("must be a list of pictures as base64")
+    return tuple(placed(f"[{place}]", base64_part, "images", data, info.context) for place, data in enumerate(value))
+
+
 _FORMATS: Final = {"anyOf": [{"enum": ["json", ""]}, {"type": "object"}]}
 _OptionsField = Annotated[Options, BeforeValidator(_options)]
 _FormatField = Annotated[Any, BeforeValidator(_format), WithJsonSchema(_FORMATS)]
+_PicturesField = Annotated[
+    tuple[Part, ...], PlainValidator(_pictures), WithJsonSchema({"type": "array", "items": {"type": "string"}})
+]
 _ThinkField = Annotated[
     Any, BeforeValidator(_think), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": list(_EFFORTS)}]})
 ]
@@ -139,13 +162,15 @@ class AnswerFields(Body):
         )
 
 
-class GenerateBody(AnswerFields, foreign=OLLAMA):
+class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
     """The body of `POST /api/generate`."""
 
     prompt: str = ""
     """The prompt. If it is empty, the model is only loaded."""
     suffix: str = ""
     """The text after the gap that the answer fills. No chat template is applied; the model must support infilling."""
+    images: _PicturesField = ()
+    """Pictures as base64, which precede the prompt. They are refused if the model reads text only."""
     system: str = ""
     """A system message that precedes the prompt."""
     raw: bool = False
@@ -161,11 +186,15 @@ class GenerateBody(AnswerFields, foreign=OLLAMA):
 
     @property
     def has_context(self) -> bool:
-        return not self.raw
+        return not self.raw and not self.images  # token ids cannot stand for images
+
+    def check(self) -> None:
+        if self.images and (self.raw or self.suffix):
+            raise ParameterError("images", "cannot be used together with raw or suffix: these have no chat template")
 
     def chat(self) -> ChatRequest:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        return self._chat((*system, {"role": "user", "content": self.prompt}))
+        return self._chat((*system, {"role": "user", "content": joined([*self.images, self.prompt])}))
 
 
 class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
@@ -175,6 +204,8 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
     """The role of the message's author."""
     content: str = ""
     """The text of the message."""
+    images: _PicturesField = ()
+    """Pictures as base64, which precede the text. They are replaced by a short text if the model reads text only."""
     thinking: str = ""
     """Reasoning of an earlier answer, which is passed to the chat template."""
     tool_calls: list[CallField] = Field(default_factory=list)
@@ -192,16 +223,18 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
             "tool_calls": self.tool_calls,
             "tool_call_id": self.tool_call_id,
         }
-        return {"role": self.role, "content": self.content} | {name: value for name, value in more.items() if value}
+        content = joined([*self.images, *filter(None, [self.content])])
+        return {"role": self.role, "content": content} | {name: value for name, value in more.items() if value}
 
 
 def _message(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, dict):
         raise ValueError("a message must be an object with 'role' and 'content'")
-    images, content = value.get("images"), value.get("content") or ""
-    value = {**value, "images": None}
-    if images and isinstance(content, str):
-        value["content"] = "\n".join(filter(None, [content, media_text("images", info.context)]))
+    if not takes_images(info.context):
+        images, content = value.get("images"), value.get("content") or ""
+        value = {**value, "images": None}
+        if images and isinstance(content, str):
+            value["content"] = "\n".join(filter(None, [content, media_text("images", info.context)]))
     message = read_part(OllamaMessage, value, info.context)
     if message.role not in ("system", "user", "assistant", "tool"):
         raise ValueError(f"role: {message.role[:60]!r} is none of system, user, assistant, tool")

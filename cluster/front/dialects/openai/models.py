@@ -87,6 +87,8 @@ class ModelEndpoints:
             "max_model_len": model.service.settings.context_length,
             "chat_sampling": chat_sampling(settings.recommended, settings.defaults),
         }
+        if model.service.vision is not None:
+            entry["capabilities"] = {"vision": True}
         if adapter is not None:
             entry |= {"id": adapter.name, "aliases": (), "parent": model.name, "root": adapter.path}
         return {**entry, "status": {"value": _status(model)}} if self._can_unload else entry

@@ -9,6 +9,9 @@ from itertools import groupby
 from typing import Any, Final
 
 from llamaclust.cluster.front.dialects.openai.tools import BUILT_IN
+from llamaclust.cluster.front.images import placed, takes_images, url_part
+from llamaclust.cluster.front.schema import Leniency
+from llamaclust.cluster.front.text.images import Content, Part, image_part, joined, parts_of
 from llamaclust.cluster.front.tools import (
     arguments_of_text,
     flat_name,
@@ -39,6 +42,7 @@ _STRINGS: Final = {
     **{kind: ("call_id", "name", text) for kind, text in CALL_TEXTS.items()},
 }
 """Required string fields of an item, by the item's type."""
+IMAGE: Final = "input_image"
 _TEXTS: Final = ("input_text", "output_text", "text")
 _THOUGHTS: Final = ("summary_text", "reasoning_text", "text")
 
@@ -92,19 +96,19 @@ def _is_answer(item: Item) -> bool:
 
 
 def _answer(items: Iterable[Item]) -> dict[str, Any]:
-    texts, thoughts, calls = list[str](), list[str](), list[dict[str, Any]]()
+    parts, thoughts, calls = list[Part](), list[str](), list[dict[str, Any]]()
     for item in items:
         if item["type"] == "message":
-            texts.append(_text_of(item["content"]))
+            parts += parts_of(_content_of(item["content"]))
         elif item["type"] == "reasoning":
             thoughts += [part["text"] for part in item.get("content") or item.get("summary") or ()]
         elif isinstance(item.get("call_id"), str):
             calls.append({"id": item["call_id"], "type": "function", "function": _function(item)})
         else:  # another server made the call, and answered it
-            texts.append(tool_text(item["type"], item))
+            parts.append(tool_text(item["type"], item))
     more = {"reasoning_content": "\n".join(thoughts), "tool_calls": calls}
     given = {name: value for name, value in more.items() if value}
-    return {"role": "assistant", "content": "\n".join(texts), **given}
+    return {"role": "assistant", "content": joined(parts), **given}
 
 
 def _function(item: Item) -> dict[str, str]:
@@ -123,14 +127,18 @@ def _function(item: Item) -> dict[str, str]:
 
 def _other_message(item: Item) -> dict[str, Any]:
     if str(item["type"]).endswith(_OUTPUT):
-        return {"role": "tool", "tool_call_id": item["call_id"], "content": _text_of(item["output"])}
+        return {"role": "tool", "tool_call_id": item["call_id"], "content": _content_of(item["output"])}
     if item["type"] == "compaction":
         return {"role": "system", "content": f"{_SUMMARY}\n{_summary(item)}"}
-    return {"role": _ROLES[item["role"]], "content": _text_of(item["content"])}
+    return {"role": _ROLES[item["role"]], "content": _content_of(item["content"])}
 
 
-def _text_of(content: str | list[Item]) -> str:
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+def _content_of(content: str | list[Item]) -> Content:
+    return content if isinstance(content, str) else joined([_chat_part(part) for part in content])
+
+
+def _chat_part(part: Item) -> Part:
+    return image_part(part["image_url"], part["detail"]) if part["type"] == IMAGE else str(part["text"])
 
 
 def _items(value: Any, context: object) -> list[Item]:
@@ -174,13 +182,14 @@ def _call(kind: str, value: Item, context: object) -> Item:
     built_in = BUILT_IN.get(kind.removesuffix(_CALL))
     if built_in is not None and not isinstance(value.get(built_in.field), dict):
         raise ValueError(f"{built_in.field}: must be an object")
-    if built_in is None and context is None:
+    if built_in is None and not isinstance(context, Leniency):
         leave_out("input", kind, context)
     return {name: part for name, part in value.items() if name != "id" or isinstance(part, str)} | {"type": kind}
 
 
 def _output(kind: str, value: Item, context: object) -> str | list[Item]:
-    """Reads the result of a call as a text, or as parts in which media are replaced by texts."""
+    """Reads the result of a call as a text, or as parts in which media that the model does not read are replaced by
+    texts."""
     is_text = kind.removesuffix(_OUTPUT) in CALL_TEXTS
     output = value.get("output") or ("" if is_text else None)
     if isinstance(output, str):
@@ -188,6 +197,8 @@ def _output(kind: str, value: Item, context: object) -> str | list[Item]:
     if is_text or (isinstance(output, list) and all(_is_part(part) for part in output)):
         return _parts(output, context)
     inner = output.get("type") if isinstance(output, dict) else None
+    if isinstance(output, dict) and inner in (IMAGE, "computer_screenshot") and takes_images(context):
+        return [_image(url_part(inner, output.get("image_url"), context, output.get("detail")))]
     if isinstance(inner, str) and is_media(inner):
         return media_text(inner, context)
     rest = {name: item for name, item in value.items() if name != "output"}
@@ -200,11 +211,12 @@ def _is_part(part: Any) -> bool:
 
 
 def _compaction(item: Item, context: object) -> Item:
-    """Reads a summary. Another server's summary is replaced by a short text, or refused if `context` is None."""
+    """Reads a summary. Another server's summary is replaced by a short text, or refused unless `context` is a
+    `Leniency`."""
     try:
         _summary(item)
     except ValueError:
-        if context is None or _SUMMARY_FORMAT in item["encrypted_content"]:
+        if not isinstance(context, Leniency) or _SUMMARY_FORMAT in item["encrypted_content"]:
             raise
         leave_out("input", "compaction", context)
         return _message({**item, "role": "system", "content": _UNREADABLE_SUMMARY}, context)
@@ -235,18 +247,26 @@ def _message(value: Item, context: object) -> Item:
 def _parts(value: Any, context: object, kinds: Sequence[str] = _TEXTS) -> list[Item]:
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of parts")
-    return [_part(part, context, kinds) for part in value]
+    return [_part(place, part, context, kinds) for place, part in enumerate(value)]
 
 
-def _part(part: Any, context: object, kinds: Sequence[str]) -> Item:
+def _part(place: int, part: Any, context: object, kinds: Sequence[str]) -> Item:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "refusal":
         return {"type": "output_text", "text": _string(part, "refusal")}
+    if kind == IMAGE and kinds == _TEXTS and takes_images(context):
+        return _image(placed(f"content[{place}]", url_part, IMAGE, part.get("image_url"), context, part.get("detail")))
     if isinstance(kind, str) and is_media(kind):
         return {"type": "input_text", "text": media_text(kind, context)}
     if kind not in kinds:
         raise ValueError(f"parts of type {str(kind)[:60]!r} are not supported")
     return {"type": kind, "text": _string(part, "text")}
+
+
+def _image(part: Part) -> Item:
+    """Makes an item's part from OpenAI's chat part."""
+    assert isinstance(part, dict)
+    return {"type": IMAGE, "detail": part["image_url"]["detail"], "image_url": part["image_url"]["url"]}
 
 
 def _string(value: Item, name: str) -> str:

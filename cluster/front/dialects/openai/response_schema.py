@@ -16,6 +16,7 @@ from llamaclust.cluster.front.foreign_fields import COMPACTION, RESPONSES
 from llamaclust.cluster.front.sampling import AdapterFields, AnswerFields, ReasoningFields, Requested
 from llamaclust.cluster.front.schema import Body, Leniency, LimitField, StopField, strings
 from llamaclust.cluster.front.structured_output import response_format_grammar
+from llamaclust.cluster.front.text.images import joined, parts_of
 from llamaclust.cluster.front.text.request import ChatRequest, CompletionRequest, ReasoningBudget, effort_variables
 from llamaclust.cluster.front.tools import MAX_TOOLS
 from llamaclust.core.errors import ParameterError
@@ -196,11 +197,16 @@ class ResponsesBody(AnswerFields, ReasoningFields, foreign=RESPONSES):
 
 
 def _chat(instructions: str | None, messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Joins the instructions and the first system messages into one, because many chat templates accept only one."""
-    systems = [*takewhile(lambda message: message["role"] == "system", messages)]
+    """Joins the instructions and the first system messages into one, because many chat templates accept only one.
+    Messages with images stay as they are."""
+    systems = [*takewhile(_is_system_text, messages)]
     texts = [*([] if instructions is None else [instructions]), *(message["content"] for message in systems)]
     prompt = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
     return (*prompt, *messages[len(systems) :])
+
+
+def _is_system_text(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "system" and isinstance(message["content"], str)
 
 
 class Status(StrEnum):
@@ -294,5 +300,7 @@ def _with_task(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     """Adds the task, to a user's last message if there is one: many chat templates require alternating roles."""
     last = messages[-1]
     if last["role"] == "user":
-        return [*messages[:-1], {**last, "content": f"{last['content']}\n\n{_TASK}"}]
+        content = last["content"]
+        asked = f"{content}\n\n{_TASK}" if isinstance(content, str) else joined([*parts_of(content), _TASK])
+        return [*messages[:-1], {**last, "content": asked}]
     return [*messages, {"role": "user", "content": _TASK}]

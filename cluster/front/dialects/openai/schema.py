@@ -64,7 +64,8 @@ class Message(Body, foreign=MESSAGE):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` is another name of `system`."""
     content: ContentField = ""
-    """Text, or parts of type `text`. Images, audio and files are replaced by a short text."""
+    """Text, or parts of type `text` and `image_url`. Audio and files are replaced by a short text, and so are images if
+    the model reads text only."""
     name: str | None = None
     """Passed to the chat template."""
     reasoning_content: str | None = None

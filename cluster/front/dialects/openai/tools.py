@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo, WithJsonSchema
 
+from llamaclust.cluster.front.images import placed, takes_images, url_part
 from llamaclust.cluster.front.sampling import ReasoningFields
+from llamaclust.cluster.front.text.images import Content, Part, joined
 from llamaclust.cluster.front.text.request import ToolMode, ToolUse
 from llamaclust.cluster.front.tools import (
     MAX_TOOLS,
@@ -28,19 +30,23 @@ from llamaclust.core.errors import ParameterError
 _PARTS: Final = {"type": "array", "items": {"type": "object", "required": ["type"]}}
 
 
-def _content(value: Any, info: ValidationInfo) -> str:
-    """Joins the parts of a message with line breaks. Raises ValueError."""
+def _content(value: Any, info: ValidationInfo) -> Content:
+    """Reads a text or the parts of a message. Raises ValueError."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
         raise ValueError("must be a string or a list of parts")
-    return "\n".join(_part(part, info.context) for part in value)
+    return joined([_part(place, part, info.context) for place, part in enumerate(value)])
 
 
-def _part(part: Any, context: object) -> str:
+def _part(place: int, part: Any, context: object) -> Part:
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         raise ValueError("a part must be an object with a 'type'")
     kind = part["type"]
+    if kind == "image_url" and takes_images(context):
+        image = part.get("image_url")
+        url, detail = (image.get("url"), image.get("detail")) if isinstance(image, dict) else (image, None)
+        return placed(f"[{place}]", url_part, kind, url, context, detail)
     if is_media(kind):
         return media_text(kind, context)
     field = "refusal" if kind == "refusal" else "text"
@@ -51,7 +57,7 @@ def _part(part: Any, context: object) -> str:
     return str(part[field])
 
 
-ContentField = Annotated[str, BeforeValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})]
+ContentField = Annotated[Content, PlainValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})]
 
 
 def _function(value: Any, info: ValidationInfo) -> Any:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.front import image_urls
-from llamaclust.cluster.front.image_urls import check_restored, journalled, with_pictures
+from llamaclust.cluster.front import pictures
+from llamaclust.cluster.front.pictures import check_restored, journalled, with_pictures
 from llamaclust.cluster.front.text.images import image_part
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.cluster.state.journal_records import RequestContext, read_journal
 from llamaclust.core.errors import RequestFailedError
+from support.chat.vision import data_url, picture
 from support.clusters.journals import NOW, admission, journal
-from support.clusters.vision import data_url, picture
 
 URL = "https://example.com/a.png"
 PICTURE = picture(2, bytes(range(200, 256)))
@@ -52,7 +52,7 @@ async def test_fetched_pictures_are_in_the_journal(tmp_path: Path, monkeypatch: 
 async def test_pictures_above_the_bound_are_an_error_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_urls, "MAX_JOURNALLED_BYTES", 2 * len(PICTURE) - 1)
+    monkeypatch.setattr(pictures, "MAX_JOURNALLED_BYTES", 2 * len(PICTURE) - 1)
     context = replace(admission(1), earlier=({"role": "user", "content": "a"},))
     await with_pictures(CHAT, context)
     restored = await recorded(tmp_path / "journal", context, b"body")

@@ -11,8 +11,8 @@ from llamaclust.cluster.front.text.images import ImageMarkers, ImageSource, Prom
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.template import ChatTemplate
+from support.chat.vision import data_url, picture
 from support.clusters.served import tokenizer
-from support.clusters.vision import data_url, picture
 
 FIRST, SECOND = picture(2), picture(3)
 TYPED = (

@@ -1,0 +1,78 @@
+"""Pictures in the bodies of all APIs, which are checked when a body is read."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from typing import Final, ParamSpec
+
+from llamaclust.cluster.front.image_urls import WEB
+from llamaclust.cluster.front.schema import BodyContext, PlacedError
+from llamaclust.cluster.front.text.images import MAX_IMAGE_BYTES, Part, image_part
+from llamaclust.cluster.front.tools import media_text
+
+_DETAILS: Final = ("auto", "low", "high")
+_DIGITS: Final = f"{string.ascii_letters}{string.digits}+/".encode()
+_BREAKS: Final = str.maketrans("", "", "\r\n")
+
+_Arguments = ParamSpec("_Arguments")
+
+
+def takes_images(context: object) -> bool:
+    return isinstance(context, BodyContext) and context.images is not None
+
+
+def url_part(kind: str, url: object, context: object, detail: object = None) -> Part:
+    """Reads an image by its URL: a data URL with base64, or an http(s) URL of an allowed host. For a model that reads
+    text only, returns a text. Raises ValueError. `kind`: the part's type."""
+    if not takes_images(context):
+        return media_text(kind, context)
+    if not isinstance(url, str):
+        raise ValueError(f"{kind}: needs the picture as a URL, a string")
+    if detail not in (None, *_DETAILS):
+        raise ValueError(f"detail: must be one of {', '.join(_DETAILS)}")
+    shown = str(detail or _DETAILS[0])
+    if url.startswith(WEB):
+        assert isinstance(context, BodyContext) and context.images is not None
+        context.images.check(url)
+        return image_part(url, shown)
+    head, comma, data = url.partition(",")
+    if not (head.startswith("data:") and comma and head.endswith(";base64")):
+        raise ValueError("a picture must be a data URL with base64 (data:image/png;base64,...), or an http(s) URL")
+    return image_part(f"{head},{checked_base64(data)}", shown)
+
+
+def placed(place: str, read: Callable[_Arguments, Part], *given: _Arguments.args, **named: _Arguments.kwargs) -> Part:
+    """Calls `read`, and puts the place of the part before an error."""
+    try:
+        return read(*given, **named)
+    except ValueError as error:
+        raise PlacedError(f"{place}: {error}") from error
+
+
+def base64_part(kind: str, data: object, context: object, media_type: str = "") -> Part:
+    """Reads an image from base64, like `url_part`."""
+    if not takes_images(context):
+        return media_text(kind, context)
+    if not isinstance(data, str):
+        raise ValueError(f"{kind}: needs the picture as base64, a string")
+    if data.startswith("data:"):
+        return url_part(kind, data, context)
+    return image_part(f"data:{media_type};base64,{checked_base64(data)}")
+
+
+def checked_base64(data: str) -> str:
+    """Returns base64 without line breaks. Raises ValueError for anything else, and for an empty or too large picture.
+    The data are not decoded, which would take longer."""
+    data = data.translate(_BREAKS) if "\n" in data else data
+    size = len(data) * 3 // 4
+    if size > MAX_IMAGE_BYTES + 2:
+        raise ValueError(f"the picture has {size} bytes, at most {MAX_IMAGE_BYTES} are taken")
+    if not data:
+        raise ValueError("the picture is empty")
+    digits = data.removesuffix("=").removesuffix("=").encode("ascii", "replace")
+    if others := digits.translate(None, _DIGITS):
+        raise ValueError(f"the picture is not base64: it has the character {chr(others[0])!r}")
+    if len(data) % 4:
+        raise ValueError(f"the picture is not base64: it has {len(data)} characters, which is no multiple of 4")
+    return data

@@ -1,0 +1,198 @@
+"""Pictures at URLs: only allowed hosts at public addresses are asked, once, within limits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.front import image_fetch
+from llamaclust.cluster.front.image_fetch import fetch_pictures, is_public
+from llamaclust.cluster.front.image_urls import ImageRules, PictureUrl
+from llamaclust.core.errors import DeadlineError, ParameterError
+from support.chat.vision import TinyVision, picture
+from support.clusters.served import ScriptedEngine, client, make_app, says
+
+PICTURE = picture(2, b"from the web")
+Answer = Callable[[bytes], bytes]
+
+
+def http(status: str, body: bytes = b"", *headers: str) -> bytes:
+    return "\r\n".join([f"HTTP/1.1 {status}", *headers, f"content-length: {len(body)}", "", ""]).encode() + body
+
+
+@asynccontextmanager
+async def web_host(answer: bytes, asked: list[str]) -> AsyncIterator[int]:
+    """A web server on a free port that always gives this answer; adds the head of each request to `asked`."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.append((await reader.readuntil(b"\r\n\r\n")).decode().lower())
+        writer.write(answer)
+        await writer.drain()
+        if b"content-length" not in answer:  # a host that never ends
+            await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+
+
+@pytest.fixture
+def resolved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names lead to this machine, which is taken for public; the names that were looked up."""
+    names: list[str] = []
+
+    async def look_up(self: object, host: str, port: int, **_: Any) -> list[Any]:
+        names.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
+    monkeypatch.setattr(image_fetch, "is_public", lambda address: address == "127.0.0.1")
+    return names
+
+
+PRIVATE = (
+    "127.0.0.1 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 255.255.255.255 ::1 :: "
+    "fe80::1 fe80::1%eth0 fc00::1 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 64:ff9b::7f00:1 64:ff9b::a00:1 "
+    "2002:7f00:1:: 2002:a00:1::1 2001:db8::1"
+)
+
+
+@pytest.mark.parametrize("address", PRIVATE.split())
+def test_addresses_that_are_not_public(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.216.34", "2606:4700::1111", "64:ff9b::101:101"])
+def test_public_addresses(address: str) -> None:
+    assert is_public(address)
+
+
+RULES = ImageRules(("example.com", "*.pictures.example", "other.example:8080"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.com/a.png",
+        "HTTP://EXAMPLE.com",
+        "https://example.com./a",
+        "http://a.pictures.example/a?b=c",
+        "https://other.example:8080/",
+    ],
+)
+def test_allowed_urls(url: str) -> None:
+    RULES.check(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://example.org/",
+        "https://example.com.evil.example/",
+        "https://notexample.com/",
+        "https://pictures.example/",
+        "https://example.com:8443/",
+        "https://other.example/",
+        "https://user@example.com/",
+        "https://example.com@evil.example/",
+        "https://evil.example\\@example.com/",
+        "https://evil.example/example.com",
+        "https://example.com:x/",
+        "https://[::1]/",
+        "https://",
+        "https://example.com/a b",
+        "https://example.com/\r\nhost: evil",
+        "https://exämple.com/",
+        "https://example.com/" + "a" * 5000,
+    ],
+)
+def test_urls_that_are_not_allowed(url: str) -> None:
+    with pytest.raises(ValueError, match=r"not fetched|no plain|Port"):
+        RULES.check(url)
+
+
+def test_parts_of_a_url() -> None:
+    assert PictureUrl.parse("http://A.example:8080?b=c#d") == PictureUrl("http", "a.example", 8080, "/?b=c")
+
+
+async def test_a_picture_is_fetched_once_from_the_address_that_was_checked(resolved: list[str]) -> None:
+    asked: list[str] = []
+    async with web_host(http("200 OK", PICTURE), asked) as port:
+        url = f"http://example.com:{port}/a/b.png?c=d"
+        assert await fetch_pictures([url], 1 << 20) == {url: PICTURE}
+    assert len(asked) == 1 and asked[0].startswith("get /a/b.png?c=d http/1.1\r\n")
+    assert f"host: example.com:{port}\r\n" in asked[0] and resolved == ["example.com"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (http("302 Found", b"", "location: http://127.0.0.1:1/secret"), "redirects to http://127.0.0.1:1/secret"),
+        (http("404 Not Found", b"no"), "answers 404"),
+        (http("204 No Content"), "answers 204"),
+        (http("200 OK", b"x" * 200), "more than 100 bytes"),
+        (http("200 OK", b"x", "content-encoding: gzip"), "compresses"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"50\r\n" + b"x" * 80 + b"\r\n" * 1, ""),
+        (b"nonsense\r\n\r\n", "http://example.com"),
+    ],
+)
+async def test_answers_that_are_refused(
+    answer: bytes, reason: str, resolved: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(image_fetch, "_MAX_S", 0.5 if not reason else 20.0)
+    async with web_host(answer, asked) as port:
+        with pytest.raises(ParameterError if reason else DeadlineError, match=reason or "longer than 0.5 s"):
+            await fetch_pictures([f"http://example.com:{port}/"], 100)
+    assert len(asked) == 1
+
+
+async def test_all_pictures_of_a_request_share_the_bound(resolved: list[str]) -> None:
+    async with web_host(http("200 OK", b"x" * 60), []) as port:
+        urls = [f"http://example.com:{port}/{name}" for name in "ab"]
+        with pytest.raises(ParameterError, match="/b: the picture has more than 40 bytes"):
+            await fetch_pictures(urls, 100)
+
+
+async def test_hosts_at_private_addresses_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def look_up(self: object, host: str, port: int, **_: Any) -> list[Any]:
+        return [(0, 0, 0, "", (address, port)) for address in ("1.1.1.1", "127.0.0.1")]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
+    async with web_host(http("200 OK", PICTURE), asked) as port:
+        with pytest.raises(ParameterError, match=r"127\.0\.0\.1, which is not public"):
+            await fetch_pictures([f"http://example.com:{port}/"], 1 << 20)
+    assert not asked
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+async def test_a_chat_with_a_url(is_allowed: bool, resolved: list[str]) -> None:
+    asked: list[str] = []
+    vision = TinyVision()
+    async with web_host(http("200 OK", PICTURE), asked) as port:
+        url = f"http://example.com:{port}/a.png"
+        part = {"type": "image_url", "image_url": {"url": url}}
+        hosts = (f"example.com:{port}",) if is_allowed else ()
+        app = make_app(ScriptedEngine(says("a")), vision=vision, image_hosts=hosts)
+        async with client(app) as web:
+            body = {"messages": [{"role": "user", "content": [part, part]}]}
+            reply = await web.post("/v1/chat/completions", json=body)
+            block = {"type": "image", "source": {"type": "url", "url": url}}
+            body = {"messages": [{"role": "user", "content": [block]}]}
+            counted = await web.post("/v1/messages/count_tokens", json=body)
+    if is_allowed:
+        assert reply.status_code == 200 and counted.json()["input_tokens"] > PICTURE[0]
+        assert [source.data for source in vision.pictures] == [PICTURE] * 3 and len(asked) == 2
+    else:
+        error = json.loads(reply.content)["error"]
+        assert reply.status_code == counted.status_code == 400 and not asked
+        assert "messages[0]: content[0]: pictures are not fetched from example.com" in error["message"]

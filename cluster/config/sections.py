@@ -31,6 +31,9 @@ from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_GROUP_ME
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 from llamaclust.model.placement import MAX_PATTERN, MAX_RULES, PlacementRule, read_rules
 
+ImageHost = Annotated[
+    str, Field(pattern=r"^(\*\.)?[a-z0-9]([a-z0-9.-]{0,250}[a-z0-9])?(:[1-9][0-9]{0,4})?$", examples=["*.example.com"])
+]
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
 _LEAST_LEASE_S = 1.0
@@ -179,6 +182,9 @@ class Api(Section):
     """Folder of adapters for `/v1/load_lora_adapter`. With API keys, only clients with the first key may load them."""
     slot_folder: FilePath | None = None
     """Folder of saved slots; without it, `POST /slots` is refused."""
+    image_urls: Annotated[tuple[ImageHost, ...], Field(max_length=64, strict=False)] = ()
+    """Hosts whose pictures are fetched if a request has their URLs, such as example.com, *.example.com or
+    example.com:8080. By default, requests must send pictures as data URLs."""
     disabled: Annotated[
         tuple[Literal["docs", "metrics", "props", "slots"], ...], Field(max_length=4, strict=False)
     ] = ()

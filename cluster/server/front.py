@@ -72,6 +72,7 @@ def api_settings(config: ClusterConfig) -> ApiSettings:
         disabled=config.api.disabled,
         allows_pull=config.api.pull,
         slot_folder=_existing(config.api.slot_folder, "api.slot_folder"),
+        image_hosts=config.api.image_urls,
         defaults=config.api.defaults,
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
@@ -192,6 +193,8 @@ async def api_models(
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
         services = [await stack.enter_async_context(aclosing(_text_service(served))) for served in cluster.models]
+        if settings.image_hosts and not any(service.vision for service in services):
+            raise UsageError("api.image_urls: no served model reads images; leave it out")
         replies = await stack.enter_async_context(aclosing(Replies(settings, journal)))
         models: list[ApiModel] = []
         for served, service in zip(cluster.models, services, strict=True):

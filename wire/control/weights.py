@@ -1,5 +1,4 @@
-"""Control messages about weights of models, adapters and projectors: where workers find them, and which adapters a stage
-uses."""
+"""Control messages about weights of models, adapters and projectors: where workers find them, and what a stage uses."""
 
 from __future__ import annotations
 

@@ -99,6 +99,8 @@ def _stage_use(stage: StagePlan) -> MemoryUse:
     use = MemoryUse()
     for part in stage.devices:
         use[stage.worker, part.device] += part.bytes
-    if not stage.devices:
+    if stage.devices:
+        use[stage.worker, "cpu"] += stage.encoder_bytes
+    else:
         use[stage.worker, "cpu"] += stage.bytes
     return use

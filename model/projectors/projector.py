@@ -94,10 +94,8 @@ class Projector:
 
     @property
     def max_rows(self) -> int:
-        """The most rows of a tile."""
-        size = self.images.image_size
-        most = size * size if self.family.tokens is None else max(self.images.max_pixels, size * size)
-        return most // (self.patch_size * self.merge) ** 2
+        """The most rows of a tile for the text model."""
+        return self.most_patches // self.hyperparameters.merged
 
     def rows_of(self, height: int, width: int) -> int:
         """Returns the number of rows of a tile of this many pixels. Raises RequestError for a tile of another size than

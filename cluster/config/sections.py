@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from llamaclust.cluster.config.errors import PlaceError
 from llamaclust.cluster.config.field_docs import DocumentedModel
 from llamaclust.cluster.config.values import (
+    OFF,
     Address,
     Device,
     Duration,
@@ -37,6 +38,10 @@ ImageHost = Annotated[
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
 _LEAST_LEASE_S = 1.0
+Mmproj = Annotated[
+    Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None, OrAuto(), OrOff(OFF)
+]
+"""The projector of a vision model, given like its model; None: the only one that is beside the model and fits."""
 CpuMoe = Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)]
 """Number of layers, from the first, whose experts stay in RAM despite a GPU; None: the fastest choice."""
 LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | None, OrAuto(), OrOff(1)]
@@ -348,6 +353,8 @@ class ModelEntry(Section):
     """Further names of the model."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Name of a built-in chat template, or a Jinja file, like the cluster's key `chat_template`."""
+    mmproj: Mmproj = None
+    """Projector of this model, like the cluster's key `mmproj`."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None = None
     """Most tokens of a sequence; by default the cluster's number."""
     kv_memory: Annotated[Size | None, OrAuto()] = None

@@ -14,13 +14,18 @@ from llamaclust.cluster.control.limits import check_plan, plan_limits, scheduler
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.resource_shares import WorkerResources
-from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.plan import Plan, StagePlan
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import Model
+from llamaclust.wire.control.messages import Loaded
+from llamaclust.wire.control.weights import EncoderFile
+from llamaclust.wire.security.credentials import Insecure
 from llamaclust.worker.devices.encoder_memory import encoder_bytes
 from support.models.tiny_model import RandomTensor, build_tiny_model
 from support.models.vision.tiny_projectors import PATCH, TEXT_WIDTH, WIDTH, build_projector
+from support.wire.control_messages import LOAD, REGISTER
 
 THREADS, SEQUENCES = 2, 8
 
@@ -55,6 +60,10 @@ def of_many_rows(text: Path) -> Iterator[Model]:
     )
     with Model.open(text, mmproj=path) as model:
         yield model
+
+
+async def _nothing(_: object) -> None:
+    return None
 
 
 def config_of(model: Model, **keys: object) -> ClusterConfig:
@@ -126,3 +135,16 @@ def test_its_rows_are_in_the_workspace(of_many_rows: Model, seeing: Model) -> No
     assert large.workspace_bytes > small.workspace_bytes
     settings = scheduler_settings(config_of(seeing), seeing, planned(seeing, config_of(seeing)), None)
     assert settings.max_group_rows == 512, "rows that see only earlier ones come in any chunks"
+
+
+def test_a_loaded_stage_is_known_by_its_encoder() -> None:
+    """Plans of a move may differ by nothing else."""
+    figures = {"touched_bytes": 0, "kv_bytes": 3, "workspace_bytes": 2, "memory_bytes": None, "weight_bytes": 1}
+    apart = StagePlan(worker="a", start=0, end=4, **figures)  # type: ignore[arg-type]
+    plans = [Plan((stage,), 1, 16, (), None) for stage in (apart, replace(apart, encoder_bytes=10))]
+    handle, ledger = WorkerHandle(REGISTER, _nothing, lambda: "", Insecure()), MemoryLedger()
+    order = replace(LOAD, model_id="m", start=0, end=4, devices=(), group=None, encoder=None)
+    ledger.enter("m", plans)
+    for encoder, planned_bytes in ((None, 6), (EncoderFile("/p.gguf", "0" * 64), 16)):
+        handle.stages[1] = replace(order, encoder=encoder), Loaded(1, 1, 3, 2, encoder_bytes=planned_bytes - 6)
+        assert ledger.loaded(handle) == {"cpu": planned_bytes} and handle.held_bytes == planned_bytes

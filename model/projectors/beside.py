@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.header import read_header
+from llamaclust.model.gguf.model_file import PART_NAME
 from llamaclust.model.gguf.values import shown
 from llamaclust.model.projectors.keys import ARCHITECTURE
 from llamaclust.model.projectors.projector import Projector, open_projector
@@ -21,7 +22,7 @@ _MOST_SHOWN = 4
 @dataclass(frozen=True, slots=True)
 class ProjectorsBeside:
     """The projectors in the folder of a model's file. `fitting` ones can be used with the model, and `problems` say why
-    others cannot."""
+    others cannot. In a folder of several models, others may belong to those, so that there are no problems."""
 
     fitting: tuple[Projector, ...]
     problems: tuple[str, ...]
@@ -54,16 +55,26 @@ def projectors_beside(model: Path, check: Callable[[Projector], None]) -> Projec
             fitting.append(projector)
         except ModelFileError as error:
             problems.append(str(error))
-    return ProjectorsBeside(tuple(fitting), tuple(problems))
+    return ProjectorsBeside(tuple(fitting), () if _has_other_models(model) else tuple(problems))
 
 
-def has_projector_name(path: Path) -> bool:
-    return path.name.lower().startswith(PREFIX) and path.suffix.lower() == ".gguf"
+def _files(model: Path) -> list[Path]:
+    return [path for path in _ggufs(model) if _is_named_projector(path) and path.is_file()][:_MOST_FILES]
 
 
-def _files(model: Path) -> Iterator[Path]:
+def _has_other_models(model: Path) -> bool:
+    part = PART_NAME.fullmatch(model.name)
+    others = (path.name for path in _ggufs(model) if not _is_named_projector(path))
+    return any(part is None or not name.startswith(part["stem"]) for name in others)
+
+
+def _is_named_projector(path: Path) -> bool:
+    return path.name.lower().startswith(PREFIX)
+
+
+def _ggufs(model: Path) -> list[Path]:
+    """Returns the other GGUF files in the folder of a model."""
     try:
-        found = sorted(path for path in model.parent.iterdir() if has_projector_name(path) and path.is_file())
+        return sorted(path for path in model.parent.iterdir() if path.suffix.lower() == ".gguf" and path != model)
     except OSError:
-        return
-    yield from (path for path in found[:_MOST_FILES] if path != model)
+        return []

@@ -29,7 +29,7 @@ def found(text: Path) -> tuple[list[str], str | None]:
 
 def test_only_projectors_that_fit_are_found(text: Path) -> None:
     assert found(text) == ([], None)
-    build_projector(text.with_name("vision.gguf"), "idefics3")
+    build_projector(text.with_name("vision.bin"), "idefics3")
     build_tiny_model(text.with_name("mmproj-text.gguf"), hidden=TEXT_WIDTH, heads=4, layers=1)
     text.with_name("mmproj-notes.txt").write_text("GGUF")
     text.with_name("mmproj-folder.gguf").mkdir()
@@ -44,6 +44,19 @@ def test_only_projectors_that_fit_are_found(text: Path) -> None:
     build_projector(text.with_name("mmproj-model.gguf"), "idefics3")
     names, unused = found(text)
     assert names == ["MMPROJ-F16.gguf", "mmproj-model.gguf"]
+    assert unused is not None and "2 projectors fit" in unused
+
+
+def test_projectors_of_other_models_in_the_folder_are_no_problem(text: Path) -> None:
+    build_projector(text.with_name("mmproj-deep.gguf"), "qwen3vl_merger")
+    assert found(text)[1] is not None
+    text.with_name("other.gguf").touch()
+    assert found(text) == ([], None)
+    build_projector(text.with_name("mmproj-1.gguf"), "idefics3")
+    assert found(text) == (["mmproj-1.gguf"], None)
+    build_projector(text.with_name("mmproj-2.gguf"), "idefics3")
+    names, unused = found(text)
+    assert len(names) == 2
     assert unused is not None and "2 projectors fit" in unused and "give one as mmproj" in unused
 
 

@@ -9,6 +9,7 @@ import pytest
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.adapters import read_adapter
 from llamaclust.model.loader import Model
+from llamaclust.model.projectors.beside import projectors_beside
 from support.models.tiny_adapter import build_adapter
 from support.models.tiny_encoders import build_encoder
 from support.models.tiny_model import build_tiny_model
@@ -22,7 +23,7 @@ def text(tmp_path: Path) -> Path:
 
 def found(text: Path) -> tuple[list[str], str | None]:
     with Model.open(text) as model:
-        beside = model.projectors_beside()
+        beside = projectors_beside(text, model.check_projector)
     assert (beside.only is None) == (len(beside.fitting) != 1)
     return [projector.file.path.name for projector in beside.fitting], beside.unused
 

@@ -1,4 +1,4 @@
-"""A model that reads images, without a projector: each picture has as many rows as its first byte says."""
+"""A model that reads images, without a projector: each image has as many rows as its first byte says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.clusters.served import ids
 BEGIN, AFTER = tuple(ids("<")), tuple(ids(">"))
 
 
-def picture(rows: int, more: bytes = b"") -> bytes:
+def image(rows: int, more: bytes = b"") -> bytes:
     return bytes([rows]) + more
 
 
@@ -25,7 +25,7 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
 
 
 def laid_out(*pieces: str | bytes) -> tuple[int, ...]:
-    """The token ids of a prompt of texts and pictures."""
+    """The token ids of a prompt of texts and images."""
     made: list[int] = []
     for piece in pieces:
         made += ids(piece) if isinstance(piece, str) else (*BEGIN, *[0] * piece[0], *AFTER)
@@ -44,12 +44,12 @@ class TinyVision:
         for piece in prompt.pieces:
             if isinstance(piece, ImageSource):
                 if not piece.data[0]:
-                    raise RequestError("a picture is in no format that is read here")
+                    raise RequestError("an image is in no format that is read here")
                 made += (*BEGIN, *[0] * piece.data[0], *AFTER)
             else:
                 made += piece
         return tuple(made)
 
     @property
-    def pictures(self) -> list[ImageSource]:
+    def images(self) -> list[ImageSource]:
         return [piece for prompt in self.prompts for piece in prompt.pieces if isinstance(piece, ImageSource)]

@@ -44,7 +44,9 @@ FAMILIES: Mapping[str, VisionFamily] = MappingProxyType(
         "internvl": VisionFamily(
             classes.internvl, gelu=ActivationFunction.GELU_ERF, positions=Positions.TABLE, class_place=0
         ),
-        "kimivl": VisionFamily(grids.kimivl, merge=2, positions=Positions.BICUBIC, turns=True, tokens=(8, 1024)),
+        "kimivl": VisionFamily(
+            grids.kimivl, merge=2, positions=Positions.BICUBIC, turns=True, tokens=(8, 1024), pads=True
+        ),
         "lfm2": VisionFamily(siglip.lfm2, merge=2, positions=Positions.ANTIALIASED, tokens=(64, 256)),
         "llama4": VisionFamily(
             classes.llama4,

@@ -40,6 +40,7 @@ class VisionFamily:
     tokens: the least and the most rows of an image, where its size is free; None: all tiles have the file's size.
     class_place: the row of the table of positions that is for the class row (see `classes`); None: there is none.
     first_place: the number by which the first line and column turn. The class row turns by 0.
+    pads: images whose size is free are padded to whole merge groups.
     signed: a normalized colour c becomes 2 c - 1.
     transposed: tensors whose numbers are in the other order in files. The value tells if they are those of a
     convolution over a merge group, [out, channels, height, width].
@@ -58,6 +59,7 @@ class VisionFamily:
     tokens: tuple[int, int] | None = None
     class_place: int | None = None
     first_place: int = 0
+    pads: bool = False
     signed: bool = False
     transposed: tuple[tuple[str, bool], ...] = ()
     as_row: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from binascii import a2b_base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from llamaclust.core.errors import ParameterError
 
@@ -45,14 +45,6 @@ class PromptImages:
     def least_tokens(self) -> int:
         """A lower bound of the prompt's length, with one row for each image."""
         return sum(1 if isinstance(piece, ImageSource) else len(piece) for piece in self.pieces)
-
-
-class Vision(Protocol):
-    """The projector of a served model."""
-
-    async def lay_out(self, prompt: PromptImages) -> tuple[int, ...]:
-        """Returns the token ids of a prompt, with the family's tokens around images and 0 for each row of an image.
-        Raises RequestError for an image that cannot be read."""
 
 
 def image_part(url: str, detail: str = "auto") -> dict[str, Any]:

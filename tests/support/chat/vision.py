@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from dataclasses import dataclass, field
+from hashlib import sha256
+
+import numpy as np
 
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
+from llamaclust.cluster.front.text.vision import CheckLength, Vision
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.core.errors import RequestError
 from support.clusters.served import ids
 
+WIDTH = 8
 BEGIN, AFTER = tuple(ids("<")), tuple(ids(">"))
 
 
@@ -32,13 +37,27 @@ def laid_out(*pieces: str | bytes) -> tuple[int, ...]:
     return tuple(made)
 
 
-@dataclass
-class TinyVision:
+class TinyVision(Vision):
     """Remembers the prompts with images that it laid out."""
 
-    prompts: list[PromptImages] = field(default_factory=list)
+    def __init__(self, *, width: int = WIDTH) -> None:
+        self.prompts: list[PromptImages] = []
+        self._width = width
 
-    async def lay_out(self, prompt: PromptImages) -> tuple[int, ...]:
+    async def aclose(self) -> None:
+        pass
+
+    async def image_prompt(
+        self, prompt: PromptImages, check: CheckLength
+    ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
+        ids, spans = await self.lay_out(prompt, check), []
+        starts = [at for at in range(len(ids)) if ids[at] == 0 and (not at or ids[at - 1])]
+        for start, image in zip(starts, self.images[-len(starts) :] if starts else (), strict=True):
+            rows = np.full((image.data[0], self._width), image.data[0], np.float32)
+            spans.append(ImageSpan(start, start + len(rows), rows, sha256(image.data).digest()))
+        return ids, tuple(spans)
+
+    async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
         self.prompts.append(prompt)
         made: list[int] = []
         for piece in prompt.pieces:

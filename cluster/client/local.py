@@ -45,6 +45,9 @@ class AsyncServiceClient(AsyncTextClient):
     async def chat_sampling(self) -> Options:
         return sampling_options(chat_sampling(self.service.settings.recommended, {}))
 
+    async def reads_images(self) -> bool:
+        return self.service.vision is not None
+
     async def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
         if path == CHAT:
             images = None if self.service.vision is None else ImageRules()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 from typer import Argument, Option
 
 from llamaclust.cli import terminal
-from llamaclust.cli.cluster_source import cluster_source
+from llamaclust.cli.cluster_source import cluster_source, mmproj_override
 from llamaclust.cli.interrupts import ends_at_once
 from llamaclust.cli.options import (
     CaFile,
@@ -23,6 +23,7 @@ from llamaclust.cli.options import (
     Json,
     KeyFile,
     LocalWorkers,
+    Mmproj,
     Overrides,
     Source,
     option_value,
@@ -65,6 +66,7 @@ def up(
             help="Built-in chat template or Jinja file, instead of the model's template.",
         ),
     ] = None,
+    mmproj: Mmproj = None,
     discover: Annotated[
         bool, Option("--discover", help="Let workers of the local network find the cluster by multicast DNS.")
     ] = False,
@@ -83,6 +85,7 @@ def up(
     file, overrides = cluster_source(source, workers, overrides, discover=discover)
     if chat_template is not None:
         overrides = [*overrides, f"chat_template={template_of(chat_template)}"]
+    overrides = [*overrides, *mmproj_override(mmproj)]
     run_cluster(file, overrides, port, lan=lan, detach=detach, standby=standby, notify=notify, ranked=ranked)
 
 
@@ -226,6 +229,7 @@ def plan(
     source: Source = None,
     overrides: Overrides = [],  # noqa: B006  typer reads the default
     workers: LocalWorkers = None,
+    mmproj: Mmproj = None,
     as_json: Json = False,
     assume: Annotated[
         str | None,
@@ -253,14 +257,14 @@ def plan(
     if assume is not None or model is not None:
         from llamaclust.cli.plans.assumed_plan import show_assumed_plan
 
-        if source is not None or workers is not None:
-            raise UsageError("--assume: describes the machines: remove FILE and --workers")
+        if source is not None or workers is not None or mmproj is not None:
+            raise UsageError("--assume: describes the machines: remove FILE, --workers and --mmproj")
         show_assumed_plan(assume, model, overrides, as_json, acceptances)
         return
     from llamaclust.cli.plans.plan import show_plan
 
     file, overrides = cluster_source(source, workers, overrides)
-    show_plan(file, overrides, as_json, acceptances)
+    show_plan(file, [*overrides, *mmproj_override(mmproj)], as_json, acceptances)
 
 
 def _acceptances(given: Sequence[str]) -> tuple[float, ...] | None:

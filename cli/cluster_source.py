@@ -50,9 +50,13 @@ def _is_there(path: Path) -> bool:
 
 
 def _has_model_form(source: str) -> bool:
+    return source.startswith(_remote_prefixes()) or source.lower().endswith(".gguf")
+
+
+def _remote_prefixes() -> tuple[str, ...]:
     from llamaclust.cluster.config.model_sources import REMOTE_PREFIXES
 
-    return source.startswith(REMOTE_PREFIXES) or source.lower().endswith(".gguf")
+    return REMOTE_PREFIXES
 
 
 def _served(spec: str) -> list[str]:
@@ -63,6 +67,14 @@ def _served(spec: str) -> list[str]:
     model = spec if isinstance(found, WantedFile) else str(found.absolute())
     name = path.stem if _has_model_form(spec) or _is_folder(spec) else spec
     return [f"name={_cluster_name(name)}", f"model={json.dumps(model)}"]
+
+
+def mmproj_override(choice: str | None) -> list[str]:
+    """Returns the override for a projector that was given on the command line, if one was."""
+    if choice is None:
+        return []
+    is_path = choice.endswith(".gguf") and not choice.startswith(_remote_prefixes())
+    return [f"mmproj={json.dumps(str(Path(choice).expanduser().absolute()) if is_path else choice)}"]
 
 
 def _cluster_name(text: str) -> str:

@@ -144,6 +144,15 @@ LocalWorkers = Annotated[
         help="Number of workers that share the model. Default: 1; the demo: 2.",
     ),
 ]
+Mmproj = Annotated[
+    str | None,
+    Option(
+        "--mmproj",
+        "-mm",
+        metavar="FILE",
+        help="Projector of a vision model. Default: the only one beside the model. off: read no images.",
+    ),
+]
 Overrides = Annotated[
     list[str],
     Option("--set", metavar="KEY=VALUE", help="Override a key of the file, e.g. context_length=8192; repeatable."),

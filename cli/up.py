@@ -18,6 +18,7 @@ from llamaclust.cli.listening import lan_key, listen_overrides
 from llamaclust.cli.progress import ClusterView, announce, cluster_view, shown_progress
 from llamaclust.cluster.config.catalog import stored_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
+from llamaclust.cluster.config.values import OFF
 from llamaclust.cluster.state.directory import ClusterDir, open_log
 from llamaclust.cluster.state.events import Event, Notice, Ready, StartFailed, from_line, to_line
 from llamaclust.core.errors import LlamaclustError, UsageError
@@ -57,7 +58,7 @@ def run_cluster(
     for own in config.of_each_model():
         announce(own.model)
     with shown_progress() as progress:
-        models = [_model(own.model, progress) for own in config.of_each_model()]
+        models = _models(config, progress)
     if detach:
         run_detached(config, _arguments(file, overrides), key)
         return
@@ -69,6 +70,14 @@ def run_cluster(
         show(Notice(f"{config.name} is stopped"))
     if code:
         raise SystemExit(code)
+
+
+def _models(config: ClusterConfig, progress: Progress) -> list[Path]:
+    """Returns the file of each model. Downloads models and given projectors that are not there."""
+    for own in config.of_each_model():
+        if own.mmproj not in (None, OFF):
+            _model(own.mmproj, progress)
+    return [_model(own.model, progress) for own in config.of_each_model()]
 
 
 def _model(spec: str, progress: Progress) -> Path:
@@ -117,7 +126,7 @@ def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
             (starter.report if starter.waits else show)(event)
 
         try:
-            serve(config, [_model(own.model, silent) for own in config.of_each_model()], report)
+            serve(config, _models(config, silent), report)
         except LlamaclustError as error:
             report(StartFailed(str(error), error.exit_code))
             raise

@@ -38,6 +38,8 @@ from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, read_hy
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
 from llamaclust.model.program import Program, weights_of
+from llamaclust.model.projectors.beside import ProjectorsBeside, projectors_beside
+from llamaclust.model.projectors.projector import Projector, open_projector
 from llamaclust.model.quant_types import WIDER_TILES, QuantType
 from llamaclust.model.ranking import Ranking, read_ranking
 from llamaclust.model.shard_names import whole_name
@@ -49,9 +51,13 @@ class Model:
     """An opened model file. The program of its architecture knows every tensor in the file."""
 
     def __init__(
-        self, file: ModelFile, chat_template: str | None = None, adapters: Mapping[int, ModelFile] | None = None
+        self,
+        file: ModelFile,
+        chat_template: str | None = None,
+        adapters: Mapping[int, ModelFile] | None = None,
+        projector: Projector | None = None,
     ) -> None:
-        """Raises ModelFileError if the file is no model of a supported architecture."""
+        """Raises ModelFileError if the file is no model of a supported architecture, or the projector does not fit."""
         self.plain = as_programs_read(file)
         self.adapters = adapters or {}
         self.file = file = with_adapters(self.plain, self.adapters)
@@ -64,21 +70,31 @@ class Model:
         self.pooling = read_pooling(file, DEFAULT if self.is_causal else Pooling.MEAN)
         self._refuse_unknown_tensors()
         self._refuse_other_uses()
+        self.projector = projector
+        if projector is not None:
+            self.check_projector(projector)
 
     @classmethod
-    def open(cls, path: Path | str, chat_template: str | None = None, adapters: Sequence[Path] = ()) -> Model:
-        """Opens a model. Reads only the header of `path`, but all bytes of `adapters`. `chat_template` is the name or
-        the file of a template that replaces the model's. Raises UsageError if there is no such template, and
-        ModelFileError like `open_model`, `with_adapters` and `check_adapter_weights`."""
+    def open(
+        cls,
+        path: Path | str,
+        chat_template: str | None = None,
+        adapters: Sequence[Path] = (),
+        mmproj: Path | None = None,
+    ) -> Model:
+        """Opens a model. Reads only the headers of `path` and `mmproj`, but all bytes of `adapters`. `chat_template` is
+        the name or the file of a template that replaces the model's. `mmproj` is the file of its projector. Raises
+        UsageError if there is no such template, and ModelFileError like `open_model`, `with_adapters`,
+        `check_adapter_weights`, `open_projector` and `check_projector`."""
         plain = open_model(path)
         numbered = {number: read_adapter(adapter, plain) for number, adapter in enumerate(adapters)}
         check_adapter_weights(numbered.values())
-        return cls(plain, chat_template, numbered)
+        return cls(plain, chat_template, numbered, None if mmproj is None else open_projector(mmproj))
 
     def adapted_by(self, adapters: Mapping[int, ModelFile]) -> Model:
         if adapters == self.adapters:
             return self
-        adapted = Model(self.plain, adapters=adapters)
+        adapted = Model(self.plain, adapters=adapters, projector=self.projector)
         adapted._chosen_template = self._chosen_template
         return adapted
 
@@ -170,6 +186,17 @@ class Model:
     def image_width(self) -> int:
         """The floats of an image's row, which takes the place of an embedding; 0 if no row can be given."""
         return self._whole.given_levels * self.hyperparameters.embedding_length
+
+    def check_projector(self, projector: Projector) -> None:
+        """Raises ModelFileError if the model takes no images, or not the rows of this projector."""
+        if not self.image_width:
+            what = f"architecture {self.hyperparameters.architecture} takes no images here"
+            raise ModelFileError(f"{projector.file.path}: not for {self.file.path.name}: {what}; set mmproj: off")
+        projector.check_text_model(self.plain, self.hyperparameters)
+
+    def projectors_beside(self) -> ProjectorsBeside:
+        """Looks for projectors of this model in the folder of its file."""
+        return projectors_beside(self.file.path, self.check_projector)
 
     @property
     def rope_sections(self) -> int:

@@ -174,12 +174,21 @@ class Program:
 
     @property
     def kv_layers(self) -> tuple[Attention, ...]:
-        return tuple(step for step in self.steps if isinstance(step, Attention) and not step.shares_kv)
+        return tuple(kept for kept in self.kv_memory if isinstance(kept, Attention))
 
     @property
     def kv_memory(self) -> tuple[KvLayer, ...]:
-        kept = (step if isinstance(step, Attention) else getattr(step, "state", None) for step in self.steps)
-        return tuple(k for k in kept if isinstance(k, SequenceState) or (isinstance(k, Attention) and not k.shares_kv))
+        """The states, and the first attention of each layer that stores keys and values."""
+        kept: list[KvLayer] = []
+        layers: set[int] = set()
+        for step in self.steps:
+            state = getattr(step, "state", None)
+            if isinstance(state, SequenceState):
+                kept.append(state)
+            elif isinstance(step, Attention) and not step.shares_kv and step.layer not in layers:
+                layers.add(step.layer)
+                kept.append(step)
+        return tuple(kept)
 
     @property
     def has_states(self) -> bool:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/loading.proto\x12\rllamaclust.v1\"(\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xf7\x04\n\x04Load\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12*\n\x06limits\x18\x06 \x01(\x0b\x32\x1a.llamaclust.v1.StageLimits\x12\x19\n\x0cnext_address\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rfirst_address\x18\x08 \x01(\tH\x01\x88\x01\x01\x12\x18\n\x0bnext_worker\x18\t \x01(\tH\x02\x88\x01\x01\x12\x19\n\x0c\x66irst_worker\x18\n \x01(\tH\x03\x88\x01\x01\x12\x1c\n\x0fprevious_worker\x18\x0b \x01(\tH\x04\x88\x01\x01\x12\x18\n\x0blast_worker\x18\x0c \x01(\tH\x05\x88\x01\x01\x12\x11\n\texclusive\x18\r \x01(\x08\x12\x32\n\x07weights\x18\x0e \x01(\x0b\x32\x1c.llamaclust.v1.WeightSourcesH\x06\x88\x01\x01\x12,\n\x07\x64\x65vices\x18\x0f \x03(\x0b\x32\x1b.llamaclust.v1.DeviceLayers\x12,\n\x08\x61\x64\x61pters\x18\x12 \x03(\x0b\x32\x1a.llamaclust.v1.AdapterFile\x12-\n\x05group\x18\x11 \x01(\x0b\x32\x19.llamaclust.v1.GroupOrderH\x07\x88\x01\x01\x42\x0f\n\r_next_addressB\x10\n\x0e_first_addressB\x0e\n\x0c_next_workerB\x0f\n\r_first_workerB\x12\n\x10_previous_workerB\x0e\n\x0c_last_workerB\n\n\x08_weightsB\x08\n\x06_group\"\x7f\n\x0b\x41\x64\x61pterFile\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nadapter_id\x18\x03 \x01(\t\x12\x32\n\x07weights\x18\x04 \x01(\x0b\x32\x1c.llamaclust.v1.WeightSourcesH\x00\x88\x01\x01\x42\n\n\x08_weights\"^\n\x0bSetAdapters\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12,\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1a.llamaclust.v1.AdapterFile\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\"P\n\x0b\x41\x64\x61ptersSet\x12\x14\n\x0cweight_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\"[\n\nGroupOrder\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12+\n\x07members\x18\x02 \x03(\x0b\x32\x1a.llamaclust.v1.GroupMember\x12\x0e\n\x06member\x18\x03 \x01(\r\"I\n\nGroupFault\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"=\n\x0bGroupMember\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\r\"\xfa\x01\n\x0bStageLimits\x12\x18\n\x10max_batch_tokens\x18\x01 \x01(\r\x12\x13\n\x0bmax_outputs\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x0f\n\x07kv_type\x18\x06 \x01(\t\x12\x15\n\rwindow_blocks\x18\x07 \x01(\r\x12\x14\n\x0cstate_blocks\x18\x08 \x01(\r\x12\x15\n\rexpert_shards\x18\t \x01(\r\x12\r\n\x05nextn\x18\n \x01(\x08\x12\x12\n\nwide_tiles\x18\x0b \x01(\x08\"h\n\x0c\x44\x65viceLayers\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\x12\x0f\n\x07\x63pu_moe\x18\x04 \x03(\r\x12\x1b\n\x13\x65xperts_cache_bytes\x18\x05 \x01(\x04\"F\n\x0cLoadProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"o\n\x06Loaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\x12\x15\n\rfetched_bytes\x18\x05 \x01(\x04\"D\n\nLoadFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"\x17\n\x06Unload\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x19\n\x08Unloaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"F\n\x0cUnloadFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"g\n\rWeightSources\x12\x10\n\x08manifest\x18\x01 \x01(\t\x12\x16\n\x0emanifest_bytes\x18\x02 \x01(\x04\x12,\n\x07sources\x18\x03 \x03(\x0b\x32\x1b.llamaclust.v1.WeightSource\"?\n\x0cWeightSource\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x06worker\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_worker\"P\n\x0f\x41\x64\x64WeightSource\x12\x10\n\x08manifest\x18\x01 \x01(\t\x12+\n\x06source\x18\x02 \x01(\x0b\x32\x1b.llamaclust.v1.WeightSource\"\x97\x01\n\x0b\x46indWeights\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65scribe\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\x04\x12\x30\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0b\x32\x1a.llamaclust.v1.AdapterFileH\x00\x88\x01\x01\x42\n\n\x08_adapter\"\x9b\x01\n\x0cWeightsFound\x12\x10\n\x08has_file\x18\x01 \x01(\x08\x12\x15\n\x08manifest\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x16\n\x0emanifest_bytes\x18\x03 \x01(\x04\x12\x12\n\nrequest_id\x18\x04 \x01(\x04\x12\x11\n\x04\x66ile\x18\x05 \x01(\tH\x01\x88\x01\x01\x12\r\n\x05gives\x18\x06 \x01(\x08\x42\x0b\n\t_manifestB\x07\n\x05_file\">\n\x13\x46indWeightsProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/loading.proto\x12\rllamaclust.v1\"(\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xb5\x05\n\x04Load\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12*\n\x06limits\x18\x06 \x01(\x0b\x32\x1a.llamaclust.v1.StageLimits\x12\x19\n\x0cnext_address\x18\x07 \x01(\tH\x00\x88\x01\x01\x12\x1a\n\rfirst_address\x18\x08 \x01(\tH\x01\x88\x01\x01\x12\x18\n\x0bnext_worker\x18\t \x01(\tH\x02\x88\x01\x01\x12\x19\n\x0c\x66irst_worker\x18\n \x01(\tH\x03\x88\x01\x01\x12\x1c\n\x0fprevious_worker\x18\x0b \x01(\tH\x04\x88\x01\x01\x12\x18\n\x0blast_worker\x18\x0c \x01(\tH\x05\x88\x01\x01\x12\x11\n\texclusive\x18\r \x01(\x08\x12\x32\n\x07weights\x18\x0e \x01(\x0b\x32\x1c.llamaclust.v1.WeightSourcesH\x06\x88\x01\x01\x12,\n\x07\x64\x65vices\x18\x0f \x03(\x0b\x32\x1b.llamaclust.v1.DeviceLayers\x12,\n\x08\x61\x64\x61pters\x18\x12 \x03(\x0b\x32\x1a.llamaclust.v1.AdapterFile\x12-\n\x05group\x18\x11 \x01(\x0b\x32\x19.llamaclust.v1.GroupOrderH\x07\x88\x01\x01\x12\x30\n\x07\x65ncoder\x18\x13 \x01(\x0b\x32\x1a.llamaclust.v1.EncoderFileH\x08\x88\x01\x01\x42\x0f\n\r_next_addressB\x10\n\x0e_first_addressB\x0e\n\x0c_next_workerB\x0f\n\r_first_workerB\x12\n\x10_previous_workerB\x0e\n\x0c_last_workerB\n\n\x08_weightsB\x08\n\x06_groupB\n\n\x08_encoder\"\x7f\n\x0b\x41\x64\x61pterFile\x12\x0e\n\x06number\x18\x01 \x01(\r\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x12\n\nadapter_id\x18\x03 \x01(\t\x12\x32\n\x07weights\x18\x04 \x01(\x0b\x32\x1c.llamaclust.v1.WeightSourcesH\x00\x88\x01\x01\x42\n\n\x08_weights\"l\n\x0b\x45ncoderFile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0f\n\x07\x66ile_id\x18\x02 \x01(\t\x12\x32\n\x07weights\x18\x03 \x01(\x0b\x32\x1c.llamaclust.v1.WeightSourcesH\x00\x88\x01\x01\x42\n\n\x08_weights\"^\n\x0bSetAdapters\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12,\n\x08\x61\x64\x61pters\x18\x02 \x03(\x0b\x32\x1a.llamaclust.v1.AdapterFile\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\"P\n\x0b\x41\x64\x61ptersSet\x12\x14\n\x0cweight_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x02 \x01(\x04\x12\x12\n\nrequest_id\x18\x03 \x01(\x04\"[\n\nGroupOrder\x12\x10\n\x08group_id\x18\x01 \x01(\x0c\x12+\n\x07members\x18\x02 \x03(\x0b\x32\x1a.llamaclust.v1.GroupMember\x12\x0e\n\x06member\x18\x03 \x01(\r\"I\n\nGroupFault\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\"=\n\x0bGroupMember\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05share\x18\x03 \x01(\r\"\xfa\x01\n\x0bStageLimits\x12\x18\n\x10max_batch_tokens\x18\x01 \x01(\r\x12\x13\n\x0bmax_outputs\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x0f\n\x07kv_type\x18\x06 \x01(\t\x12\x15\n\rwindow_blocks\x18\x07 \x01(\r\x12\x14\n\x0cstate_blocks\x18\x08 \x01(\r\x12\x15\n\rexpert_shards\x18\t \x01(\r\x12\r\n\x05nextn\x18\n \x01(\x08\x12\x12\n\nwide_tiles\x18\x0b \x01(\x08\"h\n\x0c\x44\x65viceLayers\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\x12\x0f\n\x07\x63pu_moe\x18\x04 \x03(\r\x12\x1b\n\x13\x65xperts_cache_bytes\x18\x05 \x01(\x04\"F\n\x0cLoadProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"\x86\x01\n\x06Loaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\x12\x15\n\rfetched_bytes\x18\x05 \x01(\x04\x12\x15\n\rencoder_bytes\x18\x06 \x01(\x04\"D\n\nLoadFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"\x17\n\x06Unload\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x19\n\x08Unloaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"F\n\x0cUnloadFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"g\n\rWeightSources\x12\x10\n\x08manifest\x18\x01 \x01(\t\x12\x16\n\x0emanifest_bytes\x18\x02 \x01(\x04\x12,\n\x07sources\x18\x03 \x03(\x0b\x32\x1b.llamaclust.v1.WeightSource\"?\n\x0cWeightSource\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x13\n\x06worker\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_worker\"P\n\x0f\x41\x64\x64WeightSource\x12\x10\n\x08manifest\x18\x01 \x01(\t\x12+\n\x06source\x18\x02 \x01(\x0b\x32\x1b.llamaclust.v1.WeightSource\"\xd5\x01\n\x0b\x46indWeights\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65scribe\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\x04\x12\x30\n\x07\x61\x64\x61pter\x18\x06 \x01(\x0b\x32\x1a.llamaclust.v1.AdapterFileH\x00\x88\x01\x01\x12\x30\n\x07\x65ncoder\x18\x07 \x01(\x0b\x32\x1a.llamaclust.v1.EncoderFileH\x01\x88\x01\x01\x42\n\n\x08_adapterB\n\n\x08_encoder\"\x9b\x01\n\x0cWeightsFound\x12\x10\n\x08has_file\x18\x01 \x01(\x08\x12\x15\n\x08manifest\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x16\n\x0emanifest_bytes\x18\x03 \x01(\x04\x12\x12\n\nrequest_id\x18\x04 \x01(\x04\x12\x11\n\x04\x66ile\x18\x05 \x01(\tH\x01\x88\x01\x01\x12\r\n\x05gives\x18\x06 \x01(\x08\x42\x0b\n\t_manifestB\x07\n\x05_file\">\n\x13\x46indWeightsProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,45 +34,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FAILURE']._serialized_start=49
   _globals['_FAILURE']._serialized_end=89
   _globals['_LOAD']._serialized_start=92
-  _globals['_LOAD']._serialized_end=723
-  _globals['_ADAPTERFILE']._serialized_start=725
-  _globals['_ADAPTERFILE']._serialized_end=852
-  _globals['_SETADAPTERS']._serialized_start=854
-  _globals['_SETADAPTERS']._serialized_end=948
-  _globals['_ADAPTERSSET']._serialized_start=950
-  _globals['_ADAPTERSSET']._serialized_end=1030
-  _globals['_GROUPORDER']._serialized_start=1032
-  _globals['_GROUPORDER']._serialized_end=1123
-  _globals['_GROUPFAULT']._serialized_start=1125
-  _globals['_GROUPFAULT']._serialized_end=1198
-  _globals['_GROUPMEMBER']._serialized_start=1200
-  _globals['_GROUPMEMBER']._serialized_end=1261
-  _globals['_STAGELIMITS']._serialized_start=1264
-  _globals['_STAGELIMITS']._serialized_end=1514
-  _globals['_DEVICELAYERS']._serialized_start=1516
-  _globals['_DEVICELAYERS']._serialized_end=1620
-  _globals['_LOADPROGRESS']._serialized_start=1622
-  _globals['_LOADPROGRESS']._serialized_end=1692
-  _globals['_LOADED']._serialized_start=1694
-  _globals['_LOADED']._serialized_end=1805
-  _globals['_LOADFAILED']._serialized_start=1807
-  _globals['_LOADFAILED']._serialized_end=1875
-  _globals['_UNLOAD']._serialized_start=1877
-  _globals['_UNLOAD']._serialized_end=1900
-  _globals['_UNLOADED']._serialized_start=1902
-  _globals['_UNLOADED']._serialized_end=1927
-  _globals['_UNLOADFAILED']._serialized_start=1929
-  _globals['_UNLOADFAILED']._serialized_end=1999
-  _globals['_WEIGHTSOURCES']._serialized_start=2001
-  _globals['_WEIGHTSOURCES']._serialized_end=2104
-  _globals['_WEIGHTSOURCE']._serialized_start=2106
-  _globals['_WEIGHTSOURCE']._serialized_end=2169
-  _globals['_ADDWEIGHTSOURCE']._serialized_start=2171
-  _globals['_ADDWEIGHTSOURCE']._serialized_end=2251
-  _globals['_FINDWEIGHTS']._serialized_start=2254
-  _globals['_FINDWEIGHTS']._serialized_end=2405
-  _globals['_WEIGHTSFOUND']._serialized_start=2408
-  _globals['_WEIGHTSFOUND']._serialized_end=2563
-  _globals['_FINDWEIGHTSPROGRESS']._serialized_start=2565
-  _globals['_FINDWEIGHTSPROGRESS']._serialized_end=2627
+  _globals['_LOAD']._serialized_end=785
+  _globals['_ADAPTERFILE']._serialized_start=787
+  _globals['_ADAPTERFILE']._serialized_end=914
+  _globals['_ENCODERFILE']._serialized_start=916
+  _globals['_ENCODERFILE']._serialized_end=1024
+  _globals['_SETADAPTERS']._serialized_start=1026
+  _globals['_SETADAPTERS']._serialized_end=1120
+  _globals['_ADAPTERSSET']._serialized_start=1122
+  _globals['_ADAPTERSSET']._serialized_end=1202
+  _globals['_GROUPORDER']._serialized_start=1204
+  _globals['_GROUPORDER']._serialized_end=1295
+  _globals['_GROUPFAULT']._serialized_start=1297
+  _globals['_GROUPFAULT']._serialized_end=1370
+  _globals['_GROUPMEMBER']._serialized_start=1372
+  _globals['_GROUPMEMBER']._serialized_end=1433
+  _globals['_STAGELIMITS']._serialized_start=1436
+  _globals['_STAGELIMITS']._serialized_end=1686
+  _globals['_DEVICELAYERS']._serialized_start=1688
+  _globals['_DEVICELAYERS']._serialized_end=1792
+  _globals['_LOADPROGRESS']._serialized_start=1794
+  _globals['_LOADPROGRESS']._serialized_end=1864
+  _globals['_LOADED']._serialized_start=1867
+  _globals['_LOADED']._serialized_end=2001
+  _globals['_LOADFAILED']._serialized_start=2003
+  _globals['_LOADFAILED']._serialized_end=2071
+  _globals['_UNLOAD']._serialized_start=2073
+  _globals['_UNLOAD']._serialized_end=2096
+  _globals['_UNLOADED']._serialized_start=2098
+  _globals['_UNLOADED']._serialized_end=2123
+  _globals['_UNLOADFAILED']._serialized_start=2125
+  _globals['_UNLOADFAILED']._serialized_end=2195
+  _globals['_WEIGHTSOURCES']._serialized_start=2197
+  _globals['_WEIGHTSOURCES']._serialized_end=2300
+  _globals['_WEIGHTSOURCE']._serialized_start=2302
+  _globals['_WEIGHTSOURCE']._serialized_end=2365
+  _globals['_ADDWEIGHTSOURCE']._serialized_start=2367
+  _globals['_ADDWEIGHTSOURCE']._serialized_end=2447
+  _globals['_FINDWEIGHTS']._serialized_start=2450
+  _globals['_FINDWEIGHTS']._serialized_end=2663
+  _globals['_WEIGHTSFOUND']._serialized_start=2666
+  _globals['_WEIGHTSFOUND']._serialized_end=2821
+  _globals['_FINDWEIGHTSPROGRESS']._serialized_start=2823
+  _globals['_FINDWEIGHTSPROGRESS']._serialized_end=2885
 # @@protoc_insertion_point(module_scope)

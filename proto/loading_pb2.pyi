@@ -67,6 +67,7 @@ class Load(_message.Message):
     DEVICES_FIELD_NUMBER: _builtins.int
     ADAPTERS_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
+    ENCODER_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts plans; greater than any before."""
     model_path: _builtins.str
@@ -115,6 +116,10 @@ class Load(_message.Message):
     def group(self) -> Global___GroupOrder:
         """The group that holds the stage together; not set: this worker holds it alone."""
 
+    @_builtins.property
+    def encoder(self) -> Global___EncoderFile:
+        """The projector of the model, whose encoder of images the worker also loads; not set: another worker has it, or none."""
+
     def __init__(
         self,
         *,
@@ -135,11 +140,14 @@ class Load(_message.Message):
         devices: _abc.Iterable[Global___DeviceLayers] | None = ...,
         adapters: _abc.Iterable[Global___AdapterFile] | None = ...,
         group: Global___GroupOrder | None = ...,
+        encoder: Global___EncoderFile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_group", b"_group", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "first_address", b"first_address", "first_worker", b"first_worker", "group", b"group", "last_worker", b"last_worker", "limits", b"limits", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "weights", b"weights"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_encoder", b"_encoder", "_first_address", b"_first_address", "_first_worker", b"_first_worker", "_group", b"_group", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "encoder", b"encoder", "first_address", b"first_address", "first_worker", b"first_worker", "group", b"group", "last_worker", b"last_worker", "limits", b"limits", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_address", b"_first_address", "_first_worker", b"_first_worker", "_group", b"_group", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "adapters", b"adapters", "devices", b"devices", "end", b"end", "epoch", b"epoch", "exclusive", b"exclusive", "first_address", b"first_address", "first_worker", b"first_worker", "group", b"group", "last_worker", b"last_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_encoder", b"_encoder", "_first_address", b"_first_address", "_first_worker", b"_first_worker", "_group", b"_group", "_last_worker", b"_last_worker", "_next_address", b"_next_address", "_next_worker", b"_next_worker", "_previous_worker", b"_previous_worker", "_weights", b"_weights", "adapters", b"adapters", "devices", b"devices", "encoder", b"encoder", "end", b"end", "epoch", b"epoch", "exclusive", b"exclusive", "first_address", b"first_address", "first_worker", b"first_worker", "group", b"group", "last_worker", b"last_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__encoder: _TypeAlias = _typing.Literal["encoder"]  # noqa: Y015
+    _WhichOneofArgType__encoder: _TypeAlias = _typing.Literal["_encoder", b"_encoder"]  # noqa: Y015
     _WhichOneofReturnType__first_address: _TypeAlias = _typing.Literal["first_address"]  # noqa: Y015
     _WhichOneofArgType__first_address: _TypeAlias = _typing.Literal["_first_address", b"_first_address"]  # noqa: Y015
     _WhichOneofReturnType__first_worker: _TypeAlias = _typing.Literal["first_worker"]  # noqa: Y015
@@ -156,6 +164,8 @@ class Load(_message.Message):
     _WhichOneofArgType__previous_worker: _TypeAlias = _typing.Literal["_previous_worker", b"_previous_worker"]  # noqa: Y015
     _WhichOneofReturnType__weights: _TypeAlias = _typing.Literal["weights"]  # noqa: Y015
     _WhichOneofArgType__weights: _TypeAlias = _typing.Literal["_weights", b"_weights"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__encoder) -> _WhichOneofReturnType__encoder | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__first_address) -> _WhichOneofReturnType__first_address | None: ...
     @_typing.overload
@@ -212,6 +222,40 @@ class AdapterFile(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weights) -> _WhichOneofReturnType__weights | None: ...
 
 Global___AdapterFile: _TypeAlias = AdapterFile  # noqa: Y015
+
+@_typing.final
+class EncoderFile(_message.Message):
+    """A projector (mmproj), of which the worker loads all of the encoder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    FILE_ID_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path of its file on the coordinator's machine."""
+    file_id: _builtins.str
+    """The identity it must have."""
+    @_builtins.property
+    def weights(self) -> Global___WeightSources:
+        """As in Load."""
+
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        file_id: _builtins.str = ...,
+        weights: Global___WeightSources | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "weights", b"weights"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weights", b"_weights", "file_id", b"file_id", "path", b"path", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weights: _TypeAlias = _typing.Literal["weights"]  # noqa: Y015
+    _WhichOneofArgType__weights: _TypeAlias = _typing.Literal["_weights", b"_weights"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weights) -> _WhichOneofReturnType__weights | None: ...
+
+Global___EncoderFile: _TypeAlias = EncoderFile  # noqa: Y015
 
 @_typing.final
 class SetAdapters(_message.Message):
@@ -514,6 +558,7 @@ class Loaded(_message.Message):
     KV_BYTES_FIELD_NUMBER: _builtins.int
     WORKSPACE_BYTES_FIELD_NUMBER: _builtins.int
     FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    ENCODER_BYTES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the Load."""
     weight_bytes: _builtins.int
@@ -524,6 +569,8 @@ class Loaded(_message.Message):
     """Buffers of the computation."""
     fetched_bytes: _builtins.int
     """Bytes of weights that were fetched from other workers for it."""
+    encoder_bytes: _builtins.int
+    """Weights, KV memory and buffers of the encoder of images, which the other sizes leave out; 0: there is none."""
     def __init__(
         self,
         *,
@@ -532,10 +579,11 @@ class Loaded(_message.Message):
         kv_bytes: _builtins.int = ...,
         workspace_bytes: _builtins.int = ...,
         fetched_bytes: _builtins.int = ...,
+        encoder_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fetched_bytes", b"fetched_bytes", "kv_bytes", b"kv_bytes", "weight_bytes", b"weight_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoder_bytes", b"encoder_bytes", "epoch", b"epoch", "fetched_bytes", b"fetched_bytes", "kv_bytes", b"kv_bytes", "weight_bytes", b"weight_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -733,7 +781,7 @@ Global___AddWeightSource: _TypeAlias = AddWeightSource  # noqa: Y015
 
 @_typing.final
 class FindWeights(_message.Message):
-    """Request: look for the weights of a model, or of one of its adapters."""
+    """Request: look for the weights of a model, of one of its adapters, or of its projector."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -742,6 +790,7 @@ class FindWeights(_message.Message):
     DESCRIBE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    ENCODER_FIELD_NUMBER: _builtins.int
     model_path: _builtins.str
     """Path of the model file, as in Load."""
     model_id: _builtins.str
@@ -752,7 +801,11 @@ class FindWeights(_message.Message):
     """The answer has the same."""
     @_builtins.property
     def adapter(self) -> Global___AdapterFile:
-        """The adapter; not set: the model."""
+        """The adapter; not set: another file."""
+
+    @_builtins.property
+    def encoder(self) -> Global___EncoderFile:
+        """The projector; not set: another file."""
 
     def __init__(
         self,
@@ -762,14 +815,20 @@ class FindWeights(_message.Message):
         describe: _builtins.bool = ...,
         request_id: _builtins.int = ...,
         adapter: Global___AdapterFile | None = ...,
+        encoder: Global___EncoderFile | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "adapter", b"adapter"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_encoder", b"_encoder", "adapter", b"adapter", "encoder", b"encoder"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "adapter", b"adapter", "describe", b"describe", "model_id", b"model_id", "model_path", b"model_path", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter", b"_adapter", "_encoder", b"_encoder", "adapter", b"adapter", "describe", b"describe", "encoder", b"encoder", "model_id", b"model_id", "model_path", b"model_path", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter: _TypeAlias = _typing.Literal["adapter"]  # noqa: Y015
     _WhichOneofArgType__adapter: _TypeAlias = _typing.Literal["_adapter", b"_adapter"]  # noqa: Y015
+    _WhichOneofReturnType__encoder: _TypeAlias = _typing.Literal["encoder"]  # noqa: Y015
+    _WhichOneofArgType__encoder: _TypeAlias = _typing.Literal["_encoder", b"_encoder"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter) -> _WhichOneofReturnType__adapter | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__encoder) -> _WhichOneofReturnType__encoder | None: ...
 
 Global___FindWeights: _TypeAlias = FindWeights  # noqa: Y015
 

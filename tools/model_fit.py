@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.config.projectors import open_with_projector
 from llamaclust.cluster.control.limits import capacity_of, kv_tokens
 from llamaclust.cluster.scheduler.capacity import BlockCounts, blocks_of
-from llamaclust.cluster.scheduler.kv.groups import KvSizes
+from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.costs import ModelCosts
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from llamaclust.worker.stage.stage_runner import model_program
@@ -33,7 +33,7 @@ class Fit:
     state_bytes: int  # of a state of the sequence, over all layers
     workspace_bytes: int
     context_length: int  # the model's own, 4096 at most; what the following reckon with
-    total_bytes: int  # as a plan has it where memory suffices, with KV memory for `kv_tokens`
+    total_bytes: int  # as a plan has it where memory suffices, with KV memory for `kv_tokens`, without an encoder
     kv_tokens: int
     least_bytes: int  # with KV memory for one sequence
     layers: int  # from the first on, with the embedding; all of them: with the head too
@@ -50,14 +50,14 @@ class Fit:
 def fit(path: Path, available_bytes: int, threads: int, context_length: int | None = None) -> Fit:
     """Plans one worker with the defaults of a cluster file. Reads only headers. Limits `context_length` to the model's.
     Raises ModelFileError for a model that cannot run here."""
-    with closing(Model.open(path)) as model:
+    with closing(open_with_projector(path, None)) as model:
         config = ClusterConfig.model_validate({"model": str(path), "workers": [{"name": "a"}]})
         trained, count = model.hyperparameters.context_length, model.layer_count
         context = min(context_length or config.context_length, trained)
         costs = {kv_type: model.costs(kv_type) for kv_type in KvType}
 
         def limits(tokens: int) -> StageLimits:
-            return capacity_of(config, tokens).stage_limits(BlockCounts(blocks_of(tokens)))
+            return capacity_of(config, tokens, model.projector).stage_limits(BlockCounts(blocks_of(tokens)))
 
         def weights(layers: int) -> int:
             tensors = model.tensors_for(model_program(model, 0, layers, limits(KV_BLOCK_TOKENS)))
@@ -67,7 +67,8 @@ def fit(path: Path, available_bytes: int, threads: int, context_length: int | No
             return planned_workspace_bytes(model, 0, layers, limits(tokens), threads)
 
         def needed(layers: int, tokens: int, kv_tokens: int) -> int:
-            kv_bytes = _kv_bytes(config, costs[KvType.F16], layers, tokens, kv_tokens)
+            groups = capacity_of(config, tokens, model.projector).groups(costs[KvType.F16])
+            kv_bytes = _kv_bytes(groups, costs[KvType.F16], layers, kv_tokens)
             return weights(layers) + workspace(layers, tokens) + kv_bytes
 
         usual = min(config.max_sequences * context, max(context, kv_tokens(config) or 0))
@@ -87,15 +88,15 @@ def fit(path: Path, available_bytes: int, threads: int, context_length: int | No
         )
 
 
-def _kv_bytes(config: ClusterConfig, costs: ModelCosts, layers: int, context: int, kv_tokens: int) -> int:
-    """Returns the KV bytes that a plan gives to the first layers, for `kv_tokens` in sequences of `context` tokens."""
+def _kv_bytes(groups: KvGroups, costs: ModelCosts, layers: int, kv_tokens: int) -> int:
+    """Returns the KV bytes that a plan gives to the first layers for `kv_tokens`."""
     first = costs.layers[:layers]
     sizes = KvSizes(
         token_bytes=sum(layer.kv_bytes_per_token for layer in first),
         window_token_bytes=sum(layer.window_bytes_per_token for layer in first),
         state_bytes=sum(layer.state_bytes for layer in first),
     )
-    return capacity_of(config, context).groups(costs).kv_bytes(sizes, blocks_of(kv_tokens))
+    return groups.kv_bytes(sizes, blocks_of(kv_tokens))
 
 
 def _most(count: int, exceeds: Callable[[int], bool]) -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from llamaclust.core.sizes import needed
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import read_architecture
+from llamaclust.model.loader import Model
 from llamaclust.model.projectors.keys import ARCHITECTURE
-from llamaclust.model.projectors.projector import projector_of
+from llamaclust.model.projectors.projector import Projector, projector_of
+from llamaclust.worker.devices.encoder_memory import encoder_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +44,36 @@ class ProjectorInfo:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ProjectorBeside:
+    """The projector that a model uses by default, with the RAM of its encoder, or the reason why it uses none."""
+
+    path: Path | None = None
+    info: ProjectorInfo | None = None
+    weight_bytes: int = 0
+    workspace_bytes: int = 0
+    unused: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self) | {"path": None if self.path is None else str(self.path)}
+
+    def lines(self) -> tuple[str, ...]:
+        if self.path is None or self.info is None:
+            return (f"beside it: {self.unused}",)
+        memory = needed({"weights": self.weight_bytes, "workspace": self.workspace_bytes})
+        return f"beside it: {self.path.name}", *self.info.lines(), f"  in memory: {memory}"
+
+
 def is_projector(file: ModelFile) -> bool:
     return read_architecture(file) == ARCHITECTURE
 
 
 def describe_projector(file: ModelFile) -> ProjectorInfo:
     """Raises ModelFileError for a projector that is not supported."""
-    projector = projector_of(file)
+    return _info(projector_of(file))
+
+
+def _info(projector: Projector) -> ProjectorInfo:
     is_fixed = projector.family.tokens is None
     return ProjectorInfo(
         name=projector.name,
@@ -57,3 +85,15 @@ def describe_projector(file: ModelFile) -> ProjectorInfo:
         image_size=projector.images.image_size if is_fixed else 0,
         max_pixels=0 if is_fixed else projector.images.max_pixels,
     )
+
+
+def projector_beside(model: Path, threads: int) -> ProjectorBeside | None:
+    """Looks for the projectors beside a model. Returns None if there are none. Raises ModelFileError for a model that
+    cannot run here."""
+    with closing(Model.open(model)) as opened:
+        found = opened.projectors_beside()
+    if found.only is None:
+        return None if found.unused is None else ProjectorBeside(unused=found.unused)
+    memory = encoder_bytes(found.only, threads)
+    path = found.only.file.path
+    return ProjectorBeside(path, _info(found.only), memory.weight_bytes, memory.workspace_bytes)

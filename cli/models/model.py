@@ -140,23 +140,25 @@ def info(
     from llamaclust.tools.model_fit import fit
     from llamaclust.tools.model_info import as_json as info_as_json
     from llamaclust.tools.model_info import describe
-    from llamaclust.tools.projector_info import describe_projector, is_projector
+    from llamaclust.tools.projector_info import describe_projector, is_projector, projector_beside
     from llamaclust.worker.devices.system_info import available_memory_bytes
 
     file = open_model(model)
     available_bytes = available_memory_bytes() if memory is None else option_value("--memory", parse_size, memory)
-    found, projector, fitting, problem = describe(file), None, None, None
+    found, projector, fitting, beside, problem = describe(file), None, None, None, None
     try:
         if is_projector(file):
             projector = describe_projector(file)
         else:
             fitting = fit(file.path, available_bytes, threads)
+            beside = projector_beside(file.path, threads)
     except LlamaclustError as error:
         problem = str(error)
     if as_json:
         memory_json = None if fitting is None else fitting.as_json()
         projector_json = None if projector is None else projector.as_json()
-        run = {"projector": projector_json, "memory": memory_json, "problem": problem}
+        beside_json = None if beside is None else beside.as_json()
+        run = {"projector": projector_json, "beside": beside_json, "memory": memory_json, "problem": problem}
         print(json.dumps({**info_as_json(file, found), **run}))
         return
     _print_info(file, found)
@@ -167,6 +169,8 @@ def info(
     if fitting is not None:
         print("\nin memory")
         _print_fit(fitting)
+    if beside is not None:
+        print("", *map(printable, beside.lines()), sep="\n")
 
 
 def tokenize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
+from llamaclust.cluster.config.projectors import open_with_projector, unused_projectors
 from llamaclust.cluster.control.limits import check_distinct, unused_mtp
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
@@ -65,8 +66,8 @@ class PlannedStart:
     """Bytes of a worker process without a model, estimated from this process, which has loaded the kernels but no
     model."""
     draft_model: DraftModelMemory | None
-    unused_mtp: str | None
-    """A hint about an MTP head that is not used although it could draft; None without one."""
+    unused: tuple[str, ...]
+    """Hints about an MTP head that could draft and projectors that could read images, but are not used."""
     other_loads: Mapping[str, OtherLoad]
     """The load of other programs while each worker was measured, by worker."""
 
@@ -105,7 +106,7 @@ def _show(config: ClusterConfig, acceptances: Sequence[float]) -> None:
         for each in _effects(config)
     )
     beside = _beside(config, start.own_bytes, start.draft_model)
-    found = (start.unused_mtp, disturbance(start.other_loads.values()))
+    found = (*start.unused, disturbance(start.other_loads.values()))
     hints = tuple(f"  {hint}" for hint in found if hint is not None)
     print("\n".join((*plan_lines(start.plan, acceptances), *rules, *lines, _cores(config), *beside, *hints)))
 
@@ -164,12 +165,14 @@ def planned(config: ClusterConfig) -> PlannedStart:
             beside = map(str.strip, _beside(config, own_bytes, draft_model))
             raise InsufficientMemoryError("; ".join((str(error), *beside))) from error
         other_loads = {name: loads[key] for name, key in used.items() if key in loads and name not in stated}
-        return PlannedStart(plan, own_bytes, draft_model, unused_mtp(config, model), other_loads)
+        unused = filter(None, (unused_mtp(config, model), unused_projectors(config.mmproj, model)))
+        return PlannedStart(plan, own_bytes, draft_model, tuple(unused), other_loads)
 
 
 def _opened(config: ClusterConfig) -> closing[Model]:
     adapters = [adapter.path for adapter in config.adapters]
-    return closing(Model.open(resolve_model(config.model), config.chat_template, adapters))
+    path = resolve_model(config.model)
+    return closing(open_with_projector(path, config.mmproj, config.chat_template, adapters))
 
 
 def _model_id(config: ClusterConfig) -> str:

@@ -32,7 +32,7 @@ def anchored(document: Document, folder: Path) -> Document:
                 _anchor_model(entry, folder)
     if isinstance(speculative := values.get("speculative"), dict):
         values["speculative"] = dict(speculative)
-        _anchor_file(values["speculative"], folder)
+        _anchor_file(values["speculative"], "model", folder)
     for key in ("api_keys_file", "state_dir"):
         _anchor(values, key, folder)
     for section, key in _PATHS:
@@ -43,7 +43,8 @@ def anchored(document: Document, folder: Path) -> Document:
 
 
 def _anchor_model(values: dict[str, Any], folder: Path) -> None:
-    _anchor_file(values, folder)
+    for key in ("model", "mmproj"):
+        _anchor_file(values, key, folder)
     if values.get("chat_template") not in built_in_names():
         _anchor(values, "chat_template", folder)
     if isinstance(adapters := values.get("adapters"), list):
@@ -52,10 +53,10 @@ def _anchor_model(values: dict[str, Any], folder: Path) -> None:
             _anchor(adapter, "path", folder)
 
 
-def _anchor_file(values: dict[str, Any], folder: Path) -> None:
-    model = values.get("model")
-    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(REMOTE_PREFIXES):
-        _anchor(values, "model", folder)
+def _anchor_file(values: dict[str, Any], key: str, folder: Path) -> None:
+    file = values.get(key)
+    if isinstance(file, str) and file.endswith(".gguf") and not file.startswith(REMOTE_PREFIXES):
+        _anchor(values, key, folder)
 
 
 def _anchor(values: dict[str, Any], key: str, folder: Path) -> None:

@@ -6,7 +6,7 @@ import difflib
 import errno
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +22,8 @@ from llamaclust.model.gguf.model_file import PART_NAME
 
 _NEAREST = 3
 _LISTED = 10
-_ENCODER = "mmproj"
-"""A word in the file names of vision encoders."""
+_PROJECTOR = "mmproj"
+"""A word in the file names of projectors, which are the encoders of vision models."""
 _LONGEST_NAME = 200
 _REPOSITORY: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -40,6 +40,7 @@ class CatalogEntry:
     licence: str
     summary: str
     about_bytes: int = 0
+    projector: str | None = None  # source of the model's projector
 
     @property
     def directory(self) -> str:
@@ -80,6 +81,7 @@ class WantedFile:
     path: Path
     size_bytes: int | None
     sha256: str | None
+    projector: WantedFile | None = None
 
     @property
     def is_there(self) -> bool:
@@ -96,7 +98,7 @@ class WantedFile:
         paths = part_paths(self.path, count)
         if number != 1:
             raise UsageError(f"{self.spec}: part {number} of {count}; give the first part, {paths[0].name}")
-        unknown = replace(self, size_bytes=None, sha256=None)
+        unknown = replace(self, size_bytes=None, sha256=None, projector=None)
         return [self, *(replace(unknown, source=self.source.named(path.name), path=path) for path in paths[1:])]
 
 
@@ -127,6 +129,7 @@ def find_entry(name: str) -> CatalogEntry | None:
         licence=model.licence,
         summary=f"{_billions(model.billions)} parameters, {quantization.upper()}, {model.summary}",
         about_bytes=model.about_bytes(quantization),
+        projector=model.projector_source,
     )
 
 
@@ -166,7 +169,16 @@ def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
         path=directory / source.file_name,
         size_bytes=entry.size_bytes if entry else None,
         sha256=entry.sha256 if entry else sha256,
+        projector=_wanted_projector(entry, directory) if entry else None,
     )
+
+
+def _wanted_projector(entry: CatalogEntry, directory: Path) -> WantedFile | None:
+    if entry.projector is None:
+        return None
+    source = parse_source(entry.projector)
+    assert not isinstance(source, Path)
+    return WantedFile(f"the projector of {entry.name}", source, directory / source.file_name, None, None)
 
 
 def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
@@ -195,7 +207,8 @@ def made_beside(source: Path, name: str) -> Path:
 def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
     root = models_dir or environment().models_dir
     directories = sorted(root.iterdir()) if root.is_dir() else []
-    return [StoredModel(path.parent.name, path, _size_of(path)) for each in directories for path in _models(each)]
+    found = (path for each in directories for path in _without_projectors([*_models(each)]))
+    return [StoredModel(path.parent.name, path, _size_of(path)) for path in found]
 
 
 def remove_model(spec: str, models_dir: Path | None = None) -> Path:
@@ -219,6 +232,15 @@ def _stored_directory(spec: str, root: Path) -> Path:
     if isinstance(found, WantedFile):
         return found.path.parent
     raise UsageError(f"{spec}: not a downloaded model; delete a file of your own yourself")
+
+
+def _is_projector(path: Path) -> bool:
+    return _PROJECTOR in path.name.lower()
+
+
+def _without_projectors(models: Sequence[Path]) -> Sequence[Path]:
+    """Leaves out projectors beside other models. A projector in a folder of its own stays."""
+    return [path for path in models if not _is_projector(path)] or models
 
 
 def _models(directory: Path) -> Iterator[Path]:
@@ -283,7 +305,7 @@ def _is_beside_a_model(path: Path) -> bool:
     """True for GGUF files that are not models but accompany them: vision encoders, adapters, importance matrices."""
     from llamaclust.model.gguf.header import read_header
 
-    if _ENCODER in path.name.lower():
+    if _is_projector(path):
         return True
     with suppress(ModelFileError, OSError):
         metadata = read_header(path).metadata

@@ -25,6 +25,7 @@ from llamaclust.cluster.config.sections import (
     LargestGroup,
     Lease,
     ListenTls,
+    Mmproj,
     ModelEntry,
     Placements,
     PlanEntry,
@@ -78,6 +79,8 @@ class ClusterConfig(Section):
     """false: none of `models` is loaded at the start or by a request, only by `POST /models/load`."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Name of a built-in chat template, or path of a Jinja file; by default the model's own template."""
+    mmproj: Mmproj = None
+    """Projector of a vision model, like `model`: a .gguf file; auto: the only one beside the model; off: no images."""
     adapters: Annotated[tuple[AdapterConfig, ...], Field(max_length=MAX_ADAPTERS, strict=False)] = ()
     """LoRA adapters that requests may use, numbered in this order. Workers with GPUs do not support adapters."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
@@ -205,7 +208,7 @@ class ClusterConfig(Section):
         for key in ("max_loaded_models", "load_on_demand") if not self.models else ():
             if getattr(self, key) != type(self).model_fields[key].default:
                 raise PlaceError((key,), "is for several models: give `models` in place of `model`")
-        for key in ("adapters", "placement", "plan") if self.models else ():
+        for key in ("adapters", "mmproj", "placement", "plan") if self.models else ():
             if getattr(self, key):
                 raise PlaceError((key,), f"is for one model: give `{key}` among `models`")
         named: set[str] = set()
@@ -335,7 +338,7 @@ class ClusterConfig(Section):
 
 _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "numa_node", "memory", "mlock", "kv_disk")
 """Keys that workers of a static cluster have as options of `llamaclust worker` instead."""
-_OF_ONE_MODEL = ("chat_template", "context_length", "kv_memory", "adapters", "placement", "plan")
+_OF_ONE_MODEL = ("chat_template", "mmproj", "context_length", "kv_memory", "adapters", "placement", "plan")
 """Keys that each entry of `models` may set for itself."""
 _FOR_ONE_MODEL = {
     **dict.fromkeys(("model_name", "aliases"), "give `name` and `aliases` among `models`"),

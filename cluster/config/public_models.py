@@ -40,7 +40,8 @@ _ACCEPTED_AT: Final = {
 @dataclass(frozen=True, slots=True)
 class PublicModel:
     """A row of the table. `file` is OWNER/REPOSITORY/FILE, in which {Q} stands for the quantization in capital
-    letters, {q} in small ones. The first quantization is the default. `billions`: parameters / 10^9."""
+    letters, {q} in small ones. The first quantization is the default. `billions`: parameters / 10^9. `mmproj` is the
+    file of the projector in the same repository, empty if the model has none that is supported."""
 
     name: str
     file: str
@@ -48,6 +49,7 @@ class PublicModel:
     quantizations: tuple[str, ...]
     licence: str
     summary: str
+    mmproj: str = ""
 
     def quantization(self, wanted: str) -> str:
         """Returns the quantization as the table writes it; the default for an empty text. Raises UsageError if it is
@@ -61,6 +63,12 @@ class PublicModel:
     def source(self, quantization: str) -> str:
         """Returns the address of the model's file, or of its first part."""
         return f"hf:{self.file.format(Q=quantization.upper(), q=quantization)}"
+
+    @property
+    def projector_source(self) -> str | None:
+        """The address of the projector's file."""
+        repository = "/".join(self.file.split("/")[:2])
+        return f"hf:{repository}/{self.mmproj}" if self.mmproj else None
 
     def about_bytes(self, quantization: str) -> int:
         return round(self.billions * 1e9 * _BITS_PER_WEIGHT[quantization] / 8)
@@ -80,6 +88,7 @@ def _model(row: dict[str, str]) -> PublicModel:
         quantizations=tuple(row["quantizations"].split()),
         licence=row["licence"],
         summary=row["summary"],
+        mmproj=row["mmproj"] or "",
     )
 
 

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from llamaclust.cluster.config.errors import PlaceError
 from llamaclust.cluster.config.field_docs import DocumentedModel
 from llamaclust.cluster.config.values import (
+    OFF,
     Address,
     Device,
     Duration,
@@ -31,9 +32,16 @@ from llamaclust.core.limits import MAX_ADAPTER_SCALE, MAX_ADAPTERS, MAX_GROUP_ME
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS
 from llamaclust.model.placement import MAX_PATTERN, MAX_RULES, PlacementRule, read_rules
 
+ImageHost = Annotated[
+    str, Field(pattern=r"^(\*\.)?[a-z0-9]([a-z0-9.-]{0,250}[a-z0-9])?(:[1-9][0-9]{0,4})?$", examples=["*.example.com"])
+]
 _LEAST_HEARTBEAT_TIMEOUT_S = 0.5
 _LEAST_PROGRESS_TIMEOUT_S = 1.0
 _LEAST_LEASE_S = 1.0
+Mmproj = Annotated[
+    Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)] | None, OrAuto(), OrOff(OFF)
+]
+"""The projector of a vision model, given like its model; None: the only one that is beside the model and fits."""
 CpuMoe = Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto(), OrWord("all", 1 << 16)]
 """Number of layers, from the first, whose experts stay in RAM despite a GPU; None: the fastest choice."""
 LargestGroup = Annotated[Annotated[int, Field(ge=1, le=MAX_GROUP_MEMBERS)] | None, OrAuto(), OrOff(1)]
@@ -179,6 +187,9 @@ class Api(Section):
     """Folder of adapters for `/v1/load_lora_adapter`. With API keys, only clients with the first key may load them."""
     slot_folder: FilePath | None = None
     """Folder of saved slots; without it, `POST /slots` is refused."""
+    image_urls: Annotated[tuple[ImageHost, ...], Field(max_length=64, strict=False)] = ()
+    """Hosts whose pictures are fetched if a request has their URLs, such as example.com, *.example.com or
+    example.com:8080. By default, requests must send pictures as data URLs."""
     disabled: Annotated[
         tuple[Literal["docs", "metrics", "props", "slots"], ...], Field(max_length=4, strict=False)
     ] = ()
@@ -342,6 +353,8 @@ class ModelEntry(Section):
     """Further names of the model."""
     chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
     """Name of a built-in chat template, or a Jinja file, like the cluster's key `chat_template`."""
+    mmproj: Mmproj = None
+    """Projector of this model, like the cluster's key `mmproj`."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] | None = None
     """Most tokens of a sequence; by default the cluster's number."""
     kv_memory: Annotated[Size | None, OrAuto()] = None

@@ -16,6 +16,8 @@ from llamaclust.core.addresses import split_address
 from llamaclust.core.bounds import MAX_LAYERS, NAME
 from llamaclust.core.limits import MAX_EXPERT_SHARDS
 
+OFF = "off"
+"""The value of `mmproj` for a model that reads no images, although a projector may be beside it."""
 TAG = ":latest"
 """The tag that Ollama's clients add to model names without one."""
 MAX_BYTES = 1 << 50

@@ -194,7 +194,14 @@ class EpochWorkers:
 
 def _stage_info(stage: StagePlan, expert_shards: int) -> StageInfo:
     return StageInfo(
-        stage.worker, stage.start, stage.end, stage.device_layers, expert_shards, stage.shares, stage.member
+        stage.worker,
+        stage.start,
+        stage.end,
+        stage.device_layers,
+        expert_shards,
+        stage.shares,
+        stage.member,
+        stage.encoder_bytes,
     )
 
 
@@ -299,7 +306,7 @@ class Epochs:
             number,
             [_stage_info(stage, plan.expert_shards) for stage in plan.stages],
             self._reference,
-            plan_limits(self._config, plan),
+            plan_limits(self._config, plan, self._model.projector),
             is_exclusive=is_exclusive,
             links=links,
             progress_timeout_s=self._config.timeouts.load,

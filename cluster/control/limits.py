@@ -11,7 +11,7 @@ from llamaclust.cluster.control.resources.groups import check_groups
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.scheduler.capacity import BlockCounts, Capacity
+from llamaclust.cluster.scheduler.capacity import BlockCounts, Capacity, microbatch_rows
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.drafting.shared import SharedDrafters
 from llamaclust.cluster.scheduler.kv.groups import window_group
@@ -24,6 +24,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.model.costs import ModelCosts
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.program import check_nextn, has_nextn
+from llamaclust.model.projectors.projector import Projector
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 
@@ -69,8 +70,8 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     if len(config.workers) < 2 or not (token_bytes := model.hidden_bytes):
         return
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // token_bytes
-    if max_batch_tokens(config) > room:
-        asked = f"prefill_chunk and max_sequences make microbatches of {max_batch_tokens(config)} tokens"
+    if (most := max_batch_tokens(config, model.projector)) > room:
+        asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
         raise UsageError(f"{asked}: {room} tokens of {token_bytes} bytes fit in a message between workers; lower them")
 
 
@@ -94,8 +95,8 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
         raise UsageError("kv_disk: it is for stages of whole layers, and the plan divides some; remove it")
     row_bytes = model.costs(config.kv_type, expert_shards).cut_bytes
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
-    if max_batch_tokens(config) > room:
-        asked = f"prefill_chunk and max_sequences make microbatches of {max_batch_tokens(config)} tokens"
+    if (most := max_batch_tokens(config, model.projector)) > room:
+        asked = f"prefill_chunk and max_sequences make microbatches of {most} tokens"
         what = f"{room} tokens of {row_bytes} bytes fit in a message between parts of a layer"
         raise UsageError(f"{asked}: {what}; lower them")
 
@@ -113,7 +114,7 @@ def check_parts_on_gpus(config: ClusterConfig, expert_shards: int, gpus: Mapping
 def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
     if all(worker.kv_disk is None for worker in config.workers):
         return
-    group = window_group(model.window, context_length(config, model), max_batch_tokens(config))
+    group = window_group(model.window, context_length(config, model), max_batch_tokens(config, model.projector))
     if group is not None:
         why = f"KV memory of layers with a window ({group.window} tokens) is not kept on disk"
         raise UsageError(f"kv_disk: {why}, and this model has such layers: remove kv_disk")
@@ -147,11 +148,12 @@ def manual_shards(config: ClusterConfig) -> int:
     return max((Fraction(place).denominator for place in places), default=1)
 
 
-def capacity_of(config: ClusterConfig, context_length: int) -> Capacity:
+def capacity_of(config: ClusterConfig, context_length: int, projector: Projector | None = None) -> Capacity:
     return Capacity(
         context_length=context_length,
         max_sequences=config.max_sequences,
         max_outputs=max(_OUTPUTS, config.max_sequences),
+        rows=microbatch_rows(projector),
         prefill_chunk=config.prefill_chunk,
         kv_type=config.kv_type,
         prefix_cache=config.prefix_cache,
@@ -160,8 +162,8 @@ def capacity_of(config: ClusterConfig, context_length: int) -> Capacity:
     )
 
 
-def max_batch_tokens(config: ClusterConfig) -> int:
-    return capacity_of(config, config.context_length).max_batch_tokens
+def max_batch_tokens(config: ClusterConfig, projector: Projector | None) -> int:
+    return capacity_of(config, config.context_length, projector).max_batch_tokens
 
 
 def kv_tokens(config: ClusterConfig) -> int | None:
@@ -188,8 +190,8 @@ def model_costs(config: ClusterConfig, model: Model, expert_shards: int = 1) -> 
     return capacity_of(config, config.context_length).costs(model, expert_shards)
 
 
-def plan_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
-    capacity = capacity_of(config, plan.context_length)
+def plan_limits(config: ClusterConfig, plan: Plan, projector: Projector | None = None) -> StageLimits:
+    capacity = capacity_of(config, plan.context_length, projector)
     return capacity.stage_limits(_blocks(plan), plan.expert_shards, wide_tiles=plan.wide_tiles)
 
 
@@ -215,5 +217,6 @@ def scheduler_settings(
 ) -> SchedulerSettings:
     """Returns the scheduler's limits, which equal those of the loaded stages. `adapters`: names by number, by default
     those of the model."""
-    settings = capacity_of(config, plan.context_length).scheduler_settings(model, _blocks(plan), speculation)
+    capacity = capacity_of(config, plan.context_length, model.projector)
+    settings = capacity.scheduler_settings(model, _blocks(plan), speculation)
     return settings if adapters is None else replace(settings, adapters=adapters)

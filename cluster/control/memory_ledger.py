@@ -68,13 +68,15 @@ class MemoryLedger:
     def loaded(self, worker: WorkerHandle) -> dict[str, int]:
         """Returns the planned bytes of the worker's loaded stages, by device."""
         held = [order for order, _ in worker.stages.values()]
-        orders = {(o.model_id, _way(o.limits), o.start, o.end, o.devices, _portion(o)) for o in held}
+        orders = {
+            (o.model_id, _way(o.limits), o.start, o.end, o.devices, _portion(o), o.encoder is not None) for o in held
+        }
         use = MemoryUse()
         for model_id, plans in self._plans.items():
             for plan in plans:
                 for stage in (stage for stage in plan.stages if stage.worker == worker.name):
                     layers = (stage.start, stage.end, stage.device_layers, (stage.shares, stage.member))
-                    if (model_id, _way(plan), *layers) in orders:
+                    if (model_id, _way(plan), *layers, stage.encoder_bytes > 0) in orders:
                         use += _stage_use(stage)
         return {device: n_bytes for (_, device), n_bytes in use.items()}
 
@@ -99,6 +101,8 @@ def _stage_use(stage: StagePlan) -> MemoryUse:
     use = MemoryUse()
     for part in stage.devices:
         use[stage.worker, part.device] += part.bytes
-    if not stage.devices:
+    if stage.devices:
+        use[stage.worker, "cpu"] += stage.encoder_bytes
+    else:
         use[stage.worker, "cpu"] += stage.bytes
     return use

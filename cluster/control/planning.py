@@ -18,7 +18,6 @@ from llamaclust.cluster.control.limits import (
     kv_tokens,
     manual_plan,
     manual_shards,
-    max_batch_tokens,
     model_costs,
     says_placement,
     uses_mtp,
@@ -34,7 +33,7 @@ from llamaclust.cluster.control.resources.resource_shares import (
     share_gpus,
 )
 from llamaclust.cluster.control.serving import is_clearly_faster
-from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
+from llamaclust.cluster.control.stage_memory import encoder_of, rounding_of, workspace_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
@@ -44,6 +43,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction, UnusedGpu
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.predict import predict_again
 from llamaclust.cluster.planner.roofline import retimed
+from llamaclust.cluster.planner.splits.encoder_place import EncoderParts, plan_with_encoder
 from llamaclust.cluster.scheduler.capacity import BlockCounts
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError, UsageError, WorkerError
 from llamaclust.core.gpus import UNUSED_BY_PARTS, Placement
@@ -141,7 +141,8 @@ def _divisions(config: ClusterConfig, model: Model, resources: ClusterResources,
 
 def _have_room(config: ClusterConfig, model: Model, resources: ClusterResources) -> bool:
     length, costs = context_length(config, model), StageCosts.of(model_costs(config, model))
-    workspace = workspace_of(model, capacity_of(config, length).stage_limits(BlockCounts(1)))
+    capacity = capacity_of(config, length, model.projector)
+    workspace = workspace_of(model, capacity.stage_limits(BlockCounts(1)))
     left = costs.weight_bytes(0, model.layer_count)
     for worker in _worker_facts(config, resources):
         if worker.memory_bytes is None:
@@ -162,16 +163,17 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     unused = _unused_gpus(facts) if expert_shards > 1 else ()
     if expert_shards > 1:
         facts = [replace(worker, gpus=(), gpu_layers=None) for worker in facts]
+    capacity = capacity_of(config, length, model.projector)
     request = PlanRequest(
         context_length=length,
         max_sequences=config.max_sequences,
-        workspace=workspace_of(model, capacity_of(config, length).stage_limits(BlockCounts(1), expert_shards)),
+        workspace=workspace_of(model, capacity.stage_limits(BlockCounts(1), expert_shards)),
         objective=config.objective,
         manual=None if config.plan is None else manual_plan(config),
         kv_memory_bytes=config.kv_memory,
         links=resources.links,
         partitions=resources.partitions,
-        max_batch_tokens=max_batch_tokens(config),
+        max_batch_tokens=capacity.max_batch_tokens,
         rounding=rounding_of(model) if expert_shards == 1 else lambda device: 0,
         rest_rounding=rounding_of(model, experts=False) if expert_shards == 1 else lambda device: 0,
         experts_cache_bytes=config.experts_cache,
@@ -183,7 +185,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     )
     wanted = placements(config, model, {worker.name: [gpu.device for gpu in worker.gpus] for worker in facts})
     facts = [replace(worker, placement=wanted[worker.name]) if worker.gpus else worker for worker in facts]
-    plan = _plan(model_costs(config, model, expert_shards), facts, request)
+    plan = _plan(model_costs(config, model, expert_shards), facts, request, encoder_of(model))
     for stage in plan.stages if expert_shards == 1 else ():
         wanted[stage.worker].check_obeyed(stage.device_layers)
     if len(plan.leaders) > MAX_STAGES:
@@ -208,25 +210,37 @@ def predict_served(config: ClusterConfig, model: Model, resources: ClusterResour
     )
 
 
-def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
+def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest, encoder: EncoderParts | None) -> Plan:
     try:
-        return make_plan(costs, facts, request)
+        return _plan_all(costs, facts, request, encoder)
     except InsufficientMemoryError as error:
         by_memory = [replace(worker, gpu_layers=None) for worker in facts]
         open_placement = Placement(cpu_moe=None)
         without_rules = [replace(worker, placement=open_placement) if worker.gpus else worker for worker in facts]
         ways = {"set gpu_layers to auto": by_memory, "leave out placement and cpu_moe": without_rules}
         for way, others in ways.items():
-            on_gpus = None if others == list(facts) else _layers_on_gpus(costs, others, request)
+            on_gpus = None if others == list(facts) else _layers_on_gpus(costs, others, request, encoder)
             if on_gpus is not None:
                 advice = f"or {way}, which fits: {on_gpus} layers are on GPUs then"
                 raise InsufficientMemoryError(f"{error}; {advice}") from error
         raise
 
 
-def _layers_on_gpus(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> int | None:
+def _plan_all(
+    costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest, encoder: EncoderParts | None
+) -> Plan:
+    """Makes a plan with the encoder of images, if there is one."""
+    if encoder is None:
+        return make_plan(costs, facts, request)
+    make, by_hand = partial(make_plan, costs, request=request), request.manual is not None
+    return plan_with_encoder(encoder, facts, make, by_hand=by_hand, partitions=request.partitions)
+
+
+def _layers_on_gpus(
+    costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest, encoder: EncoderParts | None
+) -> int | None:
     try:
-        plan = make_plan(costs, facts, request)
+        plan = _plan_all(costs, facts, request, encoder)
     except InsufficientMemoryError:
         return None
     devices = [part for stage in plan.stages for part in stage.devices if part.device != "cpu"]

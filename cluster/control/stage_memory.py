@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 from llamaclust.cluster.planner.costs import Counts, sums
 from llamaclust.cluster.planner.memory import Rounding, StagePlace, Workspace
+from llamaclust.cluster.planner.splits.encoder_place import EncoderParts
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
+from llamaclust.worker.devices.encoder_memory import encoder_bytes
 from llamaclust.worker.devices.workspace import program_workspace_bytes, weight_rounding_bytes
 from llamaclust.worker.stage.stage_runner import model_program
 
@@ -18,6 +20,7 @@ from llamaclust.worker.stage.stage_runner import model_program
 class _Known:
     workspaces: dict[tuple[StageLimits, StagePlace], int] = field(default_factory=dict)
     roundings: dict[tuple[str, bool], Counts] = field(default_factory=dict)
+    encoders: dict[int, Mapping[str, int]] = field(default_factory=dict)  # by threads
 
 
 _known: MutableMapping[Model, _Known] = WeakKeyDictionary()
@@ -84,3 +87,19 @@ def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
         return known[device, experts]
 
     return table
+
+
+def encoder_of(model: Model) -> EncoderParts | None:
+    """Returns a function for the RAM of the model's encoder of images by number of threads. None if it has none."""
+    projector = model.projector
+    if projector is None:
+        return None
+    known = _known.setdefault(model, _Known()).encoders
+
+    def parts(threads: int) -> Mapping[str, int]:
+        if threads not in known:
+            memory = encoder_bytes(projector, threads)
+            known[threads] = {"weights": memory.weight_bytes, "workspace": memory.workspace_bytes}
+        return known[threads]
+
+    return parts

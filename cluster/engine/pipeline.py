@@ -24,6 +24,7 @@ class StageInfo:
     expert_shards: int = 1  # start and end count parts of layers, so many for each
     shares: tuple[int, ...] = ()  # shares of the group's members; (): the worker holds the stage alone
     member: int = 0  # the member's index in the group; the first one leads
+    encoder_bytes: int = 0  # memory of the encoder of images that the worker loads too; 0: it loads none
 
     @property
     def layers(self) -> tuple[float, float]:

@@ -198,7 +198,9 @@ class WorkerHandle:
     def held_bytes(self) -> int:
         """The memory of all stages of the worker; 0 if it is gone."""
         stages = (loaded for _, loaded in self.stages.values() if not self.state.is_gone)
-        return sum(stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes for stage in stages)
+        return sum(
+            stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes + stage.encoder_bytes for stage in stages
+        )
 
     @property
     def gpus(self) -> tuple[Gpu, ...]:

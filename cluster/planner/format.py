@@ -199,6 +199,8 @@ def shares_text(shares: Sequence[int]) -> str:
 
 def _sizes(held: HeldLayers) -> str:
     parts = {"weights": held.weight_bytes, "KV": held.kv_bytes, "workspace": held.workspace_bytes}
+    if isinstance(held, StagePlan) and held.encoder_bytes:
+        parts["encoder"] = held.encoder_bytes
     sizes = " + ".join(f"{value / MIB:.0f} MiB {name}" for name, value in parts.items())
     if held.touched_bytes < _SPARSE * held.weight_bytes:
         sizes = sizes.replace("weights", f"weights ({held.touched_bytes / MIB:.0f} read a token)")

@@ -48,6 +48,11 @@ class StagePlan(HeldLayers):
     shares: tuple[int, ...] = ()  # shares of output rows by member of the group; (): the worker holds the layers alone
     member: int = 0  # number of the member; 0 leads
     devices: tuple[DevicePlan, ...] = ()  # parts by device of a worker with GPUs; the figures above are their sums
+    encoder_bytes: int = 0  # RAM for weights and workspace of the encoder of images; 0: it is not here
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes + self.encoder_bytes
 
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:

@@ -7,14 +7,23 @@ from dataclasses import dataclass
 from llamaclust.cluster.scheduler.kv.groups import KvGroups
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.speculation.settings import SpeculationSettings
-from llamaclust.core.limits import StageLimits, max_embedded_rows
+from llamaclust.core.limits import MAX_BATCH_TOKENS, StageLimits, max_embedded_rows
 from llamaclust.model.costs import ModelCosts
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.loader import Model
 from llamaclust.model.nextn.costs import with_nextn
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.projectors.projector import Projector
 
 ROWS = 512
+
+
+def microbatch_rows(projector: Projector | None) -> int:
+    """Returns the rows of a microbatch beyond one for each sequence. If the rows of an image see each other, they are
+    computed together, so that a whole image must fit. Images of more than half of `MAX_BATCH_TOKENS` do not fit."""
+    if projector is None or not projector.is_bidirectional:
+        return ROWS
+    return max(ROWS, min(projector.max_rows, MAX_BATCH_TOKENS // 2))
 
 
 def blocks_of(tokens: int) -> int:

@@ -72,6 +72,7 @@ def api_settings(config: ClusterConfig) -> ApiSettings:
         disabled=config.api.disabled,
         allows_pull=config.api.pull,
         slot_folder=_existing(config.api.slot_folder, "api.slot_folder"),
+        image_hosts=config.api.image_urls,
         defaults=config.api.defaults,
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
@@ -192,11 +193,14 @@ async def api_models(
     residents = cluster.residency.residents
     async with AsyncExitStack() as stack:
         services = [await stack.enter_async_context(aclosing(_text_service(served))) for served in cluster.models]
+        if settings.image_hosts and not any(service.vision for service in services):
+            raise UsageError("api.image_urls: no served model reads images; leave it out")
         replies = await stack.enter_async_context(aclosing(Replies(settings, journal)))
         models: list[ApiModel] = []
         for served, service in zip(cluster.models, services, strict=True):
             model, context_length = served.model, service.settings.context_length
-            files = " ".join((model.model_id, *model.adapter_digests.values()))
+            projector = () if model.projector is None else (model.projector.identity,)
+            files = " ".join((model.model_id, *model.adapter_digests.values(), *projector))
             digest = answer_digest(served.config, files, model.chat_template.source, context_length)
             own = _settings_of(served, replace(settings, digest=digest), cluster.models)
             control = AdapterControl(served.loader.load, served.loader.unload)
@@ -237,13 +241,13 @@ def _settings_of(served: ServedModel, settings: ApiSettings, models: Sequence[Se
     )
 
 
-KEYS = frozenset({"model", "chat_template", "context_length", "wire", "kv_type", "api", "adapters"})
+KEYS = frozenset({"model", "mmproj", "chat_template", "context_length", "wire", "kv_type", "api", "adapters"})
 """Keys of the cluster file that change answers. Of `api`, only the defaults do."""
 
 
 def answer_digest(config: ClusterConfig, files: str, chat_template: str | None, context_length: int) -> str:
-    """Hashes all that determines answers. `files`: identities of the model and its adapters. `chat_template`: its
-    source, which determines the answers' format. `context_length`: that of the plan."""
+    """Hashes all that determines answers. `files`: identities of the model, its adapters and its projector.
+    `chat_template`: its source, which determines the answers' format. `context_length`: that of the plan."""
     defaults = json.dumps(config.api.defaults, sort_keys=True, default=str)
     adapters = tuple((adapter.name, adapter.scale) for adapter in config.adapters)
     keys = (files, chat_template, context_length, config.wire, config.kv_type.value, defaults, adapters)

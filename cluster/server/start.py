@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.config.projectors import open_with_projector
 from llamaclust.cluster.control.limits import check_distinct, check_plan
 from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, hops_matter, measure_links
 from llamaclust.cluster.launchers.base import Launcher
@@ -39,7 +40,7 @@ async def open_models(
     models = []
     for own, path in zip(config.of_each_model(), paths, strict=True):
         adapters = [adapter.path for adapter in own.adapters]
-        model = await asyncio.to_thread(Model.open, path, own.chat_template, adapters)
+        model = await asyncio.to_thread(open_with_projector, path, own.mmproj, own.chat_template, adapters)
         stack.callback(model.close)
         models.append((own, model))
     for own, model in models:

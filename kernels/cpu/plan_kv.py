@@ -22,15 +22,15 @@ class PlanKv:
     _numbers: dict[tuple[int, StatePart | None], int] = field(default_factory=dict)  # None: of attention
 
     def attention(self, step: Attention) -> int:
-        """Returns the number of a step's KV memory, and adds this memory if the step stores keys and values. Raises
-        ValueError if the step reads keys and values that no earlier step stored."""
+        """Returns the number of a step's KV memory, and adds this memory if the step is the first to store keys and
+        values there. Raises ValueError if the step reads keys and values that no earlier step stored."""
         name = step.layer, None
-        if not step.shares_kv:
+        if not step.shares_kv and name not in self._numbers:
             windowed, kv_type = self.limits.gives_up(step.window), _KV_TYPES.index(step.kv_type)
             self._numbers[name] = self.plan.add_kv_layer(
                 step.kv_heads, step.head_dim, kv_type, windowed, step.v is None
             )
-        elif name not in self._numbers:
+        if name not in self._numbers:
             raise ValueError(f"keys and values of layer {step.layer} are on another worker")
         return self._numbers[name]
 

@@ -20,7 +20,9 @@ _MAX_IMAGE_SIZE = 1 << 14
 _MAX_PATCH_SIZE = 1 << 8
 _MAX_MERGE = 8
 _MAX_TILES = 1 << 8
-_MAX_PIXELS = 1 << 28
+_MAX_PIXELS = 1 << 28  # of an image, as files have it
+MAX_TILE_PATCHES = 1 << 14
+MAX_TILE_PIXELS = 1 << 23
 _COLOURS = 3
 _WINDOW_PIXELS = 112
 """The window's side where files do not tell it. llama.cpp has the same constant."""
@@ -40,7 +42,9 @@ Colours = tuple[float, float, float]
 class ImageNumbers:
     """The numbers by which images are prepared. A colour c, 0 to 255, becomes (c / 255 - mean) / deviation.
     `image_size` is a tile's side in pixels, or the side for which learned positions were trained. `longest_edge` is
-    that of an image before it is cut into tiles, and 0 if the file has none. Of the other limits, 0 means none."""
+    that of an image before it is cut into tiles, and 0 if the file has none. Of the other limits, 0 means none.
+    `max_pixels` is at most what an encoder takes as one tile (MAX_TILE_PATCHES, MAX_TILE_PIXELS); files may have more.
+    """
 
     image_size: int
     longest_edge: int
@@ -106,14 +110,19 @@ def _activation(keys: ModelKeys, family: VisionFamily) -> ActivationFunction:
 def read_image_numbers(keys: ModelKeys, family: VisionFamily, hp: VisionHyperparameters) -> ImageNumbers:
     least, most = family.tokens or (0, 0)
     row_pixels = (hp.merge * hp.patch_size) ** 2
+    tile_pixels = min(MAX_TILE_PATCHES * hp.patch_size**2, MAX_TILE_PIXELS)
     min_pixels = keys.count("vision.image_min_pixels", least * row_pixels, minimum=0, maximum=_MAX_PIXELS)
     max_pixels = keys.count("vision.image_max_pixels", most * row_pixels, minimum=0, maximum=_MAX_PIXELS)
+    max_pixels = min(max_pixels, tile_pixels)
     if min_pixels > max_pixels:
         raise keys.error("vision.image_min_pixels", f"{min_pixels}, at most {max_pixels} (image_max_pixels) expected")
     image_size = keys.count("vision.image_size", minimum=1 if family.tokens is None else 0, maximum=_MAX_IMAGE_SIZE)
     side = hp.merge * hp.patch_size
     if family.tokens is None and image_size % side:
         what = f"{image_size} pixels; patches of {hp.patch_size} and groups of {hp.merge} need a multiple of {side}"
+        raise keys.error("vision.image_size", what)
+    if image_size**2 > tile_pixels:
+        what = f"{image_size} pixels; a tile of at most {tile_pixels} pixels (patches of {hp.patch_size}) is supported"
         raise keys.error("vision.image_size", what)
     return ImageNumbers(
         image_size=image_size,

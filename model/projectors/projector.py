@@ -78,8 +78,24 @@ class Projector:
         return self.family.bidirectional
 
     @property
+    def most_patches(self) -> int:
+        """The most patches of a tile, without rows that are added to them."""
+        free = self.images.max_pixels if self.family.tokens else 0
+        return max(free, self.images.image_size**2) // self.patch_size**2
+
+    @property
+    def most_program_rows(self) -> int:
+        """The most rows of the program's input: patches, and a whole merge group with the class row if there is one."""
+        return self.most_patches + (0 if self.family.class_place is None else self.hyperparameters.merged)
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         return {name: self.file.tensor(name) for name in self.program.weights}
+
+    @property
+    def max_rows(self) -> int:
+        """The most rows of a tile for the text model."""
+        return self.most_patches // self.hyperparameters.merged
 
     def rows_of(self, height: int, width: int) -> int:
         """Returns the number of rows of a tile of this many pixels. Raises RequestError for a tile of another size than

@@ -59,7 +59,8 @@ class Attention(StepFacts):
     [rows, heads * value_dim]; neither window nor slopes. If not `causal`, a row sees all of its sequence, which is in
     one microbatch, or with a `window` the positions at most window // 2 before and after its own. `sinks` [heads] has a
     score for each query head that enters the softmax without a value. If `shares_kv`, an earlier step has stored the
-    keys and values of `layer`, and k and v are not read.
+    keys and values of `layer`, and k and v are not read. A later step that is not causal may store its own in place of
+    those: they are read in the same run alone.
     If the batch has groups, a row of causal attention also sees the later positions of its group. If attention is
     `grouped`, which is not causal and has no window, a row sees exactly its group."""
 

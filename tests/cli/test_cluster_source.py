@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cli.cluster_source import cluster_source
+from llamaclust.cli.cluster_source import cluster_source, mmproj_override
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.core.errors import UsageError
 from llamaclust.model.gguf.writer import write_gguf
 from support.clusters.command_line import CommandLine, command_line
 from support.models.hostile_models import tiny
+from support.models.tiny_model import build_tiny_model
+from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +173,39 @@ def test_files_beside_the_model_of_a_folder_are_no_models(
         described(str(tmp_path))
     (tmp_path / "n.gguf").unlink()
     assert described(str(tmp_path)).model == str(tmp_path / "m.gguf")
+
+
+def test_a_projector_is_given_by_its_path_or_a_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = {
+        None: None,
+        "off": "off",
+        "auto": None,
+        "p: [1].gguf": str(tmp_path / "p: [1].gguf"),
+        "hf:a/b/mmproj.gguf": "hf:a/b/mmproj.gguf",
+    }
+    for choice, found in given.items():
+        assert described("smollm2-135m-instruct", None, *mmproj_override(choice)).mmproj == found, choice
+
+
+def test_plans_and_figures_of_a_model_with_a_projector(line: CommandLine) -> None:
+    folder = line.folder / "seeing"
+    folder.mkdir()
+    model = build_tiny_model(folder / "m.gguf", hidden=TEXT_WIDTH, heads=4, layers=2)
+    without = line.run("plan", model, "--json").json["stages"][0]
+    assert without["encoder_bytes"] == 0 and line.run("model", "info", model, "--json").json["beside"] is None
+    projector = build_projector(folder / "mmproj-m.gguf", "idefics3")
+    (stage,) = line.run("plan", model, "--json").json["stages"]
+    beside = line.run("model", "info", model, "--threads", "1", "--json").json["beside"]
+    assert stage["encoder_bytes"] > beside["weight_bytes"] > 0 and beside["path"] == str(projector)
+    assert beside["info"]["name"] == "idefics3" and beside["unused"] is None
+    assert "beside it: mmproj-m.gguf" in line.run("model", "info", model).out
+    assert "MiB encoder" in line.run("plan", model).out
+    assert "encoder" not in line.run("plan", model, "--mmproj", "off").out
+    other = build_projector(folder / "mmproj-n.gguf", "gemma3")
+    assert "images are not read, because 2 projectors fit: " in line.run("plan", model).out
+    assert "2 projectors fit" in line.run("model", "info", model).out
+    assert "MiB encoder" in line.run("plan", model, "--mmproj", "seeing/mmproj-n.gguf").out
+    refused = line.run("up", model, "--mmproj", model)
+    assert refused.code == 2 and "a projector has 'clip'" in refused.err and other.is_file()
+    assert line.run("plan", "--assume", "16GB", "--mmproj", other).code == 2

@@ -47,17 +47,20 @@ def check_known(spec: str, models_dir: Path | None = None) -> None:
 def pull_model(
     spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience = PATIENCE
 ) -> Path:
-    """Returns a model's path. Downloads the model if needed, or resumes a download; other processes wait. Raises
-    UsageError for an unknown model, DownloadError, and ModelFileError if the bytes are no model."""
+    """Returns a model's path. Downloads the model and its projector if needed, or resumes a download; other processes
+    wait. The projector comes first, so that a model with one is complete. Raises UsageError for an unknown model,
+    DownloadError, and ModelFileError if the bytes are no model."""
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
-    if found.is_there:
+    files = [file for file in (found.projector, found) if file is not None]
+    if all(file.is_there for file in files):
         return found.path
     try:
         with _only_one(found.path.parent, progress):
-            if not found.is_there:
-                _bring(found, progress, patience)
+            for file in files:
+                if not file.is_there:
+                    _bring(file, progress, patience)
     except OSError as error:
         raise DownloadError(f"{found.path}: {error.strerror or error}") from error
     return found.path

@@ -37,6 +37,7 @@ from llamaclust.wire.control.weights import (
     AdapterFiles,
     AdaptersSet,
     AddWeightSource,
+    EncoderFile,
     FindWeights,
     FindWeightsProgress,
     SetAdapters,
@@ -135,6 +136,7 @@ class Load:
     devices: Annotated[tuple[DeviceLayers, ...], Size(0, MAX_GPUS + 1)] = ()  # in order; (): the processor alone
     adapters: AdapterFiles = ()
     group: GroupOrder | None = None  # that holds the stage together; None: this worker alone
+    encoder: EncoderFile | None = None  # None: another worker has the encoder of images, or the model has none
 
     def check(self) -> None:
         bounded("start", self.start, 0, self.end - 1)
@@ -164,6 +166,7 @@ class Loaded:
     kv_bytes: int
     workspace_bytes: int
     fetched_bytes: int = 0  # from other workers
+    encoder_bytes: MemoryBytes = 0  # of the encoder of images, apart from the bytes above; 0: it has none
 
 
 @dataclass(frozen=True, slots=True)

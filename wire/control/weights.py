@@ -1,4 +1,4 @@
-"""Control messages about weights of models and adapters: where workers find them, and which adapters a stage uses."""
+"""Control messages about weights of models, adapters and projectors: where workers find them, and what a stage uses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from llamaclust.core.bounds import Address, Digest, Integer, ModelId, ModelPath, Size, WorkerName, bounded
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_ADAPTERS
 
 
@@ -44,19 +45,37 @@ AdapterFiles = Annotated[tuple[AdapterFile, ...], Size(0, MAX_ADAPTERS)]
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderFile:
+    """A projector file (mmproj), which has the encoder of images."""
+
+    path: ModelPath  # on the coordinator's machine
+    file_id: ModelId
+    weights: WeightSources | None = None  # as in Load
+
+
+@dataclass(frozen=True, slots=True)
 class FindWeights:
     model_path: ModelPath
     model_id: ModelId
     describe: bool = False  # make the manifest if there is none yet
     request_id: int = 0
-    adapter: AdapterFile | None = None  # None: the model
+    adapter: AdapterFile | None = None
+    encoder: EncoderFile | None = None  # None, and no adapter: the model
+
+    def check(self) -> None:
+        if self.adapter is not None and self.encoder is not None:
+            raise ProtocolError("FindWeights with an adapter and an encoder, one file expected")
 
     @property
     def file_id(self) -> str:
+        if self.encoder is not None:
+            return self.encoder.file_id
         return self.model_id if self.adapter is None else self.adapter.adapter_id
 
     @property
     def path(self) -> str:
+        if self.encoder is not None:
+            return self.encoder.path
         return self.model_path if self.adapter is None else self.adapter.path
 
 

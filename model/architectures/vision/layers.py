@@ -125,17 +125,15 @@ class VisionBuilder(CheckedTensors):
                 self._rotate(x, variant.rotation)
         if variant.unit_values:
             self.append(steps.RmsNorm(value, value, None, hp.epsilon, hp.head_count))
-        self.append(self._attend(layer, (query, key, value, attended), variant))
+        self.append(self._attend((query, key, value, attended), variant))
         self.append(self.product(f"{prefix}.attn_out", attended, projected))
         self._add(projected, f"{prefix}.ls1", f"{prefix}.attn_post_norm")
 
-    def _attend(
-        self, layer: int, buffers: tuple[Buffer, Buffer, Buffer, Buffer], variant: VisionAttention
-    ) -> steps.Attention:
+    def _attend(self, buffers: tuple[Buffer, Buffer, Buffer, Buffer], variant: VisionAttention) -> steps.Attention:
         hp = self.hyperparameters
         return steps.Attention(
             *buffers,
-            layer=layer + 1,
+            layer=1,  # of KV memory, which all layers share
             heads=hp.head_count,
             kv_heads=hp.head_count,
             head_dim=hp.head_dim,

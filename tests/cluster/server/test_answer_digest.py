@@ -34,6 +34,7 @@ def test_a_change_of_answers_changes_the_digest(tmp_path: Path) -> None:
     digests = {
         "": answer_digest(config, "id", "template", 512),
         "model": answer_digest(config, "other", "template", 512),
+        "mmproj": answer_digest(config, "id projector", "template", 512),
         "chat_template": answer_digest(config, "id", "other", 512),
         "context_length": answer_digest(config, "id", "template", 256),
         "wire": answer_digest(config.model_copy(update={"wire": "f16"}), "id", "template", 512),  # a wire type to come

@@ -52,7 +52,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         for model, quantization in FILES:
             wanted = locate(f"{model.name}:{quantization}")
             assert isinstance(wanted, WantedFile)
-            for part in wanted.parts():
+            for part in (*wanted.parts(), *filter(None, [wanted.projector])):
                 assert isinstance(part.source, HubFile)
                 offer(served, store, part.source.repository, part.source.file, MODEL)
         yield served

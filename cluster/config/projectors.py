@@ -1,0 +1,28 @@
+"""The choice of a model's projector: the given file, or the only one beside the model that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamaclust.cluster.config.catalog import resolve_model
+from llamaclust.cluster.config.values import OFF
+from llamaclust.model.loader import Model
+
+
+def open_with_projector(
+    path: Path, mmproj: str | None, chat_template: str | None = None, adapters: Sequence[Path] = ()
+) -> Model:
+    """Opens a model with its projector, if it has one. `mmproj` is the key of the cluster file. Raises the errors of
+    `Model.open`, and UsageError if a given projector is not there."""
+    given = None if mmproj in (None, OFF) else resolve_model(mmproj)
+    model = Model.open(path, chat_template, adapters, given)
+    if mmproj is None:
+        model.projector = model.projectors_beside().only
+    return model
+
+
+def unused_projectors(mmproj: str | None, model: Model) -> str | None:
+    """Returns a hint that no projector beside the model is used, with the reason. None if one is used, or there is
+    none, or the user wants none."""
+    return None if mmproj is not None or model.projector is not None else model.projectors_beside().unused

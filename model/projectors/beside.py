@@ -1,0 +1,80 @@
+"""Projector files in the folder of a model's file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.header import read_header
+from llamaclust.model.gguf.model_file import PART_NAME
+from llamaclust.model.gguf.values import shown
+from llamaclust.model.projectors.keys import ARCHITECTURE
+from llamaclust.model.projectors.projector import Projector, open_projector
+
+PREFIX = "mmproj"
+"""The beginning of projector files' names, in any case."""
+_MOST_FILES = 32
+_MOST_SHOWN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectorsBeside:
+    """The projectors in the folder of a model's file. `fitting` ones can be used with the model, and `problems` say why
+    others cannot. In a folder of several models, others may belong to those, so that there are no problems."""
+
+    fitting: tuple[Projector, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def only(self) -> Projector | None:
+        return self.fitting[0] if len(self.fitting) == 1 else None
+
+    @property
+    def unused(self) -> str | None:
+        """The reason why no projector is used without a choice. None if one is used, or none is there."""
+        if len(self.fitting) > 1:
+            names = [shown(projector.file.path.name) for projector in self.fitting]
+            more = ", ..." if len(names) > _MOST_SHOWN else ""
+            listed = ", ".join(names[:_MOST_SHOWN])
+            return f"images are not read, because {len(names)} projectors fit: {listed}{more}; give one as mmproj"
+        return None if self.fitting or not self.problems else f"images are not read: {self.problems[0]}"
+
+
+def projectors_beside(model: Path, check: Callable[[Projector], None]) -> ProjectorsBeside:
+    """Opens the projectors in the folder of a model. `check` raises ModelFileError for a projector that does not
+    fit."""
+    fitting, problems = [], []
+    for path in _files(model):
+        try:
+            if read_header(path).metadata.get("general.architecture") != ARCHITECTURE:
+                continue
+            projector = open_projector(path)
+            check(projector)
+            fitting.append(projector)
+        except ModelFileError as error:
+            problems.append(str(error))
+    return ProjectorsBeside(tuple(fitting), () if _has_other_models(model) else tuple(problems))
+
+
+def _files(model: Path) -> list[Path]:
+    return [path for path in _ggufs(model) if _is_named_projector(path) and path.is_file()][:_MOST_FILES]
+
+
+def _has_other_models(model: Path) -> bool:
+    part = PART_NAME.fullmatch(model.name)
+    others = (path.name for path in _ggufs(model) if not _is_named_projector(path))
+    return any(part is None or not name.startswith(part["stem"]) for name in others)
+
+
+def _is_named_projector(path: Path) -> bool:
+    return path.name.lower().startswith(PREFIX)
+
+
+def _ggufs(model: Path) -> list[Path]:
+    """Returns the other GGUF files in the folder of a model."""
+    try:
+        return sorted(path for path in model.parent.iterdir() if path.suffix.lower() == ".gguf" and path != model)
+    except OSError:
+        return []

@@ -1,0 +1,112 @@
+"""The worker that holds the encoder of images, and the memory that it takes there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from llamaclust.cluster.planner.costs import GpuFacts, WorkerFacts
+from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.memory import PlanRequest
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.cluster.planner.splits.encoder_place import plan_with_encoder
+from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.sizes import MIB
+from support.plans.plan_inputs import REQUEST, SMALL, profile, split_by_hand, worker
+
+ENCODER = {"weights": 90 * MIB, "workspace": 10 * MIB}
+ALONE = 12 * 10 + 2 * 20 + 4 + 8  # MiB of one sequence on one worker with all layers
+
+
+def encoder(threads: int) -> Mapping[str, int]:
+    return {**ENCODER, "workspace": threads * ENCODER["workspace"]}
+
+
+def planned(workers: Sequence[WorkerFacts], request: PlanRequest = REQUEST, mib: int | None = None) -> Plan:
+    own = encoder if mib is None else lambda threads: {"weights": mib * MIB, "workspace": 0}
+    make = partial(make_plan, SMALL, request=request)
+    return plan_with_encoder(own, workers, make, by_hand=request.manual is not None)
+
+
+def holder(plan: Plan) -> str:
+    (stage,) = (stage for stage in plan.stages if stage.encoder_bytes)
+    assert stage.memory_bytes is None or stage.bytes <= stage.memory_bytes
+    return stage.worker
+
+
+def test_the_worker_with_most_memory_among_those_with_layers_holds_it() -> None:
+    plan = planned([worker("a", 200), worker("b", 290)])
+    assert holder(plan) == "b" and len(plan.stages) == 2
+    (stage,) = (stage for stage in plan.stages if stage.worker == "b")
+    assert (stage.encoder_bytes, stage.memory_bytes) == (100 * MIB, 290 * MIB)
+    assert stage.bytes == stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes + 100 * MIB
+    assert holder(planned([worker("a", 290), worker("b", 290)])) == "a", "of equal ones the first of the file"
+
+
+def test_a_worker_without_layers_does_not_hold_it() -> None:
+    """It would be a machine more on which an answer depends."""
+    plan = planned([worker("fast", 1000), worker("large", 4000, read=1)])
+    assert holder(plan) == "fast" and [idle.worker for idle in plan.idle_workers] == ["large"]
+
+
+def test_layers_give_way_to_it() -> None:
+    alone = make_plan(SMALL, [worker("a", 300), worker("b", 200)], REQUEST)
+    assert [stage.worker for stage in alone.stages] == ["a"]
+    plan = planned([worker("a", 300), worker("b", 200)], mib=200)
+    assert holder(plan) == "a" and [stage.worker for stage in plan.stages] == ["a", "b"]
+
+
+def test_a_slower_worker_gets_the_layers_where_no_faster_one_has_room() -> None:
+    """The best plan for each choice has its layers elsewhere."""
+    fast, slow = worker("fast", ALONE + 5), worker("slow", 1000, read=10)
+    plan = planned([fast, slow], mib=ALONE)
+    assert holder(plan) == "slow"
+
+
+def test_by_hand_the_stage_with_most_room_holds_it() -> None:
+    manual = split_by_hand(("a", 0, 9), ("b", 9, 12))
+    workers = [worker("a", 260), worker("b", 250), worker("c", 4000)]
+    plan = planned(workers, replace(REQUEST, manual=manual))
+    assert holder(plan) == "b" and [(stage.start, stage.end) for stage in plan.stages] == [(0, 9), (9, 12)]
+
+
+def test_it_is_in_the_ram_of_a_worker_with_gpus() -> None:
+    gpu = replace(worker("g", 150), gpus=(GpuFacts("cuda:0", 1 << 30, profile(500, 50_000)),))
+    plan = planned([gpu])
+    (stage,) = plan.stages
+    assert stage.encoder_bytes == 100 * MIB and [part.device for part in stage.devices] == ["cuda:0"]
+    assert stage.memory_bytes == (1 << 30) + 150 * MIB
+    with pytest.raises(InsufficientMemoryError, match="needs 100 MiB"):
+        planned([replace(gpu, memory_bytes=99 * MIB)])
+
+
+def test_unknown_memory_suffices() -> None:
+    plan = planned([worker("a", None), worker("b", None)])
+    assert holder(plan) == "a" and plan.stages[0].memory_bytes is None
+
+
+def test_too_little_memory_is_refused_with_the_numbers() -> None:
+    workers = [replace(worker("a", 200), threads=2), replace(worker("b", 150), threads=2)]
+    message = (
+        r"the encoder of images does not fit: beside layers, one worker needs 110 MiB \(weights 90, workspace 20\) "
+        r"for it; the workers have, in MiB: a 200, b 150\. Give one of them more memory, or set mmproj: off$"
+    )
+    with pytest.raises(InsufficientMemoryError, match=message):
+        planned(workers)
+    with pytest.raises(InsufficientMemoryError, match=r"the model does not fit.*encoder of images needs 100 MiB") as e:
+        planned([worker("a", 60)])
+    assert e.value.missing_bytes
+
+
+def test_the_plan_shows_it() -> None:
+    plan = planned([worker("a", 400), worker("b", 200, read=1)])
+    (line,) = (line for line in plan_lines(plan) if line.startswith("  a: "))
+    total = plan.stages[0].bytes // MIB
+    assert f"MiB workspace + 100 MiB encoder = {total} of 400 MiB" in line
+    (stage,) = plan_json(plan)["stages"]
+    assert stage["encoder_bytes"] == 100 * MIB
+    assert "encoder" not in "".join(plan_lines(make_plan(SMALL, [worker("a")], REQUEST)))

@@ -1,0 +1,95 @@
+"""Projectors of catalog models are downloaded with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.config.catalog import (
+    CATALOG,
+    WantedFile,
+    find_entry,
+    locate,
+    remove_model,
+    resolve_model,
+    stored_models,
+)
+from llamaclust.cluster.config.model_sources import HubFile
+from llamaclust.cluster.config.public_models import public_models
+from llamaclust.core.errors import DownloadError
+from llamaclust.tools.hub.download import Patience
+from llamaclust.tools.hub.pull import pull_model
+from support.hub.download_server import Server, running_server
+from support.hub.hub_files import offer
+
+QUICK = Patience(tries=2, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
+NAME, REPOSITORY = "smolvlm-500m-instruct", "ggml-org/SmolVLM-500M-Instruct-GGUF"
+FILE, PROJECTOR = "SmolVLM-500M-Instruct-Q8_0.gguf", "mmproj-SmolVLM-500M-Instruct-Q8_0.gguf"
+MODEL, ENCODER = b"GGUF" + bytes(9_000), b"GGUF" + bytes(4_000)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Server, Server]]:
+    for name in ("HF_TOKEN", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-such-folder"))
+    with running_server() as store, running_server() as served:
+        monkeypatch.setenv("HF_ENDPOINT", f"{served.url}/")
+        offer(served, store, REPOSITORY, FILE, MODEL)
+        yield served, store
+
+
+def test_projectors_are_in_the_repository_of_their_model_and_found_by_their_name() -> None:
+    seeing = [name for name, model in public_models().items() if model.mmproj]
+    assert NAME in seeing and "gemma-3-4b-it" in seeing and "qwen3-vl-8b-instruct" in seeing
+    for name in public_models():
+        wanted = locate(name)
+        assert isinstance(wanted, WantedFile) and isinstance(wanted.source, HubFile)
+        assert (wanted.projector is not None) == (name in seeing)
+        if wanted.projector is not None:
+            assert isinstance(wanted.projector.source, HubFile) and wanted.projector.path.name.startswith("mmproj")
+            assert wanted.projector.source.repository == wanted.source.repository
+            assert wanted.projector.path.parent == wanted.path.parent
+            assert all(part.projector is None for part in wanted.parts()[1:])
+            entry = find_entry(name)
+            assert entry is not None and "images" in entry.summary
+    assert all(entry.projector is None for entry in CATALOG.values())
+
+
+def test_a_model_is_complete_when_it_is_there(hub: tuple[Server, Server], tmp_path: Path) -> None:
+    """The projector comes first."""
+    server, store = hub
+    server.does.answers[f"/{REPOSITORY}/resolve/main/{PROJECTOR}"] = (404, {"X-Error-Code": "EntryNotFound"})
+    with pytest.raises(DownloadError, match=f"{PROJECTOR}@main: the repository has no such file"):
+        pull_model(NAME, models_dir=tmp_path, patience=QUICK)
+    assert not stored_models(tmp_path)
+    offer(server, store, REPOSITORY, PROJECTOR, ENCODER)
+    path = pull_model(NAME, models_dir=tmp_path, patience=QUICK)
+    assert path.name == FILE and path.read_bytes() == MODEL
+    assert path.with_name(PROJECTOR).read_bytes() == ENCODER
+    (stored,) = stored_models(tmp_path)
+    assert (stored.path, stored.size_bytes) == (path, len(MODEL)), "the projector is no model"
+    assert resolve_model(stored.name, tmp_path) == resolve_model(NAME, tmp_path) == path
+    assert remove_model(NAME, tmp_path) == path.parent and not path.parent.exists()
+
+
+def test_a_model_that_was_downloaded_without_its_projector_gets_it(hub: tuple[Server, Server], tmp_path: Path) -> None:
+    server, store = hub
+    offer(server, store, REPOSITORY, PROJECTOR, ENCODER)
+    path = pull_model(NAME, models_dir=tmp_path, patience=QUICK)
+    path.with_name(PROJECTOR).unlink()
+    path.write_bytes(MODEL[:-1] + b"x")
+    assert resolve_model(NAME, tmp_path) == path, "text needs no projector"
+    assert pull_model(NAME, models_dir=tmp_path, patience=QUICK) == path
+    assert path.with_name(PROJECTOR).read_bytes() == ENCODER and path.read_bytes()[-1:] == b"x"
+
+
+def test_a_projector_can_be_downloaded_alone(hub: tuple[Server, Server], tmp_path: Path) -> None:
+    server, store = hub
+    offer(server, store, REPOSITORY, PROJECTOR, ENCODER)
+    spec = f"hf:{REPOSITORY}/{PROJECTOR}"
+    path = pull_model(spec, models_dir=tmp_path, patience=QUICK)
+    assert resolve_model(spec, tmp_path) == path and [model.path for model in stored_models(tmp_path)] == [path]

@@ -1,0 +1,57 @@
+"""Computes the memory of an encoder of images on a worker, and the limits for which it is loaded. Nothing is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.backend import kv_bytes
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.projectors.projector import Projector
+
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderMemory:
+    """The workspace includes KV memory, a tile's patches and its rows."""
+
+    weight_bytes: int
+    workspace_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.workspace_bytes
+
+
+def encoder_limits(projector: Projector) -> StageLimits:
+    """Returns the limits of a stage that runs one tile at a time. They exceed those of a text model's stages."""
+    rows = projector.most_program_rows
+    return StageLimits(
+        max_batch_tokens=rows,
+        max_outputs=1,
+        max_sequences=1,
+        max_context_tokens=rows,
+        kv_blocks=-(-rows // KV_BLOCK_TOKENS),
+    )
+
+
+def encoder_bytes(projector: Projector, threads: int) -> EncoderMemory:
+    """Returns the memory of an encoder on `threads` threads of a processor. Workers with GPUs run encoders on their
+    processor too. Raises ModelFileError for a projector without kernels."""
+    from llamaclust.kernels.cpu.backend import workspace_bytes
+
+    program, tensors, limits = projector.program, projector.tensors, encoder_limits(projector)
+    computed_bytes = workspace_bytes(program, tensors, limits, threads) + kv_bytes(program, limits)
+    return EncoderMemory(
+        weight_bytes=sum(tensor.resident_bytes for tensor in tensors.values()),
+        workspace_bytes=computed_bytes + _tile_bytes(projector),
+    )
+
+
+def _tile_bytes(projector: Projector) -> int:
+    """Returns the bytes of a tile's patches, in lines and in the order of the program, and of its rows."""
+    program, rows = projector.program, projector.most_program_rows
+    patches = 2 * rows * program.hidden.width
+    merged = 2 * rows // program.rows_together * program.out.width
+    return _FLOAT_BYTES * (patches + merged)

@@ -38,6 +38,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.links import UNKNOWN, Links
+from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import Plan, Prediction, UnusedGpu
 from llamaclust.cluster.planner.planner import make_plan
@@ -232,8 +233,12 @@ def _plan_all(
     """Makes a plan with the encoder of images, if there is one."""
     if encoder is None:
         return make_plan(costs, facts, request)
-    make, by_hand = partial(make_plan, costs, request=request), request.manual is not None
-    return plan_with_encoder(encoder, facts, make, by_hand=by_hand, partitions=request.partitions)
+
+    def make(workers: Sequence[WorkerFacts], by_hand: tuple[Assignment, ...] | None = None) -> Plan:
+        return make_plan(costs, workers, request if by_hand is None else replace(request, manual=by_hand))
+
+    is_manual = request.manual is not None
+    return plan_with_encoder(encoder, facts, make, is_manual=is_manual, partitions=request.partitions)
 
 
 def _layers_on_gpus(

@@ -17,7 +17,6 @@ from llamaclust.cluster.control.resources.resource_shares import WorkerResources
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan, StagePlan
 from llamaclust.core.errors import InsufficientMemoryError
-from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Loaded
 from llamaclust.wire.control.weights import EncoderFile
@@ -96,12 +95,13 @@ def test_by_hand_the_larger_room_decides(seeing: Model) -> None:
 
 
 def test_what_fits_without_the_encoder_alone_is_refused(seeing: Model, text: Path) -> None:
-    config = config_of(seeing, workers=[{"name": "a"}])
+    config, margin = config_of(seeing, max_sequences=1), 1 << 16
     with Model.open(text) as plain:
-        stage = planned(plain, config, room_of_b=0).stages[0]
-    least = stage.weight_bytes + stage.workspace_bytes + 2 * MIB
+        (stage,) = planned(plain, config, room_of_b=0).stages
+        planned(plain, config, stage.bytes + margin, 0)
+    assert seeing.projector is not None and encoder_bytes(seeing.projector, THREADS).total_bytes > margin
     with pytest.raises(InsufficientMemoryError, match="encoder of images does not fit: beside layers, one worker"):
-        planned(seeing, config, least + stage.kv_bytes, 0)
+        planned(seeing, config, stage.bytes + margin, 0)
 
 
 def test_the_ledger_counts_it(seeing: Model) -> None:

@@ -4,32 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 import pytest
 
 from llamaclust.cluster.planner.costs import GpuFacts, WorkerFacts
 from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.memory import PlanRequest
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.splits.encoder_place import plan_with_encoder
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.sizes import MIB
-from support.plans.plan_inputs import REQUEST, SMALL, profile, split_by_hand, worker
+from support.plans.plan_inputs import REQUEST, SMALL, profile, reach, split_by_hand
+from support.plans.plan_inputs import worker as near_worker
 
 ENCODER = {"weights": 90 * MIB, "workspace": 10 * MIB}
-ALONE = 12 * 10 + 2 * 20 + 4 + 8  # MiB of one sequence on one worker with all layers
+ONE = replace(REQUEST, max_sequences=1)
+ALONE = 12 * 10 + 2 * 20 + 48 + 8  # MiB of all layers on one worker, with KV memory for one sequence
+
+
+def worker(name: str, memory_mib: int | None, read: float = 20) -> WorkerFacts:
+    """On a slow network: one stage is best."""
+    return replace(near_worker(name, memory_mib, read), reach=reach(20.0))
 
 
 def encoder(threads: int) -> Mapping[str, int]:
     return {**ENCODER, "workspace": threads * ENCODER["workspace"]}
 
 
-def planned(workers: Sequence[WorkerFacts], request: PlanRequest = REQUEST, mib: int | None = None) -> Plan:
+def planned(workers: Sequence[WorkerFacts], request: PlanRequest = ONE, mib: int | None = None) -> Plan:
     own = encoder if mib is None else lambda threads: {"weights": mib * MIB, "workspace": 0}
-    make = partial(make_plan, SMALL, request=request)
-    return plan_with_encoder(own, workers, make, by_hand=request.manual is not None)
+
+    def make(workers: Sequence[WorkerFacts], by_hand: tuple[Assignment, ...] | None = None) -> Plan:
+        return make_plan(SMALL, workers, request if by_hand is None else replace(request, manual=by_hand))
+
+    return plan_with_encoder(own, workers, make, is_manual=request.manual is not None)
 
 
 def holder(plan: Plan) -> str:
@@ -44,7 +54,7 @@ def test_the_worker_with_most_memory_among_those_with_layers_holds_it() -> None:
     (stage,) = (stage for stage in plan.stages if stage.worker == "b")
     assert (stage.encoder_bytes, stage.memory_bytes) == (100 * MIB, 290 * MIB)
     assert stage.bytes == stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes + 100 * MIB
-    assert holder(planned([worker("a", 290), worker("b", 290)])) == "a", "of equal ones the first of the file"
+    assert holder(planned([worker("a", 200), worker("b", 200)])) == "a", "of equal ones the first of the file"
 
 
 def test_a_worker_without_layers_does_not_hold_it() -> None:
@@ -54,23 +64,32 @@ def test_a_worker_without_layers_does_not_hold_it() -> None:
 
 
 def test_layers_give_way_to_it() -> None:
-    alone = make_plan(SMALL, [worker("a", 300), worker("b", 200)], REQUEST)
+    alone = make_plan(SMALL, [worker("a", 300), worker("b", 200)], ONE)
     assert [stage.worker for stage in alone.stages] == ["a"]
-    plan = planned([worker("a", 300), worker("b", 200)], mib=200)
+    plan = planned([worker("a", 300), worker("b", 200)])
     assert holder(plan) == "a" and [stage.worker for stage in plan.stages] == ["a", "b"]
 
 
-def test_a_slower_worker_gets_the_layers_where_no_faster_one_has_room() -> None:
+def test_a_worker_gets_a_layer_where_the_best_plans_leave_the_encoder_alone() -> None:
     """The best plan for each choice has its layers elsewhere."""
+    plan = planned([worker("a", 290), worker("b", 290), worker("c", 100)])
+    assert [(stage.worker, stage.start, stage.end) for stage in plan.stages] == [("a", 0, 1), ("b", 1, 12)]
+    assert holder(plan) == "a" and plan.objective == "latency" and [idle.worker for idle in plan.idle_workers] == ["c"]
     fast, slow = worker("fast", ALONE + 5), worker("slow", 1000, read=10)
     plan = planned([fast, slow], mib=ALONE)
-    assert holder(plan) == "slow"
+    assert holder(plan) == "slow" and [(stage.worker, stage.start) for stage in plan.stages] == [
+        ("slow", 0),
+        ("fast", 1),
+    ]
+    apart = replace(ONE, partitions=frozenset({frozenset(("a", "b"))}))
+    with pytest.raises(InsufficientMemoryError, match="the encoder of images does not fit"):
+        planned([worker("a", 290), worker("b", 290)], apart)
 
 
 def test_by_hand_the_stage_with_most_room_holds_it() -> None:
     manual = split_by_hand(("a", 0, 9), ("b", 9, 12))
     workers = [worker("a", 260), worker("b", 250), worker("c", 4000)]
-    plan = planned(workers, replace(REQUEST, manual=manual))
+    plan = planned(workers, replace(ONE, manual=manual))
     assert holder(plan) == "b" and [(stage.start, stage.end) for stage in plan.stages] == [(0, 9), (9, 12)]
 
 
@@ -90,10 +109,10 @@ def test_unknown_memory_suffices() -> None:
 
 
 def test_too_little_memory_is_refused_with_the_numbers() -> None:
-    workers = [replace(worker("a", 200), threads=2), replace(worker("b", 150), threads=2)]
+    workers = [replace(worker("a", 130), threads=2), replace(worker("b", 130), threads=2)]
     message = (
         r"the encoder of images does not fit: beside layers, one worker needs 110 MiB \(weights 90, workspace 20\) "
-        r"for it; the workers have, in MiB: a 200, b 150\. Give one of them more memory, or set mmproj: off$"
+        r"for it; the workers have, in MiB: a 130, b 130\. Give one of them more memory, or set mmproj: off$"
     )
     with pytest.raises(InsufficientMemoryError, match=message):
         planned(workers)
@@ -109,4 +128,4 @@ def test_the_plan_shows_it() -> None:
     assert f"MiB workspace + 100 MiB encoder = {total} of 400 MiB" in line
     (stage,) = plan_json(plan)["stages"]
     assert stage["encoder_bytes"] == 100 * MIB
-    assert "encoder" not in "".join(plan_lines(make_plan(SMALL, [worker("a")], REQUEST)))
+    assert "encoder" not in "".join(plan_lines(make_plan(SMALL, [worker("a", 400)], ONE)))

@@ -188,10 +188,14 @@ class Model:
 
     def check_projector(self, projector: Projector) -> None:
         """Raises ModelFileError if the model takes no images, or not the rows of this projector."""
+        which = f"{projector.file.path}: not for {self.file.path.name}"
         if not self.image_width:
             what = f"architecture {self.hyperparameters.architecture} takes no images here"
-            raise ModelFileError(f"{projector.file.path}: not for {self.file.path.name}: {what}; set mmproj: off")
+            raise ModelFileError(f"{which}: {what}; set mmproj: off")
         projector.check_text_model(self.plain, self.hyperparameters)
+        if projector.family.sections and not self.rope_sections:
+            what = "images need the key rope.dimension_sections, which the model lacks"
+            raise ModelFileError(f"{which}: {what}; convert the model again")
 
     @property
     def rope_sections(self) -> int:

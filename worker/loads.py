@@ -21,9 +21,10 @@ from llamaclust.wire.control.messages import (
     Unloaded,
     UnloadFailed,
 )
-from llamaclust.wire.control.weights import AdapterFiles, AdaptersSet, SetAdapters
+from llamaclust.wire.control.weights import AdapterFiles, AdaptersSet, FindWeights, SetAdapters
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.encoder.streams import EncoderStreams
 from llamaclust.worker.groups.link_opener import LinkOpener
 from llamaclust.worker.groups.member_links import MemberLinks
 from llamaclust.worker.service import LoadedStage
@@ -31,9 +32,9 @@ from llamaclust.worker.session import Session
 from llamaclust.worker.stage.following import FollowingStage
 from llamaclust.worker.stage.leading import Leader
 from llamaclust.worker.stage.loop import StageContext
-from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner
 from llamaclust.worker.stage.streams import Neighbours, StageStreams
-from llamaclust.worker.weights.load import load_adapters, load_stage
+from llamaclust.worker.weights.load import load_adapters, load_encoder, load_stage
 
 _log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ class Loads:
             return await self._load_alone(order)
 
     async def _load_alone(self, order: Load) -> Loaded:
-        session, service, weights = self._session, self._worker.service, self._worker.weights
+        service, weights = self._worker.service, self._worker.weights
         self._worker.terms.see(term_of(order.epoch))
         if order.epoch in service:
             raise ProtocolError(f"epoch {epoch_text(order.epoch)} is loaded already")
@@ -124,31 +125,68 @@ class Loads:
             await self._worker.kv_disk.idle()  # a kept stage's KV memory serves again
         held = await service.clear(order.model_id) if order.exclusive else []
         try:
-            version = await asyncio.to_thread(self._file_version, order) if service.has_kept else None
-            runner = await service.take_kept(order, version)
-            is_kept = runner is not None
-            if is_kept:
-                _log.info("layers %s: its weights were kept", _span(order))
-            if runner is None:
-                runner = await load_stage(order, self._worker.device, session.send, weights, session.source)
+            memory, encoder_bytes = await self._add(order, links)
         finally:
             held.clear()
+        epoch, where = epoch_text(order.epoch), f", {placed(order.devices)}" if order.devices else ""
+        _log.info("layers %s are loaded as epoch %s%s", _span(order), epoch, where)
+        fetched_bytes = weights.received_bytes - received_bytes
+        stage_bytes = memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes
+        return Loaded(order.epoch, *stage_bytes, fetched_bytes, encoder_bytes)
+
+    async def _add(self, order: Load, links: MemberLinks | None) -> tuple[StageMemory, int]:
+        """Adds the stage, and the encoder of images if one is ordered, to the service. Returns the memory of each."""
+        runner: StageRunner | None = None
+        encoder: EncoderStreams | None = None
         try:
+            runner, is_kept = await self._kept(order)
+            encoder = await self._encoder(order)
+            if runner is None:
+                runner = await self._new_stage(order, 0 if encoder is None else encoder.encoder.reserved_bytes)
             if self._has_ended:
                 raise LoadCancelledError("the membership has ended")
             if is_kept:
                 await self._adapt(runner, order.adapters)
-            service.add(self._held(order, runner, links))
+            self._worker.service.add(self._held(order, runner, links), encoder)
         except BaseException:
             if links is not None:
                 links.close()
-            await self._worker.compute.run(runner.close)
+            if encoder is not None:
+                await encoder.close()
+            if runner is not None:
+                await self._worker.compute.run(runner.close)
             raise
-        memory = runner.memory
-        epoch, where = epoch_text(order.epoch), f", {placed(order.devices)}" if order.devices else ""
-        _log.info("layers %s are loaded as epoch %s%s", _span(order), epoch, where)
-        fetched_bytes = weights.received_bytes - received_bytes
-        return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
+        return runner.memory, 0 if encoder is None else encoder.encoder.memory.total_bytes
+
+    async def _new_stage(self, order: Load, reserved_bytes: int) -> StageRunner:
+        session, worker = self._session, self._worker
+        return await load_stage(order, worker.device, session.send, worker.weights, session.source, reserved_bytes)
+
+    async def _kept(self, order: Load) -> tuple[StageRunner | None, bool]:
+        """Returns a kept stage that fits the order."""
+        service, wanted = self._worker.service, FindWeights(order.model_path, order.model_id)
+        version = await self._version(wanted) if service.has_kept else None
+        runner = await service.take_kept(order, version)
+        if runner is not None:
+            _log.info("layers %s: its weights were kept", _span(order))
+        return runner, runner is not None
+
+    async def _encoder(self, order: Load) -> EncoderStreams | None:
+        """Returns the kept encoder that fits the order, or loads it."""
+        service, session, wanted = self._worker.service, self._session, order.encoder
+        version = None
+        if wanted is not None and service.has_kept:
+            version = await self._version(FindWeights(order.model_path, order.model_id, encoder=wanted))
+        kept = await service.take_kept_encoder(wanted, version)
+        if wanted is None or kept is not None:
+            return kept
+        weights, device = self._worker.weights, self._worker.device
+        encoder = await load_encoder(wanted, order.epoch, device, session.send, weights, session.source)
+        _log.info("the encoder of images of epoch %s is loaded", epoch_text(order.epoch))
+        return EncoderStreams(encoder, self._worker.compute.apart())
+
+    async def _version(self, wanted: FindWeights) -> str | None:
+        return await asyncio.to_thread(self._worker.weights.version_of, wanted)
 
     def _held(self, order: Load, runner: StageRunner, links: MemberLinks | None) -> LoadedStage:
         session, name, counters = self._session, self._worker.name, self._session.counters
@@ -180,9 +218,6 @@ class Loads:
         with contextlib.suppress(WorkerError, DeadlineError):
             async with deadline("reporting to the coordinator", self._session.deadlines.peer_s):
                 await self._session.send(fault)
-
-    def _file_version(self, order: Load) -> str | None:
-        return self._worker.weights.version_of(order.model_path, order.model_id)
 
     async def _report_unreachable(self, epoch: int, peer: Peer, reason: str) -> None:
         if peer.worker is not None:

@@ -1,4 +1,4 @@
-"""The Stage service of a worker. It finds the stage that a stream belongs to."""
+"""The Stage service of a worker. It finds the stage, or the encoder of images, that a stream belongs to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from llamaclust.core.epochs import epoch_text
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.kernels.backend import CacheCounts
 from llamaclust.wire.control.messages import Load, StageProgress
+from llamaclust.wire.control.weights import EncoderFile
 from llamaclust.wire.rpc.link_probe import serve_echo
-from llamaclust.wire.rpc.methods import ECHO, FORWARD, SAMPLE, SAMPLED_TOKENS
+from llamaclust.wire.rpc.methods import ECHO, ENCODE, FORWARD, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import Handler, ServerStream
+from llamaclust.worker.encoder.streams import EncoderStreams
+from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.stage.following import FollowingStage
 from llamaclust.worker.stage.stage_runner import StageRunner, portion_of
 from llamaclust.worker.stage.streams import StageStreams
@@ -21,12 +24,14 @@ LoadedStage = StageStreams | FollowingStage
 
 
 class StageService:
-    """The loaded stages by epoch. A model may have two at once."""
+    """The loaded stages by epoch, and the encoders of images beside them. A model may have two of each at once."""
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
         self._stages: dict[int, LoadedStage] = {}
+        self._encoders: dict[int, EncoderStreams] = {}
         self._kept: list[LoadedStage] = []
+        self._kept_encoders: list[EncoderStreams] = []
         self._ended = CacheCounts()  # of stages that were freed
 
     @property
@@ -35,6 +40,7 @@ class StageService:
             FORWARD: self._handler(StageStreams.forward),
             SAMPLE: self._handler(StageStreams.sample),
             SAMPLED_TOKENS: self._handler(StageStreams.sampled_tokens),
+            ENCODE: self._encode,
             ECHO: serve_echo,
         }
 
@@ -45,13 +51,16 @@ class StageService:
     def __contains__(self, epoch: int) -> bool:
         return epoch in self._stages
 
-    def add(self, streams: LoadedStage) -> None:
+    def add(self, streams: LoadedStage, encoder: EncoderStreams | None = None) -> None:
         assert streams.epoch not in self._stages
         self._stages[streams.epoch] = streams
+        if encoder is not None:
+            self._encoders[streams.epoch] = encoder
 
     async def remove(self, epoch: int) -> None:
-        streams = self._stages.pop(epoch, None)
-        if streams is not None:
+        if (encoder := self._encoders.pop(epoch, None)) is not None:
+            await encoder.close()
+        if (streams := self._stages.pop(epoch, None)) is not None:
             await self._close(streams)
 
     async def _close(self, streams: LoadedStage) -> None:
@@ -80,21 +89,28 @@ class StageService:
         """Ends all epochs and their groups' links. Keeps the stages in memory for a load of the same layers."""
         for stage in self._stages.values():
             stage.close_links()
+        for encoder in self._encoders.values():
+            encoder.end()
         self._kept += self._stages.values()
+        self._kept_encoders += self._encoders.values()
         self._stages.clear()
+        self._encoders.clear()
 
     async def free(self) -> None:
         self.keep()
+        while self._kept_encoders:
+            await self._kept_encoders.pop().close()
         while self._kept:
             await self._close(self._kept.pop())
 
     @property
     def kept_bytes(self) -> Counter[str]:
-        return sum((Counter(streams.runner.device_bytes) for streams in self._kept), Counter())
+        encoders = {"cpu": sum(kept.encoder.memory.total_bytes for kept in self._kept_encoders)}
+        return sum((Counter(streams.runner.device_bytes) for streams in self._kept), Counter(encoders))
 
     @property
     def has_kept(self) -> bool:
-        return bool(self._kept)
+        return bool(self._kept or self._kept_encoders)
 
     async def take_kept(self, order: Load, file_version: str | None) -> StageRunner | None:
         """Returns a kept stage that fits the order, and frees the others. `file_version` None: the file is gone."""
@@ -107,10 +123,23 @@ class StageService:
                 await self._close(streams)
         return runner
 
+    async def take_kept_encoder(self, wanted: EncoderFile | None, file_version: str | None) -> EncoderStreams | None:
+        """Returns a kept encoder of the wanted file, like `take_kept`."""
+        found = None
+        while self._kept_encoders:
+            kept = self._kept_encoders.pop()
+            if found is None and wanted is not None and _encodes(kept.encoder, wanted, file_version):
+                found = kept
+            else:
+                await kept.close()
+        return found
+
     async def clear(self, model_id: str) -> list[object]:
         """Frees all stages of a model except kept ones. The returned list keeps their weights in memory."""
         freed = {epoch: streams for epoch, streams in self._stages.items() if streams.runner.model_id == model_id}
         weights = [streams.runner.weights for streams in (*freed.values(), *self._kept)]
+        weights += [self._encoders[epoch].encoder.weights for epoch in freed if epoch in self._encoders]
+        weights += [kept.encoder.weights for kept in self._kept_encoders]
         for epoch in freed:
             await self.remove(epoch)
         return weights
@@ -127,6 +156,12 @@ class StageService:
             await serve(streams, stream)
 
         return handle
+
+    async def _encode(self, stream: ServerStream) -> None:
+        if (encoder := self._encoders.get(stream.epoch)) is None:
+            what = f"worker {self._worker} holds no encoder of images for epoch {epoch_text(stream.epoch)}"
+            raise ProtocolError(what)
+        await encoder.serve(stream)
 
 
 _BLOCK_COUNTS = ("kv_blocks", "window_blocks", "state_blocks")
@@ -147,3 +182,11 @@ def _serves(held: StageRunner, order: Load, file_version: str | None) -> bool:
     same_limits = replace(has, **{name: getattr(asked, name) for name in _BLOCK_COUNTS}) == asked
     same_parts = same_layers and same_portion and same_groups
     return held.model_id == order.model_id and same_parts and enough and same_limits and same_bytes
+
+
+def _encodes(held: TileEncoder, wanted: EncoderFile, file_version: str | None) -> bool:
+    if wanted.weights is None:
+        same_bytes = file_version in (None, held.file_version)
+    else:
+        same_bytes = held.manifest == wanted.weights.manifest
+    return held.file_id == wanted.file_id and same_bytes

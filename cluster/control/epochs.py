@@ -21,6 +21,7 @@ from llamaclust.cluster.control.weight_sources import (
     WantedBytes,
     adapter_files,
     announce_source,
+    encoder_files,
     is_file_absent,
     weight_sources,
 )
@@ -40,7 +41,7 @@ from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.file_manifests import FileManifests
 from llamaclust.wire.control.messages import Load, Loaded, LoadProgress
-from llamaclust.wire.control.weights import AdapterFile, FindWeights
+from llamaclust.wire.control.weights import AdapterFile, EncoderFile, FindWeights
 from llamaclust.wire.security.credentials import Credentials
 
 _log = logging.getLogger(__name__)
@@ -70,13 +71,14 @@ async def load_stages(
     wanted = WantedBytes(request, loads.own, keeps_kv, loads.links, timeout_s)
     weights = await weight_sources(names, workers, wanted, report)
     adapters = await adapter_files(loads.adapters, names, workers)
+    encoders = await encoder_files(loads.encoder, loads.encoding, workers, report)
 
     lost = tuple(Suspect(handle.name, handle.error) for handle in handles if handle.loss is not None)
     if lost:  # meanwhile: the others would load in vain
         raise StageLoadError(lost[0].error, lost)
 
     try:
-        orders = load_orders(loads, handles, weights, adapters)
+        orders = load_orders(loads, handles, weights, adapters, encoders)
     except WorkerError as error:
         raise StageLoadError(error, (Suspect(error.worker or "", error),)) from error
 
@@ -244,6 +246,14 @@ class Epochs:
             for number, request, of in requests
         }
 
+    def _wanted_encoder(self, links: Links = UNKNOWN) -> WantedBytes | None:
+        if (projector := self._model.projector) is None:
+            return None
+        file = EncoderFile(str(projector.plain.path), projector.identity)
+        request = FindWeights(str(self._model.plain.path), self._model.model_id, encoder=file)
+        timeout_s = self._config.timeouts.load
+        return WantedBytes(request, self._own_copy(projector.plain), links=links, progress_timeout_s=timeout_s)
+
     def settings(self, plan: Plan) -> SchedulerSettings:
         return scheduler_settings(self._config, self._model, plan, self._speculation, self.adapters)
 
@@ -290,8 +300,8 @@ class Epochs:
 
     async def announce(self, worker: WorkerHandle) -> None:
         path, model_id = str(self._model.plain.path), self._model.model_id
-        adapters = [wanted.request for wanted in self._wanted_adapters(self._model).values()]
-        for request in (FindWeights(path, model_id), *adapters):
+        wanted = (*self._wanted_adapters(self._model).values(), self._wanted_encoder())
+        for request in (FindWeights(path, model_id), *(each.request for each in wanted if each is not None)):
             await announce_source(worker, self._registry.present.values(), request)
 
     async def open(self, plan: Plan, links: Links, *, is_exclusive: bool, report: Report | None = None) -> Epoch:
@@ -312,6 +322,7 @@ class Epochs:
             progress_timeout_s=self._config.timeouts.load,
             own=self._own_copy(self._model.plain),
             adapters=self._wanted_adapters(self._model, links),
+            encoder=self._wanted_encoder(links),
         )
         workers = await load_stages(loads, self._registry.workers, report)
         try:

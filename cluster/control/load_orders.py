@@ -16,7 +16,7 @@ from llamaclust.core.errors import WorkerError
 from llamaclust.core.limits import GROUP_ID_BYTES, StageLimits
 from llamaclust.wire.control.groups import GroupMember, GroupOrder
 from llamaclust.wire.control.messages import Load
-from llamaclust.wire.control.weights import AdapterFile, WeightSources
+from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,12 @@ class StageLoads:
     progress_timeout_s: float = PROGRESS_TIMEOUT_S
     own: OwnCopy | None = None  # the coordinator's copy of the file
     adapters: Mapping[int, WantedBytes] = field(default_factory=dict)
+    encoder: WantedBytes | None = None  # the projector, for the stage with `encoder_bytes`; None: the model has none
+
+    @property
+    def encoding(self) -> list[str]:
+        """The names of workers that load the encoder of images."""
+        return [stage.worker for stage in self.stages if stage.encoder_bytes]
 
 
 def load_orders(
@@ -40,6 +46,7 @@ def load_orders(
     handles: Sequence[WorkerHandle],
     weights: Mapping[str, WeightSources],
     adapters: Mapping[str, tuple[AdapterFile, ...]],
+    encoders: Mapping[str, EncoderFile],
 ) -> list[Load]:
     """Returns the load order of each worker. Raises WorkerError if a group member accepts no links."""
     groups = _group_orders(loads.stages, handles)
@@ -48,6 +55,7 @@ def load_orders(
             _load_order(loads, handles, index, group),
             weights=weights.get(handle.name),
             adapters=adapters.get(handle.name, ()),
+            encoder=encoders.get(handle.name),
         )
         for index, (handle, group) in enumerate(zip(handles, groups, strict=True))
     ]

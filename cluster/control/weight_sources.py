@@ -1,4 +1,5 @@
-"""Finds sources of a model's weights for workers that lack its file or have a copy with other bytes."""
+"""Finds sources of the weights of models, adapters and projectors, for workers that lack the file or have a copy with
+other bytes."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from llamaclust.model.weights.file_manifests import FileManifest
 from llamaclust.wire.control.weights import (
     AdapterFile,
     AddWeightSource,
+    EncoderFile,
     FindWeights,
     FindWeightsProgress,
     WeightsFound,
@@ -42,8 +44,8 @@ class ModelReference:
 
 @dataclass(frozen=True, slots=True)
 class WantedBytes:
-    """A model or an adapter to be loaded. `own` is the coordinator's copy, if workers' copies are to be compared with
-    it. `is_compared`: copies are compared even if all workers have the same file."""
+    """A model, an adapter or a projector to be loaded. `own` is the coordinator's copy, if workers' copies are to be
+    compared with it. `is_compared`: copies are compared even if all workers have the same file."""
 
     request: FindWeights
     own: OwnCopy | None = None
@@ -104,6 +106,17 @@ async def adapter_files(
     return files
 
 
+async def encoder_files(
+    wanted: WantedBytes | None, loading: Collection[str], workers: Mapping[str, WorkerHandle], report: Report | None
+) -> dict[str, EncoderFile]:
+    """Returns the projector's file for each worker in `loading`. Empty if the model has no projector."""
+    if wanted is None or not loading:
+        return {}
+    sources = await weight_sources(loading, workers, wanted, report)
+    file = EncoderFile(wanted.request.path, wanted.request.file_id)
+    return {name: replace(file, weights=sources.get(name)) for name in loading}
+
+
 def _are_compared(wanted: WantedBytes, found: Collection[WeightsFound]) -> bool:
     """True if copies must be compared, for example because a worker lacks the file or has a different copy."""
     files = {weights.file for weights in found} | (set() if wanted.own is None else {wanted.own.file.copy_id})
@@ -136,7 +149,8 @@ async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHand
 
 def _fetched(worker: WorkerHandle) -> set[str]:
     order = worker.loading
-    weights = () if order is None else (order.weights, *(adapter.weights for adapter in order.adapters))
+    files = () if order is None else (order, *order.adapters, order.encoder)
+    weights = (file.weights for file in files if file is not None)
     return {fetched.manifest for fetched in weights if fetched is not None}
 
 

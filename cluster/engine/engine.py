@@ -10,6 +10,7 @@ from functools import partial
 from time import monotonic_ns
 from typing import Self
 
+from llamaclust.cluster.engine.encoder import Encoder
 from llamaclust.cluster.engine.failures import EngineOwner, PipelineFailure, failure_of, row_failure, stage_error
 from llamaclust.cluster.engine.lane import Lane
 from llamaclust.cluster.engine.metrics import Metrics
@@ -29,6 +30,7 @@ from llamaclust.core.errors import (
     LlamaclustError,
     WorkerError,
 )
+from llamaclust.model.projectors.projector import Projector
 from llamaclust.wire.microbatch.messages import Result
 
 _STOPPING = "the cluster is stopping"
@@ -66,7 +68,7 @@ class Engine:
     """Runs requests while this context manager is open. The owner of the pipelines closes them after the engine. A lost
     pipeline closes an engine without `owner`. With an owner, requests wait until it calls `resume` with another
     pipeline, or `give_up`. A pipeline without stages means that the model is not loaded: the engine sleeps until
-    `resume`."""
+    `resume`. With a `projector`, `encoder` encodes images on the pipeline."""
 
     def __init__(
         self,
@@ -74,6 +76,7 @@ class Engine:
         settings: SchedulerSettings,
         deadlines: EngineSettings | None = None,
         owner: EngineOwner | None = None,
+        projector: Projector | None = None,
     ) -> None:
         self.retirement: Retirement | None = None  # the lane before the present one retires
         self.metrics = Metrics(pipeline.stages, lambda: self.counts, monotonic_ns)
@@ -86,9 +89,15 @@ class Engine:
         self._is_draining = False
         self._owner = owner
         self.deadlines = deadlines or EngineSettings()
+        self.encoder = None if projector is None else Encoder(projector, self.deadlines.request_s)
+        self._encode_by(pipeline)
         scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
         self._lane = Lane(pipeline, scheduler, self, self.deadlines)
         self._ended = scheduler.counts.totals  # counts of earlier lanes
+
+    def _encode_by(self, pipeline: Pipeline | None) -> None:
+        if self.encoder is not None:
+            self.encoder.serve(None if pipeline is None else pipeline.encoder)
 
     @property
     def state(self) -> EngineState:
@@ -243,6 +252,7 @@ class Engine:
         self._lane = Lane(pipeline, scheduler, self, self.deadlines)
         self.metrics.restart(pipeline.stages)
         self._lane.start()
+        self._encode_by(pipeline)
         if self._phase is not _Phase.RUNNING:
             self._phase = _Phase.RUNNING
             self.error = None
@@ -301,6 +311,7 @@ class Engine:
     def _interrupt(self, failure: PipelineFailure) -> None:
         assert self._owner is not None
         self._lane.stop()
+        self._encode_by(None)
         self._end_retirement()
         self._phase = _Phase.LOST
         self.waterfalls.lost(monotonic_ns())
@@ -313,6 +324,7 @@ class Engine:
         if self._phase is _Phase.CLOSED or not (gives_way or self.requests.are_empty):
             return False
         self._lane.stop()
+        self._encode_by(None)
         self._end_retirement()
         self.waterfalls.unloaded(monotonic_ns())
         self.metrics.restart(())
@@ -337,6 +349,8 @@ class Engine:
     def _fail(self, phase: _Phase, error: LlamaclustError) -> None:
         self._phase = phase
         self.error = error
+        if self.encoder is not None:
+            self.encoder.end(error)
         for key in self.requests.keys:
             self.scheduler.abort(key)
             self.requests.abort(key, error)

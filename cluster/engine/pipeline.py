@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.core.gpus import DeviceLayers
@@ -50,6 +53,24 @@ class KvDisks(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class TileTask:
+    """A tile of an image, uint8 [height, width, 3], whose result are float32 rows [rows, width]."""
+
+    tile: NDArray[np.uint8]
+    rows: int
+    width: int
+
+
+class TileEncoder(Protocol):
+    """The encoder of images of a pipeline, on one of its workers."""
+
+    def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[NDArray[np.float32]]:
+        """Yields each tile's rows, in order. Raises RequestError if the encoder refuses a tile, and another
+        LlamaclustError if it cannot be reached or fails."""
+        ...
+
+
 class Pipeline(Protocol):
     """A loaded model, divided into stages. It runs microbatches strictly in number order."""
 
@@ -58,6 +79,9 @@ class Pipeline(Protocol):
 
     @property
     def kv_disks(self) -> KvDisks | None: ...
+
+    @property
+    def encoder(self) -> TileEncoder | None: ...
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         """Sends microbatches to the first stage and their sampling inputs to the last, without waiting."""
@@ -80,6 +104,7 @@ class NoPipeline:
     epoch = 0
     stages: tuple[StageInfo, ...] = ()
     kv_disks: KvDisks | None = None
+    encoder: TileEncoder | None = None
 
     def submit(self, *scheduled: ScheduledMicrobatch) -> None:
         raise AssertionError("no pipeline is loaded")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.engine.pipeline import StageInfo, TileEncoder
 from llamaclust.cluster.front.text.service import TextService, TextSettings
 from llamaclust.cluster.launchers.draft_model import open_device, open_draft_model, plan_draft_model
 from llamaclust.cluster.scheduler.capacity import ROWS, BlockCounts, Capacity, blocks_of
@@ -235,6 +235,7 @@ class LocalPipeline:
         self.epoch = _EPOCH
         self.stages: tuple[StageInfo, ...] = (StageInfo("this process", 0, stage.model.layer_count),)
         self.kv_disks = None
+        self.encoder: TileEncoder | None = None
         self._stage = stage
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 

@@ -43,6 +43,7 @@ from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.model.loader import Model
+from llamaclust.model.projectors.projector import Projector
 from llamaclust.model.weights.file_manifests import FileManifests
 from llamaclust.wire.rpc.sched_slice import short_slices
 
@@ -215,7 +216,7 @@ async def _served(
         loaders.append(AdapterLoader(model, runner, adapter_record, report, loaders, turn))
     for loader, plan, runner, supervisor in zip(loaders, plans, pool.runners, supervisors, strict=True):
         of, settings = loader.opened, None if plan is None else runner.epochs.settings(plan)
-        engine = await stack.enter_async_context(_engine(of.config, supervisor, settings))
+        engine = await stack.enter_async_context(_engine(of.config, of.model.projector, supervisor, settings))
         served.append(ServedModel(of.config, of.model, supervisor, engine, loader))
     return tuple(served)
 
@@ -266,7 +267,7 @@ async def _supervised(config: ClusterConfig, workers: SupervisedWorkers, report:
 
 @asynccontextmanager
 async def _engine(
-    config: ClusterConfig, supervisor: Supervisor, sleeping: SchedulerSettings | None
+    config: ClusterConfig, projector: Projector | None, supervisor: Supervisor, sleeping: SchedulerSettings | None
 ) -> AsyncIterator[Engine]:
     """Yields an engine whose lost pipelines the supervisor replaces. `sleeping`: settings of a model that is not
     loaded."""
@@ -277,7 +278,7 @@ async def _engine(
         try:
             pipeline, settings = (NoPipeline(), sleeping) if first is None else (first.pipeline, first.settings)
             assert settings is not None
-            async with Engine(pipeline, settings, deadlines, supervisor) as engine:
+            async with Engine(pipeline, settings, deadlines, supervisor, projector) as engine:
                 supervising = asyncio.create_task(supervisor.run(engine))
                 supervising.add_done_callback(partial(_broke, engine))
                 try:

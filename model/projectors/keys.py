@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.core.errors import ModelFileError
+from llamaclust.core.limits import MAX_TILE_PATCHES, MAX_TILE_PIXELS
 from llamaclust.model.architectures.vision import FAMILIES
 from llamaclust.model.architectures.vision.family import Positions, VisionFamily
 from llamaclust.model.architectures.vision.layers import VisionHyperparameters
@@ -21,8 +22,6 @@ _MAX_PATCH_SIZE = 1 << 8
 _MAX_MERGE = 8
 _MAX_TILES = 1 << 8
 _MAX_PIXELS = 1 << 28  # of an image, as files have it
-MAX_TILE_PATCHES = 1 << 14
-MAX_TILE_PIXELS = 1 << 23
 _COLOURS = 3
 _WINDOW_PIXELS = 112
 """The window's side where files do not tell it. llama.cpp has the same constant."""

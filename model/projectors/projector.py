@@ -41,7 +41,7 @@ _DEEPSTACK_KEY = "n_deepstack_layers"
 class Projector:
     """An opened projector file. `width` is the number of channels of a row for the text model, and `levels` the number
     of such rows, one after the other, that each position has: 1, or more with rows for the text model's first layers
-    (deepstack). `file` has the tensors in the shapes that the program expects."""
+    (deepstack). `file` has the tensors in the shapes that the program expects, `plain` in those of the file."""
 
     name: str
     file: ModelFile
@@ -49,6 +49,7 @@ class Projector:
     images: ImageNumbers
     program: Program
     levels: int
+    plain: ModelFile
 
     @property
     def family(self) -> VisionFamily:
@@ -78,10 +79,14 @@ class Projector:
         return self.family.bidirectional
 
     @property
+    def read_names(self) -> tuple[str, ...]:
+        """The names of all tensors that an encoder reads: those of the program, and those of its inputs."""
+        return (*self.program.weights, *_read_for_inputs(self))
+
+    @property
     def most_patches(self) -> int:
         """The most patches of a tile, without rows that are added to them."""
-        free = self.images.max_pixels if self.family.tokens else 0
-        return max(free, self.images.image_size**2) // self.patch_size**2
+        return self.max_tile_pixels // self.patch_size**2
 
     @property
     def most_program_rows(self) -> int:
@@ -97,14 +102,21 @@ class Projector:
         """The most rows of a tile for the text model."""
         return self.most_patches // self.hyperparameters.merged
 
+    @property
+    def max_tile_pixels(self) -> int:
+        """The most pixels of a tile. Kimi-VL's reference limits an image's pixels before it rounds down to patches and
+        pads to whole merge groups, by which fewer than half as many are added (its sides have at most 511 patches)."""
+        most = max(self.images.max_pixels, self.images.image_size**2)
+        return most * 3 // 2 if self.family.pads else most
+
     def rows_of(self, height: int, width: int) -> int:
         """Returns the number of rows of a tile of this many pixels. Raises RequestError for a tile of another size than
         the encoder takes."""
         side, size = self.patch_size * self.merge, self.images.image_size
         if self.family.tokens is None and (height, width) != (size, size):
             raise RequestError(f"a tile of {width} x {height} pixels, {size} x {size} expected; send the image again")
-        if height % side or width % side or not 0 < height * width <= max(self.images.max_pixels, size * size):
-            most = max(self.images.max_pixels, size * size)
+        most = self.max_tile_pixels
+        if height % side or width % side or not 0 < height * width <= most:
             what = f"multiples of {side} and at most {most} pixels expected"
             raise RequestError(f"a tile of {width} x {height} pixels, {what}; send a smaller image")
         return height * width // (side * side)
@@ -137,7 +149,7 @@ def projector_of(opened: ModelFile) -> Projector:
     file = _as_program_reads(opened, family, hyperparameters)
     program = encoder_program(file, family, hyperparameters)
     levels = 1 + sum(weight.endswith(".fc1.weight") for weight in program.weights)
-    projector = Projector(name, file, hyperparameters, images, program, levels)
+    projector = Projector(name, file, hyperparameters, images, program, levels, opened)
     _check_levels(keys, projector)
     _check_tensors(projector)
     return projector

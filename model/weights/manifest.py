@@ -1,5 +1,5 @@
-"""Manifests: models without weights, written as GGUF files without tensors. A manifest has the metadata that a stage
-needs, and the type, shape and SHA-256 of each tensor."""
+"""Manifests: models, adapters and projectors without weights, written as GGUF files without tensors. A manifest has the
+metadata that a worker needs, and the type, shape and SHA-256 of each tensor."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from llamaclust.model.gguf.tensors import FileIdentity, Tensor
 from llamaclust.model.gguf.values import LazyStrings, MetadataValue, fail_at
 from llamaclust.model.gguf.writer import WritableValue, header_bytes
 from llamaclust.model.hyperparameters import read_architecture, read_hyperparameters
+from llamaclust.model.projectors import keys as projector_keys
 from llamaclust.model.quant_types import QuantType
 
 MANIFEST_VERSION = 2
@@ -89,14 +90,16 @@ def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes:
 
 
 def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
-    """Returns the keys that programs and the tokenizer read; for an adapter, those that `with_adapters` reads."""
+    """Returns the keys that programs and the tokenizer read; for an adapter, those that `with_adapters` reads; for a
+    projector, those that `projector_of` reads."""
     architecture, is_adapter = read_architecture(file), "adapter.type" in file.metadata
     kept = ("adapter.", "general.type") if is_adapter else (f"{architecture}.", _TOKENIZER)
+    is_model = not is_adapter and architecture != projector_keys.ARCHITECTURE
     own: dict[str, WritableValue] = {"general.architecture": architecture}
     for key, value in file.metadata.items():
         if key.startswith(kept):
             own[key] = np.float64(value) if isinstance(value, float) else value
-    if not is_adapter:
+    if is_model:
         own[f"{architecture}.vocab_size"] = read_hyperparameters(file).vocabulary_size
     return own
 

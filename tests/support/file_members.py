@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
 from llamaclust.cluster.state.events import Report
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
+from llamaclust.model.projectors.projector import open_projector
 from llamaclust.wire.control.messages import Deadlines
-from llamaclust.wire.control.weights import AdapterFile, FindWeights
+from llamaclust.wire.control.weights import AdapterFile, EncoderFile, FindWeights
 from llamaclust.worker.main import _run_started_worker
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -69,15 +70,21 @@ class Members:
         *,
         own: OwnCopy | None = None,
         report: Report | None = None,
+        encoder: WantedBytes | None = None,
+        epoch: int = 1,
+        is_exclusive: bool = False,
     ) -> tuple[WorkerHandle, ...]:
+        """The last worker loads the encoder too."""
         stages = [StageInfo(name, *layers) for name, layers in zip(names, pairwise(cuts), strict=True)]
+        stages[-1] = replace(stages[-1], encoder_bytes=int(encoder is not None))
         opened = Model.open(model, adapters=adapters)
         wanted = {}
         for number, adapter in opened.adapters.items():
             file = AdapterFile(number, f"/nowhere/{adapter.path.name}", adapter.identity)
             copy = None if own is None else OwnCopy(adapter)
             wanted[number] = WantedBytes(FindWeights(path, opened.model_id, adapter=file), copy)
-        loads = StageLoads(1, stages, ModelReference(path, opened.model_id), LIMITS, own=own, adapters=wanted)
+        reference = ModelReference(path, opened.model_id)
+        loads = StageLoads(epoch, stages, reference, LIMITS, is_exclusive, own=own, adapters=wanted, encoder=encoder)
         try:
             return await load_stages(loads, self.registry.workers, report)
         except StageLoadError as failed:
@@ -93,6 +100,12 @@ async def members(folder: Path) -> AsyncIterator[Members]:
         )
         async with registry:
             yield Members(folder, run, registry)
+
+
+def projector_at(path: str, projector: Path, model: Path, own: OwnCopy | None = None) -> WantedBytes:
+    """A projector that the coordinator has opened, at a path that workers may have or not."""
+    file = EncoderFile(path, open_projector(projector).identity)
+    return WantedBytes(FindWeights(NOWHERE, Model.open(model).model_id, encoder=file), own)
 
 
 async def results(cluster: Members, handles: Sequence[WorkerHandle], model: Path) -> list[object]:

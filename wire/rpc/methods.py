@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from llamaclust.core.limits import MAX_TILE_PIXELS
+from llamaclust.wire import encoder
 from llamaclust.wire.control.codec import MAX_CONTROL_BYTES
 from llamaclust.wire.microbatch.codec import MAX_INPUTS_BYTES, MAX_MICROBATCH_BYTES
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
@@ -15,6 +17,7 @@ JOIN = "/llamaclust.v1.Coordinator/Join"
 FORWARD = "/llamaclust.v1.Stage/Forward"
 SAMPLE = "/llamaclust.v1.Stage/Sample"
 SAMPLED_TOKENS = "/llamaclust.v1.Stage/SampledTokens"
+ENCODE = "/llamaclust.v1.Stage/Encode"
 ECHO = "/llamaclust.v1.Stage/Echo"
 FETCH = "/llamaclust.v1.Weights/Fetch"
 
@@ -48,6 +51,7 @@ METHODS: Mapping[str, Method] = {
     FORWARD: Method(Callers.NEIGHBOUR, 256, 256, MAX_FRAME_BYTES, 0),
     SAMPLE: Method(Callers.COORDINATOR, 256, 256, MAX_INPUTS_BYTES, MAX_INPUTS_BYTES),
     SAMPLED_TOKENS: Method(Callers.NEIGHBOUR, 256, 256, MAX_MICROBATCH_BYTES, 0),
+    ENCODE: Method(Callers.COORDINATOR, 32, 32, encoder.tile_bytes(MAX_TILE_PIXELS), encoder.FRAME_BYTES + 1),
     ECHO: Method(Callers.PERMITTED, 64, 2, PROBE_BYTES, 64),
     FETCH: Method(Callers.MEMBERS, 128, 16, ASKED_BYTES, FRAME_BYTES + 1),
 }

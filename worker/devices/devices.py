@@ -76,6 +76,11 @@ class Device:
             raise ProtocolError(f"a load for device {name!r}, this worker has {', '.join(known)}")
         return known[name]
 
+    @property
+    def encoder_backend(self) -> Backend:
+        """The processor's backend with threads of its own, which shares loaded weights."""
+        return _apart(self.backend)
+
     def free_bytes_of(self, name: str) -> int:
         return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import kv_bytes
@@ -44,9 +45,15 @@ def encoder_bytes(projector: Projector, threads: int) -> EncoderMemory:
     program, tensors, limits = projector.program, projector.tensors, encoder_limits(projector)
     computed_bytes = workspace_bytes(program, tensors, limits, threads) + kv_bytes(program, limits)
     return EncoderMemory(
-        weight_bytes=sum(tensor.resident_bytes for tensor in tensors.values()),
+        weight_bytes=sum(tensor.resident_bytes for tensor in tensors.values()) + _input_bytes(projector),
         workspace_bytes=computed_bytes + _tile_bytes(projector),
     )
+
+
+def _input_bytes(projector: Projector) -> int:
+    """Returns the bytes of the tensors that are added to patches, which are kept as floats."""
+    names = {*projector.read_names} - {*projector.program.weights}
+    return sum(_FLOAT_BYTES * prod(projector.file.tensor(name).shape) for name in names)
 
 
 def _tile_bytes(projector: Projector) -> int:

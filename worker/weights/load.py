@@ -1,10 +1,10 @@
-"""Loads a stage or its adapters as the coordinator ordered, from files here or from other workers."""
+"""Loads a stage, its adapters or an encoder as the coordinator ordered, from files here or from other workers."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import astuple, dataclass
 from functools import partial
@@ -16,12 +16,15 @@ from llamaclust.core.sizes import missing
 from llamaclust.model.adapters import own_names
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.loader import Model
+from llamaclust.model.projectors.projector import projector_of
 from llamaclust.model.shard_names import whole_name
 from llamaclust.wire.control.messages import Load, LoadProgress
-from llamaclust.wire.control.weights import AdapterFile, WeightSources
+from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSources
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.encoder_memory import encoder_bytes
 from llamaclust.worker.devices.system_info import release_freed_memory
+from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.stage.nextn import nextn_program_of
 from llamaclust.worker.stage.stage_runner import StageMemory, StageOptions, StageRunner, model_program, portion_of
 from llamaclust.worker.weights.remote_file import RemoteFile
@@ -34,25 +37,63 @@ _REPORT_S = 0.1
 _Value = TypeVar("_Value")
 
 
-async def load_stage(order: Load, device: Device, report: Report, weights: Weights, reach: Reach) -> StageRunner:
-    """Raises ModelFileError, InsufficientMemoryError, and the errors of `RemoteFile` if no file is here."""
+async def load_stage(
+    order: Load, device: Device, report: Report, weights: Weights, reach: Reach, reserved_bytes: int = 0
+) -> StageRunner:
+    """Loads a stage in the free memory without `reserved_bytes`. Raises ModelFileError, InsufficientMemoryError, and
+    the errors of `RemoteFile` if no file is here."""
+    files = _Files(weights, reach, Progress())
+    return await _reported(order.epoch, files.progress, report, _load(order, device, files, reserved_bytes))
+
+
+async def load_encoder(
+    wanted: EncoderFile, epoch: int, device: Device, report: Report, weights: Weights, reach: Reach
+) -> TileEncoder:
+    """Loads an encoder on the processor. Raises the errors of `load_stage`."""
+    files = _Files(weights, reach, Progress())
+    return await _reported(epoch, files.progress, report, _load_encoder(wanted, device, files))
+
+
+async def _reported(epoch: int, progress: Progress, report: Report, load: Coroutine[None, None, _Value]) -> _Value:
+    """Reports the progress of fetching and loading together."""
 
     async def progressed(done_bytes: int, total_bytes: int) -> None:
         if total_bytes:
             weight_bytes = progress.weight_bytes or total_bytes
             done_bytes = min(done_bytes, total_bytes) * weight_bytes // total_bytes
-            await report(LoadProgress(order.epoch, done_bytes, weight_bytes))
+            await report(LoadProgress(epoch, done_bytes, weight_bytes))
 
-    progress = Progress()  # of fetching and loading together
-    return await progress.during(_load(order, device, _Files(weights, reach, progress)), progressed, _REPORT_S)
+    return await progress.during(load, progressed, _REPORT_S)
 
 
-async def _load(order: Load, device: Device, files: _Files) -> StageRunner:
+async def _load_encoder(wanted: EncoderFile, device: Device, files: _Files) -> TileEncoder:
+    async with files:
+        opened = await files.open_projector_file(wanted)
+        outline = await asyncio.to_thread(projector_of, opened.file)
+        planned = await asyncio.to_thread(encoder_bytes, outline, device.threads)
+        release_freed_memory()
+        held_bytes = device.backend.held_bytes(outline.program, outline.tensors)
+        parts = {"weights": planned.weight_bytes, "workspace": planned.workspace_bytes}
+        if sum(parts.values()) > (free_bytes := device.free_memory_bytes + held_bytes):
+            raise InsufficientMemoryError(f"the encoder of {outline.file.path} needs {missing(parts, free_bytes)}")
+        progress, missing_bytes = files.progress, opened.missing_bytes(outline.read_names)
+        progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + missing_bytes
+        progress.weight_bytes = planned.weight_bytes
+        await opened.complete(outline.read_names)
+        return await _in_thread(partial(_encoder, wanted, device, opened.file, progress), progress)
+
+
+def _encoder(wanted: EncoderFile, device: Device, file: ModelFile, progress: Progress) -> TileEncoder:
+    manifest = None if wanted.weights is None else wanted.weights.manifest
+    return TileEncoder(device.encoder_backend, projector_of(file), device.threads, manifest, progress.add)
+
+
+async def _load(order: Load, device: Device, files: _Files, reserved_bytes: int) -> StageRunner:
     async with files:
         plain, progress = await files.open_model(order), files.progress
         adapters = await files.open_adapters(order.adapters, plain.file)
         outline = _in_tiles(order.limits, Model(plain.file, adapters=_files_of(adapters)))
-        planned = await asyncio.to_thread(_planned, order, device, outline)
+        planned = await asyncio.to_thread(_planned, order, device, outline, reserved_bytes)
         program = model_program(outline, order.start, order.end, order.limits, portion_of(order))
         own = nextn_program_of(outline, order.limits).weights if order.limits.nextn and program.is_last else ()
         names = tuple(dict.fromkeys(map(whole_name, (*program.weights, *own))))
@@ -110,6 +151,10 @@ class _Files(AsyncExitStack):
     async def open_model(self, order: Load) -> _Opened:
         read = partial(self._weights.open_file, order.model_path, order.model_id)
         return await self._open(read, order.model_path, order.model_id, order.weights)
+
+    async def open_projector_file(self, wanted: EncoderFile) -> _Opened:
+        read = partial(self._weights.open_projector_file, wanted)
+        return await self._open(read, wanted.path, wanted.file_id, wanted.weights)
 
     async def open_adapters(self, wanted: Sequence[AdapterFile], plain: ModelFile) -> dict[int, _Opened]:
         found = {}
@@ -170,12 +215,13 @@ def _in_tiles(limits: StageLimits, model: Model) -> Model:
     return model.widened if limits.wide_tiles else model
 
 
-def _planned(order: Load, device: Device, model: Model) -> StageMemory:
+def _planned(order: Load, device: Device, model: Model, reserved_bytes: int) -> StageMemory:
     """Returns the memory of all devices together. Raises InsufficientMemoryError if one has too little."""
     shares = device_shares(device, model, device.layers(order), order.limits, portion_of(order))
     release_freed_memory()
     for name, share in shares.items():
         free_bytes = device.free_bytes_of(name) + share.memory.held_weight_bytes
+        free_bytes -= reserved_bytes if name == "cpu" else 0
         if share.memory.total_bytes > free_bytes:
             where = f"on {name}, " if order.devices else ""
             needs = missing(share.memory.parts, free_bytes)

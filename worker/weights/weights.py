@@ -18,7 +18,14 @@ from llamaclust.model.gguf.model_file import ModelFile, open_model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.file_manifests import FileManifest, FileManifests
 from llamaclust.model.weights.manifest import MANIFEST_VERSION
-from llamaclust.wire.control.weights import AdapterFile, AddWeightSource, FindWeights, WeightsFound, WeightSource
+from llamaclust.wire.control.weights import (
+    AdapterFile,
+    AddWeightSource,
+    EncoderFile,
+    FindWeights,
+    WeightsFound,
+    WeightSource,
+)
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.weights.giver import WeightGiver
@@ -97,6 +104,10 @@ class Weights:
         places = [place for place in self.places(wanted.path) if is_adapter(place)]
         return _chosen(partial(read_adapter, model=plain), places, wanted.adapter_id)
 
+    def open_projector_file(self, wanted: EncoderFile) -> ModelFile | None:
+        """Opens a projector file like `open_file`. `projector_of` reads and checks its contents."""
+        return _chosen(open_model, [place for place in self.places(wanted.path) if place.is_file()], wanted.file_id)
+
     def places(self, model_path: str) -> list[Path]:
         path = Path(model_path)
         own = [] if self._model_dir is None else [self._model_dir / path.name]
@@ -120,6 +131,8 @@ class Weights:
         return WeightsFound(True, manifest.content, manifest.n_bytes, gives=self.giver.gives, file=file.copy_id)
 
     def _wanted(self, wanted: FindWeights) -> ModelFile | None:
+        if wanted.encoder is not None:
+            return self.open_projector_file(wanted.encoder)
         plain = self.open_file(wanted.model_path, wanted.model_id)
         return plain if plain is None or wanted.adapter is None else self.open_adapter(wanted.adapter, plain)
 
@@ -129,9 +142,10 @@ class Weights:
 
         return self._manifests.of(file, begin, progress.add)
 
-    def version_of(self, model_path: str, model_id: str) -> str | None:
+    def version_of(self, wanted: FindWeights) -> str | None:
+        """Returns the version of this machine's file. Returns None if it has none, or only other files."""
         try:
-            file = self.open_file(model_path, model_id)
+            file = self._wanted(wanted)
         except ModelFileError:
             return None
         return None if file is None else file.version

@@ -10,6 +10,7 @@ from traceback import clear_frames
 
 from llamaclust.cluster.control.failures.failure_attribution import attribute_failure, has_failed, stage_of
 from llamaclust.cluster.control.load_orders import leaders
+from llamaclust.cluster.control.remote.encoder import RemoteEncoder
 from llamaclust.cluster.control.remote.kv_disks import remote_kv_disks
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
@@ -53,22 +54,26 @@ class RemotePipeline:
             if isinstance(error, LlamaclustError):
                 raise await attribute_failure(epoch, workers, error) from error
             raise
-        return cls(epoch, workers, (first, last), forward, sample)
+        encodes = [_peer(worker, credentials) for worker in workers if worker.stages[epoch][0].encoder is not None]
+        encoder = RemoteEncoder(epoch, encodes[0]) if encodes else None
+        return cls(epoch, workers, (first, last, *encodes), forward, sample, encoder)
 
     def __init__(
         self,
         epoch: int,
         workers: Sequence[WorkerHandle],
-        peers: tuple[Peer, Peer],
+        peers: Sequence[Peer],
         forward: ClientStream,
         sample: ClientStream,
+        encoder: RemoteEncoder | None,
     ) -> None:
         self.epoch = epoch
         held = (stage_of(epoch, worker) for worker in workers)
         self.stages = tuple(stage for stage in held if stage.member == 0)
         self.kv_disks = remote_kv_disks(epoch, workers)
+        self.encoder = encoder
         self._workers = tuple(workers)
-        self._peers = peers
+        self._peers = tuple(peers)
         self._forward = forward
         self._sample = sample
         self._microbatches = SendQueue(forward, "handing out a microbatch", _WRITE_S)

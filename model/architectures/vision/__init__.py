@@ -37,6 +37,7 @@ FAMILIES: Mapping[str, VisionFamily] = MappingProxyType(
             2,
             positions=Positions.BICUBIC,
             turns=True,
+            sections=True,
             tokens=(8, 4096),
             transposed=(("mm.patch_merger.weight", True),),
         ),
@@ -44,7 +45,9 @@ FAMILIES: Mapping[str, VisionFamily] = MappingProxyType(
         "internvl": VisionFamily(
             classes.internvl, gelu=ActivationFunction.GELU_ERF, positions=Positions.TABLE, class_place=0
         ),
-        "kimivl": VisionFamily(grids.kimivl, merge=2, positions=Positions.BICUBIC, turns=True, tokens=(8, 1024)),
+        "kimivl": VisionFamily(
+            grids.kimivl, merge=2, positions=Positions.BICUBIC, turns=True, tokens=(8, 1024), pads=True
+        ),
         "lfm2": VisionFamily(siglip.lfm2, merge=2, positions=Positions.ANTIALIASED, tokens=(64, 256)),
         "llama4": VisionFamily(
             classes.llama4,
@@ -63,9 +66,17 @@ FAMILIES: Mapping[str, VisionFamily] = MappingProxyType(
             transposed=(("mm.patch_merger.weight", True),),
             unread=("v.token_embd.img_break",),
         ),
-        "qwen2.5vl_merger": VisionFamily(qwen.qwen25vl, _MERGE_KEY, 2, turns=True, windows=True, tokens=(8, 4096)),
+        "qwen2.5vl_merger": VisionFamily(
+            qwen.qwen25vl, _MERGE_KEY, 2, turns=True, windows=True, sections=True, tokens=(8, 4096)
+        ),
         "qwen3vl_merger": VisionFamily(
-            qwen.qwen3vl, _MERGE_KEY, 2, positions=Positions.BILINEAR_CORNERS, turns=True, tokens=(8, 4096)
+            qwen.qwen3vl,
+            _MERGE_KEY,
+            2,
+            positions=Positions.BILINEAR_CORNERS,
+            turns=True,
+            sections=True,
+            tokens=(8, 4096),
         ),
     }
 )

@@ -37,9 +37,11 @@ class VisionFamily:
     turns: the program has rotations by height and width.
     windows: the program has attention in windows.
     bidirectional: the text model's rows of an image see each other.
+    sections: the text model turns by the line and column of an image's rows (M-RoPE).
     tokens: the least and the most rows of an image, where its size is free; None: all tiles have the file's size.
     class_place: the row of the table of positions that is for the class row (see `classes`); None: there is none.
     first_place: the number by which the first line and column turn. The class row turns by 0.
+    pads: images whose size is free are padded to whole merge groups.
     signed: a normalized colour c becomes 2 c - 1.
     transposed: tensors whose numbers are in the other order in files. The value tells if they are those of a
     convolution over a merge group, [out, channels, height, width].
@@ -55,9 +57,11 @@ class VisionFamily:
     turns: bool = False
     windows: bool = False
     bidirectional: bool = False
+    sections: bool = False
     tokens: tuple[int, int] | None = None
     class_place: int | None = None
     first_place: int = 0
+    pads: bool = False
     signed: bool = False
     transposed: tuple[tuple[str, bool], ...] = ()
     as_row: tuple[str, ...] = ()

@@ -32,7 +32,7 @@ from llamaclust.wire.control.messages import (
 )
 from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.rpc.methods import FORWARD, JOIN, SAMPLE, SAMPLED_TOKENS
+from llamaclust.wire.rpc.methods import ENCODE, FORWARD, JOIN, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security import renewal
 from llamaclust.wire.security.certificates import NewKey
@@ -255,6 +255,8 @@ async def test_stage_streams_are_for_members(trust: Authority) -> None:
         for who, method, message in (
             (COORDINATOR, SAMPLE, "worker a holds no stage for epoch 0.1"),
             (B, FORWARD, "worker a holds no stage for epoch 0.1"),
+            (COORDINATOR, ENCODE, "worker a holds no encoder of images for epoch 0.1"),
+            (B, ENCODE, "worker b opens a stream that is for the coordinator alone"),
             (B, SAMPLE, "worker b opens a stream that is for the coordinator alone"),
         ):
             peer = Peer(server.address, trust.identity(who), A)

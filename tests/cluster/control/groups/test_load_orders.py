@@ -30,7 +30,7 @@ def orders(without_links: str = "") -> list[Load]:
         for member, name in enumerate(names)
     ]
     handles = [handle(stage.worker, "" if stage.worker == without_links else None) for stage in stages]
-    return load_orders(StageLoads(7, stages, ModelReference("m.gguf", "m"), LIMITS), handles, {}, {})
+    return load_orders(StageLoads(7, stages, ModelReference("m.gguf", "m"), LIMITS), handles, {}, {}, {})
 
 
 def test_members_of_a_group_have_one_id_and_each_its_own_place() -> None:

@@ -1,0 +1,224 @@
+"""Tiles of images on pipelines that fail, are replaced or refuse: the rows of an undisturbed encoder, or one error."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.cluster.engine.encoder import Encoder
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.pipeline import TileTask
+from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
+from llamaclust.cluster.scheduler.strikes import MAX_STRIKES
+from llamaclust.core.backoff import Backoff
+from llamaclust.core.errors import DeadlineError, LlamaclustError, RequestError, RequestFailedError, WorkerError
+from llamaclust.model.projectors.projector import Projector, open_projector
+from support.clusters.fakes import VOCABULARY, FakePipeline, Losses
+from support.models.vision.tiny_projectors import build_projector
+
+SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=200, max_sequences=8, max_waiting=64)
+LOST = WorkerError("worker w1 is lost", worker="w1")
+
+
+def rows_of(task: TileTask) -> NDArray[np.float32]:
+    return np.full((task.rows, task.width), task.tile[0, 0, 0], np.float32)
+
+
+def tiles(*numbers: int) -> list[NDArray[np.uint8]]:
+    """Each of one colour, which `rows_of` repeats."""
+    return [np.full((8, 16, 3), number, np.uint8) for number in numbers]
+
+
+@dataclass
+class FakeEncoder:
+    """Encodes at once. At the tiles in `stops`, it first calls a function, which may raise."""
+
+    stops: dict[int, Callable[[], None]] = field(default_factory=dict)
+    hangs: frozenset[int] = frozenset()
+    begun: list[int] = field(default_factory=list)
+    open: int = 0
+    reached: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[NDArray[np.float32]]:
+        self.open += 1
+        assert self.open == 1, "one call after the other"
+        try:
+            for task in tasks:
+                number = int(task.tile[0, 0, 0])
+                self.begun.append(number)
+                self.reached.set()
+                await asyncio.sleep(0)
+                self.stops.get(number, lambda: None)()
+                if number in self.hangs:
+                    await asyncio.Event().wait()
+                yield rows_of(task)
+        finally:
+            self.open -= 1
+
+
+def fails(error: LlamaclustError, times: int = 1) -> Callable[[], None]:
+    left = [error] * times
+
+    def fail() -> None:
+        if left:
+            raise left.pop()
+
+    return fail
+
+
+@pytest.fixture(scope="module")
+def projector(tmp_path_factory: pytest.TempPathFactory) -> Projector:
+    return open_projector(build_projector(tmp_path_factory.mktemp("p") / "p.gguf", "qwen3vl_merger"))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamaclust.cluster.engine.encoder._BACKOFF", Backoff(0.0, 0.0))
+
+
+def check(found: Sequence[NDArray[np.float32]], *numbers: int) -> None:
+    assert [row.shape for row in found] == [(2, 3 * 96)] * len(numbers)
+    assert [int(row[0, 0]) for row in found] == [*numbers]
+
+
+def serving(projector: Projector, fake: FakeEncoder | None, deadline_s: float = 20.0) -> Encoder:
+    encoder = Encoder(projector, deadline_s)
+    encoder.serve(fake)
+    return encoder
+
+
+async def test_tiles_are_encoded_in_order(projector: Projector) -> None:
+    fake = FakeEncoder()
+    encoder = serving(projector, fake)
+    check(await encoder.encode([]))
+    first, second = await asyncio.gather(encoder.encode(tiles(1, 2)), encoder.encode(tiles(3, 4)))
+    check(first, 1, 2)
+    check(second, 3, 4)
+    assert fake.begun == [1, 2, 3, 4]
+
+
+async def test_a_failure_repeats_the_tile_alone(projector: Projector) -> None:
+    fake = FakeEncoder({2: fails(LOST, MAX_STRIKES - 1), 3: fails(LOST)})
+    check(await serving(projector, fake).encode(tiles(1, 2, 3)), 1, 2, 3)
+    assert fake.begun == [1, *[2] * MAX_STRIKES, 3, 3]
+
+
+async def test_a_tile_that_always_fails_ends_the_request_and_not_others(projector: Projector) -> None:
+    fake = FakeEncoder({2: fails(LOST, MAX_STRIKES)})
+    encoder = serving(projector, fake)
+    bad, good = asyncio.create_task(encoder.encode(tiles(1, 2))), asyncio.create_task(encoder.encode(tiles(5)))
+    with pytest.raises(RequestFailedError, match="failed 6 times at one tile, at last: worker w1 is lost"):
+        await bad
+    check(await good, 5)
+
+
+async def test_a_refused_tile_is_not_tried_again(projector: Projector) -> None:
+    fake = FakeEncoder({1: fails(RequestError("not this one"))})
+    with pytest.raises(RequestError, match=r"^not this one$"):
+        await serving(projector, fake).encode(tiles(1))
+    assert fake.begun == [1]
+
+
+async def test_a_tile_of_a_wrong_size_is_not_sent(projector: Projector) -> None:
+    fake = FakeEncoder()
+    with pytest.raises(RequestError, match="a tile of 4 x 8 pixels, multiples of 8"):
+        await serving(projector, fake).encode([*tiles(1), np.zeros((8, 4, 3), np.uint8)])
+    assert fake.begun == []
+
+
+async def test_a_tile_on_a_lost_pipeline_is_encoded_by_the_next_one(projector: Projector) -> None:
+    first, second = FakeEncoder(hangs=frozenset((2,))), FakeEncoder()
+    encoder = serving(projector, first)
+    encoding = asyncio.create_task(encoder.encode(tiles(1, 2)))
+    while first.begun != [1, 2]:  # noqa: ASYNC110  few turns
+        await asyncio.sleep(0)
+    encoder.serve(None)
+    await asyncio.sleep(0.01)
+    assert not encoding.done() and first.open == 0
+    encoder.serve(second)
+    check(await encoding, 1, 2)
+    assert second.begun == [2]
+
+
+async def test_a_move_does_not_disturb_a_tile_in_progress(projector: Projector) -> None:
+    gate = asyncio.Event()
+
+    class Slow(FakeEncoder):
+        async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[NDArray[np.float32]]:
+            self.reached.set()
+            await gate.wait()
+            for task in tasks:
+                yield rows_of(task)
+
+    first, second = Slow(), FakeEncoder()
+    encoder = serving(projector, first)
+    encoding = asyncio.create_task(encoder.encode(tiles(1)))
+    await first.reached.wait()
+    encoder.serve(second)
+    gate.set()
+    check(await encoding, 1)
+    check(await encoder.encode(tiles(2)), 2)
+    assert second.begun == [2]
+
+
+async def test_the_deadline_ends_a_tile(projector: Projector) -> None:
+    fake = FakeEncoder(hangs=frozenset((1,)))
+    with pytest.raises(DeadlineError, match=r"encoding an image \(timeouts.request\): not within 0.05 s"):
+        await serving(projector, fake, 0.05).encode(tiles(1))
+    assert fake.open == 0
+    with pytest.raises(DeadlineError):
+        await serving(projector, None, 0.05).encode(tiles(1))
+
+
+async def test_a_cancelled_call_lets_the_next_one_in(projector: Projector) -> None:
+    fake = FakeEncoder(hangs=frozenset((1,)))
+    encoder = serving(projector, fake)
+    encoding, waiting = asyncio.create_task(encoder.encode(tiles(1))), asyncio.create_task(encoder.encode(tiles(2)))
+    await fake.reached.wait()
+    encoding.cancel()
+    check(await waiting, 2)
+    assert encoding.cancelled()
+
+
+async def test_tiles_wait_for_the_engine_s_pipeline(projector: Projector) -> None:
+    asleep, awake, later = FakePipeline(1, stages=0), FakePipeline(200), FakePipeline(200)
+    awake.encoder, later.encoder = FakeEncoder(hangs=frozenset((3,))), FakeEncoder()
+    owner = Losses()
+    async with asyncio.timeout(20), Engine(asleep, SETTINGS, EngineSettings(), owner, projector) as engine:
+        assert engine.encoder is not None
+        encoding = asyncio.create_task(engine.encoder.encode(tiles(1)))
+        await asyncio.sleep(0.01)
+        assert not encoding.done()
+        engine.resume(awake, SETTINGS)
+        check(await encoding, 1)
+        encoding = asyncio.create_task(engine.encoder.encode(tiles(2, 3)))
+        while awake.encoder.begun != [1, 2, 3]:  # noqa: ASYNC110  few turns
+            await asyncio.sleep(0)
+        engine.lose(LOST)
+        await asyncio.sleep(0.01)
+        assert not encoding.done()
+        engine.resume(later, SETTINGS)
+        check(await encoding, 2, 3)
+        assert later.encoder.begun == [3]
+        engine.lose(LOST)
+        encoding = asyncio.create_task(engine.encoder.encode(tiles(4)))
+        await asyncio.sleep(0)
+        engine.give_up(WorkerError("no worker is left"))
+        with pytest.raises(WorkerError, match=r"^no worker is left$"):
+            await encoding
+        with pytest.raises(WorkerError, match=r"^no worker is left$"):
+            await engine.encoder.encode(tiles(4))
+        engine.resume(later, SETTINGS)
+        check(await engine.encoder.encode(tiles(5)), 5)
+    with pytest.raises(WorkerError, match="the cluster is stopping"):
+        await engine.encoder.encode(tiles(6))
+
+
+async def test_an_engine_without_a_projector_has_no_encoder() -> None:
+    async with Engine(FakePipeline(200), SETTINGS) as engine:
+        assert engine.encoder is None

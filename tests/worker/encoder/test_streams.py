@@ -1,0 +1,260 @@
+"""Encode streams of a worker in this process: over real connections, with files here and fetched."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llamaclust.cluster.control.remote.encoder import RemoteEncoder
+from llamaclust.cluster.control.remote.model_copies import OwnCopy
+from llamaclust.cluster.control.weight_sources import WantedBytes
+from llamaclust.cluster.engine.pipeline import TileTask
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.errors import InsufficientMemoryError, RequestError
+from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.projectors.projector import open_projector
+from llamaclust.wire.encoder import encode_tile
+from llamaclust.wire.rpc.client import Peer, StreamBrokenError
+from llamaclust.wire.rpc.methods import ENCODE
+from llamaclust.wire.security.credentials import Principal
+from llamaclust.worker.devices.encoder_memory import EncoderMemory
+from llamaclust.worker.encoder.tile_encoder import TileEncoder
+from support.damaged_models import flip_middle
+from support.file_members import Members, alone, members, projector_at, results
+from support.models.tiny_model import build_tiny_model
+from support.models.vision.encoded_tiles import encoded
+from support.models.vision.tiny_projectors import build_projector, tile_of
+
+NAME = "qwen3vl_merger"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    build_tiny_model(folder / "m.gguf", layers=2)
+    build_projector(folder / "mmproj-m.gguf", NAME)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path) -> Float32:
+    return encoded(CpuBackend(1), folder / "mmproj-m.gguf", tile_of(NAME))
+
+
+async def load(
+    cluster: Members, folder: Path, wanted: WantedBytes | None, names: str = "a", epoch: int = 1, *, again: bool = False
+) -> tuple[WorkerHandle, ...]:
+    model = folder / "m.gguf"
+    cuts = (0, 2) if len(names) == 1 else (0, 1, 2)
+    return await cluster.load(model, list(names), cuts, str(model), encoder=wanted, epoch=epoch, is_exclusive=again)
+
+
+def beside(folder: Path) -> WantedBytes:
+    """The projector at its path."""
+    path = folder / "mmproj-m.gguf"
+    return projector_at(str(path), path, folder / "m.gguf")
+
+
+def task(rows: Float32, seed: int = 5) -> TileTask:
+    return TileTask(tile_of(NAME, seed), *rows.shape)
+
+
+class Held:
+    """Holds all encoders of this process in the tiles that they compute."""
+
+    def __init__(self) -> None:
+        self.tiles = 0  # that were begun
+        self.begun, self.gate = Event(), Event()
+
+    async def entered(self) -> None:
+        assert await asyncio.to_thread(self.begun.wait, 20.0)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    held, rows = Held(), TileEncoder.rows
+
+    def hold(encoder: TileEncoder, tile: Any) -> Float32:
+        held.tiles += 1
+        held.begun.set()
+        assert held.gate.wait(20.0)
+        return rows(encoder, tile)
+
+    monkeypatch.setattr(TileEncoder, "rows", hold)
+    yield held
+    held.gate.set()
+
+
+@asynccontextmanager
+async def workers(folder: Path, names: Sequence[str] = "a", **starts: Path) -> AsyncIterator[Members]:
+    """`starts` are the folders of model files of workers, by name."""
+    async with asyncio.timeout(60), members(folder) as cluster:
+        lives = [cluster.start(name, model_dir=starts.get(name)) for name in names]
+        await cluster.registry.wait_for(names, 20)
+        yield cluster
+    await asyncio.gather(*lives, return_exceptions=True)
+
+
+def peer_of(cluster: Members, name: str) -> Peer:
+    worker = cluster.registry.workers[name]
+    return Peer(worker.registration.address, cluster.run.token, Principal(name))
+
+
+async def encoded_by(cluster: Members, *tasks: TileTask, name: str = "a", epoch: int = 1) -> list[Float32]:
+    peer = peer_of(cluster, name)
+    try:
+        return [rows async for rows in RemoteEncoder(epoch, peer).rows(tasks)]
+    finally:
+        await peer.close()
+
+
+def same(found: Float32, wanted: Float32) -> None:
+    np.testing.assert_array_equal(found.view("u4"), wanted.view("u4"))
+
+
+async def test_rows_have_the_bits_of_the_reference(folder: Path, rows: Float32, tmp_path: Path) -> None:
+    path = folder / "mmproj-m.gguf"
+    async with workers(tmp_path, "ab") as cluster:
+        first, last = (handle.stages[1][1] for handle in await load(cluster, folder, beside(folder), "ab"))
+        assert (first.encoder_bytes, last.fetched_bytes) == (0, 0)
+        assert last.encoder_bytes > open_projector(path).file.size_bytes
+        for found in await encoded_by(cluster, task(rows), task(rows), name="b"):
+            same(found, rows)
+        others = await asyncio.gather(*(encoded_by(cluster, task(rows, seed), name="b") for seed in range(6)))
+        for seed, (found,) in enumerate(others):
+            same(found, encoded(CpuBackend(1), path, tile_of(NAME, seed)))
+        with pytest.raises(StreamBrokenError, match=r"worker a holds no encoder of images for epoch 0\.1"):
+            await encoded_by(cluster, task(rows))
+
+
+async def test_the_stage_computes_beside_a_tile(folder: Path, rows: Float32, tmp_path: Path, held: Held) -> None:
+    async with workers(tmp_path) as cluster:
+        handles = await load(cluster, folder, beside(folder))
+        encoding = asyncio.create_task(encoded_by(cluster, task(rows)))
+        await held.entered()
+        assert await results(cluster, handles, folder / "m.gguf") == alone(folder / "m.gguf")
+        held.gate.set()
+        same((await encoding)[0], rows)
+
+
+async def test_tiles_wait_for_each_other_and_cancelled_ones_cost_nothing(
+    folder: Path, rows: Float32, tmp_path: Path, held: Held
+) -> None:
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        first, second, third = (asyncio.create_task(encoded_by(cluster, task(rows, seed))) for seed in (5, 6, 5))
+        await held.entered()
+        second.cancel()
+        await asyncio.wait((second,))
+        held.gate.set()
+        for encoding in (first, third):
+            same((await encoding)[0], rows)
+        assert held.tiles == 2
+
+
+async def test_the_encoder_ends_with_its_epoch(folder: Path, rows: Float32, tmp_path: Path, held: Held) -> None:
+    async with workers(tmp_path) as cluster:
+        (handle,) = await load(cluster, folder, beside(folder))
+        encoding = asyncio.create_task(encoded_by(cluster, task(rows)))
+        await held.entered()
+        unloading = asyncio.create_task(handle.unload(1))
+        with pytest.raises(StreamBrokenError):
+            await encoding
+        assert not unloading.done()  # the tile has the memory
+        held.gate.set()
+        await unloading
+        with pytest.raises(StreamBrokenError, match="worker a holds no encoder of images"):
+            await encoded_by(cluster, task(rows))
+
+
+async def test_a_load_in_its_place_has_an_encoder_of_its_own(folder: Path, rows: Float32, tmp_path: Path) -> None:
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        await load(cluster, folder, beside(folder), epoch=2, again=True)
+        same((await encoded_by(cluster, task(rows), epoch=2))[0], rows)
+        with pytest.raises(StreamBrokenError, match="worker a holds no encoder of images"):
+            await encoded_by(cluster, task(rows), epoch=1)
+        await load(cluster, folder, None, epoch=3, again=True)
+        with pytest.raises(StreamBrokenError, match="worker a holds no encoder of images"):
+            await encoded_by(cluster, task(rows), epoch=3)
+
+
+async def test_a_tile_of_a_wrong_size_is_refused_and_the_next_one_computed(
+    folder: Path, rows: Float32, tmp_path: Path
+) -> None:
+    wrong = TileTask(np.zeros((12, 16, 3), np.uint8), *rows.shape)
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        with pytest.raises(RequestError, match=r"^a tile of 16 x 12 pixels, multiples of 8 and at most 262144 pixels"):
+            await encoded_by(cluster, wrong)
+        peer = peer_of(cluster, "a")
+        stream = peer.open(ENCODE, epoch=1)
+        await stream.write(encode_tile(wrong.tile))
+        refusal = await stream.read()
+        assert refusal is not None and refusal[:1] == b"\0"
+        await stream.write(encode_tile(tile_of(NAME)))
+        assert await stream.read() == b"\1" + rows.tobytes()
+        await peer.close()
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (b"", "a tile: 0 bytes, its size needs 8"),
+        (encode_tile(tile_of(NAME))[:-1], "a tile of 40 x 24 pixels: 2887 bytes, 2888 expected"),
+        (bytes(3 * 262144 + 9), "the socket was closed"),
+    ],
+)
+async def test_damaged_messages_end_the_stream_alone(
+    data: bytes, error: str, folder: Path, rows: Float32, tmp_path: Path
+) -> None:
+    async with workers(tmp_path) as cluster:
+        await load(cluster, folder, beside(folder))
+        peer = peer_of(cluster, "a")
+        stream = peer.open(ENCODE, epoch=1)
+        await stream.opened()
+        with pytest.raises(StreamBrokenError) as caught:
+            await stream.write(data)
+            await stream.read()
+        assert re.search(error, str(caught.value)) and "\n" not in str(caught.value)
+        await peer.close()
+        same((await encoded_by(cluster, task(rows)))[0], rows)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+async def test_an_encoder_is_fetched(damaged: bool, folder: Path, rows: Float32, tmp_path: Path) -> None:
+    """Worker b lacks the file, or has one with other bytes where the identity takes no sample."""
+    own = tmp_path / "own"
+    own.mkdir()
+    path, model = folder / "mmproj-m.gguf", folder / "m.gguf"
+    if damaged:
+        (own / path.name).write_bytes(path.read_bytes())
+        flip_middle(own / path.name, "v.blk.1.ffn_up.weight")
+    async with workers(tmp_path / "run", "ab", a=folder, b=own) as cluster:
+        copy = OwnCopy(open_projector(path).plain) if damaged else None
+        wanted = projector_at(f"/nowhere/{path.name}", path, model, copy)
+        _, handle = await load(cluster, folder, wanted, "ab")
+        assert handle.stages[1][1].fetched_bytes > 0
+        same((await encoded_by(cluster, task(rows), name="b"))[0], rows)
+
+
+async def test_a_load_without_memory_for_the_encoder_names_it(
+    folder: Path, rows: Float32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("llamaclust.worker.weights.load.encoder_bytes", lambda *_: EncoderMemory(1 << 50, 1 << 20))
+        async with workers(tmp_path) as cluster:
+            with pytest.raises(InsufficientMemoryError, match=r"encoder of .*mmproj-m.gguf needs .*weights 1073741824"):
+                await load(cluster, folder, beside(folder))
+            patched.undo()
+            await load(cluster, folder, beside(folder), epoch=2)
+            same((await encoded_by(cluster, task(rows), epoch=2))[0], rows)

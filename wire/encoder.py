@@ -1,0 +1,84 @@
+"""Messages of an Encode stream: tiles of images, and the rows that the encoder computes from them, in frames.
+
+request   height u32 | width u32 | uint8 [height, width, 3]                 little-endian
+answer    1 | bytes of the float32 rows: FRAME_BYTES of them, fewer only in the last frame of a tile
+          0 | one line of UTF-8: the encoder does not take the tile
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.bounds import bounded, line, one_line
+from llamaclust.core.errors import ProtocolError, RequestError
+from llamaclust.core.limits import MAX_TILE_PIXELS
+
+FRAME_BYTES = 1 << 19
+_COLOURS = 3
+_SIZE = struct.Struct("<II")
+_REFUSED, _ROWS = b"\x00", b"\x01"
+_MAX_LINE_BYTES = 4096
+
+
+def tile_bytes(pixels: int) -> int:
+    return _SIZE.size + _COLOURS * pixels
+
+
+def encode_tile(tile: NDArray[np.uint8]) -> bytes:
+    """Takes a tile [height, width, 3]."""
+    height, width, _ = tile.shape
+    return b"".join((_SIZE.pack(height, width), np.ascontiguousarray(tile).data.cast("B")))
+
+
+def decode_tile(data: bytes) -> NDArray[np.uint8]:
+    """Returns a view of the bytes, [height, width, 3]. Raises ProtocolError unless it has exactly as many pixels as its
+    size says, at least one."""
+    if len(data) < _SIZE.size:
+        raise ProtocolError(f"a tile: {len(data)} bytes, its size needs {_SIZE.size}")
+    height, width = _SIZE.unpack_from(data)
+    bounded("pixels of a tile", height * width, 1, MAX_TILE_PIXELS)
+    due = tile_bytes(height * width)
+    if len(data) != due:
+        raise ProtocolError(f"a tile of {width} x {height} pixels: {len(data)} bytes, {due} expected")
+    return np.frombuffer(data, np.uint8, offset=_SIZE.size).reshape(height, width, _COLOURS)
+
+
+def row_frames(rows: NDArray[np.float32]) -> Iterator[bytes]:
+    data = np.ascontiguousarray(rows, "<f4").data.cast("B")
+    for start in range(0, len(data), FRAME_BYTES):
+        yield b"".join((_ROWS, data[start : start + FRAME_BYTES]))
+
+
+def encode_refusal(why: str) -> bytes:
+    return _REFUSED + one_line(why).encode()
+
+
+class RowsReader:
+    """Collects the frames of one tile's rows, [count, width]."""
+
+    def __init__(self, count: int, width: int) -> None:
+        self._rows = np.empty((count, width), "<f4")
+        self._left = self._rows.reshape(-1).view(np.uint8)
+
+    @property
+    def is_complete(self) -> bool:
+        return not len(self._left)
+
+    @property
+    def rows(self) -> NDArray[np.float32]:
+        return self._rows.astype(np.float32, copy=False)
+
+    def take(self, frame: bytes) -> None:
+        """Raises RequestError if the encoder refuses the tile, and ProtocolError for another frame than the one that is
+        due."""
+        if frame[:1] == _REFUSED and len(frame) <= _MAX_LINE_BYTES:
+            raise RequestError(line("reason", frame[1:].decode("utf-8", "replace")) or "the encoder refused the tile")
+        due = min(FRAME_BYTES, len(self._left))
+        if frame[:1] != _ROWS or len(frame) != due + 1:
+            raise ProtocolError(f"a frame of rows: {len(frame)} bytes, {due + 1} expected")
+        self._left[:due] = np.frombuffer(frame, np.uint8, offset=1)
+        self._left = self._left[due:]

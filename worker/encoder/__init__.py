@@ -1,0 +1,1 @@
+"""The encoder of images of a vision model, beside a stage of the model."""

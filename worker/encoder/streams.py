@@ -1,0 +1,81 @@
+"""The streams of one loaded encoder. Tiles are computed in order of arrival, on a thread of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import RequestError
+from llamaclust.core.limits import MAX_TILE_PIXELS
+from llamaclust.wire.encoder import decode_tile, encode_refusal, row_frames, tile_bytes
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.server import ServerStream
+from llamaclust.worker.encoder.tile_encoder import TileEncoder
+from llamaclust.worker.stage.compute import Compute
+
+_log = logging.getLogger(__name__)
+
+_IDLE_S = 120.0
+_FRAME_S = 30.0
+_TILE_S = 30.0
+"""The longest time in seconds to wait at the end of an epoch for the tile in progress. Then it is computed to its end,
+and its memory is freed afterwards."""
+
+
+class EncoderStreams:
+    """An encoder, which serves one epoch at a time. The number of open streams (see `wire.rpc.methods`) bounds that of
+    tiles that wait."""
+
+    def __init__(self, encoder: TileEncoder, compute: Compute) -> None:
+        """`compute` is the encoder's own: no step of a stage waits for a tile."""
+        self.encoder = encoder
+        self._compute = compute
+        self._turn = asyncio.Lock()  # a tile that waits for it costs nothing once its stream is cancelled
+        self._serving = set[asyncio.Task[object]]()
+
+    async def serve(self, stream: ServerStream) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        try:
+            await self._serve(stream)
+        finally:
+            self._serving.discard(task)
+
+    async def _serve(self, stream: ServerStream) -> None:
+        stream.limit(tile_bytes(min(self.encoder.projector.max_tile_pixels, MAX_TILE_PIXELS)))
+        await stream.accept()
+        while True:
+            async with deadline("the next tile of an image", _IDLE_S):
+                data = await stream.read()
+            if data is None:
+                return
+            for frame in await self._answer(decode_tile(data)):
+                async with deadline("sending an image's rows", _FRAME_S):
+                    await stream.write(frame)
+
+    async def _answer(self, tile: NDArray[np.uint8]) -> Iterable[bytes]:
+        async with self._turn:
+            try:
+                return row_frames(await self._compute.run(partial(self.encoder.rows, tile)))
+            except RequestError as error:
+                return (encode_refusal(str(error)),)
+
+    def end(self) -> None:
+        """Ends all streams. A later epoch may use the encoder."""
+        for task in self._serving:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Ends all streams and frees the memory."""
+        self.end()
+        freed = self._compute.queue(self.encoder.close)
+        self._compute.close()
+        done, _ = await asyncio.wait((freed,), timeout=_TILE_S)
+        if not done:
+            _log.warning("an encoder's memory is freed once the tile in progress is computed")

@@ -38,7 +38,6 @@ from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, read_hy
 from llamaclust.model.kv_type import KvType
 from llamaclust.model.pooling import DEFAULT, Pooling, read_pooling
 from llamaclust.model.program import Program, weights_of
-from llamaclust.model.projectors.beside import ProjectorsBeside, projectors_beside
 from llamaclust.model.projectors.projector import Projector, open_projector
 from llamaclust.model.quant_types import WIDER_TILES, QuantType
 from llamaclust.model.ranking import Ranking, read_ranking
@@ -189,14 +188,14 @@ class Model:
 
     def check_projector(self, projector: Projector) -> None:
         """Raises ModelFileError if the model takes no images, or not the rows of this projector."""
+        which = f"{projector.file.path}: not for {self.file.path.name}"
         if not self.image_width:
             what = f"architecture {self.hyperparameters.architecture} takes no images here"
-            raise ModelFileError(f"{projector.file.path}: not for {self.file.path.name}: {what}; set mmproj: off")
+            raise ModelFileError(f"{which}: {what}; set mmproj: off")
         projector.check_text_model(self.plain, self.hyperparameters)
-
-    def projectors_beside(self) -> ProjectorsBeside:
-        """Looks for projectors of this model in the folder of its file."""
-        return projectors_beside(self.file.path, self.check_projector)
+        if projector.family.sections and not self.rope_sections:
+            what = "images need the key rope.dimension_sections, which the model lacks"
+            raise ModelFileError(f"{which}: {what}; convert the model again")
 
     @property
     def rope_sections(self) -> int:

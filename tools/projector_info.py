@@ -11,6 +11,7 @@ from llamaclust.core.sizes import needed
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import read_architecture
 from llamaclust.model.loader import Model
+from llamaclust.model.projectors.beside import projectors_beside
 from llamaclust.model.projectors.keys import ARCHITECTURE
 from llamaclust.model.projectors.projector import Projector, projector_of
 from llamaclust.worker.devices.encoder_memory import encoder_bytes
@@ -91,7 +92,7 @@ def projector_beside(model: Path, threads: int) -> ProjectorBeside | None:
     """Looks for the projectors beside a model. Returns None if there are none. Raises ModelFileError for a model that
     cannot run here."""
     with closing(Model.open(model)) as opened:
-        found = opened.projectors_beside()
+        found = projectors_beside(opened.file.path, opened.check_projector)
     if found.only is None:
         return None if found.unused is None else ProjectorBeside(unused=found.unused)
     memory = encoder_bytes(found.only, threads)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from llamaclust.cli import terminal
 from llamaclust.cli.chat.answer_screen import AnswerScreen
@@ -32,7 +32,7 @@ _HELP: Final = '''\
 /clear        forget the conversation, but not the system message
 /help, /?     this
 /exit         leave, as /quit, /bye and Ctrl-D do
-@FILE         in a message: the text of FILE; @"MY FILE": of one with spaces in its name
+@FILE         in a message: the text of FILE, or an image; @"MY FILE": with spaces in its name (Tab completes)
 A line that ends with \\ continues on the next one. """ begins and ends a message of several lines.
 Such a message, and a line that begins with a space, are sent as they are. Ctrl-C interrupts an answer.'''
 _DROPPED: Final = "(longer than the model's context: the oldest turns are left out from here on; /clear begins anew)"
@@ -158,8 +158,7 @@ class Chat:
 
     def _print_history(self) -> None:
         for message in self._session.messages:
-            content = message.get("content")
-            terminal.write(f"{message['role']}: {content if isinstance(content, str) else json.dumps(content)}\n")
+            terminal.write(f"{message['role']}: {_shown(message.get('content'))}\n")
 
     def _print_stats(self) -> None:
         if self._timings is None:
@@ -190,6 +189,16 @@ def _given(name: str, command: str) -> str:
     if not name:
         raise UsageError(f"{command} needs the name of a file")
     return name
+
+
+def _shown(content: Any) -> str:
+    """Returns the text of a content, with `[image]` for each image."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return json.dumps(content)
+    kinds = {"text": lambda part: str(part.get("text")), "image_url": lambda part: "[image]"}
+    return "".join(kinds.get(part.get("type"), json.dumps)(part) for part in content)
 
 
 def _print_notice(text: str) -> None:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from llamaclust.cli.chat.file_completion import completed_file
 from llamaclust.core.regular_file import read_text, write_text
 
 _LINES: Final = 1000
@@ -26,6 +27,9 @@ class LineHistory:
         self._path = path
         self._add = readline.add_history
         readline.set_auto_history(False)
+        readline.set_completer_delims(" \t\n")
+        readline.set_completer(completed_file)
+        readline.parse_and_bind("tab: complete")
         for line in self._earlier():
             self._add(line)
 

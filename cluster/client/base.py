@@ -116,6 +116,10 @@ class TextCalls(ABC, Generic[WholeT, StreamT]):
         """Yields the answer to a request with this body at an HTTP path."""
 
     @abstractmethod
+    async def reads_images(self) -> bool:
+        """Returns False if the model is known to read text only."""
+
+    @abstractmethod
     def deliver(self, chunks: Chunks, *, stream: bool) -> WholeT | StreamT:
         """Returns the chunks as a stream or as a whole answer."""
 
@@ -268,6 +272,9 @@ class TextClient(TextCalls[Answer, ChunkStream]):
 
     def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
         return self._client.chunks(path, body)
+
+    async def reads_images(self) -> bool:
+        return await self._client.reads_images()
 
     def deliver(self, chunks: Chunks, *, stream: bool) -> Answer | ChunkStream:
         given = self._thread.each(chunks)

@@ -84,10 +84,20 @@ class AsyncClient(AsyncTextClient):
         return field_of(await self._request("POST", "detokenize", {"tokens": list(ids)}), "content", str)
 
     async def chat_sampling(self) -> Options:
+        return sampling_options((await self._entry()).get("chat_sampling", {}))  # servers of other programs have none
+
+    async def reads_images(self) -> bool:
+        entry = await self._entry()
+        if entry.get("owned_by") != "llamaclust":
+            return True
+        return bool(entry.get("capabilities", {}).get("vision"))
+
+    async def _entry(self) -> dict[str, Any]:
+        """Returns the entry of the client's model in `GET /v1/models`, or {} for an empty list."""
         entries = field_of(await self._request("GET", "v1/models"), "data", list)
         named = (entry for entry in entries if self._model in (entry.get("id"), *entry.get("aliases", ())))
-        entry = next(named, entries[0] if entries else {})
-        return sampling_options(entry.get("chat_sampling", {}))  # servers of other programs have none
+        found: dict[str, Any] = next(named, entries[0] if entries else {})
+        return found
 
     async def check_model(self) -> None:
         """Raises RequestError if the client's model is not served. The error lists the served models."""

@@ -6,8 +6,10 @@ import json
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
+from llamaclust.cluster.client.message_images import message_json
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
 from llamaclust.core.errors import (
@@ -50,7 +52,10 @@ _EVENTS: dict[str, Callable[[str], AnswerEvent]] = {"reasoning_content": Reasoni
 """Fields of a chat's delta and the events that they become, in the order in which a delta's events are given out."""
 
 Message = Mapping[str, Any]
-"""One message of a chat: {"role": "user", "content": "Hello"}."""
+"""One message of a chat: {"role": "user", "content": "Hello"}. With images, the content is a list of texts and images
+(paths, bytes of files, Pillow's images), or of OpenAI's parts."""
+Content = str | PathLike[str] | bytes | Sequence[Any]
+"""The content of a user's message."""
 Prompt = str | Sequence[int]
 
 
@@ -125,8 +130,9 @@ def completion_body(prompt: Prompt, options: CompletionOptions) -> dict[str, Any
 
 
 def chat_body(messages: Sequence[Message], options: Options) -> dict[str, Any]:
-    """Returns the body of `POST /v1/chat/completions`, with logprobs. Raises TypeError for an unknown option."""
-    return {"messages": [dict(message) for message in messages], "logprobs": True, **_answer_fields(options, Options)}
+    """Returns the body of `POST /v1/chat/completions`, with logprobs. Raises TypeError for an unknown option, and
+    UsageError for an image that cannot be sent."""
+    return {"messages": [*map(message_json, messages)], "logprobs": True, **_answer_fields(options, Options)}
 
 
 def embedding_body(prompts: Sequence[Prompt], options: EmbeddingOptions) -> dict[str, Any]:

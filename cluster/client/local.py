@@ -14,8 +14,8 @@ from llamaclust.cluster.client.base import AsyncTextClient, Chunks, TextClient
 from llamaclust.cluster.client.http_codec import CHAT, Options, sampling_options
 from llamaclust.cluster.front.dialects.embeddings import OpenAiEmbeddingBody
 from llamaclust.cluster.front.dialects.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.front.image_urls import ImageRules
-from llamaclust.cluster.front.pictures import with_pictures
+from llamaclust.cluster.front.images.chat_images import with_images
+from llamaclust.cluster.front.images.urls import ImageRules
 from llamaclust.cluster.front.sampling import chat_sampling
 from llamaclust.cluster.front.schema import BodyContext, read_fields
 from llamaclust.cluster.front.text.answer import TextChunk
@@ -45,11 +45,14 @@ class AsyncServiceClient(AsyncTextClient):
     async def chat_sampling(self) -> Options:
         return sampling_options(chat_sampling(self.service.settings.recommended, {}))
 
+    async def reads_images(self) -> bool:
+        return self.service.vision is not None
+
     async def chunks(self, path: str, body: dict[str, Any]) -> Chunks:
         if path == CHAT:
             images = None if self.service.vision is None else ImageRules()
             chat = read_fields(ChatBody, body, BodyContext(images)).request()
-            request = await self.service.chat(await with_pictures(chat))
+            request = await self.service.chat(await with_images(chat))
         else:
             request, *others = read_fields(CompletionBody, body).requests()
             if others:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, Self, Unpack, overload
 
 from llamaclust.cluster.client.base import AsyncChunkStream, ChunkStream, StreamT, TextCalls, WholeT
-from llamaclust.cluster.client.http_codec import CHAT, Message, Options, chat_body
+from llamaclust.cluster.client.http_codec import CHAT, Content, Message, Options, chat_body
+from llamaclust.cluster.client.message_images import has_images, message_json
 from llamaclust.cluster.config.values import expand_home
 from llamaclust.cluster.front.text.answer import Answer, TextChunk
 from llamaclust.core.errors import LlamaclustError, UsageError
@@ -49,14 +50,16 @@ class Session(Generic[WholeT, StreamT]):
         self.set_system(system)
 
     @overload
-    def send(self, text: str, *, stream: Literal[False] = False, **options: Unpack[Options]) -> WholeT: ...
+    def send(self, content: Content, *, stream: Literal[False] = False, **options: Unpack[Options]) -> WholeT: ...
     @overload
-    def send(self, text: str, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
-    def send(self, text: str, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
+    def send(self, content: Content, *, stream: Literal[True], **options: Unpack[Options]) -> StreamT: ...
+    def send(self, content: Content, *, stream: bool = False, **options: Unpack[Options]) -> WholeT | StreamT:
         """Answers a message of the user. Options given here apply only to this answer. Both messages join the
         conversation when the answer or its stream ends. If the answer fails or its stream is closed early, the
-        conversation keeps both messages if the answer has any text, and neither if it has none."""
-        return self._client.deliver(self._answer({"role": "user", "content": text}, options), stream=stream)
+        conversation keeps both messages if the answer has any text, and neither if it has none. Raises UsageError for
+        an image that cannot be sent."""
+        message = message_json({"role": "user", "content": content})
+        return self._client.deliver(self._answer(message, options), stream=stream)
 
     @overload
     def regenerate(self, *, stream: Literal[False] = False, **options: Unpack[Options]) -> WholeT: ...
@@ -113,7 +116,8 @@ class Session(Generic[WholeT, StreamT]):
 
     async def _answer(self, message: Message | None, options: Options) -> AsyncGenerator[TextChunk, None]:
         """Answers one more message; None: the user's last message again. Adds the answer to the conversation, even one
-        that was cut short, but not one without text. Raises UsageError while another answer is in progress."""
+        that was cut short, but not one without text. Raises UsageError while another answer is in progress, and for
+        an image if the model reads text only."""
         if self._is_answering:
             raise UsageError("this session is still answering: read its stream to the end, or close it")
         start = self._last_turn() if message is None else len(self.messages)
@@ -122,6 +126,8 @@ class Session(Generic[WholeT, StreamT]):
         parts: list[TextChunk] = []
         dropped_before, self._is_answering = self.dropped_messages, True
         try:
+            if message is not None and has_images(asked) and not await self._client.reads_images():
+                raise UsageError("the model reads text only: send no images, or serve a model with its projector")
             while True:
                 body = chat_body([*self._before(start), asked], merged)
                 try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.values import OFF
 from llamaclust.model.loader import Model
+from llamaclust.model.projectors.beside import projectors_beside
 
 
 def open_with_projector(
@@ -18,11 +19,13 @@ def open_with_projector(
     given = None if mmproj in (None, OFF) else resolve_model(mmproj)
     model = Model.open(path, chat_template, adapters, given)
     if mmproj is None:
-        model.projector = model.projectors_beside().only
+        model.projector = projectors_beside(model.file.path, model.check_projector).only
     return model
 
 
 def unused_projectors(mmproj: str | None, model: Model) -> str | None:
     """Returns a hint that no projector beside the model is used, with the reason. None if one is used, or there is
     none, or the user wants none."""
-    return None if mmproj is not None or model.projector is not None else model.projectors_beside().unused
+    if mmproj is not None or model.projector is not None:
+        return None
+    return projectors_beside(model.file.path, model.check_projector).unused

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llamaclust.cluster.front.defaults import usable_defaults
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import ALWAYS_LOADED, SLOTS_NOT_KEPT
-from llamaclust.cluster.front.image_urls import ImageRules
+from llamaclust.cluster.front.images.urls import ImageRules
 from llamaclust.cluster.front.json_text import MAX_FIELD_VALUES, Member, Outline, has_many_values, outline
 from llamaclust.cluster.front.schema import AnyBody, Body, BodyContext, Leniency, Neutral, parts_of, read_fields
 from llamaclust.cluster.front.settings import ApiSettings

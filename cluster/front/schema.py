@@ -28,7 +28,7 @@ from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampling_bounds import MAX_CONTEXT_TOKENS, MAX_LOGIT_BIASES
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.front.image_urls import ImageRules
+    from llamaclust.cluster.front.images.urls import ImageRules
 
 NOT_SUPPORTED = "this server does not support it; leave it out"
 _UNKNOWN = "unknown_field"

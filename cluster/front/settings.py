@@ -41,7 +41,7 @@ class ApiSettings:
     allows_pull: bool = False  # clients with the first key, where there are keys, may download models of the catalog
     adapter_folder: Path | None = None  # of adapters that clients may load
     slot_folder: Path | None = None  # that clients save slots in
-    image_hosts: tuple[str, ...] = ()  # whose pictures are fetched, see `ImageRules`
+    image_hosts: tuple[str, ...] = ()  # whose images are fetched, see `ImageRules`
     disabled: tuple[str, ...] = ()  # GET endpoints that are off, such as "slots"
     defaults: Mapping[str, Any] = field(default_factory=dict)  # of request fields
     recommended: Mapping[str, Any] = field(default_factory=dict)  # sampling fields by the model file

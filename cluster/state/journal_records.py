@@ -83,8 +83,8 @@ class RequestContext:
     has_grammar: bool | None = None  # its answers obey a grammar; None: that is not decided yet
     earlier: _Messages = ()  # messages of the stored chat that the request continues
     adapters: tuple[str, ...] = ()  # marks of the adapters that clients had loaded
-    pictures: Mapping[str, bytes] = field(default_factory=dict)  # that were fetched, by their URLs
-    picture_bytes: int = 0  # of all pictures; if they are too many, the journal has neither pictures nor body
+    images: Mapping[str, bytes] = field(default_factory=dict)  # that were fetched, by their URLs
+    image_bytes: int = 0  # of all images; if they are too many, the journal has neither images nor body
     received_ns: int = field(default_factory=time.monotonic_ns, init=False, compare=False)
     is_restored: bool = field(default=False, init=False, compare=False)  # an earlier coordinator left it
     answered: dict[ChoiceKey, list[RowResult]] = field(default_factory=dict, init=False)  # tokens of choices so far

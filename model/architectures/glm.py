@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import AttentionVariant, Norms, ProgramBuilder
+from llamaclust.model.architectures.positions import text_sections
 from llamaclust.model.steps.options import RopeStyle
 
 
-def chatglm(builder: ProgramBuilder, *, norms: Norms = Norms.BEFORE) -> None:
-    table = builder.rope_table()
-    for layer in builder.layers():
-        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table), norms=norms)
-        builder.feed_forward(layer, fused=True, norms=norms)
+def chatglm(builder: ProgramBuilder) -> None:
+    _layers(builder, AttentionVariant(RopeStyle.NORM, builder.rope_table()), Norms.BEFORE)
 
 
 def glm4(builder: ProgramBuilder) -> None:
-    chatglm(builder, norms=Norms.BOTH)
+    """GLM 4. The text of GLM 4.1V turns by sections, and its files have the pairs of a head as two halves."""
+    sections = text_sections(builder.keys, builder.hyperparameters.rope.dimension_count // 2)
+    style = RopeStyle.NORM if sections is None else RopeStyle.NEOX
+    _layers(builder, AttentionVariant(style, builder.rope_table(), sections=sections), Norms.BOTH)
+
+
+def _layers(builder: ProgramBuilder, variant: AttentionVariant, norms: Norms) -> None:
+    for layer in builder.layers():
+        builder.attention(layer, variant, norms=norms)
+        builder.feed_forward(layer, fused=True, norms=norms)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from llamaclust.model.architectures.experts import ExpertsVariant, read_experts
 from llamaclust.model.architectures.layers import AttentionVariant, HeadNorms, ProgramBuilder
+from llamaclust.model.architectures.positions import text_sections
 from llamaclust.model.steps.options import ExpertOptions, Gating, RopeStyle
 
 _MAX_WIDTH = 1 << 20
@@ -67,14 +68,16 @@ def minimax_m2(builder: ProgramBuilder) -> None:
 
 def glm4moe(builder: ProgramBuilder) -> None:
     """GLM 4.5, 4.6 and their Air models: leading dense layers, then a shared expert and experts with sigmoid gates that
-    are chosen with a bias. The feed-forward network's norm is named `post_attention_norm`."""
+    are chosen with a bias. The feed-forward network's norm is named `post_attention_norm`. GLM 4.5V's text turns by
+    sections."""
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
+    sections = text_sections(keys, hp.rope.dimension_count // 2)
     shared = hp.expert_feed_forward_length * _shared_experts(builder)
     experts = read_experts(keys, hp, gating=Gating.SIGMOID, normalized=False, shared_width=shared)
     dense = _dense_layers(builder)
     for layer in builder.layers():
         norms = HeadNorms.PER_HEAD if builder.has(f"blk.{layer}.attn_q_norm.weight") else HeadNorms.NONE
-        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=norms))
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=norms, sections=sections))
         if layer >= dense:
             builder.require(layer, "exp_probs_b.bias")
             builder.experts(layer, experts, norm="post_attention_norm")

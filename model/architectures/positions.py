@@ -93,6 +93,14 @@ def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[in
     return *runs, *(0 for _ in range(pairs - len(runs)))
 
 
+def text_sections(keys: ModelKeys, pairs: int) -> tuple[int, ...] | None:
+    """Returns the sections, in runs, of an architecture whose models have them only if they read images. None: the
+    file has none."""
+    if not keys.has(_SECTIONS_KEY) or not any(keys.integers(_SECTIONS_KEY)):
+        return None
+    return rope_sections(keys, pairs, interleaved=False)
+
+
 @lru_cache(maxsize=64)
 def alibi_slopes(heads: int) -> tuple[float, ...]:
     """Returns ALiBi's slopes, a float32 for each head. Let n be the greatest power of two up to `heads`. The first n

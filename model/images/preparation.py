@@ -23,7 +23,7 @@ from llamaclust.model.child_process import (
     ChildUnusableError,
 )
 from llamaclust.model.images.prompt import Piece, prompt_of
-from llamaclust.model.images.settings import ImageSettings
+from llamaclust.model.images.settings import MAX_IMAGE_BYTES, ImageSettings
 
 _CHILD: Final = "llamaclust.model.images.child"
 _CHANNELS: Final = 3
@@ -39,7 +39,7 @@ class PictureLimits:
     """Limits of one picture. `memory_bytes` is the memory of a child process above that at its start, `cpu_seconds` and
     `wall_s` bound its work, and `wait_s` the whole call, including the wait for earlier pictures."""
 
-    max_bytes: int = 32 << 20
+    max_bytes: int = MAX_IMAGE_BYTES
     max_pixels: int = 32 << 20
     memory_bytes: int = 300 << 20
     cpu_seconds: int = 15

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from typing import Final
+
+MAX_IMAGE_BYTES: Final = 20 << 20
+"""The largest size of an image's file."""
 
 
 class PictureError(ValueError):

@@ -62,8 +62,9 @@ def _within(size: Size, rounded: Size, settings: ImageSettings) -> Size:
 
 
 def is_cut_by_lfm2(size: Size, settings: ImageSettings) -> bool:
+    """Returns True if the image is larger than its limit by more than the tolerance, and may have tiles."""
     width, height = (max(settings.patch_size, round(length / settings.side) * settings.side) for length in size)
-    return width * height > settings.max_pixels * _TOLERANCE
+    return settings.max_tiles > 1 and width * height > settings.max_pixels * _TOLERANCE
 
 
 def pixtral_resized(size: Size, settings: ImageSettings) -> Size:

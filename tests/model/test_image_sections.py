@@ -12,7 +12,8 @@ from llamaclust.model.architectures import build_program
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Add, Embed, GivenRows, Program, Rope, Scale
-from support.models.tiny_architectures import MODELS, build_architecture
+from llamaclust.model.steps.options import RopeStyle
+from support.models.tiny_architectures import MODELS, build_architecture, build_tiny
 from support.models.tiny_model import build_tiny_model
 
 
@@ -37,6 +38,24 @@ def test_qwen2vl_is_qwen2_with_sections_in_runs(tmp_path: Path) -> None:
 def test_sections_in_turn(tmp_path: Path) -> None:
     """Of 6, 5 and 5 pairs: the last one is of time again."""
     assert sections_of(program(build_architecture(tmp_path / "m.gguf", "qwen3vl"))) == {(*[0, 1, 2] * 5, 0)}
+
+
+@pytest.mark.parametrize("name", ["glm4", "glm4moe"])
+def test_texts_of_glm_have_sections_if_their_files_do(tmp_path: Path, name: str) -> None:
+    """With sections, the pairs of a head are two halves, also in GLM 4."""
+    glm4 = replace(MODELS["chatglm"], architecture="glm4", post_norms=True)
+    tiny = glm4 if name == "glm4" else MODELS[name]
+    plain = program(build_tiny(tmp_path / "plain.gguf", tiny))
+    none = np.zeros(4, np.int32)
+    without = replace(tiny, keys={**tiny.keys, "rope.dimension_sections": none})
+    assert program(build_tiny(tmp_path / "without.gguf", without)) == plain and plain.rope_sections == 0
+    runs = np.array([1, 1, 2, 0], np.int32)
+    turned = replace(tiny, keys={**tiny.keys, "rope.dimension_sections": runs})
+    found = program(build_tiny(tmp_path / "turned.gguf", turned))
+    assert sections_of(found) == {(0, 1, 2, 2)} and found.rope_sections == 3
+    assert {step.style for step in found.steps if isinstance(step, Rope)} == {RopeStyle.NEOX}
+    usual = RopeStyle.NORM if name == "glm4" else RopeStyle.NEOX
+    assert {step.style for step in plain.steps if isinstance(step, Rope)} == {usual}
 
 
 @pytest.mark.parametrize("name", ["qwen3vl", "qwen3vlmoe"])

@@ -14,9 +14,9 @@ from llamaclust.cluster.front.body import converted, parse_body, read_body
 from llamaclust.cluster.front.errors import ErrorShape
 from llamaclust.cluster.front.http.responses import JsonResponse, Route
 from llamaclust.cluster.front.http.sse import StreamFormat, unless_disconnected
-from llamaclust.cluster.front.image_urls import ImageRules
+from llamaclust.cluster.front.images.chat_images import with_images
+from llamaclust.cluster.front.images.urls import ImageRules
 from llamaclust.cluster.front.models import ApiModel
-from llamaclust.cluster.front.pictures import with_pictures
 from llamaclust.cluster.front.replies.reply import Reply
 from llamaclust.cluster.front.schema import AnyBody
 from llamaclust.cluster.front.settings import ModelNames
@@ -38,10 +38,10 @@ class ParsedRequest(Generic[AnyBody]):
         self, make: Callable[_Arguments, ChatRequest], *given: _Arguments.args, **named: _Arguments.kwargs
     ) -> ChatRequest:
         """Calls `make` with the body, on a thread if the body is large. Returns the chat with the request's time,
-        adapters and pictures."""
+        adapters and images."""
         chat = await converted(self.body, make, *given, **named)
         admitted = chat.admitted(self.context.created, self.adapters)
-        return await with_pictures(admitted, self.context)
+        return await with_images(admitted, self.context)
 
 
 class Endpoint(ABC, Generic[AnyBody]):
@@ -116,7 +116,7 @@ class Dialect(Endpoint[AnyBody]):
         """Returns the number of tokens in the prompt of a chat, as JSON in which `fields` come first."""
 
         async def count() -> int:
-            return await self.service.count(await with_pictures(chat))
+            return await self.service.count(await with_images(chat))
 
         return JsonResponse({**fields, "input_tokens": await unless_disconnected(request, count())})
 

@@ -50,7 +50,7 @@ _POLICY: Final = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self'",
+        "img-src 'self' data:",  # images of messages, which come from this browser
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",

@@ -21,8 +21,8 @@ from llamaclust.cluster.front.body import read_bytes
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.http.gates import owner
 from llamaclust.cluster.front.http.sse import EventResponse, JsonParts, StreamFormat, unless_disconnected
+from llamaclust.cluster.front.images.chat_images import check_restored
 from llamaclust.cluster.front.json_text import one_part
-from llamaclust.cluster.front.pictures import check_restored
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.replies.reply import Framing, MakeReply, Position, Reply, new_context, read_position
 from llamaclust.cluster.front.replies.reply_cache import ReplyCache

@@ -99,7 +99,7 @@ class KeptReply:
         try:
             await self._submit(reply, until_s, is_recorded=admitted is not None or self.context.is_restored)
             on_disk = None if admitted is None else self._owner.admit(self, admitted)
-            self.context.pictures = {}  # they are computed, or in the journal
+            self.context.images = {}  # they are computed, or in the journal
         except BaseException as error:
             self.end(error if isinstance(error, LlamaclustError) else RequestCancelledError())
             await self._computing.aclose()

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from llamaclust.cluster.front.errors import HttpError
+from llamaclust.cluster.front.images.chat_images import journalled
 from llamaclust.cluster.front.json_text import json_size
-from llamaclust.cluster.front.pictures import journalled
 from llamaclust.cluster.front.replies.kept_reply import KeptReply
 from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.state.journal import Journal

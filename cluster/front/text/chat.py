@@ -91,22 +91,22 @@ class ChatFormat:
         check(await run_on(TOKENIZING, chat.count_characters))
         text, reading = await self._rendered(chat)
         check(len(unguarded(text)))
-        prompt = await run_on(tokenizing(len(text)), self._encoded, markers.split(text), chat.pictures)
+        prompt = await run_on(tokenizing(len(text)), self._encoded, markers.split(text), chat.images)
         reading = reading and replace(reading, shown_control_ids=self._control_ids)
         return replace(chat.answer, prompt=prompt, reading=reading, operation=Operation.CHAT)
 
-    def _encoded(self, pieces: Sequence[Part], pictures: Mapping[str, bytes]) -> tuple[int, ...] | PromptImages:
+    def _encoded(self, pieces: Sequence[Part], images: Mapping[str, bytes]) -> tuple[int, ...] | PromptImages:
         """Encodes the texts between images, each as if a control token preceded it."""
         first, *others = pieces
         ids = tuple(encode_chat(self._tokenizer, str(first)))
         if not others:
             return ids
-        return PromptImages((ids, *(self._piece(piece, pictures) for piece in others)))
+        return PromptImages((ids, *(self._piece(piece, images) for piece in others)))
 
-    def _piece(self, piece: Part, pictures: Mapping[str, bytes]) -> tuple[int, ...] | ImageSource:
+    def _piece(self, piece: Part, images: Mapping[str, bytes]) -> tuple[int, ...] | ImageSource:
         if isinstance(piece, str):
             return tuple(encode_text(self._tokenizer, piece))
-        return source_of(piece, pictures)
+        return source_of(piece, images)
 
     async def _rendered(self, chat: ChatRequest) -> tuple[str, AnswerReading | None]:
         """Returns the guarded prompt (see `model.chat.prompt`) and the reading of the answer. If the template refuses

@@ -1,4 +1,4 @@
-"""Images in prompts: parts of messages, pictures, and prompts of token ids and pictures."""
+"""Images in prompts: parts of messages, and prompts of token ids and images."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from binascii import a2b_base64
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from secrets import token_hex
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from llamaclust.core.errors import ParameterError
 
 MAX_IMAGES: Final = 64
 """The largest number of images in a request."""
-MAX_IMAGE_BYTES: Final = 20 << 20
-"""The largest size of a picture's file."""
 MAX_IMAGES_BYTES: Final = 32 << 20
-"""The largest size of all pictures of a request."""
+"""The largest size of all images of a request."""
 
 MEDIA_MARKER: Final = f"<__media_{token_hex(16)}__>"
 """The text that stands for an image in prompts of llama.cpp's API. `GET /props` shows it. It is random, so that a text
@@ -31,7 +29,7 @@ Content = str | list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class ImageSource:
-    """A picture as its client sent it: the bytes of a file in a format that is not yet known."""
+    """An image as its client sent it: the bytes of a file in a format that is not yet known."""
 
     data: bytes = field(repr=False)
     detail: str = "auto"  # OpenAI's: auto, low or high
@@ -39,7 +37,7 @@ class ImageSource:
 
 @dataclass(frozen=True, slots=True)
 class PromptImages:
-    """A prompt with images. `pieces`: token ids and pictures in their order."""
+    """A prompt with images. `pieces`: token ids and images in their order."""
 
     pieces: tuple[tuple[int, ...] | ImageSource, ...]
 
@@ -47,14 +45,6 @@ class PromptImages:
     def least_tokens(self) -> int:
         """A lower bound of the prompt's length, with one row for each image."""
         return sum(1 if isinstance(piece, ImageSource) else len(piece) for piece in self.pieces)
-
-
-class Vision(Protocol):
-    """The projector of a served model."""
-
-    async def lay_out(self, prompt: PromptImages) -> tuple[int, ...]:
-        """Returns the token ids of a prompt, with the family's tokens around images and 0 for each row of an image.
-        Raises RequestError for a picture that cannot be read."""
 
 
 def image_part(url: str, detail: str = "auto") -> dict[str, Any]:
@@ -134,11 +124,11 @@ class ImageMarkers:
         return self._pattern.sub(MEDIA_MARKER, rendered)
 
 
-def source_of(part: Mapping[str, Any], pictures: Mapping[str, bytes]) -> ImageSource:
-    """Returns the picture of an image part. `pictures`: their bytes by URL, except those of data URLs."""
+def source_of(part: Mapping[str, Any], images: Mapping[str, bytes]) -> ImageSource:
+    """Returns the image of an image part. `images`: their bytes by URL, except those of data URLs."""
     image = part["image_url"]
     url = image["url"]
-    return ImageSource(pictures[url] if url in pictures else _decoded(url.partition(",")[2]), image["detail"])
+    return ImageSource(images[url] if url in images else _decoded(url.partition(",")[2]), image["detail"])
 
 
 def _decoded(data: str) -> bytes:

@@ -179,7 +179,7 @@ class ChatRequest:
     may_reason: bool = True  # False: the prompt ends any reasoning that it begins
     reasoning_budget: ReasoningBudget | None = None
     created: float = field(default_factory=time.time)  # Unix time in seconds, which templates get as the present
-    pictures: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # by their http(s) URLs in the messages
+    images: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # by their http(s) URLs in the messages
 
     def admitted(self, created: float, adapters: AdapterScales) -> ChatRequest:
         return replace(self, created=created, answer=replace(self.answer, adapters=adapters))

@@ -16,7 +16,7 @@ from llamaclust.cluster.front.text.call_constraint import answer_grammar
 from llamaclust.cluster.front.text.chat import ChatFormat, answer_reasoning
 from llamaclust.cluster.front.text.completion import Choice, ChoiceText, Completion
 from llamaclust.cluster.front.text.embedder import Embedder, Embedding, EmbeddingOptions, Rank
-from llamaclust.cluster.front.text.images import PromptImages, Vision
+from llamaclust.cluster.front.text.images import PromptImages
 from llamaclust.cluster.front.text.request import SEEDS, ChatRequest, CompletionRequest, ToolMode, draw_seed
 from llamaclust.cluster.front.text.sharing import (
     BREAKERS,
@@ -28,8 +28,10 @@ from llamaclust.cluster.front.text.sharing import (
     tokenizing,
 )
 from llamaclust.cluster.front.text.slots import Slots
+from llamaclust.cluster.front.text.vision import Vision
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.cluster.scheduler.validation import NO_TEXT
 from llamaclust.cluster.state.adapters import ServedAdapters
 from llamaclust.core.errors import ContextLengthError, ParameterError
@@ -106,8 +108,10 @@ class TextService:
         """The number of requests that were accepted and have not ended, including those in preparation."""
 
     async def aclose(self) -> None:
-        """Ends the process that checks grammars."""
+        """Ends the processes that check grammars and prepare images."""
         await asyncio.to_thread(self._grammars.close)
+        if self.vision is not None:
+            await self.vision.aclose()
 
     async def start(self, request: CompletionRequest) -> Completion:
         """Prepares and submits a request. The caller reads the completion's log, and must close the completion."""
@@ -124,7 +128,7 @@ class TextService:
             if request.grammar is not None:
                 self._engine.prepare_matchers()
                 request = replace(request, grammar=await self._grammars.check(request.grammar, current_owner.get()))
-            prompt = await self._prompt_ids(request)
+            prompt, images = await self._prompt(request)
             if len(prompt) > self.settings.context_length:
                 raise ContextLengthError(f"has {len(prompt)} tokens", len(prompt), self.settings.context_length)
             breakers = await self._breakers(request)
@@ -132,7 +136,7 @@ class TextService:
             reason = f"{request.n} answers would read {request.begun_characters} characters of the continued message, "
             param = "n" if request.n > 1 else "messages"
             raise ParameterError(param, f"{reason}at most {_MAX_BEGUN_CHARACTERS} are read")
-        return self._generation(request, prompt, breakers)
+        return replace(self._generation(request, prompt, breakers), images=images)
 
     async def submit(
         self, request: CompletionRequest, generation: GenerationRequest, log: AnswerLog, prompt: int = 0
@@ -293,7 +297,10 @@ class TextService:
     async def count(self, chat: ChatRequest) -> int:
         """Returns the number of tokens in the prompt of a chat."""
         with self._counted():
-            return len(await self._prompt_ids(await self.chat_prompt(chat)))
+            request = await self.chat_prompt(chat)
+            if isinstance(request.prompt, PromptImages):
+                return len(await self._seeing().lay_out(request.prompt, self._check_image_prompt))
+            return len(await self._prompt_ids(request.prompt, request))
 
     async def chat_text(self, chat: ChatRequest) -> str:
         return await self._format_of(chat).text(chat)
@@ -314,15 +321,26 @@ class TextService:
         finally:
             self.active_requests -= 1
 
-    async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
-        if isinstance(request.prompt, str):
-            self._check_characters(len(request.prompt))
-            return tuple(await self.tokenize(request.prompt, request.add_special, request.parse_special))
-        if isinstance(request.prompt, PromptImages):
-            assert self.vision is not None, "asked before"
-            self._check_room(f"has {request.prompt.least_tokens} tokens", request.prompt.least_tokens, "prompt", None)
-            return await self.vision.lay_out(request.prompt)
-        return request.prompt
+    async def _prompt(self, request: CompletionRequest) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
+        """Returns the token ids of a prompt, and the rows of its images."""
+        if not isinstance(request.prompt, PromptImages):
+            return await self._prompt_ids(request.prompt, request), ()
+        self._check_image_prompt(request.prompt.least_tokens)
+        return await self._seeing().image_prompt(request.prompt, self._check_image_prompt)
+
+    async def _prompt_ids(self, prompt: str | tuple[int, ...], request: CompletionRequest) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return prompt
+        self._check_characters(len(prompt))
+        return tuple(await self.tokenize(prompt, request.add_special, request.parse_special))
+
+    def _seeing(self) -> Vision:
+        assert self.vision is not None, "bodies with images are refused"
+        return self.vision
+
+    def _check_image_prompt(self, tokens: int) -> None:
+        """Raises an error for a prompt with images that has at least `tokens` tokens, if these are too many."""
+        self._check_room(f"has {tokens} tokens", tokens, "prompt", None)
 
     def _encode_all(self, parts: Sequence[str | int], add_special: bool) -> list[list[int]]:
         encode = self.tokenizer.encode

@@ -1,4 +1,4 @@
-"""Pictures in a prompt, as the rows that an encoder computed."""
+"""Images in a prompt, as the rows that an encoder computed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class ImageSpan:
-    """Rows of a picture at positions [start, end) of a prompt, which has token 0 there. `offset`: the picture's row at
-    `start`. Equal digests mean the same picture, projector and settings: their rows and rope positions are equal. If
+    """Rows of an image at positions [start, end) of a prompt, which has token 0 there. `offset`: the image's row at
+    `start`. Equal digests mean the same image, projector and settings: their rows and rope positions are equal. If
     `is_bidirectional`, the rows see each other both ways. `rope_positions` are relative to the rope position of the
     first row; the row after the span has the next position after the highest of them."""
 

@@ -37,6 +37,7 @@ FAMILIES: Mapping[str, VisionFamily] = MappingProxyType(
             2,
             positions=Positions.BICUBIC,
             turns=True,
+            sections=True,
             tokens=(8, 4096),
             transposed=(("mm.patch_merger.weight", True),),
         ),
@@ -65,9 +66,17 @@ FAMILIES: Mapping[str, VisionFamily] = MappingProxyType(
             transposed=(("mm.patch_merger.weight", True),),
             unread=("v.token_embd.img_break",),
         ),
-        "qwen2.5vl_merger": VisionFamily(qwen.qwen25vl, _MERGE_KEY, 2, turns=True, windows=True, tokens=(8, 4096)),
+        "qwen2.5vl_merger": VisionFamily(
+            qwen.qwen25vl, _MERGE_KEY, 2, turns=True, windows=True, sections=True, tokens=(8, 4096)
+        ),
         "qwen3vl_merger": VisionFamily(
-            qwen.qwen3vl, _MERGE_KEY, 2, positions=Positions.BILINEAR_CORNERS, turns=True, tokens=(8, 4096)
+            qwen.qwen3vl,
+            _MERGE_KEY,
+            2,
+            positions=Positions.BILINEAR_CORNERS,
+            turns=True,
+            sections=True,
+            tokens=(8, 4096),
         ),
     }
 )

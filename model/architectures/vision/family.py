@@ -37,6 +37,7 @@ class VisionFamily:
     turns: the program has rotations by height and width.
     windows: the program has attention in windows.
     bidirectional: the text model's rows of an image see each other.
+    sections: the text model turns by the line and column of an image's rows (M-RoPE).
     tokens: the least and the most rows of an image, where its size is free; None: all tiles have the file's size.
     class_place: the row of the table of positions that is for the class row (see `classes`); None: there is none.
     first_place: the number by which the first line and column turn. The class row turns by 0.
@@ -56,6 +57,7 @@ class VisionFamily:
     turns: bool = False
     windows: bool = False
     bidirectional: bool = False
+    sections: bool = False
     tokens: tuple[int, int] | None = None
     class_place: int | None = None
     first_place: int = 0

@@ -324,6 +324,6 @@ def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
     }  # fmt: skip
     assert values["stages"][0].keys() == {
         "worker", "start", "end", "weight_bytes", "touched_bytes", "kv_bytes", "workspace_bytes", "memory_bytes",
-        "decode_ms", "prefill_ms", "gathers_ms", "devices", "shares", "member",
+        "decode_ms", "prefill_ms", "gathers_ms", "devices", "shares", "member", "encoder_bytes",
     }  # fmt: skip
     assert all((values[key] is not None) == measured for key in predicted_keys)

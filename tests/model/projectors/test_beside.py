@@ -9,6 +9,8 @@ import pytest
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.adapters import read_adapter
 from llamaclust.model.loader import Model
+from llamaclust.model.projectors.beside import projectors_beside
+from llamaclust.model.projectors.projector import open_projector
 from support.models.tiny_adapter import build_adapter
 from support.models.tiny_encoders import build_encoder
 from support.models.tiny_model import build_tiny_model
@@ -22,7 +24,7 @@ def text(tmp_path: Path) -> Path:
 
 def found(text: Path) -> tuple[list[str], str | None]:
     with Model.open(text) as model:
-        beside = model.projectors_beside()
+        beside = projectors_beside(text, model.check_projector)
     assert (beside.only is None) == (len(beside.fitting) != 1)
     return [projector.file.path.name for projector in beside.fitting], beside.unused
 
@@ -78,6 +80,10 @@ def test_projectors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"architecture bert takes no images here; set mmproj: off"):
         Model.open(build_encoder(tmp_path / "bert.gguf", "bert"), mmproj=projector)
     text = build_tiny_model(tmp_path / "text.gguf", hidden=TEXT_WIDTH, heads=4, layers=1)
+    turned = build_projector(tmp_path / "turned.gguf", "qwen2.5vl_merger")
+    wide = build_tiny_model(tmp_path / "wide.gguf", hidden=open_projector(turned).width)
+    with pytest.raises(ModelFileError, match=r"need the key rope.dimension_sections, which the model lacks; convert"):
+        Model.open(wide, mmproj=turned)
     with pytest.raises(ModelFileError, match=r"general.architecture.*'llama', but a projector has 'clip'"):
         Model.open(text, mmproj=text)
 
@@ -87,6 +93,4 @@ def test_projectors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 )
 def test_the_most_rows_of_a_tile(name: str, rows: int, tmp_path: Path) -> None:
     """Of tiles with a free size: the file's limit, or the size for which the positions were trained."""
-    with Model.open(build_tiny_model(tmp_path / "t.gguf", hidden=TEXT_WIDTH, heads=4, layers=1)) as model:
-        projector = Model.open(model.file.path, mmproj=build_projector(tmp_path / "p.gguf", name)).projector
-    assert projector is not None and projector.max_rows == rows
+    assert open_projector(build_projector(tmp_path / "p.gguf", name)).max_rows == rows

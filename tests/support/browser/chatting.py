@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from llamaclust.cluster.front.settings import ApiSettings
+from llamaclust.cluster.front.text.vision import Vision
 from support.browser.chromium import Opened, opened
 from support.clusters.served import ScriptedEngine, make_app, serving
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def chatting(
-    browser: Browser, engine: ScriptedEngine, script: str = "", **settings: Any
+    browser: Browser, engine: ScriptedEngine, script: str = "", vision: Vision | None = None, **settings: Any
 ) -> AsyncIterator[Opened]:
-    app = make_app(engine, **settings)
+    app = make_app(engine, vision=vision, **settings)
     async with serving(app, ApiSettings(**settings)) as address, opened(browser, address, script) as seen:
         await seen.page.get_by_text("ready").wait_for()
         yield seen

@@ -1,18 +1,23 @@
-"""A model that reads images, without a projector: each picture has as many rows as its first byte says."""
+"""A model that reads images, without a projector: each image has as many rows as its first byte says."""
 
 from __future__ import annotations
 
 from base64 import b64encode
-from dataclasses import dataclass, field
+from hashlib import sha256
+
+import numpy as np
 
 from llamaclust.cluster.front.text.images import ImageSource, PromptImages
+from llamaclust.cluster.front.text.vision import CheckLength, Vision
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
 from llamaclust.core.errors import RequestError
 from support.clusters.served import ids
 
+WIDTH = 8
 BEGIN, AFTER = tuple(ids("<")), tuple(ids(">"))
 
 
-def picture(rows: int, more: bytes = b"") -> bytes:
+def image(rows: int, more: bytes = b"") -> bytes:
     return bytes([rows]) + more
 
 
@@ -25,31 +30,45 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
 
 
 def laid_out(*pieces: str | bytes) -> tuple[int, ...]:
-    """The token ids of a prompt of texts and pictures."""
+    """The token ids of a prompt of texts and images."""
     made: list[int] = []
     for piece in pieces:
         made += ids(piece) if isinstance(piece, str) else (*BEGIN, *[0] * piece[0], *AFTER)
     return tuple(made)
 
 
-@dataclass
-class TinyVision:
+class TinyVision(Vision):
     """Remembers the prompts with images that it laid out."""
 
-    prompts: list[PromptImages] = field(default_factory=list)
+    def __init__(self, *, width: int = WIDTH) -> None:
+        self.prompts: list[PromptImages] = []
+        self._width = width
 
-    async def lay_out(self, prompt: PromptImages) -> tuple[int, ...]:
+    async def aclose(self) -> None:
+        pass
+
+    async def image_prompt(
+        self, prompt: PromptImages, check: CheckLength
+    ) -> tuple[tuple[int, ...], tuple[ImageSpan, ...]]:
+        ids, spans = await self.lay_out(prompt, check), []
+        starts = [at for at in range(len(ids)) if ids[at] == 0 and (not at or ids[at - 1])]
+        for start, image in zip(starts, self.images[-len(starts) :] if starts else (), strict=True):
+            rows = np.full((image.data[0], self._width), image.data[0], np.float32)
+            spans.append(ImageSpan(start, start + len(rows), rows, sha256(image.data).digest()))
+        return ids, tuple(spans)
+
+    async def lay_out(self, prompt: PromptImages, check: CheckLength) -> tuple[int, ...]:
         self.prompts.append(prompt)
         made: list[int] = []
         for piece in prompt.pieces:
             if isinstance(piece, ImageSource):
                 if not piece.data[0]:
-                    raise RequestError("a picture is in no format that is read here")
+                    raise RequestError("an image is in no format that is read here")
                 made += (*BEGIN, *[0] * piece.data[0], *AFTER)
             else:
                 made += piece
         return tuple(made)
 
     @property
-    def pictures(self) -> list[ImageSource]:
+    def images(self) -> list[ImageSource]:
         return [piece for prompt in self.prompts for piece in prompt.pieces if isinstance(piece, ImageSource)]

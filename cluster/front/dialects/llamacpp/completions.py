@@ -15,7 +15,7 @@ from llamaclust.cluster.front.dialects.dialect import Dialect, ParsedRequest
 from llamaclust.cluster.front.dialects.openai.endpoints import TextCompletions
 from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.foreign_fields import LLAMACPP
-from llamaclust.cluster.front.images import base64_part, placed, takes_images
+from llamaclust.cluster.front.images.parts import base64_part, placed, takes_images
 from llamaclust.cluster.front.json_text import shown_progress, shown_timings
 from llamaclust.cluster.front.replies.reply import Event, Reply, View
 from llamaclust.cluster.front.sampling import (
@@ -97,10 +97,10 @@ def _marked_prompt(value: dict[str, Any], context: object) -> MarkedPrompt:
         raise ValueError("an object must have a text `prompt_string`, a list `multimodal_data` and no other fields")
     texts = text.split(MEDIA_MARKER)
     if len(texts) != len(data) + 1:
-        found = f"has {len(texts) - 1} media markers for {len(data)} pictures"
-        raise ValueError(f"{found}; write the `media_marker` of GET /props for each picture into `prompt_string`")
+        found = f"has {len(texts) - 1} media markers for {len(data)} images"
+        raise ValueError(f"{found}; write the `media_marker` of GET /props for each image into `prompt_string`")
     if len(data) > MAX_IMAGES:
-        raise ValueError(f"has {len(data)} pictures, at most {MAX_IMAGES} are taken in one request")
+        raise ValueError(f"has {len(data)} images, at most {MAX_IMAGES} are taken in one request")
     parts = (
         placed(f".multimodal_data[{place}]", base64_part, "image", each, context) for place, each in enumerate(data)
     )
@@ -151,7 +151,7 @@ class LlamaCppBody(SamplerFields, GrammarFields, AdapterFields, SlotFields, Spec
     """Name of an adapter or of the model. Other names mean the served model, unless `api.strict_model` is true."""
     prompt: Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
     """One prompt (text, token ids, or a list of both), or a list of prompts. For a model that reads images, also an
-    object with a text `prompt_string`, which has a media marker for each picture of `multimodal_data` (base64)."""
+    object with a text `prompt_string`, which has a media marker for each image of `multimodal_data` (base64)."""
     n_predict: WholeLimitField = -1
     """The largest number of tokens of the answer; -1: as many as the context has room for."""
     logit_bias: Annotated[tuple[Any, ...], BeforeValidator(_biases), WithJsonSchema(_PAIRS)] = ()

@@ -19,7 +19,7 @@ from llamaclust.cluster.front.foreign_fields import TEXT_ONLY
 from llamaclust.cluster.front.http.gates import require_first_key
 from llamaclust.cluster.front.http.responses import JsonResponse, QueryParameter, Route, unsupported
 from llamaclust.cluster.front.http.sse import unless_disconnected
-from llamaclust.cluster.front.image_urls import ImageRules
+from llamaclust.cluster.front.images.urls import ImageRules
 from llamaclust.cluster.front.sampling import SCALES_SCHEMA, AdapterFields, read_scales
 from llamaclust.cluster.front.schema import Body, read_fields
 from llamaclust.cluster.front.settings import ApiSettings

@@ -17,7 +17,7 @@ from llamaclust.cluster.front.foreign_fields import (
     anything,
     only,
 )
-from llamaclust.cluster.front.images import base64_part, placed, takes_images
+from llamaclust.cluster.front.images.parts import base64_part, placed, takes_images
 from llamaclust.cluster.front.sampling import ReasoningFields, Requested, SamplerFields, SpeculativeFields, sampled
 from llamaclust.cluster.front.schema import (
     NOT_SUPPORTED,
@@ -74,21 +74,21 @@ def _think(value: Any) -> Any:
     raise ValueError(f"must be a boolean or one of {', '.join(_EFFORTS)}")
 
 
-def _pictures(value: Any, info: ValidationInfo) -> tuple[Part, ...]:
+def _images(value: Any, info: ValidationInfo) -> tuple[Part, ...]:
     if value in ([], {}, ""):
         return ()
     if not takes_images(info.context):
         raise ValueError(NOT_SUPPORTED)
     if not isinstance(value, list):
-        raise ValueError("must be a list of pictures as base64")
+        raise ValueError("must be a list of images as base64")
     return tuple(placed(f"[{place}]", base64_part, "images", data, info.context) for place, data in enumerate(value))
 
 
 _FORMATS: Final = {"anyOf": [{"enum": ["json", ""]}, {"type": "object"}]}
 _OptionsField = Annotated[Options, BeforeValidator(_options)]
 _FormatField = Annotated[Any, BeforeValidator(_format), WithJsonSchema(_FORMATS)]
-_PicturesField = Annotated[
-    tuple[Part, ...], PlainValidator(_pictures), WithJsonSchema({"type": "array", "items": {"type": "string"}})
+_ImagesField = Annotated[
+    tuple[Part, ...], PlainValidator(_images), WithJsonSchema({"type": "array", "items": {"type": "string"}})
 ]
 _ThinkField = Annotated[
     Any, BeforeValidator(_think), WithJsonSchema({"anyOf": [{"type": "boolean"}, {"enum": list(_EFFORTS)}]})
@@ -169,8 +169,8 @@ class GenerateBody(AnswerFields, foreign=OLLAMA_GENERATE):
     """The prompt. If it is empty, the model is only loaded."""
     suffix: str = ""
     """The text after the gap that the answer fills. No chat template is applied; the model must support infilling."""
-    images: _PicturesField = ()
-    """Pictures as base64, which precede the prompt. They are refused if the model reads text only."""
+    images: _ImagesField = ()
+    """Images as base64, which precede the prompt. They are refused if the model reads text only."""
     system: str = ""
     """A system message that precedes the prompt."""
     raw: bool = False
@@ -204,8 +204,8 @@ class OllamaMessage(Body, foreign=OLLAMA_MESSAGE):
     """The role of the message's author."""
     content: str = ""
     """The text of the message."""
-    images: _PicturesField = ()
-    """Pictures as base64, which precede the text. They are replaced by a short text if the model reads text only."""
+    images: _ImagesField = ()
+    """Images as base64, which precede the text. They are replaced by a short text if the model reads text only."""
     thinking: str = ""
     """Reasoning of an earlier answer, which is passed to the chat template."""
     tool_calls: list[CallField] = Field(default_factory=list)

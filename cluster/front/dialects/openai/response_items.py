@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any, Final
 
 from llamaclust.cluster.front.dialects.openai.tools import BUILT_IN
-from llamaclust.cluster.front.images import placed, takes_images, url_part
+from llamaclust.cluster.front.images.parts import placed, takes_images, url_part
 from llamaclust.cluster.front.schema import Leniency
 from llamaclust.cluster.front.text.images import Content, Part, image_part, joined, parts_of
 from llamaclust.cluster.front.tools import (

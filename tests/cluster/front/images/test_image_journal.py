@@ -1,4 +1,4 @@
-"""Pictures of journalled requests: a restarted coordinator has their bytes, or says that they were too large."""
+"""Images of journalled requests: a restarted coordinator has their bytes, or says that they were too large."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.front import pictures
-from llamaclust.cluster.front.pictures import check_restored, journalled, with_pictures
+from llamaclust.cluster.front.images import chat_images
+from llamaclust.cluster.front.images.chat_images import check_restored, journalled, with_images
 from llamaclust.cluster.front.text.images import image_part
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.cluster.state.journal_records import RequestContext, read_journal
 from llamaclust.core.errors import RequestFailedError
-from support.chat.vision import data_url, picture
+from support.chat.vision import data_url, image
 from support.clusters.journals import NOW, admission, journal
 
 URL = "https://example.com/a.png"
-PICTURE = picture(2, bytes(range(200, 256)))
-CHAT = ChatRequest(({"role": "user", "content": [image_part(URL), image_part(data_url(PICTURE))]},))
+IMAGE = image(2, bytes(range(200, 256)))
+CHAT = ChatRequest(({"role": "user", "content": [image_part(URL), image_part(data_url(IMAGE))]},))
 
 
 @pytest.fixture(autouse=True)
 def _web(monkeypatch: pytest.MonkeyPatch) -> None:
     async def fetch(urls: list[str], most_bytes: int) -> dict[str, bytes]:
-        return dict.fromkeys(urls, PICTURE)
+        return dict.fromkeys(urls, IMAGE)
 
-    monkeypatch.setattr("llamaclust.cluster.front.image_fetch.fetch_pictures", fetch)
+    monkeypatch.setattr("llamaclust.cluster.front.images.fetching.fetch_images", fetch)
 
 
 async def recorded(path: Path, context: RequestContext, body: bytes) -> RequestContext:
@@ -38,25 +38,25 @@ async def recorded(path: Path, context: RequestContext, body: bytes) -> RequestC
     return request
 
 
-async def test_fetched_pictures_are_in_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fetched_images_are_in_the_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = admission(1)
-    chat = await with_pictures(CHAT, context)
-    assert chat.pictures == {URL: PICTURE} and context.picture_bytes == 2 * len(PICTURE)
+    chat = await with_images(CHAT, context)
+    assert chat.images == {URL: IMAGE} and context.image_bytes == 2 * len(IMAGE)
     restored = await recorded(tmp_path / "journal", context, b'{"a": 1}')
-    assert restored.body == b'{"a": 1}' and restored.pictures == {URL: PICTURE}
+    assert restored.body == b'{"a": 1}' and restored.images == {URL: IMAGE}
     check_restored(restored)
-    monkeypatch.setattr("llamaclust.cluster.front.image_fetch.fetch_pictures", None)  # nothing is fetched again
-    assert (await with_pictures(CHAT, restored)).pictures == {URL: PICTURE}
+    monkeypatch.setattr("llamaclust.cluster.front.images.fetching.fetch_images", None)  # nothing is fetched again
+    assert (await with_images(CHAT, restored)).images == {URL: IMAGE}
 
 
-async def test_pictures_above_the_bound_are_an_error_after_a_restart(
+async def test_images_above_the_bound_are_an_error_after_a_restart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pictures, "MAX_JOURNALLED_BYTES", 2 * len(PICTURE) - 1)
+    monkeypatch.setattr(chat_images, "MAX_JOURNALLED_BYTES", 2 * len(IMAGE) - 1)
     context = replace(admission(1), earlier=({"role": "user", "content": "a"},))
-    await with_pictures(CHAT, context)
+    await with_images(CHAT, context)
     restored = await recorded(tmp_path / "journal", context, b"body")
-    assert (restored.body, restored.earlier, restored.pictures) == (b"", (), {})
-    with pytest.raises(RequestFailedError, match=f"{2 * len(PICTURE)} bytes, and the journal keeps"):
+    assert (restored.body, restored.earlier, restored.images) == (b"", (), {})
+    with pytest.raises(RequestFailedError, match=f"{2 * len(IMAGE)} bytes, and the journal keeps"):
         check_restored(restored)
     assert not restored.idempotency_key and context.earlier

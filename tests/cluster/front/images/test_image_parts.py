@@ -1,4 +1,4 @@
-"""Image parts of all APIs: which pictures reach the projector, at which places of the prompt."""
+"""Image parts of all APIs: which images reach the projector, at which places of the prompt."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from llamaclust.cluster.client.http_codec import CHAT
 from llamaclust.cluster.client.local import AsyncServiceClient
 from llamaclust.cluster.front.body import STRICT_HEADER
 from llamaclust.cluster.front.text import images
-from llamaclust.cluster.front.text.images import MAX_IMAGE_BYTES, MAX_IMAGES, MEDIA_MARKER
+from llamaclust.cluster.front.text.images import MAX_IMAGES, MEDIA_MARKER
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.template import ChatTemplate
-from support.chat.vision import TinyVision, base64_of, data_url, laid_out, picture
+from llamaclust.model.images.settings import MAX_IMAGE_BYTES
+from support.chat.vision import TinyVision, base64_of, data_url, image, laid_out
 from support.clusters import served as served_module
 from support.clusters.served import MODEL, ScriptedEngine, client, ids, make_app, make_service, says, tokenizer
 from support.clusters.tool_chats import TEMPLATE
 
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 OLLAMA, GENERATE, COMPLETION = "/api/chat", "/api/generate", "/completion"
-FIRST, SECOND = picture(2, b"first"), picture(3, b"second")
+FIRST, SECOND = image(2, b"first"), image(3, b"second")
 
 
 @pytest.fixture(autouse=True)
@@ -147,12 +148,10 @@ BOTH: list[tuple[str, dict[str, Any], tuple[str | bytes, ...]]] = [
 
 
 @pytest.mark.parametrize(("path", "fields", "pieces"), BOTH)
-async def test_pictures_stand_at_their_places(
-    path: str, fields: dict[str, Any], pieces: tuple[str | bytes, ...]
-) -> None:
+async def test_images_stand_at_their_places(path: str, fields: dict[str, Any], pieces: tuple[str | bytes, ...]) -> None:
     reply, prompt, vision = await post(path, stream=False, is_strict="computer_call" not in str(fields), **fields)
     assert reply.status_code == 200, reply.text
-    assert [source.data for source in vision.pictures] == [FIRST, SECOND]
+    assert [source.data for source in vision.images] == [FIRST, SECOND]
     if pieces:
         assert prompt == laid_out(*pieces), tokenizer().decode(prompt)
     assert prompt.count(0) == FIRST[0] + SECOND[0]
@@ -188,9 +187,9 @@ async def test_counts_of_tokens(path: str, fields: dict[str, Any]) -> None:
 async def test_details_reach_the_projector() -> None:
     given = [image_url(FIRST, detail="low"), image_url(FIRST, detail="high"), image_url(FIRST)]
     *_, vision = await post(CHAT, messages=[said(*given)])
-    assert [source.detail for source in vision.pictures] == ["low", "high", "auto"]
+    assert [source.detail for source in vision.images] == ["low", "high", "auto"]
     *_, vision = await post(RESPONSES, input=[said(input_image(FIRST, detail="high"))])
-    assert [source.detail for source in vision.pictures] == ["high"]
+    assert [source.detail for source in vision.images] == ["high"]
     reply, *_ = await post(CHAT, messages=[said(image_url(FIRST, detail="sharp"))])
     assert reply.status_code == 400 and "detail" in reply.text
 
@@ -226,7 +225,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     (OLLAMA, {"messages": [{"role": "user", "content": "a", "images": "aGk="}]}, "messages[0]: images: must be a list"),
     (GENERATE, {"prompt": "a", "images": [5]}, "images[0]: "),
     (GENERATE, {"prompt": "a", "images": ["aGk="], "raw": True}, "images: "),
-    (COMPLETION, {"prompt": {"prompt_string": "a", "multimodal_data": ["aGk="]}}, "0 media markers for 1 pictures"),
+    (COMPLETION, {"prompt": {"prompt_string": "a", "multimodal_data": ["aGk="]}}, "0 media markers for 1 images"),
     (COMPLETION, {"prompt": {"prompt_string": MEDIA_MARKER, "multimodal_data": ["a"]}}, "prompt.multimodal_data[0]: "),
     (COMPLETION, {"prompt": {"prompt_string": MEDIA_MARKER, "multimodal_data": ["aGk="], "b": 1}}, "no other fields"),
 ]
@@ -246,38 +245,38 @@ async def test_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reply.status_code == 200
     reply, *_ = await post(CHAT, messages=[said(*[image_url(FIRST)] * MAX_IMAGES), said(image_url(FIRST))])
     assert reply.status_code == 400 and f"{MAX_IMAGES + 1} images, at most {MAX_IMAGES}" in reply.text
-    monkeypatch.setattr("llamaclust.cluster.front.pictures.MAX_IMAGES_BYTES", 20)
+    monkeypatch.setattr("llamaclust.cluster.front.images.chat_images.MAX_IMAGES_BYTES", 20)
     reply, *_ = await post(CHAT, messages=[said(*[image_url(FIRST)] * 4)])
     assert reply.status_code == 400 and "at most 20 are taken" in reply.text
-    monkeypatch.setattr("llamaclust.cluster.front.images.MAX_IMAGE_BYTES", 8)
+    monkeypatch.setattr("llamaclust.cluster.front.images.parts.MAX_IMAGE_BYTES", 8)
     reply, *_ = await post(CHAT, messages=[said(image_url(bytes(12)))])
     assert reply.status_code == 400 and "12 bytes, at most 8" in reply.text
     assert MAX_IMAGE_BYTES < images.MAX_IMAGES_BYTES
 
 
 async def test_line_breaks_in_base64() -> None:
-    data = picture(2, bytes(range(256)) * 4000)
+    data = image(2, bytes(range(256)) * 4000)
     whole = base64_of(data)
     lines = "\r\n".join(whole[start : start + 76] for start in range(0, len(whole), 76))
     *_, vision = await post(CHAT, messages=[said({"type": "image_url", "image_url": {"url": f"data:;base64,{lines}"}})])
-    assert vision.pictures[0].data == data
+    assert vision.images[0].data == data
 
 
-async def test_a_picture_that_cannot_be_read_is_refused_with_its_error() -> None:
-    reply, prompt, _ = await post(CHAT, messages=[said(image_url(picture(0)))], stream=True)
+async def test_an_image_that_cannot_be_read_is_refused_with_its_error() -> None:
+    reply, prompt, _ = await post(CHAT, messages=[said(image_url(image(0)))], stream=True)
     assert reply.status_code == 400 and "no format that is read here" in reply.text and not prompt
 
 
 async def test_a_prompt_that_is_too_long_with_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_module, "CONTEXT", 200)
-    reply, *_ = await post(CHAT, messages=[said(image_url(picture(250)))])
+    reply, *_ = await post(CHAT, messages=[said(image_url(image(250)))])
     assert reply.status_code == 400 and "context_length_exceeded" in reply.text
 
 
 @pytest.mark.parametrize("typed", [MEDIA_MARKER, "image0n0e", "<__media__>"], ids=["marker", "word", "old marker"])
 async def test_markers_in_texts_are_texts(typed: str) -> None:
     _, prompt, vision = await post(CHAT, messages=[said(text(typed), image_url(FIRST))])
-    assert prompt == laid_out(f"<user>{typed}", FIRST, "<assistant>") and len(vision.pictures) == 1
+    assert prompt == laid_out(f"<user>{typed}", FIRST, "<assistant>") and len(vision.images) == 1
     _, prompt, vision = await post(CHAT, messages=[said(text(typed))])
     assert prompt == tuple(ids(f"<user>{typed}<assistant>")) and not vision.prompts
 

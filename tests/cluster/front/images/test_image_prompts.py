@@ -11,10 +11,10 @@ from llamaclust.cluster.front.text.images import ImageMarkers, ImageSource, Prom
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.template import ChatTemplate
-from support.chat.vision import data_url, picture
+from support.chat.vision import data_url, image
 from support.clusters.served import tokenizer
 
-FIRST, SECOND = picture(2), picture(3)
+FIRST, SECOND = image(2), image(3)
 TYPED = (
     "{% for m in messages %}<{{ m.role }}>{% for part in m['content'] %}{% if part['type'] == 'text' %}"
     "{{ part['text'] }}{% elif part['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"

@@ -1,4 +1,4 @@
-"""Pictures at URLs: only allowed hosts at public addresses are asked, once, within limits."""
+"""Images at URLs: only allowed hosts at public addresses are asked, once, within limits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.front import image_fetch
-from llamaclust.cluster.front.image_fetch import fetch_pictures, is_public
-from llamaclust.cluster.front.image_urls import ImageRules, PictureUrl
+from llamaclust.cluster.front.images import fetching
+from llamaclust.cluster.front.images.fetching import fetch_images, is_public
+from llamaclust.cluster.front.images.urls import ImageRules, ImageUrl
 from llamaclust.core.errors import DeadlineError, ParameterError
-from support.chat.vision import TinyVision, picture
+from support.chat.vision import TinyVision, image
 from support.clusters.served import ScriptedEngine, client, make_app, says
 
-PICTURE = picture(2, b"from the web")
+IMAGE = image(2, b"from the web")
 Answer = Callable[[bytes], bytes]
 
 
@@ -53,7 +53,7 @@ def resolved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
-    monkeypatch.setattr(image_fetch, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
     return names
 
 
@@ -74,7 +74,7 @@ def test_public_addresses(address: str) -> None:
     assert is_public(address)
 
 
-RULES = ImageRules(("example.com", "*.pictures.example", "other.example:8080"))
+RULES = ImageRules(("example.com", "*.images.example", "other.example:8080"))
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ RULES = ImageRules(("example.com", "*.pictures.example", "other.example:8080"))
         "https://example.com/a.png",
         "HTTP://EXAMPLE.com",
         "https://example.com./a",
-        "http://a.pictures.example/a?b=c",
+        "http://a.images.example/a?b=c",
         "https://other.example:8080/",
     ],
 )
@@ -97,7 +97,7 @@ def test_allowed_urls(url: str) -> None:
         "https://example.org/",
         "https://example.com.evil.example/",
         "https://notexample.com/",
-        "https://pictures.example/",
+        "https://images.example/",
         "https://example.com:8443/",
         "https://other.example/",
         "https://user@example.com/",
@@ -119,14 +119,14 @@ def test_urls_that_are_not_allowed(url: str) -> None:
 
 
 def test_parts_of_a_url() -> None:
-    assert PictureUrl.parse("http://A.example:8080?b=c#d") == PictureUrl("http", "a.example", 8080, "/?b=c")
+    assert ImageUrl.parse("http://A.example:8080?b=c#d") == ImageUrl("http", "a.example", 8080, "/?b=c")
 
 
-async def test_a_picture_is_fetched_once_from_the_address_that_was_checked(resolved: list[str]) -> None:
+async def test_an_image_is_fetched_once_from_the_address_that_was_checked(resolved: list[str]) -> None:
     asked: list[str] = []
-    async with web_host(http("200 OK", PICTURE), asked) as port:
+    async with web_host(http("200 OK", IMAGE), asked) as port:
         url = f"http://example.com:{port}/a/b.png?c=d"
-        assert await fetch_pictures([url], 1 << 20) == {url: PICTURE}
+        assert await fetch_images([url], 1 << 20) == {url: IMAGE}
     assert len(asked) == 1 and asked[0].startswith("get /a/b.png?c=d http/1.1\r\n")
     assert f"host: example.com:{port}\r\n" in asked[0] and resolved == ["example.com"]
 
@@ -147,18 +147,18 @@ async def test_answers_that_are_refused(
     answer: bytes, reason: str, resolved: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(image_fetch, "_MAX_S", 0.5 if not reason else 20.0)
+    monkeypatch.setattr(fetching, "_MAX_S", 0.5 if not reason else 20.0)
     async with web_host(answer, asked) as port:
         with pytest.raises(ParameterError if reason else DeadlineError, match=reason or "longer than 0.5 s"):
-            await fetch_pictures([f"http://example.com:{port}/"], 100)
+            await fetch_images([f"http://example.com:{port}/"], 100)
     assert len(asked) == 1
 
 
-async def test_all_pictures_of_a_request_share_the_bound(resolved: list[str]) -> None:
+async def test_all_images_of_a_request_share_the_bound(resolved: list[str]) -> None:
     async with web_host(http("200 OK", b"x" * 60), []) as port:
         urls = [f"http://example.com:{port}/{name}" for name in "ab"]
-        with pytest.raises(ParameterError, match="/b: the picture has more than 40 bytes"):
-            await fetch_pictures(urls, 100)
+        with pytest.raises(ParameterError, match="/b: the image has more than 40 bytes"):
+            await fetch_images(urls, 100)
 
 
 async def test_hosts_at_private_addresses_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,9 +168,9 @@ async def test_hosts_at_private_addresses_are_not_asked(monkeypatch: pytest.Monk
         return [(0, 0, 0, "", (address, port)) for address in ("1.1.1.1", "127.0.0.1")]
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
-    async with web_host(http("200 OK", PICTURE), asked) as port:
+    async with web_host(http("200 OK", IMAGE), asked) as port:
         with pytest.raises(ParameterError, match=r"127\.0\.0\.1, which is not public"):
-            await fetch_pictures([f"http://example.com:{port}/"], 1 << 20)
+            await fetch_images([f"http://example.com:{port}/"], 1 << 20)
     assert not asked
 
 
@@ -178,7 +178,7 @@ async def test_hosts_at_private_addresses_are_not_asked(monkeypatch: pytest.Monk
 async def test_a_chat_with_a_url(is_allowed: bool, resolved: list[str]) -> None:
     asked: list[str] = []
     vision = TinyVision()
-    async with web_host(http("200 OK", PICTURE), asked) as port:
+    async with web_host(http("200 OK", IMAGE), asked) as port:
         url = f"http://example.com:{port}/a.png"
         part = {"type": "image_url", "image_url": {"url": url}}
         hosts = (f"example.com:{port}",) if is_allowed else ()
@@ -190,9 +190,9 @@ async def test_a_chat_with_a_url(is_allowed: bool, resolved: list[str]) -> None:
             body = {"messages": [{"role": "user", "content": [block]}]}
             counted = await web.post("/v1/messages/count_tokens", json=body)
     if is_allowed:
-        assert reply.status_code == 200 and counted.json()["input_tokens"] > PICTURE[0]
-        assert [source.data for source in vision.pictures] == [PICTURE] * 3 and len(asked) == 2
+        assert reply.status_code == 200 and counted.json()["input_tokens"] > IMAGE[0]
+        assert [source.data for source in vision.images] == [IMAGE] * 3 and len(asked) == 2
     else:
         error = json.loads(reply.content)["error"]
         assert reply.status_code == counted.status_code == 400 and not asked
-        assert "messages[0]: content[0]: pictures are not fetched from example.com" in error["message"]
+        assert "messages[0]: content[0]: images are not fetched from example.com" in error["message"]

@@ -377,8 +377,8 @@ async def test_the_official_client() -> None:
         with pytest.raises(NotFoundError):
             await openai.responses.retrieve(response.id)
         with pytest.raises(BadRequestError, match="image input"):
-            picture: Any = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]
-            await openai.responses.create(model=MODEL, input=picture, extra_headers=STRICT)
+            image: Any = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]
+            await openai.responses.create(model=MODEL, input=image, extra_headers=STRICT)
     assert response.output_text == again.output_text == final.output_text == "Yes."
     assert kinds[0] == "response.created" and kinds[-1] == "response.completed" and len(items.data) == 1
 

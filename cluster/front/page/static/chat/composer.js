@@ -1,12 +1,15 @@
-// Where messages are written: Enter sends, Shift+Enter begins a line; while an answer runs, the button stops it.
+// Where messages are written: Enter sends, Shift+Enter begins a line; while an answer runs, the button stops it. Images are
+// pasted or picked here.
 
 import { element } from "../dom.js";
+import { ChosenImages } from "./images.js";
 
 const MOST_ROWS_PX = 240;
 
 export class Composer {
   #field;
   #action;
+  #images = new ChosenImages();
   #isRunning = false;
 
   constructor({ send, stop }) {
@@ -16,6 +19,7 @@ export class Composer {
       "aria-label": "Message",
       input: () => this.#grow(),
       keydown: (event) => this.#key(event),
+      paste: (event) => this.drop(event.clipboardData) && event.preventDefault(),
     });
     this.#action = element("button", { type: "submit", class: "primary" }, "Send");
     const submit = (event) => {
@@ -23,7 +27,8 @@ export class Composer {
       if (this.#isRunning) stop();
       else this.#send();
     };
-    this.node = element("form", { class: "composer", submit }, this.#field, this.#action);
+    const line = element("div", { class: "line" }, this.#images.button, this.#images.picker, this.#field, this.#action);
+    this.node = element("form", { class: "composer", submit }, this.#images.node, line);
     this.send = send;
     this.stop = stop;
   }
@@ -33,8 +38,17 @@ export class Composer {
     this.#action.textContent = value ? "Stop" : "Send";
   }
 
+  set readsImages(value) {
+    this.#images.isAllowed = value;
+  }
+
   focus() {
     this.#field.focus();
+  }
+
+  /** Takes the images of a paste or drop (DataTransfer); false if it has none. */
+  drop(transfer) {
+    return this.#images.take(transfer);
   }
 
   #key(event) {
@@ -46,10 +60,10 @@ export class Composer {
 
   #send() {
     const text = this.#field.value.trim();
-    if (!text) return;
+    if (!text && this.#images.count === 0) return;
     this.#field.value = "";
     this.#grow();
-    this.send(text);
+    this.send(text, this.#images.taken());
   }
 
   #grow() {

@@ -1,8 +1,8 @@
 // A conversation as a tree of messages: an edited or regenerated message stands beside the one that it replaces.
 //
-// A message: {id, parent, role, content, reasoning, calls, tokens, state, waiting, error, replyId, lastEvent, seed, model}.
+// A message: {id, parent, role, content, images, reasoning, calls, tokens, state, waiting, error, replyId, lastEvent, seed, model}.
 // `state` of an answer: "streaming", "done", "stopped" or "failed". `tokens`: [text, logprob, [[text, logprob], ...],
-// bytes]. `waiting`: why an answer pauses.
+// bytes]. `waiting`: why an answer pauses. `images` of a user's message: data URLs.
 
 export const State = Object.freeze({ STREAMING: "streaming", DONE: "done", STOPPED: "stopped", FAILED: "failed" });
 
@@ -75,13 +75,17 @@ function isSent(message) {
   return message.role === "user" || message.content !== "" || Boolean(message.calls?.length);
 }
 
-function apiMessage({ role, content, reasoning, calls }) {
+function apiMessage({ role, content, images = [], reasoning, calls }) {
   return {
     role,
-    content,
+    content: images.length ? [...images.map(imagePart), ...(content ? [{ type: "text", text: content }] : [])] : content,
     ...(reasoning ? { reasoning_content: reasoning } : {}),
     ...(calls?.length ? { tool_calls: calls.map(apiCall) } : {}),
   };
+}
+
+function imagePart(url) {
+  return { type: "image_url", image_url: { url } };
 }
 
 function apiCall({ id, name, arguments: text }) {

@@ -13,5 +13,9 @@ export function exportText(conversation, ending) {
 
 function section({ role, content, tool_calls: calls = [] }) {
   const called = calls.map(({ function: { name, arguments: given } }) => `\`${name}(${given})\``);
-  return [`## ${HEADINGS[role]}`, content, ...called].filter(Boolean).join("\n\n");
+  return [`## ${HEADINGS[role]}`, ...(Array.isArray(content) ? content.map(partText) : [content]), ...called].filter(Boolean).join("\n\n");
+}
+
+function partText({ type, text, image_url: image }) {
+  return type === "text" ? text : `![image](${image.url})`;
 }

@@ -4,6 +4,7 @@ import { copyButton } from "../copy_button.js";
 import { button, element, fill } from "../dom.js";
 import { MarkdownView } from "../text/markdown.js";
 import { State } from "./conversation.js";
+import { imageElements } from "./images.js";
 import { probabilitiesView } from "./probabilities.js";
 
 const NAMES = { user: "You", assistant: "Answer" };
@@ -25,7 +26,8 @@ export class MessageView {
     this.#actions = actions;
     this.settings = settings;
     this.versions = versions;
-    const parts = [this.#reasoning.node, this.#text, this.#calls, this.#tokens, this.#foot];
+    const images = message.images?.length ? element("div", { class: "images" }, imageElements(message.images)) : null;
+    const parts = [images, this.#reasoning.node, this.#text, this.#calls, this.#tokens, this.#foot];
     this.node = element("article", { class: `message ${message.role}`, "aria-label": NAMES[message.role] }, this.#name, parts);
     this.update();
   }
@@ -96,7 +98,7 @@ export class MessageView {
   #edit() {
     const send = (event) => {
       event.preventDefault();
-      if (field.value.trim()) this.#actions.edit(this.#message, field.value.trim());
+      if (field.value.trim() || this.#message.images?.length) this.#actions.edit(this.#message, field.value.trim());
     };
     const press = (event) => {
       if (event.key === "Escape") this.update();

@@ -28,7 +28,7 @@ export class ChatView {
   #scroll = element("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Messages" }, this.#messages);
   #status = element("p", { class: "unseen", role: "status" });
   #list = new HistoryView({ open: (id) => this.#open(id), create: () => this.#create(), remove: (id) => this.#remove(id) });
-  #composer = new Composer({ send: (text) => this.#send(text), stop: () => this.#stop() });
+  #composer = new Composer({ send: (text, images) => this.#send(text, images), stop: () => this.#stop() });
   #models;
   #bar;
   #dialog;
@@ -43,7 +43,13 @@ export class ChatView {
       rename: (title) => this.#rename(title),
     });
     this.#answering = new Answering(history, (conversation, message) => this.#onAnswer(conversation, message));
-    const talk = element("section", { class: "talk", "aria-label": "Chat" }, this.#bar.node, this.#scroll, this.#composer.node, this.#status);
+    const onDrop = {
+      dragover: (event) => event.dataTransfer.types.includes("Files") && event.preventDefault(),
+      drop: (event) => this.#composer.drop(event.dataTransfer) && event.preventDefault(),
+    };
+    const parts = [this.#bar.node, this.#scroll, this.#composer.node, this.#status];
+    const talk = element("section", { class: "talk", "aria-label": "Chat", ...onDrop }, parts);
+    models.addEventListener("change", () => this.#showModel());
     this.node = element("div", { class: "chat" }, this.#list.node, talk, this.#dialog);
   }
 
@@ -109,13 +115,18 @@ export class ChatView {
     }
   }
 
-  #send(text) {
-    const last = chosenPath(this.#conversation).at(-1) ?? null;
-    this.#sendBelow(last?.id ?? null, text);
+  #showModel() {
+    this.#composer.readsImages = Boolean(this.#models.chosen?.capabilities?.vision);
   }
 
-  #sendBelow(parent, content) {
-    const question = addMessage(this.#conversation, parent, { role: "user", content });
+  #send(text, images) {
+    const last = chosenPath(this.#conversation).at(-1) ?? null;
+    this.#sendBelow(last?.id ?? null, text, images);
+  }
+
+  #sendBelow(parent, content, images) {
+    const fields = { role: "user", content, ...(images.length ? { images } : {}) };
+    const question = addMessage(this.#conversation, parent, fields);
     this.#answer(question.id);
   }
 
@@ -149,7 +160,7 @@ export class ChatView {
   #render() {
     const actions = {
       choose: (message) => this.#choose(message),
-      edit: (message, text) => this.#sendBelow(message.parent, text),
+      edit: (message, text) => this.#sendBelow(message.parent, text, message.images ?? []),
       regenerate: (message, seed) => this.#answer(message.parent, seed),
     };
     const path = chosenPath(this.#conversation);

@@ -346,9 +346,9 @@ async def test_the_official_client() -> None:
 async def test_the_official_client_understands_errors() -> None:
     async with official(ScriptedEngine(says("a"))) as anthropic:
         with pytest.raises(BadRequestError, match="image input is not supported"):
-            picture: Any = [{"role": "user", "content": [RED]}]
+            image: Any = [{"role": "user", "content": [RED]}]
             strict = {"X-Llamaclust-Strict": "1"}
-            await anthropic.messages.create(model="m", max_tokens=1, messages=picture, extra_headers=strict)
+            await anthropic.messages.create(model="m", max_tokens=1, messages=image, extra_headers=strict)
     async with official(ScriptedEngine(says("a")), api_keys=("sk-secret-2",)) as anthropic:
         with pytest.raises(AuthenticationError):
             await anthropic.messages.create(model="m", **HELLO)

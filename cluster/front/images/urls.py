@@ -1,4 +1,4 @@
-"""URLs of pictures, and the hosts from which they are fetched."""
+"""URLs of images, and the hosts from which they are fetched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TARGET: Final = re.compile(r"[!-~]*")
 
 
 @dataclass(frozen=True, slots=True)
-class PictureUrl:
+class ImageUrl:
     """An http(s) URL in the parts that a request needs."""
 
     scheme: str
@@ -24,7 +24,7 @@ class PictureUrl:
     target: str  # path and query
 
     @classmethod
-    def parse(cls, url: str) -> PictureUrl:
+    def parse(cls, url: str) -> ImageUrl:
         """Raises ValueError for a URL that is too long, or has a password or characters that must be escaped."""
         wrong = f"{url[:60]!r} is no plain http(s) URL of at most {_LONGEST} characters"
         if len(url) > _LONGEST:
@@ -55,13 +55,13 @@ class ImageRules:
 
     def check(self, url: str) -> None:
         """Raises ValueError for an http(s) URL that is wrong or whose host is not allowed."""
-        place = PictureUrl.parse(url)
+        place = ImageUrl.parse(url)
         if not any(_allows(host, place) for host in self.hosts):
-            what = f"pictures are not fetched from {place.authority[:100]}"
+            what = f"images are not fetched from {place.authority[:100]}"
             raise ValueError(f"{what}: send a data URL, or add the host to api.image_urls in the cluster file")
 
 
-def _allows(allowed: str, url: PictureUrl) -> bool:
+def _allows(allowed: str, url: ImageUrl) -> bool:
     name, _, port = allowed.lower().partition(":")
     if not (url.has_default_port if not port else port == str(url.port)):
         return False

@@ -1,4 +1,4 @@
-"""Fetches pictures over http(s), only from public addresses and within limits of size and time."""
+"""Fetches images over http(s), only from public addresses and within limits of size and time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Final
 
 import httpx
 
-from llamaclust.cluster.front.image_urls import PictureUrl
-from llamaclust.cluster.front.text.images import MAX_IMAGE_BYTES
+from llamaclust.cluster.front.images.urls import ImageUrl
 from llamaclust.core.errors import DeadlineError, ParameterError
 from llamaclust.core.version import VERSION
+from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
 _MAX_S: Final = 20.0
 """Deadline of all fetches of one request."""
@@ -22,30 +22,30 @@ _PLAIN: Final = "identity"
 _HEADERS: Final = {"accept": "image/*", "accept-encoding": _PLAIN, "user-agent": f"llamaclust/{VERSION}"}
 
 
-async def fetch_pictures(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:
-    """Fetches pictures that `ImageRules` allow, one after the other. Raises ParameterError if one cannot be fetched, or
+async def fetch_images(urls: Sequence[str], most_bytes: int) -> dict[str, bytes]:
+    """Fetches images that `ImageRules` allow, one after the other. Raises ParameterError if one cannot be fetched, or
     if all together have more than `most_bytes`, and DeadlineError if they take too long."""
-    pictures: dict[str, bytes] = {}
+    images: dict[str, bytes] = {}
     left_bytes = most_bytes
     try:
         async with asyncio.timeout(_MAX_S), _client() as client:
             for url in urls:
                 try:
-                    pictures[url] = await _fetched(client, PictureUrl.parse(url), min(left_bytes, MAX_IMAGE_BYTES))
+                    images[url] = await _fetched(client, ImageUrl.parse(url), min(left_bytes, MAX_IMAGE_BYTES))
                 except (ValueError, httpx.HTTPError, OSError) as error:
                     raise ParameterError("messages", f"{url[:200]}: {error or type(error).__name__}") from error
-                left_bytes -= len(pictures[url])
+                left_bytes -= len(images[url])
     except TimeoutError:
-        what = f"fetching {len(urls)} pictures took longer than {_MAX_S:g} s"
+        what = f"fetching {len(urls)} images took longer than {_MAX_S:g} s"
         raise DeadlineError(f"{what}; send them as data URLs") from None
-    return pictures
+    return images
 
 
 def _client() -> httpx.AsyncClient:
     return httpx.AsyncClient(headers=_HEADERS, timeout=None, trust_env=False, follow_redirects=False)
 
 
-async def _fetched(client: httpx.AsyncClient, url: PictureUrl, most_bytes: int) -> bytes:
+async def _fetched(client: httpx.AsyncClient, url: ImageUrl, most_bytes: int) -> bytes:
     """Connects to the address that was checked: no second answer of a name server counts."""
     address = await _public_address(url)
     request = client.build_request(
@@ -73,11 +73,11 @@ async def _read(reply: httpx.Response, most_bytes: int) -> bytes:
     async for part in reply.aiter_raw():
         data += part
         if len(data) > most_bytes:
-            raise ValueError(f"the picture has more than {most_bytes} bytes; send a smaller one, or fewer")
+            raise ValueError(f"the image has more than {most_bytes} bytes; send a smaller one, or fewer")
     return bytes(data)
 
 
-async def _public_address(url: PictureUrl) -> str:
+async def _public_address(url: ImageUrl) -> str:
     """Returns the first address of a host. Raises ValueError if any of its addresses is not public."""
     resolving = asyncio.get_running_loop().getaddrinfo(url.host, url.port, type=socket.SOCK_STREAM)
     try:

@@ -1,4 +1,4 @@
-"""Pictures in the bodies of all APIs, which are checked when a body is read."""
+"""Images in the bodies of all APIs, which are checked when a body is read."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import string
 from collections.abc import Callable
 from typing import Final, ParamSpec
 
-from llamaclust.cluster.front.image_urls import WEB
+from llamaclust.cluster.front.images.urls import WEB
 from llamaclust.cluster.front.schema import BodyContext, PlacedError
-from llamaclust.cluster.front.text.images import MAX_IMAGE_BYTES, Part, image_part
+from llamaclust.cluster.front.text.images import Part, image_part
 from llamaclust.cluster.front.tools import media_text
+from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
 _DETAILS: Final = ("auto", "low", "high")
 _DIGITS: Final = f"{string.ascii_letters}{string.digits}+/".encode()
@@ -28,7 +29,7 @@ def url_part(kind: str, url: object, context: object, detail: object = None) -> 
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(url, str):
-        raise ValueError(f"{kind}: needs the picture as a URL, a string")
+        raise ValueError(f"{kind}: needs the image as a URL, a string")
     if detail not in (None, *_DETAILS):
         raise ValueError(f"detail: must be one of {', '.join(_DETAILS)}")
     shown = str(detail or _DETAILS[0])
@@ -38,7 +39,7 @@ def url_part(kind: str, url: object, context: object, detail: object = None) -> 
         return image_part(url, shown)
     head, comma, data = url.partition(",")
     if not (head.startswith("data:") and comma and head.endswith(";base64")):
-        raise ValueError("a picture must be a data URL with base64 (data:image/png;base64,...), or an http(s) URL")
+        raise ValueError("an image must be a data URL with base64 (data:image/png;base64,...), or an http(s) URL")
     return image_part(f"{head},{checked_base64(data)}", shown)
 
 
@@ -55,24 +56,24 @@ def base64_part(kind: str, data: object, context: object, media_type: str = "") 
     if not takes_images(context):
         return media_text(kind, context)
     if not isinstance(data, str):
-        raise ValueError(f"{kind}: needs the picture as base64, a string")
+        raise ValueError(f"{kind}: needs the image as base64, a string")
     if data.startswith("data:"):
         return url_part(kind, data, context)
     return image_part(f"data:{media_type};base64,{checked_base64(data)}")
 
 
 def checked_base64(data: str) -> str:
-    """Returns base64 without line breaks. Raises ValueError for anything else, and for an empty or too large picture.
+    """Returns base64 without line breaks. Raises ValueError for anything else, and for an empty or too large image.
     The data are not decoded, which would take longer."""
     data = data.translate(_BREAKS) if "\n" in data else data
     size = len(data) * 3 // 4
     if size > MAX_IMAGE_BYTES + 2:
-        raise ValueError(f"the picture has {size} bytes, at most {MAX_IMAGE_BYTES} are taken")
+        raise ValueError(f"the image has {size} bytes, at most {MAX_IMAGE_BYTES} are taken")
     if not data:
-        raise ValueError("the picture is empty")
+        raise ValueError("the image is empty")
     digits = data.removesuffix("=").removesuffix("=").encode("ascii", "replace")
     if others := digits.translate(None, _DIGITS):
-        raise ValueError(f"the picture is not base64: it has the character {chr(others[0])!r}")
+        raise ValueError(f"the image is not base64: it has the character {chr(others[0])!r}")
     if len(data) % 4:
-        raise ValueError(f"the picture is not base64: it has {len(data)} characters, which is no multiple of 4")
+        raise ValueError(f"the image is not base64: it has {len(data)} characters, which is no multiple of 4")
     return data

@@ -1,0 +1,59 @@
+"""The images of a chat: they are fetched once, and kept for a second computation within the journal's bounds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from llamaclust.cluster.front.images.urls import WEB
+from llamaclust.cluster.front.text.images import MAX_IMAGES, MAX_IMAGES_BYTES, image_urls
+from llamaclust.cluster.front.text.request import ChatRequest
+from llamaclust.cluster.state.journal_records import RequestContext
+from llamaclust.core.errors import ParameterError, RequestFailedError
+
+MAX_JOURNALLED_BYTES: Final = 16 << 20
+"""The largest size of a request's images that the journal keeps."""
+
+
+async def with_images(chat: ChatRequest, context: RequestContext | None = None) -> ChatRequest:
+    """Returns a chat with the images at http(s) URLs. They are fetched once: the context keeps them, so that the
+    reply can be computed again. Raises ParameterError if the images are too many or too large, RequestFailedError if
+    the journal did not keep them, and errors of `fetch_images`."""
+    urls = image_urls(chat.messages)
+    if not urls:
+        return chat
+    if len(urls) > MAX_IMAGES:
+        raise ParameterError("messages", f"have {len(urls)} images, at most {MAX_IMAGES} are taken in one request")
+    images = dict(context.images) if context is not None else {}
+    held_bytes = sum(map(_inline_bytes, urls)) + sum(map(len, images.values()))
+    if held_bytes > MAX_IMAGES_BYTES:
+        reason = f"have images of {held_bytes} bytes, at most {MAX_IMAGES_BYTES} are taken in one request"
+        raise ParameterError("messages", reason)
+    if missing := [url for url in dict.fromkeys(urls) if url.startswith(WEB) and url not in images]:
+        from llamaclust.cluster.front.images.fetching import fetch_images
+
+        images |= await fetch_images(missing, MAX_IMAGES_BYTES - held_bytes)
+    if context is not None:
+        context.images = images
+        context.image_bytes = held_bytes + sum(len(images[url]) for url in missing)
+    return replace(chat, images=images)
+
+
+def _inline_bytes(url: str) -> int:
+    """Returns the size of the image in a data URL; 0 for other URLs."""
+    return 0 if url.startswith(WEB) else len(url.partition(",")[2]) * 3 // 4
+
+
+def journalled(context: RequestContext, body: bytes) -> RequestContext:
+    """Returns the record of a request with its body. If the images are too large for the journal, the record only
+    tells a restarted coordinator that the request is lost; a repeated request is then a new one."""
+    if context.image_bytes <= MAX_JOURNALLED_BYTES:
+        return replace(context, body=body)
+    return replace(context, body=b"", earlier=(), images={}, idempotency_key="")
+
+
+def check_restored(context: RequestContext) -> None:
+    """Raises RequestFailedError for a restored request whose images the journal did not keep."""
+    if context.image_bytes > MAX_JOURNALLED_BYTES:
+        what = f"its images have {context.image_bytes} bytes, and the journal keeps {MAX_JOURNALLED_BYTES}"
+        raise RequestFailedError(f"the coordinator was restarted, and this request is lost: {what}; send it again")

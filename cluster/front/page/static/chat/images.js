@@ -1,0 +1,102 @@
+// Images of a message that is being written: picked, pasted or dropped, shown small, and sent as data URLs.
+
+import { button, element, fill } from "../dom.js";
+
+const TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
+const MOST_BYTES = 20 * 2 ** 20; // the server's limit of an image
+const MOST = 64;
+
+/** The images that stand above the field of a message, with the button that picks them. */
+export class ChosenImages {
+  #urls = [];
+  #isAllowed = false;
+  #note = element("p", { class: "note", role: "status" });
+  #shown = element("div", { class: "images" });
+  #picker = element("input", { type: "file", accept: TYPES.join(","), multiple: true, hidden: true, change: () => this.#pick() });
+
+  constructor() {
+    this.node = element("div", { class: "chosen-images", hidden: true }, this.#shown, this.#note);
+    this.button = button("Add images", () => this.#picker.click(), { symbol: "+", class: "quiet", hidden: true });
+    this.picker = this.#picker;
+  }
+
+  /** Whether the chosen model reads images. */
+  set isAllowed(value) {
+    this.#isAllowed = value;
+    this.button.hidden = !value;
+  }
+
+  get count() {
+    return this.#urls.length;
+  }
+
+  /** The images of a paste or a drop; false if it has none, which is then the browser's. */
+  take(transfer) {
+    const files = [...(transfer?.files ?? [])].filter(({ type }) => type.startsWith("image/"));
+    if (files.length === 0) return false;
+    this.#add(files);
+    return true;
+  }
+
+  /** Returns the images and forgets them. */
+  taken() {
+    const urls = this.#urls;
+    this.#urls = [];
+    this.#say("");
+    return urls;
+  }
+
+  #pick() {
+    this.#add([...this.#picker.files]);
+    this.#picker.value = ""; // so that the same file can be picked again
+  }
+
+  async #add(files) {
+    const reason = this.#refusal(files);
+    if (!reason) this.#urls.push(...(await Promise.all(files.map(dataUrl))));
+    this.#say(reason);
+  }
+
+  #refusal(files) {
+    if (!this.#isAllowed) return "This model reads text only.";
+    if (this.#urls.length + files.length > MOST) return `A message has at most ${MOST} images.`;
+    const other = files.find(({ type }) => !TYPES.includes(type));
+    if (other) return `${other.name}: not a PNG, JPEG, WebP, GIF or BMP file.`;
+    const large = files.find(({ size }) => size > MOST_BYTES);
+    return large ? `${large.name}: larger than ${MOST_BYTES / 2 ** 20} MiB.` : "";
+  }
+
+  #say(note) {
+    this.#note.textContent = note;
+    this.node.hidden = !note && this.#urls.length === 0;
+    const remove = (url) => {
+      this.#urls.splice(this.#urls.indexOf(url), 1);
+      this.#say("");
+    };
+    fill(
+      this.#shown,
+      this.#urls.map((url, place) => {
+        const label = `Remove image ${place + 1}`;
+        return element("figure", {}, imageElement(url, place), button(label, () => remove(url), { symbol: "×" }));
+      }),
+    );
+  }
+}
+
+/** Images of a message, for people. */
+export function imageElements(urls) {
+  return urls.map(imageElement);
+}
+
+function imageElement(url, place) {
+  return element("img", { src: url, alt: `Image ${place + 1}` });
+}
+
+function dataUrl(file) {
+  const reader = new FileReader();
+  return new Promise((resolve, reject) => {
+    reader.addEventListener("load", () => resolve(reader.result));
+    reader.addEventListener("error", () => reject(reader.error));
+    reader.readAsDataURL(file);
+  });
+}

@@ -1,0 +1,125 @@
+"""Rows of images that an encoder computed: shared by requests, bounded, and computed once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ParameterError, QueueFullError
+
+Rows = NDArray[np.float32]  # [rows, levels * width]
+_RETRY_S: Final = 5.0
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class RowLimits:
+    """Limits of memory. `kept_bytes`: rows that no request uses. `held_bytes`: all rows."""
+
+    kept_bytes: int = 256 << 20
+    held_bytes: int = 1 << 30
+
+
+class ImageRows:
+    """The rows of images by digest. The latest are kept, and those that a request uses stay known as long as it does.
+    Not thread-safe."""
+
+    def __init__(self, limits: RowLimits | None = None) -> None:
+        self._limits = limits or RowLimits()
+        self._kept: OrderedDict[bytes, Rows] = OrderedDict()
+        self._live: WeakValueDictionary[bytes, Rows] = WeakValueDictionary()
+        self._reserved_bytes = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(rows.nbytes for rows in self._kept.values())
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory of kept rows, of those that requests use, and of those that are being computed."""
+        return sum(rows.nbytes for rows in self._live.values()) + self._reserved_bytes
+
+    def get(self, digest: bytes) -> Rows | None:
+        rows = self._live.get(digest)
+        if rows is not None:
+            self._keep(digest, rows)
+        return rows
+
+    def put(self, digest: bytes, rows: Rows) -> None:
+        """Takes rows that own their memory, so that they live as long as any part of them."""
+        assert rows.base is None
+        rows.flags.writeable = False
+        self._live[digest] = rows
+        self._keep(digest, rows)
+
+    @contextmanager
+    def reserving(self, size: int) -> Iterator[None]:
+        """Reserves memory for rows while they are computed. Raises QueueFullError if other requests use too much."""
+        most = self._limits.held_bytes
+        while self._kept and self.held_bytes + size > most:
+            self._kept.popitem(last=False)
+        if self.held_bytes + size > most:
+            raise QueueFullError(f"images of other requests take {self.held_bytes >> 20} MiB; try again", _RETRY_S)
+        self._reserved_bytes += size
+        try:
+            yield
+        finally:
+            self._reserved_bytes -= size
+
+    def check(self, size: int) -> None:
+        """Raises ParameterError if the images of one request would have `size` bytes, more than all may have."""
+        most = self._limits.held_bytes
+        if size > most:
+            what = f"have images whose rows take {size >> 20} MiB; the limit is {most >> 20} MiB"
+            raise ParameterError("messages", f"{what}: send fewer or smaller images, or set detail to low")
+
+    def _keep(self, digest: bytes, rows: Rows) -> None:
+        self._kept[digest] = rows
+        self._kept.move_to_end(digest)
+        while self.kept_bytes > self._limits.kept_bytes:
+            self._kept.popitem(last=False)
+
+
+@dataclass(slots=True)
+class _Running(Generic[_Value]):
+    task: asyncio.Task[_Value]
+    waiters: int = 0
+
+
+class SharedComputations(Generic[_Value]):
+    """Computations by key. Callers with equal keys wait for the same computation, and all get its result or error. It
+    is cancelled if all of them are."""
+
+    def __init__(self) -> None:
+        self._running: dict[bytes, _Running[_Value]] = {}
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._running
+
+    async def get(self, key: bytes, compute: Callable[[], Coroutine[Any, Any, _Value]]) -> _Value:
+        running = self._running.get(key)
+        if running is None:
+            running = self._running[key] = _Running(asyncio.create_task(compute()))
+            running.task.add_done_callback(lambda task: self._forget(key, task))
+        running.waiters += 1
+        try:
+            return await asyncio.shield(running.task)
+        finally:
+            running.waiters -= 1
+            if not running.waiters and not running.task.done():
+                running.task.cancel()
+                self._forget(key, running.task)
+
+    def _forget(self, key: bytes, task: asyncio.Task[_Value]) -> None:
+        if (running := self._running.get(key)) is not None and running.task is task:
+            del self._running[key]
+        if task.done() and not task.cancelled():
+            task.exception()  # else it is logged if all callers are cancelled

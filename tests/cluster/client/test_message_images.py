@@ -1,0 +1,95 @@
+"""Images in messages of the Python client: paths, bytes and Pillow's images, to a model that reads them."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64decode
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llamaclust.cluster.client.http import AsyncClient
+from llamaclust.cluster.client.message_images import image_part, message_json
+from llamaclust.cluster.client.session import AsyncChatSession
+from llamaclust.core.errors import UsageError
+from llamaclust.model.images.settings import MAX_IMAGE_BYTES
+from support.chat.vision import TinyVision
+from support.clusters import served as served_module
+from support.clusters.served import ScriptedEngine, make_app, says, serving
+
+PICTURE = Image.new("RGB", (3, 2), (200, 10, 30))
+
+
+@pytest.fixture(autouse=True)
+def _room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
+
+
+def png() -> bytes:
+    out = io.BytesIO()
+    PICTURE.save(out, "PNG")
+    return out.getvalue()
+
+
+def data_of(part: dict[str, Any]) -> tuple[str, bytes]:
+    head, _, data = part["image_url"]["url"].partition(",")
+    return head, b64decode(data)
+
+
+def test_a_path_bytes_and_an_image_of_pillow_become_data_urls(tmp_path: Path) -> None:
+    file = tmp_path / "a.jpg"
+    PICTURE.save(file, "JPEG")
+    for given in (file, file.read_bytes(), bytearray(file.read_bytes())):
+        assert data_of(image_part(given)) == ("data:image/jpeg;base64", file.read_bytes())
+    head, data = data_of(image_part(PICTURE))
+    assert head == "data:image/png;base64" and Image.open(io.BytesIO(data)).getpixel((2, 1)) == (200, 10, 30)
+
+
+def test_contents_are_texts_images_or_lists_of_both() -> None:
+    given = {"type": "image_url", "image_url": {"url": "https://a.example/b"}}
+    made = message_json({"role": "user", "content": ["What is this?", png(), given], "name": "a"})
+    assert made["content"] == [{"type": "text", "text": "What is this?"}, image_part(png()), given]
+    assert (made["role"], made["name"]) == ("user", "a")
+    assert message_json({"role": "user", "content": PICTURE})["content"] == [image_part(PICTURE)]
+    for content in ("text", None):
+        assert message_json({"role": "user", "content": content})["content"] == content
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Path("/no such image"), "/no such image: No such file or directory; give the path of an image"),
+        (b"%PDF-1.7", "image: not an image; expected a PNG, JPEG, WebP, GIF or BMP file"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * MAX_IMAGE_BYTES, "the limit of an image is 20971520: send a smaller one"),
+    ],
+)
+def test_other_data_are_refused_before_anything_is_sent(given: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+        message_json({"role": "user", "content": ["a", given]})
+
+
+async def test_a_session_sends_images_and_keeps_them(tmp_path: Path) -> None:
+    engine, vision = ScriptedEngine(says("Red.")), TinyVision()
+    async with serving(make_app(engine, vision=vision)) as url, AsyncClient(url) as client:
+        session = AsyncChatSession(client)
+        answer = await session.send(["What is this?", png()])
+        await session.send("And now?")
+    assert answer.text == "Red." and [source.data for source in vision.images] == [png()] * 2
+    assert [len(request.images) for request in engine.submitted] == [1, 1]
+    session.save(tmp_path / "chat.json")
+    other = AsyncChatSession(client)
+    other.load(tmp_path / "chat.json")
+    assert other.messages == session.messages and other.messages[0]["content"][1] == image_part(png())
+
+
+async def test_a_session_with_a_model_of_text_sends_no_image() -> None:
+    engine = ScriptedEngine(says("Red."))
+    async with serving(make_app(engine)) as url, AsyncClient(url) as client:
+        session = AsyncChatSession(client)
+        with pytest.raises(UsageError, match="reads text only"):
+            await session.send([png(), "What is this?"])
+        assert not session.messages and not engine.submitted
+        await session.send("Hello")
+    assert len(engine.submitted) == 1

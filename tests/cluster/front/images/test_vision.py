@@ -1,0 +1,245 @@
+"""Prompts with images of every family: token ids, rows of an encoder in this process, and rope positions."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import io
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llamaclust.cluster.front.text.image_rows import RowLimits, Rows
+from llamaclust.cluster.front.text.images import ImageSource, PromptImages
+from llamaclust.cluster.front.text.vision import Tile, Vision
+from llamaclust.cluster.scheduler.rows.image_spans import ImageSpan
+from llamaclust.core.errors import ContextLengthError, ParameterError, QueueFullError, RequestError, WorkerError
+from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.images.preparation import ImagePreparation
+from llamaclust.model.images.projector_settings import low_detail, settings_of
+from llamaclust.model.images.prompt import TileRows
+from llamaclust.model.projectors.projector import Projector, open_projector
+from support.clusters.served import ids, tokenizer
+from support.models.vision.encoded_tiles import encoded
+from support.models.vision.tiny_projectors import PROJECTORS, build_projector
+
+TURNED = ("qwen2.5vl_merger", "qwen3vl_merger", "glm4v")
+BEFORE, BETWEEN = tuple(ids("look: ")), tuple(ids(" and "))
+QUICK = "idefics3"
+
+
+def png(seed: int, width: int = 44, height: int = 30) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+FIRST, SECOND = png(1), png(2)
+
+
+@dataclass
+class Encoder:
+    """Encodes in this process, and counts the images. `gate` is open unless a test closes it."""
+
+    path: Path
+    images: int = 0
+    failure: Exception | None = None
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    async def encode(self, tiles: Sequence[Tile]) -> list[Rows]:
+        self.images += 1
+        self.begun.set()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.set()
+            raise
+        if self.failure is not None:
+            raise self.failure
+        return [encoded(ReferenceBackend(), self.path, tile) for tile in tiles]
+
+
+def any_length(_: int) -> None:
+    pass
+
+
+@asynccontextmanager
+async def seeing(
+    folder: Path, name: str = QUICK, sections: int = 0, limits: RowLimits | None = None
+) -> AsyncIterator[tuple[Vision, Encoder, Projector]]:
+    path = build_projector(folder / f"{name}.gguf", name)
+    projector, encoder = open_projector(path), Encoder(path)
+    vision = Vision(projector, tokenizer(), encoder.encode, sections, limits)
+    try:
+        yield vision, encoder, projector
+    finally:
+        await vision.aclose()
+
+
+def prompt_of(*images: bytes, detail: str = "auto") -> PromptImages:
+    pieces = [piece for image in images for piece in (ImageSource(image, detail), BETWEEN)]
+    return PromptImages((BEFORE, *pieces))
+
+
+async def spans_of(vision: Vision, *images: bytes) -> tuple[ImageSpan, ...]:
+    return (await vision.image_prompt(prompt_of(*images), any_length))[1]
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+async def test_rows_stand_in_the_family_s_prompt(name: str, tmp_path: Path) -> None:
+    async with seeing(tmp_path, name, 3 if name in TURNED else 0) as (vision, encoder, projector):
+        found, spans = await vision.image_prompt(prompt_of(FIRST, SECOND), any_length)
+        assert await vision.lay_out(prompt_of(FIRST, SECOND), any_length) == found
+        assert encoder.images == 2
+        with ImagePreparation(settings_of(projector)) as preparation:
+            made = [preparation.prepare(image) for image in (FIRST, SECOND)]
+    wanted, rows = [*BEFORE], []
+    for image in made:
+        tiles = [encoded(ReferenceBackend(), encoder.path, tile) for tile in image.tiles]
+        for piece in image.prompt:
+            if isinstance(piece, TileRows):
+                wanted += [0] * (piece.end - piece.start)
+                rows.append(tiles[piece.tile][piece.start : piece.end])
+            else:
+                wanted += ids(piece)
+        wanted += BETWEEN
+    assert list(found) == wanted
+    assert [at for span in spans for at in range(span.start, span.end)] == [at for at, i in enumerate(found) if not i]
+    assert len(spans) == len(rows)
+    for span, expected in zip(spans, rows, strict=True):
+        np.testing.assert_array_equal(span.rows.view("u4"), np.ascontiguousarray(expected).view("u4"))
+        assert span.rows.shape[1] == projector.width * projector.levels
+        assert span.is_bidirectional is (name in ("gemma3", "gemma4v"))
+        assert (span.rope_positions is not None) is (name in TURNED)
+    assert len({span.digest for span in spans}) == 2
+    by_image = [[span for span in spans if span.digest == digest] for digest in dict.fromkeys(s.digest for s in spans)]
+    for parts in by_image:
+        assert [span.offset for span in parts] == [
+            sum(len(span.rows) for span in parts[:number]) for number in range(len(parts))
+        ]
+
+
+@pytest.mark.parametrize("sections", [3, 4])
+async def test_rope_positions_are_the_time_line_and_column(sections: int, tmp_path: Path) -> None:
+    """44 x 30 pixels are resized to 40 x 32, which are 5 columns and 4 lines of rows of 8 x 8 pixels."""
+    async with seeing(tmp_path, "qwen3vl_merger", sections) as (vision, _, projector):
+        (span,) = await spans_of(vision, FIRST)
+    assert span.rope_positions is not None and projector.levels == 3
+    lines, columns = np.mgrid[0:4, 0:6] if len(span.rows) == 24 else np.mgrid[0:4, 0:5]
+    wanted = np.zeros((sections, lines.size), np.int32)
+    wanted[1], wanted[2] = lines.reshape(-1), columns.reshape(-1)
+    np.testing.assert_array_equal(span.rope_positions, wanted)
+
+
+async def test_equal_images_are_encoded_once(tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, encoder, _):
+        encoder.gate.clear()
+        waiting = [asyncio.create_task(spans_of(vision, FIRST, FIRST)) for _ in range(3)]
+        await asyncio.wait_for(encoder.begun.wait(), 60)
+        waiting.append(asyncio.create_task(spans_of(vision, FIRST)))
+        encoder.gate.set()
+        spans = [span for each in await asyncio.gather(*waiting) for span in each]
+        assert len({id(span.rows.base) for span in spans}) == 1 and encoder.images == 1
+        await spans_of(vision, FIRST, SECOND)
+        assert encoder.images == 2
+
+
+async def test_low_detail_has_fewer_rows_of_its_own(tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, encoder, projector):
+        low, spans = await vision.image_prompt(prompt_of(FIRST, detail="low"), any_length)
+        high, more = await vision.image_prompt(prompt_of(FIRST, detail="high"), any_length)
+        auto, same = await vision.image_prompt(prompt_of(FIRST), any_length)
+    assert auto == high and len(low) < len(high)
+    assert [span.digest for span in same] == [span.digest for span in more] and spans[0].digest != more[0].digest
+    assert len(spans) == 1 and len(more) > 4 and encoder.images == 2
+    assert low_detail(settings_of(projector)).longest_edge == projector.images.image_size
+
+
+async def test_an_error_reaches_all_that_wait_and_nobody_later(tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, encoder, _):
+        encoder.gate.clear()
+        encoder.failure = WorkerError("the encoder is gone")
+        waiting = [asyncio.create_task(spans_of(vision, FIRST)) for _ in range(3)]
+        await asyncio.wait_for(encoder.begun.wait(), 60)
+        encoder.gate.set()
+        assert {str(error) for error in await asyncio.gather(*waiting, return_exceptions=True)} == {
+            str(encoder.failure)
+        }
+        encoder.failure = None
+        assert await spans_of(vision, FIRST) and encoder.images == 2
+
+
+async def test_one_that_leaves_does_not_end_the_computation_of_others(tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, encoder, _):
+        encoder.gate.clear()
+        first, second = (asyncio.create_task(spans_of(vision, FIRST)) for _ in range(2))
+        await asyncio.wait_for(encoder.begun.wait(), 60)
+        first.cancel()
+        await asyncio.wait([first])
+        encoder.gate.set()
+        assert await second and encoder.images == 1 and first.cancelled()
+
+
+async def test_the_last_that_leaves_ends_the_computation(tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, encoder, _):
+        encoder.gate.clear()
+        tasks = [asyncio.create_task(spans_of(vision, FIRST)) for _ in range(2)]
+        await asyncio.wait_for(encoder.begun.wait(), 60)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await asyncio.wait_for(encoder.cancelled.wait(), 60)
+        encoder.gate.set()
+        assert await spans_of(vision, FIRST) and encoder.images == 2
+
+
+async def test_a_prompt_that_is_too_long_is_not_encoded(tmp_path: Path) -> None:
+    def check(tokens: int) -> None:
+        if tokens > 40:
+            raise ContextLengthError("is too long", tokens, 40)
+
+    async with seeing(tmp_path) as (vision, encoder, _):
+        for _ in range(2):  # the second time, the image's layout is known
+            with pytest.raises(ContextLengthError):
+                await vision.image_prompt(prompt_of(FIRST), check)
+            with pytest.raises(ContextLengthError):
+                await vision.lay_out(prompt_of(FIRST), check)
+        assert encoder.images == 0
+
+
+async def test_an_image_that_cannot_be_read_is_an_error_of_its_request(tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, encoder, _):
+        with pytest.raises(RequestError, match="begins with b'GIF88a'"):
+            await spans_of(vision, b"GIF88a")
+        assert encoder.images == 0
+
+
+async def test_memory_of_rows_is_bounded(tmp_path: Path) -> None:
+    async with seeing(tmp_path) as (vision, *_):
+        size = sum(span.rows.nbytes for span in await spans_of(vision, FIRST))
+    async with seeing(tmp_path, limits=RowLimits(size, 2 * size)) as (vision, encoder, _):
+        first = await spans_of(vision, FIRST)
+        second = await spans_of(vision, SECOND)
+        with pytest.raises(QueueFullError, match="other requests"):
+            await spans_of(vision, png(3))
+        with pytest.raises(ParameterError, match="send fewer or smaller images"):
+            await spans_of(vision, FIRST, SECOND, png(3))
+        assert encoder.images == 2 and len({span.digest for span in (*first, *second)}) == 2
+        del first  # its rows are no longer kept
+        gc.collect()
+        assert await spans_of(vision, png(3)) and encoder.images == 3
+        await spans_of(vision, SECOND)
+        assert encoder.images == 3, "a request has them still"
+        await spans_of(vision, FIRST)
+        assert encoder.images == 4

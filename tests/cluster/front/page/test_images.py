@@ -1,0 +1,121 @@
+"""Images in the page's chat: picked, pasted, dropped, shown, sent, and kept with the conversation."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+
+from support.browser.chatting import answers, chatting, ended, send
+from support.chat.vision import TinyVision
+from support.clusters import served as served_module
+from support.clusters.served import ScriptedEngine, says
+
+if TYPE_CHECKING:
+    from playwright.async_api import Browser, Locator, Page
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+TRANSFER = """([data, type, name]) => {
+  const transfer = new DataTransfer();
+  const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+  transfer.items.add(new File([bytes], name, { type }));
+  return transfer;
+}"""
+
+PASTE = """(field, clipboardData) => {
+  field.dispatchEvent(new ClipboardEvent("paste", { clipboardData, cancelable: true }));
+}"""
+
+
+@pytest.fixture(autouse=True)
+def _room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served_module, "CONTEXT", 1 << 14)
+
+
+def png(red: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (6, 4), (red, 0, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+def picked(name: str, data: bytes, kind: str = "image/png") -> Any:
+    return {"name": name, "mimeType": kind, "buffer": data}
+
+
+async def pick(page: Page, *files: Any) -> None:
+    await page.locator("input[type=file]").set_input_files([*files])
+
+
+async def transfer(page: Page, data: bytes, kind: str = "image/png", name: str = "a.png") -> Any:
+    return await page.evaluate_handle(TRANSFER, [base64.b64encode(data).decode(), kind, name])
+
+
+def chosen(page: Page) -> Locator:
+    return page.locator(".chosen-images img")
+
+
+async def test_images_are_picked_pasted_and_dropped_and_reach_the_model_in_order(browser: Browser) -> None:
+    engine, vision = ScriptedEngine(says("Red")), TinyVision()
+    async with chatting(browser, engine, vision=vision) as seen:
+        page = seen.page
+        await pick(page, picked("a.png", png(1)))
+        await chosen(page).nth(0).wait_for()
+        field = page.get_by_label("Message", exact=True)
+        pasted = await transfer(page, png(2))
+        await field.evaluate(PASTE, pasted)
+        await chosen(page).nth(1).wait_for()
+        dropped = await transfer(page, png(3))
+        for event in ("dragover", "drop"):
+            await page.locator(".talk").dispatch_event(event, {"dataTransfer": dropped})
+        await chosen(page).nth(2).wait_for()
+        await page.get_by_role("button", name="Remove image 2").click()
+        await send(page, "Which colour?")
+        await ended(page)
+        assert await answers(page) == ["Red"] and await chosen(page).count() == 0
+        shown = page.locator(".message.user .images img")
+        assert await shown.count() == 2
+        assert await shown.first.evaluate("image => image.decode().then(() => image.naturalWidth)") == 6
+        await send(page, "And now?")
+        await ended(page, 2)
+        await page.reload()
+        await page.locator(".message.user .images img").nth(1).wait_for()
+        seen.check()
+    assert [source.data for source in vision.images] == [png(1), png(3)] * 2
+    assert [len(request.images) for request in engine.submitted] == [2, 2]
+
+
+async def test_an_image_may_be_sent_alone_and_stays_when_its_text_is_edited(browser: Browser) -> None:
+    engine, vision = ScriptedEngine(says("Red")), TinyVision()
+    async with chatting(browser, engine, vision=vision) as seen:
+        page = seen.page
+        await pick(page, picked("a.png", png(1)))
+        await chosen(page).first.wait_for()
+        await page.get_by_role("button", name="Send").click()
+        await ended(page)
+        await page.get_by_role("button", name="Edit").click()
+        await page.get_by_label("Edit the message").fill("Which colour?")
+        await page.locator("form.edit").get_by_role("button", name="Send").click()
+        await page.locator(".message.user .text", has_text="Which colour?").wait_for()
+        await ended(page)
+        seen.check()
+    assert [source.data for source in vision.images] == [png(1)] * 2
+    assert len(engine.submitted[1].prompt) > len(engine.submitted[0].prompt)
+
+
+async def test_other_files_and_models_of_text_take_none(browser: Browser) -> None:
+    engine = ScriptedEngine(says("Yes"))
+    async with chatting(browser, engine, vision=TinyVision()) as seen:
+        await pick(seen.page, picked("a.svg", b"<svg/>", "image/svg+xml"))
+        await seen.page.get_by_text("a.svg: not a PNG, JPEG, WebP, GIF or BMP file.").wait_for()
+        assert await chosen(seen.page).count() == 0
+        seen.check()
+    async with chatting(browser, engine) as seen:
+        page = seen.page
+        assert not await page.get_by_role("button", name="Add images").is_visible()
+        await page.locator(".talk").dispatch_event("drop", {"dataTransfer": await transfer(page, png(1))})
+        await page.get_by_text("This model reads text only.").wait_for()
+        assert await chosen(page).count() == 0
+        seen.check()

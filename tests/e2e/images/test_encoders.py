@@ -31,7 +31,7 @@ from support.models.vision.encoded_tiles import encoded
 from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 from support.seed import SEED
 
-NAME = "qwen2.5vl_merger"
+NAME = "pixtral"
 TILES = 3
 
 

@@ -24,6 +24,7 @@ from llamaclust.cli.options import (
     Gpus,
     Json,
     KeyFile,
+    Mmproj,
     ModelDraft,
     Mtp,
     NCpuMoe,
@@ -155,6 +156,7 @@ def chat(
             help="Built-in chat template or Jinja file, instead of the template of --model.",
         ),
     ] = None,
+    mmproj: Mmproj = None,
     threads: Threads = None,
     model_draft: ModelDraft = None,
     mtp: Mtp = False,
@@ -175,7 +177,18 @@ def chat(
 
     gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, tuple(override_tensors))
     target = Target(
-        cluster, endpoint, api_key_file, model, threads, chat_template, gpus, ca_file, served_model, model_draft, mtp
+        cluster,
+        endpoint,
+        api_key_file,
+        model,
+        threads,
+        chat_template,
+        gpus,
+        ca_file,
+        served_model,
+        model_draft,
+        mtp,
+        images=Images(mmproj),
     )
     target.check_drafts(more.get("speculative"))
     chosen = {**more, "max_tokens": max_tokens, "seed": seed, "stop": stop, "reasoning_budget": reasoning_budget}
@@ -239,6 +252,13 @@ def reply_json(reply: Answer) -> dict[str, object]:
 
 
 @dataclass(frozen=True, slots=True)
+class Images:
+    """The images that a model in this process reads. `mmproj`: its projector; None: the only one beside it."""
+
+    mmproj: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """The model or cluster that the options select, by default the running cluster of this machine."""
 
@@ -253,6 +273,7 @@ class Target:
     served: str | None = None  # model or adapter of the cluster; None: its first model
     draft: str | None = None  # draft model of `model`
     mtp: bool = False  # its own head for multi-token prediction drafts
+    images: Images | None = None  # None: it reads none
 
     def check_drafts(self, most: int | None) -> None:
         """Raises UsageError if --model-draft or --mtp is given although `most`, the most drafted tokens of a step,
@@ -270,6 +291,7 @@ class Target:
         self._check()
         if self.model is not None:
             from llamaclust.cluster.config.catalog import resolve_model
+            from llamaclust.cluster.config.values import OFF
             from llamaclust.cluster.launchers.in_process import LocalSettings
 
             device, gpu_layers, _ = self.gpus.parsed
@@ -281,6 +303,7 @@ class Target:
                 placement=self.gpus.placement,
                 draft_model=self._draft_file(),
                 mtp=self.mtp,
+                mmproj=OFF if self.images is None else self.images.mmproj,
             )
             client = Client.local(resolve_model(self.model), self.threads, settings=settings)
             if client.placement:
@@ -323,6 +346,8 @@ class Target:
             raise UsageError("--model-draft is for --model: a cluster's is `speculative.model` in the cluster file")
         if self.mtp and self.model is None:
             raise UsageError("--mtp is for --model: a cluster's is `speculative.mtp` in the cluster file")
+        if self.images is not None and self.images.mmproj is not None and self.model is None:
+            raise UsageError("--mmproj is for --model: a cluster's is `mmproj` in the cluster file, or given to `up`")
         if self.threads is not None and self.model is None:
             raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")
         if (option := self.gpus.first_option) is not None and self.model is None:

@@ -11,12 +11,15 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from llamaclust.cluster.config.values import parse_device
+from llamaclust.cluster.config.projectors import open_with_projector
+from llamaclust.cluster.config.values import OFF, parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo, TileEncoder
 from llamaclust.cluster.front.text.service import TextService, TextSettings
+from llamaclust.cluster.front.text.vision import Vision
 from llamaclust.cluster.launchers.draft_model import open_device, open_draft_model, plan_draft_model
-from llamaclust.cluster.scheduler.capacity import ROWS, BlockCounts, Capacity, blocks_of
+from llamaclust.cluster.launchers.local_encoder import LocalEncoder
+from llamaclust.cluster.scheduler.capacity import ROWS, BlockCounts, Capacity, blocks_of, microbatch_rows
 from llamaclust.cluster.scheduler.drafting.ngram import NgramDrafters
 from llamaclust.cluster.scheduler.kv.groups import WindowGroup
 from llamaclust.cluster.scheduler.rows.slice import ScheduledMicrobatch
@@ -57,6 +60,7 @@ class LocalSettings:
     kv_blocks: int | None = None  # of 16 tokens; None: two whole contexts
     kv_type: KvType = KvType.F16  # of keys and values
     chat_template: str | None = None  # name of a built-in one or a file; None: the model's
+    mmproj: str | None = OFF  # file of the projector; None: the only one beside the model; OFF: no images are read
     speculation: bool = True  # several tokens a step where drafts of them pay
     draft_model: Path | None = None  # a small model with the same tokens that drafts
     mtp: bool = False  # the model's own head for multi-token prediction drafts
@@ -86,6 +90,7 @@ def local_capacity(model: Model, settings: LocalSettings) -> Capacity:
         context_length=context,
         max_sequences=settings.max_sequences,
         max_outputs=OUTPUTS,
+        rows=microbatch_rows(model.projector),
         prefill_chunk=settings.prefill_chunk,
         kv_type=KvType(settings.kv_type),
         prefix_cache=settings.prefix_cache,
@@ -109,7 +114,7 @@ class LocalStage:
     `logits`."""
 
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
-        self.model = Model.open(path, settings.chat_template)
+        self.model = open_with_projector(path, settings.mmproj, settings.chat_template)
         speculation, capacity = _speculation(self.model, settings), local_capacity(self.model, settings)
         context_blocks = blocks_of(capacity.context_length)
         blocks = capacity.blocks(self.model, settings.kv_blocks or 2 * context_blocks)
@@ -129,6 +134,8 @@ class LocalStage:
         limits = capacity.stage_limits(_with_own(blocks, context_blocks, self.scheduling.window_group))
         with ExitStack() as opened:
             opened.callback(device.close)
+            projector = self.model.projector
+            self.encoder = None if projector is None else opened.enter_context(LocalEncoder(device, projector))
             held = held_layers(device, self.model, limits, placement, settings.experts_cache_bytes)
             self._runner = load_whole(device, self.model, limits, held if device.gpus else ())
             opened.callback(self._runner.close)
@@ -144,7 +151,7 @@ class LocalStage:
     async def serve(self) -> AsyncIterator[TextService]:
         scheduling = self.scheduling
         try:
-            async with Engine(LocalPipeline(self), scheduling, _DEADLINES) as engine:
+            async with Engine(LocalPipeline(self), scheduling, _DEADLINES, projector=self.model.projector) as engine:
                 text = TextSettings(
                     self.model.file.path.stem,
                     scheduling.context_length,
@@ -156,11 +163,18 @@ class LocalStage:
                     max_drafted=scheduling.max_drafted,
                     recommended=recommended_sampling(self.model.file),
                 )
-                service = TextService(engine, self.model.tokenizer, self.model.chat_template, text)
+                vision = self._vision(engine)
+                service = TextService(engine, self.model.tokenizer, self.model.chat_template, text, vision)
                 async with aclosing(service):
                     yield service
         finally:
             self.close()
+
+    def _vision(self, engine: Engine) -> Vision | None:
+        projector = self.model.projector
+        if projector is None or engine.encoder is None:
+            return None
+        return Vision(projector, self.model.tokenizer, engine.encoder.encode, self.model.rope_sections)
 
     def close(self) -> None:
         self._thread.shutdown()
@@ -235,7 +249,7 @@ class LocalPipeline:
         self.epoch = _EPOCH
         self.stages: tuple[StageInfo, ...] = (StageInfo("this process", 0, stage.model.layer_count),)
         self.kv_disks = None
-        self.encoder: TileEncoder | None = None
+        self.encoder: TileEncoder | None = stage.encoder
         self._stage = stage
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 

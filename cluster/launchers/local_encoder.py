@@ -1,0 +1,48 @@
+"""The encoder of images of a model in this process. It computes on threads of its own, beside the model's steps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
+
+from llamaclust.cluster.engine.pipeline import TileTask
+from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.sizes import missing
+from llamaclust.kernels.backend import Float32
+from llamaclust.model.projectors.projector import Projector
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.encoder_memory import encoder_bytes
+from llamaclust.worker.encoder.tile_encoder import TileEncoder
+
+
+class LocalEncoder:
+    """The encoder of a `Pipeline` of one stage."""
+
+    def __init__(self, device: Device, projector: Projector) -> None:
+        """Loads the encoder on the processor. Raises InsufficientMemoryError if memory is short."""
+        memory, free_bytes = encoder_bytes(projector, device.threads), device.free_memory_bytes
+        if memory.total_bytes > free_bytes:
+            parts = {"weights": memory.weight_bytes, "workspace": memory.workspace_bytes}
+            what = f"{projector.file.path}: the encoder of images needs {missing(parts, free_bytes)}"
+            raise InsufficientMemoryError(f"{what}; set mmproj: off")
+        backend = device.backend_for((DeviceLayers("cpu", 0, 1),), apart=True)
+        self._encoder = TileEncoder(backend, projector, device.threads, None, lambda done_bytes: None)
+        self._thread = ThreadPoolExecutor(1, "images")
+
+    async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[Float32]:
+        loop = asyncio.get_running_loop()
+        for task in tasks:
+            yield await loop.run_in_executor(self._thread, self._encoder.rows, task.tile)
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+        self._encoder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

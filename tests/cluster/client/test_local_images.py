@@ -1,0 +1,66 @@
+"""Images to a model in this process: its answers depend on them, and its encoder's memory is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llamaclust import Client
+from llamaclust.cluster.client.http_codec import AnswerOptions
+from llamaclust.cluster.client.local import LocalClient
+from llamaclust.cluster.config.values import OFF
+from llamaclust.cluster.launchers import local_encoder
+from llamaclust.cluster.launchers.in_process import LocalSettings
+from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, ParameterError
+from llamaclust.worker.devices.encoder_memory import EncoderMemory
+from support.models.tiny_model import build_tiny_model
+from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
+
+SEEDED: AnswerOptions = {"max_tokens": 12, "temperature": 0.9, "seed": 3, "ignore_eos": True}
+RED, BLUE = (Image.new("RGB", (40, 30), colour) for colour in ((250, 10, 10), (10, 20, 240)))
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a projector beside it."""
+    path = tmp_path_factory.mktemp("seeing") / "m.gguf"
+    build_tiny_model(path, layers=2, hidden=TEXT_WIDTH, heads=4, ffn=96)
+    build_projector(path.with_name("mmproj-m.gguf"), "gemma3")
+    return path
+
+
+@pytest.fixture(scope="module")
+def client(seeing: Path) -> Iterator[LocalClient]:
+    settings = LocalSettings(context_length=640, mmproj=None, prefix_cache=False)
+    with Client.local(seeing, threads=1, settings=settings) as client:
+        yield client
+
+
+def answer(client: LocalClient, *images: Image.Image) -> tuple[tuple[int, ...], tuple[float, ...], int]:
+    reply = client.chat([{"role": "user", "content": ["What is this?", *images]}], **SEEDED)
+    return reply.token_ids, reply.logprobs, len(reply.prompt_token_ids)
+
+
+def test_answers_depend_on_images(client: LocalClient) -> None:
+    first, second, text = answer(client, RED), answer(client, BLUE), answer(client)
+    assert answer(client, RED) == first, "the same bits"
+    assert first[1] != second[1] and first[2] == second[2] > text[2]
+
+
+def test_without_its_projector_a_model_reads_text_only(client: LocalClient, seeing: Path) -> None:
+    with Client.local(seeing, threads=1, settings=LocalSettings(context_length=640)) as plain:
+        assert answer(plain) == answer(client)
+        with pytest.raises(ParameterError, match="image input is not supported"):
+            answer(plain, RED)
+    with pytest.raises(ModelFileError, match=r"a projector has 'clip'"):
+        Client.local(seeing, threads=1, settings=LocalSettings(mmproj=str(seeing)))
+
+
+def test_memory_of_the_encoder_is_checked(seeing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_encoder, "encoder_bytes", lambda *_: EncoderMemory(1 << 50, 1 << 20))
+    with pytest.raises(InsufficientMemoryError, match=r"encoder of images needs .* are missing; set mmproj: off"):
+        Client.local(seeing, threads=1, settings=LocalSettings(mmproj=None))
+    Client.local(seeing, threads=1, settings=LocalSettings(mmproj=OFF)).close()

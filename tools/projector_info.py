@@ -9,10 +9,9 @@ from typing import Any
 
 from llamaclust.core.sizes import needed
 from llamaclust.model.gguf.model_file import ModelFile
-from llamaclust.model.hyperparameters import read_architecture
+from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE, read_architecture
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.beside import projectors_beside
-from llamaclust.model.projectors.keys import ARCHITECTURE
 from llamaclust.model.projectors.projector import Projector, projector_of
 from llamaclust.worker.devices.encoder_memory import encoder_bytes
 
@@ -66,7 +65,7 @@ class ProjectorBeside:
 
 
 def is_projector(file: ModelFile) -> bool:
-    return read_architecture(file) == ARCHITECTURE
+    return read_architecture(file) == PROJECTOR_ARCHITECTURE
 
 
 def describe_projector(file: ModelFile) -> ProjectorInfo:

@@ -10,7 +10,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.header import read_header
 from llamaclust.model.gguf.model_file import PART_NAME
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.projectors.keys import ARCHITECTURE
+from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE
 from llamaclust.model.projectors.projector import Projector, open_projector
 
 PREFIX = "mmproj"
@@ -48,7 +48,7 @@ def projectors_beside(model: Path, check: Callable[[Projector], None]) -> Projec
     fitting, problems = [], []
     for path in _files(model):
         try:
-            if read_header(path).metadata.get("general.architecture") != ARCHITECTURE:
+            if read_header(path).metadata.get("general.architecture") != PROJECTOR_ARCHITECTURE:
                 continue
             projector = open_projector(path)
             check(projector)

@@ -11,10 +11,9 @@ from llamaclust.model.architectures.vision.family import Positions, VisionFamily
 from llamaclust.model.architectures.vision.layers import VisionHyperparameters
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.values import shown
-from llamaclust.model.hyperparameters import MAX_LAYERS, ModelKeys, read_architecture
+from llamaclust.model.hyperparameters import MAX_LAYERS, PROJECTOR_ARCHITECTURE, ModelKeys, read_architecture
 from llamaclust.model.steps.options import ActivationFunction
 
-ARCHITECTURE = "clip"
 _MAX_WIDTH = 1 << 16
 _MAX_HEADS = 1 << 10
 _MAX_IMAGE_SIZE = 1 << 14
@@ -70,8 +69,8 @@ def family_name(keys: ModelKeys) -> str:
 def projector_keys(file: ModelFile) -> ModelKeys:
     """Raises ModelFileError for a file that is no projector."""
     found = read_architecture(file)
-    if found != ARCHITECTURE:
-        what = f"{shown(found)}, but a projector has {ARCHITECTURE!r}"
+    if found != PROJECTOR_ARCHITECTURE:
+        what = f"{shown(found)}, but a projector has {PROJECTOR_ARCHITECTURE!r}"
         raise file.error("general.architecture", what, "give the mmproj file of the vision model")
     return ModelKeys(file)
 

@@ -23,8 +23,7 @@ from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor
 from llamaclust.model.gguf.values import LazyStrings, MetadataValue, fail_at
 from llamaclust.model.gguf.writer import WritableValue, header_bytes
-from llamaclust.model.hyperparameters import read_architecture, read_hyperparameters
-from llamaclust.model.projectors import keys as projector_keys
+from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE, read_architecture, read_hyperparameters
 from llamaclust.model.quant_types import QuantType
 
 MANIFEST_VERSION = 2
@@ -94,7 +93,7 @@ def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
     projector, those that `projector_of` reads."""
     architecture, is_adapter = read_architecture(file), "adapter.type" in file.metadata
     kept = ("adapter.", "general.type") if is_adapter else (f"{architecture}.", _TOKENIZER)
-    is_model = not is_adapter and architecture != projector_keys.ARCHITECTURE
+    is_model = not is_adapter and architecture != PROJECTOR_ARCHITECTURE
     own: dict[str, WritableValue] = {"general.architecture": architecture}
     for key, value in file.metadata.items():
         if key.startswith(kept):

@@ -1,40 +1,14 @@
-"""Computes the memory of an encoder of images on a worker, and the limits for which it is loaded. Nothing is loaded."""
+"""Computes the memory of an encoder of images on a worker. Nothing is loaded."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 
-from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import kv_bytes
-from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.model.projectors.projector import Projector
+from llamaclust.worker.devices.encoder_limits import EncoderMemory, encoder_limits
 
 _FLOAT_BYTES = 4
-
-
-@dataclass(frozen=True, slots=True)
-class EncoderMemory:
-    """The workspace includes KV memory, a tile's patches and its rows."""
-
-    weight_bytes: int
-    workspace_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weight_bytes + self.workspace_bytes
-
-
-def encoder_limits(projector: Projector) -> StageLimits:
-    """Returns the limits of a stage that runs one tile at a time. They exceed those of a text model's stages."""
-    rows = projector.most_program_rows
-    return StageLimits(
-        max_batch_tokens=rows,
-        max_outputs=1,
-        max_sequences=1,
-        max_context_tokens=rows,
-        kv_blocks=-(-rows // KV_BLOCK_TOKENS),
-    )
 
 
 def encoder_bytes(projector: Projector, threads: int) -> EncoderMemory:

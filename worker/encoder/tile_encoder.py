@@ -9,19 +9,20 @@ from llamaclust.core.errors import RequestError
 from llamaclust.kernels.backend import Backend, Batch, Float32, Progress
 from llamaclust.model.projectors.projector import Projector
 from llamaclust.model.projectors.tiles import EncoderInputs, TileReader
-from llamaclust.worker.devices.encoder_memory import EncoderMemory, encoder_bytes, encoder_limits
+from llamaclust.worker.devices.encoder_limits import EncoderMemory, encoder_limits
 
 
 class TileEncoder:
-    """`manifest` identifies the file's bytes on all workers; None: they were not compared."""
+    """`memory` was planned for it. `manifest` identifies the file's bytes on all workers; None: they were not
+    compared."""
 
     def __init__(
-        self, backend: Backend, projector: Projector, threads: int, manifest: str | None, progress: Progress
+        self, backend: Backend, projector: Projector, memory: EncoderMemory, manifest: str | None, progress: Progress
     ) -> None:
         """Loads weights, which may take long."""
         self.projector = projector
         self.manifest = manifest
-        self.memory: EncoderMemory = encoder_bytes(projector, threads)
+        self.memory = memory
         self._reader = TileReader(projector)
         self._limits = encoder_limits(projector)
         self._stage = backend.load(projector.program, projector.tensors, self._limits, progress)

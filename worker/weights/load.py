@@ -22,6 +22,7 @@ from llamaclust.wire.control.messages import Load, LoadProgress
 from llamaclust.wire.control.weights import AdapterFile, EncoderFile, WeightSources
 from llamaclust.worker.devices.device_memory import device_shares
 from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.encoder_limits import EncoderMemory
 from llamaclust.worker.devices.encoder_memory import encoder_bytes
 from llamaclust.worker.devices.system_info import release_freed_memory
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
@@ -80,12 +81,14 @@ async def _load_encoder(wanted: EncoderFile, device: Device, files: _Files) -> T
         progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + missing_bytes
         progress.weight_bytes = planned.weight_bytes
         await opened.complete(outline.read_names)
-        return await _in_thread(partial(_encoder, wanted, device, opened.file, progress), progress)
+        return await _in_thread(partial(_encoder, wanted, device, opened.file, planned, progress), progress)
 
 
-def _encoder(wanted: EncoderFile, device: Device, file: ModelFile, progress: Progress) -> TileEncoder:
+def _encoder(
+    wanted: EncoderFile, device: Device, file: ModelFile, memory: EncoderMemory, progress: Progress
+) -> TileEncoder:
     manifest = None if wanted.weights is None else wanted.weights.manifest
-    return TileEncoder(device.encoder_backend, projector_of(file), device.threads, manifest, progress.add)
+    return TileEncoder(device.encoder_backend, projector_of(file), memory, manifest, progress.add)
 
 
 async def _load(order: Load, device: Device, files: _Files, reserved_bytes: int) -> StageRunner:

@@ -1,4 +1,4 @@
-"""A worker is killed while it encodes an image: the next epoch's encoder returns the same bits."""
+"""A worker is killed while it encodes an image: the next epoch's encoder returns the same bits, and texts go on."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from llamaclust.cluster.control.remote.pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.encoder import Encoder
 from llamaclust.cluster.engine.pipeline import StageInfo, TileEncoder, TileTask
+from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.projector import open_projector
 from support.clusters.real_cluster import LIMITS, RealCluster, real_cluster
+from support.clusters.recovering import CONTEXT, config, generations, recovering, undisturbed
 from support.file_members import projector_at
 from support.models.tiny_model import build_tiny_model
 from support.models.vision.encoded_tiles import encoded
-from support.models.vision.tiny_projectors import build_projector
+from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 from support.seed import SEED
 
-NAME = "qwen2.5vl_merger"
+NAME = "pixtral"
 TILES = 3
 
 
@@ -51,17 +53,27 @@ async def opened(cluster: RealCluster, folder: Path, worker: str, epoch: int) ->
     """All layers and the encoder on one worker."""
     model, path = folder / "m.gguf", folder / "mmproj-m.gguf"
     reference = ModelReference(str(model), Model.open(model).model_id)
-    stages, encoder = [StageInfo(worker, 0, 2, encoder_bytes=1)], projector_at(str(path), path, model)
+    stages, encoder = [StageInfo(worker, 0, 4, encoder_bytes=1)], projector_at(str(path), path, model)
     handles = await load_stages(StageLoads(epoch, stages, reference, LIMITS, encoder=encoder), cluster.registry.workers)
     return await RemotePipeline.open(epoch, handles, cluster.run.token)
 
 
-async def test_a_worker_is_killed_in_mid_encode(tmp_path: Path) -> None:
-    build_tiny_model(tmp_path / "m.gguf", layers=2)
-    path = build_projector(tmp_path / "mmproj-m.gguf", NAME)
+def files(folder: Path) -> tuple[Path, list[NDArray[np.uint8]], list[Float32]]:
+    """A model with a projector beside it, tiles, and their rows."""
+    build_tiny_model(folder / "m.gguf", hidden=TEXT_WIDTH, heads=4, layers=4, context=CONTEXT)
+    path = build_projector(folder / "mmproj-m.gguf", NAME)
     random = np.random.default_rng(SEED)
     tiles = [random.integers(0, 256, (160, 160, 3), np.uint8) for _ in range(TILES)]
-    wanted = [encoded(CpuBackend(1), path, tile) for tile in tiles]
+    return path, tiles, [encoded(CpuBackend(1), path, tile) for tile in tiles]
+
+
+def check(found: Sequence[Float32], wanted: Sequence[Float32]) -> None:
+    for rows, expected in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(rows.view("u4"), expected.view("u4"))
+
+
+async def test_a_worker_is_killed_in_mid_encode(tmp_path: Path) -> None:
+    path, tiles, wanted = files(tmp_path)
     run = tmp_path / "run"
     run.mkdir()
     async with asyncio.timeout(120), real_cluster(run, 2) as cluster:
@@ -76,6 +88,32 @@ async def test_a_worker_is_killed_in_mid_encode(tmp_path: Path) -> None:
         os.kill(cluster.pids["a"], signal.SIGKILL)
         encoder.serve(None)
         encoder.serve(second.encoder)
-        for found, rows in zip(await encoding, wanted, strict=True):
-            np.testing.assert_array_equal(found.view("u4"), rows.view("u4"))
+        check(await encoding, wanted)
         await asyncio.gather(first.close(), second.close())
+
+
+def test_a_cluster_loses_the_worker_that_encodes(tmp_path: Path) -> None:
+    """Its requests of text, and the tiles, are computed to their ends by the others."""
+    _, tiles, wanted = files(tmp_path)
+    requests = generations(SEED, 40, 60)
+    expected = undisturbed(tmp_path / "m.gguf", requests)
+
+    async def run() -> None:
+        async with recovering(config(tmp_path / "m.gguf", tmp_path / "state")) as run:
+            engine, epoch = run.cluster.engine, run.cluster.supervisor.epoch
+            assert engine.encoder is not None and epoch.pipeline.encoder is not None
+            (holder,) = [worker for worker in epoch.workers if worker.stages[epoch.number][0].encoder is not None]
+            assert holder.stages[epoch.number][1].encoder_bytes > 0
+            watched = Watched(epoch.pipeline.encoder)
+            engine.encoder.serve(watched)
+            answers = run.start(requests)
+            encoding = asyncio.create_task(engine.encoder.encode(tiles))
+            await watched.begun.wait()
+            assert not encoding.done()
+            run.hurt(holder.name)
+            check(await encoding, wanted)
+            assert await asyncio.gather(*answers) == expected
+            assert run.cluster.supervisor.recoveries == 1
+            check(await engine.encoder.encode(tiles[:1]), wanted[:1])
+
+    asyncio.run(run())

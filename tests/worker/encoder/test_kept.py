@@ -10,6 +10,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.projector import open_projector
 from llamaclust.wire.control.weights import EncoderFile, WeightSources
+from llamaclust.worker.devices.encoder_memory import encoder_bytes
 from llamaclust.worker.encoder.streams import EncoderStreams
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from llamaclust.worker.service import StageService
@@ -32,7 +33,7 @@ async def test_a_kept_encoder_serves_the_same_file_alone(
 ) -> None:
     projector = open_projector(build_projector(tmp_path / "p.gguf", NAME))
     known = None if manifest is None else manifest.manifest
-    encoder = TileEncoder(CpuBackend(1), projector, 1, known, lambda done_bytes: None)
+    encoder = TileEncoder(CpuBackend(1), projector, encoder_bytes(projector, 1), known, lambda done_bytes: None)
     rows = encoder.rows(tile_of(NAME))
     model = Model.open(build_tiny_model(tmp_path / "m.gguf", layers=2))
     service, compute = StageService("w0"), Compute()
@@ -61,7 +62,7 @@ async def test_a_kept_encoder_serves_the_same_file_alone(
 
 async def test_a_kept_encoder_that_no_load_wants_is_freed(tmp_path: Path) -> None:
     projector = open_projector(build_projector(tmp_path / "p.gguf", NAME))
-    encoder = TileEncoder(CpuBackend(1), projector, 1, None, lambda done_bytes: None)
+    encoder = TileEncoder(CpuBackend(1), projector, encoder_bytes(projector, 1), None, lambda done_bytes: None)
     service, compute = StageService("w0"), Compute()
     service._kept_encoders.append(EncoderStreams(encoder, compute.apart()))
     assert await service.take_kept_encoder(None, None) is None

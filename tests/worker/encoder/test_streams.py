@@ -26,7 +26,7 @@ from llamaclust.wire.encoder import encode_tile
 from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.methods import ENCODE
 from llamaclust.wire.security.credentials import Principal
-from llamaclust.worker.devices.encoder_memory import EncoderMemory
+from llamaclust.worker.devices.encoder_limits import EncoderMemory
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from support.damaged_models import flip_middle
 from support.file_members import Members, alone, members, projector_at, results

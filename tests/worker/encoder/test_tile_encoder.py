@@ -11,14 +11,15 @@ from llamaclust.core.errors import RequestError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.projectors.projector import Projector, open_projector
 from llamaclust.model.quant_types import QuantType
-from llamaclust.worker.devices.encoder_memory import encoder_bytes, encoder_limits
+from llamaclust.worker.devices.encoder_limits import encoder_limits
+from llamaclust.worker.devices.encoder_memory import encoder_bytes
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
 from support.models.vision.encoded_tiles import encoded
 from support.models.vision.tiny_projectors import PATCH, PROJECTORS, build_projector, tile_of
 
 
 def loaded(projector: Projector) -> TileEncoder:
-    return TileEncoder(CpuBackend(1), projector, 1, None, lambda done_bytes: None)
+    return TileEncoder(CpuBackend(1), projector, encoder_bytes(projector, 1), None, lambda done_bytes: None)
 
 
 @pytest.mark.parametrize("name", PROJECTORS)

@@ -1,0 +1,33 @@
+"""The limits for which an encoder of images is loaded, and its memory as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.projectors.projector import Projector
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderMemory:
+    """The workspace includes KV memory, a tile's patches and its rows."""
+
+    weight_bytes: int
+    workspace_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.workspace_bytes
+
+
+def encoder_limits(projector: Projector) -> StageLimits:
+    """Returns the limits of a stage that runs one tile at a time. They exceed those of a text model's stages."""
+    rows = projector.most_program_rows
+    return StageLimits(
+        max_batch_tokens=rows,
+        max_outputs=1,
+        max_sequences=1,
+        max_context_tokens=rows,
+        kv_blocks=-(-rows // KV_BLOCK_TOKENS),
+    )

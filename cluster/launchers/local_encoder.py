@@ -7,11 +7,12 @@ from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llamaclust.cluster.engine.pipeline import TileTask
 from llamaclust.core.errors import InsufficientMemoryError
-from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.sizes import missing
-from llamaclust.kernels.backend import Float32
 from llamaclust.model.projectors.projector import Projector
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.encoder_memory import encoder_bytes
@@ -28,11 +29,10 @@ class LocalEncoder:
             parts = {"weights": memory.weight_bytes, "workspace": memory.workspace_bytes}
             what = f"{projector.file.path}: the encoder of images needs {missing(parts, free_bytes)}"
             raise InsufficientMemoryError(f"{what}; set mmproj: off")
-        backend = device.backend_for((DeviceLayers("cpu", 0, 1),), apart=True)
-        self._encoder = TileEncoder(backend, projector, device.threads, None, lambda done_bytes: None)
+        self._encoder = TileEncoder(device.encoder_backend, projector, memory, None, lambda done_bytes: None)
         self._thread = ThreadPoolExecutor(1, "images")
 
-    async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[Float32]:
+    async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[NDArray[np.float32]]:
         loop = asyncio.get_running_loop()
         for task in tasks:
             yield await loop.run_in_executor(self._thread, self._encoder.rows, task.tile)

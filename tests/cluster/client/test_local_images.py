@@ -15,7 +15,7 @@ from llamaclust.cluster.config.values import OFF
 from llamaclust.cluster.launchers import local_encoder
 from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, ParameterError
-from llamaclust.worker.devices.encoder_memory import EncoderMemory
+from llamaclust.worker.devices.encoder_limits import EncoderMemory
 from support.models.tiny_model import build_tiny_model
 from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 

@@ -133,7 +133,7 @@ def test_a_feature_level_that_is_not_there_is_refused_before_a_worker_starts(
 @pytest.mark.parametrize(("workers", "refused"), [(1, False), (2, True)])
 def test_microbatches_that_fit_in_no_message_are_refused(tiny: Path, workers: int, refused: bool) -> None:
     hyperparameters = SimpleNamespace(embedding_length=1 << 16, context_length=256)
-    model: Any = SimpleNamespace(hyperparameters=hyperparameters, hidden_bytes=4 << 17, layer_count=1)
+    model: Any = SimpleNamespace(hyperparameters=hyperparameters, hidden_bytes=4 << 17, layer_count=1, projector=None)
     values = {"model": "m", "context_length": 256, "workers": [{"name": f"w{index}"} for index in range(workers)]}
     config = ClusterConfig.model_validate(values)
     with pytest.raises(UsageError, match="544 tokens: 496 tokens") if refused else nullcontext():

@@ -29,7 +29,7 @@ class LocalEncoder:
             what = f"{projector.file.path}: the encoder of images needs {missing(parts, free_bytes)}"
             raise InsufficientMemoryError(f"{what}; set mmproj: off")
         backend = device.backend_for((DeviceLayers("cpu", 0, 1),), apart=True)
-        self._encoder = TileEncoder(backend, projector, device.threads, None, lambda done_bytes: None)
+        self._encoder = TileEncoder(backend, projector, memory, None, lambda done_bytes: None)
         self._thread = ThreadPoolExecutor(1, "images")
 
     async def rows(self, tasks: Sequence[TileTask]) -> AsyncGenerator[Float32]:

@@ -18,7 +18,12 @@ import numpy as np
 from support.pictures import REFERENCES, SETTINGS, SIZES, Pixels, picture, runs, samples_of, sizes_of
 
 Result = tuple[list[Pixels], str]
-PLAIN = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+PLAIN = {
+    "do_rescale": False,
+    "do_normalize": False,
+    "return_tensors": "pt",
+    "input_data_format": "channels_last",
+}
 
 
 def _pixels(tensor: Any) -> Pixels:

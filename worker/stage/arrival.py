@@ -68,6 +68,12 @@ class Arrival:
         return self.frame.rows
 
     @property
+    def has_groups(self) -> bool:
+        """True if rows see later rows of the batch, which bands of rows would compute too late."""
+        *_, groups, _ = self.frame.arrays
+        return groups is not None
+
+    @property
     def number(self) -> int:
         return self.frame.number
 

@@ -9,13 +9,14 @@ from time import perf_counter
 
 from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.kernels._native import Gatherer, LinkError, Links
-from llamaclust.kernels.gathers import MOST_BANDS
+from llamaclust.kernels.gathers import LEAST_BANDED_ROWS, MOST_BANDS
 from llamaclust.model.program import Program
 from llamaclust.wire.microbatch.codec import encode_sampled_tokens
 from llamaclust.wire.microbatch.messages import SampledTokens
 from llamaclust.worker.groups.bands import BandChoice
 from llamaclust.worker.groups.checked_gathers import checked_gathers
 from llamaclust.worker.groups.member_links import MemberLinks
+from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.sampled_tokens import MOST_IN_FLIGHT, SampledTokensBox, read_sampled_tokens
 
 _LENGTH = struct.Struct("<I")
@@ -43,22 +44,25 @@ class Leader:
 
     @contextmanager
     def step(
-        self, frame: bytes, followed: Sequence[SampledTokens], rows: int, checked: Program | None = None
+        self, arrival: Arrival, followed: Sequence[SampledTokens], checked: Program | None = None
     ) -> Iterator[None]:
         """Announces a microbatch and the tokens that it depends on; the body computes the step. `checked` is the
         stage's program if the step is computed again because numbers were not finite. Raises LinkError if a member does
         not take the step, or computes such numbers again. A WorkerError passes, since all members raise it; another
         error becomes a MemberFailedError."""
         assert self._links is not None, "a stream is accepted when the links are open"
-        self._links.bands = bands = self._choice.of(rows)
-        self._links.send_step(self._epoch, self._steps, encode_step(frame, followed, bands))
+        rows = arrival.rows
+        is_whole = rows >= LEAST_BANDED_ROWS and arrival.has_groups
+        self._links.bands = bands = 1 if is_whole else self._choice.of(rows)
+        self._links.send_step(self._epoch, self._steps, encode_step(arrival.data, followed, bands))
         self._steps += 1
         waited_s, begun_s = self._links.counters().waited_s, perf_counter()
         try:
             with self._member_links.step(rows), self._checking(checked, rows):
                 yield
             waited_s = self._links.counters().waited_s - waited_s
-            self._choice.add(rows, waited_s / (perf_counter() - begun_s))
+            if not is_whole:
+                self._choice.add(rows, waited_s / (perf_counter() - begun_s))
         except (LinkError, WorkerError):
             raise
         except Exception as error:

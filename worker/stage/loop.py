@@ -218,7 +218,7 @@ class StageLoop:
             return runner.run_frame(frame)
         followed = self._tokens.all_of(frame.depends_on if runner.program.is_first else [])
         checked = runner.program if frame.checked_chunks else None
-        with self._leader.step(arrival.data, followed, arrival.rows, checked):
+        with self._leader.step(arrival, followed, checked):
             return runner.run_frame(frame)
 
     def _finish(self, arrival: Arrival, logits: Logits, inputs: StepInputs) -> StepOutputs:

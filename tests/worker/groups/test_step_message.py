@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import struct
+from contextlib import nullcontext
 from random import Random
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.microbatch.messages import SampledTokens
-from llamaclust.worker.stage.leading import decode_step, encode_step
+from llamaclust.worker.stage.leading import Leader, decode_step, encode_step
 from support.seed import SEED
 
 
@@ -41,3 +44,20 @@ def test_a_step_arrives_as_it_was(count: int) -> None:
 def test_what_is_no_step_is_refused(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode_step(data)
+
+
+@pytest.mark.parametrize("has_groups", [False, True])
+def test_rows_that_see_later_ones_are_one_band(has_groups: bool) -> None:
+    rows, sent = 512, list[int]()
+    counters = SimpleNamespace(waited_s=0.0)
+
+    def send_step(epoch: int, number: int, data: bytes) -> None:
+        sent.append(decode_step(data)[2])
+
+    links: Any = SimpleNamespace(counters=lambda: counters, send_step=send_step)
+    members: Any = SimpleNamespace(open=lambda start: start(links), step=lambda _: nullcontext())
+    arrival: Any = SimpleNamespace(rows=rows, has_groups=has_groups, data=b"")
+    leader = Leader(1, members, lambda _: None)
+    with leader.step(arrival, []):
+        assert links.bands == sent[0]
+    assert (sent[0] == 1) == has_groups

@@ -118,12 +118,12 @@ def test_what_cannot_be_obeyed_is_refused(model: Model, rules: str, told: str) -
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("exps", "'exps' is no rule; write it like 'exps=CPU'"),
-        ("exps=TPU", "'TPU' is no device; write CPU or ram, gpu, or CUDA0"),
-        ("=CPU", "a pattern of 0 characters; 1 to 256 are possible"),
-        ("a" * (MAX_PATTERN + 1) + "=CPU", "a pattern of 257 characters"),
-        ("(?!x)=CPU", "no regular expression: look-around"),
-        ("[=CPU", "no regular expression: unclosed character class"),
+        ("exps", "'exps' is not a rule; write PATTERN=DEVICE, such as 'exps=CPU'"),
+        ("exps=TPU", "'TPU' is not a device; write CPU or ram, gpu, or CUDA0"),
+        ("=CPU", "a pattern has 0 characters; expected 1 to 256"),
+        ("a" * (MAX_PATTERN + 1) + "=CPU", "a pattern has 257 characters"),
+        ("(?!x)=CPU", "not a regular expression: look-around"),
+        ("[=CPU", "not a regular expression: unclosed character class"),
         ("(a{1000}){1000}=CPU", "exceeds size limit"),
         (r"(a)\1=CPU", "backreferences are not supported"),
         ("a\n=CPU", "cannot be printed"),

@@ -31,7 +31,7 @@ def test_a_file_larger_than_the_bound_is_refused(make: Make) -> None:
     with pytest.raises(OSError):
         user.put(1, 2 * BYTES)
     assert user.cache.files() == [] and unfinished(user) == []
-    with pytest.raises(NoRoomError, match=r"1 MiB more of .* beside 0 MiB in use, 1 MiB are allowed \("):
+    with pytest.raises(NoRoomError, match=r"1 MiB more of .* beside 0 MiB in use, the limit is 1 MiB \("):
         user.cache.write(f"x{user.suffix}", [bytes(2 * BYTES)])
 
 

@@ -73,7 +73,7 @@ def test_floats_are_multiplied_with_their_scales(
     ("said", "change", "message"),
     [
         ({"weight_block_size": [16, 16]}, {}, r"scales of shape \[3, 3\] for 40 rows of 24"),
-        ({"weight_block_size": 16}, {}, "'weight_block_size': two whole numbers expected"),
+        ({"weight_block_size": 16}, {}, "'weight_block_size': expected two whole numbers"),
         ({"weight_block_size": [0, 16]}, {}, "'rows': 0, a whole number of 1"),
         ({}, {}, r"scales of shape \[3, 3\] for 40 rows of 24"),
         ({}, {"m.weight_scale_inv": np.ones((ROWS, 1, 2), np.float32)}, r"scales of shape \[40, 1, 2\]"),
@@ -166,9 +166,9 @@ def test_version_two_of_llama2c(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (version_two()[0][:-4], "was cut short"),
-        (version_two()[0] + b"x", "expected for its header"),
-        (version_two(0)[0], "groups of 0 weights, 1 to 16 expected"),
-        (version_two(7)[0], "192 weights are no whole groups of 7"),
+        (version_two()[0] + b"x", "for its header, found"),
+        (version_two(0)[0], "expected groups of 1 to 16 weights, found 0"),
+        (version_two(7)[0], "192 weights are not whole groups of 7"),
     ],
     ids=["short", "long", "none", "seven"],
 )

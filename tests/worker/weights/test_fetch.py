@@ -128,7 +128,7 @@ async def test_a_flipped_bit_is_refused_and_the_tensor_comes_from_elsewhere(
             assert {wanted_range.content for wanted_range in bad.asked} <= {
                 wanted_range.content for wanted_range in good.asked
             }
-            with pytest.raises(WorkerError, match=r"nowhere .holder 0: .*other bytes than those with SHA-256"):
+            with pytest.raises(WorkerError, match=r"not available .holder 0: .*its bytes do not have SHA-256"):
                 await fetch(WeightCache(folder / "alone", ROOM), [bad], what)
     check(cache)
     assert len(contents(cache)) == len({tensor.content for tensor in what})
@@ -192,7 +192,7 @@ async def test_a_hostile_peer_costs_nothing_but_time(
         check(cache)
         assert len(contents(cache)) == len({tensor.content for tensor in what})
         assert not list(cache.path.glob("*.part"))
-        with pytest.raises(WorkerError, match=r"to be had nowhere .holder 0: "):
+        with pytest.raises(WorkerError, match=r"not available .holder 0: "):
             await fetch(WeightCache(folder / "alone", ROOM), [bad], what[:1])
 
 

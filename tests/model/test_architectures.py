@@ -99,7 +99,7 @@ def test_yarn_without_extrapolation_is_linear() -> None:
 
 
 def test_yarn_needs_a_base() -> None:
-    with pytest.raises(ModelFileError, match=r"rope\.freq_base: 1"):
+    with pytest.raises(ModelFileError, match=r"rope\.freq_base: expected more than 1 with YaRN, found 1"):
         rope_table(replace(PLAIN, scaling=RopeScaling.YARN, factor=2.0, frequency_base=1.0))
 
 

@@ -151,7 +151,11 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
         ("qwen35", {"ssm.time_step_rank": 0}, "ssm.time_step_rank': expected 1 to 1024, found 0"),
         ("qwen35", {"ssm.inner_size": 96}, "ssm.inner_size': expected 4 heads of 16 channels, found 96 channels"),
         ("qwen35", {"full_attention_interval": 0}, "full_attention_interval': expected 1 to 1024, found 0"),
-        ("qwen35", {"attention.recurrent_layers": np.ones(3, bool)}, "recurrent_layers': 3 numbers for 5 layers"),
+        (
+            "qwen35",
+            {"attention.recurrent_layers": np.ones(3, bool)},
+            "recurrent_layers': expected 5 numbers, one for each layer, found 3",
+        ),
         (
             "qwen35",
             {"attention.recurrent_layers": 1},
@@ -160,7 +164,7 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
         (
             "qwen35",
             {"attention.recurrent_layers": np.ones(5, np.float32)},
-            r"recurrent_layers': '\[1. 1. 1. 1. 1.\]', an",
+            r"recurrent_layers': expected an array of .*, found '\[1. 1. 1. 1. 1.\]'",
         ),
         ("qwen35", {"attention.recurrent_layers": "11111"}, "recurrent_layers': expected an array .*, found '11111'"),
         ("qwen35", {"attention.scale": 0.5}, "attention.scale': '?0.5'? is not supported"),

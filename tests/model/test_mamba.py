@@ -74,16 +74,19 @@ def test_rotations_are_those_of_the_file(models: dict[str, Model]) -> None:
         ({"ssm__conv_kernel": None}, "ssm.conv_kernel.*missing"),
         ({"ssm__conv_kernel": 1}, "ssm.conv_kernel': expected 2 to 16, found 1"),
         ({"ssm__conv_kernel": 3}, r"blk.0.ssm_conv1d.weight: expected shape \[3, 192\], found \[4, 192\]"),
-        ({"ssm__inner_size": 100}, "ssm.inner_size': 100, which 8 heads do not divide"),
+        ({"ssm__inner_size": 100}, "ssm.inner_size': 8 heads do not divide 100"),
         (
             {"ssm__inner_size": 8},
             "ssm.inner_size': expected multiples of 16, found 8 and 72 channels of the convolution",
         ),
-        ({"ssm__time_step_rank": 0}, "ssm.time_step_rank': 0, 1 to"),
+        ({"ssm__time_step_rank": 0}, "ssm.time_step_rank': expected 1 to .*, found 0"),
         ({"ssm__time_step_rank": 4}, r"blk.0.ssm_in.weight: expected shape \[64, 324\], found \[64, 328\]"),
-        ({"ssm__group_count": 3}, "ssm.group_count': 3 does not divide 8 heads"),
+        ({"ssm__group_count": 3}, "ssm.group_count': 3 groups do not divide 8 heads"),
         ({"ssm__state_size": 1 << 13}, "ssm.state_size': expected 1 to 4096, found 8192"),
-        ({"ssm__state_size": 4096, "ssm__inner_size": 1 << 15}, "ssm.state_size': 4096 for each of 32768 channels"),
+        (
+            {"ssm__state_size": 4096, "ssm__inner_size": 1 << 15},
+            "ssm.state_size': 32768 channels with 4096 numbers each",
+        ),
         (
             {
                 key: 1 << 14 if key != "ssm__state_size" else 1 << 12
@@ -93,7 +96,7 @@ def test_rotations_are_those_of_the_file(models: dict[str, Model]) -> None:
         ),
         ({"attention__head_count_kv": 2}, "blk.0.attn_q.weight.*missing"),
         ({"attention__head_count_kv": np.array([2, 0, 2, 0, 2], np.int32)}, "blk.0.attn_q.weight.*missing"),
-        ({"feed_forward_length": np.array([96, 0, 96, 96, 96], np.int32)}, "blk.1.ffn_gate.weight: shape"),
+        ({"feed_forward_length": np.array([96, 0, 96, 96, 96], np.int32)}, "blk.1.ffn_gate.weight: expected shape"),
         ({"moe_latent_size": 32}, "moe_latent_size': '32' is not supported"),
     ],
 )

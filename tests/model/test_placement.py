@@ -103,8 +103,11 @@ def test_whole_layers(model: Model) -> None:
         (r"attn_q=CUDA0,attn_k=CUDA1", "which are on one device as parts of layer 0"),
         (r"exps=CUDA1,blk=CUDA0", "which are on one device as parts of layer 0"),
         (r"blk\.0\.ffn_.*_exps=gpu,blk\.0\.=CPU", "which are on one device as parts of"),
-        ("ffn_.*_expz=CPU", "matches none of 123 tensors of 12 layers; names are like blk.0.ffn_"),
-        (r"exps=CPU,blk\.12\.=CPU", r"'blk\.12\.=ram' matches none of 123 tensors of 12 layers"),
+        (
+            "ffn_.*_expz=CPU",
+            "matches none of the 123 tensors of the model; change the pattern; names are like blk.0.ffn_",
+        ),
+        (r"exps=CPU,blk\.12\.=CPU", r"'blk\.12\.=ram' matches none of the 123 tensors of the model"),
     ],
 )
 def test_what_cannot_be_obeyed_is_refused(model: Model, rules: str, told: str) -> None:

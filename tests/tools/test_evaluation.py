@@ -153,7 +153,7 @@ def test_what_are_no_logprobs_is_refused(step: float, least: float, tmp_path: Pa
     data[at : at + 8] = struct.pack("<ff", step, least)
     (tmp_path / "x").write_bytes(data)
     assert kept.logprobs(0, 0, 1).shape == (1, VOCABULARY)
-    with pytest.raises(UsageError, match="chunk 0 holds values that are no logprobs"):
+    with pytest.raises(UsageError, match="chunk 0 holds values that are not logprobs"):
         kept.logprobs(0, 0, 3)
 
 
@@ -299,7 +299,7 @@ def test_endings_are_chosen_alike_on_two_workers(tiny: Path, tasks: Path, capsys
         (("-f", "TEXT", "--tasks", "2"), "--tasks is for --hellaswag"),
         (("--hellaswag", "TASKS", "-f", "TEXT"), "-f is not for it"),
         (("--hellaswag", "TEXT"), "expected six lines for each task .*, found 1 lines"),
-        (("--hellaswag", "WRONG"), "line 2: 'four'"),
+        (("--hellaswag", "WRONG"), "line 2: expected the number of the right ending, 0 to 3, found 'four'"),
     ],
 )
 def test_mistakes_get_one_line(

@@ -167,7 +167,7 @@ def test_what_is_refused_leaves_nothing(model: Path, tmp_path: Path) -> None:
     noise.write_bytes(os.urandom(100))
     before, out = names(tmp_path), tmp_path / "out.gguf"
     for words, says in (
-        ((model, out, "Q9"), "no type Q9"),
+        ((model, out, "Q9"), "type Q9 is not known"),
         ((tmp_path / "none.gguf", out, "Q8_0"), "none.gguf"),
         ((noise, out, "Q8_0"), "noise"),
         ((quantized, out, "Q4_0"), "is Q8_0 already"),

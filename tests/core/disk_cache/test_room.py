@@ -76,7 +76,7 @@ def test_a_part_of_the_disk_stays_free(make: Make, kind: str, monkeypatch: pytes
     disk(monkeypatch, 20 * BYTES, 100)
     stays = "" if kind == "weights" else r" \(1 stay free\)"
     with pytest.raises(
-        NoRoomError, match=rf"the disk has 0 MiB free{stays}, 1 MiB more of .*; make room there, or set"
+        NoRoomError, match=rf"the disk has 0 MiB free{stays}, but 1 MiB more of .*; make room there, or set"
     ):
         user.cache.write(f"x{user.suffix}", [bytes(4 * BYTES)])
     disk(monkeypatch, 1 << 50, (2 << 30) + 10 * BYTES)

@@ -119,15 +119,17 @@ def test_what_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = install(monkeypatch)
     device = CupyDevice()
-    with pytest.raises(InsufficientMemoryError, match="2 MiB are needed, 1 MiB are free; take fewer layers"):
+    with pytest.raises(InsufficientMemoryError, match="2 MiB are needed, but 1 MiB are free; take fewer layers"):
         device.allocate(2 << 20)
-    with pytest.raises(InsufficientMemoryError, match="1 MiB are needed, 1 MiB are free"):
+    with pytest.raises(InsufficientMemoryError, match="1 MiB are needed, but 1 MiB are free"):
         device.allocate(700 << 10)  # what is free is in pieces
     cupy.runtime.free_bytes = 1 << 30
     capped = CupyDevice(memory_cap_bytes=4 << 20)
     held = capped.allocate(3 << 20)
     assert capped.free_bytes == 1 << 20
-    with pytest.raises(InsufficientMemoryError, match="2 MiB are needed, 1 MiB are free of the 4 MiB that may be used"):
+    with pytest.raises(
+        InsufficientMemoryError, match="2 MiB are needed, but 1 MiB are free of the 4 MiB that may be used"
+    ):
         capped.allocate(2 << 20)
     held.close()
     held.close()

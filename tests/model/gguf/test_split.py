@@ -103,12 +103,12 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (cut, r"00002-of-00003\.gguf: tensor .*ends at byte .*part 2 of 3"),
     "count in a part": (
         lambda first: write_part(first.parent, 2, split__count=np.uint16(4)),
-        r"00002.*split\.count: 4, but",
+        r"00002.*split\.count: this part says 4, but",
     ),
     "no number": (lambda first: write_part(first.parent, 2, split__no=None), r"00002.*split\.no: missing"),
     "tensor count": (
         lambda first: write_part(first.parent, 1, split__tensors__count=np.int32(7)),
-        r"00001.*split\.tensors\.count: 7, but the parts hold 3 tensors",
+        r"00001.*split\.tensors\.count: the first part says 7, but the parts hold 3 tensors",
     ),
     "no tensor count": (
         lambda first: write_part(first.parent, 1, split__tensors__count=None),
@@ -116,13 +116,16 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor in two parts": (
         lambda first: write_part(first.parent, 3, tensor="blk.1.weight"),
-        r"00003.*'blk\.1\.weight': also in model-00001",
+        r"00003.*'blk\.1\.weight': it is also in model-00001",
     ),
     "first is not first": (
         lambda first: write_part(first.parent, 1, split__no=np.uint16(1)),
-        r"00001.*split\.no: part 2 of 3; give the first part",
+        r"00001.*split\.no: this is part 2 of 3; give the first part",
     ),
-    "number is text": (lambda first: write_part(first.parent, 2, split__no="x"), r"split\.no: text, a whole number"),
+    "number is text": (
+        lambda first: write_part(first.parent, 2, split__no="x"),
+        r"split\.no: expected a whole number of .*, found text",
+    ),
     "count is zero": (
         lambda first: write_part(first.parent, 1, split__count=0),
         r"split\.count: the file says 0, but its name says 00003 parts",

@@ -81,5 +81,5 @@ def test_a_text_that_comes_late_in_an_answer_is_refused_there(vocabulary: Gramma
     for _ in range(39):
         assert made.try_take(ord("a")) is None and made.forced() == []
     made.take((ord("a"),))
-    with pytest.raises(RequestError, match="must come whole"):
+    with pytest.raises(RequestError, match="forces a text of at least"):
         made.forced()

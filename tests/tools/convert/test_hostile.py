@@ -208,9 +208,9 @@ def test_files_and_shards_that_are_cut_short_or_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"dim": 10**12}, "1000000000000, a whole number of 1 to 1048576"),
-        ({"n_heads": 0}, "0, a whole number"),
-        ({"n_layers": "many"}, "'many', a whole number"),
+        ({"dim": 10**12}, "expected a whole number of 1 to 1048576, found 1000000000000"),
+        ({"n_heads": 0}, "expected a whole number of .*, found 0"),
+        ({"n_layers": "many"}, "expected a whole number of .*, found 'many'"),
         ({"norm_eps": 1e300}, "'norm_eps': expected 1e-12 to 0.1, found 1e.300"),
         ({"n_heads": 3}, "3 does not divide a width of 64"),
         ({"dim": 32}, "expected"),
@@ -241,7 +241,7 @@ def test_meta_s_parts_that_do_not_belong_together(tmp_path: Path) -> None:
     write_torch(
         tmp_path / "m/consolidated.01.pth", one | {"layers.0.attention.wq.weight": np.ones((32, 32), np.float32)}
     )
-    refused(tmp_path / "m", r"shape \[32, 32\], \[32, 64\] in the first part")
+    refused(tmp_path / "m", r"expected shape \[32, 64\] as in the first part, found \[32, 32\]")
 
 
 @pytest.mark.parametrize("data", [b"", b"GGUF" + bytes(99), bytes(300), b"\x10\0\0\0" * 80, np.arange(9999).tobytes()])
@@ -323,7 +323,7 @@ def test_shapes_of_very_many_dimensions_are_refused_at_once(tmp_path: Path) -> N
     entry = {"dtype": "F32", "shape": [(1 << 47) - 1] * 200_000, "data_offsets": [0, 4]}
     text = json.dumps({"a": entry}).encode()
     (model / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
-    refused(model, "200000 dimensions, 5 at most")
+    refused(model, "200000 dimensions; the most is 5")
     (model / "model.safetensors").unlink()
     one = b"\x8a\x06" + ((1 << 47) - 1).to_bytes(6, "little")
     storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x01tQ"
@@ -331,21 +331,25 @@ def test_shapes_of_very_many_dimensions_are_refused_at_once(tmp_path: Path) -> N
     tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + b"K\x00" + shape + shape + b"\x89)tR"
     data = b"\x80\x04}(X\x01\0\0\0a" + tensor + b"u."
     write_archive(model / "pytorch_model.bin", {"archive/data.pkl": data, "archive/data/0": bytes(4)})
-    refused(model, "200000 dimensions, 5 at most")
+    refused(model, "200000 dimensions; the most is 5")
 
 
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", {"rope_theta": 10**400}, "'rope_theta': 1000"),
-        ("config.json", {"rope_theta": float("1e300")}, r"'rope_theta': 1e\+300"),
+        ("config.json", {"rope_theta": 10**400}, "'rope_theta': .*found 1000"),
+        ("config.json", {"rope_theta": float("1e300")}, r"'rope_theta': .*found 1e\+300"),
         ("config.json", {"rope_theta": float("nan")}, r"'rope_theta': expected 1 to 1e\+12, found nan"),
         ("config.json", {"rms_norm_eps": float("-inf")}, "'rms_norm_eps': expected 1e-12 to 0.1, found -inf"),
-        ("config.json", {"num_key_value_heads": float("inf")}, "'num_key_value_heads': inf, a whole number"),
+        (
+            "config.json",
+            {"num_key_value_heads": float("inf")},
+            "'num_key_value_heads': expected a whole number of .*, found inf",
+        ),
         ("config.json", {"_name_or_path": "\ud800"}, "half of a UTF-16 surrogate pair"),
         ("tokenizer_config.json", {"chat_template": "\ud800"}, "half of a UTF-16 surrogate pair"),
-        ("tokenizer.json", {"added_tokens": 5}, "no list|a sequence"),
-        ("tokenizer.json", {"model": {"vocab": {"a": 0}, "merges": 5}}, "no list|a sequence|a tokenizer"),
+        ("tokenizer.json", {"added_tokens": 5}, "not a list|a sequence"),
+        ("tokenizer.json", {"model": {"vocab": {"a": 0}, "merges": 5}}, "not a list|a sequence|a tokenizer"),
         ("model.safetensors.index.json", {"weight_map": {"a": "x\n.bin"}}, "which is not a file name"),
         ("model.safetensors.index.json", {"weight_map": {"a": "x\0.bin"}}, "which is not a file name"),
     ],
@@ -394,5 +398,5 @@ def test_a_type_that_is_no_text(tmp_path: Path) -> None:
 def test_words_that_would_take_for_ever_to_merge() -> None:
     words = [bytes([byte]) for byte in range(256)] + [b"a" * (2 << power) for power in range(16)]
     lines = [base64.b64encode(word) + b" %d\n" % rank for rank, word in enumerate(words)]
-    with pytest.raises(ModelFileError, match="a word of 65536 bytes, 1024 at most"):
+    with pytest.raises(ModelFileError, match="a word has 65536 bytes; the limit is 1024"):
         read_ranks(Path("x.tiktoken"), b"".join(lines))

@@ -133,7 +133,7 @@ def test_exchanged_matrices_and_ranks_of_their_own(tmp_path: Path) -> None:
         (factors("mlp.up_proj", INNER, HIDDEN), {"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"alpha_pattern": {r"layers\.\d+": 9}}, "patterns are not supported"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"r": 8}, "rank 4, adapter_config.json says 8"),
-        (factors("mlp.up_proj", INNER, HIDDEN), {"r": -4}, "-4, a whole number"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"r": -4}, "expected a whole number, found -4"),
         (factors("mlp.up_proj", INNER + 1, HIDDEN), {}, r"expected shape \[96, 64\] as in the base, found \[97, 64\]"),
         (factors("mlp.other", INNER, HIDDEN), {}, "the base has no tensor"),
         (dict(list(factors("mlp.up_proj", INNER, HIDDEN).items())[:1]), {}, "only A is there"),

@@ -238,7 +238,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 async def test_a_full_disk_is_one_error_before_anything_is_fetched(tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = WeightCache(tmp_path_factory.mktemp("w"), 1 << 60)
-    with pytest.raises(LlamaclustError, match=r"the disk has \d+ MiB free, 1073741824 MiB more of weights are needed"):
+    with pytest.raises(
+        LlamaclustError, match=r"the disk has \d+ MiB free, but 1073741824 MiB more of weights are needed"
+    ):
         cache.make_room(1 << 50)
 
 

@@ -206,7 +206,7 @@ async def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(slots, "_MOST_FILES", 1)
     async with serving(tmp_path) as http:
         await saved(http)
-        assert "at most 1" in await error(http, SAVE, {"filename": "b"})
+        assert "the limit is 1" in await error(http, SAVE, {"filename": "b"})
         await saved(http)  # replaces it
         monkeypatch.setattr(slots, "_MOST_BYTES", 100)
         assert "larger than" in await error(http, RESTORE, {"filename": "a.bin"})

@@ -112,7 +112,7 @@ def test_decays_and_convolutions_of_kimi_stay_exact(tmp_path: Path) -> None:
     [
         (V2, {"topk_method": "group_limited_greedy", "n_group": 2}, "groups of experts chosen by their best one"),
         (V2, {"topk_method": "a" * 9999, "n_group": 2}, r"'a{61}\.\.\.': groups of experts"),
-        (V2, {"rope_scaling": {"type": "a" * 9999}}, r"'a{61}\.\.\.' is not supported; supported is yarn"),
+        (V2, {"rope_scaling": {"type": "a" * 9999}}, r"'a{61}\.\.\.' is not supported; deepseek2 supports yarn"),
         (V2, {"norm_topk_prob": True}, "true is not what DeepSeek V2 computes"),
         (V2, {"scoring_func": "sigmoid"}, "expected softmax, found 'sigmoid'"),
         (V2, {"moe_layer_freq": 2}, "'moe_layer_freq': 2 is not supported; supported is 1"),

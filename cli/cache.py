@@ -53,7 +53,7 @@ def list_layers(as_json: Json = False) -> None:
         why = "being written, or left by a process that was killed: the next one that writes deletes it"
         print(f"{_mib(_total(unfinished))}  {len(unfinished):4} unfinished  ({why})")
     for path in strange:
-        print(f"in the way, as it is no regular file: {printable(str(path))}")
+        print(f"not a regular file, remove it: {printable(str(path))}")
     print(f"{_mib(_total(_files(packed)))} of {packed.most_bytes / MIB:,.2f} in {packed.path}")
     if fetched or begun:
         used = f"{_mib(_total([*fetched, *begun]))} of {weights.most_bytes / MIB:,.2f} in {weights.path}"

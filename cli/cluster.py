@@ -278,7 +278,7 @@ def _share(given: str) -> float:
     except ValueError:
         share = -1.0
     if not 0.0 <= share <= 1.0:
-        raise UsageError(f"--acceptance: {given} is no share of tokens; give 0 to 1, for example 0.8 or 80%")
+        raise UsageError(f"--acceptance: {given} is not a share of tokens; give 0 to 1, for example 0.8 or 80%")
     return share
 
 

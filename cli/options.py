@@ -252,7 +252,7 @@ class Gpus:
         if rules and self.parsed[0] == "cpu":
             raise UsageError(f"{name}: is for models on a GPU: give --device cuda:0 as well")
         if len(rules) > MAX_RULES:
-            raise UsageError(f"{name}: {len(rules)} rules, at most {MAX_RULES} are taken")
+            raise UsageError(f"{name}: {len(rules)} rules exceed the limit of {MAX_RULES}")
         return tuple(rules)
 
     @property

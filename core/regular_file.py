@@ -97,7 +97,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(read_text(path, _JSON_BYTES))
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_bytes(path: Path, data: bytes, *, is_synced: bool = True) -> None:

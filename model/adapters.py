@@ -61,7 +61,7 @@ def with_adapters(model: ModelFile, adapters: Mapping[int, ModelFile]) -> ModelF
     if not adapters:
         return model
     if max(adapters) >= MAX_ADAPTERS:
-        raise ModelFileError(f"{max(adapters) + 1} adapters, at most {MAX_ADAPTERS} are loaded; leave some out")
+        raise ModelFileError(f"{max(adapters) + 1} adapters exceed the limit of {MAX_ADAPTERS}; remove some")
     metadata, tensors = dict(model.metadata), dict(model.tensors)
     for number, adapter in sorted(adapters.items()):
         metadata[f"{_KEY}{number}.alpha"] = _alpha(adapter, model)
@@ -84,7 +84,7 @@ def check_adapter_weights(adapters: Iterable[ModelFile]) -> None:
         for start in range(0, tensor.n_bytes, _READ_BYTES):
             largest = _largest(tensor, start, min(start + _READ_BYTES, tensor.n_bytes))
             if not isfinite(largest) or largest > _MOST:
-                what = f"a weight of {largest:g}, at most {_MOST:g} expected"
+                what = f"has a weight of {largest:g}; the limit is {_MOST:g}"
                 raise fail_at(tensor.path, f"tensor {shown(tensor.name)}", what, _OTHER)
 
 
@@ -105,16 +105,18 @@ def _alpha(found: ModelFile, model: ModelFile) -> MetadataValue:
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora")):
         if (value := found.metadata_str(key, "none")) != wanted:
             raise found.error(
-                key, f"{shown(value)}, {wanted!r} expected", "give a LoRA adapter in GGUF or PEFT's format"
+                key, f"expected {wanted!r}, found {shown(value)}", "give a LoRA adapter in GGUF or PEFT's format"
             )
     architecture, own = found.metadata_str("general.architecture"), model.metadata_str("general.architecture")
     if architecture != own:
-        raise found.error("general.architecture", f"{shown(architecture)}, the model has {own!r}", _OTHER)
+        raise found.error(
+            "general.architecture", f"expected {own!r} like the model, found {shown(architecture)}", _OTHER
+        )
     if "adapter.alora.invocation_tokens" in found.metadata:
         what = "an adapter that begins at certain tokens, which is not supported"
-        raise found.error("adapter.alora.invocation_tokens", what, "leave it out")
+        raise found.error("adapter.alora.invocation_tokens", what, "remove it from `adapters`")
     if not found.tensors:
-        raise fail_at(found.path, "tensors", "none", _OTHER)
+        raise fail_at(found.path, "tensors", "the file has none", _OTHER)
     return found.metadata_float("adapter.lora.alpha", minimum=0.0, maximum=1e6)
 
 
@@ -123,16 +125,16 @@ def _checked(tensor: Tensor) -> str:
     name = _NAME.fullmatch(tensor.name)
     place = f"tensor {shown(tensor.name)}"
     if name is None:
-        what = "only adapters of the layers' matrices are supported, lora_a and lora_b of each"
-        raise fail_at(tensor.path, place, what, "leave the adapter out, or merge it by llamaclust model merge-lora")
+        what = "it is not lora_a or lora_b of a matrix of the layers; others are not supported"
+        raise fail_at(tensor.path, place, what, "remove the adapter, or merge it with `llamaclust model merge-lora`")
     if tensor.quant_type not in _TYPES:
         known = ", ".join(kind.name for kind in _TYPES)
-        raise fail_at(tensor.path, place, f"type {tensor.quant_type.name}, one of {known} expected", _OTHER)
+        raise fail_at(tensor.path, place, f"expected type {known}, found {tensor.quant_type.name}", _OTHER)
     if len(tensor.shape) != 2:
-        raise fail_at(tensor.path, place, f"shape {list(tensor.shape)}, a matrix expected", _OTHER)
+        raise fail_at(tensor.path, place, f"expected a matrix, found shape {list(tensor.shape)}", _OTHER)
     rank = tensor.shape[0 if name["half"] == "a" else 1]
     if not 1 <= rank <= MAX_ADAPTER_RANK:
-        raise fail_at(tensor.path, place, f"rank {rank}, 1 to {MAX_ADAPTER_RANK} expected", _OTHER)
+        raise fail_at(tensor.path, place, f"expected a rank of 1 to {MAX_ADAPTER_RANK}, found {rank}", _OTHER)
     return tensor.name
 
 
@@ -171,7 +173,7 @@ def _adapt(product: MatMul, model: ModelFile, number: int) -> Adapt | None:
     rank = down.shape[0]
     for tensor, wanted in ((down, (rank, product.x.width)), (up, (product.out.width, rank))):
         if tensor.shape != wanted:
-            what = f"shape {list(tensor.shape)}, {list(wanted)} expected"
+            what = f"expected shape {list(wanted)}, found {list(tensor.shape)}"
             raise fail_at(tensor.path, f"tensor {shown(tensor.name)}", what, _OTHER)
     alpha = model.metadata_float(f"{_KEY}{number}.alpha", minimum=0.0, maximum=1e6)
     return Adapt(product.x, product.out, number, down.name, up.name, rank, alpha / rank if alpha else 1.0)

@@ -174,10 +174,10 @@ class ModelKeys:
         value: Any = self.model.metadata.get(self._recorded(key))
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
             if (value != value[0]).any():
-                raise self.error(key, "differs from layer to layer, which is not supported")
+                raise self.error(key, "different values in layers are not supported")
             default = int(value[0])
             if not minimum <= default <= maximum:
-                raise self.error(key, f"{default}, {minimum} to {maximum} expected")
+                raise self.error(key, f"expected {minimum} to {maximum}, found {default}")
             return default
         return self.model.metadata_int(self._recorded(key), default, minimum=minimum, maximum=maximum)
 
@@ -188,10 +188,10 @@ class ModelKeys:
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
             return (self.count(key, default, minimum=minimum, maximum=maximum),) * layers
         if len(value) < layers:
-            raise self.error(key, f"{len(value)} numbers for {layers} layers")
+            raise self.error(key, f"expected {layers} numbers, one for each layer, found {len(value)}")
         for number in map(int, value[:layers]):
             if not minimum <= number <= maximum:
-                raise self.error(key, f"{number}, {minimum} to {maximum} expected")
+                raise self.error(key, f"expected {minimum} to {maximum}, found {number}")
         return tuple(map(int, value[:layers]))
 
     def integers(self, key: str) -> tuple[int, ...]:
@@ -199,7 +199,7 @@ class ModelKeys:
         if value is None:
             raise self.error(key, "missing")
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "iu":
-            raise self.error(key, f"{shown(str(value))}, an array of whole numbers expected")
+            raise self.error(key, f"expected an array of whole numbers, found {shown(str(value))}")
         return tuple(map(int, value))
 
     def reals(self, key: str, layers: int) -> tuple[float, ...]:
@@ -208,9 +208,9 @@ class ModelKeys:
         if value is None:
             raise self.error(key, "missing")
         if not isinstance(value, np.ndarray) or value.dtype.kind != "f":
-            raise self.error(key, f"{shown(str(value))}, an array of numbers for {layers} layers expected")
+            raise self.error(key, f"expected an array of numbers for {layers} layers, found {shown(str(value))}")
         if len(value) < layers:
-            raise self.error(key, f"{len(value)} numbers for {layers} layers")
+            raise self.error(key, f"expected {layers} numbers, one for each layer, found {len(value)}")
         return tuple(map(float, value[:layers]))
 
     def real(self, key: str, default: float | None = None, *, minimum: float, maximum: float) -> float:
@@ -222,7 +222,7 @@ class ModelKeys:
     def flag(self, key: str, default: bool) -> bool:
         value: Any = self.model.metadata.get(self._recorded(key), default)
         if not isinstance(value, bool | np.bool_):
-            raise self.error(key, f"{shown(str(value))}, true or false expected")
+            raise self.error(key, f"expected true or false, found {shown(str(value))}")
         return bool(value)
 
     def flags(self, key: str, layers: int) -> list[bool] | None:
@@ -232,9 +232,9 @@ class ModelKeys:
     def _layer_flags(self, key: str, layers: int) -> list[bool]:
         value: Any = self.model.metadata[self._full(key)]
         if not isinstance(value, np.ndarray) or value.dtype.kind not in "biu":
-            raise self.error(key, f"{shown(str(value))}, an array of true or false for {layers} layers expected")
+            raise self.error(key, f"expected an array of true or false for {layers} layers, found {shown(str(value))}")
         if len(value) < layers:
-            raise self.error(key, f"{len(value)} numbers for {layers} layers")
+            raise self.error(key, f"expected {layers} numbers, one for each layer, found {len(value)}")
         return [bool(flag) for flag in value[:layers]]
 
     def refuse_unread(self) -> None:
@@ -244,7 +244,7 @@ class ModelKeys:
             value: Any = self.model.metadata.get(self._full(key), neutral[0])
             numbers = np.asarray(value)
             if numbers.dtype.kind not in "iuf" or not np.isin(numbers, neutral).all():
-                raise self.error(key, f"{shown(str(value))}, which is not supported")
+                raise self.error(key, f"{shown(str(value))} is not supported")
 
     def windowed_layers(self, layers: int, default_period: int, *, full_first: bool = False) -> list[bool]:
         """Tells which layers have the sliding window. `attention.sliding_window_pattern` is an array, or a period (0:
@@ -273,7 +273,7 @@ def _read_feed_forward_lengths(keys: ModelKeys, layers: int) -> tuple[int, ...]:
     key = "feed_forward_length"
     lengths = keys.counts(key, layers, minimum=0, maximum=_MAX_WIDTH)
     if not any(lengths):
-        raise keys.error(key, f"0, 1 to {_MAX_WIDTH} expected")
+        raise keys.error(key, f"expected 1 to {_MAX_WIDTH}, found 0")
     return lengths
 
 
@@ -281,22 +281,22 @@ def _read_kv_heads(keys: ModelKeys, layers: int, heads: int) -> tuple[int, ...]:
     key = "attention.head_count_kv"
     counts = keys.counts(key, layers, heads, minimum=0, maximum=heads)
     if not any(counts):
-        raise keys.error(key, "0 in all layers")
+        raise keys.error(key, "it is 0 in all layers")
     for count in filter(None, counts):
         if heads % count:
-            raise keys.error(key, f"{count}, which does not divide {heads} heads")
+            raise keys.error(key, f"{count} does not divide {heads} heads")
     return counts
 
 
 def _read_key_length(keys: ModelKeys, embedding_length: int, head_count: int) -> int:
     key_length = keys.count("attention.key_length", embedding_length // head_count, maximum=1 << 12)
     if not keys.has("attention.key_length") and embedding_length % head_count:
-        raise keys.error("attention.head_count", f"{head_count}, which does not divide a width of {embedding_length}")
+        raise keys.error("attention.head_count", f"{head_count} does not divide a width of {embedding_length}")
     value_length = keys.count("attention.value_length", key_length, maximum=1 << 12)
     if value_length != key_length and not all(map(keys.has, LATENT_KEYS)):
         if keys.has("attention.kv_lora_rank"):
-            raise keys.error(LATENT_KEYS[0], "missing, as in files of before May 2025: convert the model again")
-        raise keys.error("attention.value_length", f"{value_length}, keys have {key_length}: not supported")
+            raise keys.error(LATENT_KEYS[0], "it is missing, as in files of before May 2025: convert the model again")
+        raise keys.error("attention.value_length", f"expected {key_length} as for keys, found {value_length}")
     return key_length
 
 
@@ -326,7 +326,7 @@ def _read_vocabulary_size(keys: ModelKeys) -> int:
 def _read_rope(keys: ModelKeys, key_length: int, context_length: int) -> RopeParameters:
     dimension_count = keys.count("rope.dimension_count", key_length, maximum=key_length)
     if dimension_count % 2:
-        raise keys.error("rope.dimension_count", f"{dimension_count}, an even number expected")
+        raise keys.error("rope.dimension_count", f"expected an even number, found {dimension_count}")
     factor = _read_factor(keys)
     scaling = _read_scaling(keys, factor)
     return RopeParameters(
@@ -350,7 +350,7 @@ def _read_factor(keys: ModelKeys) -> float:
     key = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
     factor = keys.real(key, 1.0, minimum=0.0, maximum=1e6) or 1.0
     if factor < _LEAST_STRETCH:
-        raise keys.error(key, f"{factor:g}, 0 or at least {_LEAST_STRETCH} expected")
+        raise keys.error(key, f"expected 0 or at least {_LEAST_STRETCH}, found {factor:g}")
     return factor
 
 

@@ -53,7 +53,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
     with open_regular(path) as descriptor:
         size_bytes = FileIdentity.of(descriptor).size_bytes
         if size_bytes > _MOST_BYTES:
-            raise _no_matrix(path, f"{size_bytes >> 20} MiB, {_MOST_BYTES >> 20} at most")
+            raise _no_matrix(path, f"it has {size_bytes >> 20} MiB; the limit is {_MOST_BYTES >> 20} MiB")
         start = bytearray(min(size_bytes, len(MAGIC)))
         read_exactly(descriptor, path, 0, memoryview(start))
         if bytes(start) != MAGIC:
@@ -64,7 +64,7 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
         raise _no_matrix(path, "it has no entries")
     for name, entry in matrix.entries.items():
         if not (np.isfinite(entry.sums).all() and np.isfinite(entry.counts).all()):
-            raise _no_matrix(path, f"{shown(name)} has values that are no numbers")
+            raise _no_matrix(path, f"{shown(name)} has values that are not numbers")
         if (entry.sums < 0).any() or (entry.counts < 0).any():
             raise _no_matrix(path, f"{shown(name)} has negative values")
     return matrix
@@ -92,12 +92,15 @@ def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
 
 def _from_gguf(file: ModelFile) -> ImportanceMatrix:
     if file.metadata.get("general.type") != "imatrix":
-        raise _no_matrix(file.path, f"general.type is {file.metadata.get('general.type')!r:.40}, 'imatrix' expected")
+        found = file.metadata.get("general.type")
+        raise _no_matrix(file.path, f"expected general.type 'imatrix', found {found!r:.40}")
     entries = {}
     for name in (name.removesuffix(_SUMS) for name in file.tensors if name.endswith(_SUMS)):
         sums, counts = file.tensor(name + _SUMS), file.tensor(name + _COUNTS)
         if sums.quant_type != QuantType.F32 or counts.quant_type != QuantType.F32 or counts.rows != sums.rows:
-            raise _no_matrix(file.path, f"{shown(name)} has sums {sums.shape} and counts {counts.shape}")
+            raise _no_matrix(
+                file.path, f"{shown(name)}: sums of shape {sums.shape} do not fit counts of shape {counts.shape}"
+            )
         shape = (sums.rows, sums.shape[-1])
         entries[name] = Importance(
             np.frombuffer(sums.read(), "<f4").reshape(shape), np.frombuffer(counts.read(), "<f4")[: shape[0]]
@@ -121,7 +124,7 @@ def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
     def take(count: int, most: int) -> bytes:
         nonlocal at
         if not 0 < count <= min(most, len(data) - at):
-            raise _no_matrix(path, f"a length of {count} at byte {at - 4} of {len(data)}")
+            raise _no_matrix(path, f"the length {count} at byte {at - 4} of {len(data)} is not possible")
         at += count
         return data[at - count : at]
 
@@ -135,7 +138,7 @@ def _from_legacy(path: Path, data: bytes) -> ImportanceMatrix:
         chunks = max(0, number()) if at < len(data) else 0
         datasets = (take(number(), len(data)).decode(errors="replace"),) if at < len(data) else ()
     except UnicodeDecodeError:
-        raise _no_matrix(path, f"a name at byte {at} is no text") from None
+        raise _no_matrix(path, f"a name at byte {at} is not text") from None
     return ImportanceMatrix(entries, chunks, 0, datasets)
 
 
@@ -150,4 +153,4 @@ def _legacy_bytes(matrix: ImportanceMatrix) -> bytes:
 
 
 def _no_matrix(path: Path, why: str) -> ModelFileError:
-    return ModelFileError(f"{path}: no importance matrix: {why}; make one with `llamaclust model imatrix`")
+    return ModelFileError(f"{path}: not an importance matrix: {why}; make one with `llamaclust model imatrix`")

@@ -296,7 +296,7 @@ class Model:
         if self.generates and self.pooling is Pooling.RANK:
             raise keys.error("pooling_type", "4 (rank), which is supported for encoders and qwen3 alone")
         if keys.flag("attention.causal", self.is_causal) != self.is_causal:
-            raise keys.error("attention.causal", f"{not self.is_causal}, which is not supported")
+            raise keys.error("attention.causal", f"{not self.is_causal} is not supported")
 
     def _refuse_unknown_tensors(self) -> None:
         """Refuses tensors that no step reads: one could be a scale or a norm, without which every answer is wrong."""

@@ -39,11 +39,15 @@ class PlacementRule:
     def of(cls, pattern: str, device: str) -> Self:
         found = _DEVICES.fullmatch(device)
         if found is None:
-            raise ValueError(f"{device[:60]!r} is no device; write CPU or ram, gpu, or CUDA0 for one of several GPUs")
+            raise ValueError(
+                f"{device[:60]!r} is not a device; write CPU or ram, gpu, or CUDA0 for one of several GPUs"
+            )
         if not 0 < len(pattern) <= MAX_PATTERN:
-            raise ValueError(f"a pattern of {len(pattern)} characters; 1 to {MAX_PATTERN} are possible")
+            raise ValueError(f"a pattern has {len(pattern)} characters; expected 1 to {MAX_PATTERN}")
         if not pattern.isprintable():
-            raise ValueError(f"{pattern[:60]!r} has characters that cannot be printed, and no tensor's name has")
+            raise ValueError(
+                f"{pattern[:60]!r} has characters that cannot be printed, which names of tensors do not have"
+            )
         _matcher(pattern)
         return cls(pattern, found.lastgroup if found["number"] is None else f"cuda:{int(found['number'])}")  # type: ignore[arg-type]
 
@@ -54,7 +58,7 @@ def read_rules(text: str) -> Iterator[PlacementRule]:
     while at < len(text):
         found = _RULE.match(text, at)
         if found is None:
-            raise ValueError(f"{text[at:][:60]!r} is no rule; write it like 'exps=CPU': a pattern of names, a device")
+            raise ValueError(f"{text[at:][:60]!r} is not a rule; write PATTERN=DEVICE, such as 'exps=CPU'")
         yield PlacementRule.of(found[1], found[2])
         at = found.end()
 
@@ -66,7 +70,7 @@ def _matcher(pattern: str) -> SchemaValidator:
         return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
     except SchemaError as error:
         why = str(error).splitlines()[-1].removeprefix("error: ").removeprefix("  SchemaError: ")
-        raise ValueError(f"{pattern[:60]!r} is no regular expression: {why.strip()}") from error
+        raise ValueError(f"{pattern[:60]!r} is not a regular expression: {why.strip()}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +112,8 @@ def _decided(model: Model, rules: Sequence[PlacementRule]) -> dict[str, int]:
         if not matched:
             kinds = {re.sub(r"\.[0-9]+\.", ".N.", name): name for name in reversed(names)}
             near = get_close_matches(rule.pattern.replace("\\", ""), kinds.values(), 3, 0.0)
-            what = f"placement: {rule} matches none of {len(names)} tensors of {model.layer_count} layers"
-            raise UsageError(f"{what}; names are like {', '.join(near)}")
+            what = f"placement: {rule} matches none of the {len(names)} tensors of the model"
+            raise UsageError(f"{what}; change the pattern; names are like {', '.join(near)}")
         for name in matched:
             decided.setdefault(name, index)
     return decided

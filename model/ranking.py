@@ -61,5 +61,5 @@ def read_ranking(metadata: Mapping[str, Any], tokenizer: Tokenizer, *, of_last: 
     if text is None:
         return Ranking(read_pair_form(metadata, tokenizer), of_last)
     if not isinstance(text, str) or sorted(_PLACES.findall(text)) != _EACH_ONCE:
-        raise ModelFileError(f"{_KEY} is no text with {{query}} and {{document}}, each once")
+        raise ModelFileError(f"{_KEY} must be a text with {{query}} and {{document}}, each once")
     return Ranking(PairTemplate(text), of_last)

@@ -52,11 +52,13 @@ def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
     """Returns the parts PREFIX-00001-of-0000N.gguf. Raises UsageError if the model is already split, a tensor is too
     large, or there would be too many parts."""
     if len(model.parts) > 1:
-        raise UsageError(f"{model.path}: is split already; merge it first")
+        raise UsageError(f"{model.path}: is already split; merge it first with `llamaclust model merge`")
     alignment = _alignment(model)
     groups = _groups(list(model.tensors.values()), rules, alignment)
     if len(groups) > _MOST_PARTS:
-        raise UsageError(f"{len(groups)} parts, at most {_MOST_PARTS} can be: let more into each")
+        raise UsageError(
+            f"{len(groups)} parts exceed the limit of {_MOST_PARTS}: raise --split-max-size or --split-max-tensors"
+        )
     whole = _whole_metadata(model)
     parts = []
     for number, tensors in enumerate(groups):
@@ -75,7 +77,7 @@ def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
 def plan_merge(model: ModelFile, out: Path) -> Part:
     """Returns the single file of a split model. Raises UsageError if it is already one file."""
     if len(model.parts) == 1:
-        raise UsageError(f"{model.path}: is one file already")
+        raise UsageError(f"{model.path}: is already one file")
     return Part(out, _whole_metadata(model), tuple(model.tensors.values()), _alignment(model))
 
 
@@ -84,7 +86,7 @@ def write_parts(parts: Sequence[Part], progress: Progress) -> None:
     exists or the disk has too little room. `progress` gets file names and bytes of tensors."""
     for part in parts:
         if part.path.exists():
-            raise UsageError(f"{part.path}: is there already; delete it or choose another name")
+            raise UsageError(f"{part.path}: already exists; delete it or choose another name")
     done = ByteProgress(progress, sum(tensor.n_bytes for part in parts for tensor in part.tensors))
     files = {}
     for part in parts:
@@ -125,7 +127,9 @@ def _groups(tensors: Sequence[Tensor], rules: SplitRules, alignment: int) -> lis
         if rules.most_bytes is None:
             begins = number > 0 and number % rules.most_tensors == 0
         elif size > rules.most_bytes:
-            raise UsageError(f"tensor {tensor.name} has {size} bytes, a part at most {rules.most_bytes}: allow more")
+            raise UsageError(
+                f"tensor {tensor.name} has {size} bytes, but a part at most {rules.most_bytes}: raise --split-max-size"
+            )
         else:
             begins = held + size > rules.most_bytes
         if begins:

@@ -147,7 +147,7 @@ def _announced_hosts(address: str) -> Callable[[], list[str]]:
         if hosts == [_NO_MULTICAST]:
             raise ValueError
     except ValueError:
-        why = f"an address with multicast is needed for multicast DNS, and {host} is none"
+        why = f"multicast DNS needs an address with multicast, which {host} is not"
         raise UsageError(f"join.discover: {why}; set join.listen to 0.0.0.0:PORT or to an address") from None
     return lambda: hosts
 

@@ -41,7 +41,7 @@ def encode_range(wanted: WeightRange) -> bytes:
 
 def decode_range(data: bytes) -> WeightRange:
     if len(data) != _ASKED.size:
-        raise ProtocolError(f"a range of weights: {len(data)} bytes, {_ASKED.size} expected")
+        raise ProtocolError(f"a range of weights: expected {_ASKED.size} bytes, found {len(data)}")
     content, start, end = _ASKED.unpack(data)
     if start > end:
         raise ProtocolError(f"a range of weights from {start} to {end}")
@@ -63,9 +63,9 @@ def decode_frame(data: bytes, left_bytes: int) -> memoryview:
     them."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
         raise WeightsNotFoundError(
-            one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there"
+            one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "the weights are not there"
         )
     due = min(FRAME_BYTES, left_bytes)
     if data[:1] != _BYTES or len(data) != due + 1:
-        raise ProtocolError(f"a frame of {len(data)} bytes, {due + 1} expected")
+        raise ProtocolError(f"a frame: expected {due + 1} bytes, found {len(data)}")
     return memoryview(data)[1:]

@@ -42,10 +42,10 @@ _log = logging.getLogger(__name__)
 def _check_kv_disk(order: Load) -> None:
     if order.limits.expert_shards > 1:
         what = "KV memory is not kept on disk where the experts of a layer are on several workers"
-        raise UsageError(f"kv_disk: {what}; start this worker without it")
+        raise UsageError(f"kv_disk: {what}; start this worker without kv_disk")
     if order.limits.window_blocks or order.limits.state_blocks:
         what = "KV memory of layers with a window or a state is not kept on disk"
-        raise UsageError(f"kv_disk: {what}, and this model has some; start this worker without it")
+        raise UsageError(f"kv_disk: {what}, but this model has such layers; start this worker without kv_disk")
 
 
 def _span(order: Load) -> str:

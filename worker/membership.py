@@ -68,7 +68,7 @@ class Renewal:
             return
         key, self._key = self._key, None
         if key is None:
-            raise ProtocolError("the coordinator renews a certificate that was not asked for")
+            raise ProtocolError("the coordinator renews a certificate that was not requested")
         self._identity.pair = key.with_certificate(answer.certificate)
         self._renewed.set()
         _log.info("the certificate is renewed")

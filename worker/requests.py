@@ -57,7 +57,7 @@ class Requests:
     async def _kv_done(self, request: kv_disk.FindKv | kv_disk.RestoreKv | kv_disk.SaveKv) -> kv_disk.KvDone:
         worker = self._session.worker
         if worker.kv_disk is None:
-            raise ProtocolError("a request for KV memory on disk, this worker keeps none (kv_disk)")
+            raise ProtocolError("a request is for KV memory on disk, but this worker keeps none (kv_disk)")
         return await worker.kv_disk.answer(request, worker.service.stage(request.epoch).runner)
 
     async def _profile_in_thread(self, request: profiles.ProfileWorker) -> profiles.WorkerProfile:

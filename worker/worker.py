@@ -73,6 +73,6 @@ def _open_kv_disk(settings: WorkerSettings) -> KvDisk | None:
     if settings.kv_disk_bytes is None:
         return None
     if settings.device != "cpu":
-        raise UsageError(f"kv_disk: is for workers with device cpu, this one has {settings.device}; leave it out")
+        raise UsageError(f"kv_disk: is for workers with device cpu, but this one has {settings.device}; remove it")
     assert settings.kv_disk_dir is not None
     return KvDisk(KvFolder(settings.kv_disk_dir, settings.kv_disk_bytes))

@@ -175,7 +175,7 @@ class Chat:
     def _save(self, name: str) -> None:
         path = Path(expand_home(_given(name, "/save")))
         if path.is_file() and not is_conversation(path):
-            raise UsageError(f"/save: {name} exists and is no conversation; remove it, or give another name")
+            raise UsageError(f"/save: {name} exists and is not a conversation; remove it, or give another name")
         self._session.save(path)
         _print_notice(f"saved {len(self._session.messages)} messages to {name}")
 

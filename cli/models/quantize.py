@@ -122,7 +122,7 @@ def imatrix(
     from llamaclust.worker.devices.cores import physical_cores
 
     if out.is_dir() or not out.parent.is_dir():
-        raise UsageError(f"{out}: no place for a file; check the path")
+        raise UsageError(f"{out}: a file cannot be written there; check the path")
     if out.exists() and any(source.exists() and out.samefile(source) for source in (model, text)):
         raise UsageError(f"{out}: would replace what is read; give another name")
     words = read_text(text)
@@ -149,7 +149,7 @@ def _mix(name: str) -> Mix:
 
     mix = MIXES.get(ALIASES.get(name.upper(), name.upper()))
     if mix is None:
-        raise UsageError(f"no type {name}: give one of {', '.join(MIXES)}")
+        raise UsageError(f"type {name} is not known: give one of {', '.join(MIXES)}")
     return mix
 
 
@@ -157,11 +157,11 @@ def _pattern(text: str) -> tuple[re.Pattern[str], QuantType]:
     pattern, _, name = text.rpartition("=")
     kind = _kind(name, f"--tensor-type {pattern}=") if pattern else None
     if kind is None:
-        raise UsageError(f"--tensor-type {text}: PATTERN=TYPE expected, as in attn_v=Q8_0")
+        raise UsageError(f"--tensor-type {text}: expected PATTERN=TYPE, as in attn_v=Q8_0")
     try:
         return re.compile(pattern), kind
     except re.error as error:
-        raise UsageError(f"--tensor-type {text}: the pattern is no regular expression: {error}") from error
+        raise UsageError(f"--tensor-type {text}: the pattern is not a regular expression: {error}") from error
 
 
 def _out(source: Path, given: str | None, name: str, parts: tuple[Path, ...], keep_split: bool) -> Path:
@@ -182,7 +182,7 @@ def _without_importance(change: Change, imatrix_file: Path | None) -> UsageError
     what = f"{change.tensor.name} as {change.quant_type.name} needs an importance matrix"
     if imatrix_file is None:
         return UsageError(f"{what}: make one with `llamaclust model imatrix` and give it with --imatrix")
-    return UsageError(f"{what}, and {imatrix_file} has nothing for it: make one of this model")
+    return UsageError(f"{what}, but {imatrix_file} has no entry for it: make an importance matrix of this model")
 
 
 def _print_sizes(job: Quantizing) -> None:

@@ -236,9 +236,9 @@ def json_object(payload: bytes) -> dict[str, Any]:
     try:
         value = json.loads(payload)
     except ValueError as error:
-        raise ProtocolError(f"the server sent what is not JSON: {_shown(payload)}") from error
+        raise ProtocolError(f"the server sent something that is not JSON: {_shown(payload)}") from error
     if not isinstance(value, dict):
-        raise ProtocolError(f"the server sent what is not a JSON object: {_shown(payload)}")
+        raise ProtocolError(f"the server sent something that is not a JSON object: {_shown(payload)}")
     return value
 
 
@@ -266,7 +266,7 @@ def reply_error(status: int, retry_after: str | None, body: bytes) -> Llamaclust
     try:
         report = json_object(body)["error"]
     except (ProtocolError, KeyError):
-        report = {"message": f"HTTP {status} of something else than llamaclust: {_shown(body)}"}
+        report = {"message": f"HTTP {status} from a program other than llamaclust: {_shown(body)}"}
     return reported_error(report, status, retry_after)
 
 

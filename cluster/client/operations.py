@@ -51,7 +51,7 @@ class ClusterApi:
         path = "/cluster" if model is None else f"/cluster?{urlencode({'model': model})}"
         state: dict[str, Any] = self._field(self._request("GET", path), "status", dict)
         if not all(isinstance(state.get(name), kind) for name, kind in _STATUS.items()):
-            raise ProtocolError(f"{self._where}: another program than llamaclust answers there")
+            raise ProtocolError(f"{self._where}: a program other than llamaclust answers there")
         return state
 
     def context_length(self) -> int:
@@ -94,7 +94,7 @@ class ClusterApi:
                 for part in answer.iter_bytes():
                     body += part
                     if len(body) > _MOST_BYTES:
-                        raise ProtocolError(f"{self._where}: an answer of more than {_MOST_BYTES >> 20} MiB")
+                        raise ProtocolError(f"{self._where}: the answer has more than {_MOST_BYTES >> 20} MiB")
                     if monotonic() > end_s:
                         raise ProtocolError(f"{self._where}: the rest of an answer does not come")
         except httpx.HTTPError as error:

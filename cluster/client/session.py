@@ -102,7 +102,7 @@ class Session(Generic[WholeT, StreamT]):
         except OSError as error:
             raise UsageError(f"{path}: cannot save: {error.strerror}") from error
         except (ValueError, TypeError, RecursionError) as error:
-            raise UsageError(f"{path}: cannot save: a message is no JSON: {error}") from error
+            raise UsageError(f"{path}: cannot save: a message cannot be written as JSON: {error}") from error
 
     def load(self, path: str | PathLike[str]) -> None:
         """Replaces all messages by those of a file that `save` wrote. On UsageError, the messages are unchanged."""
@@ -208,7 +208,7 @@ def _checked(saved: Any) -> list[dict[str, Any]]:
         raise TypeError("messages is not a list")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
-            raise ValueError(f"message {number} has none of the roles {', '.join(sorted(_ROLES))}")
+            raise ValueError(f"message {number} needs one of the roles {', '.join(sorted(_ROLES))}")
         if not isinstance(message.get("content"), str | list | None):
             raise ValueError(f"the content of message {number} is not text")
     json.dumps(messages, ensure_ascii=False).encode()  # ValueError for lone surrogates

@@ -243,7 +243,7 @@ class ClusterConfig(Section):
     def _check_launcher(self) -> Self:
         facts = self.launcher_facts
         if not facts.uses_ray and self.ray != Ray():
-            raise PlaceError(("ray",), f"is for launcher: ray, and this one is {self.launcher}")
+            raise PlaceError(("ray",), f"is for launcher: ray, but launcher is {self.launcher}")
         if self.lease is not None and facts.is_one_program:
             raise PlaceError(("lease",), "is not for launcher: mpi, whose workers and coordinator are one program")
         if self.join.discover and (facts.starts_workers or self.insecure):
@@ -290,7 +290,7 @@ class ClusterConfig(Section):
                 why = "MPI binds its ranks: remove it and start mpirun with --map-by numa --bind-to numa"
                 raise PlaceError(("workers", index, "numa_node"), why)
             if facts.uses_ray and worker.threads is None:
-                raise PlaceError(("workers", index), "threads is needed with launcher: ray: Ray reserves so many CPUs")
+                raise PlaceError(("workers", index), "set threads with launcher: ray: Ray reserves so many CPUs")
         return self
 
     @model_validator(mode="after")
@@ -300,12 +300,16 @@ class ClusterConfig(Section):
             if worker.kv_disk is None:
                 continue
             if worker.device != "cpu":
-                raise PlaceError(("workers", index, "kv_disk"), f"is for device cpu, this one has {worker.device}")
+                raise PlaceError(
+                    ("workers", index, "kv_disk"), f"is for device cpu, but this worker has {worker.device}"
+                )
             if without is not None:
                 why = f"is for all workers or none, since a prompt is in the KV memory of all: {without.name} has none"
                 raise PlaceError(("workers", index, "kv_disk"), why)
             if not self.prefix_cache:
-                raise PlaceError(("workers", index, "kv_disk"), "needs prefix_cache, which is off")
+                raise PlaceError(
+                    ("workers", index, "kv_disk"), "needs prefix_cache, which is off: set prefix_cache: true"
+                )
         return self
 
     @model_validator(mode="after")

@@ -97,12 +97,12 @@ class _Loader(yaml.SafeLoader):
         """Refuses numbers that only YAML 1.1 knows (0777, 0x1F, 10:20, 1_000). Adds the line to errors of values that
         look like a number or date."""
         if node.tag in _NUMBERS and not _DECIMAL.fullmatch(node.value):
-            what = f"{node.value[:60]!r} is no decimal number; write it in decimal digits, or put it in quotes"
+            what = f"{node.value[:60]!r} is not a decimal number; write it in decimal digits, or put it in quotes"
             raise yaml.MarkedYAMLError(None, None, what, node.start_mark)
         try:
             return super().construct_object(node, deep)
         except ValueError as error:
-            what = f"{node.value[:60]!r} is no number or date; put it in quotes"
+            what = f"{node.value[:60]!r} is not a number or date; put it in quotes"
             raise yaml.MarkedYAMLError(None, None, what, node.start_mark) from error
 
 
@@ -175,7 +175,7 @@ def _place(values: Any, keys: Sequence[str], text: str) -> Place:
         index = _item(values, keys[0], text)
         return (index, *_place(values[index], keys[1:], text))
     if values is not None and not isinstance(values, dict):
-        raise UsageError(f"{text}: {str(values)[:_MOST_SHOWN]!r} has no parts to set")
+        raise UsageError(f"{text}: {str(values)[:_MOST_SHOWN]!r} has no keys to set")
     return (keys[0], *_place((values or {}).get(keys[0]), keys[1:], text))
 
 

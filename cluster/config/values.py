@@ -83,7 +83,7 @@ def parse_size(value: object) -> int:
         raise ValueError(f"{shown(value)} has no unit; write {value}GiB or {value}MiB, or bytes from 1048576 on")
     size = number if isinstance(number, int) else _with_unit(value)
     if not 0 < size <= MAX_BYTES:
-        raise ValueError(f"{shown(value)} is not a possible size; 1B to 1024TiB are")
+        raise ValueError(f"{shown(value)} is not a possible size; give 1B to 1024TiB")
     return size
 
 
@@ -108,7 +108,7 @@ def parse_duration(value: object) -> float:
             raise ValueError(f"{shown(value)} is not a duration; write it like 600s, 10min or 250ms")
         seconds = float(match[1]) * _DURATION_UNITS[match[2]]
     if not 0 < seconds <= MAX_SECONDS:
-        raise ValueError(f"{shown(value)} is not a possible duration; more than 0 and up to 30 days is")
+        raise ValueError(f"{shown(value)} is not a possible duration; give more than 0 and at most 30 days")
     return float(seconds)
 
 
@@ -165,11 +165,11 @@ def parse_device(value: object) -> str:
     for name in map(str.strip, given):
         found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
         if found is None:
-            what = "stands for itself, and computes beside GPUs in any case" if name == "cpu" else "is no device"
+            what = "stands for itself, and computes beside GPUs in any case" if name == "cpu" else "is not a device"
             raise ValueError(f"{shown(name)} {what}; {_DEVICES}")
         gpus.append(f"cuda:{int(found[1] or 0)}")
     if len(set(gpus)) < len(gpus) or len(gpus) > _MOST_GPUS:
-        raise ValueError(f"{shown(value)}: name each GPU once, {_MOST_GPUS} of them at most")
+        raise ValueError(f"{shown(value)}: name each GPU once, and at most {_MOST_GPUS} of them")
     return ",".join(gpus)
 
 
@@ -178,7 +178,7 @@ def parse_gpu_layers(value: str) -> int | None:
     if value == "auto":
         return None
     if not re.fullmatch(r"[0-9]{1,5}", value):
-        raise ValueError(f"{shown(value)} is no number of layers; give one, or auto for as many as VRAM takes")
+        raise ValueError(f"{shown(value)} is not a number of layers; give one, or auto for as many as VRAM takes")
     return int(value)
 
 
@@ -190,7 +190,7 @@ def parse_origin(value: object) -> str:
         return given
     match = re.fullmatch(_ORIGIN, given)
     if match is None:
-        raise ValueError(f"{shown(value)} is no origin of web pages; write it like https://chat.example")
+        raise ValueError(f"{shown(value)} is not an origin of web pages; write it like https://chat.example")
     return given.removesuffix(_DEFAULT_PORTS.get(match[1], ""))
 
 
@@ -200,7 +200,7 @@ def parse_ray_address(value: object) -> object:
         try:
             split_address(value)
         except ValueError as error:
-            raise ValueError(f"{error}; auto and none are possible, too") from error
+            raise ValueError(f"{error}; auto and none are also possible") from error
     return value
 
 
@@ -293,7 +293,7 @@ class OrCount:
         if not isinstance(value, int) or isinstance(value, bool):
             return value
         if not 1 <= value <= self._most:
-            raise ValueError(f"{value} is not possible; 1 to {self._most} are")
+            raise ValueError(f"{value} is not possible; give 1 to {self._most}")
         return [self._kind(name=f"any-{index + 1}") for index in range(value)]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:

@@ -87,12 +87,12 @@ def check_division(config: ClusterConfig, model: Model, expert_shards: int) -> N
     if model.hyperparameters.expert_count < expert_shards:
         count = model.hyperparameters.expert_count or "no"
         raise UsageError(
-            f"the plan divides layers into {expert_shards} parts, the model has {count} experts in a layer"
+            f"the plan divides layers into {expert_shards} parts, but layers of the model have {count} experts"
         )
     if says_placement(config):
-        raise UsageError("placement and cpu_moe are for whole layers, and the plan divides some; remove them")
+        raise UsageError("placement and cpu_moe are for whole layers, but the plan divides some; remove them")
     if any(worker.kv_disk for worker in config.workers):
-        raise UsageError("kv_disk: it is for stages of whole layers, and the plan divides some; remove it")
+        raise UsageError("kv_disk: it is for stages of whole layers, but the plan divides some; remove kv_disk")
     row_bytes = model.costs(config.kv_type, expert_shards).cut_bytes
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // max(row_bytes, 1)
     if (most := max_batch_tokens(config, model.projector)) > room:
@@ -117,10 +117,10 @@ def _check_kv_disk(config: ClusterConfig, model: Model) -> None:
     group = window_group(model.window, context_length(config, model), max_batch_tokens(config, model.projector))
     if group is not None:
         why = f"KV memory of layers with a window ({group.window} tokens) is not kept on disk"
-        raise UsageError(f"kv_disk: {why}, and this model has such layers: remove kv_disk")
+        raise UsageError(f"kv_disk: {why}, but this model has such layers: remove kv_disk")
     if model.has_states:
         why = "states of sequences are not kept on disk"
-        raise UsageError(f"kv_disk: {why}, and layers of this model have some: remove kv_disk")
+        raise UsageError(f"kv_disk: {why}, but layers of this model have states: remove kv_disk")
 
 
 def _check_mtp(config: ClusterConfig, model: Model) -> None:
@@ -128,8 +128,8 @@ def _check_mtp(config: ClusterConfig, model: Model) -> None:
         return
     check_nextn(model)
     if manual_shards(config) > 1:
-        why = "the MTP head drafts beside whole layers, and the plan divides the experts of some"
-        raise UsageError(f"speculative.mtp: {why}; remove it, or divide no layer")
+        why = "the MTP head needs whole layers, but the plan divides the experts of some"
+        raise UsageError(f"speculative.mtp: {why}; remove speculative.mtp, or divide no layer")
 
 
 def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:

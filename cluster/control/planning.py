@@ -190,7 +190,7 @@ def _divided_plan(config: ClusterConfig, model: Model, resources: ClusterResourc
     for stage in plan.stages if expert_shards == 1 else ():
         wanted[stage.worker].check_obeyed(stage.device_layers)
     if len(plan.leaders) > MAX_STAGES:
-        raise UsageError(f"the plan has {len(plan.leaders)} stages, {MAX_STAGES} are possible: use fewer workers")
+        raise UsageError(f"the plan has {len(plan.leaders)} stages; the limit is {MAX_STAGES}: use fewer workers")
     held = {stage.worker for stage in plan.stages}
     return replace(plan, unused_gpus=tuple(gpu for gpu in unused if gpu.worker in held))
 
@@ -218,7 +218,7 @@ def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest,
         by_memory = [replace(worker, gpu_layers=None) for worker in facts]
         open_placement = Placement(cpu_moe=None)
         without_rules = [replace(worker, placement=open_placement) if worker.gpus else worker for worker in facts]
-        ways = {"set gpu_layers to auto": by_memory, "leave out placement and cpu_moe": without_rules}
+        ways = {"set gpu_layers to auto": by_memory, "remove placement and cpu_moe": without_rules}
         for way, others in ways.items():
             on_gpus = None if others == list(facts) else _layers_on_gpus(costs, others, request, encoder)
             if on_gpus is not None:

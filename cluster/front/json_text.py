@@ -52,7 +52,7 @@ def _made(value: object) -> Any:
     if isinstance(value, DeferredValue):
         return value.made()
     if not isinstance(value, Iterator):
-        raise TypeError(f"{type(value).__name__} is no JSON")
+        raise TypeError(f"{type(value).__name__} cannot be written as JSON")
     return list(value)
 
 

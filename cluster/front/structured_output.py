@@ -82,7 +82,7 @@ def response_format_grammar(value: dict[str, Any], origin: str) -> Grammar | Non
             if schema is None:
                 raise ParameterError(f"{origin}.json_schema.schema", "is missing")
         case _:
-            reason = f"is {str(kind)[:60]!r}, must be 'text', 'json_object' or 'json_schema'"
+            reason = f"must be 'text', 'json_object' or 'json_schema', not {str(kind)[:60]!r}"
             raise ParameterError(f"{origin}.type", reason)
     return definitions.of_schema(_schema(schema, origin), origin, closes_objects=is_strict)
 
@@ -96,7 +96,7 @@ def _of_vllm(value: dict[str, Any], origin: str) -> Grammar:
         raise ParameterError(origin, f"must have exactly one of {known}")
     flags = [name for name in _VLLM_FLAGS if value.get(name)]
     if flags:
-        raise ParameterError(f"{origin}.{flags[0]}", "this server does not support it; leave it out")
+        raise ParameterError(f"{origin}.{flags[0]}", "this server does not support it; remove it")
     form, given = next(iter(forms.items()))
     return _VLLM_FORMS[form](given, f"{origin}.{form}")
 
@@ -108,7 +108,7 @@ def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise ParameterError(origin, f"is no JSON: {str(error)[:200]}") from error
+            raise ParameterError(origin, f"is not JSON: {str(error)[:200]}") from error
     if not isinstance(value, dict | bool):
         raise ParameterError(origin, "a JSON schema must be an object")
     return value
@@ -117,10 +117,10 @@ def _schema(value: Any, origin: str) -> dict[str, Any] | bool:
 def _check_text(text: str, origin: str) -> None:
     """Raises ParameterError if the text of a schema is too large. It is called before the text is parsed."""
     if len(text) > MAX_GRAMMAR_BYTES:
-        raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {MAX_GRAMMAR_BYTES} are taken")
+        raise ParameterError(origin, f"the grammar has {len(text)} characters; the limit is {MAX_GRAMMAR_BYTES}")
     values = outline(text.encode("utf-8", "replace")).values
     if values > MAX_FIELD_VALUES:
-        raise ParameterError(origin, f"a schema of {values} JSON values, at most {MAX_FIELD_VALUES} are taken")
+        raise ParameterError(origin, f"the schema has {values} JSON values; the limit is {MAX_FIELD_VALUES}")
 
 
 def _text(value: Any, origin: str) -> str:
@@ -133,7 +133,7 @@ def _texts(value: Any, origin: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise ParameterError(origin, "must be a list of texts")
     if (characters := sum(map(len, value))) > MAX_GRAMMAR_BYTES:
-        raise ParameterError(origin, f"texts of {characters} characters, at most {MAX_GRAMMAR_BYTES} are taken")
+        raise ParameterError(origin, f"the texts have {characters} characters; the limit is {MAX_GRAMMAR_BYTES}")
     return value
 
 

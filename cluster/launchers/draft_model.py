@@ -200,9 +200,7 @@ def _close_loaded(loading: Future[LoadedDraftModel]) -> None:
 
 def _too_short(path: Path, context: int, own_context: int) -> str:
     if own_context < _LEAST_CONTEXT:
-        return (
-            f"draft model {path}: is made for {own_context} tokens, {_LEAST_CONTEXT} at least are needed; name another"
-        )
+        return f"draft model {path}: is made for {own_context} tokens, but needs {_LEAST_CONTEXT} or more; name another"
     return f"draft model {path}: a context of {context} tokens is too short; give {_LEAST_CONTEXT} or more"
 
 
@@ -226,5 +224,5 @@ def _refusal(model: Model, target: Model) -> str:
     both = min(len(own), len(others))
     compared = slice(_FIRST_COMPARED, both)
     if max(len(own), len(others)) - both > _MOST_OTHER or own[compared] != others[compared]:
-        return f"its {len(own)} tokens are not the {len(others)} of {target.file.path}"
+        return f"its {len(own)} tokens differ from the {len(others)} of {target.file.path}"
     return ""

@@ -105,7 +105,7 @@ def _speculation(model: Model, settings: LocalSettings) -> SpeculationSettings |
         return SpeculationSettings(NgramDrafters(), mtp=settings.mtp)
     for name in ("mtp", "draft_model"):
         if getattr(settings, name):
-            raise UsageError(f"{name}: nothing is drafted without speculation: leave one of them out")
+            raise UsageError(f"{name}: nothing is drafted without speculation: remove one of them")
     return None
 
 
@@ -186,7 +186,7 @@ class LocalStage:
         `open_draft_model`."""
         scheduling = self.scheduling
         if scheduling.speculation is None or not scheduling.max_drafted:
-            raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; leave it out")
+            raise UsageError(f"draft_model: nothing can be drafted for {self.model.file.path}; remove draft_model")
         plan = plan_draft_model(path, [self.model], threads, scheduling.context_length)
         unused_bytes = self._runner.memory.kv_bytes  # counts as free until answers write to it
         draft_model = opened.enter_context(open_draft_model(plan, unused_bytes))
@@ -283,7 +283,7 @@ def _device_kind(settings: LocalSettings, model: Model) -> str:
         if value is None or (name, value) == ("experts_cache_bytes", 0):
             continue
         if name in ("cpu_moe", "experts_cache_bytes") and not model.hyperparameters.expert_count:
-            raise UsageError(f"{name}: {model.file.path} has no experts; leave it out")
+            raise UsageError(f"{name}: {model.file.path} has no experts; remove {name}")
         if kind == "cpu":
             raise UsageError(f"{name} is for GPUs: set device to cuda:0 as well")
         if name in counts and value < 0:

@@ -221,7 +221,7 @@ class _Coordinator:
         ranks = self._rank.ranks
         try:
             if ranks.count != (wanted := len(self._config.workers)):
-                what = f"{wanted} workers and {ranks.count} ranks do not go together"
+                what = f"{wanted} workers need as many ranks, but there are {ranks.count}"
                 raise UsageError(f"launcher mpi: {what}: mpirun -n {wanted} llamaclust up FILE")
             return self._live() if self._meet() else 128 + signal.SIGTERM
         finally:

@@ -79,7 +79,7 @@ class JoinRules:
         present = self._members.present
         if register.name in present or len(present) < MAX_WORKERS:
             return None
-        return f"the cluster has {len(present)} workers, as many as are possible"
+        return f"the cluster has {len(present)} workers, which is the limit"
 
     def _duplicate(self, register: Register) -> WorkerHandle | None:
         present = self._members.present.get(register.name)

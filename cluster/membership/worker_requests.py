@@ -39,7 +39,7 @@ async def profile_worker(worker: WorkerHandle, request: ProfileWorker, deadline_
     measured: profiles.WorkerProfile = await worker.channel.request(request, limit)
     gpus, measured_gpus = len(worker.registration.gpus), len(measured.profile.gpus)
     if measured_gpus != gpus:
-        raise ProtocolError(f"worker {worker.name} measured {measured_gpus} GPUs, it has {gpus}")
+        raise ProtocolError(f"worker {worker.name} measured {measured_gpus} GPUs, but it has {gpus}")
     if not worker.stages:  # else it may have taken memory to serve them
         worker.measuring_bytes += measured.kept_bytes
     return measured.profile
@@ -52,7 +52,7 @@ async def profile_link(worker: WorkerHandle, other: WorkerHandle, deadline_s: fl
     request = profiles.ProfileLinks((end,))
     measured: profiles.LinkProfiles = await worker.channel.request(request, limit)
     if len(measured.links) != 1:
-        raise ProtocolError(f"worker {worker.name} measured {len(measured.links)} links, asked for one")
+        raise ProtocolError(f"worker {worker.name} measured {len(measured.links)} links instead of one")
     return measured.links[0]
 
 

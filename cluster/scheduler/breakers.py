@@ -23,7 +23,7 @@ _KEPT = 16
 
 def check_size(tokens: int) -> None:
     if tokens > MAX_BREAKERS_TOKENS:
-        reason = f"the token sequences with these texts have {tokens} tokens, at most {MAX_BREAKERS_TOKENS} are taken"
+        reason = f"the token sequences with these texts have {tokens} tokens; the limit is {MAX_BREAKERS_TOKENS}"
         raise ParameterError("dry_sequence_breakers", f"{reason}: give fewer or rarer texts")
 
 

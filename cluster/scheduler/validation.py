@@ -58,7 +58,7 @@ def validate(
         raise ParameterError("min_tokens", reason)
     _check_params(request.params, vocabulary)
     if request.grammar is not None and len(request.grammar.definition) > bounds.MAX_GRAMMAR_BYTES:
-        reason = f"has {len(request.grammar.definition)} characters, at most {bounds.MAX_GRAMMAR_BYTES} bytes are taken"
+        reason = f"has {len(request.grammar.definition)} characters; the limit is {bounds.MAX_GRAMMAR_BYTES} bytes"
         raise ParameterError(request.grammar.origin, reason)
     check_size(sum(len(sequence) for sequences in request.breakers.values() for sequence in sequences))
 
@@ -68,9 +68,9 @@ def check_images(request: GenerationRequest, settings: SchedulerSettings) -> Non
     if not request.images:
         return
     if not settings.image_width:
-        raise ParameterError("images", "the model takes none: leave them out")
+        raise ParameterError("images", "the model does not take images: remove them")
     if request.embedded is not None or request.score_from is not None:
-        raise ParameterError("images", "embeddings and scores are of text only: leave the images out")
+        raise ParameterError("images", "embeddings and scores are of text only: remove the images")
     end = 0
     for number, span in enumerate(request.images):
         assert end <= span.start < span.end <= len(request.prompt) and span.offset >= 0, (number, span)
@@ -83,15 +83,15 @@ def _check_rows_of_image(name: str, span: ImageSpan, settings: SchedulerSettings
     count, width = span.end - span.start, settings.image_width
     if span.rows.shape != (count, width):
         shape = " x ".join(map(str, span.rows.shape))
-        raise ParameterError("images", f"{name} has rows of {shape} numbers, the model takes {count} x {width}")
+        raise ParameterError("images", f"{name}: expected rows of {count} x {width} numbers, found {shape}")
     if not np.isfinite(span.rows).all():
         raise ParameterError("images", f"{name} has rows of numbers that are not finite")
     if span.is_bidirectional and count > settings.max_group_rows:
-        together = f"{name} has {count} rows that are computed together, a microbatch has {settings.max_group_rows}"
+        together = f"{name} has {count} rows in one group; the limit of a microbatch is {settings.max_group_rows}"
         raise ParameterError("images", f"{together}: set prefill_chunk: {count}")
     if span.is_bidirectional and count * span.row_bytes > settings.max_image_bytes:
-        together = f"{name} has {count * span.row_bytes} bytes of rows that are computed together"
-        raise ParameterError("images", f"{together}, at most {settings.max_image_bytes} are taken")
+        together = f"{name} has {count * span.row_bytes} bytes of rows in one group"
+        raise ParameterError("images", f"{together}; the limit is {settings.max_image_bytes}")
     positions = span.rope_positions
     if positions is not None:
         assert settings.rope_sections and positions.shape == (settings.rope_sections, count), positions.shape
@@ -125,7 +125,7 @@ def check_number(name: str, value: object, low: float, high: float) -> None:
 
 def check_count(name: str, count: int, most: int, items: str) -> None:
     if count > most:
-        raise ParameterError(name, f"{count} {items}, at most {most} are taken")
+        raise ParameterError(name, f"{count} {items} exceed the limit of {most}")
 
 
 def shown(value: object) -> str:

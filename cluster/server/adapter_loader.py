@@ -53,7 +53,7 @@ class OpenedModel:
                 free = number if number not in adapters.numbers else _free_number(adapters)
                 found, opened = await asyncio.to_thread(_opened, adapted, folder, free, adapter)
                 if found.content != adapter.content:
-                    raise ModelFileError(f"{adapter.path}: another file than the one that was loaded")
+                    raise ModelFileError(f"{adapter.path}: is not the file that was loaded")
             except LlamaclustError as error:
                 report(Notice(f"adapter {adapter.name!r} is not loaded again: {error}"))
                 record.keep(config.model_name, number, adapter)
@@ -173,9 +173,7 @@ def fixed_names(configs: Iterable[ClusterConfig]) -> set[str]:
 def _free_number(adapters: ServedAdapters) -> int:
     free = next((number for number in range(MAX_ADAPTERS) if number not in adapters.numbers), None)
     if free is None:
-        raise ParameterError(
-            "lora_name", f"{MAX_ADAPTERS} adapters are loaded, more are not possible: unload one first"
-        )
+        raise ParameterError("lora_name", f"{MAX_ADAPTERS} adapters are loaded, which is the limit: unload one first")
     return free
 
 
@@ -197,5 +195,5 @@ def _allowed(folder: Path, given: str) -> Path:
         if not is_adapter(path):
             raise HttpError(404, "adapter_not_found", f"lora_path: no adapter is at {shown}", param="lora_path")
     except (OSError, ValueError, RuntimeError) as error:
-        raise ParameterError("lora_path", f"{shown} is no path: {type(error).__name__}") from error
+        raise ParameterError("lora_path", f"{shown} is not a path: {type(error).__name__}") from error
     return path

@@ -189,11 +189,11 @@ class DiskCache:
                 held_bytes, disk_bytes, count = held_bytes - file.size_bytes, disk_bytes + file.size_bytes, count - 1
         more = f"{mib(n_bytes)} MiB more of {self.content}"
         if held_bytes + n_bytes > self.most_bytes:
-            allowed = f"{mib(self.most_bytes)} MiB are allowed ({self.limit})"
+            allowed = f"the limit is {mib(self.most_bytes)} MiB ({self.limit})"
             raise NoRoomError(f"{self.path}: {more} beside {mib(held_bytes)} MiB in use, {allowed}")
         if n_bytes > disk_bytes:
             free_mib, stays = (disk_bytes + reserved_bytes) // MIB, f" ({mib(reserved_bytes)} stay free)"
-            what = f"the disk has {free_mib} MiB free{stays if reserved_bytes else ''}, {more} are needed"
+            what = f"the disk has {free_mib} MiB free{stays if reserved_bytes else ''}, but {more} are needed"
             raise NoRoomError(f"{self.path}: {what}; make room there, or set LLAMACLUST_HOME to another disk")
 
     def _names(self, *others: str) -> Iterator[Path]:

@@ -54,11 +54,11 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> FileIO:
         descriptor = open_descriptor(path, flags | os.O_NOFOLLOW)
     except OSError as error:
         if isinstance(error, NotRegularError) or error.errno in _NOT_A_FILE:
-            raise ForeignFileError(errno.EINVAL, "is no regular file, and in the way", str(path)) from error
+            raise ForeignFileError(errno.EINVAL, "is not a regular file and must be removed", str(path)) from error
         raise
     if (owner := os.fstat(descriptor).st_uid) != os.geteuid():
         os.close(descriptor)
-        raise ForeignFileError(errno.EPERM, f"belongs to another user (id {owner}), and is in the way", str(path))
+        raise ForeignFileError(errno.EPERM, f"belongs to another user (id {owner}), and must be removed", str(path))
     return FileIO(descriptor, "r" if flags & os.O_ACCMODE == os.O_RDONLY else "r+")
 
 

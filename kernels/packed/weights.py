@@ -65,7 +65,7 @@ def _check(tensor: Tensor, wanted: tuple[int, ...]) -> None:
     allowed = _VECTOR_TYPES if len(wanted) == 1 else SUPPORTED_TYPES
     if tensor.quant_type not in allowed:
         known = ", ".join(kind.name for kind in allowed)
-        what = f"type {tensor.quant_type.name} has no CPU kernels, only {known}"
+        what = f"type {tensor.quant_type.name} has no CPU kernels; supported: {known}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the model")
     fits = len(wanted) == len(tensor.shape) and all(map(_is_size, wanted, tensor.shape))
     if not fits or max(tensor.shape) >= 1 << 31:

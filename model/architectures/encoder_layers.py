@@ -108,7 +108,7 @@ class EncoderBuilder(ProgramBuilder):
         """Refuses classifiers that read the mean of all rows, because each row must have its own result."""
         key, pools_mean = "classifier.pooling_type", self.hyperparameters.architecture == "modern-bert"
         if self.keys.count(key, 1 if pools_mean else 2, minimum=0, maximum=4) != 2:
-            raise self.keys.error(key, "2 (cls) is expected, a classifier of the mean is not supported")
+            raise self.keys.error(key, "expected 2 (cls); a classifier of the mean is not supported")
 
     def _dense(self, rows: Buffer) -> Buffer:
         """Computes dense_3(dense_2(row)) for every row before pooling. Dense layers and the mean of rows commute."""
@@ -119,7 +119,7 @@ class EncoderBuilder(ProgramBuilder):
         sizes = {"dense_2_feat_in": rows, "dense_2_feat_out": inner, "dense_3_feat_in": inner, "dense_3_feat_out": out}
         for key, buffer in sizes.items():
             if self.keys.has(key) and self.keys.count(key, maximum=1 << 20) != buffer.width:
-                raise self.keys.error(key, f"{self.keys.count(key, maximum=1 << 20)}, {buffer.width} expected")
+                raise self.keys.error(key, f"expected {buffer.width}, found {self.keys.count(key, maximum=1 << 20)}")
         self._matmul("dense_2", rows, inner)
         self._matmul("dense_3", inner, out)
         return out

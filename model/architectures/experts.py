@@ -36,12 +36,15 @@ def read_experts(
     number = keys.count(_GATING_KEY, 0, minimum=0, maximum=255)
     if number not in (0, *_GATINGS):
         known = ", ".join(f"{key} ({value})" for key, value in _GATINGS.items())
-        raise keys.error(_GATING_KEY, f"{number} is not supported, only {known}")
+        raise keys.error(_GATING_KEY, f"{number} is not supported; supported: {known}")
     groups = keys.count("expert_group_count", 1, minimum=0, maximum=1 << 10) or 1
     used_groups = keys.count("expert_group_used_count", 1, minimum=0, maximum=groups) or 1
     if hp.expert_count % groups or hp.expert_used_count > used_groups * (hp.expert_count // groups):
-        what = f"{groups}, of which {used_groups} are used, for {hp.expert_used_count} of {hp.expert_count} experts"
-        raise keys.error("expert_group_count", f"{what}; groups must divide the experts, used groups hold enough")
+        what = f"{hp.expert_count} experts in {groups} groups, {hp.expert_used_count} chosen from {used_groups} groups"
+        raise keys.error(
+            "expert_group_count",
+            f"{what}; groups must divide the experts, and the used groups must hold the chosen ones",
+        )
     options = ExpertOptions(
         gating=_GATINGS.get(number, gating),
         normalized=keys.flag("expert_weights_norm", normalized),

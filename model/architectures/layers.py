@@ -161,7 +161,7 @@ class ProgramBuilder(CheckedTensors):
         name = "cls.output.weight"
         scores = Buffer("scores", self.model.tensor(name).shape[0])
         if scores.width < 2:
-            raise self.error(name, "1 class, of which the share is always 1; at least 2 expected")
+            raise self.error(name, "expected 2 classes or more, found 1, of which the share is always 1")
         self._matmul("cls.output", self._last_normed, scores)
         self.out = Buffer("selected", self._hidden.width)
         self._steps.append(steps.SelectRows(self._hidden, self.out))
@@ -203,7 +203,7 @@ class ProgramBuilder(CheckedTensors):
         """Returns the KV heads of a layer. Raises ModelFileError if the layer has no attention."""
         count = self.hyperparameters.head_counts_kv[layer]
         if count == 0:
-            raise self.keys.error("attention.head_count_kv", f"0 in layer {layer}, which has attention")
+            raise self.keys.error("attention.head_count_kv", f"it is 0 in layer {layer}, which has attention")
         return count
 
     def add_given(self, level: int) -> None:

@@ -17,7 +17,7 @@ def lfm2(builder: ProgramBuilder) -> None:
     hp, keys, table = builder.hyperparameters, builder.keys, builder.rope_table()
     taps = keys.count("shortconv.l_cache", minimum=2, maximum=MAX_TAPS)
     if hp.embedding_length % KV_BLOCK_TOKENS:
-        raise keys.error("embedding_length", f"{hp.embedding_length}, a multiple of {KV_BLOCK_TOKENS} expected")
+        raise keys.error("embedding_length", f"expected a multiple of {KV_BLOCK_TOKENS}, found {hp.embedding_length}")
     dense = keys.count("leading_dense_block_count", 0, minimum=0, maximum=hp.block_count)
     experts = read_experts(keys, hp, gating=Gating.SIGMOID) if hp.expert_count else None
     attention = AttentionVariant(RopeStyle.NEOX, table, hp.sliding_window, head_norms=HeadNorms.PER_HEAD)

@@ -39,8 +39,10 @@ def baichuan(builder: ProgramBuilder) -> None:
     in llama.cpp. A window in the file is ignored, because the models were trained without one."""
     layers, heads = builder.hyperparameters.block_count, builder.hyperparameters.head_count
     if layers not in (_BAICHUAN_7B_LAYERS, _BAICHUAN_13B_LAYERS):
-        known = f"{_BAICHUAN_7B_LAYERS}, with a rotation, and {_BAICHUAN_13B_LAYERS}, with ALiBi, are known"
-        raise builder.model.error("baichuan.block_count", f"{layers} layers; only {known}", "take another model")
+        known = f"{_BAICHUAN_7B_LAYERS}, with a rotation, and {_BAICHUAN_13B_LAYERS}, with ALiBi"
+        raise builder.model.error(
+            "baichuan.block_count", f"{layers} layers are not supported; known are {known}", "take another model"
+        )
     table = builder.rope_table() if layers == _BAICHUAN_7B_LAYERS else None
     slopes = alibi_slopes(heads) if layers == _BAICHUAN_13B_LAYERS else None
     for layer in builder.layers():

@@ -91,7 +91,7 @@ def llama4(builder: ProgramBuilder) -> None:
     inputs of experts. A chunk has the file's sliding window of positions, by default 8192."""
     hp, keys = builder.hyperparameters, builder.keys
     if not hp.expert_count:
-        raise keys.error("expert_count", "0 or missing, and the architecture has experts")
+        raise keys.error("expert_count", "it is missing or 0, but the architecture has experts")
     experts = ExpertsVariant(_LLAMA4_EXPERTS, shared_width=hp.expert_feed_forward_length)
     period = keys.count("interleave_moe_layer_step", maximum=_MAX_COUNT)
     variants = _attention_variants(builder)
@@ -107,7 +107,7 @@ def _attention_variants(builder: ProgramBuilder) -> list[AttentionVariant]:
     """Returns each layer's variant. Raises ModelFileError for a window of 0, the mark of models without chunks."""
     hp, keys = builder.hyperparameters, builder.keys
     if keys.has("attention.sliding_window") and hp.sliding_window is None:
-        raise keys.error("attention.sliding_window", "0, which is not supported")
+        raise keys.error("attention.sliding_window", "0 is not supported")
     base = keys.real("rope.freq_base_swa", hp.rope.frequency_base, minimum=1.0, maximum=1e12)
     part = AttentionVariant(
         RopeStyle.NORM,

@@ -48,7 +48,7 @@ def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
     """Returns how much of each pair's frequency stays unscaled: 1 for pairs that turn often over the original context,
     0 for slow pairs, a ramp between. (YaRN, arXiv 2309.00071, section 3.2.)"""
     if rope.frequency_base <= 1:
-        raise ModelFileError(f"metadata rope.freq_base: {rope.frequency_base:g}, more than 1 expected with YaRN")
+        raise ModelFileError(f"metadata rope.freq_base: expected more than 1 with YaRN, found {rope.frequency_base:g}")
     last = Decimal(rope.dimension_count - 1)
     first_slow, last_fast = _pair_with_turns(rope, rope.beta_slow), _pair_with_turns(rope, rope.beta_fast)
     if rope.truncated:
@@ -83,7 +83,7 @@ def rope_sections(keys: ModelKeys, pairs: int, *, interleaved: bool) -> tuple[in
     key = _SECTIONS_KEY
     sections = keys.integers(key)
     if len(sections) < _LEAST_SECTIONS:
-        raise keys.error(key, f"{len(sections)} sections, at least {_LEAST_SECTIONS} expected")
+        raise keys.error(key, f"expected {_LEAST_SECTIONS} sections or more, found {len(sections)}")
     if min(sections) < 0 or sum(sections) > pairs:
         what = f"{shown(str(list(sections)))}, together {sum(sections)}; expected non-negative numbers"
         raise keys.error(key, f"{what} with a sum of at most {pairs} (rotated pairs)")

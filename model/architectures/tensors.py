@@ -33,7 +33,7 @@ class CheckedTensors:
     def weight(self, name: str, shape: tuple[int, ...]) -> str:
         found = self.model.tensor(name).shape
         if found != shape:
-            raise self.error(name, f"shape {list(reversed(found))}, {list(reversed(shape))} expected")
+            raise self.error(name, f"expected shape {list(reversed(shape))}, found {list(reversed(found))}")
         return name
 
     def vector(self, name: str, width: int) -> str:
@@ -43,7 +43,7 @@ class CheckedTensors:
         self.weight(name, shape)
         found = self.model.tensor(name).quant_type
         if found is not QuantType.F32:
-            raise self.error(name, f"type {found.name}, F32 expected")
+            raise self.error(name, f"expected type F32, found {found.name}")
         return name
 
     def product(self, name: str, x: Buffer, out: Buffer) -> MatMul:
@@ -71,10 +71,10 @@ class CheckedTensors:
         self.vector(name, rope.dimension_count // 2)
         values = np.frombuffer(self.model.tensor(name).read(), "<f4")
         if not (np.isfinite(values) & (values > 0)).all():
-            raise self.error(name, "holds factors that are not positive numbers")
+            raise self.error(name, "it holds factors that are not positive numbers")
         return tuple(values.tolist())
 
-    def error(self, tensor: str, what: str, advice: str = "the file is not usable, take another one") -> ModelFileError:
+    def error(self, tensor: str, what: str, advice: str = "take another file of the model") -> ModelFileError:
         return ModelFileError(f"{self.model.path}: tensor {tensor}: {what}; {advice}")
 
 

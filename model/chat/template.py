@@ -25,7 +25,7 @@ from llamaclust.model.child_process import (
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
 _NO_TEMPLATE: Final = (
-    "the model carries no chat template, and its name tells none: choose one with chat_template or --chat-template, or "
+    "the model has no chat template, and its name suggests none: choose one with chat_template or --chat-template, or "
     "send the prompt as text to /v1/completions instead"
 )
 _KEY: Final = "tokenizer.chat_template"

@@ -64,11 +64,11 @@ def chosen_template(choice: str) -> str:
         with open_regular(Path(choice).expanduser()) as file:
             text = file.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:
-            raise UsageError(f"chat template {choice}: more than {_MOST_BYTES} bytes; it is no template")
+            raise UsageError(f"chat template {choice}: it has more than {_MOST_BYTES} bytes, so it is not a template")
         return decode_text(text)
     except (OSError, RuntimeError, ValueError) as error:
         listed = ", ".join(names)
-        why = error if isinstance(error, ValueError) else "no file that can be read"
+        why = error if isinstance(error, ValueError) else "it is not a file that can be read"
         raise UsageError(f"chat template {choice}: {why}, and not one of {listed}") from error
 
 

@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
     with open_regular(path) as descriptor:
         size = FileIdentity.of(descriptor).size_bytes
         if size > _MAX_JSON_BYTES:
-            raise ModelFileError(f"{path}: {size >> 20} MiB of JSON, at most {_MAX_JSON_BYTES >> 20} are read")
+            raise ModelFileError(f"{path}: has {size >> 20} MiB of JSON; the limit is {_MAX_JSON_BYTES >> 20} MiB")
         buffer = bytearray(size)
         read_exactly(descriptor, path, 0, memoryview(buffer))
     return parse_json(bytes(buffer), str(path))
@@ -31,10 +31,10 @@ def parse_json(data: bytes, origin: str) -> dict[str, Any]:
     try:
         found = json.loads(decode_text(data), object_pairs_hook=_object, parse_constant=float, parse_int=_whole)
     except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ModelFileError(f"{origin}: not usable as JSON: {what[:120]}") from None
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ModelFileError(f"{origin}: the JSON cannot be read: {what[:120]}") from None
     if not isinstance(found, dict):
-        raise ModelFileError(f"{origin}: a JSON object expected, it is {type(found).__name__}")
+        raise ModelFileError(f"{origin}: expected a JSON object, found {type(found).__name__}")
     return found
 
 
@@ -42,11 +42,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for (key, count) in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{shown(twice)} is there twice")
+        raise ValueError(f"key {shown(twice)} occurs twice")
     return found
 
 
 def _whole(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"a number of {len(digits)} digits, at most {_MAX_DIGITS} are read")
+        raise ValueError(f"a number has {len(digits)} digits; the limit is {_MAX_DIGITS}")
     return int(digits)

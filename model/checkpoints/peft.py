@@ -73,24 +73,24 @@ class PeftSettings:
         rank = _pattern(settings, "rank_pattern", module, settings.count("r", maximum=1 << 16))
         alpha = _pattern(settings, "alpha_pattern", module, settings.real("lora_alpha", default=rank))
         if rank != int(rank):
-            raise settings.error("rank_pattern", f"{rank:g}, a whole number expected")
+            raise settings.error("rank_pattern", f"expected a whole number, found {rank:g}")
         return Scaling(int(rank), alpha, settings.flag("use_rslora"))
 
 
 def _check_kind(settings: Settings) -> None:
     kind = settings.text("peft_type", default="LORA")
     if kind != "LORA":
-        raise settings.error("peft_type", f"{kind!r}; only LORA is supported")
+        raise settings.error("peft_type", f"{kind!r} is not supported; supported is LORA")
     for name in _REFUSED:
         if settings.values.get(name):
-            raise settings.error(name, "set, which is not supported")
+            raise settings.error(name, "this setting is not supported")
     if "lora_alpha" in settings.values and not settings.has("lora_alpha"):
-        raise settings.error("lora_alpha", "null or NaN, a number expected")
+        raise settings.error("lora_alpha", "expected a number, found null or NaN")
     begun = settings.values.get("init_lora_weights")
     if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
-        raise settings.error("init_lora_weights", f"{begun!r}: it is of a base that was changed; save it as plain LoRA")
+        raise settings.error("init_lora_weights", f"{begun!r} changes the base model; save the adapter as plain LoRA")
     if settings.text("bias", default="none") != "none":
-        raise settings.error("bias", f"{settings.values['bias']!r}; only adapters without biases are supported")
+        raise settings.error("bias", f"{settings.values['bias']!r} is not supported; supported is 'none'")
 
 
 def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
@@ -98,11 +98,11 @@ def _pattern(settings: Settings, name: str, module: str, default: float) -> floa
     inner = settings.inner(name)
     strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
     if strange is not None:
-        raise settings.error(name, f"{shown(strange)} is no end of a name; patterns are not supported")
+        raise settings.error(name, f"{shown(strange)} is not the end of a name; patterns are not supported")
     key = next((key for key in inner.values if f".{module}".endswith(f".{key}")), None)
     return default if key is None else inner.real(key, minimum=1e-9, maximum=1 << 20)
 
 
 def check_rank(scaling: Scaling, rank: int, origin: str) -> None:
     if rank != scaling.rank:
-        raise ModelFileError(f"{origin}: rank {rank}, {CONFIG} says {scaling.rank}")
+        raise ModelFileError(f"{origin}: expected rank {scaling.rank} as in {CONFIG}, found {rank}")

@@ -22,7 +22,7 @@ from llamaclust.model.hyperparameters import read_architecture, read_hyperparame
 from llamaclust.model.quant_types import QuantType
 
 _TYPES: Final = {Storage.F32: QuantType.F32, Storage.F16: QuantType.F16, Storage.BF16: QuantType.BF16}
-_MERGE: Final = "leave the adapter out, or merge it by llamaclust model merge-lora"
+_MERGE: Final = "remove the adapter, or merge it with `llamaclust model merge-lora`"
 
 
 def is_peft(path: Path) -> bool:
@@ -41,7 +41,7 @@ def read_peft(path: Path, model: ModelFile) -> Header:
     _, weights = peft_files(path)
     settings = PeftSettings.read(weights.parent)
     if settings.settings.values.get("modules_to_save"):
-        raise settings.settings.error("modules_to_save", f"set: whole matrices are not supported; {_MERGE}")
+        raise settings.settings.error("modules_to_save", f"whole matrices are not supported; {_MERGE}")
     with open_regular(weights) as descriptor:
         identity = FileIdentity.of(descriptor)
         stored = read_safetensors(SourceFile(weights, descriptor, identity.size_bytes))
@@ -49,7 +49,7 @@ def read_peft(path: Path, model: ModelFile) -> Header:
     tensors: dict[str, Tensor] = {}
     for tensor in map(reader.tensor, stored):
         if tensor.name in tensors:
-            raise fail_at(weights, f"tensor {shown(tensor.name)}", "there under two names", _MERGE)
+            raise fail_at(weights, f"tensor {shown(tensor.name)}", "it occurs under two names", _MERGE)
         tensors[tensor.name] = tensor
     metadata: dict[str, MetadataValue] = {
         "general.architecture": reader.architecture,
@@ -76,11 +76,11 @@ class _Reader:
         module, kind = found or ("", "")
         name = matrix_name(self.architecture, module)
         if name is None or kind not in ("A", "B"):
-            what = f"not a factor of a matrix of the layers that adapters of {self.architecture} change as it is"
+            what = f"it is not a factor of a layer matrix that adapters of {self.architecture} can change"
             raise fail_at(self._weights, place, what, _MERGE)
         if stored.storage not in _TYPES:
             known = ", ".join(kind.name for kind in _TYPES)
-            raise fail_at(self._weights, place, f"type {stored.storage.name}, one of {known} expected", _MERGE)
+            raise fail_at(self._weights, place, f"expected type {known}, found {stored.storage.name}", _MERGE)
         self._check_scaling(stored, module, kind)
         half = f"{name}.weight.lora_{kind.lower()}"
         kind_of_it = _TYPES[stored.storage]
@@ -95,18 +95,18 @@ class _Reader:
         differ."""
         if len(self._alphas) > 1:
             one, other = list(self._alphas.items())[:2]
-            what = f"alpha {one[0]:g} of {shown(one[1])}, {other[0]:g} of {shown(other[1])}: several are not supported"
-            raise self._settings.settings.error("lora_alpha", f"{what}; {_MERGE}")
+            both = f"{one[0]:g} for {shown(one[1])} and {other[0]:g} for {shown(other[1])}"
+            raise self._settings.settings.error("lora_alpha", f"different values are not supported: {both}; {_MERGE}")
         return float(np.float32(next(iter(self._alphas), 0.0)))
 
     def _check_scaling(self, stored: StoredTensor, module: str, kind: str) -> None:
         origin = f"{self._weights}: tensor {shown(stored.name)}"
         if len(stored.shape) != 2 or 0 in stored.shape:
-            raise ModelFileError(f"{origin}: shape {list(stored.shape)}, a matrix expected; {_MERGE}")
+            raise ModelFileError(f"{origin}: expected a matrix, found shape {list(stored.shape)}; {_MERGE}")
         scaling = self._settings.scaling(module)
         check_rank(scaling, stored.shape[0 if kind == "A" else 1], origin)
         if np.float32(scaling.plain_alpha) <= 0:  # with 0, GGUF means that factors are not scaled
-            what = f"{scaling.alpha:g}, more than 0 expected, in float32 too"
+            what = f"expected more than 0 (also in float32), found {scaling.alpha:g}"
             raise self._settings.settings.error("lora_alpha", what)
         self._alphas.setdefault(scaling.plain_alpha, module)
 
@@ -118,6 +118,6 @@ class _Reader:
         sizes = read_hyperparameters(self._model)
         heads = sizes.head_count if part == "attn_q" else sizes.head_count_kv
         if stored.shape[0] % (2 * heads):
-            what = f"{stored.shape[0]} rows, {heads} heads of the model have a multiple of {2 * heads}"
+            what = f"expected a multiple of {2 * heads} rows for {heads} heads of the model, found {stored.shape[0]}"
             raise fail_at(self._weights, f"tensor {shown(stored.name)}", what, "give an adapter of this model")
         return heads

@@ -38,7 +38,7 @@ def read_safetensors(file: SourceFile) -> list[StoredTensor]:
     length = int.from_bytes(file.read(0, 8), "little")
     if not 2 <= length <= min(_MAX_HEADER_BYTES, file.size_bytes - 8):
         raise file.error(
-            f"a header of {length} bytes in a file of {file.size_bytes}: no safetensors file, or cut short"
+            f"its header has {length} bytes, but the file {file.size_bytes}: not a safetensors file, or cut short"
         )
     header = parse_json(file.read(8, length), f"{file.path}: header")
     tensors = [_stored(file, name, said, 8 + length) for name, said in header.items() if name != _METADATA]
@@ -55,12 +55,12 @@ def _stored(file: SourceFile, name: str, said: Any, first: int) -> StoredTensor:
     if not isinstance(kind, str) or kind not in known:
         raise _bad(file, name, f"type {shown(str(kind))} is not known; known: {', '.join(known)}")
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in (*shape, start, end)):
-        raise _bad(file, name, "shape or place are not whole numbers")
+        raise _bad(file, name, "its shape and place must be whole numbers")
     if len(shape) > MAX_DIMENSIONS:
-        raise _bad(file, name, f"{len(shape)} dimensions, {MAX_DIMENSIONS} at most are known")
+        raise _bad(file, name, f"it has {len(shape)} dimensions; the most is {MAX_DIMENSIONS}")
     tensor = StoredTensor(name, known[kind], shape or (1,), first + start)
     if end - start != tensor.n_bytes:
-        raise _bad(file, name, f"{end - start} bytes for shape {list(tensor.shape)} of {kind}")
+        raise _bad(file, name, f"{end - start} bytes do not fit shape {list(tensor.shape)} of {kind}")
     return tensor
 
 
@@ -68,10 +68,12 @@ def _check_places(file: SourceFile, first: int, tensors: Iterable[StoredTensor])
     at = first
     for tensor in sorted(tensors, key=lambda tensor: (tensor.offset, tensor.n_bytes)):
         if tensor.offset != at:
-            raise _bad(file, tensor.name, f"begins at byte {tensor.offset - first} of the data, {at - first} expected")
+            raise _bad(
+                file, tensor.name, f"expected at byte {at - first} of the data, found at {tensor.offset - first}"
+            )
         at += tensor.n_bytes
     if at != file.size_bytes:
-        raise file.error(f"{file.size_bytes} bytes, {at} expected: it was cut short, or is damaged")
+        raise file.error(f"expected {at} bytes, found {file.size_bytes}: the file was cut short, or is damaged")
 
 
 def _bad(file: SourceFile, name: str, what: str) -> ModelFileError:

@@ -34,7 +34,7 @@ class Settings:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-            raise self.error(names[0], f"{_shown(value)}, a whole number of {minimum} to {maximum} expected")
+            raise self.error(names[0], f"expected a whole number of {minimum} to {maximum}, found {_shown(value)}")
         return value
 
     def real(
@@ -42,36 +42,36 @@ class Settings:
     ) -> float:
         value = self._find(names, default)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.error(names[0], f"{_shown(value)}, a number expected")
+            raise self.error(names[0], f"expected a number, found {_shown(value)}")
         if not minimum <= value <= maximum:  # nor is it so for one that is no number
-            raise self.error(names[0], f"{_shown(value)}, {minimum:g} to {maximum:g} expected")
+            raise self.error(names[0], f"expected {minimum:g} to {maximum:g}, found {_shown(value)}")
         return float(value)
 
     def flag(self, *names: str, default: bool = False) -> bool:
         value = self._find(names, default)
         if not isinstance(value, bool):
-            raise self.error(names[0], f"{_shown(value)}, true or false expected")
+            raise self.error(names[0], f"expected true or false, found {_shown(value)}")
         return value
 
     def text(self, *names: str, default: str | None = None) -> str:
         value = self._find(names, default)
         if not isinstance(value, str):
-            raise self.error(names[0], f"{_shown(value)}, text expected")
+            raise self.error(names[0], f"expected text, found {_shown(value)}")
         return value
 
     def reals(self, name: str, count: int) -> list[float]:
         value = self.values.get(name)
         if not isinstance(value, list) or len(value) != count:
             there = f"{len(value)} entries" if isinstance(value, list) else _shown(value)
-            raise self.error(name, f"{there}, {count} numbers expected")
+            raise self.error(name, f"expected {count} numbers, found {there}")
         if not all(isinstance(number, int | float) and 0 < number <= _MAX_REAL for number in value):
-            raise self.error(name, "holds what is no positive number")
+            raise self.error(name, "expected positive numbers only")
         return [float(number) for number in value]
 
     def inner(self, *names: str) -> Settings:
         value = self._find(names, {})
         if not isinstance(value, dict):
-            raise self.error(names[0], f"{_shown(value)}, an object expected")
+            raise self.error(names[0], f"expected an object, found {_shown(value)}")
         return Settings(value, f"{self.origin}: {shown(names[0])}")
 
     def _find(self, names: tuple[str, ...], default: Any) -> Any:

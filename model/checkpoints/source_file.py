@@ -18,7 +18,9 @@ class SourceFile:
     def read(self, offset: int, count: int) -> bytes:
         """Returns bytes [offset, offset + count). Raises ModelFileError if the file is shorter."""
         if offset < 0 or count < 0 or offset + count > self.size_bytes:
-            raise self.error(f"{count} bytes from byte {offset} on are needed, it has {self.size_bytes}: cut short")
+            raise self.error(
+                f"expected {count} bytes from byte {offset} on, but the file has {self.size_bytes}: it was cut short"
+            )
         buffer = bytearray(count)
         read_exactly(self.descriptor, self.path, offset, memoryview(buffer))
         return bytes(buffer)

@@ -88,7 +88,7 @@ class _Cursor:
         if end <= len(self._buffer):
             return
         if end > self._size_bytes:
-            raise self.error(f"{count} bytes needed, the file ends at byte {self._size_bytes}")
+            raise self.error(f"{count} more bytes are needed, but the file ends at byte {self._size_bytes}")
         if end > _MAX_HEADER_BYTES:
             raise self.error(f"the header is longer than {_MAX_HEADER_BYTES >> 20} MiB")
         have = len(self._buffer)
@@ -117,7 +117,7 @@ class _Cursor:
     def _string_bytes(self, max_bytes: int) -> bytes:
         length = self.u64()
         if length > max_bytes:
-            raise self.error(f"a string of {length} bytes, at most {max_bytes} allowed")
+            raise self.error(f"a string has {length} bytes; the limit is {max_bytes}")
         return self.take(length)
 
     def text(self, max_bytes: int) -> str:
@@ -129,11 +129,11 @@ class _Cursor:
         try:
             return str(data, "utf-8")
         except UnicodeDecodeError as error:
-            raise self.error(f"a string that is not UTF-8 ({error.reason})") from error
+            raise self.error(f"a string is not UTF-8 ({error.reason})") from error
 
     def strings(self, count: int, key: str) -> LazyStrings:
         if count > min(_MAX_STRINGS, self.remaining_bytes // 8):
-            raise self.error(f"an array of {count} strings")
+            raise self.error(f"an array of {count} strings is larger than the file allows")
         start = self.position
         self._skip_strings(count)
         return LazyStrings(bytes(memoryview(self._buffer)[start : self.position]), count, f"{self._path}: {shown(key)}")
@@ -159,7 +159,7 @@ class _Cursor:
         if value_type == BOOL_TYPE:
             byte = self.take(1)[0]
             if byte > 1:
-                raise self.error(f"a truth value of {byte}")
+                raise self.error(f"a truth value must be 0 or 1, not {byte}")
             return byte == 1
         scalar = _SCALARS.get(value_type)
         if scalar is None:
@@ -174,7 +174,10 @@ class _Cursor:
         if item_type == ARRAY_TYPE:
             self._nested += count
             if depth == _MAX_NESTING or self._nested > _MAX_NESTED_ARRAYS:
-                raise self.error(f"arrays nested {depth + 1} deep, {self._nested} in all", "the file is not usable")
+                raise self.error(
+                    f"{self._nested} nested arrays, {depth + 1} levels deep, exceed the limit",
+                    "take another file of the model",
+                )
             return tuple(self._array(key, depth + 1) for _ in range(count))
         return self._numbers(item_type, count)
 
@@ -184,12 +187,12 @@ class _Cursor:
             raise self.error(f"unknown array type {item_type}")
         dtype = np.dtype(code)
         if count > self.remaining_bytes // dtype.itemsize:
-            raise self.error(f"an array of {count} numbers in a file with {self.remaining_bytes} bytes left")
+            raise self.error(f"{count} numbers do not fit in the remaining {self.remaining_bytes} bytes of the file")
         values = np.frombuffer(self.take(count * dtype.itemsize), dtype)
         if item_type != BOOL_TYPE:
             return values
         if count and values.max() > 1:
-            raise self.error(f"a truth value of {values.max()}")
+            raise self.error(f"a truth value must be 0 or 1, not {values.max()}")
         return values.view(np.bool_)
 
 
@@ -237,9 +240,13 @@ def _read_start(cursor: _Cursor) -> tuple[int, int]:
         raise cursor.error(f"{what} is not supported", "convert it to little-endian GGUF version 3")
     tensor_count, key_count = cursor.u64(), cursor.u64()
     if tensor_count > min(MAX_TENSORS, cursor.remaining_bytes // _MIN_TENSOR_BYTES):
-        raise cursor.error(f"{tensor_count} tensors in a file with {cursor.remaining_bytes} bytes left")
+        raise cursor.error(
+            f"{tensor_count} tensors do not fit in the remaining {cursor.remaining_bytes} bytes of the file"
+        )
     if key_count > min(MAX_KEYS, cursor.remaining_bytes // _MIN_KEY_BYTES):
-        raise cursor.error(f"{key_count} metadata keys in a file with {cursor.remaining_bytes} bytes left")
+        raise cursor.error(
+            f"{key_count} metadata keys do not fit in the remaining {cursor.remaining_bytes} bytes of the file"
+        )
     return key_count, tensor_count
 
 
@@ -250,7 +257,7 @@ def _read_metadata(cursor: _Cursor, count: int) -> dict[str, MetadataValue]:
         key = cursor.string(_MAX_KEY_BYTES)
         cursor.place = f"metadata {shown(key)}"
         if not key or key in metadata:
-            raise cursor.error("the key stands twice in the file" if key else "an empty key")
+            raise cursor.error("the key occurs twice in the file" if key else "the key is empty")
         metadata[key] = cursor.value(key)
     return metadata
 
@@ -262,7 +269,7 @@ def _read_tensors(cursor: _Cursor, count: int, path: Path, identity: FileIdentit
         name = cursor.string(_MAX_TENSOR_NAME_BYTES)
         cursor.place = f"tensor {shown(name)}"
         if not name or name in tensors:
-            raise cursor.error("the name stands twice in the file" if name else "an empty name")
+            raise cursor.error("the name occurs twice in the file" if name else "the name is empty")
         quant_type, shape = _read_shape(cursor)
         offset = cursor.u64()
         tensors[name] = Tensor(name, quant_type, shape, path, offset, quant_type.tensor_bytes(shape), identity)
@@ -272,14 +279,14 @@ def _read_tensors(cursor: _Cursor, count: int, path: Path, identity: FileIdentit
 def _read_shape(cursor: _Cursor) -> tuple[QuantType, tuple[int, ...]]:
     dimensions = cursor.u32()
     if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise cursor.error(f"{dimensions} dimensions, 1 to {MAX_DIMENSIONS} allowed")
+        raise cursor.error(f"expected 1 to {MAX_DIMENSIONS} dimensions, found {dimensions}")
     sizes = [cursor.u64() for _ in range(dimensions)]
     if 0 in sizes or math.prod(sizes) > MAX_ELEMENTS:
-        raise cursor.error(f"a shape of {sizes}")
+        raise cursor.error(f"shape {sizes} is not possible")
     quant_type = _quant_type(cursor, cursor.u32())
     block_size = quant_type.info.block_size
     if sizes[0] % block_size:
-        raise cursor.error(f"rows of {sizes[0]} weights, {quant_type.name} needs a multiple of {block_size}")
+        raise cursor.error(f"rows have {sizes[0]} weights, but {quant_type.name} needs a multiple of {block_size}")
     return quant_type, tuple(reversed(sizes))
 
 
@@ -294,16 +301,16 @@ def _alignment(path: Path, metadata: dict[str, MetadataValue]) -> int:
     value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     place = "metadata 'general.alignment'"
     if not isinstance(value, int) or isinstance(value, bool):
-        raise fail_at(path, place, f"{kind_of(value)}, a whole number expected")
+        raise fail_at(path, place, f"expected a whole number, found {kind_of(value)}")
     if not 1 <= value <= _MAX_ALIGNMENT or value & (value - 1):
-        raise fail_at(path, place, f"{value}, a power of two up to {_MAX_ALIGNMENT} expected")
+        raise fail_at(path, place, f"expected a power of two up to {_MAX_ALIGNMENT}, found {value}")
     return value
 
 
 def _placed(tensor: Tensor, data_start: int) -> Tensor:
     offset, size_bytes = data_start + tensor.offset, tensor.file_identity.size_bytes
     if offset + tensor.n_bytes > size_bytes:
-        what = f"ends at byte {offset + tensor.n_bytes}, the file at byte {size_bytes}"
+        what = f"it ends at byte {offset + tensor.n_bytes}, but the file at byte {size_bytes}"
         raise fail_at(tensor.path, f"tensor {shown(tensor.name)}", what, "the file is incomplete, download it again")
     return replace(tensor, offset=offset)
 
@@ -312,7 +319,7 @@ def _check_overlaps(path: Path, tensors: dict[str, Tensor]) -> None:
     ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
     for before, after in pairwise(ordered):
         if before.offset + before.n_bytes > after.offset:
-            raise fail_at(path, f"tensor {shown(after.name)}", f"overlaps tensor {shown(before.name)}")
+            raise fail_at(path, f"tensor {shown(after.name)}", f"it overlaps tensor {shown(before.name)}")
 
 
 def _digest(cursor: _Cursor, descriptor: int, path: Path, data_start: int) -> bytes:

@@ -62,13 +62,13 @@ class ModelFile:
     def _files(self) -> set[tuple[Path, FileIdentity]]:
         return {(tensor.path, tensor.file_identity) for tensor in self.tensors.values()}
 
-    def error(self, key: str, what: str, advice: str = "the file is not usable, take another one") -> ModelFileError:
+    def error(self, key: str, what: str, advice: str = "take another file of the model") -> ModelFileError:
         return fail_at(self.path, f"metadata {shown(key)}", what, advice)
 
     def tensor(self, name: str) -> Tensor:
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise fail_at(self.path, f"tensor {shown(name)}", "missing", "the file is not usable, take another one")
+            raise fail_at(self.path, f"tensor {shown(name)}", "missing", "take another file of the model")
         return tensor
 
     def metadata_int(
@@ -77,9 +77,9 @@ class ModelFile:
         """Returns a whole number, or `default` if the key is missing. Raises ModelFileError if that is None."""
         value = self._value(key, default)
         if not isinstance(value, int) or isinstance(value, bool):
-            raise self.error(key, f"{kind_of(value)}, a whole number expected")
+            raise self.error(key, f"expected a whole number, found {kind_of(value)}")
         if not minimum <= value <= maximum:
-            raise self.error(key, f"{value}, {minimum} to {maximum} expected")
+            raise self.error(key, f"expected {minimum} to {maximum}, found {value}")
         return value
 
     def metadata_float(
@@ -88,22 +88,22 @@ class ModelFile:
         """Returns a finite number, or `default` if the key is missing. Raises ModelFileError if that is None."""
         value = self._value(key, default)
         if not isinstance(value, float):
-            raise self.error(key, f"{kind_of(value)}, a decimal number expected")
+            raise self.error(key, f"expected a decimal number, found {kind_of(value)}")
         if not math.isfinite(value) or not minimum <= value <= maximum:
-            raise self.error(key, f"{value:g}, {minimum:g} to {maximum:g} expected")
+            raise self.error(key, f"expected {minimum:g} to {maximum:g}, found {value:g}")
         return value
 
     def metadata_str(self, key: str, default: str | None = None) -> str:
         value = self._value(key, default)
         if not isinstance(value, str):
-            raise self.error(key, f"{kind_of(value)}, text expected")
+            raise self.error(key, f"expected text, found {kind_of(value)}")
         return value
 
     def metadata_strings(self, key: str) -> Sequence[str]:
         """Returns an array of text that is decoded on first use. Raises ModelFileError if the key is missing."""
         value = self._value(key, None)
         if not isinstance(value, LazyStrings):
-            raise self.error(key, f"{kind_of(value)}, an array of text expected")
+            raise self.error(key, f"expected an array of text, found {kind_of(value)}")
         return value
 
     def _value(self, key: str, default: MetadataValue | None) -> MetadataValue:
@@ -122,8 +122,8 @@ def open_model(path: Path | str) -> ModelFile:
     for header in headers:
         repeated = next((name for name in header.tensors if name in tensors), None)
         if repeated is not None:
-            what = f"also in {tensors[repeated].path.name}"
-            raise fail_at(header.path, f"tensor {shown(repeated)}", what, "get the parts of one and the same model")
+            what = f"it is also in {tensors[repeated].path.name}"
+            raise fail_at(header.path, f"tensor {shown(repeated)}", what, "get all parts of the same model")
         tensors.update(header.tensors)
     if len(headers) > 1:
         _check_tensor_count(first, len(tensors))
@@ -143,17 +143,21 @@ def _other_parts(first: Header) -> list[Header]:
     name = PART_NAME.fullmatch(first.path.name)
     if count <= 1:  # llama-gguf-split leaves 0 in a file that it merged
         if name and int(name["count"]) > 1:
-            said = count if "split.count" in first.metadata else "missing"
-            raise fail_at(first.path, "split.count", f"{said}, but the name says {name['count']} parts", _RENAME)
+            said = f"the file says {count}" if "split.count" in first.metadata else "the key is missing"
+            raise fail_at(first.path, "split.count", f"{said}, but its name says {name['count']} parts", _RENAME)
         return []
     _check_alone(first, count)
     if not name or int(name["count"]) != count:
         wanted = f"-00001-of-{count:05}.gguf"
-        raise fail_at(first.path, "split.count", f"one part of {count}, but the name does not end in {wanted}", _RENAME)
+        raise fail_at(
+            first.path, "split.count", f"this is one of {count} parts, but its name does not end in {wanted}", _RENAME
+        )
     number = _split_number(first, "split.no", default=None, minimum=0)
     if number != 0 or int(name["number"]) != 1:
         start = f"{name['stem']}-00001-of-{count:05}.gguf"
-        raise fail_at(first.path, "split.no", f"part {number + 1} of {count}", f"give the first part, {shown(start)}")
+        raise fail_at(
+            first.path, "split.no", f"this is part {number + 1} of {count}", f"give the first part, {shown(start)}"
+        )
     seen = {first.file_identity: first.path}
     return [
         _part(first, f"{name['stem']}-{part + 1:05}-of-{count:05}.gguf", part, count, seen) for part in range(1, count)
@@ -168,7 +172,7 @@ def _check_alone(part: Header, count: int) -> None:
     with open_regular(part.path) as descriptor:
         read_exactly(descriptor, part.path, end, memoryview(follows))
     if end and MAGIC in follows:
-        what = f"one part of {count} ends at byte {end}, another begins there: parts of a split model were joined"
+        what = f"one of {count} parts ends at byte {end} and another follows it: the parts were joined"
         advice = (
             "get the parts as they were published and give the first; `llamaclust model merge` makes one file of them"
         )
@@ -187,21 +191,26 @@ def _part(first: Header, name: str, number: int, count: int, seen: dict[FileIden
         raise ModelFileError(f"{error} (part {number + 1} of {count} of {first.path.name})") from error
     identity = header.file_identity
     if identity in seen:
-        raise fail_at(path, "split model", f"the same file as {seen[identity].name}", _GET_PART)
+        raise fail_at(path, "split model", f"it is the same file as {seen[identity].name}", _GET_PART)
     seen[identity] = path
     said = _split_number(header, "split.no", default=None, minimum=0)
     if said != number:
-        raise fail_at(path, "split.no", f"{said}, {number} expected for part {number + 1}", _RENAME)
+        raise fail_at(path, "split.no", f"expected {number} in part {number + 1}, found {said}", _RENAME)
     said = _split_number(header, "split.count", default=None, minimum=1)
     if said != count:
-        raise fail_at(path, "split.count", f"{said}, but {first.path.name} says {count}", _GET_PART)
+        raise fail_at(path, "split.count", f"this part says {said}, but {first.path.name} says {count}", _GET_PART)
     return header
 
 
 def _check_tensor_count(first: Header, found: int) -> None:
     said = _split_number(first, "split.tensors.count", default=None, minimum=0)
     if said != found:
-        raise fail_at(first.path, "split.tensors.count", f"{said}, but the parts hold {found} tensors", _GET_PART)
+        raise fail_at(
+            first.path,
+            "split.tensors.count",
+            f"the first part says {said}, but the parts hold {found} tensors",
+            _GET_PART,
+        )
 
 
 def _split_number(header: Header, key: str, *, default: int | None, minimum: int) -> int:
@@ -209,5 +218,5 @@ def _split_number(header: Header, key: str, *, default: int | None, minimum: int
     if value is None:
         raise fail_at(header.path, key, "missing", _GET_PART)
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise fail_at(header.path, key, f"{kind_of(value)}, a whole number from {minimum} up expected")
+        raise fail_at(header.path, key, f"expected a whole number of {minimum} or more, found {kind_of(value)}")
     return value

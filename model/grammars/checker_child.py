@@ -35,7 +35,7 @@ def _checked(definition: str, walk: GrammarWalk) -> dict[str, str]:
     if definition.startswith(GBNF_START):
         text = json.loads(definition)[GBNF]
         if (work := (rules := text.count("::=")) * len(text)) > MAX_GBNF_WORK:
-            return _reply(f"{rules} rules times {len(text)} characters are {work}, at most {MAX_GBNF_WORK} are taken")
+            return _reply(f"{rules} rules times {len(text)} characters are {work}; the limit is {MAX_GBNF_WORK}")
         try:
             lark = any_to_lark(text)
         except RecursionError:

@@ -32,7 +32,7 @@ def of_schema(schema: Mapping[str, Any] | bool, origin: str, *, closes_objects: 
     except RecursionError:
         raise ParameterError(origin, "the schema is nested too deeply") from None
     if normal.unobeyed:
-        reason = f"no grammar can obey {', '.join(normal.unobeyed[:_MOST_PLACES])}: leave it out of the schema"
+        reason = f"no grammar can obey {', '.join(normal.unobeyed[:_MOST_PLACES])}: remove it from the schema"
         raise ParameterError(origin, reason)
     return _grammar({"json_schema": {**normal.schema, GUIDANCE: JSON_TEXT}}, origin)
 
@@ -60,13 +60,13 @@ def of_calls(rules: str, origin: str) -> Grammar:
 def of_gbnf(text: str, origin: str) -> Grammar:
     """Allows the texts of a grammar in GBNF or Lark. The check converts it later, since that may take long."""
     if len(text) > _MAX_GBNF_BYTES:
-        raise ParameterError(origin, f"a grammar of {len(text)} characters, at most {_MAX_GBNF_BYTES} are taken")
+        raise ParameterError(origin, f"the grammar has {len(text)} characters; the limit is {_MAX_GBNF_BYTES}")
     return _defined({GBNF: text}, origin)
 
 
 def of_choice(texts: Sequence[str], origin: str) -> Grammar:
     if not texts or not all(texts):
-        raise ParameterError(origin, "must be a list of texts, none of them empty")
+        raise ParameterError(origin, "must be a list of texts that are not empty")
     return of_lark("start: CHOICE\nCHOICE: " + " | ".join(map(quoted, texts)), origin)
 
 
@@ -112,5 +112,5 @@ def _defined(whole: Mapping[str, Any], origin: str) -> Grammar:
     except (ValueError, RecursionError) as error:  # lone surrogates are a ValueError, too
         raise ParameterError(origin, f"cannot be written as JSON: {error}") from error
     if size > MAX_GRAMMAR_BYTES:
-        raise ParameterError(origin, f"a grammar of {size} bytes, at most {MAX_GRAMMAR_BYTES} are taken")
+        raise ParameterError(origin, f"the grammar has {size} bytes; the limit is {MAX_GRAMMAR_BYTES}")
     return Grammar(definition, origin=origin)

@@ -176,8 +176,7 @@ class GrammarMatcher:
             self.looked_bytes += size
             if size > _MAX_FORCED_BYTES:
                 raise RequestError(
-                    f"the grammar has a text of at least {size} bytes that must come whole, "
-                    f"at most {_MAX_FORCED_BYTES} are taken"
+                    f"the grammar forces a text of at least {size} bytes; the limit is {_MAX_FORCED_BYTES}"
                 )
         return self._following
 

@@ -68,7 +68,7 @@ def decode(picture: bytes, max_pixels: int) -> Image:
         raise
     except Exception as error:  # noqa: BLE001  decoders raise any
         what = _NO_HEADER if str(error) == _UNIDENTIFIED else " ".join(str(error).split()) or type(error).__name__
-        raise PictureError(f"a {kind.value} file that cannot be decoded: {what}; send it again, or as PNG") from None
+        raise PictureError(f"the {kind.value} file cannot be decoded: {what}; send it again, or as PNG") from None
     del image
     return rgb if upright is None else rgb.transpose(upright)
 
@@ -82,10 +82,10 @@ def _shown(picture: bytes) -> str:
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise PictureError(f"{width} x {height} pixels; send a picture with at least one")
+        raise PictureError(f"it has {width} x {height} pixels; send a picture with at least one")
     if width * height > max_pixels:
-        what = f"{width} x {height} are {width * height} pixels"
-        raise PictureError(f"{what}, at most {max_pixels} are taken; send a smaller picture")
+        what = f"it has {width} x {height} = {width * height} pixels"
+        raise PictureError(f"{what}; the limit is {max_pixels}: send a smaller picture")
 
 
 def _exif(image: Image) -> bytes:

@@ -97,7 +97,7 @@ class ImagePreparation:
     def _submit(self, picture: bytes) -> Future[ImageTiles]:
         most = self._limits.max_bytes
         if len(picture) > most:
-            raise RequestError(f"the picture has {len(picture)} bytes, at most {most} are taken; send a smaller one")
+            raise RequestError(f"the picture has {len(picture)} bytes; the limit is {most}: send a smaller one")
         return min(self._preparers, key=lambda preparer: preparer.child.load).submit(picture)
 
     def _waited_too_long(self) -> DeadlineError:
@@ -123,7 +123,7 @@ class _Preparer:
             raise DeadlineError(f"the preparation of the picture was stopped: {failure}; try again") from None
         except ChildEndedError as failure:
             most = f"{self._limits.cpu_seconds} s of a processor and {self._limits.memory_bytes >> 20} MiB"
-            raise RequestError(f"the picture was refused: {failure}, of at most {most}; send a smaller one") from None
+            raise RequestError(f"the picture was refused: {failure}; the limit is {most}: send a smaller one") from None
         self._report(self.child.first_reply["unconfined"])
         if "error" in reply:
             raise RequestError(f"the picture was refused: {_line(reply['error'])}")

@@ -26,7 +26,7 @@ def smart_resized(size: Size, settings: ImageSettings) -> Size:
     width, height = size
     if max(size) / min(size) > _MAX_ASPECT:
         what = f"the longer side is more than {_MAX_ASPECT} times the shorter one"
-        raise PictureError(f"{width} x {height} pixels: {what}; send a part of the picture")
+        raise PictureError(f"it has {width} x {height} pixels: {what}; send a part of the picture")
     side = settings.side
     rounded = (round(width / side) * side, round(height / side) * side)
     return _within(size, rounded, settings)
@@ -100,8 +100,8 @@ def kimi_resized(size: Size, settings: ImageSettings) -> Size:
         scale = sqrt(most / patches)
         width, height = max(int(width * scale), 1), max(int(height * scale), 1)
     if max(padded((width, height), settings)) // patch >= _MAX_POSITIONS:
-        what = f"at most {_MAX_POSITIONS * patch - 1} pixels a side are taken"
-        raise PictureError(f"{size[0]} x {size[1]} pixels: {what}; send a smaller picture, or a part of it")
+        what = f"the limit of a side is {_MAX_POSITIONS * patch - 1}"
+        raise PictureError(f"it has {size[0]} x {size[1]} pixels: {what}; send a smaller picture, or a part of it")
     return width, height
 
 

@@ -31,7 +31,7 @@ def has_nextn(model: Model) -> bool:
 def check_nextn(model: Model) -> None:
     if not has_nextn(model):
         known = f"known are those of {', '.join(FAMILIES)} files with nextn tensors"
-        raise UsageError(f"{model.file.path} has no head for multi-token prediction (MTP): {known}; leave `mtp` out")
+        raise UsageError(f"{model.file.path} has no head for multi-token prediction (MTP): {known}; remove `mtp`")
 
 
 def nextn_program(model: Model, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:

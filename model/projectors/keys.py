@@ -59,15 +59,15 @@ def family_name(keys: ModelKeys) -> str:
     """Returns the projector's name. Raises ModelFileError for a file without an encoder of images, or an unsupported
     one."""
     if not keys.flag("has_vision_encoder", True):
-        raise keys.error("has_vision_encoder", "false, so that the file has no encoder of images")
+        raise keys.error("has_vision_encoder", "it is false, so the file has no encoder of images")
     name = keys.text("projector_type", "") or keys.text("vision.projector_type", "")
     if name not in FAMILIES:
-        raise keys.error("projector_type", f"{shown(name)}, only {', '.join(FAMILIES)} are supported")
+        raise keys.error("projector_type", f"{shown(name)} is not supported; supported: {', '.join(FAMILIES)}")
     return name
 
 
 def projector_keys(file: ModelFile) -> ModelKeys:
-    """Raises ModelFileError for a file that is no projector."""
+    """Raises ModelFileError for a file that is not a projector."""
     found = read_architecture(file)
     if found != PROJECTOR_ARCHITECTURE:
         what = f"{shown(found)}, but a projector has {PROJECTOR_ARCHITECTURE!r}"
@@ -79,7 +79,7 @@ def read_hyperparameters(keys: ModelKeys, family: VisionFamily) -> VisionHyperpa
     width = keys.count("vision.embedding_length", maximum=_MAX_WIDTH)
     heads = keys.count("vision.attention.head_count", maximum=_MAX_HEADS)
     if width % heads or (family.turns and width // heads % 4):
-        what = f"{heads}, which does not divide a width of {width}" + " into parts of 4 n channels" * family.turns
+        what = f"{heads} does not divide a width of {width}" + " into parts of 4 n channels" * family.turns
         raise keys.error("vision.attention.head_count", what)
     for key in _UNSUPPORTED:
         if keys.has(key):
@@ -99,7 +99,7 @@ def read_hyperparameters(keys: ModelKeys, family: VisionFamily) -> VisionHyperpa
 def _activation(keys: ModelKeys, family: VisionFamily) -> ActivationFunction:
     gelu, silu = keys.flag("use_gelu", False), keys.flag("use_silu", False)
     if gelu and silu:
-        raise keys.error("use_gelu", "true, but use_silu is true as well")
+        raise keys.error("use_gelu", "it is true, but use_silu is true as well")
     if gelu:
         return family.gelu
     return ActivationFunction.SILU if silu else family.plain
@@ -113,11 +113,13 @@ def read_image_numbers(keys: ModelKeys, family: VisionFamily, hp: VisionHyperpar
     max_pixels = keys.count("vision.image_max_pixels", most * row_pixels, minimum=0, maximum=_MAX_PIXELS)
     max_pixels = min(max_pixels, tile_pixels)
     if min_pixels > max_pixels:
-        raise keys.error("vision.image_min_pixels", f"{min_pixels}, at most {max_pixels} (image_max_pixels) expected")
+        raise keys.error(
+            "vision.image_min_pixels", f"expected at most {max_pixels} (image_max_pixels), found {min_pixels}"
+        )
     image_size = keys.count("vision.image_size", minimum=1 if family.tokens is None else 0, maximum=_MAX_IMAGE_SIZE)
     side = hp.merge * hp.patch_size
     if family.tokens is None and image_size % side:
-        what = f"{image_size} pixels; patches of {hp.patch_size} and groups of {hp.merge} need a multiple of {side}"
+        what = f"expected a multiple of {side} (patches of {hp.patch_size}, groups of {hp.merge}), found {image_size}"
         raise keys.error("vision.image_size", what)
     if image_size**2 > tile_pixels:
         what = f"{image_size} pixels; a tile of at most {tile_pixels} pixels (patches of {hp.patch_size}) is supported"
@@ -144,4 +146,5 @@ def _colours(keys: ModelKeys, key: str, *, minimum: float) -> Colours:
 
 
 def _bad_colours(keys: ModelKeys, key: str, values: tuple[float, ...], minimum: float) -> ModelFileError:
-    return keys.error(key, f"{', '.join(f'{value:g}' for value in values)}; three numbers {minimum:g} to 10 expected")
+    found = ", ".join(f"{value:g}" for value in values)
+    return keys.error(key, f"expected three numbers of {minimum:g} to 10, found {found}")

@@ -37,7 +37,7 @@ def read_floats(tensor: Tensor) -> Float32:
             blocks = np.frombuffer(data, [("scale", "<f2"), ("quants", "i1", (_Q8_0_WEIGHTS,))])
             scaled = blocks["quants"].astype(np.float32) * blocks["scale"].astype(np.float32)[:, None]
             return scaled.reshape(shape)
-    what = f"type {tensor.quant_type.name}, only F32, F16, BF16 and Q8_0 are supported"
+    what = f"type {tensor.quant_type.name} is not supported; supported: F32, F16, BF16, Q8_0"
     raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the projector")
 
 

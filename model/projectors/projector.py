@@ -114,11 +114,13 @@ class Projector:
         the encoder takes."""
         side, size = self.patch_size * self.merge, self.images.image_size
         if self.family.tokens is None and (height, width) != (size, size):
-            raise RequestError(f"a tile of {width} x {height} pixels, {size} x {size} expected; send the image again")
+            raise RequestError(
+                f"a tile: expected {size} x {size} pixels, found {width} x {height}; send the image again"
+            )
         most = self.max_tile_pixels
         if height % side or width % side or not 0 < height * width <= most:
-            what = f"multiples of {side} and at most {most} pixels expected"
-            raise RequestError(f"a tile of {width} x {height} pixels, {what}; send a smaller image")
+            what = f"expected multiples of {side} and at most {most} pixels, found {width} x {height}"
+            raise RequestError(f"a tile: {what}; send a smaller image")
         return height * width // (side * side)
 
     def check_text_model(self, model: ModelFile, hyperparameters: Hyperparameters) -> None:
@@ -126,12 +128,12 @@ class Projector:
         found, path = hyperparameters.embedding_length, self.file.path
         advice = f"give the projector of {model.path.name}"
         if found != self.width:
-            what = f"its rows have {self.width} channels, the text model's have {found}"
-            raise ModelFileError(f"{path}: the projector of another model: {what}; {advice}")
+            what = f"its rows have {self.width} channels, but the text model's have {found}"
+            raise ModelFileError(f"{path}: the projector is of another model: {what}; {advice}")
         levels = ModelKeys(model).count(_DEEPSTACK_KEY, 0, minimum=0, maximum=1 << 10)
         if levels != self.levels - 1:
-            what = f"it has rows for {self.levels - 1} first layers (deepstack), the text model takes them for {levels}"
-            raise ModelFileError(f"{path}: the projector of another model: {what}; {advice}")
+            what = f"it has rows for {self.levels - 1} first layers (deepstack), but the text model takes {levels}"
+            raise ModelFileError(f"{path}: the projector is of another model: {what}; {advice}")
 
 
 def open_projector(path: Path | str) -> Projector:
@@ -183,15 +185,15 @@ def _flattened(tensor: Tensor) -> Tensor:
 def _transposed(tensor: Tensor, group: int | None) -> Tensor:
     """Exchanges rows and columns of a matrix, or of the part [channels, group] in each of its rows."""
     if tensor.quant_type.info.block_size != 1:
-        what = f"type {tensor.quant_type.name}, a type without blocks such as F16 expected"
+        what = f"expected a type without blocks such as F16, found {tensor.quant_type.name}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the projector")
     flat = _flattened(tensor)
     rows, columns = flat.shape
     if group is None:
         return replace(flat, shape=(columns, rows), stored=(rows, columns))
     if columns % group:
-        what = f"{columns} columns, a multiple of {group} expected"
-        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; the file is not usable, take another one")
+        what = f"expected a multiple of {group} columns, found {columns}"
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the projector")
     return replace(flat, stored=(columns // group, group)) if group > 1 else flat
 
 
@@ -200,7 +202,7 @@ def _check_levels(keys: ModelKeys, projector: Projector) -> None:
     flags = keys.flags(key, projector.hyperparameters.block_count)
     said = 0 if flags is None else sum(flags)
     if said != projector.levels - 1:
-        raise keys.error(key, f"{said} layers, but {projector.levels - 1} have tensors")
+        raise keys.error(key, f"it names {said} layers, but {projector.levels - 1} have tensors")
 
 
 def _check_tensors(projector: Projector) -> None:
@@ -208,7 +210,7 @@ def _check_tensors(projector: Projector) -> None:
     known = {*projector.program.weights, *projector.family.unread, *_read_for_inputs(projector)}
     unknown = {name for name in projector.file.tensors if name not in known and not name.startswith(_AUDIO)}
     if unknown:
-        what = f"not part of projector {projector.name} as it is known here"
+        what = f"it is not a tensor of projector {projector.name}"
         raise ModelFileError(f"{projector.file.path}: tensor {shown(min(unknown))}: {what}; take another projector")
 
 

@@ -66,7 +66,7 @@ def excess_of_heads(heads: int, channels: int) -> str | None:
     floats = heads * channels * channels
     if floats <= MAX_STATE_FLOATS:
         return None
-    return f"{heads} heads of {channels} channels have a state of {floats} numbers, at most {MAX_STATE_FLOATS} expected"
+    return f"{heads} heads of {channels} channels have a state of {floats} numbers; the limit is {MAX_STATE_FLOATS}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._user_defined = []
         self._special = [(text, token_id) for text, token_id in self._special if self.is_control(token_id)]
         if not np.isfinite(vocabulary.scores or [0.0]).all():
-            raise ModelFileError(f"{key('scores')}: holds what is no number")
+            raise ModelFileError(f"{key('scores')}: expected numbers only")
         model.trainer_spec.model_type = model.trainer_spec.UNIGRAM
         model.normalizer_spec.add_dummy_prefix = self.add_space_prefix
         model.normalizer_spec.remove_extra_whitespaces = read_flag(metadata, "remove_extra_whitespaces", False)
@@ -123,15 +123,15 @@ def check_charsmap(data: bytes, origin: str) -> None:
         return
     length = int.from_bytes(data[:4], "little")
     if len(data) < 4 or length < 4 * _BLOCK or length % 4 or 4 + length >= len(data) or data[-1] != 0:
-        raise ModelFileError(f"{origin}: {len(data)} bytes do not fit a trie of {length} and texts behind it")
+        raise ModelFileError(f"{origin}: a trie of {length} bytes and its texts do not fit in {len(data)} bytes")
     units = np.frombuffer(data, "<u4", length // 4, 4).astype(np.int64)
     inner = np.flatnonzero(units & _VALUE_BIT == 0)
     first = inner ^ _offsets(units[inner])
     if (first | (_BLOCK - 1)).max(initial=0) >= len(units):
-        raise ModelFileError(f"{origin}: a branch of its trie leads outside of it")
+        raise ModelFileError(f"{origin}: a branch of its trie leads outside the map")
     values = units[first[units[inner] & _LEAF_BIT != 0]] & (_VALUE_BIT - 1)
     if values.max(initial=0) >= len(data) - 4 - length:
-        raise ModelFileError(f"{origin}: a leaf of its trie points outside of the texts")
+        raise ModelFileError(f"{origin}: a leaf of its trie points outside its texts")
 
 
 def _offsets(units: np.ndarray[tuple[int], np.dtype[np.int64]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

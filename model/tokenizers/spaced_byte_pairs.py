@@ -28,7 +28,7 @@ class SpacedBytePairTokenizer(Tokenizer):
             add_space_prefix=False,
         )
         if (count := vocabulary.types.count(TokenType.BYTE)) != 256:
-            raise ModelFileError(f"{key('token_type')}: {count} byte tokens, 256 expected")
+            raise ModelFileError(f"{key('token_type')}: expected 256 byte tokens, found {count}")
         model = merge_model(vocabulary, read_strings(metadata, "merges"), byte_fallback=True)
         self._tokenizer = tokenizers.Tokenizer(model)
         self._tokenizer.normalizer = normalizers.Replace(" ", _SPACE)

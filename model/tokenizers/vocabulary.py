@@ -124,7 +124,7 @@ def _ids_by_word(words: list[str]) -> dict[str, int]:
     ids = {word: index for index, word in enumerate(words)}
     if len(ids) != len(words):
         again = next(index for index, word in enumerate(words) if ids[word] != index)
-        raise ModelFileError(f"{key('tokens')}: {ascii(words[again])[:66]} is there twice, as {again} and later")
+        raise ModelFileError(f"{key('tokens')}: {ascii(words[again])[:66]} occurs twice, as token {again} and later")
     return ids
 
 
@@ -134,7 +134,7 @@ def _read_numbers(metadata: Mapping[str, Any], name: str, count: int) -> list[An
         return None
     numbers = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) < count:
-        raise ModelFileError(f"{key(name)} is not an array of {count} numbers, one a token")
+        raise ModelFileError(f"{key(name)} must be an array of {count} numbers, one for each token")
     numbers = list(numbers[:count])
     if not isinstance(value, np.ndarray) and not all(isinstance(number, int | float) for number in numbers):
         raise ModelFileError(f"{key(name)} is not an array of numbers")

@@ -53,7 +53,7 @@ class WordPieceTokenizer(Tokenizer):
 
     def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         if len(text) > _MOST_CHARACTERS:
-            raise RequestError(f"a text of {len(text)} characters, at most {_MOST_CHARACTERS} are taken: shorten it")
+            raise RequestError(f"the text has {len(text)} characters; the limit is {_MOST_CHARACTERS}: shorten it")
         return super().encode(text, add_special, parse_special)
 
     def encode_plain(self, text: str, after_special: bool) -> list[int]:

@@ -133,23 +133,23 @@ def _manifest(metadata: Mapping[str, MetadataValue], own: Mapping[str, MetadataV
     def column(name: str, kind: type) -> Any:
         value = metadata.get(_PREFIX + name)
         if not isinstance(value, kind):
-            raise ValueError(f"no {name}")
+            raise ValueError(f"{name} is missing")
         return value
 
     def numbers(name: str) -> list[int]:
         values = column(name, np.ndarray)
         if values.dtype.kind != "u":
-            raise ValueError(f"{name} that are no whole numbers")
+            raise ValueError(f"{name} must be whole numbers")
         return [int(value) for value in values]
 
     if column("version", int) != MANIFEST_VERSION:
-        raise ValueError(f"not of version {MANIFEST_VERSION}")
+        raise ValueError(f"expected version {MANIFEST_VERSION}")
     names, contents = list(column("names", LazyStrings)), list(column("contents", LazyStrings))
     kinds, dimensions, sizes = numbers("types"), numbers("dimensions"), numbers("sizes")
     if not len(names) == len(contents) == len(kinds) == len(dimensions) == len(set(names)) <= MAX_TENSORS:
-        raise ValueError("columns of different lengths, or a name twice")
+        raise ValueError("columns have different lengths, or a name occurs twice")
     if any(not 1 <= count <= MAX_DIMENSIONS for count in dimensions) or sum(dimensions) != len(sizes):
-        raise ValueError("shapes that make no sense")
+        raise ValueError("shapes are not possible")
     rest = iter(sizes)
     shapes = [tuple(islice(rest, count)) for count in dimensions]
     tensors = tuple(map(_record, names, kinds, shapes, contents))
@@ -159,7 +159,7 @@ def _manifest(metadata: Mapping[str, MetadataValue], own: Mapping[str, MetadataV
 def _record(name: str, kind: int, shape: tuple[int, ...], content: str) -> TensorRecord:
     quant_type = QuantType(kind)
     if 0 in shape or prod(shape) > MAX_ELEMENTS or shape[-1] % quant_type.info.block_size:
-        raise ValueError(f"tensor {name!a}: a shape of {list(shape)}")
+        raise ValueError(f"tensor {name!a}: shape {list(shape)} is not possible")
     if not _HASH.fullmatch(content):
-        raise ValueError(f"tensor {name!a}: no SHA-256")
+        raise ValueError(f"tensor {name!a}: SHA-256 is missing")
     return TensorRecord(name, quant_type, shape, content)

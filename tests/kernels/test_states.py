@@ -182,13 +182,19 @@ def test_a_plan_counts_the_memory_of_states(model: Model, kv_blocks: int) -> Non
     ("keys", "message"),
     [
         ({"shortconv.l_cache": None}, "shortconv.l_cache.*missing"),
-        ({"shortconv.l_cache": 1}, "shortconv.l_cache': 1, 2 to 16 expected"),
-        ({"shortconv.l_cache": 17}, "shortconv.l_cache': 17, 2 to 16 expected"),
-        ({"shortconv.l_cache": 4}, r"blk.0.shortconv.conv.weight: shape \[3, 64\], \[4, 64\] expected"),
+        ({"shortconv.l_cache": 1}, "shortconv.l_cache': expected 2 to 16, found 1"),
+        ({"shortconv.l_cache": 17}, "shortconv.l_cache': expected 2 to 16, found 17"),
+        ({"shortconv.l_cache": 4}, r"blk.0.shortconv.conv.weight: expected shape \[4, 64\], found \[3, 64\]"),
         ({"attention.head_count_kv": 2}, "blk.0.attn_q.weight.*missing"),
-        ({"attention.head_count_kv": np.array([0, 0, 2, 0], np.int32)}, "head_count_kv': 4 numbers for 5 layers"),
+        (
+            {"attention.head_count_kv": np.array([0, 0, 2, 0], np.int32)},
+            "head_count_kv': expected 5 numbers, one for each layer, found 4",
+        ),
         ({"attention.head_count_kv": np.zeros(5, np.int32)}, "head_count_kv"),
-        ({"attention.head_count_kv": np.array([0, 0, 2, 0, -1], np.int32)}, "head_count_kv': -1"),
+        (
+            {"attention.head_count_kv": np.array([0, 0, 2, 0, -1], np.int32)},
+            "head_count_kv': expected 0 to .*, found -1",
+        ),
     ],
 )
 def test_bad_keys_are_refused(model: Model, keys: dict[str, Any], message: str) -> None:

@@ -99,7 +99,7 @@ def test_yarn_without_extrapolation_is_linear() -> None:
 
 
 def test_yarn_needs_a_base() -> None:
-    with pytest.raises(ModelFileError, match=r"rope\.freq_base: 1"):
+    with pytest.raises(ModelFileError, match=r"rope\.freq_base: expected more than 1 with YaRN, found 1"):
         rope_table(replace(PLAIN, scaling=RopeScaling.YARN, factor=2.0, frequency_base=1.0))
 
 
@@ -226,14 +226,14 @@ def test_a_wrong_shape_is_named(make: Callable[..., ModelFile], experts: int) ->
     model = make(experts=experts)
     for name, tensor in model.tensors.items():
         wrong = replace(tensor, shape=(*tensor.shape[:-1], tensor.shape[-1] + 1))
-        with pytest.raises(ModelFileError, match=rf"tensor {name}: shape \[.*\] expected"):
+        with pytest.raises(ModelFileError, match=rf"tensor {name}: expected shape \[.*\]"):
             build_program(with_tensors(model, wrong), 0, 3)
 
 
 def test_vectors_must_be_float32(make: Callable[..., ModelFile]) -> None:
     model = make()
     norm = replace(model.tensor("blk.0.ffn_norm.weight"), quant_type=QuantType.F16)
-    with pytest.raises(ModelFileError, match=r"ffn_norm\.weight: type F16, F32 expected"):
+    with pytest.raises(ModelFileError, match=r"ffn_norm\.weight: expected type F32, found F16"):
         build_program(with_tensors(model, norm), 0, 3)
 
 

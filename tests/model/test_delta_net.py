@@ -106,7 +106,7 @@ def test_convolutions_of_kimi_linear_have_ones_in_their_shapes(
 def test_decays_of_kimi_linear_are_float32(make: Make, name: str, quant_type: QuantType) -> None:
     file = make("kimi-linear")
     tensors = {**file.tensors, name: replace(file.tensor(name), quant_type=quant_type)}
-    with pytest.raises(ModelFileError, match=f"{name}: type {quant_type.name}, F32 expected"):
+    with pytest.raises(ModelFileError, match=f"{name}: expected type F32, found {quant_type.name}"):
         whole(replace(file, tensors=tensors))
 
 
@@ -141,36 +141,44 @@ def test_layers_that_predict_further_tokens_are_kept_apart(make: Make) -> None:
     ("name", "keys", "message"),
     [
         ("qwen35", {"ssm.conv_kernel": None}, "ssm.conv_kernel.*missing"),
-        ("qwen35", {"ssm.conv_kernel": 1}, "ssm.conv_kernel': 1, 2 to 16 expected"),
-        ("qwen35", {"ssm.conv_kernel": 17}, "ssm.conv_kernel': 17, 2 to 16 expected"),
-        ("qwen35", {"ssm.conv_kernel": 3}, r"ssm_conv1d.weight: shape \[4, 128\], \[3, 128\] expected"),
-        ("qwen35", {"ssm.state_size": 8}, "ssm.state_size': 8, a multiple of 16 expected"),
-        ("qwen35", {"ssm.state_size": 1 << 20}, "ssm.state_size': 1048576, 1 to 256 expected"),
-        ("qwen35", {"ssm.group_count": 3}, "ssm.group_count': 3, which does not divide 4 heads"),
-        ("qwen35", {"ssm.group_count": 8}, "ssm.group_count': 8, 1 to 4 expected"),
-        ("qwen35", {"ssm.time_step_rank": 0}, "ssm.time_step_rank': 0, 1 to 1024 expected"),
-        ("qwen35", {"ssm.inner_size": 96}, "ssm.inner_size': 96, 4 heads of 16 channels expected"),
-        ("qwen35", {"full_attention_interval": 0}, "full_attention_interval': 0, 1 to 1024 expected"),
-        ("qwen35", {"attention.recurrent_layers": np.ones(3, bool)}, "recurrent_layers': 3 numbers for 5 layers"),
-        ("qwen35", {"attention.recurrent_layers": 1}, "recurrent_layers': '1', an array .* for 5 layers expected"),
+        ("qwen35", {"ssm.conv_kernel": 1}, "ssm.conv_kernel': expected 2 to 16, found 1"),
+        ("qwen35", {"ssm.conv_kernel": 17}, "ssm.conv_kernel': expected 2 to 16, found 17"),
+        ("qwen35", {"ssm.conv_kernel": 3}, r"ssm_conv1d.weight: expected shape \[3, 128\], found \[4, 128\]"),
+        ("qwen35", {"ssm.state_size": 8}, "ssm.state_size': expected a multiple of 16, found 8"),
+        ("qwen35", {"ssm.state_size": 1 << 20}, "ssm.state_size': expected 1 to 256, found 1048576"),
+        ("qwen35", {"ssm.group_count": 3}, "ssm.group_count': 3 does not divide 4 heads"),
+        ("qwen35", {"ssm.group_count": 8}, "ssm.group_count': expected 1 to 4, found 8"),
+        ("qwen35", {"ssm.time_step_rank": 0}, "ssm.time_step_rank': expected 1 to 1024, found 0"),
+        ("qwen35", {"ssm.inner_size": 96}, "ssm.inner_size': expected 4 heads of 16 channels, found 96 channels"),
+        ("qwen35", {"full_attention_interval": 0}, "full_attention_interval': expected 1 to 1024, found 0"),
+        (
+            "qwen35",
+            {"attention.recurrent_layers": np.ones(3, bool)},
+            "recurrent_layers': expected 5 numbers, one for each layer, found 3",
+        ),
+        (
+            "qwen35",
+            {"attention.recurrent_layers": 1},
+            "recurrent_layers': expected an array .* for 5 layers, found '1'",
+        ),
         (
             "qwen35",
             {"attention.recurrent_layers": np.ones(5, np.float32)},
-            r"recurrent_layers': '\[1. 1. 1. 1. 1.\]', an",
+            r"recurrent_layers': expected an array of .*, found '\[1. 1. 1. 1. 1.\]'",
         ),
-        ("qwen35", {"attention.recurrent_layers": "11111"}, "recurrent_layers': '11111', an array"),
-        ("qwen35", {"attention.scale": 0.5}, "attention.scale': '?0.5'?, which is not supported"),
+        ("qwen35", {"attention.recurrent_layers": "11111"}, "recurrent_layers': expected an array .*, found '11111'"),
+        ("qwen35", {"attention.scale": 0.5}, "attention.scale': '?0.5'? is not supported"),
         ("kimi-linear", {"kda.head_dim": None}, "kda.head_dim.*missing"),
-        ("kimi-linear", {"kda.head_dim": 24}, "kda.head_dim': 24, a multiple of 16 expected"),
+        ("kimi-linear", {"kda.head_dim": 24}, "kda.head_dim': expected a multiple of 16, found 24"),
         (
             "kimi-linear",
             {"kda.head_dim": 256, "attention.head_count": 2048},
-            "kda.head_dim': 2048 heads of 256 channels have a state of 134217728 numbers, at most 67108864 expected",
+            "kda.head_dim': 2048 heads of 256 channels have a state of 134217728 numbers; the limit is 67108864",
         ),
-        ("kimi-linear", {"kda.head_dim": 32}, r"attn_q.weight: shape \[64, 64\], \[64, 128\] expected"),
-        ("kimi-linear", {"ssm.conv_kernel": 32}, "ssm.conv_kernel': 32, 2 to 16 expected"),
+        ("kimi-linear", {"kda.head_dim": 32}, r"attn_q.weight: expected shape \[64, 128\], found \[64, 64\]"),
+        ("kimi-linear", {"ssm.conv_kernel": 32}, "ssm.conv_kernel': expected 2 to 16, found 32"),
         ("kimi-linear", {"expert_shared_count": None}, "expert_shared_count.*missing"),
-        ("qwen3next", {"expert_count": 0, "expert_used_count": 0}, "expert_count': 0, experts expected"),
+        ("qwen3next", {"expert_count": 0, "expert_used_count": 0}, "expert_count': expected experts, found 0"),
     ],
 )
 def test_bad_keys_are_refused(make: Make, name: str, keys: dict[str, Any], message: str) -> None:

@@ -118,15 +118,15 @@ def test_windows_of_encoders_give_up_no_keys(name: str, tmp_path: Path) -> None:
     [
         ("gemma-embedding", {}, "dense_3.weight", "dense_3.weight"),
         ("gemma-embedding", {}, "dense_2.weight", "dense_2.weight"),
-        ("gemma-embedding", {"dense_2_feat_out": 77}, "", "dense_2_feat_out': 77, 128 expected"),
-        ("gemma-embedding", {"dense_3_feat_out": 32}, "", "dense_3_feat_out': 32, 64 expected"),
-        ("gemma-embedding", {"attention.sliding_window": 0}, "", "sliding_window': missing or 0"),
+        ("gemma-embedding", {"dense_2_feat_out": 77}, "", "dense_2_feat_out': expected 128, found 77"),
+        ("gemma-embedding", {"dense_3_feat_out": 32}, "", "dense_3_feat_out': expected 64, found 32"),
+        ("gemma-embedding", {"attention.sliding_window": 0}, "", "sliding_window': it is missing or 0"),
         ("gemma-embedding", {"attention.sliding_window": -4}, "", "sliding_window"),
         ("modern-bert", {"attention.sliding_window": (1 << 30) + 1}, "", "sliding_window"),
         ("modern-bert", {"hidden_activation": "relu"}, "", "hidden_activation': 'relu' is not supported"),
-        ("jina-bert-v3", {"attention.causal": True}, "", "attention.causal': True, which is not supported"),
-        ("qwen3", {"attention.causal": False}, "", "attention.causal': False, which is not supported"),
-        ("bert", {"attention.causal": 0}, "", "attention.causal': '0', true or false expected"),
+        ("jina-bert-v3", {"attention.causal": True}, "", "attention.causal': True is not supported"),
+        ("qwen3", {"attention.causal": False}, "", "attention.causal': False is not supported"),
+        ("bert", {"attention.causal": 0}, "", "attention.causal': expected true or false, found '0'"),
         ("nomic-bert-moe", {}, "blk.1.ffn_up_exps.weight", "blk.1.ffn_up_exps.weight"),
         ("nomic-bert-moe", {"moe_every_n_layers": -1}, "", "moe_every_n_layers"),
         ("nomic-bert-moe", {"expert_count": 0, "expert_used_count": 0}, "", "blk.1.ffn_gate_inp.weight"),
@@ -147,7 +147,7 @@ def test_files_that_do_not_fit_are_refused(
 def test_dense_layers_of_another_width_are_refused(tmp_path: Path) -> None:
     narrow = matrix("dense_3", HIDDEN, HIDDEN)
     path = build_encoder(tmp_path / "narrow.gguf", "gemma-embedding", without=(narrow.name,), added=(narrow,))
-    with pytest.raises(ModelFileError, match=r"tensor dense_3\.weight: shape \[64, 64\], \[128, 64\] expected"):
+    with pytest.raises(ModelFileError, match=r"tensor dense_3\.weight: expected shape \[128, 64\], found \[64, 64\]"):
         Model.open(path)
 
 

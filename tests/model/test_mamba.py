@@ -72,26 +72,32 @@ def test_rotations_are_those_of_the_file(models: dict[str, Model]) -> None:
     ("keys", "message"),
     [
         ({"ssm__conv_kernel": None}, "ssm.conv_kernel.*missing"),
-        ({"ssm__conv_kernel": 1}, "ssm.conv_kernel': 1, 2 to 16 expected"),
-        ({"ssm__conv_kernel": 3}, r"blk.0.ssm_conv1d.weight: shape \[4, 192\], \[3, 192\] expected"),
-        ({"ssm__inner_size": 100}, "ssm.inner_size': 100, which 8 heads do not divide"),
-        ({"ssm__inner_size": 8}, "ssm.inner_size': 8, and 72 channels of the convolution: multiples of 16 expected"),
-        ({"ssm__time_step_rank": 0}, "ssm.time_step_rank': 0, 1 to"),
-        ({"ssm__time_step_rank": 4}, r"blk.0.ssm_in.weight: shape \[64, 328\], \[64, 324\] expected"),
-        ({"ssm__group_count": 3}, "ssm.group_count': 3, which does not divide 8 heads"),
-        ({"ssm__state_size": 1 << 13}, "ssm.state_size': 8192, 1 to 4096 expected"),
-        ({"ssm__state_size": 4096, "ssm__inner_size": 1 << 15}, "ssm.state_size': 4096 for each of 32768 channels"),
+        ({"ssm__conv_kernel": 1}, "ssm.conv_kernel': expected 2 to 16, found 1"),
+        ({"ssm__conv_kernel": 3}, r"blk.0.ssm_conv1d.weight: expected shape \[3, 192\], found \[4, 192\]"),
+        ({"ssm__inner_size": 100}, "ssm.inner_size': 8 heads do not divide 100"),
+        (
+            {"ssm__inner_size": 8},
+            "ssm.inner_size': expected multiples of 16, found 8 and 72 channels of the convolution",
+        ),
+        ({"ssm__time_step_rank": 0}, "ssm.time_step_rank': expected 1 to .*, found 0"),
+        ({"ssm__time_step_rank": 4}, r"blk.0.ssm_in.weight: expected shape \[64, 324\], found \[64, 328\]"),
+        ({"ssm__group_count": 3}, "ssm.group_count': 3 groups do not divide 8 heads"),
+        ({"ssm__state_size": 1 << 13}, "ssm.state_size': expected 1 to 4096, found 8192"),
+        (
+            {"ssm__state_size": 4096, "ssm__inner_size": 1 << 15},
+            "ssm.state_size': 32768 channels with 4096 numbers each",
+        ),
         (
             {
                 key: 1 << 14 if key != "ssm__state_size" else 1 << 12
                 for key in ("ssm__inner_size", "ssm__time_step_rank", "ssm__group_count", "ssm__state_size")
             },
-            "ssm.group_count': 16384 groups of 4096 numbers, 134234112 channels .* 4 taps at most 22369621 channels",
+            "ssm.group_count': 16384 groups of 4096 numbers need 134234112 channels .* 4 taps, the most is 22369621",
         ),
         ({"attention__head_count_kv": 2}, "blk.0.attn_q.weight.*missing"),
         ({"attention__head_count_kv": np.array([2, 0, 2, 0, 2], np.int32)}, "blk.0.attn_q.weight.*missing"),
-        ({"feed_forward_length": np.array([96, 0, 96, 96, 96], np.int32)}, "blk.1.ffn_gate.weight: shape"),
-        ({"moe_latent_size": 32}, "moe_latent_size': '32', which is not supported"),
+        ({"feed_forward_length": np.array([96, 0, 96, 96, 96], np.int32)}, "blk.1.ffn_gate.weight: expected shape"),
+        ({"moe_latent_size": 32}, "moe_latent_size': '32' is not supported"),
     ],
 )
 def test_bad_keys_are_refused(models: dict[str, Model], keys: dict[str, Any], message: str) -> None:
@@ -103,9 +109,13 @@ def test_a_router_of_experts_reads_the_hidden_state(models: dict[str, Model]) ->
     model = models["nemotron_h_moe-latent"]
     (step,) = (step for step in model.program(1, 2).steps if isinstance(step, Moe))
     assert (step.x.width, step.routed and step.routed.width) == (32, 64)
-    with pytest.raises(ModelFileError, match=r"blk.1.ffn_latent_down.weight: shape \[64, 32\], \[64, 48\] expected"):
+    with pytest.raises(
+        ModelFileError, match=r"blk.1.ffn_latent_down.weight: expected shape \[64, 48\], found \[64, 32\]"
+    ):
         changed(model, moe_latent_size=48)
-    with pytest.raises(ModelFileError, match=r"blk.1.ffn_up_exps.weight: shape \[32, 96, 8\], \[64, 96, 8\] expected"):
+    with pytest.raises(
+        ModelFileError, match=r"blk.1.ffn_up_exps.weight: expected shape \[64, 96, 8\], found \[32, 96, 8\]"
+    ):
         changed(model, moe_latent_size=None)
 
 
@@ -127,7 +137,7 @@ def test_small_tensors_are_float32(name: str, tmp_path: Path) -> None:
     with Model.open(build_architecture(tmp_path / "model.gguf", name)) as model:
         tensor = next(name for name in model.file.tensors if name.endswith("ssm_a"))
         tensors = {**model.file.tensors, tensor: replace(model.file.tensors[tensor], quant_type=QuantType.F16)}
-        with pytest.raises(ModelFileError, match=f"{tensor}: type F16, F32 expected"):
+        with pytest.raises(ModelFileError, match=f"{tensor}: expected type F32, found F16"):
             Model(replace(model.file, tensors=tensors))
 
 

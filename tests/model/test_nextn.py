@@ -180,7 +180,7 @@ def test_a_head_of_another_shape_is_refused(tmp_path: Path) -> None:
         for source in sources
     ]
     write_gguf(tmp_path / "wrong.gguf", dict(model.file.metadata), wrong)
-    with pytest.raises(ModelFileError, match=r"eh_proj.weight: shape \[64, 64\], \[128, 64\] expected"):
+    with pytest.raises(ModelFileError, match=r"eh_proj.weight: expected shape \[128, 64\], found \[64, 64\]"):
         nextn_program(Model.open(tmp_path / "wrong.gguf"))
 
 

@@ -103,8 +103,11 @@ def test_whole_layers(model: Model) -> None:
         (r"attn_q=CUDA0,attn_k=CUDA1", "which are on one device as parts of layer 0"),
         (r"exps=CUDA1,blk=CUDA0", "which are on one device as parts of layer 0"),
         (r"blk\.0\.ffn_.*_exps=gpu,blk\.0\.=CPU", "which are on one device as parts of"),
-        ("ffn_.*_expz=CPU", "matches none of 123 tensors of 12 layers; names are like blk.0.ffn_"),
-        (r"exps=CPU,blk\.12\.=CPU", r"'blk\.12\.=ram' matches none of 123 tensors of 12 layers"),
+        (
+            "ffn_.*_expz=CPU",
+            "matches none of the 123 tensors of the model; change the pattern; names are like blk.0.ffn_",
+        ),
+        (r"exps=CPU,blk\.12\.=CPU", r"'blk\.12\.=ram' matches none of the 123 tensors of the model"),
     ],
 )
 def test_what_cannot_be_obeyed_is_refused(model: Model, rules: str, told: str) -> None:
@@ -118,12 +121,12 @@ def test_what_cannot_be_obeyed_is_refused(model: Model, rules: str, told: str) -
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("exps", "'exps' is no rule; write it like 'exps=CPU'"),
-        ("exps=TPU", "'TPU' is no device; write CPU or ram, gpu, or CUDA0"),
-        ("=CPU", "a pattern of 0 characters; 1 to 256 are possible"),
-        ("a" * (MAX_PATTERN + 1) + "=CPU", "a pattern of 257 characters"),
-        ("(?!x)=CPU", "no regular expression: look-around"),
-        ("[=CPU", "no regular expression: unclosed character class"),
+        ("exps", "'exps' is not a rule; write PATTERN=DEVICE, such as 'exps=CPU'"),
+        ("exps=TPU", "'TPU' is not a device; write CPU or ram, gpu, or CUDA0"),
+        ("=CPU", "a pattern has 0 characters; expected 1 to 256"),
+        ("a" * (MAX_PATTERN + 1) + "=CPU", "a pattern has 257 characters"),
+        ("(?!x)=CPU", "not a regular expression: look-around"),
+        ("[=CPU", "not a regular expression: unclosed character class"),
         ("(a{1000}){1000}=CPU", "exceeds size limit"),
         (r"(a)\1=CPU", "backreferences are not supported"),
         ("a\n=CPU", "cannot be printed"),

@@ -108,7 +108,7 @@ def test_missing_and_wrong_tensors_are_named(make: Callable[..., ModelFile], nam
         if tensor.name in {*FACTOR_TENSORS, *idle_kv_tensors(file)}:
             continue
         wrong = replace(tensor, shape=(*tensor.shape[:-1], tensor.shape[-1] + 1))
-        with pytest.raises(ModelFileError, match=rf"tensor {tensor.name}: shape \[.*\] expected"):
+        with pytest.raises(ModelFileError, match=rf"tensor {tensor.name}: expected shape \[.*\]"):
             whole(replace(file, tensors={**file.tensors, tensor.name: wrong}))
         if tensor.name not in optional:
             others = {n: other for n, other in file.tensors.items() if n != tensor.name}
@@ -155,17 +155,17 @@ def test_sparse_layers_of_gemma_3n_are_those_of_the_file(make: Callable[..., Mod
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("activation_sparsity_scale", np.ones(21, np.float32), "21 numbers for 22 layers"),
-        ("activation_sparsity_scale", np.full(22, np.nan, np.float32), "nan, -inf or -16 to 16 expected"),
-        ("activation_sparsity_scale", np.full(22, np.inf, np.float32), "inf, -inf or -16 to 16 expected"),
-        ("activation_sparsity_scale", 1.5, "an array of numbers for 22 layers expected"),
+        ("activation_sparsity_scale", np.ones(21, np.float32), "expected 22 numbers, one for each layer, found 21"),
+        ("activation_sparsity_scale", np.full(22, np.nan, np.float32), "expected -inf, or -16 to 16, found nan"),
+        ("activation_sparsity_scale", np.full(22, np.inf, np.float32), "expected -inf, or -16 to 16, found inf"),
+        ("activation_sparsity_scale", 1.5, "expected an array of numbers for 22 layers"),
         ("activation_sparsity_scale", None, "missing"),
-        ("altup__num_inputs", 1, "1, 2 to 16 expected"),
+        ("altup__num_inputs", 1, "expected 2 to 16, found 1"),
         ("altup__num_inputs", None, "missing"),
-        ("altup__active_idx", 4, "4, 0 to 3 expected"),
+        ("altup__active_idx", 4, "expected 0 to 3, found 4"),
         ("attention__shared_kv_layers", None, "missing"),
-        ("attention__sliding_window", 0, "0, 1 to"),
-        ("embedding_length_per_layer_input", 0, "0, 1 to"),
+        ("attention__sliding_window", 0, "expected 1 to .*, found 0"),
+        ("embedding_length_per_layer_input", 0, "expected 1 to .*, found 0"),
     ],
 )
 def test_keys_of_gemma_3n_are_checked(make: Callable[..., ModelFile], key: str, value: object, message: str) -> None:
@@ -174,7 +174,7 @@ def test_keys_of_gemma_3n_are_checked(make: Callable[..., ModelFile], key: str, 
 
 
 def test_a_layer_without_kv_heads_has_no_attention(make: Callable[..., ModelFile]) -> None:
-    with pytest.raises(ModelFileError, match="head_count_kv': 0 in layer 1, which has attention"):
+    with pytest.raises(ModelFileError, match="head_count_kv': it is 0 in layer 1, which has attention"):
         whole(make("qwen3", attention__head_count_kv=np.array([2, 0, 2], np.int32)))
 
 
@@ -200,7 +200,11 @@ def test_layers_with_a_window(make: Callable[..., ModelFile]) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [(np.array([True]), "1 numbers for 4 layers"), (-1, "-1, 0 to"), ("all", "sliding_window_pattern")],
+    [
+        (np.array([True]), "expected 4 numbers, one for each layer, found 1"),
+        (-1, "expected 0 to .*, found -1"),
+        ("all", "sliding_window_pattern"),
+    ],
 )
 def test_patterns_that_make_no_sense(make: Callable[..., ModelFile], pattern: Any, message: str) -> None:
     with pytest.raises(ModelFileError, match=message):
@@ -269,7 +273,7 @@ def test_parts_of_a_product_lie_side_by_side(make: Callable[..., ModelFile]) -> 
 def test_experts(make: Callable[..., ModelFile]) -> None:
     for name, normalized in (("qwen2moe", False), ("qwen3moe", True), ("llama-experts", True)):
         assert {step.options.normalized for step in whole(make(name)).steps if isinstance(step, Moe)} == {normalized}
-        with pytest.raises(ModelFileError, match=r"expert_weights_scale.*'2\.5', which is not supported"):
+        with pytest.raises(ModelFileError, match=r"expert_weights_scale.*'2\.5' is not supported"):
             whole(make(name, expert_weights_scale=2.5))
 
 
@@ -295,14 +299,14 @@ def test_experts_by_keys(make: Callable[..., ModelFile]) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"expert_gating_func": 4}, "expert_gating_func': 4 is not supported, only 1 \\(softmax\\), 2 "),
-        ({"expert_group_count": 5}, "expert_group_count': 5, of which 2 are used, for 4 of 16 experts"),
-        ({"expert_group_count": 16}, "expert_group_count': 16, of which 2 are used"),
-        ({"expert_group_used_count": 5}, "expert_group_used_count': 5, 0 to 4"),
-        ({"expert_weights_norm": 1}, "expert_weights_norm': '1', true or false expected"),
-        ({"expert_weights_scale": float("nan")}, "expert_weights_scale': nan"),
+        ({"expert_gating_func": 4}, "expert_gating_func': 4 is not supported; supported: 1 \\(softmax\\), 2 "),
+        ({"expert_group_count": 5}, "expert_group_count': 16 experts in 5 groups, 4 chosen from 2 groups"),
+        ({"expert_group_count": 16}, "expert_group_count': 16 experts in 16 groups"),
+        ({"expert_group_used_count": 5}, "expert_group_used_count': expected 0 to 4, found 5"),
+        ({"expert_weights_norm": 1}, "expert_weights_norm': expected true or false, found '1'"),
+        ({"expert_weights_scale": float("nan")}, "expert_weights_scale': expected .*, found nan"),
         ({"leading_dense_block_count": 2}, "blk.1.ffn_gate.weight.*missing"),
-        ({"expert_shared_count": 2}, "ffn_gate_shexp.weight: shape .* expected"),
+        ({"expert_shared_count": 2}, "ffn_gate_shexp.weight: expected shape"),
         ({"swiglu_clamp_exp": np.array([7.0], np.float32)}, "swiglu_clamp_exp': .*not supported"),
     ],
 )
@@ -344,9 +348,9 @@ def test_sections_that_make_no_sense_are_refused(make: Callable[..., ModelFile],
     pairs = Model(make(name)).hyperparameters.rope.dimension_count // 2
     for value, message in (
         (None, "rope.dimension_sections.*missing"),
-        (4, "'4', an array of whole numbers expected"),
-        (np.array([2, 1, 1], np.float32), r"'\[2. 1. 1.\]', an array of whole numbers"),
-        (np.array([2, 2], np.int32), "2 sections, at least 3 expected"),
+        (4, "expected an array of whole numbers, found '4'"),
+        (np.array([2, 1, 1], np.float32), r"expected an array of whole numbers, found '\[2. 1. 1.\]'"),
+        (np.array([2, 2], np.int32), "expected 3 sections or more, found 2"),
         (np.array([1, -1, 0], np.int32), rf"\[1, -1, 0\]', together 0; expected .* at most {pairs} "),
         (np.array([pairs, 1, 0, 0], np.int32), rf"together {pairs + 1}; expected .* at most {pairs} "),
         (np.array([1 << 31] * 3, np.uint32), f"together {3 << 31}; expected"),
@@ -359,7 +363,7 @@ def test_values_as_wide_as_keys(make: Callable[..., ModelFile]) -> None:
     assert {
         (step.head_dim, step.q.width) for step in whole(make("qwen3")).kv_layers if isinstance(step, Attention)
     } == {(32, 128)}
-    with pytest.raises(ModelFileError, match=r"value_length.*16, keys have 32"):
+    with pytest.raises(ModelFileError, match=r"value_length.*expected 32 as for keys, found 16"):
         whole(make("qwen3", attention__value_length=16))
 
 

@@ -63,7 +63,7 @@ def test_a_file_without_a_template_has_its_special_tokens() -> None:
     ids=["empty", "no document", "no query", "a query too many", "many", "a number", "a list"],
 )
 def test_templates_without_each_place_once_are_refused(text: object) -> None:
-    with pytest.raises(ModelFileError, match=r"tokenizer\.chat_template\.rerank is no text with"):
+    with pytest.raises(ModelFileError, match=r"tokenizer\.chat_template\.rerank must be a text with"):
         read_ranking({**METADATA, "tokenizer.chat_template.rerank": text}, TOKENIZER, of_last=True)
 
 

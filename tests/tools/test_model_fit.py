@@ -140,7 +140,7 @@ def test_a_projector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "tiles of 32 x 32 pixels" in info(capsys, path)[1]
     build_projector(path, "gemma3", keys={"projector_type": "resampler"})
     assert "cannot be run here: " in info(capsys, path)[1]
-    assert "'resampler', only gemma3" in info(capsys, path)[1]
+    assert "'resampler' is not supported; supported: gemma3" in info(capsys, path)[1]
 
 
 def test_fields_of_json(tiny: Path) -> None:

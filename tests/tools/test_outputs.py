@@ -27,7 +27,7 @@ def test_a_conversion_replaces_nothing_that_it_reads(name: str, tmp_path: Path) 
     model = write_hugging_face(tmp_path / "m", *checkpoint("LlamaForCausalLM"))
     (model / "tokenizer.json").write_text(tokenizer_json())
     before = (model / name).read_bytes()
-    with pytest.raises(UsageError, match="is there already and no model file"):
+    with pytest.raises(UsageError, match="already exists and is not a model file"):
         converted(model, model / name)
     assert (model / name).read_bytes() == before
     for _ in range(2):  # a model file is replaced
@@ -53,5 +53,5 @@ def test_an_importance_matrix_replaces_neither_its_model_nor_its_text(tmp_path: 
 
 def test_a_device_is_no_text() -> None:
     """Some of them never end."""
-    with pytest.raises(UsageError, match="no file of text"):
+    with pytest.raises(UsageError, match="not a text file"):
         read_text(Path("/dev/null"))

@@ -167,16 +167,16 @@ def test_what_is_refused_leaves_nothing(model: Path, tmp_path: Path) -> None:
     noise.write_bytes(os.urandom(100))
     before, out = names(tmp_path), tmp_path / "out.gguf"
     for words, says in (
-        ((model, out, "Q9"), "no type Q9"),
+        ((model, out, "Q9"), "type Q9 is not known"),
         ((tmp_path / "none.gguf", out, "Q8_0"), "none.gguf"),
         ((noise, out, "Q8_0"), "noise"),
         ((quantized, out, "Q4_0"), "is Q8_0 already"),
         ((model, out, "IQ2_XS"), "needs an importance matrix: make one"),
         ((model, out, "Q2_K_S"), "needs an importance matrix"),
-        ((model, out, "IQ2_XS", "--imatrix", gap), "blk.1.attn_q.weight as IQ2_XS needs .* has nothing for it"),
-        ((model, out, "Q4_0", "--imatrix", narrow), "has 128 values .* 256 expected"),
-        ((model, out, "Q4_0", "--imatrix", noise), "no importance matrix"),
-        ((model, out, "Q4_0", "--imatrix", model), "'imatrix' expected"),
+        ((model, out, "IQ2_XS", "--imatrix", gap), "blk.1.attn_q.weight as IQ2_XS needs .* has no entry for it"),
+        ((model, out, "Q4_0", "--imatrix", narrow), "expected 256 values .* found 128"),
+        ((model, out, "Q4_0", "--imatrix", noise), "not an importance matrix"),
+        ((model, out, "Q4_0", "--imatrix", model), "expected general.type 'imatrix'"),
         ((model, out, "Q4_0", "--tensor-type", "attn_q"), "PATTERN=TYPE"),
         ((model, out, "Q4_0", "--tensor-type", "(=Q8_0"), "regular expression"),
         ((model, out, "Q4_0", "--tensor-type", "attn_q=Q9"), "give one of"),

@@ -130,7 +130,7 @@ def test_nothing_is_left_where_it_fails(tiny: Path, tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_overwritten(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "m-00002-of-00006.gguf").write_text("mine")
-    with pytest.raises(UsageError, match=r"m-00002-of-00006\.gguf: is there already"):
+    with pytest.raises(UsageError, match=r"m-00002-of-00006\.gguf: already exists"):
         split_into(tiny, tmp_path, SplitRules(most_tensors=5))
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
@@ -160,13 +160,13 @@ def test_the_commands(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("split", "TINY", "--split-max-size", "1kB"), "a part at most 1000: allow more"),
+        (("split", "TINY", "--split-max-size", "1kB"), "a part at most 1000: raise --split-max-size"),
         (("split", "TINY", "--split-max-size", "many"), "--split-max-size: 'many' is not a size"),
         (("split", "TINY", "--split-max-size", "1M", "--split-max-tensors", "3"), "give one of them"),
         (("split", "TINY", "--split-max-tensors", "0"), "--split-max-tensors"),
         (("split", "TINY", "/nonexistent/x"), "the folder does not exist"),
-        (("split", "PART"), "is split already; merge it first"),
-        (("merge", "TINY"), "is one file already"),
+        (("split", "PART"), "is already split; merge it first"),
+        (("merge", "TINY"), "is already one file"),
         (("merge", "SECOND"), "give the first part"),
     ],
 )

@@ -161,7 +161,7 @@ async def test_the_end_does_not_wait_for_ever(
 
 @pytest.mark.parametrize("address", ["coordinator.example:7100", "[::1]:7100"])
 async def test_an_address_that_cannot_be_announced_is_refused(address: str) -> None:
-    with pytest.raises(UsageError, match=r"join\.discover: an address with multicast is needed"):
+    with pytest.raises(UsageError, match=r"join\.discover: multicast DNS needs an address with multicast"):
         async with announced("tiny", CLUSTER, address):
             pass
 

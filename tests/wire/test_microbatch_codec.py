@@ -187,7 +187,7 @@ def test_top_logprobs_that_cannot_be_are_refused(top: tuple[tuple[int, float], .
 def test_a_chosen_token_without_a_finite_logprob_is_refused(logprob: float) -> None:
     """JSON has no such number: a reply that shows it could not be written."""
     rows = (RowResult(3, -1.5), RowResult(4, logprob))
-    with pytest.raises(ProtocolError, match="logprob is no finite number"):
+    with pytest.raises(ProtocolError, match="a logprob is not a finite number"):
         decode_result(encode_result(Result(1, 2, rows)))
 
 

@@ -179,7 +179,7 @@ def _split(spec: str) -> tuple[str, str | None]:
     if colon and (mix := _mix(last)) is not None:
         return name, mix
     if colon and (name.lower() in SHAPES or name.lower() in public_models()):
-        raise UsageError(f"--model: {last!r} is no quantization; known: {', '.join(MIXES).lower()}")
+        raise UsageError(f"--model: {last!r} is not a quantization; known: {', '.join(MIXES).lower()}")
     return spec, None
 
 

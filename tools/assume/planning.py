@@ -35,7 +35,7 @@ class AssumedCluster:
         for text in overrides:
             key = text.partition("=")[0].strip()
             if key.split(".")[0] not in KEYS:
-                raise UsageError(f"--set {key[:100]}: an assumed plan has no such key; it has {', '.join(KEYS)}")
+                raise UsageError(f"--set {key[:100]}: an assumed plan does not use this key; it uses {', '.join(KEYS)}")
         return cls(assumed, tuple(overrides))
 
     def changed(self, assumed: AssumedMachines) -> AssumedCluster:
@@ -64,7 +64,7 @@ class AssumedCluster:
         except ModelFileError as error:
             if not any(machine.gpus for machine in self.assumed.machines):
                 raise
-            raise UsageError(f"--assume: {model.title}: {error}; leave the GPUs out") from error
+            raise UsageError(f"--assume: {model.title}: {error}; remove the GPUs") from error
 
     @property
     def memory_bytes(self) -> int:

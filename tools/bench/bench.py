@@ -184,7 +184,7 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
     with closing(Model.open(task.model)) as model:
         trained = model.hyperparameters.context_length
         if task.context > trained:
-            raise UsageError(f"{task.context} tokens requested, the model's context length is {trained}")
+            raise UsageError(f"{task.context} tokens are requested, but the model's context length is {trained}")
         work, load = Work.of(model, task), LoadMeter()
         measure = partial(_measure, task, work, on_step)
         with closing(_device(task)) as device:

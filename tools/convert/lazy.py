@@ -135,7 +135,7 @@ def decay(logarithms: Lazy) -> Lazy:
     def change(values: NDArray[np.float32]) -> NDArray[np.float32]:
         if (values > _MAX_LOGARITHM).any():
             what = f"{np.nanmax(values):g} is too large a logarithm of a decay"
-            raise ModelFileError(f"{logarithms.origin}: {what}, {_MAX_LOGARITHM:g} at most expected")
+            raise ModelFileError(f"{logarithms.origin}: {what}; the most is {_MAX_LOGARITHM:g}")
         return -np.exp(values)
 
     return mapped(logarithms, change)

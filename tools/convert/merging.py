@@ -51,7 +51,9 @@ def merge_adapter(
     if its name ends in .gguf, otherwise a folder. The adapter's tokenizer is used if it has one. Raises ModelFileError
     if base and adapter do not fit."""
     if not (base / CONFIG).is_file():
-        raise ModelFileError(f"{base}: no {CONFIG}: the base must be a folder of Hugging Face's form, not quantized")
+        raise ModelFileError(
+            f"{base}: {CONFIG} is missing: the base must be a folder of Hugging Face's form that is not quantized"
+        )
     with SourceFiles() as files:
         found = read_folder(files, base)
         tensors = _merged(found.tensors, _read_adapter(files, adapter))
@@ -72,7 +74,7 @@ def _write_folder(
         raise UsageError(f"{out}: of a base in {KEPT_METHOD} only a file is written; give a name that ends in .gguf")
     weights = out / "model.safetensors"
     if out.exists() and (not out.is_dir() or set(out.iterdir()) - {hidden_name(weights)}):
-        raise UsageError(f"{out}: is there already; give a name that is not, or one that ends in .gguf")
+        raise UsageError(f"{out}: already exists; give another name, or one that ends in .gguf")
     created = not out.exists()
     out.mkdir(exist_ok=True)
     made: list[Path] = []
@@ -148,11 +150,11 @@ class _Adapter:
 def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
     """Raises ModelFileError for a damaged adapter, or one that does not compute W + scale * B @ A."""
     if not folder.is_dir():
-        raise ModelFileError(f"{folder}: no folder; give the one that has adapter_config.json")
+        raise ModelFileError(f"{folder}: not a folder; give the one that has adapter_config.json")
     settings = PeftSettings.read(folder)
     weights = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
     if weights is None:
-        raise ModelFileError(f"{folder}: no weights: neither {' nor '.join(_NAMES)}")
+        raise ModelFileError(f"{folder}: has no weights: neither {' nor '.join(_NAMES)}")
     halves: dict[str, dict[str, Lazy]] = {}
     replaced = {}
     for name, tensor in read_weight_file(files, weights).items():
@@ -163,7 +165,7 @@ def _read_adapter(files: SourceFiles, folder: Path) -> _Adapter:
         elif (saved := _SAVED.fullmatch(plain)) and "original_module" not in plain:
             replaced[f"{saved['module']}.{saved['kind']}"] = tensor
         elif not saved:
-            raise ModelFileError(f"{tensor.origin}: neither a factor of LoRA nor a weight")
+            raise ModelFileError(f"{tensor.origin}: this is neither a LoRA factor nor a weight")
     factors = {f"{module}.weight": _factors(module, pair, settings) for module, pair in halves.items()}
     return _Adapter(weights, factors, replaced)
 
@@ -192,11 +194,11 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
         base = found.get(name)
         if base is None:
             raise ModelFileError(
-                f"{adapter.path}: {shown(name)} is no tensor of the base: the adapter of another model"
+                f"{adapter.path}: the base has no tensor {shown(name)}: the adapter is of another model"
             )
         if base.shape != factors.shape:
-            shapes = f"shape {list(factors.shape)}, the base has {list(base.shape)}"
-            raise ModelFileError(f"{adapter.path}: {shown(name)}: {shapes}: the adapter of another model")
+            shapes = f"expected shape {list(base.shape)} as in the base, found {list(factors.shape)}"
+            raise ModelFileError(f"{adapter.path}: {shown(name)}: {shapes}: the adapter is of another model")
         found[name] = _added(base, factors)
     return found
 
@@ -204,10 +206,10 @@ def _merged(tensors: Mapping[str, Lazy], adapter: _Adapter) -> dict[str, Lazy]:
 def _replacement(tensor: Lazy, base: Lazy | None, name: str) -> Lazy:
     """Checks a tensor that replaces one of the base. It may have more rows, for added tokens."""
     if base is None and not name.startswith("lm_head"):
-        raise ModelFileError(f"{tensor.origin}: {shown(name)} is no tensor of the base: the adapter of another model")
+        raise ModelFileError(f"{tensor.origin}: the base has no tensor {shown(name)}: the adapter is of another model")
     if base is not None and tensor.shape[1:] != base.shape[1:]:
-        shapes = f"shape {list(tensor.shape)}, the base has {list(base.shape)}"
-        raise ModelFileError(f"{tensor.origin}: {shapes}: the adapter of another model")
+        shapes = f"expected shape {list(base.shape)} as in the base, found {list(tensor.shape)}"
+        raise ModelFileError(f"{tensor.origin}: {shapes}: the adapter is of another model")
     return tensor
 
 

@@ -49,13 +49,13 @@ class Page:
         """Takes a tensor from the checkpoint. Raises ModelFileError if it is missing, taken or of another shape."""
         tensor = self._taken(name, shape)
         if not tensor.storage.is_real:
-            raise self._error(name, f"holds {tensor.storage.name}, decimal numbers expected")
+            raise self._error(name, f"expected decimal numbers, found {tensor.storage.name}")
         return tensor
 
     def take_bytes(self, name: str, *shape: int) -> Lazy:
         tensor = self._taken(name, shape)
         if tensor.storage is not Storage.U8:
-            raise self._error(name, f"holds {tensor.storage.name}, bytes expected")
+            raise self._error(name, f"expected bytes, found {tensor.storage.name}")
         return tensor
 
     def _taken(self, name: str, shape: tuple[int, ...]) -> Lazy:
@@ -63,7 +63,7 @@ class Page:
         if tensor is None:
             raise self._error(name, "missing")
         if tensor.shape != shape:
-            raise self._error(name, f"shape {list(tensor.shape)}, {list(shape)} expected")
+            raise self._error(name, f"expected shape {list(shape)}, found {list(tensor.shape)}")
         return tensor
 
     def put(self, name: str, tensor: Lazy) -> None:
@@ -88,7 +88,9 @@ class Page:
         left = [name for name in self._left if not _NOT_NEEDED.fullmatch(name)]
         if left:
             more = f" and {len(left) - 1} others" if len(left) > 1 else ""
-            raise self._error(left[0], f"no part of {self.architecture}{more}: another kind of model, or more layers")
+            raise self._error(
+                left[0], f"not a tensor of {self.architecture}{more}: another kind of model, or more layers"
+            )
 
     def _error(self, name: str, what: str) -> ModelFileError:
         return ModelFileError(f"{self.settings.origin}: tensor {shown(name)}: {what}")
@@ -110,14 +112,14 @@ class Page:
         heads = self.heads
         found = self.settings.count("num_key_value_heads", default=heads, maximum=heads)
         if heads % found:
-            raise self.settings.error("num_key_value_heads", f"{found}, which does not divide {heads} heads")
+            raise self.settings.error("num_key_value_heads", f"{found} does not divide {heads} heads")
         return found
 
     @property
     def head_width(self) -> int:
         heads = self.heads
         if not self.settings.has("head_dim") and self.width % heads:
-            raise self.settings.error("num_attention_heads", f"{heads}, which does not divide a width of {self.width}")
+            raise self.settings.error("num_attention_heads", f"{heads} does not divide a width of {self.width}")
         return self.settings.count("head_dim", default=max(1, self.width // heads), maximum=1 << 12)
 
     @property

@@ -41,9 +41,9 @@ def dequantized(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent)
         return _eight_bit(tensors, said)
     if method not in ("gptq", "awq"):
         known = ", ".join(("gptq", "awq", *_EIGHT_BIT_METHODS, KEPT_METHOD))
-        raise said.error("quant_method", f"{shown(method)} is not supported, only {known}")
+        raise said.error("quant_method", f"{shown(method)} is not supported; supported: {known}")
     if said.count("bits", "w_bit", default=4, maximum=32) != 4:
-        raise said.error("bits", f"{said.shown('bits')}, only 4 are supported")
+        raise said.error("bits", f"{said.shown('bits')} is not supported; supported is 4")
     found = {name: tensor for name, tensor in tensors.items() if not _is_part(name, tensors)}
     zero_offset = 0 if method == "awq" or said.text("checkpoint_format", default="gptq") == "gptq_v2" else 1
     for stem in (name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")):
@@ -61,7 +61,7 @@ def _four_bit(stem: str, tensors: Mapping[str, Lazy], recent: Recent, *, is_awq:
     `zero_offset` (1, or 0 in version 2). AWQ packs both along outputs, in its own order."""
     weight = tensors[f"{stem}.qweight"]
     if len(weight.shape) != 2:
-        raise ModelFileError(f"{weight.origin}: shape {list(weight.shape)}, a matrix expected")
+        raise ModelFileError(f"{weight.origin}: expected a matrix, found shape {list(weight.shape)}")
     inputs, outputs = weight.shape
     inputs, outputs = (inputs, outputs * _EIGHT) if is_awq else (inputs * _EIGHT, outputs)
     zeros, scales, order = _beside(stem, tensors, inputs, outputs)
@@ -96,8 +96,8 @@ def _beside(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int) -
     fits = scales.shape == (groups, outputs) and zeros.shape == (groups, outputs // _EIGHT) and inputs % groups == 0
     typed = weight.storage is zeros.storage is Storage.I32 and scales.storage.is_real
     if not fits or not typed or outputs % _EIGHT or (order is not None and order.shape != (inputs,)):
-        shapes = f"{list(weight.shape)}, zeros {list(zeros.shape)}, scales {list(scales.shape)}"
-        raise ModelFileError(f"{weight.origin}: shapes that do not fit together: {shapes}")
+        shapes = f"{list(weight.shape)}, zeros {list(zeros.shape)} and scales {list(scales.shape)}"
+        raise ModelFileError(f"{weight.origin}: shapes do not fit together: {shapes}")
     return zeros, scales, order
 
 
@@ -106,7 +106,7 @@ def _groups(order: Lazy | None, inputs: int, count: int) -> NDArray[np.int64]:
         return np.arange(inputs, dtype=np.int64) // (inputs // count)
     groups = order.all().astype(np.int64)
     if groups.min() < 0 or groups.max() >= count:
-        raise ModelFileError(f"{order.origin}: group {groups.max()} of {count}")
+        raise ModelFileError(f"{order.origin}: group {groups.max()} does not exist: there are {count}, numbered from 0")
     return groups
 
 
@@ -156,7 +156,7 @@ def _block(said: Settings) -> tuple[int, int] | None:
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 2:
-        raise said.error("weight_block_size", "two whole numbers expected")
+        raise said.error("weight_block_size", "expected two whole numbers")
     both = Settings(dict(zip(("rows", "columns"), value, strict=True)), said.origin)
     return both.count("rows"), both.count("columns")
 
@@ -172,7 +172,9 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
     if block is not None:
         sizes = {(-(-rows // block[0]), -(-columns // block[1])): block}
     if shape not in sizes or len(scales.shape) > 2:
-        raise ModelFileError(f"{tensor.origin}: scales of shape {list(scales.shape)} for {rows} rows of {columns}")
+        raise ModelFileError(
+            f"{tensor.origin}: scales of shape {list(scales.shape)} do not fit {rows} rows of {columns}"
+        )
     height, width = min(sizes[shape][0], rows), min(sizes[shape][1], columns)
 
     def read(start: int, end: int) -> Array:
@@ -197,7 +199,7 @@ def _scaled_experts(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -
     blocks = (-(-rows // height), -(-columns // width))
     shape = (1, 1, 1) if scales.shape in ((), (1,)) else (*scales.shape, 1, 1)[:3]
     if shape not in ((1, 1, 1), (count, 1, 1), (count, *blocks)) or len(scales.shape) > 3:
-        raise ModelFileError(f"{tensor.origin}: scales of shape {list(scales.shape)} for {list(tensor.shape)}")
+        raise ModelFileError(f"{tensor.origin}: scales of shape {list(scales.shape)} do not fit {list(tensor.shape)}")
     if shape[1:] == (1, 1):
         height, width = rows, columns
 

@@ -61,7 +61,7 @@ def latent_rotation(page: Page, dimensions: int) -> None:
     if kind == "default":
         return
     if kind != "yarn":
-        raise said.error("rope_type", f"{shown(kind)}, only yarn is supported of {page.architecture}")
+        raise said.error("rope_type", f"{shown(kind)} is not supported; {page.architecture} supports yarn")
     factor, share = _yarn_keys(page, said), said.real("mscale_all_dim", default=0.0, maximum=1e3)
     if not share or said.real("mscale", default=0.0, maximum=1e3) != share:
         both = f"{said.shown('mscale_all_dim')}, mscale {said.shown('mscale')}"
@@ -80,7 +80,7 @@ def alpha_rotation(page: Page, dimensions: int) -> bool:
     if said.text("rope_type", "type", default="default").lower() != "dynamic" or not alpha:
         return False
     if alpha < 1:
-        raise said.error("alpha", f"{alpha:g}, a number of 1 and more expected")
+        raise said.error("alpha", f"expected a number of 1 or more, found {alpha:g}")
     if dimensions < 4:
         raise said.error("alpha", f"{alpha:g} with heads of {dimensions} channels is not supported")
     page.key("rope.freq_base", _base(said, 10000.0) * alpha ** (dimensions / (dimensions - 2)))
@@ -98,7 +98,7 @@ def rotating_channels(page: Page, default_share: float = 1.0) -> int:
     share = said.real("partial_rotary_factor", default=default_share, maximum=1.0)
     channels = int(share * page.head_width)
     if channels < 2 or channels % 2:
-        what = f"{share:g} of a head's {page.head_width} channels is {channels}, an even number from 2 up expected"
+        what = f"expected 2 channels or more and an even number, found {channels} ({share:g} of {page.head_width})"
         raise said.error("partial_rotary_factor", what)
     return channels
 
@@ -109,11 +109,11 @@ def sections(settings: Settings, pairs: int) -> list[int]:
     if listed is None:
         return [(pairs + 2 - number) // 3 for number in range(3)] + [0]
     if not isinstance(listed, list) or not all(type(count) is int and 0 <= count <= pairs for count in listed):
-        raise settings.error("mrope_section", f"whole numbers of 0 to {pairs} expected")
+        raise settings.error("mrope_section", f"expected whole numbers of 0 to {pairs}")
     if len(listed) not in (3, 4):
-        raise settings.error("mrope_section", f"{len(listed)} numbers, 3 or 4 expected")
+        raise settings.error("mrope_section", f"expected 3 or 4 numbers, found {len(listed)}")
     if sum(listed) > pairs:
-        raise settings.error("mrope_section", f"{listed}; expected a sum of at most {pairs} (rotated pairs)")
+        raise settings.error("mrope_section", f"the sum of {listed} exceeds {pairs} (rotated pairs)")
     return [*listed, 0][:4]
 
 
@@ -173,7 +173,7 @@ def _yarn_keys(page: Page, said: Settings) -> float:
     if not said.flag("truncate", default=True):
         page.key("rope.scaling.yarn_truncate", False)
     if _base(said, 10000.0) <= 1:
-        raise said.error("rope_theta", f"{said.shown('rope_theta')}, more than 1 expected with yarn")
+        raise said.error("rope_theta", f"expected more than 1 with yarn, found {said.shown('rope_theta')}")
     for key, name, least in (
         ("yarn_ext_factor", "extrapolation_factor", 0.0),
         ("yarn_beta_fast", "beta_fast", _LEAST_TURNS),
@@ -209,7 +209,7 @@ def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
     defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
     factor, low, high, original = (said.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
     if low >= high:
-        raise said.error("low_freq_factor", f"{low:g}, less than the high_freq_factor of {high:g} expected")
+        raise said.error("low_freq_factor", f"expected less than the high_freq_factor of {high:g}, found {low:g}")
     frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, dimensions, 2, dtype=np.float32) / dimensions)
     factors = []
     for length in (2 * math.pi / frequencies).tolist():

@@ -74,7 +74,9 @@ def read_tasks(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Task]
     """Reads the first `most` tasks of six lines: context, right number, four endings. Raises UsageError for others."""
     lines = read_text(path).split("\n")
     if len(lines) % _LINES:
-        raise UsageError(f"{path}: {len(lines)} lines, not six for each task: context, number, four endings")
+        raise UsageError(
+            f"{path}: expected six lines for each task (context, number, four endings), found {len(lines)} lines"
+        )
     starts = range(0, len(lines), _LINES)[:most]
     return [_task(path, tokenizer, lines[start : start + _LINES], start + 1) for start in starts]
 
@@ -82,7 +84,9 @@ def read_tasks(path: Path, tokenizer: Tokenizer, most: int | None) -> list[Task]
 def _task(path: Path, tokenizer: Tokenizer, lines: Sequence[str], line: int) -> Task:
     context, right, *endings = (text.removesuffix("\r") for text in lines)
     if right.strip() not in ("0", "1", "2", "3"):
-        raise UsageError(f"{path}: line {line + 1}: {right[:40]!r}, the number of the right ending, 0 to 3, expected")
+        raise UsageError(
+            f"{path}: line {line + 1}: expected the number of the right ending, 0 to 3, found {right[:40]!r}"
+        )
     encoded = tuple(tuple(tokenizer.encode(f"{context} {ending}")) for ending in endings)
     shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*encoded, strict=False)))
     shared = min(shared, min(map(len, encoded)) - 1)

@@ -42,7 +42,7 @@ def measure_divergence(
     shape = base.shape
     if shape.vocabulary != client.vocabulary_size:
         raise UsageError(
-            f"{base.path}: logits of a vocabulary of {shape.vocabulary} tokens, the model has {client.vocabulary_size}"
+            f"{base.path}: its logits are for {shape.vocabulary} tokens, but the model has {client.vocabulary_size}"
         )
     parts: list[Scores] = []
     for number, tokens in enumerate(base.chunks[:chunks]):

@@ -115,12 +115,12 @@ class LogitsFile:
             file.seek(shape.head_bytes + (chunk * shape.rows + start) * shape.row_bytes)
             data = file.read((end - start) * shape.row_bytes)
         if len(data) != (end - start) * shape.row_bytes:
-            raise LlamaclustError(f"{self.path}: became shorter while it was read")
+            raise LlamaclustError(f"{self.path}: became shorter while it was read; create it again")
         numbers = np.frombuffer(data, "<u2").reshape(end - start, -1)
         scale = np.ascontiguousarray(numbers[:, :4]).view("<f4").astype(np.float32)
         step, least = scale.T.astype(np.float64)
         if not ((step >= 0) & (least > _LEAST) & (least + _LEVELS * step < _MOST)).all():
-            raise UsageError(f"{self.path}: chunk {chunk} holds values that are no logprobs; create the file again")
+            raise UsageError(f"{self.path}: chunk {chunk} holds values that are not logprobs; create the file again")
         logprobs = numbers[:, 4 : 4 + shape.vocabulary].astype(np.float32)
         logprobs *= scale[:, :1]
         logprobs += scale[:, 1:]
@@ -139,7 +139,7 @@ def _read_shape(path: Path, file: BinaryIO) -> LogitsShape:
         raise UsageError(f"{path}: {sizes}: these sizes make no valid file")
     size = os.fstat(file.fileno()).st_size
     if size != shape.total_bytes:
-        raise UsageError(f"{path}: {size} bytes, {shape.total_bytes} expected; the file is incomplete")
+        raise UsageError(f"{path}: expected {shape.total_bytes} bytes, found {size}; the file is incomplete")
     return shape
 
 

@@ -52,7 +52,9 @@ class Accumulator:
         """The perplexity so far. Raises LlamaclustError if the model gives the text almost no probability."""
         mean = self._sum / self._tokens
         if mean > MOST_NLL:
-            raise LlamaclustError(f"the model gives this text no chance: {mean:.4g} nats a token; is it the right one?")
+            raise LlamaclustError(
+                f"the model gives this text no chance: {mean:.4g} nats per token; check the model and the text"
+            )
         variance = self._squares / self._tokens - mean * mean
         error = math.sqrt(max(0.0, variance) / max(1, self._tokens - 1))
         return Perplexity(math.exp(mean), error * math.exp(mean), self._chunks, self._tokens)
@@ -61,7 +63,7 @@ class Accumulator:
 def read_text(path: Path) -> str:
     """Reads a text without its last line break. Raises UsageError if it cannot be read."""
     if path.exists() and not (path.is_file() or path.is_fifo()):
-        raise UsageError(f"{path}: no file of text; give the name of one")
+        raise UsageError(f"{path}: not a text file; give the name of one")
     try:
         return decode_text(path.read_bytes()).removesuffix("\n")
     except OSError as error:
@@ -74,7 +76,7 @@ def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list
     """Returns the first `most` chunks of `context` tokens, changed by `begun`. Raises UsageError for a short text."""
     ids = tokenizer.encode(text)
     if len(ids) < context:
-        raise UsageError(f"the text has {len(ids)} tokens, a chunk {context}: take a longer text or a smaller -c")
+        raise UsageError(f"the text has {len(ids)} tokens, but a chunk {context}: take a longer text or a smaller -c")
     starts = range(0, len(ids) - context + 1, context)[:most]
     return [begun(tokenizer, tuple(ids[start : start + context])) for start in starts]
 

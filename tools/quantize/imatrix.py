@@ -99,7 +99,9 @@ class _Sums:
     def entries(self) -> dict[str, Importance]:
         for name, sums in self._sums.items():
             if not np.isfinite(sums).all():
-                raise LlamaclustError(f"activations before {shown(name)} are no finite numbers; is the model damaged?")
+                raise LlamaclustError(
+                    f"activations before {shown(name)} are not finite numbers; check that the model is not damaged"
+                )
         return {
             name: Importance(sums.astype(np.float32), self._counts[name].astype(np.float32))
             for name, sums in self._sums.items()

@@ -83,7 +83,9 @@ def _check(tensor: Tensor, kind: QuantType, allow_requantize: bool) -> None:
     if was not in QUANTIZED_TYPES:
         raise UsageError(f"tensor {name} is {was.name}, which cannot be quantized")
     if width % kind.info.block_size:
-        raise UsageError(f"tensor {name} has rows of {width}, {kind.name} needs multiples of {kind.info.block_size}")
+        raise UsageError(
+            f"tensor {name} has rows of {width}, but {kind.name} needs multiples of {kind.info.block_size}"
+        )
 
 
 def _importance(matrix: ImportanceMatrix, tensor: Tensor) -> NDArray[np.float32] | None:
@@ -96,8 +98,8 @@ def _importance(matrix: ImportanceMatrix, tensor: Tensor) -> NDArray[np.float32]
             return None
         wanted = f"{experts} x {width}" if experts > 1 else str(width)
         raise UsageError(
-            f"the importance matrix has {entry.sums.size} values for {shown(tensor.name)}, {wanted} expected: it is of"
-            " another model"
+            f"the importance matrix is of another model: expected {wanted} values for {shown(tensor.name)}, "
+            f"found {entry.sums.size}"
         )
     return entry.means.reshape(experts, width)
 

@@ -34,7 +34,7 @@ class GroupOrder:
         bounded("member", self.member, 0, len(self.members) - 1)
         names = [member.worker for member in self.members]
         if len({*names}) < len(names):
-            raise ProtocolError(f"a group of {', '.join(names)}, in which a worker is twice")
+            raise ProtocolError(f"a group of {', '.join(names)}, in which a worker occurs twice")
 
 
 _Seconds = Annotated[float, Real(0.0, 1e9)]

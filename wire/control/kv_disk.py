@@ -24,7 +24,7 @@ def joined(keys: Sequence[bytes]) -> bytes:
 
 def split_keys(keys: bytes) -> list[bytes]:
     if len(keys) % KEY_BYTES:
-        raise ProtocolError(f"keys of {len(keys)} bytes, each has {KEY_BYTES}")
+        raise ProtocolError(f"keys have {len(keys)} bytes; expected a multiple of {KEY_BYTES}")
     return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
 
 

@@ -145,7 +145,7 @@ def _check_tokens(tokens: Sequence[int], least: int) -> None:
 
 def _check_finite(logprobs: Sequence[float]) -> None:
     if not all(map(math.isfinite, logprobs)):
-        raise ProtocolError("logprob is no finite number")
+        raise ProtocolError("a logprob is not a finite number")
 
 
 def _numbers(what: str, data: bytes, kind: Struct) -> Any:

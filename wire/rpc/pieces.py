@@ -54,4 +54,4 @@ def whole(data: bytes, most_bytes: int) -> bytes:
 
 
 def too_large(size: int, most_bytes: int) -> ProtocolError:
-    return ProtocolError(f"a message of {size} bytes or more, at most {most_bytes} are taken")
+    return ProtocolError(f"a message has {size} bytes or more; the limit is {most_bytes}")

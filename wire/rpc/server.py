@@ -67,7 +67,7 @@ class ServerStream:
     def epoch(self) -> int:
         text = str(dict(self._context.invocation_metadata()).get(EPOCH_KEY, ""))
         if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= UINT64):
-            raise ProtocolError(f"metadata {EPOCH_KEY}: a number is expected")
+            raise ProtocolError(f"metadata {EPOCH_KEY}: expected a number")
         return int(text)
 
     async def accept(self) -> None:
@@ -140,7 +140,7 @@ class _Places:
         method, total = self._method, self._open.total()
         if total >= method.streams or (caller is not None and self._open[caller] >= method.streams_of_caller):
             of_caller = "" if caller is None else f" ({self._open[caller]} of {caller})"
-            raise ProtocolError(f"{self._name}: {total} streams are open{of_caller}, more are not served")
+            raise ProtocolError(f"{self._name}: {total} streams are open{of_caller}, which is the limit")
         self._open[caller] += 1
         try:
             yield

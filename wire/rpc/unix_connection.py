@@ -248,7 +248,7 @@ class UnixConnection(asyncio.BufferedProtocol):
             most = self.most_bytes if kind == FrameKind.MESSAGE else _MOST_CONTROL_BYTES
             is_first = not self._awaits_call or kind == FrameKind.CALL
             if kind == FrameKind.MESSAGE and size > most:
-                self.refusal = f"a message of {size} bytes, at most {most} are taken"
+                self.refusal = f"a message has {size} bytes; the limit is {most}"
             if size > most or not is_first or not FrameKind.CALL <= kind <= FrameKind.STATUS:
                 self.abort()
                 return

@@ -73,7 +73,7 @@ class Device:
     def backend_of(self, name: str) -> Backend:
         known: dict[str, Backend] = {_CPU: self.backend} | {gpu.device: gpu for gpu in self.gpus}
         if name not in known:
-            raise ProtocolError(f"a load for device {name!r}, this worker has {', '.join(known)}")
+            raise ProtocolError(f"a load is for device {name!r}, but this worker has {', '.join(known)}")
         return known[name]
 
     @property
@@ -96,7 +96,7 @@ class Device:
             return self.backend_of(part.device)
         gpu = next((gpu for gpu in self.gpus if gpu.device == part.device), None)
         if gpu is None:
-            raise ProtocolError(f"a load with experts in RAM for {part.device}, which this worker does not have")
+            raise ProtocolError(f"a load has experts in RAM for {part.device}, which this worker does not have")
         experts = cast(ExpertsBackend, self.backend)  # beside GPUs it is a CPU's
         return SplitExpertsBackend(gpu, experts, part.cpu_moe, part.experts_cache_bytes)
 

@@ -112,7 +112,7 @@ class Compute:
                 continue
             begun_ns, limit_s = present
             if (taken_s := (perf_counter_ns() - begun_ns) / 1e9) > limit_s:
-                text = f"a step has been computed for {taken_s:.0f} s, {limit_s:.0f} s at most are usual: the GPU hangs"
+                text = f"a step has been computed for {taken_s:.0f} s, the limit is {limit_s:.0f} s: the GPU hangs"
                 self._lose(DeviceLostError(f"{text}; this process ends"))
                 return
 

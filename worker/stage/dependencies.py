@@ -33,7 +33,7 @@ class Dependencies:
         """Raises ProtocolError if inputs are out of order or too many. Drops inputs of a finished microbatch."""
         found, expected = (inputs.tasks.epoch, inputs.tasks.number), (self._epoch, self._next_put)
         if found != expected:
-            raise ProtocolError(f"sampling inputs {place_text(found)} where {place_text(expected)} was expected")
+            raise ProtocolError(f"sampling inputs: expected {place_text(expected)}, found {place_text(found)}")
         if len(self._inputs) >= MOST_IN_FLIGHT:
             raise ProtocolError(f"sampling inputs for more than {MOST_IN_FLIGHT} microbatches that did not come")
         self._next_put += 1

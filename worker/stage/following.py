@@ -90,7 +90,9 @@ class FollowingStage:
         frame, tokens, self._links.bands = decode_step(data)
         arrival = Arrival.read(frame, self.runner, perf_counter_ns(), 0)
         if arrival.frame.epoch != self.epoch or arrival.failure is not None:
-            raise ProtocolError(f"the leader announces what is no microbatch of epoch {epoch_text(self.epoch)}")
+            raise ProtocolError(
+                f"the leader announced something that is not a microbatch of epoch {epoch_text(self.epoch)}"
+            )
         self._counters.received_bytes += len(data)
         begun_ns = perf_counter_ns()
         try:

@@ -114,5 +114,5 @@ def _number(data: bytes, at: int, most: int) -> int:
         raise ProtocolError(f"a step's message of {len(data)} bytes, which ends within its parts")
     (number,) = _LENGTH.unpack_from(data, at)
     if number > most:
-        raise ProtocolError(f"a step's message with {number} parts or bytes, at most {most}")
+        raise ProtocolError(f"a step's message has {number} parts or bytes; the limit is {most}")
     return int(number)

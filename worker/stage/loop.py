@@ -143,7 +143,7 @@ class StageLoop:
         arrival = Arrival.read(data, self.runner, received_ns, self._wire_ns)
         found, expected = (arrival.frame.epoch, arrival.number), (self._epoch, number)
         if found != expected:
-            raise ProtocolError(f"microbatch {place_text(found)} where {place_text(expected)} was expected")
+            raise ProtocolError(f"microbatch: expected {place_text(expected)}, found {place_text(found)}")
         self._received = number + 1
         return arrival
 

@@ -129,7 +129,9 @@ class MatchedAnswer:
             return True
         ahead = len(self._tokens) - row.position
         if not 0 <= ahead <= len(self._forced):
-            raise ProtocolError(f"answer {row.key} has {len(self._tokens)} tokens here, not {row.position}")
+            raise ProtocolError(
+                f"answer {row.key} has {len(self._tokens)} tokens on this worker, expected {row.position}"
+            )
         self._due = None
         if self._forced:
             self._forced = self._forced[len(self._forced) - ahead :]
@@ -227,7 +229,7 @@ class MatchedAnswer:
         self._excess_ns = max(0, self._excess_ns + taken_ns - tokens * _TOKEN_NS)
         if self._excess_ns > _GUARD_NS:
             most = f"{_ms(_TOKEN_NS)} ms of a processor a token"
-            raise DeadlineError(f"{self.rule} is too slow to follow here: its tokens take more than {most}; try again")
+            raise DeadlineError(f"{self.rule} is too slow to follow: its tokens take more than {most}; try again")
 
     def _take(self, token: int) -> AllowedTokens | None:
         matcher = self._matcher

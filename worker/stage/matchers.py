@@ -98,7 +98,7 @@ class StageMatchers:
         complete: list[int] = []
         for place, row in inputs.rows:
             if (answer := self._answers.get(row.key)) is None:
-                raise ProtocolError(f"a row of answer {row.key}, whose matcher is not here")
+                raise ProtocolError(f"a row of answer {row.key}, whose matcher is not on this worker")
             if (row.drafted is None) == (answer in self._rows):
                 raise ProtocolError(f"rows of answer {row.key} that do not go on with its first one")
             if row.drafted is not None:
@@ -170,7 +170,7 @@ class StageMatchers:
             if start[0] <= number:
                 self._answers[start[1]] = self._starting.pop(start)
         if len(self._answers) > self._most:
-            raise ProtocolError(f"matchers of {len(self._answers)} answers, at most {self._most} are kept")
+            raise ProtocolError(f"matchers of {len(self._answers)} answers exceed the limit of {self._most}")
 
     def _make(self, answer: MatchedAnswer) -> None:
         answer.ready = self._thread.submit(self._make_now, answer)

@@ -114,7 +114,7 @@ class WeightFetch:
 
     def renew(self, name: str, peer: Peer) -> None:
         """Replaces or adds a source. It is tried again even if it failed before."""
-        _log.info("weights are asked of %s at %s", name, peer.address)
+        _log.info("weights are requested from %s at %s", name, peer.address)
         runs = any(not lane.done() for source in self._sources for lane in source.lanes)
         renewed, names = _Source(name, peer), [source.name for source in self._sources]
         place = names.index(name) if name in names else len(names)
@@ -221,9 +221,9 @@ class WeightFetch:
         if is_whole:
             self._items.remove(item)
         elif not was_resumed:
-            raise DamagedError(f"{wanted.name}: other bytes than those with SHA-256 {wanted.content}")
+            raise DamagedError(f"{wanted.name}: its bytes do not have SHA-256 {wanted.content}")
         else:
-            _log.warning("%s: what was resumed has another SHA-256; it is fetched anew", wanted.name)
+            _log.warning("%s: what was resumed has another SHA-256; it is fetched again", wanted.name)
             item.mixed += 1
             if item.mixed > _MOST_MIXED:
                 item.lacking.add(source.name)
@@ -261,9 +261,7 @@ class WeightFetch:
     def _not_found(self, item: _Item) -> WorkerError:
         whys = [f"{source.name}: {source.given_up or 'does not have it'}" for source in self._sources]
         where = "; ".join(whys) or "no source is known"
-        return WorkerError(
-            f"weights of {item.wanted.name} ({item.wanted.n_bytes} bytes) are to be had nowhere ({where})"
-        )
+        return WorkerError(f"weights of {item.wanted.name} ({item.wanted.n_bytes} bytes) are not available ({where})")
 
 
 async def _in_thread(function: Callable[..., _Value], *arguments: object) -> _Value:

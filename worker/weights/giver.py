@@ -72,7 +72,7 @@ class WeightGiver:
             return data
         found = None if self._cache is None else self._cache.find(content)
         if self._cache is None or found is None:
-            raise ModelFileError(f"no weights with SHA-256 {content} are here")
+            raise ModelFileError(f"this worker has no weights with SHA-256 {content}")
         _check_end(content, end, found.size_bytes)
         path = self._cache.place(content)
         with open_regular(path) as descriptor:
@@ -82,7 +82,7 @@ class WeightGiver:
 
 def _check_end(content: str, end: int, n_bytes: int) -> None:
     if end > n_bytes:
-        raise ModelFileError(f"weights with SHA-256 {content} are {n_bytes} bytes, asked for up to {end}")
+        raise ModelFileError(f"weights with SHA-256 {content} have {n_bytes} bytes, but {end} are requested")
 
 
 async def _write(stream: ServerStream, frame: bytes) -> None:

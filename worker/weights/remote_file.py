@@ -34,7 +34,9 @@ class RemoteFile:
     ) -> None:
         """`path` is for messages. `sources` are by worker name (None: the coordinator), best first."""
         if weights.cache is None:
-            raise LlamaclustError(f"{path}: no such file here, and LLAMACLUST_WEIGHTS_SIZE=0: none are fetched")
+            raise LlamaclustError(
+                f"{path}: there is no such file on this machine, and LLAMACLUST_WEIGHTS_SIZE=0 forbids fetching it"
+            )
         self._cache: WeightCache = weights.cache
         self._path = Path(path)
         self._identity = identity

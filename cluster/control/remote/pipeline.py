@@ -126,11 +126,11 @@ class RemotePipeline:
     def _result(self, data: bytes, number: int) -> Result:
         most_bytes = self._due_bytes.popleft() if self._due_bytes else 0
         if len(data) > most_bytes:
-            raise ProtocolError(f"a result of {len(data)} bytes, at most {most_bytes} were requested")
+            raise ProtocolError(f"a result has {len(data)} bytes; the limit of the request is {most_bytes}")
         result = decode_result(data)
         found, expected = (result.epoch, result.number), (self.epoch, number)
         if found != expected:
-            raise ProtocolError(f"result {place_text(found)} where {place_text(expected)} was expected")
+            raise ProtocolError(f"result: expected {place_text(expected)}, found {place_text(found)}")
         return result
 
     async def _watch_forward(self) -> None:

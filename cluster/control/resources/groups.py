@@ -45,8 +45,8 @@ def group_problems(config: ClusterConfig, model: Model) -> Iterator[str]:
     if model.has_states:
         yield "layers of this model have states, which groups do not divide yet;"
     if any(worker.kv_disk is not None for worker in config.workers):
-        yield "kv_disk is set, and groups do not keep KV memory on disk yet; leave it out, or"
+        yield "kv_disk is set, but groups do not keep KV memory on disk yet; remove kv_disk, or"
     if config.speculative is not None and config.speculative.mtp:
-        yield "speculative.mtp is set, and the MTP head is not divided yet; leave it out, or"
+        yield "speculative.mtp is set, but the MTP head is not divided yet; remove speculative.mtp, or"
     if any(place % 1 for entry in config.plan or () for place in entry.layers):
         yield "the plan divides the experts of a layer, of which groups hold whole ones;"

@@ -42,9 +42,9 @@ def check_placement(config: ClusterConfig, model: Model) -> None:
     """Raises UsageError for rules that no worker can obey, as far as GPUs are known before workers join."""
     own = {worker.name for worker in config.workers if worker.cpu_moe is not None}
     if (config.cpu_moe is not None or own) and not model.hyperparameters.expert_count:
-        raise UsageError(f"cpu_moe: {model.file.path} has no experts; leave it out")
+        raise UsageError(f"cpu_moe: {model.file.path} has no experts; remove cpu_moe")
     if config.experts_cache and not model.hyperparameters.expert_count:
-        raise UsageError(f"experts_cache: {model.file.path} has no experts; leave it out")
+        raise UsageError(f"experts_cache: {model.file.path} has no experts; remove experts_cache")
     rule_effects(model, [entry.rule for entry in config.placement])
     gpus = {worker.name: gpu_names(worker.device) for worker in config.workers}
     if not config.launcher_facts.starts_workers:
@@ -52,13 +52,13 @@ def check_placement(config: ClusterConfig, model: Model) -> None:
         return
     if config.cpu_moe is not None and not any(gpus.values()):
         what = f"none of {len(gpus)} workers has a GPU, so all experts are in RAM anyway"
-        raise UsageError(f"cpu_moe: {what}; leave it out")
+        raise UsageError(f"cpu_moe: {what}; remove cpu_moe")
     if config.experts_cache and not any(gpus.values()):
-        raise UsageError(f"experts_cache: none of {len(gpus)} workers has a GPU; leave it out")
+        raise UsageError(f"experts_cache: none of {len(gpus)} workers has a GPU; remove experts_cache")
     for entry in config.placement:
         if not any(gpus[worker] for worker in gpus if entry.is_for(worker)):
             what = f"{entry.rule} is for no worker with a GPU, and all is in RAM on others"
-            raise UsageError(f"placement: {what}; leave it out")
+            raise UsageError(f"placement: {what}; remove this rule")
     placements(config, model, gpus)
 
 

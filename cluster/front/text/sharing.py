@@ -176,9 +176,9 @@ class ReplyBudget:
         rows, top = sum(size.rows for size in sizes), max((size.top_logprobs for size in sizes), default=0)
         units = -(-sum(size.held_bytes for size in sizes if size.has_logprobs) // UNIT_BYTES)
         if (entries := sum(size.entries for size in sizes)) > MAX_REPLY_ENTRIES:
-            excess = f"are {entries} entries, at most {MAX_REPLY_ENTRIES} are given in one reply"
+            excess = f"are {entries} entries, but the limit of a reply is {MAX_REPLY_ENTRIES}"
         elif units > MAX_HELD_UNITS:
-            excess = f"take {_mib(units)} MiB, at most {_mib(MAX_HELD_UNITS)} MiB are held for one reply"
+            excess = f"take {_mib(units)} MiB, but the limit of a reply is {_mib(MAX_HELD_UNITS)} MiB"
         else:
             return self._take(units)
         advice = "lower max_tokens, n or logprobs, or send fewer prompts at once"

@@ -77,14 +77,14 @@ class TelemetrySettings:
 def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Target | None:
     exporter = variables.get(f"OTEL_{signal.upper()}_EXPORTER", "otlp")
     if exporter not in ("otlp", "none"):
-        raise UsageError(f"OTEL_{signal.upper()}_EXPORTER={exporter}: not otlp or none")
+        raise UsageError(f"OTEL_{signal.upper()}_EXPORTER={exporter}: must be otlp or none")
     if exporter == "none":
         return None
     _check_supported(variables, signal)
     given = {name: _of_signal(variables, name, signal) for name in ("HEADERS", "TIMEOUT", "COMPRESSION", "CERTIFICATE")}
     compression = given["COMPRESSION"][1] or "gzip"
     if compression not in ("gzip", "none"):
-        raise UsageError(f"{given['COMPRESSION'][0]}={compression}: not gzip or none")
+        raise UsageError(f"{given['COMPRESSION'][0]}={compression}: must be gzip or none")
     name, headers = given["HEADERS"]
     timeout, _ = given["TIMEOUT"]
     certificate = given["CERTIFICATE"][1] or None
@@ -102,11 +102,11 @@ def _target(section: Telemetry, variables: Mapping[str, str], signal: str) -> Ta
 def _check_supported(variables: Mapping[str, str], signal: str) -> None:
     name, protocol = _of_signal(variables, "PROTOCOL", signal)
     if protocol not in ("", _PROTOCOL):
-        raise UsageError(f"{name}={protocol}: only {_PROTOCOL} is supported")
+        raise UsageError(f"{name}={protocol}: is not supported; set {_PROTOCOL}")
     for what in ("CLIENT_KEY", "CLIENT_CERTIFICATE"):
         name, value = _of_signal(variables, what, signal)
         if value:
-            raise UsageError(f"{name}: certificates of a client are not supported; use a header to authenticate")
+            raise UsageError(f"{name}: client certificates are not supported; authenticate with a header")
 
 
 def _of_signal(variables: Mapping[str, str], what: str, signal: str) -> tuple[str, str]:

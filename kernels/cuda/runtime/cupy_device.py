@@ -95,7 +95,7 @@ class CupyDevice:
     def allocate(self, n_bytes: int) -> CupyBuffer:
         free = self.free_bytes
         cap = "" if self._cap_bytes is None else f" of the {self._cap_bytes // MIB} MiB that may be used"
-        what = f"{mib(n_bytes)} MiB are needed, {free // MIB} MiB are free{cap}"
+        what = f"{mib(n_bytes)} MiB are needed, but {free // MIB} MiB are free{cap}"
         message = f"{self.name}: {what}; take fewer layers or a shorter context"
         if n_bytes > free:
             raise InsufficientMemoryError(message)

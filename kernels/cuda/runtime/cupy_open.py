@@ -36,7 +36,9 @@ def import_cupy() -> Any:
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" =")]
         raise UsageError(f"device cuda: CuPy does not start ({lines[-1] if lines else error}): {_INSTALL}") from error
     if int(cupy.__version__.split(".")[0]) < _OLDEST_CUPY:
-        raise UsageError(f"device cuda needs CuPy {_OLDEST_CUPY} or later, this is {cupy.__version__}: {_INSTALL}")
+        raise UsageError(
+            f"device cuda needs CuPy {_OLDEST_CUPY} or later, but {cupy.__version__} is installed: {_INSTALL}"
+        )
     return cupy
 
 
@@ -50,7 +52,7 @@ def gpu_properties(cupy: Any, index: int) -> GpuProperties:
     if gpu.compute_capability < MIN_COMPUTE_CAPABILITY:
         found = _version(gpu.compute_capability)
         raise UsageError(
-            f"device cuda:{index}: {gpu.name} has compute capability {found}, kernels need {major}.{minor} (GTX 10)"
+            f"device cuda:{index}: {gpu.name} has compute capability {found}, but kernels need {major}.{minor} (GTX 10)"
         )
     return gpu
 
@@ -61,7 +63,7 @@ def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
     if nvrtc.version[0] > driver // 1000:
         made_by = _version(nvrtc.version)
         raise UsageError(
-            f"device cuda: the driver is for CUDA {_of_cuda(driver)}, NVRTC is {made_by}: update it, or {_INSTALL}"
+            f"device cuda: the driver is for CUDA {_of_cuda(driver)}, but NVRTC is {made_by}: update it, or {_INSTALL}"
         )
     oldest = nvrtc.architectures[0]
     if architecture < oldest:
@@ -69,7 +71,7 @@ def usable_nvrtc(cupy: Any, architecture: int) -> Nvrtc:
             _version(one) for one in (nvrtc.version, divmod(oldest, 10), divmod(architecture, 10))
         )
         raise UsageError(
-            f"device cuda: NVRTC {made_by} compiles for compute capability {needed} and later, this GPU has {found}: "
+            f"device cuda: NVRTC {made_by} compiles for compute capability {needed} and later, the GPU has {found}: "
             "uninstall cupy-cuda13x, then pip install 'llamaclust[cuda12]'"
         )
     return nvrtc
@@ -93,7 +95,7 @@ def _driver_problem(runtime: Any, error: Any) -> str:
     if driver == "0.0":
         return "no NVIDIA driver is installed, or this container is not given it"
     if error.status == _OLD_DRIVER:
-        return f"the driver is for CUDA {driver}, this CuPy for {built_for}: update it, or {_INSTALL}"
+        return f"the driver is for CUDA {driver}, but CuPy for {built_for}: update it, or {_INSTALL}"
     return str(error)
 
 

@@ -50,7 +50,7 @@ def gemma_embedding(builder: EncoderBuilder) -> None:
     """EmbeddingGemma: Gemma 3 as an encoder with dense layers. Half of a window lies on each side of a token."""
     hp = builder.hyperparameters
     if hp.sliding_window is None:
-        raise builder.keys.error("attention.sliding_window", "missing or 0, and the architecture has windows")
+        raise builder.keys.error("attention.sliding_window", "it is missing or 0, but the architecture has windows")
     variants = _windowed_variants(builder, 1 / math.sqrt(hp.key_length))
     for layer in builder.scaled_layers(math.sqrt(hp.embedding_length)):
         _normed_layer(builder, layer, replace(variants[layer], causal=False))

@@ -58,7 +58,7 @@ def _sparsity(keys: ModelKeys, layers: int) -> tuple[float | None, ...]:
     numbers = keys.reals(key, layers)
     for number in numbers:
         if number != -math.inf and not abs(number) <= _MAX_SPARSITY:
-            raise keys.error(key, f"{number:g}, -inf or -{_MAX_SPARSITY:g} to {_MAX_SPARSITY:g} expected")
+            raise keys.error(key, f"expected -inf, or -{_MAX_SPARSITY:g} to {_MAX_SPARSITY:g}, found {number:g}")
     return tuple(None if number == -math.inf else number for number in numbers)
 
 
@@ -166,7 +166,7 @@ class _Layer:
         normed, projected = self._buffer("normed"), self._buffer("projected")
         rank = self.builder.model.tensor(f"blk.{self.layer}.laurel_l.weight").shape[0]
         if rank > _MAX_RANK:
-            raise self.builder.error(f"blk.{self.layer}.laurel_l.weight", f"{rank} rows, {_MAX_RANK} at most expected")
+            raise self.builder.error(f"blk.{self.layer}.laurel_l.weight", f"has {rank} rows; the most is {_MAX_RANK}")
         low = Buffer("laurel rank", rank)
         yield self._norm("attn_norm", active, normed)
         yield self._product("laurel_l", normed, low)

@@ -50,7 +50,7 @@ def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
     head_dim = keys.count("attention.key_length_swa", hp.key_length, maximum=_MAX_HEAD)
     value_length = keys.count("attention.value_length_swa", head_dim, maximum=_MAX_HEAD)
     if value_length != head_dim:
-        raise keys.error("attention.value_length_swa", f"{value_length}, keys have {head_dim}: not supported")
+        raise keys.error("attention.value_length_swa", f"expected {head_dim} as for keys, found {value_length}")
     rope = replace(
         hp.rope,
         dimension_count=keys.count("rope.dimension_count_swa", head_dim, maximum=head_dim),
@@ -59,7 +59,7 @@ def _kinds(builder: ProgramBuilder, window: int) -> tuple[LayerKind, LayerKind]:
         factor=1.0,
     )
     if rope.dimension_count % 2:
-        raise keys.error("rope.dimension_count_swa", f"{rope.dimension_count}, an even number expected")
+        raise keys.error("rope.dimension_count_swa", f"expected an even number, found {rope.dimension_count}")
     return LayerKind(hp.key_length, builder.rope_table()), LayerKind(head_dim, rope_table(rope), window)
 
 

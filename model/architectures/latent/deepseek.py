@@ -51,7 +51,7 @@ def latent_variant(builder: ProgramBuilder, multiplier: float, table_multiplier:
     query, value = (keys.count(key, maximum=_MAX_WIDTH) for key in LATENT_KEYS)
     rotated = hp.rope.dimension_count
     if hp.head_count_kv != 1 or hp.key_length != latent + rotated or rotated >= query:
-        what = f"{hp.key_length}, {latent} + {rotated} of one head expected, and more than {rotated} in a query"
+        what = f"expected {latent} + {rotated} of one head and more than {rotated} in a query, found {hp.key_length}"
         raise keys.error("attention.key_length", what)
     rope = hp.rope
     if rope.scaling is RopeScaling.YARN:

@@ -45,12 +45,12 @@ def read_delta_net(keys: ModelKeys, *, tiled: bool) -> DeltaNet:
         tiled,
     )
     if net.head_dim % VALUE_CHANNELS:
-        raise keys.error("ssm.state_size", f"{net.head_dim}, a multiple of {VALUE_CHANNELS} expected")
+        raise keys.error("ssm.state_size", f"expected a multiple of {VALUE_CHANNELS}, found {net.head_dim}")
     if heads % net.key_heads:
-        raise keys.error("ssm.group_count", f"{net.key_heads}, which does not divide {heads} heads")
+        raise keys.error("ssm.group_count", f"{net.key_heads} does not divide {heads} heads")
     inner = keys.count("ssm.inner_size", maximum=MAX_HEADS * MAX_KEY_CHANNELS)
     if inner != net.value_width:
-        raise keys.error("ssm.inner_size", f"{inner}, {heads} heads of {net.head_dim} channels expected")
+        raise keys.error("ssm.inner_size", f"expected {heads} heads of {net.head_dim} channels, found {inner} channels")
     return net
 
 

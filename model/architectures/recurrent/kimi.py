@@ -51,7 +51,7 @@ def kimi_linear(builder: ProgramBuilder) -> None:
     latent = replace(latent, table=None, scale=1 / math.sqrt(latent.query))
     head_dim = keys.count("kda.head_dim", maximum=MAX_KEY_CHANNELS)
     if head_dim % VALUE_CHANNELS:
-        raise keys.error("kda.head_dim", f"{head_dim}, a multiple of {VALUE_CHANNELS} expected")
+        raise keys.error("kda.head_dim", f"expected a multiple of {VALUE_CHANNELS}, found {head_dim}")
     if (excess := excess_of_heads(hp.head_count, head_dim)) is not None:
         raise keys.error("kda.head_dim", excess)
     taps = keys.count("ssm.conv_kernel", minimum=2, maximum=MAX_TAPS)

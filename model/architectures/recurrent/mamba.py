@@ -33,19 +33,21 @@ class MambaShape:
     @property
     def fault(self) -> tuple[str, str] | None:
         if self.inner % self.heads:
-            return "ssm.inner_size", f"{self.inner}, which {self.heads} heads do not divide"
+            return "ssm.inner_size", f"{self.heads} heads do not divide {self.inner}"
         if self.heads % self.groups:
-            return "ssm.group_count", f"{self.groups}, which does not divide {self.heads} heads"
+            return "ssm.group_count", f"{self.groups} groups do not divide {self.heads} heads"
         if self.inner * self.state_size > MAX_STATE_FLOATS:
-            what = f"{self.state_size} for each of {self.inner} channels"
-            return "ssm.state_size", f"{what}, together at most {MAX_STATE_FLOATS} expected"
+            what = f"{self.inner} channels with {self.state_size} numbers each"
+            return "ssm.state_size", f"{what} exceed the limit of {MAX_STATE_FLOATS} numbers"
         if (self.taps - 1) * self.convolved > MAX_STATE_FLOATS:
-            what = f"{self.groups} groups of {self.state_size} numbers, {self.convolved} channels of the convolution"
+            what = (
+                f"{self.groups} groups of {self.state_size} numbers need {self.convolved} channels of the convolution"
+            )
             most = MAX_STATE_FLOATS // (self.taps - 1)
-            return "ssm.group_count", f"{what}; for {self.taps} taps at most {most} channels expected"
+            return "ssm.group_count", f"{what}; with {self.taps} taps, the most is {most}"
         if self.inner % KV_BLOCK_TOKENS or self.convolved % KV_BLOCK_TOKENS:
-            what = f"{self.inner}, and {self.convolved} channels of the convolution"
-            return "ssm.inner_size", f"{what}: multiples of {KV_BLOCK_TOKENS} expected"
+            what = f"{self.inner} and {self.convolved} channels of the convolution"
+            return "ssm.inner_size", f"expected multiples of {KV_BLOCK_TOKENS}, found {what}"
         return None
 
 

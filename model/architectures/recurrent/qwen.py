@@ -58,6 +58,6 @@ def _recurrent_layers(builder: ProgramBuilder) -> list[bool]:
 def _experts(builder: ProgramBuilder) -> ExpertsVariant:
     hp, keys = builder.hyperparameters, builder.keys
     if not hp.expert_count:
-        raise keys.error("expert_count", "0, experts expected")
+        raise keys.error("expert_count", "expected experts, found 0")
     width = keys.count("expert_shared_feed_forward_length", 0, minimum=0, maximum=_MAX_WIDTH) or hp.feed_forward_length
     return replace(read_experts(keys, hp, gating=Gating.SOFTMAX, shared_width=width), shared_gate=True)

@@ -243,5 +243,5 @@ class VisionBuilder(CheckedTensors):
         """Returns the number of results of a product."""
         shape = self.model.tensor(f"{name}.weight").shape
         if len(shape) != 2:
-            raise self.error(f"{name}.weight", f"{len(shape)} dimensions, 2 expected")
+            raise self.error(f"{name}.weight", f"expected 2 dimensions, found {len(shape)}")
         return shape[0]

@@ -209,7 +209,7 @@ async def test_stats_have_drafted_tokens() -> None:
         ("/save", "needs the name of a file"),
         ("/save /nonexistent/a/b", "cannot save"),
         ("/save /dev/null", "not a file"),
-        ("/save FILE", "exists and is no conversation"),
+        ("/save FILE", "exists and is not a conversation"),
         ("/load /nonexistent", "cannot load"),
         ("/load FILE", "not a conversation"),
         ("see @/nonexistent", "@/nonexistent: No such file"),

@@ -59,7 +59,7 @@ async def test_a_refused_client_is_told_how_to_give_the_key(
     [
         (b'{"error": {"message": "Invalid API Key", "code": 401}}', "Invalid API Key; the commands"),
         (b'{"error": "Incorrect API key provided."}', "Incorrect API key provided; the commands"),
-        (b"<html>sign in", "HTTP 401 of something else than llamaclust: <html>sign in; the commands"),
+        (b"<html>sign in", "HTTP 401 from a program other than llamaclust: <html>sign in; the commands"),
     ],
 )
 def test_other_servers_that_want_a_key(body: bytes, message: str) -> None:

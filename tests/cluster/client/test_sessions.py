@@ -221,7 +221,7 @@ def test_a_file_keeps_all_messages(tmp_path: Path) -> None:
         other.load(str(link))
         assert other.messages == messages
         session.messages = [{"role": "user", "content": {1}}]
-        with pytest.raises(UsageError, match="cannot save: a message is no JSON"):
+        with pytest.raises(UsageError, match="cannot save: a message cannot be written as JSON"):
             session.save(file)
         assert json.loads(file.read_text()) == {"messages": messages}
 

@@ -80,7 +80,7 @@ def test_speculation_is_on_or_off_or_has_keys(tmp_path: Path, text: str, found: 
     ("text", "why"),
     [
         ("[{name: a, kv_disk: 1GiB}, {name: b}]", "is for all workers or none"),
-        ("[{name: a, kv_disk: 1GiB, device: cuda}]", "is for device cpu, this one has cuda:0"),
+        ("[{name: a, kv_disk: 1GiB, device: cuda}]", "is for device cpu, but this worker has cuda:0"),
         ("[{name: a, kv_disk: 1GiB}]\nprefix_cache: false", "needs prefix_cache, which is off"),
         ("[{name: a, kv_disk: 4GiB}]\nlauncher: static", "llamaclust worker ... --kv-disk 4GiB"),
     ],
@@ -199,7 +199,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert "unknown key 'thread' in workers[1]" in failure(tmp_path, SMALL, "workers.b.thread=1")
     assert "no item 'c'; there are a, b" in failure(tmp_path, SMALL, "workers.c.threads=1")
     assert "write it as KEY=VALUE" in failure(tmp_path, SMALL, "listen")
-    assert "has no parts to set" in failure(tmp_path, SMALL, "model.file=1")
+    assert "has no keys to set" in failure(tmp_path, SMALL, "model.file=1")
 
 
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:

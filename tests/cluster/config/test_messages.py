@@ -21,8 +21,8 @@ SMALL = "model: m\nworkers: [{name: a}, {name: b}]\n"
 NAME = "is not a name; write 1 to 63 letters, digits, dots, dashes or underscores, a letter or digit at either end"
 COUNT = "give a whole number from 1 to"
 ADDRESS = "is not an address; write it like 127.0.0.1:8080 or [::1]:8080"
-DECIMAL = "is no decimal number; write it in decimal digits, or put it in quotes"
-ORIGIN = "is no origin of web pages; write it like https://chat.example"
+DECIMAL = "is not a decimal number; write it in decimal digits, or put it in quotes"
+ORIGIN = "is not an origin of web pages; write it like https://chat.example"
 NO_PATH = "no path has a zero byte in it; write the place of a file or folder"
 NO_HOME = "begins in a home directory that is not there; write the whole path"
 SIZE = "is not a size; write it like 8GiB or 512MiB (KiB, MiB, GiB, TiB; kB, MB, GB, TB)"
@@ -38,7 +38,7 @@ TOP_KEYS = {
     "context_length: 4k": f"context_length: '4k' is not possible; {COUNT} 1048576",
     "context_length: 1.5": f"context_length: 1.5 is not possible; {COUNT} 1048576",
     "context_length: null": f"context_length: an empty value is not possible; {COUNT} 1048576",
-    "context_length: 2024-13-45": "not valid YAML: '2024-13-45' is no number or date; put it in quotes",
+    "context_length: 2024-13-45": "not valid YAML: '2024-13-45' is not a number or date; put it in quotes",
     "context_length: 0777": f"not valid YAML: '0777' {DECIMAL}",
     "context_length: 0x1F": f"not valid YAML: '0x1F' {DECIMAL}",
     "context_length: 1_000": f"not valid YAML: '1_000' {DECIMAL}",
@@ -73,7 +73,7 @@ TOP_KEYS = {
     "kv_memory: 5 pounds": f"kv_memory: '5 pounds' {SIZE}",
     "kv_memory: [1]": f"kv_memory: [1] {SIZE}",
     "kv_memory: 24": "kv_memory: 24 has no unit; write 24GiB or 24MiB, or bytes from 1048576 on",
-    "kv_memory: 0": "kv_memory: 0 is not a possible size; 1B to 1024TiB are",
+    "kv_memory: 0": "kv_memory: 0 is not a possible size; give 1B to 1024TiB",
     "listen_tls: true": "listen_tls: true is not possible; give self-signed or keys with values: certificate, key",
     "listen_tls: {certificate: a.pem}": "listen_tls.certificate: certificate and key go together: give key as well",
     "listen_tls: {key: a.pem}": "listen_tls.key: certificate and key go together: give certificate as well",
@@ -159,7 +159,7 @@ TOP_KEYS = {
     ),
     "timeouts: {request: 31d}": "timeouts.request: '31d' is not a duration; write it like 600s, 10min or 250ms",
     f"timeouts: {{request: 1{'0' * 400}}}": (
-        f"timeouts.request: 1{'0' * 59}... is not a possible duration; more than 0 and up to 30 days is"
+        f"timeouts.request: 1{'0' * 59}... is not a possible duration; give more than 0 and at most 30 days"
     ),
     "timeouts: {load: 900ms}": "timeouts.load: 0.9 s is too short to tell a load that hangs; set 1s or more",
     "timeouts: {worker: 10ms}": "timeouts.worker: 0.01 s is too short to tell a lost worker; set 500ms or more",
@@ -171,7 +171,7 @@ TOP_KEYS = {
     "name: !!python/object:os.system {}": "not valid YAML: tags (!name) are not accepted",
     "name: !!bool x": "not valid YAML: tags (!name) are not accepted",
     'name: "\1"': "not valid YAML: unacceptable character #x0001: special characters are not allowed",
-    f"context_length: {'1' * 5000}": (f"not valid YAML: '{'1' * 60}' is no number or date; put it in quotes"),
+    f"context_length: {'1' * 5000}": (f"not valid YAML: '{'1' * 60}' is not a number or date; put it in quotes"),
 }
 
 
@@ -194,10 +194,18 @@ def test_mistakes_name_line_place_and_what_is_allowed(tmp_path: Path, text: str,
 @pytest.mark.parametrize(
     ("worker", "line", "message"),
     [
-        ("- name: a\n  device: tpu", 5, "workers[1].device: 'tpu' is no device; give cpu, cuda:0, or several as"),
-        ("- name: a\n  device: cuda:\u0661", 5, "workers[1].device: 'cuda:\u0661' is no device; give cpu, cuda:0, or"),
+        ("- name: a\n  device: tpu", 5, "workers[1].device: 'tpu' is not a device; give cpu, cuda:0, or several as"),
+        (
+            "- name: a\n  device: cuda:\u0661",
+            5,
+            "workers[1].device: 'cuda:\u0661' is not a device; give cpu, cuda:0, or",
+        ),
         ("- name: a\n  device: [cpu, cuda:0]", 5, "workers[1].device: 'cpu' stands for itself, and computes beside"),
-        ("- name: a\n  device: [cuda:0, cuda]", 5, "workers[1].device: ['cuda:0', 'cuda']: name each GPU once, 16"),
+        (
+            "- name: a\n  device: [cuda:0, cuda]",
+            5,
+            "workers[1].device: ['cuda:0', 'cuda']: name each GPU once, and at most 16",
+        ),
         ("- name: a\n  gpu_layers: 3", 5, "workers[1].gpu_layers: is for workers with a GPU: set device to cuda:0 as"),
         ("- name: a\n  threads: 0", 5, f"workers[1].threads: 0 is not possible; {COUNT} 1024"),
         ("- name: a\n  memory: much", 5, f"workers[1].memory: 'much' {SIZE}"),
@@ -270,7 +278,7 @@ def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str
         ("workers.b.threads=x", f"--set workers.b.threads=x: workers[1].threads: 'x' is not possible; {COUNT} 1024"),
         ("workers.b.thread=1", "--set workers.b.thread=1: unknown key 'thread' in workers[1]; did you mean 'threads'?"),
         ("workers.c.threads=1", "--set workers.c.threads=1: no item 'c'; there are a, b"),
-        ("model.file=1", "--set model.file=1: 'm' has no parts to set"),
+        ("model.file=1", "--set model.file=1: 'm' has no keys to set"),
         ("model=[", "--set model=[:1: not valid YAML"),
         ("na\nme=1", "--set na me=1: unknown key"),
     ],

@@ -65,16 +65,16 @@ RESULT = (_RESULT, 20)
 CONTROL = (_HEARTBEAT, 40)
 ANSWERS = {
     "no message": (*RESULT, r"b'\xff\xff'", "damaged"),
-    "of an older epoch": (*RESULT, "encode(replace(message, epoch=message.epoch - 1))", "of epoch 1.0 where "),
+    "of an older epoch": (*RESULT, "encode(replace(message, epoch=message.epoch - 1))", "found .*of epoch 1.0"),
     "of an older microbatch": (
         *RESULT,
         "encode(replace(message, number=message.number - 1))",
-        "epoch 1.1 was expected",
+        "of epoch 1.1, found",
     ),
     "of a later microbatch": (
         *RESULT,
         "encode(replace(message, number=message.number + 1))",
-        "epoch 1.1 was expected",
+        "of epoch 1.1, found",
     ),
     "too short": (*RESULT, "encode(replace(message, rows=message.rows[1:]))", "results instead of"),
     "not finite": (

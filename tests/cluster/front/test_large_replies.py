@@ -42,7 +42,7 @@ async def test_a_reply_that_cannot_be_held_is_refused_by_arithmetic(stream: bool
         refused = await http.post("/v1/completions", json={**SCORED, "n": 2, "stream": stream})
         assert refused.status_code == 400
         error = refused.json()["error"]
-        assert error["code"] == "reply_too_large" and "at most 2097152 are given" in error["message"]
+        assert error["code"] == "reply_too_large" and "the limit of a reply is 2097152" in error["message"]
         assert engine.submitted == []
 
 
@@ -224,7 +224,7 @@ async def test_a_kept_reply_of_many_parts_has_a_length(
 
 
 def test_what_is_no_json_is_refused() -> None:
-    with pytest.raises(TypeError, match="set is no JSON"):
+    with pytest.raises(TypeError, match="set cannot be written as JSON"):
         to_json({"a": {1}})
 
 
@@ -289,7 +289,7 @@ def test_a_reply_that_takes_more_than_the_budget_is_refused_at_once(
     largest = sharing.ReplySize(most_rows, top, True, storage)
     with shared.reserve([largest] * prompts):
         assert shared.shares.held.total() * sharing.UNIT_BYTES >= prompts * largest.held_bytes
-    with pytest.raises(ParameterError, match=r"take 40[1-9] MiB, at most 400 MiB are held for one reply") as error:
+    with pytest.raises(ParameterError, match=r"take 40[1-9] MiB, but the limit of a reply is 400 MiB") as error:
         shared.reserve([replace(largest, rows=round(most_rows * 1.01))] * prompts)
     assert error.value.code == "reply_too_large" and not shared.shares.held
     assert shared.reserve([replace(largest, rows=most_rows, has_logprobs=False)] * prompts)

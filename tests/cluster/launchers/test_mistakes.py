@@ -15,7 +15,7 @@ MISTAKES = {
     "launcher: static\nworkers: [{name: a, memory: 8GiB}]": "where it is started: llamaclust worker ... --memory 8GiB",
     "launcher: static\nworkers: [{name: a, gpu_layers: 3}]": "it is started: llamaclust worker ... --gpu-layers 3",
     "launcher: static\nworkers: [{name: a, device: [cuda:0, cuda:1], gpu_layers: 3}]": "cuda:0,cuda:1 --gpu-layers 3",
-    "launcher: static\nworkers: 0": "workers: 0 is not possible; 1 to 256 are",
+    "launcher: static\nworkers: 0": "workers: 0 is not possible; give 1 to 256",
     "launcher: static\nworkers: 257": "257 is not possible",
     "launcher: static\nworkers: true": "workers: true is not possible",
     "launcher: static\nworkers: [{name: a}]\njoin: {listen: 7100}": "is not an address",
@@ -23,13 +23,13 @@ MISTAKES = {
     "launcher: mpi\nworkers: 3": "name the workers",
     "launcher: mpi\nworkers: [{name: a}]\ninsecure: true": "is for launcher: static",
     "launcher: mpi\nworkers: [{name: a}]\ntimeouts: {coordinator: 60s}": "launcher: static or ray; mpi workers end",
-    "launcher: ray\nworkers: [{name: a}]": "threads is needed with launcher: ray",
+    "launcher: ray\nworkers: [{name: a}]": "set threads with launcher: ray",
     "launcher: ray\nworkers: [{name: a, threads: 1, device: cuda:1}]": "numbered from 0: set cuda:0",
     "launcher: ray\nworkers: 3": "name the workers",
-    "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {address: here}": "auto and none are possible, too",
+    "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {address: here}": "auto and none are also possible",
     "launcher: ray\nworkers: [{name: a, threads: 1}]\nray: {strategy: ALL}": "strategy",
     "launcher: ray\nworkers: [{name: a, threads: 1}]\ninsecure: true": "is for launcher: static",
-    "workers: [{name: a}]\nray: {address: none}": "is for launcher: ray, and this one is local",
+    "workers: [{name: a}]\nray: {address: none}": "is for launcher: ray, but launcher is local",
 }
 
 

@@ -204,7 +204,7 @@ def test_ranks_on_hosts_of_their_own(line: CommandLine, model: Path, undisturbed
 
 def test_ranks_and_workers_have_to_go_together(line: CommandLine, model: Path) -> None:
     done = start(line, model, ranks=2).wait()
-    assert "launcher mpi: 3 workers and 2 ranks do not go together: mpirun -n 3" in done.err and done.code == 2
+    assert "launcher mpi: 3 workers need as many ranks, but there are 2: mpirun -n 3" in done.err and done.code == 2
 
 
 def test_without_mpi4py_the_way_to_install_it_is_told(

@@ -323,7 +323,7 @@ BAD_OPTIONS = {
     ("--join", "h:1", "--name", "a/b"): "--name: 'a/b' is not a name",
     ("--join", "h:1", "--memory", "lots"): "--memory: 'lots' is not a size",
     ("--join", "h:1", "--listen", "h"): "--listen: 'h' is not an address",
-    ("--join", "h:1", "--device", "tpu"): "--device: 'tpu' is no device; give cpu, cuda:0",
+    ("--join", "h:1", "--device", "tpu"): "--device: 'tpu' is not a device; give cpu, cuda:0",
     (
         "--join",
         "h:1",
@@ -333,7 +333,7 @@ BAD_OPTIONS = {
         "cuda:0",
     ): "--device: 'cpu' stands for itself, and computes beside",
     ("--join", "h:1", "--device", "[cuda:0, cuda]"): "name each GPU once",
-    ("--join", "h:1", "--device", "cuda", "--gpu-layers", "all"): "--gpu-layers: 'all' is no number of layers",
+    ("--join", "h:1", "--device", "cuda", "--gpu-layers", "all"): "--gpu-layers: 'all' is not a number of layers",
     ("--join", "h:1", "--gpu-memory", "2GiB"): "--gpu-memory: is for workers with a GPU",
     ("--join", "h:1", "--insecure", "--token-file", "f"): "--insecure and --token-file: choose one",
     ("--join", "h:1"): "--token-file: needed, since there is no",

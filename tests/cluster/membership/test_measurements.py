@@ -239,7 +239,7 @@ async def test_step_times_of_one_of_two_equal_workers_serve_both(tmp_path: Path)
 async def test_figures_of_gpus_that_a_worker_has_not_are_refused(tmp_path: Path) -> None:
     machines = Machines(a=WorkerProfile(replace(PROFILED.profile, gpus=(DeviceProfile(1e12, 1e14),))), b=PROFILED)
     await machines.measure(tmp_path)
-    assert len(machines.told) == 1 and "worker a measured 1 GPUs, it has 0" in machines.told[0]
+    assert len(machines.told) == 1 and "worker a measured 1 GPUs, but it has 0" in machines.told[0]
 
 
 async def test_a_start_goes_on_without_a_worker_that_is_lost_while_it_times_steps(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ async def test_more_workers_than_a_plan_can_have_are_refused(trust: Authority, m
     async with registry(trust) as there:
         await join(there, trust.identity(A), REGISTER)
         _, refused = await join(there, trust.identity(B), replace(REGISTER, name="b"))
-        assert isinstance(refused, Rejected) and refused.reason == "the cluster has 1 workers, as many as are possible"
+        assert isinstance(refused, Rejected) and refused.reason == "the cluster has 1 workers, which is the limit"
 
 
 async def test_workers_of_a_start_that_waited_in_vain_are_not_told_to_end(trust: Authority) -> None:
@@ -153,7 +153,7 @@ async def test_certificates_are_renewed_over_the_membership(trust: Authority) ->
         renewal.receive(answer)
         asking.cancel()
         assert identity.pair is not short and identity.pair.ends_at_s > short.ends_at_s + 3600
-        with pytest.raises(ProtocolError, match="was not asked for"):
+        with pytest.raises(ProtocolError, match="was not requested"):
             renewal.receive(answer)
         member.stream.cancel()
         await there.workers["a"].lost.wait()

@@ -127,5 +127,5 @@ class ManyWords(Words):
 
 @pytest.mark.parametrize("texts", [["x"], ["xy"], ["x0", *"0123456789"]])
 def test_too_many_sequences_are_refused_before_all_are_made(texts: list[str]) -> None:
-    with pytest.raises(ParameterError, match=rf"dry_sequence_breakers.*at most {MAX_BREAKERS_TOKENS} are taken"):
+    with pytest.raises(ParameterError, match=rf"dry_sequence_breakers.*the limit is {MAX_BREAKERS_TOKENS}"):
         BreakerTokens(ManyWords()).of(texts)  # type: ignore[arg-type]

@@ -146,7 +146,7 @@ def test_more_stages_than_a_result_can_name_are_refused(tmp_path: Path) -> None:
     plan = [{"worker": name, "layers": [index, index + 1]} for index, name in enumerate(names)]
     values = {"model": "m", "context_length": 64, "workers": [{"name": name} for name in names], "plan": plan}
     config = ClusterConfig.model_validate(values)
-    with pytest.raises(UsageError, match="256 stages, 255 are possible"):
+    with pytest.raises(UsageError, match="256 stages; the limit is 255"):
         plan_cluster(config, model, ClusterResources({name: WorkerResources(name, 1 << 40) for name in names}, {}))
 
 

@@ -114,7 +114,7 @@ def test_a_folder_in_the_way_is_named_and_left(make: Make) -> None:
     path.unlink()
     (path / "file").mkdir(parents=True)
     assert user.cache.in_the_way() == [path]
-    with pytest.raises(OSError, match="is no regular file, and in the way") as caught:
+    with pytest.raises(OSError, match="is not a regular file and must be removed") as caught:
         user.cache.open(path.name)
     assert caught.value.filename == str(path)
     (left,) = user.cache.clear().left

@@ -186,7 +186,7 @@ async def test_what_cannot_be_loaded_changes_nothing(folder: Path, expected: lis
             ("a", "linked", "is not in the folder of adapters"),
             ("a", "linked/adapter_model.safetensors", "is not in the folder of adapters"),
             ("a", "", "is not in the folder of adapters"),
-            ("a", "a\0b", "is no path"),
+            ("a", "a\0b", "is not a path"),
             ("a", "absent.gguf", "no adapter is at 'absent.gguf'"),
             ("a", "misfit.gguf", "expected"),
         ):

@@ -149,8 +149,8 @@ async def test_scores_of_a_template_do_not_depend_on_the_company_of_documents(tm
         ("modern-bert", {}, "cls.norm.weight", "cls.norm.weight"),
         ("modern-bert", {"classifier.pooling_type": 1}, "", "a classifier of the mean is not supported"),
         ("bert", {"classifier.pooling_type": 1}, "", "a classifier of the mean is not supported"),
-        ("qwen3", {"tokenizer.chat_template.rerank": "{query}"}, "", "no text with {query} and {document}"),
-        ("qwen3", {"tokenizer.chat_template.rerank": 7}, "", "no text with {query} and {document}"),
+        ("qwen3", {"tokenizer.chat_template.rerank": "{query}"}, "", "must be a text with {query} and {document}"),
+        ("qwen3", {"tokenizer.chat_template.rerank": 7}, "", "must be a text with {query} and {document}"),
     ],
 )
 def test_rerankers_that_lack_a_part_are_refused(

@@ -54,7 +54,7 @@ def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
             "raise ImportError('=====\\nFailed to import CuPy\\n  ImportError: libnvrtc.so.13\\n=====')",
             "libnvrtc.so.13",
         ),
-        ("__version__ = '13.6.0'", "needs CuPy 14 or later, this is 13.6.0"),
+        ("__version__ = '13.6.0'", "needs CuPy 14 or later, but 13.6.0 is installed"),
     ],
 )
 def test_a_cupy_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, what: str) -> None:
@@ -73,16 +73,16 @@ def test_a_cupy_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (FakeRuntime(status=35, driver=0), "no NVIDIA driver is installed"),
         (
             FakeRuntime(status=35, driver=12040),
-            "driver is for CUDA 12.4, this CuPy for 13.2: update it, or pip",
+            "driver is for CUDA 12.4, but CuPy for 13.2: update it, or pip",
         ),
         (FakeRuntime(status=100), "no NVIDIA GPU is visible"),
         (FakeRuntime(gpus=()), "no NVIDIA GPU is visible"),
         (FakeRuntime(status=999), "device cuda: status 999"),
         (FakeRuntime(gpus=((9, 0),)), r"device cuda:1: no such GPU; available: cuda:0 \(Card 0\)"),
-        (FakeRuntime(gpus=((9, 0), (6, 0))), "Card 1 has compute capability 6.0, kernels need 6.1"),
+        (FakeRuntime(gpus=((9, 0), (6, 0))), "Card 1 has compute capability 6.0, but kernels need 6.1"),
         (
             FakeRuntime(gpus=((9, 0), (6, 1))),
-            r"NVRTC 13\.0 compiles for compute capability 7\.5 and later, this GPU has 6\.1: .*'llamaclust\[cuda12\]'",
+            r"NVRTC 13\.0 compiles for compute capability 7\.5 and later, the GPU has 6\.1: .*'llamaclust\[cuda12\]'",
         ),
     ],
 )
@@ -119,15 +119,17 @@ def test_what_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = install(monkeypatch)
     device = CupyDevice()
-    with pytest.raises(InsufficientMemoryError, match="2 MiB are needed, 1 MiB are free; take fewer layers"):
+    with pytest.raises(InsufficientMemoryError, match="2 MiB are needed, but 1 MiB are free; take fewer layers"):
         device.allocate(2 << 20)
-    with pytest.raises(InsufficientMemoryError, match="1 MiB are needed, 1 MiB are free"):
+    with pytest.raises(InsufficientMemoryError, match="1 MiB are needed, but 1 MiB are free"):
         device.allocate(700 << 10)  # what is free is in pieces
     cupy.runtime.free_bytes = 1 << 30
     capped = CupyDevice(memory_cap_bytes=4 << 20)
     held = capped.allocate(3 << 20)
     assert capped.free_bytes == 1 << 20
-    with pytest.raises(InsufficientMemoryError, match="2 MiB are needed, 1 MiB are free of the 4 MiB that may be used"):
+    with pytest.raises(
+        InsufficientMemoryError, match="2 MiB are needed, but 1 MiB are free of the 4 MiB that may be used"
+    ):
         capped.allocate(2 << 20)
     held.close()
     held.close()
@@ -346,7 +348,7 @@ def test_a_folder_where_others_could_plant_kernels(
 
 def test_a_compiler_that_is_newer_than_the_driver(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc) -> None:
     install(monkeypatch, FakeRuntime(driver=12080))
-    with pytest.raises(UsageError, match=r"driver is for CUDA 12\.8, NVRTC is 13\.0: update it, or") as error:
+    with pytest.raises(UsageError, match=r"driver is for CUDA 12\.8, but NVRTC is 13\.0: update it, or") as error:
         CupyDevice()
     one_line(error)
 

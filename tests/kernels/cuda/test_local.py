@@ -253,7 +253,7 @@ def test_rules_on_the_command_line(shim: None, request: pytest.FixtureRequest, m
     assert list(map(str, given)) == ["'exps=ram'", "'attn=cuda:0'", "'x=gpu'"]
     with pytest.raises(UsageError, match="--override-tensor: is for models on a GPU: give --device cuda:0 as well"):
         assert Gpus(override_tensors=["exps=CPU"]).placement
-    with pytest.raises(UsageError, match="--override-tensor: 'exps' is no rule; write it like"):
+    with pytest.raises(UsageError, match="--override-tensor: 'exps' is not a rule; write"):
         assert Gpus(("cuda:0",), override_tensors=["exps"]).placement
     with command_line() as line:
         share_kernels(line, request)
@@ -265,7 +265,7 @@ def test_rules_on_the_command_line(shim: None, request: pytest.FixtureRequest, m
 
 
 def test_experts_of_models_that_have_none(shim: None, model: Path, mixture: Path) -> None:
-    with pytest.raises(UsageError, match=r"cpu_moe: .*tiny.gguf has no experts; leave it out"):
+    with pytest.raises(UsageError, match=r"cpu_moe: .*tiny.gguf has no experts; remove cpu_moe"):
         answered(model, replace(settings("cuda:0"), cpu_moe=1))
     with pytest.raises(UsageError, match="cpu_moe is for GPUs: set device to cuda:0 as well"):
         answered(mixture, replace(settings(), cpu_moe=1))
@@ -350,7 +350,7 @@ def test_generate_on_the_command_line(shim: None, request: pytest.FixtureRequest
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (settings("tpu"), "device: 'tpu' is no device"),
+        (settings("tpu"), "device: 'tpu' is not a device"),
         (settings(gpu_layers=3), "set device to cuda:0 as well"),
         (settings("cuda:0", -1), "gpu_layers: -1: set 0 or more"),
     ],

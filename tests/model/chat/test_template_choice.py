@@ -193,7 +193,7 @@ def test_a_user_chooses_by_name_or_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"chat template linli: no file .*, and not one of alpaca, .*, zephyr"):
         Model.open(model, "linli")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(UsageError, match="no file that can be read"):
+    with pytest.raises(UsageError, match="not a file that can be read"):
         chosen_template(str(tmp_path / "pipe"))
     (tmp_path / "large").write_bytes(b" " * ((1 << 20) + 1))
     with pytest.raises(UsageError, match="more than 1048576 bytes"):

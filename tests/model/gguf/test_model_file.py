@@ -137,12 +137,12 @@ def test_getters_refuse_missing_wrong_and_out_of_bounds_values(tmp_path: Path) -
     assert model.metadata_int("absent", 3) == 3 and model.metadata_str("absent", "x") == "x"
     for call, message in (
         (lambda: model.metadata_int("absent"), "missing"),
-        (lambda: model.metadata_int("n", maximum=4), "5, 0 to 4 expected"),
-        (lambda: model.metadata_int("b"), "a truth value, a whole number expected"),
+        (lambda: model.metadata_int("n", maximum=4), "expected 0 to 4, found 5"),
+        (lambda: model.metadata_int("b"), "expected a whole number, found a truth value"),
         (lambda: model.metadata_float("f"), "nan"),
-        (lambda: model.metadata_float("n"), "a whole number, a decimal number expected"),
-        (lambda: model.metadata_str("n"), "text expected"),
-        (lambda: model.metadata_strings("a"), "an array of float32, an array of text expected"),
+        (lambda: model.metadata_float("n"), "expected a decimal number, found a whole number"),
+        (lambda: model.metadata_str("n"), "expected text"),
+        (lambda: model.metadata_strings("a"), "expected an array of text, found an array of float32"),
         (lambda: model.tensor("absent"), "missing"),
     ):
         with pytest.raises(ModelFileError, match=message):

@@ -76,5 +76,5 @@ def test_joined_parts_of_a_split_model(name: str, tmp_path: Path) -> None:
     path = tmp_path / "joined" / name
     path.parent.mkdir()
     path.write_bytes(joined)
-    with pytest.raises(ModelFileError, match=r"parts of a split model were joined; .* `llamaclust model merge`"):
+    with pytest.raises(ModelFileError, match=r"the parts were joined; .* `llamaclust model merge`"):
         open_model(path)

@@ -99,16 +99,16 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (delete, r"00002-of-00003\.gguf: no such file; .*part 2 of 3 of model-00001"),
     "cyclic": (link_to_itself, r"00002-of-00003\.gguf: cannot be opened: .*part 2 of 3"),
     "repeated": (link_to_first, r"00002-of-00003\.gguf: .*the same file as model-00001-of-00003\.gguf"),
-    "copied": (copy_third_over_second, r"00002-of-00003\.gguf: split\.no: 2, 1 expected for part 2"),
+    "copied": (copy_third_over_second, r"00002-of-00003\.gguf: split\.no: expected 1 in part 2, found 2"),
     "cut": (cut, r"00002-of-00003\.gguf: tensor .*ends at byte .*part 2 of 3"),
     "count in a part": (
         lambda first: write_part(first.parent, 2, split__count=np.uint16(4)),
-        r"00002.*split\.count: 4, but",
+        r"00002.*split\.count: this part says 4, but",
     ),
     "no number": (lambda first: write_part(first.parent, 2, split__no=None), r"00002.*split\.no: missing"),
     "tensor count": (
         lambda first: write_part(first.parent, 1, split__tensors__count=np.int32(7)),
-        r"00001.*split\.tensors\.count: 7, but the parts hold 3 tensors",
+        r"00001.*split\.tensors\.count: the first part says 7, but the parts hold 3 tensors",
     ),
     "no tensor count": (
         lambda first: write_part(first.parent, 1, split__tensors__count=None),
@@ -116,24 +116,27 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "tensor in two parts": (
         lambda first: write_part(first.parent, 3, tensor="blk.1.weight"),
-        r"00003.*'blk\.1\.weight': also in model-00001",
+        r"00003.*'blk\.1\.weight': it is also in model-00001",
     ),
     "first is not first": (
         lambda first: write_part(first.parent, 1, split__no=np.uint16(1)),
-        r"00001.*split\.no: part 2 of 3; give the first part",
+        r"00001.*split\.no: this is part 2 of 3; give the first part",
     ),
-    "number is text": (lambda first: write_part(first.parent, 2, split__no="x"), r"split\.no: text, a whole number"),
+    "number is text": (
+        lambda first: write_part(first.parent, 2, split__no="x"),
+        r"split\.no: expected a whole number of .*, found text",
+    ),
     "count is zero": (
         lambda first: write_part(first.parent, 1, split__count=0),
-        r"split\.count: 0, but the name says 00003 parts",
+        r"split\.count: the file says 0, but its name says 00003 parts",
     ),
     "count unlike the name": (
         lambda first: write_part(first.parent, 1, split__count=60_000),
-        r"split\.count: one part of 60000, but the name does not end in -00001-of-60000\.gguf",
+        r"split\.count: this is one of 60000 parts, but its name does not end in -00001-of-60000\.gguf",
     ),
     "no count": (
         lambda first: write_part(first.parent, 1, split__count=None),
-        r"split\.count: missing, but the name says 00003 parts",
+        r"split\.count: the key is missing, but its name says 00003 parts",
     ),
 }
 
@@ -153,7 +156,7 @@ def test_another_part_than_the_first_names_the_first(first: Path) -> None:
 
 
 def test_a_part_under_another_name_says_which_name_it_needs(first: Path) -> None:
-    with pytest.raises(ModelFileError, match="the name does not end in -00001-of-00003"):
+    with pytest.raises(ModelFileError, match="its name does not end in -00001-of-00003"):
         open_model(first.rename(first.with_name("renamed.gguf")))
 
 

@@ -155,13 +155,13 @@ def test_a_whole_way_through_a_child_is_that_of_the_tiling(preparation: ImagePre
 def test_a_picture_of_too_many_bytes_or_pixels_is_refused_with_the_numbers() -> None:
     limits = PictureLimits(max_bytes=10_000, max_pixels=10_000, wait_s=250.0, start_s=120.0)
     with ImagePreparation(SAME, limits) as preparation:
-        with pytest.raises(RequestError, match=r"has 10001 bytes, at most 10000 are taken; send"):
+        with pytest.raises(RequestError, match=r"has 10001 bytes; the limit is 10000: send"):
             preparation.prepare(bytes(10_001))
         assert preparation._preparers[0].child.pid is None
         for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP"):
             small = encoded(Image.new("1" if name == "BMP" else "RGB", (101, 100)), name)
             with pytest.raises(
-                RequestError, match=r"refused: 101 x 100 are 10100 pixels, at most 10000 are taken; send"
+                RequestError, match=r"refused: it has 101 x 100 = 10100 pixels; the limit is 10000: send"
             ):
                 preparation.prepare(small)
 
@@ -181,7 +181,7 @@ def test_a_picture_that_takes_long_is_ended_holds_up_no_other_and_its_child_is_r
         late = preparation._submit(bomb)
         assert one_tile(preparation, encoded(Image.new("RGB", (SIDE, SIDE)), "PNG")).max() == 0
         assert not late.done()
-        with pytest.raises(RequestError, match=r"refused: it used more CPU time than it may, of at most 1 s"):
+        with pytest.raises(RequestError, match=r"refused: it used more CPU time than it may; the limit is 1 s"):
             late.result(250)
         assert [preparer.child.pid is None for preparer in preparation._preparers] == [True, False]
         assert one_tile(preparation, encoded(Image.new("RGB", (SIDE, SIDE)), "PNG")).max() == 0

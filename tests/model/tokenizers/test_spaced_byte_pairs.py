@@ -54,7 +54,7 @@ def test_turns_and_tool_responses_end_an_answer() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"token_type": np.ones(400, np.int32)}, "0 byte tokens, 256 expected"),
+        ({"token_type": np.ones(400, np.int32)}, "expected 256 byte tokens, found 0"),
         ({"merges": None}, "merges is missing"),
         ({"merges": ["the"]}, "not two words with a space between"),
     ],

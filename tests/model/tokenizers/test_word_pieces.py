@@ -63,5 +63,5 @@ def test_a_long_word_takes_time_by_its_length(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("text", ["e" * 262_145, "the [SEP]" * 30_000])
 def test_a_text_that_would_take_python_too_long_is_refused(text: str, tokenizer: Tokenizer) -> None:
-    with pytest.raises(RequestError, match=f"a text of {len(text)} characters, at most 262144"):
+    with pytest.raises(RequestError, match=f"the text has {len(text)} characters; the limit is 262144"):
         tokenizer.encode(text, parse_special=True)

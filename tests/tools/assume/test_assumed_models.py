@@ -163,7 +163,7 @@ def test_models_of_the_catalog_are_planned_by_their_shape_until_they_are_there(
     assert model_of("qwen3-8b:q2_k").title == "Qwen3-8B-Q4_K_M"
     assert model_of("qwen3-8b:q4_k_m").mix is None  # the file that is there
     assert model_of("qwen3-8b:q8_0").title == "Qwen3 8B"  # another file of the catalog, which is not
-    with pytest.raises(UsageError, match="--model: 'q9' is no quantization; known: f32, f16"):
+    with pytest.raises(UsageError, match="--model: 'q9' is not a quantization; known: f32, f16"):
         model_of("qwen3-8b:q9")
 
 
@@ -223,6 +223,6 @@ def test_unknown_models_and_mixes_are_refused_with_what_there_is() -> None:
         assert len(str(error.value)) < 330 and "--assume MACHINES" in str(error.value), name
     with pytest.raises(UsageError, match=r"^--model: no/such/file.gguf: no such file$"):
         model_of("no/such/file.gguf")
-    with pytest.raises(UsageError, match=r"--model: 'q4_k_x' is no quantization; known: f32, f16, .*q4_k_m"):
+    with pytest.raises(UsageError, match=r"--model: 'q4_k_x' is not a quantization; known: f32, f16, .*q4_k_m"):
         model_of("8b:q4_k_x")
     assert [model_of(f"GPT-OSS-20B:{mix}").mix for mix in ("q8_0", "mxfp4", "Q4")] == ["Q8_0", "MXFP4_MOE", "Q4_K_M"]

@@ -105,7 +105,7 @@ def test_what_gpus_do_not_compute_is_said(monkeypatch: pytest.MonkeyPatch) -> No
         raise ModelFileError("this is not computed on GPUs; set device: cpu for its workers")
 
     monkeypatch.setattr(planning, "plan_cluster", refused)
-    with pytest.raises(UsageError, match=r"--assume: LLaMA 3.1 8B: this is not .*; leave the GPUs out"):
+    with pytest.raises(UsageError, match=r"--assume: LLaMA 3.1 8B: this is not .*; remove the GPUs"):
         plan_assumed("64GB@60GB/s + 24GB@900GB/s gpu", "8b", ())
     with pytest.raises(ModelFileError):
         plan_assumed("64GB@60GB/s", "8b", ())
@@ -121,7 +121,9 @@ def test_keys_of_the_cluster_file_are_obeyed() -> None:
         "2x16GB@40GB/s", "8b", ("plan=[{worker: m1, layers: [0, 30]}, {worker: m2, layers: [30, 32]}]",)
     )
     assert [stage.end for stage in by_hand.plan.stages] == [30, 32]
-    with pytest.raises(UsageError, match=r"--set listen: an assumed plan has no such key; it has context_length, "):
+    with pytest.raises(
+        UsageError, match=r"--set listen: an assumed plan does not use this key; it uses context_length, "
+    ):
         plan_assumed("32GB@40GB/s", "8b", ("listen=:1",))
     with pytest.raises(UsageError, match="context_length"):
         plan_assumed("32GB@40GB/s", "7b", ("context_length=100000",))

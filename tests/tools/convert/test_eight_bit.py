@@ -72,10 +72,10 @@ def test_floats_are_multiplied_with_their_scales(
 @pytest.mark.parametrize(
     ("said", "change", "message"),
     [
-        ({"weight_block_size": [16, 16]}, {}, r"scales of shape \[3, 3\] for 40 rows of 24"),
-        ({"weight_block_size": 16}, {}, "'weight_block_size': two whole numbers expected"),
-        ({"weight_block_size": [0, 16]}, {}, "'rows': 0, a whole number of 1"),
-        ({}, {}, r"scales of shape \[3, 3\] for 40 rows of 24"),
+        ({"weight_block_size": [16, 16]}, {}, r"scales of shape \[3, 3\] do not fit 40 rows of 24"),
+        ({"weight_block_size": 16}, {}, "'weight_block_size': expected two whole numbers"),
+        ({"weight_block_size": [0, 16]}, {}, "'rows': expected a whole number of 1 to .*, found 0"),
+        ({}, {}, r"scales of shape \[3, 3\] do not fit 40 rows of 24"),
         ({}, {"m.weight_scale_inv": np.ones((ROWS, 1, 2), np.float32)}, r"scales of shape \[40, 1, 2\]"),
         ({}, {"m.weight": np.zeros((ROWS, COLUMNS), np.float32)}, "no matrix of eight-bit floats"),
         ({}, {"m.weight_scale_inv": np.zeros((3, 3), np.int32)}, "scales I32: no matrix"),
@@ -113,7 +113,7 @@ def test_experts_in_one_tensor_have_scales_too(shape: tuple[int, ...], block: li
 
 def test_scales_of_experts_that_do_not_fit(tmp_path: Path) -> None:
     tensors: Arrays = {"x.down_proj": np.zeros((3, 10, 8), np.uint8), "x.down_proj_scale_inv": np.ones(2, np.float32)}
-    with pytest.raises(ModelFileError, match=r"scales of shape \[2\] for \[3, 10, 8\]"):
+    with pytest.raises(ModelFileError, match=r"scales of shape \[2\] do not fit \[3, 10, 8\]"):
         read_all(tmp_path, {"quant_method": "fp8"}, tensors)
 
 
@@ -166,9 +166,9 @@ def test_version_two_of_llama2c(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (version_two()[0][:-4], "was cut short"),
-        (version_two()[0] + b"x", "expected for its header"),
-        (version_two(0)[0], "groups of 0 weights, 1 to 16 expected"),
-        (version_two(7)[0], "192 weights are no whole groups of 7"),
+        (version_two()[0] + b"x", "for its header, found"),
+        (version_two(0)[0], "expected groups of 1 to 16 weights, found 0"),
+        (version_two(7)[0], "192 weights are not whole groups of 7"),
     ],
     ids=["short", "long", "none", "seven"],
 )

@@ -89,10 +89,16 @@ _DOWN = "model.layers.1.mlp.experts.down_proj"
     [
         ({f"{_DOWN}_scales": None}, "down_proj_scales': missing"),
         ({f"{_DOWN}_blocks": None}, "down_proj': missing"),
-        ({f"{_DOWN}_scales": np.zeros((COUNT, HIDDEN, 2), np.uint8)}, r"shape \[4, 64, 2\], \[4, 64, 3\] expected"),
-        ({f"{_DOWN}_blocks": np.zeros((COUNT, HIDDEN, 3, 16), np.float32)}, "holds .*, bytes expected"),
-        ({f"{_DOWN}_blocks": np.zeros((COUNT, HIDDEN, 3, 8), np.uint8)}, r"\[4, 64, 3, 16\] expected"),
-        ({_DOWN: np.zeros((COUNT, INNER, HIDDEN), np.float32)}, "no part of gpt-oss"),
+        (
+            {f"{_DOWN}_scales": np.zeros((COUNT, HIDDEN, 2), np.uint8)},
+            r"expected shape \[4, 64, 3\], found \[4, 64, 2\]",
+        ),
+        ({f"{_DOWN}_blocks": np.zeros((COUNT, HIDDEN, 3, 16), np.float32)}, "expected bytes, found .*"),
+        (
+            {f"{_DOWN}_blocks": np.zeros((COUNT, HIDDEN, 3, 8), np.uint8)},
+            r"expected shape \[4, 64, 3, 16\], found \[4, 64, 3, 8\]",
+        ),
+        ({_DOWN: np.zeros((COUNT, INNER, HIDDEN), np.float32)}, "not a tensor of gpt-oss"),
     ],
 )
 def test_blocks_that_do_not_fit_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -109,7 +115,7 @@ def test_a_width_that_blocks_do_not_divide_is_refused(tmp_path: Path) -> None:
     tensors[f"{source}_blocks"] = np.zeros((COUNT, 200, 2, 16), np.uint8)
     tensors[f"{source}_scales"] = np.zeros((COUNT, 200, 2), np.uint8)
     tensors[f"{source}_bias"] = np.zeros((COUNT, 200), np.float32)
-    with pytest.raises(ModelFileError, match="'intermediate_size': 100, which blocks of 32 do not divide"):
+    with pytest.raises(ModelFileError, match="'intermediate_size': blocks of 32 do not divide 100"):
         converted(tmp_path, config | {"intermediate_size": 100}, tensors)
 
 

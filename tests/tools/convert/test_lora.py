@@ -93,7 +93,7 @@ def test_a_folder_becomes_the_same_file_as_the_way_straight_to_it(tmp_path: Path
     assert {n: t.read() for n, t in open_model(around).tensors.items()} == {
         n: t.read() for n, t in wanted.tensors.items()
     }
-    with pytest.raises(LlamaclustError, match="is there already"):
+    with pytest.raises(LlamaclustError, match="already exists"):
         merge(tmp_path, one, "merged")
 
 
@@ -128,20 +128,24 @@ def test_exchanged_matrices_and_ranks_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("parts", "config", "message"),
     [
-        (factors("mlp.up_proj", INNER, HIDDEN), {"peft_type": "LOHA"}, "'LOHA'; only LORA"),
-        (factors("mlp.up_proj", INNER, HIDDEN), {"use_dora": True}, "'use_dora': set"),
-        (factors("mlp.up_proj", INNER, HIDDEN), {"init_lora_weights": "pissa_niter_4"}, "a base that was changed"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"peft_type": "LOHA"}, "'LOHA' is not supported; supported is LORA"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"use_dora": True}, "'use_dora': this setting is not supported"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"alpha_pattern": {r"layers\.\d+": 9}}, "patterns are not supported"),
-        (factors("mlp.up_proj", INNER, HIDDEN), {"r": 8}, "rank 4, adapter_config.json says 8"),
-        (factors("mlp.up_proj", INNER, HIDDEN), {"r": -4}, "-4, a whole number"),
-        (factors("mlp.up_proj", INNER + 1, HIDDEN), {}, r"shape \[97, 64\], the base has \[96, 64\]"),
-        (factors("mlp.other", INNER, HIDDEN), {}, "no tensor of the base"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"r": 8}, "expected rank 8 as in adapter_config.json, found 4"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"r": -4}, "expected a whole number of 1 to 65536, found -4"),
+        (factors("mlp.up_proj", INNER + 1, HIDDEN), {}, r"expected shape \[96, 64\] as in the base, found \[97, 64\]"),
+        (factors("mlp.other", INNER, HIDDEN), {}, "the base has no tensor"),
         (dict(list(factors("mlp.up_proj", INNER, HIDDEN).items())[:1]), {}, "only A is there"),
-        ({"base_model.model.model.embed_tokens.weight": values("e", (WORDS, 32))}, {}, "the adapter of another model"),
+        (
+            {"base_model.model.model.embed_tokens.weight": values("e", (WORDS, 32))},
+            {},
+            "the adapter is of another model",
+        ),
         (
             {f"{PREFIX}.mlp.up_proj.lora_magnitude_vector": values("m", (4,))},
             {},
-            "neither a factor of LoRA nor a weight",
+            "neither a LoRA factor nor a weight",
         ),
     ],
 )

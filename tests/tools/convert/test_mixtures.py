@@ -49,7 +49,7 @@ def test_layers_of_predictions_of_ling_are_left_out(tmp_path: Path) -> None:
     page = page_of(BAILING, tmp_path, behind, num_nextn_predict_layers=1)
     assert page.tensors.keys() == page_of(BAILING, tmp_path).tensors.keys() and len(page.notes) == 1
     assert page.metadata["bailingmoe2.block_count"] == LAYERS
-    with pytest.raises(ModelFileError, match="no part of bailingmoe2 and 1 others"):
+    with pytest.raises(ModelFileError, match="not a tensor of bailingmoe2 and 1 others"):
         page_of(BAILING, tmp_path, behind, num_nextn_predict_layers=0)
 
 
@@ -68,25 +68,25 @@ def test_a_part_of_each_head_turns(tmp_path: Path) -> None:
     [
         (DENSE, {"use_qk_norm": False}, "false is not what hunyuan-dense computes"),
         (DENSE, {"use_cla": True}, "true is not what hunyuan-dense computes"),
-        (DENSE, {"rope_scaling": {"type": "dynamic", "alpha": -1}}, "-1, 0 to 1e.06 expected"),
-        (DENSE, {"rope_scaling": {"type": "dynamic", "alpha": 0.5}}, "0.5, a number of 1 and more expected"),
-        (MOE, {"moe_topk": [2, 1]}, "'moe_topk': 2 numbers, 2 equal ones expected"),
-        (MOE, {"moe_topk": [2]}, "'moe_topk': 1 numbers, 2 equal ones expected"),
-        (MOE, {"moe_topk": [5, 5]}, "5, a whole number of 1 to 4"),
-        (MOE, {"moe_topk": []}, "0 numbers, 2 equal ones expected"),
-        (MOE, {"num_experts": 10**9}, "1000000000, a whole number of 1 to 1024"),
+        (DENSE, {"rope_scaling": {"type": "dynamic", "alpha": -1}}, "expected 0 to 1e.06, found -1"),
+        (DENSE, {"rope_scaling": {"type": "dynamic", "alpha": 0.5}}, "expected a number of 1 or more, found 0.5"),
+        (MOE, {"moe_topk": [2, 1]}, "'moe_topk': expected 2 equal numbers, found 2"),
+        (MOE, {"moe_topk": [2]}, "'moe_topk': expected 2 equal numbers, found 1"),
+        (MOE, {"moe_topk": [5, 5]}, "expected a whole number of 1 to 4, found 5"),
+        (MOE, {"moe_topk": []}, "expected 2 equal numbers, found 0"),
+        (MOE, {"num_experts": 10**9}, "expected a whole number of 1 to 1024, found 1000000000"),
         (MOE, {"norm_topk_prob": False}, "false is not what hunyuan-moe computes"),
         (BAILING, {"use_qkv_bias": True}, "true is not what bailingmoe2 computes"),
         (BAILING, {"use_qk_norm": False}, "false is not what bailingmoe2 computes"),
-        (BAILING, {"score_function": "softmax"}, "'softmax', only sigmoid is supported"),
-        (BAILING, {"num_experts": 10**9}, "1000000000, a whole number of 1 to 1024"),
-        (BAILING, {"n_group": 3}, "3, which does not divide 4 experts"),
-        (MINIMAX, {"scoring_func": "softmax"}, "'softmax', only sigmoid is supported"),
-        (MINIMAX, {"scoring_func": "a\nb\x1b[31m"}, r"'a\\nb\\x1b\[31m', only sigmoid is supported"),
-        (BAILING, {"score_function": "a\nb"}, r"'a\\nb', only sigmoid is supported"),
-        (MINIMAX, {"rotary_dim": 7}, "7, an even number"),
-        (MINIMAX, {"rotary_dim": 64}, "64, a whole number of 1 to 16"),
-        (MINIMAX, {"num_experts_per_tok": 5}, "5, a whole number of 1 to 4"),
+        (BAILING, {"score_function": "softmax"}, "'softmax' is not supported; supported is sigmoid"),
+        (BAILING, {"num_experts": 10**9}, "expected a whole number of 1 to 1024, found 1000000000"),
+        (BAILING, {"n_group": 3}, "3 does not divide 4 experts"),
+        (MINIMAX, {"scoring_func": "softmax"}, "'softmax' is not supported; supported is sigmoid"),
+        (MINIMAX, {"scoring_func": "a\nb\x1b[31m"}, r"'a\\nb\\x1b\[31m' is not supported; supported is sigmoid"),
+        (BAILING, {"score_function": "a\nb"}, r"'a\\nb' is not supported; supported is sigmoid"),
+        (MINIMAX, {"rotary_dim": 7}, "expected an even number of channels, found 7"),
+        (MINIMAX, {"rotary_dim": 64}, "expected a whole number of 1 to 16, found 64"),
+        (MINIMAX, {"num_experts_per_tok": 5}, "expected a whole number of 1 to 4, found 5"),
     ],
 )
 def test_what_no_key_can_say(case: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -117,11 +117,11 @@ def test_tekken(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"config": {"pattern": "x"}}, "'default_num_special_tokens': missing"),
-        ({"vocab": []}, "0 words, 696 expected"),
+        ({"vocab": []}, "expected 696 words, found 0"),
         ({"vocab": [{"rank": 0, "token_bytes": "!"}]}, "the word of rank 0 is not base64"),
-        ({"vocab": [{"rank": 0}]}, "a word without rank or bytes"),
-        ({"vocab": 7}, "vocab is no list of objects"),
-        ({"special_tokens": [{"rank": 99, "token_str": "<s>"}]}, "'<s>' has the rank 99 of 30"),
+        ({"vocab": [{"rank": 0}]}, "a word has no rank or no bytes"),
+        ({"vocab": 7}, "vocab is not a list of objects"),
+        ({"special_tokens": [{"rank": 99, "token_str": "<s>"}]}, "'<s>' has rank 99, but there are 30 ranks"),
         ({"pattern": "\\w+"}, "splits text unlike any known pre-tokenizer"),
         ({"pattern": "(" * 9}, "invalid pattern"),
     ],
@@ -137,5 +137,5 @@ def test_damaged_tekken_files_are_named(change: dict[str, Any], message: str, tm
 
 def test_ranks_of_another_model_are_refused(tmp_path: Path) -> None:
     write_ranks(tmp_path / "tokenizer.model")
-    with pytest.raises(ModelFileError, match="700 ranks; Llama 3 has 128000, GLM-4 151329, Kimi 163584"):
+    with pytest.raises(ModelFileError, match="700 ranks are not known; Llama 3 has 128000, GLM-4 151329, Kimi 163584"):
         read(tmp_path / "tokenizer.model", 1000)

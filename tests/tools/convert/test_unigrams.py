@@ -106,7 +106,7 @@ def test_maps_that_lead_astray_are_refused() -> None:
         with pytest.raises(ModelFileError, match=r"leads outside|points outside"):
             check_charsmap(bytes(changed), "x")
     for bad in (good[:-1] + b"x", good[:100], b"\0" * 9, b"\xff" * 5000, good[: 4 + 4 * len(units)]):
-        with pytest.raises(ModelFileError, match="do not fit a trie"):
+        with pytest.raises(ModelFileError, match=r"a trie of .* do not fit"):
             check_charsmap(bad, "x")
 
 
@@ -114,7 +114,7 @@ def test_scores_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     metadata = read(trained(), tmp_path).metadata()
     scores = np.array(metadata["tokenizer.ggml.scores"])
     scores[7] = np.nan
-    with pytest.raises(ModelFileError, match="holds what is no number"):
+    with pytest.raises(ModelFileError, match="expected numbers only"):
         load_tokenizer(metadata | {"tokenizer.ggml.scores": scores})
     with pytest.raises(ModelFileError, match="precompiled_charsmap is not an array of bytes"):
         load_tokenizer(metadata | {"tokenizer.ggml.precompiled_charsmap": "x"})
@@ -155,13 +155,13 @@ def test_the_library_s_form_gives_the_same_ids(byte_fallback: bool, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normalizer": None}, "otherwise than SentencePiece would"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "otherwise than SentencePiece would"),
-        ({"model": {"vocab": [["a", 1, 2]]}}, "no list of words with their scores"),
-        ({"model": {"vocab": [["a", 1e99]]}}, "no list of words with their scores"),
-        ({"model": {"unk_id": None}}, "no piece for unknown text"),
+        ({"normalizer": None}, "unlike SentencePiece"),
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "unlike SentencePiece"),
+        ({"model": {"vocab": [["a", 1, 2]]}}, "not a list of words with their scores"),
+        ({"model": {"vocab": [["a", 1e99]]}}, "not a list of words with their scores"),
+        ({"model": {"unk_id": None}}, "the piece for unknown text is missing"),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "x!"}}, "map of characters is not base64"),
-        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "do not fit a trie"),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "a trie of .* do not fit"),
     ],
 )
 def test_library_forms_that_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -175,5 +175,5 @@ def test_library_forms_that_are_refused(change: dict[str, Any], message: str, tm
 
 @pytest.mark.parametrize("kind", ["char", "word"])
 def test_other_kinds_are_refused(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match=f"of kind {kind.upper()}; only BPE and UNIGRAM"):
+    with pytest.raises(ModelFileError, match=f"of kind {kind.upper()} is not supported; supported: BPE, UNIGRAM"):
         read(trained(model_type=kind), tmp_path)

@@ -232,22 +232,22 @@ def test_each_end_is_written_once_and_is_a_word(
 )
 def test_the_tokenizer_of_another_model(rows: int, message: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())
-    with pytest.raises(ModelFileError, match=f"{message}: take the tokenizer of this very model"):
+    with pytest.raises(ModelFileError, match=f"{message}: take the tokenizer of the same model"):
         read(tmp_path, rows)
 
 
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("tokenizer.model", b"\xff\xfe\x00garbage" * 9, "neither SentencePiece's nor a list of ranks"),
-        ("tokenizer.model", b"", "without pieces"),
+        ("tokenizer.model", b"\xff\xfe\x00garbage" * 9, "neither a SentencePiece model nor a list of ranks"),
+        ("tokenizer.model", b"", "has no pieces"),
         ("tokenizer.model", b"YQ== 0\n!!! 1\n", "line 2 is not a word in base64"),
-        ("tokenizer.json", b"{", "not usable as JSON"),
-        ("tokenizer.json", b"[1]", "a JSON object expected"),
+        ("tokenizer.json", b"{", "the JSON cannot be read"),
+        ("tokenizer.json", b"[1]", "expected a JSON object"),
         ("tokenizer.json", b"[" * 100000, "nested too deeply"),
-        ("tokenizer.json", b'{"model": {"type": "WordPiece"}}', "'WordPiece'; only BPE"),
-        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 5e3}}}', "no whole numbers"),
-        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 99999999999}}}', "no whole numbers"),
+        ("tokenizer.json", b'{"model": {"type": "WordPiece"}}', "'WordPiece' is not supported; supported: BPE"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 5e3}}}', "not whole numbers"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 99999999999}}}', "not whole numbers"),
         ("tokenizer.bin", b"\0\0\0\0\0\0\0\0\xff\xff\xff\xff", "ends in word 0: cut short"),
     ],
 )

@@ -124,7 +124,7 @@ async def test_streams_of_one_caller_are_few_and_places_come_back(trust: Authori
         streams = [peer.open(method, permit=shown) for _ in range(most)]
         for stream in streams:
             await stream.opened()
-        with pytest.raises(StreamBrokenError, match="more are not served"):
+        with pytest.raises(StreamBrokenError, match="which is the limit"):
             await peer.open(method, permit=shown).opened()
         await other.open(method).opened()
         await streams[0].done_writing()

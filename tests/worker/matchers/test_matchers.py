@@ -257,7 +257,7 @@ def test_rows_whose_matcher_is_not_ready_are_deferred_and_the_others_go_on(stage
     assert step(stage, 4, task(1, 1), says="c")[1] == (DEFERRED,), "behind a row that is still to come"
     assert step(stage, 5, task(1, 0), says="b", refused="x") == ([set("ab")], (sampled("b"),))
     assert step(stage, 6, task(1, 1), says="c")[1] == (sampled("c"),)
-    with pytest.raises(ProtocolError, match="has 2 tokens here, not 3"):
+    with pytest.raises(ProtocolError, match="has 2 tokens on this worker, expected 3"):
         step(stage, 7, task(1, 3), says="d")
 
 
@@ -335,9 +335,9 @@ def test_nothing_but_the_end_may_not_be_suppressed(stage: StageMatchers) -> None
 
 def test_rows_of_answers_that_are_not_there_break_the_protocol(stage: StageMatchers) -> None:
     step(stage, 0, task(1, 0, ABC), says="a")
-    with pytest.raises(ProtocolError, match="has 1 tokens here, not 2"):
+    with pytest.raises(ProtocolError, match="has 1 tokens on this worker, expected 2"):
         step(stage, 1, task(1, 2), says="d")
-    with pytest.raises(ProtocolError, match="whose matcher is not here"):
+    with pytest.raises(ProtocolError, match="whose matcher is not on this worker"):
         step(stage, 2, task(1, 1), says="c", released=(1,))
 
 

@@ -128,7 +128,7 @@ async def test_a_flipped_bit_is_refused_and_the_tensor_comes_from_elsewhere(
             assert {wanted_range.content for wanted_range in bad.asked} <= {
                 wanted_range.content for wanted_range in good.asked
             }
-            with pytest.raises(WorkerError, match=r"nowhere .holder 0: .*other bytes than those with SHA-256"):
+            with pytest.raises(WorkerError, match=r"not available .holder 0: .*its bytes do not have SHA-256"):
                 await fetch(WeightCache(folder / "alone", ROOM), [bad], what)
     check(cache)
     assert len(contents(cache)) == len({tensor.content for tensor in what})
@@ -192,7 +192,7 @@ async def test_a_hostile_peer_costs_nothing_but_time(
         check(cache)
         assert len(contents(cache)) == len({tensor.content for tensor in what})
         assert not list(cache.path.glob("*.part"))
-        with pytest.raises(WorkerError, match=r"to be had nowhere .holder 0: "):
+        with pytest.raises(WorkerError, match=r"not available .holder 0: "):
             await fetch(WeightCache(folder / "alone", ROOM), [bad], what[:1])
 
 
@@ -238,7 +238,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 async def test_a_full_disk_is_one_error_before_anything_is_fetched(tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = WeightCache(tmp_path_factory.mktemp("w"), 1 << 60)
-    with pytest.raises(LlamaclustError, match=r"the disk has \d+ MiB free, 1073741824 MiB more of weights are needed"):
+    with pytest.raises(
+        LlamaclustError, match=r"the disk has \d+ MiB free, but 1073741824 MiB more of weights are needed"
+    ):
         cache.make_room(1 << 50)
 
 

@@ -161,4 +161,4 @@ async def test_the_holder_is_lost_while_it_sends(
     print("\n".join(told))
     assert "it is asked again for 4 s" in caplog.text and "no more weights from worker a" in caplog.text
     waiting = [text for text in told if "waiting for a worker" in text]
-    assert "are to be had nowhere (worker a: " in waiting[0]
+    assert "are not available (worker a: " in waiting[0]

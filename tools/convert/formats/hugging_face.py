@@ -50,7 +50,7 @@ def read_weights(files: SourceFiles, folder: Path) -> dict[str, Lazy]:
     shards = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
     if not shards:
         names = " or ".join(f"{stem}.{suffix}" for stem, suffix in _STEMS)
-        raise ModelFileError(f"{folder}: no weights: neither {names} nor shards of them")
+        raise ModelFileError(f"{folder}: has no weights: neither {names} nor shards of them")
     return _all_shards(files, shards)
 
 
@@ -67,19 +67,21 @@ def read_weight_file(files: SourceFiles, path: Path) -> dict[str, Lazy]:
 def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise ModelFileError(f"{index}: no weight_map")
+        raise ModelFileError(f"{index}: weight_map is missing")
     shards: dict[str, dict[str, Lazy]] = {}
     found = {}
     for name, shard in places.items():
         if not isinstance(shard, str) or not _FILE_NAME.fullmatch(shard) or not shard.isprintable():
-            raise ModelFileError(f"{index}: {shown(name)} is said to be in {shown(str(shard))}, which is no file name")
+            raise ModelFileError(
+                f"{index}: {shown(name)} is said to be in {shown(str(shard))}, which is not a file name"
+            )
         if shard not in shards:
             path = index.with_name(shard)
             if not path.is_file():
                 raise ModelFileError(f"{path}: missing, but {index.name} names it; get all shards of the model")
             shards[shard] = read_weight_file(files, path)
         if name not in shards[shard]:
-            raise ModelFileError(f"{index.with_name(shard)}: no tensor {shown(name)}, which {index.name} says is there")
+            raise ModelFileError(f"{index.with_name(shard)}: tensor {shown(name)} of {index.name} is missing")
         found[name] = shards[shard][name]
     return found
 
@@ -90,7 +92,7 @@ def _all_shards(files: SourceFiles, shards: list[Path]) -> dict[str, Lazy]:
     first = names[0]
     wanted = [(first["stem"], number, int(first["count"])) for number in range(1, int(first["count"]) + 1)]
     if [(name["stem"], int(name["number"]), int(name["count"])) for name in names] != wanted:
-        missing = f"{len(names)} shards, {int(first['count'])} expected"
+        missing = f"expected {int(first['count'])} shards, found {len(names)}"
         raise ModelFileError(f"{shards[0].parent}: {missing} of {shown(first['stem'])}; get all shards of the model")
     found: dict[str, Lazy] = {}
     for path in shards:

@@ -79,7 +79,9 @@ def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
             tensors |= _layers(name, whole, header.layers) if "{}" in name else {name: whole}
         at += 4 * prod(shape)
     if at != file.size_bytes:
-        raise file.error(f"{file.size_bytes} bytes, {at} expected for its header: cut short, or no file of llama2.c")
+        raise file.error(
+            f"expected {at} bytes for its header, found {file.size_bytes}: cut short, or not a llama2.c file"
+        )
     values = header.values
     return Checkpoint("Meta", Settings(values, str(path)), tensors, path.with_name("tokenizer.bin"), path.stem)
 
@@ -89,17 +91,17 @@ def _read_header(file: SourceFile) -> _Header:
     if magic != _MAGIC:
         header = _old_header(file)
         if header is None:
-            raise file.error("no header of llama2.c")
+            raise file.error("the header is not one of llama2.c")
         return header
     if version not in (1, 2):
-        raise file.error(f"version {version} of llama2.c's format; only the first form, 1 and 2 are supported")
+        raise file.error(f"version {version} of llama2.c's format is not supported; supported: the first form, 1 and 2")
     numbers = unpack("<7i", file.read(8, 28))
     header = _checked(numbers, tied=file.read(36, 1) == b"\1")
     if header is None:
         raise file.error(f"its header has impossible sizes: {list(numbers)}")
     (group,) = unpack("<i", file.read(37, 4)) if version == 2 else (0,)
     if version == 2 and not 0 < group <= header.width:
-        raise file.error(f"groups of {group} weights, 1 to {header.width} expected")
+        raise file.error(f"expected groups of 1 to {header.width} weights, found {group}")
     return replace(header, version=version, group=group)
 
 
@@ -131,7 +133,7 @@ def _quantized(
     shape = (shape[0] // layers, shape[1])
     count = prod(shape)
     if count % header.group:
-        raise file.error(f"{name}: {count} weights are no whole groups of {header.group}")
+        raise file.error(f"{name}: {count} weights are not whole groups of {header.group}")
     found = {}
     for layer in range(layers):
         numbers = lazy_tensor(file, name, at, shape, Storage.I8)

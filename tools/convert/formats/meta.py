@@ -71,7 +71,7 @@ def _parts(folder: Path) -> list[Path]:
     numbers = [int(path.name.split(".")[1]) for path in found]
     if not found or numbers != list(range(len(found))):
         there = ", ".join(path.name for path in found[:4]) or "none"
-        raise ModelFileError(f"{folder}: consolidated.00.pth and those after it expected, found {there}")
+        raise ModelFileError(f"{folder}: expected consolidated.00.pth and those after it, found {there}")
     return found
 
 
@@ -92,7 +92,9 @@ def _joined(name: str, parts: list[Lazy], width: int) -> Lazy:
         return first  # a norm, which every part has whole
     strange = next((part for part in parts if part.shape != first.shape or len(part.shape) != 2), None)
     if strange is not None:
-        raise ModelFileError(f"{strange.origin}: shape {list(strange.shape)}, {list(first.shape)} in the first part")
+        raise ModelFileError(
+            f"{strange.origin}: expected shape {list(first.shape)} as in the first part, found {list(strange.shape)}"
+        )
     by_columns = first.shape[1] * len(parts) == width if stem == _EMBEDDING else _COLUMNS.fullmatch(stem)
     return beside(parts) if by_columns else below(parts)
 
@@ -166,7 +168,7 @@ def _meta_name(name: str, path: Path) -> str:
         return _TENCENT_ENDS[name]
     found = _TENCENT_LAYER.fullmatch(name)
     if found is None or found[2] not in _TENCENT_PARTS:
-        raise ModelFileError(f"{path}: tensor {shown(name)}: no part of LLaMA as TencentPretrain names it")
+        raise ModelFileError(f"{path}: tensor {shown(name)}: the name is not one of TencentPretrain's LLaMA")
     return f"layers.{int(found[1])}.{_TENCENT_PARTS[found[2]]}.weight"
 
 
@@ -177,7 +179,7 @@ def _tencent_settings(
     width, heads = said.count("hidden_size", "emb_size"), said.count("heads_num", maximum=MAX_HEADS)
     key = tensors.get("layers.0.attention.wk.weight")
     if key is None:
-        raise ModelFileError(f"{path}: no keys of the first layer")
+        raise ModelFileError(f"{path}: keys of the first layer are missing")
     head = max(1, width // heads)
     return {
         "hidden_size": width,

@@ -25,9 +25,9 @@ class Hints:
     def check(self, kind: str, *, config: bool = False, context_length: bool = False) -> None:
         """Raises UsageError for an option that this kind of checkpoint does not need."""
         if self.config is not None and not config:
-            raise UsageError(f"--config {self.config}: is for TencentPretrain's files, this is {kind}")
+            raise UsageError(f"--config {self.config}: is for TencentPretrain's files, but this is {kind}")
         if self.context_length is not None and not context_length:
-            raise UsageError(f"--context-length {self.context_length}: is not for {kind}, which says it itself")
+            raise UsageError(f"--context-length {self.context_length}: is not for {kind}, which states its own")
 
 
 def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
@@ -43,7 +43,7 @@ def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
         hints.check("a folder of Meta's form", context_length=True)
         return meta.read_meta(files, path, hints.context_length)
     what = f"neither {hugging_face.CONFIG} (Hugging Face's form) nor {meta.PARAMS} (Meta's)"
-    raise ModelFileError(f"{path}: no checkpoint: {what} is in the folder")
+    raise ModelFileError(f"{path}: not a checkpoint: {what} is in the folder")
 
 
 def _file(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
@@ -60,4 +60,4 @@ def _file(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
         return read_llama2c(files, path)
     if file.size_bytes >= 4 and file.read(0, 4) == b"GGUF":
         raise file.error("is a GGUF file already: run it as it is, or make it smaller with `llamaclust model quantize`")
-    raise file.error("no checkpoint of a known kind: neither a file of PyTorch's nor one of llama2.c")
+    raise file.error("not a checkpoint of a known kind: neither a file of PyTorch's nor one of llama2.c")

@@ -69,12 +69,12 @@ def read_pickle(data: bytes, origin: str) -> Any:
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if step > _MAX_STEPS:
-                raise _Refused(f"more than {_MAX_STEPS} steps")
+                raise _Refused(f"the pickle has more than {_MAX_STEPS} steps")
             if opcode.name == "STOP":
                 return machine.pop()
             machine.run(opcode.name, argument)
     except _Refused as refused:
-        raise ModelFileError(f"{origin}: {refused}; nothing of it was run, take a checkpoint of safetensors") from None
+        raise ModelFileError(f"{origin}: {refused}; nothing of it was run; take a safetensors checkpoint") from None
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
         what = " ".join(str(error).split())[:100]
         raise ModelFileError(f"{origin}: a pickle that is damaged or was cut short ({what})") from None
@@ -127,7 +127,7 @@ class _Machine:
         """`target` None means the value on top of the stack."""
         target = self._stack.pop() if target is None else target
         if not isinstance(target, dict) or len(values) % 2:
-            raise _Refused("the pickle puts items into something that is no dict")
+            raise _Refused("the pickle puts items into something that is not a dict")
         for key, value in zip(values[::2], values[1::2], strict=True):
             if not isinstance(key, str | int):
                 raise _Refused("the pickle has a dict whose keys are not names")
@@ -137,21 +137,21 @@ class _Machine:
     def append_values(self, values: tuple[Any, ...]) -> Any:
         target = self._stack.pop()
         if not isinstance(target, list):
-            raise _Refused("the pickle appends to something that is no list")
+            raise _Refused("the pickle appends to something that is not a list")
         target.extend(values)
         return target
 
     def call(self, argument: Any) -> Any:
         target, arguments = self.last(2)
         if not isinstance(target, _Named) or not isinstance(arguments, tuple):
-            raise _Refused("the pickle calls something that is no function")
+            raise _Refused("the pickle calls something that is not a function")
         return target.call(arguments)
 
     def set_state(self, argument: Any) -> Any:
         """Drops the state, in which PyTorch's state dicts carry the versions of their modules."""
         target, state = self.last(2)
         if not isinstance(target, dict) or not isinstance(state, dict):
-            raise _Refused("the pickle sets the state of something that is no dict")
+            raise _Refused("the pickle sets the state of something that is not a dict")
         return target
 
 
@@ -191,12 +191,12 @@ _ACTIONS: Final[dict[str, Callable[[_Machine, Any], Any]]] = {
 
 def _storage(said: Any) -> StorageRef:
     if not isinstance(said, tuple) or len(said) != 5 or said[0] != "storage":
-        raise _Refused("the pickle refers to something that is no storage")
+        raise _Refused("the pickle refers to something that is not a storage")
     _, kind, key, _, count = said
     if not isinstance(kind, _Named) or kind.name not in _STORAGES or not isinstance(key, str):
-        raise _Refused("the pickle refers to a storage of no known type")
+        raise _Refused("the pickle refers to a storage of an unknown type")
     if type(count) is not int or not 0 <= count < 1 << 48:
-        raise _Refused("the pickle refers to a storage of no sane size")
+        raise _Refused("the pickle refers to a storage of an impossible size")
     return StorageRef(_STORAGES[kind.name], key, count)
 
 
@@ -218,7 +218,7 @@ def _refuse_call(arguments: tuple[Any, ...]) -> Any:
 def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
     """`arguments` are (storage, offset, shape, strides, requires_grad, hooks, ...)."""
     if len(arguments) < 4 or not isinstance(arguments[0], StorageRef):
-        raise _Refused("the pickle makes a tensor of something that is no storage")
+        raise _Refused("the pickle makes a tensor of something that is not a storage")
     numbers = [arguments[1], *_shape(arguments[2]), *_shape(arguments[3])]
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
         raise _Refused("the pickle makes a tensor with a shape that is not numbers")
@@ -227,16 +227,16 @@ def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
 
 def _shape(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, tuple):
-        raise _Refused("the pickle makes a tensor whose shape is no tuple")
+        raise _Refused("the pickle makes a tensor whose shape is not a tuple")
     if len(value) > MAX_DIMENSIONS:
-        raise _Refused(f"the pickle makes a tensor of {len(value)} dimensions, {MAX_DIMENSIONS} at most are known")
+        raise _Refused(f"the pickle makes a tensor of {len(value)} dimensions; the most is {MAX_DIMENSIONS}")
     return value
 
 
 def _parameter(arguments: tuple[Any, ...]) -> TensorRef:
     """`arguments` are (tensor, requires_grad, hooks)."""
     if not arguments or not isinstance(arguments[0], TensorRef):
-        raise _Refused("the pickle makes a parameter of something that is no tensor")
+        raise _Refused("the pickle makes a parameter of something that is not a tensor")
     return arguments[0]
 
 
@@ -244,10 +244,10 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str | int, Any]:
     if not arguments:
         return {}
     if len(arguments) > 1 or not isinstance(arguments[0], list):
-        raise _Refused("the pickle makes a dict of something that is no list")
+        raise _Refused("the pickle makes a dict of something that is not a list")
     pairs: list[Any] = [pair for pair in arguments[0] if isinstance(pair, tuple | list) and len(pair) == 2]
     if len(pairs) < len(arguments[0]) or not all(isinstance(key, str) for key, _ in pairs):
-        raise _Refused("the pickle makes a dict of what is no list of names and values")
+        raise _Refused("the pickle makes a dict of something that is not a list of names and values")
     found = dict(pairs)
     arguments[0].clear()  # a small pickle could make any number of dicts of one list
     return found

@@ -41,18 +41,20 @@ class SourceFiles:
         """Raises ModelFileError if a file was modified since it was opened."""
         for file, identity in self._open.values():
             if FileIdentity.of(file.descriptor) != identity:
-                raise file.error("changed while it was read; try again when it is complete")
+                raise file.error("it changed while it was read; try again when it is complete")
 
 
 def lazy_tensor(file: SourceFile, name: str, offset: int, shape: tuple[int, ...], storage: Storage) -> Lazy:
     """Makes a tensor whose rows are contiguous from byte `offset` on."""
     origin = f"{file.path}: tensor {shown(name)}"
     if not 0 < len(shape) <= MAX_DIMENSIONS or min(shape) < 1:
-        raise ModelFileError(f"{origin}: shape {list(shape)}; 1 to {MAX_DIMENSIONS} dimensions expected, none 0")
+        raise ModelFileError(
+            f"{origin}: expected 1 to {MAX_DIMENSIONS} dimensions, none of them 0, found {list(shape)}"
+        )
     row_bytes = prod(shape[1:]) * storage.dtype.itemsize
     if offset < 0 or offset + shape[0] * row_bytes > file.size_bytes:
         end = offset + shape[0] * row_bytes
-        raise ModelFileError(f"{origin}: ends at byte {end}, the file at byte {file.size_bytes}: it was cut short")
+        raise ModelFileError(f"{origin}: ends at byte {end}, but the file at byte {file.size_bytes}: it was cut short")
 
     def read(start: int, end: int) -> Array:
         values = np.empty((end - start, *shape[1:]), storage.dtype)

@@ -34,10 +34,10 @@ def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
     members = _members(file)
     pickled = next((name for name in members if name.endswith("/data.pkl") or name == "data.pkl"), None)
     if pickled is None:
-        raise file.error("a zip file without data.pkl: torch.save did not write it")
+        raise file.error("the zip file has no data.pkl: torch.save did not write it")
     place = members[pickled]
     if place.n_bytes > _MAX_PICKLE_BYTES:
-        raise file.error(f"data.pkl has {place.n_bytes >> 20} MiB, at most {_MAX_PICKLE_BYTES >> 20} are read")
+        raise file.error(f"data.pkl has {place.n_bytes >> 20} MiB; the limit is {_MAX_PICKLE_BYTES >> 20} MiB")
     root = pickled.removesuffix("data.pkl")
     order = members.get(f"{root}byteorder")
     if order is not None and file.read(order.offset, min(order.n_bytes, 16)) != b"little":
@@ -55,10 +55,10 @@ def _named_tensors(found: Any, file: SourceFile) -> dict[str, TensorRef]:
             break
         found = inner[0]
     if not isinstance(found, dict):
-        raise file.error(f"holds {type(found).__name__}, names and tensors expected")
+        raise file.error(f"expected names and tensors, found {type(found).__name__}")
     tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, TensorRef)}
     if not tensors:
-        raise file.error("holds no tensor with a name")
+        raise file.error("has no tensor with a name")
     return tensors
 
 
@@ -71,7 +71,7 @@ def _tensor(file: SourceFile, name: str, ref: TensorRef, members: dict[str, _Mem
     item = storage.dtype.itemsize
     if ref.storage.count * item > member.n_bytes or ref.offset + count > ref.storage.count:
         needed = max(ref.storage.count, ref.offset + count) * item
-        raise ModelFileError(f"{origin}: {needed} bytes announced, its member has {member.n_bytes}")
+        raise ModelFileError(f"{origin}: expected {needed} bytes in its member, found {member.n_bytes}")
     start = member.offset + ref.offset * item
     shape = ref.shape or (1,)
     if ref.stride == _contiguous(ref.shape):
@@ -95,21 +95,21 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _members(file: SourceFile) -> dict[str, _Member]:
     """Raises ModelFileError if a member is compressed or extends beyond the file."""
     if file.read(0, min(4, file.size_bytes)) != _ZIP:
-        raise file.error("no zip file, as torch.save has written since 1.6; save it again with a newer PyTorch")
+        raise file.error("not a zip file, which torch.save has written since 1.6; save it again with a newer PyTorch")
     try:
         with zipfile.ZipFile(_Window(file)) as archive:
             listed = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
-        raise file.error(f"a zip file that is damaged or was cut short: {error}") from None
+        raise file.error(f"the zip file is damaged or was cut short: {error}") from None
     members: dict[str, _Member] = {}
     for entry in listed:
         place = f"member {shown(entry.filename)}"
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise file.error(f"{place} is compressed or encrypted: torch.save did not write it, and it is not unpacked")
         if entry.file_size != entry.compress_size or entry.header_offset + entry.file_size > file.size_bytes:
-            raise file.error(f"{place} claims {entry.file_size} bytes in a file of {file.size_bytes}")
+            raise file.error(f"{place} claims {entry.file_size} bytes, but the file has {file.size_bytes}")
         if entry.filename in members:
-            raise file.error(f"{place} is there twice")
+            raise file.error(f"{place} occurs twice")
         members[entry.filename] = _Member(_data_offset(file, entry), entry.file_size)
     _check_apart(file, members)
     return members
@@ -118,7 +118,7 @@ def _members(file: SourceFile) -> dict[str, _Member]:
 def _data_offset(file: SourceFile, entry: zipfile.ZipInfo) -> int:
     local = file.read(entry.header_offset, _LOCAL_HEADER_BYTES)
     if local[:4] != _ZIP:
-        raise file.error(f"member {shown(entry.filename)}: no header where the directory says")
+        raise file.error(f"member {shown(entry.filename)}: its header is not where the directory says")
     lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
     return entry.header_offset + _LOCAL_HEADER_BYTES + lengths
 
@@ -131,7 +131,7 @@ def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
             raise file.error(f"member {shown(name)} begins inside another")
         at = member.offset + member.n_bytes
     if at > file.size_bytes:
-        raise file.error(f"members end at byte {at}, the file at byte {file.size_bytes}: it was cut short")
+        raise file.error(f"members end at byte {at}, but the file at byte {file.size_bytes}: it was cut short")
 
 
 class _Window(io.RawIOBase):

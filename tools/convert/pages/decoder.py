@@ -97,7 +97,9 @@ def windowed_layers(page: Page, period: int) -> list[bool]:
     if not isinstance(listed, list):
         return [(layer + 1) % period != 0 for layer in range(page.layers)]
     if len(listed) != page.layers or not all(kind in ("sliding_attention", "full_attention") for kind in listed):
-        raise page.settings.error("layer_types", f"{len(listed)} entries, {page.layers} kinds of attention expected")
+        raise page.settings.error(
+            "layer_types", f"expected {page.layers} kinds of attention, found {len(listed)} entries"
+        )
     return [kind == "sliding_attention" for kind in listed]
 
 
@@ -105,19 +107,19 @@ def layer_kinds(page: Page, name: str, kinds: Mapping[str, str]) -> list[str]:
     """Returns a value of `kinds` for each layer. The setting `name` lists the key of each layer."""
     listed = page.settings.values.get(name)
     if not isinstance(listed, list) or not all(isinstance(kind, str) and kind in kinds for kind in listed):
-        raise page.settings.error(name, f"a list of {', '.join(kinds)} expected")
+        raise page.settings.error(name, f"expected a list of {', '.join(kinds)}")
     if len(listed) != page.layers:
-        raise page.settings.error(name, f"{len(listed)} entries for {page.layers} layers")
+        raise page.settings.error(name, f"expected {page.layers} entries, one for each layer, found {len(listed)}")
     return [kinds[kind] for kind in listed]
 
 
 def numbered_layers(page: Page, name: str, listed: Sequence[Any], first: int = 0) -> set[int]:
     """Returns the layer numbers of a list that counts from `first`. Raises ModelFileError for numbers out of range."""
     if len(listed) > page.layers:
-        raise page.settings.error(name, f"{len(listed)} entries for {page.layers} layers")
+        raise page.settings.error(name, f"expected {page.layers} entries, one for each layer, found {len(listed)}")
     last = first + page.layers - 1
     if not all(type(number) is int and first <= number <= last for number in listed):
-        raise page.settings.error(name, f"numbers of {first} to {last} expected")
+        raise page.settings.error(name, f"expected numbers of {first} to {last}")
     return set(listed)
 
 

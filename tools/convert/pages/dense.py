@@ -85,7 +85,7 @@ def build_exaone4(page: Page) -> None:
         page.key("attention.sliding_window_pattern", np.array(decoder.windowed_layers(page, _PERIOD), np.bool_))
     elif page.layers == _EXAONE4_32B_LAYERS:
         raise settings.error(
-            "sliding_window", f"missing in a model of {page.layers} layers, which exaone4 takes for 32B"
+            "sliding_window", f"it is missing, but exaone4 takes {page.layers} layers for its 32B model, which has it"
         )
     page.copy("token_embd", "model.embed_tokens", page.words, hidden)
     page.copy("output_norm", "model.norm", hidden)
@@ -106,7 +106,7 @@ def build_cohere2(page: Page) -> None:
     settings, hidden = page.settings, page.width
     width = decoder.feed_forward_width(page)
     if settings.real("rotary_pct", default=1.0) != 1:
-        raise settings.error("rotary_pct", f"{settings.shown('rotary_pct')}, only 1 is supported")
+        raise settings.error("rotary_pct", f"{settings.shown('rotary_pct')} is not supported; supported is 1")
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
     decoder.norm_epsilon(page, "layer_norm_eps")

@@ -40,9 +40,9 @@ def group_keys(page: Page, count: int, chosen: int) -> None:
     if groups == 1:
         return
     if count % groups or count // groups < 2:
-        raise settings.error("n_group", f"{groups}, which does not divide {count} experts into groups of 2 and more")
+        raise settings.error("n_group", f"{groups} does not divide {count} experts into groups of 2 or more")
     if chosen > used * (count // groups):
-        raise settings.error("topk_group", f"{used} of {groups} groups, too few for {chosen} of {count} experts")
+        raise settings.error("topk_group", f"{used} of {groups} groups are too few for {chosen} of {count} experts")
     page.key("expert_group_count", groups)
     page.key("expert_group_used_count", used)
 
@@ -73,10 +73,10 @@ def leading_dense(page: Page) -> int:
     if isinstance(listed, list):
         count = listed.count("dense")
         if listed != ["dense"] * count + ["sparse"] * (layers - count):
-            raise settings.error("mlp_layer_types", f"no {layers} entries, first dense, then sparse ones")
+            raise settings.error("mlp_layer_types", f"expected {layers} entries: dense ones first, then sparse ones")
         return count
     if settings.count("moe_layer_freq", default=1) != 1:
-        raise settings.error("moe_layer_freq", f"{settings.shown('moe_layer_freq')}, only 1 is supported")
+        raise settings.error("moe_layer_freq", f"{settings.shown('moe_layer_freq')} is not supported; supported is 1")
     return settings.count("first_k_dense_replace", default=0, minimum=0, maximum=MAX_LAYERS)
 
 

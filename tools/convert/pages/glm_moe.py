@@ -12,7 +12,9 @@ def build(page: Page) -> None:
     """Leading dense layers, then layers of experts and a shared expert, then any layers for multi-token prediction."""
     settings, width = page.settings, decoder.feed_forward_width(page)
     if settings.count("n_group", default=1) != 1:
-        raise settings.error("n_group", f"{settings.shown('n_group')}, only one group of experts is supported")
+        raise settings.error(
+            "n_group", f"{settings.shown('n_group')} is not supported; supported is one group of experts"
+        )
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page, default=1e-5)
     rotation(page, rotating_channels(page, 0.5))

@@ -22,7 +22,7 @@ def build(page: Page) -> None:
     width = decoder.feed_forward_width(page)
     for name, usual in (("swiglu_limit", _CLAMP), ("swiglu_alpha", _GAIN)):
         if settings.real(name, default=usual) != usual:
-            raise settings.error(name, f"{settings.shown(name)}: gpt-oss computes with {usual}")
+            raise settings.error(name, f"{settings.shown(name)} is not supported; gpt-oss computes with {usual}")
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page, default=1e-5)
     rotation(page, page.head_width, base=150000.0, says_dimensions=False)
@@ -67,7 +67,7 @@ def _matrices(page: Page, source: str, shape: tuple[int, int, int], parts: int) 
         return [strided(whole, 1, first, parts) for first in range(parts)]
     if columns % _BLOCK:
         name = "hidden_size" if columns == page.width else "intermediate_size"
-        raise page.settings.error(name, f"{columns}, which blocks of {_BLOCK} do not divide")
+        raise page.settings.error(name, f"blocks of {_BLOCK} do not divide {columns} columns")
     blocks = page.take_bytes(f"{source}_blocks", count, rows, columns // _BLOCK, _BLOCK // 2)
     scales = page.take_bytes(f"{source}_scales", count, rows, columns // _BLOCK)
     return [packed_blocks(strided(blocks, 1, first, parts), strided(scales, 1, first, parts)) for first in range(parts)]

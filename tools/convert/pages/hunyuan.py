@@ -63,5 +63,5 @@ def _of_all_layers(page: Page, *names: str, default: int | None = None, maximum:
     if not isinstance(listed, list):
         return settings.count(name, default=default, maximum=maximum)
     if len(listed) != page.layers or any(number != listed[0] for number in listed):
-        raise settings.error(name, f"{len(listed)} numbers, {page.layers} equal ones expected")
+        raise settings.error(name, f"expected {page.layers} equal numbers, found {len(listed)}")
     return type(settings)({name: listed[0]}, settings.origin).count(name, maximum=maximum)

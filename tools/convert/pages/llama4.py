@@ -51,7 +51,7 @@ def _step(page: Page) -> int:
         if listed == list(range(found - 1, page.layers, found)):
             return found
     raise settings.error(
-        "moe_layers", f"{settings.shown('moe_layers')}: layers with experts at equal distances expected"
+        "moe_layers", f"expected layers with experts at equal distances, found {settings.shown('moe_layers')}"
     )
 
 
@@ -61,12 +61,15 @@ def _check_attention(page: Page, count: int) -> None:
     has_norms = settings.flag("use_qk_norm", default=True)
     if has_norms != (count != _MAVERICK_EXPERTS):
         said = "true" if has_norms else "false"
-        raise settings.error("use_qk_norm", f"{said} for {count} experts: only {_MAVERICK_EXPERTS} are without norms")
+        raise settings.error(
+            "use_qk_norm",
+            f"{said} is not supported for {count} experts: only models with {_MAVERICK_EXPERTS} have no norms",
+        )
     if settings.values.get("attn_temperature_tuning", True) in (None, False, 0):
         raise settings.error("attn_temperature_tuning", "false is not what llama4 computes")
     for name, value in _TEMPERATURE:
         if settings.real(name, default=value) != value:
-            raise settings.error(name, f"{settings.shown(name)}: llama4 computes with {value}")
+            raise settings.error(name, f"{settings.shown(name)} is not supported; llama4 computes with {value}")
 
 
 def _chunks(page: Page) -> None:
@@ -90,7 +93,7 @@ def _rotated(page: Page) -> list[bool]:
         interval = settings.count("no_rope_layer_interval", default=_PERIOD, maximum=MAX_LAYERS)
         return [(layer + 1) % interval != 0 for layer in range(page.layers)]
     if not isinstance(listed, list) or len(listed) != page.layers or not all(flag in (0, 1) for flag in listed):
-        raise settings.error("no_rope_layers", f"{page.layers} numbers 0 or 1 expected, one for each layer")
+        raise settings.error("no_rope_layers", f"expected {page.layers} numbers 0 or 1, one for each layer")
     return [flag == 1 for flag in listed]
 
 

@@ -73,7 +73,9 @@ def build_ernie(page: Page) -> None:
     step = settings.count("moe_layer_interval", default=1, maximum=MAX_LAYERS)
     last = settings.count("moe_layer_end_index", default=page.layers - 1, minimum=0, maximum=MAX_LAYERS)
     if last < page.layers - 1:
-        raise settings.error("moe_layer_end_index", f"{last}, only {page.layers - 1}, the last layer, is supported")
+        raise settings.error(
+            "moe_layer_end_index", f"{last} is not supported; supported is {page.layers - 1}, the last layer"
+        )
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page)
     rotation(page, page.head_width, base=500000.0)
@@ -157,7 +159,9 @@ def _bailing_sizes(page: Page) -> tuple[int, int, int]:
 def _bailing_keys(page: Page) -> None:
     settings = page.settings
     if settings.text("score_function", default="sigmoid") != "sigmoid":
-        raise settings.error("score_function", f"{settings.shown('score_function')}, only sigmoid is supported")
+        raise settings.error(
+            "score_function", f"{settings.shown('score_function')} is not supported; supported is sigmoid"
+        )
     count, width, shared = _bailing_sizes(page)
     used = settings.count("num_experts_per_tok", maximum=count)
     experts.expert_keys(page, count, used, width)
@@ -183,13 +187,13 @@ def build_minimax(page: Page) -> None:
     count = settings.count("num_local_experts", maximum=experts.MAX_EXPERTS)
     for name, usual in (("scoring_func", "sigmoid"), ("qk_norm_type", "per_layer")):
         if settings.text(name, default=usual) != usual:
-            raise settings.error(name, f"{settings.shown(name)}, only {usual} is supported")
+            raise settings.error(name, f"{settings.shown(name)} is not supported; supported is {usual}")
     decoder.usual_keys(page, width)
     page.key("vocab_size", page.words)
     decoder.rms_epsilon(page, default=1e-6)
     turning = settings.count("rotary_dim", default=rotating_channels(page), maximum=page.head_width)
     if turning % 2:
-        raise settings.error("rotary_dim", f"{turning}, an even number of channels expected")
+        raise settings.error("rotary_dim", f"expected an even number of channels, found {turning}")
     rotation(page, turning, base=5e6)
     experts.expert_keys(page, count, settings.count("num_experts_per_tok", maximum=count), width)
     page.key("expert_gating_func", experts.SIGMOID)

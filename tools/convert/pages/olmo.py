@@ -25,7 +25,7 @@ def build_olmo3(page: Page) -> None:
     base = page.metadata["olmo2.rope.freq_base"]
     local = local_base(settings, settings.real("rope_theta", default=_BASE, minimum=1.0))
     if local != base:
-        raise settings.error("rope_parameters", f"{local:g} as the base of layers with a window, {base} in the others")
+        raise settings.error("rope_parameters", f"layers with a window have base {local:g}, but the others {base}")
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     page.key("attention.sliding_window_pattern", np.array(decoder.windowed_layers(page, _PERIOD), np.bool_))
 
@@ -33,7 +33,7 @@ def build_olmo3(page: Page) -> None:
 def _build(page: Page, base: float | None) -> None:
     settings, hidden = page.settings, page.width
     if settings.has("clip_qkv"):
-        raise settings.error("clip_qkv", f"{settings.shown('clip_qkv')}: olmo2 does not clip")
+        raise settings.error("clip_qkv", f"{settings.shown('clip_qkv')} is not supported: olmo2 does not clip")
     width = decoder.feed_forward_width(page)
     decoder.usual_keys(page, width)
     decoder.rms_epsilon(page, default=1e-5)

@@ -83,12 +83,12 @@ def _read_net(page: Page) -> _DeltaNet:
     key_heads = settings.count("linear_num_key_heads", maximum=heads)
     width = settings.count("linear_key_head_dim", maximum=MAX_KEY_CHANNELS)
     if width % VALUE_CHANNELS:
-        raise settings.error("linear_key_head_dim", f"{width}, a multiple of {VALUE_CHANNELS} expected")
+        raise settings.error("linear_key_head_dim", f"expected a multiple of {VALUE_CHANNELS}, found {width}")
     if heads % key_heads:
-        raise settings.error("linear_num_key_heads", f"{key_heads}, which does not divide {heads} heads of values")
+        raise settings.error("linear_num_key_heads", f"{key_heads} does not divide {heads} heads of values")
     if settings.count("linear_value_head_dim", maximum=MAX_KEY_CHANNELS) != width:
         value = settings.values["linear_value_head_dim"]
-        raise settings.error("linear_value_head_dim", f"{value}, keys have {width}: not supported")
+        raise settings.error("linear_value_head_dim", f"expected {width} as for keys, found {value}")
     taps = settings.count("linear_conv_kernel_dim", default=4, minimum=2, maximum=MAX_TAPS)
     return _DeltaNet(key_heads, heads, width, taps, page.architecture != "qwen3next")
 
@@ -100,7 +100,9 @@ def _recurrent(page: Page) -> list[bool]:
         period = settings.count("full_attention_interval", default=_PERIOD, maximum=MAX_LAYERS)
         return [(layer + 1) % period != 0 for layer in range(page.layers)]
     if len(listed) != page.layers or not all(kind in _KINDS for kind in listed):
-        raise settings.error("layer_types", f"{len(listed)} entries, {page.layers} of {', '.join(_KINDS)} expected")
+        raise settings.error(
+            "layer_types", f"expected {page.layers} of {', '.join(_KINDS)}, found {len(listed)} entries"
+        )
     return [kind == _KINDS[0] for kind in listed]
 
 

@@ -100,7 +100,9 @@ def text_part(checkpoint: Checkpoint) -> Checkpoint:
     said = inner.text("model_type", default=part.usual_type)
     if said not in part.families:
         known = ", ".join(part.families)
-        raise inner.error("model_type", f"{shown(said)} in a {checkpoint.family} cannot be converted, only {known}")
+        raise inner.error(
+            "model_type", f"{shown(said)} in a {checkpoint.family} cannot be converted; supported: {known}"
+        )
     values = {**(part.defaults or {}), **inner.values}
     values.pop("tie_word_embeddings", None)  # a head in the checkpoint is the head
     added = checkpoint.settings.inner("vision_config").values.get("deepstack_visual_indexes")
@@ -120,7 +122,9 @@ def _sources(checkpoint: Checkpoint) -> Mapping[str, str]:
         name = _name(source)
         if name in sources:
             both = f"{shown(sources[name])} and {shown(source)}"
-            raise ModelFileError(f"{checkpoint.settings.origin}: tensors {both} both stand for {shown(name)}; keep one")
+            raise ModelFileError(
+                f"{checkpoint.settings.origin}: tensors {both} both stand for {shown(name)}; remove one of them"
+            )
         sources[name] = source
     return sources
 

@@ -57,7 +57,7 @@ def vocabulary_of(architecture: str, files: SourceFiles, place: Path, rows: int)
 def _become_gemma4(words: Words) -> None:
     """Makes the vocabulary BPE with tokenizer.json's merges, which SentencePiece's scores would lose."""
     if not words.merges:
-        raise ModelFileError(f"{words.origin}: without merges; gemma4 needs those of {_LIBRARY_FILE}")
+        raise ModelFileError(f"{words.origin}: has no merges; gemma4 needs those of {_LIBRARY_FILE}")
     if words.flags["add_space_prefix"]:
         raise ModelFileError(f"{words.origin}: it puts a space before a text, which gemma4 does not")
     words.kind = _GEMMA4

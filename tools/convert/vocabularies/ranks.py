@@ -100,7 +100,7 @@ def _model_of(path: Path, count: int) -> str:
     known = {_LLAMA3_WORDS: "llama-bpe", _GLM4_WORDS: "chatglm-bpe", _KIMI_WORDS: "kimi-k2"}
     if count not in known:
         listed = f"Llama 3 has {_LLAMA3_WORDS}, GLM-4 {_GLM4_WORDS}, Kimi {_KIMI_WORDS}"
-        raise ModelFileError(f"{path}: {count} ranks; {listed}, others are not known")
+        raise ModelFileError(f"{path}: {count} ranks are not known; {listed}")
     return known[count]
 
 
@@ -121,7 +121,7 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
         raise ModelFileError(f"{path}: its {len(ranks)} ranks are not the numbers from 0 on, each once")
     if max(map(len, ranks)) > _MOST_BYTES:
-        raise ModelFileError(f"{path}: a word of {max(map(len, ranks))} bytes, {_MOST_BYTES} at most")
+        raise ModelFileError(f"{path}: a word has {max(map(len, ranks))} bytes; the limit is {_MOST_BYTES}")
     if sum(len(word) ** 2 for word in ranks) > _MOST_PAIRS:
         raise ModelFileError(f"{path}: its {len(ranks)} words are too long to find their merges")
     if any(bytes([byte]) not in ranks for byte in range(256)):
@@ -172,7 +172,9 @@ def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
     for entry in _objects(listed, path, "special_tokens"):
         rank, text = entry.get("rank"), entry.get("token_str")
         if type(rank) is not int or not 0 <= rank < count or not isinstance(text, str):
-            raise ModelFileError(f"{path}: the special token {shown(str(text))} has the rank {rank} of {count}")
+            raise ModelFileError(
+                f"{path}: the special token {shown(str(text))} has rank {rank}, but there are {count} ranks"
+            )
         texts[rank] = text
     return texts
 
@@ -183,7 +185,7 @@ def _ranks(said: dict[str, Any], path: Path, count: int) -> dict[bytes, int]:
     for entry in _objects(said.get("vocab"), path, "vocab"):
         rank, word = entry.get("rank"), entry.get("token_bytes")
         if type(rank) is not int or not isinstance(word, str):
-            raise ModelFileError(f"{path}: a word without rank or bytes")
+            raise ModelFileError(f"{path}: a word has no rank or no bytes")
         if rank >= count:
             continue
         try:
@@ -191,7 +193,7 @@ def _ranks(said: dict[str, Any], path: Path, count: int) -> dict[bytes, int]:
         except (binascii.Error, ValueError):
             raise ModelFileError(f"{path}: the word of rank {rank} is not base64") from None
     if len(ranks) != count:
-        raise ModelFileError(f"{path}: {len(ranks)} words, {count} expected")
+        raise ModelFileError(f"{path}: expected {count} words, found {len(ranks)}")
     check_ranks(path, ranks)
     return ranks
 
@@ -210,5 +212,5 @@ def _pre_tokenizer(path: Path, pattern: str) -> str:
 
 def _objects(value: Any, path: Path, name: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise ModelFileError(f"{path}: {name} is no list of objects")
+        raise ModelFileError(f"{path}: {name} is not a list of objects")
     return value

@@ -48,7 +48,7 @@ def read_words(
 def _find(folder: Path, names: Sequence[str]) -> Path:
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
-        raise ModelFileError(f"{folder}: no tokenizer ({', '.join(names)}); name one with --tokenizer")
+        raise ModelFileError(f"{folder}: has no tokenizer ({', '.join(names)}); name one with --tokenizer")
     return found
 
 
@@ -58,7 +58,7 @@ def _read(file: SourceFile) -> Words:
     if file.path.suffix == ".json":
         return read_tokenizer_json(file.path)
     if file.size_bytes > _MAX_BYTES:
-        raise file.error(f"{file.size_bytes >> 20} MiB for a tokenizer, at most {_MAX_BYTES >> 20} are read")
+        raise file.error(f"the tokenizer has {file.size_bytes >> 20} MiB; the limit is {_MAX_BYTES >> 20} MiB")
     data = file.read(0, file.size_bytes)
     if file.path.suffix == ".bin":
         return read_llama2c_words(file.path, data)
@@ -127,7 +127,7 @@ def _template(folder: Path, said: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         if path.stat().st_size > _MAX_TEMPLATE_BYTES:
-            raise ModelFileError(f"{path}: {path.stat().st_size >> 20} MiB of template")
+            raise ModelFileError(f"{path}: the template has {path.stat().st_size >> 20} MiB, which is too large")
         try:
             return decode_text(path.read_bytes())
         except OSError as error:

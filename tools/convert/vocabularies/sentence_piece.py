@@ -30,9 +30,11 @@ def read_sentence_piece(path: Path, data: bytes) -> Words:
     try:
         model.ParseFromString(data)
     except DecodeError:
-        raise ModelFileError(f"{path}: neither SentencePiece's nor a list of ranks: it may be cut short") from None
+        raise ModelFileError(
+            f"{path}: this is neither a SentencePiece model nor a list of ranks: it may be cut short"
+        ) from None
     if not model.pieces:
-        raise ModelFileError(f"{path}: a SentencePiece model without pieces")
+        raise ModelFileError(f"{path}: the SentencePiece model has no pieces")
     words = Words(
         kind=_kind(path, model),
         pre="default",
@@ -55,7 +57,7 @@ def _kind(path: Path, model: Any) -> str:
     found = kinds.get(model.trainer_spec.model_type)
     if found is None:
         name = _PROTO.TrainerSpec.ModelType.Name(model.trainer_spec.model_type)
-        raise ModelFileError(f"{path}: a SentencePiece model of kind {name}; only BPE and UNIGRAM are supported")
+        raise ModelFileError(f"{path}: a SentencePiece model of kind {name} is not supported; supported: BPE, UNIGRAM")
     if found == "t5" and (
         model.trainer_spec.treat_whitespace_as_suffix or not model.normalizer_spec.escape_whitespaces
     ):
@@ -106,7 +108,9 @@ def _word(path: Path, number: int, data: bytes) -> tuple[str, TokenType]:
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        raise ModelFileError(f"{path}: word {number} is not UTF-8: not a tokenizer.bin of llama2.c") from None
+        raise ModelFileError(
+            f"{path}: word {number} is not UTF-8, so this is not a tokenizer.bin of llama2.c"
+        ) from None
     byte = number - len(_FIRST)
     if _BYTE.fullmatch(text) or (byte < 256 and text == chr(byte)):
         return f"<0x{byte:02X}>" if len(text) == 1 else text, TokenType.BYTE
@@ -114,4 +118,4 @@ def _word(path: Path, number: int, data: bytes) -> tuple[str, TokenType]:
 
 
 def _cut_short(path: Path, count: int) -> ModelFileError:
-    return ModelFileError(f"{path}: ends in word {count}: cut short, or no tokenizer.bin of llama2.c")
+    return ModelFileError(f"{path}: ends in word {count}: cut short, or not a tokenizer.bin of llama2.c")

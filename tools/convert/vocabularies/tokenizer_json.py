@@ -51,12 +51,14 @@ def _texts(model: dict[str, Any], path: Path) -> list[str]:
     """Returns words by id. Ids without a word belong to added tokens and get placeholders."""
     if model.get("type", "BPE") != "BPE":
         raise ModelFileError(
-            f"{path}: a tokenizer of kind {shown(str(model.get('type')))}; only BPE and Unigram are supported"
+            f"{path}: a tokenizer of kind {shown(str(model.get('type')))} is not supported; supported: BPE, Unigram"
         )
     vocabulary = _object(model.get("vocab"), path, "vocab")
     ids = list(vocabulary.values())
     if not ids or not all(type(token_id) is int and 0 <= token_id < MAX_WORDS for token_id in ids):
-        raise ModelFileError(f"{path}: its vocabulary is empty, or has ids that are no whole numbers below {MAX_WORDS}")
+        raise ModelFileError(
+            f"{path}: its vocabulary is empty, or has ids that are not whole numbers below {MAX_WORDS}"
+        )
     if len(set(ids)) != len(ids):
         raise ModelFileError(f"{path}: two words of its vocabulary have the same id")
     texts = [f"[PAD{number}]" for number in range(max(ids) + 1)]
@@ -157,7 +159,7 @@ def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]]
 def _add(words: Words, entry: dict[str, Any]) -> None:
     token_id, text = entry.get("id"), entry.get("content")
     if type(token_id) is not int or not isinstance(text, str):
-        raise ModelFileError(f"{words.origin}: an added token without id or content")
+        raise ModelFileError(f"{words.origin}: an added token has no id or no content")
     words.add(token_id, text, entry.get("special") is True)
 
 
@@ -195,7 +197,7 @@ def _parts(said: Any, inner: str) -> list[dict[str, Any]]:
 
 def _list(value: Any, path: Path, name: str) -> list[Any]:
     if not isinstance(value, list | None):
-        raise ModelFileError(f"{path}: {name} is no list")
+        raise ModelFileError(f"{path}: {name} is not a list")
     return value or []
 
 
@@ -213,7 +215,7 @@ def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
     spaces = next((cutter for cutter in cutters if cutter.get("type") == "Metaspace"), {"prepend_scheme": "never"})
     entries = model.get("vocab")
     if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
-        raise ModelFileError(f"{path}: vocab is no list of words with their scores")
+        raise ModelFileError(f"{path}: vocab is not a list of words with their scores")
     texts = [entry[0] for entry in entries]
     in_bytes = model.get("byte_fallback") is True
     types = [TokenType.BYTE if in_bytes and text in _BYTES else TokenType.NORMAL for text in texts]
@@ -228,7 +230,7 @@ def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
     )
     unknown = model.get("unk_id")
     if type(unknown) is not int or not 0 <= unknown < len(texts):
-        raise ModelFileError(f"{path}: no piece for unknown text")
+        raise ModelFileError(f"{path}: the piece for unknown text is missing")
     words.ids["unknown"] = unknown
     types[unknown] = TokenType.UNKNOWN
     scheme = spaces.get("prepend_scheme", "always" if spaces.get("add_prefix_space", True) else "never")
@@ -246,7 +248,7 @@ def _check_alike(words: Words, library: tokenizers.Tokenizer) -> None:
     own = load_tokenizer(words.metadata())
     for text in _TEXTS:
         if own.encode(text, add_special=False) != library.encode(text, add_special_tokens=False).ids:
-            raise ModelFileError(f"{words.origin}: it cuts {shown(text[:40])} otherwise than SentencePiece would")
+            raise ModelFileError(f"{words.origin}: it splits {shown(text[:40])} unlike SentencePiece")
 
 
 def _is_entry(entry: Any) -> bool:

@@ -63,10 +63,10 @@ class Words:
         count = len(self.texts)
         if count > rows:
             more = f"{count} words, the embedding has {rows} rows"
-            raise ModelFileError(f"{self.origin}: {more}: take the tokenizer of this very model")
+            raise ModelFileError(f"{self.origin}: {more}: take the tokenizer of the same model")
         if rows - count > max(_FREE_ROWS, rows * _FREE_SHARE):
             fewer = f"only {count} words, the embedding has {rows} rows"
-            raise ModelFileError(f"{self.origin}: {fewer}: take the tokenizer of this very model")
+            raise ModelFileError(f"{self.origin}: {fewer}: take the tokenizer of the same model")
         for number in range(count, rows):
             self._append(f"[PAD{number}]", TokenType.UNUSED, _PADDING_SCORE)
         self.ids = {name: token_id for name, token_id in self.ids.items() if 0 <= token_id < rows}
@@ -79,7 +79,7 @@ class Words:
         if not left:
             return ()
         named = ", ".join(left[:_MOST_NAMED]) + (", ..." if len(left) > _MOST_NAMED else "")
-        return (f"GGUF has keys for 3 tokens that end an answer, none for {named}: give requests these as `stop`",)
+        return (f"GGUF has keys for only 3 tokens that end an answer; give requests {named} as `stop`",)
 
     def _ends_by_text(self, token_id: int) -> bool:
         return self.texts[token_id] in END_OF_GENERATION_TEXTS
@@ -116,7 +116,7 @@ class Words:
         first: dict[str, int] = {}
         for token_id, text in enumerate(self.texts):
             if first.setdefault(text, token_id) != token_id:
-                again = f"{shown(text)} is there twice, as {first[text]} and as {token_id}"
+                again = f"{shown(text)} occurs twice, as {first[text]} and as {token_id}"
                 raise ModelFileError(f"{self.origin}: {again}")
 
 

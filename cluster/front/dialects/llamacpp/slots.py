@@ -55,7 +55,7 @@ class SlotActions:
             await read_bytes(request, self._settings)
             return JsonResponse({"id_slot": slot, "n_erased": self._service.slots.erase(slot)})
         if action not in ("save", "restore"):
-            raise ParameterError("action", f"must be save, restore or erase, is {str(action)[:60]!r}")
+            raise ParameterError("action", f"must be save, restore or erase, not {str(action)[:60]!r}")
         body = await read_body(request, SlotBody, self._settings)
         try:
             counts = await (self._save if action == "save" else self._restore)(request, slot, body.filename)
@@ -129,9 +129,9 @@ class SlotFolder:
         path = self._path(name)
         if os.path.lexists(path):
             if not _is_slot_file(path):
-                raise ParameterError("filename", f"{name!r} is there and cannot be replaced: it is no slot file")
+                raise ParameterError("filename", f"{name!r} cannot be replaced: it is not a slot file")
         elif (files := sum(1 for _ in self._folder.iterdir())) >= _MOST_FILES:
-            raise ParameterError("filename", f"there are {files} files, at most {_MOST_FILES} are kept; delete some")
+            raise ParameterError("filename", f"there are {files} files; the limit is {_MOST_FILES}; delete some")
         data = _encode(tokens, model_id)
         regular_file.write_bytes(path, data)
         return len(data)
@@ -141,7 +141,7 @@ class SlotFolder:
         name is usable with this model."""
         path = self._path(name)
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise ParameterError("filename", f"{name!r} cannot be restored: it is no regular file")
+            raise ParameterError("filename", f"{name!r} cannot be restored: it is not a regular file")
         try:
             data = regular_file.read_bytes(path, _MOST_BYTES, follows_links=False)
             return _decode(data, model_id), len(data)
@@ -196,5 +196,5 @@ def _decode(data: bytes, model_id: str) -> SlotTokens:
     try:
         adapters = tuple((int(number), float(scale)) for number, scale in fields["adapters"])
     except TypeError:
-        raise ValueError("its adapters are no pairs of numbers") from None
+        raise ValueError("its adapters are not pairs of numbers") from None
     return SlotTokens(tokens, str(fields["cache_salt"]), adapters)

@@ -100,7 +100,7 @@ class CreatedResponses:
         after = request.query_params.get("after")
         place = next((place for place, item in enumerate(items) if item["id"] == after), -1)
         if after is not None and place < 0:
-            raise HttpError(400, "bad_item_id", f"after: {after[:60]!r} is no item of this response", param="after")
+            raise HttpError(400, "bad_item_id", f"after: {after[:60]!r} is not an item of this response", param="after")
         most = _number(request, "limit", _LISTED)
         if not 1 <= most <= _MOST_LISTED:
             raise HttpError(400, "bad_limit", f"limit: {most} is not within 1..{_MOST_LISTED}", param="limit")
@@ -137,7 +137,9 @@ class CreatedResponses:
 
 
 def _not_found(request: Request) -> HttpError:
-    return HttpError(404, "response_not_found", f"no response {request.path_params['id'][:60]!r} is stored here")
+    return HttpError(
+        404, "response_not_found", f"no response {request.path_params['id'][:60]!r} is stored on this server"
+    )
 
 
 def _unended(kept: KeptReply, response_id: str) -> dict[str, Any]:

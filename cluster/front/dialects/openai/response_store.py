@@ -60,7 +60,7 @@ class ResponseStore:
         """Returns the complete response that a request continues. Raises HttpError if there is none."""
         stored = self.get(owner, response_id)
         if stored is None or stored.response["status"] not in ("completed", "incomplete"):
-            why = "is not stored here" if stored is None else f"is {stored.response['status']}"
+            why = "is not stored on this server" if stored is None else f"is {stored.response['status']}"
             message = f"previous_response_id: response {response_id[:60]!r} {why}"
             raise HttpError(400, "previous_response_not_found", message, param="previous_response_id")
         return stored
@@ -73,10 +73,12 @@ class ResponseStore:
             return items
         named = self._named(owner, references)
         if missing := next((item_id for item_id in references if item_id not in named), None):
-            raise HttpError(400, "item_not_found", f"input: item {missing[:60]!r} is not stored here", param="input")
+            raise HttpError(
+                400, "item_not_found", f"input: item {missing[:60]!r} is not stored on this server", param="input"
+            )
         size = sum(json_size(named[item_id]) * count for item_id, count in references.items())
         if size > most_bytes:
-            reason = f"its item references stand for {size} bytes, at most {most_bytes} are taken"
+            reason = f"its item references stand for {size} bytes; the limit is {most_bytes}"
             raise ParameterError("input", f"{reason}; follow a response with previous_response_id instead")
         return [named[item["id"]] if item["type"] == REFERENCE else item for item in items]
 

@@ -38,7 +38,7 @@ def test_a_worker_that_fails_twice_is_left_out_and_tried_again_after_growing_pau
     [
         (fault_of("b", "worker b is lost"), True),
         (fault_of("b"), False),
-        (fault_of("b", "a result of 9 bytes", ProtocolError), False),
+        (fault_of("b", "a result has 9 bytes", ProtocolError), False),
     ],
     ids=["a loss", "a failed step", "a broken protocol"],
 )

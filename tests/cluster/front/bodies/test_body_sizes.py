@@ -134,7 +134,7 @@ def test_schemas_in_texts_are_counted_before_they_are_read(
     fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llamaclust.cluster.front.structured_output.json.loads", _never)
-    with pytest.raises(ParameterError, match=r"\d+ (JSON values|characters), at most \d+ are taken"):
+    with pytest.raises(ParameterError, match=r"\d+ (JSON values|characters); the limit is \d+"):
         GrammarFields(**fields).answer_grammar()
 
 

@@ -219,7 +219,7 @@ async def test_references_stand_for_no_more_than_a_body_has(path: str) -> None:
         (asked,) = (await http.get(f"{PATH}/{first['id']}/input_items")).json()["data"]
         references = [{"id": asked["id"]}] * 4
         reply = await http.post(path, json={"model": MODEL, "input": references})
-    assert reply.status_code == 400 and "at most 500 are taken" in reply.text
+    assert reply.status_code == 400 and "the limit is 500" in reply.text
     assert len(engine.submitted) == 1
 
 

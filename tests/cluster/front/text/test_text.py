@@ -281,7 +281,7 @@ async def test_refusals_come_before_anything_runs() -> None:
         ({"top_logprobs": 129}, "top_logprobs: must be"),
         ({"stop": ("",)}, "stop: a stop string must not be empty"),
         ({"stop": ("x" * 1_000_000,)}, "stop: a stop string of 1000000 characters, at most 4096"),
-        ({"stop": ("x",) * 17}, "stop: 17 stop strings, at most 16"),
+        ({"stop": ("x",) * 17}, "stop: 17 stop strings exceed the limit of 16"),
         ({"stop_token_ids": frozenset({999})}, "stop_token_ids: token id 999"),
         ({"stop_token_ids": frozenset({9}), "ignore_eos": True}, "stop_token_ids: cannot be used together"),
         ({"params": SamplingParams(temperature=math.nan)}, "temperature: must be a number within 0..100, is nan"),

@@ -38,7 +38,7 @@ def refusal(folder: Path, architecture: str, **keys: Any) -> str:
 def test_settings_are_named_and_may_be_left_out(keys: dict[str, Any], named: str, tmp_path: Path) -> None:
     text = refusal(tmp_path, "qwen3moe", **keys)
     assert text.startswith("plan: the group of a, b: ") and named in text and "\n" not in text
-    assert text.endswith(f"; leave it out, or {ELSE}")
+    assert text.endswith(f"; remove {named.split()[0]}, or {ELSE}")
 
 
 @pytest.mark.parametrize("architecture", ["lfm2", "qwen3next", "granitehybrid"])
@@ -54,9 +54,9 @@ def test_layers_with_states_are_named(architecture: str, tmp_path: Path) -> None
         (
             "qwen3",
             {"workers": [{"name": name, "kv_disk": "1GiB"} for name in "ab"]},
-            "kv_disk is set, and groups do not",
+            "kv_disk is set, but groups do not",
         ),
-        ("qwen3", {"speculative": {"mtp": True}}, "speculative.mtp is set, and the MTP head is not divided yet"),
+        ("qwen3", {"speculative": {"mtp": True}}, "speculative.mtp is set, but the MTP head is not divided yet"),
         ("lfm2", {}, "layers of this model have states, which groups do not divide yet"),
         ("qwen3", {}, ""),
         ("qwen3", {"groups": 2}, ""),

@@ -76,7 +76,7 @@ def _check_scale(page: Page) -> None:
     whole = page.layers == _LAYERS_27B[page.architecture]
     wanted = page.width // page.heads if whole else page.head_width
     if settings.has(name) and settings.real(name) != wanted:
-        raise settings.error(name, f"{settings.shown(name)}, {wanted} expected of {page.layers} layers")
+        raise settings.error(name, f"expected {wanted} for {page.layers} layers, found {settings.shown(name)}")
 
 
 def _norms(page: Page, place: str, source: str) -> None:

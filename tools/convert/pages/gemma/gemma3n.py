@@ -53,7 +53,7 @@ def _widths(page: Page) -> list[int]:
     if not isinstance(listed, list):
         return [page.settings.count("intermediate_size")] * page.layers
     if len(listed) != page.layers or not all(type(width) is int and 0 < width <= MAX_WIDTH for width in listed):
-        raise page.settings.error("intermediate_size", f"{len(listed)} entries, {page.layers} widths expected")
+        raise page.settings.error("intermediate_size", f"expected {page.layers} widths, found {len(listed)} entries")
     return listed
 
 
@@ -72,7 +72,7 @@ def _keys(page: Page, widths: list[int], copies: int, inputs: int) -> int:
     shared = settings.count("num_kv_shared_layers", default=15, minimum=0, maximum=page.layers - 1)
     own = page.layers - shared
     if {*windowed[own:]} - {*windowed[:own]}:
-        raise settings.error("num_kv_shared_layers", f"{shared}, with no layer of their kind before all of these")
+        raise settings.error("num_kv_shared_layers", f"{shared} layers have no layer of their kind before them")
     page.key("attention.shared_kv_layers", shared)
     page.key("attention.sliding_window", settings.count("sliding_window", default=512, maximum=MAX_CONTEXT))
     page.key("attention.sliding_window_pattern", np.array(windowed, np.bool_))
@@ -92,9 +92,9 @@ def _sparsity(page: Page) -> list[float]:
     if shares is None:
         shares = [_SPARSITY] * sparse + [0.0] * (page.layers - sparse)
     if not isinstance(shares, list) or len(shares) != page.layers:
-        raise page.settings.error(name, f"a share for each of {page.layers} layers expected")
+        raise page.settings.error(name, f"expected a share for each of {page.layers} layers")
     if not all(isinstance(share, int | float) and 0 <= share < 1 for share in shares):
-        raise page.settings.error(name, "holds what is no share from 0 to below 1")
+        raise page.settings.error(name, "expected shares from 0 to below 1")
     return [NormalDist().inv_cdf(share) if share else -math.inf for share in shares]
 
 

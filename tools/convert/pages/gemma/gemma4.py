@@ -72,12 +72,12 @@ def _read_form(page: Page) -> _Form:
     settings = page.settings
     decoder.activation(page, decoder.GELU[:1], "hidden_activation")
     if settings.has("use_bidirectional_attention") and settings.text("use_bidirectional_attention") != "vision":
-        raise settings.error("use_bidirectional_attention", "only null and vision, which leaves text as it is")
+        raise settings.error("use_bidirectional_attention", "only null and vision are supported")
     windowed = decoder.windowed_layers(page, _PERIOD)
     shared = settings.count("num_kv_shared_layers", default=0, minimum=0, maximum=page.layers - 1)
     own = page.layers - shared
     if {*windowed[own:]} - {*windowed[:own]}:
-        raise settings.error("num_kv_shared_layers", f"{shared}, with no layer of their kind before all of these")
+        raise settings.error("num_kv_shared_layers", f"{shared} layers have no layer of their kind before them")
     alike = settings.flag("attention_k_eq_v")
     inputs = settings.count("hidden_size_per_layer_input", default=256, minimum=0, maximum=_MAX_INPUT)
     part, full = _heads(page, windowed, alike)
@@ -98,7 +98,7 @@ def _heads(page: Page, windowed: list[bool], alike: bool) -> tuple[_Heads, _Head
         if each != [part if has_window else full for has_window in windowed]:
             raise settings.error("per_layer_config", "layers of one kind differ in their heads")
     if page.heads % full.kv_heads:
-        raise settings.error("num_global_key_value_heads", f"{full.kv_heads}, which does not divide {page.heads} heads")
+        raise settings.error("num_global_key_value_heads", f"{full.kv_heads} does not divide {page.heads} heads")
     return part, full
 
 
@@ -142,12 +142,14 @@ def _rotation(page: Page, form: _Form) -> None:
     usual = 1.0 if settings.inner("rope_parameters").has("full_attention") else _SHARE
     kind = said.text("rope_type", default="proportional")
     if kind not in ("proportional", "default") or said.real("factor", default=1.0) != 1:
-        raise said.error("rope_type", f"{shown(kind)}, only a proportional rotation that is not stretched is supported")
+        raise said.error(
+            "rope_type", f"{shown(kind)} is not supported; supported is a proportional rotation that is not stretched"
+        )
     if settings.inner("rope_parameters").inner("sliding_attention").real("partial_rotary_factor", default=1.0) != 1:
         raise settings.error("rope_parameters", "layers with a window that rotate a part of a head are not supported")
     share = said.real("partial_rotary_factor", default=usual, maximum=1.0)
     if kind == "default" and share != 1:
-        raise said.error("partial_rotary_factor", f"{share:g} of a rotation that is not proportional")
+        raise said.error("partial_rotary_factor", f"{share:g} is not supported for a rotation that is not proportional")
     page.key("rope.freq_base", said.real("rope_theta", default=_BASE, minimum=1.0))
     page.key("rope.freq_base_swa", local_base(settings))
     page.key("rope.dimension_count", form.full.width)
@@ -212,6 +214,8 @@ def _experts(page: Page, layer: int, count: int) -> None:
 def _inputs(page: Page, form: _Form) -> None:
     words, width = page.settings.count("vocab_size_per_layer_input", default=page.words), page.layers * form.inputs
     if words != page.words:
-        raise page.settings.error("vocab_size_per_layer_input", f"{words}, the vocabulary has {page.words}")
+        raise page.settings.error(
+            "vocab_size_per_layer_input", f"expected {page.words} as in the vocabulary, found {words}"
+        )
     page.copy("per_layer_token_embd", "model.embed_tokens_per_layer", page.words, width)
     projected_inputs(page, form.inputs)

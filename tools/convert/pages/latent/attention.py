@@ -30,14 +30,17 @@ def read_latent(page: Page) -> Latent:
     if settings.flag("attention_bias"):
         raise settings.error("attention_bias", f"true is not what {page.architecture} computes")
     if not settings.flag("rope_interleave", default=True):
-        raise settings.error("rope_interleave", "false is not supported, only a rotation of neighbouring channels")
+        raise settings.error(
+            "rope_interleave", "false is not supported; supported is a rotation of neighbouring channels"
+        )
     if page.kv_heads != page.heads:
         raise settings.error(
-            "num_key_value_heads", f"{page.kv_heads} for {page.heads} heads: latent attention has none"
+            "num_key_value_heads",
+            f"expected {page.heads} as for queries, found {page.kv_heads}: latent attention has no groups",
         )
     rotated = settings.count("qk_rope_head_dim", maximum=_MAX_HEAD)
     if rotated % 2:
-        raise settings.error("qk_rope_head_dim", f"{rotated}, an even number of channels expected")
+        raise settings.error("qk_rope_head_dim", f"expected an even number of channels, found {rotated}")
     return Latent(
         rank=settings.count("kv_lora_rank", maximum=_MAX_HEAD),
         rotated=rotated,

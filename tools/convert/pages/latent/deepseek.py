@@ -90,7 +90,7 @@ def _expert_keys(page: Page, mixture: _Mixture) -> None:
     settings = page.settings
     function = settings.text("scoring_func", default=mixture.name)
     if function != mixture.name:
-        raise settings.error("scoring_func", f"{shown(function)}, {mixture.name} expected")
+        raise settings.error("scoring_func", f"expected {mixture.name}, found {shown(function)}")
     count, width, shared = _sizes(page)
     used = settings.count("num_experts_per_tok", maximum=count)
     experts.expert_keys(page, count, used, width)

@@ -55,7 +55,9 @@ def _keys(page: Page, kinds: list[str], mamba: Mamba | None, width: int) -> None
     rotation(page, page.head_width)
     positions = settings.text("position_embedding_type", default="nope")
     if positions not in _POSITIONS:
-        raise settings.error("position_embedding_type", f"{shown(positions)}; only {', '.join(_POSITIONS)} are known")
+        raise settings.error(
+            "position_embedding_type", f"{shown(positions)} is not known; known: {', '.join(_POSITIONS)}"
+        )
     page.key("rope.scaling.finetuned", positions == "rope")
     if mamba is not None:
         mamba_keys(page, mamba)

@@ -58,9 +58,9 @@ def _net(page: Page) -> Settings:
         names["short_conv_kernel_size"] = "linear_conv_kernel_dim"
         said = Settings({name: settings.values.get(other) for name, other in names.items()}, settings.origin)
     if said.count("num_heads") != page.heads:
-        raise said.error("num_heads", f"{said.shown('num_heads')}, attention has {page.heads}: not supported")
+        raise said.error("num_heads", f"expected {page.heads} as in attention, found {said.shown('num_heads')}")
     if said.count("head_dim", maximum=MAX_KEY_CHANNELS) % VALUE_CHANNELS:
-        raise said.error("head_dim", f"{said.shown('head_dim')}, a multiple of {VALUE_CHANNELS} expected")
+        raise said.error("head_dim", f"expected a multiple of {VALUE_CHANNELS}, found {said.shown('head_dim')}")
     said.count("short_conv_kernel_size", minimum=2, maximum=MAX_TAPS)
     return said
 
@@ -74,7 +74,7 @@ def _attends(page: Page) -> list[bool]:
         return [layer + 1 in attends for layer in range(page.layers)]
     kinds = settings.values.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != page.layers or not all(kind in _KINDS for kind in kinds):
-        raise settings.error("layer_types", f"{page.layers} of {', '.join(_KINDS)} expected")
+        raise settings.error("layer_types", f"expected {page.layers} of {', '.join(_KINDS)}")
     return [kind == _KINDS[1] for kind in kinds]
 
 
@@ -86,7 +86,7 @@ def _keys(page: Page, latent: Latent, attends: list[bool], dense: int) -> None:
     page.key("leading_dense_block_count", dense)
     function = settings.text("moe_router_activation_func", default="sigmoid")
     if function != "sigmoid":
-        raise settings.error("moe_router_activation_func", f"{shown(function)}, sigmoid expected")
+        raise settings.error("moe_router_activation_func", f"expected sigmoid, found {shown(function)}")
     count, width, shared = _sizes(page)
     used = settings.count("num_experts_per_token", "num_experts_per_tok", maximum=count)
     experts.expert_keys(page, count, used, width)

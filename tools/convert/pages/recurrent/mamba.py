@@ -55,7 +55,9 @@ def read_mamba(page: Page, inner: int | None) -> Mamba:
     if settings.values.get("mamba_d_head") != "auto":
         width = settings.count("mamba_d_head", "mamba_head_dim", default=width)
     if width is None or (inner is not None and heads * width != inner):
-        raise settings.error("mamba_d_head", f"{heads} heads of {width} channels are not the {inner} of the block")
+        raise settings.error(
+            "mamba_d_head", f"{heads} heads of {width} channels differ from the {inner} channels of the block"
+        )
     groups = settings.count("mamba_n_groups", "n_groups", default=1, maximum=heads)
     state_size = settings.count("mamba_d_state", "ssm_state_size", maximum=_MAX_STATE_SIZE)
     taps = settings.count("mamba_d_conv", "conv_kernel", default=4, minimum=2, maximum=MAX_TAPS)
@@ -98,4 +100,6 @@ def _check_time_steps(page: Page) -> None:
     for name in ("time_step_limit", "mamba_dt_limit"):
         said = page.settings.values.get(name)
         if said is not None and said not in _ALL_STEPS:
-            raise page.settings.error(name, f"{page.settings.shown(name)}: time steps of 0 to infinity are computed")
+            raise page.settings.error(
+                name, f"{page.settings.shown(name)} is not supported: time steps are 0 to infinity"
+            )

@@ -133,7 +133,7 @@ async def test_links_are_not_followed(tmp_path: Path) -> None:
         assert "cannot be restored" in await error(http, RESTORE, {"filename": "folder"})
         before = outside.read_bytes()
         for name in ("link", "pipe"):
-            assert f"{name!r} is there and cannot be replaced" in await error(http, SAVE, {"filename": name})
+            assert f"{name!r} cannot be replaced" in await error(http, SAVE, {"filename": name})
     assert outside.read_bytes() == before and (folder / "link").is_symlink() and (folder / "pipe").is_fifo()
 
 
@@ -148,7 +148,7 @@ async def test_only_slot_files_are_replaced(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-1])
         assert (await saved(http))["n_written"] == first["n_written"] == path.stat().st_size
         for name in (*others, "folder"):
-            assert f"{name!r} is there and cannot be replaced" in await error(http, SAVE, {"filename": name})
+            assert f"{name!r} cannot be replaced" in await error(http, SAVE, {"filename": name})
     assert {name: (tmp_path / name).read_bytes() for name in others} == others
     assert _names(tmp_path) == sorted((*others, "folder", "a.bin"))
 
@@ -206,7 +206,7 @@ async def test_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(slots, "_MOST_FILES", 1)
     async with serving(tmp_path) as http:
         await saved(http)
-        assert "at most 1" in await error(http, SAVE, {"filename": "b"})
+        assert "the limit is 1" in await error(http, SAVE, {"filename": "b"})
         await saved(http)  # replaces it
         monkeypatch.setattr(slots, "_MOST_BYTES", 100)
         assert "larger than" in await error(http, RESTORE, {"filename": "a.bin"})

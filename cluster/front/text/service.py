@@ -298,9 +298,10 @@ class TextService:
         """Returns the number of tokens in the prompt of a chat."""
         with self._counted():
             request = await self.chat_prompt(chat)
-            if isinstance(request.prompt, PromptImages):
-                return len(await self._seeing().lay_out(request.prompt, self._check_image_prompt))
-            return len(await self._prompt_ids(request.prompt, request))
+            if not isinstance(request.prompt, PromptImages):
+                return len(await self._prompt_ids(request.prompt, request))
+            assert self.vision is not None, "bodies with images are refused"
+            return len(await self.vision.lay_out(request.prompt, self._check_image_prompt))
 
     async def chat_text(self, chat: ChatRequest) -> str:
         return await self._format_of(chat).text(chat)
@@ -325,18 +326,15 @@ class TextService:
         """Returns the token ids of a prompt, and the rows of its images."""
         if not isinstance(request.prompt, PromptImages):
             return await self._prompt_ids(request.prompt, request), ()
+        assert self.vision is not None, "bodies with images are refused"
         self._check_image_prompt(request.prompt.least_tokens)
-        return await self._seeing().image_prompt(request.prompt, self._check_image_prompt)
+        return await self.vision.image_prompt(request.prompt, self._check_image_prompt)
 
     async def _prompt_ids(self, prompt: str | tuple[int, ...], request: CompletionRequest) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return prompt
         self._check_characters(len(prompt))
         return tuple(await self.tokenize(prompt, request.add_special, request.parse_special))
-
-    def _seeing(self) -> Vision:
-        assert self.vision is not None, "bodies with images are refused"
-        return self.vision
 
     def _check_image_prompt(self, tokens: int) -> None:
         """Raises an error for a prompt with images that has at least `tokens` tokens, if these are too many."""

@@ -61,7 +61,7 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class _Tiles:
     layout: Layout
     tiles: tuple[Tile, ...]
 
@@ -93,7 +93,7 @@ class Vision:
         self._settings: Mapping[str, ImageSettings] = {"auto": usual, "high": usual, "low": low_detail(usual)}
         self._preparations = {each: ImagePreparation(each) for each in {*self._settings.values()}}
         self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
-        self._preparing: SharedComputations[_Prepared] = SharedComputations()
+        self._preparing: SharedComputations[_Tiles] = SharedComputations()
         self._encoding: SharedComputations[Rows] = SharedComputations()
         self._rows = ImageRows(limits)
 
@@ -127,12 +127,12 @@ class Vision:
         known, row_bytes = prompt.least_tokens, 0
         for piece in prompt.pieces:
             if isinstance(piece, ImageSource):
-                layout, digest, prepared = await self._start(piece)
+                layout, digest, tiles = await self._start(piece)
                 known += layout.tokens - 1
                 check(known)
                 row_bytes += self._bytes_of(layout)
                 self._rows.check(row_bytes)
-                rows = await self._rows_of(digest, piece, prepared)
+                rows = await self._rows_of(digest, piece, tiles)
                 spans += self._spans(len(ids), _Encoded(digest, layout, rows))
                 ids += layout.ids
             else:
@@ -142,31 +142,31 @@ class Vision:
     async def _layout(self, source: ImageSource) -> Layout:
         digest = await self._digest(source)
         layout = self._layouts.get(digest)
-        return layout or (await self._prepared(digest, source)).layout
+        return layout or (await self._tiles_of(digest, source)).layout
 
-    async def _start(self, source: ImageSource) -> tuple[Layout, bytes, _Prepared | None]:
+    async def _start(self, source: ImageSource) -> tuple[Layout, bytes, _Tiles | None]:
         """Returns an image's layout and digest, and its tiles if its rows are not known and nobody computes them."""
         digest = await self._digest(source)
         layout = self._layouts.get(digest)
         if layout is not None and (self._rows.get(digest) is not None or digest in self._encoding):
             return layout, digest, None
-        prepared = await self._prepared(digest, source)
-        return prepared.layout, digest, prepared
+        tiles = await self._tiles_of(digest, source)
+        return tiles.layout, digest, tiles
 
     async def _digest(self, source: ImageSource) -> bytes:
         settings = self._settings[source.detail]
         return await run_on(TOKENIZING, settings.digest, source.data, self._projector.identity)
 
-    async def _prepared(self, digest: bytes, source: ImageSource) -> _Prepared:
+    async def _tiles_of(self, digest: bytes, source: ImageSource) -> _Tiles:
         return await self._preparing.get(digest, partial(self._prepare, digest, source))
 
-    async def _prepare(self, digest: bytes, source: ImageSource) -> _Prepared:
-        tiles = await self._preparations[self._settings[source.detail]].prepare_async(source.data)
-        layout = await run_on(TOKENIZING, self._layout_of, tiles)
+    async def _prepare(self, digest: bytes, source: ImageSource) -> _Tiles:
+        image = await self._preparations[self._settings[source.detail]].prepare_async(source.data)
+        layout = await run_on(TOKENIZING, self._layout_of, image)
         self._layouts[digest] = layout
         while len(self._layouts) > _MAX_LAYOUTS:
             self._layouts.popitem(last=False)
-        return _Prepared(layout, tiles.tiles)
+        return _Tiles(layout, image.tiles)
 
     def _layout_of(self, image: ImageTiles) -> Layout:
         """Raises RequestError for a tile of a size that the encoder does not take."""
@@ -181,19 +181,19 @@ class Vision:
     def _bytes_of(self, layout: Layout) -> int:
         return layout.rows * self._projector.width * self._projector.levels * _FLOAT_BYTES
 
-    async def _rows_of(self, digest: bytes, source: ImageSource, prepared: _Prepared | None) -> Rows:
+    async def _rows_of(self, digest: bytes, source: ImageSource, tiles: _Tiles | None) -> Rows:
         rows = self._rows.get(digest)
         if rows is not None:
             return rows
-        return await self._encoding.get(digest, partial(self._compute, digest, source, prepared))
+        return await self._encoding.get(digest, partial(self._compute, digest, source, tiles))
 
-    async def _compute(self, digest: bytes, source: ImageSource, prepared: _Prepared | None) -> Rows:
+    async def _compute(self, digest: bytes, source: ImageSource, tiles: _Tiles | None) -> Rows:
         """Encodes an image. It is prepared again if the computation for which its caller waited was cancelled."""
-        if prepared is None:
-            prepared = await self._prepared(digest, source)
-        with self._rows.reserving(self._bytes_of(prepared.layout)):
-            parts = await self._encode(prepared.tiles)
-            for part, (lines, columns) in zip(parts, prepared.layout.grids, strict=True):
+        if tiles is None:
+            tiles = await self._tiles_of(digest, source)
+        with self._rows.reserving(self._bytes_of(tiles.layout)):
+            parts = await self._encode(tiles.tiles)
+            for part, (lines, columns) in zip(parts, tiles.layout.grids, strict=True):
                 if len(part) != lines * columns:
                     what = f"expected {lines * columns} rows of a tile from the encoder, found {len(part)}"
                     raise RequestFailedError(f"{what}; send the image again")

@@ -8,7 +8,6 @@ import stat
 import sys
 from collections.abc import Generator
 from contextlib import suppress
-from itertools import count, takewhile
 from pathlib import Path
 
 import pytest
@@ -16,16 +15,13 @@ import pytest
 from llamaclust import ChatSession, Client
 from llamaclust.cli.chat.chat import Chat, ChatSettings
 from llamaclust.cli.chat.entries import Entry
-from llamaclust.cli.chat.file_completion import completed_file
 from llamaclust.cli.chat.inserted_files import with_files
 from llamaclust.cli.chat.line_history import LineHistory
 from llamaclust.cluster.client.base import ChunkStream
-from llamaclust.cluster.client.message_images import image_part
 from llamaclust.cluster.front.text.answer import TextChunk
 from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.chat.template import ChatTemplate
-from support.chat.vision import TinyVision
 from support.clusters import served
 from support.clusters.scripted_command import command, scripted, terminal
 from support.clusters.served import ScriptedEngine
@@ -35,7 +31,6 @@ THINKS = (
     "{% endif %}{{ m.content }}{% endfor %}<assistant>"
 )
 
-PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
 TIMINGS = Timings(1.0, 2.0, 3.0, 4.0, 5, 0, 6)
 
 
@@ -152,44 +147,6 @@ def test_names_of_files_end_before_punctuation(tmp_path: Path, monkeypatch: pyte
     assert (
         with_files('Compare @a.txt, @"b c" (or @a.txt)! me@a.txt @ @, end') == "Compare A, B (or A)! me@a.txt @ @, end"
     )
-
-
-def test_an_image_is_a_part_of_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("a.png").write_bytes(PNG)
-    Path("notes").write_text("BMW and others\n")  # begins like a BMP file
-    found = with_files("Compare @a.png with @notes and @a.png!")
-    image = image_part(PNG)
-    text = {"type": "text", "text": " with BMW and others and "}
-    assert found == [{"type": "text", "text": "Compare "}, image, text, image, {"type": "text", "text": "!"}]
-
-
-async def test_images_reach_a_model_that_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(served, "CONTEXT", 1 << 14)
-    file, vision = tmp_path / "a.png", TinyVision()
-    file.write_bytes(PNG)
-    lines = f"What is @{file} ?\n/again\n/history\n".encode()
-    async with scripted("Red", vision=vision) as (url, engine):
-        ended = await command("chat", "--commands", "--endpoint", url, piped=lines)
-    assert (ended.code, ended.out) == (0, "Red\nRed\nuser: What is [image] ?\nassistant: Red\n"), ended.err
-    assert [source.data for source in vision.images] == [PNG] * 2 and len(engine.submitted) == 2
-    async with scripted("Red") as (url, engine):
-        ended = await command("chat", "--commands", "--endpoint", url, piped=lines)
-    assert ended.code == 2 and "the model reads text only" in ended.err and not engine.submitted
-
-
-def test_names_of_files_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("photos").mkdir()
-    for name in ("photos/a.png", "photos/b c.png", "photos/.hidden", "phone", "other"):
-        Path(name).touch()
-
-    def completions(word: str) -> list[str | None]:
-        return [*takewhile(lambda found: found is not None, (completed_file(word, number) for number in count()))]
-
-    assert completions("@ph") == ["@phone", "@photos/"] and completions("@photos/") == ["@photos/a.png"]
-    assert completions("@photos/.") == ["@photos/.hidden"] and completions("ph") == completions("@x/") == []
-    assert completions(f"@{tmp_path}/ot") == [f"@{tmp_path}/other"]
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def image(seed: int) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64encode(out.getvalue()).decode()}"}}
 
 
-def ask(cluster: Cluster, *parts: Any) -> dict[str, Any]:
+def question(cluster: Cluster, *parts: Any) -> dict[str, Any]:
     content = [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 12, "temperature": 0, "logprobs": True}
     reply = cluster.http.post("/v1/chat/completions", json=body)
@@ -54,16 +54,16 @@ def cached(answer: dict[str, Any]) -> int:
 
 def answers(cluster: Cluster) -> list[list[float]]:
     """Checks what does not depend on the workers, and returns the logprobs of answers."""
-    first = ask(cluster, image(1), "What is this?")
+    first = question(cluster, image(1), "What is this?")
     assert first["usage"]["prompt_tokens"] > 16 * 13, "12 tiles and an overview of 16 rows"
-    again = ask(cluster, image(1), "And now another question")
+    again = question(cluster, image(1), "And now another question")
     assert cached(first) < cached(again) and cached(again) >= 16 * 12, "a second question to the same image"
-    other = ask(cluster, image(2), "What is this?")
+    other = question(cluster, image(2), "What is this?")
     assert cached(other) < 64, "the text before the image"
     assert logprobs(other) != logprobs(first)
-    low = ask(cluster, {**image(1), "image_url": {**image(1)["image_url"], "detail": "low"}}, "What is this?")
+    low = question(cluster, {**image(1), "image_url": {**image(1)["image_url"], "detail": "low"}}, "What is this?")
     assert low["usage"]["prompt_tokens"] < first["usage"]["prompt_tokens"] // 4
-    both = ask(cluster, image(2), "differs from", image(1), "in what?")
+    both = question(cluster, image(2), "differs from", image(1), "in what?")
     return [logprobs(answer) for answer in (first, again, other, low, both)]
 
 

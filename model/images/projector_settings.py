@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import isqrt
 from types import MappingProxyType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from llamaclust.model.images.settings import ImageSettings
-from llamaclust.model.projectors.keys import ImageNumbers
-from llamaclust.model.projectors.projector import Projector
+
+if TYPE_CHECKING:
+    from llamaclust.model.projectors.keys import ImageNumbers
+    from llamaclust.model.projectors.projector import Projector
 
 _IDEFICS3_TILES_A_SIDE: Final = 4
 _INTERNVL_TILES: Final = (1, 12)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,10 @@ from llamaclust.model.images.preparation import ImagePreparation, ImageTiles
 from llamaclust.model.images.projector_settings import low_detail, settings_of
 from llamaclust.model.images.prompt import TileRows
 from llamaclust.model.images.settings import ImageSettings
-from llamaclust.model.projectors.projector import Projector
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llamaclust.model.projectors.projector import Projector
 
 Tile = NDArray[np.uint8]  # [height, width, 3]
 Encode = Callable[[Sequence[Tile]], Awaitable[list[Rows]]]

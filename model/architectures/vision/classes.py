@@ -5,7 +5,8 @@ attention is in groups; the result of this last merge group is not used."""
 from __future__ import annotations
 
 from llamaclust.model import program as steps
-from llamaclust.model.architectures.vision.layers import VisionAttention, VisionBuilder
+from llamaclust.model.architectures.vision.attention import VisionAttention
+from llamaclust.model.architectures.vision.layers import VisionBuilder
 from llamaclust.model.architectures.vision.rotations import HEIGHT, WIDTH, halves
 from llamaclust.model.program import Buffer
 from llamaclust.model.steps.options import ActivationFunction, RopeStyle

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llamaclust.model import program as steps
-from llamaclust.model.architectures.vision.layers import Rotation, VisionAttention, VisionBuilder
+from llamaclust.model.architectures.vision.attention import Rotation, VisionAttention
+from llamaclust.model.architectures.vision.layers import VisionBuilder
 from llamaclust.model.architectures.vision.rotations import HEIGHT, WIDTH, frequencies, halves
 from llamaclust.model.program import Buffer, RopeTable
 from llamaclust.model.steps.options import ActivationFunction, RopeStyle

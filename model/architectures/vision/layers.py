@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 from llamaclust.model import program as steps
 from llamaclust.model.architectures.tensors import CheckedTensors
+from llamaclust.model.architectures.vision.attention import Rotation, VisionAttention
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.kv_type import KvType
-from llamaclust.model.program import Buffer, Program, RopeTable
-from llamaclust.model.steps.options import ActivationFunction, RopeStyle
+from llamaclust.model.program import Buffer, Program
+from llamaclust.model.steps.options import ActivationFunction
 
 PATCH_WEIGHT, SECOND_PATCH_WEIGHT, PATCH_BIAS = "v.patch_embd.weight", "v.patch_embd.weight.1", "v.patch_embd.bias"
 CHANNELS = 3
+_PLAIN = VisionAttention()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,28 +40,6 @@ class VisionHyperparameters:
     @property
     def merged(self) -> int:
         return self.merge * self.merge
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation:
-    """The rotation of queries and keys: pair i of a head turns by the position in section sections[i]. If `split`, each
-    half of a head is rotated like a head of its own, with `table`, and has its half of `sections`."""
-
-    style: RopeStyle
-    table: RopeTable
-    sections: tuple[int, ...]
-    split: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class VisionAttention:
-    """Options of an attention block. If `grouped`, a row sees its window only. `scale` is 1 / sqrt(head_dim) by
-    default. With `unit_values`, each head's value has an RMS norm without weights."""
-
-    rotation: Rotation | None = None
-    grouped: bool = False
-    scale: float | None = None
-    unit_values: bool = False
 
 
 class VisionBuilder(CheckedTensors):
@@ -111,7 +91,7 @@ class VisionBuilder(CheckedTensors):
                 steps.Add(embedded, second, embedded),
             )
 
-    def attention(self, layer: int, variant: VisionAttention = VisionAttention()) -> None:
+    def attention(self, layer: int, variant: VisionAttention = _PLAIN) -> None:
         """hidden += output(attention(rope(q), rope(k), v)): q, k and v are products of the normed hidden state."""
         hp, prefix = self.hyperparameters, f"v.blk.{layer}"
         query, key, value, attended, projected = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.vision.layers import VisionAttention, VisionBuilder
+from llamaclust.model.architectures.vision.attention import VisionAttention
+from llamaclust.model.architectures.vision.layers import VisionBuilder
 from llamaclust.model.architectures.vision.rotations import HEIGHT, WIDTH, alternating
 from llamaclust.model.program import Buffer
 from llamaclust.model.steps.options import ActivationFunction, RopeStyle

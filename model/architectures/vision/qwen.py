@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from llamaclust.model import program as steps
-from llamaclust.model.architectures.vision.layers import Rotation, VisionAttention, VisionBuilder
+from llamaclust.model.architectures.vision.attention import Rotation, VisionAttention
+from llamaclust.model.architectures.vision.layers import VisionBuilder
 from llamaclust.model.architectures.vision.rotations import HEIGHT, WIDTH, halves
 from llamaclust.model.hyperparameters import ModelKeys
 from llamaclust.model.program import Buffer
@@ -42,10 +45,10 @@ def qwen3vl(builder: VisionBuilder) -> Buffer:
             kept.append((layer, builder.hidden))
     last = Buffer("last", builder.hidden.width)
     builder.norm("v.post_ln", builder.hidden, last)
-    first, *others = _merged(builder, [last, *(hidden for _, hidden in kept)])
-    rows = builder.perceptron(first, _MERGER, ActivationFunction.GELU_ERF, "rows")
+    levels = _merged(builder, [last, *(hidden for _, hidden in kept)])
+    rows = builder.perceptron(next(levels), _MERGER, ActivationFunction.GELU_ERF, "rows")
     width = rows.width
-    for (layer, _), merged in zip(kept, others, strict=True):
+    for (layer, _), merged in zip(kept, levels, strict=True):
         rows = _joined(builder, rows, _level(builder, layer, merged, width))
     return rows
 
@@ -54,8 +57,7 @@ def _level(builder: VisionBuilder, layer: int, merged: Buffer, width: int) -> Bu
     prefix = f"v.deepstack.{layer}"
     builder.weight(f"{prefix}.fc2.weight", (width, builder.width(f"{prefix}.fc1")))
     builder.norm(f"{prefix}.norm", merged, merged)
-    names = f"{prefix}.fc1", f"{prefix}.fc2"
-    return builder.perceptron(merged, names, ActivationFunction.GELU_ERF, f"rows of layer {layer}")
+    return builder.perceptron(merged, (f"{prefix}.fc1", f"{prefix}.fc2"), ActivationFunction.GELU_ERF, "level")
 
 
 def _joined(builder: VisionBuilder, rows: Buffer, level: Buffer) -> Buffer:
@@ -64,17 +66,19 @@ def _joined(builder: VisionBuilder, rows: Buffer, level: Buffer) -> Buffer:
     return joined
 
 
-def _merged(builder: VisionBuilder, parts: list[Buffer]) -> list[Buffer]:
-    """Merges the rows of several buffers. All are joined first, because rows are merged once in a program."""
+def _merged(builder: VisionBuilder, parts: list[Buffer]) -> Iterator[Buffer]:
+    """Merges the rows of several buffers. All are joined first, because rows are merged once in a program. Yields each
+    in the same buffer: the steps that read it are appended before the next one."""
     if len(parts) == 1:
-        return [builder.merge(parts[0])]
+        yield builder.merge(parts[0])
+        return
     whole, width, factor = parts[0], parts[0].width, builder.hyperparameters.merged
     for part in parts[1:]:
         whole = _joined(builder, whole, part)
-    together = builder.merge(whole)
-    merged = [Buffer(f"merged {part.name}", factor * width) for part in parts]
-    builder.append(*(steps.Slice(together, out, number * width, factor) for number, out in enumerate(merged)))
-    return merged
+    together, merged = builder.merge(whole), Buffer("merged part", factor * width)
+    for number in range(len(parts)):
+        builder.append(steps.Slice(together, merged, number * width, factor))
+        yield merged
 
 
 def _rotation(builder: VisionBuilder) -> Rotation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.positions import rope_table
-from llamaclust.model.architectures.vision.layers import Rotation
+from llamaclust.model.architectures.vision.attention import Rotation
 from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
 from llamaclust.model.program import RopeTable
 from llamaclust.model.steps.options import RopeStyle

@@ -88,7 +88,11 @@ async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
         "b": worker_handle("b", loads=fails == "connection"),
     }
     model: Any = SimpleNamespace(
-        plain=SimpleNamespace(path="/m.gguf", is_current=False), model_id="ab" * 32, adapters={}, adapter_digests={}
+        plain=SimpleNamespace(path="/m.gguf", is_current=False),
+        model_id="ab" * 32,
+        adapters={},
+        adapter_digests={},
+        projector=None,
     )
     config: Any = SimpleNamespace(timeouts=SimpleNamespace(load=30.0))
     registry: Any = SimpleNamespace(workers=workers, present=workers)

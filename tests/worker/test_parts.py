@@ -145,7 +145,7 @@ async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None
     dependencies.put_inputs(inputs[2])
     with pytest.raises(DeadlineError, match="sampling inputs of microbatch 2"):
         await dependencies.inputs(2)
-    with pytest.raises(ProtocolError, match=r"5 of epoch 0\.1 where 3 of epoch 0\.1"):
+    with pytest.raises(ProtocolError, match=r"expected 3 of epoch 0\.1, found 5 of epoch 0\.1"):
         dependencies.put_inputs(inputs[5])
     most = 2 * MAX_STAGES + 4  # in_flight of the scheduler, and those that it sends ahead
     for number in range(3, 3 + most):

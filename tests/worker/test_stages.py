@@ -206,8 +206,8 @@ def test_bad_sampling_inputs_end_the_stream_by_name(model: Model, tmp_path: Path
                 await stages.sample.read()
 
     asyncio.run(run(b"\xff", "damaged"))
-    asyncio.run(run(encode_inputs(SamplingInputs(1, 1, ())), r"1 of epoch 0\.1 where 0 of epoch 0\.1"))
-    asyncio.run(run(encode_inputs(SamplingInputs(2, 0, ())), r"0 of epoch 0\.2 where 0 of epoch 0\.1"))
+    asyncio.run(run(encode_inputs(SamplingInputs(1, 1, ())), r"expected 0 of epoch 0\.1, found 1 of epoch 0\.1"))
+    asyncio.run(run(encode_inputs(SamplingInputs(2, 0, ())), r"expected 0 of epoch 0\.1, found 0 of epoch 0\.2"))
 
 
 async def test_another_number_of_tasks_than_rows_ends_the_stream(model: Model, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class WeightGiver:
 
 def _check_end(content: str, end: int, n_bytes: int) -> None:
     if end > n_bytes:
-        raise ModelFileError(f"weights with SHA-256 {content} have {n_bytes} bytes, but {end} are requested")
+        raise ModelFileError(f"weights with SHA-256 {content} have {n_bytes} bytes, but the request ends at byte {end}")
 
 
 async def _write(stream: ServerStream, frame: bytes) -> None:

@@ -202,10 +202,10 @@ async def test_a_peer_refuses_ranges_that_it_does_not_have(
     folder = tmp_path_factory.mktemp("w")
     async with holder(model, folder / "a") as a:
         tensor = wanted(manifest_of(a, model))[0]
-        with pytest.raises(WorkerError, match=r"nowhere .holder 0: does not have it"):
+        with pytest.raises(WorkerError, match=r"not available .holder 0: does not have it"):
             unknown = type(tensor)(sha256(b"?").hexdigest(), 10, "x")
             await fetch(WeightCache(folder / "b", ROOM), [a], [unknown])
-        with pytest.raises(WorkerError, match=r"nowhere .holder 0: does not have it"):
+        with pytest.raises(WorkerError, match=r"not available .holder 0: does not have it"):
             too_long = type(tensor)(tensor.content, tensor.n_bytes + 1, "x")
             await fetch(WeightCache(folder / "c", ROOM), [a], [too_long])
         assert a.weights.giver.sent_bytes == 0

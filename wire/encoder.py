@@ -74,7 +74,7 @@ class RowsReader:
 
     def take(self, frame: bytes) -> None:
         """Raises RequestError if the encoder refuses the tile, and ProtocolError for another frame than the one that is
-        due."""
+        due and for numbers that are not finite."""
         if frame[:1] == _REFUSED and len(frame) <= _MAX_LINE_BYTES:
             raise RequestError(line("reason", frame[1:].decode("utf-8", "replace")) or "the encoder refused the tile")
         due = min(FRAME_BYTES, len(self._left))
@@ -82,3 +82,5 @@ class RowsReader:
             raise ProtocolError(f"a frame of rows: {len(frame)} bytes, {due + 1} expected")
         self._left[:due] = np.frombuffer(frame, np.uint8, offset=1)
         self._left = self._left[due:]
+        if self.is_complete and not np.isfinite(self._rows).all():
+            raise ProtocolError("rows of a tile are not finite numbers")

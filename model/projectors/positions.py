@@ -108,7 +108,9 @@ def _antialiased_taps(side: int, size: int) -> list[Taps]:
 
 def _antialiased(place: float, side: int, support: float) -> Taps:
     weights = [max(0.0, 1.0 - abs(index - place) / support) for index in range(side)]
-    total = sum(weights)
+    total = 0.0
+    for weight in weights:  # `sum` rounds differently from Python 3.12 on
+        total += weight
     return tuple((index, weight / total) for index, weight in enumerate(weights) if weight > 0)
 
 

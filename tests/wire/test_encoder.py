@@ -71,6 +71,13 @@ def test_other_frames_than_the_one_that_is_due_are_refused(frame: bytes) -> None
         RowsReader(3, 4).take(frame)
 
 
+def test_rows_that_are_not_finite_are_refused() -> None:
+    rows = np.ones((3, 4), np.float32)
+    rows[1, 2] = np.nan
+    with pytest.raises(ProtocolError, match="rows of a tile are not finite numbers"):
+        read(RowsReader(3, 4), *row_frames(rows))
+
+
 def test_nothing_follows_the_last_frame() -> None:
     reader = read(RowsReader(3, 4), b"\x01" + bytes(48))
     with pytest.raises(ProtocolError, match="a frame of rows: 2 bytes, 1 expected"):

@@ -35,7 +35,7 @@ class EncoderStreams:
         """`compute` is the encoder's own: no step of a stage waits for a tile."""
         self.encoder = encoder
         self._compute = compute
-        self._turn = asyncio.Lock()  # a tile that waits for it costs nothing once its stream is cancelled
+        self._turn = asyncio.Lock()  # held while a tile is computed, also after its stream was cancelled
         self._serving = set[asyncio.Task[object]]()
 
     async def serve(self, stream: ServerStream) -> None:
@@ -60,11 +60,13 @@ class EncoderStreams:
                     await stream.write(frame)
 
     async def _answer(self, tile: NDArray[np.uint8]) -> Iterable[bytes]:
-        async with self._turn:
-            try:
-                return row_frames(await self._compute.run(partial(self.encoder.rows, tile)))
-            except RequestError as error:
-                return (encode_refusal(str(error)),)
+        await self._turn.acquire()
+        computed = self._compute.queue(partial(self.encoder.rows, tile))
+        computed.add_done_callback(lambda _: self._turn.release())
+        try:
+            return row_frames(await asyncio.shield(computed))
+        except RequestError as error:
+            return (encode_refusal(str(error)),)
 
     def end(self) -> None:
         """Ends all streams. A later epoch may use the encoder."""

@@ -37,10 +37,7 @@ class ImageRows:
         self._kept: OrderedDict[bytes, Rows] = OrderedDict()
         self._live: WeakValueDictionary[bytes, Rows] = WeakValueDictionary()
         self._reserved_bytes = 0
-
-    @property
-    def kept_bytes(self) -> int:
-        return sum(rows.nbytes for rows in self._kept.values())
+        self.kept_bytes = 0
 
     @property
     def held_bytes(self) -> int:
@@ -65,7 +62,7 @@ class ImageRows:
         """Reserves memory for rows while they are computed. Raises QueueFullError if other requests use too much."""
         most = self._limits.held_bytes
         while self._kept and self.held_bytes + size > most:
-            self._kept.popitem(last=False)
+            self._forget_oldest()
         if self.held_bytes + size > most:
             raise QueueFullError(f"images of other requests take {self.held_bytes >> 20} MiB; try again", _RETRY_S)
         self._reserved_bytes += size
@@ -82,10 +79,15 @@ class ImageRows:
             raise ParameterError("messages", f"{what}: send fewer or smaller images, or set detail to low")
 
     def _keep(self, digest: bytes, rows: Rows) -> None:
+        self.kept_bytes += 0 if digest in self._kept else rows.nbytes
         self._kept[digest] = rows
         self._kept.move_to_end(digest)
         while self.kept_bytes > self._limits.kept_bytes:
-            self._kept.popitem(last=False)
+            self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        _, rows = self._kept.popitem(last=False)
+        self.kept_bytes -= rows.nbytes
 
 
 @dataclass(slots=True)

@@ -143,13 +143,18 @@ class Vision:
 
     async def _layout(self, source: ImageSource) -> Layout:
         digest = await self._digest(source)
+        return self._known(digest) or (await self._tiles_of(digest, source)).layout
+
+    def _known(self, digest: bytes) -> Layout | None:
         layout = self._layouts.get(digest)
-        return layout or (await self._tiles_of(digest, source)).layout
+        if layout is not None:
+            self._layouts.move_to_end(digest)
+        return layout
 
     async def _start(self, source: ImageSource) -> tuple[Layout, bytes, _Tiles | None]:
         """Returns an image's layout and digest, and its tiles if its rows are not known and nobody computes them."""
         digest = await self._digest(source)
-        layout = self._layouts.get(digest)
+        layout = self._known(digest)
         if layout is not None and (self._rows.get(digest) is not None or digest in self._encoding):
             return layout, digest, None
         tiles = await self._tiles_of(digest, source)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,10 @@ from llamaclust.wire.rpc.client import Peer, StreamBrokenError
 from llamaclust.wire.rpc.methods import ENCODE
 from llamaclust.wire.security.credentials import Principal
 from llamaclust.worker.devices.encoder_limits import EncoderMemory
+from llamaclust.worker.encoder.streams import EncoderStreams
 from llamaclust.worker.encoder.tile_encoder import TileEncoder
+from llamaclust.worker.stage.compute import Compute
+from support.clusters.served import until
 from support.damaged_models import flip_middle
 from support.file_members import Members, alone, members, projector_at, results
 from support.models.tiny_model import build_tiny_model
@@ -161,6 +165,30 @@ async def test_tiles_wait_for_each_other_and_cancelled_ones_cost_nothing(
         assert held.tiles == 2
 
 
+async def test_a_tile_in_progress_keeps_its_turn_when_its_stream_is_cancelled() -> None:
+    gate, begun = Event(), list[int]()
+
+    def rows(tile: np.ndarray) -> Float32:
+        begun.append(int(tile[0, 0, 0]))
+        assert gate.wait(20)
+        return np.ones((1, 4), np.float32)
+
+    encoder: Any = SimpleNamespace(rows=rows, close=lambda: None)
+    streams = EncoderStreams(encoder, Compute(inline=False))
+    first, second, third = (
+        asyncio.create_task(streams._answer(np.full((1, 1, 3), number, np.uint8))) for number in range(3)
+    )
+    async with asyncio.timeout(20):
+        await until(lambda: begun == [0])
+        for cancelled in (first, second):
+            cancelled.cancel()
+            await asyncio.wait((cancelled,))
+        gate.set()
+        assert len([*await third]) == 1
+        await streams.close()
+    assert begun == [0, 2]
+
+
 async def test_the_encoder_ends_with_its_epoch(folder: Path, rows: Float32, tmp_path: Path, held: Held) -> None:
     async with workers(tmp_path) as cluster:
         (handle,) = await load(cluster, folder, beside(folder))
@@ -194,7 +222,7 @@ async def test_a_tile_of_a_wrong_size_is_refused_and_the_next_one_computed(
     wrong = TileTask(np.zeros((12, 16, 3), np.uint8), *rows.shape)
     async with workers(tmp_path) as cluster:
         await load(cluster, folder, beside(folder))
-        with pytest.raises(RequestError, match=r"^a tile of 16 x 12 pixels, multiples of 8 and at most 262144 pixels"):
+        with pytest.raises(RequestError, match=r"multiples of 8 and at most 262144 pixels, found 16 x 12"):
             await encoded_by(cluster, wrong)
         peer = peer_of(cluster, "a")
         stream = peer.open(ENCODE, epoch=1)

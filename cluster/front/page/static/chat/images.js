@@ -3,7 +3,7 @@
 import { button, element, fill } from "../dom.js";
 
 const TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
-const MOST_BYTES = 20 * 2 ** 20; // the server's limit of an image
+const MOST_BYTES = 11 * 2 ** 20; // of one message: as base64 they fit the server's largest body
 const MOST = 64;
 
 /** The images that stand above the field of a message, with the button that picks them. */
@@ -62,8 +62,9 @@ export class ChosenImages {
     if (this.#urls.length + files.length > MOST) return `A message has at most ${MOST} images.`;
     const other = files.find(({ type }) => !TYPES.includes(type));
     if (other) return `${other.name}: not a PNG, JPEG, WebP, GIF or BMP file.`;
-    const large = files.find(({ size }) => size > MOST_BYTES);
-    return large ? `${large.name}: larger than ${MOST_BYTES / 2 ** 20} MiB.` : "";
+    const chosen = this.#urls.reduce((sum, url) => sum + url.length * 0.75, 0);
+    const total = files.reduce((sum, { size }) => sum + size, chosen);
+    return total > MOST_BYTES ? `The images of a message have at most ${MOST_BYTES / 2 ** 20} MiB.` : "";
   }
 
   #say(note) {

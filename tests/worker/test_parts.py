@@ -274,7 +274,8 @@ def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monke
     worker = Worker("a", nothing, StageService("a"), nothing, weights, nothing)
     session = Session(worker, nothing, Deadlines(), Counters(), say)
     limits = SimpleNamespace(expert_shards=1)
-    order: Any = SimpleNamespace(epoch=1, model_id="m", start=0, end=2, exclusive=True, limits=limits, group=None)
+    fields = {"epoch": 1, "model_path": "m.gguf", "model_id": "m", "start": 0, "end": 2, "encoder": None}
+    order: Any = SimpleNamespace(**fields, exclusive=True, limits=limits, group=None)
     gc.disable()
     try:
         asyncio.run(loads.Loads(session).load(order))
@@ -322,7 +323,7 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     async def send(message: WorkerMessage) -> None:
         answers.append(message)
 
-    async def in_thread(order: Any, device: object, files: Any) -> object:
+    async def in_thread(order: Any, device: object, files: Any, reserved_bytes: int) -> object:
         return await load._in_thread(partial(runner, order, files.progress), files.progress)
 
     monkeypatch.setattr(load, "_load", in_thread)
@@ -332,6 +333,7 @@ async def test_a_load_that_is_not_needed_ends_soon(monkeypatch: pytest.MonkeyPat
     fields = {"start": 0, "end": 2, "exclusive": False, "devices": (), "next_address": None, "first_address": None}
     limits = SimpleNamespace(expert_shards=1, wide_tiles=False)
     fields |= {"previous_worker": None, "last_worker": None, "limits": limits, "group": None}
+    fields |= {"model_path": "m.gguf", "model_id": "m", "encoder": None}
     orders: Any = (SimpleNamespace(epoch=epoch, seconds=seconds, **fields) for epoch, seconds in ((1, 50), (2, 0)))
     long, short = orders
     members = [Loads(Session(worker, anything, Deadlines(), Counters(), send)) for _ in range(2)]
@@ -354,8 +356,8 @@ async def test_figures_of_a_load_are_those_of_its_layers(monkeypatch: pytest.Mon
     """None before they are known; 20 bytes of layers, of which 10 are fetched first."""
     reports: list[LoadProgress] = []
 
-    async def slow(*arguments: Any) -> None:
-        progress = arguments[-1].progress
+    async def slow(order: object, device: object, files: Any, reserved_bytes: int) -> None:
+        progress = files.progress
         for done, total, weights in ((0, 0, 0), (0, 30, 20), (15, 30, 20), (30, 30, 20)):
             progress.done_bytes, progress.total_bytes, progress.weight_bytes = done, total, weights
             await asyncio.sleep(0.1)

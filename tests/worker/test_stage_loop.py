@@ -24,6 +24,7 @@ from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.inputs import encode_inputs
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.wire.rpc.deadlines import recurring_deadline
+from llamaclust.worker.stage.arrival import Arrival
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.counters import Counters
 from llamaclust.worker.stage.incoming import Incoming
@@ -75,8 +76,8 @@ async def test_a_leader_announces_no_microbatch_that_does_not_fit(
     """It ends the stream as at a worker alone: whoever sent it is at fault, and no member of the group."""
     announced: list[int] = []
 
-    def step(frame: bytes, followed: object, rows: int, checked: object) -> nullcontext[None]:
-        announced.append(rows)
+    def step(arrival: Arrival, followed: object, checked: object) -> nullcontext[None]:
+        announced.append(arrival.rows)
         return nullcontext()
 
     leader: Any = SimpleNamespace(step=step)

@@ -57,7 +57,7 @@ def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
     worker.stages |= stages
     peer: Any = SimpleNamespace(close=lambda: asyncio.sleep(0))
     ends: Any = (forward, sample)
-    return RemotePipeline(1, [worker], (peer, peer), *ends)
+    return RemotePipeline(1, [worker], (peer, peer), *ends, None)
 
 
 async def test_nothing_writes_on_after_a_write_that_failed() -> None:

@@ -95,7 +95,8 @@ async def test_no_stage_is_added_after_the_end(when: str, monkeypatch: pytest.Mo
     worker = Worker("a", anything, StageService("a"), Compute(), anything)
     member = Loads(Session(worker, anything, Deadlines(), Counters(), send))
     limits = SimpleNamespace(expert_shards=1)
-    order: Any = SimpleNamespace(epoch=1, start=0, end=2, exclusive=False, limits=limits, group=None)
+    fields = {"epoch": 1, "model_path": "m.gguf", "model_id": "m", "start": 0, "end": 2, "encoder": None}
+    order: Any = SimpleNamespace(**fields, exclusive=False, limits=limits, group=None)
     if when == "before the load":
         member.end()
     loading = asyncio.create_task(member.load(order))

@@ -190,7 +190,9 @@ def test_a_user_chooses_by_name_or_file(tmp_path: Path) -> None:
     with Client.local(model, 1, settings=LocalSettings(chat_template="linly")) as client:
         prompt = client.chat(TALK[1:2], max_tokens=1).prompt_token_ids
         assert client.detokenize(prompt[1:]) == "### Instruction:Hi  ### Response:"
-    with pytest.raises(UsageError, match=r"chat template linli: no file .*, and not one of alpaca, .*, zephyr"):
+    with pytest.raises(
+        UsageError, match=r"chat template linli: it is not a file .*, and not one of alpaca, .*, zephyr"
+    ):
         Model.open(model, "linli")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="not a file that can be read"):

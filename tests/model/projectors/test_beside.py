@@ -75,7 +75,7 @@ def test_a_model_is_opened_with_its_projector(text: Path, tmp_path: Path) -> Non
 
 def test_projectors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     projector = build_projector(tmp_path / "p.gguf", "idefics3")
-    with pytest.raises(ModelFileError, match=r"rows have 96 channels, the text model's have 128"):
+    with pytest.raises(ModelFileError, match=r"rows have 96 channels, but the text model's have 128"):
         Model.open(build_tiny_model(tmp_path / "wide.gguf", hidden=128), mmproj=projector)
     with pytest.raises(ModelFileError, match=r"architecture bert takes no images here; set mmproj: off"):
         Model.open(build_encoder(tmp_path / "bert.gguf", "bert"), mmproj=projector)

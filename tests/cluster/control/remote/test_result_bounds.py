@@ -57,7 +57,7 @@ def pipeline_of(answers: Sequence[int | bytes]) -> RemotePipeline:
         worker.stages[1] = (replace(LOAD, epoch=1), Loaded(1, 1, 1, 1))
     streams: Any = ScriptedStream(), ScriptedStream(answers)
     peers: Any = ()
-    return RemotePipeline(1, workers, peers, *streams)
+    return RemotePipeline(1, workers, peers, *streams, None)
 
 
 def scheduled(number: int, tasks: tuple[RowTask, ...], embedded: int = 0) -> ScheduledMicrobatch:

@@ -56,8 +56,8 @@ def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
     worker = WorkerHandle(register, nothing, lambda: "", Insecure())
     worker.stages |= stages
     peer: Any = SimpleNamespace(close=lambda: asyncio.sleep(0))
-    ends: Any = (forward, sample)
-    return RemotePipeline(1, [worker], (peer, peer), *ends, None)
+    ends: Any = (forward, sample, None)
+    return RemotePipeline(1, [worker], (peer, peer), *ends)
 
 
 async def test_nothing_writes_on_after_a_write_that_failed() -> None:

@@ -55,9 +55,9 @@ def pipeline_of(answers: Sequence[int | bytes]) -> RemotePipeline:
     workers = [WorkerHandle(replace(REGISTER, name=name), _nothing, lambda: "", Insecure()) for name in "ab"]
     for worker in workers:
         worker.stages[1] = (replace(LOAD, epoch=1), Loaded(1, 1, 1, 1))
-    streams: Any = ScriptedStream(), ScriptedStream(answers)
+    streams: Any = ScriptedStream(), ScriptedStream(answers), None
     peers: Any = ()
-    return RemotePipeline(1, workers, peers, *streams, None)
+    return RemotePipeline(1, workers, peers, *streams)
 
 
 def scheduled(number: int, tasks: tuple[RowTask, ...], embedded: int = 0) -> ScheduledMicrobatch:

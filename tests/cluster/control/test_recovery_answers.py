@@ -65,7 +65,7 @@ RESULT = (_RESULT, 20)
 CONTROL = (_HEARTBEAT, 40)
 ANSWERS = {
     "no message": (*RESULT, r"b'\xff\xff'", "damaged"),
-    "of an older epoch": (*RESULT, "encode(replace(message, epoch=message.epoch - 1))", "found .*of epoch 1.0"),
+    "of an older epoch": (*RESULT, "encode(replace(message, epoch=message.epoch - 1))", "of epoch 1.0"),
     "of an older microbatch": (
         *RESULT,
         "encode(replace(message, number=message.number - 1))",

@@ -159,8 +159,8 @@ def test_the_command_refuses_what_it_would_ignore(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("llamaclust.cli.plans.assumed_plan.plan_shapes", planned)
     example = ["plan", "--assume", "16GB@40GB/s"]
-    assert "remove FILE and --workers" in output([*example, "--model", "8b", "--workers", "2"])
-    assert "remove FILE and --workers" in output(["plan", "cluster.yaml", "--assume", "16GB@40GB/s"])
+    assert "remove FILE, --workers and --mmproj" in output([*example, "--model", "8b", "--workers", "2"])
+    assert "remove FILE, --workers and --mmproj" in output(["plan", "cluster.yaml", "--assume", "16GB@40GB/s"])
     assert "7b: LLaMA 2 7B Q4_K_M" in output(example)
     assert [model["name"] for model in json.loads(output([*example, "--json"]))["models"]] == list(SHAPES)
     assert "--model: is for --assume MACHINES" in output(["plan", "--model", "8b"])

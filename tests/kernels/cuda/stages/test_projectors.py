@@ -12,7 +12,6 @@ from support.cuda.stages import same
 from support.models.vision.encoded_tiles import encoded
 from support.models.vision.tiny_projectors import PROJECTORS, build_projector, tile_of
 
-
 COMPUTED = [name for name in PROJECTORS if name != "gemma4v"]  # it adds a row: workers compute it on their processor
 
 

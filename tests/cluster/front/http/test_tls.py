@@ -18,7 +18,7 @@ import pytest
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 from llamaclust import AsyncClient, Client
-from llamaclust.cluster.front.http.certificate import ServerCertificate
+from llamaclust.cluster.front.http.certificate import CertificateFiles, ServerCertificate
 from llamaclust.cluster.front.http.connections import ApiPort
 from llamaclust.cluster.front.http.server import StartingReplies
 from llamaclust.cluster.front.settings import ApiSettings
@@ -270,11 +270,18 @@ async def test_new_connections_see_a_renewed_certificate_and_streams_go_on(tmp_p
 
 
 async def test_files_are_watched_while_the_port_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of both files is replaced at once, as Kubernetes replaces the files of a secret."""
     monkeypatch.setattr("llamaclust.cluster.front.http.certificate._LOOK_S", 0.01)
-    certificate = ServerCertificate(write_signed(tmp_path).files)
+    shown = tmp_path / "shown"
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        write_signed(tmp_path / name)
+        (tmp_path / f"to-{name}").symlink_to(name)
+    (tmp_path / "to-old").rename(shown)
+    certificate = ServerCertificate(CertificateFiles(shown / "tls.crt", shown / "tls.key"))
     before = certificate.fingerprint
     with certificate.watched():
-        write_signed(tmp_path)
+        (tmp_path / "to-new").rename(shown)
         await until(lambda: certificate.fingerprint != before)
 
 

@@ -14,6 +14,7 @@ from time import perf_counter
 
 from runner.case import Case, Group, Measures, argument, option
 from runner.clusters import Bench, Layout, processor_s, running
+from runner.instructions import counted_instructions
 from runner.llama import json_of
 from runner.options import listed, positive
 
@@ -28,7 +29,8 @@ class Streaming(Case):
     """Overhead of streaming by HTTP: answers read by curl, compared with `llamaclust bench` with as many sequences.
 
     The cluster has one worker. `tok/s` is by the coordinator's clock. `client tok/s` is over the time from the requests
-    to curl's end. `coordinator ms` is the coordinator's processor time for a token."""
+    to curl's end. `coordinator ms` is the coordinator's processor time for a token, `k instr` its thousands of
+    instructions (with `perf`)."""
 
     model: str = argument("catalog name or path of a .gguf", str, default="smollm2-135m-instruct")
     threads: int = option(2, "of the worker", positive)
@@ -64,13 +66,15 @@ class Streaming(Case):
             ]
             for path in paths:
                 command += [*self._request(bench.api), "-o", str(path), "--next"]
-            begun_s, used_s = perf_counter(), processor_s(bench.coordinator)
-            process = await asyncio.create_subprocess_exec(*command[:-1])
-            if (code := await process.wait()) != 0:
-                raise LlamaclustError(f"curl failed with {code} (28: no whole answer in {_DEADLINE_S} s)")
-            took_s, used_s = perf_counter() - begun_s, processor_s(bench.coordinator) - used_s
+            async with counted_instructions(bench.coordinator.pid) as instructions:
+                begun_s, used_s = perf_counter(), processor_s(bench.coordinator)
+                process = await asyncio.create_subprocess_exec(*command[:-1])
+                if (code := await process.wait()) != 0:
+                    raise LlamaclustError(f"curl failed with {code} (28: no whole answer in {_DEADLINE_S} s)")
+                took_s, used_s = perf_counter() - begun_s, processor_s(bench.coordinator) - used_s
             engine, tokens = sum(self._decode_tok_s(path) for path in paths), streams * self.tokens
-        return {"tok/s": engine, "client tok/s": tokens / took_s, "coordinator ms": 1e3 * used_s / tokens}
+        costs = {"coordinator ms": 1e3 * used_s / tokens, **instructions.per(tokens)}
+        return {"tok/s": engine, "client tok/s": tokens / took_s, **costs}
 
     def _request(self, api: str) -> list[str]:
         tokens = {"max_tokens": self.tokens, "min_tokens": self.tokens, "temperature": 0, "speculative": False}

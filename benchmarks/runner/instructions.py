@@ -1,0 +1,71 @@
+"""Counts the instructions of a process in user mode by `perf stat`: a figure that a noisy machine does not change."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import shutil
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llamaclust.core.errors import LlamaclustError
+
+_REPLY_S = 20.0
+_LOOK_S = 0.2
+
+
+@dataclass(slots=True)
+class Instructions:
+    """`count` is None until the counting ends, and stays None on a machine without `perf` or its counters."""
+
+    count: int | None = None
+
+    def per(self, tokens: int) -> dict[str, float]:
+        """Returns the figure of a table: thousands of instructions for each of `tokens`."""
+        return {} if self.count is None else {"k instr": self.count / 1e3 / tokens}
+
+
+@asynccontextmanager
+async def counted_instructions(pid: int) -> AsyncIterator[Instructions]:
+    """Counts all threads of the process during the `async with` block."""
+    counted = Instructions()
+    if (perf := shutil.which("perf")) is None:
+        yield counted
+        return
+    with TemporaryDirectory(prefix="llamaclust-") as folder:
+        control, reply, result = (Path(folder) / name for name in ("control", "reply", "result"))
+        os.mkfifo(control)
+        os.mkfifo(reply)
+        words = ["stat", "-x,", "-e", "instructions:u", "-D", "-1", "-p", str(pid)]
+        words += ["--control", f"fifo:{control},{reply}", "-o", str(result)]
+        with open(control, "r+b", buffering=0) as orders, open(reply, "r+b", buffering=0) as replies:
+            process = await asyncio.create_subprocess_exec(perf, *words, stdin=asyncio.subprocess.DEVNULL)
+            await _order(process, orders, replies, b"enable\n")
+            yield counted
+            await _order(process, orders, replies, b"disable\n")
+            orders.write(b"stop\n")
+            await asyncio.wait_for(process.wait(), _REPLY_S)
+        counted.count = _count(result.read_text())
+
+
+async def _order(process: Process, orders: FileIO, replies: FileIO, words: bytes) -> None:
+    """Writes an order and waits for its reply. Raises LlamaclustError if `perf` has ended or does not reply."""
+    orders.write(words)
+    async with asyncio.timeout(_REPLY_S):
+        while process.returncode is None:
+            if await asyncio.to_thread(select.select, [replies], [], [], _LOOK_S) != ([], [], []):
+                replies.read(16)
+                return
+    raise LlamaclustError(f"perf stat ended with {process.returncode}")
+
+
+def _count(text: str) -> int | None:
+    """Returns the first field of the line with the counter, or None if the machine has no such counter."""
+    fields = [line.split(",")[0] for line in text.splitlines() if "instructions" in line]
+    return int(fields[0]) if fields and fields[0].isdigit() else None

@@ -44,7 +44,7 @@ async def counted_instructions(pid: int) -> AsyncIterator[Instructions]:
         os.mkfifo(reply)
         words = ["stat", "-x,", "-e", "instructions:u", "-D", "-1", "-p", str(pid)]
         words += ["--control", f"fifo:{control},{reply}", "-o", str(result)]
-        with open(control, "r+b", buffering=0) as orders, open(reply, "r+b", buffering=0) as replies:
+        with _endless(control) as orders, _endless(reply) as replies:
             process = await asyncio.create_subprocess_exec(perf, *words, stdin=asyncio.subprocess.DEVNULL)
             await _order(process, orders, replies, b"enable\n")
             yield counted
@@ -52,6 +52,11 @@ async def counted_instructions(pid: int) -> AsyncIterator[Instructions]:
             orders.write(b"stop\n")
             await asyncio.wait_for(process.wait(), _REPLY_S)
         counted.count = _count(result.read_text())
+
+
+def _endless(fifo: Path) -> FileIO:
+    """Opens both ends, so that neither opening waits for `perf` and no reading sees an end."""
+    return FileIO(fifo, "r+")
 
 
 async def _order(process: Process, orders: FileIO, replies: FileIO, words: bytes) -> None:

@@ -6,7 +6,8 @@ import asyncio
 import os
 import select
 import shutil
-from asyncio.subprocess import Process
+import signal
+from asyncio.subprocess import DEVNULL, Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -45,11 +46,11 @@ async def counted_instructions(pid: int) -> AsyncIterator[Instructions]:
         words = ["stat", "-x,", "-e", "instructions:u", "-D", "-1", "-p", str(pid)]
         words += ["--control", f"fifo:{control},{reply}", "-o", str(result)]
         with _endless(control) as orders, _endless(reply) as replies:
-            process = await asyncio.create_subprocess_exec(perf, *words, stdin=asyncio.subprocess.DEVNULL)
+            process = await asyncio.create_subprocess_exec(perf, *words, stdin=DEVNULL, stderr=DEVNULL)
             await _order(process, orders, replies, b"enable\n")
             yield counted
             await _order(process, orders, replies, b"disable\n")
-            orders.write(b"stop\n")
+            process.send_signal(signal.SIGINT)
             await asyncio.wait_for(process.wait(), _REPLY_S)
         counted.count = _count(result.read_text())
 

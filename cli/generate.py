@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from llamaclust.cli.options import (
 from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.client.base import TextClient
+    from llamaclust.cluster.client.base import ChunkStream, TextClient
     from llamaclust.cluster.client.http import Client
     from llamaclust.cluster.client.http_codec import CompletionOptions
     from llamaclust.cluster.front.text.answer import Answer
@@ -67,10 +68,15 @@ def generate(
     ca_file: CaFile = None,
     served_model: ServedModel = None,
     model: ModelFile = None,
+    image: Annotated[
+        list[Path],
+        Option("--image", metavar="FILE", help="Image for PROMPT, which is then a message of a chat; repeatable."),
+    ] = [],  # noqa: B006  typer reads the default
+    mmproj: Mmproj = None,
     threads: Threads = None,
     model_draft: ModelDraft = None,
     mtp: Mtp = False,
-    device: Devices = [],  # noqa: B006  typer reads the default
+    device: Devices = [],  # noqa: B006
     gpu_layers: GpuLayers = "auto",
     cpu_moe: CpuMoe = False,
     n_cpu_moe: NCpuMoe = None,
@@ -80,6 +86,11 @@ def generate(
     more: dict[str, Any],
 ) -> None:
     """Complete PROMPT and stream the text."""
+    if mmproj is not None and not image:
+        raise UsageError("--mmproj: is for images: give --image FILE, too")
+    from llamaclust.cluster.client.message_images import image_part
+    from llamaclust.cluster.front.text.answer import join
+
     gpus = Gpus(tuple(device), gpu_layers, None, cpu_moe, n_cpu_moe, tuple(override_tensors))
     target = Target(
         cluster,
@@ -92,16 +103,18 @@ def generate(
         served=served_model,
         draft=model_draft,
         mtp=mtp,
+        reads_images=bool(image),
+        mmproj=mmproj,
     )
     target.check_drafts(more.get("speculative"))
-    text = given_or_piped(prompt)
+    text, images = given_or_piped(prompt), [*map(image_part, image)]
     options: CompletionOptions = {"max_tokens": max_tokens, "seed": seed, "stop": stop}
     options |= more  # type: ignore[typeddict-item]
-    with target.open() as client:
+    with target.open() as client, _answer(client, text, images, options) as chunks:
         if as_json:
-            print(json.dumps(reply_json(client.generate(text, **options))))
+            print(json.dumps(reply_json(join(chunks))))
         else:
-            _print_stream(client, text, options)
+            _print_stream(chunks)
 
 
 @with_samplers(recommended=True)
@@ -188,7 +201,8 @@ def chat(
         served_model,
         model_draft,
         mtp,
-        images=Images(mmproj),
+        reads_images=True,
+        mmproj=mmproj,
     )
     target.check_drafts(more.get("speculative"))
     chosen = {**more, "max_tokens": max_tokens, "seed": seed, "stop": stop, "reasoning_budget": reasoning_budget}
@@ -222,12 +236,20 @@ def given_or_piped(prompt: str | None) -> str:
     return terminal.piped().removesuffix("\n").removesuffix("\r")
 
 
-def _print_stream(client: TextClient, prompt: str, options: CompletionOptions) -> None:
+def _answer(
+    client: TextClient, prompt: str, images: Sequence[dict[str, Any]], options: CompletionOptions
+) -> ChunkStream:
+    if not images:
+        return client.generate(prompt, stream=True, **options)
+    message = {"role": "user", "content": [*images, prompt]}  # images first, as llama.cpp has them
+    return client.chat([message], stream=True, **options)  # type: ignore[misc]
+
+
+def _print_stream(chunks: ChunkStream) -> None:
     last = "\n"
-    with client.generate(prompt, stream=True, **options) as chunks:
-        for chunk in chunks:
-            last = chunk.text or last
-            terminal.write(chunk.text)
+    for chunk in chunks:
+        last = chunk.text or last
+        terminal.write(chunk.text)
     print(end="" if last.endswith("\n") else "\n")
 
 
@@ -252,13 +274,6 @@ def reply_json(reply: Answer) -> dict[str, object]:
 
 
 @dataclass(frozen=True, slots=True)
-class Images:
-    """The images that a model in this process reads. `mmproj`: its projector; None: the only one beside it."""
-
-    mmproj: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Target:
     """The model or cluster that the options select, by default the running cluster of this machine."""
 
@@ -273,7 +288,8 @@ class Target:
     served: str | None = None  # model or adapter of the cluster; None: its first model
     draft: str | None = None  # draft model of `model`
     mtp: bool = False  # its own head for multi-token prediction drafts
-    images: Images | None = None  # None: it reads none
+    reads_images: bool = False  # `model` does
+    mmproj: str | None = None  # the projector of `model`; None: the only one beside it
 
     def check_drafts(self, most: int | None) -> None:
         """Raises UsageError if --model-draft or --mtp is given although `most`, the most drafted tokens of a step,
@@ -303,11 +319,11 @@ class Target:
                 placement=self.gpus.placement,
                 draft_model=self._draft_file(),
                 mtp=self.mtp,
-                mmproj=OFF if self.images is None else self.images.mmproj,
+                mmproj=self.mmproj if self.reads_images else OFF,
             )
             client = Client.local(resolve_model(self.model), self.threads, settings=settings)
-            if client.placement:
-                print(client.placement, file=sys.stderr)
+            for notice in filter(None, (client.placement, client.unused_projectors)):
+                print(notice, file=sys.stderr)
             return client
         with ExitStack() as stack:
             http = stack.enter_context(self._connect())
@@ -346,7 +362,7 @@ class Target:
             raise UsageError("--model-draft is for --model: a cluster's is `speculative.model` in the cluster file")
         if self.mtp and self.model is None:
             raise UsageError("--mtp is for --model: a cluster's is `speculative.mtp` in the cluster file")
-        if self.images is not None and self.images.mmproj is not None and self.model is None:
+        if self.mmproj is not None and self.model is None:
             raise UsageError("--mmproj is for --model: a cluster's is `mmproj` in the cluster file, or given to `up`")
         if self.threads is not None and self.model is None:
             raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")

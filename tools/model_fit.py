@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.config.projectors import open_with_projector
 from llamaclust.cluster.control.limits import capacity_of, kv_tokens
+from llamaclust.cluster.control.projectors import open_with_projector
 from llamaclust.cluster.scheduler.capacity import BlockCounts, blocks_of
 from llamaclust.cluster.scheduler.kv.groups import KvGroups, KvSizes
 from llamaclust.core.limits import StageLimits
@@ -50,7 +49,8 @@ class Fit:
 def fit(path: Path, available_bytes: int, threads: int, context_length: int | None = None) -> Fit:
     """Plans one worker with the defaults of a cluster file. Reads only headers. Limits `context_length` to the model's.
     Raises ModelFileError for a model that cannot run here."""
-    with closing(open_with_projector(path, None)) as model:
+    model, _ = open_with_projector(path, None)
+    with model:
         config = ClusterConfig.model_validate({"model": str(path), "workers": [{"name": "a"}]})
         trained, count = model.hyperparameters.context_length, model.layer_count
         context = min(context_length or config.context_length, trained)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llamaclust.cluster.control.projectors import open_with_projector
 from llamaclust.core.sizes import needed
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE, read_architecture
-from llamaclust.model.loader import Model
-from llamaclust.model.projectors.beside import projectors_beside
 from llamaclust.model.projectors.projector import Projector, projector_of
+from llamaclust.worker.devices.encoder_limits import EncoderMemory
 from llamaclust.worker.devices.encoder_memory import encoder_bytes
 
 
@@ -60,7 +59,7 @@ class ProjectorBeside:
     def lines(self) -> tuple[str, ...]:
         if self.path is None or self.info is None:
             return (f"beside it: {self.unused}",)
-        memory = needed({"weights": self.weight_bytes, "workspace": self.workspace_bytes})
+        memory = needed(EncoderMemory(self.weight_bytes, self.workspace_bytes).parts)
         return f"beside it: {self.path.name}", *self.info.lines(), f"  in memory: {memory}"
 
 
@@ -90,10 +89,10 @@ def _info(projector: Projector) -> ProjectorInfo:
 def projector_beside(model: Path, threads: int) -> ProjectorBeside | None:
     """Looks for the projectors beside a model. Returns None if there are none. Raises ModelFileError for a model that
     cannot run here."""
-    with closing(Model.open(model)) as opened:
-        found = projectors_beside(opened.file.path, opened.check_projector)
-    if found.only is None:
-        return None if found.unused is None else ProjectorBeside(unused=found.unused)
-    memory = encoder_bytes(found.only, threads)
-    path = found.only.file.path
-    return ProjectorBeside(path, _info(found.only), memory.weight_bytes, memory.workspace_bytes)
+    opened, unused = open_with_projector(model, None)
+    opened.close()
+    projector = opened.projector
+    if projector is None:
+        return None if unused is None else ProjectorBeside(unused=unused)
+    memory = encoder_bytes(projector, threads)
+    return ProjectorBeside(projector.file.path, _info(projector), memory.weight_bytes, memory.workspace_bytes)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llamaclust.cluster.config.catalog import resolve_model
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
-from llamaclust.cluster.config.projectors import open_with_projector, unused_projectors
 from llamaclust.cluster.control.limits import check_distinct, unused_mtp
 from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
+from llamaclust.cluster.control.projectors import open_with_projector
 from llamaclust.cluster.control.resources.link_profiling import hops_matter, kept_links
 from llamaclust.cluster.control.resources.placement import check_placement
 from llamaclust.cluster.control.resources.profiling import stated_speeds
@@ -88,7 +88,7 @@ def _effects(config: ClusterConfig) -> Sequence[RuleEffect]:
     """Returns, for each rule of `placement`, the number of tensors that it decides about."""
     if not config.placement:
         return ()
-    with _opened(config) as model:
+    with _opened(config) as (model, _):
         return rule_effects(model, [entry.rule for entry in config.placement])
 
 
@@ -131,7 +131,7 @@ def planned(config: ClusterConfig) -> PlannedStart:
         raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
     read_api_keys(config.api_keys_file)
     own_bytes, specs = resident_bytes() + LOADING_BYTES, worker_settings(config)
-    with _opened(config) as model:
+    with _opened(config) as (model, unused_projectors):
         check_placement(config, model)
         gpus = {spec.name: gpus_of(spec.device, spec.gpu_memory_bytes) for spec in specs}
         fingerprints = {
@@ -165,18 +165,22 @@ def planned(config: ClusterConfig) -> PlannedStart:
             beside = map(str.strip, _beside(config, own_bytes, draft_model))
             raise InsufficientMemoryError("; ".join((str(error), *beside))) from error
         other_loads = {name: loads[key] for name, key in used.items() if key in loads and name not in stated}
-        unused = filter(None, (unused_mtp(config, model), unused_projectors(config.mmproj, model)))
+        unused = filter(None, (unused_mtp(config, model), unused_projectors))
         return PlannedStart(plan, own_bytes, draft_model, tuple(unused), other_loads)
 
 
-def _opened(config: ClusterConfig) -> closing[Model]:
+@contextmanager
+def _opened(config: ClusterConfig) -> Iterator[tuple[Model, str | None]]:
+    """Yields the values of `open_with_projector`."""
     adapters = [adapter.path for adapter in config.adapters]
     path = resolve_model(config.model)
-    return closing(open_with_projector(path, config.mmproj, config.chat_template, adapters))
+    model, unused = open_with_projector(path, config.mmproj, config.chat_template, adapters)
+    with model:
+        yield model, unused
 
 
 def _model_id(config: ClusterConfig) -> str:
-    with _opened(config) as model:
+    with _opened(config) as (model, _):
         return model.model_id
 
 
@@ -184,7 +188,7 @@ def _draft_model(config: ClusterConfig) -> DraftModelMemory | None:
     if config.speculative is None or config.speculative.model is None:
         return None
     with ExitStack() as opened:
-        models = [(own, opened.enter_context(_opened(own))) for own in config.of_each_model()]
+        models = [(own, opened.enter_context(_opened(own))[0]) for own in config.of_each_model()]
         return draft_model_memory(models)
 
 

@@ -111,6 +111,12 @@ class LocalClient(ServiceClient):
         return self._stage.placement
 
     @property
+    def unused_projectors(self) -> str | None:
+        """The reason why no projector beside the model is used. None if one is used, none is there, or the user
+        chose."""
+        return self._stage.unused_projectors
+
+    @property
     def vocabulary_size(self) -> int:
         """The number of logits per token."""
         return self._stage.scheduling.vocabulary

@@ -93,6 +93,10 @@ class HubFile:
     def url(self, endpoint: str, commit: str | None = None) -> str:
         return f"{endpoint}/{self.repository}/resolve/{quote(commit or self.revision, safe='')}/{quote(self.file)}"
 
+    def repository_url(self, endpoint: str) -> str:
+        """The address of the repository's description, with the list of its files."""
+        return f"{endpoint}/api/models/{self.repository}/revision/{quote(self.revision, safe='')}"
+
     def named(self, name: str) -> HubFile:
         return replace(self, file=_beside(self.file, name))
 

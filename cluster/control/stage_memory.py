@@ -11,6 +11,7 @@ from llamaclust.cluster.planner.memory import Rounding, StagePlace, Workspace
 from llamaclust.cluster.planner.splits.encoder_place import EncoderParts
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
+from llamaclust.model.projectors.projector import Projector
 from llamaclust.worker.devices.encoder_memory import encoder_bytes
 from llamaclust.worker.devices.workspace import program_workspace_bytes, weight_rounding_bytes
 from llamaclust.worker.stage.stage_runner import model_program
@@ -89,6 +90,11 @@ def rounding_of(model: Model, *, experts: bool = True) -> Rounding:
     return table
 
 
+def check_encoder(projector: Projector) -> None:
+    """Raises ModelFileError for an encoder without kernels, which no worker can load."""
+    encoder_bytes(projector, 1)
+
+
 def encoder_of(model: Model) -> EncoderParts | None:
     """Returns a function for the RAM of the model's encoder of images by number of threads. None if it has none."""
     projector = model.projector
@@ -98,8 +104,7 @@ def encoder_of(model: Model) -> EncoderParts | None:
 
     def parts(threads: int) -> Mapping[str, int]:
         if threads not in known:
-            memory = encoder_bytes(projector, threads)
-            known[threads] = {"weights": memory.weight_bytes, "workspace": memory.workspace_bytes}
+            known[threads] = encoder_bytes(projector, threads).parts
         return known[threads]
 
     return parts

@@ -11,8 +11,8 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
-from llamaclust.cluster.config.projectors import open_with_projector
 from llamaclust.cluster.config.values import OFF, parse_device
+from llamaclust.cluster.control.projectors import open_with_projector
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo, TileEncoder
 from llamaclust.cluster.front.text.service import TextService, TextSettings
@@ -114,7 +114,7 @@ class LocalStage:
     `logits`."""
 
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
-        self.model = open_with_projector(path, settings.mmproj, settings.chat_template)
+        self.model, self.unused_projectors = open_with_projector(path, settings.mmproj, settings.chat_template)
         speculation, capacity = _speculation(self.model, settings), local_capacity(self.model, settings)
         context_blocks = blocks_of(capacity.context_length)
         blocks = capacity.blocks(self.model, settings.kv_blocks or 2 * context_blocks)

@@ -26,8 +26,7 @@ class LocalEncoder:
         """Loads the encoder on the processor. Raises InsufficientMemoryError if memory is short."""
         memory, free_bytes = encoder_bytes(projector, device.threads), device.free_memory_bytes
         if memory.total_bytes > free_bytes:
-            parts = {"weights": memory.weight_bytes, "workspace": memory.workspace_bytes}
-            what = f"{projector.file.path}: the encoder of images needs {missing(parts, free_bytes)}"
+            what = f"{projector.file.path}: the encoder of images needs {missing(memory.parts, free_bytes)}"
             raise InsufficientMemoryError(f"{what}; set mmproj: off")
         self._encoder = TileEncoder(device.encoder_backend, projector, memory, None, lambda done_bytes: None)
         self._thread = ThreadPoolExecutor(1, "images")

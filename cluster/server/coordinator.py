@@ -4,7 +4,7 @@ of that."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,6 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.config.projectors import unused_projectors
 from llamaclust.cluster.config.sections import ModelEntry
 from llamaclust.cluster.control.epochs import Epochs, EpochWorkers
 from llamaclust.cluster.control.memory_ledger import MemoryLedger
@@ -40,7 +39,7 @@ from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.adapters import AdapterRecord, ServedAdapters
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Notice, Report
+from llamaclust.cluster.state.events import Report
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.model.projectors.projector import Projector
@@ -115,8 +114,7 @@ async def open_cluster(
         launcher = stack.enter_context(launching(config, folder, report))
         record = ControlRecord.begin(folder.control)
         registry = registry_of(config, launcher, record)
-        models = await open_models(stack, config, model_paths, launcher)
-        _report_unused_projectors(models, report)
+        models = await open_models(stack, config, model_paths, launcher, report)
         drafts = await drafting(stack, models, report)  # workers' memory is what this leaves
         adapter_record = AdapterRecord(folder.adapters)
         names = fixed_names(own for own, _ in models)
@@ -144,12 +142,6 @@ async def open_cluster(
         if config.models:
             await stack.enter_async_context(residency)
         yield Cluster(config, registry, launcher, pool, record, served, residency, metrics)
-
-
-def _report_unused_projectors(models: Iterable[tuple[ClusterConfig, Model]], report: Report) -> None:
-    for own, model in models:
-        if (hint := unused_projectors(own.mmproj, model)) is not None:
-            report(Notice(f"{own.model_name}: {hint}"))
 
 
 async def _joined(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.config.projectors import open_with_projector
 from llamaclust.cluster.control.limits import check_distinct, check_plan
+from llamaclust.cluster.control.projectors import open_with_projector
 from llamaclust.cluster.control.resources.link_profiling import MeasureLinks, hops_matter, measure_links
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.local import LocalLauncher
@@ -21,7 +21,7 @@ from llamaclust.cluster.membership.join_rules import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.control_record import ControlRecord
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Report
+from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import Profile
 from llamaclust.model.loader import Model
@@ -34,14 +34,17 @@ _HEARTBEATS = 5
 
 
 async def open_models(
-    stack: AsyncExitStack, config: ClusterConfig, paths: Sequence[Path], launcher: Launcher
+    stack: AsyncExitStack, config: ClusterConfig, paths: Sequence[Path], launcher: Launcher, report: Report
 ) -> list[tuple[ClusterConfig, Model]]:
-    """Opens each model with its own configuration. Raises UsageError for mistakes that hold for any workers."""
+    """Opens each model with its own configuration. Reports projectors that are not used. Raises UsageError for mistakes
+    that hold for any workers."""
     models = []
     for own, path in zip(config.of_each_model(), paths, strict=True):
         adapters = [adapter.path for adapter in own.adapters]
-        model = await asyncio.to_thread(open_with_projector, path, own.mmproj, own.chat_template, adapters)
+        model, unused = await asyncio.to_thread(open_with_projector, path, own.mmproj, own.chat_template, adapters)
         stack.callback(model.close)
+        if unused is not None:
+            report(Notice(f"{own.model_name}: {unused}"))
         models.append((own, model))
     for own, model in models:
         with named_errors(own):

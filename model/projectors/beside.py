@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from llamaclust.core.errors import ModelFileError
 from llamaclust.model.gguf.header import read_header
@@ -13,7 +13,7 @@ from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import PROJECTOR_ARCHITECTURE
 from llamaclust.model.projectors.projector import Projector, open_projector
 
-PREFIX = "mmproj"
+_PREFIX = "mmproj"
 """The beginning of projector files' names, in any case."""
 _MOST_FILES = 32
 _MOST_SHOWN = 4
@@ -42,6 +42,10 @@ class ProjectorsBeside:
         return None if self.fitting or not self.problems else f"images are not read: {self.problems[0]}"
 
 
+def is_named_projector(path: PurePath) -> bool:
+    return path.name.lower().startswith(_PREFIX)
+
+
 def projectors_beside(model: Path, check: Callable[[Projector], None]) -> ProjectorsBeside:
     """Opens the projectors in the folder of a model. `check` raises ModelFileError for a projector that does not
     fit."""
@@ -59,17 +63,13 @@ def projectors_beside(model: Path, check: Callable[[Projector], None]) -> Projec
 
 
 def _files(model: Path) -> list[Path]:
-    return [path for path in _ggufs(model) if _is_named_projector(path) and path.is_file()][:_MOST_FILES]
+    return [path for path in _ggufs(model) if is_named_projector(path) and path.is_file()][:_MOST_FILES]
 
 
 def _has_other_models(model: Path) -> bool:
     part = PART_NAME.fullmatch(model.name)
-    others = (path.name for path in _ggufs(model) if not _is_named_projector(path))
+    others = (path.name for path in _ggufs(model) if not is_named_projector(path))
     return any(part is None or not name.startswith(part["stem"]) for name in others)
-
-
-def _is_named_projector(path: Path) -> bool:
-    return path.name.lower().startswith(PREFIX)
 
 
 def _ggufs(model: Path) -> list[Path]:

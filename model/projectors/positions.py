@@ -21,10 +21,19 @@ Taps = Sequence[tuple[int, float]]
 
 _CUBIC = -0.75
 _Q8_0_WEIGHTS = 32
+_READ = (QuantType.F32, QuantType.F16, QuantType.BF16, QuantType.Q8_0)
+
+
+def check_readable(tensor: Tensor) -> None:
+    """Raises ModelFileError for a type that `read_floats` does not read."""
+    if tensor.quant_type not in _READ:
+        known = ", ".join(kind.name for kind in _READ)
+        what = f"type {tensor.quant_type.name} is not supported; supported: {known}"
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the projector")
 
 
 def read_floats(tensor: Tensor) -> Float32:
-    """Returns the numbers of a tensor in its shape. Raises ModelFileError for a type that is not supported here."""
+    """Returns the numbers of a tensor in its shape, which `check_readable` has accepted."""
     data, shape = tensor.read(), tensor.shape
     match tensor.quant_type:
         case QuantType.F32:
@@ -37,8 +46,7 @@ def read_floats(tensor: Tensor) -> Float32:
             blocks = np.frombuffer(data, [("scale", "<f2"), ("quants", "i1", (_Q8_0_WEIGHTS,))])
             scaled = blocks["quants"].astype(np.float32) * blocks["scale"].astype(np.float32)[:, None]
             return scaled.reshape(shape)
-    what = f"type {tensor.quant_type.name} is not supported; supported: F32, F16, BF16, Q8_0"
-    raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the projector")
+    raise AssertionError("the file was checked")
 
 
 def interpolated(table: Float32, height: int, width: int, rule: Positions) -> Float32:

@@ -31,6 +31,7 @@ from llamaclust.model.projectors.keys import (
     read_hyperparameters,
     read_image_numbers,
 )
+from llamaclust.model.projectors.positions import check_readable
 
 POSITIONS, CLASS_ROW = "v.position_embd.weight", "v.class_embd"
 _AUDIO = ("a.", "mm.a.")
@@ -218,12 +219,16 @@ def _read_for_inputs(projector: Projector) -> Iterator[str]:
     """Checks the tensors that `TileReader` reads and returns their names."""
     family, hp = projector.family, projector.hyperparameters
     tensors = CheckedTensors(projector.file)
+    wanted: dict[str, tuple[int, ...]] = {}
     if family.positions is not Positions.NONE:
-        yield tensors.weight(POSITIONS, (*_table_shape(projector), hp.embedding_length))
+        wanted[POSITIONS] = (*_table_shape(projector), hp.embedding_length)
     if family.class_place is not None:
-        yield tensors.weight(CLASS_ROW, (hp.embedding_length,))
+        wanted[CLASS_ROW] = (hp.embedding_length,)
         if tensors.has(PATCH_BIAS):
-            yield tensors.weight(PATCH_BIAS, (hp.embedding_length,))
+            wanted[PATCH_BIAS] = (hp.embedding_length,)
+    for name, shape in wanted.items():
+        check_readable(projector.file.tensor(tensors.weight(name, shape)))
+        yield name
 
 
 def _table_shape(projector: Projector) -> tuple[int, ...]:

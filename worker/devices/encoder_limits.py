@@ -20,6 +20,11 @@ class EncoderMemory:
     def total_bytes(self) -> int:
         return self.weight_bytes + self.workspace_bytes
 
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes by kind, as messages show them."""
+        return {"weights": self.weight_bytes, "workspace": self.workspace_bytes}
+
 
 def encoder_limits(projector: Projector) -> StageLimits:
     """Returns the limits of a stage that runs one tile at a time. They exceed those of a text model's stages."""

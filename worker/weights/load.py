@@ -74,9 +74,9 @@ async def _load_encoder(wanted: EncoderFile, device: Device, files: _Files) -> T
         planned = await asyncio.to_thread(encoder_bytes, outline, device.threads)
         release_freed_memory()
         held_bytes = device.backend.held_bytes(outline.program, outline.tensors)
-        parts = {"weights": planned.weight_bytes, "workspace": planned.workspace_bytes}
-        if sum(parts.values()) > (free_bytes := device.free_memory_bytes + held_bytes):
-            raise InsufficientMemoryError(f"the encoder of {outline.file.path} needs {missing(parts, free_bytes)}")
+        if planned.total_bytes > (free_bytes := device.free_memory_bytes + held_bytes):
+            what = f"the encoder of {outline.file.path} needs {missing(planned.parts, free_bytes)}"
+            raise InsufficientMemoryError(what)
         progress, missing_bytes = files.progress, opened.missing_bytes(outline.read_names)
         progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + missing_bytes
         progress.weight_bytes = planned.weight_bytes

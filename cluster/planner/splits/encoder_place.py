@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from math import inf
@@ -14,6 +14,13 @@ from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.planner.plan import HeldLayers, Plan, StagePlan
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError, UsageError
 from llamaclust.core.sizes import MIB, needed
+
+_MOST_HOLDERS = 8
+"""The number of workers that are tried if a plan was found, because each try is a search."""
+_FASTER = 0.98
+"""The share of another plan's time below which a plan is clearly faster."""
+_MUCH_FASTER = 0.9
+"""The same for a plan with less KV memory."""
 
 EncoderParts = Callable[[int], Mapping[str, int]]
 """Returns the RAM of an encoder in bytes by kind, on a worker with this number of threads. It must cache, because it is
@@ -36,34 +43,79 @@ def plan_with_encoder(
 ) -> Plan:
     """Makes a plan in which one of the workers with layers holds the encoder of images.
 
-    The encoder's bytes are taken from the RAM of one worker before layers are assigned. Workers are tried in the order
-    of most free RAM, and the first one that has layers in the resulting plan holds the encoder. If none has, the first
-    one that can hold a layer beside the encoder gets one: the first layer of the largest stage. With a manual plan,
-    only its workers are tried, in the order of most RAM that weights and workspace leave. Raises
-    InsufficientMemoryError with the numbers if there is no such plan.
+    The encoder's bytes are taken from the RAM of one worker before layers are assigned. Holders are tried in the order
+    of most free RAM, those first that would have layers without an encoder. Of their plans, the first one is taken
+    unless another one is clearly faster, or as fast with fewer stages. No more are tried once a plan is as good as that
+    without an encoder. If the best plan gives a holder no layers, it takes the place of another worker, or gets the
+    first layer of the largest stage. With a manual plan, only its workers are tried, in the order of most RAM that
+    weights and workspace leave. Raises InsufficientMemoryError with the numbers if there is no such plan.
     """
-    tried = _by_room(make_plan(workers), workers) if is_manual else _by_memory(workers, partitions)
-    without: list[tuple[WorkerFacts, Plan]] = []
-    for worker in tried:
-        plan = _plan_of(make_plan, _lessened(workers, worker, encoder))
-        if plan is not None and _has_layers(plan, worker):
-            return _placed(plan, worker, encoder)
-        if plan is not None:
-            without.append((worker, plan))
-    for worker, plan in without:
-        plan_with_layer = _with_layer(plan, worker.name, _lessened(workers, worker, encoder), make_plan)
-        if plan_with_layer is not None:
-            return _placed(plan_with_layer, worker, encoder)
-    raise _error(encoder, workers, make_plan)
+    without = _without_encoder(encoder, workers, make_plan)
+    tried = _by_room(without, workers) if is_manual else _by_memory(without, workers, partitions)
+    best: Plan | None = None
+    for number, holder in enumerate(tried):
+        for plan in _plans_with(holder, _lessened(workers, holder, encoder), make_plan, is_manual=is_manual):
+            if best is None or _is_better(plan, best):
+                best = _placed(plan, holder, encoder)
+        if best is not None and (number + 1 >= _MOST_HOLDERS or not _is_better(without, best)):
+            return best
+    if best is None:
+        raise _error(encoder, workers)
+    return best
 
 
-def _by_memory(workers: Sequence[WorkerFacts], partitions: Pairs) -> list[WorkerFacts]:
+def _is_better(plan: Plan, other: Plan) -> bool:
+    """Returns True if a plan is clearly faster than another one, or about as fast with fewer stages."""
+    if _is_faster(plan, other) or _is_faster(other, plan):
+        return _is_faster(plan, other)
+    return len(plan.leaders) < len(other.leaders)
+
+
+def _is_faster(plan: Plan, other: Plan) -> bool:
+    new, old = plan.prediction, other.prediction
+    if new is None or old is None:
+        return False
+    most = _FASTER if plan.kv_blocks >= other.kv_blocks else _MUCH_FASTER
+    if plan.objective == "throughput":
+        return old.tokens_per_s < most * new.tokens_per_s
+    return new.answer_s < most * old.answer_s
+
+
+def _plans_with(
+    holder: WorkerFacts, workers: Sequence[WorkerFacts] | None, make_plan: MakePlan, *, is_manual: bool
+) -> Iterator[Plan]:
+    """Yields plans in which the holder has layers. `workers` have the memory that the encoder leaves; None: too
+    little."""
+    plan = _plan_of(make_plan, workers)
+    if plan is None or workers is None:
+        return
+    if _has_layers(plan, holder):
+        yield plan
+    elif not is_manual:
+        yield from _plans_in_place(plan, holder, workers, make_plan)
+        yield from _plans_with_a_layer(plan, holder, workers, make_plan)
+
+
+def _plans_in_place(
+    plan: Plan, holder: WorkerFacts, workers: Sequence[WorkerFacts], make_plan: MakePlan
+) -> Iterator[Plan]:
+    """Yields plans in which the holder takes the place of one of the workers with layers."""
+    held = {stage.worker for stage in plan.stages}
+    for left in sorted(held):
+        others = [worker for worker in workers if worker.name == holder.name or worker.name in held - {left}]
+        found = _plan_of(make_plan, others)
+        if found is not None and _has_layers(found, holder):
+            entries = tuple(_entry(stage) for stage in found.by_stage)
+            yield from _plans_by_hand(plan, entries, workers, make_plan)
+
+
+def _by_memory(without: Plan, workers: Sequence[WorkerFacts], partitions: Pairs) -> list[WorkerFacts]:
     """Returns one worker of each kind, because equal workers are interchangeable."""
     unlike = frozenset[str]().union(*partitions)
     kinds: dict[WorkerFacts, WorkerFacts] = {}
-    for worker in workers:
+    for worker in sorted(workers, key=lambda worker: (not _has_layers(without, worker), -_room(worker))):
         kinds.setdefault(worker if worker.name in unlike else replace(worker, name=""), worker)
-    return sorted(kinds.values(), key=lambda worker: -_room(worker))
+    return list(kinds.values())
 
 
 def _room(worker: WorkerFacts) -> float:
@@ -104,22 +156,33 @@ def _plan_of(
     return None
 
 
-def _with_layer(plan: Plan, holder: str, workers: Sequence[WorkerFacts] | None, make_plan: MakePlan) -> Plan | None:
+def _plans_with_a_layer(
+    plan: Plan, holder: WorkerFacts, workers: Sequence[WorkerFacts], make_plan: MakePlan
+) -> Iterator[Plan]:
     """Gives the first layer of the largest stage to the holder, or so many layers that a border is possible there."""
-    entries = [Assignment(_names(stage), stage[0].start, stage[0].end, stage[0].shares) for stage in plan.by_stage]
+    entries = [_entry(stage) for stage in plan.by_stage]
     place, largest = max(enumerate(entries), key=lambda each: each[1].end - each[1].start)
     for border in range(largest.start + 1, largest.end):
-        parts = (Assignment((holder,), largest.start, border), replace(largest, start=border))
+        parts = (Assignment((holder.name,), largest.start, border), replace(largest, start=border))
         by_hand = (*entries[:place], *parts, *entries[place + 1 :])
         with suppress(UsageError):  # no border is possible there
-            made = _plan_of(make_plan, workers, by_hand)
-            idle = tuple(idle for idle in plan.idle_workers if idle.worker != holder)
-            return None if made is None else replace(made, objective=plan.objective, idle_workers=idle)
-    return None
+            yield from _plans_by_hand(plan, by_hand, workers, make_plan)
+            return
 
 
-def _names(stage: Sequence[StagePlan]) -> tuple[str, ...]:
-    return tuple(member.worker for member in stage)
+def _plans_by_hand(
+    plan: Plan, entries: tuple[Assignment, ...], workers: Sequence[WorkerFacts], make_plan: MakePlan
+) -> Iterator[Plan]:
+    """Yields a plan with these layers that is like an automatic one, if there is one."""
+    made = _plan_of(make_plan, workers, entries)
+    if made is not None:
+        used = {worker for entry in entries for worker in entry.workers}
+        reasons = {idle.worker: idle for idle in (*made.idle_workers, *plan.idle_workers) if idle.worker not in used}
+        yield replace(made, objective=plan.objective, idle_workers=tuple(reasons.values()))
+
+
+def _entry(stage: Sequence[StagePlan]) -> Assignment:
+    return Assignment(tuple(member.worker for member in stage), stage[0].start, stage[0].end, stage[0].shares)
 
 
 def _has_layers(plan: Plan, worker: WorkerFacts) -> bool:
@@ -138,19 +201,23 @@ def _placed(plan: Plan, holder: WorkerFacts, encoder: EncoderParts) -> Plan:
     return replace(plan, stages=tuple(map(stage_of, plan.stages)))
 
 
-def _error(encoder: EncoderParts, workers: Sequence[WorkerFacts], make_plan: MakePlan) -> InsufficientMemoryError:
-    """Returns the error of a model that does not fit even without its encoder, or else that of the encoder."""
-    text = needed(encoder(min(worker.threads for worker in workers)))
+def _without_encoder(encoder: EncoderParts, workers: Sequence[WorkerFacts], make_plan: MakePlan) -> Plan:
+    """Makes a plan without an encoder. Raises the error of a model that does not fit even so."""
     try:
-        make_plan(workers)
+        return make_plan(workers)
     except InsufficientMemoryError as error:
+        text = needed(encoder(min(worker.threads for worker in workers)))
         told = InsufficientMemoryError(f"{error}; the encoder of images needs {text} in addition")
         told.missing_bytes, told.problem, told.fitting_context = (
             error.missing_bytes,
             error.problem,
             error.fitting_context,
         )
-        return told
+        raise told from error
+
+
+def _error(encoder: EncoderParts, workers: Sequence[WorkerFacts]) -> InsufficientMemoryError:
+    text = needed(encoder(min(worker.threads for worker in workers)))
     rooms = ", ".join(f"{worker.name} {worker.memory_bytes // MIB}" for worker in workers if worker.memory_bytes)
     return InsufficientMemoryError(
         f"the encoder of images does not fit: beside layers, one worker needs {text} for it; the workers have, in MiB: "

@@ -1,7 +1,8 @@
-"""Projectors of catalog models are downloaded with them."""
+"""Projectors are downloaded with their models: those that the catalog names, and those in repositories of the hub."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from llamaclust.cluster.config.model_sources import HubFile
 from llamaclust.cluster.config.public_models import public_models
 from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub.download import Patience
+from llamaclust.tools.hub.projectors import projector_in
 from llamaclust.tools.hub.pull import pull_model
 from support.hub.download_server import Server, running_server
 from support.hub.hub_files import offer
@@ -93,3 +95,48 @@ def test_a_projector_can_be_downloaded_alone(hub: tuple[Server, Server], tmp_pat
     spec = f"hf:{REPOSITORY}/{PROJECTOR}"
     path = pull_model(spec, models_dir=tmp_path, patience=QUICK)
     assert resolve_model(spec, tmp_path) == path and [model.path for model in stored_models(tmp_path)] == [path]
+
+
+def list_files(hub: Server, *files: str) -> None:
+    listing = {"siblings": [{"rfilename": file} for file in files]}
+    hub.does.files[f"/api/models/{REPOSITORY}/revision/main"] = json.dumps(listing).encode()
+
+
+def test_a_file_of_the_hub_gets_the_projector_of_its_repository(hub: tuple[Server, Server], tmp_path: Path) -> None:
+    server, store = hub
+    list_files(server, "README.md", FILE, f"other/{PROJECTOR}", PROJECTOR, "mmproj-F32.gguf")
+    offer(server, store, REPOSITORY, PROJECTOR, ENCODER)
+    path = pull_model(f"hf:{REPOSITORY}/{FILE}", models_dir=tmp_path, patience=QUICK)
+    assert sorted(each.name for each in path.parent.glob("*.gguf")) == [FILE, PROJECTOR]
+    assert path.with_name(PROJECTOR).read_bytes() == ENCODER
+    requests = len(server.does.seen)
+    assert pull_model(f"hf:{REPOSITORY}/{FILE}", models_dir=tmp_path, patience=QUICK) == path
+    assert len(server.does.seen) == requests, "it is complete"
+
+
+@pytest.mark.parametrize(
+    "listing", [b"", b"[]", b"{", b'{"siblings": 1}', b'{"siblings": [1]}', b'{"siblings": [{"rfilename": "a.gguf"}]}']
+)
+def test_a_model_comes_alone_where_the_hub_lists_no_projector(
+    listing: bytes, hub: tuple[Server, Server], tmp_path: Path
+) -> None:
+    hub[0].does.files[f"/api/models/{REPOSITORY}/revision/main"] = listing
+    path = pull_model(f"hf:{REPOSITORY}/{FILE}", models_dir=tmp_path, patience=QUICK)
+    assert [each.name for each in path.parent.glob("*.gguf")] == [FILE]
+
+
+@pytest.mark.parametrize(
+    ("model", "files", "projector"),
+    [
+        ("m.gguf", ("mmproj-BF16.gguf", "mmproj-F16.gguf", "mmproj-F32.gguf"), "mmproj-F16.gguf"),
+        ("m.gguf", ("mmproj-BF16.gguf", "mmproj-m-q8_0.gguf"), "mmproj-m-q8_0.gguf"),
+        ("m.gguf", ("mmproj-b.gguf", "MMPROJ-a.GGUF"), "MMPROJ-a.GGUF"),
+        ("Q4/m-00001-of-00002.gguf", ("mmproj-F16.gguf", "Q8/mmproj-F16.gguf"), "mmproj-F16.gguf"),
+        ("Q4/m.gguf", ("mmproj-F16.gguf", "Q4/mmproj-F32.gguf"), "Q4/mmproj-F32.gguf"),
+        ("m.gguf", ("Q4/mmproj-F16.gguf", "mmproj.json", "my-mmproj.gguf", "m.gguf"), None),
+    ],
+)
+def test_the_nearest_projector_is_chosen_with_f16_first(
+    model: str, files: tuple[str, ...], projector: str | None
+) -> None:
+    assert projector_in(files, model) == projector_in(reversed(files), model) == projector

@@ -86,6 +86,26 @@ def test_a_worker_gets_a_layer_where_the_best_plans_leave_the_encoder_alone() ->
         planned([worker("a", 290), worker("b", 290)], apart)
 
 
+def test_of_equal_workers_another_one_does_not_take_the_layers() -> None:
+    """With memory for more sequences, `b` would be the best worker for all layers while `a` holds the encoder."""
+    several, equal = replace(ONE, max_sequences=4), [worker("a", 420), worker("b", 420)]
+    best = make_plan(SMALL, [worker("a", 320), worker("b", 420)], several)
+    assert [stage.worker for stage in best.stages] == ["b"]
+    plan = planned(equal, several)
+    assert holder(plan) == "a" and len(plan.stages) == 1 and [idle.worker for idle in plan.idle_workers] == ["b"]
+
+
+def test_one_worker_is_preferred_to_two_that_are_not_faster() -> None:
+    """`a` is best without the encoder, but with it needs `b`, which has room for all."""
+    plan = planned([worker("a", 300), worker("b", 340)])
+    assert holder(plan) == "b" and len(plan.stages) == 1 and plan.objective == "latency"
+
+
+def test_a_faster_plan_is_preferred_to_more_memory() -> None:
+    plan = planned([worker("large", 350, read=2), worker("fast", 320), worker("other", 300)])
+    assert holder(plan) == "fast" and len(plan.stages) == 1
+
+
 def test_by_hand_the_stage_with_most_room_holds_it() -> None:
     manual = split_by_hand(("a", 0, 9), ("b", 9, 12))
     workers = [worker("a", 260), worker("b", 250), worker("c", 4000)]

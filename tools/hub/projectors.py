@@ -1,0 +1,28 @@
+"""The choice of a model's projector among the files of its repository."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import Final
+
+from llamaclust.model.projectors.beside import is_named_projector
+
+_TYPES: Final = tuple(re.compile(rf"(?<![a-z0-9]){name}$") for name in ("f16", "q8_0", "bf16", "f32"))
+"""Ends of names without the suffix, in the order of preference. F16 has the accuracy of the checkpoints."""
+
+
+def projector_in(files: Iterable[str], model: str) -> str | None:
+    """Returns the path of the projector for the model at the path `model`: in its folder, or else in the nearest one
+    above. None if there is none. `files`: all paths of the repository."""
+    place = PurePosixPath(model)
+    folders = [*place.parents]
+    paths = (PurePosixPath(file) for file in files if is_named_projector(PurePosixPath(file)))
+    found = [path for path in paths if path != place and path.suffix.lower() == ".gguf" and path.parent in folders]
+    return str(min(found, key=lambda path: (folders.index(path.parent), _rank(path), path))) if found else None
+
+
+def _rank(path: PurePosixPath) -> int:
+    stem = path.stem.lower()
+    return next((rank for rank, pattern in enumerate(_TYPES) if pattern.search(stem)), len(_TYPES))

@@ -67,6 +67,7 @@ def prepare(source: Path, folder: Path) -> Path:
     """Copies the tests and their templates, and makes the server that they start. Returns the folder of the tests."""
     for part in (TESTS, TEMPLATES):
         shutil.copytree(source / part, folder / part)
+    (folder / TESTS / "tmp").mkdir(exist_ok=True)  # of slots
     server = folder / "llama-server"
     server.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE.resolve() / "llama_server.py"} "$@"\n')
     server.chmod(0o755)

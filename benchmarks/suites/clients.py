@@ -6,8 +6,8 @@
 Each suite has an environment of its own in the cache folder, made by pip or npm; its packages have fixed
 versions, what these depend on is as new as they allow. A suite whose packages cannot be had, or whose tests do not end,
 is skipped with the reason. The cases are in `cases/`; langchain-tests brings its own. Suites whose tests are in no
-package, only in a public repository, need a checkout of it. Suites that make requests from OpenAPI documents have
-clusters of their own, of two workers and a small model with random weights; their cases are operations.
+package, only in a public repository, need a checkout of it. Suites that make requests from OpenAPI documents, whose
+cases are operations, and those of images have clusters of their own with small models of random weights.
 With `--api`, they run against another server, such as llama.cpp's, which serves the model already.
 """
 
@@ -33,8 +33,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
-from documents import Document, build_stand_in
+from documents import Document
 from results import count, print_table
+from stand_ins import build_stand_in
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -59,27 +60,26 @@ class Suite:
     repository: str = ""  # of which it needs a checkout
     part: tuple[str, str] = ("", "")  # a package and its one file that is needed, without what the package depends on
     document: Document | None = None  # in place of cases
-
-    @property
-    def stand_in(self) -> str:
-        """The name of a small model that is served instead of the user's model; empty if the suite uses the user's
-        model."""
-        return "" if self.document is None else self.document.stand_in
+    stand_in: str = ""  # a small model that is served instead of the user's model
 
     @property
     def is_node(self) -> bool:
         return self.cases.endswith(".mjs")
 
 
+_OPENAI, _ANTHROPIC, _OLLAMA, _LITELLM = "openai==3.54.0", "anthropic==2.12.0", "ollama==0.6.3", "litellm==1.106.2"
+_LANGCHAIN_OPENAI = "langchain-openai==1.7.3"
+_OPENAI_NODE, _ANTHROPIC_NODE, _OLLAMA_NODE = "openai@7.57.0", "@anthropic-ai/sdk@1.12.0", "ollama@0.6.4"
+_AI_SDK = ("ai@7.0.173", "@ai-sdk/openai-compatible@2.0.87", "@ai-sdk/openai@3.0.141")
 _SCHEMATHESIS = ("schemathesis==4.32.5",)
 _OPENAPI, _DECLARED = "/openapi.json", ("status_code_conformance", "response_headers_conformance")
 _RANKS = "path-regex=/rerank(ing)?$"
 SUITES = {
-    "openai": Suite(("openai==3.54.0", "pydantic==2.14.3"), "test_openai.py"),
-    "anthropic": Suite(("anthropic==2.12.0",), "test_anthropic.py"),
-    "ollama": Suite(("ollama==0.6.3",), "test_ollama.py"),
-    "langchain": Suite(("langchain-tests==1.1.9", "langchain-openai==1.7.3"), "test_langchain.py"),
-    "litellm": Suite(("litellm==1.106.2", "mcp==2.3.0"), "test_litellm.py"),
+    "openai": Suite((_OPENAI, "pydantic==2.14.3"), "test_openai.py"),
+    "anthropic": Suite((_ANTHROPIC,), "test_anthropic.py"),
+    "ollama": Suite((_OLLAMA,), "test_ollama.py"),
+    "langchain": Suite(("langchain-tests==1.1.9", _LANGCHAIN_OPENAI), "test_langchain.py"),
+    "litellm": Suite((_LITELLM, "mcp==2.3.0"), "test_litellm.py"),
     "llama-index": Suite(("llama-index-llms-openai-like==0.8.1",), "test_llama_index.py"),
     "open-responses": Suite(("tsx@4.23.15", "zod@3.25.76"), "open-responses.test.mjs", "openresponses/openresponses"),
     "guidellm": Suite(("guidellm==0.8.1",), "test_guidellm.py"),
@@ -88,20 +88,31 @@ SUITES = {
         "test_vllm.py",
         part=("vllm==0.33.0", "vllm/benchmarks/lib/endpoint_request_func.py"),
     ),
-    "openai-node": Suite(("openai@7.57.0", "zod@4.6.7"), "openai.test.mjs"),
-    "ai-sdk": Suite(
-        ("ai@7.0.173", "@ai-sdk/openai-compatible@2.0.87", "@ai-sdk/openai@3.0.141", "zod@4.6.7"), "ai-sdk.test.mjs"
+    "openai-node": Suite((_OPENAI_NODE, "zod@4.6.7"), "openai.test.mjs"),
+    "ai-sdk": Suite((*_AI_SDK, "zod@4.6.7"), "ai-sdk.test.mjs"),
+    "ollama-node": Suite((_OLLAMA_NODE,), "ollama.test.mjs"),
+    "anthropic-node": Suite((_ANTHROPIC_NODE,), "anthropic.test.mjs"),
+    "images": Suite((_OPENAI, _ANTHROPIC, _OLLAMA, _LANGCHAIN_OPENAI), "test_images.py", stand_in="seeing"),
+    "images-litellm": Suite((_LITELLM, "mcp==2.3.0"), "test_images_litellm.py", stand_in="seeing"),
+    "images-node": Suite(
+        (_OPENAI_NODE, _ANTHROPIC_NODE, _OLLAMA_NODE, *_AI_SDK, "zod@4.6.7"), "images.test.mjs", stand_in="seeing"
     ),
-    "ollama-node": Suite(("ollama@0.6.4",), "ollama.test.mjs"),
-    "anthropic-node": Suite(("@anthropic-ai/sdk@1.12.0",), "anthropic.test.mjs"),
     "schemathesis": Suite(
-        _SCHEMATHESIS, document=Document(place=_OPENAPI, checks=_DECLARED, filters=(f"--exclude-{_RANKS}",))
+        _SCHEMATHESIS,
+        document=Document(place=_OPENAPI, checks=_DECLARED, filters=(f"--exclude-{_RANKS}",)),
+        stand_in="generating",
     ),
     # Ollama's names one reply for each path: statuses of errors are not checked.
-    "ollama-document": Suite(_SCHEMATHESIS, repository="ollama/ollama", document=Document(place="docs/openapi.yaml")),
+    "ollama-document": Suite(
+        _SCHEMATHESIS,
+        repository="ollama/ollama",
+        document=Document(place="docs/openapi.yaml"),
+        stand_in="generating",
+    ),
     "schemathesis-rerank": Suite(
         _SCHEMATHESIS,
-        document=Document(place=_OPENAPI, checks=_DECLARED, filters=(f"--include-{_RANKS}",), stand_in="ranking"),
+        document=Document(place=_OPENAPI, checks=_DECLARED, filters=(f"--include-{_RANKS}",)),
+        stand_in="ranking",
     ),
 }
 

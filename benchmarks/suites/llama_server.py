@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llamacpp_models import MODEL_FLAGS, adapter, model_of, preset, routed_models
+from llamacpp_models import MODEL_FLAGS, adapter, model_of, preset, projector_of, routed_models
 
 VALUES = {
     "--port", "--host", "--temp", "--seed", "--hf-repo", "--hf-file", "--model", "--model-url", "--model-draft",
@@ -64,7 +64,8 @@ def own_models(arguments: list[str], folder: Path) -> list[str]:
     flags = read_flags(arguments)
     model = model_of(flags)
     if model is not None:
-        return [*kept, "--model", str(model)]
+        projector = None if "--no-mmproj" in flags else projector_of(model)
+        return [*kept, "--model", str(model), *([] if projector is None else ["--mmproj", str(projector)])]
     return kept if "--models-preset" in flags else [*kept, "--models-preset", str(preset(folder))]
 
 
@@ -115,7 +116,7 @@ def served(flags: dict[str, str]) -> dict[str, Any]:
         limit = {"max_loaded_models": min(len(models), int(flags["--models-max"]))} if "--models-max" in flags else {}
         return {"models": models, "load_on_demand": "--no-models-autoload" not in flags, **limit}
     adapters = {"adapters": [{"path": str(adapter()), "name": "adapter"}]} if "--lora" in flags else {}
-    return {"model": str(model), **adapters}
+    return {"model": str(model), **adapters, **({"mmproj": "off"} if "--no-mmproj" in flags else {})}
 
 
 def addresses(hosts: str, port: str) -> dict[str, Any]:

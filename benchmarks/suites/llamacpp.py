@@ -30,9 +30,9 @@ TEMPLATES = Path("models/templates")
 FILES = """
 basic chat_completion compat_anthropic compat_gcp compat_oai_responses completion ctx_shift embedding ignore_eos infill
 kv_keep_only_active lora metrics proxy rerank router security sleep slot_save speculative stream template tokenize
-tool_call
+tool_call vision_api
 """
-"""The names of test files, without those of images and of tools that the server itself runs."""
+"""The names of test files, without those of tools that the server itself runs."""
 CLUSTER, LLAMA_SERVER = "llamaclust", "llama-server"
 HERE = Path(__file__).parent
 _FILE_S = 3600
@@ -67,6 +67,7 @@ def prepare(source: Path, folder: Path) -> Path:
     """Copies the tests and their templates, and makes the server that they start. Returns the folder of the tests."""
     for part in (TESTS, TEMPLATES):
         shutil.copytree(source / part, folder / part)
+    (folder / TESTS / "tmp").mkdir(exist_ok=True)  # of slots
     server = folder / "llama-server"
     server.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE.resolve() / "llama_server.py"} "$@"\n')
     server.chmod(0o755)

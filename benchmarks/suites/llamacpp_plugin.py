@@ -1,16 +1,21 @@
-"""A pytest plugin for llama.cpp's server tests. It replaces downloaded models by small ones (`llamacpp_models.py`), and
-lets consecutive tests with the same flags share a server."""
+"""A pytest plugin for llama.cpp's server tests. It replaces downloaded models by small ones (`llamacpp_models.py`) and
+downloaded images by random ones, and lets consecutive tests with the same flags share a server."""
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import sys
 import types
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import requests
 from llamacpp_models import adapter, model_of
+from PIL import Image
 
 
 def _download(url: str, out: str) -> None:
@@ -22,6 +27,21 @@ def _download(url: str, out: str) -> None:
 
 
 sys.modules.setdefault("wget", types.SimpleNamespace(download=_download))  # type: ignore[arg-type]
+_IMAGES = "https://huggingface.co/ggml-org/tinygemma3-GGUF/resolve/main/test/"
+_get = requests.get
+
+
+def _get_image(url: str, *arguments: Any, **options: Any) -> Any:
+    """Returns a random image instead of one that a test downloads."""
+    if not url.startswith(_IMAGES):
+        return _get(url, *arguments, **options)
+    pixels = np.random.default_rng(zlib.crc32(url.encode())).integers(0, 256, (32, 32, 3), np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return types.SimpleNamespace(content=out.getvalue(), raise_for_status=lambda: None)
+
+
+requests.get = _get_image  # type: ignore[assignment]
 _KEPT: dict[str, Any] = {}
 """The running `server`, an instance of the tests' ServerProcess, with its `flags` and its original method `stop`."""
 

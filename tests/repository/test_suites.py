@@ -138,8 +138,8 @@ async def test_a_suite_of_a_repository_needs_a_checkout(
     assert target.variables(name)["SUITE_CHECKOUT"] == str(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["generating", "ranking"])
-def test_documents_have_models_of_their_own(name: str, tmp_path: Path, clients: ModuleType) -> None:
+@pytest.mark.parametrize("name", ["generating", "ranking", "seeing"])
+def test_suites_have_models_of_their_own(name: str, tmp_path: Path, clients: ModuleType) -> None:
     model, keys = clients.build_stand_in(name, tmp_path)
     file = {"name": "a", "model": str(model), "listen": "127.0.0.1:0", "workers": [{"name": "w"}], **keys}
     (tmp_path / "cluster.yaml").write_text(json.dumps(file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import struct
 import zlib
@@ -152,3 +153,34 @@ def _with_checksums(data: bytes) -> bytes:
         out += data[at : at + 4] + body + struct.pack(">I", zlib.crc32(body))
         at += 12 + size
     return out + data[at:]
+
+
+def in_disguise() -> dict[str, bytes]:
+    """Returns files that begin like an image and are something else, or the reverse, by name. All must be refused."""
+    whole = png(30, 30, zlib.compress(bytes(91 * 30)))
+    return {
+        "gif of a script": b"GIF89a=1;alert(1)//" + bytes(30),
+        "bmp of html": b"BM<!doctype html><script>alert(1)</script>" + bytes(40),
+        "webp of html": b"RIFF\x40\0\0\0WEBP<!doctype html>" + bytes(60),
+        "wave": b"RIFF\x24\0\0\0WAVEfmt " + bytes(30),
+        "jpeg of php": b"\xff\xd8\xff\xe0<?php system('id');" + bytes(30),
+        "png of zip": b"\x89PNG\r\n\x1a\nPK\3\4" + bytes(60),
+        "pdf before png": b"%PDF-1.7\n" + whole,
+        "html before png": b"<html>" + whole,
+        "line break before png": b"\n" + whole,
+        "compressed svg": gzip.compress(b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+        "portable pixmap": b"P6 65535 65535 255\n" + bytes(99),
+        "x bitmap": b"#define a_width 65535\n#define a_height 65535\nstatic char a_bits[] = {0};",
+    }
+
+
+def large_animations() -> dict[str, bytes]:
+    """Returns animations of 300 frames, whose first frame is small, and a large image of few bytes. All are taken."""
+    frames = [Image.new("P", (200, 200), number % 256) for number in range(300)]
+    rgb = [frame.convert("RGB") for frame in frames]
+    return {
+        "gif": _saved(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "png": _saved(rgb[0], "PNG", save_all=True, append_images=rgb[1:]),
+        "webp": _saved(rgb[0], "WEBP", save_all=True, append_images=rgb[1:], method=0),
+        "large": _saved(Image.new("1", (5000, 5000)), "PNG"),
+    }

@@ -55,6 +55,7 @@ class ReplyCache:
         """Adds a reply. Raises HttpError if the client has no room left."""
         context, client = kept.context, kept.context.client
         body_bytes = len(body) + (json_size(context.earlier) if context.earlier else 0)
+        body_bytes += sum(map(len, context.images.values()))
         self._make_room(client, body_bytes)
         self._entries[context.id] = _Entry(kept, _digest(context, body), body_bytes)
         self._held_bytes.take(client, body_bytes)

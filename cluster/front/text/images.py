@@ -19,6 +19,8 @@ MAX_IMAGES_BYTES: Final = 32 << 20
 MEDIA_MARKER: Final = f"<__media_{token_hex(16)}__>"
 """The text that stands for an image in prompts of llama.cpp's API. `GET /props` shows it. It is random, so that a text
 has it only on purpose."""
+PLAIN_MARKER: Final = "<__media__>"
+"""The marker of llama.cpp's older versions, for prompts without the random one."""
 
 _STEP: Final = 1 << 18  # a multiple of 4
 Part = str | dict[str, Any]

@@ -41,7 +41,7 @@ class ModelEndpoints:
     async def list(self, request: Request) -> Response:
         models = self._router.models
         entries = [self._entry(model, adapter) for model in models for adapter in (None, *model.settings.adapters)]
-        return JsonResponse({"object": "list", "data": entries})
+        return JsonResponse({"object": "list", "data": entries, "models": [*map(_capabilities, models)]})
 
     async def retrieve(self, request: Request) -> Response:
         name = request.path_params["model"]
@@ -92,6 +92,12 @@ class ModelEndpoints:
         if adapter is not None:
             entry |= {"id": adapter.name, "aliases": (), "parent": model.name, "root": adapter.path}
         return {**entry, "status": {"value": _status(model)}} if self._can_unload else entry
+
+
+def _capabilities(model: ApiModel) -> dict[str, Any]:
+    """Returns the entry by which clients of llama.cpp see that a model takes images."""
+    capabilities = ["completion", *(["multimodal"] if model.service.vision is not None else [])]
+    return {"name": model.name, "model": model.name, "type": "model", "capabilities": capabilities}
 
 
 def _status(model: ApiModel) -> str:

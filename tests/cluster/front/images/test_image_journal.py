@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cluster.front.errors import HttpError
 from llamaclust.cluster.front.images import chat_images
 from llamaclust.cluster.front.images.chat_images import check_restored, journalled, with_images
+from llamaclust.cluster.front.replies.kept_reply import KeptReply
+from llamaclust.cluster.front.replies.reply_cache import ReplyCache
+from llamaclust.cluster.front.settings import ApiSettings
 from llamaclust.cluster.front.text.images import image_part
 from llamaclust.cluster.front.text.request import ChatRequest
 from llamaclust.cluster.state.journal_records import RequestContext, read_journal
@@ -47,6 +51,14 @@ async def test_fetched_images_are_in_the_journal(tmp_path: Path, monkeypatch: py
     check_restored(restored)
     monkeypatch.setattr("llamaclust.cluster.front.images.fetching.fetch_images", None)  # nothing is fetched again
     assert (await with_images(CHAT, restored)).images == {URL: IMAGE}
+
+
+async def test_fetched_images_count_as_bytes_of_kept_replies() -> None:
+    cache = ReplyCache(ApiSettings(max_kept_bytes=len(IMAGE)))
+    cache.add(KeptReply(admission(1), cache), b"1")
+    with pytest.raises(HttpError, match="kept replies"):
+        cache.add(KeptReply(replace(admission(2), images={URL: IMAGE}), cache), b"1")
+    cache.stop()
 
 
 async def test_images_above_the_bound_are_an_error_after_a_restart(

@@ -11,7 +11,7 @@ from llamaclust.cluster.client.http_codec import CHAT
 from llamaclust.cluster.client.local import AsyncServiceClient
 from llamaclust.cluster.front.body import STRICT_HEADER
 from llamaclust.cluster.front.text import images
-from llamaclust.cluster.front.text.images import MAX_IMAGES, MEDIA_MARKER
+from llamaclust.cluster.front.text.images import MAX_IMAGES, MEDIA_MARKER, PLAIN_MARKER
 from llamaclust.core.errors import ParameterError
 from llamaclust.model.chat.template import ChatTemplate
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
@@ -133,6 +133,16 @@ BOTH: list[tuple[str, dict[str, Any], tuple[str | bytes, ...]]] = [
             }
         },
         ("a", FIRST, "b", SECOND),
+    ),
+    (
+        COMPLETION,
+        {
+            "prompt": {
+                "prompt_string": f"a{PLAIN_MARKER * 2}b",
+                "multimodal_data": [base64_of(FIRST), base64_of(SECOND)],
+            }
+        },
+        ("a", FIRST, SECOND, "b"),
     ),
     (
         "/completions",
@@ -330,11 +340,12 @@ async def test_the_client_in_this_process() -> None:
 async def test_vision_is_shown() -> None:
     for vision in (TinyVision(), None):
         async with client(make_app(ScriptedEngine(says("a")), vision=vision)) as http:
-            entry = (await http.get("/v1/models")).json()["data"][0]
+            models = (await http.get("/v1/models")).json()
             properties = (await http.get("/props")).json()
             shown = (await http.post("/api/show", json={"model": MODEL})).json()
         sees = vision is not None
-        assert entry.get("capabilities") == ({"vision": True} if sees else None)
+        assert models["data"][0].get("capabilities") == ({"vision": True} if sees else None)
+        assert ("multimodal" in models["models"][0]["capabilities"]) == sees
         assert properties["modalities"] == {"vision": sees, "audio": False}
         assert properties.get("media_marker") == (MEDIA_MARKER if sees else None)
         assert ("vision" in shown["capabilities"]) == sees

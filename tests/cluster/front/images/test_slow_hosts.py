@@ -1,0 +1,143 @@
+"""Hosts of images that answer slowly or with other addresses: they cost time only their own request."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from llamaclust.cluster.client.http_codec import CHAT
+from llamaclust.cluster.front.images import fetching
+from support.chat.vision import TinyVision, image
+from support.clusters.served import MODEL, ScriptedEngine, make_app, says, serving
+
+IMAGE = image(2, b"from the web")
+HEAD = f"HTTP/1.1 200 OK\r\ncontent-length: {len(IMAGE)}\r\n\r\n".encode()
+HOST = "example.com"
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[Any, Any, None]]
+"""Answers at a connection. It may go on until the client closes it."""
+
+
+async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read()
+
+
+async def head_only(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write(HEAD)
+    await reader.read()
+
+
+async def without_an_end(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Sends headers for ever, one at a time."""
+    writer.write(b"HTTP/1.1 200 OK\r\n")
+    while not reader.at_eof() and not writer.is_closing():
+        writer.write(b"a: b\r\n")
+        await writer.drain()
+        await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def web_host(serve: Serve) -> AsyncIterator[tuple[int, asyncio.Event]]:
+    """A host on a free port, and an event that is set once it has a connection."""
+    asked, tasks = asyncio.Event(), set[asyncio.Task[None]]()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        try:
+            await serve(reader, writer)
+        except OSError:  # the client has closed the connection
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield server.sockets[0].getsockname()[1], asked
+        async with asyncio.timeout(20):
+            await asyncio.gather(*tasks)  # every connection was closed by the client
+
+
+def leads_to(monkeypatch: pytest.MonkeyPatch, *addresses: str) -> list[str]:
+    """Gives a host the addresses one after the other. Of these, 127.0.0.1 counts as public. Returns the list of names
+    that are looked up."""
+    looked_up: list[str] = []
+
+    async def look_up(self: object, host: str, port: int, **_: Any) -> list[Any]:
+        looked_up.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (addresses[len(looked_up) - 1], port))]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
+    public = fetching.is_public
+    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1" or public(address))
+    return looked_up
+
+
+def question(url: str) -> dict[str, Any]:
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return {"model": MODEL, "messages": [{"role": "user", "content": [part]}]}
+
+
+@asynccontextmanager
+async def served(port: int) -> AsyncIterator[httpx.AsyncClient]:
+    app = make_app(ScriptedEngine(says("a")), vision=TinyVision(), image_hosts=(f"{HOST}:{port}",))
+    async with serving(app) as api, httpx.AsyncClient(base_url=api, timeout=60.0, trust_env=False) as http:
+        yield http
+
+
+@pytest.mark.parametrize("serve", [silent, head_only, without_an_end])
+async def test_others_are_answered_while_a_host_is_slow(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_MAX_S", 2.0)
+    async with web_host(serve) as (port, asked), served(port) as http:
+        leads_to(monkeypatch, "127.0.0.1")
+        slow = asyncio.create_task(http.post(f"/{CHAT}", json=question(f"http://{HOST}:{port}/")))
+        await asked.wait()
+        messages = [{"role": "user", "content": "a"}]
+        for _ in range(10):
+            reply = await http.post(f"/{CHAT}", json={"model": MODEL, "messages": messages})
+            assert reply.status_code == 200 and not slow.done()
+        error = (await slow).json()["error"]
+        assert slow.result().status_code == 504 and "data URL" in error["message"]
+
+
+async def test_a_name_server_that_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def look_up(self: object, host: str, port: int, **_: Any) -> list[Any]:
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(fetching, "_MAX_S", 0.5)
+    async with served(80) as http:
+        monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", look_up)
+        reply = await http.post(f"/{CHAT}", json=question(f"http://{HOST}:80/"))
+    assert reply.status_code == 504, reply.text
+
+
+async def test_a_client_that_leaves_ends_the_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with web_host(silent) as (port, asked), served(port) as http:
+        leads_to(monkeypatch, "127.0.0.1")
+        slow = asyncio.create_task(http.post(f"/{CHAT}", json=question(f"http://{HOST}:{port}/")))
+        await asked.wait()
+        slow.cancel()
+
+
+@pytest.mark.parametrize("second", ["10.0.0.1", "169.254.169.254", "::1"])
+async def test_a_host_whose_second_address_is_private(second: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is looked up once, and its image comes from the address that was checked."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + IMAGE)
+
+    async with web_host(serve) as (port, _), served(port) as http:
+        looked_up = leads_to(monkeypatch, "127.0.0.1", second, second)
+        reply = await http.post(f"/{CHAT}", json=question(f"http://{HOST}:{port}/"))
+        assert reply.status_code == 200 and looked_up == [HOST]
+        refused = await http.post(f"/{CHAT}", json=question(f"http://{HOST}:{port}/"))
+    assert refused.status_code == 400 and "not public" in refused.text and looked_up == [HOST, HOST]

@@ -13,7 +13,7 @@ from typing import Any
 from llamaclust.cluster.config.values import expand_home
 from llamaclust.core.errors import UsageError
 from llamaclust.core.regular_file import read_bytes
-from llamaclust.model.images.formats import PictureFormat, format_of
+from llamaclust.model.images.formats import ImageFormat, format_of
 from llamaclust.model.images.settings import MAX_IMAGE_BYTES
 
 
@@ -31,7 +31,7 @@ def image_part(image: object) -> dict[str, Any]:
     data, name = _bytes_of(image)
     kind = format_of(data)
     if kind is None:
-        *first, last = (each.value for each in PictureFormat)
+        *first, last = (each.value for each in ImageFormat)
         raise UsageError(f"{name}: not an image; expected a {', '.join(first)} or {last} file")
     if len(data) > MAX_IMAGE_BYTES:
         raise UsageError(f"{name}: {len(data)} bytes; the limit of an image is {MAX_IMAGE_BYTES}: send a smaller one")
